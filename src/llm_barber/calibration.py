@@ -1,0 +1,194 @@
+"""Calibration text → token windows, seeded.
+
+A text is tokenised as one stream and cut into windows of `seqlen` without overlap; the seed chooses which and in which
+order. Files with documents (jsonl, parquet, the hub's sets) are joined by blank lines first.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llm_barber.errors import CalibrationError, HubError
+
+BUILTIN = {
+    "builtin": "wikipedia-leads.txt",
+    "builtin-test": "wikitext2-raw-test.txt",
+}
+HUB_SETS: dict[str, dict[str, Any]] = {
+    "c4": {
+        "path": "allenai/c4",
+        "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
+        "split": "train",
+        "streaming": True,
+    },
+    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
+}
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".safetensors")
+# Characters of a streamed set to read for each token wanted: English has about 4.5, and windows should not be adjacent.
+CHARACTERS_PER_TOKEN = 12
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer."""
+
+    def __call__(self, text: str) -> Any:
+        """An object with `input_ids`."""
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """`input_ids`: int64, (sequences, tokens). `source`: what they were made from."""
+
+    input_ids: Tensor
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the token ids (little-endian int64, row by row)."""
+        return hashlib.sha256(self.input_ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def known_calibrations() -> str:
+    """The names and kinds of file that are understood, for messages."""
+    return f"{', '.join(['builtin', *HUB_SETS])}, or a file ending in {', '.join(SUFFIXES)}"
+
+
+def load_calibration(name: str, tokenizer: Tokenizer | None, samples: int, seqlen: int, seed: int) -> CalibrationTokens:
+    """Calibration windows.
+
+    Args:
+        name: `builtin`, `c4`, `wikitext2`, or a file: text, jsonl (field `text`), parquet (column `text`), or
+            safetensors with int64 `input_ids` of shape (sequences, tokens), which is taken as it is.
+        tokenizer: of the model; not needed for safetensors.
+        samples: windows.
+        seqlen: tokens a window.
+        seed: of the choice of windows.
+
+    Raises:
+        CalibrationError: unknown, unreadable or too short.
+        HubError: the hub is needed and cannot be reached.
+    """
+    if name.endswith(".safetensors"):
+        return CalibrationTokens(_read_tokens(Path(name)), name)
+    if tokenizer is None:
+        raise CalibrationError(
+            "the model has no tokenizer, which calibration text needs",
+            "add its tokenizer files, or give --calibration a safetensors file with input_ids",
+        )
+    wanted = samples * seqlen
+    tokens = torch.tensor(tokenizer(read_text(name, wanted)).input_ids, dtype=torch.int64)
+    windows = len(tokens) // seqlen
+    if windows < samples:
+        raise CalibrationError(
+            f"calibration text {name!r} has {len(tokens)} tokens, {windows} windows of {seqlen}; {samples} are asked for",
+            f"use --samples {windows} or fewer, a shorter --seqlen, or a longer text"
+            if windows
+            else f"use a --seqlen of {len(tokens)} or less, or a longer text",
+        )
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
+    return CalibrationTokens(tokens[: windows * seqlen].view(windows, seqlen)[chosen].contiguous(), name)
+
+
+def read_text(name: str, tokens_wanted: int | None = None) -> str:
+    """The whole text of a name or file; of a streamed set as much as `tokens_wanted` tokens take, generously.
+
+    Raises:
+        CalibrationError: unknown or unreadable.
+        HubError: the hub cannot be reached.
+    """
+    if name in BUILTIN:
+        return (files("llm_barber") / "data" / BUILTIN[name]).read_text(encoding="utf-8")
+    if name in HUB_SETS:
+        return _read_hub(name, tokens_wanted)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise CalibrationError(f"no such calibration text: {name}", f"known are {known_calibrations()}")
+    try:
+        match path.suffix:
+            case ".jsonl":
+                return "\n\n".join(_jsonl_documents(path))
+            case ".parquet":
+                return "\n\n".join(_parquet_documents(path))
+            case _:
+                return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text", f"known are {known_calibrations()}") from error
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+
+
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)["text"]
+                if not isinstance(document, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError) as error:
+                raise CalibrationError(
+                    f"{path} line {number} is not an object with a string `text`", 'each line: {"text": "…"}'
+                ) from error
+            yield document
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise CalibrationError(
+                    f"{path} has no column `text` but {', '.join(file.schema_arrow.names)}", "rename the column"
+                )
+            for batch in file.iter_batches(columns=["text"]):
+                yield from (document for document in batch["text"].to_pylist() if document)
+    except pyarrow.ArrowException as error:
+        raise CalibrationError(f"{path} is not a parquet file: {error}", "check the file") from error
+
+
+def _read_hub(name: str, tokens_wanted: int | None) -> str:
+    from datasets import load_dataset
+
+    settings = HUB_SETS[name]
+    limit = None if tokens_wanted is None or "streaming" not in settings else tokens_wanted * CHARACTERS_PER_TOKEN
+    documents: list[str] = []
+    characters = 0
+    try:
+        for row in load_dataset(**settings):
+            documents.append(row["text"])
+            characters += len(row["text"])
+            if limit is not None and characters >= limit:
+                break
+    except Exception as error:  # the library raises whatever its parts raise
+        raise HubError(
+            f"calibration set {name} could not be loaded from the hub ({type(error).__name__})",
+            "check the connection, or use --calibration builtin or a file of your own",
+        ) from error
+    return "\n\n".join(documents)
+
+
+def _read_tokens(path: Path) -> Tensor:
+    hint = "it must hold int64 `input_ids` of shape (sequences, tokens)"
+    if not path.is_file():
+        raise CalibrationError(f"no such calibration file: {path}", hint)
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "input_ids" not in file.keys():  # noqa: SIM118 - a handle, not a dict
+                raise CalibrationError(f"{path} has no input_ids", hint)
+            tokens: Tensor = file.get_tensor("input_ids").clone()
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"{path} is not a safetensors file ({error})", hint) from error
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
+        raise CalibrationError(f"input_ids in {path} is {tokens.dtype} of shape {tuple(tokens.shape)}", hint)
+    return tokens

@@ -1,0 +1,83 @@
+"""Turn a GGUF file into an ordinary checkpoint folder, once, in the user's cache."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from llm_barber.errors import ModelError
+
+DTYPE = torch.bfloat16
+CONVERTER_VERSION = 1  # part of the cache's key: raise it when the result changes
+
+
+def cache_folder() -> Path:
+    """Where converted models lie: `$LLM_BARBER_CACHE`, else `llm-barber` under the user's cache folder."""
+    if named := os.environ.get("LLM_BARBER_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-barber"
+
+
+def converted_gguf(path: Path) -> Path:
+    """The folder of an ordinary bfloat16 checkpoint with the GGUF file's dequantised weights.
+
+    Converting takes a fraction of a minute and is done once for a file's content.
+
+    Raises:
+        ModelError: transformers cannot read the file.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache_folder() / f"{path.stem}-{digest[:16]}-v{CONVERTER_VERSION}"
+    if target.is_dir():
+        return target
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _convert(path, partial)
+        if target.is_dir():  # another process was faster
+            shutil.rmtree(partial)
+        else:
+            partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _convert(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = str(path.parent), path.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=DTYPE)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    except Exception as error:  # the reader raises whatever its parts raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path} cannot be read as GGUF: {reason}", "transformers must support its architecture and quantisation"
+        ) from error
+    # The weights are plain now, but the GGUF quantiser stays attached, and then `save_pretrained` refuses.
+    for owner in (model.config, model):
+        for attribute in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
+            if hasattr(owner, attribute):
+                try:
+                    delattr(owner, attribute)
+                except AttributeError:
+                    setattr(owner, attribute, None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _add_rope_theta(folder / "config.json")
+
+
+def _add_rope_theta(path: Path) -> None:
+    """Write `rope_theta` where transformers 4 looks for it; without it that takes 10000 and computes a wrong model."""
+    configuration = json.loads(path.read_text(encoding="utf-8"))
+    theta = (configuration.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in configuration:
+        configuration["rope_theta"] = theta
+        path.write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,282 @@
+"""Read a checkpoint tensor by tensor: a local folder with safetensors, a hub id, or a GGUF file.
+
+Nothing is unpickled, and no code that comes with a model is run. What an index says is checked against the files.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llm_barber.checkpoint.gguf import converted_gguf
+from llm_barber.errors import HubError, ModelError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+RECORD_NAME = "barber.json"
+# What travels with the weights. Not: weights of any kind, indices, code, and what we write ourselves.
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+NO_COMPANIONS = (INDEX_NAME, RECORD_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
+HUB_PATTERNS = ["*.safetensors", INDEX_NAME, *(f"*{suffix}" for suffix in COMPANIONS)]
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies, and its shape and dtype (safetensors' name: "BF16") as the file's header has them."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        size = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count * size.get(self.dtype, 1)
+
+
+class CheckpointSource:
+    """A checkpoint folder; only headers are read until tensors are asked for.
+
+    Args:
+        model: a folder, a hub id (`org/name`), or a GGUF file.
+        revision: of the hub id.
+
+    Raises:
+        ModelError: missing, damaged, not safetensors, quantised, an adapter.
+        HubError: the hub cannot be reached or does not have it.
+    """
+
+    def __init__(self, model: str | Path, revision: str | None = None) -> None:
+        self.model = str(model)
+        self.folder = resolve_model(self.model, revision)
+        self.configuration = self._read_configuration()
+        self.tensors = self._read_headers()
+
+    @property
+    def model_type(self) -> str:
+        """The configuration's `model_type`."""
+        return str(self.configuration.get("model_type", "unknown"))
+
+    def resolve(self, name: str, base_prefix: str = "") -> str:
+        """The checkpoint's name for a parameter: some checkpoints are saved without the base model's prefix.
+
+        Raises:
+            ModelError: the checkpoint does not have it.
+        """
+        for candidate in (name, name.removeprefix(f"{base_prefix}.")):
+            if candidate in self.tensors:
+                return candidate
+        raise ModelError(
+            f"{self.model} has no tensor {name!r}",
+            "the checkpoint is incomplete or of another architecture than its config.json says",
+        )
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors by the checkpoint's names, each file opened once.
+
+        The tensors are copies: no file stays mapped.
+
+        Raises:
+            ModelError: a damaged file, or NaN or Inf in a tensor.
+        """
+        found: dict[str, Tensor] = {}
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, members in by_file.items():
+            with _opened(self.folder / file) as handle:
+                for name in members:
+                    tensor = handle.get_tensor(name).clone()
+                    if tensor.is_floating_point() and not _all_finite(tensor):
+                        raise ModelError(
+                            f"{name} in {file} holds NaN or Inf",
+                            "the checkpoint is damaged or overflowed when it was converted; get it again",
+                        )
+                    found[name] = tensor
+        return found
+
+    def companions(self) -> list[Path]:
+        """Configuration, tokenizer and generation files that travel with the weights."""
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file() and path.suffix in COMPANIONS and path.name not in NO_COMPANIONS
+        )
+
+    def _read_configuration(self) -> dict[str, Any]:
+        if (self.folder / "adapter_config.json").exists():
+            raise ModelError(
+                f"{self.model} is a PEFT adapter, not a whole model",
+                "merge it into its base model first: peft's merge_and_unload(), then save_pretrained()",
+            )
+        path = self.folder / "config.json"
+        if not path.exists():
+            raise ModelError(f"{self.model} has no config.json", "a Hugging Face checkpoint folder is needed")
+        configuration = _read_json(path)
+        method = (configuration.get("quantization_config") or {}).get("quant_method")
+        if configuration.get("quantization_config"):
+            raise ModelError(
+                f"{self.model} is quantised ({method or 'unknown method'}); pruning needs its plain weights",
+                "start from the unquantised checkpoint, or dequantise it: model.dequantize(), then save_pretrained()",
+            )
+        return configuration
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        if (self.folder / INDEX_NAME).exists():
+            weight_map = _read_json(self.folder / INDEX_NAME).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+                raise ModelError(f"{INDEX_NAME} has no weight_map", "the index is damaged; get it again")
+            files = sorted(set(weight_map.values()))
+        elif (self.folder / SINGLE_NAME).exists():
+            weight_map, files = None, [SINGLE_NAME]
+        else:
+            raise ModelError(f"{self.model} has no safetensors weights", self._hint_without_safetensors())
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            if Path(file).name != file or file in (".", ".."):
+                raise ModelError(
+                    f"{INDEX_NAME} names {file!r}, which is not a file of its folder", "do not trust this checkpoint"
+                )
+            if not (self.folder / file).exists():
+                raise ModelError(f"shard {file} of {self.model} is missing", "get the checkpoint again, whole")
+            with _opened(self.folder / file) as handle:
+                for name in handle.keys():  # noqa: SIM118 - a handle, not a dict
+                    part = handle.get_slice(name)
+                    tensors[name] = TensorInfo(file, tuple(part.get_shape()), str(part.get_dtype()))
+        for name in weight_map or ():
+            if name not in tensors or tensors[name].file != weight_map[name]:
+                raise ModelError(
+                    f"{INDEX_NAME} puts {name} into {weight_map[name]}, which does not have it",
+                    "the checkpoint is damaged; get it again",
+                )
+        return tensors
+
+    def _hint_without_safetensors(self) -> str:
+        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")) or any(self.folder.glob("*.pth")):
+            return "pickled weights can run code when opened and are not read: save the model as safetensors first"
+        if any(self.folder.glob("*.partial")) or (self.folder / RECORD_NAME).exists():
+            return "its index is missing: the run that wrote it did not finish"
+        return f"{SINGLE_NAME} or {INDEX_NAME} is needed"
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The local folder for a folder, a GGUF file or a hub id.
+
+    Raises:
+        ModelError: there is no such folder, and it cannot be a hub id.
+        HubError: the hub cannot be reached or does not have it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return converted_gguf(path)
+        raise ModelError(f"{model} is a file, not a model", "give the folder of a checkpoint, a GGUF file or a hub id")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model) or model.endswith(".gguf"):
+        raise ModelError(f"no such model: {model}", "give the folder of a checkpoint, a GGUF file or a hub id")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+    except GatedRepoError as error:
+        raise HubError(f"{model} is gated on the hub", "accept its terms there, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"no such model: {model} is neither a folder here nor on the hub",
+            "check the name; a private model needs `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{model} has no revision {revision!r} on the hub", "check --revision") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"no such model: {model} is not a folder here, and the hub cannot be reached",
+            "check the path, or the connection (HF_HUB_OFFLINE, proxies); a folder or GGUF file needs no hub",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "the file is damaged; get it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object", "the file is damaged; get it again")
+    return content
+
+
+class _opened:  # noqa: N801 - used as a function
+    """`safe_open` whose complaints name the file and say what to do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        try:
+            self.handle = safe_open(os.fspath(self.path), framework="pt")
+            return self.handle.__enter__()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        with suppress(Exception):
+            self.handle.__exit__(None, None, None)
+        if isinstance(error, SafetensorError):
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: BaseException) -> ModelError:
+        return ModelError(
+            f"{self.path.name} is truncated or not a safetensors file ({error})", "get the file again, whole"
+        )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or Inf, without a mask of the tensor's size: both survive a minimum or maximum."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def sharded_by(names: Iterable[str], sizes: dict[str, TensorInfo], limit: int) -> Iterator[list[str]]:
+    """Split names into groups of at most `limit` bytes; a tensor larger than that is a group of its own."""
+    group: list[str] = []
+    total = 0
+    for name in names:
+        if group and total + sizes[name].bytes > limit:
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += sizes[name].bytes
+    if group:
+        yield group

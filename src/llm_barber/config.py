@@ -1,0 +1,194 @@
+"""The settings of a run: frozen and validated; every wrong one is reported at once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from llm_barber.errors import SettingsError
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
+
+
+class Initial(StrEnum):
+    """The method whose mask is rebuilt."""
+
+    WANDA = "wanda"
+    MAGNITUDE = "magnitude"
+    SPARSEGPT = "sparsegpt"
+
+
+# The released experiments' granularity and rebuild ratio for each initial method.
+RELEASED_REBUILD: dict[Initial, tuple[Granularity, float]] = {
+    Initial.MAGNITUDE: (Granularity.BLOCK, 0.1),
+    Initial.WANDA: (Granularity.OUTPUT, 0.01),
+    Initial.SPARSEGPT: (Granularity.LINEAR, 0.1),
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Settings(BaseModel):
+    """A frozen set of settings; wrong ones raise one `SettingsError` that names them all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = "; ".join(_problem(detail) for detail in error.errors())
+            raise SettingsError(problems, "see --help for what each setting takes") from None
+
+
+class RunSettings(Settings):
+    """What `prune` and `rebuild` share."""
+
+    output: Path = Field(description="folder to write; it appears when it is complete")
+    granularity: Granularity | None = Field(None, description="comparison group; None: the released experiments'")
+    rebuild_ratio: float | None = Field(
+        None, gt=0, le=1, description="share of the beneficial pairs to swap; None: the released experiments'"
+    )
+    calibration: str = Field("builtin", description="builtin, c4, wikitext2, or a file")
+    samples: int = Field(128, ge=1, description="calibration windows")
+    seqlen: int = Field(2048, ge=2, description="tokens a window")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the choice of windows")
+    batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    dtype: str = Field("auto", description="compute dtype; auto: the fastest that the device has")
+    overwrite: bool = Field(False, description="replace OUT, once the new one is complete")
+    revision: str | None = Field(None, description="of a hub id")
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str) -> str:
+        if value not in DTYPES:
+            raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
+        return value
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _output_named(cls, value: Any) -> Any:
+        if not str(value).strip():
+            raise ValueError("is empty")
+        return Path(value).expanduser()
+
+
+class PruneConfig(RunSettings):
+    """Settings of `prune`: choose an initial mask and rebuild it.
+
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    model: str = Field(description="folder, hub id or GGUF file")
+    initial: Initial = Field(Initial.WANDA, description="method of the initial mask")
+    sparsity: float | None = Field(None, description="fraction of weights to remove; None: 0.5")
+    pattern: str | None = Field(None, description="N:M, N kept of every M inputs, instead of a sparsity")
+    rebuild: bool = Field(True, description="rebuild the initial mask; False: keep it")
+    initial_granularity: Granularity | None = Field(
+        None, description="comparison group of the initial mask; None: linear for magnitude, output for Wanda"
+    )
+    keep_updates: bool = Field(False, description="keep SparseGPT's updated weights instead of the dense ones")
+
+    @field_validator("sparsity")
+    @classmethod
+    def _sparsity_inside(cls, value: float | None) -> float | None:
+        if value is not None:
+            Unstructured(value)
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_pattern(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        if self.sparsity is not None and self.pattern is not None:
+            problems.append("sparsity and pattern exclude each other: a pattern has its own sparsity")
+        if self.keep_updates and self.initial is not Initial.SPARSEGPT:
+            problems.append(f"keep_updates needs initial sparsegpt: {self.initial} updates no weights")
+        if self.initial_granularity is Granularity.BLOCK:
+            problems.append("initial_granularity block is not defined: choose output, input or linear")
+        if self.initial_granularity is not None and self.initial is Initial.SPARSEGPT:
+            problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
+        problems += _same_folder("MODEL", self.model, self.output)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def target(self) -> Pattern:
+        """How many weights go."""
+        if self.pattern is not None:
+            return parse_pattern(self.pattern)
+        return Unstructured(0.5 if self.sparsity is None else self.sparsity)
+
+
+class RebuildConfig(RunSettings):
+    """Settings of `rebuild`: rebuild the mask of a checkpoint that any tool pruned.
+
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    dense: str = Field(description="the dense model: folder, hub id or GGUF file")
+    pruned: str = Field(description="the pruned model: folder or hub id")
+    initial: Initial | None = Field(
+        None, description="the method that pruned it, for the default granularity and ratio; None: from its record"
+    )
+    pattern: str | None = Field(None, description="N:M to keep up, or unstructured; None: found in the pruned model")
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_readable(cls, value: str | None) -> str | None:
+        if value is not None and value != "unstructured":
+            parse_pattern(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = _same_folder("DENSE", self.dense, self.output) + _same_folder("PRUNED", self.pruned, self.output)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def target(self) -> NofM | None:
+        """The N:M that was asked for."""
+        return parse_pattern(self.pattern) if self.pattern not in (None, "unstructured") else None
+
+
+def rebuild_defaults(
+    initial: Initial, granularity: Granularity | None, ratio: float | None, pattern: Pattern | None
+) -> tuple[Granularity, float]:
+    """The granularity and rebuild ratio to use: those asked for, else the released experiments'.
+
+    The released program chooses N:M's growing weights per output row, whatever the method.
+    """
+    default_granularity, default_ratio = RELEASED_REBUILD[initial]
+    if isinstance(pattern, NofM):
+        default_granularity = Granularity.OUTPUT
+    return granularity or default_granularity, default_ratio if ratio is None else ratio
+
+
+def _same_folder(label: str, model: str, output: Path) -> list[str]:
+    source, target = Path(model).expanduser().resolve(), output.resolve()
+    if source == target:
+        return [f"OUT is {label} itself ({output}): choose another output folder"]
+    if target in source.parents:
+        return [f"OUT ({output}) contains {label}: choose another output folder"]
+    return []
+
+
+def _problem(detail: Any) -> str:
+    location = ".".join(str(part) for part in detail["loc"])
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not location:
+        return message
+    given = detail.get("input")
+    return f"{location}: {message}" + ("" if detail["type"] == "value_error" else f" (given: {given!r})")

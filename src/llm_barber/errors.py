@@ -1,0 +1,37 @@
+"""One tree of exceptions. Each carries what went wrong (one line) and a hint that says what to do about it."""
+
+
+class BarberError(Exception):
+    """Anything that a user can mend; `str(error)` is one line, `hint` says how, `exit_code` is the command's."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class SettingsError(BarberError):
+    """Settings that are wrong by themselves, whatever the files hold."""
+
+    exit_code = 2
+
+
+class ModelError(BarberError):
+    """A checkpoint that is missing, damaged, of an unsupported kind, or holds NaN or Inf."""
+
+
+class CalibrationError(BarberError):
+    """Calibration text that is missing, unreadable or too short."""
+
+
+class HubError(BarberError):
+    """The hub was needed and could not be reached, or does not have what was asked for."""
+
+
+class OutputError(BarberError):
+    """An output folder that cannot be written."""
+
+
+class VerificationError(BarberError):
+    """A checkpoint that is not what its record, or the dense model, says."""

@@ -1,0 +1,187 @@
+"""Initial masks of a decoder layer: by a method from the calibration stream, or read off a pruned checkpoint."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.config import Initial
+from llm_barber.errors import ModelError
+from llm_barber.inspection import read_record
+from llm_barber.job import Job
+from llm_barber.masking import saliency
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import NofM, Pattern, find_pattern, holds, parse_pattern
+from llm_barber.masking.sparsegpt import sparsegpt
+from llm_barber.masking.statistics import GramMatrix, InputSquares
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.streams import ActivationStreams
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """A pruned linear before its mask is rebuilt; all tensors (out, in).
+
+    `keep`: bool. `weight`: the pruned weights, zero where pruned (SparseGPT updates the others). `values`: what a
+    weight is where the final mask keeps it. `fixed`: True where a weight takes no part in the rebuild.
+    """
+
+    keep: Tensor
+    weight: Tensor
+    values: Tensor
+    pattern: NofM | None
+    fixed: Tensor | None = None
+
+
+class Statistic(Protocol):
+    """A running statistic of a linear's inputs."""
+
+    def update(self, inputs: Tensor) -> None: ...
+
+    @property
+    def mean(self) -> Tensor: ...
+
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+class initial_from_method:  # noqa: N801 - used as a function
+    """Initial masks by magnitude, Wanda or SparseGPT, all linears of a layer from one pass of its dense weights."""
+
+    def __init__(
+        self, method: Initial, pattern: Pattern, granularity: Granularity | None, keep_updates: bool
+    ) -> None:
+        self.method = method
+        self.pattern = pattern
+        released = Granularity.LINEAR if method is Initial.MAGNITUDE else Granularity.OUTPUT
+        self.granularity = granularity or released
+        self.keep_updates = keep_updates
+
+    def __call__(
+        self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
+    ) -> dict[str, PrunedLinear]:
+        """One `PrunedLinear` for each linear in `dense`."""
+        pattern = self.pattern if isinstance(self.pattern, NofM) else None
+        if self.method is Initial.MAGNITUDE:
+            keeps = {name: self._mask(saliency.magnitude(weight)) for name, weight in dense.items()}
+        elif self.method is Initial.WANDA:
+            squares = collect_inputs(layer, streams, InputSquares)
+            keeps = {name: self._mask(saliency.wanda(weight, squares[name].mean)) for name, weight in dense.items()}
+        else:
+            return self._sparsegpt(layer, dense, streams, pattern)
+        return {
+            name: PrunedLinear(keep, torch.where(keep, dense[name], 0), dense[name], pattern)
+            for name, keep in keeps.items()
+        }
+
+    def _mask(self, scores: Tensor) -> Tensor:
+        return initial_mask(scores, self.pattern, self.granularity)
+
+    def _sparsegpt(
+        self, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams, pattern: NofM | None
+    ) -> dict[str, PrunedLinear]:
+        grams = collect_inputs(layer, streams, GramMatrix)
+        result = {}
+        for name, weight in dense.items():
+            keep, updated = sparsegpt(weight, grams[name].mean, self.pattern)
+            updated = updated.to(weight.dtype)
+            values = torch.where(keep, updated, weight) if self.keep_updates else weight
+            result[name] = PrunedLinear(keep, torch.where(keep, updated, 0), values, pattern)
+        return result
+
+
+def collect_inputs(
+    layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], Statistic]
+) -> dict[str, Statistic]:
+    """A running statistic of the inputs of every linear, over all calibration sequences.
+
+    Linears that read the same tensor (q, k, v; gate, up) share one.
+    """
+    found: dict[str, Statistic] = {}
+    for batch in streams.batches():
+        seen: list[Tensor] = []
+        updated: list[Statistic] = []
+
+        def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[Statistic] = updated) -> None:
+            if seen and seen[-1] is inputs:
+                found[name] = updated[-1]
+                return
+            if name not in found:
+                found[name] = statistic(inputs.shape[-1], inputs.device)
+            found[name].update(inputs)
+            seen[:] = [inputs]
+            updated[:] = [found[name]]
+
+        layer.visit_inputs(streams.read("hidden", batch), visit)
+    return found
+
+
+class initial_from_checkpoint:  # noqa: N801 - used as a function
+    """Initial masks read off the zeros of a checkpoint that any tool pruned.
+
+    A weight that is zero in the dense model too says nothing about the mask: it counts as kept and stays where it is.
+
+    Raises:
+        ModelError: the pruned checkpoint is of another shape or architecture, or is not pruned.
+    """
+
+    def __init__(self, job: Job, pruned: str, revision: str | None, pattern: str | None) -> None:
+        self.job = job
+        self.source = CheckpointSource(pruned, revision)
+        self.pattern = pattern
+        if self.source.model_type != job.source.model_type:
+            raise ModelError(
+                f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}", "they must be one model"
+            )
+        dense_shapes = job.linear_shapes(job.source)
+        for name, shape in job.linear_shapes(self.source).items():
+            if shape != dense_shapes[name]:
+                raise ModelError(
+                    f"{name} is {dense_shapes[name]} in DENSE and {shape} in PRUNED", "they must be one model"
+                )
+        record = read_record(self.source.folder)
+        methods = {method.value for method in Initial}
+        self.recorded_method = Initial(record.method) if record and record.method in methods else Initial.WANDA
+        first = self._read(0, job.architecture.linears)
+        dense = self._read(0, job.architecture.linears, job.source)
+        patterns = {self._find_pattern(name, first[name] != 0, dense[name] == 0) for name in first}
+        self.first_pattern = patterns.pop() if len(patterns) == 1 else None
+
+    def __call__(
+        self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
+    ) -> dict[str, PrunedLinear]:
+        """One `PrunedLinear` for each linear in `dense`."""
+        result = {}
+        for name, weight in self._read(index, tuple(dense)).items():
+            pruned = weight.to(dense[name].device)
+            fixed = dense[name] == 0
+            keep = (pruned != 0) | fixed
+            pattern = self._find_pattern(f"layer {index} {name}", pruned != 0, fixed)
+            result[name] = PrunedLinear(keep, pruned, dense[name], pattern, fixed)
+        return result
+
+    def _read(
+        self, index: int, linears: tuple[str, ...], source: CheckpointSource | None = None
+    ) -> dict[str, Tensor]:
+        source = source or self.source
+        prefix = self.job.skeleton.layer_prefix(index)
+        keys = {name: source.resolve(f"{prefix}{name}.weight", self.job.base_prefix) for name in linears}
+        tensors = source.read(keys.values())
+        return {name: tensors[key] for name, key in keys.items()}
+
+    def _find_pattern(self, name: str, nonzero: Tensor, fixed: Tensor) -> NofM | None:
+        if self.pattern == "unstructured":
+            return None
+        if self.pattern is None:
+            return find_pattern(nonzero, fixed)
+        asked = parse_pattern(self.pattern)
+        if not holds(asked, nonzero):
+            raise ModelError(
+                f"pattern {asked} does not hold in {name} of {self.source.model}",
+                "leave out --pattern to have it found, or give the one that the model was pruned to",
+            )
+        return asked

@@ -1,0 +1,218 @@
+"""What is pruned in a checkpoint, and is it what its record, and the dense model, say?"""
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource
+from llm_barber.config import Settings
+from llm_barber.errors import ModelError
+from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
+from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.progress import Progress, Silent
+from llm_barber.report import LinearResult, RunReport
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class InspectConfig(Settings):
+    """Settings of `inspect`."""
+
+    model: str = Field(description="folder, hub id or GGUF file")
+    dense: str | None = Field(None, description="the dense model, to compare bit by bit")
+    revision: str | None = Field(None, description="of a hub id")
+
+
+class LinearInspection(BaseModel):
+    """A linear as it lies in the checkpoint. `patterns`: the N:M that hold, the smallest N for each M."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    layer: int
+    shape: tuple[int, int]
+    zeros: int
+    patterns: tuple[str, ...]
+    zero_in_dense: int | None = None
+
+    @property
+    def weights(self) -> int:
+        """Weights of the linear."""
+        return self.shape[0] * self.shape[1]
+
+
+class Inspection(BaseModel):
+    """Linears of a checkpoint, and `problems`: what is not as its record or the dense model says."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    record: bool
+    compared_with: str | None
+    linears: tuple[LinearInspection, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in all linears."""
+        return sum(linear.zeros for linear in self.linears) / sum(linear.weights for linear in self.linears)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The N:M that hold in every linear."""
+        common = set(self.linears[0].patterns).intersection(*(linear.patterns for linear in self.linears))
+        return tuple(pattern for pattern in self.linears[0].patterns if pattern in common)
+
+
+def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspection:
+    """Read a checkpoint, tensor by tensor, and check it.
+
+    Raises:
+        ModelError: a checkpoint that cannot be read, or has no linears in numbered layers.
+        HubError: the hub cannot be reached.
+    """
+    progress = progress or Silent()
+    source = CheckpointSource(config.model, config.revision)
+    dense = CheckpointSource(config.dense, config.revision) if config.dense is not None else None
+    record = read_record(source.folder)
+    linears = find_linears(source)
+    if not linears:
+        raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
+    problems = [] if dense is None else _compare_names(source, dense)
+    if record is not None:
+        problems += _check_files(source.folder, record, progress)
+        expected = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
+        missing = expected.keys() - linears.values()
+        problems += [f"layer {index} {name} is in the record, not in the checkpoint" for index, name in sorted(missing)]
+    names = list(source.tensors if dense is not None else linears)
+    progress.start("inspecting", len(names))
+    inspected = []
+    for name in names:
+        tensor = source.read([name])[name]
+        original = dense.read([name])[name] if dense is not None and name in dense.tensors else None
+        if name in linears:
+            layer, linear = linears[name]
+            inspected.append(_inspect_linear(linear, layer, tensor, original))
+            if record is not None:
+                problems += _check_record(inspected[-1], expected.get((layer, linear)), record.pattern, tensor)
+        if original is not None:
+            updated = record is not None and record.keep_updates and name in linears
+            problems += _compare_bits(name, tensor, original, may_be_zero=name in linears, may_be_updated=updated)
+        progress.advance(name)
+    return Inspection(
+        model=config.model,
+        record=record is not None,
+        compared_with=config.dense,
+        linears=tuple(sorted(inspected, key=lambda linear: linear.layer)),
+        problems=tuple(problems),
+    )
+
+
+def read_record(folder: Path) -> RunReport | None:
+    """The checkpoint's own `barber.json`; None if there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    path = folder / RECORD_NAME
+    if not path.exists():
+        return None
+    try:
+        return RunReport.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        count = f"{error.error_count()} wrong fields" if isinstance(error, ValidationError) else str(error)
+        raise ModelError(f"{path} is not a record of this program ({count})", "remove it, or write it again") from error
+
+
+def find_linears(source: CheckpointSource) -> dict[str, tuple[int, str]]:
+    """Tensor name → (layer index, linear) of all prunable linears.
+
+    By the architecture's record; of an architecture without one, every matrix inside a numbered layer.
+    """
+    architecture = ARCHITECTURES.get(source.model_type)
+    if architecture is None:
+        expression = re.compile(r"(?:.*\.)?(\d+)\.(.+)\.weight")
+    else:
+        layers = f"(?:{re.escape(architecture.layers)}|{re.escape(architecture.layers.removeprefix('model.'))})"
+        linears = "|".join(re.escape(linear) for linear in architecture.linears)
+        expression = re.compile(rf"{layers}\.(\d+)\.({linears})\.weight")
+    found = {}
+    for name, info in source.tensors.items():
+        match = expression.fullmatch(name)
+        if match and len(info.shape) == 2:
+            found[name] = (int(match[1]), match[2])
+    return found
+
+
+def _inspect_linear(linear: str, layer: int, tensor: Tensor, dense: Tensor | None) -> LinearInspection:
+    nonzero = tensor != 0
+    return LinearInspection(
+        name=linear,
+        layer=layer,
+        shape=tuple(tensor.shape),
+        zeros=tensor.numel() - int(nonzero.sum()),
+        patterns=tuple(str(pattern) for pattern in held_patterns(nonzero)),
+        zero_in_dense=None if dense is None else int((dense == 0).sum()),
+    )
+
+
+def _check_record(found: LinearInspection, expected: LinearResult | None, pattern: str, tensor: Tensor) -> list[str]:
+    where = f"layer {found.layer} {found.name}"
+    if expected is None:
+        return [f"{where} is not in the record"]
+    problems = []
+    if found.shape != expected.shape:
+        problems.append(f"{where} has shape {found.shape}, the record says {expected.shape}")
+    elif found.zeros != expected.zeros:
+        problems.append(f"{where} has {found.zeros} zeros, the record says {expected.zeros}")
+    if re.fullmatch(r"\d+:\d+", pattern) and not holds(parse_pattern(pattern), tensor != 0):
+        problems.append(f"{where} does not hold {pattern}, as the record says")
+    return problems
+
+
+def _check_files(folder: Path, record: RunReport, progress: Progress) -> list[str]:
+    progress.start("checking files", len(record.files))
+    problems = []
+    for name, digest in record.files.items():
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            problems.append(f"{name} is in the record, not in the folder")
+        else:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    problems.append(f"{name} has changed since it was written (sha256)")
+        progress.advance(name)
+    return problems
+
+
+def _compare_names(source: CheckpointSource, dense: CheckpointSource) -> list[str]:
+    problems = []
+    for name in sorted(source.tensors.keys() | dense.tensors.keys()):
+        if name not in source.tensors:
+            problems.append(f"{name} is in the dense model only")
+        elif name not in dense.tensors:
+            problems.append(f"{name} is not in the dense model")
+    return problems
+
+
+def _compare_bits(name: str, tensor: Tensor, dense: Tensor, may_be_zero: bool, may_be_updated: bool) -> list[str]:
+    """Every element equals the dense one bit for bit; of a linear it may be +0.0 instead."""
+    if tensor.shape != dense.shape or tensor.dtype != dense.dtype:
+        return [
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype}, in the dense model {tuple(dense.shape)} {dense.dtype}"
+        ]
+    bits, dense_bits = (one.contiguous().view(BITS[one.element_size()]) for one in (tensor, dense))
+    differs = bits != dense_bits
+    if may_be_zero:
+        differs &= bits != 0
+        negative_zero = int((differs & (tensor == 0)).sum())
+        if negative_zero:
+            return [f"{name} has {negative_zero} pruned weights that are -0.0, not +0.0"]
+    count = int(differs.sum())
+    if count and not may_be_updated:
+        return [f"{name} differs from the dense model in {count} kept weights"]
+    return []

@@ -1,0 +1,154 @@
+"""What a run needs before its first layer, all checked: checkpoint, architecture, calibration tokens, device, plan."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from llm_barber.calibration import CalibrationTokens, load_calibration
+from llm_barber.checkpoint.source import CheckpointSource, sharded_by
+from llm_barber.config import RunSettings
+from llm_barber.errors import CalibrationError, ModelError
+from llm_barber.masking.pattern import NofM
+from llm_barber.model.architecture import Architecture, find_architecture
+from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.progress import Progress
+
+OUTSIDE_SHARD_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run."""
+
+    source: CheckpointSource
+    config: PreTrainedConfig
+    architecture: Architecture
+    tokens: CalibrationTokens
+    skeleton: Skeleton
+    batch_size: int
+
+    @property
+    def layer_count(self) -> int:
+        """Decoder layers."""
+        return len(self.skeleton.layers)
+
+    @cached_property
+    def layer_tensors(self) -> list[list[str]]:
+        """The checkpoint's tensors of each decoder layer, by the checkpoint's names."""
+        return [
+            [name for name in self.source.tensors if name.startswith(self.layer_prefix(index))]
+            for index in range(self.layer_count)
+        ]
+
+    @cached_property
+    def outside_shards(self) -> list[list[str]]:
+        """The checkpoint's tensors outside the decoder layers, in groups to write together."""
+        inside = {name for names in self.layer_tensors for name in names}
+        outside = [name for name in self.source.tensors if name not in inside]
+        return list(sharded_by(outside, self.source.tensors, OUTSIDE_SHARD_BYTES))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the checkpoint's tensors."""
+        return sum(info.bytes for info in self.source.tensors.values())
+
+    def layer_prefix(self, index: int) -> str:
+        """What stands before a layer's names in the checkpoint."""
+        prefix = self.skeleton.layer_prefix(index)
+        first = self.skeleton.layer_names(index)[0]
+        return self.source.resolve(prefix + first, self.base_prefix).removesuffix(first)
+
+    @property
+    def base_prefix(self) -> str:
+        """The base model's prefix, which some checkpoints leave out."""
+        return str(self.skeleton.model.base_model_prefix)
+
+    def linear_shapes(self, source: CheckpointSource) -> dict[str, tuple[int, ...]]:
+        """Shapes of all prunable linears in a checkpoint of this architecture, by the model's names.
+
+        Raises:
+            ModelError: one is missing.
+        """
+        names = [
+            f"{self.skeleton.layer_prefix(index)}{linear}.weight"
+            for index in range(self.layer_count)
+            for linear in self.architecture.linears
+        ]
+        return {name: source.tensors[source.resolve(name, self.base_prefix)].shape for name in names}
+
+
+def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: Progress) -> Job:
+    """Open and check everything that can be checked before computing.
+
+    Raises:
+        BarberError: whatever is wrong with the model, the calibration or the device.
+    """
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    progress.stage(f"opening {model}")
+    source = CheckpointSource(model, settings.revision)
+    architecture = find_architecture(source.model_type)
+    config = _load_config(source)
+    _check_positions(config, settings.seqlen, settings.calibration)
+    progress.stage(f"reading calibration text {settings.calibration}")
+    tokens = load_calibration(
+        settings.calibration, _load_tokenizer(source.folder), settings.samples, settings.seqlen, settings.seed
+    )
+    sequences, seqlen = tokens.input_ids.shape
+    _check_positions(config, seqlen, settings.calibration)
+    _check_vocabulary(config, tokens)
+    skeleton = Skeleton(config, architecture, device, dtype)
+    job = Job(
+        source, config, architecture, tokens, skeleton,
+        resolve_batch_size(settings.batch_size, seqlen, sequences, device),
+    )  # fmt: skip
+    for name, shape in job.linear_shapes(source).items():
+        if shape != tuple(skeleton.model.get_parameter(name).shape):
+            raise ModelError(
+                f"{name} has shape {shape}, the configuration says {tuple(skeleton.model.get_parameter(name).shape)}",
+                "config.json and the weights do not belong together",
+            )
+        if pattern is not None and shape[1] % pattern.of:
+            raise ModelError(
+                f"pattern {pattern} does not divide the {shape[1]} inputs of {name}",
+                "choose an N:M whose M divides every row, or --sparsity",
+            )
+    return job
+
+
+def _load_config(source: CheckpointSource) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises whatever a damaged file makes it raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"config.json of {source.model} cannot be used: {reason}", "get the file again") from error
+
+
+def _load_tokenizer(folder: Path) -> Any | None:
+    """The model's tokenizer; None if the folder has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception:  # a folder without tokenizer files is answered in as many ways as there are tokenizers
+        return None
+
+
+def _check_positions(config: PreTrainedConfig, seqlen: int, calibration: str) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seqlen > positions:
+        raise CalibrationError(
+            f"seqlen {seqlen} is beyond the model's {positions} positions", f"use --seqlen {positions} or less"
+        )
+
+
+def _check_vocabulary(config: PreTrainedConfig, tokens: CalibrationTokens) -> None:
+    low, high = (int(value) for value in torch.aminmax(tokens.input_ids))
+    if low < 0 or high >= config.vocab_size:
+        raise CalibrationError(
+            f"token {high if low >= 0 else low} is outside the model's vocabulary of {config.vocab_size}",
+            "the tokenizer, or the token file, belongs to another model",
+        )

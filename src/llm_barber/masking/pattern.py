@@ -1,0 +1,129 @@
+"""How many weights go: an unstructured fraction, or N kept of every M consecutive inputs of a row."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (2, 4, 8, 16, 32)
+
+
+def exact_floor(fraction: float, count: int) -> int:
+    """floor(fraction · count) with `fraction` read as the decimal that was written: 0.29 of 100 is 29, not 28.
+
+    Binary floating point makes 0.29 · 100 = 28.999…; a user who asks for 0.29 means 29/100.
+    """
+    return int(as_fraction(fraction) * count)
+
+
+def as_fraction(value: float) -> Fraction:
+    """The decimal that prints as `value`, as an exact fraction with a denominator of at most 10⁹."""
+    return Fraction(repr(float(value))).limit_denominator(10**9)
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A fraction of the weights of each comparison group is pruned, wherever it lies.
+
+    Example: `Unstructured(0.5)` prunes `floor(0.5 · members)` weights of each group.
+
+    Raises:
+        ValueError: sparsity is not inside (0, 1).
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity {self.sparsity} is not between 0 and 1 (0.5 prunes half of the weights)")
+
+    def pruned(self, members: int) -> int:
+        """Weights to prune in a comparison group of `members`: never more than the fraction asked for."""
+        return exact_floor(self.sparsity, members)
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NofM:
+    """N weights are **kept** of every M consecutive inputs of an output row.
+
+    Example: `NofM(2, 4)` on a row of shape (8,) keeps 2 of inputs 0…3 and 2 of inputs 4…7.
+
+    Raises:
+        ValueError: not 1 ≤ kept < of.
+    """
+
+    kept: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.kept < self.of:
+            raise ValueError(f"pattern {self} must keep at least 1 and fewer than all of its group (2:4 keeps 2 of 4)")
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed."""
+        return 1 - self.kept / self.of
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.of}"
+
+
+Pattern = Unstructured | NofM
+
+
+def parse_pattern(text: str) -> NofM:
+    """Read "N:M", N kept of M.
+
+    Raises:
+        ValueError: not two whole numbers with a colon between them, or not 1 ≤ N < M.
+    """
+    kept, separator, of = text.partition(":")
+    if not (separator and kept.isdecimal() and of.isdecimal()):
+        raise ValueError(f"pattern {text!r} is not N:M (for example 2:4, which keeps 2 of every 4)")
+    return NofM(int(kept), int(of))
+
+
+def fullest_group(nonzero: Tensor, size: int) -> int:
+    """The most weights that any group of `size` consecutive inputs has; `nonzero` is bool, (out, in)."""
+    return int(nonzero.reshape(-1, size).sum(1, dtype=torch.int32).max())
+
+
+def holds(pattern: NofM, nonzero: Tensor) -> bool:
+    """Whether no group of M has more than N weights; `nonzero` is bool, (out, in)."""
+    return nonzero.shape[1] % pattern.of == 0 and fullest_group(nonzero, pattern.of) <= pattern.kept
+
+
+def held_patterns(nonzero: Tensor) -> list[NofM]:
+    """For each group size M that divides the row, the smallest N for which N:M holds, where that is less than M.
+
+    Args:
+        nonzero: bool, (out, in).
+    """
+    columns = nonzero.shape[1]
+    held = []
+    for size in GROUP_SIZES:
+        if columns % size == 0:
+            most = fullest_group(nonzero, size)
+            if 1 <= most < size:
+                held.append(NofM(most, size))
+    return held
+
+
+def find_pattern(nonzero: Tensor, zero_in_dense: Tensor) -> NofM | None:
+    """The N:M that a linear was pruned to: the smallest M whose groups are all filled; None if it is unstructured.
+
+    A sparse enough unstructured linear holds some N:M by chance, but leaves groups unfilled.
+
+    Args:
+        nonzero: bool, (out, in), the weights that are there.
+        zero_in_dense: bool, (out, in); such a weight may have been kept.
+    """
+    kept_at_most = int(nonzero.sum()) + int(zero_in_dense.sum())
+    for pattern in held_patterns(nonzero):
+        if kept_at_most >= pattern.kept * (nonzero.numel() // pattern.of):
+            return pattern
+    return None

@@ -1,0 +1,113 @@
+"""Rebuild a mask: swap the pruned weights that turned out salient with the kept weights that did not.
+
+arXiv 2408.10631, section 3.3 and algorithm 1. Within each comparison group the pruned weights from high to low saliency are
+paired with the kept weights from low to high; a pair is beneficial where the pruned one scores higher; the first
+`floor(rebuild_ratio · beneficial pairs)` pairs are swapped. The number of kept weights does not change.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_barber.masking.granularity import Granularity, from_groups, to_groups
+from llm_barber.masking.initial import by_pattern_group
+from llm_barber.masking.pattern import NofM, as_fraction
+from llm_barber.masking.selection import lowest, rank_within, sort_values
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A linear's rebuilt keep mask (bool, (out, in)) and what was swapped.
+
+    `beneficial` counts its pruned weights that stand in a beneficial pair, `grown` those that came back, `dropped`
+    the kept ones that went for them; with granularity `block`, grown and dropped of one linear may differ.
+    """
+
+    keep: Tensor
+    beneficial: int
+    grown: int
+    dropped: int
+
+
+def rebuild_masks(
+    keep: Sequence[Tensor],
+    saliency: Sequence[Tensor],
+    granularity: Granularity,
+    rebuild_ratio: float,
+    patterns: Sequence[NofM | None] | None = None,
+    fixed: Sequence[Tensor] | None = None,
+) -> list[Rebuilt]:
+    """Rebuild the masks of one block's linears.
+
+    Args:
+        keep: a bool tensor (out, in) per linear, True survives.
+        saliency: a float32 tensor (out, in) per linear, at least 0; see `saliency.weight_gradient`.
+        granularity: the set within which weights compete.
+        rebuild_ratio: share of the beneficial pairs to swap, 0 to 1.
+        patterns: for each linear the N:M to keep up, if any: the growing weights are chosen by granularity, then each group of M drops as many
+            kept weights as grow in it, those with the lowest saliency.
+        fixed: a bool tensor (out, in) per linear, True where a weight neither grows nor drops (it is zero in the
+            dense model, so that moving it would change nothing but the count of zeros).
+
+    Returns:
+        One `Rebuilt` per linear.
+    """
+    shapes = [tuple(tensor.shape) for tensor in keep]
+    none_fixed = [torch.zeros_like(tensor) for tensor in keep] if fixed is None else fixed
+    grow_groups, drop_groups, beneficial_groups = [], [], []
+    for members in zip(*(to_groups(tensors, granularity) for tensors in (keep, saliency, none_fixed)), strict=True):
+        grow, drop, beneficial = _choose_pairs(*members, rebuild_ratio)
+        grow_groups.append(grow)
+        drop_groups.append(drop)
+        beneficial_groups.append(beneficial)
+    grow_masks, drop_masks, beneficial_masks = (
+        from_groups(groups, shapes, granularity) for groups in (grow_groups, drop_groups, beneficial_groups)
+    )
+    results = []
+    for index, mask in enumerate(keep):
+        grow, drop = grow_masks[index], drop_masks[index]
+        pattern = patterns[index] if patterns is not None else None
+        if pattern is not None:
+            grow, drop = _within_pattern(mask & ~none_fixed[index], saliency[index], grow, pattern)
+        results.append(
+            Rebuilt(
+                keep=(mask | grow) & ~drop,
+                beneficial=int(beneficial_masks[index].sum()),
+                grown=int(grow.sum()),
+                dropped=int(drop.sum()),
+            )
+        )
+    return results
+
+
+def _choose_pairs(keep: Tensor, saliency: Tensor, fixed: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which members grow, which drop, and which pruned ones stand in a beneficial pair; all bool (groups, members)."""
+    # Members of the other side sort behind all real ones, where no pair is beneficial.
+    pruned_downwards = torch.where(keep | fixed, torch.inf, -saliency)
+    kept_upwards = torch.where(keep & ~fixed, saliency, torch.inf)
+    pruned_ordered, kept_ordered = sort_values(pruned_downwards), sort_values(kept_upwards)
+    pairs = (-pruned_ordered > kept_ordered).sum(1)
+    share = as_fraction(ratio)
+    swaps = pairs * share.numerator // share.denominator
+    return (
+        lowest(pruned_downwards, swaps, pruned_ordered),
+        lowest(kept_upwards, swaps, kept_ordered),
+        lowest(pruned_downwards, pairs, pruned_ordered),
+    )
+
+
+def _within_pattern(droppable: Tensor, saliency: Tensor, grow: Tensor, pattern: NofM) -> tuple[Tensor, Tensor]:
+    """N:M: as many weights drop in a group of M as grow in it, and no more grow than it has to drop."""
+    droppable_group, saliency_group, grow_group = (
+        by_pattern_group(tensor, pattern) for tensor in (droppable, saliency, grow)
+    )
+    growing = grow_group.sum(-1, keepdim=True)
+    available = droppable_group.sum(-1, keepdim=True)
+    # With 1:4 three pruned weights may want to grow where one can drop: the most salient ones go first.
+    grow_rank = rank_within(torch.where(grow_group, -saliency_group, torch.inf))
+    grow_group = grow_group & (grow_rank < available)
+    drop_rank = rank_within(torch.where(droppable_group, saliency_group, torch.inf))
+    drop_group = droppable_group & (drop_rank < growing)
+    return grow_group.reshape(grow.shape), drop_group.reshape(grow.shape)

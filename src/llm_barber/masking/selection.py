@@ -1,0 +1,71 @@
+"""Choose exactly k members of each group by score, ties by position: what every mask here is made with.
+
+Real weights (dequantised ones above all) are full of equal scores. A threshold with `<=` takes all of them and
+overshoots; here a tie at the border goes to the lower position, as a stable sort would have it.
+"""
+
+import numpy
+import torch
+from torch import Tensor
+
+
+def sort_values(scores: Tensor) -> Tensor:
+    """Scores (groups, members), float32, sorted upwards within each group.
+
+    On CPUs numpy's vectorised sort is about ten times as fast as `torch.sort`, which also carries indices that
+    nothing here needs.
+    """
+    if scores.device.type == "cpu":
+        return torch.from_numpy(numpy.sort(scores.numpy(), axis=-1))
+    return scores.sort(dim=-1).values
+
+
+def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -> Tensor:
+    """Mark the `count` lowest scores of each group; equal scores at the border are taken from the left.
+
+    Args:
+        scores: (groups, members), float32, without NaN.
+        count: how many in each group: one int, or int64 of shape (groups,).
+        ordered: `sort_values(scores)`, where the caller has it already.
+
+    Returns:
+        bool, (groups, members), with exactly `count` True a group.
+    """
+    groups, members = scores.shape
+    ordered = sort_values(scores) if ordered is None else ordered
+    counts = torch.as_tensor(count, device=scores.device).expand(groups)
+    border = ordered.gather(1, (counts - 1).clamp(0, members - 1).unsqueeze(1))
+    border = border.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
+    chosen = scores <= border
+    surplus = chosen.sum(1) != counts
+    if surplus.any():
+        chosen[surplus] = _break_ties(scores[surplus], border[surplus], counts[surplus])
+    return chosen
+
+
+def _break_ties(scores: Tensor, border: Tensor, counts: Tensor) -> Tensor:
+    """`lowest` for the groups in which more than `counts` members are at or under the border."""
+    below = scores < border
+    tied = scores == border
+    room = (counts - below.sum(1)).unsqueeze(1)
+    return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
+
+
+def rank_within(scores: Tensor) -> Tensor:
+    """Rank of each member within its small group, 0 the lowest, ties by position.
+
+    For the groups of N:M: M comparisons of whole tensors, without a loop over the groups.
+
+    Args:
+        scores: (..., M).
+
+    Returns:
+        int8, (..., M).
+    """
+    size = scores.shape[-1]
+    ranks = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    for position in range(size):
+        other = scores[..., position : position + 1]
+        ranks += other < scores
+        ranks[..., position + 1 :] += other == scores[..., position + 1 :]
+    return ranks

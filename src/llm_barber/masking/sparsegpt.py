@@ -1,0 +1,89 @@
+"""SparseGPT (arXiv 2301.00774): prune column by column and let the columns to come make up for the error.
+
+It gives a keep mask and updated weights. Parameter names follow the paper's algorithm 1.
+"""
+
+import torch
+from torch import Tensor
+
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.masking.selection import rank_within
+
+MAXIMAL_DAMPING_TRIES = 8
+
+
+def sparsegpt(
+    weight: Tensor, gram: Tensor, pattern: Pattern, damping: float = 0.01, block_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Prune one linear.
+
+    Args:
+        weight: (out, in), any float dtype.
+        gram: (in, in), float32, see `statistics.GramMatrix`.
+        pattern: unstructured sparsity is met exactly in every block of columns, N:M in every group.
+        damping: share of the mean diagonal that is added to the diagonal; grows tenfold while the matrix is not
+            positive definite.
+        block_size: columns whose mask is chosen together; rounded up to a whole number of groups of M.
+
+    Returns:
+        The keep mask, bool (out, in), and the updated weights, float32 (out, in), zero where pruned.
+
+    Raises:
+        ValueError: M does not divide the row.
+    """
+    columns = weight.shape[1]
+    if isinstance(pattern, NofM):
+        if columns % pattern.of:
+            raise ValueError(f"pattern {pattern} does not divide a row of {columns} inputs")
+        block_size = -(-block_size // pattern.of) * pattern.of
+    # Transposed, so that the column being pruned and those to come are contiguous.
+    values = weight.float().t().clone()
+    values[gram.diagonal() == 0] = 0
+    factor = _inverse_factor(gram, damping)
+    keep = torch.empty_like(values, dtype=torch.bool)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        keep[start:stop], errors = _prune_block(values[start:stop], factor[start:stop, start:stop], pattern)
+        values[stop:] -= factor[start:stop, stop:].t() @ errors
+    return keep.t().contiguous(), values.t().contiguous()
+
+
+def _prune_block(values: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Prune one block of columns in place; returns its keep mask and the errors to pass on, both (columns, out)."""
+    diagonal = factor.diagonal()
+    if isinstance(pattern, NofM):
+        keep = torch.empty_like(values, dtype=torch.bool)
+    else:
+        saliency = (values / diagonal.unsqueeze(1)).square()
+        keep = initial_mask(saliency.t().contiguous(), pattern, Granularity.LINEAR).t()
+    errors = torch.empty_like(values)
+    for column in range(len(values)):
+        if isinstance(pattern, NofM) and column % pattern.of == 0:
+            group = slice(column, column + pattern.of)
+            saliency = (values[group] / diagonal[group].unsqueeze(1)).square()
+            keep[group] = rank_within(saliency.t()).t() >= pattern.of - pattern.kept
+        current = values[column]
+        errors[column] = torch.where(keep[column], 0, current / diagonal[column])
+        values[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+        current.masked_fill_(~keep[column], 0)
+    return keep, errors
+
+
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the damped inverse Gram matrix, (in, in), with the damping that it takes."""
+    matrix = gram.clone()
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1  # a dead input: its weights are zeroed, any value does
+    step = damping * diagonal.mean()
+    for _ in range(MAXIMAL_DAMPING_TRIES):
+        diagonal += step
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return factor
+        step = step * 10
+    # So far from positive definite that only the diagonal can be trusted.
+    return torch.diag(diagonal.clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt())

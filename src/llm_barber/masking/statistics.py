@@ -1,0 +1,82 @@
+"""Running sums over the calibration sequences: squares of inputs, Gram matrices, squares of gradients.
+
+All are float32 whatever the activations' dtype, and are added sequence by sequence in a fixed order, so that the
+batch size does not change them.
+"""
+
+import torch
+from torch import Tensor
+
+
+class InputSquares:
+    """Mean over sequences of the squared norm of each input channel (Wanda, arXiv 2306.11695, equation 1).
+
+    `update` takes inputs of shape (sequences, tokens, in); `mean` is float32 of shape (in,).
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.total = torch.zeros(features, device=device)
+        self.sequences = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add a batch of sequences."""
+        for sequence in inputs:
+            self.total += sequence.float().square_().sum(0)
+        self.sequences += len(inputs)
+
+    @property
+    def mean(self) -> Tensor:
+        """float32, (in,)."""
+        return self.total / self.sequences
+
+
+class GramMatrix:
+    """H = 2/n · Σ x xᵀ over all tokens of n sequences (SparseGPT, arXiv 2301.00774, equation 2).
+
+    `update` takes inputs of shape (sequences, tokens, in); `mean` is float32 of shape (in, in).
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.total = torch.zeros(features, features, device=device)
+        self.sequences = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add a batch of sequences: products in float32, since rounded ones are not positive definite."""
+        for sequence in inputs:
+            values = sequence.float()
+            self.total.addmm_(values.t(), values)
+        self.sequences += len(inputs)
+
+    @property
+    def mean(self) -> Tensor:
+        """float32, (in, in)."""
+        return self.total * (2 / self.sequences)
+
+
+class GradientSquares:
+    """Mean over sequences of the squared gradient of a weight (arXiv 2408.10631, equation 7).
+
+    The gradient of one sequence is `output_gradientᵀ · inputs`, the square is taken before sequences are added.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.total = torch.zeros(shape, device=device)
+        self.sequences = 0
+
+    def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: (sequences, tokens, in).
+            output_gradient: (sequences, tokens, out), each sequence divided by its `scale`.
+            scale: (sequences,), float32.
+        """
+        for sequence, gradient, factor in zip(inputs, output_gradient, scale.tolist(), strict=True):
+            weight_gradient = (gradient.t() @ sequence).float()
+            self.total.addcmul_(weight_gradient, weight_gradient, value=factor * factor)
+        self.sequences += len(inputs)
+
+    @property
+    def mean(self) -> Tensor:
+        """float32, (out, in)."""
+        return self.total / self.sequences

@@ -1,0 +1,220 @@
+"""One decoder layer, run with hooks: the inputs of its linears, the outputs of its blocks, per-sequence gradients.
+
+The layer's own forward is what runs, with the keyword arguments as they were captured. A block that is final is
+not computed again: its module answers with its kept output ("replay"). A run stops as soon as it has what it came for.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_barber.masking.statistics import GradientSquares
+from llm_barber.model.architecture import Block
+
+InputVisitor = Callable[[str, Tensor], None]
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """What the run came for is there."""
+
+
+def reconstruction_errors(dense: Tensor, other: Tensor) -> Tensor:
+    """mean((y_dense − y)²) over tokens and channels of each sequence (arXiv 2408.10631, equation 4).
+
+    Takes (sequences, tokens, hidden), gives float32 of shape (sequences,).
+    """
+    return (dense.float() - other.float()).square_().mean(dim=(1, 2))
+
+
+class DecoderLayer:
+    """A decoder layer with weights on the device, and the linears that can be pruned.
+
+    Args:
+        module: the layer.
+        linears: paths of the prunable linears.
+        arguments: gives the keyword arguments of the layer's call for a batch size.
+    """
+
+    def __init__(
+        self, module: nn.Module, linears: tuple[str, ...], arguments: Callable[[int], Mapping[str, Any]]
+    ) -> None:
+        self.module = module
+        self.linears = {name: module.get_submodule(name) for name in linears}
+        self._arguments = arguments
+        # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
+        self._output_tail: dict[str, tuple[Any, ...] | None] = {}
+        self._flattened: dict[str, bool] = {}
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Point linears at other weights, (out, in), in the compute dtype."""
+        for name, weight in weights.items():
+            self.linears[name].weight.data = weight
+
+    @torch.no_grad()
+    def visit_inputs(self, hidden: Tensor, visitor: InputVisitor) -> None:
+        """Hand the inputs of every linear to `visitor`, (sequences, tokens, in), then stop.
+
+        Linears that read the same tensor are visited one after the other with that same object.
+        """
+        waiting = set(self.linears)
+        latest: list[Tensor] = [hidden, hidden]
+
+        def visit(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
+                if positional[0] is not latest[0]:
+                    latest[:] = positional[0], _by_sequence(positional[0], len(hidden))
+                visitor(name, latest[1])
+                waiting.discard(name)
+                if not waiting:
+                    raise _Reached
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, linear in self.linears.items():
+                stack.enter_context(_removed(linear.register_forward_pre_hook(visit(name))))
+            self._run(hidden)
+
+    @torch.no_grad()
+    def block_output(self, block: Block, hidden: Tensor, replays: Mapping[str, Tensor]) -> Tensor:
+        """The block's output, (sequences, tokens, hidden), on the layer's input `hidden`.
+
+        Args:
+            block: which.
+            hidden: (sequences, tokens, hidden).
+            replays: kept outputs of blocks that are final, by the path of their output module.
+        """
+        found: list[Tensor] = []
+        with self._stop_at(block, found, len(hidden)), self._replayed(replays):
+            self._run(hidden)
+        return found[0]
+
+    def block_gradients(
+        self,
+        block: Block,
+        hidden: Tensor,
+        sparse_output: Tensor,
+        replays: Mapping[str, Tensor],
+        squares: Mapping[str, GradientSquares],
+    ) -> tuple[Tensor, Tensor]:
+        """Add the squared per-sequence gradients of the reconstruction error at the layer's present weights.
+
+        The loss of a sequence is mean((y − y_sparse)²) over its tokens and channels (arXiv 2408.10631, equation 4).
+        No gradient of a weight is formed by autograd: it would sum over the batch. Gradients of the linears' outputs are
+        taken, and each sequence's weight gradient is their product with its inputs.
+
+        Args:
+            block: which.
+            hidden: the layer's input, (sequences, tokens, hidden).
+            sparse_output: the block's output with the pruned weights, (sequences, tokens, hidden).
+            replays: as in `block_output`.
+            squares: running statistics of the block's linears.
+
+        Returns:
+            The block's output y, (sequences, tokens, hidden), detached, and the losses, float32 (sequences,).
+        """
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def record(name: str) -> Callable[..., Tensor]:
+            def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                inputs[name] = positional[0].detach()
+                # Weights ask for no gradient, so that autograd forms none; the graph starts at the first outputs.
+                outputs[name] = output if output.requires_grad else output.requires_grad_()
+                return outputs[name]
+
+            return hook
+
+        found: list[Tensor] = []
+        with ExitStack() as stack:
+            for name in block.linears:
+                stack.enter_context(_removed(self.linears[name].register_forward_hook(record(name))))
+            stack.enter_context(self._stop_at(block, found, len(hidden)))
+            stack.enter_context(self._replayed(replays))
+            stack.enter_context(torch.enable_grad())
+            self._run(hidden)
+        output = found[0]
+        difference = output.detach().float() - sparse_output.float()
+        # Scaled by a power of two to at most 1, exactly, so that nothing underflows in half precision.
+        peak = difference.abs().amax(dim=(1, 2))
+        exponent = torch.frexp(peak).exponent
+        scaled = torch.ldexp(difference, -exponent.view(-1, 1, 1)).to(output.dtype)
+        names = list(outputs)
+        gradients = torch.autograd.grad(output, [outputs[name] for name in names], scaled)
+        # d mean(d²)/dy = 2 d / (tokens · channels)
+        factor = torch.ldexp(torch.full_like(peak, 2 / difference[0].numel()), exponent)
+        for name, gradient in zip(names, gradients, strict=True):
+            squares[name].update(
+                _by_sequence(inputs[name], len(hidden)), _by_sequence(gradient, len(hidden)), factor
+            )
+        return output.detach(), difference.square_().mean(dim=(1, 2))
+
+    @torch.no_grad()
+    def final_output(self, hidden: Tensor, block: Block, replays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The output of a block and of the whole layer, both (sequences, tokens, hidden)."""
+        found: list[Tensor] = []
+        with self._stop_at(block, found, len(hidden), stop=False), self._replayed(replays):
+            output = self._run(hidden)
+        assert output is not None
+        return found[0], output
+
+    @torch.no_grad()
+    def output(self, hidden: Tensor) -> Tensor:
+        """The layer's output, (sequences, tokens, hidden)."""
+        output = self._run(hidden)
+        assert output is not None
+        return output
+
+    def _run(self, hidden: Tensor) -> Tensor | None:
+        try:
+            output = self.module(hidden, **self._arguments(len(hidden)))
+        except _Reached:
+            return None
+        return output if isinstance(output, Tensor) else output[0]
+
+    @contextmanager
+    def _stop_at(self, block: Block, found: list[Tensor], sequences: int, stop: bool = True) -> Iterator[None]:
+        """Put the block's output in `found`, and end the run there."""
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            tensor = output if isinstance(output, Tensor) else output[0]
+            self._output_tail[block.output] = None if isinstance(output, Tensor) else tuple(output[1:])
+            self._flattened[block.output] = tensor.dim() == 2
+            found.append(_by_sequence(tensor, sequences))
+            if stop:
+                raise _Reached
+
+        with _removed(self.module.get_submodule(block.output).register_forward_hook(hook)):
+            yield
+
+    @contextmanager
+    def _replayed(self, replays: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let modules answer with kept outputs instead of computing them."""
+        modules = [self.module.get_submodule(path) for path in replays]
+        for module, (path, output) in zip(modules, replays.items(), strict=True):
+            tensor = output.flatten(0, 1) if self._flattened[path] else output
+            tail = self._output_tail[path]
+            answer = tensor if tail is None else (tensor, *tail)
+            module.forward = lambda *_, _answer=answer, **__: _answer
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+
+def _by_sequence(activations: Tensor, sequences: int) -> Tensor:
+    """(sequences, tokens, features) from activations that some layers flatten to (sequences · tokens, features)."""
+    return activations.reshape(sequences, -1, activations.shape[-1])
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    """A hook that is taken off at the end."""
+    try:
+        yield
+    finally:
+        handle.remove()

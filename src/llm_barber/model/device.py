@@ -1,0 +1,50 @@
+"""Which device and compute dtype to use, and how many sequences to compute together."""
+
+import torch
+
+from llm_barber.errors import SettingsError
+
+# On CPUs a batch whose activations stay in the caches is fastest; measured in docs/algorithm.md.
+CPU_BATCH_TOKENS = 1024
+GPU_BATCH_TOKENS = 16384
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        SettingsError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise SettingsError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"device {name} is not there: PyTorch sees {torch.cuda.device_count()}", "use --device cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is the fastest dtype of the device that keeps float32's range, else float32.
+
+    bfloat16 on CPUs with AVX512-BF16 or AMX and on GPUs that have it; others would emulate it slowly.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Private in torch; absent, the answer is the safe one.
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        fast = any(check() for check in checks if check is not None)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_batch_size(asked: int | None, seqlen: int, sequences: int, device: torch.device) -> int:
+    """Sequences to compute together: what was asked for, else a number of tokens that suits the device."""
+    tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+    return min(sequences, asked or max(1, tokens // seqlen))

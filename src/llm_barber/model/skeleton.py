@@ -1,0 +1,151 @@
+"""An empty model on `meta`: it embeds the calibration tokens, then takes one decoder layer's weights in and out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from llm_barber.errors import ModelError
+from llm_barber.model.architecture import Architecture
+
+Arguments = dict[str, Any]
+
+
+class _LayersReached(Exception):  # noqa: N818 - a signal, not an error
+    """The last decoder layer was called: what comes after it is not needed."""
+
+
+class Skeleton:
+    """The module tree that transformers builds, without weights.
+
+    Args:
+        config: the model's configuration.
+        architecture: its record.
+        device: where layers are computed.
+        dtype: what they are computed in.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.architecture = architecture
+        self.device = device
+        self.dtype = dtype
+        # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.model.tie_weights()
+        self.model.eval().requires_grad_(False)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
+        # Keyword arguments of each layer's call, by batch size.
+        self._arguments: dict[int, list[Arguments]] = {}
+
+    @property
+    def outside_names(self) -> list[str]:
+        """Parameters outside the decoder layers that the way into the first layer may need."""
+        head = self.model.get_output_embeddings()
+        head_parameters = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        embedding_parameters = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
+        inside = self.architecture.layers + "."
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(inside) and id(parameter) not in head_parameters - embedding_parameters
+        ]
+
+    def layer_prefix(self, index: int) -> str:
+        """What stands before the names of a layer's parameters in the model."""
+        return f"{self.architecture.layers}.{index}."
+
+    def layer_names(self, index: int) -> list[str]:
+        """Names of a layer's parameters, inside the layer."""
+        return [name for name, _ in self.layers[index].named_parameters()]
+
+    def fill_outside(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the model the parameters in `outside_names`."""
+        self._assign(self.model, weights)
+
+    def embed(self, tokens: Tensor, keep: Callable[[Tensor], None]) -> None:
+        """Run a batch of tokens to the first decoder layer, and note how each layer is called.
+
+        The layers themselves are stepped over: what a model passes to layer 7 (mask, positions, cache) does not depend
+        on what layer 6 computes.
+
+        Args:
+            tokens: int64, (sequences, tokens).
+            keep: is handed the hidden states, (sequences, tokens, hidden).
+        """
+        arguments: list[Arguments] = [{} for _ in self.layers]
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, positional: tuple[Any, ...], keywords: Arguments) -> None:
+                hidden = positional[0] if positional else keywords.pop("hidden_states")
+                if len(positional) > 1:
+                    raise ModelError(
+                        "a decoder layer takes more than its hidden states by position",
+                        "this architecture needs a record of its own",
+                    )
+                arguments[index] = dict(keywords)
+                if index == 0:
+                    keep(hidden)
+                if index == len(self.layers) - 1:
+                    raise _LayersReached
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(self.layers)]
+        for layer in self.layers:
+            layer.forward = _pass_through
+        try:
+            with torch.no_grad():
+                self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        except _LayersReached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self.layers:
+                del layer.forward
+        self._arguments[len(tokens)] = arguments
+
+    def arguments(self, index: int, batch_size: int) -> Arguments:
+        """Keyword arguments of a layer's call for a batch of this size, as they were captured."""
+        return self._arguments[batch_size][index]
+
+    def drop_outside(self) -> None:
+        """Forget the parameters outside the decoder layers."""
+        for name in self.outside_names:
+            self._set_parameter(self.model, name, None)
+
+    def load_layer(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Give a layer its weights, by names inside the layer, in any float dtype."""
+        layer = self.layers[index]
+        self._assign(layer, weights)
+        return layer
+
+    def release_layer(self, index: int) -> None:
+        """Send a layer's weights back to `meta`."""
+        for name in self.layer_names(index):
+            self._set_parameter(self.layers[index], name, None)
+
+    def _assign(self, root: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in weights.items():
+            self._set_parameter(root, name, tensor.to(self.device, self.dtype))
+
+    @staticmethod
+    def _set_parameter(root: nn.Module, name: str, value: Tensor | None) -> None:
+        path, _, leaf = name.rpartition(".")
+        owner = root.get_submodule(path)
+        if value is None:
+            value = torch.empty_like(getattr(owner, leaf), device="meta")
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _pass_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states

@@ -1,0 +1,42 @@
+"""The calibration activations, layer to layer: kept off the device, moved in batches, one array a purpose."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class ActivationStreams:
+    """Named arrays of shape (sequences, tokens, features) in host memory.
+
+    Args:
+        sequences: calibration sequences.
+        batch_size: sequences moved to the device together.
+        device: where batches go.
+    """
+
+    def __init__(self, sequences: int, batch_size: int, device: torch.device) -> None:
+        self.sequences = sequences
+        self.batch_size = batch_size
+        self.device = device
+        self._arrays: dict[str, Tensor] = {}
+
+    def batches(self) -> Iterator[slice]:
+        """The sequences of each batch; the last may be smaller."""
+        for start in range(0, self.sequences, self.batch_size):
+            yield slice(start, min(start + self.batch_size, self.sequences))
+
+    def read(self, name: str, batch: slice) -> Tensor:
+        """A batch, on the device."""
+        return self._arrays[name][batch].to(self.device, non_blocking=True)
+
+    def write(self, name: str, batch: slice, values: Tensor) -> None:
+        """Keep a batch; the array is made at the first one and reused by every later layer."""
+        shape = (self.sequences, *values.shape[1:])
+        array = self._arrays.get(name)
+        if array is None or array.shape != shape or array.dtype != values.dtype:
+            array = self._arrays[name] = torch.empty(shape, dtype=values.dtype)
+        array[batch] = values
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays

@@ -1,0 +1,242 @@
+"""Results of a run, per layer, block and linear → JSON record and model card."""
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+RECORD_VERSION = 1
+CITATION = """@article{su2024llmbarber,
+  title={LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large Language Models},
+  author={Su, Yupeng and Guan, Ziyi and Liu, Xiaoqun and Jin, Tianlai and Wu, Dongkuan and Chesi, Graziano and
+          Wong, Ngai and Yu, Hao},
+  journal={arXiv preprint arXiv:2408.10631},
+  year={2024}
+}"""
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class LinearResult(_Result):
+    """One linear: counts of weights. `zeros` also counts weights that are zero in the dense model and kept."""
+
+    name: str
+    shape: tuple[int, int]
+    pruned: int
+    zeros: int
+    beneficial_pairs: int = 0
+    grown: int = 0
+    dropped: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Weights of the linear."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed by the mask."""
+        return self.pruned / self.weights
+
+
+class BlockResult(_Result):
+    """One block: the mean over calibration sequences of mean((y_dense − y)²), before and after the rebuild."""
+
+    name: str
+    error_before: float | None
+    error_after: float | None
+    linears: tuple[LinearResult, ...]
+
+
+class LayerResult(_Result):
+    """One decoder layer."""
+
+    index: int
+    seconds: float
+    blocks: tuple[BlockResult, ...]
+
+    @property
+    def linears(self) -> tuple[LinearResult, ...]:
+        """All linears, block after block."""
+        return tuple(linear for block in self.blocks for linear in block.linears)
+
+
+class RunReport(_Result):
+    """Everything about a finished run; what `OUT/barber.json` holds.
+
+    `seconds` are wall-clock seconds by stage; `peak_memory` and `peak_device_memory` are bytes.
+    """
+
+    record_version: int = RECORD_VERSION
+    command: str
+    model: str
+    output: str
+    settings: dict[str, Any]
+    method: str
+    pattern: str
+    granularity: str | None
+    rebuild_ratio: float | None
+    keep_updates: bool = False
+    calibration: dict[str, Any]
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    layers: tuple[LayerResult, ...]
+    seconds: dict[str, float]
+    peak_memory: int
+    peak_device_memory: int | None = None
+    files: dict[str, str]
+
+    @property
+    def pruned(self) -> int:
+        """Weights removed, over all linears."""
+        return sum(linear.pruned for linear in self.linears)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all prunable linears."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed of all prunable linears."""
+        return self.pruned / self.weights
+
+    @property
+    def swapped(self) -> int:
+        """Pruned weights that came back for kept ones that went."""
+        return sum(linear.grown for linear in self.linears)
+
+    @property
+    def linears(self) -> Iterable[LinearResult]:
+        """All linears of all layers."""
+        return (linear for layer in self.layers for linear in layer.linears)
+
+    def to_json(self) -> str:
+        """The record, with sparsities spelled out for readers that do not count."""
+        record = self.model_dump(mode="json")
+        record["sparsity"] = self.sparsity
+        for layer, result in zip(record["layers"], self.layers, strict=True):
+            for block, block_result in zip(layer["blocks"], result.blocks, strict=True):
+                for linear, linear_result in zip(block["linears"], block_result.linears, strict=True):
+                    linear["sparsity"] = linear_result.sparsity
+                    linear["swaps"] = linear_result.grown
+        return json.dumps(record, indent=1) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    packages = ("llm-barber", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process so far, in bytes (since `reset_peak_memory`, on Linux)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of `peak_memory`, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_device_memory(device: torch.device) -> int | None:
+    """The largest allocation on a CUDA device so far, in bytes."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def model_card(report: RunReport) -> str:
+    """`OUT/README.md`: what was done, a table by linear, how to load it, the citation."""
+    name = Path(report.model).name if Path(report.model).exists() else report.model
+    rebuilt = report.granularity is not None
+    header = ["---", "library_name: transformers", "tags: [pruning, sparsity, llm-barber]"]
+    if "/" in report.model and not Path(report.model).exists():
+        header.insert(1, f"base_model: {report.model}")
+    kept = "SparseGPT's updated weights" if report.keep_updates else "the dense model's, bit for bit"
+    how = (
+        f"initial mask: {report.method}; rebuilt within each {report.granularity}, ratio {report.rebuild_ratio:g}"
+        if rebuilt
+        else f"mask: {report.method}, not rebuilt"
+    )
+    lines = [
+        *header,
+        "---",
+        "",
+        f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
+        "",
+        f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, without "
+        f"training. Kept weights are {kept}; pruned ones are zero.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| model | {report.model} |",
+        f"| method | {how} |",
+        f"| pattern | {report.pattern} |",
+        f"| weights pruned | {report.pruned:,} of {report.weights:,} in linears ({report.sparsity:.2%}) |",
+        f"| calibration | {report.calibration['source']}, {report.calibration['sequences']} windows of "
+        f"{report.calibration['tokens']} tokens, seed {report.settings.get('seed')} |",
+        f"| computed in | {report.dtype} on {report.device} |",
+        f"| time, peak memory | {report.seconds['total']:.1f} s, {report.peak_memory / 2**30:.2f} GiB |",
+        "",
+        "The numbers of zeros are real, the format is dense: the file is no smaller and runs no faster than the "
+        "original by itself.",
+        "",
+        "## By linear",
+        "",
+        "| linear | weights | pruned | sparsity | swapped by the rebuild |",
+        "|---|---|---|---|---|",
+    ]
+    for linear_name in [linear.name for linear in report.layers[0].linears]:
+        group = [linear for linear in report.linears if linear.name == linear_name]
+        weights = sum(linear.weights for linear in group)
+        pruned = sum(linear.pruned for linear in group)
+        grown = sum(linear.grown for linear in group)
+        lines.append(f"| {linear_name} | {weights:,} | {pruned:,} | {pruned / weights:.2%} | {grown:,} |")
+    before_after = [
+        (layer.index, block) for layer in report.layers for block in layer.blocks if block.error_before is not None
+    ]
+    if before_after:
+        lines += ["", "## Reconstruction error by block", "", "| layer | block | before | after |", "|---|---|---|---|"]
+        lines += [
+            f"| {index} | {block.name} | {block.error_before:.4g} | {block.error_after:.4g} |"
+            for index, block in before_after
+        ]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        "```",
+        "",
+        "`barber.json` has every setting and count; `llm-barber inspect THIS_FOLDER` checks the weights against it.",
+        "",
+        "## Citation",
+        "",
+        "```bibtex",
+        CITATION,
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
