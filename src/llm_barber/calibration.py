@@ -149,7 +149,8 @@ def _parquet_documents(path: Path) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 raise CalibrationError(
-                    f"{path} has no column `text` but {', '.join(file.schema_arrow.names)}", "rename the column"
+                    f"{path} has no column `text` but {', '.join(file.schema_arrow.names)}",
+                    "rename the column",
                 )
             for batch in file.iter_batches(columns=["text"]):
                 yield from (document for document in batch["text"].to_pylist() if document)

@@ -139,7 +139,8 @@ class RebuildConfig(RunSettings):
     dense: str = Field(description="the dense model: folder, hub id or GGUF file")
     pruned: str = Field(description="the pruned model: folder or hub id")
     initial: Initial | None = Field(
-        None, description="the method that pruned it, for the default granularity and ratio; None: from its record"
+        None,
+        description="the method that pruned it, for the default granularity and ratio; None: from its record",
     )
     pattern: str | None = Field(None, description="N:M to keep up, or unstructured; None: found in the pruned model")
 

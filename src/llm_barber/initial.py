@@ -40,10 +40,12 @@ class PrunedLinear:
 class Statistic(Protocol):
     """A running statistic of a linear's inputs."""
 
-    def update(self, inputs: Tensor) -> None: ...
+    def update(self, inputs: Tensor) -> None:
+        """Add a batch, (sequences, tokens, in)."""
 
     @property
-    def mean(self) -> Tensor: ...
+    def mean(self) -> Tensor:
+        """The statistic over all sequences."""
 
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -52,9 +54,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 class initial_from_method:  # noqa: N801 - used as a function
     """Initial masks by magnitude, Wanda or SparseGPT, all linears of a layer from one pass of its dense weights."""
 
-    def __init__(
-        self, method: Initial, pattern: Pattern, granularity: Granularity | None, keep_updates: bool
-    ) -> None:
+    def __init__(self, method: Initial, pattern: Pattern, granularity: Granularity | None, keep_updates: bool) -> None:
         self.method = method
         self.pattern = pattern
         released = Granularity.LINEAR if method is Initial.MAGNITUDE else Granularity.OUTPUT
@@ -82,7 +82,11 @@ class initial_from_method:  # noqa: N801 - used as a function
         return initial_mask(scores, self.pattern, self.granularity)
 
     def _sparsegpt(
-        self, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams, pattern: NofM | None
+        self,
+        layer: DecoderLayer,
+        dense: Mapping[str, Tensor],
+        streams: ActivationStreams,
+        pattern: NofM | None,
     ) -> dict[str, PrunedLinear]:
         grams = collect_inputs(layer, streams, GramMatrix)
         result = {}
@@ -135,7 +139,8 @@ class initial_from_checkpoint:  # noqa: N801 - used as a function
         self.pattern = pattern
         if self.source.model_type != job.source.model_type:
             raise ModelError(
-                f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}", "they must be one model"
+                f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}",
+                "they must be one model",
             )
         dense_shapes = job.linear_shapes(job.source)
         for name, shape in job.linear_shapes(self.source).items():
@@ -164,9 +169,7 @@ class initial_from_checkpoint:  # noqa: N801 - used as a function
             result[name] = PrunedLinear(keep, pruned, dense[name], pattern, fixed)
         return result
 
-    def _read(
-        self, index: int, linears: tuple[str, ...], source: CheckpointSource | None = None
-    ) -> dict[str, Tensor]:
+    def _read(self, index: int, linears: tuple[str, ...], source: CheckpointSource | None = None) -> dict[str, Tensor]:
         source = source or self.source
         prefix = self.job.skeleton.layer_prefix(index)
         keys = {name: source.resolve(f"{prefix}{name}.weight", self.job.base_prefix) for name in linears}

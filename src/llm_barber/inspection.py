@@ -153,7 +153,7 @@ def _inspect_linear(linear: str, layer: int, tensor: Tensor, dense: Tensor | Non
     return LinearInspection(
         name=linear,
         layer=layer,
-        shape=tuple(tensor.shape),
+        shape=(tensor.shape[0], tensor.shape[1]),
         zeros=tensor.numel() - int(nonzero.sum()),
         patterns=tuple(str(pattern) for pattern in held_patterns(nonzero)),
         zero_in_dense=None if dense is None else int((dense == 0).sum()),

@@ -141,7 +141,8 @@ def _check_positions(config: PreTrainedConfig, seqlen: int, calibration: str) ->
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise CalibrationError(
-            f"seqlen {seqlen} is beyond the model's {positions} positions", f"use --seqlen {positions} or less"
+            f"seqlen {seqlen} is beyond the model's {positions} positions",
+            f"use --seqlen {positions} or less",
         )
 
 

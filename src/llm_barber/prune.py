@@ -47,7 +47,9 @@ class InitialMasks(Protocol):
 
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
-    ) -> dict[str, PrunedLinear]: ...
+    ) -> dict[str, PrunedLinear]:
+        """One for each linear in `dense`; `streams` has the layer's input."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,9 @@ def _layer(
             name: torch.where(mask.keep, pruned[name].values, 0)
             for name, mask in zip(block.linears, masks, strict=True)
         }
-        layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in weights.items()})
+        # Not rebuilt, a method's mask is what the method alone gives: SparseGPT's later layers see its updated weights.
+        streamed = weights if rebuild_settings else {name: pruned[name].weight for name in block.linears}
+        layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in streamed.items()})
         last = block is job.architecture.blocks[-1]
         after = _propagate(layer, block, final, last, streams, before is not None)
         _check_finite(after, before, f"layer {index} {block.name}")
@@ -215,7 +219,7 @@ def _layer(
         linears = tuple(
             LinearResult(
                 name=name,
-                shape=tuple(mask.keep.shape),
+                shape=(mask.keep.shape[0], mask.keep.shape[1]),
                 pruned=int((~mask.keep).sum()),
                 zeros=int((weights[name] == 0).sum()),
                 beneficial_pairs=mask.beneficial,
@@ -271,7 +275,12 @@ def _rebuild_block(
 
 
 def _propagate(
-    layer: DecoderLayer, block: Block, final: list[Block], last: bool, streams: ActivationStreams, compare: bool
+    layer: DecoderLayer,
+    block: Block,
+    final: list[Block],
+    last: bool,
+    streams: ActivationStreams,
+    compare: bool,
 ) -> float | None:
     """Run the final block: its output is kept for the blocks after it, or the layer's becomes the next one's input.
 

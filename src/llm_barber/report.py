@@ -214,7 +214,13 @@ def model_card(report: RunReport) -> str:
         (layer.index, block) for layer in report.layers for block in layer.blocks if block.error_before is not None
     ]
     if before_after:
-        lines += ["", "## Reconstruction error by block", "", "| layer | block | before | after |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "## Reconstruction error by block",
+            "",
+            "| layer | block | before | after |",
+            "|---|---|---|---|",
+        ]
         lines += [
             f"| {index} | {block.name} | {block.error_before:.4g} | {block.error_after:.4g} |"
             for index, block in before_after

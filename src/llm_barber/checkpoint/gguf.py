@@ -59,7 +59,8 @@ def _convert(path: Path, folder: Path) -> None:
     except Exception as error:  # the reader raises whatever its parts raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{path} cannot be read as GGUF: {reason}", "transformers must support its architecture and quantisation"
+            f"{path} cannot be read as GGUF: {reason}",
+            "transformers must support its architecture and quantisation",
         ) from error
     # The weights are plain now, but the GGUF quantiser stays attached, and then `save_pretrained` refuses.
     for owner in (model.config, model):

@@ -45,7 +45,18 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Size in the file."""
-        size = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+        size = {
+            "F64": 8,
+            "I64": 8,
+            "U64": 8,
+            "F32": 4,
+            "I32": 4,
+            "U32": 4,
+            "F16": 2,
+            "BF16": 2,
+            "I16": 2,
+            "U16": 2,
+        }
         count = 1
         for length in self.shape:
             count *= length
@@ -146,14 +157,15 @@ class CheckpointSource:
                 raise ModelError(f"{INDEX_NAME} has no weight_map", "the index is damaged; get it again")
             files = sorted(set(weight_map.values()))
         elif (self.folder / SINGLE_NAME).exists():
-            weight_map, files = None, [SINGLE_NAME]
+            weight_map, files = {}, [SINGLE_NAME]
         else:
             raise ModelError(f"{self.model} has no safetensors weights", self._hint_without_safetensors())
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             if Path(file).name != file or file in (".", ".."):
                 raise ModelError(
-                    f"{INDEX_NAME} names {file!r}, which is not a file of its folder", "do not trust this checkpoint"
+                    f"{INDEX_NAME} names {file!r}, which is not a file of its folder",
+                    "do not trust this checkpoint",
                 )
             if not (self.folder / file).exists():
                 raise ModelError(f"shard {file} of {self.model} is missing", "get the checkpoint again, whole")
@@ -161,10 +173,10 @@ class CheckpointSource:
                 for name in handle.keys():  # noqa: SIM118 - a handle, not a dict
                     part = handle.get_slice(name)
                     tensors[name] = TensorInfo(file, tuple(part.get_shape()), str(part.get_dtype()))
-        for name in weight_map or ():
-            if name not in tensors or tensors[name].file != weight_map[name]:
+        for name, file in weight_map.items():
+            if name not in tensors or tensors[name].file != file:
                 raise ModelError(
-                    f"{INDEX_NAME} puts {name} into {weight_map[name]}, which does not have it",
+                    f"{INDEX_NAME} puts {name} into {file}, which does not have it",
                     "the checkpoint is damaged; get it again",
                 )
         return tensors
@@ -243,7 +255,7 @@ class _opened:  # noqa: N801 - used as a function
 
     def __enter__(self) -> Any:
         try:
-            self.handle = safe_open(os.fspath(self.path), framework="pt")
+            self.handle: Any = safe_open(os.fspath(self.path), framework="pt")
             return self.handle.__enter__()
         except (SafetensorError, OSError, ValueError) as error:
             raise self._damaged(error) from error

@@ -82,7 +82,8 @@ class CheckpointWriter:
         self._lock.close()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"the disk of {self.output} is full", "free some space and start again; nothing half-written was left"
+                f"the disk of {self.output} is full",
+                "free some space and start again; nothing half-written was left",
             ) from error
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
@@ -96,7 +97,9 @@ class CheckpointWriter:
         temporary = self.work / f"{name}.tmp"
         try:
             save_file(
-                {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
+                {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
+                temporary,
+                metadata={"format": "pt"},
             )
         except Exception as error:
             # safetensors wraps the operating system's error in its own.
@@ -131,7 +134,10 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Write the index and give the folder its name."""
-        index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(self.weight_map.items()))}
+        index = {
+            "metadata": {"total_size": self.total_size},
+            "weight_map": dict(sorted(self.weight_map.items())),
+        }
         self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
         (self.work / LOCK_NAME).unlink()
         _sync_folder(self.work)
@@ -165,7 +171,8 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output} exists", "choose another output folder, or add --overwrite")
     if not (output / "config.json").exists():
         raise OutputError(
-            f"{output} holds something other than a model", "--overwrite replaces model folders only; choose another"
+            f"{output} holds something other than a model",
+            "--overwrite replaces model folders only; choose another",
         )
 
 

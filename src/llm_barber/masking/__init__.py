@@ -1,0 +1,1 @@
+"""Pure mask making: tensor in, mask out. No modules, no files."""

@@ -1,10 +1,10 @@
 """What competes with what: linears (out, in) reshaped to comparison groups (groups, members), and back.
 
-    granularity   groups of a block with linears of 4 × 6 and 2 × 6
-    output        4 groups of 6, 2 groups of 6     one output row
-    input         6 groups of 4, 6 groups of 2     one input column
-    linear        1 group of 24, 1 group of 12     one linear
-    block         1 group of 36                    all linears of the block together
+granularity   groups of a block with linears of 4 × 6 and 2 × 6
+output        4 groups of 6, 2 groups of 6     one output row
+input         6 groups of 4, 6 groups of 2     one input column
+linear        1 group of 24, 1 group of 12     one linear
+block         1 group of 36                    all linears of the block together
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def from_groups(groups: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], gra
             return [tensor.t().contiguous() for tensor in groups]
         case Granularity.BLOCK:
             sizes = [rows * columns for rows, columns in shapes]
-            parts = groups[0].reshape(-1).split(sizes)
+            parts = torch.split_with_sizes(groups[0].reshape(-1), sizes)
             return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         case _:
             return [tensor.reshape(shape) for tensor, shape in zip(groups, shapes, strict=True)]

@@ -6,7 +6,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-GROUP_SIZES = (2, 4, 8, 16, 32)
+GROUP_SIZES = (2, 4, 8, 16)
 
 
 def exact_floor(fraction: float, count: int) -> int:
@@ -106,7 +106,7 @@ def held_patterns(nonzero: Tensor) -> list[NofM]:
     columns = nonzero.shape[1]
     held = []
     for size in GROUP_SIZES:
-        if columns % size == 0:
+        if columns % size == 0 and columns > size:  # one group a row is a row, not a pattern
             most = fullest_group(nonzero, size)
             if 1 <= most < size:
                 held.append(NofM(most, size))

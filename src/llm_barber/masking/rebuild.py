@@ -57,8 +57,9 @@ def rebuild_masks(
     shapes = [tuple(tensor.shape) for tensor in keep]
     none_fixed = [torch.zeros_like(tensor) for tensor in keep] if fixed is None else fixed
     grow_groups, drop_groups, beneficial_groups = [], [], []
-    for members in zip(*(to_groups(tensors, granularity) for tensors in (keep, saliency, none_fixed)), strict=True):
-        grow, drop, beneficial = _choose_pairs(*members, rebuild_ratio)
+    groups = (to_groups(tensors, granularity) for tensors in (keep, saliency, none_fixed))
+    for keep_group, saliency_group, fixed_group in zip(*groups, strict=True):
+        grow, drop, beneficial = _choose_pairs(keep_group, saliency_group, fixed_group, rebuild_ratio)
         grow_groups.append(grow)
         drop_groups.append(drop)
         beneficial_groups.append(beneficial)

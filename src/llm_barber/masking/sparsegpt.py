@@ -6,8 +6,8 @@ It gives a keep mask and updated weights. Parameter names follow the paper's alg
 import torch
 from torch import Tensor
 
-from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.masking.selection import rank_within
 
@@ -81,6 +81,7 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
         diagonal += step
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
+            factor: Tensor
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return factor

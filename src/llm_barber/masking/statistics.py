@@ -21,7 +21,7 @@ class InputSquares:
     def update(self, inputs: Tensor) -> None:
         """Add a batch of sequences."""
         for sequence in inputs:
-            self.total += sequence.float().square_().sum(0)
+            self.total += sequence.float().square().sum(0)
         self.sequences += len(inputs)
 
     @property

@@ -1,0 +1,1 @@
+"""Plumbing: modules and hooks. No files, no ranking."""

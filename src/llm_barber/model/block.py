@@ -147,9 +147,7 @@ class DecoderLayer:
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = torch.ldexp(torch.full_like(peak, 2 / difference[0].numel()), exponent)
         for name, gradient in zip(names, gradients, strict=True):
-            squares[name].update(
-                _by_sequence(inputs[name], len(hidden)), _by_sequence(gradient, len(hidden)), factor
-            )
+            squares[name].update(_by_sequence(inputs[name], len(hidden)), _by_sequence(gradient, len(hidden)), factor)
         return output.detach(), difference.square_().mean(dim=(1, 2))
 
     @torch.no_grad()

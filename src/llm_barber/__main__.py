@@ -1,0 +1,5 @@
+"""`python -m llm_barber`."""
+
+from llm_barber.cli import main
+
+main()

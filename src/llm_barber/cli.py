@@ -1,0 +1,370 @@
+"""The command line: parse → config → call → render. Data goes to stdout, progress and errors to stderr."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llm_barber.config import Initial, PruneConfig, RebuildConfig
+from llm_barber.errors import BarberError
+from llm_barber.masking.granularity import Granularity
+
+# The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
+UsageError: Any = typer.BadParameter.__mro__[1]
+METHOD, CALIBRATION, COMPUTE, OUTPUT = "Method", "Calibration", "Compute", "Output"
+
+app = typer.Typer(
+    name="llm-barber",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Prune a large language model in one shot, then rebuild its mask block by block (arXiv 2408.10631).",
+    epilog="Exit codes: 0 done, 1 a problem with files or models, 2 wrong options, 130 interrupted.",
+)
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; appears when it is complete.")]
+GranularityOption = Annotated[
+    Granularity | None,
+    typer.Option(
+        help="What competes with what: output row, input column, linear, or all linears of a block. "
+        "[default: magnitude block, wanda output, sparsegpt linear, N:M output]",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+RatioOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rebuild-ratio",
+        metavar="R",
+        help="Share of the beneficial pairs to swap, 0 to 1. [default: magnitude 0.1, wanda 0.01, sparsegpt 0.1]",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="builtin, c4, wikitext2 (from the hub), or a .txt, .jsonl, .parquet or .safetensors (input_ids) file.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+SamplesOption = Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=CALIBRATION)]
+SeqlenOption = Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=CALIBRATION)]
+SeedOption = Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=CALIBRATION)]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(help="Windows computed together; does not change the result.", rich_help_panel=COMPUTE),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=COMPUTE)]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="Compute dtype: auto (the fastest the device has), float32, bfloat16, float16. Weights keep theirs.",
+        rich_help_panel=COMPUTE,
+    ),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of a hub id.", rich_help_panel=COMPUTE)]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.", rich_help_panel=OUTPUT),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=OUTPUT)]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace OUT once the new one is complete.", rich_help_panel=OUTPUT),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT)]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=OUTPUT)]
+
+
+@app.command(
+    epilog="Examples:  llm-barber prune meta-llama/Llama-3.2-1B pruned --calibration c4"
+    "  |  llm-barber prune ./model pruned --initial magnitude --pattern 2:4 --samples 32 --seqlen 512"
+)
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    out: OutArgument,
+    initial: Annotated[
+        Initial, typer.Option(help="Method of the initial mask.", rich_help_panel=METHOD)
+    ] = Initial.WANDA,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction of weights to remove. [default: 0.5]", rich_help_panel=METHOD, show_default=False),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="N:M", help="Keep N of every M inputs instead, for example 2:4.", rich_help_panel=METHOD),
+    ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild/--no-rebuild", help="Rebuild the initial mask.", rich_help_panel=METHOD)
+    ] = True,
+    granularity: GranularityOption = None,
+    rebuild_ratio: RatioOption = None,
+    initial_granularity: Annotated[
+        Granularity | None,
+        typer.Option(
+            help="Comparison group of the initial mask. [default: magnitude linear, wanda output]",
+            rich_help_panel=METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    keep_updates: Annotated[
+        bool,
+        typer.Option(
+            "--keep-updates",
+            help="Keep SparseGPT's updated weights instead of the dense ones.",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
+    calibration: CalibrationOption = "builtin",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Prune MODEL, rebuild its mask, write OUT.
+
+    Kept weights are the dense model's, bit for bit; OUT loads with AutoModelForCausalLM.
+    """
+    from llm_barber.prune import prune as run
+
+    config = PruneConfig(
+        model=model, output=out, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild,
+        granularity=granularity, rebuild_ratio=rebuild_ratio, initial_granularity=initial_granularity,
+        keep_updates=keep_updates, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
+        batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
+    )  # fmt: skip
+    _run_or_plan(run, config, dry_run, json, quiet)
+
+
+@app.command(
+    epilog="Examples:  llm-barber rebuild meta-llama/Llama-3.2-1B ./pruned-by-another-tool rebuilt"
+    "  |  llm-barber rebuild ./dense ./pruned rebuilt --granularity block --rebuild-ratio 0.1"
+)
+def rebuild(
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model: folder, hub id or GGUF file.")],
+    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The same model, pruned by any tool.")],
+    out: OutArgument,
+    initial: Annotated[
+        Initial | None,
+        typer.Option(
+            help="Method that pruned it, for the default granularity and ratio. [default: its record's, else wanda]",
+            rich_help_panel=METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N:M|unstructured",
+            help="Pattern to keep up. [default: found in PRUNED]",
+            rich_help_panel=METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    granularity: GranularityOption = None,
+    rebuild_ratio: RatioOption = None,
+    calibration: CalibrationOption = "builtin",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Rebuild the mask of PRUNED with the weights of DENSE, write OUT.
+
+    The sparsity of PRUNED, and its N:M pattern if it has one, is kept.
+    """
+    from llm_barber.prune import rebuild as run
+
+    config = RebuildConfig(
+        dense=dense, pruned=pruned, output=out, initial=initial, pattern=pattern, granularity=granularity,
+        rebuild_ratio=rebuild_ratio, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
+        batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
+    )  # fmt: skip
+    _run_or_plan(run, config, dry_run, json, quiet)
+
+
+@app.command(
+    epilog="Examples:  llm-barber inspect pruned  |  llm-barber inspect pruned --dense meta-llama/Llama-3.2-1B --json"
+)
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    dense: Annotated[
+        str | None,
+        typer.Option(metavar="DENSE", help="Verify that every kept weight equals this model's, bit for bit."),
+    ] = None,
+    revision: RevisionOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what is pruned in MODEL, which N:M patterns hold, and whether it is as its record says.
+
+    Exits with 1 when something is not.
+    """
+    from llm_barber.console import ConsoleProgress, show_inspection
+    from llm_barber.errors import VerificationError
+    from llm_barber.inspection import InspectConfig
+    from llm_barber.inspection import inspect as run
+
+    with ConsoleProgress(quiet) as progress:
+        inspection = run(InspectConfig(model=model, dense=dense, revision=revision), progress)
+    if json:
+        record = inspection.model_dump(mode="json")
+        _print_json({**record, "sparsity": inspection.sparsity, "patterns": inspection.patterns})
+    else:
+        show_inspection(inspection)
+    if inspection.problems:
+        shown = "; ".join(inspection.problems[:5])
+        more = len(inspection.problems) - 5
+        raise VerificationError(
+            shown + (f"; and {more} more" if more > 0 else ""),
+            "the folder was changed, or is not of that dense model",
+        )
+
+
+@app.command(epilog="Examples:  llm-barber demo  |  llm-barber demo --output /tmp/demo --prompt 'Once upon a time'")
+def demo(
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the models go.")] = Path("demo-output"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Another model. [default: SmolLM2-135M from its package]", show_default=False),
+    ] = None,
+    samples: SamplesOption = 32,
+    seqlen: SeqlenOption = 512,
+    windows: Annotated[int, typer.Option(help="WikiText-2 windows to measure perplexity on.")] = 32,
+    prompt: Annotated[str, typer.Option(help="What each model goes on from.")] = "The capital of France is",
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Prune a real model of 135M weights to 50 % in three ways, and show what each does to it."""
+    from llm_barber.console import ConsoleProgress, show_demo
+    from llm_barber.demo import DemoConfig
+    from llm_barber.demo import demo as run
+
+    config = DemoConfig(
+        output=output,
+        model=model,
+        samples=samples,
+        seqlen=seqlen,
+        windows=windows,
+        prompt=prompt,
+        device=device,
+    )
+    with ConsoleProgress(quiet) as progress:
+        rows = run(config, progress)
+    if json:
+        _print_json([row.model_dump(mode="json") for row in rows])
+    else:
+        show_demo(rows)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from llm_barber import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _run_or_plan(
+    run: Callable[..., Any], config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool
+) -> None:
+    from llm_barber.console import ConsoleProgress, show_plan, show_run
+    from llm_barber.plan import plan
+
+    with ConsoleProgress(quiet) as progress:
+        result = (plan if dry_run else run)(config, progress)
+    if json:
+        print(result.to_json(), end="")
+    elif dry_run:
+        show_plan(result)
+    else:
+        show_run(result)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; ends the process with the exit code of what happened."""
+    given = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if "--quiet" in given else "0")
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(_main(given))
+
+
+def _main(given: list[str]) -> int:
+    debug = "--debug" in given
+    try:
+        code = app(given, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BarberError as error:
+        if debug:
+            raise
+        return _tell(str(error), error.hint, error.exit_code)
+    except UsageError as error:
+        path = error.ctx.command_path if error.ctx else "llm-barber"
+        return _tell(error.format_message(), f"see {path} --help", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _tell("interrupted", "nothing half-written was left; start again when you like", 130)
+    except MemoryError:
+        if debug:
+            raise
+        return _tell("out of memory", "use fewer --samples, a shorter --seqlen or a smaller --batch-size", 1)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        lines = str(error).strip().splitlines()
+        return _tell(
+            f"unexpected {type(error).__name__}: {lines[0] if lines else ''}",
+            "this is a defect: run again with --debug and report the traceback",
+            1,
+        )
+
+
+def _tell(message: str, hint: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}\nhint: {hint}", file=sys.stderr)
+    return code
+
+
+def _terminated(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

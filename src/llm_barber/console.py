@@ -1,0 +1,189 @@
+"""What the commands show: progress with an ETA on stderr, tables on stdout."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from llm_barber.demo import DemoRow
+from llm_barber.inspection import Inspection
+from llm_barber.plan import Plan
+from llm_barber.report import RunReport
+
+PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
+
+
+class ConsoleProgress:
+    """A bar on a terminal; elsewhere a line per step, at most one every few seconds; always stderr."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.live = self.console.is_terminal and not quiet
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", style="dim"),
+            console=self.console,
+            transient=True,
+            disable=not self.live,
+        )
+        self._task: TaskID | None = None
+        self._title, self._total, self._done = "", 0, 0
+        self._began = self._told = 0.0
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def stage(self, title: str) -> None:
+        """A stage of unknown length begins."""
+        self._clear()
+        self.console.print(title, style="dim")
+
+    def start(self, title: str, total: int) -> None:
+        """A stage of `total` steps begins."""
+        self._clear()
+        self._title, self._total, self._done = title, total, 0
+        self._began = self._told = time.monotonic()
+        if self.live:
+            self._task = self._bars.add_task(title, total=total, detail="")
+
+    def advance(self, detail: str) -> None:
+        """A step is done."""
+        self._done += 1
+        if self._task is not None:
+            self._bars.update(self._task, advance=1, detail=detail)
+            return
+        now = time.monotonic()
+        if now - self._told >= PLAIN_INTERVAL or (self._done == self._total and now - self._began >= PLAIN_INTERVAL):
+            self._told = now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            self.console.print(
+                f"{self._title} {self._done}/{self._total}, ETA {left:.0f} s{': ' if detail else ''}{detail}"
+            )
+
+    def warn(self, message: str) -> None:
+        """Something that the user should know."""
+        self.console.print(f"warning: {message}", style="yellow")
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+def show_run(report: RunReport) -> None:
+    """Print what a run did, by block kind and linear."""
+    console = Console(highlight=False)
+    table = Table(
+        title=f"{report.output}: {report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})"
+    )
+    for heading in ("linear", "sparsity", "swapped", "of beneficial pairs"):
+        table.add_column(heading, justify="left" if heading == "linear" else "right")
+    for name in [linear.name for linear in report.layers[0].linears]:
+        group = [linear for linear in report.linears if linear.name == name]
+        weights = sum(linear.weights for linear in group)
+        grown = sum(linear.grown for linear in group)
+        pairs = sum(linear.beneficial_pairs for linear in group)
+        table.add_row(
+            name,
+            f"{sum(linear.pruned for linear in group) / weights:.2%}",
+            f"{grown:,}" if report.granularity else "–",
+            f"{pairs:,}" if report.granularity else "–",
+        )
+    console.print(table)
+    if report.granularity:
+        console.print(
+            f"rebuilt within each {report.granularity}, ratio {report.rebuild_ratio:g}: mean reconstruction error "
+            + ", ".join(_error_change(report, index) for index in range(len(report.layers[0].blocks)))
+        )
+    console.print(
+        f"{report.seconds['total']:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB, "
+        f"{report.dtype} on {report.device}"
+    )
+    console.print(f"check it: llm-barber inspect {report.output}", soft_wrap=True)
+
+
+def _error_change(report: RunReport, index: int) -> str:
+    blocks = [layer.blocks[index] for layer in report.layers]
+    before = sum(block.error_before or 0.0 for block in blocks) / len(blocks)
+    after = sum(block.error_after or 0.0 for block in blocks) / len(blocks)
+    return f"{blocks[0].name} {before:.4g} → {after:.4g}"
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what a run would do."""
+    console = Console(highlight=False)
+    table = Table(title=f"would write {plan.output}; nothing was written", show_header=False)
+    for key, value in plan.rows():
+        table.add_row(key, value)
+    console.print(table)
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """Print sparsity by layer and linear, patterns, and the verdict."""
+    console = Console(highlight=False)
+    names = list(dict.fromkeys(linear.name for linear in inspection.linears))
+    table = Table(title=f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}")
+    table.add_column("layer", justify="right")
+    for name in names:
+        table.add_column(name.rpartition(".")[2], justify="right")
+    table.add_column("patterns")
+    for index in dict.fromkeys(linear.layer for linear in inspection.linears):
+        layer = {linear.name: linear for linear in inspection.linears if linear.layer == index}
+        common = set.intersection(*(set(linear.patterns) for linear in layer.values()))
+        table.add_row(
+            str(index),
+            *(f"{layer[name].zeros / layer[name].weights:.2%}" if name in layer else "–" for name in names),
+            " ".join(sorted(common)) or "–",
+        )
+    console.print(table)
+    console.print(f"N:M that hold in every linear (N kept of M): {', '.join(inspection.patterns) or 'none'}")
+    if inspection.compared_with is not None:
+        natural = sum(linear.zero_in_dense or 0 for linear in inspection.linears)
+        console.print(f"weights that are zero in {inspection.compared_with} too: {natural:,}", soft_wrap=True)
+    if not inspection.record and inspection.compared_with is None:
+        console.print("no record (barber.json) and no --dense: nothing to check against")
+    elif not inspection.problems:
+        against = [*(["its record"] if inspection.record else []), *filter(None, [inspection.compared_with])]
+        console.print(f"all as {' and '.join(against)} {'says' if len(against) == 1 else 'say'}", soft_wrap=True)
+
+
+def show_demo(rows: list[DemoRow]) -> None:
+    """Print the table of the demonstration, and what each model writes."""
+    console = Console(highlight=False)
+    table = Table(title="perplexity on held-out WikiText-2 windows (lower is better)")
+    for heading in ("model", "perplexity", "sparsity", "seconds", "peak memory"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.perplexity:.2f}",
+            f"{row.sparsity:.1%}",
+            "–" if row.seconds is None else f"{row.seconds:.1f}",
+            "–" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f} GiB",
+        )
+    console.print(table)
+    for row in rows:
+        console.print(f"[bold]{row.name}[/bold] ({row.folder})", soft_wrap=True)
+        console.print(f"  {row.sentence}", markup=False)

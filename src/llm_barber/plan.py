@@ -1,0 +1,106 @@
+"""What a run would do, without doing it (`--dry-run`)."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from llm_barber.checkpoint.writer import check_output
+from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
+from llm_barber.initial import initial_from_checkpoint
+from llm_barber.job import prepare
+from llm_barber.masking.pattern import NofM
+from llm_barber.progress import Progress, Silent
+
+
+class Plan(BaseModel):
+    """A checked run. Sizes in bytes; `stream_bytes` is what the calibration activations take in host memory."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    output: str
+    architecture: str
+    layers: int
+    linears: int
+    weights: int
+    method: str
+    pattern: str
+    granularity: str | None
+    rebuild_ratio: float | None
+    calibration: str
+    sequences: int
+    tokens: int
+    batch_size: int
+    device: str
+    dtype: str
+    output_bytes: int
+    stream_bytes: int
+
+    def to_json(self) -> str:
+        """Indented JSON with a final newline."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values to show."""
+        rebuilt = f"within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else "no"
+        return [
+            ("model", f"{self.model} ({self.architecture}, {self.layers} decoder layers)"),
+            ("to prune", f"{self.linears} linears with {self.weights:,} weights, {self.pattern}"),
+            ("initial mask", self.method),
+            ("rebuild", rebuilt),
+            ("calibration", f"{self.calibration}: {self.sequences} windows of {self.tokens} tokens"),
+            ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
+            ("output", f"{self.output_bytes / 1e9:.2f} GB"),
+            ("activations in host memory", f"{self.stream_bytes / 1e9:.2f} GB"),
+        ]
+
+
+def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) -> Plan:
+    """Check everything that `prune` or `rebuild` checks before its first layer; writes nothing.
+
+    Raises:
+        BarberError: as `prune` and `rebuild`.
+    """
+    progress = progress or Silent()
+    check_output(config.output, config.overwrite)
+    if isinstance(config, PruneConfig):
+        target = config.target
+        job = prepare(config.model, config, target if isinstance(target, NofM) else None, progress)
+        model, method, rebuilt = config.model, str(config.initial), config.rebuild
+        pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
+        settings = rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
+    else:
+        job = prepare(config.dense, config, config.target, progress)
+        initial = initial_from_checkpoint(job, config.pruned, config.revision, config.pattern)
+        model, method, rebuilt = config.dense, f"mask of {config.pruned}", True
+        pattern = str(initial.first_pattern or "unstructured")
+        settings = rebuild_defaults(
+            config.initial or initial.recorded_method,
+            config.granularity,
+            config.rebuild_ratio,
+            initial.first_pattern,
+        )
+    shapes = job.linear_shapes(job.source).values()
+    sequences, tokens = job.tokens.input_ids.shape
+    arrays = 3 if rebuilt else 2  # hidden, attention output, dense output
+    hidden: int = job.config.hidden_size
+    return Plan(
+        model=model,
+        output=str(Path(config.output)),
+        architecture=job.source.model_type,
+        layers=job.layer_count,
+        linears=len(shapes),
+        weights=sum(rows * columns for rows, columns in shapes),
+        method=method,
+        pattern=pattern,
+        granularity=settings[0] if rebuilt else None,
+        rebuild_ratio=settings[1] if rebuilt else None,
+        calibration=job.tokens.source,
+        sequences=sequences,
+        tokens=tokens,
+        batch_size=job.batch_size,
+        device=str(job.skeleton.device),
+        dtype=str(job.skeleton.dtype).removeprefix("torch."),
+        output_bytes=job.bytes,
+        stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
+    )
