@@ -88,7 +88,7 @@ def load_calibration(name: str, tokenizer: Tokenizer | None, samples: int, seqle
     windows = len(tokens) // seqlen
     if windows < samples:
         raise CalibrationError(
-            f"calibration text {name!r} has {len(tokens)} tokens, {windows} windows of {seqlen}; {samples} are asked for",
+            f"calibration text {name!r} has {len(tokens)} tokens, {windows} windows of {seqlen}; {samples} are needed",
             f"use --samples {windows} or fewer, a shorter --seqlen, or a longer text"
             if windows
             else f"use a --seqlen of {len(tokens)} or less, or a longer text",

@@ -16,6 +16,7 @@ from llm_barber.masking import saliency
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, find_pattern, holds, parse_pattern
+from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.sparsegpt import sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputSquares
 from llm_barber.model.block import DecoderLayer
@@ -74,7 +75,7 @@ class initial_from_method:  # noqa: N801 - used as a function
         else:
             return self._sparsegpt(layer, dense, streams, pattern)
         return {
-            name: PrunedLinear(keep, torch.where(keep, dense[name], 0), dense[name], pattern)
+            name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], pattern)
             for name, keep in keeps.items()
         }
 
@@ -94,7 +95,7 @@ class initial_from_method:  # noqa: N801 - used as a function
             keep, updated = sparsegpt(weight, grams[name].mean, self.pattern)
             updated = updated.to(weight.dtype)
             values = torch.where(keep, updated, weight) if self.keep_updates else weight
-            result[name] = PrunedLinear(keep, torch.where(keep, updated, 0), values, pattern)
+            result[name] = PrunedLinear(keep, apply_mask(updated, keep), values, pattern)
         return result
 
 

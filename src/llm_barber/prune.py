@@ -22,6 +22,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
+from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
@@ -206,8 +207,7 @@ def _layer(
         else:
             masks, before = _rebuild_block(layer, block, final, dense, pruned, rebuild_settings, streams)
         weights = {
-            name: torch.where(mask.keep, pruned[name].values, 0)
-            for name, mask in zip(block.linears, masks, strict=True)
+            name: apply_mask(pruned[name].values, mask.keep) for name, mask in zip(block.linears, masks, strict=True)
         }
         # Not rebuilt, a method's mask is what the method alone gives: SparseGPT's later layers see its updated weights.
         streamed = weights if rebuild_settings else {name: pruned[name].weight for name in block.linears}
@@ -220,8 +220,8 @@ def _layer(
             LinearResult(
                 name=name,
                 shape=(mask.keep.shape[0], mask.keep.shape[1]),
-                pruned=int((~mask.keep).sum()),
-                zeros=int((weights[name] == 0).sum()),
+                pruned=mask.keep.numel() - int(mask.keep.count_nonzero()),
+                zeros=mask.keep.numel() - int(weights[name].count_nonzero()),
                 beneficial_pairs=mask.beneficial,
                 grown=mask.grown,
                 dropped=mask.dropped,

@@ -182,8 +182,8 @@ def model_card(report: RunReport) -> str:
         "",
         f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
         "",
-        f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, without "
-        f"training. Kept weights are {kept}; pruned ones are zero.",
+        f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, "
+        f"without training. Kept weights are {kept}; pruned ones are zero.",
         "",
         "| | |",
         "|---|---|",

@@ -1,8 +1,8 @@
 """Rebuild a mask: swap the pruned weights that turned out salient with the kept weights that did not.
 
-arXiv 2408.10631, section 3.3 and algorithm 1. Within each comparison group the pruned weights from high to low saliency are
-paired with the kept weights from low to high; a pair is beneficial where the pruned one scores higher; the first
-`floor(rebuild_ratio · beneficial pairs)` pairs are swapped. The number of kept weights does not change.
+arXiv 2408.10631, section 3.3 and algorithm 1. Within each comparison group the pruned weights from high to low
+saliency are paired with the kept weights from low to high; a pair is beneficial where the pruned one scores higher; the
+first `floor(rebuild_ratio · beneficial pairs)` pairs are swapped. The number of kept weights does not change.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from llm_barber.masking.granularity import Granularity, from_groups, to_groups
 from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM, as_fraction
-from llm_barber.masking.selection import lowest, rank_within, sort_values
+from llm_barber.masking.selection import EXCLUDED, lowest, rank_within, sort_values
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def rebuild_masks(
         saliency: a float32 tensor (out, in) per linear, at least 0; see `saliency.weight_gradient`.
         granularity: the set within which weights compete.
         rebuild_ratio: share of the beneficial pairs to swap, 0 to 1.
-        patterns: for each linear the N:M to keep up, if any: the growing weights are chosen by granularity, then each group of M drops as many
-            kept weights as grow in it, those with the lowest saliency.
+        patterns: for each linear the N:M to keep up, if any: the growing weights are chosen by granularity, then each
+            group of M drops as many kept weights as grow in it, those with the lowest saliency.
         fixed: a bool tensor (out, in) per linear, True where a weight neither grows nor drops (it is zero in the
             dense model, so that moving it would change nothing but the count of zeros).
 
@@ -55,41 +55,42 @@ def rebuild_masks(
         One `Rebuilt` per linear.
     """
     shapes = [tuple(tensor.shape) for tensor in keep]
-    none_fixed = [torch.zeros_like(tensor) for tensor in keep] if fixed is None else fixed
-    grow_groups, drop_groups, beneficial_groups = [], [], []
-    groups = (to_groups(tensors, granularity) for tensors in (keep, saliency, none_fixed))
-    for keep_group, saliency_group, fixed_group in zip(*groups, strict=True):
-        grow, drop, beneficial = _choose_pairs(keep_group, saliency_group, fixed_group, rebuild_ratio)
+    droppable = keep if fixed is None else [mask & ~stays for mask, stays in zip(keep, fixed, strict=True)]
+    growable = [~mask for mask in keep] if fixed is None else [~(m | f) for m, f in zip(keep, fixed, strict=True)]
+    grow_groups, drop_groups, pair_groups = [], [], []
+    groups = (to_groups(tensors, granularity) for tensors in (growable, droppable, saliency))
+    for grow_candidates, drop_candidates, scores in zip(*groups, strict=True):
+        grow, drop, paired = _choose_pairs(grow_candidates, drop_candidates, scores, rebuild_ratio)
         grow_groups.append(grow)
         drop_groups.append(drop)
-        beneficial_groups.append(beneficial)
-    grow_masks, drop_masks, beneficial_masks = (
-        from_groups(groups, shapes, granularity) for groups in (grow_groups, drop_groups, beneficial_groups)
+        pair_groups.append(paired)
+    grow_masks, drop_masks, pair_masks = (
+        from_groups(group, shapes, granularity) for group in (grow_groups, drop_groups, pair_groups)
     )
     results = []
     for index, mask in enumerate(keep):
         grow, drop = grow_masks[index], drop_masks[index]
         pattern = patterns[index] if patterns is not None else None
         if pattern is not None:
-            grow, drop = _within_pattern(mask & ~none_fixed[index], saliency[index], grow, pattern)
+            grow, drop = _within_pattern(droppable[index], saliency[index], grow, pattern)
         results.append(
             Rebuilt(
                 keep=(mask | grow) & ~drop,
-                beneficial=int(beneficial_masks[index].sum()),
-                grown=int(grow.sum()),
-                dropped=int(drop.sum()),
+                beneficial=int(pair_masks[index].count_nonzero()),
+                grown=int(grow.count_nonzero()),
+                dropped=int(drop.count_nonzero()),
             )
         )
     return results
 
 
-def _choose_pairs(keep: Tensor, saliency: Tensor, fixed: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+def _choose_pairs(growable: Tensor, droppable: Tensor, saliency: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """Which members grow, which drop, and which pruned ones stand in a beneficial pair; all bool (groups, members)."""
     # Members of the other side sort behind all real ones, where no pair is beneficial.
-    pruned_downwards = torch.where(keep | fixed, torch.inf, -saliency)
-    kept_upwards = torch.where(keep & ~fixed, saliency, torch.inf)
+    pruned_downwards = (~growable).float().mul_(EXCLUDED).sub_(saliency)
+    kept_upwards = (~droppable).float().mul_(EXCLUDED).add_(saliency)
     pruned_ordered, kept_ordered = sort_values(pruned_downwards), sort_values(kept_upwards)
-    pairs = (-pruned_ordered > kept_ordered).sum(1)
+    pairs = (-pruned_ordered > kept_ordered).sum(1, dtype=torch.int32).long()
     share = as_fraction(ratio)
     swaps = pairs * share.numerator // share.denominator
     return (

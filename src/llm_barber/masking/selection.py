@@ -20,6 +20,20 @@ def sort_values(scores: Tensor) -> Tensor:
     return scores.sort(dim=-1).values
 
 
+# "Not in the competition", in scores: behind every real one, and reached by adding, without a NaN from 0 · inf.
+EXCLUDED = torch.finfo(torch.float32).max
+
+
+def apply_mask(weight: Tensor, keep: Tensor) -> Tensor:
+    """The weights where `keep`, +0.0 elsewhere, bit for bit; both (out, in).
+
+    Multiplies the bits by 0 or 1: +0.0 has no bit set. On CPUs that is over ten times as fast as `torch.where`, and
+    unlike a product of floats it leaves no -0.0.
+    """
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return (weight.contiguous().view(bits) * keep).view(weight.dtype)
+
+
 def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -> Tensor:
     """Mark the `count` lowest scores of each group; equal scores at the border are taken from the left.
 
@@ -37,7 +51,7 @@ def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -
     border = ordered.gather(1, (counts - 1).clamp(0, members - 1).unsqueeze(1))
     border = border.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
     chosen = scores <= border
-    surplus = chosen.sum(1) != counts
+    surplus = chosen.sum(1, dtype=torch.int32) != counts
     if surplus.any():
         chosen[surplus] = _break_ties(scores[surplus], border[surplus], counts[surplus])
     return chosen

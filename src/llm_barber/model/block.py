@@ -26,7 +26,7 @@ def reconstruction_errors(dense: Tensor, other: Tensor) -> Tensor:
 
     Takes (sequences, tokens, hidden), gives float32 of shape (sequences,).
     """
-    return (dense.float() - other.float()).square_().mean(dim=(1, 2))
+    return _mean_squares(dense.float() - other.float())
 
 
 class DecoderLayer:
@@ -103,8 +103,8 @@ class DecoderLayer:
         """Add the squared per-sequence gradients of the reconstruction error at the layer's present weights.
 
         The loss of a sequence is mean((y − y_sparse)²) over its tokens and channels (arXiv 2408.10631, equation 4).
-        No gradient of a weight is formed by autograd: it would sum over the batch. Gradients of the linears' outputs are
-        taken, and each sequence's weight gradient is their product with its inputs.
+        No gradient of a weight is formed by autograd: it would sum over the batch. Gradients of the linears' outputs
+        are taken, and each sequence's weight gradient is their product with its inputs.
 
         Args:
             block: which.
@@ -139,16 +139,16 @@ class DecoderLayer:
         output = found[0]
         difference = output.detach().float() - sparse_output.float()
         # Scaled by a power of two to at most 1, exactly, so that nothing underflows in half precision.
-        peak = difference.abs().amax(dim=(1, 2))
-        exponent = torch.frexp(peak).exponent
-        scaled = torch.ldexp(difference, -exponent.view(-1, 1, 1)).to(output.dtype)
+        peak = torch.linalg.vector_norm(difference, torch.inf, dim=(1, 2))
+        scale = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent)
+        scaled = (difference / scale.view(-1, 1, 1)).to(output.dtype)
         names = list(outputs)
         gradients = torch.autograd.grad(output, [outputs[name] for name in names], scaled)
         # d mean(d²)/dy = 2 d / (tokens · channels)
-        factor = torch.ldexp(torch.full_like(peak, 2 / difference[0].numel()), exponent)
+        factor = scale * (2 / difference[0].numel())
         for name, gradient in zip(names, gradients, strict=True):
             squares[name].update(_by_sequence(inputs[name], len(hidden)), _by_sequence(gradient, len(hidden)), factor)
-        return output.detach(), difference.square_().mean(dim=(1, 2))
+        return output.detach(), _mean_squares(difference)
 
     @torch.no_grad()
     def final_output(self, hidden: Tensor, block: Block, replays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -202,6 +202,11 @@ class DecoderLayer:
         finally:
             for module in modules:
                 del module.forward
+
+
+def _mean_squares(values: Tensor) -> Tensor:
+    """Mean over tokens and channels of the squares, (sequences,), without an array of squares."""
+    return torch.linalg.vector_norm(values, dim=(1, 2)).square_() / values[0].numel()
 
 
 def _by_sequence(activations: Tensor, sequences: int) -> Tensor:

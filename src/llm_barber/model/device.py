@@ -4,8 +4,8 @@ import torch
 
 from llm_barber.errors import SettingsError
 
-# On CPUs a batch whose activations stay in the caches is fastest; measured in docs/algorithm.md.
-CPU_BATCH_TOKENS = 1024
+# Large enough for full speed of the matrix products; a larger batch only takes more memory (docs/algorithm.md).
+CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 16384
 
 
