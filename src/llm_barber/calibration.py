@@ -31,7 +31,8 @@ HUB_SETS: dict[str, dict[str, Any]] = {
     },
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
 }
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".safetensors")
+TOKEN_FILE_SUFFIX = ".safetensors"
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", TOKEN_FILE_SUFFIX)
 # Characters of a streamed set to read for each token wanted: English has about 4.5, and windows should not be adjacent.
 CHARACTERS_PER_TOKEN = 12
 
@@ -76,7 +77,7 @@ def load_calibration(name: str, tokenizer: Tokenizer | None, samples: int, seqle
         CalibrationError: unknown, unreadable or too short.
         HubError: the hub is needed and cannot be reached.
     """
-    if name.endswith(".safetensors"):
+    if name.endswith(TOKEN_FILE_SUFFIX):
         return CalibrationTokens(_read_tokens(Path(name)), name)
     if tokenizer is None:
         raise CalibrationError(

@@ -32,7 +32,7 @@ GranularityOption = Annotated[
     Granularity | None,
     typer.Option(
         help="What competes with what: output row, input column, linear, or all linears of a block. "
-        "[default: magnitude block, wanda output, sparsegpt linear, N:M output]",
+        "(default: magnitude block, wanda output, sparsegpt linear, N:M output)",
         rich_help_panel=METHOD,
         show_default=False,
     ),
@@ -42,7 +42,7 @@ RatioOption = Annotated[
     typer.Option(
         "--rebuild-ratio",
         metavar="R",
-        help="Share of the beneficial pairs to swap, 0 to 1. [default: magnitude 0.1, wanda 0.01, sparsegpt 0.1]",
+        help="Share of the beneficial pairs to swap, 0 to 1. (default: magnitude 0.1, wanda 0.01, sparsegpt 0.1)",
         rich_help_panel=METHOD,
         show_default=False,
     ),
@@ -85,8 +85,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on 
 
 
 @app.command(
-    epilog="Examples:  llm-barber prune meta-llama/Llama-3.2-1B pruned --calibration c4"
-    "  |  llm-barber prune ./model pruned --initial magnitude --pattern 2:4 --samples 32 --seqlen 512"
+    epilog="Examples:\n\nllm-barber prune meta-llama/Llama-3.2-1B pruned --calibration c4\n\nllm-barber prune ./model pruned --initial magnitude --pattern 2:4 --samples 32 --seqlen 512"
 )
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
@@ -96,7 +95,7 @@ def prune(
     ] = Initial.WANDA,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Fraction of weights to remove. [default: 0.5]", rich_help_panel=METHOD, show_default=False),
+        typer.Option(help="Fraction of weights to remove. (default: 0.5)", rich_help_panel=METHOD, show_default=False),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -110,7 +109,7 @@ def prune(
     initial_granularity: Annotated[
         Granularity | None,
         typer.Option(
-            help="Comparison group of the initial mask. [default: magnitude linear, wanda output]",
+            help="Comparison group of the initial mask. (default: magnitude linear, wanda output)",
             rich_help_panel=METHOD,
             show_default=False,
         ),
@@ -153,8 +152,7 @@ def prune(
 
 
 @app.command(
-    epilog="Examples:  llm-barber rebuild meta-llama/Llama-3.2-1B ./pruned-by-another-tool rebuilt"
-    "  |  llm-barber rebuild ./dense ./pruned rebuilt --granularity block --rebuild-ratio 0.1"
+    epilog="Examples:\n\nllm-barber rebuild meta-llama/Llama-3.2-1B ./pruned-by-another-tool rebuilt\n\nllm-barber rebuild ./dense ./pruned rebuilt --granularity block --rebuild-ratio 0.1"
 )
 def rebuild(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model: folder, hub id or GGUF file.")],
@@ -163,7 +161,7 @@ def rebuild(
     initial: Annotated[
         Initial | None,
         typer.Option(
-            help="Method that pruned it, for the default granularity and ratio. [default: its record's, else wanda]",
+            help="Method that pruned it, for the default granularity and ratio. (default: its record's, else wanda)",
             rich_help_panel=METHOD,
             show_default=False,
         ),
@@ -172,7 +170,7 @@ def rebuild(
         str | None,
         typer.Option(
             metavar="N:M|unstructured",
-            help="Pattern to keep up. [default: found in PRUNED]",
+            help="Pattern to keep up. (default: found in PRUNED)",
             rich_help_panel=METHOD,
             show_default=False,
         ),
@@ -208,7 +206,7 @@ def rebuild(
 
 
 @app.command(
-    epilog="Examples:  llm-barber inspect pruned  |  llm-barber inspect pruned --dense meta-llama/Llama-3.2-1B --json"
+    epilog="Examples:\n\nllm-barber inspect pruned\n\nllm-barber inspect pruned --dense meta-llama/Llama-3.2-1B --json"
 )
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
@@ -246,12 +244,12 @@ def inspect(
         )
 
 
-@app.command(epilog="Examples:  llm-barber demo  |  llm-barber demo --output /tmp/demo --prompt 'Once upon a time'")
+@app.command(epilog="Examples:\n\nllm-barber demo\n\nllm-barber demo --output /tmp/demo --prompt 'Once upon a time'")
 def demo(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the models go.")] = Path("demo-output"),
     model: Annotated[
         str | None,
-        typer.Option(help="Another model. [default: SmolLM2-135M from its package]", show_default=False),
+        typer.Option(help="Another model. (default: SmolLM2-135M from its package)", show_default=False),
     ] = None,
     samples: SamplesOption = 32,
     seqlen: SeqlenOption = 512,
@@ -302,7 +300,7 @@ def _run_or_plan(
     from llm_barber.plan import plan
 
     with ConsoleProgress(quiet) as progress:
-        result = (plan if dry_run else run)(config, progress)
+        result: Any = (plan if dry_run else run)(config, progress)
     if json:
         print(result.to_json(), end="")
     elif dry_run:
@@ -336,6 +334,8 @@ def _main(given: list[str]) -> int:
             raise
         return _tell(str(error), error.hint, error.exit_code)
     except UsageError as error:
+        if not error.format_message():  # no arguments at all: the help was shown
+            return 2
         path = error.ctx.command_path if error.ctx else "llm-barber"
         return _tell(error.format_message(), f"see {path} --help", 2)
     except (KeyboardInterrupt, typer.Abort):

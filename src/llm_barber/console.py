@@ -15,6 +15,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from llm_barber.demo import DemoRow
 from llm_barber.inspection import Inspection
@@ -47,6 +48,9 @@ class ConsoleProgress:
         self._began = self._told = 0.0
 
     def __enter__(self) -> Self:
+        # The libraries' own bars and notes would cut through ours.
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
         self._bars.start()
         return self
 
@@ -58,7 +62,7 @@ class ConsoleProgress:
     def stage(self, title: str) -> None:
         """A stage of unknown length begins."""
         self._clear()
-        self.console.print(title, style="dim")
+        self.console.print(title, style="dim", soft_wrap=True)
 
     def start(self, title: str, total: int) -> None:
         """A stage of `total` steps begins."""
@@ -79,12 +83,13 @@ class ConsoleProgress:
             self._told = now
             left = (now - self._began) / self._done * (self._total - self._done)
             self.console.print(
-                f"{self._title} {self._done}/{self._total}, ETA {left:.0f} s{': ' if detail else ''}{detail}"
+                f"{self._title} {self._done}/{self._total}, ETA {left:.0f} s{': ' if detail else ''}{detail}",
+                soft_wrap=True,
             )
 
     def warn(self, message: str) -> None:
         """Something that the user should know."""
-        self.console.print(f"warning: {message}", style="yellow")
+        self.console.print(f"warning: {message}", style="yellow", soft_wrap=True)
 
     def _clear(self) -> None:
         if self._task is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from llm_barber.calibration import CalibrationTokens, load_calibration
+from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_calibration
 from llm_barber.checkpoint.source import CheckpointSource, sharded_by
 from llm_barber.config import RunSettings
 from llm_barber.errors import CalibrationError, ModelError
@@ -94,13 +94,14 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
     source = CheckpointSource(model, settings.revision)
     architecture = find_architecture(source.model_type)
     config = _load_config(source)
-    _check_positions(config, settings.seqlen, settings.calibration)
+    if not settings.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
+        _check_positions(config, settings.seqlen)
     progress.stage(f"reading calibration text {settings.calibration}")
     tokens = load_calibration(
         settings.calibration, _load_tokenizer(source.folder), settings.samples, settings.seqlen, settings.seed
     )
     sequences, seqlen = tokens.input_ids.shape
-    _check_positions(config, seqlen, settings.calibration)
+    _check_positions(config, seqlen)
     _check_vocabulary(config, tokens)
     skeleton = Skeleton(config, architecture, device, dtype)
     job = Job(
@@ -137,7 +138,7 @@ def _load_tokenizer(folder: Path) -> Any | None:
         return None
 
 
-def _check_positions(config: PreTrainedConfig, seqlen: int, calibration: str) -> None:
+def _check_positions(config: PreTrainedConfig, seqlen: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise CalibrationError(

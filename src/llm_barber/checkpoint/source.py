@@ -256,7 +256,7 @@ class _opened:  # noqa: N801 - used as a function
     def __enter__(self) -> Any:
         try:
             self.handle: Any = safe_open(os.fspath(self.path), framework="pt")
-            return self.handle.__enter__()
+            return self.handle.__enter__()  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError, ValueError) as error:
             raise self._damaged(error) from error
 

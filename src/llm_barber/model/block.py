@@ -206,7 +206,8 @@ class DecoderLayer:
 
 def _mean_squares(values: Tensor) -> Tensor:
     """Mean over tokens and channels of the squares, (sequences,), without an array of squares."""
-    return torch.linalg.vector_norm(values, dim=(1, 2)).square_() / values[0].numel()
+    norms: Tensor = torch.linalg.vector_norm(values, dim=(1, 2))
+    return norms.square_() / values[0].numel()
 
 
 def _by_sequence(activations: Tensor, sequences: int) -> Tensor:

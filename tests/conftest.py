@@ -1,0 +1,85 @@
+"""Tiny random models of each family, and the masks of the released program."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+DATA = Path(__file__).parent / "data"
+RELEASED = DATA / "released-masks"
+
+COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 64}
+LLAMA_LIKE = {**COMMON, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **LLAMA_LIKE, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", **LLAMA_LIKE, "sliding_window": 8},
+    "opt": {"model_type": "opt", **COMMON, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+    "opt-350m": {  # projected embeddings, layer norm after
+        "model_type": "opt", **COMMON, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 16,
+        "do_layer_norm_before": False,
+    },
+    "qwen2": {"model_type": "qwen2", **LLAMA_LIKE},
+    "qwen3": {"model_type": "qwen3", **LLAMA_LIKE, "head_dim": 8},
+}  # fmt: skip
+
+
+def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+    """Save a tiny random model of a family, and return its folder."""
+    torch.manual_seed(seed)
+    settings = {**FAMILIES[family], **changes}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_tokens(path: Path, sequences: int = 4, tokens: int = 24, vocabulary: int = 128, seed: int = 1) -> Path:
+    """Save random calibration tokens, and return the file."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (sequences, tokens), generator=generator)
+    save_file({"input_ids": ids}, path)
+    return path
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor, as integers."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            content.pop(key, None)
+        else:
+            content[key] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A tiny LLaMA."""
+    return make_model(tmp_path / "llama", "llama")
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """Calibration tokens for the tiny models."""
+    return save_tokens(tmp_path / "tokens.safetensors")

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from llm_barber.masking.pattern import NofM, Unstructured, exact_floor, find_pattern, held_patterns, holds, parse_pattern
+
+
+@pytest.mark.parametrize(
+    ("fraction", "count", "floor"), [(0.5, 7, 3), (0.29, 100, 29), (0.7, 10, 7), (1 / 3, 9, 2), (0.01, 99, 0), (1.0, 5, 5)]
+)
+def test_floor_reads_the_decimal_as_written(fraction: float, count: int, floor: int) -> None:
+    assert exact_floor(fraction, count) == floor
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_sparsity_outside_is_refused(sparsity: float) -> None:
+    with pytest.raises(ValueError, match="not between 0 and 1"):
+        Unstructured(sparsity)
+
+
+def test_pattern_is_n_kept_of_m() -> None:
+    assert parse_pattern("1:4") == NofM(kept=1, of=4)
+    assert NofM(1, 4).sparsity == 0.75
+
+
+@pytest.mark.parametrize("text", ["", "2", "2:", ":4", "2-4", "a:b", "4:4", "5:4", "0:4", "-1:4", "2:4:8", "1.5:4"])
+def test_unreadable_pattern_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        parse_pattern(text)
+
+
+def test_held_patterns_give_the_smallest_n() -> None:
+    nonzero = torch.tensor([[1, 0, 0, 1, 0, 0, 1, 0]], dtype=torch.bool)
+    assert held_patterns(nonzero) == [NofM(1, 2), NofM(2, 4)]
+    assert holds(NofM(2, 4), nonzero)
+    assert not holds(NofM(1, 4), nonzero)
+    assert not holds(NofM(1, 3), nonzero)  # does not divide the row
+
+
+def test_found_pattern_needs_filled_groups() -> None:
+    nothing = torch.zeros(2, 16, dtype=torch.bool)
+    filled = torch.tensor([1, 1, 0, 0], dtype=torch.bool).repeat(2, 4)
+    assert find_pattern(filled, nothing) == NofM(2, 4)
+    sparse = filled.clone()
+    sparse[0, 0] = False
+    assert find_pattern(sparse, nothing) is None
+    natural = nothing.clone()
+    natural[0, 0] = True  # it may have been kept
+    assert find_pattern(sparse, natural) == NofM(2, 4)
+
+
+def test_half_of_every_row_is_no_pattern() -> None:
+    half = torch.tensor([1] * 8 + [0] * 8, dtype=torch.bool).repeat(3, 1)
+    assert find_pattern(half, torch.zeros_like(half)) is None

@@ -1,0 +1,39 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_barber.masking.selection import apply_mask, lowest, rank_within
+from tests.conftest import bits
+
+rows = st.integers(1, 9).flatmap(
+    lambda width: st.lists(
+        st.lists(st.integers(0, 3).map(float), min_size=width, max_size=width), min_size=1, max_size=5
+    )  # few values: many ties
+)
+
+
+@given(rows, st.data())
+def test_lowest_is_a_stable_sort(scores: list[list[float]], data: st.DataObject) -> None:
+    counts = [data.draw(st.integers(0, len(row))) for row in scores]
+    chosen = lowest(torch.tensor(scores), torch.tensor(counts))
+    for row, count, mask in zip(scores, counts, chosen.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda i: (row[i], i))
+        assert [i for i, is_chosen in enumerate(mask) if is_chosen] == sorted(order[:count])
+
+
+@given(rows)
+def test_rank_within_is_a_stable_sort(scores: list[list[float]]) -> None:
+    ranks = rank_within(torch.tensor(scores)).tolist()
+    for row, given_ranks in zip(scores, ranks, strict=True):
+        order = sorted(range(len(row)), key=lambda i: (row[i], i))
+        assert [given_ranks[i] for i in order] == list(range(len(row)))
+
+
+def test_masked_weights_are_positive_zero_and_the_others_keep_their_bits() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        weight = torch.tensor([[-1.5, -0.0, 3e-39, -2.0], [1.0, -7.0, 0.0, -0.25]]).to(dtype)
+        keep = torch.tensor([[True, True, True, False], [False, False, True, True]])
+        masked = apply_mask(weight, keep)
+        assert masked.dtype == dtype
+        assert torch.equal(bits(masked)[keep], bits(weight)[keep])
+        assert torch.equal(bits(masked)[~keep], torch.zeros(3, dtype=bits(masked).dtype))

@@ -1,0 +1,43 @@
+import torch
+
+from llm_barber.masking.statistics import GradientSquares, GramMatrix, InputSquares
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def test_input_squares_and_gram_matrix_are_their_definitions() -> None:
+    x = inputs()
+    squares, gram = InputSquares(6, x.device), GramMatrix(6, x.device)
+    before = x.clone()
+    squares.update(x)
+    gram.update(x)
+    assert torch.equal(x, before)
+    flat = x.reshape(-1, 6).double()
+    torch.testing.assert_close(squares.mean.double(), flat.square().sum(0) / 5)
+    torch.testing.assert_close(gram.mean.double(), 2 * flat.t() @ flat / 5)
+
+
+def test_gradient_squares_square_before_they_sum() -> None:
+    x, gradient = inputs(), torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(1))
+    scale = torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0])
+    squares = GradientSquares((3, 6), x.device)
+    squares.update(x, gradient, scale)
+    expected = sum((s * g.double().t() @ one.double()) ** 2 for one, g, s in zip(x, gradient, scale, strict=True)) / 5
+    torch.testing.assert_close(squares.mean.double(), expected)
+
+
+def test_batches_do_not_change_a_bit() -> None:
+    x, gradient = inputs(torch.bfloat16), torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for make in (lambda: InputSquares(6, x.device), lambda: GramMatrix(6, x.device)):
+        whole, parts = make(), make()
+        whole.update(x)
+        for part in (x[:2], x[2:3], x[3:]):
+            parts.update(part)
+        assert torch.equal(whole.mean, parts.mean)
+    whole, parts = GradientSquares((3, 6), x.device), GradientSquares((3, 6), x.device)
+    whole.update(x, gradient, torch.ones(5))
+    for part in (slice(0, 2), slice(2, 5)):
+        parts.update(x[part], gradient[part], torch.ones(len(x[part])))
+    assert torch.equal(whole.mean, parts.mean)
