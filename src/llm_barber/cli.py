@@ -85,7 +85,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on 
 
 
 @app.command(
-    epilog="Examples:\n\nllm-barber prune meta-llama/Llama-3.2-1B pruned --calibration c4\n\nllm-barber prune ./model pruned --initial magnitude --pattern 2:4 --samples 32 --seqlen 512"
+    epilog="Examples:\n\nllm-barber prune meta-llama/Llama-3.2-1B pruned --calibration c4\n\n"
+    "llm-barber prune ./model pruned --initial magnitude --pattern 2:4 --samples 32 --seqlen 512"
 )
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
@@ -152,7 +153,8 @@ def prune(
 
 
 @app.command(
-    epilog="Examples:\n\nllm-barber rebuild meta-llama/Llama-3.2-1B ./pruned-by-another-tool rebuilt\n\nllm-barber rebuild ./dense ./pruned rebuilt --granularity block --rebuild-ratio 0.1"
+    epilog="Examples:\n\nllm-barber rebuild meta-llama/Llama-3.2-1B ./pruned-by-another-tool rebuilt\n\n"
+    "llm-barber rebuild ./dense ./pruned rebuilt --granularity block --rebuild-ratio 0.1"
 )
 def rebuild(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model: folder, hub id or GGUF file.")],

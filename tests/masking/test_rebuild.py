@@ -54,7 +54,9 @@ def oracle(
             by_group[position[0], position[1], position[2] // pattern.of].append(position)
         for (linear, row, group), positions in by_group.items():
             columns = range(group * pattern.of, (group + 1) * pattern.of)
-            kept = sorted((column for column in columns if keep[linear][row, column]), key=lambda c: score((linear, row, c)))
+            kept = sorted(
+                (column for column in columns if keep[linear][row, column]), key=lambda c: score((linear, row, c))
+            )
             positions = sorted(positions, key=lambda p: (-score(p), p[2]))[: len(kept)]
             for position in positions:
                 result[linear][position[1:]] = True

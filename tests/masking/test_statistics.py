@@ -15,8 +15,8 @@ def test_input_squares_and_gram_matrix_are_their_definitions() -> None:
     gram.update(x)
     assert torch.equal(x, before)
     flat = x.reshape(-1, 6).double()
-    torch.testing.assert_close(squares.mean.double(), flat.square().sum(0) / 5)
-    torch.testing.assert_close(gram.mean.double(), 2 * flat.t() @ flat / 5)
+    torch.testing.assert_close(squares.mean.double(), flat.square().sum(0) / 5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram.mean.double(), 2 * flat.t() @ flat / 5, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_squares_square_before_they_sum() -> None:
@@ -25,7 +25,7 @@ def test_gradient_squares_square_before_they_sum() -> None:
     squares = GradientSquares((3, 6), x.device)
     squares.update(x, gradient, scale)
     expected = sum((s * g.double().t() @ one.double()) ** 2 for one, g, s in zip(x, gradient, scale, strict=True)) / 5
-    torch.testing.assert_close(squares.mean.double(), expected)
+    torch.testing.assert_close(squares.mean.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_do_not_change_a_bit() -> None:

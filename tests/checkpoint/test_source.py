@@ -1,0 +1,137 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_barber.checkpoint.source import INDEX_NAME, CheckpointSource, TensorInfo, sharded_by
+from llm_barber.errors import HubError, ModelError
+from tests.conftest import change_json, make_model
+
+
+def shard(folder: Path) -> list[Path]:
+    """Split a checkpoint's single file in two, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    files = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, members in files.items():
+        save_file({name: tensors[name] for name in members}, folder / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, members in files.items() for name in members}}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    return [folder / file for file in files]
+
+
+def test_single_and_sharded_read_the_same(llama: Path) -> None:
+    single = CheckpointSource(llama).read(CheckpointSource(llama).tensors)
+    shard(llama)
+    source = CheckpointSource(llama)
+    sharded = source.read(source.tensors)
+    assert sharded.keys() == single.keys()
+    assert all(torch.equal(sharded[name], single[name]) for name in single)
+    assert source.tensors["model.norm.weight"] == TensorInfo("b.safetensors", (32,), "F32")
+
+
+def expect(folder: Path | str, message: str, hint: str, kind: type[Exception] = ModelError) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        source = CheckpointSource(folder)
+        source.read(source.tensors)
+    assert hint in caught.value.hint
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    expect(tmp_path / "nothing", "no such model", "folder of a checkpoint")
+    expect("a/b/c", "no such model", "folder of a checkpoint")
+    (tmp_path / "file").write_text("")
+    expect(tmp_path / "file", "is a file, not a model", "GGUF")
+
+
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    expect("nobody/nothing-at-all", "hub cannot be reached", "connection", HubError)
+
+
+def test_missing_shard(llama: Path) -> None:
+    shard(llama)[1].unlink()
+    expect(llama, "shard b.safetensors of .* is missing", "whole")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
+def test_truncated_file(llama: Path, keep: int) -> None:
+    path = llama / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    expect(llama, "model.safetensors is truncated or not a safetensors file", "again")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_not_finite(llama: Path, value: float, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(llama / "model.safetensors").items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    expect(llama, "model.layers.1.mlp.up_proj.weight in model.safetensors holds NaN or Inf", "damaged")
+
+
+@pytest.mark.parametrize("name", ["../b.safetensors", "/etc/passwd", "sub/b.safetensors", ".."])
+def test_index_that_leaves_the_folder(llama: Path, name: str) -> None:
+    shard(llama)
+    (llama.parent / "b.safetensors").write_bytes((llama / "b.safetensors").read_bytes())
+    index = json.loads((llama / INDEX_NAME).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (llama / INDEX_NAME).write_text(json.dumps(index))
+    expect(llama, "not a file of its folder", "do not trust")
+
+
+def test_index_that_does_not_fit(llama: Path) -> None:
+    shard(llama)
+    index = json.loads((llama / INDEX_NAME).read_text())
+    index["weight_map"]["model.norm.weight"] = "a.safetensors"
+    (llama / INDEX_NAME).write_text(json.dumps(index))
+    expect(llama, "which does not have it", "damaged")
+    (llama / INDEX_NAME).write_text("{}")
+    expect(llama, "no weight_map", "damaged")
+    (llama / INDEX_NAME).write_text("{")
+    expect(llama, "cannot be read", "damaged")
+
+
+def test_pickles_are_not_read(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    expect(llama, "has no safetensors weights", "pickled")
+
+
+def test_quantised_and_adapters_are_refused(llama: Path) -> None:
+    change_json(llama / "config.json", quantization_config={"quant_method": "gptq"})
+    expect(llama, r"quantised \(gptq\)", "dequantise")
+    (llama / "adapter_config.json").write_text("{}")
+    expect(llama, "PEFT adapter", "merge")
+
+
+def test_broken_configuration(llama: Path) -> None:
+    (llama / "config.json").write_text("[]")
+    expect(llama, "not a JSON object", "damaged")
+    (llama / "config.json").unlink()
+    expect(llama, "no config.json", "checkpoint folder")
+
+
+def test_companions_leave_weights_code_and_records_behind(llama: Path) -> None:
+    for name in ("tokenizer.json", "barber.json", "modeling_evil.py", "README.md", "x.bin", "chat_template.jinja"):
+        (llama / name).write_text("{}")
+    names = {path.name for path in CheckpointSource(llama).companions()}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+
+
+def test_groups_of_bounded_size() -> None:
+    sizes = {name: TensorInfo("f", (count,), "BF16") for name, count in {"a": 10, "b": 10, "c": 100, "d": 1}.items()}
+    assert list(sharded_by(sizes, sizes, 45)) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_base_prefix_may_be_missing(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "opt", "opt")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): one for name, one in tensors.items()}, folder / "model.safetensors")
+    source = CheckpointSource(folder)
+    name = "model.decoder.layers.0.fc1.weight"
+    assert source.resolve(name, "model") == "decoder.layers.0.fc1.weight"
+    with pytest.raises(ModelError, match="has no tensor 'model.nothing'"):
+        source.resolve("model.nothing", "model")

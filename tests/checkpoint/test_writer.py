@@ -1,0 +1,114 @@
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm_barber.checkpoint import writer as writer_module
+from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.errors import OutputError
+
+
+def write(output: Path, overwrite: bool = False, value: float = 1.0, fail: BaseException | None = None) -> None:
+    with CheckpointWriter(output, shards=2, overwrite=overwrite, needed=100) as writer:
+        writer.write_shard({"a": torch.full((3,), value)})
+        if fail is not None:
+            raise fail
+        writer.write_shard({"b": torch.ones(2, dtype=torch.bfloat16)})
+        writer.write_text("config.json", "{}")
+        writer.finish()
+
+
+def test_shards_index_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "out")
+    out = tmp_path / "deep" / "out"
+    names = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert {path.name for path in out.iterdir()} == {*names, "model.safetensors.index.json", "config.json"}
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 16
+    assert set(index["weight_map"].values()) == names
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("fail", [RuntimeError("x"), KeyboardInterrupt()])
+def test_failure_leaves_nothing(tmp_path: Path, fail: BaseException) -> None:
+    with pytest.raises(type(fail)):
+        write(tmp_path / "out", fail=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_overwrite_leaves_the_old(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, value=1.0)
+    with pytest.raises(OutputError, match="exists") as caught:
+        write(out, value=2.0)
+    assert "--overwrite" in caught.value.hint
+    with pytest.raises(RuntimeError):
+        write(out, overwrite=True, value=2.0, fail=RuntimeError())
+    assert load_file(out / "model-00001-of-00002.safetensors")["a"][0] == 1.0
+    write(out, overwrite=True, value=2.0)
+    assert load_file(out / "model-00001-of-00002.safetensors")["a"][0] == 2.0
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="something other than a model"):
+        write(out, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        write(tmp_path / "file", overwrite=True)
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    (left / "model-00001-of-00009.safetensors.tmp").write_text("half")
+    write(tmp_path / "out")
+    assert not left.exists()
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_a_second_run_is_refused(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", shards=1, overwrite=False, needed=0) as first:
+        first.write_shard({"a": torch.ones(1)})
+        with pytest.raises(OutputError, match="another run is writing"):
+            write(tmp_path / "out")
+        assert (first.work / "model-00001-of-00001.safetensors").exists()
+        first.finish()
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_disk_too_small(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"takes 1000000000.00 GB, the disk of .* has") as caught,
+        CheckpointWriter(tmp_path / "out", shards=1, overwrite=False, needed=10**18),
+    ):
+        pass
+    assert "free some space" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_disk_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    def full(_tensors: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        if wrapped:
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer_module, "save_file", full)
+    with pytest.raises(OutputError, match="disk of .* is full"):
+        write(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        write(tmp_path / "file" / "out")

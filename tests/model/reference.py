@@ -1,0 +1,115 @@
+"""The method on a whole model in memory, with plain hooks and autograd: what streaming must equal.
+
+Nothing of the program's model/ package or run is used, only the masking functions, which have oracles of their own.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import Pattern
+from llm_barber.masking.rebuild import rebuild_masks
+from llm_barber.masking.saliency import wanda, weight_gradient
+
+
+class _Captured(Exception):
+    pass
+
+
+def layer_call(layer: nn.Module, arguments: dict, hidden: Tensor) -> Tensor:
+    output = layer(hidden, **arguments)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def first_call(model: nn.Module, layers: nn.ModuleList, index: int, tokens: Tensor) -> tuple[Tensor, dict]:
+    """Hidden states and keyword arguments of a layer's call in an ordinary forward pass."""
+    caught = {}
+
+    def hook(_: nn.Module, positional: tuple, keywords: dict) -> None:
+        caught["hidden"], caught["arguments"] = positional[0], keywords
+        raise _Captured
+
+    handle = layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        model(input_ids=tokens, use_cache=False)
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    return caught["hidden"], caught["arguments"]
+
+
+def captured(layer: nn.Module, path: str, hidden: Tensor, arguments: dict) -> tuple[Tensor, Tensor]:
+    """Input and output of a submodule in a call of the layer."""
+    caught = {}
+
+    def hook(_: nn.Module, positional: tuple, keywords: dict, output: Tensor | tuple) -> None:
+        caught["input"] = positional[0] if positional else keywords["hidden_states"]
+        caught["output"] = output if isinstance(output, Tensor) else output[0]
+
+    handle = layer.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+    layer_call(layer, arguments, hidden)
+    handle.remove()
+    return caught["input"], caught["output"]
+
+
+def prune_in_memory(
+    folder: Path,
+    layers_path: str,
+    blocks: dict[str, tuple[str, tuple[str, ...]]],
+    tokens: Tensor,
+    pattern: Pattern,
+    granularity: Granularity,
+    ratio: float,
+) -> dict[str, Tensor]:
+    """Wanda's mask rebuilt, layer by layer; keep masks by parameter name.
+
+    `blocks`: name → (output module, linears), in order.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    layers = model.get_submodule(layers_path)
+    masks = {}
+    for index in range(len(layers)):
+        # The model before this layer is already sparse, so that an ordinary forward gives the sparse stream.
+        calls = [first_call(model, layers, index, sequence[None]) for sequence in tokens]
+        layer, dense = layers[index], copy.deepcopy(layers[index])
+        names = [name for _, linears in blocks.values() for name in linears]
+        squares = {}
+        with torch.no_grad():
+            for name in names:
+                inputs = [captured(layer, name, *c)[0] for c in calls]
+                squares[name] = sum(one.float().square().flatten(0, -2).sum(0) for one in inputs) / len(inputs)
+        keep = {}
+        for name in names:
+            weight = layer.get_submodule(name).weight
+            keep[name] = initial_mask(wanda(weight.data, squares[name]), pattern, Granularity.OUTPUT)
+            weight.data[~keep[name]] = 0
+        for output_path, linears in blocks.values():
+            total = {name: torch.zeros_like(keep[name], dtype=torch.float32) for name in linears}
+            for hidden, arguments in calls:
+                with torch.no_grad():
+                    _, sparse = captured(layer, output_path, hidden, arguments)
+                # The dense block behind the sparse (final) earlier blocks of this layer.
+                mixed = copy.deepcopy(layer).requires_grad_()
+                for name in linears:
+                    mixed.get_submodule(name).weight.data.copy_(dense.get_submodule(name).weight.data)
+                _, output = captured(mixed, output_path, hidden, arguments)
+                nn.functional.mse_loss(output, sparse).backward()
+                for name in linears:
+                    total[name] += mixed.get_submodule(name).weight.grad ** 2 / len(calls)
+            rebuilt = rebuild_masks(
+                [keep[name] for name in linears],
+                [weight_gradient(dense.get_submodule(name).weight.data, total[name]) for name in linears],
+                granularity,
+                ratio,
+            )
+            for name, result in zip(linears, rebuilt, strict=True):
+                weight = layer.get_submodule(name).weight
+                weight.data.copy_(torch.where(result.keep, dense.get_submodule(name).weight.data, 0))
+                masks[f"{layers_path}.{index}.{name}"] = result.keep
+    return masks

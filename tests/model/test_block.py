@@ -1,0 +1,136 @@
+"""Per-sequence gradients against autograd, one sequence at a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from llm_barber.masking.statistics import GradientSquares
+from llm_barber.model.architecture import LLAMA, OPT, Architecture, Block
+from llm_barber.model.block import DecoderLayer, reconstruction_errors
+from tests.conftest import make_model
+from tests.model.reference import first_call
+
+Case = tuple[nn.Module, Architecture, Tensor, dict]
+
+
+@pytest.fixture(params=["llama", "opt"])
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    """A layer, its record, an input (sequences, tokens, hidden) and the arguments of its call."""
+    folder = make_model(tmp_path / "model", request.param)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    architecture = LLAMA if request.param == "llama" else OPT
+    tokens = torch.randint(0, 128, (4, 12), generator=torch.Generator().manual_seed(0))
+    hidden, arguments = first_call(model, model.get_submodule(architecture.layers), 0, tokens)
+    return model.get_submodule(architecture.layers)[0], architecture, hidden, arguments
+
+
+def gradient_squares(case: Case, block: Block, sparse: Tensor, batch: int) -> dict[str, Tensor]:
+    module, architecture, hidden, arguments = case
+    layer = DecoderLayer(module, architecture.linears, lambda _: one_sequence(arguments))
+    squares = {name: GradientSquares(tuple(layer.linears[name].weight.shape), hidden.device) for name in block.linears}
+    for start in range(0, len(hidden), batch):
+        part = slice(start, start + batch)
+        layer.block_gradients(block, hidden[part], sparse[part], {}, squares)
+    return {name: statistic.mean for name, statistic in squares.items()}
+
+
+def one_sequence(arguments: dict) -> dict:
+    """Position arguments that fit any batch."""
+    return {
+        name: value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == 4 else value
+        for name, value in arguments.items()
+    }
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_gradients_equal_autograd_one_sequence_at_a_time(case: Case, index: int) -> None:
+    module, architecture, hidden, arguments = case
+    block = architecture.blocks[index]
+    sparse = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    found = gradient_squares(case, block, sparse, batch=4)
+    outputs = []
+    handle = module.get_submodule(block.output).register_forward_hook(lambda _, __, out: outputs.append(out))
+    weights = [module.get_submodule(name).weight for name in block.linears]
+    expected = [torch.zeros_like(weight) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for sequence, target in zip(hidden, sparse, strict=True):
+        module(sequence[None], **one_sequence(arguments))
+        output = outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1][0]
+        loss = nn.functional.mse_loss(output.reshape(target.shape), target)
+        for total, gradient in zip(expected, torch.autograd.grad(loss, weights), strict=True):
+            total += gradient**2 / len(hidden)
+    handle.remove()
+    for name, total in zip(block.linears, expected, strict=True):
+        torch.testing.assert_close(found[name], total, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_batch_size_does_not_change_the_statistics(case: Case, index: int) -> None:
+    block = case[1].blocks[index]
+    sparse = torch.randn(case[2].shape, generator=torch.Generator().manual_seed(1))
+    whole = gradient_squares(case, block, sparse, batch=4)
+    for batch in (1, 3):
+        parts = gradient_squares(case, block, sparse, batch)
+        for name in block.linears:
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=0)
+
+
+def test_half_precision_does_not_underflow(case: Case) -> None:
+    """The loss gradient is 2 · 1e-5 / (12 · 32) = 5e-8: less than float16's least positive number."""
+    module, architecture, hidden, arguments = case
+    block = architecture.blocks[1]
+    float_arguments = one_sequence(arguments)
+    module.half().float()  # weights that both dtypes have
+    layer = DecoderLayer(module, architecture.linears, lambda _: float_arguments)
+    dense = layer.block_output(block, hidden, {})
+    module.half()
+    half_arguments = {
+        name: tuple(one.half() for one in value) if name == "position_embeddings" else value
+        for name, value in float_arguments.items()
+    }
+    layer = DecoderLayer(module, architecture.linears, lambda _: half_arguments)
+    half_dense = layer.block_output(block, hidden.half(), {}).float()
+    sparse = half_dense - 1e-5 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
+    difference = half_dense - sparse
+    half_case = (module, architecture, hidden.half(), half_arguments)
+    found = gradient_squares(half_case, block, sparse, batch=4)
+    module.float()
+    exact = gradient_squares(case, block, dense - 1000 * difference, batch=4)
+    for name in block.linears:
+        ratio = 1000 * found[name].sqrt().norm() / exact[name].sqrt().norm()
+        assert 0.98 < ratio < 1.02, (name, ratio)
+
+
+def test_replay_gives_the_layer_the_kept_output(case: Case) -> None:
+    module, architecture, hidden, arguments = case
+    layer = DecoderLayer(module, architecture.linears, lambda _: one_sequence(arguments))
+    attention, mlp = architecture.blocks
+    kept = layer.block_output(attention, hidden, {})
+    _, output = layer.final_output(hidden, mlp, {attention.output: kept})
+    torch.testing.assert_close(output, layer.output(hidden), rtol=0, atol=0)
+    _, other = layer.final_output(hidden, mlp, {attention.output: torch.zeros_like(kept)})
+    assert not torch.equal(other, output)
+    assert "forward" not in vars(module.get_submodule(attention.output))  # taken off again
+
+
+def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case) -> None:
+    module, architecture, hidden, arguments = case
+    layer = DecoderLayer(module, architecture.linears, lambda _: one_sequence(arguments))
+    seen: dict[str, Tensor] = {}
+    ended = []
+    handle = module.register_forward_hook(lambda *_: ended.append(True))
+    layer.visit_inputs(hidden, seen.__setitem__)
+    handle.remove()
+    assert set(seen) == set(architecture.linears)
+    assert not ended
+    assert seen["self_attn.q_proj"] is seen["self_attn.k_proj"]
+    assert all(one.shape[:2] == hidden.shape[:2] for one in seen.values())
+
+
+def test_reconstruction_error_is_the_mean_square_by_sequence() -> None:
+    dense, sparse = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 0.0]], [[3.0, 1.0]]])
+    assert reconstruction_errors(dense, sparse).tolist() == pytest.approx([2.5, 5.0])

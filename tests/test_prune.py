@@ -1,0 +1,335 @@
+"""The whole run on tiny models: what is written, and that nothing is left when it cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llm_barber import BarberError, InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
+from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
+from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
+from tests.checkpoint.test_source import shard
+from tests.conftest import FAMILIES, bits, change_json, make_model, read_folder, save_tokens
+
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.out_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "fc1", "fc2")
+
+
+def is_linear(name: str) -> bool:
+    return name.removesuffix(".weight").endswith((*LINEARS, *MLP)) and name.endswith(".weight")
+
+
+def run(model: Path, output: Path, tokens: Path, **settings: object) -> RunReport:
+    return prune(PruneConfig(model=str(model), output=output, calibration=str(tokens), **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("initial", ["magnitude", "wanda", "sparsegpt"])
+def test_kept_weights_keep_their_bits(tmp_path: Path, tokens: Path, initial: str, dtype: torch.dtype) -> None:
+    model = make_model(tmp_path / "dense", "llama", dtype)
+    report = run(model, tmp_path / "out", tokens, initial=initial, rebuild_ratio=0.5, sparsity=0.6)
+    dense, written = read_folder(model), read_folder(tmp_path / "out")
+    assert dense.keys() == written.keys()
+    for name, tensor in written.items():
+        assert tensor.dtype == dense[name].dtype
+        pruned = tensor == 0
+        if is_linear(name):
+            assert (bits(tensor)[pruned] == 0).all()  # +0.0
+        else:
+            assert not pruned.all() or (dense[name] == 0).all()
+        kept = ~pruned if is_linear(name) else torch.ones_like(pruned)
+        assert torch.equal(bits(tensor)[kept], bits(dense[name])[kept])
+    for layer in report.layers:
+        for linear in layer.linears:
+            assert linear.pruned == linear.zeros
+            assert linear.grown > 0 or initial != "magnitude"
+    exact = {"magnitude": 0.6, "wanda": 0.59375, "sparsegpt": 0.6}[initial]  # floor(0.6 · 32) = 19 of a row's 32 …
+    assert report.sparsity == pytest.approx(exact, abs=0.005)
+    assert report.sparsity <= 0.6
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+@pytest.mark.parametrize("initial", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("granularity", ["output", "block"])
+def test_patterns_hold_exactly(
+    tmp_path: Path, llama: Path, tokens: Path, initial: str, pattern: str, granularity: str
+) -> None:
+    report = run(
+        llama, tmp_path / "out", tokens, initial=initial, pattern=pattern, rebuild_ratio=1.0, granularity=granularity
+    )
+    target = parse_pattern(pattern)
+    for name, tensor in read_folder(tmp_path / "out").items():
+        if is_linear(name):
+            assert holds(target, tensor != 0)
+            assert (tensor != 0).sum() == tensor.numel() * target.kept // target.of
+    assert report.swapped > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loads_everywhere_with_the_same_logits(tmp_path: Path, tokens: Path, family: str) -> None:
+    model = make_model(tmp_path / "dense", family)
+    run(model, tmp_path / "out", tokens, rebuild_ratio=0.5)
+    ids = load_file(tokens)["input_ids"]
+    in_memory = AutoModelForCausalLM.from_pretrained(model)
+    written = read_folder(tmp_path / "out")
+    with torch.no_grad():
+        for name, parameter in in_memory.named_parameters():
+            if is_linear(name):
+                parameter.mul_(written[name] != 0)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        logits = loaded(ids).logits
+        assert logits.isfinite().all()
+        torch.testing.assert_close(logits, in_memory(ids).logits)
+    assert loaded.generate(ids[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
+
+
+def test_sharded_and_unprefixed_checkpoints_give_the_same_weights(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "opt")
+    run(model, tmp_path / "one", tokens, rebuild_ratio=0.5)
+    shard(model)
+    run(model, tmp_path / "two", tokens, rebuild_ratio=0.5)
+    tensors = read_folder(model)
+    for path in (*model.glob("*.safetensors"), model / "model.safetensors.index.json"):
+        path.unlink()
+    save_file({name.removeprefix("model."): one for name, one in tensors.items()}, model / "model.safetensors")
+    run(model, tmp_path / "three", tokens, rebuild_ratio=0.5)
+    one, two, three = (read_folder(tmp_path / name) for name in ("one", "two", "three"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name])
+        assert torch.equal(tensor, three[name.removeprefix("model.")])
+
+
+def test_same_settings_same_bytes_and_batch_size_does_not_matter(tmp_path: Path, llama: Path) -> None:
+    tokens = save_tokens(tmp_path / "t.safetensors", sequences=7)
+    reports = [
+        run(llama, tmp_path / str(number), tokens, rebuild_ratio=0.5, batch_size=batch, dtype="float32")
+        for number, batch in enumerate([7, 7, 1, 3])
+    ]
+    assert all(report.files == reports[0].files for report in reports)
+    assert reports[0].swapped > 100
+
+
+def test_the_record_is_complete(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    report = run(llama, tmp_path / "out", tokens, rebuild_ratio=0.5, granularity="block", seed=3)
+    record = json.loads((tmp_path / "out" / "barber.json").read_text())
+    assert record["settings"]["seed"] == 3
+    assert record["calibration"] == {
+        "source": str(tokens),
+        "sequences": 4,
+        "tokens": 24,
+        "sha256": report.calibration["sha256"],
+    }
+    assert set(record["versions"]) >= {"torch", "transformers", "llm-barber", "python"}
+    assert len(record["layers"]) == 2
+    for layer in record["layers"]:
+        assert [block["name"] for block in layer["blocks"]] == ["attention", "mlp"]
+        for block in layer["blocks"]:
+            assert 0 < block["error_after"] < block["error_before"]
+            assert sum(linear["grown"] - linear["dropped"] for linear in block["linears"]) == 0
+            assert sum(linear["beneficial_pairs"] for linear in block["linears"]) // 2 == sum(
+                linear["swaps"] for linear in block["linears"]
+            )
+    assert RunReport.model_validate(record) == report
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "arXiv preprint arXiv:2408.10631" in card
+    assert "| self_attn.q_proj | 2,048 |" in card
+
+
+def test_error_before_is_of_the_initial_mask(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """A ratio that swaps nothing leaves the error as it was: before and after are the same measurement."""
+    report = run(llama, tmp_path / "out", tokens, rebuild_ratio=1e-9, dtype="float32")
+    assert report.swapped == 0
+    for layer in report.layers:
+        for block in layer.blocks:
+            assert block.error_after == pytest.approx(block.error_before, rel=1e-5)
+
+
+def test_keep_updates_keeps_sparsegpts_weights(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    dense = read_folder(llama)
+    run(llama, tmp_path / "plain", tokens, initial="sparsegpt", rebuild=False)
+    run(llama, tmp_path / "updated", tokens, initial="sparsegpt", rebuild=False, keep_updates=True)
+    report = run(llama, tmp_path / "rebuilt", tokens, initial="sparsegpt", rebuild_ratio=0.5, keep_updates=True)
+    plain, updated, rebuilt = (read_folder(tmp_path / name) for name in ("plain", "updated", "rebuilt"))
+    for name in filter(is_linear, dense):
+        assert torch.equal(plain[name] != 0, updated[name] != 0)
+        assert (updated[name] != dense[name]).float().mean() > 0.9
+    name = "model.layers.0.self_attn.q_proj.weight"
+    grown = (rebuilt[name] != 0) & (plain[name] == 0)
+    stayed = (rebuilt[name] != 0) & (plain[name] != 0)
+    assert grown.any()
+    assert torch.equal(rebuilt[name][grown], dense[name][grown])
+    assert torch.equal(rebuilt[name][stayed], updated[name][stayed])
+    assert report.sparsity == 0.5
+    assert inspect(InspectConfig(model=str(tmp_path / "rebuilt"), dense=str(llama))).problems == ()
+
+
+def test_weights_that_are_zero_in_the_dense_model_are_told_apart(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in filter(is_linear, tensors):
+        tensors[name][torch.rand(tensors[name].shape, generator=generator) < 0.1] = 0
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    pruned = tmp_path / "pruned"
+    make_model(pruned, "llama")
+    generator = torch.Generator().manual_seed(1)
+    masks = {name: torch.rand(tensors[name].shape, generator=generator) < 0.5 for name in filter(is_linear, tensors)}
+    save_file(
+        {name: tensor * masks[name] if name in masks else tensor for name, tensor in tensors.items()},
+        pruned / "model.safetensors", {"format": "pt"},
+    )  # fmt: skip
+    report = rebuild(
+        RebuildConfig(
+            dense=str(llama), pruned=str(pruned), output=tmp_path / "out", calibration=str(tokens), rebuild_ratio=1.0
+        )
+    )
+    before, after = read_folder(pruned), read_folder(tmp_path / "out")
+    assert report.swapped > 500
+    counts = {
+        (f"model.layers.{layer.index}.{one.name}.weight"): one for layer in report.layers for one in layer.linears
+    }
+    for name in masks:
+        natural = tensors[name] == 0
+        assert (after[name] == 0).sum() == (before[name] == 0).sum()
+        assert counts[name].pruned == ((before[name] == 0) & ~natural).sum()
+        assert counts[name].zeros == (before[name] == 0).sum()
+
+
+def test_prune_never_overshoots_on_tied_and_zero_weights(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    for name in filter(is_linear, tensors):
+        tensors[name] = (tensors[name] * 8).round() / 8  # a dozen distinct values, many zeros
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    for initial in ("magnitude", "wanda", "sparsegpt"):
+        report = run(llama, tmp_path / initial, tokens, initial=initial, rebuild_ratio=0.5)
+        assert all(linear.pruned == linear.weights // 2 for linear in report.linears) or initial == "magnitude"
+        assert report.sparsity == 0.5
+        assert inspect(InspectConfig(model=str(tmp_path / initial), dense=str(llama))).problems == ()
+
+
+def test_rebuild_takes_method_and_pattern_from_the_pruned_model(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(llama, tmp_path / "pruned", tokens, initial="magnitude", rebuild=False)
+    run(llama, tmp_path / "nm", tokens, initial="wanda", pattern="1:4", rebuild=False)
+    settings = {"dense": str(llama), "calibration": str(tokens)}
+    report = rebuild(RebuildConfig(pruned=str(tmp_path / "pruned"), output=tmp_path / "out", **settings))
+    assert (report.granularity, report.rebuild_ratio, report.pattern) == ("block", 0.1, "unstructured")
+    report = rebuild(
+        RebuildConfig(pruned=str(tmp_path / "nm"), output=tmp_path / "out2", rebuild_ratio=1.0, **settings)
+    )
+    assert (report.granularity, report.pattern) == ("output", "1:4")
+    for name, tensor in read_folder(tmp_path / "out2").items():
+        if is_linear(name):
+            assert holds(NofM(1, 4), tensor != 0)
+    with pytest.raises(ModelError, match="pattern 1:8 does not hold"):
+        rebuild(RebuildConfig(pruned=str(tmp_path / "nm"), output=tmp_path / "out3", pattern="1:8", **settings))
+
+
+def test_fused_prune_equals_no_rebuild_plus_rebuild_in_the_first_layer(
+    tmp_path: Path, llama: Path, tokens: Path
+) -> None:
+    run(llama, tmp_path / "initial", tokens, rebuild=False, dtype="float32")
+    rebuild(
+        RebuildConfig(
+            dense=str(llama), pruned=str(tmp_path / "initial"), output=tmp_path / "two", calibration=str(tokens),
+            rebuild_ratio=0.5, dtype="float32",
+        )
+    )  # fmt: skip
+    run(llama, tmp_path / "one", tokens, rebuild_ratio=0.5, dtype="float32")
+    one, two = read_folder(tmp_path / "one"), read_folder(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one if "layers.0." in name)
+
+
+def expect_failure(message: str, kind: type[BarberError], tmp_path: Path, **settings: object) -> BarberError:
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(kind, match=message) as caught:
+        prune(PruneConfig(**{"output": tmp_path / "out", **settings}))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert caught.value.hint
+    return caught.value
+
+
+def test_bad_input_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    good = {"model": str(llama), "calibration": str(tokens)}
+    expect_failure("no such model", ModelError, tmp_path, **good | {"model": str(tmp_path / "nothing")})
+    expect_failure("pattern 2:5 does not divide the 32 inputs of", ModelError, tmp_path, **good, pattern="2:5")
+    expect_failure("beyond the model's 64 positions", CalibrationError, tmp_path, model=str(llama), seqlen=65)
+    expect_failure("device cuda:7 is not there|unknown device", SettingsError, tmp_path, **good, device="cuda:7")
+    expect_failure("no tokenizer", CalibrationError, tmp_path, model=str(llama), seqlen=8)
+    big = save_tokens(tmp_path / "big.safetensors", vocabulary=5000)
+    expect_failure(
+        "outside the model's vocabulary of 128", CalibrationError, tmp_path, **good | {"calibration": str(big)}
+    )
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x").write_text("")
+    expect_failure("exists", OutputError, tmp_path, **good, output=tmp_path / "there")
+    change_json(llama / "config.json", model_type="gpt_neox")
+    error = expect_failure("architecture 'gpt_neox' is not supported", ModelError, tmp_path, **good)
+    assert "llama" in error.hint
+    assert "opt" in error.hint
+
+
+def test_shapes_that_do_not_fit_the_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    change_json(llama / "config.json", intermediate_size=48)
+    expect_failure("the configuration says", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
+
+
+def test_activations_that_overflow_are_named(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 3e38
+    tensors["model.layers.1.mlp.down_proj.weight"].clamp_(-3e38, 3e38)
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    for rebuilt in (True, False):
+        error = expect_failure(
+            "the output of layer 1 mlp holds NaN or Inf", ModelError, tmp_path,
+            model=str(llama), calibration=str(tokens), rebuild=rebuilt,
+        )  # fmt: skip
+        assert "--dtype" in error.hint
+
+
+def test_pruned_of_another_shape(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    other = make_model(tmp_path / "other", "llama", intermediate_size=48)
+    mistral = make_model(tmp_path / "mistral", "mistral")
+    settings = {"dense": str(llama), "calibration": str(tokens), "output": tmp_path / "out"}
+    with pytest.raises(ModelError, match=r"is \(64, 32\) in DENSE and \(48, 32\) in PRUNED"):
+        rebuild(RebuildConfig(pruned=str(other), **settings))
+    with pytest.raises(ModelError, match="DENSE is llama, PRUNED is mistral"):
+        rebuild(RebuildConfig(pruned=str(mistral), **settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        PruneConfig(model="m", output=tmp_path, sparsity=1.5, samples=0, dtype="int8", pattern="4:2", rebuild_ratio=2)
+    for part in ("sparsity 1.5", "samples", "int8", "4:2", "rebuild_ratio"):
+        assert part in str(caught.value)
+    assert caught.value.exit_code == 2
+    with pytest.raises(SettingsError, match="OUT is MODEL itself"):
+        PruneConfig(model=str(tmp_path), output=tmp_path / "." / "x" / "..")
+    with pytest.raises(SettingsError, match="exclude each other"):
+        PruneConfig(model="m", output=tmp_path, sparsity=0.5, pattern="2:4")
+    with pytest.raises(SettingsError, match="keep_updates needs initial sparsegpt"):
+        PruneConfig(model="m", output=tmp_path, keep_updates=True)
+    with pytest.raises(SettingsError, match="contains DENSE"):
+        RebuildConfig(dense=str(tmp_path / "a"), pruned="p", output=tmp_path)
+
+
+def test_default_granularity_and_ratio_are_the_released_ones(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    found = {}
+    for initial in ("magnitude", "wanda", "sparsegpt"):
+        report = run(llama, tmp_path / initial, tokens, initial=initial)
+        found[initial] = (report.granularity, report.rebuild_ratio)
+    assert found == {"magnitude": ("block", 0.1), "wanda": ("output", 0.01), "sparsegpt": ("linear", 0.1)}
+    assert run(llama, tmp_path / "nm", tokens, initial="magnitude", pattern="2:4").granularity == "output"
+
+
+def test_magnitude_by_output_row(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(
+        llama, tmp_path / "out", tokens, initial="magnitude", initial_granularity="output", rebuild=False, sparsity=0.25
+    )
+    for name, tensor in read_folder(tmp_path / "out").items():
+        if is_linear(name):
+            assert ((tensor == 0).sum(1) == Unstructured(0.25).pruned(tensor.shape[1])).all()
