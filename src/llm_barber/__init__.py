@@ -1,12 +1,15 @@
 """LLM-Barber: prune a large language model in one shot, then rebuild its mask block by block (arXiv 2408.10631)."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from llm_barber.config import PruneConfig, RebuildConfig
-from llm_barber.errors import BarberError
-from llm_barber.inspection import InspectConfig, Inspection, inspect
-from llm_barber.prune import prune, rebuild
-from llm_barber.report import RunReport
+if TYPE_CHECKING:
+    from llm_barber.config import PruneConfig, RebuildConfig
+    from llm_barber.errors import BarberError
+    from llm_barber.inspection import InspectConfig, Inspection, inspect
+    from llm_barber.pruning import prune, rebuild
+    from llm_barber.report import RunReport
 
 __version__ = version("llm-barber")
 __all__ = [
@@ -20,3 +23,22 @@ __all__ = [
     "prune",
     "rebuild",
 ]
+
+# Imported when first asked for: `--help` should not wait for transformers.
+_MODULES = {
+    "BarberError": "errors",
+    "InspectConfig": "inspection",
+    "Inspection": "inspection",
+    "PruneConfig": "config",
+    "RebuildConfig": "config",
+    "RunReport": "report",
+    "inspect": "inspection",
+    "prune": "pruning",
+    "rebuild": "pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

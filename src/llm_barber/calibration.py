@@ -79,13 +79,13 @@ def load_calibration(name: str, tokenizer: Tokenizer | None, samples: int, seqle
     """
     if name.endswith(TOKEN_FILE_SUFFIX):
         return CalibrationTokens(_read_tokens(Path(name)), name)
+    text = read_text(name, samples * seqlen)
     if tokenizer is None:
         raise CalibrationError(
             "the model has no tokenizer, which calibration text needs",
             "add its tokenizer files, or give --calibration a safetensors file with input_ids",
         )
-    wanted = samples * seqlen
-    tokens = torch.tensor(tokenizer(read_text(name, wanted)).input_ids, dtype=torch.int64)
+    tokens = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
     windows = len(tokens) // seqlen
     if windows < samples:
         raise CalibrationError(

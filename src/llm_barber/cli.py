@@ -15,6 +15,7 @@ from llm_barber.masking.granularity import Granularity
 
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
+INTERRUPTED = 130
 METHOD, CALIBRATION, COMPUTE, OUTPUT = "Method", "Calibration", "Compute", "Output"
 
 app = typer.Typer(
@@ -141,7 +142,7 @@ def prune(
 
     Kept weights are the dense model's, bit for bit; OUT loads with AutoModelForCausalLM.
     """
-    from llm_barber.prune import prune as run
+    from llm_barber.pruning import prune as run
 
     config = PruneConfig(
         model=model, output=out, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild,
@@ -197,7 +198,7 @@ def rebuild(
 
     The sparsity of PRUNED, and its N:M pattern if it has one, is kept.
     """
-    from llm_barber.prune import rebuild as run
+    from llm_barber.pruning import rebuild as run
 
     config = RebuildConfig(
         dense=dense, pruned=pruned, output=out, initial=initial, pattern=pattern, granularity=granularity,
@@ -321,7 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with the exit code of what happened."""
     given = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if "--quiet" in given else "0")
+    if "--quiet" in given:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(_main(given))
 
@@ -330,6 +332,8 @@ def _main(given: list[str]) -> int:
     debug = "--debug" in given
     try:
         code = app(given, standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except BarberError as error:
         if debug:
@@ -341,7 +345,7 @@ def _main(given: list[str]) -> int:
         path = error.ctx.command_path if error.ctx else "llm-barber"
         return _tell(error.format_message(), f"see {path} --help", 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _tell("interrupted", "nothing half-written was left; start again when you like", 130)
+        return _tell("interrupted", "nothing half-written was left; start again when you like", INTERRUPTED)
     except MemoryError:
         if debug:
             raise

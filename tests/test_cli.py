@@ -1,0 +1,172 @@
+"""The command line as a user meets it: exit codes, messages, stdout and stderr."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_barber.cli import _main
+from tests.conftest import make_model, save_tokens
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+def call(*arguments: object) -> int:
+    return _main([str(argument) for argument in arguments])
+
+
+def test_prune_inspect_rebuild(tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert call("prune", llama, out, "--calibration", tokens, "--pattern", "2:4") == 0
+    captured = capsys.readouterr()
+    assert "9,216 of 18,432 weights pruned (50.00%)" in captured.out
+    assert "reading calibration text" in captured.err
+    assert call("inspect", out, "--dense", llama) == 0
+    assert "2:4" in capsys.readouterr().out
+    assert (
+        call("rebuild", llama, out, tmp_path / "again", "--calibration", tokens, "--json", "--rebuild-ratio", "0.5")
+        == 0
+    )
+    record = json.loads(capsys.readouterr().out)
+    assert record["pattern"] == "2:4"
+    assert record["sparsity"] == 0.5
+
+
+def test_inspect_exits_with_1_when_something_is_wrong(
+    tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    other = make_model(tmp_path / "other", "llama", seed=5)
+    assert call("inspect", tmp_path / "out", "--dense", other, "--json") == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["problems"]
+    assert "differs from the dense model" in captured.err
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for command in (["prune", llama], ["rebuild", llama, llama]):
+        assert call(*command, tmp_path / "out", "--calibration", tokens, "--dry-run") == 0
+        assert "nothing was written" in capsys.readouterr().out
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == 18432
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--sparsity", "1.5"], 2, "sparsity 1.5 is not between 0 and 1"),
+        (["--sparsity", "half"], 2, "Invalid value for '--sparsity'"),
+        (["--sparsity", "0.5", "--pattern", "2:4"], 2, "exclude each other"),
+        (["--pattern", "4:2"], 2, "pattern 4:2 must keep"),
+        (["--initial", "best"], 2, "'best' is not one of"),
+        (["--rebuild-ratio", "0"], 2, "rebuild_ratio"),
+        (["--samples", "0", "--seqlen", "1"], 2, "samples: Input should be greater than or equal to 1"),
+        (["--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["--what"], 2, "No such option"),
+        (["--pattern", "2:5"], 1, "does not divide"),
+        (["--calibration", "nothing"], 1, "no such calibration text: nothing"),
+        (["--calibration", "builtin", "--seqlen", "8"], 1, "no tokenizer"),
+    ],
+)
+def test_errors_are_two_lines(
+    tmp_path: Path,
+    llama: Path,
+    tokens: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    message: str,
+) -> None:
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--quiet", *options) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    error, hint = captured.err.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint.startswith("hint: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_argument_and_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("prune", "model") == 2
+    assert "Missing argument 'OUT'" in capsys.readouterr().err
+    assert call("inspect", "/nothing/here", "--quiet") == 1
+    assert capsys.readouterr().err.startswith("error: no such model: /nothing/here\nhint: ")
+
+
+@pytest.mark.parametrize("command", ["prune", "rebuild", "inspect", "demo"])
+def test_help_shows_two_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command, "--help") == 0
+    output = capsys.readouterr().out
+    assert "Examples:" in output
+    assert output.partition("Examples:")[2].count("llm-barber ") == 2
+    if command in ("prune", "rebuild"):
+        for group in ("Method", "Calibration", "Compute", "Output"):
+            assert f"─ {group} ─" in output or f"{group} -" in output
+        assert "magnitude 0.1" in output
+
+
+def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every long option that the README or the docs give to a command is one of its options."""
+    import re
+
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for line in path.read_text().splitlines():
+            match = re.match(r"\s*(?:\$ )?llm-barber (prune|rebuild|inspect|demo)\b(.*)", line)
+            if match:
+                call(match[1], "--help")
+                help_text = capsys.readouterr().out
+                for option in re.findall(r"--[a-z-]+", match[2]):
+                    assert option in help_text, (path, option)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(Exception, match="no such calibration"):
+        call("prune", llama, tmp_path / "out", "--calibration", "nothing", "--debug")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_interruption_leaves_nothing_that_looks_complete(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    model = make_model(tmp_path / "dense", "llama", num_hidden_layers=60)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=256, tokens=64)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llm_barber", "prune", str(model), str(out), "--calibration", str(tokens)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.partial/*-00004-of-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sent)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+    assert stdout == ""
+    assert not out.exists()
+    left = list(tmp_path.glob("out.partial/*"))
+    if sent == signal.SIGKILL:
+        assert left
+        assert not list(tmp_path.glob("out.partial/*index.json"))
+        from transformers import AutoModelForCausalLM
+
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out.partial")
+        assert subprocess.run([*command, "--quiet"], check=False).returncode == 0  # starts clean
+        assert out.exists()
+    else:
+        assert left == []
+        assert stderr.splitlines()[-2] == "error: interrupted"

