@@ -78,7 +78,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, llama: Path, tokens: Path, capsy
         (["--device", "tpu"], 2, "unknown device 'tpu'"),
         (["--what"], 2, "No such option"),
         (["--pattern", "2:5"], 1, "does not divide"),
-        (["--calibration", "nothing"], 1, "no such calibration text: nothing"),
+        (["--calibration", "nothing", "--seqlen", "8"], 1, "no such calibration text: nothing"),
         (["--calibration", "builtin", "--seqlen", "8"], 1, "no tokenizer"),
     ],
 )
@@ -136,7 +136,7 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_debug_shows_the_traceback(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(Exception, match="no such calibration"):
-        call("prune", llama, tmp_path / "out", "--calibration", "nothing", "--debug")
+        call("prune", llama, tmp_path / "out", "--calibration", "nothing", "--seqlen", "8", "--debug")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])

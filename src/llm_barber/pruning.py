@@ -117,10 +117,8 @@ def _run(
     shards = len(job.outside_shards) + job.layer_count
     with CheckpointWriter(config.output, shards, config.overwrite, job.bytes) as writer:
         progress.stage("embedding the calibration tokens")
-        streams = _embed(job)
+        streams = _embed(job, _copy_outside(job, writer))
         seconds["embed"] = time.perf_counter() - began
-        for names in job.outside_shards:
-            writer.write_shard(job.source.read(names))
         results = []
         progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)
         for index in range(job.layer_count):
@@ -169,13 +167,22 @@ def _run(
     return report
 
 
-def _embed(job: Job) -> ActivationStreams:
+def _copy_outside(job: Job, writer: CheckpointWriter) -> dict[str, Tensor]:
+    """Copy what is outside the decoder layers; returns what embeds the tokens, by the model's names."""
+    wanted = {job.source.resolve(name, job.base_prefix): name for name in job.skeleton.outside_names}
+    kept: dict[str, Tensor] = {}
+    for names in job.outside_shards:
+        tensors = job.source.read(names)
+        writer.write_shard(tensors)
+        kept |= {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}
+    return kept
+
+
+def _embed(job: Job, weights: Mapping[str, Tensor]) -> ActivationStreams:
     """The input of the first decoder layer for all calibration sequences."""
     skeleton = job.skeleton
     streams = ActivationStreams(len(job.tokens.input_ids), job.batch_size, skeleton.device)
-    in_checkpoint = {name: job.source.resolve(name, job.base_prefix) for name in skeleton.outside_names}
-    weights = job.source.read(in_checkpoint.values())
-    skeleton.fill_outside({name: weights[key] for name, key in in_checkpoint.items()})
+    skeleton.fill_outside(weights)
     for batch in streams.batches():
         skeleton.embed(job.tokens.input_ids[batch], partial(streams.write, HIDDEN, batch))
     skeleton.drop_outside()

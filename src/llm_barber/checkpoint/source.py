@@ -4,6 +4,7 @@ Nothing is unpickled, and no code that comes with a model is run. What an index 
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -26,12 +27,8 @@ RECORD_NAME = "barber.json"
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 NO_COMPANIONS = (INDEX_NAME, RECORD_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
 HUB_PATTERNS = ["*.safetensors", INDEX_NAME, *(f"*{suffix}" for suffix in COMPANIONS)]
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+HUB_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights in other layouts
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 @dataclass(frozen=True)
@@ -45,22 +42,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Size in the file."""
-        size = {
-            "F64": 8,
-            "I64": 8,
-            "U64": 8,
-            "F32": 4,
-            "I32": 4,
-            "U32": 4,
-            "F16": 2,
-            "BF16": 2,
-            "I16": 2,
-            "U16": 2,
-        }
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count * size.get(self.dtype, 1)
+        return math.prod(self.shape) * BYTES.get(self.dtype, 1)
 
 
 class CheckpointSource:
@@ -220,7 +202,9 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_NOT_NEEDED)
+        )
     except GatedRepoError as error:
         raise HubError(f"{model} is gated on the hub", "accept its terms there, then `hf auth login`") from error
     except RepositoryNotFoundError as error:

@@ -1,0 +1,41 @@
+"""What the benchmarks share: the model, the machine, tables."""
+
+import platform
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llm_barber.checkpoint.source import resolve_model
+from llm_barber.demo import demo_model
+from llm_barber.report import versions
+
+
+def model_folder(model: str | None) -> str:
+    """An ordinary checkpoint folder: the one named, or SmolLM2-135M from its package."""
+    return str(resolve_model(model or str(demo_model())))
+
+
+def machine() -> str:
+    """The processor, threads and versions, for the line under a table."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    found = ", ".join(f"{package} {number}" for package, number in versions().items())
+    return f"{name}{' with AMX' if amx else ''}, {torch.get_num_threads()} threads; {found}"
+
+
+def show(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """Print a table and the machine."""
+    console = Console(width=160, highlight=False)
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(machine())

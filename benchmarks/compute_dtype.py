@@ -1,0 +1,90 @@
+"""What the compute dtype does to masks and perplexity: float32 against bfloat16, the same model and calibration.
+
+python benchmarks/compute_dtype.py
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.common import model_folder, show
+from llm_barber import PruneConfig, prune
+from llm_barber.calibration import read_text
+from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
+
+METHODS = {
+    "magnitude, rebuilt (block, 0.1)": {"initial": "magnitude"},
+    "wanda": {"initial": "wanda", "rebuild": False},
+    "wanda, rebuilt (output, 0.1)": {"initial": "wanda", "rebuild_ratio": 0.1},
+    "sparsegpt": {"initial": "sparsegpt", "rebuild": False},
+}
+
+
+def masks(folder: Path) -> dict[str, torch.Tensor]:
+    """Where the weights of linears are not zero."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= {name: one != 0 for name, one in load_file(file).items() if "proj" in name}
+    return tensors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder, hub id or GGUF file; default: SmolLM2-135M from its package")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=32)
+    given = parser.parse_args()
+    model = model_folder(given.model)
+    windows = evaluation_windows(
+        read_text("builtin-test"), AutoTokenizer.from_pretrained(model), given.seqlen, given.windows
+    )
+
+    def measured(folder: Path | str) -> float:
+        return perplexity(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), windows)
+
+    rows = [["dense", "–", f"{measured(model):.2f}", "–", "–"]]
+    for name, settings in METHODS.items():
+        found, values, seconds = [], [], []
+        for dtype in ("float32", "bfloat16"):
+            with tempfile.TemporaryDirectory() as folder:
+                output = Path(folder) / "out"
+                report = prune(
+                    PruneConfig(
+                        model=model, output=output, samples=given.samples, seqlen=given.seqlen, dtype=dtype, **settings
+                    )
+                )
+                found.append(masks(output))
+                values.append(measured(output))
+                seconds.append(report.seconds["total"])
+        differing = sum(int((found[0][key] != found[1][key]).sum()) for key in found[0])
+        total = sum(one.numel() for one in found[0].values())
+        rows.append(
+            [
+                name,
+                f"{differing / total:.3%}",
+                f"{values[0]:.2f}",
+                f"{values[1]:.2f}",
+                f"{seconds[0]:.0f} / {seconds[1]:.0f}",
+            ]
+        )
+    show(
+        f"50 %, {Path(model).name}, {given.samples} × {given.seqlen} builtin tokens, perplexity on {given.windows} × "
+        f"{given.seqlen} tokens of WikiText-2 test, evaluated in bfloat16",
+        [
+            "method",
+            "mask bits that differ",
+            "perplexity, float32",
+            "perplexity, bfloat16",
+            "seconds, float32 / bfloat16",
+        ],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

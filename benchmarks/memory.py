@@ -1,0 +1,59 @@
+"""Peak memory against the number of decoder layers: it should not grow.
+
+Synthetic LLaMA-shaped float32 checkpoints of 4 and 32 layers of the same width are pruned, each in a process of its own.
+
+    python benchmarks/memory.py
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.common import show
+from benchmarks.synthetic import write_llama
+
+
+def measure(layers: int, hidden: int, mlp: int, initial: str) -> tuple[float, float, float]:
+    """Checkpoint size, peak resident memory (GiB) and seconds of a prune run."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_llama(folder / "model", layers, hidden, mlp, 16, 1000, torch.float32)
+        tokens = torch.randint(0, 1000, (4, 256), generator=torch.Generator().manual_seed(0))
+        save_file({"input_ids": tokens}, folder / "tokens.safetensors")
+        command = [
+            sys.executable, "-m", "llm_barber", "prune", str(model), str(folder / "out"), "--json", "--quiet",
+            "--calibration", str(folder / "tokens.safetensors"), "--initial", initial,
+        ]  # fmt: skip
+        report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        return size / 2**30, report["peak_memory"] / 2**30, report["seconds"]["total"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="4,8,16,32")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--mlp", type=int, default=2816)
+    parser.add_argument("--initial", default="wanda")
+    given = parser.parse_args()
+    rows = []
+    first = None
+    for layers in (int(part) for part in given.layers.split(",")):
+        size, peak, seconds = measure(layers, given.hidden, given.mlp, given.initial)
+        first = first or peak
+        rows.append([str(layers), f"{size:.2f}", f"{peak:.3f}", f"{peak / first - 1:+.1%}", f"{seconds:.1f}"])
+    show(
+        f"{given.initial} + rebuild, hidden {given.hidden}, MLP {given.mlp}, float32, 4 × 256 tokens",
+        ["layers", "checkpoint, GiB", "peak memory, GiB", "against the first", "seconds"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
