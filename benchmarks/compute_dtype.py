@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from common import model_folder, show
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import model_folder, show
 from llm_barber import PruneConfig, prune
 from llm_barber.calibration import read_text
 from llm_barber.evaluation.perplexity import evaluation_windows, perplexity

@@ -1,6 +1,6 @@
 """Peak memory against the number of decoder layers: it should not grow.
 
-Synthetic LLaMA-shaped float32 checkpoints of 4 and 32 layers of the same width are pruned, each in a process of its own.
+Synthetic LLaMA-shaped float32 checkpoints of 4 to 32 layers of the same width are pruned, each in its own process.
 
     python benchmarks/memory.py
 """
@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from common import show
 from safetensors.torch import save_file
-
-from benchmarks.common import show
-from benchmarks.synthetic import write_llama
+from synthetic import write_llama
 
 
 def measure(layers: int, hidden: int, mlp: int, initial: str) -> tuple[float, float, float]:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import model_folder, show
 from transformers import AutoConfig
 
-from benchmarks.common import model_folder, show
 from llm_barber import PruneConfig, RunReport, prune
 
 FORWARD_EQUIVALENTS = 5

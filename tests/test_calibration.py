@@ -25,28 +25,28 @@ def text(tmp_path: Path) -> str:
 
 
 def test_windows_are_seeded_distinct_and_contiguous(text: str) -> None:
-    one = load_calibration(text, characters, samples=6, seqlen=7, seed=0).input_ids
+    one = load_calibration(text, lambda: characters, samples=6, seqlen=7, seed=0).input_ids
     assert one.shape == (6, 7)
     assert one.dtype == torch.int64
     assert (one.diff(dim=1) == 1).all()
     assert sorted((one[:, 0] - 65).tolist()) == sorted(set((one[:, 0] - 65).tolist()))
     assert all(start % 7 == 0 for start in (one[:, 0] - 65).tolist())
-    assert torch.equal(one, load_calibration(text, characters, 6, 7, 0).input_ids)
-    assert not torch.equal(one, load_calibration(text, characters, 6, 7, 1).input_ids)
+    assert torch.equal(one, load_calibration(text, lambda: characters, 6, 7, 0).input_ids)
+    assert not torch.equal(one, load_calibration(text, lambda: characters, 6, 7, 1).input_ids)
 
 
 def test_digest_is_of_the_tokens(text: str) -> None:
-    tokens = load_calibration(text, characters, 6, 7, 0)
-    assert tokens.digest == load_calibration(text, characters, 6, 7, 0).digest
-    assert tokens.digest != load_calibration(text, characters, 6, 7, 1).digest
+    tokens = load_calibration(text, lambda: characters, 6, 7, 0)
+    assert tokens.digest == load_calibration(text, lambda: characters, 6, 7, 0).digest
+    assert tokens.digest != load_calibration(text, lambda: characters, 6, 7, 1).digest
 
 
 def test_too_short_says_how_much_there_is(text: str) -> None:
     with pytest.raises(CalibrationError, match="has 50 tokens, 7 windows of 7; 8 are needed") as caught:
-        load_calibration(text, characters, 8, 7, 0)
+        load_calibration(text, lambda: characters, 8, 7, 0)
     assert "--samples 7" in caught.value.hint
     with pytest.raises(CalibrationError, match="0 windows of 51") as caught:
-        load_calibration(text, characters, 1, 51, 0)
+        load_calibration(text, lambda: characters, 1, 51, 0)
     assert "--seqlen of 50" in caught.value.hint
 
 
@@ -75,7 +75,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(CalibrationError, match=message):
-        load_calibration(str(path), characters, 1, 1, 0)
+        load_calibration(str(path), lambda: characters, 1, 1, 0)
 
 
 def test_parquet_without_text(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_parquet_without_text(tmp_path: Path) -> None:
 def test_token_files_are_taken_as_they_are(tmp_path: Path) -> None:
     ids = torch.arange(12).view(3, 4)
     save_file({"input_ids": ids}, tmp_path / "t.safetensors")
-    tokens = load_calibration(str(tmp_path / "t.safetensors"), None, 128, 2048, 5)
+    tokens = load_calibration(str(tmp_path / "t.safetensors"), lambda: None, 128, 2048, 5)
     assert torch.equal(tokens.input_ids, ids)
 
 
@@ -97,7 +97,7 @@ def test_token_files_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_wrong_token_files(tmp_path: Path, wrong: dict[str, torch.Tensor]) -> None:
     save_file(wrong, tmp_path / "t.safetensors")
     with pytest.raises(CalibrationError, match="input_ids") as caught:
-        load_calibration(str(tmp_path / "t.safetensors"), None, 1, 1, 0)
+        load_calibration(str(tmp_path / "t.safetensors"), lambda: None, 1, 1, 0)
     assert "int64" in caught.value.hint
 
 
@@ -109,7 +109,7 @@ def test_unknown_text_lists_the_known() -> None:
 
 def test_no_tokenizer() -> None:
     with pytest.raises(CalibrationError, match="no tokenizer"):
-        load_calibration("builtin", None, 1, 1, 0)
+        load_calibration("builtin", lambda: None, 1, 1, 0)
 
 
 def test_builtin_texts_are_there() -> None:
@@ -137,3 +137,13 @@ def test_hub_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HubError, match="could not be loaded from the hub") as caught:
         read_text(name)
     assert "builtin" in caught.value.hint
+
+
+def test_empty_text_and_parquet_of_numbers(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(CalibrationError, match="has 0 tokens") as caught:
+        load_calibration(str(tmp_path / "empty.txt"), lambda: characters, 1, 4, 0)
+    assert caught.value.hint == "use a longer text"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "n.parquet")
+    with pytest.raises(CalibrationError, match="not of strings"):
+        read_text(str(tmp_path / "n.parquet"))

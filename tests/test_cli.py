@@ -56,8 +56,11 @@ def test_inspect_exits_with_1_when_something_is_wrong(
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned = tmp_path / "pruned"
+    assert call("prune", llama, pruned, "--calibration", tokens, "--quiet") == 0
+    capsys.readouterr()
     before = sorted(tmp_path.rglob("*"))
-    for command in (["prune", llama], ["rebuild", llama, llama]):
+    for command in (["prune", llama], ["rebuild", llama, pruned]):
         assert call(*command, tmp_path / "out", "--calibration", tokens, "--dry-run") == 0
         assert "nothing was written" in capsys.readouterr().out
     assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--dry-run", "--json") == 0
@@ -124,14 +127,17 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """Every long option that the README or the docs give to a command is one of its options."""
     import re
 
+    seen = 0
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for line in path.read_text().splitlines():
             match = re.match(r"\s*(?:\$ )?llm-barber (prune|rebuild|inspect|demo)\b(.*)", line)
             if match:
                 call(match[1], "--help")
                 help_text = capsys.readouterr().out
+                seen += 1
                 for option in re.findall(r"--[a-z-]+", match[2]):
                     assert option in help_text, (path, option)
+    assert seen >= 3
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, llama: Path) -> None:

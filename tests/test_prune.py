@@ -1,7 +1,9 @@
 """The whole run on tiny models: what is written, and that nothing is left when it cannot be."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from llm_barber import BarberError, InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
+from llm_barber.progress import Silent
 from tests.checkpoint.test_source import shard
 from tests.conftest import FAMILIES, bits, change_json, make_model, read_folder, save_tokens
 
@@ -51,7 +54,7 @@ def test_kept_weights_keep_their_bits(tmp_path: Path, tokens: Path, initial: str
     assert report.sparsity <= 0.6
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "16:32"])
 @pytest.mark.parametrize("initial", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("granularity", ["output", "block"])
 def test_patterns_hold_exactly(
@@ -224,8 +227,62 @@ def test_rebuild_takes_method_and_pattern_from_the_pruned_model(tmp_path: Path, 
     for name, tensor in read_folder(tmp_path / "out2").items():
         if is_linear(name):
             assert holds(NofM(1, 4), tensor != 0)
+    # From its record, a pattern that is not looked for otherwise.
+    run(llama, tmp_path / "odd", tokens, pattern="3:16", rebuild=False)
+    rebuild(RebuildConfig(pruned=str(tmp_path / "odd"), output=tmp_path / "out4", rebuild_ratio=1.0, **settings))
+    assert inspect(InspectConfig(model=str(tmp_path / "out4"), dense=str(llama))).problems == ()
+    # Rebuilt once, it still knows how its mask began.
+    again = rebuild(RebuildConfig(pruned=str(tmp_path / "out"), output=tmp_path / "out5", **settings))
+    assert again.granularity == "block"
     with pytest.raises(ModelError, match="pattern 1:8 does not hold"):
         rebuild(RebuildConfig(pruned=str(tmp_path / "nm"), output=tmp_path / "out3", pattern="1:8", **settings))
+
+
+def test_patterns_may_differ_from_linear_to_linear(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(llama, tmp_path / "nm", tokens, pattern="2:4", rebuild=False)
+    run(llama, tmp_path / "free", tokens, initial="magnitude", rebuild=False)
+    nm, free = read_folder(tmp_path / "nm"), read_folder(tmp_path / "free")
+    for first in (0, 1):
+        mixed = make_model(tmp_path / f"mixed{first}", "llama")
+        tensors = {name: nm[name] if f"layers.{first}." in name else free[name] for name in nm}
+        save_file(tensors, mixed / "model.safetensors", {"format": "pt"})
+        report = rebuild(
+            RebuildConfig(
+                dense=str(llama), pruned=str(mixed), output=tmp_path / f"out{first}", calibration=str(tokens),
+                rebuild_ratio=1.0,
+            )
+        )  # fmt: skip
+        assert report.pattern == "mixed"
+        assert {linear.pattern for linear in report.layers[first].linears} == {"2:4"}
+        assert inspect(InspectConfig(model=report.output, dense=str(llama))).problems == ()
+        for name, tensor in read_folder(tmp_path / f"out{first}").items():
+            if is_linear(name) and f"layers.{first}." in name:
+                assert holds(NofM(2, 4), tensor != 0)
+
+
+def test_a_pruned_model_that_is_not_pruned_is_refused(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    settings = {"dense": str(llama), "calibration": str(tokens), "output": tmp_path / "out"}
+    with pytest.raises(ModelError, match="is not pruned"):
+        rebuild(RebuildConfig(pruned=str(llama), **settings))
+    empty = make_model(tmp_path / "empty", "llama")
+    tensors = {
+        name: one * 0 if is_linear(name) else one for name, one in load_file(llama / "model.safetensors").items()
+    }
+    save_file(tensors, empty / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="is all zero"):
+        rebuild(RebuildConfig(pruned=str(empty), **settings))
+    deeper = make_model(tmp_path / "deeper", "llama", num_hidden_layers=3)
+    with pytest.raises(ModelError, match="DENSE has 2 decoder layers, PRUNED 3"):
+        rebuild(RebuildConfig(pruned=str(deeper), **settings))
+
+
+def test_half_precision_is_judged_by_its_values_not_by_their_sum(tmp_path: Path, llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.embed_tokens.weight"] += 10
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    tokens = save_tokens(tmp_path / "many.safetensors", sequences=64, tokens=64)
+    report = run(llama, tmp_path / "out", tokens, dtype="float16")
+    assert report.sparsity == 0.5
 
 
 def test_fused_prune_equals_no_rebuild_plus_rebuild_in_the_first_layer(
@@ -277,6 +334,55 @@ def test_shapes_that_do_not_fit_the_configuration(tmp_path: Path, llama: Path, t
     expect_failure("the configuration says", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
 
 
+def test_checkpoints_that_do_not_fit_their_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    good = {"model": str(llama), "calibration": str(tokens)}
+    whole = load_file(llama / "model.safetensors")
+    name = "model.layers.1.input_layernorm.weight"
+    for tensors, message in (
+        ({key: one for key, one in whole.items() if key != name}, f"has no tensor '{name}'"),
+        (whole | {name: torch.ones(7)}, f"{name} has shape \\(7,\\), the configuration says \\(32,\\)"),
+        (whole | {name: torch.ones(32, dtype=torch.int8)}, f"{name} is I8; pruning needs"),
+    ):
+        save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+        expect_failure(message, ModelError, tmp_path, **good)
+    save_file(whole, llama / "model.safetensors", {"format": "pt"})
+    change_json(llama / "config.json", num_hidden_layers=1)
+    expect_failure("has decoder layer 1, config.json says that there are 1", ModelError, tmp_path, **good)
+    change_json(llama / "config.json", num_hidden_layers=0)
+    expect_failure("does not describe a model", ModelError, tmp_path, **good)
+    change_json(llama / "config.json", num_hidden_layers=2, hidden_act="zzz")
+    expect_failure("does not describe a model: .*zzz", ModelError, tmp_path, **good)
+
+
+def test_a_missed_sparsity_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    class Listener(Silent):
+        warnings: ClassVar[list[str]] = []
+
+        def warn(self, message: str) -> None:
+            self.warnings.append(message)
+
+    config = PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, sparsity=0.999)
+    prune(config, Listener())
+    assert "0.999 was asked for, 0.97" in Listener.warnings[0]
+
+
+def test_odd_outputs(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    assert run(llama, tmp_path / "link", tokens).output == str(tmp_path / "real")
+    assert run(llama, tmp_path / "link", tokens, overwrite=True).swapped == 0
+    assert run(llama, tmp_path / "dangling", tokens).output == str(tmp_path / "later")
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match="contains MODEL"):
+        run(llama, Path("."), tokens)
+    shutil.copytree(llama, tmp_path / "x.partial")
+    expect_failure("is in the way", OutputError, tmp_path, model=tmp_path / "x.partial", output=tmp_path / "x")
+    with pytest.raises(SettingsError, match="output"):
+        PruneConfig(model="m", output=None)
+
+
 def test_activations_that_overflow_are_named(tmp_path: Path, llama: Path, tokens: Path) -> None:
     tensors = load_file(llama / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 3e38
@@ -309,10 +415,15 @@ def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
     with pytest.raises(SettingsError, match="OUT is MODEL itself"):
         PruneConfig(model=str(tmp_path), output=tmp_path / "." / "x" / "..")
+    with pytest.raises(SettingsError, match="the rebuild, which is switched off"):
+        PruneConfig(model="m", output=tmp_path, rebuild=False, granularity="block")
+    with pytest.raises(SettingsError, match="not for patterns"):
+        PruneConfig(model="m", output=tmp_path, pattern="2:4", initial_granularity="input")
     with pytest.raises(SettingsError, match="exclude each other"):
         PruneConfig(model="m", output=tmp_path, sparsity=0.5, pattern="2:4")
     with pytest.raises(SettingsError, match="keep_updates needs initial sparsegpt"):
         PruneConfig(model="m", output=tmp_path, keep_updates=True)
+    (tmp_path / "a").mkdir()
     with pytest.raises(SettingsError, match="contains DENSE"):
         RebuildConfig(dense=str(tmp_path / "a"), pruned="p", output=tmp_path)
 

@@ -6,7 +6,7 @@ order. Files with documents (jsonl, parquet, the hub's sets) are joined by blank
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -62,13 +62,15 @@ def known_calibrations() -> str:
     return f"{', '.join(['builtin', *HUB_SETS])}, or a file ending in {', '.join(SUFFIXES)}"
 
 
-def load_calibration(name: str, tokenizer: Tokenizer | None, samples: int, seqlen: int, seed: int) -> CalibrationTokens:
+def load_calibration(
+    name: str, find_tokenizer: Callable[[], Tokenizer | None], samples: int, seqlen: int, seed: int
+) -> CalibrationTokens:
     """Calibration windows.
 
     Args:
         name: `builtin`, `c4`, `wikitext2`, or a file: text, jsonl (field `text`), parquet (column `text`), or
             safetensors with int64 `input_ids` of shape (sequences, tokens), which is taken as it is.
-        tokenizer: of the model; not needed for safetensors.
+        find_tokenizer: gives the model's tokenizer, or None; not called for safetensors.
         samples: windows.
         seqlen: tokens a window.
         seed: of the choice of windows.
@@ -78,8 +80,9 @@ def load_calibration(name: str, tokenizer: Tokenizer | None, samples: int, seqle
         HubError: the hub is needed and cannot be reached.
     """
     if name.endswith(TOKEN_FILE_SUFFIX):
-        return CalibrationTokens(_read_tokens(Path(name)), name)
+        return CalibrationTokens(_read_tokens(Path(name).expanduser()), name)
     text = read_text(name, samples * seqlen)
+    tokenizer = find_tokenizer()
     if tokenizer is None:
         raise CalibrationError(
             "the model has no tokenizer, which calibration text needs",
@@ -92,7 +95,7 @@ def load_calibration(name: str, tokenizer: Tokenizer | None, samples: int, seqle
             f"calibration text {name!r} has {len(tokens)} tokens, {windows} windows of {seqlen}; {samples} are needed",
             f"use --samples {windows} or fewer, a shorter --seqlen, or a longer text"
             if windows
-            else f"use a --seqlen of {len(tokens)} or less, or a longer text",
+            else f"use a {f'--seqlen of {len(tokens)} or less, or a ' if len(tokens) > 1 else ''}longer text",
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     return CalibrationTokens(tokens[: windows * seqlen].view(windows, seqlen)[chosen].contiguous(), name)
@@ -154,7 +157,10 @@ def _parquet_documents(path: Path) -> Iterator[str]:
                     "rename the column",
                 )
             for batch in file.iter_batches(columns=["text"]):
-                yield from (document for document in batch["text"].to_pylist() if document)
+                documents = batch["text"].to_pylist()
+                if not all(isinstance(document, str | None) for document in documents):
+                    raise CalibrationError(f"column `text` of {path} is not of strings", "check the file")
+                yield from filter(None, documents)
     except pyarrow.ArrowException as error:
         raise CalibrationError(f"{path} is not a parquet file: {error}", "check the file") from error
 

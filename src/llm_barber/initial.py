@@ -1,5 +1,6 @@
 """Initial masks of a decoder layer: by a method from the calibration stream, or read off a pruned checkpoint."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,7 +53,7 @@ class Statistic(Protocol):
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
-class initial_from_method:  # noqa: N801 - used as a function
+class MethodMasks:
     """Initial masks by magnitude, Wanda or SparseGPT, all linears of a layer from one pass of its dense weights."""
 
     def __init__(self, method: Initial, pattern: Pattern, granularity: Granularity | None, keep_updates: bool) -> None:
@@ -125,7 +126,7 @@ def collect_inputs(
     return found
 
 
-class initial_from_checkpoint:  # noqa: N801 - used as a function
+class CheckpointMasks:
     """Initial masks read off the zeros of a checkpoint that any tool pruned.
 
     A weight that is zero in the dense model too says nothing about the mask: it counts as kept and stays where it is.
@@ -134,15 +135,16 @@ class initial_from_checkpoint:  # noqa: N801 - used as a function
         ModelError: the pruned checkpoint is of another shape or architecture, or is not pruned.
     """
 
-    def __init__(self, job: Job, pruned: str, revision: str | None, pattern: str | None) -> None:
+    def __init__(self, job: Job, pruned: str, pattern: str | None) -> None:
         self.job = job
-        self.source = CheckpointSource(pruned, revision)
-        self.pattern = pattern
+        self.source = CheckpointSource(pruned)
         if self.source.model_type != job.source.model_type:
             raise ModelError(
-                f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}",
-                "they must be one model",
+                f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}", "they must be one model"
             )
+        counts = [source.configuration.get("num_hidden_layers") for source in (job.source, self.source)]
+        if counts[0] != counts[1]:
+            raise ModelError(f"DENSE has {counts[0]} decoder layers, PRUNED {counts[1]}", "they must be one model")
         dense_shapes = job.linear_shapes(job.source)
         for name, shape in job.linear_shapes(self.source).items():
             if shape != dense_shapes[name]:
@@ -151,11 +153,31 @@ class initial_from_checkpoint:  # noqa: N801 - used as a function
                 )
         record = read_record(self.source.folder)
         methods = {method.value for method in Initial}
-        self.recorded_method = Initial(record.method) if record and record.method in methods else Initial.WANDA
-        first = self._read(0, job.architecture.linears)
-        dense = self._read(0, job.architecture.linears, job.source)
-        patterns = {self._find_pattern(name, first[name] != 0, dense[name] == 0) for name in first}
-        self.first_pattern = patterns.pop() if len(patterns) == 1 else None
+        self.recorded_method = Initial(record.initial) if record and record.initial in methods else Initial.WANDA
+        recorded = record.pattern if record and re.fullmatch(r"\d+:\d+", record.pattern) else None
+        self.pattern = pattern or recorded
+        self.first_pattern = self._look_at_first_layer()
+
+    def _look_at_first_layer(self) -> NofM | None:
+        """The pattern of the first layer, which decides the default granularity; refuses what is not pruned at all."""
+        middle = self.job.layer_count // 2
+        patterns = set()
+        removed = 0
+        for index in {0, middle}:
+            dense = self._read(index, self.job.architecture.linears, self.job.source)
+            for name, weight in self._read(index, self.job.architecture.linears).items():
+                nonzero, fixed = weight != 0, dense[name] == 0
+                removed += int((~nonzero & ~fixed).sum())
+                if not nonzero.any():
+                    raise ModelError(f"layer {index} {name} of {self.source.model} is all zero", "is it PRUNED?")
+                if index == 0:
+                    patterns.add(self._find_pattern(f"layer 0 {name}", nonzero, fixed))
+        if not removed:
+            raise ModelError(
+                f"{self.source.model} is not pruned: its first and middle layers have no zeros that DENSE has not",
+                "give the pruned model as PRUNED; to prune a dense one: llm-barber prune",
+            )
+        return patterns.pop() if len(patterns) == 1 else None
 
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams

@@ -14,7 +14,7 @@ from llm_barber.errors import ModelError
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.progress import Progress, Silent
-from llm_barber.report import LinearResult, RunReport
+from llm_barber.report import RECORD_VERSION, LinearResult, RunReport
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -98,7 +98,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
             layer, linear = linears[name]
             inspected.append(_inspect_linear(linear, layer, tensor, original))
             if record is not None:
-                problems += _check_record(inspected[-1], expected.get((layer, linear)), record.pattern, tensor)
+                problems += _check_record(inspected[-1], expected.get((layer, linear)), tensor)
         if original is not None:
             updated = record is not None and record.keep_updates and name in linears
             problems += _compare_bits(name, tensor, original, may_be_zero=name in linears, may_be_updated=updated)
@@ -122,10 +122,15 @@ def read_record(folder: Path) -> RunReport | None:
     if not path.exists():
         return None
     try:
-        return RunReport.model_validate_json(path.read_bytes())
+        record = RunReport.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:
         count = f"{error.error_count()} wrong fields" if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{path} is not a record of this program ({count})", "remove it, or write it again") from error
+    if record.record_version != RECORD_VERSION:
+        raise ModelError(
+            f"{path} has version {record.record_version}, this program reads {RECORD_VERSION}", "update llm-barber"
+        )
+    return record
 
 
 def find_linears(source: CheckpointSource) -> dict[str, tuple[int, str]]:
@@ -135,7 +140,7 @@ def find_linears(source: CheckpointSource) -> dict[str, tuple[int, str]]:
     """
     architecture = ARCHITECTURES.get(source.model_type)
     if architecture is None:
-        expression = re.compile(r"(?:.*\.)?(\d+)\.(.+)\.weight")
+        expression = re.compile(r"(?:.*?\.)??(\d+)\.(.+)\.weight")
     else:
         layers = f"(?:{re.escape(architecture.layers)}|{re.escape(architecture.layers.removeprefix('model.'))})"
         linears = "|".join(re.escape(linear) for linear in architecture.linears)
@@ -143,7 +148,7 @@ def find_linears(source: CheckpointSource) -> dict[str, tuple[int, str]]:
     found = {}
     for name, info in source.tensors.items():
         match = expression.fullmatch(name)
-        if match and len(info.shape) == 2:
+        if match and len(info.shape) == 2 and 0 not in info.shape:
             found[name] = (int(match[1]), match[2])
     return found
 
@@ -160,7 +165,7 @@ def _inspect_linear(linear: str, layer: int, tensor: Tensor, dense: Tensor | Non
     )
 
 
-def _check_record(found: LinearInspection, expected: LinearResult | None, pattern: str, tensor: Tensor) -> list[str]:
+def _check_record(found: LinearInspection, expected: LinearResult | None, tensor: Tensor) -> list[str]:
     where = f"layer {found.layer} {found.name}"
     if expected is None:
         return [f"{where} is not in the record"]
@@ -169,8 +174,8 @@ def _check_record(found: LinearInspection, expected: LinearResult | None, patter
         problems.append(f"{where} has shape {found.shape}, the record says {expected.shape}")
     elif found.zeros != expected.zeros:
         problems.append(f"{where} has {found.zeros} zeros, the record says {expected.zeros}")
-    if re.fullmatch(r"\d+:\d+", pattern) and not holds(parse_pattern(pattern), tensor != 0):
-        problems.append(f"{where} does not hold {pattern}, as the record says")
+    if expected.pattern is not None and not holds(parse_pattern(expected.pattern), tensor != 0):
+        problems.append(f"{where} does not hold {expected.pattern}, as the record says")
     return problems
 
 

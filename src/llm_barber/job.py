@@ -1,7 +1,7 @@
 """What a run needs before its first layer, all checked: checkpoint, architecture, calibration tokens, device, plan."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_calibration
-from llm_barber.checkpoint.source import CheckpointSource, sharded_by
+from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, sharded_by
+from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import RunSettings
 from llm_barber.errors import CalibrationError, ModelError
 from llm_barber.masking.pattern import NofM
@@ -19,6 +20,7 @@ from llm_barber.model.skeleton import Skeleton
 from llm_barber.progress import Progress
 
 OUTSIDE_SHARD_BYTES = 2**30
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
     """
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
+    check_output(settings.output, settings.overwrite)
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
     architecture = find_architecture(source.model_type)
@@ -98,22 +101,23 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
         _check_positions(config, settings.seqlen)
     progress.stage(f"reading calibration text {settings.calibration}")
     tokens = load_calibration(
-        settings.calibration, _load_tokenizer(source.folder), settings.samples, settings.seqlen, settings.seed
+        settings.calibration,
+        partial(load_tokenizer, source.folder),
+        settings.samples,
+        settings.seqlen,
+        settings.seed,
     )
     sequences, seqlen = tokens.input_ids.shape
     _check_positions(config, seqlen)
     _check_vocabulary(config, tokens)
-    skeleton = Skeleton(config, architecture, device, dtype)
+    skeleton = _build_skeleton(config, architecture, device, dtype, model)
     job = Job(
         source, config, architecture, tokens, skeleton,
         resolve_batch_size(settings.batch_size, seqlen, sequences, device),
     )  # fmt: skip
+    _check_tensors(job)
+    check_output(settings.output, settings.overwrite, job.bytes)
     for name, shape in job.linear_shapes(source).items():
-        if shape != tuple(skeleton.model.get_parameter(name).shape):
-            raise ModelError(
-                f"{name} has shape {shape}, the configuration says {tuple(skeleton.model.get_parameter(name).shape)}",
-                "config.json and the weights do not belong together",
-            )
         if pattern is not None and shape[1] % pattern.of:
             raise ModelError(
                 f"pattern {pattern} does not divide the {shape[1]} inputs of {name}",
@@ -122,20 +126,77 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
     return job
 
 
+def _build_skeleton(
+    config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype, model: str
+) -> Skeleton:
+    try:
+        skeleton = Skeleton(config, architecture, device, dtype)
+        if len(skeleton.layers):
+            return skeleton
+        reason = "it has no decoder layers"
+    except Exception as error:  # transformers raises whatever odd settings make it raise
+        reason = _first_line(error)
+    raise ModelError(f"config.json of {model} does not describe a model: {reason}", "get the file again")
+
+
+def _check_tensors(job: Job) -> None:
+    """Every parameter that a run needs is there, in its shape and a plain float dtype, and no layer is left over."""
+    skeleton, source = job.skeleton, job.source
+    needed = list(skeleton.outside_names)
+    for index in range(job.layer_count):
+        needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]
+    for name in needed:
+        info = source.tensors[source.resolve(name, job.base_prefix)]
+        expected = tuple(skeleton.model.get_parameter(name).shape)
+        if info.shape != expected:
+            raise ModelError(
+                f"{name} has shape {info.shape}, the configuration says {expected}",
+                "config.json and the weights do not belong together",
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise ModelError(
+                f"{name} is {info.dtype}; pruning needs {', '.join(FLOAT_DTYPES)}",
+                "start from the checkpoint before it was quantised",
+            )
+    layers = job.layer_prefix(0).removesuffix("0.")
+    beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
+    left = sorted(beyond - {str(index) for index in range(job.layer_count)})
+    if left:
+        raise ModelError(
+            f"{source.model} has decoder layer {left[0]}, config.json says that there are {job.layer_count}",
+            "config.json and the weights do not belong together",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _load_config(source: CheckpointSource) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"config.json of {source.model} cannot be used: {reason}", "get the file again") from error
+        raise ModelError(
+            f"config.json of {source.model} cannot be used: {_first_line(error)}", "get the file again"
+        ) from error
 
 
-def _load_tokenizer(folder: Path) -> Any | None:
-    """The model's tokenizer; None if the folder has none."""
+def load_tokenizer(folder: Path) -> Any | None:
+    """The model's tokenizer; None if the folder has none.
+
+    Raises:
+        CalibrationError: there is one, and it cannot be loaded.
+    """
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None  # some tokenizers would come up empty instead of complaining
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception:  # a folder without tokenizer files is answered in as many ways as there are tokenizers
-        return None
+    except Exception as error:  # each tokenizer complains in its own way
+        raise CalibrationError(
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}",
+            "mend it, or give --calibration a safetensors file with input_ids",
+        ) from error
 
 
 def _check_positions(config: PreTrainedConfig, seqlen: int) -> None:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
-from llm_barber.initial import initial_from_checkpoint
+from llm_barber.initial import CheckpointMasks
 from llm_barber.job import prepare
 from llm_barber.masking.pattern import NofM
 from llm_barber.progress import Progress, Silent
@@ -62,7 +62,6 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         BarberError: as `prune` and `rebuild`.
     """
     progress = progress or Silent()
-    check_output(config.output, config.overwrite)
     if isinstance(config, PruneConfig):
         target = config.target
         job = prepare(config.model, config, target if isinstance(target, NofM) else None, progress)
@@ -71,7 +70,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         settings = rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
     else:
         job = prepare(config.dense, config, config.target, progress)
-        initial = initial_from_checkpoint(job, config.pruned, config.revision, config.pattern)
+        initial = CheckpointMasks(job, config.pruned, config.pattern)
         model, method, rebuilt = config.dense, f"mask of {config.pruned}", True
         pattern = str(initial.first_pattern or "unstructured")
         settings = rebuild_defaults(
@@ -80,6 +79,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
             config.rebuild_ratio,
             initial.first_pattern,
         )
+    check_output(config.output, config.overwrite, job.bytes)
     shapes = job.linear_shapes(job.source).values()
     sequences, tokens = job.tokens.input_ids.shape
     arrays = 3 if rebuilt else 2  # hidden, attention output, dense output

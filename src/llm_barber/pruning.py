@@ -3,6 +3,7 @@
 Reads like the method (arXiv 2408.10631): see `_rebuild_block`. Weights stream from disk to disk, one layer at a time.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from llm_barber.checkpoint.source import RECORD_NAME
-from llm_barber.checkpoint.writer import CheckpointWriter, check_output
+from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.config import PruneConfig, RebuildConfig, RunSettings, rebuild_defaults
 from llm_barber.errors import ModelError
-from llm_barber.initial import PrunedLinear, initial_from_checkpoint, initial_from_method
+from llm_barber.initial import CheckpointMasks, MethodMasks, PrunedLinear
 from llm_barber.job import Job, prepare
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
@@ -68,7 +69,6 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
         BarberError: anything that is wrong with settings, model, calibration or output; nothing is left behind.
     """
     progress = progress or Silent()
-    check_output(config.output, config.overwrite)
     target = config.target
     job = prepare(config.model, config, target if isinstance(target, NofM) else None, progress)
     rebuild_settings = None
@@ -76,9 +76,15 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
         rebuild_settings = RebuildSettings(
             *rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
         )
-    initial = initial_from_method(config.initial, target, config.initial_granularity, config.keep_updates)
-    pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
-    return _run("prune", config.model, config, job, initial, rebuild_settings, config.initial, pattern, progress)
+    initial = MethodMasks(config.initial, target, config.initial_granularity, config.keep_updates)
+    method = config.initial
+    report = _run("prune", config.model, config, job, initial, rebuild_settings, method, method, progress)
+    if abs(report.sparsity - target.sparsity) > 0.01 * target.sparsity:
+        progress.warn(
+            f"sparsity {target.sparsity:g} was asked for, {report.sparsity:.4g} is what whole weights allow "
+            "in comparison groups of this size"
+        )
+    return report
 
 
 def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunReport:
@@ -88,16 +94,14 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
         BarberError: anything that is wrong with settings, models, calibration or output; nothing is left behind.
     """
     progress = progress or Silent()
-    check_output(config.output, config.overwrite)
     job = prepare(config.dense, config, config.target, progress)
-    initial = initial_from_checkpoint(job, config.pruned, config.revision, config.pattern)
+    initial = CheckpointMasks(job, config.pruned, config.pattern)
     method = config.initial or initial.recorded_method
     settings = RebuildSettings(
         *rebuild_defaults(method, config.granularity, config.rebuild_ratio, initial.first_pattern)
     )
-    pattern = str(initial.first_pattern or "unstructured")
     label = f"mask of {config.pruned}"
-    return _run("rebuild", config.dense, config, job, initial, settings, label, pattern, progress)
+    return _run("rebuild", config.dense, config, job, initial, settings, method, label, progress)
 
 
 def _run(
@@ -108,7 +112,7 @@ def _run(
     initial: InitialMasks,
     rebuild_settings: RebuildSettings | None,
     method: str,
-    pattern: str,
+    label: str,
     progress: Progress,
 ) -> RunReport:
     """Stream the model through, layer by layer, and write the output."""
@@ -134,13 +138,16 @@ def _run(
             results.append(LayerResult(index=index, seconds=time.perf_counter() - start, blocks=tuple(blocks)))
             progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
+        for path in job.source.companions():
+            writer.copy(path)
         report = RunReport(
             command=command,
             model=model,
             output=str(config.output),
             settings=config.model_dump(mode="json"),
-            method=method,
-            pattern=pattern,
+            initial=method,
+            method=label,
+            pattern=_common_pattern(results),
             granularity=rebuild_settings.granularity if rebuild_settings else None,
             rebuild_ratio=rebuild_settings.ratio if rebuild_settings else None,
             keep_updates=isinstance(config, PruneConfig) and config.keep_updates,
@@ -159,10 +166,8 @@ def _run(
             peak_device_memory=peak_device_memory(job.skeleton.device),
             files=writer.digests,
         )
-        for path in job.source.companions():
-            writer.copy(path)
-        writer.write_text(RECORD_NAME, report.to_json())
-        writer.write_text("README.md", model_card(report))
+        writer.write_file(RECORD_NAME, report.to_json().encode())
+        writer.write_file("README.md", model_card(report).encode())
         writer.finish()
     return report
 
@@ -208,11 +213,12 @@ def _layer(
     blocks = []
     final: list[Block] = []
     for block in job.architecture.blocks:
+        where = f"layer {index} {block.name}"
         if rebuild_settings is None:
             masks = [Rebuilt(pruned[name].keep, 0, 0, 0) for name in block.linears]
             before = None
         else:
-            masks, before = _rebuild_block(layer, block, final, dense, pruned, rebuild_settings, streams)
+            masks, before = _rebuild_block(layer, block, final, dense, pruned, rebuild_settings, streams, where)
         weights = {
             name: apply_mask(pruned[name].values, mask.keep) for name, mask in zip(block.linears, masks, strict=True)
         }
@@ -220,8 +226,13 @@ def _layer(
         streamed = weights if rebuild_settings else {name: pruned[name].weight for name in block.linears}
         layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in streamed.items()})
         last = block is job.architecture.blocks[-1]
-        after = _propagate(layer, block, final, last, streams, before is not None)
-        _check_finite(after, before, f"layer {index} {block.name}")
+        unchanged = all(torch.equal(weights[name], pruned[name].weight) for name in block.linears)
+        if before is not None and unchanged and not last:
+            after: float | None = before  # the output with the pruned weights, which is kept, is the final one
+        else:
+            after = _propagate(layer, block, final, last, streams, before is not None)
+        if after is not None and not math.isfinite(after):
+            raise _not_finite(f"the output of {where}")
         final.append(block)
         linears = tuple(
             LinearResult(
@@ -232,6 +243,7 @@ def _layer(
                 beneficial_pairs=mask.beneficial,
                 grown=mask.grown,
                 dropped=mask.dropped,
+                pattern=str(pruned[name].pattern) if pruned[name].pattern else None,
             )
             for name, mask in zip(block.linears, masks, strict=True)
         )
@@ -250,6 +262,7 @@ def _rebuild_block(
     pruned: Mapping[str, PrunedLinear],
     settings: RebuildSettings,
     streams: ActivationStreams,
+    where: str,
 ) -> tuple[list[Rebuilt], float]:
     """The method: x → y_sparse, y_dense → loss → G at the dense weights → S = |W| · sqrt(mean G²) → swap pairs.
 
@@ -268,7 +281,13 @@ def _rebuild_block(
         layer.set_weights(dense_weights)
         dense_output, losses = layer.block_gradients(block, hidden, sparse_output, replays, squares)
         streams.write(DENSE_OUTPUT, batch, dense_output)
+        streams.write(block.output, batch, sparse_output)
         total += losses.double().sum().item()
+    if not math.isfinite(total):
+        raise _not_finite(f"the output of {where}")
+    for name, statistic in squares.items():
+        if not torch.isfinite(statistic.total.max()):  # a NaN is a maximum too
+            raise _not_finite(f"a gradient of {where}, {name},")
     linears = [pruned[name] for name in block.linears]
     masks = rebuild_masks(
         keep=[linear.keep for linear in linears],
@@ -305,18 +324,22 @@ def _propagate(
             streams.write(block.output, batch, output)
         if compare:
             total += reconstruction_errors(streams.read(DENSE_OUTPUT, batch), output).double().sum().item()
-        if not torch.isfinite(following.sum()):
+        if not all(torch.isfinite(end) for end in torch.aminmax(following)):
             total = float("nan")
     return total / streams.sequences if compare or total != total else None
 
 
-def _check_finite(after: float | None, before: float | None, where: str) -> None:
-    for error in (before, after):
-        if error is not None and not torch.isfinite(torch.tensor(error)):
-            raise ModelError(
-                f"the output of {where} holds NaN or Inf on the calibration text",
-                "compute in a wider dtype: --dtype float32 (or bfloat16)",
-            )
+def _not_finite(what: str) -> ModelError:
+    return ModelError(
+        f"{what} holds NaN or Inf on the calibration text",
+        "compute with a wider range: --dtype bfloat16 or float32; if it was, the model itself overflows",
+    )
+
+
+def _common_pattern(layers: list[LayerResult]) -> str:
+    """The N:M of all linears, "unstructured", or "mixed"."""
+    patterns = {linear.pattern or "unstructured" for layer in layers for linear in layer.linears}
+    return patterns.pop() if len(patterns) == 1 else "mixed"
 
 
 def _summary(layer: LayerResult) -> str:

@@ -27,7 +27,10 @@ class _Result(BaseModel):
 
 
 class LinearResult(_Result):
-    """One linear: counts of weights. `zeros` also counts weights that are zero in the dense model and kept."""
+    """One linear: counts of weights. `zeros` also counts weights that are zero in the dense model and kept.
+
+    `pattern` is the N:M that it holds, if it was pruned to one.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -36,6 +39,7 @@ class LinearResult(_Result):
     beneficial_pairs: int = 0
     grown: int = 0
     dropped: int = 0
+    pattern: str | None = None
 
     @property
     def weights(self) -> int:
@@ -73,7 +77,8 @@ class LayerResult(_Result):
 class RunReport(_Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
-    `seconds` are wall-clock seconds by stage; `peak_memory` and `peak_device_memory` are bytes.
+    `initial` is the method of the initial mask, `method` says it in words. `seconds` are wall-clock seconds by stage;
+    `peak_memory` and `peak_device_memory` are bytes.
     """
 
     record_version: int = RECORD_VERSION
@@ -81,6 +86,7 @@ class RunReport(_Result):
     model: str
     output: str
     settings: dict[str, Any]
+    initial: str
     method: str
     pattern: str
     granularity: str | None

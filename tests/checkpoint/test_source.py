@@ -42,7 +42,8 @@ def expect(folder: Path | str, message: str, hint: str, kind: type[Exception] = 
 
 def test_no_such_model(tmp_path: Path) -> None:
     expect(tmp_path / "nothing", "no such model", "folder of a checkpoint")
-    expect("a/b/c", "no such model", "folder of a checkpoint")
+    for name in ("a/b/c", "", "~nobody-here/x", "x" * 300, "foo..bar", "name-"):
+        expect(name, "no such model", "folder")
     (tmp_path / "file").write_text("")
     expect(tmp_path / "file", "is a file, not a model", "GGUF")
 
@@ -101,6 +102,8 @@ def test_pickles_are_not_read(llama: Path) -> None:
 
 
 def test_quantised_and_adapters_are_refused(llama: Path) -> None:
+    change_json(llama / "config.json", quantization_config="odd")
+    expect(llama, "quantised", "dequantise")
     change_json(llama / "config.json", quantization_config={"quant_method": "gptq"})
     expect(llama, r"quantised \(gptq\)", "dequantise")
     (llama / "adapter_config.json").write_text("{}")
@@ -112,13 +115,23 @@ def test_broken_configuration(llama: Path) -> None:
     expect(llama, "not a JSON object", "damaged")
     (llama / "config.json").unlink()
     expect(llama, "no config.json", "checkpoint folder")
+    (llama / "model.safetensors").rename(llama / "model-00001-of-00003.safetensors")
+    expect(llama, "no config.json", "did not finish")
 
 
 def test_companions_leave_weights_code_and_records_behind(llama: Path) -> None:
-    for name in ("tokenizer.json", "barber.json", "modeling_evil.py", "README.md", "x.bin", "chat_template.jinja"):
+    for name in (
+        "tokenizer.json",
+        "barber.json",
+        "modeling_evil.py",
+        "README.md",
+        "LICENSE",
+        "x.bin",
+        "chat_template.jinja",
+    ):
         (llama / name).write_text("{}")
     names = {path.name for path in CheckpointSource(llama).companions()}
-    assert names == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
 
 
 def test_groups_of_bounded_size() -> None:

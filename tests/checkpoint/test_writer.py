@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from llm_barber.checkpoint import writer as writer_module
-from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.checkpoint.writer import LOCK_NAME, CheckpointWriter, check_output
 from llm_barber.errors import OutputError
 
 
@@ -17,7 +17,7 @@ def write(output: Path, overwrite: bool = False, value: float = 1.0, fail: BaseE
         if fail is not None:
             raise fail
         writer.write_shard({"b": torch.ones(2, dtype=torch.bfloat16)})
-        writer.write_text("config.json", "{}")
+        writer.write_file("config.json", b"{}")
         writer.finish()
 
 
@@ -68,6 +68,7 @@ def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
     left = tmp_path / "out.partial"
     left.mkdir()
+    (left / LOCK_NAME).write_text("")
     (left / "model-00001-of-00009.safetensors.tmp").write_text("half")
     write(tmp_path / "out")
     assert not left.exists()
@@ -108,7 +109,51 @@ def test_disk_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_has_the_work_folders_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model.safetensors").write_text("precious")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link.partial").symlink_to(tmp_path / "other")
+    for name in ("out", "link"):
+        with pytest.raises(OutputError, match="is in the way"):
+            write(tmp_path / name, overwrite=True)
+    assert (tmp_path / "out.partial" / "model.safetensors").read_text() == "precious"
+
+
+def test_parents_that_were_made_go_again(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        write(tmp_path / "deep" / "er" / "out", fail=RuntimeError())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_folder_comes_back_when_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write(out, value=1.0)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise OSError(errno.EBUSY, "busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="cannot write"):
+        write(out, overwrite=True, value=2.0)
+    assert load_file(out / "model-00001-of-00002.safetensors")["a"][0] == 1.0
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_mount_points_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(OutputError, match="mount point"):
+        check_output(tmp_path / "out", overwrite=False)
+
+
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         write(tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == ""

@@ -27,7 +27,7 @@ def test_masks_by_hand() -> None:
     assert one_of_two.tolist() == [[False, True, False, True], [True, False, True, False]]
 
 
-@pytest.mark.parametrize("sparsity", [0.05, 0.29, 0.5, 0.61, 0.7, 0.99])
+@pytest.mark.parametrize("sparsity", [0.05, 0.29, 0.5, 0.61, 0.7, 0.99, 1 - 1e-10])
 @pytest.mark.parametrize("granularity", [Granularity.OUTPUT, Granularity.INPUT, Granularity.LINEAR])
 def test_ties_never_overshoot(sparsity: float, granularity: Granularity) -> None:
     saliency = torch.randint(0, 3, (30, 100), generator=torch.Generator().manual_seed(0)).float()
@@ -40,9 +40,9 @@ def test_ties_never_overshoot(sparsity: float, granularity: Granularity) -> None
             assert row[mask].max() <= row[~mask].min()
 
 
-@pytest.mark.parametrize(("kept", "of"), [(2, 4), (1, 4), (4, 8), (3, 4), (2, 6)])
+@pytest.mark.parametrize(("kept", "of"), [(2, 4), (1, 4), (4, 8), (3, 4), (2, 6), (64, 256), (200, 256)])
 def test_every_group_keeps_exactly_n_of_m(kept: int, of: int) -> None:
-    saliency = torch.randint(0, 4, (10, 24), generator=torch.Generator().manual_seed(0)).float()
+    saliency = torch.randint(0, 4, (10, 6 * of), generator=torch.Generator().manual_seed(0)).float()
     keep = initial_mask(saliency, NofM(kept, of), Granularity.OUTPUT).reshape(-1, of)
     assert (keep.sum(1) == kept).all()
     for mask, row in zip(keep, saliency.reshape(-1, of), strict=True):

@@ -14,7 +14,7 @@ from llm_barber.masking.pattern import (
 
 @pytest.mark.parametrize(
     ("fraction", "count", "floor"),
-    [(0.5, 7, 3), (0.29, 100, 29), (0.7, 10, 7), (1 / 3, 9, 3), (0.01, 99, 0), (1.0, 5, 5)],
+    [(0.5, 7, 3), (0.29, 100, 29), (0.7, 10, 7), (1 / 3, 9, 3), (0.01, 99, 0), (1.0, 5, 5), (1 - 1e-10, 1000, 999)],
 )
 def test_floor_reads_the_decimal_as_written(fraction: float, count: int, floor: int) -> None:
     assert exact_floor(fraction, count) == floor

@@ -28,6 +28,13 @@ def test_gradient_squares_square_before_they_sum() -> None:
     torch.testing.assert_close(squares.mean.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_half_precision_products_do_not_overflow() -> None:
+    x, gradient = torch.full((1, 64, 2), 60.0).half(), torch.full((1, 64, 2), 30.0).half()
+    squares = GradientSquares((2, 2), x.device)
+    squares.update(x, gradient, torch.ones(1))
+    assert squares.mean.tolist() == [[(64 * 60 * 30) ** 2] * 2] * 2
+
+
 def test_batches_do_not_change_a_bit() -> None:
     x, gradient = inputs(torch.bfloat16), torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
     for make in (lambda: InputSquares(6, x.device), lambda: GramMatrix(6, x.device)):

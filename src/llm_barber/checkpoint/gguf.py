@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from llm_barber.errors import ModelError
+from llm_barber.errors import ModelError, OutputError
 
 DTYPE = torch.bfloat16
 CONVERTER_VERSION = 1  # part of the cache's key: raise it when the result changes
@@ -35,14 +36,20 @@ def converted_gguf(path: Path) -> Path:
     if target.is_dir():
         return target
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         _convert(path, partial)
         if target.is_dir():  # another process was faster
             shutil.rmtree(partial)
         else:
             partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(
+            f"the converted model cannot be written to {target.parent}: {error}",
+            "free some space there, or set LLM_BARBER_CACHE to another folder",
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -60,7 +67,7 @@ def _convert(path: Path, folder: Path) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{path} cannot be read as GGUF: {reason}",
-            "transformers must support its architecture and quantisation",
+            "it is damaged, or transformers does not support its architecture or quantisation",
         ) from error
     # The weights are plain now, but the GGUF quantiser stays attached, and then `save_pretrained` refuses.
     for owner in (model.config, model):

@@ -26,7 +26,16 @@ RECORD_NAME = "barber.json"
 # What travels with the weights. Not: weights of any kind, indices, code, and what we write ourselves.
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 NO_COMPANIONS = (INDEX_NAME, RECORD_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
-HUB_PATTERNS = ["*.safetensors", INDEX_NAME, *(f"*{suffix}" for suffix in COMPANIONS)]
+LICENCES = ("license", "licence", "notice", "use_policy")
+HUB_PATTERNS = [
+    "*.safetensors",
+    INDEX_NAME,
+    *(f"*{suffix}" for suffix in COMPANIONS),
+    "LICEN*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 HUB_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights in other layouts
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -50,7 +59,7 @@ class CheckpointSource:
 
     Args:
         model: a folder, a hub id (`org/name`), or a GGUF file.
-        revision: of the hub id.
+        revision: of the hub id, which may also stand behind it: `org/name@revision`.
 
     Raises:
         ModelError: missing, damaged, not safetensors, quantised, an adapter.
@@ -95,10 +104,10 @@ class CheckpointSource:
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, members in by_file.items():
-            with _opened(self.folder / file) as handle:
+            with _OpenedFile(self.folder / file) as handle:
                 for name in members:
                     tensor = handle.get_tensor(name).clone()
-                    if tensor.is_floating_point() and not _all_finite(tensor):
+                    if self.tensors[name].dtype in FLOAT_DTYPES and not _all_finite(tensor):
                         raise ModelError(
                             f"{name} in {file} holds NaN or Inf",
                             "the checkpoint is damaged or overflowed when it was converted; get it again",
@@ -107,11 +116,13 @@ class CheckpointSource:
         return found
 
     def companions(self) -> list[Path]:
-        """Configuration, tokenizer and generation files that travel with the weights."""
+        """Configuration, tokenizer, generation and licence files that travel with the weights."""
         return sorted(
             path
             for path in self.folder.iterdir()
-            if path.is_file() and path.suffix in COMPANIONS and path.name not in NO_COMPANIONS
+            if path.is_file()
+            and (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES))
+            and path.name not in NO_COMPANIONS
         )
 
     def _read_configuration(self) -> dict[str, Any]:
@@ -122,10 +133,15 @@ class CheckpointSource:
             )
         path = self.folder / "config.json"
         if not path.exists():
-            raise ModelError(f"{self.model} has no config.json", "a Hugging Face checkpoint folder is needed")
+            unfinished = any(self.folder.glob("model-*-of-*.safetensors")) and not (self.folder / INDEX_NAME).exists()
+            raise ModelError(
+                f"{self.model} has no config.json",
+                "the run that wrote it did not finish" if unfinished else "a Hugging Face checkpoint folder is needed",
+            )
         configuration = _read_json(path)
-        method = (configuration.get("quantization_config") or {}).get("quant_method")
-        if configuration.get("quantization_config"):
+        quantization = configuration.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise ModelError(
                 f"{self.model} is quantised ({method or 'unknown method'}); pruning needs its plain weights",
                 "start from the unquantised checkpoint, or dequantise it: model.dequantize(), then save_pretrained()",
@@ -151,7 +167,7 @@ class CheckpointSource:
                 )
             if not (self.folder / file).exists():
                 raise ModelError(f"shard {file} of {self.model} is missing", "get the checkpoint again, whole")
-            with _opened(self.folder / file) as handle:
+            with _OpenedFile(self.folder / file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - a handle, not a dict
                     part = handle.get_slice(name)
                     tensors[name] = TensorInfo(file, tuple(part.get_shape()), str(part.get_dtype()))
@@ -166,7 +182,7 @@ class CheckpointSource:
     def _hint_without_safetensors(self) -> str:
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")) or any(self.folder.glob("*.pth")):
             return "pickled weights can run code when opened and are not read: save the model as safetensors first"
-        if any(self.folder.glob("*.partial")) or (self.folder / RECORD_NAME).exists():
+        if any(self.folder.glob("model-*-of-*.safetensors")):
             return "its index is missing: the run that wrote it did not finish"
         return f"{SINGLE_NAME} or {INDEX_NAME} is needed"
 
@@ -178,16 +194,21 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         ModelError: there is no such folder, and it cannot be a hub id.
         HubError: the hub cannot be reached or does not have it.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"no such model: {model} ({error})", "give a folder, a GGUF file or a hub id") from error
+    if is_folder:
         return path
-    if path.is_file():
+    if is_file:
         if path.suffix == ".gguf":
             return converted_gguf(path)
         raise ModelError(f"{model} is a file, not a model", "give the folder of a checkpoint, a GGUF file or a hub id")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model) or model.endswith(".gguf"):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", model) or model.endswith(".gguf"):
         raise ModelError(f"no such model: {model}", "give the folder of a checkpoint, a GGUF file or a hub id")
-    return _download(model, revision)
+    name, _, pinned = model.partition("@")
+    return _download(name, pinned or revision)
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -195,6 +216,7 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -212,6 +234,8 @@ def _download(model: str, revision: str | None) -> Path:
             f"no such model: {model} is neither a folder here nor on the hub",
             "check the name; a private model needs `hf auth login`",
         ) from error
+    except HFValidationError as error:
+        raise ModelError(f"no such model: {model}", "give a folder, a GGUF file or a hub id (org/name)") from error
     except RevisionNotFoundError as error:
         raise HubError(f"{model} has no revision {revision!r} on the hub", "check --revision") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
@@ -231,7 +255,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-class _opened:  # noqa: N801 - used as a function
+class _OpenedFile:
     """`safe_open` whose complaints name the file and say what to do."""
 
     def __init__(self, path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from llm_barber.checkpoint.source import INDEX_NAME
 from llm_barber.errors import OutputError
 
-LOCK_NAME = "lock"
+LOCK_NAME = "llm-barber.lock"  # also what tells our work folder from any other
 
 
 class CheckpointWriter:
@@ -47,13 +47,16 @@ class CheckpointWriter:
         self.weight_map: dict[str, str] = {}
         self.digests: dict[str, str] = {}
         self.total_size = 0
+        self._written = 0
 
     def __enter__(self) -> Self:
-        check_output(self.output, self.overwrite)
+        check_output(self.output, self.overwrite, self.needed)
+        self._made_parents = [folder for folder in self.work.parents if not folder.exists()]
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = (self.work / LOCK_NAME).open("w")
         except OSError as error:
+            self._remove_parents()
             raise OutputError(f"cannot write {self.work}: {error.strerror}", "choose a folder you can write") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,25 +68,21 @@ class CheckpointWriter:
         for left in self.work.iterdir():  # of a run that was killed
             if left.name != LOCK_NAME:
                 left.unlink()
-        free = shutil.disk_usage(self.work).free
-        if free < self.needed:
-            self._discard()
-            raise OutputError(
-                f"the checkpoint takes {self.needed / 1e9:.2f} GB, the disk of {self.output} has {free / 1e9:.2f} GB",
-                "free some space or choose another disk",
-            )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.work.exists():
-            self._discard()
         self._lock.close()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if self.work.exists():
+            with suppress(OSError):
+                shutil.rmtree(self.work)
+            self._remove_parents()
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise OutputError(
-                f"the disk of {self.output} is full",
-                "free some space and start again; nothing half-written was left",
+                f"the disk of {self.output} is full" if full else f"cannot write {self.output}: {error}",
+                "free some space and start again; nothing half-written was left" if full else "check the disk",
             ) from error
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
@@ -92,7 +91,8 @@ class CheckpointWriter:
         Raises:
             OSError: the disk is full.
         """
-        number = len(self.digests) + 1
+        self._written += 1
+        number = self._written
         name = f"model-{number:05d}-of-{self.shards:05d}.safetensors"
         temporary = self.work / f"{name}.tmp"
         try:
@@ -114,23 +114,18 @@ class CheckpointWriter:
             self.weight_map[key] = name
             self.total_size += tensor.numel() * tensor.element_size()
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_file(self, name: str, content: bytes) -> None:
         """Write a small file, durably."""
-        with (self.work / name).open("w", encoding="utf-8") as file:
-            file.write(text)
+        with (self.work / name).open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
     def copy(self, path: Path) -> None:
         """Copy a companion file under its own name."""
-        self.write_bytes(path.name, path.read_bytes())
-
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a small binary file, durably."""
-        with (self.work / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        content = path.read_bytes()
+        self.write_file(path.name, content)
+        self.digests[path.name] = hashlib.sha256(content).hexdigest()
 
     def finish(self) -> None:
         """Write the index and give the folder its name."""
@@ -138,41 +133,68 @@ class CheckpointWriter:
             "metadata": {"total_size": self.total_size},
             "weight_map": dict(sorted(self.weight_map.items())),
         }
-        self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        self.write_file(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
         (self.work / LOCK_NAME).unlink()
         _sync_folder(self.work)
         replaced = None
         if self.output.exists():
             replaced = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
             self.output.rename(replaced)
-        self.work.rename(self.output)
+        try:
+            self.work.rename(self.output)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(self.output)
+            raise
         _sync_folder(self.output.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
-    def _discard(self) -> None:
+    def _remove_parents(self) -> None:
+        """Remove the folders that were made for the work folder, as far as they are empty."""
         with suppress(OSError):
-            shutil.rmtree(self.work)
+            for folder in self._made_parents:
+                folder.rmdir()
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output folder that is there.
+def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
+    """Refuse a place where the output cannot be written, or where it would harm what is there.
+
+    Args:
+        output: the folder to write.
+        overwrite: replace a model folder that is there.
+        needed: bytes that it will take.
 
     Raises:
-        OutputError: it exists, and is not to be, or must not be, replaced.
+        OutputError: it exists and is not to be, or must not be, replaced; the disk is too small or not writable.
     """
+    work = output.with_name(f"{output.name}.partial")
+    if work.is_symlink() or (work.exists() and not (work / LOCK_NAME).is_file()):
+        raise OutputError(
+            f"{work} is in the way: the work folder of {output} has that name", "rename it, or choose another output"
+        )
+    place = next(folder for folder in output.parents if folder.exists())
+    if not os.access(place, os.W_OK):
+        raise OutputError(f"cannot write in {place}", "choose a folder you can write")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"the checkpoint takes {needed / 1e9:.2f} GB, the disk of {output} has {free / 1e9:.2f} GB",
+            "free some space or choose another disk",
+        )
     if not output.exists():
         return
     if not output.is_dir():
         raise OutputError(f"{output} is a file", "choose another output folder")
+    if os.path.ismount(output):
+        raise OutputError(f"{output} is a mount point, which cannot be replaced", "choose a folder inside it")
     if not any(output.iterdir()):
         return
     if not overwrite:
         raise OutputError(f"{output} exists", "choose another output folder, or add --overwrite")
     if not (output / "config.json").exists():
         raise OutputError(
-            f"{output} holds something other than a model",
-            "--overwrite replaces model folders only; choose another",
+            f"{output} holds something other than a model", "--overwrite replaces model folders only; choose another"
         )
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-GROUP_SIZES = (2, 4, 8, 16)
+GROUP_SIZES = (2, 4, 8, 16, 32)
 
 
 def exact_floor(fraction: float, count: int) -> int:
@@ -14,11 +14,11 @@ def exact_floor(fraction: float, count: int) -> int:
 
     Binary floating point makes 0.29 · 100 = 28.999…; a user who asks for 0.29 means 29/100.
     """
-    return int(as_fraction(fraction) * count)
+    return int(Fraction(repr(float(fraction))).limit_denominator(10**15) * count)
 
 
 def as_fraction(value: float) -> Fraction:
-    """The decimal that prints as `value`, as an exact fraction with a denominator of at most 10⁹."""
+    """The decimal that prints as `value`, as a fraction whose denominator leaves room to multiply by int64 counts."""
     return Fraction(repr(float(value))).limit_denominator(10**9)
 
 

@@ -74,10 +74,10 @@ def rank_within(scores: Tensor) -> Tensor:
         scores: (..., M).
 
     Returns:
-        int8, (..., M).
+        int16, (..., M).
     """
     size = scores.shape[-1]
-    ranks = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    ranks = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)
     for position in range(size):
         other = scores[..., position : position + 1]
         ranks += other < scores

@@ -72,6 +72,8 @@ class GradientSquares:
             scale: (sequences,), float32.
         """
         for sequence, gradient, factor in zip(inputs, output_gradient, scale.tolist(), strict=True):
+            if gradient.dtype == torch.float16:  # a sum over tokens can pass its largest number, 65504
+                sequence, gradient = sequence.float(), gradient.float()
             weight_gradient = (gradient.t() @ sequence).float()
             self.total.addcmul_(weight_gradient, weight_gradient, value=factor * factor)
         self.sequences += len(inputs)

@@ -37,6 +37,3 @@ class ActivationStreams:
         if array is None or array.shape != shape or array.dtype != values.dtype:
             array = self._arrays[name] = torch.empty(shape, dtype=values.dtype)
         array[batch] = values
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
