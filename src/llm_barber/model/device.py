@@ -4,8 +4,8 @@ import torch
 
 from llm_barber.errors import SettingsError
 
-# Large enough for full speed of the matrix products; a larger batch only takes more memory (docs/algorithm.md).
-CPU_BATCH_TOKENS = 4096
+# Large enough for the matrix products, small enough for temporaries to stay in the caches (docs/algorithm.md).
+CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 16384
 
 
