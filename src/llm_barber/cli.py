@@ -33,7 +33,7 @@ GranularityOption = Annotated[
     Granularity | None,
     typer.Option(
         help="What competes with what: output row, input column, linear, or all linears of a block. "
-        "(default: magnitude block, wanda output, sparsegpt linear, N:M output)",
+        "(default: magnitude block, sparsegpt linear, else output)",
         rich_help_panel=METHOD,
         show_default=False,
     ),
@@ -43,7 +43,7 @@ RatioOption = Annotated[
     typer.Option(
         "--rebuild-ratio",
         metavar="R",
-        help="Share of the beneficial pairs to swap, 0 to 1. (default: magnitude 0.1, wanda 0.01, sparsegpt 0.1)",
+        help="Share of the beneficial pairs to swap, 0 to 1. (default: magnitude 0.1, sparsegpt 0.1, else 0.01)",
         rich_help_panel=METHOD,
         show_default=False,
     ),
@@ -111,7 +111,7 @@ def prune(
     initial_granularity: Annotated[
         Granularity | None,
         typer.Option(
-            help="Comparison group of the initial mask. (default: magnitude linear, wanda output)",
+            help="Comparison group of the initial mask. (default: magnitude and ria linear, else output)",
             rich_help_panel=METHOD,
             show_default=False,
         ),

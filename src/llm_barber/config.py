@@ -17,13 +17,18 @@ class Initial(StrEnum):
     WANDA = "wanda"
     MAGNITUDE = "magnitude"
     SPARSEGPT = "sparsegpt"
+    RIA = "ria"
+    DSNOT = "dsnot"
 
 
-# The released experiments' granularity and rebuild ratio for each initial method.
+# The released experiments' granularity and rebuild ratio for each initial method; RIA and DSnoT, which they do not
+# have, are given those of Wanda, whose kin they are.
 RELEASED_REBUILD: dict[Initial, tuple[Granularity, float]] = {
     Initial.MAGNITUDE: (Granularity.BLOCK, 0.1),
     Initial.WANDA: (Granularity.OUTPUT, 0.01),
     Initial.SPARSEGPT: (Granularity.LINEAR, 0.1),
+    Initial.RIA: (Granularity.OUTPUT, 0.01),
+    Initial.DSNOT: (Granularity.OUTPUT, 0.01),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -95,7 +100,7 @@ class PruneConfig(RunSettings):
     pattern: str | None = Field(None, description="N:M, N kept of every M inputs, instead of a sparsity")
     rebuild: bool = Field(True, description="rebuild the initial mask; False: keep it")
     initial_granularity: Granularity | None = Field(
-        None, description="comparison group of the initial mask; None: linear for magnitude, output for Wanda"
+        None, description="comparison group of the initial mask; None: linear for magnitude and RIA, else output"
     )
     keep_updates: bool = Field(False, description="keep SparseGPT's updated weights instead of the dense ones")
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +14,13 @@ from llm_barber.errors import ModelError
 from llm_barber.inspection import read_record
 from llm_barber.job import Job
 from llm_barber.masking import saliency
+from llm_barber.masking.dsnot import dsnot
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, find_pattern, holds, parse_pattern
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.sparsegpt import sparsegpt
-from llm_barber.masking.statistics import GramMatrix, InputSquares
+from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 
@@ -50,17 +51,17 @@ class Statistic(Protocol):
         """The statistic over all sequences."""
 
 
-Score = Callable[[Tensor, Tensor], Tensor]
+AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 
 
 class MethodMasks:
-    """Initial masks by magnitude, Wanda or SparseGPT, all linears of a layer from one pass of its dense weights."""
+    """Initial masks by a method, all linears of a decoder layer from one pass of its dense weights."""
 
     def __init__(self, method: Initial, pattern: Pattern, granularity: Granularity | None, keep_updates: bool) -> None:
         self.method = method
         self.pattern = pattern
-        released = Granularity.LINEAR if method is Initial.MAGNITUDE else Granularity.OUTPUT
-        self.granularity = granularity or released
+        by_linear = method in (Initial.MAGNITUDE, Initial.RIA)  # as their released programs compare
+        self.granularity = granularity or (Granularity.LINEAR if by_linear else Granularity.OUTPUT)
         self.keep_updates = keep_updates
 
     def __call__(
@@ -68,13 +69,18 @@ class MethodMasks:
     ) -> dict[str, PrunedLinear]:
         """One `PrunedLinear` for each linear in `dense`."""
         pattern = self.pattern if isinstance(self.pattern, NofM) else None
-        if self.method is Initial.MAGNITUDE:
-            keeps = {name: self._mask(saliency.magnitude(weight)) for name, weight in dense.items()}
-        elif self.method is Initial.WANDA:
-            squares = collect_inputs(layer, streams, InputSquares)
-            keeps = {name: self._mask(saliency.wanda(weight, squares[name].mean)) for name, weight in dense.items()}
-        else:
-            return self._sparsegpt(layer, dense, streams, pattern)
+        match self.method:
+            case Initial.MAGNITUDE:
+                keeps = {name: self._mask(saliency.magnitude(weight)) for name, weight in dense.items()}
+            case Initial.WANDA | Initial.RIA:
+                score = saliency.wanda if self.method is Initial.WANDA else saliency.relative_importance
+                squares = collect_inputs(layer, streams, InputSquares)
+                keeps = {name: self._mask(score(weight, squares[name].mean)) for name, weight in dense.items()}
+            case Initial.DSNOT:
+                moments = collect_inputs(layer, streams, InputMoments)
+                keeps = {name: self._dsnot(weight, moments[name], pattern) for name, weight in dense.items()}
+            case Initial.SPARSEGPT:
+                return self._sparsegpt(layer, dense, streams, pattern)
         return {
             name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], pattern)
             for name, keep in keeps.items()
@@ -82,6 +88,11 @@ class MethodMasks:
 
     def _mask(self, scores: Tensor) -> Tensor:
         return initial_mask(scores, self.pattern, self.granularity)
+
+    def _dsnot(self, weight: Tensor, moments: InputMoments, pattern: NofM | None) -> Tensor:
+        """Wanda's mask, fine-tuned."""
+        score = saliency.wanda(weight, moments.squares.mean)
+        return dsnot(self._mask(score), weight, score, moments.mean, moments.variance, pattern)
 
     def _sparsegpt(
         self,
@@ -101,18 +112,18 @@ class MethodMasks:
 
 
 def collect_inputs(
-    layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], Statistic]
-) -> dict[str, Statistic]:
+    layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
+) -> dict[str, AnyStatistic]:
     """A running statistic of the inputs of every linear, over all calibration sequences.
 
     Linears that read the same tensor (q, k, v; gate, up) share one.
     """
-    found: dict[str, Statistic] = {}
+    found: dict[str, AnyStatistic] = {}
     for batch in streams.batches():
         seen: list[Tensor] = []
-        updated: list[Statistic] = []
+        updated: list[AnyStatistic] = []
 
-        def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[Statistic] = updated) -> None:
+        def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[AnyStatistic] = updated) -> None:
             if seen and seen[-1] is inputs:
                 found[name] = updated[-1]
                 return

@@ -4,7 +4,7 @@ import torch
 from llm_barber.masking.granularity import Granularity, from_groups, to_groups
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.masking.saliency import magnitude, wanda, weight_gradient
+from llm_barber.masking.saliency import magnitude, relative_importance, wanda, weight_gradient
 
 
 def test_saliency_by_hand() -> None:
@@ -13,6 +13,13 @@ def test_saliency_by_hand() -> None:
     assert torch.equal(wanda(weight, torch.tensor([4.0, 9.0])), torch.tensor([[2.0, 6.0], [6.0, 0.0]]))
     squares = torch.tensor([[1.0, 4.0], [9.0, 16.0]])
     assert torch.equal(weight_gradient(weight, squares), torch.tensor([[1.0, 4.0], [9.0, 0.0]]))
+
+
+def test_relative_importance_by_hand() -> None:
+    weight = torch.tensor([[1.0, -3.0, 0.0], [-1.0, 1.0, 0.0]])
+    squares = torch.tensor([16.0, 1.0, 1.0])  # norms 4, 1, 1; to the power of a half 2, 1, 1
+    expected = torch.tensor([[(1 / 2 + 1 / 4) * 2, 3 / 4 + 3 / 4, 0], [(1 / 2 + 1 / 2) * 2, 1 / 4 + 1 / 2, 0]])
+    torch.testing.assert_close(relative_importance(weight, squares), expected)
 
 
 def test_masks_by_hand() -> None:

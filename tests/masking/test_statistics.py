@@ -1,6 +1,6 @@
 import torch
 
-from llm_barber.masking.statistics import GradientSquares, GramMatrix, InputSquares
+from llm_barber.masking.statistics import GradientSquares, GramMatrix, InputMoments, InputSquares
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -17,6 +17,16 @@ def test_input_squares_and_gram_matrix_are_their_definitions() -> None:
     flat = x.reshape(-1, 6).double()
     torch.testing.assert_close(squares.mean.double(), flat.square().sum(0) / 5, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gram.mean.double(), 2 * flat.t() @ flat / 5, rtol=1e-5, atol=1e-5)
+
+
+def test_input_moments_are_their_definitions() -> None:
+    x = inputs(torch.bfloat16)
+    moments = InputMoments(6, x.device)
+    moments.update(x[:2])
+    moments.update(x[2:])
+    flat = x.reshape(-1, 6).double()
+    torch.testing.assert_close(moments.mean.double(), flat.sum(0) / 5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.variance.double(), flat.var(0, unbiased=False), rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_squares_square_before_they_sum() -> None:

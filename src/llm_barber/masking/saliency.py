@@ -1,5 +1,6 @@
 """Scores of weights: what scores higher stays. All take and give tensors of shape (out, in); scores are float32."""
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,21 @@ def wanda(weight: Tensor, input_squares: Tensor) -> Tensor:
         input_squares: (in,), float32, the mean squared norm of each input channel.
     """
     return weight.float().abs() * input_squares.sqrt()
+
+
+def relative_importance(weight: Tensor, input_squares: Tensor, exponent: float = 0.5) -> Tensor:
+    """S = (|W| / column's sum of |W| + |W| / row's sum of |W|) · ‖X‖₂ᵃ (RIA, ICLR 2024, equation 4).
+
+    Args:
+        weight: (out, in).
+        input_squares: (in,), float32, the mean squared norm of each input channel.
+        exponent: a.
+    """
+    size = weight.float().abs()
+    # A row or column of zeros has nothing to compare: its weights score 0.
+    tiny = torch.finfo(torch.float32).tiny
+    relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+    return relative * input_squares.sqrt().pow(exponent)
 
 
 def weight_gradient(weight: Tensor, gradient_squares: Tensor) -> Tensor:

@@ -30,6 +30,35 @@ class InputSquares:
         return self.total / self.sequences
 
 
+class InputMoments:
+    """Sums of each input channel, for methods that look at its mean and variance (DSnoT, arXiv 2310.08915).
+
+    `update` takes inputs of shape (sequences, tokens, in); all properties are float32 of shape (in,).
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.squares = InputSquares(features, device)
+        self.total = torch.zeros(features, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add a batch of sequences."""
+        self.squares.update(inputs)
+        for sequence in inputs:
+            self.total += sequence.float().sum(0)
+        self.tokens += inputs.shape[0] * inputs.shape[1]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over sequences of the sum over tokens."""
+        return self.total / self.squares.sequences
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance over all tokens."""
+        return (self.squares.total / self.tokens - (self.total / self.tokens).square()).clamp_min(0)
+
+
 class GramMatrix:
     """H = 2/n · Σ x xᵀ over all tokens of n sequences (SparseGPT, arXiv 2301.00774, equation 2).
 
