@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict
 RECORD_VERSION = 1
 CITATION = """@article{su2024llmbarber,
   title={LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large Language Models},
-  author={Su, Yupeng and Guan, Ziyi and Liu, Xiaoqun and Jin, Tianlai and Wu, Dongkuan and Chesi, Graziano and
-          Wong, Ngai and Yu, Hao},
+  author={Su, Yupeng and Guan, Ziyi and Liu, Xiaoqun and Jin, Tianlai and Wu, Dongkuan and Chen, Zhengfei and
+          Chesi, Graziano and Wong, Ngai and Yu, Hao},
   journal={arXiv preprint arXiv:2408.10631},
   year={2024}
 }"""

@@ -1,8 +1,9 @@
 """DSnoT (arXiv 2310.08915): grow and drop weights of a given mask so that the expected output of each row is kept.
 
-A row's expected error is the sum of W · E[x] over its pruned weights. Each cycle grows the pruned weight that takes the
-most of it away, relative to the variance of its input, and drops the kept weight with the lowest Wanda score among those
-that take some of it away too (equations 3 to 5); with N:M, the lowest of the grown weight's group, whatever its sign.
+A row's expected error is the sum of W · E[x] over its pruned weights. Each cycle grows the pruned weight that takes
+the most of it away, relative to the variance of its input, and drops the kept weight with the lowest Wanda score among
+those that take some of it away too; with N:M, the lowest of the grown weight's group, whatever its
+sign.
 """
 
 import torch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Granularity(StrEnum):
-    """The set within which weights compete (arXiv 2408.10631, section 3.3)."""
+    """The set within which weights compete (arXiv 2408.10631)."""
 
     OUTPUT = "output"
     INPUT = "input"

@@ -1,6 +1,6 @@
 """Rebuild a mask: swap the pruned weights that turned out salient with the kept weights that did not.
 
-arXiv 2408.10631, section 3.3 and algorithm 1. Within each comparison group the pruned weights from high to low
+arXiv 2408.10631. Within each comparison group the pruned weights from high to low
 saliency are paired with the kept weights from low to high; a pair is beneficial where the pruned one scores higher; the
 first `floor(rebuild_ratio · beneficial pairs)` pairs are swapped. The number of kept weights does not change.
 """

@@ -20,7 +20,7 @@ def wanda(weight: Tensor, input_squares: Tensor) -> Tensor:
 
 
 def relative_importance(weight: Tensor, input_squares: Tensor, exponent: float = 0.5) -> Tensor:
-    """S = (|W| / column's sum of |W| + |W| / row's sum of |W|) · ‖X‖₂ᵃ (RIA, ICLR 2024, equation 4).
+    """S = (|W| / column's sum of |W| + |W| / row's sum of |W|) · ‖X‖₂ᵃ (RIA, ICLR 2024).
 
     Args:
         weight: (out, in).
@@ -35,7 +35,7 @@ def relative_importance(weight: Tensor, input_squares: Tensor, exponent: float =
 
 
 def weight_gradient(weight: Tensor, gradient_squares: Tensor) -> Tensor:
-    """S = |W| · sqrt(mean over sequences of G²) (LLM-Barber, arXiv 2408.10631, equation 7).
+    """S = |W| · sqrt(mean over sequences of G²) (LLM-Barber, arXiv 2408.10631).
 
     Args:
         weight: (out, in).

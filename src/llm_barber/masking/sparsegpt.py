@@ -1,6 +1,6 @@
 """SparseGPT (arXiv 2301.00774): prune column by column and let the columns to come make up for the error.
 
-It gives a keep mask and updated weights. Parameter names follow the paper's algorithm 1.
+It gives a keep mask and updated weights. It follows the paper's algorithm.
 """
 
 import torch

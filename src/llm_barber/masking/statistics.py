@@ -60,7 +60,7 @@ class InputMoments:
 
 
 class GramMatrix:
-    """H = 2/n · Σ x xᵀ over all tokens of n sequences (SparseGPT, arXiv 2301.00774, equation 2).
+    """H = 2/n · Σ x xᵀ over all tokens of n sequences (SparseGPT, arXiv 2301.00774).
 
     `update` takes inputs of shape (sequences, tokens, in); `mean` is float32 of shape (in, in).
     """
@@ -83,7 +83,7 @@ class GramMatrix:
 
 
 class GradientSquares:
-    """Mean over sequences of the squared gradient of a weight (arXiv 2408.10631, equation 7).
+    """Mean over sequences of the squared gradient of a weight (arXiv 2408.10631).
 
     The gradient of one sequence is `output_gradientᵀ · inputs`, the square is taken before sequences are added.
     """

@@ -22,7 +22,7 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
 
 
 def reconstruction_errors(dense: Tensor, other: Tensor) -> Tensor:
-    """mean((y_dense − y)²) over tokens and channels of each sequence (arXiv 2408.10631, equation 4).
+    """mean((y_dense − y)²) over tokens and channels of each sequence (arXiv 2408.10631).
 
     Takes (sequences, tokens, hidden), gives float32 of shape (sequences,).
     """
@@ -102,7 +102,7 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """Add the squared per-sequence gradients of the reconstruction error at the layer's present weights.
 
-        The loss of a sequence is mean((y − y_sparse)²) over its tokens and channels (arXiv 2408.10631, equation 4).
+        The loss of a sequence is mean((y − y_sparse)²) over its tokens and channels (arXiv 2408.10631).
         No gradient of a weight is formed by autograd: it would sum over the batch. Gradients of the linears' outputs
         are taken, and each sequence's weight gradient is their product with its inputs.
 
