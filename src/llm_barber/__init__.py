@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_barber.config import PruneConfig, RebuildConfig
     from llm_barber.errors import BarberError
+    from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
     from llm_barber.inspection import InspectConfig, Inspection, inspect
     from llm_barber.pruning import prune, rebuild
     from llm_barber.report import RunReport
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
 __version__ = version("llm-barber")
 __all__ = [
     "BarberError",
+    "EvaluateConfig",
+    "Evaluation",
     "InspectConfig",
     "Inspection",
     "PruneConfig",
     "RebuildConfig",
     "RunReport",
+    "evaluate",
     "inspect",
     "prune",
     "rebuild",
@@ -27,11 +31,14 @@ __all__ = [
 # Imported when first asked for: `--help` should not wait for transformers.
 _MODULES = {
     "BarberError": "errors",
+    "EvaluateConfig": "evaluation.evaluate",
+    "Evaluation": "evaluation.evaluate",
     "InspectConfig": "inspection",
     "Inspection": "inspection",
     "PruneConfig": "config",
     "RebuildConfig": "config",
     "RunReport": "report",
+    "evaluate": "evaluation.evaluate",
     "inspect": "inspection",
     "prune": "pruning",
     "rebuild": "pruning",

@@ -16,7 +16,7 @@ from llm_barber.masking.granularity import Granularity
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
-METHOD, CALIBRATION, COMPUTE, OUTPUT = "Method", "Calibration", "Compute", "Output"
+METHOD, CALIBRATION, TEXT, COMPUTE, OUTPUT = "Method", "Calibration", "Text", "Compute", "Output"
 
 app = typer.Typer(
     name="llm-barber",
@@ -245,6 +245,59 @@ def inspect(
             shown + (f"; and {more} more" if more > 0 else ""),
             "the folder was changed, or is not of that dense model",
         )
+
+
+@app.command(
+    epilog="Examples:\n\nllm-barber evaluate pruned --against meta-llama/Llama-3.2-1B\n\n"
+    "llm-barber evaluate pruned --text wikitext2 --text my-text.txt --windows 32 --seqlen 1024 --json"
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    text: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME|FILE",
+            help="wikitext2, ptb, c4 (from the hub), or a file; may be given again.",
+            rich_help_panel=TEXT,
+        ),
+    ] = ["wikitext2"],  # noqa: B006 - typer reads it
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of each text. (default: all)", rich_help_panel=TEXT, show_default=False)
+    ] = None,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=TEXT)] = 2048,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            help="Compare with this model: perplexity ratio, KL divergence, agreement of the most likely next token.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the perplexity of MODEL, and how far its predictions are from another model's.
+
+    Windows without overlap, mean over tokens; computed one decoder layer at a time.
+    """
+    from llm_barber.console import ConsoleProgress, show_evaluation
+    from llm_barber.evaluation.evaluate import EvaluateConfig
+    from llm_barber.evaluation.evaluate import evaluate as run
+
+    config = EvaluateConfig(
+        model=model, against=against, text=tuple(text), windows=windows, seqlen=seqlen, batch_size=batch_size,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    with ConsoleProgress(quiet) as progress:
+        result = run(config, progress)
+    if json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        show_evaluation(result)
 
 
 @app.command(epilog="Examples:\n\nllm-barber demo\n\nllm-barber demo --output /tmp/demo --prompt 'Once upon a time'")

@@ -38,7 +38,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @field_validator("model", "dense", "pruned", "calibration", mode="before", check_fields=False)
+    @field_validator("model", "dense", "pruned", "against", "calibration", mode="before", check_fields=False)
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value

@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from llm_barber.demo import DemoRow
+from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.inspection import Inspection
 from llm_barber.plan import Plan
 from llm_barber.report import RunReport
@@ -173,6 +174,38 @@ def show_inspection(inspection: Inspection) -> None:
     elif not inspection.problems:
         against = [*(["its record"] if inspection.record else []), *filter(None, [inspection.compared_with])]
         console.print(f"all as {' and '.join(against)} {'says' if len(against) == 1 else 'say'}", soft_wrap=True)
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print perplexities, and what they depend on."""
+    console = Console(highlight=False, markup=False)
+    table = Table(title=escape(f"perplexity of {evaluation.model} (lower is better)"))
+    headings = ["text", "perplexity"]
+    if evaluation.against is not None:
+        headings += ["of the other", "ratio", "KL divergence", "same next token"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for result in evaluation.texts:
+        cells = [escape(result.text), f"{result.perplexity:.3f}"]
+        if result.against is not None:
+            compared = result.against
+            cells += [
+                f"{compared.perplexity:.3f}",
+                f"{compared.perplexity_ratio:.4f}",
+                f"{compared.divergence:.4f}",
+                f"{compared.top_agreement:.2%}",
+            ]
+        table.add_row(*cells)
+    console.print(table)
+    if evaluation.against is not None:
+        console.print(f"the other: {evaluation.against}", soft_wrap=True)
+    for result in evaluation.texts:
+        console.print(
+            f"{result.text}: {result.windows} windows of {result.seqlen} tokens, "
+            f"{'with' if result.begins_with_bos else 'without'} BOS, {evaluation.dtype} on {evaluation.device}, "
+            f"sha256 {result.sha256[:16]}",
+            soft_wrap=True,
+        )
 
 
 def show_demo(rows: list[DemoRow]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_calibration
@@ -96,9 +97,9 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
     architecture = find_architecture(source.model_type)
-    config = _load_config(source)
+    config = load_config(source)
     if not settings.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
-        _check_positions(config, settings.seqlen)
+        check_positions(config, settings.seqlen)
     progress.stage(f"reading calibration text {settings.calibration}")
     tokens = load_calibration(
         settings.calibration,
@@ -108,14 +109,14 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
         settings.seed,
     )
     sequences, seqlen = tokens.input_ids.shape
-    _check_positions(config, seqlen)
-    _check_vocabulary(config, tokens)
-    skeleton = _build_skeleton(config, architecture, device, dtype, model)
+    check_positions(config, seqlen)
+    check_vocabulary(config, tokens.input_ids)
+    skeleton = make_skeleton(config, architecture, device, dtype, model)
+    check_tensors(skeleton, source)
     job = Job(
         source, config, architecture, tokens, skeleton,
         resolve_batch_size(settings.batch_size, seqlen, sequences, device),
     )  # fmt: skip
-    _check_tensors(job)
     check_output(settings.output, settings.overwrite, job.bytes)
     for name, shape in job.linear_shapes(source).items():
         if pattern is not None and shape[1] % pattern.of:
@@ -126,9 +127,14 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
     return job
 
 
-def _build_skeleton(
+def make_skeleton(
     config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype, model: str
 ) -> Skeleton:
+    """The empty model.
+
+    Raises:
+        ModelError: the configuration does not describe one.
+    """
     try:
         skeleton = Skeleton(config, architecture, device, dtype)
         if len(skeleton.layers):
@@ -139,14 +145,19 @@ def _build_skeleton(
     raise ModelError(f"config.json of {model} does not describe a model: {reason}", "get the file again")
 
 
-def _check_tensors(job: Job) -> None:
-    """Every parameter that a run needs is there, in its shape and a plain float dtype, and no layer is left over."""
-    skeleton, source = job.skeleton, job.source
+def check_tensors(skeleton: Skeleton, source: CheckpointSource) -> None:
+    """Every parameter that a run needs is there, in its shape and a plain float dtype, and no layer is left over.
+
+    Raises:
+        ModelError: one is not.
+    """
+    base_prefix = str(skeleton.model.base_model_prefix)
     needed = list(skeleton.outside_names)
-    for index in range(job.layer_count):
+    count = len(skeleton.layers)
+    for index in range(count):
         needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]
     for name in needed:
-        info = source.tensors[source.resolve(name, job.base_prefix)]
+        info = source.tensors[source.resolve(name, base_prefix)]
         expected = tuple(skeleton.model.get_parameter(name).shape)
         if info.shape != expected:
             raise ModelError(
@@ -155,15 +166,15 @@ def _check_tensors(job: Job) -> None:
             )
         if info.dtype not in FLOAT_DTYPES:
             raise ModelError(
-                f"{name} is {info.dtype}; pruning needs {', '.join(FLOAT_DTYPES)}",
+                f"{name} is {info.dtype}; {', '.join(FLOAT_DTYPES)} are understood",
                 "start from the checkpoint before it was quantised",
             )
-    layers = job.layer_prefix(0).removesuffix("0.")
+    layers = source.resolve(needed[-1], base_prefix).removesuffix(needed[-1].removeprefix(skeleton.layers_prefix))
     beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
-    left = sorted(beyond - {str(index) for index in range(job.layer_count)})
+    left = sorted(beyond - {str(index) for index in range(count)})
     if left:
         raise ModelError(
-            f"{source.model} has decoder layer {left[0]}, config.json says that there are {job.layer_count}",
+            f"{source.model} has decoder layer {left[0]}, config.json says that there are {count}",
             "config.json and the weights do not belong together",
         )
 
@@ -173,7 +184,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _load_config(source: CheckpointSource) -> PreTrainedConfig:
+def load_config(source: CheckpointSource) -> PreTrainedConfig:
+    """The checkpoint's configuration.
+
+    Raises:
+        ModelError: transformers cannot use it.
+    """
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
@@ -199,7 +215,8 @@ def load_tokenizer(folder: Path) -> Any | None:
         ) from error
 
 
-def _check_positions(config: PreTrainedConfig, seqlen: int) -> None:
+def check_positions(config: PreTrainedConfig, seqlen: int) -> None:
+    """Refuse windows longer than the model's positions."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise CalibrationError(
@@ -208,8 +225,9 @@ def _check_positions(config: PreTrainedConfig, seqlen: int) -> None:
         )
 
 
-def _check_vocabulary(config: PreTrainedConfig, tokens: CalibrationTokens) -> None:
-    low, high = (int(value) for value in torch.aminmax(tokens.input_ids))
+def check_vocabulary(config: PreTrainedConfig, tokens: Tensor) -> None:
+    """Refuse token ids, int64, that the model does not know."""
+    low, high = (int(value) for value in torch.aminmax(tokens))
     if low < 0 or high >= config.vocab_size:
         raise CalibrationError(
             f"token {high if low >= 0 else low} is outside the model's vocabulary of {config.vocab_size}",

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity."""
+"""How good a model is: perplexity, and distance from another model's predictions."""

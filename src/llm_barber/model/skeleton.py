@@ -47,29 +47,40 @@ class Skeleton:
         self._arguments: dict[int, list[Arguments]] = {}
 
     @property
+    def every_outside_name(self) -> list[str]:
+        """Parameters outside the decoder layers; tied ones once."""
+        return [name for name, _ in self.model.named_parameters() if not name.startswith(self.layers_prefix)]
+
+    @property
     def outside_names(self) -> list[str]:
-        """Parameters outside the decoder layers that the way into the first layer may need."""
+        """Parameters outside the decoder layers that the way into the first layer may need: not the output head."""
         head = self.model.get_output_embeddings()
         head_parameters = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         embedding_parameters = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
-        inside = self.architecture.layers + "."
+        parameters = dict(self.model.named_parameters())
         return [
             name
-            for name, parameter in self.model.named_parameters()
-            if not name.startswith(inside) and id(parameter) not in head_parameters - embedding_parameters
+            for name in self.every_outside_name
+            if id(parameters[name]) not in head_parameters - embedding_parameters
         ]
+
+    @property
+    def layers_prefix(self) -> str:
+        """What stands before a layer's number in the names of its parameters."""
+        return f"{self.architecture.layers}."
 
     def layer_prefix(self, index: int) -> str:
         """What stands before the names of a layer's parameters in the model."""
-        return f"{self.architecture.layers}.{index}."
+        return f"{self.layers_prefix}{index}."
 
     def layer_names(self, index: int) -> list[str]:
         """Names of a layer's parameters, inside the layer."""
         return [name for name, _ in self.layers[index].named_parameters()]
 
     def fill_outside(self, weights: Mapping[str, Tensor]) -> None:
-        """Give the model the parameters in `outside_names`."""
+        """Give the model parameters outside the decoder layers, by the model's names."""
         self._assign(self.model, weights)
+        self.model.tie_weights()
 
     def embed(self, tokens: Tensor, keep: Callable[[Tensor], None]) -> None:
         """Run a batch of tokens to the first decoder layer, and note how each layer is called.
@@ -114,14 +125,35 @@ class Skeleton:
                 del layer.forward
         self._arguments[len(tokens)] = arguments
 
+    @torch.no_grad()
+    def finish(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits, (sequences, tokens, vocabulary), from the last decoder layer's output.
+
+        The model's own forward runs with its layers stepped over; the first answers with `hidden` whatever it is given.
+
+        Args:
+            hidden: (sequences, tokens, hidden).
+            tokens: int64, (sequences, tokens); only their shape matters.
+        """
+        for layer in self.layers:
+            layer.forward = _pass_through
+        self.layers[0].forward = lambda *_, **__: hidden
+        try:
+            logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return logits
+
     def arguments(self, index: int, batch_size: int) -> Arguments:
         """Keyword arguments of a layer's call for a batch of this size, as they were captured."""
         return self._arguments[batch_size][index]
 
     def drop_outside(self) -> None:
         """Forget the parameters outside the decoder layers."""
-        for name in self.outside_names:
+        for name in self.every_outside_name:
             self._set_parameter(self.model, name, None)
+        self.model.tie_weights()
 
     def load_layer(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """Give a layer its weights, by names inside the layer, in any float dtype."""

@@ -1,0 +1,58 @@
+"""Evaluation texts, joined as the released programs join them, so that numbers compare with published ones."""
+
+from llm_barber.calibration import Tokenizer, read_text
+from llm_barber.errors import CalibrationError, HubError
+
+KNOWN = ("wikitext2", "ptb", "c4")
+C4_DOCUMENTS, C4_WINDOWS = 1100, 256
+
+
+def evaluation_text(name: str) -> str:
+    """The whole text of a name or file.
+
+    `wikitext2`: the raw test file, shipped with the package; `ptb` and `c4`: from the hub, the test split and the first
+    1,100 documents of the first validation file; else a text, jsonl or parquet file.
+
+    Raises:
+        CalibrationError: unknown or unreadable.
+        HubError: the hub is needed and cannot be reached.
+    """
+    match name:
+        case "wikitext2":
+            # As the data set has it: a row a line, with its line end; rows of blanks are empty; rows joined by "\n\n".
+            lines = read_text("builtin-test").splitlines(keepends=True)
+            return "\n\n".join(line if line.strip() else "" for line in lines)
+        case "ptb":
+            return " ".join(_hub_column("sentence", path="ptb-text-only/ptb_text_only", split="test"))
+        case "c4":
+            files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+            rows = _hub_column("text", C4_DOCUMENTS, path="allenai/c4", data_files=files, split="validation")
+            return " ".join(rows)
+        case _:
+            try:
+                return read_text(name)
+            except CalibrationError as error:
+                if "no such" in str(error):
+                    raise CalibrationError(
+                        f"no such text: {name}", f"known are {', '.join(KNOWN)}, or a .txt, .jsonl or .parquet file"
+                    ) from error
+                raise
+
+
+def text_tokens(name: str, text: str, tokenizer: Tokenizer, seqlen: int) -> list[int]:
+    """Token ids of a text; of c4 the first 256 windows, as the released programs take them."""
+    tokens: list[int] = list(tokenizer(text).input_ids)
+    return tokens[: C4_WINDOWS * seqlen] if name == "c4" else tokens
+
+
+def _hub_column(column: str, rows: int | None = None, **settings: object) -> list[str]:
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(**settings)
+        return list(data[column][:rows])
+    except Exception as error:  # the library raises whatever its parts raise
+        raise HubError(
+            f"text {settings['path']} could not be loaded from the hub ({type(error).__name__})",
+            "check the connection, or use --text wikitext2 or a file of your own",
+        ) from error

@@ -1,0 +1,111 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from llm_barber import EvaluateConfig, Evaluation, evaluate
+from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
+from llm_barber.evaluation.texts import evaluation_text
+from tests.conftest import FAMILIES, make_model
+
+
+def add_tokenizer(folder: Path, vocabulary: int = 128) -> None:
+    """A tokenizer with one token a character."""
+    tokenizer = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(95)}, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(folder)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    generator = torch.Generator().manual_seed(0)
+    characters = torch.randint(33, 126, (3 * 16 + 5,), generator=generator).tolist()
+    (tmp_path / "text.txt").write_text("".join(map(chr, characters)))
+    return str(tmp_path / "text.txt")
+
+
+def model_and_windows(folder: Path, text: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    ids = torch.tensor([ord(one) - 32 for one in Path(text).read_text()][:48]).view(3, 16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ids
+
+
+def run(model: Path, text: str, **settings: object) -> Evaluation:
+    return evaluate(EvaluateConfig(**{"model": model, "text": (text,), "seqlen": 16, "dtype": "float32", **settings}))
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers_own_loss(tmp_path: Path, text: str, family: str, untied: bool) -> None:
+    folder = make_model(tmp_path / "model", family, tie_word_embeddings=not untied)
+    add_tokenizer(folder)
+    model, windows = model_and_windows(folder, text)
+    with torch.no_grad():
+        losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
+    for batch_size in (1, 2):
+        (result,) = run(folder, text, batch_size=batch_size).texts
+        assert math.log(result.perplexity) == pytest.approx(sum(losses) / 3, rel=1e-5)
+        assert (result.windows, result.seqlen, result.begins_with_bos) == (3, 16, False)
+
+
+def test_comparison_equals_its_definition(tmp_path: Path, text: str) -> None:
+    one, other = make_model(tmp_path / "one", "llama"), make_model(tmp_path / "other", "llama", seed=1)
+    add_tokenizer(one)
+    (result,) = run(one, text, against=other).texts
+    p, q = [], []
+    for folder, distributions in ((other, p), (one, q)):
+        model, windows = model_and_windows(folder, text)
+        with torch.no_grad():
+            distributions.append(model(input_ids=windows).logits[:, :-1].double().softmax(-1))
+    divergence = (p[0] * (p[0].log() - q[0].log())).sum(-1).mean().item()
+    assert result.against is not None
+    assert result.against.divergence == pytest.approx(divergence, rel=1e-4)
+    assert result.against.top_agreement == pytest.approx((p[0].argmax(-1) == q[0].argmax(-1)).double().mean().item())
+    assert result.against.perplexity_ratio == pytest.approx(result.perplexity / result.against.perplexity)
+    (same,) = run(one, text, against=one).texts
+    assert same.against is not None
+    assert (same.against.perplexity_ratio, same.against.top_agreement) == (1.0, 1.0)
+    assert same.against.divergence == pytest.approx(0.0, abs=1e-9)
+
+
+def test_bad_input(tmp_path: Path, llama: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        run(llama, text)
+    add_tokenizer(llama)
+    with pytest.raises(CalibrationError, match="no such text: nothing") as caught:
+        run(llama, "nothing")
+    assert "wikitext2, ptb, c4" in caught.value.hint
+    with pytest.raises(CalibrationError, match="has 53 tokens, fewer than one window of 60"):
+        run(llama, text, seqlen=60)
+    with pytest.raises(CalibrationError, match="beyond the model's 64 positions"):
+        run(llama, text, seqlen=65)
+    with pytest.raises(SettingsError, match="dtype 'int8'"):
+        run(llama, text, dtype="int8")
+    small = make_model(tmp_path / "small", "llama", vocab_size=20)
+    with pytest.raises(ModelError, match="has a vocabulary of 128, .* one of 20"):
+        run(llama, text, against=small)
+    add_tokenizer(small)
+    with pytest.raises(CalibrationError, match="outside the model's vocabulary of 20"):
+        run(small, text)
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"][:] = 3e38
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="gives NaN or Inf logits in window 0"):
+        run(llama, text)
+
+    def offline(**_: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(HubError, match="could not be loaded from the hub"):
+        run(llama, "ptb")
+
+
+def test_texts_are_joined_as_released_programs_join_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluation_text("wikitext2").startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is")
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: {"sentence": ["a b", "c"], "text": ["x"] * 2000})
+    assert evaluation_text("ptb") == "a b c"
+    assert evaluation_text("c4") == " ".join(["x"] * 1100)
