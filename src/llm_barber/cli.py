@@ -61,7 +61,7 @@ SeqlenOption = Annotated[int, typer.Option(help="Tokens a window.", rich_help_pa
 SeedOption = Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=CALIBRATION)]
 BatchOption = Annotated[
     int | None,
-    typer.Option(help="Windows computed together; does not change the result.", rich_help_panel=COMPUTE),
+    typer.Option(help="Windows computed together, at most; does not change the result.", rich_help_panel=COMPUTE),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=COMPUTE)]
 DtypeOption = Annotated[

@@ -154,7 +154,7 @@ def show_inspection(inspection: Inspection) -> None:
     table = Table(title=escape(f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}"))
     table.add_column("layer", justify="right")
     for name in names:
-        table.add_column(name.rpartition(".")[2], justify="right")
+        table.add_column(name.rpartition(".")[2].removesuffix("_proj"), justify="right")
     table.add_column("patterns")
     for index in dict.fromkeys(linear.layer for linear in inspection.linears):
         layer = {linear.name: linear for linear in inspection.linears if linear.layer == index}

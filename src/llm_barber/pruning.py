@@ -169,6 +169,11 @@ def _run(
         writer.write_file(RECORD_NAME, report.to_json().encode())
         writer.write_file("README.md", model_card(report).encode())
         writer.finish()
+    if rebuild_settings is not None and report.swapped == 0:
+        progress.warn(
+            f"the rebuild swapped nothing: in comparison groups of this size, ratio {rebuild_settings.ratio:g} of the "
+            "beneficial pairs is less than one; try --rebuild-ratio 0.1"
+        )
     return report
 
 

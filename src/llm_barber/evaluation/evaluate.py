@@ -157,6 +157,9 @@ def _measure(
             other_loss -= reference.gather(1, following).double().sum().item()
             divergence += (reference.exp() * (reference - log_probabilities)).double().sum().item()
             agreement += (reference.argmax(1) == log_probabilities.argmax(1)).sum().item()
+        if index == 0:  # all layers of both models are behind us: what is left is the output heads
+            progress.start("measuring predictions", len(windows))
+        progress.advance("")
     count = windows.shape[0] * (windows.shape[1] - 1)
     comparison = None
     if others is not None:

@@ -4,7 +4,7 @@ import torch
 
 from llm_barber.errors import SettingsError
 
-# Large enough for the matrix products, small enough for temporaries to stay in the caches (docs/algorithm.md).
+# Large enough for the matrix products, small enough for temporaries to stay in the caches.
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 16384
 
@@ -45,6 +45,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_batch_size(asked: int | None, seqlen: int, sequences: int, device: torch.device) -> int:
-    """Sequences to compute together: what was asked for, else a number of tokens that suits the device."""
-    tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
-    return min(sequences, asked or max(1, tokens // seqlen))
+    """Sequences to compute together: a number of tokens that suits the device, or at most as many as asked for.
+
+    On CPUs never more than `CPU_BATCH_TOKENS` (or one sequence): larger products are no faster, and PyTorch's bfloat16
+    kernels round them differently, so that the batch size would show in the masks.
+    """
+    suits = max(1, (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS) // seqlen)
+    if asked is None:
+        return min(sequences, suits)
+    return min(sequences, asked, suits) if device.type == "cpu" else min(sequences, asked)
