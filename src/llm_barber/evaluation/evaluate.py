@@ -146,9 +146,8 @@ def _measure(
     """Perplexity and comparison on windows, int64 (windows, seqlen)."""
     loss = other_loss = divergence = agreement = 0.0
     others = other.logits(windows, batch_size, progress) if other is not None else None
-    for window, logits in zip(
-        windows.to(model.skeleton.device), model.logits(windows, batch_size, progress), strict=True
-    ):
+    ours = model.logits(windows, batch_size, progress)
+    for index, (window, logits) in enumerate(zip(windows.to(model.skeleton.device), ours, strict=True)):
         following = window[1:].unsqueeze(1)
         log_probabilities = logits[:-1].log_softmax(1)
         loss -= log_probabilities.gather(1, following).double().sum().item()
