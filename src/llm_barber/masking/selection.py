@@ -46,8 +46,10 @@ def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -
         bool, (groups, members), with exactly `count` True a group.
     """
     groups, members = scores.shape
-    ordered = sort_values(scores) if ordered is None else ordered
     counts = torch.as_tensor(count, device=scores.device).expand(groups)
+    if not counts.any():
+        return torch.zeros_like(scores, dtype=torch.bool)
+    ordered = sort_values(scores) if ordered is None else ordered
     border = ordered.gather(1, (counts - 1).clamp(0, members - 1).unsqueeze(1))
     border = border.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
     chosen = scores <= border
