@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llm_barber.checkpoint.source import resolve_model
+from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.demo import demo_model
 from llm_barber.report import versions
 

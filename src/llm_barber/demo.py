@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoModelForCausalLM
 
 from llm_barber.calibration import read_text
-from llm_barber.checkpoint.source import resolve_model
+from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.config import Initial, PruneConfig, Settings
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.perplexity import evaluation_windows, perplexity

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_barber.checkpoint.source import INDEX_NAME, CheckpointSource, TensorInfo, sharded_by
+from llm_barber.checkpoint.hub import INDEX_NAME
+from llm_barber.checkpoint.source import CheckpointSource, TensorInfo, sharded_by
 from llm_barber.errors import HubError, ModelError
 from tests.conftest import change_json, make_model
 

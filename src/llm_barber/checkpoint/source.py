@@ -6,7 +6,6 @@ Nothing is unpickled, and no code that comes with a model is run. What an index 
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,26 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.gguf import converted_gguf
-from llm_barber.errors import HubError, ModelError
+from llm_barber.checkpoint.hub import COMPANIONS, INDEX_NAME, resolve_model
+from llm_barber.errors import ModelError
 
-INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 RECORD_NAME = "barber.json"
-# What travels with the weights. Not: weights of any kind, indices, code, and what we write ourselves.
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+# Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
 NO_COMPANIONS = (INDEX_NAME, RECORD_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
 LICENCES = ("license", "licence", "notice", "use_policy")
-HUB_PATTERNS = [
-    "*.safetensors",
-    INDEX_NAME,
-    *(f"*{suffix}" for suffix in COMPANIONS),
-    "LICEN*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-HUB_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights in other layouts
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -185,64 +173,6 @@ class CheckpointSource:
         if any(self.folder.glob("model-*-of-*.safetensors")):
             return "its index is missing: the run that wrote it did not finish"
         return f"{SINGLE_NAME} or {INDEX_NAME} is needed"
-
-
-def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The local folder for a folder, a GGUF file or a hub id.
-
-    Raises:
-        ModelError: there is no such folder, and it cannot be a hub id.
-        HubError: the hub cannot be reached or does not have it.
-    """
-    try:
-        path = Path(model).expanduser()
-        is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"no such model: {model} ({error})", "give a folder, a GGUF file or a hub id") from error
-    if is_folder:
-        return path
-    if is_file:
-        if path.suffix == ".gguf":
-            return converted_gguf(path)
-        raise ModelError(f"{model} is a file, not a model", "give the folder of a checkpoint, a GGUF file or a hub id")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", model) or model.endswith(".gguf"):
-        raise ModelError(f"no such model: {model}", "give the folder of a checkpoint, a GGUF file or a hub id")
-    name, _, pinned = model.partition("@")
-    return _download(name, pinned or revision)
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_NOT_NEEDED)
-        )
-    except GatedRepoError as error:
-        raise HubError(f"{model} is gated on the hub", "accept its terms there, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"no such model: {model} is neither a folder here nor on the hub",
-            "check the name; a private model needs `hf auth login`",
-        ) from error
-    except HFValidationError as error:
-        raise ModelError(f"no such model: {model}", "give a folder, a GGUF file or a hub id (org/name)") from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{model} has no revision {revision!r} on the hub", "check --revision") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise HubError(
-            f"no such model: {model} is not a folder here, and the hub cannot be reached",
-            "check the path, or the connection (HF_HUB_OFFLINE, proxies); a folder or GGUF file needs no hub",
-        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Self
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_barber.checkpoint.source import INDEX_NAME
+from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.errors import OutputError
 
 LOCK_NAME = "llm-barber.lock"  # also what tells our work folder from any other

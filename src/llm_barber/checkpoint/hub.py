@@ -1,0 +1,77 @@
+"""From what a user calls a model to a local folder: a folder, a GGUF file, or a hub id."""
+
+import re
+from pathlib import Path
+
+from llm_barber.checkpoint.gguf import converted_gguf
+from llm_barber.errors import HubError, ModelError
+
+INDEX_NAME = "model.safetensors.index.json"
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what travels with the weights
+HUB_PATTERNS = [
+    "*.safetensors",
+    INDEX_NAME,
+    *(f"*{suffix}" for suffix in COMPANIONS),
+    "LICEN*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
+HUB_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights in other layouts
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The local folder for a folder, a GGUF file or a hub id.
+
+    Raises:
+        ModelError: there is no such folder, and it cannot be a hub id.
+        HubError: the hub cannot be reached or does not have it.
+    """
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"no such model: {model} ({error})", "give a folder, a GGUF file or a hub id") from error
+    if is_folder:
+        return path
+    if is_file:
+        if path.suffix == ".gguf":
+            return converted_gguf(path)
+        raise ModelError(f"{model} is a file, not a model", "give the folder of a checkpoint, a GGUF file or a hub id")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", model) or model.endswith(".gguf"):
+        raise ModelError(f"no such model: {model}", "give the folder of a checkpoint, a GGUF file or a hub id")
+    name, _, pinned = model.partition("@")
+    return _download(name, pinned or revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_NOT_NEEDED)
+        )
+    except GatedRepoError as error:
+        raise HubError(f"{model} is gated on the hub", "accept its terms there, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"no such model: {model} is neither a folder here nor on the hub",
+            "check the name; a private model needs `hf auth login`",
+        ) from error
+    except HFValidationError as error:
+        raise ModelError(f"no such model: {model}", "give a folder, a GGUF file or a hub id (org/name)") from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{model} has no revision {revision!r} on the hub", "check --revision") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"no such model: {model} is not a folder here, and the hub cannot be reached",
+            "check the path, or the connection (HF_HUB_OFFLINE, proxies); a folder or GGUF file needs no hub",
+        ) from error
