@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from llm_barber.demo import DemoRow
@@ -33,16 +33,19 @@ class ConsoleProgress:
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
         self.live = self.console.is_terminal and not quiet
+        # Takes what the terminal has left, and no more.
+        detail = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            TextColumn("{task.fields[detail]}", "dim", markup=False, table_column=detail),
             console=self.console,
             transient=True,
+            expand=True,
             disable=not self.live,
         )
         self._task: TaskID | None = None
