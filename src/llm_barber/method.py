@@ -67,18 +67,18 @@ def prune_layer(
     final: list[Block] = []
     for block in job.architecture.blocks:
         where = f"layer {index} {block.name}"
+        last = block is job.architecture.blocks[-1]
         if rebuild_settings is None:
             masks = [Rebuilt(pruned[name].keep, 0, 0, 0) for name in block.linears]
             before = None
         else:
-            masks, before = _rebuild_block(layer, block, final, dense, pruned, rebuild_settings, streams, where)
+            masks, before = _rebuild_block(layer, block, final, dense, pruned, rebuild_settings, streams, last, where)
         weights = {
             name: apply_mask(pruned[name].values, mask.keep) for name, mask in zip(block.linears, masks, strict=True)
         }
         # Not rebuilt, a method's mask is what the method alone gives: SparseGPT's later layers see its updated weights.
         streamed = weights if rebuild_settings else {name: pruned[name].weight for name in block.linears}
         layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in streamed.items()})
-        last = block is job.architecture.blocks[-1]
         unchanged = all(torch.equal(weights[name], pruned[name].weight) for name in block.linears)
         if before is not None and unchanged and not last:
             after: float | None = before  # the output with the pruned weights, which is kept, is the final one
@@ -115,6 +115,7 @@ def _rebuild_block(
     pruned: Mapping[str, PrunedLinear],
     settings: RebuildSettings,
     streams: ActivationStreams,
+    last: bool,
     where: str,
 ) -> tuple[list[Rebuilt], float]:
     """The method: x → y_sparse, y_dense → loss → G at the dense weights → S = |W| · sqrt(mean G²) → swap pairs.
@@ -134,7 +135,8 @@ def _rebuild_block(
         layer.set_weights(dense_weights)
         dense_output, losses = layer.block_gradients(block, hidden, sparse_output, replays, squares)
         streams.write(DENSE_OUTPUT, batch, dense_output)
-        streams.write(block.output, batch, sparse_output)
+        if not last:  # blocks after it replay it, if nothing is swapped
+            streams.write(block.output, batch, sparse_output)
         total += losses.double().sum().item()
     if not math.isfinite(total):
         raise _not_finite(f"the output of {where}")
