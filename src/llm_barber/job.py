@@ -13,7 +13,7 @@ from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_ca
 from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, sharded_by
 from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import RunSettings
-from llm_barber.errors import CalibrationError, ModelError
+from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.masking.pattern import NofM
 from llm_barber.model.architecture import Architecture, find_architecture
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
@@ -43,10 +43,12 @@ class Job:
     @cached_property
     def layer_tensors(self) -> list[list[str]]:
         """The checkpoint's tensors of each decoder layer, by the checkpoint's names."""
-        return [
-            [name for name in self.source.tensors if name.startswith(self.layer_prefix(index))]
-            for index in range(self.layer_count)
-        ]
+        layers = self.layer_prefix(0).removesuffix("0.")
+        grouped: list[list[str]] = [[] for _ in range(self.layer_count)]
+        for name in self.source.tensors:
+            if name.startswith(layers):
+                grouped[int(name.removeprefix(layers).partition(".")[0])].append(name)
+        return grouped
 
     @cached_property
     def outside_shards(self) -> list[list[str]]:
@@ -141,7 +143,7 @@ def make_skeleton(
             return skeleton
         reason = "it has no decoder layers"
     except Exception as error:  # transformers raises whatever odd settings make it raise
-        reason = _first_line(error)
+        reason = first_line(error)
     raise ModelError(f"config.json of {model} does not describe a model: {reason}", "get the file again")
 
 
@@ -179,11 +181,6 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def load_config(source: CheckpointSource) -> PreTrainedConfig:
     """The checkpoint's configuration.
 
@@ -194,7 +191,7 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
         raise ModelError(
-            f"config.json of {source.model} cannot be used: {_first_line(error)}", "get the file again"
+            f"config.json of {source.model} cannot be used: {first_line(error)}", "get the file again"
         ) from error
 
 
@@ -210,7 +207,7 @@ def load_tokenizer(folder: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each tokenizer complains in its own way
         raise CalibrationError(
-            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}",
+            f"the tokenizer in {folder} cannot be loaded: {first_line(error)}",
             "mend it, or give --calibration a safetensors file with input_ids",
         ) from error
 

@@ -22,10 +22,9 @@ from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
-from llm_barber.model.streams import ActivationStreams
+from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.report import BlockResult, LinearResult
 
-HIDDEN = "hidden"  # the decoder layer's input
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
 
 

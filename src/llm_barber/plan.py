@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
 from llm_barber.initial import CheckpointMasks
 from llm_barber.job import prepare
@@ -79,7 +78,6 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
             config.rebuild_ratio,
             initial.first_pattern,
         )
-    check_output(config.output, config.overwrite, job.bytes)
     shapes = job.linear_shapes(job.source).values()
     sequences, tokens = job.tokens.input_ids.shape
     arrays = 3 if rebuilt else 2  # hidden, attention output, dense output

@@ -12,8 +12,8 @@ from llm_barber.config import PruneConfig, RebuildConfig, RunSettings, rebuild_d
 from llm_barber.initial import CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.masking.pattern import NofM
-from llm_barber.method import HIDDEN, InitialMasks, RebuildSettings, prune_layer
-from llm_barber.model.streams import ActivationStreams
+from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
+from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import (
     LayerResult,

@@ -52,6 +52,21 @@ class LinearResult(_Result):
         return self.pruned / self.weights
 
 
+class LinearTotals(_Result):
+    """A linear's counts, summed over all decoder layers."""
+
+    name: str
+    weights: int
+    pruned: int
+    beneficial_pairs: int
+    grown: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed by the masks."""
+        return self.pruned / self.weights
+
+
 class BlockResult(_Result):
     """One block: the mean over calibration sequences of mean((y_dense − y)²), before and after the rebuild."""
 
@@ -126,6 +141,22 @@ class RunReport(_Result):
     def linears(self) -> Iterable[LinearResult]:
         """All linears of all layers."""
         return (linear for layer in self.layers for linear in layer.linears)
+
+    def by_linear(self) -> list[LinearTotals]:
+        """Totals of each linear, in the order of a decoder layer."""
+        groups: dict[str, list[LinearResult]] = {}
+        for linear in self.linears:
+            groups.setdefault(linear.name, []).append(linear)
+        return [
+            LinearTotals(
+                name=name,
+                weights=sum(linear.weights for linear in group),
+                pruned=sum(linear.pruned for linear in group),
+                beneficial_pairs=sum(linear.beneficial_pairs for linear in group),
+                grown=sum(linear.grown for linear in group),
+            )
+            for name, group in groups.items()
+        ]
 
     def to_json(self) -> str:
         """The record, with sparsities spelled out for readers that do not count."""
@@ -210,12 +241,10 @@ def model_card(report: RunReport) -> str:
         "| linear | weights | pruned | sparsity | swapped by the rebuild |",
         "|---|---|---|---|---|",
     ]
-    for linear_name in [linear.name for linear in report.layers[0].linears]:
-        group = [linear for linear in report.linears if linear.name == linear_name]
-        weights = sum(linear.weights for linear in group)
-        pruned = sum(linear.pruned for linear in group)
-        grown = sum(linear.grown for linear in group)
-        lines.append(f"| {linear_name} | {weights:,} | {pruned:,} | {pruned / weights:.2%} | {grown:,} |")
+    lines += [
+        f"| {total.name} | {total.weights:,} | {total.pruned:,} | {total.sparsity:.2%} | {total.grown:,} |"
+        for total in report.by_linear()
+    ]
     before_after = [
         (layer.index, block) for layer in report.layers for block in layer.blocks if block.error_before is not None
     ]

@@ -1,6 +1,5 @@
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ def test_equals_transformers_own_loss(llama: Path) -> None:
 
 
 def test_windows_follow_each_other() -> None:
-    tokens = lambda text: SimpleNamespace(input_ids=[ord(one) for one in text])  # noqa: E731
-    assert evaluation_windows("ABCDEFG", tokens, 2, None).tolist() == [[65, 66], [67, 68], [69, 70]]
-    assert evaluation_windows("ABCDEFG", tokens, 2, 1).tolist() == [[65, 66]]
+    tokens = [ord(one) for one in "ABCDEFG"]
+    assert evaluation_windows("text", tokens, 2, None).tolist() == [[65, 66], [67, 68], [69, 70]]
+    assert evaluation_windows("text", tokens, 2, 1).tolist() == [[65, 66]]
     with pytest.raises(CalibrationError, match="fewer than one window of 8"):
-        evaluation_windows("ABCDEFG", tokens, 8, None)
+        evaluation_windows("text", tokens, 8, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from llm_barber.errors import ModelError, OutputError
+from llm_barber.errors import ModelError, OutputError, first_line
 
 DTYPE = torch.bfloat16
 CONVERTER_VERSION = 1  # part of the cache's key: raise it when the result changes
@@ -64,9 +64,8 @@ def _convert(path: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=DTYPE)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     except Exception as error:  # the reader raises whatever its parts raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{path} cannot be read as GGUF: {reason}",
+            f"{path} cannot be read as GGUF: {first_line(error)}",
             "it is damaged, or transformers does not support its architecture or quantisation",
         ) from error
     # The weights are plain now, but the GGUF quantiser stays attached, and then `save_pretrained` refuses.

@@ -103,6 +103,12 @@ class CheckpointSource:
                     found[name] = tensor
         return found
 
+    def read_parameters(self, names: Iterable[str], base_prefix: str) -> dict[str, Tensor]:
+        """As `read`, by the model's names of parameters (see `resolve`)."""
+        keys = {name: self.resolve(name, base_prefix) for name in names}
+        tensors = self.read(keys.values())
+        return {name: tensors[key] for name, key in keys.items()}
+
     def companions(self) -> list[Path]:
         """Configuration, tokenizer, generation and licence files that travel with the weights."""
         return sorted(

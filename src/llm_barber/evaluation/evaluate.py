@@ -4,12 +4,12 @@ import hashlib
 import math
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llm_barber.config import DTYPES, Settings
-from llm_barber.errors import CalibrationError, ModelError, SettingsError
+from llm_barber.errors import ModelError, SettingsError
+from llm_barber.evaluation.perplexity import evaluation_windows
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.texts import evaluation_text, text_tokens
 from llm_barber.job import check_positions, check_vocabulary, load_tokenizer
@@ -106,7 +106,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     for name in config.text:
         progress.stage(f"reading text {name}")
         text = evaluation_text(name)
-        windows = _windows(name, text_tokens(name, text, tokenizer, config.seqlen), config)
+        tokens = text_tokens(name, text, tokenizer, config.seqlen)
+        windows = evaluation_windows(name, tokens, config.seqlen, config.windows)
         check_vocabulary(model.config, windows)
         measured = _measure(model, other, windows, config.batch_size, progress)
         results.append(
@@ -127,17 +128,6 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         versions=versions(),
         texts=tuple(results),
     )
-
-
-def _windows(name: str, tokens: list[int], config: EvaluateConfig) -> Tensor:
-    available = len(tokens) // config.seqlen
-    if not available:
-        raise CalibrationError(
-            f"text {name!r} has {len(tokens)} tokens, fewer than one window of {config.seqlen}",
-            "use a shorter --seqlen or a longer text",
-        )
-    count = min(available, config.windows or available)
-    return torch.tensor(tokens[: count * config.seqlen], dtype=torch.int64).view(count, config.seqlen)
 
 
 def _measure(

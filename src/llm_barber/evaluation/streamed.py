@@ -12,10 +12,8 @@ from llm_barber.job import check_tensors, load_config, make_skeleton
 from llm_barber.model.architecture import find_architecture
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import resolve_batch_size
-from llm_barber.model.streams import ActivationStreams
+from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
-
-HIDDEN = "hidden"
 
 
 class StreamedModel:
@@ -54,14 +52,14 @@ class StreamedModel:
         windows, length = tokens.shape
         size = resolve_batch_size(batch_size, length, windows, skeleton.device)
         streams = ActivationStreams(windows, size, skeleton.device)
-        outside = self._read(skeleton.every_outside_name)
-        skeleton.fill_outside(outside)
+        skeleton.fill_outside(self.source.read_parameters(skeleton.every_outside_name, self.base_prefix))
         for batch in streams.batches():
             skeleton.embed(tokens[batch], partial(streams.write, HIDDEN, batch))
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
             prefix = skeleton.layer_prefix(index)
-            weights = self._read([prefix + name for name in skeleton.layer_names(index)])
+            names = [prefix + name for name in skeleton.layer_names(index)]
+            weights = self.source.read_parameters(names, self.base_prefix)
             module = skeleton.load_layer(index, {name.removeprefix(prefix): one for name, one in weights.items()})
             layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
             for batch in streams.batches():
@@ -78,9 +76,3 @@ class StreamedModel:
                 )
             yield logits
         skeleton.drop_outside()
-
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
-        """Parameters by the model's names."""
-        keys = {name: self.source.resolve(name, self.base_prefix) for name in names}
-        tensors = self.source.read(keys.values())
-        return {name: tensors[key] for name, key in keys.items()}

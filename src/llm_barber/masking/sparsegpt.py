@@ -11,11 +11,17 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.masking.selection import rank_within
 
+DAMPING = 0.01
 MAXIMAL_DAMPING_TRIES = 8
 
 
 def sparsegpt(
-    weight: Tensor, gram: Tensor, pattern: Pattern, damping: float = 0.01, block_size: int = 128
+    weight: Tensor,
+    gram: Tensor,
+    pattern: Pattern,
+    damping: float = DAMPING,
+    block_size: int = 128,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Prune one linear.
 
@@ -26,6 +32,7 @@ def sparsegpt(
         damping: share of the mean diagonal that is added to the diagonal; grows tenfold while the matrix is not
             positive definite.
         block_size: columns whose mask is chosen together; rounded up to a whole number of groups of M.
+        factor: `inverse_factor(gram, damping)`, where the caller has it already.
 
     Returns:
         The keep mask, bool (out, in), and the updated weights, float32 (out, in), zero where pruned.
@@ -41,7 +48,7 @@ def sparsegpt(
     # Transposed, so that the column being pruned and those to come are contiguous.
     values = weight.float().t().clone()
     values[gram.diagonal() == 0] = 0
-    factor = _inverse_factor(gram, damping)
+    factor = inverse_factor(gram, damping) if factor is None else factor
     keep = torch.empty_like(values, dtype=torch.bool)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
@@ -71,7 +78,7 @@ def _prune_block(values: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tens
     return keep, errors
 
 
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     """Upper Cholesky factor of the damped inverse Gram matrix, (in, in), with the damping that it takes."""
     matrix = gram.clone()
     diagonal = matrix.diagonal()

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
+
 
 class ActivationStreams:
     """Named arrays of shape (sequences, tokens, features) in host memory.
