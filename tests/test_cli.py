@@ -112,11 +112,11 @@ def test_missing_argument_and_missing_model(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("command", ["prune", "rebuild", "inspect", "evaluate", "demo"])
-def test_help_shows_two_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(command, "--help") == 0
     output = capsys.readouterr().out
     assert "Examples:" in output
-    assert output.partition("Examples:")[2].count("llm-barber ") == 2
+    assert output.partition("Examples:")[2].count("llm-barber ") >= 2
     if command in ("prune", "rebuild"):
         for group in ("Method", "Calibration", "Compute", "Output"):
             assert f"─ {group} ─" in output or f"{group} -" in output

@@ -16,7 +16,8 @@ from llm_barber.masking.granularity import Granularity
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
-METHOD, CALIBRATION, TEXT, COMPUTE, OUTPUT = "Method", "Calibration", "Text", "Compute", "Output"
+METHOD, CALIBRATION, TEXT, TASKS = "Method", "Calibration", "Text", "Tasks"
+COMPUTE, OUTPUT = "Compute", "Output"
 
 app = typer.Typer(
     name="llm-barber",
@@ -71,6 +72,38 @@ DtypeOption = Annotated[
         rich_help_panel=COMPUTE,
     ),
 ]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="wikitext2, ptb, c4 (from the hub), or a file; may be given again. "
+        "(default: wikitext2, or none with --tasks)",
+        rich_help_panel=TEXT,
+        show_default=False,
+    ),
+]
+WindowsOption = Annotated[
+    int | None, typer.Option(help="Windows of each text. (default: all)", rich_help_panel=TEXT, show_default=False)
+]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,…",
+        help="Multiple-choice tasks of lm-eval, or paper: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, "
+        "openbookqa.",
+        rich_help_panel=TASKS,
+    ),
+]
+TasksFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Take tasks from FOLDER/NAME.jsonl, not from the hub; all of them without --tasks. Each line: "
+        "query, choices, gold, or context_options, continuation, gold.",
+        rich_help_panel=TASKS,
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(help="Examples of each task, at most.", rich_help_panel=TASKS)]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of a hub id.", rich_help_panel=COMPUTE)]
 DryRunOption = Annotated[
     bool,
@@ -249,27 +282,24 @@ def inspect(
 
 @app.command(
     epilog="Examples:\n\nllm-barber evaluate pruned --against meta-llama/Llama-3.2-1B\n\n"
-    "llm-barber evaluate pruned --text wikitext2 --text my-text.txt --windows 32 --seqlen 1024 --json"
+    "llm-barber evaluate pruned --text wikitext2 --text my-text.txt --windows 32 --seqlen 1024 --json\n\n"
+    "llm-barber evaluate pruned --tasks paper --against meta-llama/Llama-3.2-1B\n\n"
+    "llm-barber evaluate pruned --tasks-folder ./tasks --tasks arc_easy,hellaswag --limit 500"
 )
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
-    text: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME|FILE",
-            help="wikitext2, ptb, c4 (from the hub), or a file; may be given again.",
-            rich_help_panel=TEXT,
-        ),
-    ] = ["wikitext2"],  # noqa: B006 - typer reads it
-    windows: Annotated[
-        int | None, typer.Option(help="Windows of each text. (default: all)", rich_help_panel=TEXT, show_default=False)
-    ] = None,
+    text: TextOption = None,
+    windows: WindowsOption = None,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=TEXT)] = 2048,
+    tasks: TasksOption = None,
+    tasks_folder: TasksFolderOption = None,
+    limit: LimitOption = None,
     against: Annotated[
         str | None,
         typer.Option(
             metavar="DENSE",
-            help="Compare with this model: perplexity ratio, KL divergence, agreement of the most likely next token.",
+            help="Compare with this model: perplexity ratio, KL divergence, agreement of the most likely next token, "
+            "differences of accuracies with their standard errors.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -280,17 +310,18 @@ def evaluate(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure the perplexity of MODEL, and how far its predictions are from another model's.
+    """Measure the perplexity of MODEL, its accuracy on tasks, and how far its predictions are from another model's.
 
-    Windows without overlap, mean over tokens; computed one decoder layer at a time.
+    Perplexity: windows without overlap, mean over tokens. Tasks: zero-shot, through lm-eval (pip install
+    'llm-barber\\[eval]'). Both are computed one decoder layer at a time.
     """
     from llm_barber.console import ConsoleProgress, show_evaluation
     from llm_barber.evaluation.evaluate import EvaluateConfig
     from llm_barber.evaluation.evaluate import evaluate as run
 
     config = EvaluateConfig(
-        model=model, against=against, text=tuple(text), windows=windows, seqlen=seqlen, batch_size=batch_size,
-        device=device, dtype=dtype,
+        model=model, against=against, text=text, windows=windows, seqlen=seqlen, tasks=_names(tasks),
+        tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         result = run(config, progress)
@@ -363,6 +394,11 @@ def _run_or_plan(
         show_plan(result)
     else:
         show_run(result)
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
 
 
 def _print_json(value: Any) -> None:

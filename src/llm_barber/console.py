@@ -195,9 +195,11 @@ def show_evaluation(evaluation: Evaluation) -> None:
                 f"{compared.top_agreement:.2%}",
             ]
         table.add_row(*cells)
-    console.print(table)
+    if evaluation.texts:
+        console.print(table)
     if evaluation.against is not None:
         console.print(f"the other: {evaluation.against}", soft_wrap=True)
+    _show_tasks(console, evaluation)
     for result in evaluation.texts:
         console.print(
             f"{result.text}: {result.windows} windows of {result.seqlen} tokens, "
@@ -205,6 +207,31 @@ def show_evaluation(evaluation: Evaluation) -> None:
             f"sha256 {result.sha256[:16]}",
             soft_wrap=True,
         )
+
+
+def _show_tasks(console: Console, evaluation: Evaluation) -> None:
+    if not evaluation.tasks:
+        return
+    table = Table(title=escape(f"accuracy of {evaluation.model} (higher is better, ± standard error)"))
+    headings = ["task", "metric", "value", "examples"]
+    if evaluation.against is not None:
+        headings += ["of the other", "difference"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for task in evaluation.tasks:
+        cells = [escape(task.task), task.metric, f"{task.value:.3f} ± {task.standard_error:.3f}", str(task.examples)]
+        if task.against is not None:
+            compared = task.against
+            cells += [f"{compared.value:.3f}", f"{compared.difference:+.3f} ± {compared.standard_error:.3f}"]
+        table.add_row(*cells)
+    console.print(table)
+    for source in dict.fromkeys(
+        f"{task.task}: {task.source}, {task.shots} shots"
+        + (f", sha256 {task.sha256[:16]}" if task.sha256 else "")
+        + f", {evaluation.dtype} on {evaluation.device}"
+        for task in evaluation.tasks
+    ):
+        console.print(source, soft_wrap=True)
 
 
 def show_demo(rows: list[DemoRow]) -> None:

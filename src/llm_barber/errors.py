@@ -41,3 +41,7 @@ class OutputError(BarberError):
 
 class VerificationError(BarberError):
     """A checkpoint that is not what its record, or the dense model, says."""
+
+
+class TaskError(BarberError):
+    """An evaluation task that is unknown or cannot be run, or whose file is wrong."""

@@ -1,9 +1,12 @@
-"""Perplexity of a checkpoint, and how far its predictions are from another's."""
+"""Perplexity and tasks of a checkpoint, and how far its predictions are from another's."""
 
 import hashlib
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -11,9 +14,10 @@ from llm_barber.config import DTYPES, Settings
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.evaluation.perplexity import evaluation_windows
 from llm_barber.evaluation.streamed import StreamedModel
+from llm_barber.evaluation.tasks import TaskResult, TaskRun, compare_tasks, find_tasks
 from llm_barber.evaluation.texts import evaluation_text, text_tokens
 from llm_barber.job import check_positions, check_vocabulary, load_tokenizer
-from llm_barber.model.device import resolve_device, resolve_dtype
+from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import versions
 
@@ -23,12 +27,24 @@ class EvaluateConfig(Settings):
 
     model: str = Field(description="folder, hub id or GGUF file")
     against: str | None = Field(None, description="another model, usually the dense one, to compare with")
-    text: tuple[str, ...] = Field(("wikitext2",), min_length=1, description="wikitext2, ptb, c4, or files")
+    text: tuple[str, ...] | None = Field(
+        None, description="wikitext2, ptb, c4, or files; None: wikitext2, or no text if there are tasks"
+    )
     windows: int | None = Field(None, ge=1, description="windows of each text; None: all")
     seqlen: int = Field(2048, ge=2, description="tokens a window")
+    tasks: tuple[str, ...] = Field((), description="lm-eval's names, paper (the paper's seven), or the folder's files")
+    tasks_folder: Path | None = Field(None, description="folder with a .jsonl file a task, read instead of the hub")
+    limit: int | None = Field(None, ge=2, description="examples of each task, at most")
     batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts to measure."""
+        if self.text is not None:
+            return self.text
+        return () if self.tasks or self.tasks_folder else ("wikitext2",)
 
 
 class Comparison(BaseModel):
@@ -71,91 +87,171 @@ class Evaluation(BaseModel):
     dtype: str
     versions: dict[str, str]
     texts: tuple[TextResult, ...]
+    tasks: tuple[TaskResult, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text, ready: its windows, int64 (windows, seqlen)."""
+
+    name: str
+    sha256: str
+    windows: Tensor
+    begins_with_bos: bool
 
 
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluation:
-    """Perplexity as the field measures it: windows without overlap, mean over all tokens but each window's first.
+    """Perplexity as the field measures it, and zero-shot tasks through lm-eval.
 
-    Models are computed decoder layer by decoder layer.
+    Perplexity: windows without overlap, mean over all tokens but each window's first. Models are computed decoder layer
+    by decoder layer.
 
     Raises:
         SettingsError: an unknown device or dtype.
         ModelError: a model that cannot be read or computed, or two that do not share a vocabulary.
         CalibrationError: a text that is unknown or shorter than a window.
+        TaskError: a task that is unknown or whose file is wrong, or lm-eval is not installed.
         HubError: the hub is needed and cannot be reached.
     """
     progress = progress or Silent()
-    if config.dtype not in DTYPES:
-        raise SettingsError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}", "see --help")
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    progress.stage(f"opening {config.model}")
-    model = StreamedModel(config.model, device, dtype)
-    other = StreamedModel(config.against, device, dtype) if config.against is not None else None
-    if other is not None and other.config.vocab_size != model.config.vocab_size:
+    return Evaluator(config, progress).measure(config.model, progress)
+
+
+class Evaluator:
+    """Texts and tasks made ready once, to measure any number of models that share a tokenizer.
+
+    What the other model (`against`) predicts is computed once, and kept as its last hidden states.
+
+    Args:
+        config: the settings; texts and tasks are tokenised for `config.model`.
+        progress: told of each stage.
+
+    Raises:
+        BarberError: as `evaluate`.
+    """
+
+    def __init__(self, config: EvaluateConfig, progress: Progress) -> None:
+        if config.dtype not in DTYPES:
+            raise SettingsError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}", "see --help")
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.tasks = find_tasks(config.tasks, config.tasks_folder, config.limit)
+        progress.stage(f"opening {config.model}")
+        model = StreamedModel(config.model, self.device, self.dtype)
+        self.other = StreamedModel(config.against, self.device, self.dtype) if config.against is not None else None
+        if self.other is not None:
+            _check_same_vocabulary(model, self.other)
+        self.tokenizer = load_tokenizer(model.source.folder)
+        if self.tokenizer is None:
+            raise ModelError(f"{config.model} has no tokenizer, which a text needs", "add its tokenizer files")
+        if config.texts:
+            check_positions(model.config, config.seqlen)
+        self.texts = [self._text(name, model, progress) for name in config.texts]
+        self._other_states: dict[str, list[Tensor]] = {}
+        self._other_tasks: TaskRun | None = None
+
+    def measure(self, model: str, progress: Progress) -> Evaluation:
+        """Measure one model.
+
+        Raises:
+            ModelError: it cannot be read or computed.
+            TaskError: a task cannot be run.
+        """
+        streamed = StreamedModel(model, self.device, self.dtype)
+        if self.other is not None:
+            _check_same_vocabulary(streamed, self.other)
+        texts = tuple(self._measure_text(streamed, text, progress) for text in self.texts)
+        tasks: tuple[TaskResult, ...] = ()
+        if self.tasks:
+            if self.other is not None and self._other_tasks is None:
+                self._other_tasks = self._run_tasks(self.other, progress)
+            tasks = compare_tasks(self._run_tasks(streamed, progress), self._other_tasks)
+        return Evaluation(
+            model=model,
+            against=self.config.against,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            versions=versions(),
+            texts=texts,
+            tasks=tasks,
+        )
+
+    def _text(self, name: str, model: StreamedModel, progress: Progress) -> _Text:
+        progress.stage(f"reading text {name}")
+        assert self.tokenizer is not None
+        text = evaluation_text(name)
+        tokens = text_tokens(name, text, self.tokenizer, self.config.seqlen)
+        windows = evaluation_windows(name, tokens, self.config.seqlen, self.config.windows)
+        check_vocabulary(model.config, windows)
+        begins_with_bos = int(windows[0, 0]) == getattr(self.tokenizer, "bos_token_id", None)
+        return _Text(name, hashlib.sha256(text.encode()).hexdigest(), windows, begins_with_bos)
+
+    def _states(self, model: StreamedModel, windows: Tensor, progress: Progress) -> list[Tensor]:
+        """Last hidden states, (tokens, hidden), of each window."""
+        size = resolve_batch_size(self.config.batch_size, windows.shape[1], windows.shape[0], self.device)
+        batches = model.hidden_states(windows.split(size), progress)
+        return [window for batch in batches for window in batch]
+
+    def _measure_text(self, model: StreamedModel, text: _Text, progress: Progress) -> TextResult:
+        others: list[Tensor] | None = None
+        if self.other is not None:
+            if text.name not in self._other_states:
+                self._other_states[text.name] = self._states(self.other, text.windows, progress)
+            others = self._other_states[text.name]
+        states = self._states(model, text.windows, progress)
+        loss = other_loss = divergence = agreement = 0.0
+        progress.start("measuring predictions", len(states))
+        for index, window in enumerate(text.windows.to(self.device)):
+            where = f"window {index} of {text.name}"
+            logits, mass, window_loss = _predictions(model, states[index], window, where)
+            loss += window_loss
+            if self.other is not None and others is not None:
+                reference, other_mass, window_loss = _predictions(self.other, others[index], window, where)
+                other_loss += window_loss
+                agreement += (reference.argmax(1) == logits.argmax(1)).sum().item()
+                # Σ p (log p − log q), with log p = reference − its mass: one product instead of two normalised arrays.
+                likely = reference.softmax(1)
+                distance = torch.linalg.vecdot(likely, reference.sub_(logits)) - (other_mass - mass)
+                divergence += distance.double().sum().item()
+            progress.advance("")
+        count = text.windows.shape[0] * (text.windows.shape[1] - 1)
+        compared = None
+        if others is not None:
+            compared = Comparison(
+                perplexity=math.exp(other_loss / count),
+                perplexity_ratio=math.exp((loss - other_loss) / count),
+                divergence=divergence / count,
+                top_agreement=agreement / count,
+            )
+        return TextResult(
+            text=text.name,
+            perplexity=math.exp(loss / count),
+            windows=text.windows.shape[0],
+            seqlen=text.windows.shape[1],
+            begins_with_bos=text.begins_with_bos,
+            sha256=text.sha256,
+            against=compared,
+        )
+
+    def _run_tasks(self, model: StreamedModel, progress: Progress) -> TaskRun:
+        from llm_barber.evaluation.harness import run_tasks  # lm-eval is optional, and slow to import
+
+        return run_tasks(model, self.tokenizer, self.tasks, self.config.limit, self.config.batch_size, progress)
+
+
+def _predictions(model: StreamedModel, states: Tensor, window: Tensor, where: str) -> tuple[Tensor, Tensor, float]:
+    """Logits that predict a window's tokens after its first, (tokens − 1, vocabulary), their logsumexp and the loss."""
+    logits = model.logits(states[:-1], where)
+    mass = logits.logsumexp(1)
+    chosen = logits.gather(1, window[1:].unsqueeze(1)).squeeze(1)
+    return logits, mass, (mass - chosen).double().sum().item()
+
+
+def _check_same_vocabulary(model: StreamedModel, other: StreamedModel) -> None:
+    sizes: list[Any] = [one.config.vocab_size for one in (model, other)]
+    if sizes[0] != sizes[1]:
         raise ModelError(
-            f"{config.model} has a vocabulary of {model.config.vocab_size}, {config.against} one of "
-            f"{other.config.vocab_size}",
+            f"{model.source.model} has a vocabulary of {sizes[0]}, {other.source.model} one of {sizes[1]}",
             "compare models with the same tokenizer",
         )
-    check_positions(model.config, config.seqlen)
-    tokenizer = load_tokenizer(model.source.folder)
-    if tokenizer is None:
-        raise ModelError(f"{config.model} has no tokenizer, which a text needs", "add its tokenizer files")
-    results = []
-    for name in config.text:
-        progress.stage(f"reading text {name}")
-        text = evaluation_text(name)
-        tokens = text_tokens(name, text, tokenizer, config.seqlen)
-        windows = evaluation_windows(name, tokens, config.seqlen, config.windows)
-        check_vocabulary(model.config, windows)
-        measured = _measure(model, other, windows, config.batch_size, progress)
-        results.append(
-            TextResult(
-                text=name,
-                windows=len(windows),
-                seqlen=config.seqlen,
-                begins_with_bos=int(windows[0, 0]) == getattr(tokenizer, "bos_token_id", None),
-                sha256=hashlib.sha256(text.encode()).hexdigest(),
-                **measured,
-            )
-        )
-    return Evaluation(
-        model=config.model,
-        against=config.against,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        versions=versions(),
-        texts=tuple(results),
-    )
-
-
-def _measure(
-    model: StreamedModel, other: StreamedModel | None, windows: Tensor, batch_size: int | None, progress: Progress
-) -> dict[str, Any]:
-    """Perplexity and comparison on windows, int64 (windows, seqlen)."""
-    loss = other_loss = divergence = agreement = 0.0
-    others = other.logits(windows, batch_size, progress) if other is not None else None
-    ours = model.logits(windows, batch_size, progress)
-    for index, (window, logits) in enumerate(zip(windows.to(model.skeleton.device), ours, strict=True)):
-        following = window[1:].unsqueeze(1)
-        log_probabilities = logits[:-1].log_softmax(1)
-        loss -= log_probabilities.gather(1, following).double().sum().item()
-        if others is not None:
-            reference = next(others)[:-1].log_softmax(1)
-            other_loss -= reference.gather(1, following).double().sum().item()
-            divergence += (reference.exp() * (reference - log_probabilities)).double().sum().item()
-            agreement += (reference.argmax(1) == log_probabilities.argmax(1)).sum().item()
-        if index == 0:  # all layers of both models are behind us: what is left is the output heads
-            progress.start("measuring predictions", len(windows))
-        progress.advance("")
-    count = windows.shape[0] * (windows.shape[1] - 1)
-    comparison = None
-    if others is not None:
-        comparison = Comparison(
-            perplexity=math.exp(other_loss / count),
-            perplexity_ratio=math.exp((loss - other_loss) / count),
-            divergence=divergence / count,
-            top_agreement=agreement / count,
-        )
-    return {"perplexity": math.exp(loss / count), "against": comparison}

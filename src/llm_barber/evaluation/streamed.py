@@ -1,6 +1,6 @@
-"""Logits of a whole model, computed decoder layer by decoder layer: what could be pruned can be evaluated."""
+"""Predictions of a whole model, computed decoder layer by decoder layer: what could be pruned can be evaluated."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,13 +11,12 @@ from llm_barber.errors import ModelError
 from llm_barber.job import check_tensors, load_config, make_skeleton
 from llm_barber.model.architecture import find_architecture
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.device import resolve_batch_size
-from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.model.skeleton import Skeleton
 from llm_barber.progress import Progress
 
 
 class StreamedModel:
-    """A checkpoint whose logits are wanted; one decoder layer is in memory at a time.
+    """A checkpoint whose predictions are wanted: embedding, head and one decoder layer are in memory at a time.
 
     Args:
         model: folder, hub id or GGUF file.
@@ -33,28 +32,22 @@ class StreamedModel:
         self.source = CheckpointSource(model)
         self.config = load_config(self.source)
         architecture = find_architecture(self.source.model_type)
-        self.skeleton = make_skeleton(self.config, architecture, device, dtype, model)
+        self.skeleton: Skeleton = make_skeleton(self.config, architecture, device, dtype, model)
         self.base_prefix = str(self.skeleton.model.base_model_prefix)
         check_tensors(self.skeleton, self.source)
+        self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.every_outside_name, self.base_prefix))
 
-    def logits(self, tokens: Tensor, batch_size: int | None, progress: Progress) -> Iterator[Tensor]:
-        """Logits of each window in order, float32, (tokens, vocabulary).
+    def hidden_states(self, batches: Sequence[Tensor], progress: Progress) -> list[Tensor]:
+        """The last decoder layer's output of each batch, (sequences, tokens, hidden), compute dtype, in host memory.
 
         Args:
-            tokens: int64, (windows, tokens).
-            batch_size: windows computed together; None: chosen by the device.
+            batches: token ids, int64, (sequences, tokens), each of its own shape.
             progress: told of each layer.
-
-        Raises:
-            ModelError: a logit is NaN or Inf.
         """
         skeleton = self.skeleton
-        windows, length = tokens.shape
-        size = resolve_batch_size(batch_size, length, windows, skeleton.device)
-        streams = ActivationStreams(windows, size, skeleton.device)
-        skeleton.fill_outside(self.source.read_parameters(skeleton.every_outside_name, self.base_prefix))
-        for batch in streams.batches():
-            skeleton.embed(tokens[batch], partial(streams.write, HIDDEN, batch))
+        states: list[Tensor] = []
+        for tokens in batches:
+            skeleton.embed(tokens, lambda hidden: states.append(hidden.cpu()))
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
             prefix = skeleton.layer_prefix(index)
@@ -62,17 +55,22 @@ class StreamedModel:
             weights = self.source.read_parameters(names, self.base_prefix)
             module = skeleton.load_layer(index, {name.removeprefix(prefix): one for name, one in weights.items()})
             layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
-            for batch in streams.batches():
-                streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
+            for number, hidden in enumerate(states):
+                states[number] = layer.output(hidden.to(skeleton.device)).cpu()
             skeleton.release_layer(index)
             progress.advance("")
-        for window in range(windows):
-            one = slice(window, window + 1)
-            logits = skeleton.finish(streams.read(HIDDEN, one), tokens[one])[0].float()
-            if not all(torch.isfinite(end) for end in torch.aminmax(logits)):
-                raise ModelError(
-                    f"{self.source.model} gives NaN or Inf logits in window {window}",
-                    "compute with a wider range: --dtype bfloat16 or float32; if it was, the model is broken",
-                )
-            yield logits
-        skeleton.drop_outside()
+        return states
+
+    def logits(self, hidden: Tensor, where: str) -> Tensor:
+        """Logits, float32, (tokens, vocabulary), of some positions' last hidden states, (tokens, hidden).
+
+        Raises:
+            ModelError: one is NaN or Inf; `where` says of what.
+        """
+        logits = self.skeleton.finish(hidden.to(self.skeleton.device).unsqueeze(0))[0].float()
+        if not all(torch.isfinite(end) for end in torch.aminmax(logits)):
+            raise ModelError(
+                f"{self.source.model} gives NaN or Inf logits in {where}",
+                "compute with a wider range: --dtype bfloat16 or float32; if it was, the model is broken",
+            )
+        return logits

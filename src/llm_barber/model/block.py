@@ -35,11 +35,11 @@ class DecoderLayer:
     Args:
         module: the layer.
         linears: paths of the prunable linears.
-        arguments: gives the keyword arguments of the layer's call for a batch size.
+        arguments: gives the keyword arguments of the layer's call for a number of sequences and of their tokens.
     """
 
     def __init__(
-        self, module: nn.Module, linears: tuple[str, ...], arguments: Callable[[int], Mapping[str, Any]]
+        self, module: nn.Module, linears: tuple[str, ...], arguments: Callable[[int, int], Mapping[str, Any]]
     ) -> None:
         self.module = module
         self.linears = {name: module.get_submodule(name) for name in linears}
@@ -168,7 +168,7 @@ class DecoderLayer:
 
     def _run(self, hidden: Tensor) -> Tensor | None:
         try:
-            output = self.module(hidden, **self._arguments(len(hidden)))
+            output = self.module(hidden, **self._arguments(hidden.shape[0], hidden.shape[1]))
         except _Reached:
             return None
         return output if isinstance(output, Tensor) else output[0]

@@ -43,8 +43,8 @@ class Skeleton:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
-        # Keyword arguments of each layer's call, by batch size.
-        self._arguments: dict[int, list[Arguments]] = {}
+        # Keyword arguments of each layer's call, by (sequences, tokens).
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     @property
     def every_outside_name(self) -> list[str]:
@@ -123,31 +123,31 @@ class Skeleton:
                 handle.remove()
             for layer in self.layers:
                 del layer.forward
-        self._arguments[len(tokens)] = arguments
+        self._arguments[len(tokens), tokens.shape[1]] = arguments
 
     @torch.no_grad()
-    def finish(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor) -> Tensor:
         """Logits, (sequences, tokens, vocabulary), from the last decoder layer's output.
 
         The model's own forward runs with its layers stepped over; the first answers with `hidden` whatever it is given.
 
         Args:
-            hidden: (sequences, tokens, hidden).
-            tokens: int64, (sequences, tokens); only their shape matters.
+            hidden: (sequences, tokens, hidden); any positions, since each is finished by itself.
         """
         for layer in self.layers:
             layer.forward = _pass_through
         self.layers[0].forward = lambda *_, **__: hidden
         try:
-            logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)  # only their shape matters
+            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         finally:
             for layer in self.layers:
                 del layer.forward
         return logits
 
-    def arguments(self, index: int, batch_size: int) -> Arguments:
-        """Keyword arguments of a layer's call for a batch of this size, as they were captured."""
-        return self._arguments[batch_size][index]
+    def arguments(self, index: int, sequences: int, tokens: int) -> Arguments:
+        """Keyword arguments of a layer's call for a batch of this shape, as they were captured."""
+        return self._arguments[sequences, tokens][index]
 
     def drop_outside(self) -> None:
         """Forget the parameters outside the decoder layers."""
