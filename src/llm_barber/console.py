@@ -1,6 +1,7 @@
 """What the commands show: progress with an ETA on stderr, tables on stdout."""
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +19,8 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
+from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.tables import blocks, headings, notes
 from llm_barber.demo import DemoRow
 from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.inspection import Inspection
@@ -232,6 +235,23 @@ def _show_tasks(console: Console, evaluation: Evaluation) -> None:
         for task in evaluation.tasks
     ):
         console.print(source, soft_wrap=True)
+
+
+def show_comparison(comparison: Comparison, folder: Path) -> None:
+    """Print the tables of a comparison, the notes, and where the files are."""
+    console = Console(highlight=False)
+    for block in blocks(comparison):
+        table = Table(title=escape(f"{block.title}: {comparison.model}"))
+        table.add_column("method")
+        for heading in headings(comparison):
+            table.add_column(escape(heading), justify="right")
+        for row in block.rows:
+            cells = [f"[bold]{cell}[/]" if best else cell for cell, best in zip(row.cells, row.best, strict=True)]
+            table.add_row(row.title, *cells)
+        console.print(table)
+    for note in notes(comparison):
+        console.print(note, soft_wrap=True, markup=False)
+    console.print(f"tables, plot and page: {folder / 'comparison.html'}", soft_wrap=True, markup=False)
 
 
 def show_demo(rows: list[DemoRow]) -> None:

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoModelForCausalLM
 
 from llm_barber.calibration import read_text
+from llm_barber.checkpoint.folder import own_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.config import Initial, PruneConfig, Settings
-from llm_barber.errors import ModelError, OutputError
+from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
 from llm_barber.job import load_tokenizer
 from llm_barber.masking.granularity import Granularity
@@ -74,7 +75,7 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
     progress = progress or Silent()
     source = config.model or str(demo_model())
     progress.stage("turning the model into an ordinary checkpoint")
-    _own_folder(config.output)
+    own_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     if config.model is None:
         source = str(_ordinary_checkpoint(source, config.output / "dense"))
     tokenizer = load_tokenizer(resolve_model(source))
@@ -105,24 +106,6 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
             row.model_copy(update={"sparsity": report.sparsity, "seconds": seconds, "peak_memory": report.peak_memory})
         )
     return rows
-
-
-def _own_folder(folder: Path) -> None:
-    """Make the demonstration's folder, or recognise it; its models are replaced each time, other people's are not.
-
-    Raises:
-        OutputError: it is there and not ours.
-    """
-    marker = folder / MARKER
-    if marker.exists():
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and is not of the demonstration", "choose another --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text("made by `llm-barber demo`, which replaces the models in here\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}", "choose another --output") from error
 
 
 def _ordinary_checkpoint(source: str, folder: Path) -> Path:

@@ -47,7 +47,7 @@ class EvaluateConfig(Settings):
         return () if self.tasks or self.tasks_folder else ("wikitext2",)
 
 
-class Comparison(BaseModel):
+class TextComparison(BaseModel):
     """Against another model: its perplexity, and the ratio of ours to it.
 
     Per token: `divergence`, the mean Kullback-Leibler divergence of our next-token distribution from its (nats), and
@@ -73,7 +73,7 @@ class TextResult(BaseModel):
     seqlen: int
     begins_with_bos: bool
     sha256: str
-    against: Comparison | None
+    against: TextComparison | None
 
 
 class Evaluation(BaseModel):
@@ -190,7 +190,7 @@ class Evaluator:
     def _states(self, model: StreamedModel, windows: Tensor, progress: Progress) -> list[Tensor]:
         """Last hidden states, (tokens, hidden), of each window."""
         size = resolve_batch_size(self.config.batch_size, windows.shape[1], windows.shape[0], self.device)
-        batches = model.hidden_states(windows.split(size), progress)
+        batches = model.hidden_states(torch.split(windows, size), progress)
         return [window for batch in batches for window in batch]
 
     def _measure_text(self, model: StreamedModel, text: _Text, progress: Progress) -> TextResult:
@@ -204,11 +204,17 @@ class Evaluator:
         progress.start("measuring predictions", len(states))
         for index, window in enumerate(text.windows.to(self.device)):
             where = f"window {index} of {text.name}"
-            logits, mass, window_loss = _predictions(model, states[index], window, where)
-            loss += window_loss
-            if self.other is not None and others is not None:
-                reference, other_mass, window_loss = _predictions(self.other, others[index], window, where)
-                other_loss += window_loss
+            for start in range(0, len(window) - 1, model.positions_at_once):
+                part = slice(start, min(start + model.positions_at_once, len(window) - 1))
+                following = window[1:][part].unsqueeze(1)
+                logits = model.logits(states[index][part], where)
+                mass = logits.logsumexp(1)
+                loss += _loss(logits, mass, following)
+                if self.other is None or others is None:
+                    continue
+                reference = self.other.logits(others[index][part], where)
+                other_mass = reference.logsumexp(1)
+                other_loss += _loss(reference, other_mass, following)
                 agreement += (reference.argmax(1) == logits.argmax(1)).sum().item()
                 # Σ p (log p − log q), with log p = reference − its mass: one product instead of two normalised arrays.
                 likely = reference.softmax(1)
@@ -218,7 +224,7 @@ class Evaluator:
         count = text.windows.shape[0] * (text.windows.shape[1] - 1)
         compared = None
         if others is not None:
-            compared = Comparison(
+            compared = TextComparison(
                 perplexity=math.exp(other_loss / count),
                 perplexity_ratio=math.exp((loss - other_loss) / count),
                 divergence=divergence / count,
@@ -240,12 +246,9 @@ class Evaluator:
         return run_tasks(model, self.tokenizer, self.tasks, self.config.limit, self.config.batch_size, progress)
 
 
-def _predictions(model: StreamedModel, states: Tensor, window: Tensor, where: str) -> tuple[Tensor, Tensor, float]:
-    """Logits that predict a window's tokens after its first, (tokens − 1, vocabulary), their logsumexp and the loss."""
-    logits = model.logits(states[:-1], where)
-    mass = logits.logsumexp(1)
-    chosen = logits.gather(1, window[1:].unsqueeze(1)).squeeze(1)
-    return logits, mass, (mass - chosen).double().sum().item()
+def _loss(logits: Tensor, mass: Tensor, following: Tensor) -> float:
+    """Sum of −log p of the following tokens, int64 (positions, 1); `mass` is the logits' logsumexp."""
+    return (mass - logits.gather(1, following).squeeze(1)).double().sum().item()
 
 
 def _check_same_vocabulary(model: StreamedModel, other: StreamedModel) -> None:

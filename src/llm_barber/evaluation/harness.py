@@ -1,7 +1,8 @@
 """Tasks through lm-eval, with a model that is computed decoder layer by decoder layer. Needs the extra `eval`."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -27,10 +28,9 @@ except ImportError as import_error:
 
 # Activations kept at once; more requests take another pass over the model's layers.
 PASS_BYTES = 2**30
-# Positions finished (norm and head) at once: 256 rows of 256,000 logits are 256 MiB.
-HEAD_POSITIONS = 256
 FEWSHOT_SEED = 1234  # lm-eval's own
 CHOICE = "multiple_choice"
+Tokens = tuple[int, ...]
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -72,7 +72,7 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
         # The continuation's last token is predicted, not read. Requests that read the same tokens share them.
-        readers: dict[tuple[int, ...], list[int]] = {}
+        readers: dict[Tokens, list[int]] = {}
         for number, (_texts, context, continuation) in enumerate(requests):
             tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
             readers.setdefault(tokens, []).append(number)
@@ -81,21 +81,13 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
         for batches in passes:
             states = self.model.hidden_states([_padded(batch) for batch in batches], self.progress)
             for batch, hidden in zip(batches, states, strict=True):
-                for tokens, rows in zip(batch, hidden, strict=True):
-                    numbers = readers[tokens]
-                    continuations = [requests[number][2] for number in numbers]
-                    longest = max(map(len, continuations))
-                    answers |= zip(
-                        numbers,
-                        self._score(rows[max(0, len(tokens) - longest) : len(tokens)], continuations),
-                        strict=True,
-                    )
+                answers |= self._score(batch, hidden, readers, requests)
         return [answers[number] for number in range(len(requests))]
 
-    def _passes(self, sequences: Sequence[tuple[int, ...]]) -> Iterator[list[list[tuple[int, ...]]]]:
+    def _passes(self, sequences: Sequence[Tokens]) -> Iterator[list[list[Tokens]]]:
         """Batches of sequences of about one length, as many at once as their activations may take memory."""
         room = max(1, PASS_BYTES // (self.model.config.hidden_size * self.model.skeleton.dtype.itemsize))
-        batches: list[list[tuple[int, ...]]] = []
+        batches: list[list[Tokens]] = []
         used = start = 0
         while start < len(sequences):
             length = len(sequences[start])
@@ -110,17 +102,41 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
         if batches:
             yield batches
 
-    def _score(self, rows: Tensor, continuations: list[list[int]]) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations that end at one position; `rows` are the hidden states that predict them."""
-        logits = torch.cat([self.model.logits(part, "a task") for part in rows.split(HEAD_POSITIONS)])
-        log_probabilities = logits.log_softmax(1)
-        greedy = logits.argmax(1)
-        scores = []
-        for continuation in continuations:
-            wanted = torch.tensor(continuation[-len(rows) :], device=logits.device)
-            found = log_probabilities[-len(wanted) :].gather(1, wanted.unsqueeze(1))
-            scores.append((found.double().sum().item(), bool((greedy[-len(wanted) :] == wanted).all())))
-        return scores
+    def _score(
+        self,
+        batch: Sequence[Tokens],
+        hidden: Tensor,
+        readers: Mapping[Tokens, list[int]],
+        requests: Sequence[Request],
+    ) -> dict[int, tuple[float, bool]]:
+        """Answers to the requests that read a batch, by their numbers; `hidden` is (sequences, tokens, hidden).
+
+        A continuation of k tokens is predicted by the last k positions of what was read.
+        """
+        rows: list[Tensor] = []
+        wanted: list[int] = []
+        owners: list[tuple[int, int]] = []
+        for tokens, states in zip(batch, hidden, strict=True):
+            for number in readers[tokens]:
+                continuation = requests[number][2][-len(tokens) :]
+                rows.append(states[len(tokens) - len(continuation) : len(tokens)])
+                wanted += continuation
+                owners.append((number, len(continuation)))
+        following = torch.tensor(wanted, device=self.model.skeleton.device).unsqueeze(1)
+        found: list[float] = []
+        greedy: list[bool] = []
+        size = self.model.positions_at_once
+        for part, tokens_part in zip(torch.split(torch.cat(rows), size), torch.split(following, size), strict=True):
+            logits = self.model.logits(part, "a task")
+            found += (logits.gather(1, tokens_part).squeeze(1) - logits.logsumexp(1)).tolist()
+            greedy += (logits.argmax(1, keepdim=True) == tokens_part).squeeze(1).tolist()
+        answers = {}
+        start = 0
+        for number, length in owners:
+            end = start + length
+            answers[number] = (math.fsum(found[start:end]), all(greedy[start:end]))
+            start = end
+        return answers
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         """Not asked for: perplexity is measured by `evaluate --text`."""
@@ -240,7 +256,7 @@ def _configuration(task: Task) -> dict[str, Any]:
     }
 
 
-def _padded(batch: Sequence[tuple[int, ...]]) -> Tensor:
+def _padded(batch: Sequence[Tokens]) -> Tensor:
     """int64, (sequences, tokens): zeros after the shorter ones, which causal attention does not look at."""
     rows = [torch.tensor(tokens, dtype=torch.int64) for tokens in batch]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -14,6 +14,9 @@ from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.progress import Progress
 
+CPU_LOGITS_BYTES = 24 * 2**20
+GPU_LOGITS_BYTES = 512 * 2**20
+
 
 class StreamedModel:
     """A checkpoint whose predictions are wanted: embedding, head and one decoder layer are in memory at a time.
@@ -60,6 +63,12 @@ class StreamedModel:
             skeleton.release_layer(index)
             progress.advance("")
         return states
+
+    @property
+    def positions_at_once(self) -> int:
+        """Positions whose logits fit a cache (CPU) or take little memory (GPU); longer arrays took four times as long."""
+        room = CPU_LOGITS_BYTES if self.skeleton.device.type == "cpu" else GPU_LOGITS_BYTES
+        return max(1, room // (4 * int(self.config.vocab_size)))
 
     def logits(self, hidden: Tensor, where: str) -> Tensor:
         """Logits, float32, (tokens, vocabulary), of some positions' last hidden states, (tokens, hidden).

@@ -166,7 +166,7 @@ def _problem(example: Any, fields: dict[str, type]) -> str | None:
         value = example[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"{name} is {type(value).__name__}, not {kind.__name__}"
-        if kind is list and (len(value) < 2 or not all(isinstance(one, str) and one for one in value)):
+        if isinstance(value, list) and (len(value) < 2 or not all(isinstance(one, str) and one for one in value)):
             return f"{name} is not a list of two or more texts"
         if kind is str and not value:
             return f"{name} is empty"

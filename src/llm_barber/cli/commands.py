@@ -1,23 +1,40 @@
-"""The command line: parse → config → call → render. Data goes to stdout, progress and errors to stderr."""
+"""The commands: each one parses, makes a configuration, calls, and shows; no logic."""
 
-import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llm_barber.cli.options import (
+    CALIBRATION,
+    METHOD,
+    OUTPUT,
+    TEXT,
+    BatchOption,
+    CalibrationOption,
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    DtypeOption,
+    GranularityOption,
+    JsonOption,
+    LimitOption,
+    OutArgument,
+    OverwriteOption,
+    QuietOption,
+    RatioOption,
+    RevisionOption,
+    SamplesOption,
+    SeedOption,
+    SeqlenOption,
+    TasksFolderOption,
+    TasksOption,
+    TextOption,
+    WindowsOption,
+)
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
-from llm_barber.errors import BarberError
 from llm_barber.masking.granularity import Granularity
-
-# The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
-UsageError: Any = typer.BadParameter.__mro__[1]
-INTERRUPTED = 130
-METHOD, CALIBRATION, TEXT, TASKS = "Method", "Calibration", "Text", "Tasks"
-COMPUTE, OUTPUT = "Compute", "Output"
 
 app = typer.Typer(
     name="llm-barber",
@@ -28,94 +45,6 @@ app = typer.Typer(
     help="Prune a large language model in one shot, then rebuild its mask block by block (arXiv 2408.10631).",
     epilog="Exit codes: 0 done, 1 a problem with files or models, 2 wrong options, 130 interrupted.",
 )
-
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; appears when it is complete.")]
-GranularityOption = Annotated[
-    Granularity | None,
-    typer.Option(
-        help="What competes with what: output row, input column, linear, or all linears of a block. "
-        "(default: magnitude block, sparsegpt linear, else output)",
-        rich_help_panel=METHOD,
-        show_default=False,
-    ),
-]
-RatioOption = Annotated[
-    float | None,
-    typer.Option(
-        "--rebuild-ratio",
-        metavar="R",
-        help="Share of the beneficial pairs to swap, 0 to 1. (default: magnitude 0.1, sparsegpt 0.1, else 0.01)",
-        rich_help_panel=METHOD,
-        show_default=False,
-    ),
-]
-CalibrationOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="builtin, c4, wikitext2 (from the hub), or a .txt, .jsonl, .parquet or .safetensors (input_ids) file.",
-        rich_help_panel=CALIBRATION,
-    ),
-]
-SamplesOption = Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=CALIBRATION)]
-SeqlenOption = Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=CALIBRATION)]
-SeedOption = Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=CALIBRATION)]
-BatchOption = Annotated[
-    int | None,
-    typer.Option(help="Windows computed together, at most; does not change the result.", rich_help_panel=COMPUTE),
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=COMPUTE)]
-DtypeOption = Annotated[
-    str,
-    typer.Option(
-        help="Compute dtype: auto (the fastest the device has), float32, bfloat16, float16. Weights keep theirs.",
-        rich_help_panel=COMPUTE,
-    ),
-]
-TextOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="wikitext2, ptb, c4 (from the hub), or a file; may be given again. "
-        "(default: wikitext2, or none with --tasks)",
-        rich_help_panel=TEXT,
-        show_default=False,
-    ),
-]
-WindowsOption = Annotated[
-    int | None, typer.Option(help="Windows of each text. (default: all)", rich_help_panel=TEXT, show_default=False)
-]
-TasksOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME,…",
-        help="Multiple-choice tasks of lm-eval, or paper: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, "
-        "openbookqa.",
-        rich_help_panel=TASKS,
-    ),
-]
-TasksFolderOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="Take tasks from FOLDER/NAME.jsonl, not from the hub; all of them without --tasks. Each line: "
-        "query, choices, gold, or context_options, continuation, gold.",
-        rich_help_panel=TASKS,
-    ),
-]
-LimitOption = Annotated[int | None, typer.Option(help="Examples of each task, at most.", rich_help_panel=TASKS)]
-RevisionOption = Annotated[str | None, typer.Option(help="Revision of a hub id.", rich_help_panel=COMPUTE)]
-DryRunOption = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.", rich_help_panel=OUTPUT),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=OUTPUT)]
-OverwriteOption = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace OUT once the new one is complete.", rich_help_panel=OUTPUT),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT)]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=OUTPUT)]
 
 
 @app.command(
@@ -320,8 +249,8 @@ def evaluate(
     from llm_barber.evaluation.evaluate import evaluate as run
 
     config = EvaluateConfig(
-        model=model, against=against, text=text, windows=windows, seqlen=seqlen, tasks=_names(tasks),
-        tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
+        model=model, against=against, text=tuple(text) if text else None, windows=windows, seqlen=seqlen,
+        tasks=_names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         result = run(config, progress)
@@ -329,6 +258,92 @@ def evaluate(
         _print_json(result.model_dump(mode="json"))
     else:
         show_evaluation(result)
+
+
+@app.command(
+    epilog="Examples:\n\nllm-barber compare meta-llama/Llama-3.2-1B comparison --calibration c4 --tasks paper\n\n"
+    "llm-barber compare ./model comparison --methods wanda,sparsegpt --targets 0.5,2:4 --samples 32 --seqlen 512"
+)
+def compare(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Folder for results; a comparison that is there goes on where it stopped."),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(metavar="NAME,…", help="Rows of the table.", rich_help_panel=METHOD),
+    ] = "magnitude,sparsegpt,sparsegpt-updates,wanda,ria,dsnot",
+    targets: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET,…", help="Sparsities and N:M patterns: one block of rows each.", rich_help_panel=METHOD
+        ),
+    ] = "0.5,0.6,0.7,2:4,4:8",
+    rebuild: Annotated[
+        bool,
+        typer.Option("--rebuild/--no-rebuild", help="Each method also with its mask rebuilt.", rich_help_panel=METHOD),
+    ] = True,
+    granularity: GranularityOption = None,
+    rebuild_ratio: RatioOption = None,
+    calibration: CalibrationOption = "builtin",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            metavar="SEED,…",
+            help="Of the choice of windows; several give means and spreads.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = "0",
+    text: TextOption = None,
+    windows: WindowsOption = None,
+    text_seqlen: Annotated[int, typer.Option(help="Tokens a window of the texts.", rich_help_panel=TEXT)] = 2048,
+    tasks: TasksOption = None,
+    tasks_folder: TasksFolderOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Leave the pruned models in OUT/models.", rich_help_panel=OUTPUT)
+    ] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Prune MODEL with every method, without and with rebuild, measure each, and print one table.
+
+    OUT gets the tables (comparison.md, .csv, .json), a plot of perplexity against sparsity (.svg) and a page (.html).
+    Finished cells are kept: started again after an interruption, or with more methods, it does what is missing.
+    """
+    from llm_barber.comparison.compare import CompareConfig
+    from llm_barber.comparison.compare import compare as run
+    from llm_barber.console import ConsoleProgress, show_comparison
+    from llm_barber.errors import ModelError
+
+    lists: dict[str, Any] = {"methods": _names(methods), "targets": _names(targets), "seeds": _names(seeds)}
+    config = CompareConfig(
+        model=model, output=out, **lists, rebuild=rebuild,
+        granularity=granularity, rebuild_ratio=rebuild_ratio, calibration=calibration, samples=samples, seqlen=seqlen,
+        text=tuple(text) if text else None, windows=windows, text_seqlen=text_seqlen,
+        tasks=_names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
+        revision=revision, keep_models=keep_models,
+    )  # fmt: skip
+    with ConsoleProgress(quiet) as progress:
+        comparison = run(config, progress)
+    if json:
+        _print_json(comparison.model_dump(mode="json"))
+    else:
+        show_comparison(comparison, config.output)
+    if comparison.failures:
+        raise ModelError(
+            f"{len(comparison.failures)} of {len(comparison.cells)} cells could not be done: "
+            f"{comparison.failures[0].failure}",
+            "the table names them; the others are kept",
+        )
 
 
 @app.command(epilog="Examples:\n\nllm-barber demo\n\nllm-barber demo --output /tmp/demo --prompt 'Once upon a time'")
@@ -405,61 +420,3 @@ def _print_json(value: Any) -> None:
     import json
 
     print(json.dumps(value, indent=1))
-
-
-def main() -> None:
-    """Run the command line; ends the process with the exit code of what happened."""
-    given = sys.argv[1:]
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "--quiet" in given:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
-    signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(_main(given))
-
-
-def _main(given: list[str]) -> int:
-    debug = "--debug" in given
-    try:
-        code = app(given, standalone_mode=False)
-        if code == INTERRUPTED:  # typer turns Ctrl-C into this
-            raise KeyboardInterrupt
-        return code if isinstance(code, int) else 0
-    except BarberError as error:
-        if debug:
-            raise
-        return _tell(str(error), error.hint, error.exit_code)
-    except UsageError as error:
-        if not error.format_message():  # no arguments at all: the help was shown
-            return 2
-        path = error.ctx.command_path if error.ctx else "llm-barber"
-        return _tell(error.format_message(), f"see {path} --help", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return _tell("interrupted", "nothing half-written was left; start again when you like", INTERRUPTED)
-    except MemoryError:
-        if debug:
-            raise
-        return _tell("out of memory", "use fewer --samples, a shorter --seqlen or a smaller --batch-size", 1)
-    except BrokenPipeError:
-        return 1
-    except OSError as error:
-        if debug:
-            raise
-        return _tell(str(error), "check the disk and the permissions", 1)
-    except Exception as error:
-        if debug:
-            raise
-        lines = str(error).strip().splitlines()
-        return _tell(
-            f"unexpected {type(error).__name__}: {lines[0] if lines else ''}",
-            "this is a defect: run again with --debug and report the traceback",
-            1,
-        )
-
-
-def _tell(message: str, hint: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}\nhint: {hint}", file=sys.stderr)
-    return code
-
-
-def _terminated(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt

@@ -1,0 +1,73 @@
+"""The command line: parse → config → call → render. Data goes to stdout, progress and errors to stderr."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+import typer
+
+from llm_barber.cli.commands import app
+from llm_barber.errors import BarberError
+
+# The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
+UsageError: Any = typer.BadParameter.__mro__[1]
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; ends the process with the exit code of what happened."""
+    given = sys.argv[1:]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "--quiet" in given:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(_main(given))
+
+
+def _main(given: list[str]) -> int:
+    debug = "--debug" in given
+    try:
+        code = app(given, standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except BarberError as error:
+        if debug:
+            raise
+        return _tell(str(error), error.hint, error.exit_code)
+    except UsageError as error:
+        if not error.format_message():  # no arguments at all: the help was shown
+            return 2
+        path = error.ctx.command_path if error.ctx else "llm-barber"
+        return _tell(error.format_message(), f"see {path} --help", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _tell("interrupted", "nothing half-written was left; start again when you like", INTERRUPTED)
+    except MemoryError:
+        if debug:
+            raise
+        return _tell("out of memory", "use fewer --samples, a shorter --seqlen or a smaller --batch-size", 1)
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        return _tell(str(error), "check the disk and the permissions", 1)
+    except Exception as error:
+        if debug:
+            raise
+        lines = str(error).strip().splitlines()
+        return _tell(
+            f"unexpected {type(error).__name__}: {lines[0] if lines else ''}",
+            "this is a defect: run again with --debug and report the traceback",
+            1,
+        )
+
+
+def _tell(message: str, hint: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}\nhint: {hint}", file=sys.stderr)
+    return code
+
+
+def _terminated(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt

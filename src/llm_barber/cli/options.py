@@ -1,0 +1,99 @@
+"""The options that commands share, by the panel of `--help` that shows them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_barber.masking.granularity import Granularity
+
+METHOD, CALIBRATION, TEXT, TASKS = "Method", "Calibration", "Text", "Tasks"
+COMPUTE, OUTPUT = "Compute", "Output"
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; appears when it is complete.")]
+GranularityOption = Annotated[
+    Granularity | None,
+    typer.Option(
+        help="What competes with what: output row, input column, linear, or all linears of a block. "
+        "(default: magnitude block, sparsegpt linear, else output)",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+RatioOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rebuild-ratio",
+        metavar="R",
+        help="Share of the beneficial pairs to swap, 0 to 1. (default: magnitude 0.1, sparsegpt 0.1, else 0.01)",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="builtin, c4, wikitext2 (from the hub), or a .txt, .jsonl, .parquet or .safetensors (input_ids) file.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+SamplesOption = Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=CALIBRATION)]
+SeqlenOption = Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=CALIBRATION)]
+SeedOption = Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=CALIBRATION)]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(help="Windows computed together, at most; does not change the result.", rich_help_panel=COMPUTE),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=COMPUTE)]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="Compute dtype: auto (the fastest the device has), float32, bfloat16, float16. Weights keep theirs.",
+        rich_help_panel=COMPUTE,
+    ),
+]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="wikitext2, ptb, c4 (from the hub), or a file; may be given again. "
+        "(default: wikitext2, or none with --tasks)",
+        rich_help_panel=TEXT,
+        show_default=False,
+    ),
+]
+WindowsOption = Annotated[
+    int | None, typer.Option(help="Windows of each text. (default: all)", rich_help_panel=TEXT, show_default=False)
+]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,…",
+        help="Multiple-choice tasks of lm-eval, or paper: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, "
+        "openbookqa.",
+        rich_help_panel=TASKS,
+    ),
+]
+TasksFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Take tasks from FOLDER/NAME.jsonl, not from the hub; all of them without --tasks. Each line: "
+        "query, choices, gold, or context_options, continuation, gold.",
+        rich_help_panel=TASKS,
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(help="Examples of each task, at most.", rich_help_panel=TASKS)]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of a hub id.", rich_help_panel=COMPUTE)]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.", rich_help_panel=OUTPUT),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=OUTPUT)]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace OUT once the new one is complete.", rich_help_panel=OUTPUT),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT)]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=OUTPUT)]

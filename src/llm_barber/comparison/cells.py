@@ -1,0 +1,201 @@
+"""One cell of a comparison: a model is pruned in one way and measured; finished cells are kept and never done twice."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llm_barber.evaluation.evaluate import Evaluation, Evaluator
+from llm_barber.progress import Progress
+from llm_barber.report import RunReport, reset_peak_memory
+
+CELLS = "cells"
+MODELS = "models"
+FINGERPRINT_BYTES = 2**20
+TEXTS = (".txt", ".md", ".jsonl", ".parquet")
+Kept = TypeVar("Kept", bound=BaseModel)
+
+
+class CellResult(BaseModel):
+    """What came out of a cell.
+
+    `key` is everything that the result depends on. `errors` are the mean reconstruction errors of each kind of block,
+    before and after the rebuild; `seconds` and `peak_memory` (bytes) are those of pruning, writing included.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    key: dict[str, Any]
+    sparsity: float
+    swapped: int
+    granularity: str | None
+    rebuild_ratio: float | None
+    errors: dict[str, tuple[float | None, float | None]]
+    seconds: float
+    peak_memory: int
+    peak_device_memory: int | None
+    evaluation: Evaluation
+
+
+class DenseResult(BaseModel):
+    """The dense model's evaluation, and what it depends on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: dict[str, Any]
+    evaluation: Evaluation
+
+
+class CellRunner:
+    """Prunes, measures, keeps.
+
+    Args:
+        folder: where cells are kept (`cells/NAME-DIGEST.json`), and models while they are measured.
+        evaluator: measures a model.
+        common: what all results depend on besides their own settings: model, evaluation, versions.
+        keep_models: leave the pruned models in `models/NAME`.
+    """
+
+    def __init__(self, folder: Path, evaluator: Callable[[], Evaluator], common: Mapping[str, Any], keep_models: bool):
+        self.folder = folder
+        self._make_evaluator = evaluator
+        self._evaluator: Evaluator | None = None
+        self.common = dict(common)
+        self.keep_models = keep_models
+        (folder / CELLS).mkdir(exist_ok=True)
+        shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Made when it is first needed: a comparison that is finished needs none."""
+        if self._evaluator is None:
+            self._evaluator = self._make_evaluator()
+        return self._evaluator
+
+    def dense(self, progress: Progress) -> Evaluation:
+        """The dense model's evaluation, kept like a cell."""
+        path, key = self._place("dense", {})
+        kept = _read(path, DenseResult)
+        if kept is None or kept.key != key:
+            progress.stage("measuring the dense model")
+            evaluation = self.evaluator.measure(self.evaluator.config.model, progress)
+            kept = DenseResult(key=key, evaluation=evaluation)
+            write_durably(path, kept.model_dump_json(indent=1))
+        return kept.evaluation
+
+    def finished(self, name: str, settings: Mapping[str, Any]) -> CellResult | None:
+        """A kept cell."""
+        path, key = self._place(name, settings)
+        result = _read(path, CellResult)
+        return result if result is not None and result.key == key else None
+
+    def run(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        make: Callable[[Path], RunReport],
+        progress: Progress,
+    ) -> CellResult:
+        """A kept cell, or the result of making and measuring it now.
+
+        Args:
+            name: for people, and for the file.
+            settings: all that decides the result and is not in `common`; JSON.
+            make: writes the pruned model into a folder.
+            progress: told of each stage.
+        """
+        kept = self.finished(name, settings)
+        if kept is not None:
+            return kept
+        path, key = self._place(name, settings)
+        target = self.folder / MODELS / path.stem if self.keep_models else self.folder / "work" / name
+        evaluator = self.evaluator
+        reset_peak_memory()
+        began = time.perf_counter()
+        report = make(target)
+        seconds = time.perf_counter() - began
+        evaluation = evaluator.measure(str(target), progress)
+        if not self.keep_models:
+            shutil.rmtree(target)
+        result = CellResult(
+            name=name,
+            key=key,
+            sparsity=report.sparsity,
+            swapped=report.swapped,
+            granularity=report.granularity,
+            rebuild_ratio=report.rebuild_ratio,
+            errors=_mean_errors(report),
+            seconds=seconds,
+            peak_memory=report.peak_memory,
+            peak_device_memory=report.peak_device_memory,
+            evaluation=evaluation,
+        )
+        write_durably(path, result.model_dump_json(indent=1))
+        return result
+
+    def _place(self, name: str, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        key = json.loads(json.dumps({**self.common, **settings}))
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.folder / CELLS / f"{name}-{digest[:12]}.json", key
+
+
+def _read(path: Path, kind: type[Kept]) -> Kept | None:
+    """What a file holds; None if it is not there or damaged, so that it is done again."""
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return None
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file so that it is whole or not there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 that tells a model folder or file from another version of it: names, sizes, the first MiB of each file."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if path.is_dir() and file.suffix not in (".safetensors", ".json"):
+            continue
+        with file.open("rb") as opened:
+            # A text is hashed whole: an edit in its middle is another text.
+            content = opened.read() if file.suffix in TEXTS else opened.read(FINGERPRINT_BYTES)
+        digest.update(f"{file.name}:{file.stat().st_size}:".encode() + hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def source_fingerprint(name: str) -> str | None:
+    """`fingerprint` of a text that is a file; None for names, whose content is known or the hub's."""
+    path = Path(name).expanduser()
+    return fingerprint(path) if path.is_file() else None
+
+
+def _mean_errors(report: RunReport) -> dict[str, tuple[float | None, float | None]]:
+    """Mean over layers of each kind of block's reconstruction error, before and after."""
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    names = dict.fromkeys(block.name for layer in report.layers for block in layer.blocks)
+    blocks = [block for layer in report.layers for block in layer.blocks]
+    return {
+        name: (
+            mean([block.error_before for block in blocks if block.name == name]),
+            mean([block.error_after for block in blocks if block.name == name]),
+        )
+        for name in names
+    }

@@ -1,0 +1,20 @@
+"""A comparison's files: `comparison.json`, `.csv`, `.md`, `.svg` (perplexity against sparsity) and `.html`."""
+
+from pathlib import Path
+
+from llm_barber.comparison.cells import write_durably
+from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.tables import comma_separated, markdown
+
+NAME = "comparison"
+
+
+def write_files(comparison: Comparison, folder: Path) -> None:
+    """Write all of them, each whole or not at all."""
+    contents = {
+        "json": comparison.model_dump_json(indent=1) + "\n",
+        "csv": comma_separated(comparison),
+        "md": markdown(comparison),
+    }
+    for ending, content in contents.items():
+        write_durably(folder / f"{NAME}.{ending}", content)
