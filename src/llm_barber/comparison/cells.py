@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from llm_barber.report import RunReport, reset_peak_memory
 
 CELLS = "cells"
 MODELS = "models"
+DENSE = "dense"
 FINGERPRINT_BYTES = 2**20
 TEXTS = (".txt", ".md", ".jsonl", ".parquet")
 Kept = TypeVar("Kept", bound=BaseModel)
@@ -59,15 +60,24 @@ class CellRunner:
     Args:
         folder: where cells are kept (`cells/NAME-DIGEST.json`), and models while they are measured.
         evaluator: measures a model.
-        common: what all results depend on besides their own settings: model, evaluation, versions.
+        common: what all results depend on besides their own settings: model, texts, versions.
+        tasks: what those measured on tasks depend on, too.
         keep_models: leave the pruned models in `models/NAME`.
     """
 
-    def __init__(self, folder: Path, evaluator: Callable[[], Evaluator], common: Mapping[str, Any], keep_models: bool):
+    def __init__(
+        self,
+        folder: Path,
+        evaluator: Callable[[], Evaluator],
+        common: Mapping[str, Any],
+        tasks: Sequence[Any],
+        keep_models: bool,
+    ):
         self.folder = folder
         self._make_evaluator = evaluator
         self._evaluator: Evaluator | None = None
         self.common = dict(common)
+        self.tasks = list(tasks)
         self.keep_models = keep_models
         (folder / CELLS).mkdir(exist_ok=True)
         shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
@@ -81,18 +91,18 @@ class CellRunner:
 
     def dense(self, progress: Progress) -> Evaluation:
         """The dense model's evaluation, kept like a cell."""
-        path, key = self._place("dense", {})
+        path, key = self._place(DENSE, {}, True)
         kept = _read(path, DenseResult)
         if kept is None or kept.key != key:
             progress.stage("measuring the dense model")
             evaluation = self.evaluator.measure(self.evaluator.config.model, progress)
-            kept = DenseResult(key=key, evaluation=evaluation)
+            kept = DenseResult(key=key, evaluation=evaluation.model_copy(update={"model": DENSE, "against": DENSE}))
             write_durably(path, kept.model_dump_json(indent=1))
         return kept.evaluation
 
-    def finished(self, name: str, settings: Mapping[str, Any]) -> CellResult | None:
+    def finished(self, name: str, settings: Mapping[str, Any], with_tasks: bool = True) -> CellResult | None:
         """A kept cell."""
-        path, key = self._place(name, settings)
+        path, key = self._place(name, settings, with_tasks)
         result = _read(path, CellResult)
         return result if result is not None and result.key == key else None
 
@@ -102,6 +112,7 @@ class CellRunner:
         settings: Mapping[str, Any],
         make: Callable[[Path], RunReport],
         progress: Progress,
+        with_tasks: bool = True,
     ) -> CellResult:
         """A kept cell, or the result of making and measuring it now.
 
@@ -110,18 +121,19 @@ class CellRunner:
             settings: all that decides the result and is not in `common`; JSON.
             make: writes the pruned model into a folder.
             progress: told of each stage.
+            with_tasks: measure it on the tasks, too.
         """
-        kept = self.finished(name, settings)
+        kept = self.finished(name, settings, with_tasks)
         if kept is not None:
             return kept
-        path, key = self._place(name, settings)
+        path, key = self._place(name, settings, with_tasks)
         target = self.folder / MODELS / path.stem if self.keep_models else self.folder / "work" / name
         evaluator = self.evaluator
         reset_peak_memory()
         began = time.perf_counter()
         report = make(target)
         seconds = time.perf_counter() - began
-        evaluation = evaluator.measure(str(target), progress)
+        evaluation = evaluator.measure(str(target), progress, with_tasks)
         if not self.keep_models:
             shutil.rmtree(target)
         result = CellResult(
@@ -135,13 +147,14 @@ class CellRunner:
             seconds=seconds,
             peak_memory=report.peak_memory,
             peak_device_memory=report.peak_device_memory,
-            evaluation=evaluation,
+            # The folder is gone, or has another name on another machine.
+            evaluation=evaluation.model_copy(update={"model": name, "against": DENSE}),
         )
         write_durably(path, result.model_dump_json(indent=1))
         return result
 
-    def _place(self, name: str, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-        key = json.loads(json.dumps({**self.common, **settings}))
+    def _place(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:
+        key = json.loads(json.dumps({**self.common, **settings, "tasks": self.tasks if with_tasks else []}))
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / CELLS / f"{name}-{digest[:12]}.json", key
 

@@ -29,7 +29,6 @@ from llm_barber.pruning import prune
 from llm_barber.report import versions
 
 MARKER = "COMPARISON.txt"
-DENSE = "dense"
 
 
 class Method(StrEnum):
@@ -79,6 +78,7 @@ class CompareConfig(Settings):
     tasks: tuple[str, ...] = Field((), description="multiple-choice tasks, as in evaluate")
     tasks_folder: Path | None = Field(None, description="folder with a .jsonl file a task")
     limit: int | None = Field(None, ge=2, description="examples of each task, at most")
+    task_seeds: int | None = Field(None, ge=0, description="how many of the seeds are measured on tasks; None: all")
     batch_size: int | None = Field(None, ge=1, description="windows computed together")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
@@ -184,11 +184,22 @@ def target_settings(target: str) -> dict[str, Any]:
     return {"sparsity": sparsity}
 
 
-def compare(config: CompareConfig, progress: Progress | None = None) -> Comparison:
+def compare(
+    config: CompareConfig,
+    progress: Progress | None = None,
+    write: bool = True,
+    evaluator: Evaluator | None = None,
+) -> Comparison:
     """Prune and measure every cell, or take it up from an earlier run; writes tables, plot and page to `config.output`.
 
     Work that is shared: the calibration tokens of a seed, the texts and tasks, and what the dense model predicts. The
     decoder layers are not, since each cell's layers see the activations of its own pruned ones.
+
+    Args:
+        config: the settings.
+        progress: told of each stage.
+        write: write tables, plot and page, too; cells are kept in any case.
+        evaluator: one of `config.evaluation(folder)`, for what it has already computed; None: a new one, if needed.
 
     Raises:
         BarberError: model, text, tasks or output are wrong. A single cell that cannot be done is noted in the result.
@@ -202,7 +213,7 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
     find_tasks(config.tasks, config.tasks_folder, config.limit)  # wrong ones are told before anything is written
     own_folder(config.output, MARKER, "made by `llm-barber compare`, which keeps finished cells here and goes on")
     with locked(config.output / MARKER):
-        runner = make_runner(config, folder, str(device), dtype, progress)
+        runner = make_runner(config, folder, progress, evaluator)
         dense = runner.dense(progress)
         cells = list(plan_cells(config))
         results: list[ComparisonCell] = []
@@ -222,7 +233,7 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         try:
             for number, cell in enumerate(cells, 1):
                 settings = cell_settings(config, cell)
-                if runner.finished(cell.name, settings) is None:
+                if runner.finished(cell.name, settings, _with_tasks(config, cell)) is None:
                     left = ""
                     if done_here:
                         seconds = (time.monotonic() - began) / done_here * (len(cells) - number + 1)
@@ -231,18 +242,19 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
                     done_here += 1
                 results.append(_run_cell(runner, config, folder, cell, settings, progress))
         finally:
-            write_files(comparison(), config.output)
+            if write:
+                write_files(comparison(), config.output)
     return comparison()
 
 
 def plan_cells(config: CompareConfig) -> Iterator[Cell]:
-    """All cells, block of rows after block; magnitude without rebuild looks at no text and is done for one seed."""
-    for target in config.targets:
-        for method in config.methods:
-            for rebuilt in (False, True) if config.rebuild else (False,):
-                alike = method is Method.MAGNITUDE and not rebuilt
-                for seed in config.seeds[:1] if alike else config.seeds:
-                    yield Cell(method, rebuilt, target, seed)
+    """All cells, seed after seed; magnitude without rebuild looks at no text and is done for one seed."""
+    for seed in config.seeds:
+        for target in config.targets:
+            for method in config.methods:
+                for rebuilt in (False, True) if config.rebuild else (False,):
+                    if rebuilt or method is not Method.MAGNITUDE or seed == config.seeds[0]:
+                        yield Cell(method, rebuilt, target, seed)
 
 
 def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
@@ -257,10 +269,23 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     return settings
 
 
-def make_runner(config: CompareConfig, folder: str, device: str, dtype: str, progress: Progress) -> CellRunner:
-    """The runner of a comparison's cells; what they all depend on is in its keys."""
+def make_runner(
+    config: CompareConfig, folder: str, progress: Progress, evaluator: Evaluator | None = None
+) -> CellRunner:
+    """The runner of a comparison's cells; what they all depend on is in its keys.
+
+    Args:
+        config: the settings.
+        folder: the dense model's.
+        progress: told of each stage.
+        evaluator: as in `compare`.
+    """
     evaluation = config.evaluation(folder)
-    tasks = find_tasks(config.tasks, config.tasks_folder, config.limit)
+    device = resolve_device(config.device)
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+    tasks = [
+        [task.name, task.sha256, config.limit] for task in find_tasks(config.tasks, config.tasks_folder, config.limit)
+    ]
     common = {
         "model": fingerprint(Path(folder)),
         "calibration": [
@@ -271,11 +296,12 @@ def make_runner(config: CompareConfig, folder: str, device: str, dtype: str, pro
         ],
         "texts": [[name, source_fingerprint(name)] for name in evaluation.texts],
         "windows": [config.windows, config.text_seqlen],
-        "tasks": [[task.name, task.sha256, config.limit] for task in tasks],
-        "compute": [device, dtype],
+        "compute": [str(device), dtype],
         "version": versions()["llm-barber"],
     }
-    return CellRunner(config.output, lambda: Evaluator(evaluation, progress), common, config.keep_models)
+    return CellRunner(
+        config.output, lambda: evaluator or Evaluator(evaluation, progress), common, tasks, config.keep_models
+    )
 
 
 def _run_cell(
@@ -306,12 +332,18 @@ def _run_cell(
         )
 
     try:
-        return ComparisonCell(**values, result=runner.run(cell.name, settings, make, progress))
+        return ComparisonCell(
+            **values, result=runner.run(cell.name, settings, make, progress, _with_tasks(config, cell))
+        )
     except SettingsError:
         raise
     except BarberError as error:
         progress.warn(f"{cell.name}: {error}")
         return ComparisonCell(**values, failure=str(error))
+
+
+def _with_tasks(config: CompareConfig, cell: Cell) -> bool:
+    return config.task_seeds is None or cell.seed in config.seeds[: config.task_seeds]
 
 
 def calibration_file(config: CompareConfig, folder: str, seed: int, progress: Progress) -> Path:

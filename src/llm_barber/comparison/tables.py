@@ -24,10 +24,10 @@ ACCURACY = "acc"
 
 @dataclass(frozen=True)
 class Column:
-    """A number of each cell: heading, its value in an evaluation, format, and whether lower is better."""
+    """A number of each cell: heading, its value in an evaluation (None: not measured), format, direction."""
 
     heading: str
-    value: Callable[[Evaluation], float]
+    value: Callable[[Evaluation], float | None]
     form: str
     lower_is_better: bool
 
@@ -84,10 +84,7 @@ def blocks(comparison: Comparison) -> list[Block]:
         for cell in comparison.cells:
             if cell.target == target:
                 groups.setdefault((cell.method, cell.rebuilt), []).append(cell)
-        values = [
-            [[column.value(cell.result.evaluation) for cell in group if cell.result] for column in measured]
-            for group in groups.values()
-        ]
+        values = [[_known(column, group) for column in measured] for group in groups.values()]
         bests = [
             (min if column.lower_is_better else max)((_mean(row[i]) for row in values if row[i]), default=None)
             for i, column in enumerate(measured)
@@ -213,9 +210,16 @@ def _divergence(index: int, evaluation: Evaluation) -> float:
     return math.nan if compared is None else compared.divergence
 
 
-def _percent(names: Sequence[str], evaluation: Evaluation) -> float:
+def _percent(names: Sequence[str], evaluation: Evaluation) -> float | None:
     """Mean accuracy of some tasks."""
-    return 100 * _mean([task.value for task in evaluation.tasks if task.task in names and task.metric == ACCURACY])
+    found = [task.value for task in evaluation.tasks if task.task in names and task.metric == ACCURACY]
+    return 100 * _mean(found) if found else None
+
+
+def _known(column: Column, cells: Iterable[ComparisonCell]) -> list[float]:
+    """A column's values of the cells that have one."""
+    values = [column.value(cell.result.evaluation) for cell in cells if cell.result]
+    return [value for value in values if value is not None]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -225,7 +229,7 @@ def _mean(values: Sequence[float]) -> float:
 def _mean_and_spread(values: Sequence[float], form: str, spread: bool = True) -> str:
     """Mean, ± sample standard deviation where there are several."""
     if not values:
-        return "not done"
+        return "–"
     mean = _mean(values)
     if len(values) == 1 or not spread:
         return f"{mean:{form}}"

@@ -151,8 +151,8 @@ class Evaluator:
         self._other_states: dict[str, list[Tensor]] = {}
         self._other_tasks: TaskRun | None = None
 
-    def measure(self, model: str, progress: Progress) -> Evaluation:
-        """Measure one model.
+    def measure(self, model: str, progress: Progress, with_tasks: bool = True) -> Evaluation:
+        """Measure one model; on the tasks, too, unless told not to.
 
         Raises:
             ModelError: it cannot be read or computed.
@@ -163,7 +163,7 @@ class Evaluator:
             _check_same_vocabulary(streamed, self.other)
         texts = tuple(self._measure_text(streamed, text, progress) for text in self.texts)
         tasks: tuple[TaskResult, ...] = ()
-        if self.tasks:
+        if self.tasks and with_tasks:
             if self.other is not None and self._other_tasks is None:
                 self._other_tasks = self._run_tasks(self.other, progress)
             tasks = compare_tasks(self._run_tasks(streamed, progress), self._other_tasks)

@@ -199,7 +199,7 @@ def run_tasks(
                     standard_error=error,
                     examples=len(values),
                     shots=found["n-shot"][name],
-                    source=str(task.file) if task and task.file else f"lm-eval, version {found['versions'][name]}",
+                    source=task.file.name if task and task.file else f"lm-eval, version {found['versions'][name]}",
                     sha256=task.sha256 if task else None,
                     against=None,
                 )

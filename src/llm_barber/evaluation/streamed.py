@@ -66,7 +66,7 @@ class StreamedModel:
 
     @property
     def positions_at_once(self) -> int:
-        """Positions whose logits fit a cache (CPU) or take little memory (GPU); longer arrays took four times as long."""
+        """Positions whose logits fit a cache (CPU) or take little memory (GPU): four times as fast."""
         room = CPU_LOGITS_BYTES if self.skeleton.device.type == "cpu" else GPU_LOGITS_BYTES
         return max(1, room // (4 * int(self.config.vocab_size)))
 

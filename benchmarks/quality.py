@@ -1,0 +1,230 @@
+"""Held-out quality of every method on real models: makes `docs/results.md`, its tables and plots. Resumable.
+
+    python benchmarks/quality.py --data DATA [--model FOLDER --name NAME] [--seeds 0,1,2]
+
+DATA has text/c4-sample.txt (calibration), text/wikitext2-validation.txt (choosing), text/wikitext2-raw-test.txt
+(reporting) and tasks/arc_easy.jsonl, tasks/hellaswag.jsonl. Finished cells are in `benchmarks/results/NAME/cells` and
+are not done again.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from common import machine, model_folder
+
+from llm_barber.comparison.cells import CellResult
+from llm_barber.comparison.compare import (
+    Cell,
+    CompareConfig,
+    Comparison,
+    Method,
+    calibration_file,
+    cell_settings,
+    compare,
+    make_runner,
+)
+from llm_barber.config import PruneConfig, RebuildConfig
+from llm_barber.console import ConsoleProgress
+from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluator
+from llm_barber.masking.granularity import Granularity
+from llm_barber.progress import Progress
+from llm_barber.pruning import prune, rebuild
+from llm_barber.report import RunReport
+
+ROOT = Path(__file__).parent.parent
+CALIBRATION, VALIDATION, TEST = "text/c4-sample.txt", "text/wikitext2-validation.txt", "text/wikitext2-raw-test.txt"
+TASKS = ("arc_easy", "hellaswag")
+TARGETS = ("0.5", "0.6", "0.7", "2:4", "4:8")
+# Settings of the rebuild that are tried at 50 %; the best on the validation text is used in the tables.
+GRANULARITIES = (Granularity.OUTPUT, Granularity.INPUT, Granularity.LINEAR, Granularity.BLOCK)
+RATIO = 0.1
+RATIOS = {Granularity.OUTPUT: (0.01, 0.03, 0.3), Granularity.BLOCK: (0.01, 0.03, 0.3, 1.0)}
+FULL = (Method.MAGNITUDE, Method.WANDA)
+CALIBRATION_SEQUENCES = (4, 8, 16, 32, 64, 128)
+CALIBRATION_ROWS = (
+    (Method.WANDA, False),
+    (Method.WANDA, True),
+    (Method.MAGNITUDE, True),
+    (Method.SPARSEGPT_UPDATES, False),
+)
+STAGES = ("main", "choice", "sequences", "order")
+
+
+class Quality:
+    """The settings of one model's benchmark, and its stages.
+
+    Args:
+        model: folder.
+        name: of the results.
+        seeds: calibration seeds of the main tables.
+        samples: calibration windows.
+        seqlen: tokens a calibration window.
+        windows: windows of each text.
+        limit: examples of each task.
+    """
+
+    def __init__(
+        self, model: str, name: str, seeds: tuple[int, ...], samples: int, seqlen: int, windows: int, limit: int
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.output = ROOT / "benchmarks" / "results" / name
+        self.common = {
+            "model": model,
+            "output": self.output,
+            "calibration": CALIBRATION,
+            "samples": samples,
+            "seqlen": seqlen,
+            "text": (TEST,),
+            "windows": windows,
+            "text_seqlen": 1024,
+        }
+        # Half the windows, of two texts.
+        self.choosing = {**self.common, "text": (TEST, VALIDATION), "windows": max(1, windows // 2)}
+        self.evaluators: dict[EvaluateConfig, Evaluator] = {}
+        self.seeds = seeds
+        self.limit = limit
+
+    def compare(self, config: CompareConfig, progress: Progress) -> Comparison:
+        """A part of the work, with what other parts of it have already computed."""
+        return compare(config, progress, write=False, evaluator=self.evaluator(config, progress))
+
+    def evaluator(self, config: CompareConfig, progress: Progress) -> Evaluator:
+        """One for all parts that measure alike."""
+        evaluation = config.evaluation(self.model)
+        if evaluation not in self.evaluators:
+            self.evaluators = {evaluation: Evaluator(evaluation, progress)}
+        return self.evaluators[evaluation]
+
+    def choice_cells(self) -> list[tuple[Method, Granularity, float]]:
+        """Every setting of the rebuild that is tried."""
+        cells = []
+        for method in (Method.MAGNITUDE, Method.WANDA, Method.SPARSEGPT, Method.RIA, Method.DSNOT):
+            granularities = GRANULARITIES if method in FULL else (Granularity.OUTPUT, Granularity.BLOCK)
+            cells += [(method, granularity, RATIO) for granularity in granularities]
+            if method in FULL:
+                cells += [(method, granularity, ratio) for granularity, ratios in RATIOS.items() for ratio in ratios]
+        return cells
+
+    def choice(self, progress: Progress) -> dict[tuple[Method, Granularity, float], CellResult]:
+        """All of them at 50 %, seed 0."""
+        found = {}
+        for method, granularity, ratio in self.choice_cells():
+            config = CompareConfig(
+                **self.choosing, methods=(method,), targets=("0.5",), rebuild_settings={method: (granularity, ratio)}
+            )
+            comparison = self.compare(config, progress)
+            found[method, granularity, ratio] = _only(comparison, True)
+        return found
+
+    def chosen(self, progress: Progress) -> dict[Method, tuple[Granularity, float]]:
+        """The setting of each method with the lowest perplexity on the validation text."""
+        found = self.choice(progress)
+        best = {}
+        for method in dict.fromkeys(key[0] for key in found):
+            candidates = {key[1:]: found[key].evaluation.texts[1].perplexity for key in found if key[0] is method}
+            best[method] = min(candidates, key=candidates.__getitem__)
+        best[Method.SPARSEGPT_UPDATES] = best[Method.SPARSEGPT]
+        return best
+
+    def main(self, progress: Progress) -> Comparison:
+        """All methods at all targets, three seeds."""
+        config = CompareConfig(
+            **self.common,
+            targets=TARGETS,
+            seeds=self.seeds,
+            rebuild_settings=self.chosen(progress),
+            tasks=TASKS,
+            tasks_folder=Path("tasks"),
+            limit=self.limit,
+            task_seeds=1,
+        )
+        return compare(config, progress)
+
+    def sequences(self, progress: Progress) -> dict[tuple[Method, bool, int], CellResult]:
+        """Some rows at 50 %, seed 0, with 4 to 128 calibration sequences."""
+        chosen = self.chosen(progress)
+        found = {}
+        for count in CALIBRATION_SEQUENCES:
+            for method, rebuilt in CALIBRATION_ROWS:
+                config = CompareConfig(
+                    **{**self.common, "samples": count},
+                    methods=(method,),
+                    targets=("0.5",),
+                    rebuild=rebuilt,
+                    rebuild_settings=chosen if rebuilt else {},
+                )
+                found[method, rebuilt, count] = _only(self.compare(config, progress), rebuilt)
+        return found
+
+    def order(self, progress: Progress) -> dict[Method, tuple[CellResult, CellResult]]:
+        """Initial mask and rebuild layer by layer in one pass, and one run after the other, as released; 50 %."""
+        chosen = self.chosen(progress)
+        found = {}
+        for method in (Method.MAGNITUDE, Method.WANDA, Method.SPARSEGPT):
+            settings = {"rebuild_settings": {method: chosen[method]}}
+            config = CompareConfig(**self.common, methods=(method,), targets=("0.5",), **settings)
+            fused = _only(self.compare(config, progress), True)
+            found[method] = (fused, self._one_after_the_other(config, method, chosen[method], progress))
+        return found
+
+    def _one_after_the_other(
+        self, config: CompareConfig, method: Method, chosen: tuple[Granularity, float], progress: Progress
+    ) -> CellResult:
+        runner = make_runner(config, self.model, progress, self.evaluator(config, progress))
+        calibration = str(calibration_file(config, self.model, 0, progress))
+        cell = Cell(method, True, "0.5", 0)
+
+        def make(target: Path) -> RunReport:
+            first = target.with_name(f"{target.name}-initial")
+            shutil.rmtree(first, ignore_errors=True)
+            prune(
+                PruneConfig(model=self.model, output=first, initial=method.initial, sparsity=0.5, rebuild=False,
+                            calibration=calibration),
+                progress,
+            )  # fmt: skip
+            report = rebuild(
+                RebuildConfig(dense=self.model, pruned=str(first), output=target, granularity=chosen[0],
+                              rebuild_ratio=chosen[1], calibration=calibration),
+                progress,
+            )  # fmt: skip
+            shutil.rmtree(first)
+            return report
+
+        settings = {**cell_settings(config, cell), "order": "one after the other"}
+        return runner.run(f"{cell.name}-released-order", settings, make, progress)
+
+
+def _only(comparison: Comparison, rebuilt: bool) -> CellResult:
+    (result,) = [cell.result for cell in comparison.cells if cell.rebuilt is rebuilt]
+    if result is None:
+        raise SystemExit(f"a cell failed: {comparison.failures[0].failure}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/ and tasks/")
+    parser.add_argument("--model", help="an ordinary checkpoint (default: SmolLM2-135M from its package)")
+    parser.add_argument("--name", default="smollm2-135m", help="of the results")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--limit", type=int, default=500, help="examples of each task")
+    parser.add_argument("--only", choices=STAGES)
+    options = parser.parse_args()
+    model = str(Path(model_folder(options.model)).resolve())
+    os.chdir(options.data)  # so that results name texts as they lie in DATA
+    seeds = tuple(int(seed) for seed in options.seeds.split(","))
+    quality = Quality(model, options.name, seeds, options.samples, options.seqlen, options.windows, options.limit)
+    with ConsoleProgress() as progress:
+        for stage in (options.only,) if options.only else ("choice", "main", "order", "sequences"):
+            getattr(quality, stage)(progress)
+    print(machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The figures of a page, as inline SVG whose colours and fonts are the page's.
+
+matplotlib draws with stand-in colours, which are replaced by the page's CSS variables: so one figure serves light, dark
+and print. No pyplot: it would keep every figure in global state. One unit of length is one CSS pixel.
+"""
+
+import html
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeGuard
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from llm_barber.page.environment import SPACE, SUPERSCRIPTS
+
+UNITS_PER_INCH = 72  # of matplotlib's SVG
+WIDTH = 928  # of the page's column; a panel is half of it
+PANEL_WIDTH = 448
+TEXT, RULE, BEFORE, AFTER, HEAT, BAR, PAGE = (f"#0102{number:02x}" for number in range(7))
+CSS_COLOURS = {
+    TEXT: "currentColor",
+    RULE: "var(--rule)",
+    BEFORE: "var(--before)",
+    AFTER: "var(--after)",
+    HEAT: "var(--heat)",
+    BAR: "var(--bar)",
+    PAGE: "var(--page)",
+}
+# A ramp of opacity, not of colour: it starts at the page's background, whether that is light or dark. From 50 steps on
+# matplotlib would draw the colour bar as a picture, which cannot follow the page's colours.
+OPACITY = LinearSegmentedColormap.from_list("opacity", [to_rgba(HEAT, 0.0), to_rgba(HEAT, 1.0)], N=48)
+STEPS = [1, 2, 2.5, 5, 10]  # of numbers along an axis
+STYLE = {
+    "svg.fonttype": "none",  # letters stay letters: small, searchable, in the page's font
+    "svg.hashsalt": "llm-barber",
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],  # for matplotlib's measurements; it comes with matplotlib
+    "font.monospace": ["DejaVu Sans Mono"],
+    "font.size": 12,
+    "text.color": TEXT,
+    "axes.edgecolor": RULE,
+    "axes.facecolor": "none",
+    "axes.labelcolor": TEXT,
+    "axes.labelsize": 12,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "grid.color": RULE,
+    "grid.linewidth": 1,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": TEXT,
+    "ytick.labelcolor": TEXT,
+    "ytick.major.size": 0,
+}
+
+
+def error_panel(
+    name: str,
+    block: str,
+    layers: Sequence[int],
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    limits: tuple[float, float],
+) -> Markup:
+    """Reconstruction error by layer, before and after the rebuild, on a log axis.
+
+    Takes the figure's `name`, unique on its page, and errors layer by layer; what is missing, zero or not finite leaves
+    a gap. `limits`, of `log_limits`, are shared by panels that are to be compared.
+    """
+    with _figure(PANEL_WIDTH, 250) as figure:
+        axes = figure.add_axes(_inside(figure, left=62, right=8, top=12, bottom=44))
+        marker = "o" if len(layers) <= 40 else None  # more would run into each other
+        size = 7 if len(layers) < 4 else 4
+        for values, colour, dashes in ((before, BEFORE, (4, 2)), (after, AFTER, ())):
+            drawn = [value if drawable(value) else math.nan for value in values]
+            axes.plot(layers, drawn, color=colour, dashes=dashes, marker=marker, markersize=size, linewidth=1.8)
+        axes.set_yscale("log")
+        axes.set_ylim(*limits)
+        steps = (1.0,) if limits[1] / limits[0] > 100 else (1.0, 2.0, 5.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        axes.grid(axis="y")
+        _layer_axis(axes, layers)
+        return _svg(figure, name, f"{block}: reconstruction error before and after the rebuild, by decoder layer")
+
+
+def log_limits(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Limits of a log axis around all values that it can show; None if there are none."""
+    shown = [value for value in values if drawable(value)]
+    if not shown:
+        return None
+    low, high = min(shown) / 1.4, max(shown) * 1.4
+    widen = max(1.0, math.sqrt(10 * low / high))  # at least a decade: less would make noise look like a result
+    return low / widen, high * widen
+
+
+def drawable(value: float | None) -> TypeGuard[float]:
+    """Whether a log axis can show it."""
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def heat_map(
+    name: str,
+    rows: Sequence[str],
+    layers: Sequence[int],
+    values: Mapping[tuple[str, int], float],
+    label: str,
+    from_zero: bool,
+) -> Markup:
+    """Shares (0…1) of linears (rows) by layer (columns), with a colour bar; a linear that a layer lacks stays empty.
+
+    Takes the figure's `name`, unique on its page; `values` by (row, layer); whether the scale begins at zero or at the
+    smallest value.
+    """
+    left = 16 + round(7.3 * max(len(row) for row in rows))  # 7.3: width of a letter of the 12 unit monospaced font
+    cell = min(48.0, max(5.0, (WIDTH - left - 100) / len(layers)))
+    with _figure(left + round(cell * len(layers)) + 100, 24 * len(rows) + 56) as figure:
+        axes = figure.add_axes(_inside(figure, left=left, right=100, top=8, bottom=48))
+        grid = np.ma.masked_invalid([[values.get((row, layer), math.nan) for layer in layers] for row in rows])
+        edges = np.arange(len(layers) + 1) - 0.5
+        mesh = axes.pcolormesh(
+            edges, np.arange(len(rows) + 1) - 0.5, grid, cmap=OPACITY, vmin=0 if from_zero else None,
+            edgecolors=PAGE, linewidth=1 if cell > 10 else 0.4,
+        )  # fmt: skip
+        axes.invert_yaxis()
+        axes.set_yticks(range(len(rows)), rows, family="monospace", parse_math=False)
+        axes.spines[:].set_visible(True)
+        _layer_axis(axes, layers, positions=range(len(layers)))
+        scale = figure.add_axes(_inside(figure, left=figure.bbox.width - 84, right=70, top=8, bottom=48))
+        bar = figure.colorbar(mesh, cax=scale, ticks=MaxNLocator(4, steps=STEPS))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}{SPACE}%"))
+        bar.outline.set_edgecolor(RULE)
+        return _svg(figure, name, label)
+
+
+def layer_bars(name: str, layers: Sequence[int], values: Sequence[float], unit: str, label: str) -> Markup:
+    """A bar for each layer, from zero. Takes the figure's `name`, unique on its page."""
+    with _figure(min(WIDTH, 120 + 40 * len(layers)), 180) as figure:
+        axes = figure.add_axes(_inside(figure, left=62, right=8, top=12, bottom=44))
+        axes.bar(layers, values, width=0.75, color=BAR)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
+        axes.set_ylabel(unit)
+        axes.grid(axis="y")
+        _layer_axis(axes, layers)
+        return _svg(figure, name, label)
+
+
+def _layer_axis(axes: Axes, layers: Sequence[int], positions: Sequence[int] | None = None) -> None:
+    """Ticks at whole layers; `positions` where column i is drawn at i, whatever its layer's index."""
+    places = layers if positions is None else positions
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if len(layers) / step <= 16)
+    chosen = [(place, layer) for place, layer in zip(places, layers, strict=True) if layer % step == 0]
+    axes.set_xticks([place for place, _ in chosen], [str(layer) for _, layer in chosen])
+    axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
+    axes.set_xlabel("decoder layer")
+
+
+def _tick(value: float) -> str:
+    if 1e-4 <= value < 1e4:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{'' if mantissa == '1' else mantissa + '·'}10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure in the page's style, whatever the user's matplotlib settings are; they are as before afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield Figure(figsize=(width / UNITS_PER_INCH, height / UNITS_PER_INCH), dpi=UNITS_PER_INCH)
+
+
+def _inside(figure: Figure, left: float, right: float, top: float, bottom: float) -> tuple[float, float, float, float]:
+    """The rectangle for `add_axes` that leaves these margins."""
+    width, height = figure.bbox.width, figure.bbox.height
+    return left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height
+
+
+def _svg(figure: Figure, name: str, label: str) -> Markup:
+    """The figure as an `<svg>` element; ids begin with `name`, `label` is what a screen reader says."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue()
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would apply to the whole page
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
+    body = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", body)
+    body = re.sub(r'(xlink:href="|url\()#', lambda found: f"{found[1].removeprefix('xlink:')}#{name}-", body)
+    for stand_in, css in CSS_COLOURS.items():
+        body = body.replace(stand_in, css)
+    body = re.sub(r"'DejaVu Sans Mono'[^;\"]*", "var(--monospaced)", body)
+    body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", body)
+    body = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    width, height = figure.bbox.width, figure.bbox.height
+    return Markup(
+        f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}" '
+        f'style="--natural: {width:g}px">{body}'
+    )

@@ -1,0 +1,379 @@
+"""The page of a run: numbers as the report has them, one file that needs nothing else, and no overflow in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.page.environment import SPACE, duration, memory, model_name, number, percent, with_error
+from llm_barber.page.figures import CSS_COLOURS, log_limits
+from llm_barber.page.run_page import run_page
+from llm_barber.report import BlockResult, LayerResult, LinearResult, RunReport
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+
+
+def make_linear(name: str, layer: int, rebuilt: bool, equal: bool) -> LinearResult:
+    return LinearResult(
+        name=name,
+        shape=(40, 50),
+        pruned=1000 if equal else 1000 + 12 * layer,
+        zeros=1000 if equal else 1000 + 12 * layer,
+        beneficial_pairs=700 * rebuilt,
+        grown=(37 + 6 * layer) * rebuilt,
+        dropped=(30 + 6 * layer) * rebuilt,
+    )
+
+
+def make_report(depth: int = 2, rebuilt: bool = True, equal: bool = False, **changes: Any) -> RunReport:
+    blocks = {"attention": ("self_attn.q_proj", "self_attn.o_proj"), "mlp": ("mlp.up_proj",)}
+    values: dict[str, Any] = {
+        "command": "prune",
+        "model": "/models/Tiny-1B",
+        "output": "/models/pruned",
+        "settings": {"seed": 7, "samples": 4, "sparsity": None, "overwrite": True},
+        "initial": "magnitude",
+        "method": "magnitude",
+        "pattern": "unstructured",
+        "granularity": "block" if rebuilt else None,
+        "rebuild_ratio": 0.1 if rebuilt else None,
+        "calibration": {"source": "c4", "sequences": 4, "tokens": 2048, "sha256": "c0ffee" * 10},
+        "device": "cuda:0",
+        "dtype": "bfloat16",
+        "versions": {"python": "3.11.7", "llm-barber": "0.1.0", "torch": "2.6.0"},
+        "layers": tuple(
+            LayerResult(
+                index=layer,
+                seconds=1.5 + layer,
+                blocks=tuple(
+                    BlockResult(
+                        name=block,
+                        error_before=0.0123456 * (1 + layer) if rebuilt else None,
+                        error_after=0.0098765 if rebuilt else None,
+                        linears=tuple(make_linear(linear, layer, rebuilt, equal) for linear in linears),
+                    )
+                    for block, linears in blocks.items()
+                ),
+            )
+            for layer in range(depth)
+        ),
+        "seconds": {"embed": 0.5, "layers": 3.0, "read": 0.25, "write": 0.15, "total": 4.0},
+        "peak_memory": 3 * 2**30,
+        "peak_device_memory": 2**31,
+        "files": {"model-00001-of-00001.safetensors": "beef" * 16},
+    }
+    return RunReport(**values | changes)
+
+
+def make_evaluation() -> Evaluation:
+    text = {"windows": 141, "seqlen": 2048, "begins_with_bos": True, "against": None}
+    other = {"perplexity": 8.25, "perplexity_ratio": 1.25, "divergence": 0.1875, "top_agreement": 0.8125}
+    task = {"metric": "acc_norm", "examples": 1172, "shots": 25, "source": "arc.jsonl", "against": None}
+    paired = {"value": 0.5, "difference": -0.0321, "standard_error": 0.0099}
+    return Evaluation.model_validate(
+        {
+            "model": "/models/pruned",
+            "against": "/models/Tiny-1B",
+            "device": "cuda:0",
+            "dtype": "bfloat16",
+            "versions": {"torch": "2.6.0"},
+            "texts": [
+                text | {"text": "wikitext2", "perplexity": 10.3125, "sha256": "abcd" * 16, "against": other},
+                text | {"text": "c4", "perplexity": 12345.6, "sha256": "ef01" * 16},
+            ],
+            "tasks": [
+                task
+                | {"task": "arc", "value": 0.4679, "standard_error": 0.0146, "sha256": "dead" * 16, "against": paired},
+                task | {"task": "piqa", "value": 0.75, "standard_error": 0.01, "sha256": None},
+            ],
+        }
+    )
+
+
+def table(page: str, caption: str) -> list[list[str]]:
+    """The cells of a table, row by row, its headings first."""
+    found = re.search(rf'aria-label="{re.escape(caption)}"><table>(.*?)</table>', page, re.DOTALL)
+    assert found, caption
+    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL)
+    return [[unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def cards(page: str) -> dict[str, tuple[str, str]]:
+    """The cards at the top: label → value and note."""
+    found = re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)(?:<small>(.*?)</small>)?</dd>", page)
+    return {label: (value, note) for label, value, note in found}
+
+
+def test_cards_say_what_the_report_says() -> None:
+    shown = cards(run_page(make_report()))
+    assert shown["Model"][0] == "/models/Tiny-1B"
+    assert shown["Weights pruned"] == ("6,036", "of 12,000")  # 3 linears of 1,000 and of 1,012
+    assert shown["Sparsity"][0] == f"50.30{SPACE}%"
+    assert shown["Swapped by the rebuild"] == ("240", f"2.000{SPACE}% of the weights")  # 3 · (37 + 43)
+    assert shown["Method"] == ("magnitude", "rebuilt within each block, ratio 0.1")
+    assert shown["Time"][0] == f"4.000{SPACE}s"
+    assert shown["Peak memory"] == (f"3.000{SPACE}GiB", f"2.000{SPACE}GiB on the device")
+    assert (shown["Device"][0], shown["Computed in"][0]) == ("cuda:0", "bfloat16")
+
+
+def test_tables_say_what_the_report_says() -> None:
+    page = run_page(make_report())
+    swapped = table(page, "Share of weights that came back, by layer and linear")
+    assert swapped[0] == ["layer", "self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"]
+    assert swapped[1:] == [["0", *[f"1.850{SPACE}%"] * 3], ["1", *[f"2.150{SPACE}%"] * 3]]  # 37 and 43 of 2,000
+    sparsities = table(page, "Sparsity by layer and linear")
+    assert [row[1] for row in sparsities[1:]] == [f"50.00{SPACE}%", f"50.60{SPACE}%"]
+    totals = table(page, "Totals of each linear over all layers")
+    assert totals[1] == [
+        "self_attn.q_proj", "4,000", "2,012", f"50.30{SPACE}%", "1,400", "80", "66", f"2.000{SPACE}%",
+    ]  # fmt: skip
+    errors = table(page, "Reconstruction error by layer and block")
+    assert errors[1] == ["0", "attention", "0.01235", "0.009876", f"−20.0{SPACE}%"]
+    assert [row[:2] for row in errors[1:]] == [["0", "attention"], ["1", "attention"], ["0", "mlp"], ["1", "mlp"]]
+    stages = table(page, "Seconds by stage")
+    assert [row[0] for row in stages[1:]] == ["layers", "embed", "read", "write", "other", "total"]
+    assert stages[1][3:] == ["3.000", f"75.00{SPACE}%"]
+    assert stages[5][3:] == ["0.1000", f"2.50{SPACE}%"]
+    assert [row[1] for row in table(page, "Seconds by layer")[1:]] == ["1.500", "2.500"]
+
+
+def test_settings_calibration_and_files() -> None:
+    page = run_page(make_report())
+    facts = dict(re.findall(r'<tr><th scope="row">([^<]*)</th><td>(?:<code class="hash">)?([^<]*)', page))
+    assert facts["seed"] == "7"
+    assert facts["overwrite"] == "yes"
+    assert "sparsity" not in facts  # None: not set
+    assert (facts["source"], facts["windows"], facts["tokens a window"]) == ("c4", "4", "2,048")
+    assert facts["sha256"] == "c0ffee" * 10
+    assert facts["torch"] == "2.6.0"
+    assert table(page, "Files")[1] == ["model-00001-of-00001.safetensors", "beef" * 16]
+
+
+def test_evaluation_with_everything_that_it_depends_on() -> None:
+    page = run_page(make_report(), make_evaluation())
+    assert table(page, "Perplexity and what it depends on")[1:] == [
+        ["wikitext2", "10.31", "2,048", "141", "yes", "bfloat16", "abcd" * 16],
+        ["c4", "12,346", "2,048", "141", "yes", "bfloat16", "ef01" * 16],
+    ]
+    assert table(page, "Perplexity ratio, divergence and agreement")[1:] == [
+        ["wikitext2", "8.250", "10.31", "1.250", "0.1875", f"81.25{SPACE}%"]
+    ]
+    assert table(page, "Tasks")[1:] == [
+        ["arc", "acc_norm", f"46.79 ± 1.46{SPACE}%", f"50.00{SPACE}%", f"−3.21 ± 0.99{SPACE}%", "1,172", "25"],
+        ["piqa", "acc_norm", f"75.00 ± 1.00{SPACE}%", "–", "–", "1,172", "25"],
+    ]
+    assert table(page, "Sources of the tasks")[1:] == [
+        ["arc", "acc_norm", "arc.jsonl", "dead" * 16],
+        ["piqa", "acc_norm", "arc.jsonl", "–"],
+    ]
+
+
+def test_evaluation_of_tasks_alone() -> None:
+    evaluation = make_evaluation().model_copy(update={"texts": (), "against": None})
+    page = run_page(make_report(), evaluation)
+    assert "Perplexity" not in page
+    assert len(table(page, "Tasks")) == 3
+
+
+def test_run_without_rebuild_says_so() -> None:
+    page = run_page(make_report(rebuilt=False, equal=True))
+    assert "Nothing was rebuilt: the mask is the one that magnitude chose." in page
+    assert "Nothing was rebuilt, so nothing was swapped." in page
+    assert f"Every linear of every layer has the same sparsity, 50.00{SPACE}%." in page
+    assert cards(page)["Swapped by the rebuild"] == ("–", "nothing was rebuilt")
+    assert page.count("<svg") == 1  # the seconds by layer
+    assert "came back" not in page
+    assert 'id="evaluation"' not in page
+
+
+def test_rebuild_that_swapped_nothing() -> None:
+    report = make_report()
+    for layer in report.layers:  # frozen, all the way down
+        for linear in layer.linears:
+            object.__setattr__(linear, "grown", 0)
+    page = run_page(report)
+    assert "The rebuild swapped nothing" in page
+    assert page.count("<svg") == 4  # two blocks, sparsity, seconds
+
+
+def test_errors_that_a_log_axis_cannot_show_are_counted() -> None:
+    report = make_report()
+    object.__setattr__(report.layers[0].blocks[0], "error_after", 0.0)
+    page = run_page(report)
+    assert "1 error is zero or not recorded" in page
+    assert table(page, "Reconstruction error by layer and block")[1][3:] == ["0.000", f"−100.0{SPACE}%"]
+    assert log_limits([0.0, None, float("nan")]) is None
+
+
+def test_one_layer() -> None:
+    page = run_page(make_report(depth=1))
+    assert f"The model has one decoder layer, which took 1.500{SPACE}s." in page
+    assert "lowered it in\n1 of 1 layer." in page
+
+
+def test_deep_model() -> None:
+    page = run_page(make_report(depth=126))
+    assert len(table(page, "Share of weights that came back, by layer and linear")) == 127
+    assert len(page) < 1e6
+
+
+def test_names_are_escaped() -> None:
+    attack = '/models/<script>alert("1")</script>'
+    linear = LinearResult(name='<img src=x onerror="1">$x$', shape=(2, 2), pruned=2, zeros=2, grown=1, dropped=1)
+    block = BlockResult(name='"><b>', error_before=1.0, error_after=0.5, linears=(linear,))
+    layer = LayerResult(index=0, seconds=1.0, blocks=(block,))
+    report = make_report(model=attack, method=attack, settings={"model": attack}, layers=(layer,))
+    page = run_page(report, make_evaluation().model_copy(update={"against": attack}))
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "<b>" not in page
+    assert cards(page)["Model"][0] == "/models/&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;"
+
+
+def test_needs_no_other_file() -> None:
+    page = run_page(make_report(), make_evaluation())
+    assert not re.findall(r"<(?:script|link(?! rel=\"icon\" href=\"data:,\")|iframe|object|img|image)\b", page)
+    assert "@import" not in page
+    assert set(re.findall(r"""(?:src|href)=["']?([^"'#][^"' >]*)""", page)) == {
+        "data:,", "https://arxiv.org/abs/2408.10631",
+    }  # fmt: skip
+    assert set(re.findall(r"url\(([^)])", page)) == {"#"}
+    assert set(re.findall(r"https?://[^\"<\s]*", page)) == {"https://arxiv.org/abs/2408.10631"}
+
+
+def test_is_a_whole_document() -> None:
+    page = run_page(make_report())
+    assert page.startswith('<!DOCTYPE html>\n<html lang="en">')
+    assert f"<title>Tiny-1B, 50.3{SPACE}% pruned · LLM-Barber</title>" in page
+    assert '<meta name="viewport"' in page
+    assert page.count('<svg role="img" aria-label=') == page.count("<svg") == page.count("<figcaption>") == 5
+
+
+def test_ids_are_unique_and_found() -> None:
+    page = run_page(make_report(depth=30), make_evaluation())
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= set(ids)
+
+
+def test_colours_are_the_pages() -> None:
+    page = run_page(make_report())
+    assert not any(stand_in in page for stand_in in CSS_COLOURS)
+    drawn = re.findall(r"(?:fill|stroke): ([^;\"]*)", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL)))
+    assert set(drawn) <= {"none", *CSS_COLOURS.values()}
+    variables = set(re.findall(r"var\((--[a-z]+)\)", page))
+    assert variables <= set(re.findall(r"(--[a-z]+):", page))
+
+
+def test_same_report_same_bytes_whatever_the_users_style() -> None:
+    page = run_page(make_report(), make_evaluation())
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        before = dict(matplotlib.rcParams)
+        assert run_page(make_report(), make_evaluation()) == page
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_loads_neither_pyplot_nor_transformers() -> None:
+    code = "import sys, llm_barber.page.run_page; print({'matplotlib.pyplot', 'transformers'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"), (0.0, "0.000"), (28.5449, "28.54"), (1.0, "1.000"), (516.59, "516.6"), (12345.6, "12,346"),
+        (106168320, "106,168,320"), (-0.5, "−0.5000"), (3.34797e-5, f"3.348{SPACE}×{SPACE}10⁻⁵"), (float("inf"), "inf"),
+        (999.96, "1,000"),
+    ],
+)  # fmt: skip
+def test_numbers(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_other_ways_to_write_numbers() -> None:
+    assert percent(0.0194498, 3) == f"1.945{SPACE}%"
+    assert percent(4e-6, 3) == f"<{SPACE}0.001{SPACE}%"
+    assert percent(-0.25, 1, sign=True) == f"−25.0{SPACE}%"
+    assert with_error(0.02, 0.0158, sign=True) == f"+2.00 ± 1.58{SPACE}%"
+    assert [duration(seconds) for seconds in (7.33001, 59.99999, 61, 3599.7, 45296)] == [
+        f"7.330{SPACE}s", f"1{SPACE}min 0{SPACE}s", f"1{SPACE}min 1{SPACE}s", f"1{SPACE}h 0{SPACE}min",
+        f"12{SPACE}h 34{SPACE}min",
+    ]  # fmt: skip
+    assert memory(int(0.6785 * 2**30)) == f"0.6785{SPACE}GiB"
+    assert [model_name(model) for model in ("org/model", "/a/b/model/", "./model", "/")] == [
+        "org/model", "model", "model", "/",
+    ]  # fmt: skip
+
+
+WRAPPER = """<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<iframe src="page.html" width="1280" height="800"></iframe><iframe src="page.html" width="400" height="800"></iframe>
+<script>
+addEventListener("load", () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const inside = frame.contentWindow, root = frame.contentDocument.documentElement;
+    const closed = root.scrollWidth;
+    frame.contentDocument.querySelectorAll("details").forEach(details => { details.open = true; });
+    const style = inside.getComputedStyle(frame.contentDocument.body);
+    return {
+      width: inside.innerWidth, closed: closed, open: root.scrollWidth, page: style.backgroundColor, ink: style.color,
+      figures: [...frame.contentDocument.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().width),
+    };
+  });
+  document.documentElement.setAttribute("data-found", JSON.stringify(found));
+});
+</script>
+"""
+
+
+def measure(page: str, folder: Path, dark: bool) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The page in frames 1280 and 400 pixels wide (a window cannot be that narrow), and what the console said."""
+    assert BROWSER is not None
+    (folder / "page.html").write_text(page)
+    (folder / "wrapper.html").write_text(WRAPPER)
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+        f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--window-size=1700,900", "--enable-logging=stderr", "--dump-dom", (folder / "wrapper.html").as_uri(),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found = re.search(r'data-found="([^"]*)"', result.stdout)
+    assert found, result.stderr
+    return json.loads(unescape(found[1])), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_nothing_overflows_in_a_browser(tmp_path: Path, dark: bool) -> None:
+    report = make_report(depth=126, model="/models/" + "a-very-long-name-of-a-model-" * 8)
+    frames, console = measure(run_page(report, make_evaluation()), tmp_path, dark)
+    assert console == []
+    assert [frame["width"] for frame in frames] == [1280, 400]
+    for frame in frames:
+        assert frame["closed"] <= frame["width"]
+        assert frame["open"] <= frame["width"]
+        assert len(frame["figures"]) == 5
+        assert min(frame["figures"]) > 300
+        page, ink = (sum(map(int, re.findall(r"\d+", frame[key])[:3])) / 3 for key in ("page", "ink"))
+        assert (page < 64 and ink > 192) if dark else (page > 192 and ink < 64)
+
+
+@needs_browser
+def test_measuring_sees_what_is_wrong(tmp_path: Path) -> None:
+    page = run_page(make_report(depth=1))
+    page = page.replace(
+        "<main>", '<main><div style="width: 2000px">wide</div><img src="https://localhost/picture.png">'
+    )
+    frames, console = measure(page, tmp_path, dark=False)
+    assert all(frame["closed"] > frame["width"] for frame in frames)
+    assert len(console) == 2  # one a frame: the page's policy lets it load nothing
