@@ -41,8 +41,8 @@ def test_model_reads_no_files() -> None:
 def test_public_names() -> None:
     assert all(getattr(llm_barber, name) is not None for name in llm_barber.__all__)
     assert set(llm_barber.__all__) == {
-        "BarberError", "EvaluateConfig", "Evaluation", "InspectConfig", "Inspection", "PruneConfig", "RebuildConfig",
-        "RunReport", "evaluate", "inspect", "prune", "rebuild",
+        "BarberError", "CompareConfig", "Comparison", "EvaluateConfig", "Evaluation", "InspectConfig", "Inspection",
+        "PruneConfig", "RebuildConfig", "RunReport", "compare", "evaluate", "inspect", "prune", "rebuild",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_barber.comparison.compare import CompareConfig, Comparison, compare
     from llm_barber.config import PruneConfig, RebuildConfig
     from llm_barber.errors import BarberError
     from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 __version__ = version("llm-barber")
 __all__ = [
     "BarberError",
+    "CompareConfig",
+    "Comparison",
     "EvaluateConfig",
     "Evaluation",
     "InspectConfig",
@@ -22,6 +25,7 @@ __all__ = [
     "PruneConfig",
     "RebuildConfig",
     "RunReport",
+    "compare",
     "evaluate",
     "inspect",
     "prune",
@@ -31,6 +35,8 @@ __all__ = [
 # Imported when first asked for: `--help` should not wait for transformers.
 _MODULES = {
     "BarberError": "errors",
+    "CompareConfig": "comparison.compare",
+    "Comparison": "comparison.compare",
     "EvaluateConfig": "evaluation.evaluate",
     "Evaluation": "evaluation.evaluate",
     "InspectConfig": "inspection",
@@ -38,6 +44,7 @@ _MODULES = {
     "PruneConfig": "config",
     "RebuildConfig": "config",
     "RunReport": "report",
+    "compare": "comparison.compare",
     "evaluate": "evaluation.evaluate",
     "inspect": "inspection",
     "prune": "pruning",

@@ -25,7 +25,7 @@ from llm_barber.demo import DemoRow
 from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.inspection import Inspection
 from llm_barber.plan import Plan
-from llm_barber.report import RunReport
+from llm_barber.report import PAGE_NAME, RunReport
 
 PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
 
@@ -131,6 +131,8 @@ def show_run(report: RunReport) -> None:
         f"{report.dtype} on {report.device}"
     )
     console.print(f"check it: llm-barber inspect {report.output}", soft_wrap=True)
+    if report.settings.get("report"):
+        console.print(f"look at it: {Path(report.output) / PAGE_NAME}", soft_wrap=True)
 
 
 def _error_change(report: RunReport, index: int) -> str:

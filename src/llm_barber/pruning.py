@@ -16,6 +16,7 @@ from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import (
+    PAGE_NAME,
     LayerResult,
     RunReport,
     model_card,
@@ -131,6 +132,10 @@ def _run(
         )
         writer.write_file(RECORD_NAME, report.to_json().encode())
         writer.write_file("README.md", model_card(report).encode())
+        if config.report:
+            from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
+
+            writer.write_file(PAGE_NAME, run_page(report).encode())
         writer.finish()
     if rebuild_settings is not None and report.swapped == 0:
         progress.warn(

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 RECORD_VERSION = 1
+PAGE_NAME = "report.html"
 CITATION = """@article{su2024llmbarber,
   title={LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large Language Models},
   author={Su, Yupeng and Guan, Ziyi and Liu, Xiaoqun and Jin, Tianlai and Wu, Dongkuan and Chen, Zhengfei and

@@ -24,6 +24,7 @@ from llm_barber.cli.options import (
     OverwriteOption,
     QuietOption,
     RatioOption,
+    ReportOption,
     RevisionOption,
     SamplesOption,
     SeedOption,
@@ -97,6 +98,7 @@ def prune(
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     overwrite: OverwriteOption = False,
+    report: ReportOption = True,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -111,6 +113,7 @@ def prune(
         granularity=granularity, rebuild_ratio=rebuild_ratio, initial_granularity=initial_granularity,
         keep_updates=keep_updates, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
+        report=report,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 
@@ -153,6 +156,7 @@ def rebuild(
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     overwrite: OverwriteOption = False,
+    report: ReportOption = True,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -166,6 +170,7 @@ def rebuild(
         dense=dense, pruned=pruned, output=out, initial=initial, pattern=pattern, granularity=granularity,
         rebuild_ratio=rebuild_ratio, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
+        report=report,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 
@@ -235,6 +240,14 @@ def evaluate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep/--no-keep",
+            help="Keep the result in MODEL/evaluation.json and its report.html, if llm-barber made MODEL.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = True,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -247,6 +260,7 @@ def evaluate(
     from llm_barber.console import ConsoleProgress, show_evaluation
     from llm_barber.evaluation.evaluate import EvaluateConfig
     from llm_barber.evaluation.evaluate import evaluate as run
+    from llm_barber.page.write import keep_with_model
 
     config = EvaluateConfig(
         model=model, against=against, text=tuple(text) if text else None, windows=windows, seqlen=seqlen,
@@ -254,6 +268,8 @@ def evaluate(
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         result = run(config, progress)
+        if keep:
+            keep_with_model(result, progress)
     if json:
         _print_json(result.model_dump(mode="json"))
     else:
@@ -344,6 +360,24 @@ def compare(
             f"{comparison.failures[0].failure}",
             "the table names them; the others are kept",
         )
+
+
+@app.command(epilog="Examples:\n\nllm-barber report pruned\n\nllm-barber report pruned --output pruned.html")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that prune or rebuild wrote.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write this file. (default: OUT/report.html)", show_default=False),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Make the page of a finished run: settings, errors, swaps, sparsity, time, and its evaluation if there is one.
+
+    One HTML file that needs no network. prune and rebuild make it, too, unless --no-report.
+    """
+    from llm_barber.page.write import write_page
+
+    print(write_page(folder, output))
 
 
 @app.command(epilog="Examples:\n\nllm-barber demo\n\nllm-barber demo --output /tmp/demo --prompt 'Once upon a time'")

@@ -95,5 +95,9 @@ OverwriteOption = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace OUT once the new one is complete.", rich_help_panel=OUTPUT),
 ]
+ReportOption = Annotated[
+    bool,
+    typer.Option("--report/--no-report", help="Write OUT/report.html, a page with plots.", rich_help_panel=OUTPUT),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT)]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=OUTPUT)]

@@ -326,6 +326,7 @@ def _run_cell(
                 device=config.device,
                 dtype=config.dtype,
                 overwrite=True,
+                report=False,
                 **settings,
             ),
             progress,

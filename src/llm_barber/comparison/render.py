@@ -5,6 +5,7 @@ from pathlib import Path
 from llm_barber.comparison.cells import write_durably
 from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.tables import comma_separated, markdown
+from llm_barber.page.comparison_page import comparison_page, comparison_picture
 
 NAME = "comparison"
 
@@ -15,6 +16,9 @@ def write_files(comparison: Comparison, folder: Path) -> None:
         "json": comparison.model_dump_json(indent=1) + "\n",
         "csv": comma_separated(comparison),
         "md": markdown(comparison),
+        "svg": comparison_picture(comparison),
+        "html": comparison_page(comparison),
     }
     for ending, content in contents.items():
-        write_durably(folder / f"{NAME}.{ending}", content)
+        if content is not None:
+            write_durably(folder / f"{NAME}.{ending}", content)

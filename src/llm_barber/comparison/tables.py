@@ -102,6 +102,16 @@ def blocks(comparison: Comparison) -> list[Block]:
     return found
 
 
+def perplexities(comparison: Comparison) -> dict[tuple[Method, bool], dict[str, float]]:
+    """Mean perplexity over seeds on the first text, by method and whether it was rebuilt, then by target."""
+    found: dict[tuple[Method, bool], dict[str, list[float]]] = {}
+    for cell in comparison.cells:
+        if cell.result is not None and cell.result.evaluation.texts:
+            points = found.setdefault((cell.method, cell.rebuilt), {})
+            points.setdefault(cell.target, []).append(cell.result.evaluation.texts[0].perplexity)
+    return {row: {target: _mean(values) for target, values in points.items()} for row, points in found.items()}
+
+
 def notes(comparison: Comparison) -> list[str]:
     """What the numbers depend on, and what could not be done, a sentence each."""
     settings = comparison.settings

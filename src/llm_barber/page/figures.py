@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import resources
 from typing import TypeGuard
 
 import matplotlib
@@ -26,7 +27,9 @@ UNITS_PER_INCH = 72  # of matplotlib's SVG
 WIDTH = 928  # of the page's column; a panel is half of it
 PANEL_WIDTH = 448
 TEXT, RULE, BEFORE, AFTER, HEAT, BAR, PAGE = (f"#0102{number:02x}" for number in range(7))
+SERIES = [f"#0103{number:02x}" for number in range(6)]  # of methods
 CSS_COLOURS = {
+    **{stand_in: f"var(--series-{number})" for number, stand_in in enumerate(SERIES)},
     TEXT: "currentColor",
     RULE: "var(--rule)",
     BEFORE: "var(--before)",
@@ -78,8 +81,8 @@ def error_panel(
     Takes the figure's `name`, unique on its page, and errors layer by layer; what is missing, zero or not finite leaves
     a gap. `limits`, of `log_limits`, are shared by panels that are to be compared.
     """
-    with _figure(PANEL_WIDTH, 250) as figure:
-        axes = figure.add_axes(_inside(figure, left=62, right=8, top=12, bottom=44))
+    with figure_of_page(PANEL_WIDTH, 250) as figure:
+        axes = figure.add_axes(inside(figure, left=62, right=8, top=12, bottom=44))
         marker = "o" if len(layers) <= 40 else None  # more would run into each other
         size = 7 if len(layers) < 4 else 4
         for values, colour, dashes in ((before, BEFORE, (4, 2)), (after, AFTER, ())):
@@ -90,10 +93,10 @@ def error_panel(
         steps = (1.0,) if limits[1] / limits[0] > 100 else (1.0, 2.0, 5.0)
         axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=8))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.grid(axis="y")
         _layer_axis(axes, layers)
-        return _svg(figure, name, f"{block}: reconstruction error before and after the rebuild, by decoder layer")
+        return svg(figure, name, f"{block}: reconstruction error before and after the rebuild, by decoder layer")
 
 
 def log_limits(values: Sequence[float | None]) -> tuple[float, float] | None:
@@ -126,8 +129,8 @@ def heat_map(
     """
     left = 16 + round(7.3 * max(len(row) for row in rows))  # 7.3: width of a letter of the 12 unit monospaced font
     cell = min(48.0, max(5.0, (WIDTH - left - 100) / len(layers)))
-    with _figure(left + round(cell * len(layers)) + 100, 24 * len(rows) + 56) as figure:
-        axes = figure.add_axes(_inside(figure, left=left, right=100, top=8, bottom=48))
+    with figure_of_page(left + round(cell * len(layers)) + 100, 24 * len(rows) + 56) as figure:
+        axes = figure.add_axes(inside(figure, left=left, right=100, top=8, bottom=48))
         grid = np.ma.masked_invalid([[values.get((row, layer), math.nan) for layer in layers] for row in rows])
         edges = np.arange(len(layers) + 1) - 0.5
         mesh = axes.pcolormesh(
@@ -138,23 +141,23 @@ def heat_map(
         axes.set_yticks(range(len(rows)), rows, family="monospace", parse_math=False)
         axes.spines[:].set_visible(True)
         _layer_axis(axes, layers, positions=range(len(layers)))
-        scale = figure.add_axes(_inside(figure, left=figure.bbox.width - 84, right=70, top=8, bottom=48))
+        scale = figure.add_axes(inside(figure, left=figure.bbox.width - 84, right=70, top=8, bottom=48))
         bar = figure.colorbar(mesh, cax=scale, ticks=MaxNLocator(4, steps=STEPS))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}{SPACE}%"))
         bar.outline.set_edgecolor(RULE)
-        return _svg(figure, name, label)
+        return svg(figure, name, label)
 
 
 def layer_bars(name: str, layers: Sequence[int], values: Sequence[float], unit: str, label: str) -> Markup:
     """A bar for each layer, from zero. Takes the figure's `name`, unique on its page."""
-    with _figure(min(WIDTH, 120 + 40 * len(layers)), 180) as figure:
-        axes = figure.add_axes(_inside(figure, left=62, right=8, top=12, bottom=44))
+    with figure_of_page(min(WIDTH, 120 + 40 * len(layers)), 180) as figure:
+        axes = figure.add_axes(inside(figure, left=62, right=8, top=12, bottom=44))
         axes.bar(layers, values, width=0.75, color=BAR)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
         axes.set_ylabel(unit)
         axes.grid(axis="y")
         _layer_axis(axes, layers)
-        return _svg(figure, name, label)
+        return svg(figure, name, label)
 
 
 def _layer_axis(axes: Axes, layers: Sequence[int], positions: Sequence[int] | None = None) -> None:
@@ -167,7 +170,8 @@ def _layer_axis(axes: Axes, layers: Sequence[int], positions: Sequence[int] | No
     axes.set_xlabel("decoder layer")
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
+    """A number at a log axis."""
     if 1e-4 <= value < 1e4:
         return f"{value:g}"
     mantissa, exponent = f"{value:.0e}".split("e")
@@ -175,7 +179,7 @@ def _tick(value: float) -> str:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def figure_of_page(width: float, height: float) -> Iterator[Figure]:
     """A figure in the page's style, whatever the user's matplotlib settings are; they are as before afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -183,13 +187,13 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width / UNITS_PER_INCH, height / UNITS_PER_INCH), dpi=UNITS_PER_INCH)
 
 
-def _inside(figure: Figure, left: float, right: float, top: float, bottom: float) -> tuple[float, float, float, float]:
+def inside(figure: Figure, left: float, right: float, top: float, bottom: float) -> tuple[float, float, float, float]:
     """The rectangle for `add_axes` that leaves these margins."""
     width, height = figure.bbox.width, figure.bbox.height
     return left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height
 
 
-def _svg(figure: Figure, name: str, label: str) -> Markup:
+def svg(figure: Figure, name: str, label: str) -> Markup:
     """The figure as an `<svg>` element; ids begin with `name`, `label` is what a screen reader says."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -209,4 +213,35 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
     return Markup(
         f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}" '
         f'style="--natural: {width:g}px">{body}'
+    )
+
+
+def standalone(figure: Markup, key: Sequence[tuple[str, int | None, bool]]) -> str:
+    """A figure of a page as an SVG file of its own: the page's light colours on white, and a key below.
+
+    Takes the figure and the key's entries: words, number of the colour (None: the text's), whether it is dashed.
+    """
+    style = (resources.files("llm_barber.page") / "templates" / "base.html.j2").read_text(encoding="utf-8")
+    root = style[style.index(":root {") :]
+    colours = root[: root.index("}") + 1]
+    opening, _, body = str(figure).partition(">")
+    found = re.search(r'viewBox="0 0 (\d+) (\d+)"', opening)
+    assert found is not None
+    width, height = int(found[1]), int(found[2])
+    columns = 3
+    entries = []
+    for number, (words, colour, dashed) in enumerate(key):
+        x, y = 62 + number % columns * (width - 70) // columns, height + 20 + number // columns * 22
+        stroke = "currentColor" if colour is None else f"var(--series-{colour})"
+        dashes = ' stroke-dasharray="1.5 3"' if colour is None else ' stroke-dasharray="6 3"' if dashed else ""
+        entries.append(
+            f'<line x1="{x}" x2="{x + 28}" y1="{y - 4}" y2="{y - 4}" stroke="{stroke}" stroke-width="2"{dashes}/>'
+            f'<text x="{x + 36}" y="{y}" font-size="12" fill="currentColor">{html.escape(words)}</text>'
+        )
+    total = height + 30 + (len(key) - 1) // columns * 22
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{total}" viewBox="0 0 {width} {total}">'
+        f"<style>{colours} svg {{ color: var(--ink); font-family: var(--sans); }}</style>"
+        f'<rect width="{width}" height="{total}" fill="var(--page)"/>'
+        f"{body.rstrip().removesuffix('</svg>')}{''.join(entries)}</svg>\n"
     )

@@ -1,11 +1,8 @@
 """The page of a run: numbers as the report has them, one file that needs nothing else, and no overflow in a browser."""
 
-import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,7 @@ from llm_barber.page.environment import SPACE, duration, memory, model_name, num
 from llm_barber.page.figures import CSS_COLOURS, log_limits
 from llm_barber.page.run_page import run_page
 from llm_barber.report import BlockResult, LayerResult, LinearResult, RunReport
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+from tests.page.browser import measure, needs_browser
 
 
 def make_linear(name: str, layer: int, rebuilt: bool, equal: bool) -> LinearResult:
@@ -314,42 +309,6 @@ def test_other_ways_to_write_numbers() -> None:
     assert [model_name(model) for model in ("org/model", "/a/b/model/", "./model", "/")] == [
         "org/model", "model", "model", "/",
     ]  # fmt: skip
-
-
-WRAPPER = """<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
-<iframe src="page.html" width="1280" height="800"></iframe><iframe src="page.html" width="400" height="800"></iframe>
-<script>
-addEventListener("load", () => {
-  const found = [...document.querySelectorAll("iframe")].map(frame => {
-    const inside = frame.contentWindow, root = frame.contentDocument.documentElement;
-    const closed = root.scrollWidth;
-    frame.contentDocument.querySelectorAll("details").forEach(details => { details.open = true; });
-    const style = inside.getComputedStyle(frame.contentDocument.body);
-    return {
-      width: inside.innerWidth, closed: closed, open: root.scrollWidth, page: style.backgroundColor, ink: style.color,
-      figures: [...frame.contentDocument.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().width),
-    };
-  });
-  document.documentElement.setAttribute("data-found", JSON.stringify(found));
-});
-</script>
-"""
-
-
-def measure(page: str, folder: Path, dark: bool) -> tuple[list[Mapping[str, Any]], list[str]]:
-    """The page in frames 1280 and 400 pixels wide (a window cannot be that narrow), and what the console said."""
-    assert BROWSER is not None
-    (folder / "page.html").write_text(page)
-    (folder / "wrapper.html").write_text(WRAPPER)
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-        f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--window-size=1700,900", "--enable-logging=stderr", "--dump-dom", (folder / "wrapper.html").as_uri(),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    found = re.search(r'data-found="([^"]*)"', result.stdout)
-    assert found, result.stderr
-    return json.loads(unescape(found[1])), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
 @needs_browser

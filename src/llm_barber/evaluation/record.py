@@ -1,0 +1,36 @@
+"""The evaluation kept beside a pruned model's record, for its page."""
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from llm_barber.evaluation.evaluate import Evaluation
+
+EVALUATION_NAME = "evaluation.json"
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """What is kept; None if there is nothing, or nothing readable."""
+    try:
+        return Evaluation.model_validate_json((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return None
+
+
+def keep_evaluation(folder: Path, evaluation: Evaluation) -> Evaluation:
+    """Keep an evaluation of the folder's model; what it has not measured again stays, if it was measured alike.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    kept = read_evaluation(folder)
+    alike = ("against", "device", "dtype", "versions")
+    if kept is not None and all(getattr(kept, name) == getattr(evaluation, name) for name in alike):
+        texts = {text.text: text for text in (*kept.texts, *evaluation.texts)}
+        tasks = {(task.task, task.metric): task for task in (*kept.tasks, *evaluation.tasks)}
+        evaluation = evaluation.model_copy(update={"texts": tuple(texts.values()), "tasks": tuple(tasks.values())})
+    temporary = folder / f"{EVALUATION_NAME}.tmp"
+    temporary.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / EVALUATION_NAME)
+    return evaluation

@@ -1,0 +1,51 @@
+"""The page of a finished run in its folder, and the evaluation that it shows."""
+
+import os
+from pathlib import Path
+
+from llm_barber.checkpoint.source import RECORD_NAME
+from llm_barber.errors import ModelError, OutputError
+from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.evaluation.record import keep_evaluation, read_evaluation
+from llm_barber.inspection import read_record
+from llm_barber.page.run_page import run_page
+from llm_barber.progress import Progress
+from llm_barber.report import PAGE_NAME
+
+
+def write_page(folder: Path, output: Path | None = None) -> Path:
+    """Make the page of a folder's record, with its evaluation if there is one, and return where it is.
+
+    Args:
+        folder: what `prune` or `rebuild` wrote.
+        output: the file to write; None: `report.html` in the folder.
+
+    Raises:
+        ModelError: the folder has no record, or a damaged one.
+        OutputError: the page cannot be written.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder", "give a folder that llm-barber prune or rebuild wrote")
+    report = read_record(folder)
+    if report is None:
+        raise ModelError(f"{folder} has no record (barber.json)", "only what llm-barber wrote has one")
+    path = output or folder / PAGE_NAME
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(run_page(report, read_evaluation(folder)), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", "choose another file with --output") from error
+    return path
+
+
+def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
+    """Keep an evaluation beside the record of its model, and show it on the page; other models are left alone."""
+    folder = Path(evaluation.model).expanduser()
+    if not (folder / RECORD_NAME).is_file():
+        return
+    try:
+        keep_evaluation(folder, evaluation)
+        write_page(folder)
+    except (OSError, OutputError, ModelError) as error:
+        progress.warn(f"the evaluation could not be kept in {folder}: {error}")

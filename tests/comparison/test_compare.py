@@ -1,0 +1,217 @@
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm_barber.comparison.compare as module
+from llm_barber import CompareConfig, Comparison, EvaluateConfig, PruneConfig, compare, evaluate, prune
+from llm_barber.checkpoint.folder import locked
+from llm_barber.comparison.compare import MARKER, Method
+from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
+from llm_barber.masking.granularity import Granularity
+from tests.conftest import make_model
+from tests.evaluation.test_evaluate import add_tokenizer
+from tests.evaluation.test_tasks import QUESTIONS
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    model = make_model(tmp_path / "model", "llama")
+    add_tokenizer(model)
+    text = "".join(chr(33 + (7 * place * place + place) % 90) for place in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    return {
+        "model": model,
+        "output": tmp_path / "out",
+        "methods": ("magnitude", "wanda"),
+        "targets": ("0.5", "2:4"),
+        "rebuild_settings": {Method.WANDA: (Granularity.BLOCK, 0.5)},
+        "calibration": str(tmp_path / "text.txt"),
+        "samples": 3,
+        "seqlen": 24,
+        "seeds": (0, 1),
+        "text": (str(tmp_path / "text.txt"),),
+        "windows": 4,
+        "text_seqlen": 24,
+        "tasks_folder": tmp_path / "tasks",
+        "task_seeds": 1,
+        "dtype": "float32",
+    }
+
+
+class Counter:
+    """Counts calls of `prune`, and may stop at one."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.calls = 0
+        self.stop_at = stop_at
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        return prune(*arguments)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    counter = Counter()
+    monkeypatch.setattr(module, "prune", counter)
+    return counter
+
+
+def numbers(comparison: Comparison) -> list[Any]:
+    """Everything but times and memory."""
+    return [
+        (cell.method, cell.rebuilt, cell.target, cell.seed, cell.result and cell.result.evaluation)
+        for cell in comparison.cells
+    ]
+
+
+def test_cells_are_what_prune_and_evaluate_give(settings: dict[str, Any], tmp_path: Path, counter: Counter) -> None:
+    comparison = compare(CompareConfig(**settings))
+    # Two targets; for seed 0 two methods, each twice; magnitude without rebuild only for that one.
+    assert len(comparison.cells) == counter.calls == 2 * (4 + 3)
+    assert comparison.failures == []
+    cells = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell.result for cell in comparison.cells}
+    for target in ("0.5", "2:4"):
+        own = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+        by_hand = prune(
+            PruneConfig(
+                model=settings["model"], output=tmp_path / "by-hand", overwrite=True, granularity="block",
+                rebuild_ratio=0.5, calibration=settings["calibration"], samples=3, seqlen=24, seed=1,
+                dtype="float32", **own,
+            )
+        )  # fmt: skip
+        measured = evaluate(
+            EvaluateConfig(model=by_hand.output, against=settings["model"], text=settings["text"], windows=4, seqlen=24,
+                           dtype="float32")
+        )  # fmt: skip
+        cell = cells[Method.WANDA, True, target, 1]
+        assert cell is not None
+        assert cell.evaluation.texts == measured.texts
+        assert (cell.sparsity, cell.swapped, cell.granularity) == (by_hand.sparsity, by_hand.swapped, "block")
+        assert cell.swapped > 0
+    for (_, _, _, seed), cell in cells.items():
+        assert cell is not None
+        assert [task.task for task in cell.evaluation.tasks] == (["questions"] * 2 if seed == 0 else [])
+    assert comparison.dense.texts[0].against is not None
+    assert comparison.dense.texts[0].against.divergence == 0
+    assert not (settings["output"] / "work").exists() or not any((settings["output"] / "work").iterdir())
+
+
+def test_an_interrupted_comparison_goes_on(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CompareConfig(**settings)
+    whole = compare(CompareConfig(**settings | {"output": tmp_path / "whole"}))
+    stopped = Counter(stop_at=4)
+    monkeypatch.setattr(module, "prune", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config)
+    assert "magnitude" in (config.output / "comparison.md").read_text()  # what there was
+    rest = Counter()
+    monkeypatch.setattr(module, "prune", rest)
+    assert numbers(compare(config)) == numbers(whole)
+    assert rest.calls == 14 - 3
+    again = Counter()
+    monkeypatch.setattr(module, "prune", again)
+    monkeypatch.setattr(module, "Evaluator", None)  # not even the texts are read
+    assert numbers(compare(config)) == numbers(whole)
+    assert again.calls == 0
+
+
+def test_a_cell_is_done_again_if_anything_it_depends_on_changed(settings: dict[str, Any], counter: Counter) -> None:
+    small = settings | {
+        "methods": ("wanda",),
+        "targets": ("0.5",),
+        "rebuild": False,
+        "rebuild_settings": {},
+        "seeds": (0,),
+    }
+
+    def done(**changes: Any) -> int:
+        before = counter.calls
+        compare(CompareConfig(**small | changes))
+        return counter.calls - before
+
+    assert done() == 1
+    assert done() == 0
+    assert [done(samples=2), done(text_seqlen=20), done(seeds=(5,)), done(limit=3)] == [1, 1, 1, 1]
+    assert done() == 0
+    (cell,) = (settings["output"] / "cells").glob("wanda-0.5-seed5*")
+    cell.write_text(cell.read_text()[:-100])
+    assert done(seeds=(5,)) == 1  # damaged
+    text = Path(settings["calibration"])
+    text.write_text(text.read_text()[:200] + "!" + text.read_text()[201:])
+    assert done() == 1
+    make_model(settings["model"], "llama", seed=3)
+    assert done() == 1
+
+
+def test_a_cell_that_fails_is_named_and_others_go_on(settings: dict[str, Any], counter: Counter) -> None:
+    small = settings | {"rebuild": False, "rebuild_settings": {}, "seeds": (0,), "targets": ("0.5", "3:7")}
+    comparison = compare(CompareConfig(**small))
+    assert [(cell.method, cell.target) for cell in comparison.failures] == [
+        (Method.MAGNITUDE, "3:7"), (Method.WANDA, "3:7"),
+    ]  # fmt: skip
+    assert "does not divide" in str(comparison.failures[0].failure)
+    page = (settings["output"] / "comparison.md").read_text()
+    assert "Not done: Wanda at 3:7, seed 0: pattern 3:7 does not divide" in page
+
+
+def test_files(settings: dict[str, Any]) -> None:
+    comparison = compare(CompareConfig(**settings))
+    folder = settings["output"]
+    assert Comparison.model_validate_json((folder / "comparison.json").read_text()) == comparison
+    with (folder / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    found = [
+        float(line["value"])
+        for line in lines
+        if (line["method"], line["rebuilt"], line["target"], line["seed"], line["metric"])
+        == ("wanda", "True", "2:4", "1", "perplexity")
+    ]
+    (expected,) = [
+        cell.result.evaluation.texts[0].perplexity
+        for cell in comparison.cells
+        if cell.result and (cell.method, cell.rebuilt, cell.target, cell.seed) == (Method.WANDA, True, "2:4", 1)
+    ]
+    assert found == [expected]
+    assert (folder / "comparison.svg").read_text().startswith("<svg")
+    assert "<!DOCTYPE html>" in (folder / "comparison.html").read_text()
+
+
+def test_keep_models(settings: dict[str, Any]) -> None:
+    small = settings | {"methods": ("wanda",), "targets": ("0.5",), "seeds": (0,), "keep_models": True}
+    compare(CompareConfig(**small))
+    models = sorted((settings["output"] / "models").iterdir())
+    assert [path.name.rpartition("-")[0] for path in models] == ["wanda-0.5-seed0", "wanda-rebuilt-0.5-seed0"]
+    assert all((path / "model.safetensors.index.json").exists() for path in models)
+
+
+def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="target 'half' is neither a sparsity"):
+        CompareConfig(**settings | {"targets": ("half",)})
+    with pytest.raises(SettingsError, match="1.5 is not between 0 and 1"):
+        CompareConfig(**settings | {"targets": ("1.5",)})
+    with pytest.raises(SettingsError, match="methods.0: Input should be 'magnitude'"):
+        CompareConfig(**settings | {"methods": ("wands",)})
+    with pytest.raises(SettingsError, match="switched off"):
+        CompareConfig(**settings | {"rebuild": False})
+    with pytest.raises(CalibrationError, match="no such text"):
+        compare(CompareConfig(**settings | {"text": ("nothing",)}))
+    with pytest.raises(ModelError, match="no such model"):
+        compare(CompareConfig(**settings | {"model": tmp_path / "none"}))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine").touch()
+    with pytest.raises(OutputError, match=f"exists and has no {MARKER}"):
+        compare(CompareConfig(**settings | {"output": other}))
+    with locked(settings["output"] / MARKER), pytest.raises(OutputError, match="another run is writing"):
+        compare(CompareConfig(**settings))

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+
+from llm_barber import EvaluateConfig, PruneConfig, evaluate, inspect, prune
+from llm_barber.errors import ModelError, OutputError
+from llm_barber.evaluation.record import read_evaluation
+from llm_barber.inspection import InspectConfig
+from llm_barber.page.write import keep_with_model, write_page
+from llm_barber.progress import Silent
+from tests.evaluation.test_evaluate import add_tokenizer
+
+
+@pytest.fixture
+def pruned(llama: Path, tokens: Path, tmp_path: Path) -> Path:
+    add_tokenizer(llama)
+    prune(PruneConfig(model=llama, output=tmp_path / "pruned", calibration=tokens))
+    return tmp_path / "pruned"
+
+
+def test_every_run_has_a_page(pruned: Path, llama: Path, tokens: Path, tmp_path: Path) -> None:
+    page = (pruned / "report.html").read_text()
+    assert "record of a prune run" in page
+    assert 'id="evaluation"' not in page
+    assert write_page(pruned) == pruned / "report.html"
+    assert (pruned / "report.html").read_text() == page
+    assert write_page(pruned, tmp_path / "other.html").read_text() == page
+    assert inspect(InspectConfig(model=pruned, dense=llama)).problems == ()
+    prune(PruneConfig(model=llama, output=tmp_path / "plain", calibration=tokens, report=False))
+    assert not (tmp_path / "plain" / "report.html").exists()
+
+
+def test_evaluations_are_kept_and_shown(pruned: Path, llama: Path, tmp_path: Path) -> None:
+    texts = []
+    for name in ("one", "two"):
+        texts.append(str(tmp_path / f"{name}.txt"))
+        (tmp_path / f"{name}.txt").write_text(name * 30)
+    for text in texts:
+        keep_with_model(evaluate(EvaluateConfig(model=pruned, text=(text,), seqlen=16)), Silent())
+    kept = read_evaluation(pruned)
+    assert kept is not None
+    assert [text.text for text in kept.texts] == texts
+    assert 'id="evaluation"' in (pruned / "report.html").read_text()
+    # Measured against another model it is another evaluation.
+    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=llama, text=(texts[0],), seqlen=16)), Silent())
+    kept = read_evaluation(pruned)
+    assert kept is not None
+    assert [text.text for text in kept.texts] == texts[:1]
+    assert inspect(InspectConfig(model=pruned, dense=llama)).problems == ()
+    # A model that is not ours is left alone.
+    keep_with_model(evaluate(EvaluateConfig(model=llama, text=(texts[0],), seqlen=16)), Silent())
+    assert not (llama / "evaluation.json").exists()
+
+
+def test_bad_input(pruned: Path, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no record"):
+        write_page(llama)
+    with pytest.raises(ModelError, match="is not a folder"):
+        write_page(tmp_path / "none")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_page(pruned, tmp_path / "no" / "such" / "page.html")
+    (pruned / "evaluation.json").write_text("{")
+    write_page(pruned)
