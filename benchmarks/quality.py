@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from common import machine, model_folder
+from quality_page import write_page
 
 from llm_barber.comparison.cells import CellResult
 from llm_barber.comparison.compare import (
@@ -25,6 +26,7 @@ from llm_barber.comparison.compare import (
     compare,
     make_runner,
 )
+from llm_barber.comparison.tables import markdown
 from llm_barber.config import PruneConfig, RebuildConfig
 from llm_barber.console import ConsoleProgress
 from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluator
@@ -49,7 +51,7 @@ CALIBRATION_ROWS = (
     (Method.MAGNITUDE, True),
     (Method.SPARSEGPT_UPDATES, False),
 )
-STAGES = ("main", "choice", "sequences", "order")
+STAGES = ("choice", "first", "order", "sequences", "main")
 
 
 class Quality:
@@ -129,12 +131,16 @@ class Quality:
         best[Method.SPARSEGPT_UPDATES] = best[Method.SPARSEGPT]
         return best
 
-    def main(self, progress: Progress) -> Comparison:
-        """All methods at all targets, three seeds."""
+    def first(self, progress: Progress) -> Comparison:
+        """All methods at all targets with the first seed: the tables, should there be no time for the others."""
+        return self.main(progress, self.seeds[:1])
+
+    def main(self, progress: Progress, seeds: tuple[int, ...] | None = None) -> Comparison:
+        """All methods at all targets, all seeds."""
         config = CompareConfig(
             **self.common,
             targets=TARGETS,
-            seeds=self.seeds,
+            seeds=seeds or self.seeds,
             rebuild_settings=self.chosen(progress),
             tasks=TASKS,
             tasks_folder=Path("tasks"),
@@ -209,11 +215,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and tasks/")
     parser.add_argument("--model", help="an ordinary checkpoint (default: SmolLM2-135M from its package)")
     parser.add_argument("--name", default="smollm2-135m", help="of the results")
+    parser.add_argument("--title", default="SmolLM2-135M-Instruct (from a 4-bit GGUF)", help="of its part of the page")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=500, help="examples of each task")
+    parser.add_argument("--limit", type=int, default=300, help="examples of each task")
     parser.add_argument("--only", choices=STAGES)
     options = parser.parse_args()
     model = str(Path(model_folder(options.model)).resolve())
@@ -221,8 +228,15 @@ def main() -> None:
     seeds = tuple(int(seed) for seed in options.seeds.split(","))
     quality = Quality(model, options.name, seeds, options.samples, options.seqlen, options.windows, options.limit)
     with ConsoleProgress() as progress:
-        for stage in (options.only,) if options.only else ("choice", "main", "order", "sequences"):
-            getattr(quality, stage)(progress)
+        if options.only:
+            getattr(quality, options.only)(progress)
+            return
+        quality.first(progress)
+        order, sequences = quality.order(progress), quality.sequences(progress)
+        comparison, choice = quality.main(progress), quality.choice(progress)
+    title = options.title or options.name
+    write_page(ROOT / "docs" / "results.md", options.name, title, machine(), comparison, choice, sequences, order)
+    print(markdown(comparison.model_copy(update={"model": title})))
     print(machine())
 
 

@@ -97,7 +97,7 @@ class CellRunner:
             progress.stage("measuring the dense model")
             evaluation = self.evaluator.measure(self.evaluator.config.model, progress)
             kept = DenseResult(key=key, evaluation=evaluation.model_copy(update={"model": DENSE, "against": DENSE}))
-            write_durably(path, kept.model_dump_json(indent=1))
+            write_durably(path, kept.model_dump_json())
         return kept.evaluation
 
     def finished(self, name: str, settings: Mapping[str, Any], with_tasks: bool = True) -> CellResult | None:
@@ -150,7 +150,7 @@ class CellRunner:
             # The folder is gone, or has another name on another machine.
             evaluation=evaluation.model_copy(update={"model": name, "against": DENSE}),
         )
-        write_durably(path, result.model_dump_json(indent=1))
+        write_durably(path, result.model_dump_json())
         return result
 
     def _place(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:
