@@ -15,6 +15,10 @@ RELEASED = DATA / "released-masks"
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 64}
 LLAMA_LIKE = {**COMMON, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "model_type": "gemma3_text", **LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "llama": {"model_type": "llama", **LLAMA_LIKE, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", **LLAMA_LIKE, "sliding_window": 8},
     "opt": {"model_type": "opt", **COMMON, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32},

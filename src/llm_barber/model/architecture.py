@@ -60,6 +60,7 @@ OPT = Architecture(
 
 # By `model_type` of the configuration. Each name here has a parity test.
 ARCHITECTURES: dict[str, Architecture] = {
+    "gemma3_text": LLAMA,  # its further norms are outside the blocks
     "llama": LLAMA,
     "mistral": LLAMA,
     "opt": OPT,
