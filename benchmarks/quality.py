@@ -83,8 +83,7 @@ class Quality:
             "windows": windows,
             "text_seqlen": 1024,
         }
-        # Half the windows, of two texts.
-        self.choosing = {**self.common, "text": (TEST, VALIDATION), "windows": max(1, windows // 2)}
+        self.choosing = {**self.common, "text": (TEST, VALIDATION)}
         self.evaluators: dict[EvaluateConfig, Evaluator] = {}
         self.seeds = seeds
         self.limit = limit
@@ -219,7 +218,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--limit", type=int, default=300, help="examples of each task")
     parser.add_argument("--only", choices=STAGES)
     options = parser.parse_args()
