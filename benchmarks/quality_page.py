@@ -122,7 +122,8 @@ def _choice(choice: Choice, comparison: Comparison) -> list[str]:
     return [
         "### Granularity and ratio of the rebuild",
         "",
-        "At 50 %, first seed. Bold: the best on the validation text, which the tables above use. Error: mean reconstruction error of the blocks after the rebuild against before.",
+        "At 50 %, first seed. Bold: the best on the validation text, which the tables above use. Error: mean "
+        "reconstruction error of the blocks after the rebuild against before.",
         "",
         *markdown_table(
             ["method", "granularity", "ratio", "swapped", *(f"{name} error" for name in names), "validation", "test"],

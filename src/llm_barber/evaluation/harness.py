@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from llm_barber.errors import HubError, TaskError, first_line
 from llm_barber.evaluation.streamed import StreamedModel
-from llm_barber.evaluation.tasks import CONTINUED, Task, TaskResult, TaskRun, mean_and_standard_error
+from llm_barber.evaluation.tasks import CONTINUED, PAPER_TASKS, Task, TaskResult, TaskRun, mean_and_standard_error
 from llm_barber.model.device import resolve_batch_size
 from llm_barber.progress import Progress
 
@@ -213,9 +214,11 @@ def _load(tasks: Sequence[Task]) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     for task in tasks:
         if task.examples is None and not manager.match_tasks([task.name]):
+            close = get_close_matches(task.name, manager.all_tasks, n=5, cutoff=0.7)
             raise TaskError(
                 f"lm-eval has no task {task.name}",
-                "list them with `lm-eval ls tasks`; --tasks paper is the paper's set",
+                (f"close: {', '.join(close)}; " if close else "")
+                + f"paper is {', '.join(PAPER_TASKS)}; all: `lm-eval ls tasks`",
             )
         try:
             part = manager.load([task.name if task.examples is None else _configuration(task)])["tasks"]
