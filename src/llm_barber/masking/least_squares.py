@@ -1,0 +1,55 @@
+"""Least squares on a fixed mask: the kept weights that make up best for the pruned ones.
+
+Of a linear W whose inputs have the Gram matrix G = Σ x xᵀ, the values V, zero where pruned, with the least
+V·G·V − 2 V·(WG − L) + λ‖V − W‖², row by row: the squared distance of its output from the target. L is the linear term
+of `swaps.py`. Solved by preconditioned conjugate gradient, all rows at once: every step is one product with G.
+"""
+
+import torch
+from torch import Tensor
+
+
+def least_squares(
+    keep: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    linear: Tensor | None = None,
+    steps: int = 30,
+    damping: float = 0.01,
+) -> Tensor:
+    """New values of the kept weights.
+
+    Args:
+        keep: bool, (out, in), True survives.
+        weight: (out, in), the dense weights, where the search starts and what damping holds it to.
+        gram: float32, (in, in), symmetric, positive semidefinite; any scale.
+        linear: float32, (out, in), L in the scale of `gram`; None: zero.
+        steps: of conjugate gradient.
+        damping: λ, as a share of the mean diagonal of `gram`.
+
+    Returns:
+        float32, (out, in), zero where pruned.
+    """
+    dense = weight.float()
+    diagonal = gram.diagonal()
+    strength = damping * diagonal.mean()
+    preconditioner = 1 / (diagonal + strength).clamp_min(torch.finfo(torch.float32).tiny)
+    kept = keep.to(torch.float32)
+    values = dense * kept
+    # The gradient of half the objective, negated: (WG − L + λW) − (VG + λV), where a weight may move.
+    target = (dense - values) @ gram
+    residual = (target if linear is None else target - linear) * kept
+    prepared = residual * preconditioner
+    direction = prepared.clone()
+    size = (residual * prepared).sum(1, keepdim=True)
+    for _ in range(steps):
+        product = torch.addcmul(direction @ gram, direction, strength) * kept
+        curvature = (direction * product).sum(1, keepdim=True)
+        step = torch.where(curvature > 0, size / curvature, 0)  # a row that is solved stays
+        values.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1)
+        torch.mul(residual, preconditioner, out=prepared)
+        following = (residual * prepared).sum(1, keepdim=True)
+        direction = torch.addcmul(prepared, torch.where(size > 0, following / size, 0), direction)
+        size = following
+    return values

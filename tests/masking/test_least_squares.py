@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from llm_barber.masking.least_squares import least_squares
+
+
+def make(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, keep mask, inputs of the linear in the sparse and in the target model, (tokens, in)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(7, 12, generator=generator)
+    keep = torch.rand(7, 12, generator=generator) < 0.5
+    keep[0] = True
+    keep[1] = False
+    sparse = torch.randn(80, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    return weight, keep, sparse, sparse + 0.3 * torch.randn(80, 12, generator=generator)
+
+
+@pytest.mark.parametrize("other_target", [False, True])
+def test_equals_lstsq_on_the_kept_columns(other_target: bool) -> None:
+    weight, keep, sparse, other = make()
+    target = other if other_target else sparse
+    linear = weight @ ((sparse - target).t() @ sparse)
+    found = least_squares(keep, weight, sparse.t() @ sparse, linear, steps=60, damping=0.0)
+    assert not found[~keep].any()
+    for row in range(len(weight)):
+        columns = keep[row].nonzero().flatten()
+        if len(columns):
+            wanted = torch.linalg.lstsq(
+                sparse[:, columns].double(), (target @ weight[row]).double().unsqueeze(1)
+            ).solution
+            assert found[row, columns].double() == pytest.approx(wanted.flatten(), rel=1e-3, abs=1e-3)
+
+
+def test_damping_holds_to_the_dense_weights() -> None:
+    weight, keep, sparse, _ = make()
+    gram = sparse.t() @ sparse
+    found = least_squares(keep, weight, gram, steps=60, damping=0.1)
+    strength = 0.1 * gram.diagonal().mean()
+    for row in range(len(weight)):
+        columns = keep[row].nonzero().flatten()
+        if len(columns):
+            matrix = gram[columns][:, columns] + strength * torch.eye(len(columns))
+            right = (weight[row] @ gram)[columns] + strength * weight[row, columns]
+            assert torch.allclose(found[row, columns], torch.linalg.solve(matrix, right), rtol=1e-3, atol=1e-3)
+    stiff = least_squares(keep, weight, gram, steps=60, damping=1e6)
+    assert torch.allclose(stiff, weight * keep, atol=1e-4)
+
+
+def test_every_step_lowers_the_error() -> None:
+    weight, keep, sparse, _ = make()
+    gram = sparse.t() @ sparse
+    last = None
+    for steps in range(8):
+        gone = weight - least_squares(keep, weight, gram, steps=steps, damping=0.0)
+        error = ((gone @ gram) * gone).sum(1)
+        assert last is None or (error <= last * (1 + 1e-4) + 1e-3).all()
+        last = error
+
+
+def test_dead_inputs_and_solved_rows() -> None:
+    weight, keep, sparse, _ = make()
+    sparse[:, 3] = 0
+    found = least_squares(keep, weight, sparse.t() @ sparse, steps=200, damping=0.0)
+    assert found.isfinite().all()
+    assert torch.equal(found[:, 3], weight[:, 3] * keep[:, 3])
+    assert torch.allclose(found[0], weight[0], atol=1e-4)  # nothing pruned: nothing to make up for

@@ -1,0 +1,123 @@
+import itertools
+
+import pytest
+import torch
+
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import NofM, Unstructured, holds
+from llm_barber.masking.swaps import swap_pairs
+
+
+def make(rows: int = 5, columns: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, a Gram matrix of correlated inputs, and a linear term."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(50, columns, generator=generator) @ mixing
+    linear = 3 * torch.randn(rows, columns, generator=generator)
+    return weight, inputs.t() @ inputs, linear
+
+
+def error(keep: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, linear: torch.Tensor | None) -> torch.Tensor:
+    """p·G·p − 2 p·l of each row, float64, directly."""
+    pruned = (weight * ~keep).double()
+    total = (pruned @ gram.double() * pruned).sum(1)
+    return total if linear is None else total - 2 * (pruned * linear.double()).sum(1)
+
+
+def all_swaps(keep: torch.Tensor, size: int) -> list[tuple[int, int]]:
+    """Every pair of a pruned and a kept weight of a row that lie in one group."""
+    pairs = itertools.product(range(len(keep)), repeat=2)
+    return [(i, j) for i, j in pairs if not keep[i] and keep[j] and i // size == j // size]
+
+
+def after(keep: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
+    changed = keep.clone()
+    changed[pair[0]], changed[pair[1]] = True, False
+    return changed
+
+
+@pytest.mark.parametrize("with_linear", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_one_swap_within_groups_is_the_best_of_all(seed: int, with_linear: bool) -> None:
+    weight, gram, linear = make(columns=8, seed=seed)
+    term = linear if with_linear else None
+    keep = initial_mask(weight.abs(), NofM(2, 4), Granularity.OUTPUT)
+    found, count = swap_pairs(keep, weight, gram, 1, term, NofM(2, 4))
+    for row in range(len(keep)):
+        before = error(keep[row : row + 1], weight[row : row + 1], gram, None if term is None else term[row : row + 1])
+        candidates = {}
+        for pair in all_swaps(keep[row], 4):
+            changed = after(keep[row], pair).unsqueeze(0)
+            own = None if term is None else term[row : row + 1]
+            candidates[pair] = error(changed, weight[row : row + 1], gram, own).item()
+        best = min(candidates, key=candidates.__getitem__)
+        if candidates[best] < before.item() - 1e-4:
+            assert torch.equal(found[row], after(keep[row], best))
+            assert count[row] == 1
+        else:
+            assert torch.equal(found[row], keep[row])
+
+
+@pytest.mark.parametrize("with_linear", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_one_swap_of_a_row_is_the_better_of_two(seed: int, with_linear: bool) -> None:
+    """The best weight to come with the best to go for it, or the best to go with the best to come for it."""
+    weight, gram, linear = make(seed=seed)
+    term = linear if with_linear else None
+    keep = initial_mask(weight.abs(), Unstructured(0.5), Granularity.OUTPUT)
+    found, _ = swap_pairs(keep, weight, gram, 1, term)
+    for row in range(len(keep)):
+        own = None if term is None else term[row : row + 1]
+
+        def of(mask: torch.Tensor, row: int = row, own: torch.Tensor | None = own) -> float:
+            return error(mask.unsqueeze(0), weight[row : row + 1], gram, own).item()
+
+        pruned, kept = (~keep[row]).nonzero().flatten().tolist(), keep[row].nonzero().flatten().tolist()
+
+        def moved(place: int, value: bool, row: int = row) -> torch.Tensor:
+            changed = keep[row].clone()
+            changed[place] = value
+            return changed
+
+        coming = min(pruned, key=lambda place: of(moved(place, True)))
+        going = min(kept, key=lambda place: of(moved(place, False)))
+        candidates = [after(keep[row], (coming, j)) for j in kept] + [after(keep[row], (i, going)) for i in pruned]
+        best = min(candidates, key=of)
+        expected = best if of(best) < of(keep[row]) - 1e-4 else keep[row]
+        assert of(found[row]) == pytest.approx(of(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [None, NofM(2, 4), NofM(1, 4), NofM(4, 8)])
+def test_many_swaps_lower_the_error_and_keep_the_sparsity(pattern: NofM | None) -> None:
+    weight, gram, linear = make(rows=40, columns=64)
+    keep = initial_mask(weight.abs(), pattern or Unstructured(0.6), Granularity.OUTPUT)
+    last = error(keep, weight, gram, linear)
+    for swaps in (1, 5, 20, 200):
+        found, count = swap_pairs(keep, weight, gram, swaps, linear, pattern)
+        now = error(found, weight, gram, linear)
+        assert (now <= last + 1e-3 * last.abs()).all()
+        assert torch.equal(found.sum(1), keep.sum(1))
+        assert pattern is None or holds(pattern, found)
+        assert count.max() <= swaps
+        last = now
+    assert (last < error(keep, weight, gram, linear)).all()
+    again, count = swap_pairs(found, weight, gram, 200, linear, pattern)
+    assert count.sum() <= 2  # nothing is left but rounding
+    assert torch.equal(again.sum(1), keep.sum(1))
+
+
+def test_fixed_weights_stay_and_hopeless_rows_are_left_alone() -> None:
+    weight, gram, _ = make(rows=12, columns=32)
+    keep = initial_mask(weight.abs(), Unstructured(0.5), Granularity.OUTPUT)
+    fixed = torch.zeros_like(keep)
+    fixed[:, ::3] = True
+    found, _ = swap_pairs(keep, weight, gram, 50, fixed=fixed)
+    assert torch.equal(found[fixed], keep[fixed])
+    full, count = swap_pairs(torch.ones_like(keep), weight, gram, 5)
+    assert full.all()
+    assert count.sum() == 0
+    same, count = swap_pairs(keep, weight, torch.zeros_like(gram), 5)
+    assert torch.equal(same, keep)
+    assert count.sum() == 0
