@@ -59,6 +59,14 @@ class RunSettings(Settings):
     rebuild_ratio: float | None = Field(
         None, gt=0, le=1, description="share of the beneficial pairs to swap; None: the released experiments'"
     )
+    swaps: int = Field(default=0, ge=0, description="exact swaps a row after the mask is chosen, at most")
+    target_mix: float = Field(
+        default=0.0, ge=0, le=1, description="target of swaps and reconstruction: 0 sparse inputs, 1 dense"
+    )
+    reconstruct: int = Field(
+        default=0, ge=0, description="steps of least squares on the kept weights; 0: they stay the dense ones"
+    )
+    damping: float = Field(default=0.01, ge=0, description="of the least squares, as a share of the mean diagonal")
     calibration: str = Field("builtin", description="builtin, c4, wikitext2, or a file")
     samples: int = Field(128, ge=1, description="calibration windows")
     seqlen: int = Field(2048, ge=2, description="tokens a window")

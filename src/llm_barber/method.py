@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +22,8 @@ from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
-from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
+from llm_barber.refine import RefineSettings, advance_dense, refine_block
 from llm_barber.report import BlockResult, LinearResult
 
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
@@ -53,6 +54,7 @@ def prune_layer(
     initial: InitialMasks,
     rebuild_settings: RebuildSettings | None,
     streams: ActivationStreams,
+    refine_settings: RefineSettings | None = None,
 ) -> tuple[dict[str, Tensor], list[BlockResult]]:
     """Prune one decoder layer and move the stream through it; the pruned weights go by the checkpoint's names."""
     skeleton = job.skeleton
@@ -62,6 +64,10 @@ def prune_layer(
     layer = DecoderLayer(module, job.architecture.linears, partial(skeleton.arguments, index))
     dense = {name: parameters[f"{name}.weight"] for name in job.architecture.linears}
     pruned = initial(index, layer, dense, streams)
+    follows_dense = refine_settings is not None and refine_settings.target_mix > 0
+    if follows_dense:
+        layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in dense.items()})
+        advance_dense(layer, job.architecture.blocks, streams)
     blocks = []
     final: list[Block] = []
     for block in job.architecture.blocks:
@@ -77,6 +83,17 @@ def prune_layer(
         }
         # Not rebuilt, a method's mask is what the method alone gives: SparseGPT's later layers see its updated weights.
         streamed = weights if rebuild_settings else {name: pruned[name].weight for name in block.linears}
+        if refine_settings is not None:
+            start = {
+                name: replace(pruned[name], keep=mask.keep, weight=weights[name])
+                for name, mask in zip(block.linears, masks, strict=True)
+            }
+            refined, swapped = refine_block(layer, block, final, dense, start, refine_settings, streams)
+            weights = streamed = {name: refined[name].weight for name in block.linears}
+            masks = [
+                Rebuilt(refined[name].keep, mask.beneficial, mask.grown + swapped[name], mask.dropped + swapped[name])
+                for name, mask in zip(block.linears, masks, strict=True)
+            ]
         layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in streamed.items()})
         unchanged = all(torch.equal(weights[name], pruned[name].weight) for name in block.linears)
         if before is not None and unchanged and not last:
@@ -102,6 +119,8 @@ def prune_layer(
         blocks.append(BlockResult(name=block.name, error_before=before, error_after=after, linears=linears))
         for name, weight in weights.items():
             parameters[f"{name}.weight"] = weight
+    if follows_dense:
+        streams.rename(DENSE + NEXT, DENSE + HIDDEN)
     skeleton.release_layer(index)
     return {f"{prefix}{name}.weight": parameters[f"{name}.weight"] for name in job.architecture.linears}, blocks
 

@@ -13,8 +13,9 @@ from llm_barber.initial import CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.masking.pattern import NofM
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
-from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.progress import Progress, Silent
+from llm_barber.refine import RefineSettings
 from llm_barber.report import (
     PAGE_NAME,
     LayerResult,
@@ -86,6 +87,11 @@ def _run(
     with CheckpointWriter(config.output, shards, config.overwrite, job.bytes) as writer:
         progress.stage("embedding the calibration tokens")
         streams = _embed(job, _copy_outside(job, writer))
+        refine_settings = None
+        if config.swaps or config.reconstruct:
+            refine_settings = RefineSettings(config.swaps, config.target_mix, config.reconstruct, config.damping)
+            if config.target_mix:
+                streams.copy(HIDDEN, DENSE + HIDDEN)
         seconds["embed"] = time.perf_counter() - began
         results = []
         progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)
@@ -93,7 +99,7 @@ def _run(
             start = time.perf_counter()
             tensors = job.source.read(job.layer_tensors[index])
             read = time.perf_counter()
-            pruned, blocks = prune_layer(job, index, tensors, initial, rebuild_settings, streams)
+            pruned, blocks = prune_layer(job, index, tensors, initial, rebuild_settings, streams, refine_settings)
             computed = time.perf_counter()
             writer.write_shard({**tensors, **pruned})
             seconds["read"] += read - start

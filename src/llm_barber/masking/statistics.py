@@ -82,6 +82,39 @@ class GramMatrix:
         return self.total * (2 / self.sequences)
 
 
+class TargetMoments:
+    """What the error of a linear on its sparse inputs depends on, when its target is the output on other inputs.
+
+    `gram` = Σ x xᵀ / n and `difference` = Σ (x − x′) xᵀ / n over all n tokens, x an input in the sparse model and x′
+    the same one in the dense model; both float32, (in, in). The linear term of `swaps.py` for a target between the
+    outputs on x (mix 0) and on x′ (mix 1) is L = mix · W · difference.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self._gram = torch.zeros(features, features, device=device)
+        self._difference = torch.zeros(features, features, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor, others: Tensor | None) -> None:
+        """Add a batch, (sequences, tokens, in); `others` are x′, None: they are x."""
+        for index, sequence in enumerate(inputs):
+            values = sequence.float()
+            self._gram.addmm_(values.t(), values)
+            if others is not None:
+                self._difference.addmm_((values - others[index].float()).t(), values)
+        self.tokens += inputs.shape[0] * inputs.shape[1]
+
+    @property
+    def gram(self) -> Tensor:
+        """float32, (in, in)."""
+        return self._gram / self.tokens
+
+    @property
+    def difference(self) -> Tensor:
+        """float32, (in, in)."""
+        return self._difference / self.tokens
+
+
 class GradientSquares:
     """Mean over sequences of the squared gradient of a weight (arXiv 2408.10631).
 

@@ -78,6 +78,42 @@ class DecoderLayer:
                 stack.enter_context(_removed(linear.register_forward_pre_hook(visit(name))))
             self._run(hidden)
 
+    def input_groups(self, block: Block, hidden: Tensor) -> list[tuple[str, ...]]:
+        """The block's linears in the order in which data flows through them; those that read one tensor together."""
+        groups: list[list[str]] = []
+        latest: list[Tensor] = []
+
+        def visit(name: str, inputs: Tensor) -> None:
+            if name not in block.linears:
+                return
+            if latest and latest[0] is inputs:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+                latest[:] = [inputs]
+
+        self.visit_inputs(hidden, visit)
+        return [tuple(group) for group in groups]
+
+    @torch.no_grad()
+    def input_of(self, name: str, hidden: Tensor, replays: Mapping[str, Tensor]) -> Tensor:
+        """The input of a linear, (sequences, tokens, in), with the layer's present weights.
+
+        Args:
+            name: of the linear.
+            hidden: the layer's input, (sequences, tokens, hidden).
+            replays: as in `block_output`.
+        """
+        found: list[Tensor] = []
+
+        def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
+            found.append(_by_sequence(positional[0], len(hidden)))
+            raise _Reached
+
+        with _removed(self.linears[name].register_forward_pre_hook(hook)), self._replayed(replays):
+            self._run(hidden)
+        return found[0]
+
     @torch.no_grad()
     def block_output(self, block: Block, hidden: Tensor, replays: Mapping[str, Tensor]) -> Tensor:
         """The block's output, (sequences, tokens, hidden), on the layer's input `hidden`.

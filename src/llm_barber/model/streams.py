@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
+NEXT = "next"  # the array that will be HIDDEN of the layer after this one
+DENSE = "dense "  # before a name: the same in the dense model
 
 
 class ActivationStreams:
@@ -31,6 +33,14 @@ class ActivationStreams:
     def read(self, name: str, batch: slice) -> Tensor:
         """A batch, on the device."""
         return self._arrays[name][batch].to(self.device, non_blocking=True)
+
+    def copy(self, name: str, other: str) -> None:
+        """Give a copy of an array another name."""
+        self._arrays[other] = self._arrays[name].clone()
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an array another's name, and its place to the other."""
+        self._arrays[new], self._arrays[old] = self._arrays[old], self._arrays.get(new, self._arrays[old])
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
         """Keep a batch; the array is made at the first one and reused by every later layer."""
