@@ -40,32 +40,50 @@ def dsnot(
     contribution = weight.float() * input_sums
     # A constant input has no variance: what grows there takes its share of the error away for certain.
     growth = contribution / input_variance.clamp_min(torch.finfo(torch.float32).tiny)
-    never = torch.inf
     keep = keep.clone()
-    can_grow, can_drop = ~keep, keep.clone()
     rows = torch.arange(len(keep), device=keep.device)
-    error = (contribution * can_grow).sum(1)
+    error = (contribution * ~keep).sum(1)
     first_sign = error.sign()
-    active = torch.ones_like(error, dtype=torch.bool)
+    active = error.abs() > threshold
+    # Swaps change no other weight's rank: each row walks down its lists, one for either sign of its error.
+    growing_lists = _lists(growth, -growth, ~keep, ~keep, cycles)
+    going_lists = _lists(-wanda_score, -wanda_score, keep & (contribution < 0), keep & (contribution > 0), cycles)
+    score_kept = wanda_score.masked_fill(~keep, torch.inf)
+    steps = torch.zeros(2, len(keep), dtype=torch.long, device=keep.device)
     for _ in range(cycles):
-        sign = torch.where(error > 0, 1.0, -1.0)
-        growing = (growth * sign.unsqueeze(1)).masked_fill(~can_grow, -never).argmax(1)
+        side = (error <= 0).long()
+        step = steps[side, rows]
+        growing = growing_lists[side, rows, step]
         if pattern is None:
-            opposed = contribution * sign.unsqueeze(1) < 0
-            droppable = can_drop & opposed
+            going = going_lists[side, rows, step.clamp_max(going_lists.shape[2] - 1)]
         else:
-            group = torch.arange(keep.shape[1], device=keep.device) // pattern.of
-            droppable = can_drop & (group == group[growing].unsqueeze(1))
-        dropping = wanda_score.masked_fill(~droppable, never).argmin(1)
-        active &= (error.abs() > threshold) & can_grow[rows, growing] & droppable[rows, dropping]
-        after = error + contribution[rows, dropping] - contribution[rows, growing]
+            group = growing.clamp_min(0) // pattern.of * pattern.of
+            places = group.unsqueeze(1) + torch.arange(pattern.of, device=keep.device)
+            score, place = score_kept.gather(1, places).min(1)
+            going = torch.where(score < torch.inf, places[rows, place], -1)
+        active &= (growing >= 0) & (going >= 0)
+        growing, going = growing.clamp_min(0), going.clamp_min(0)
+        after = error + contribution[rows, going] - contribution[rows, growing]
+        active &= ~keep[rows, growing]  # the other list came first: the row has nothing left to grow
         if pattern is not None:
             active &= after.sign() == first_sign
         if not active.any():
             break
-        keep[rows, growing] |= active
-        keep[rows, dropping] &= ~active
-        can_grow[rows, growing] = False
-        can_drop[rows, dropping] = False
+        moved = rows[active]
+        keep[moved, growing[active]] = True
+        keep[moved, going[active]] = False
+        score_kept[moved, going[active]] = torch.inf
+        steps[side, rows] += active
         error = torch.where(active, after, error)
+        active &= error.abs() > threshold
     return keep
+
+
+def _lists(first: Tensor, second: Tensor, first_mask: Tensor, second_mask: Tensor, length: int) -> Tensor:
+    """The columns with the highest scores of each row, highest first, -1 after the last; (2, rows, length)."""
+    length = min(length, first.shape[1])
+    found = []
+    for scores, mask in ((first, first_mask), (second, second_mask)):
+        values, columns = scores.masked_fill(~mask, -torch.inf).topk(length, dim=1)
+        found.append(columns.masked_fill_(values == -torch.inf, -1))
+    return torch.stack(found)
