@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
+from llm_barber.presets import GUARD, PRESETS, SWAPS, TARGET_MIX, TUNE_PASSES, Preset, Reconstruct, Refine
 
 
 class Initial(StrEnum):
@@ -59,14 +60,29 @@ class RunSettings(Settings):
     rebuild_ratio: float | None = Field(
         None, gt=0, le=1, description="share of the beneficial pairs to swap; None: the released experiments'"
     )
-    swaps: int = Field(default=0, ge=0, description="exact swaps a row after the mask is chosen, at most")
+    preset: Preset = Field(
+        default=Preset.PAPER, description="paper, mask or best: what the settings below are by default"
+    )
+    refine: Refine | None = Field(default=None, description="how the mask is refined; None: the preset's")
+    swaps: int = Field(default=SWAPS, ge=1, description="exact swaps a row, at most")
     target_mix: float = Field(
-        default=0.0, ge=0, le=1, description="target of swaps and reconstruction: 0 sparse inputs, 1 dense"
+        TARGET_MIX,
+        ge=0,
+        le=1,
+        description="target of refining: outputs on the sparse model's inputs, 0, the dense's, 1",
     )
-    reconstruct: int = Field(
-        default=0, ge=0, description="steps of least squares on the kept weights; 0: they stay the dense ones"
+    reconstruct: Reconstruct | None = Field(
+        default=None, description="what becomes of kept weights; None: the preset's"
     )
-    damping: float = Field(default=0.01, ge=0, description="of the least squares, as a share of the mean diagonal")
+    tune_passes: int = Field(
+        default=TUNE_PASSES, ge=1, description="passes over the windows when layers are tuned, at most"
+    )
+    guard: float = Field(
+        default=GUARD,
+        ge=0,
+        lt=1,
+        description="share of the windows held out to decide what refining keeps; 0: all is kept",
+    )
     calibration: str = Field("builtin", description="builtin, c4, wikitext2, or a file")
     samples: int = Field(128, ge=1, description="calibration windows")
     seqlen: int = Field(2048, ge=2, description="tokens a window")
@@ -77,6 +93,16 @@ class RunSettings(Settings):
     overwrite: bool = Field(False, description="replace OUT, once the new one is complete")
     report: bool = Field(True, description="write OUT/report.html, a page with plots")
     revision: str | None = Field(None, description="of a hub id")
+
+    @property
+    def refines(self) -> bool:
+        """Are masks refined by swaps?"""
+        return (self.refine or PRESETS[self.preset].refine) is Refine.SWAPS
+
+    @property
+    def reconstruction(self) -> Reconstruct:
+        """What becomes of the kept weights."""
+        return self.reconstruct or PRESETS[self.preset].reconstruct
 
     @field_validator("dtype")
     @classmethod
@@ -107,7 +133,7 @@ class PruneConfig(RunSettings):
     initial: Initial = Field(Initial.WANDA, description="method of the initial mask")
     sparsity: float | None = Field(None, description="fraction of weights to remove; None: 0.5")
     pattern: str | None = Field(None, description="N:M, N kept of every M inputs, instead of a sparsity")
-    rebuild: bool = Field(True, description="rebuild the initial mask; False: keep it")
+    rebuild: bool | None = Field(default=None, description="rebuild the initial mask; None: the preset's")
     initial_granularity: Granularity | None = Field(
         None, description="comparison group of the initial mask; None: linear for magnitude and RIA, else output"
     )
@@ -138,14 +164,23 @@ class PruneConfig(RunSettings):
             problems.append("initial_granularity block is not defined: choose output, input or linear")
         if self.initial_granularity is not None and self.initial is Initial.SPARSEGPT:
             problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
-        if not self.rebuild and (self.granularity is not None or self.rebuild_ratio is not None):
+        if self.rebuild is False and (self.granularity is not None or self.rebuild_ratio is not None):
             problems.append("granularity and rebuild_ratio are of the rebuild, which is switched off")
+        if self.keep_updates and (self.refines or self.reconstruction is not Reconstruct.NONE):
+            problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
         if self.pattern is not None and self.initial_granularity is not None:
             problems.append("initial_granularity is not for patterns: N:M compares within its groups of M")
         problems += _same_folder("MODEL", self.model, self.output)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def rebuilds(self) -> bool:
+        """Is the initial mask rebuilt? By the preset, unless a setting of the rebuild is given."""
+        if self.rebuild is not None:
+            return self.rebuild
+        return PRESETS[self.preset].rebuild or self.granularity is not None or self.rebuild_ratio is not None
 
     @property
     def target(self) -> Pattern:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -38,6 +38,15 @@ class PrunedLinear:
     values: Tensor
     pattern: NofM | None
     fixed: Tensor | None = None
+
+    def with_mask(self, keep: Tensor) -> "PrunedLinear":
+        """The same linear with another mask."""
+        return replace(self, keep=keep, weight=apply_mask(self.values, keep))
+
+    @property
+    def final(self) -> Tensor:
+        """What is written: its values under its mask."""
+        return apply_mask(self.values, self.keep)
 
 
 class Statistic(Protocol):

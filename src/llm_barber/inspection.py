@@ -14,7 +14,7 @@ from llm_barber.errors import ModelError
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.progress import Progress, Silent
-from llm_barber.report import RECORD_VERSION, LinearResult, RunReport
+from llm_barber.report import RECORD_VERSION, KeptWeights, LinearResult, RunReport
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -100,7 +100,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
             if record is not None:
                 problems += _check_record(inspected[-1], expected.get((layer, linear)), tensor)
         if original is not None:
-            updated = record is not None and record.keep_updates and name in linears
+            updated = record is not None and record.kept_weights is not KeptWeights.DENSE and name in linears
             problems += _compare_bits(name, tensor, original, may_be_zero=name in linears, may_be_updated=updated)
         progress.advance(name)
     return Inspection(

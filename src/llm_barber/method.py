@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -18,13 +18,13 @@ from llm_barber.job import Job
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
-from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
-from llm_barber.refine import RefineSettings, advance_dense, refine_block
+from llm_barber.refine import Pass, RefineSettings, advance_dense, refine_block
 from llm_barber.report import BlockResult, LinearResult
+from llm_barber.tune import tune_layer
 
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
 
@@ -53,8 +53,8 @@ def prune_layer(
     tensors: Mapping[str, Tensor],
     initial: InitialMasks,
     rebuild_settings: RebuildSettings | None,
+    refine_settings: RefineSettings | None,
     streams: ActivationStreams,
-    refine_settings: RefineSettings | None = None,
 ) -> tuple[dict[str, Tensor], list[BlockResult]]:
     """Prune one decoder layer and move the stream through it; the pruned weights go by the checkpoint's names."""
     skeleton = job.skeleton
@@ -68,71 +68,103 @@ def prune_layer(
     if follows_dense:
         layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in dense.items()})
         advance_dense(layer, job.architecture.blocks, streams)
-    blocks = []
+    outcomes: list[tuple[Block, _Outcome, float | None]] = []
     final: list[Block] = []
     for block in job.architecture.blocks:
-        where = f"layer {index} {block.name}"
+        work = Pass(layer, block, final, streams)
         last = block is job.architecture.blocks[-1]
-        if rebuild_settings is None:
-            masks = [Rebuilt(pruned[name].keep, 0, 0, 0) for name in block.linears]
-            before = None
-        else:
-            masks, before = _rebuild_block(layer, block, final, dense, pruned, rebuild_settings, streams, last, where)
-        weights = {
-            name: apply_mask(pruned[name].values, mask.keep) for name, mask in zip(block.linears, masks, strict=True)
-        }
-        # Not rebuilt, a method's mask is what the method alone gives: SparseGPT's later layers see its updated weights.
-        streamed = weights if rebuild_settings else {name: pruned[name].weight for name in block.linears}
-        if refine_settings is not None:
-            start = {
-                name: replace(pruned[name], keep=mask.keep, weight=weights[name])
-                for name, mask in zip(block.linears, masks, strict=True)
-            }
-            refined, swapped = refine_block(layer, block, final, dense, start, refine_settings, streams)
-            weights = streamed = {name: refined[name].weight for name in block.linears}
-            masks = [
-                Rebuilt(refined[name].keep, mask.beneficial, mask.grown + swapped[name], mask.dropped + swapped[name])
-                for name, mask in zip(block.linears, masks, strict=True)
-            ]
-        layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in streamed.items()})
-        unchanged = all(torch.equal(weights[name], pruned[name].weight) for name in block.linears)
-        if before is not None and unchanged and not last:
-            after: float | None = before  # the output with the pruned weights, which is kept, is the final one
-        else:
-            after = _propagate(layer, block, final, last, streams, before is not None)
+        outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, last, index)
+        unchanged = all(torch.equal(one.weight, pruned[name].weight) for name, one in outcome.linears.items())
+        pruned.update(outcome.linears)
+        if last and refine_settings is not None and refine_settings.tune:
+            pruned = tune_layer(layer, dense, pruned, refine_settings, streams)
+            final.clear()  # the blocks before it have changed, too
+        layer.set_weights({name: one.weight.to(skeleton.dtype) for name, one in pruned.items()})
+        after = outcome.error_before  # its output with these weights is there already, if nothing has changed
+        if after is None or not unchanged or last:
+            after = _propagate(work, last, after is not None)
         if after is not None and not math.isfinite(after):
-            raise _not_finite(f"the output of {where}")
+            raise _not_finite(f"the output of layer {index} {block.name}")
+        outcomes.append((block, outcome, after))
         final.append(block)
-        linears = tuple(
-            LinearResult(
-                name=name,
-                shape=(mask.keep.shape[0], mask.keep.shape[1]),
-                pruned=mask.keep.numel() - int(mask.keep.count_nonzero()),
-                zeros=mask.keep.numel() - int(weights[name].count_nonzero()),
-                beneficial_pairs=mask.beneficial,
-                grown=mask.grown,
-                dropped=mask.dropped,
-                pattern=str(pruned[name].pattern) if pruned[name].pattern else None,
-            )
-            for name, mask in zip(block.linears, masks, strict=True)
-        )
-        blocks.append(BlockResult(name=block.name, error_before=before, error_after=after, linears=linears))
-        for name, weight in weights.items():
-            parameters[f"{name}.weight"] = weight
     if follows_dense:
         streams.rename(DENSE + NEXT, DENSE + HIDDEN)
     skeleton.release_layer(index)
-    return {f"{prefix}{name}.weight": parameters[f"{name}.weight"] for name in job.architecture.linears}, blocks
+    weights = {name: one.final for name, one in pruned.items()}
+    results = [_result(block, outcome, after, weights) for block, outcome, after in outcomes]
+    return {f"{prefix}{name}.weight": weight for name, weight in weights.items()}, results
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a block: its linears, their masks with what was swapped, the mean error before."""
+
+    linears: dict[str, PrunedLinear]
+    masks: dict[str, Rebuilt]
+    error_before: float | None
+    rejected: bool
+
+
+def _prune_block(
+    work: Pass,
+    dense: Mapping[str, Tensor],
+    initial: Mapping[str, PrunedLinear],
+    rebuild_settings: RebuildSettings | None,
+    refine_settings: RefineSettings | None,
+    last: bool,
+    index: int,
+) -> _Outcome:
+    """Rebuild a block's masks and refine them, as far as that is asked for."""
+    block = work.block
+    now = {name: initial[name] for name in block.linears}
+    masks = {name: Rebuilt(now[name].keep, 0, 0, 0) for name in block.linears}
+    before, rejected = None, False
+    where = f"layer {index} {block.name}"
+    if rebuild_settings is not None:
+        found, before = _rebuild_block(work, dense, initial, rebuild_settings, last, where)
+        masks = dict(zip(block.linears, found, strict=True))
+        now = {name: now[name].with_mask(mask.keep) for name, mask in masks.items()}
+    if refine_settings is not None:
+        now = {name: one.with_mask(one.keep) for name, one in now.items()}
+        if before is None:
+            before = _measure(work, dense, now, last)
+        refined = refine_block(work, dense, now, refine_settings)
+        now, swapped, rejected = refined.linears, refined.swapped, refined.rejected
+        masks = {
+            name: Rebuilt(now[name].keep, mask.beneficial, mask.grown + swapped[name], mask.dropped + swapped[name])
+            for name, mask in masks.items()
+        }
+    return _Outcome(now, masks, before, rejected)
+
+
+def _result(block: Block, outcome: _Outcome, after: float | None, weights: Mapping[str, Tensor]) -> BlockResult:
+    linears = tuple(
+        LinearResult(
+            name=name,
+            shape=(mask.keep.shape[0], mask.keep.shape[1]),
+            pruned=mask.keep.numel() - int(mask.keep.count_nonzero()),
+            zeros=mask.keep.numel() - int(weights[name].count_nonzero()),
+            beneficial_pairs=mask.beneficial,
+            grown=mask.grown,
+            dropped=mask.dropped,
+            pattern=str(outcome.linears[name].pattern) if outcome.linears[name].pattern else None,
+        )
+        for name, mask in outcome.masks.items()
+    )
+    return BlockResult(
+        name=block.name,
+        error_before=outcome.error_before,
+        error_after=after,
+        linears=linears,
+        rejected=outcome.rejected,
+    )
 
 
 def _rebuild_block(
-    layer: DecoderLayer,
-    block: Block,
-    final: list[Block],
+    work: Pass,
     dense: Mapping[str, Tensor],
     pruned: Mapping[str, PrunedLinear],
     settings: RebuildSettings,
-    streams: ActivationStreams,
     last: bool,
     where: str,
 ) -> tuple[list[Rebuilt], float]:
@@ -140,14 +172,13 @@ def _rebuild_block(
 
     Returns the rebuilt masks in the block's order, and the mean reconstruction error before the rebuild.
     """
-    dtype = next(layer.module.parameters()).dtype
-    dense_weights = {name: dense[name].to(dtype) for name in block.linears}
-    sparse_weights = {name: pruned[name].weight.to(dtype) for name in block.linears}
+    layer, block, streams = work.layer, work.block, work.streams
+    dense_weights = {name: dense[name].to(work.dtype) for name in block.linears}
+    sparse_weights = {name: pruned[name].weight.to(work.dtype) for name in block.linears}
     squares = {name: GradientSquares(tuple(dense[name].shape), dense[name].device) for name in block.linears}
     total = 0.0
     for batch in streams.batches():
-        hidden = streams.read(HIDDEN, batch)
-        replays = {done.output: streams.read(done.output, batch) for done in final}
+        hidden, replays = streams.read(HIDDEN, batch), work.replays(batch)
         layer.set_weights(sparse_weights)
         sparse_output = layer.block_output(block, hidden, replays)
         layer.set_weights(dense_weights)
@@ -173,22 +204,30 @@ def _rebuild_block(
     return masks, total / streams.sequences
 
 
-def _propagate(
-    layer: DecoderLayer,
-    block: Block,
-    final: list[Block],
-    last: bool,
-    streams: ActivationStreams,
-    compare: bool,
-) -> float | None:
+def _measure(work: Pass, dense: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear], last: bool) -> float:
+    """The mean reconstruction error of a block; both of its outputs are kept, as by the rebuild."""
+    total = 0.0
+    for batch in work.streams.batches():
+        outputs = []
+        for weights in ({name: dense[name] for name in pruned}, {name: one.weight for name, one in pruned.items()}):
+            work.layer.set_weights({name: weight.to(work.dtype) for name, weight in weights.items()})
+            outputs.append(work.output(batch))
+        work.streams.write(DENSE_OUTPUT, batch, outputs[0])
+        if not last:
+            work.streams.write(work.block.output, batch, outputs[1])
+        total += reconstruction_errors(*outputs).double().sum().item()
+    return total / work.streams.sequences
+
+
+def _propagate(work: Pass, last: bool, compare: bool) -> float | None:
     """Run the final block: its output is kept for the blocks after it, or the layer's becomes the next one's input.
 
     Returns the mean reconstruction error against the kept dense output, if `compare`; NaN if an activation is.
     """
+    layer, block, streams = work.layer, work.block, work.streams
     total = 0.0
     for batch in streams.batches():
-        hidden = streams.read(HIDDEN, batch)
-        replays = {done.output: streams.read(done.output, batch) for done in final}
+        hidden, replays = streams.read(HIDDEN, batch), work.replays(batch)
         if last:
             output, following = layer.final_output(hidden, block, replays)
             streams.write(HIDDEN, batch, following)

@@ -64,7 +64,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     if isinstance(config, PruneConfig):
         target = config.target
         job = prepare(config.model, config, target if isinstance(target, NofM) else None, progress)
-        model, method, rebuilt = config.model, str(config.initial), config.rebuild
+        model, method, rebuilt = config.model, str(config.initial), config.rebuilds
         pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
         settings = rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
     else:

@@ -1,5 +1,6 @@
 """The run: decoder layer after decoder layer, streamed from disk to disk; what happens in a layer is `method.py`."""
 
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -14,10 +15,12 @@ from llm_barber.job import Job, prepare
 from llm_barber.masking.pattern import NofM
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
+from llm_barber.presets import Reconstruct
 from llm_barber.progress import Progress, Silent
 from llm_barber.refine import RefineSettings
 from llm_barber.report import (
     PAGE_NAME,
+    KeptWeights,
     LayerResult,
     RunReport,
     model_card,
@@ -37,7 +40,7 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     target = config.target
     job = prepare(config.model, config, target if isinstance(target, NofM) else None, progress)
     rebuild_settings = None
-    if config.rebuild:
+    if config.rebuilds:
         rebuild_settings = RebuildSettings(
             *rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
         )
@@ -69,6 +72,27 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
     return _run("rebuild", config.dense, config, job, initial, settings, method, label, progress)
 
 
+def _refine_settings(config: RunSettings, sequences: int) -> RefineSettings | None:
+    """How masks and weights are refined; None: not at all."""
+    solve = config.reconstruction is not Reconstruct.NONE
+    if not config.refines and not solve:
+        return None
+    return RefineSettings(
+        swaps=config.swaps if config.refines else 0,
+        target_mix=config.target_mix,
+        solve=solve,
+        tune=config.tune_passes if config.reconstruction is Reconstruct.TUNE else 0,
+        held_out=min(math.ceil(config.guard * sequences), sequences - 1),
+    )
+
+
+def _kept_weights(config: RunSettings) -> KeptWeights:
+    if isinstance(config, PruneConfig) and config.keep_updates:
+        return KeptWeights.SPARSEGPT
+    none = config.reconstruction is Reconstruct.NONE
+    return KeptWeights.DENSE if none else KeptWeights(config.reconstruction.value)
+
+
 def _run(
     command: str,
     model: str,
@@ -87,11 +111,9 @@ def _run(
     with CheckpointWriter(config.output, shards, config.overwrite, job.bytes) as writer:
         progress.stage("embedding the calibration tokens")
         streams = _embed(job, _copy_outside(job, writer))
-        refine_settings = None
-        if config.swaps or config.reconstruct:
-            refine_settings = RefineSettings(config.swaps, config.target_mix, config.reconstruct, config.damping)
-            if config.target_mix:
-                streams.copy(HIDDEN, DENSE + HIDDEN)
+        refine_settings = _refine_settings(config, streams.sequences)
+        if refine_settings is not None and refine_settings.target_mix:
+            streams.copy(HIDDEN, DENSE + HIDDEN)
         seconds["embed"] = time.perf_counter() - began
         results = []
         progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)
@@ -99,7 +121,7 @@ def _run(
             start = time.perf_counter()
             tensors = job.source.read(job.layer_tensors[index])
             read = time.perf_counter()
-            pruned, blocks = prune_layer(job, index, tensors, initial, rebuild_settings, streams, refine_settings)
+            pruned, blocks = prune_layer(job, index, tensors, initial, rebuild_settings, refine_settings, streams)
             computed = time.perf_counter()
             writer.write_shard({**tensors, **pruned})
             seconds["read"] += read - start
@@ -120,7 +142,7 @@ def _run(
             pattern=_common_pattern(results),
             granularity=rebuild_settings.granularity if rebuild_settings else None,
             rebuild_ratio=rebuild_settings.ratio if rebuild_settings else None,
-            keep_updates=isinstance(config, PruneConfig) and config.keep_updates,
+            kept_weights=_kept_weights(config),
             calibration={
                 "source": job.tokens.source,
                 "sequences": job.tokens.input_ids.shape[0],

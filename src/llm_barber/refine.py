@@ -3,88 +3,228 @@
 The linears of a block are taken in the order in which data flows through them: q, k and v, then the output projection
 on their pruned output; gate and up, then down. Each one's target is its dense output, on inputs that lie between those
 of the sparse model (`target_mix` 0) and those of the dense model (1): then it makes up for errors of earlier layers.
+
+Some calibration windows are held out: they decide how many of a row's swaps are kept, how strongly least squares is
+damped, and whether the block is better for it all.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from llm_barber.initial import PrunedLinear
-from llm_barber.masking.least_squares import least_squares
+from llm_barber.masking.least_squares import least_squares, squared_distance
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.model.architecture import Block
-from llm_barber.model.block import DecoderLayer
+from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
+
+# Parts of the most swaps after which held-out windows are asked.
+SWAP_STAGES = (0.25, 0.5, 1.0)
+# From strong to weak: each goes on from the solution of the one before, until held-out windows get worse.
+DAMPINGS = (0.3, 0.1, 0.03, 0.01)
+STEPS_A_DAMPING = 10
+UNGUARDED_DAMPING, UNGUARDED_STEPS = 0.03, 30
 
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """`swaps`: most swaps a row. `target_mix`: see above. `steps`: of least squares, 0: weights stay the dense ones.
+    """`swaps`: most swaps a row. `target_mix`: see above. `solve`: least squares; False: weights stay the dense ones.
 
-    `damping`: of least squares, as a share of the mean diagonal of the Gram matrix.
+    `tune`: passes of block-wise optimisation (`tune.py`). `held_out`: calibration windows, the last ones.
     """
 
     swaps: int
     target_mix: float
-    steps: int
-    damping: float
+    solve: bool
+    tune: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A block's linears; how many weights of each were swapped; whether held-out windows rejected the change."""
+
+    linears: dict[str, PrunedLinear]
+    swapped: dict[str, int]
+    rejected: bool
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every step on a block needs: the layer, the block, the final ones before it, and the activations."""
+
+    layer: DecoderLayer
+    block: Block
+    final: list[Block]
+    streams: ActivationStreams
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return next(self.layer.module.parameters()).dtype
+
+    def replays(self, batch: slice, stream: str = "") -> dict[str, Tensor]:
+        """Kept outputs of the final blocks."""
+        return {done.output: self.streams.read(stream + done.output, batch) for done in self.final}
+
+    def output(self, batch: slice, stream: str = "") -> Tensor:
+        """The block's output with the layer's present weights, (sequences, tokens, hidden)."""
+        return self.layer.block_output(
+            self.block, self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream)
+        )
+
+    def inputs(self, name: str, batch: slice, stream: str = "") -> Tensor:
+        """The input of a linear with the layer's present weights, (sequences, tokens, in)."""
+        return self.layer.input_of(name, self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream))
 
 
 def refine_block(
-    layer: DecoderLayer,
-    block: Block,
-    final: list[Block],
-    dense: Mapping[str, Tensor],
-    pruned: Mapping[str, PrunedLinear],
-    settings: RefineSettings,
-    streams: ActivationStreams,
-) -> tuple[dict[str, PrunedLinear], dict[str, int]]:
-    """The block's linears, refined, and how many weights of each were swapped.
+    work: Pass, dense: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear], settings: RefineSettings
+) -> Refined:
+    """Refine the linears of a block, one after the other.
 
     Args:
-        layer: with its dense weights.
-        block: which.
-        final: the blocks before it, whose outputs are in the streams.
+        work: the block, and the layer's activations; of the dense model, too, for a target mix.
         dense: dense weights, (out, in), by linear.
         pruned: what to start from, by linear.
         settings: how.
-        streams: the layer's input and the outputs of final blocks; for a mix, of the dense model too.
     """
-    dtype = next(layer.module.parameters()).dtype
-    dense_weights = {name: dense[name].to(dtype) for name in block.linears}
-    current = {name: pruned[name].weight.to(dtype) for name in block.linears}
+    layer, block, streams = work.layer, work.block, work.streams
+    dense_weights = {name: dense[name].to(work.dtype) for name in block.linears}
+    current = {name: pruned[name].weight.to(work.dtype) for name in block.linears}
+    training, held_out = streams.split(settings.held_out)
     refined: dict[str, PrunedLinear] = {}
     swapped: dict[str, int] = {}
     first = next(streams.batches())
     for group in layer.input_groups(block, streams.read(HIDDEN, first)):
-        name = group[0]
-        moments = TargetMoments(dense[name].shape[1], dense[name].device)
-        for batch in streams.batches():
-            layer.set_weights(current)
-            inputs = layer.input_of(name, streams.read(HIDDEN, batch), _replays(streams, final, batch, ""))
-            others = None
-            if settings.target_mix:
-                layer.set_weights(dense_weights)
-                others = layer.input_of(
-                    name, streams.read(DENSE + HIDDEN, batch), _replays(streams, final, batch, DENSE)
-                )
-            moments.update(inputs, others)
+        moments = []
+        for batches in (training, held_out):
+            found = TargetMoments(dense[group[0]].shape[1], streams.device)
+            for batch in batches:
+                layer.set_weights(current)
+                inputs = work.inputs(group[0], batch)
+                others = None
+                if settings.target_mix:
+                    layer.set_weights(dense_weights)
+                    others = work.inputs(group[0], batch, DENSE)
+                found.update(inputs, others)
+            moments.append(Objective.of(found, settings.target_mix) if batches else None)
         for name in group:
-            one = pruned[name]
-            weight = dense[name].float()
-            linear = settings.target_mix * (weight @ moments.difference) if settings.target_mix else None
-            keep, count = swap_pairs(one.keep, weight, moments.gram, settings.swaps, linear, one.pattern, one.fixed)
-            values = one.values
-            if settings.steps:
-                solved = least_squares(keep, weight, moments.gram, linear, settings.steps, settings.damping)
-                values = solved.to(one.values.dtype)
-            refined[name] = replace(one, keep=keep, values=values, weight=apply_mask(values, keep))
-            swapped[name] = int(count.sum())
-            current[name] = refined[name].weight.to(dtype)
-    return refined, swapped
+            refined[name], swapped[name] = _refine_linear(pruned[name], dense[name], moments[0], moments[1], settings)
+            current[name] = refined[name].weight.to(work.dtype)
+    rejected = bool(held_out) and not _is_better(work, dense_weights, pruned, refined, held_out, settings.target_mix)
+    if rejected:
+        return Refined({name: pruned[name] for name in block.linears}, dict.fromkeys(block.linears, 0), True)
+    return Refined(refined, swapped, False)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Gram matrix, (in, in), and mix · (x − x′)xᵀ, (in, in), from which a weight's linear term follows."""
+
+    gram: Tensor
+    difference: Tensor | None
+
+    @classmethod
+    def of(cls, moments: TargetMoments, mix: float) -> "Objective":
+        """From the moments of all its windows."""
+        return cls(moments.gram, mix * moments.difference if mix else None)
+
+    def linear(self, weight: Tensor) -> Tensor | None:
+        """The linear term of `swap_pairs` and `least_squares`."""
+        return None if self.difference is None else weight.float() @ self.difference
+
+    def error(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Of each row, float32 (out,), less that of the dense weights."""
+        return squared_distance(values, weight, self.gram, self.linear(weight))
+
+
+def _refine_linear(
+    pruned: PrunedLinear,
+    weight: Tensor,
+    training: "Objective | None",
+    held_out: "Objective | None",
+    settings: RefineSettings,
+) -> tuple[PrunedLinear, int]:
+    """Swaps, then least squares."""
+    assert training is not None
+    linear = training.linear(weight)
+    keep = pruned.keep
+    if settings.swaps:
+        keep = _swap(pruned, weight, training.gram, linear, held_out, settings.swaps)
+    values = pruned.values
+    if settings.solve:
+        values = _solve(keep, weight, training.gram, linear, held_out).to(pruned.values.dtype)
+    swapped = int((keep & ~pruned.keep).sum())
+    return replace(pruned, values=values).with_mask(keep), swapped
+
+
+def _swap(
+    pruned: PrunedLinear,
+    weight: Tensor,
+    gram: Tensor,
+    linear: Tensor | None,
+    held_out: "Objective | None",
+    swaps: int,
+) -> Tensor:
+    """The keep mask after as many swaps as held-out windows like best, row by row."""
+    keep = best = pruned.keep
+    if held_out is None:
+        return swap_pairs(keep, weight, gram, swaps, linear, pruned.pattern, pruned.fixed)[0]
+    lowest = held_out.error(apply_mask(weight, keep), weight)
+    done = 0
+    for share in SWAP_STAGES:
+        more = round(share * swaps) - done
+        keep, count = swap_pairs(keep, weight, gram, more, linear, pruned.pattern, pruned.fixed)
+        done += more
+        error = held_out.error(apply_mask(weight, keep), weight)
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
+        best = torch.where(better.unsqueeze(1), keep, best)
+        if not count.any():
+            break
+    return best
+
+
+def _solve(keep: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None, held_out: "Objective | None") -> Tensor:
+    """The values with the damping that held-out windows like best."""
+    if held_out is None:
+        return least_squares(keep, weight, gram, linear, UNGUARDED_STEPS, UNGUARDED_DAMPING)
+    best = values = weight.float() * keep
+    lowest = held_out.error(values, weight).sum()
+    for damping in DAMPINGS:
+        values = least_squares(keep, weight, gram, linear, STEPS_A_DAMPING, damping, values)
+        error = held_out.error(values, weight).sum()
+        if error >= lowest:
+            break
+        best, lowest = values, error
+    return best
+
+
+def _is_better(
+    work: Pass,
+    dense_weights: Mapping[str, Tensor],
+    pruned: Mapping[str, PrunedLinear],
+    refined: Mapping[str, PrunedLinear],
+    held_out: list[slice],
+    mix: float,
+) -> bool:
+    """Is the refined block nearer to its target on the held-out windows?"""
+    errors = [0.0, 0.0]
+    for batch in held_out:
+        work.layer.set_weights(dense_weights)
+        target = work.output(batch).float()
+        if mix:
+            target = target.lerp(work.streams.read(DENSE + work.block.output, batch).float(), mix)
+        for place, linears in enumerate((pruned, refined)):
+            work.layer.set_weights({name: linears[name].weight.to(work.dtype) for name in work.block.linears})
+            errors[place] += reconstruction_errors(target, work.output(batch)).double().sum().item()
+    return errors[1] < errors[0]
 
 
 def advance_dense(layer: DecoderLayer, blocks: tuple[Block, ...], streams: ActivationStreams) -> None:
@@ -98,7 +238,3 @@ def advance_dense(layer: DecoderLayer, blocks: tuple[Block, ...], streams: Activ
         output, following = layer.final_output(hidden, blocks[-1], replays)
         streams.write(DENSE + blocks[-1].output, batch, output)
         streams.write(DENSE + NEXT, batch, following)
-
-
-def _replays(streams: ActivationStreams, final: list[Block], batch: slice, stream: str) -> dict[str, Tensor]:
-    return {done.output: streams.read(stream + done.output, batch) for done in final}

@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,25 @@ class LinearResult(_Result):
         return self.pruned / self.weights
 
 
+class KeptWeights(StrEnum):
+    """What a kept weight is."""
+
+    DENSE = "dense"
+    SPARSEGPT = "sparsegpt"
+    LEAST_SQUARES = "least-squares"
+    TUNED = "tune"
+
+    @property
+    def words(self) -> str:
+        """For a sentence."""
+        return {
+            KeptWeights.DENSE: "the dense model's, bit for bit",
+            KeptWeights.SPARSEGPT: "SparseGPT's updated ones",
+            KeptWeights.LEAST_SQUARES: "new ones, from least squares on the calibration text",
+            KeptWeights.TUNED: "new ones, from least squares and tuning of each layer on the calibration text",
+        }[self]
+
+
 class LinearTotals(_Result):
     """A linear's counts, summed over all decoder layers."""
 
@@ -69,11 +89,15 @@ class LinearTotals(_Result):
 
 
 class BlockResult(_Result):
-    """One block: the mean over calibration sequences of mean((y_dense − y)²), before and after the rebuild."""
+    """One block: the mean over calibration sequences of mean((y_dense − y)²), before and after.
+
+    `rejected`: the refined block was worse on held-out windows, so that it stayed as it was.
+    """
 
     name: str
     error_before: float | None
     error_after: float | None
+    rejected: bool = False
     linears: tuple[LinearResult, ...]
 
 
@@ -107,7 +131,7 @@ class RunReport(_Result):
     pattern: str
     granularity: str | None
     rebuild_ratio: float | None
-    keep_updates: bool = False
+    kept_weights: KeptWeights = KeptWeights.DENSE
     calibration: dict[str, Any]
     device: str
     dtype: str
@@ -208,7 +232,6 @@ def model_card(report: RunReport) -> str:
     header = ["---", "library_name: transformers", "tags: [pruning, sparsity, llm-barber]"]
     if "/" in report.model and not Path(report.model).exists():
         header.insert(1, f"base_model: {report.model}")
-    kept = "SparseGPT's updated weights" if report.keep_updates else "the dense model's, bit for bit"
     how = (
         f"initial mask: {report.method}; rebuilt within each {report.granularity}, ratio {report.rebuild_ratio:g}"
         if rebuilt
@@ -221,7 +244,7 @@ def model_card(report: RunReport) -> str:
         f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
         "",
         f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, "
-        f"without training. Kept weights are {kept}; pruned ones are zero.",
+        f"without training. Kept weights are {report.kept_weights.words}; pruned ones are zero.",
         "",
         "| | |",
         "|---|---|",

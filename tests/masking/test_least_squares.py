@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llm_barber.masking.least_squares import least_squares
+from llm_barber.masking.least_squares import least_squares, squared_distance
 
 
 def make(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,3 +64,24 @@ def test_dead_inputs_and_solved_rows() -> None:
     assert found.isfinite().all()
     assert torch.equal(found[:, 3], weight[:, 3] * keep[:, 3])
     assert torch.allclose(found[0], weight[0], atol=1e-4)  # nothing pruned: nothing to make up for
+
+
+def test_starts_anywhere() -> None:
+    weight, keep, sparse, _ = make()
+    gram = sparse.t() @ sparse
+    there = least_squares(keep, weight, gram, steps=60)
+    assert torch.allclose(least_squares(keep, weight, gram, steps=0, start=there), there)
+    assert torch.allclose(least_squares(keep, weight, gram, steps=60, start=torch.randn(7, 12)), there, atol=1e-3)
+
+
+def test_squared_distance_is_that_of_the_outputs() -> None:
+    weight, keep, sparse, other = make()
+    values = weight * keep
+    linear = weight @ ((sparse - other).t() @ sparse)
+    target = other @ weight.t()
+
+    def distance(one: torch.Tensor) -> torch.Tensor:
+        return (sparse @ one.t() - target).square().sum(0)
+
+    found = squared_distance(values, weight, sparse.t() @ sparse, linear)
+    assert torch.allclose(found, distance(values) - distance(weight), rtol=1e-3, atol=1e-2)

@@ -18,24 +18,32 @@ from llm_barber.cli.options import (
     DryRunOption,
     DtypeOption,
     GranularityOption,
+    GuardOption,
     JsonOption,
     LimitOption,
     OutArgument,
     OverwriteOption,
+    PresetOption,
     QuietOption,
     RatioOption,
+    ReconstructOption,
+    RefineOption,
     ReportOption,
     RevisionOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
+    SwapsOption,
+    TargetMixOption,
     TasksFolderOption,
     TasksOption,
     TextOption,
+    TunePassesOption,
     WindowsOption,
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
+from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES, Preset
 
 app = typer.Typer(
     name="llm-barber",
@@ -67,8 +75,14 @@ def prune(
         typer.Option(metavar="N:M", help="Keep N of every M inputs instead, for example 2:4.", rich_help_panel=METHOD),
     ] = None,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild/--no-rebuild", help="Rebuild the initial mask.", rich_help_panel=METHOD)
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--rebuild/--no-rebuild",
+            help="Rebuild the initial mask. (default: the preset's)",
+            rich_help_panel=METHOD,
+            show_default=False,
+        ),
+    ] = None,
     granularity: GranularityOption = None,
     rebuild_ratio: RatioOption = None,
     initial_granularity: Annotated[
@@ -87,6 +101,13 @@ def prune(
             rich_help_panel=METHOD,
         ),
     ] = False,
+    preset: PresetOption = Preset.PAPER,
+    refine: RefineOption = None,
+    swaps: SwapsOption = SWAPS,
+    target_mix: TargetMixOption = TARGET_MIX,
+    reconstruct: ReconstructOption = None,
+    tune_passes: TunePassesOption = TUNE_PASSES,
+    guard: GuardOption = GUARD,
     calibration: CalibrationOption = "builtin",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 2048,
@@ -102,16 +123,19 @@ def prune(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Prune MODEL, rebuild its mask, write OUT.
+    """Prune MODEL, rebuild or refine its mask, write OUT.
 
-    Kept weights are the dense model's, bit for bit; OUT loads with AutoModelForCausalLM.
+    Kept weights are the dense model's, bit for bit, unless --reconstruct, --preset best or --keep-updates; OUT loads
+    with AutoModelForCausalLM.
     """
     from llm_barber.pruning import prune as run
 
     config = PruneConfig(
         model=model, output=out, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild,
         granularity=granularity, rebuild_ratio=rebuild_ratio, initial_granularity=initial_granularity,
-        keep_updates=keep_updates, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
+        keep_updates=keep_updates, preset=preset, refine=refine, swaps=swaps, target_mix=target_mix,
+        reconstruct=reconstruct, tune_passes=tune_passes, guard=guard,
+        calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         report=report,
     )  # fmt: skip
@@ -145,6 +169,12 @@ def rebuild(
     ] = None,
     granularity: GranularityOption = None,
     rebuild_ratio: RatioOption = None,
+    refine: RefineOption = None,
+    swaps: SwapsOption = SWAPS,
+    target_mix: TargetMixOption = TARGET_MIX,
+    reconstruct: ReconstructOption = None,
+    tune_passes: TunePassesOption = TUNE_PASSES,
+    guard: GuardOption = GUARD,
     calibration: CalibrationOption = "builtin",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 2048,
@@ -168,7 +198,8 @@ def rebuild(
 
     config = RebuildConfig(
         dense=dense, pruned=pruned, output=out, initial=initial, pattern=pattern, granularity=granularity,
-        rebuild_ratio=rebuild_ratio, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
+        rebuild_ratio=rebuild_ratio, refine=refine, swaps=swaps, target_mix=target_mix, reconstruct=reconstruct,
+        tune_passes=tune_passes, guard=guard, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         report=report,
     )  # fmt: skip

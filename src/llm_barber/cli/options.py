@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from llm_barber.masking.granularity import Granularity
+from llm_barber.presets import Preset, Reconstruct, Refine
 
-METHOD, CALIBRATION, TEXT, TASKS = "Method", "Calibration", "Text", "Tasks"
+METHOD, REFINING, CALIBRATION, TEXT, TASKS = "Method", "Refining", "Calibration", "Text", "Tasks"
 COMPUTE, OUTPUT = "Compute", "Output"
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; appears when it is complete.")]
@@ -28,6 +29,51 @@ RatioOption = Annotated[
         help="Share of the beneficial pairs to swap, 0 to 1. (default: magnitude 0.1, sparsegpt 0.1, else 0.01)",
         rich_help_panel=METHOD,
         show_default=False,
+    ),
+]
+PresetOption = Annotated[
+    Preset,
+    typer.Option(
+        help="paper: the published method. mask: the best for dense weights. best: the best quality, weights change.",
+        rich_help_panel=METHOD,
+    ),
+]
+RefineOption = Annotated[
+    Refine | None,
+    typer.Option(
+        help="Refine the mask by exact swaps, which lower the error of every row. (default: the preset's)",
+        rich_help_panel=REFINING,
+        show_default=False,
+    ),
+]
+SwapsOption = Annotated[int, typer.Option(metavar="N", help="Swaps a row, at most.", rich_help_panel=REFINING)]
+TargetMixOption = Annotated[
+    float,
+    typer.Option(
+        metavar="0…1",
+        help="What refining aims at: dense outputs on the pruned model's inputs, 0, or on the dense model's, 1.",
+        rich_help_panel=REFINING,
+    ),
+]
+ReconstructOption = Annotated[
+    Reconstruct | None,
+    typer.Option(
+        help="Change kept weights to make up for pruned ones: by least squares, or by that and tuning each layer. "
+        "(default: the preset's)",
+        rich_help_panel=REFINING,
+        show_default=False,
+    ),
+]
+TunePassesOption = Annotated[
+    int,
+    typer.Option(metavar="N", help="Passes over the windows when layers are tuned, at most.", rich_help_panel=REFINING),
+]
+GuardOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the windows held out to decide what of the refining is kept; 0: all of it.",
+        rich_help_panel=REFINING,
     ),
 ]
 CalibrationOption = Annotated[

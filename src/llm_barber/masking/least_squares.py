@@ -16,16 +16,18 @@ def least_squares(
     linear: Tensor | None = None,
     steps: int = 30,
     damping: float = 0.01,
+    start: Tensor | None = None,
 ) -> Tensor:
     """New values of the kept weights.
 
     Args:
         keep: bool, (out, in), True survives.
-        weight: (out, in), the dense weights, where the search starts and what damping holds it to.
+        weight: (out, in), the dense weights, which damping holds the values to.
         gram: float32, (in, in), symmetric, positive semidefinite; any scale.
         linear: float32, (out, in), L in the scale of `gram`; None: zero.
         steps: of conjugate gradient.
         damping: λ, as a share of the mean diagonal of `gram`.
+        start: float32, (out, in), where the search starts; None: at the dense weights.
 
     Returns:
         float32, (out, in), zero where pruned.
@@ -35,9 +37,10 @@ def least_squares(
     strength = damping * diagonal.mean()
     preconditioner = 1 / (diagonal + strength).clamp_min(torch.finfo(torch.float32).tiny)
     kept = keep.to(torch.float32)
-    values = dense * kept
+    values = (dense if start is None else start) * kept
     # The gradient of half the objective, negated: (WG − L + λW) − (VG + λV), where a weight may move.
-    target = (dense - values) @ gram
+    missing = dense - values
+    target = torch.addcmul(missing @ gram, missing, strength)
     residual = (target if linear is None else target - linear) * kept
     prepared = residual * preconditioner
     direction = prepared.clone()
@@ -53,3 +56,20 @@ def least_squares(
         direction = torch.addcmul(prepared, torch.where(size > 0, following / size, 0), direction)
         size = following
     return values
+
+
+def squared_distance(values: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None = None) -> Tensor:
+    """p·G·p − 2 p·L with p = W − V: each row's squared distance from its target, less that of the dense weights.
+
+    Args:
+        values: (out, in), zero where pruned.
+        weight: (out, in), the dense weights.
+        gram: float32, (in, in).
+        linear: float32, (out, in), L in the scale of `gram`; None: zero.
+
+    Returns:
+        float32, (out,), in the scale of `gram`.
+    """
+    missing = weight.float() - values.float()
+    moment = missing @ gram
+    return (missing * (moment if linear is None else moment - 2 * linear)).sum(1)

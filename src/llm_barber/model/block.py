@@ -202,6 +202,20 @@ class DecoderLayer:
         assert output is not None
         return output
 
+    def output_with(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """The layer's output with other weights of its linears, (sequences, tokens, hidden), with its graph.
+
+        Args:
+            weights: (out, in), by linear, in the compute dtype.
+            hidden: (sequences, tokens, hidden).
+        """
+        parameters = {f"{name}.weight": weight for name, weight in weights.items()}
+        arguments = dict(self._arguments(hidden.shape[0], hidden.shape[1]))
+        with torch.enable_grad():
+            output = torch.func.functional_call(self.module, parameters, (hidden,), arguments)
+        found: Tensor = output if isinstance(output, Tensor) else output[0]
+        return found
+
     def _run(self, hidden: Tensor) -> Tensor | None:
         try:
             output = self.module(hidden, **self._arguments(hidden.shape[0], hidden.shape[1]))

@@ -30,6 +30,17 @@ class ActivationStreams:
         for start in range(0, self.sequences, self.batch_size):
             yield slice(start, min(start + self.batch_size, self.sequences))
 
+    def split(self, held_out: int) -> tuple[list[slice], list[slice]]:
+        """The batches without the last sequences that are held out, and those of the latter."""
+        border = self.sequences - held_out
+        starts = (range(0, border, self.batch_size), range(border, self.sequences, self.batch_size))
+        ends = (border, self.sequences)
+        first, second = (
+            [slice(start, min(start + self.batch_size, end)) for start in found]
+            for found, end in zip(starts, ends, strict=True)
+        )
+        return first, second
+
     def read(self, name: str, batch: slice) -> Tensor:
         """A batch, on the device."""
         return self._arrays[name][batch].to(self.device, non_blocking=True)

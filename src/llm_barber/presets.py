@@ -1,0 +1,47 @@
+"""Presets: what a run does beyond the initial mask, unless a setting says otherwise."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Refine(StrEnum):
+    """How a chosen (and rebuilt) mask is refined."""
+
+    NONE = "none"
+    SWAPS = "swaps"
+
+
+class Reconstruct(StrEnum):
+    """What becomes of the kept weights: nothing, least squares of each linear, or that and tuning of each layer."""
+
+    NONE = "none"
+    LEAST_SQUARES = "least-squares"
+    TUNE = "tune"
+
+
+class Preset(StrEnum):
+    """`paper`: the published method. `mask`: the best with dense weights. `best`: the best quality."""
+
+    PAPER = "paper"
+    MASK = "mask"
+    BEST = "best"
+
+
+@dataclass(frozen=True)
+class PresetSettings:
+    """What a preset stands for."""
+
+    rebuild: bool
+    refine: Refine
+    reconstruct: Reconstruct
+
+
+PRESETS = {
+    Preset.PAPER: PresetSettings(rebuild=True, refine=Refine.NONE, reconstruct=Reconstruct.NONE),
+    Preset.MASK: PresetSettings(rebuild=False, refine=Refine.SWAPS, reconstruct=Reconstruct.NONE),
+    Preset.BEST: PresetSettings(rebuild=False, refine=Refine.SWAPS, reconstruct=Reconstruct.TUNE),
+}
+SWAPS = 100
+TARGET_MIX = 0.5
+TUNE_PASSES = 8
+GUARD = 0.125

@@ -1,0 +1,106 @@
+"""Tune the kept weights of a whole decoder layer against its output: a short run of Adam, masks fixed.
+
+The loss is the mean squared distance of the layer's output, on the inputs that the pruned model gives it, from the
+dense layer's; on these same inputs (`target_mix` 0), or on those of the dense model (1, as EBFT, 2024), or between.
+Held-out windows stop it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llm_barber.initial import PrunedLinear
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
+from llm_barber.refine import RefineSettings
+
+TARGET = "target"  # what the layer's output should be
+RATE = 0.01  # of Adam, as a share of the root mean square of a linear's kept weights
+MOMENTUM = (0.9, 0.95)
+SEQUENCES_A_STEP = 4
+PATIENCE = 2  # passes without gain on held-out windows
+
+
+def tune_layer(
+    layer: DecoderLayer,
+    dense: Mapping[str, Tensor],
+    pruned: Mapping[str, PrunedLinear],
+    settings: RefineSettings,
+    streams: ActivationStreams,
+) -> dict[str, PrunedLinear]:
+    """The layer's linears with better values.
+
+    Args:
+        layer: any weights.
+        dense: dense weights, (out, in), by linear.
+        pruned: masks and values to start from, by linear.
+        settings: target mix; windows held out, if none all passes are made; most passes over the others.
+        streams: the layer's input; for a mix, the dense model's output of it (`DENSE + NEXT`), too.
+    """
+    dtype = next(layer.module.parameters()).dtype
+    held_out, passes = settings.held_out, settings.tune
+    _write_targets(layer, dense, settings.target_mix, streams)
+    keeps = {name: one.keep for name, one in pruned.items()}
+    values = {name: one.final.float().clone() for name, one in pruned.items()}
+    groups = []
+    for name, one in values.items():
+        size = one.square().sum() / keeps[name].count_nonzero().clamp_min(1)
+        groups.append({"params": [one.requires_grad_()], "lr": RATE * size.sqrt().item()})
+    optimizer = torch.optim.Adam(groups, betas=MOMENTUM)
+    training = _steps(streams.sequences - held_out, min(streams.batch_size, SEQUENCES_A_STEP))
+    total = passes * len(training)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+
+    def loss(batch: slice) -> Tensor:
+        weights = {name: (one * keeps[name]).to(dtype) for name, one in values.items()}
+        output = layer.output_with(weights, streams.read(HIDDEN, batch))
+        return (output.float() - streams.read(TARGET, batch).float()).square().mean()
+
+    def held_out_error() -> float:
+        with torch.no_grad():
+            return math.fsum(loss(batch).item() * (batch.stop - batch.start) for batch in streams.split(held_out)[1])
+
+    generator = torch.Generator().manual_seed(0)
+    best, lowest, without_gain = _copy(values), held_out_error(), 0
+    for _ in range(passes):
+        for step in torch.randperm(len(training), generator=generator).tolist():
+            optimizer.zero_grad()
+            torch.autograd.backward(loss(training[step]))
+            optimizer.step()
+            schedule.step()
+        error = held_out_error()
+        if held_out and error >= lowest:
+            without_gain += 1
+            if without_gain == PATIENCE:
+                break
+        else:
+            best, lowest, without_gain = _copy(values), error, 0
+    tuned = {}
+    for name, linear in pruned.items():
+        tuned[name] = replace(linear, values=best[name].to(linear.values.dtype)).with_mask(linear.keep)
+    return tuned
+
+
+def _write_targets(
+    layer: DecoderLayer, dense: Mapping[str, Tensor], target_mix: float, streams: ActivationStreams
+) -> None:
+    """What the layer's output should be, for every window."""
+    dtype = next(layer.module.parameters()).dtype
+    layer.set_weights({name: weight.to(dtype) for name, weight in dense.items()})
+    for batch in streams.batches():
+        target = streams.read(DENSE + NEXT, batch) if target_mix else None
+        if target is None or target_mix < 1:
+            own = layer.output(streams.read(HIDDEN, batch))
+            target = own if target is None else own.float().lerp(target.float(), target_mix).to(dtype)
+        streams.write(TARGET, batch, target)
+
+
+def _steps(sequences: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, sequences)) for start in range(0, sequences, size)]
+
+
+def _copy(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: one.detach().clone() for name, one in values.items()}
