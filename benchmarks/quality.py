@@ -15,8 +15,10 @@ from pathlib import Path
 from common import machine, model_folder
 from quality_page import write_page
 
+from llm_barber.checkpoint.folder import locked
 from llm_barber.comparison.cells import CellResult
 from llm_barber.comparison.compare import (
+    MARKER,
     Cell,
     CompareConfig,
     Comparison,
@@ -52,6 +54,7 @@ CALIBRATION_ROWS = (
     (Method.MAGNITUDE, True),
     (Method.SPARSEGPT_UPDATES, False),
 )
+DEFAULT_NAME, DEFAULT_TITLE = "smollm2-135m", "SmolLM2-135M-Instruct (from a 4-bit GGUF)"
 STAGES = ("choice", "first", "order", "sequences", "main")
 
 
@@ -83,6 +86,7 @@ class Quality:
             "text": (TEST,),
             "windows": windows,
             "text_seqlen": 1024,
+            "seeds": seeds[:1],
         }
         self.choosing = {**self.common, "text": (TEST, VALIDATION)}
         self.evaluators: dict[EvaluateConfig, Evaluator] = {}
@@ -111,7 +115,7 @@ class Quality:
         return cells
 
     def choice(self, progress: Progress) -> dict[tuple[Method, Granularity, float], CellResult]:
-        """All of them at 50 %, seed 0."""
+        """All of them at 50 %, first seed."""
         found = {}
         for method, granularity, ratio in self.choice_cells():
             config = CompareConfig(
@@ -140,7 +144,7 @@ class Quality:
         settings = {**self.common, "seeds": seeds or self.seeds, "rebuild_settings": self.chosen(progress)}
         tasks = {"tasks": TASKS, "tasks_folder": Path("tasks"), "limit": self.limit, "task_seeds": 1}
         parts = [
-            compare(CompareConfig(**settings, **more, targets=targets), progress)
+            compare(CompareConfig(**settings, **more, targets=targets), progress, write=False)
             for targets, more in ((TASK_TARGETS, tasks), (tuple(t for t in TARGETS if t not in TASK_TARGETS), {}))
             if targets
         ]
@@ -148,7 +152,7 @@ class Quality:
         return parts[0].model_copy(update={"cells": tuple(cells)})
 
     def sequences(self, progress: Progress) -> dict[tuple[Method, bool, int], CellResult]:
-        """Some rows at 50 %, seed 0, with 4 to 128 calibration sequences."""
+        """Some rows at 50 %, first seed, with 4 to 128 calibration sequences."""
         chosen = self.chosen(progress)
         found = {}
         for count in CALIBRATION_SEQUENCES:
@@ -177,14 +181,21 @@ class Quality:
     def _one_after_the_other(
         self, config: CompareConfig, method: Method, chosen: tuple[Granularity, float], progress: Progress
     ) -> CellResult:
+        with locked(config.output / MARKER):
+            return self._run_both(config, method, chosen, progress)
+
+    def _run_both(
+        self, config: CompareConfig, method: Method, chosen: tuple[Granularity, float], progress: Progress
+    ) -> CellResult:
         runner = make_runner(config, self.model, progress, self.evaluator(config, progress))
-        calibration = str(calibration_file(config, self.model, 0, progress))
-        cell = Cell(method, True, "0.5", 0)
+        seed = self.seeds[0]
+        calibration = str(calibration_file(config, self.model, seed, progress))
+        cell = Cell(method, True, "0.5", seed)
 
         def make(target: Path) -> RunReport:
             first = target.with_name(f"{target.name}-initial")
             shutil.rmtree(first, ignore_errors=True)
-            prune(
+            before = prune(
                 PruneConfig(model=self.model, output=first, initial=method.initial, sparsity=0.5, rebuild=False,
                             calibration=calibration),
                 progress,
@@ -195,7 +206,8 @@ class Quality:
                 progress,
             )  # fmt: skip
             shutil.rmtree(first)
-            return report
+            seconds = {**report.seconds, "total": report.seconds["total"] + before.seconds["total"]}
+            return report.model_copy(update={"seconds": seconds})
 
         settings = {**cell_settings(config, cell), "order": "one after the other"}
         return runner.run(f"{cell.name}-released-order", settings, make, progress)
@@ -212,8 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and tasks/")
     parser.add_argument("--model", help="an ordinary checkpoint (default: SmolLM2-135M from its package)")
-    parser.add_argument("--name", default="smollm2-135m", help="of the results")
-    parser.add_argument("--title", default="SmolLM2-135M-Instruct (from a 4-bit GGUF)", help="of its part of the page")
+    parser.add_argument("--name", help="of the results; needed with --model")
+    parser.add_argument("--title", help="of its part of the page (default: the name)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -221,10 +233,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="examples of each task")
     parser.add_argument("--only", choices=STAGES)
     options = parser.parse_args()
+    if options.model and not options.name:
+        parser.error("--model needs a --name for its results")
+    name, title = options.name or DEFAULT_NAME, options.title or options.name or DEFAULT_TITLE
     model = str(Path(model_folder(options.model)).resolve())
     os.chdir(options.data)  # so that results name texts as they lie in DATA
     seeds = tuple(int(seed) for seed in options.seeds.split(","))
-    quality = Quality(model, options.name, seeds, options.samples, options.seqlen, options.windows, options.limit)
+    quality = Quality(model, name, seeds, options.samples, options.seqlen, options.windows, options.limit)
     with ConsoleProgress() as progress:
         if options.only:
             getattr(quality, options.only)(progress)
@@ -232,8 +247,7 @@ def main() -> None:
         quality.first(progress)
         order, sequences = quality.order(progress), quality.sequences(progress)
         comparison, choice = quality.main(progress), quality.choice(progress)
-    title = options.title or options.name
-    write_page(ROOT / "docs" / "results.md", options.name, title, machine(), comparison, choice, sequences, order)
+    write_page(ROOT / "docs" / "results.md", name, title, machine(), comparison, choice, sequences, order)
     print(markdown(comparison.model_copy(update={"model": title})))
     print(machine())
 

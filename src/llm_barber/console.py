@@ -109,7 +109,7 @@ def show_run(report: RunReport) -> None:
     """Print what a run did, by block kind and linear."""
     console = Console(highlight=False, markup=False)
     table = Table(
-        title=escape(f"{report.output}: {report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})")
+        title=f"{report.output}: {report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})"
     )
     for heading in ("linear", "sparsity", "swapped", "of beneficial pairs"):
         table.add_column(heading, justify="left" if heading == "linear" else "right")
@@ -145,9 +145,9 @@ def _error_change(report: RunReport, index: int) -> str:
 def show_plan(plan: Plan) -> None:
     """Print what a run would do."""
     console = Console(highlight=False, markup=False)
-    table = Table(title=escape(f"would write {plan.output}; nothing was written"), show_header=False)
+    table = Table(title=f"would write {plan.output}; nothing was written", show_header=False)
     for key, value in plan.rows():
-        table.add_row(key, escape(value))
+        table.add_row(key, value)
     console.print(table)
 
 
@@ -155,7 +155,7 @@ def show_inspection(inspection: Inspection) -> None:
     """Print sparsity by layer and linear, patterns, and the verdict."""
     console = Console(highlight=False, markup=False)
     names = list(dict.fromkeys(linear.name for linear in inspection.linears))
-    table = Table(title=escape(f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}"))
+    table = Table(title=f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}")
     table.add_column("layer", justify="right")
     for name in names:
         table.add_column(name.rpartition(".")[2].removesuffix("_proj"), justify="right")
@@ -183,14 +183,14 @@ def show_inspection(inspection: Inspection) -> None:
 def show_evaluation(evaluation: Evaluation) -> None:
     """Print perplexities, and what they depend on."""
     console = Console(highlight=False, markup=False)
-    table = Table(title=escape(f"perplexity of {evaluation.model} (lower is better)"))
+    table = Table(title=f"perplexity of {evaluation.model} (lower is better)")
     headings = ["text", "perplexity"]
     if evaluation.against is not None:
         headings += ["of the other", "ratio", "KL divergence", "same next token"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for result in evaluation.texts:
-        cells = [escape(result.text), f"{result.perplexity:.3f}"]
+        cells = [result.text, f"{result.perplexity:.3f}"]
         if result.against is not None:
             compared = result.against
             cells += [
@@ -217,14 +217,14 @@ def show_evaluation(evaluation: Evaluation) -> None:
 def _show_tasks(console: Console, evaluation: Evaluation) -> None:
     if not evaluation.tasks:
         return
-    table = Table(title=escape(f"accuracy of {evaluation.model} (higher is better, ± standard error)"))
+    table = Table(title=f"accuracy of {evaluation.model} (higher is better, ± standard error)")
     headings = ["task", "metric", "value", "examples"]
     if evaluation.against is not None:
         headings += ["of the other", "difference"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     for task in evaluation.tasks:
-        cells = [escape(task.task), task.metric, f"{task.value:.3f} ± {task.standard_error:.3f}", str(task.examples)]
+        cells = [task.task, task.metric, f"{task.value:.3f} ± {task.standard_error:.3f}", str(task.examples)]
         if task.against is not None:
             compared = task.against
             cells += [f"{compared.value:.3f}", f"{compared.difference:+.3f} ± {compared.standard_error:.3f}"]

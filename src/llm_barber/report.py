@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 RECORD_VERSION = 1
 PAGE_NAME = "report.html"
@@ -136,7 +136,7 @@ class RunReport(_Result):
     device: str
     dtype: str
     versions: dict[str, str]
-    layers: tuple[LayerResult, ...]
+    layers: tuple[LayerResult, ...] = Field(min_length=1)
     seconds: dict[str, float]
     peak_memory: int
     peak_device_memory: int | None = None

@@ -8,7 +8,7 @@ import pytest
 
 import llm_barber.comparison.compare as module
 from llm_barber import CompareConfig, Comparison, EvaluateConfig, PruneConfig, compare, evaluate, prune
-from llm_barber.checkpoint.folder import locked
+from llm_barber.checkpoint.folder import locked, own_folder
 from llm_barber.comparison.compare import MARKER, Method
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
@@ -152,6 +152,27 @@ def test_a_cell_is_done_again_if_anything_it_depends_on_changed(settings: dict[s
     assert done() == 1
     make_model(settings["model"], "llama", seed=3)
     assert done() == 1
+    weights = settings["model"] / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1  # one bit, in the last weight
+    weights.write_bytes(content)
+    assert done() == 1
+
+
+def test_stopped_before_its_first_cell_it_leaves_older_tables(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(CompareConfig(**settings))
+    before = (settings["output"] / "comparison.md").read_text()
+    monkeypatch.setattr(module, "prune", Counter(stop_at=1))
+    with pytest.raises(KeyboardInterrupt):
+        compare(CompareConfig(**settings | {"samples": 2}))
+    assert (settings["output"] / "comparison.md").read_text() == before
+    (settings["output"] / "short.txt").write_text("too short")
+    with pytest.raises(CalibrationError, match="has 9 tokens"):
+        compare(CompareConfig(**settings | {"calibration": str(settings["output"] / "short.txt")}))
+    assert (settings["output"] / "comparison.md").read_text() == before
+    assert len(list((settings["output"] / "cells").glob("dense-*"))) == 1  # told before anything was measured
 
 
 def test_a_cell_that_fails_is_named_and_others_go_on(settings: dict[str, Any], counter: Counter) -> None:
@@ -195,6 +216,26 @@ def test_keep_models(settings: dict[str, Any]) -> None:
     assert all((path / "model.safetensors.index.json").exists() for path in models)
 
 
+def test_models_that_were_not_kept_are_made_again(settings: dict[str, Any], counter: Counter) -> None:
+    small = settings | {"methods": ("wanda",), "targets": ("0.5",), "seeds": (0,), "rebuild": False}
+    small["rebuild_settings"] = {}
+    compare(CompareConfig(**small))
+    compare(CompareConfig(**small, keep_models=True))
+    compare(CompareConfig(**small, keep_models=True))
+    assert counter.calls == 2
+    assert len(list((settings["output"] / "models").iterdir())) == 1
+
+
+def test_a_file_of_tokens_is_named_as_it_is(settings: dict[str, Any]) -> None:
+    small = settings | {"methods": ("wanda",), "targets": ("0.5",), "seeds": (0,)}
+    compare(CompareConfig(**small))
+    (tokens,) = settings["output"].glob("calibration-*.safetensors")
+    comparison = compare(CompareConfig(**small | {"calibration": str(tokens), "samples": 128, "seqlen": 2048}))
+    assert (comparison.settings["samples"], comparison.settings["seqlen"]) == (3, 24)
+    with pytest.raises(SettingsError, match="give one seed"):
+        CompareConfig(**small | {"calibration": str(tokens), "seeds": (0, 1)})
+
+
 def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="target 'half' is neither a sparsity"):
         CompareConfig(**settings | {"targets": ("half",)})
@@ -202,10 +243,15 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
         CompareConfig(**settings | {"targets": ("1.5",)})
     with pytest.raises(SettingsError, match="methods.0: Input should be 'magnitude'"):
         CompareConfig(**settings | {"methods": ("wands",)})
+    with pytest.raises(SettingsError, match="seeds.0: Input should be greater than or equal to 0"):
+        CompareConfig(**settings | {"seeds": (-1,)})
+    once = CompareConfig(**settings | {"targets": ("0.5", "0.50", "2:4"), "seeds": (0, 0), "methods": ("ria", "ria")})
+    assert (once.targets, once.seeds, once.methods) == (("0.5", "2:4"), (0,), (Method.RIA,))
     with pytest.raises(SettingsError, match="switched off"):
         CompareConfig(**settings | {"rebuild": False})
     with pytest.raises(CalibrationError, match="no such text"):
         compare(CompareConfig(**settings | {"text": ("nothing",)}))
+    assert not settings["output"].exists()
     with pytest.raises(ModelError, match="no such model"):
         compare(CompareConfig(**settings | {"model": tmp_path / "none"}))
     other = tmp_path / "other"
@@ -213,5 +259,6 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
     (other / "mine").touch()
     with pytest.raises(OutputError, match=f"exists and has no {MARKER}"):
         compare(CompareConfig(**settings | {"output": other}))
+    own_folder(settings["output"], MARKER, "")
     with locked(settings["output"] / MARKER), pytest.raises(OutputError, match="another run is writing"):
         compare(CompareConfig(**settings))

@@ -90,7 +90,17 @@ def test_bad_input(tmp_path: Path, llama: Path, text: str, monkeypatch: pytest.M
     add_tokenizer(small)
     with pytest.raises(CalibrationError, match="outside the model's vocabulary of 20"):
         run(small, text)
+    other = make_model(tmp_path / "other", "llama")
+    add_tokenizer(other)
+    vocabulary = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(vocabulary.replace('"a": 65', '"a": 66').replace('"b": 66', '"b": 65'))
+    with pytest.raises(ModelError, match="has another tokenizer"):
+        run(llama, text, against=other)
     tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"][:] = 1e6
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="overflows: its mean loss is"):
+        run(llama, text)
     tensors["model.norm.weight"][:] = 3e38
     save_file(tensors, llama / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="gives NaN or Inf logits in window 0"):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm_barber import EvaluateConfig, evaluate
-from llm_barber.errors import HubError, SettingsError, TaskError
+from llm_barber.errors import CalibrationError, HubError, SettingsError, TaskError
 from llm_barber.evaluation.tasks import (
     PAPER_TASKS,
     TaskResult,
@@ -168,6 +168,14 @@ def test_wrong_lines_are_named(folder: Path, line: str, problem: str) -> None:
     assert "query, choices, gold" in caught.value.hint or "JSON" in caught.value.hint
 
 
+def test_other_line_ends_may_stand_in_a_text(folder: Path) -> None:
+    odd = [{**one, "query": "a\u2028b\x85c"} for one in QUESTIONS]
+    lines = "\r\n".join(json.dumps(one, ensure_ascii=False) for one in odd)
+    (folder / "arc_easy.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (task,) = find_tasks(("arc_easy",), folder, None)
+    assert task.examples == odd
+
+
 def test_bad_input(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TaskError, match="no file for task piqa") as caught:
         evaluate(settings(model, folder, tasks=("piqa",)))
@@ -176,6 +184,10 @@ def test_bad_input(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytes
         evaluate(settings(model, tmp_path / "none"))
     with pytest.raises(TaskError, match="lm-eval has no task no_such_task"):
         evaluate(settings(model, folder, tasks_folder=None, tasks=("no_such_task",)))
+    small = make_model(tmp_path / "small", "llama", vocab_size=60)
+    add_tokenizer(small)
+    with pytest.raises(CalibrationError, match="outside the model's vocabulary of 60"):
+        evaluate(settings(small, folder))
     with pytest.raises(TaskError, match="is not multiple choice"):
         monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.get_config", lambda *_: "generate_until")
         evaluate(settings(model, folder))

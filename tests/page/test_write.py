@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -60,4 +61,10 @@ def test_bad_input(pruned: Path, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         write_page(pruned, tmp_path / "no" / "such" / "page.html")
     (pruned / "evaluation.json").write_text("{")
-    write_page(pruned)
+    with pytest.raises(ModelError, match="evaluation.json is damaged"):
+        write_page(pruned)
+    (pruned / "evaluation.json").unlink()
+    record = json.loads((pruned / "barber.json").read_text())
+    (pruned / "barber.json").write_text(json.dumps({**record, "layers": []}))
+    with pytest.raises(ModelError, match="is not a record of this program"):
+        write_page(pruned)

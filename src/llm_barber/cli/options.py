@@ -109,6 +109,15 @@ TextOption = Annotated[
         show_default=False,
     ),
 ]
+CompareTextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="wikitext2, ptb, c4 (from the hub), or a file; may be given again. (default: wikitext2)",
+        rich_help_panel=TEXT,
+        show_default=False,
+    ),
+]
 WindowsOption = Annotated[
     int | None, typer.Option(help="Windows of each text. (default: all)", rich_help_panel=TEXT, show_default=False)
 ]

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +17,9 @@ from llm_barber.report import RunReport, reset_peak_memory
 CELLS = "cells"
 MODELS = "models"
 DENSE = "dense"
-FINGERPRINT_BYTES = 2**20
-TEXTS = (".txt", ".md", ".jsonl", ".parquet")
+CALIBRATION = "calibration"  # the name of its part of the key
+# What a model's numbers depend on: weights, configuration, tokenizer.
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
 Kept = TypeVar("Kept", bound=BaseModel)
 
 
@@ -27,7 +27,8 @@ class CellResult(BaseModel):
     """What came out of a cell.
 
     `key` is everything that the result depends on. `errors` are the mean reconstruction errors of each kind of block,
-    before and after the rebuild; `seconds` and `peak_memory` (bytes) are those of pruning, writing included.
+    before and after the rebuild; `seconds` are those of pruning, from the first layer read to the last written;
+    `peak_memory` (bytes) is the process's while it prunes, with what it keeps to measure with.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -91,7 +92,7 @@ class CellRunner:
 
     def dense(self, progress: Progress) -> Evaluation:
         """The dense model's evaluation, kept like a cell."""
-        path, key = self._place(DENSE, {}, True)
+        path, key = self._place(DENSE, {CALIBRATION: None}, True)  # it has none
         kept = _read(path, DenseResult)
         if kept is None or kept.key != key:
             progress.stage("measuring the dense model")
@@ -104,6 +105,8 @@ class CellRunner:
         """A kept cell."""
         path, key = self._place(name, settings, with_tasks)
         result = _read(path, CellResult)
+        if self.keep_models and not (self.folder / MODELS / path.stem).is_dir():
+            return None  # its model is asked for, and was not kept
         return result if result is not None and result.key == key else None
 
     def run(
@@ -130,9 +133,7 @@ class CellRunner:
         target = self.folder / MODELS / path.stem if self.keep_models else self.folder / "work" / name
         evaluator = self.evaluator
         reset_peak_memory()
-        began = time.perf_counter()
         report = make(target)
-        seconds = time.perf_counter() - began
         evaluation = evaluator.measure(str(target), progress, with_tasks)
         if not self.keep_models:
             shutil.rmtree(target)
@@ -144,7 +145,7 @@ class CellRunner:
             granularity=report.granularity,
             rebuild_ratio=report.rebuild_ratio,
             errors=_mean_errors(report),
-            seconds=seconds,
+            seconds=report.seconds["total"],
             peak_memory=report.peak_memory,
             peak_device_memory=report.peak_device_memory,
             # The folder is gone, or has another name on another machine.
@@ -178,15 +179,14 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 that tells a model folder or file from another version of it: names, sizes, the first MiB of each file."""
+    """sha256 of a file, or of a model folder's files with their names: any other byte is another model or text."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if path.is_dir() and file.suffix not in (".safetensors", ".json"):
-            continue
+    for file in files:
         with file.open("rb") as opened:
-            # A text is hashed whole: an edit in its middle is another text.
-            content = opened.read() if file.suffix in TEXTS else opened.read(FINGERPRINT_BYTES)
-        digest.update(f"{file.name}:{file.stat().st_size}:".encode() + hashlib.sha256(content).digest())
+            digest.update(f"{file.name}:".encode() + hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -7,19 +7,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, load_calibration
 from llm_barber.checkpoint.folder import locked, own_folder
 from llm_barber.checkpoint.hub import resolve_model
-from llm_barber.comparison.cells import CellResult, CellRunner, fingerprint, source_fingerprint
+from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
 from llm_barber.config import DTYPES, Initial, PruneConfig, Settings
 from llm_barber.errors import BarberError, SettingsError
 from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, Evaluator
 from llm_barber.evaluation.tasks import find_tasks
+from llm_barber.evaluation.texts import check_text
 from llm_barber.job import load_tokenizer
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
@@ -29,6 +31,7 @@ from llm_barber.pruning import prune
 from llm_barber.report import versions
 
 MARKER = "COMPARISON.txt"
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Method(StrEnum):
@@ -69,7 +72,7 @@ class CompareConfig(Settings):
     calibration: str = Field("builtin", description="builtin, c4, wikitext2, or a file")
     samples: int = Field(128, ge=1, description="calibration windows")
     seqlen: int = Field(2048, ge=2, description="tokens a calibration window")
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (0,), min_length=1, description="of the choice of windows; several give mean and spread"
     )
     text: tuple[str, ...] | None = Field(None, description="wikitext2, ptb, c4, or files; None: wikitext2")
@@ -93,14 +96,20 @@ class CompareConfig(Settings):
     @field_validator("targets", mode="after")
     @classmethod
     def _targets_readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for target in value:
-            target_settings(target)
+        settings = [target_settings(target) for target in value]  # 0.5 and 0.50 are one
+        return tuple(dict.fromkeys(one.get("pattern") or f"{one['sparsity']:.10g}" for one in settings))
+
+    @field_validator("methods", "seeds", mode="after")
+    @classmethod
+    def _once_each(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.rebuild and (self.granularity or self.rebuild_ratio or self.rebuild_settings):
             raise ValueError("granularity and rebuild_ratio are of the rebuild, which is switched off")
+        if len(self.seeds) > 1 and self.calibration.endswith(TOKEN_FILE_SUFFIX):
+            raise ValueError("a file of tokens is taken as it is, whatever the seed: give one seed")
         return self
 
     def evaluation(self, folder: str) -> EvaluateConfig:
@@ -174,8 +183,7 @@ def target_settings(target: str) -> dict[str, Any]:
         ValueError: it is neither.
     """
     if ":" in target:
-        parse_pattern(target)
-        return {"pattern": target}
+        return {"pattern": str(parse_pattern(target))}
     try:
         sparsity = float(target)
     except ValueError:
@@ -210,18 +218,27 @@ def compare(
     folder = str(resolve_model(config.model, config.revision))
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
-    find_tasks(config.tasks, config.tasks_folder, config.limit)  # wrong ones are told before anything is written
+    # What is wrong with texts and tasks is told before anything is written.
+    find_tasks(config.tasks, config.tasks_folder, config.limit)
+    for name in config.evaluation(folder).texts:
+        check_text(name)
     own_folder(config.output, MARKER, "made by `llm-barber compare`, which keeps finished cells here and goes on")
     with locked(config.output / MARKER):
         runner = make_runner(config, folder, progress, evaluator)
-        dense = runner.dense(progress)
         cells = list(plan_cells(config))
+        missing = [cell for cell in cells if not _finished(runner, config, cell)]
+        shape = (config.samples, config.seqlen)
+        for seed in dict.fromkeys(cell.seed for cell in missing):
+            # Made before anything is measured: a text that is too short is told now, and no cell's time has it.
+            with safe_open(calibration_file(config, folder, seed, progress), "pt") as tokens:
+                shape = tuple(tokens.get_slice("input_ids").get_shape())
+        dense = runner.dense(progress)
         results: list[ComparisonCell] = []
 
         def comparison() -> Comparison:
             return Comparison(
                 model=config.model,
-                settings=config.model_dump(mode="json"),
+                settings={**config.model_dump(mode="json"), "samples": shape[0], "seqlen": shape[1]},
                 device=str(device),
                 dtype=dtype,
                 versions=versions(),
@@ -233,7 +250,7 @@ def compare(
         try:
             for number, cell in enumerate(cells, 1):
                 settings = cell_settings(config, cell)
-                if runner.finished(cell.name, settings, _with_tasks(config, cell)) is None:
+                if cell in missing:
                     left = ""
                     if done_here:
                         seconds = (time.monotonic() - began) / done_here * (len(cells) - number + 1)
@@ -242,7 +259,7 @@ def compare(
                     done_here += 1
                 results.append(_run_cell(runner, config, folder, cell, settings, progress))
         finally:
-            if write:
+            if write and results:  # stopped before the first cell: older tables stay
                 write_files(comparison(), config.output)
     return comparison()
 
@@ -288,7 +305,7 @@ def make_runner(
     ]
     common = {
         "model": fingerprint(Path(folder)),
-        "calibration": [
+        CALIBRATION: [
             config.calibration,
             source_fingerprint(config.calibration),
             config.samples,
@@ -341,6 +358,10 @@ def _run_cell(
     except BarberError as error:
         progress.warn(f"{cell.name}: {error}")
         return ComparisonCell(**values, failure=str(error))
+
+
+def _finished(runner: CellRunner, config: CompareConfig, cell: Cell) -> bool:
+    return runner.finished(cell.name, cell_settings(config, cell), _with_tasks(config, cell)) is not None
 
 
 def _with_tasks(config: CompareConfig, cell: Cell) -> bool:

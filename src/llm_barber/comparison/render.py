@@ -20,5 +20,8 @@ def write_files(comparison: Comparison, folder: Path) -> None:
         "html": comparison_page(comparison),
     }
     for ending, content in contents.items():
-        if content is not None:
-            write_durably(folder / f"{NAME}.{ending}", content)
+        path = folder / f"{NAME}.{ending}"
+        if content is None:  # nothing to draw any more
+            path.unlink(missing_ok=True)
+        else:
+            write_durably(path, content)

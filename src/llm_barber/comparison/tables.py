@@ -134,8 +134,12 @@ def notes(comparison: Comparison) -> list[str]:
         for task in comparison.dense.tasks
         if task.metric == ACCURACY
     ]
+    if settings["task_seeds"] is not None and settings["task_seeds"] < len(settings["seeds"]):
+        measured = settings["seeds"][: settings["task_seeds"]]
+        found.append(f"Tasks: calibration seed{'s' if len(measured) > 1 else ''} {', '.join(map(str, measured))} only.")
     swaps = dict.fromkeys(
-        f"{TITLES[cell.method]}: within each {cell.result.granularity}, ratio {cell.result.rebuild_ratio:g}"
+        f"{TITLES[cell.method]}{' (N:M)' if ':' in cell.target else ''}: "
+        f"within each {cell.result.granularity}, ratio {cell.result.rebuild_ratio:g}"
         for cell in comparison.cells
         if cell.rebuilt and cell.result and cell.result.rebuild_ratio is not None
     )
@@ -149,7 +153,8 @@ def notes(comparison: Comparison) -> list[str]:
     if unchanged:
         found.append(f"The rebuild swapped nothing: {'; '.join(unchanged)}.")
     found.append(
-        "Seconds and peak memory: of pruning, reading and writing included; bold: the best of its block. "
+        "Seconds: of pruning, from the first layer read to the last written; peak memory: of the process meanwhile, "
+        "with what it keeps to measure with; bold: the best of its block. "
         f"{comparison.dtype} on {comparison.device}; "
         + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
         + "."
@@ -168,7 +173,8 @@ def markdown(comparison: Comparison) -> str:
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Row]) -> list[str]:
     """Lines of a table, the best in bold."""
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    titles = [head.replace("|", "\\|") for head in heads]
+    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for row in rows:
         cells = [f"**{cell}**" if best else cell for cell, best in zip(row.cells, row.best, strict=True)]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from llm_barber.calibration import read_text
 from llm_barber.config import DTYPES, Settings
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.evaluation.perplexity import evaluation_windows
@@ -20,6 +21,8 @@ from llm_barber.job import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import versions
+
+SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 
 
 class EvaluateConfig(Settings):
@@ -137,6 +140,10 @@ class Evaluator:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.tasks = find_tasks(config.tasks, config.tasks_folder, config.limit)
+        if self.tasks:  # what is wrong with them is told before texts are measured
+            from llm_barber.evaluation.harness import check_names  # lm-eval is optional, and slow to import
+
+            check_names(self.tasks)
         progress.stage(f"opening {config.model}")
         model = StreamedModel(config.model, self.device, self.dtype)
         self.other = StreamedModel(config.against, self.device, self.dtype) if config.against is not None else None
@@ -147,6 +154,8 @@ class Evaluator:
             raise ModelError(f"{config.model} has no tokenizer, which a text needs", "add its tokenizer files")
         if config.texts:
             check_positions(model.config, config.seqlen)
+        if self.other is not None:
+            _check_same_tokens(self.tokenizer, self.other)
         self.texts = [self._text(name, model, progress) for name in config.texts]
         self._other_states: dict[str, list[Tensor]] = {}
         self._other_tasks: TaskRun | None = None
@@ -229,14 +238,14 @@ class Evaluator:
         compared = None
         if others is not None:
             compared = TextComparison(
-                perplexity=math.exp(other_loss / count),
-                perplexity_ratio=math.exp((loss - other_loss) / count),
+                perplexity=_perplexity(other_loss / count, f"the other model on {text.name}"),
+                perplexity_ratio=_perplexity((loss - other_loss) / count, f"the ratio on {text.name}"),
                 divergence=divergence / count,
                 top_agreement=agreement / count,
             )
         return TextResult(
             text=text.name,
-            perplexity=math.exp(loss / count),
+            perplexity=_perplexity(loss / count, text.name),
             windows=text.windows.shape[0],
             seqlen=text.windows.shape[1],
             begins_with_bos=text.begins_with_bos,
@@ -253,6 +262,29 @@ class Evaluator:
 def _loss(logits: Tensor, mass: Tensor, following: Tensor) -> float:
     """Sum of −log p of the following tokens, int64 (positions, 1); `mass` is the logits' logsumexp."""
     return (mass - logits.gather(1, following).squeeze(1)).double().sum().item()
+
+
+def _perplexity(loss: float, where: str) -> float:
+    """The exponential of a mean loss in nats.
+
+    Raises:
+        ModelError: it has no number.
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise ModelError(
+            f"perplexity of {where} overflows: its mean loss is {loss:.4g} nats a token",
+            "the model is broken; a uniform guess has log(vocabulary)",
+        ) from error
+
+
+def _check_same_tokens(tokenizer: Any, other: StreamedModel) -> None:
+    """Refuse another model whose tokenizer cuts a text otherwise: ids that mean different words cannot be compared."""
+    theirs = load_tokenizer(other.source.folder)
+    sample = read_text("builtin")[:SAMPLE_CHARACTERS]
+    if theirs is not None and list(tokenizer(sample).input_ids) != list(theirs(sample).input_ids):
+        raise ModelError(f"{other.source.model} has another tokenizer", "compare models with the same tokenizer")
 
 
 def _check_same_vocabulary(model: StreamedModel, other: StreamedModel) -> None:

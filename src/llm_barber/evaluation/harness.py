@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from llm_barber.errors import HubError, TaskError, first_line
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import CONTINUED, PAPER_TASKS, Task, TaskResult, TaskRun, mean_and_standard_error
+from llm_barber.job import check_vocabulary
 from llm_barber.model.device import resolve_batch_size
 from llm_barber.progress import Progress
 
@@ -75,6 +76,7 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
         # The continuation's last token is predicted, not read. Requests that read the same tokens share them.
         readers: dict[Tokens, list[int]] = {}
         for number, (_texts, context, continuation) in enumerate(requests):
+            check_vocabulary(self.model.config, torch.tensor(context + continuation))
             tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
             readers.setdefault(tokens, []).append(number)
         answers: dict[int, tuple[float, bool]] = {}
@@ -208,20 +210,38 @@ def run_tasks(
     return TaskRun(tuple(results), by_example)
 
 
-def _load(tasks: Sequence[Task]) -> dict[str, Any]:
-    """lm-eval's task objects, by name; groups give all of theirs."""
-    manager = TaskManager()
-    loaded: dict[str, Any] = {}
+def check_names(tasks: Sequence[Task]) -> None:
+    """Refuse tasks that lm-eval does not know; local ones need not be known.
+
+    Raises:
+        TaskError: it does not know one.
+    """
     for task in tasks:
-        if task.examples is None and not manager.match_tasks([task.name]):
-            close = get_close_matches(task.name, manager.all_tasks, n=5, cutoff=0.7)
+        if task.examples is None and not _manager(True).match_tasks([task.name]):
+            close = get_close_matches(task.name, _manager(True).all_tasks, n=5, cutoff=0.7)
             raise TaskError(
                 f"lm-eval has no task {task.name}",
                 (f"close: {', '.join(close)}; " if close else "")
                 + f"paper is {', '.join(PAPER_TASKS)}; all: `lm-eval ls tasks`",
             )
+
+
+@cache
+def _manager(known: bool) -> Any:
+    """lm-eval's loader, made once: with all the tasks that it knows it reads some 15,000 files."""
+    with _quiet():
+        return TaskManager(include_defaults=known)
+
+
+def _load(tasks: Sequence[Task]) -> dict[str, Any]:
+    """lm-eval's task objects, by name; groups give all of theirs."""
+    check_names(tasks)
+    loaded: dict[str, Any] = {}
+    for task in tasks:
         try:
-            part = manager.load([task.name if task.examples is None else _configuration(task)])["tasks"]
+            part = _manager(task.examples is None).load([task.name if task.examples is None else _configuration(task)])[
+                "tasks"
+            ]
         except Exception as error:  # data sets raise whatever their parts raise
             raise HubError(
                 f"task {task.name} could not be loaded ({type(error).__name__}: {first_line(error)})",

@@ -5,17 +5,25 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from llm_barber.errors import ModelError
 from llm_barber.evaluation.evaluate import Evaluation
 
 EVALUATION_NAME = "evaluation.json"
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """What is kept; None if there is nothing, or nothing readable."""
-    try:
-        return Evaluation.model_validate_json((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError):
+    """What is kept; None if there is nothing.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    path = folder / EVALUATION_NAME
+    if not path.exists():
         return None
+    try:
+        return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise ModelError(f"{path} is damaged", "remove it, and evaluate again") from error
 
 
 def keep_evaluation(folder: Path, evaluation: Evaluation) -> Evaluation:
@@ -24,7 +32,10 @@ def keep_evaluation(folder: Path, evaluation: Evaluation) -> Evaluation:
     Raises:
         OSError: the folder cannot be written.
     """
-    kept = read_evaluation(folder)
+    try:
+        kept = read_evaluation(folder)
+    except ModelError:
+        kept = None
     alike = ("against", "device", "dtype", "versions")
     if kept is not None and all(getattr(kept, name) == getattr(evaluation, name) for name in alike):
         texts = {text.text: text for text in (*kept.texts, *evaluation.texts)}

@@ -130,7 +130,7 @@ def _read_task(path: Path, limit: int | None) -> Task:
     fields: dict[str, type] | None = None
     try:
         content = path.read_bytes()
-        lines = content.decode().splitlines()
+        lines = content.decode("utf-8-sig").split("\n")  # other line ends may stand in a text
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read: {error}", "it must be UTF-8 JSON lines") from error
     for number, line in enumerate(lines, 1):

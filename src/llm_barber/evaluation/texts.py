@@ -1,5 +1,7 @@
 """Evaluation texts, joined as the released programs join them, so that numbers compare with published ones."""
 
+from pathlib import Path
+
 from llm_barber.calibration import Tokenizer, read_text
 from llm_barber.errors import CalibrationError, HubError
 
@@ -29,14 +31,20 @@ def evaluation_text(name: str) -> str:
             rows = _hub_column("text", C4_DOCUMENTS, path="allenai/c4", data_files=files, split="validation")
             return " ".join(rows)
         case _:
-            try:
-                return read_text(name)
-            except CalibrationError as error:
-                if "no such" in str(error):
-                    raise CalibrationError(
-                        f"no such text: {name}", f"known are {', '.join(KNOWN)}, or a .txt, .jsonl or .parquet file"
-                    ) from error
-                raise
+            check_text(name)
+            return read_text(name)
+
+
+def check_text(name: str) -> None:
+    """Refuse what is neither a known name nor a file, without reading it.
+
+    Raises:
+        CalibrationError: it is neither.
+    """
+    if name not in KNOWN and not Path(name).expanduser().is_file():
+        raise CalibrationError(
+            f"no such text: {name}", f"known are {', '.join(KNOWN)}, or a .txt, .jsonl or .parquet file"
+        )
 
 
 def text_tokens(name: str, text: str, tokenizer: Tokenizer, seqlen: int) -> list[int]:
