@@ -1,21 +1,26 @@
 """Refining in a streamed run equals refining on whole models in memory, with plain hooks."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llm_barber import PruneConfig, prune
+from llm_barber import InspectConfig, PruneConfig, RunReport, inspect, prune
+from llm_barber.errors import SettingsError
+from llm_barber.initial import PrunedLinear
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.least_squares import least_squares
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.swaps import swap_pairs
-from llm_barber.refine import UNGUARDED_DAMPING, UNGUARDED_STEPS
+from llm_barber.presets import Preset
+from llm_barber.refine import UNGUARDED_DAMPING, UNGUARDED_STEPS, Objective, RefineSettings, refine_linear
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.model.reference import captured, first_call
 
@@ -79,3 +84,83 @@ def test_streamed_equals_in_memory(tmp_path: Path, pattern: Unstructured | NofM,
     for name, values in expected.items():
         assert torch.equal(written[name] != 0, values != 0), name
         assert torch.allclose(written[name], values, rtol=1e-3, atol=1e-4), name
+
+
+def correlated(seed: int) -> torch.Tensor:
+    """Inputs of a linear, (tokens, in)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(60, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+
+
+@pytest.mark.parametrize("pattern", [None, NofM(2, 4)], ids=str)
+def test_held_out_windows_decide_row_by_row_and_about_damping(pattern: NofM | None) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(40, 16, generator=generator)
+    keep = initial_mask(weight.abs(), pattern or Unstructured(0.5), Granularity.OUTPUT)
+    pruned = PrunedLinear(keep, weight * keep, weight, pattern)
+    ours, other = correlated(1), correlated(2)  # two texts that have nothing in common
+    training, held_out = (Objective(inputs.t() @ inputs, None) for inputs in (ours, other))
+    settings = RefineSettings(swaps=8, target_mix=0.0, solve=False, tune=0, held_out=1)
+    free, _ = refine_linear(pruned, weight, training, None, settings)
+    found, swapped = refine_linear(pruned, weight, training, held_out, settings)
+    before, after, without = (held_out.error(weight * one.keep, weight) for one in (pruned, found, free))
+    assert (after <= before).all()
+    assert (after < without).any()  # some rows were stopped earlier
+    assert swapped == int((found.keep & ~keep).sum()) > 0
+    assert torch.equal(found.keep.sum(1), keep.sum(1))
+    solved, _ = refine_linear(pruned, weight, training, held_out, replace(settings, solve=True))
+    assert held_out.error(solved.final, weight).sum() <= after.sum()
+    alike, _ = refine_linear(pruned, weight, training, training, replace(settings, solve=True))
+    assert training.error(alike.final, weight).sum() < 0.5 * training.error(found.final, weight).sum()
+
+
+def run(folder: Path, out: Path, tokens: Path, **settings: Any) -> RunReport:
+    return prune(
+        PruneConfig(model=folder, output=out, calibration=tokens, dtype="float32", **{"rebuild": False, **settings})
+    )
+
+
+def test_a_block_that_got_worse_on_held_out_windows_stays_as_it_was(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llama, tmp_path / "plain", tokens)
+    monkeypatch.setattr("llm_barber.refine._is_better", lambda *_: False)
+    report = run(llama, tmp_path / "refined", tokens, refine="swaps", reconstruct="least-squares")
+    assert all(block.rejected for layer in report.layers for block in layer.blocks)
+    assert report.swapped == 0
+    plain, refined = read_folder(tmp_path / "plain"), read_folder(tmp_path / "refined")
+    assert all(torch.equal(plain[name], refined[name]) for name in plain)
+
+
+def test_tuning_lowers_the_layers_error_and_keeps_masks(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(llama, tmp_path / "solved", tokens, reconstruct="least-squares", target_mix=1.0, guard=0.25)
+    report = run(llama, tmp_path / "tuned", tokens, reconstruct="tune", target_mix=1.0, tune_passes=10, guard=0.25)
+    solved, tuned = read_folder(tmp_path / "solved"), read_folder(tmp_path / "tuned")
+    linears = [name for name in solved if "_proj" in name]
+    assert all(torch.equal(solved[name] != 0, tuned[name] != 0) for name in linears if "layers.0" in name)
+    assert any(not torch.equal(solved[name], tuned[name]) for name in linears)
+    assert all(torch.equal(solved[name], tuned[name]) for name in solved.keys() - set(linears))
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    ids = load_file(tokens)["input_ids"]
+    errors = []
+    for name in ("solved", "tuned"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        states = [one(ids, output_hidden_states=True).hidden_states[1] for one in (model, dense)]
+        errors.append((states[0] - states[1]).square().mean().item())
+    assert errors[1] < errors[0]
+    assert report.kept_weights == "tune"
+    assert "from least squares and tuning" in (tmp_path / "tuned" / "README.md").read_text()
+    assert not inspect(InspectConfig(model=tmp_path / "tuned", dense=llama)).problems
+
+
+def test_every_preset_runs_and_says_what_kept_weights_are(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    kept = {}
+    for preset in Preset:
+        report = run(llama, tmp_path / preset, tokens, preset=preset, rebuild=None)
+        kept[preset] = report.kept_weights
+        assert (report.granularity is not None) is (preset is Preset.PAPER)
+        assert report.sparsity == pytest.approx(0.5)
+        assert not inspect(InspectConfig(model=tmp_path / preset, dense=llama)).problems
+    assert kept == {"paper": "dense", "mask": "dense", "best": "tune"}
+    with pytest.raises(SettingsError, match="keep_updates goes with neither"):
+        PruneConfig(model=llama, output=tmp_path / "no", preset="mask", initial="sparsegpt", keep_updates=True)

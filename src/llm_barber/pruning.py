@@ -110,8 +110,8 @@ def _run(
     shards = len(job.outside_shards) + job.layer_count
     with CheckpointWriter(config.output, shards, config.overwrite, job.bytes) as writer:
         progress.stage("embedding the calibration tokens")
-        streams = _embed(job, _copy_outside(job, writer))
-        refine_settings = _refine_settings(config, streams.sequences)
+        refine_settings = _refine_settings(config, len(job.tokens.input_ids))
+        streams = _embed(job, _copy_outside(job, writer), refine_settings)
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
         seconds["embed"] = time.perf_counter() - began
@@ -184,13 +184,16 @@ def _copy_outside(job: Job, writer: CheckpointWriter) -> dict[str, Tensor]:
     return kept
 
 
-def _embed(job: Job, weights: Mapping[str, Tensor]) -> ActivationStreams:
+def _embed(job: Job, weights: Mapping[str, Tensor], refine_settings: RefineSettings | None) -> ActivationStreams:
     """The input of the first decoder layer for all calibration sequences."""
     skeleton = job.skeleton
     streams = ActivationStreams(len(job.tokens.input_ids), job.batch_size, skeleton.device)
     skeleton.fill_outside(weights)
     for batch in streams.batches():
         skeleton.embed(job.tokens.input_ids[batch], partial(streams.write, HIDDEN, batch))
+    known = {batch.stop - batch.start for batch in streams.batches()}
+    for size in refine_settings.batch_sizes(streams) - known if refine_settings else ():
+        skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
     skeleton.drop_outside()
     return streams
 

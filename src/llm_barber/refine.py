@@ -21,13 +21,14 @@ from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
-from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
+from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams, pieces
 
 # Parts of the most swaps after which held-out windows are asked.
 SWAP_STAGES = (0.25, 0.5, 1.0)
 # From strong to weak: each goes on from the solution of the one before, until held-out windows get worse.
 DAMPINGS = (0.3, 0.1, 0.03, 0.01)
 STEPS_A_DAMPING = 10
+SEQUENCES_A_STEP = 4  # of tuning
 UNGUARDED_DAMPING, UNGUARDED_STEPS = 0.03, 30
 
 
@@ -43,6 +44,15 @@ class RefineSettings:
     solve: bool
     tune: int
     held_out: int
+
+    def steps(self, streams: ActivationStreams) -> list[slice]:
+        """The sequences of each step of a pass of tuning."""
+        return pieces(0, streams.sequences - self.held_out, min(streams.batch_size, SEQUENCES_A_STEP))
+
+    def batch_sizes(self, streams: ActivationStreams) -> set[int]:
+        """Numbers of sequences that the layers are called with."""
+        training, held_out = streams.split(self.held_out)
+        return {one.stop - one.start for one in (*training, *held_out, *self.steps(streams))}
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def refine_block(
                 found.update(inputs, others)
             moments.append(Objective.of(found, settings.target_mix) if batches else None)
         for name in group:
-            refined[name], swapped[name] = _refine_linear(pruned[name], dense[name], moments[0], moments[1], settings)
+            refined[name], swapped[name] = refine_linear(pruned[name], dense[name], moments[0], moments[1], settings)
             current[name] = refined[name].weight.to(work.dtype)
     rejected = bool(held_out) and not _is_better(work, dense_weights, pruned, refined, held_out, settings.target_mix)
     if rejected:
@@ -144,7 +154,7 @@ class Objective:
         return squared_distance(values, weight, self.gram, self.linear(weight))
 
 
-def _refine_linear(
+def refine_linear(
     pruned: PrunedLinear,
     weight: Tensor,
     training: "Objective | None",

@@ -20,7 +20,6 @@ from llm_barber.refine import RefineSettings
 TARGET = "target"  # what the layer's output should be
 RATE = 0.01  # of Adam, as a share of the root mean square of a linear's kept weights
 MOMENTUM = (0.9, 0.95)
-SEQUENCES_A_STEP = 4
 PATIENCE = 2  # passes without gain on held-out windows
 
 
@@ -50,7 +49,7 @@ def tune_layer(
         size = one.square().sum() / keeps[name].count_nonzero().clamp_min(1)
         groups.append({"params": [one.requires_grad_()], "lr": RATE * size.sqrt().item()})
     optimizer = torch.optim.Adam(groups, betas=MOMENTUM)
-    training = _steps(streams.sequences - held_out, min(streams.batch_size, SEQUENCES_A_STEP))
+    training = settings.steps(streams)
     total = passes * len(training)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
@@ -96,10 +95,6 @@ def _write_targets(
             own = layer.output(streams.read(HIDDEN, batch))
             target = own if target is None else own.float().lerp(target.float(), target_mix).to(dtype)
         streams.write(TARGET, batch, target)
-
-
-def _steps(sequences: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, sequences)) for start in range(0, sequences, size)]
 
 
 def _copy(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,19 +27,12 @@ class ActivationStreams:
 
     def batches(self) -> Iterator[slice]:
         """The sequences of each batch; the last may be smaller."""
-        for start in range(0, self.sequences, self.batch_size):
-            yield slice(start, min(start + self.batch_size, self.sequences))
+        yield from pieces(0, self.sequences, self.batch_size)
 
     def split(self, held_out: int) -> tuple[list[slice], list[slice]]:
         """The batches without the last sequences that are held out, and those of the latter."""
         border = self.sequences - held_out
-        starts = (range(0, border, self.batch_size), range(border, self.sequences, self.batch_size))
-        ends = (border, self.sequences)
-        first, second = (
-            [slice(start, min(start + self.batch_size, end)) for start in found]
-            for found, end in zip(starts, ends, strict=True)
-        )
-        return first, second
+        return pieces(0, border, self.batch_size), pieces(border, self.sequences, self.batch_size)
 
     def read(self, name: str, batch: slice) -> Tensor:
         """A batch, on the device."""
@@ -60,3 +53,8 @@ class ActivationStreams:
         if array is None or array.shape != shape or array.dtype != values.dtype:
             array = self._arrays[name] = torch.empty(shape, dtype=values.dtype)
         array[batch] = values
+
+
+def pieces(start: int, stop: int, size: int) -> list[slice]:
+    """Slices of a range, `size` each; the last may be smaller."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
