@@ -117,13 +117,13 @@ def show_run(report: RunReport) -> None:
         table.add_row(
             total.name,
             f"{total.sparsity:.2%}",
-            f"{total.grown:,}" if report.granularity else "–",
+            f"{total.grown:,}" if report.granularity or report.refinement else "–",
             f"{total.beneficial_pairs:,}" if report.granularity else "–",
         )
     console.print(table)
-    if report.granularity:
+    if report.granularity or report.refinement:
         console.print(
-            f"rebuilt within each {report.granularity}, ratio {report.rebuild_ratio:g}: mean reconstruction error "
+            f"{report.changes}: mean reconstruction error "
             + ", ".join(_error_change(report, index) for index in range(len(report.layers[0].blocks)))
         )
     console.print(

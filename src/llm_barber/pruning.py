@@ -142,6 +142,7 @@ def _run(
             pattern=_common_pattern(results),
             granularity=rebuild_settings.granularity if rebuild_settings else None,
             rebuild_ratio=rebuild_settings.ratio if rebuild_settings else None,
+            refinement=refine_settings.words if refine_settings else None,
             kept_weights=_kept_weights(config),
             calibration={
                 "source": job.tokens.source,

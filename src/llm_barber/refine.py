@@ -45,6 +45,16 @@ class RefineSettings:
     tune: int
     held_out: int
 
+    @property
+    def words(self) -> str:
+        """For people."""
+        parts = [
+            f"at most {self.swaps} exact swaps a row" if self.swaps else "",
+            "least squares of the kept weights" if self.solve else "",
+            f"at most {self.tune} passes of tuning" if self.tune else "",
+        ]
+        return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {self.held_out} windows held out)"
+
     def steps(self, streams: ActivationStreams) -> list[slice]:
         """The sequences of each step of a pass of tuning."""
         return pieces(0, streams.sequences - self.held_out, min(streams.batch_size, SEQUENCES_A_STEP))

@@ -117,8 +117,8 @@ class LayerResult(_Result):
 class RunReport(_Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
-    `initial` is the method of the initial mask, `method` says it in words. `seconds` are wall-clock seconds by stage;
-    `peak_memory` and `peak_device_memory` are bytes.
+    `initial` is the method of the initial mask, `method` and `refinement` say it in words. `seconds` are wall-clock
+    seconds by stage; `peak_memory` and `peak_device_memory` are bytes.
     """
 
     record_version: int = RECORD_VERSION
@@ -131,6 +131,7 @@ class RunReport(_Result):
     pattern: str
     granularity: str | None
     rebuild_ratio: float | None
+    refinement: str | None = None
     kept_weights: KeptWeights = KeptWeights.DENSE
     calibration: dict[str, Any]
     device: str
@@ -156,6 +157,17 @@ class RunReport(_Result):
     def sparsity(self) -> float:
         """The fraction removed of all prunable linears."""
         return self.pruned / self.weights
+
+    @property
+    def changes(self) -> str:
+        """What was done to the initial mask and the weights, in words."""
+        rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
+        return "; ".join(filter(None, [rebuilt, self.refinement])) or "not rebuilt"
+
+    @property
+    def rejected(self) -> int:
+        """Blocks that refining would have made worse on held-out windows."""
+        return sum(block.rejected for layer in self.layers for block in layer.blocks)
 
     @property
     def swapped(self) -> int:
@@ -228,15 +240,10 @@ def peak_device_memory(device: torch.device) -> int | None:
 def model_card(report: RunReport) -> str:
     """`OUT/README.md`: what was done, a table by linear, how to load it, the citation."""
     name = Path(report.model).name if Path(report.model).exists() else report.model
-    rebuilt = report.granularity is not None
     header = ["---", "library_name: transformers", "tags: [pruning, sparsity, llm-barber]"]
     if "/" in report.model and not Path(report.model).exists():
         header.insert(1, f"base_model: {report.model}")
-    how = (
-        f"initial mask: {report.method}; rebuilt within each {report.granularity}, ratio {report.rebuild_ratio:g}"
-        if rebuilt
-        else f"mask: {report.method}, not rebuilt"
-    )
+    how = f"initial mask: {report.method}; {report.changes}"
     lines = [
         *header,
         "---",
@@ -262,7 +269,7 @@ def model_card(report: RunReport) -> str:
         "",
         "## By linear",
         "",
-        "| linear | weights | pruned | sparsity | swapped by the rebuild |",
+        "| linear | weights | pruned | sparsity | swapped |",
         "|---|---|---|---|---|",
     ]
     lines += [

@@ -114,7 +114,7 @@ def test_cards_say_what_the_report_says() -> None:
     assert shown["Model"][0] == "/models/Tiny-1B"
     assert shown["Weights pruned"] == ("6,036", "of 12,000")  # 3 linears of 1,000 and of 1,012
     assert shown["Sparsity"][0] == f"50.30{SPACE}%"
-    assert shown["Swapped by the rebuild"] == ("240", f"2.000{SPACE}% of the weights")  # 3 · (37 + 43)
+    assert shown["Swapped"] == ("240", f"2.000{SPACE}% of the weights")  # 3 · (37 + 43)
     assert shown["Method"] == ("magnitude", "rebuilt within each block, ratio 0.1")
     assert shown["Time"][0] == f"4.000{SPACE}s"
     assert shown["Peak memory"] == (f"3.000{SPACE}GiB", f"2.000{SPACE}GiB on the device")
@@ -182,10 +182,10 @@ def test_evaluation_of_tasks_alone() -> None:
 
 def test_run_without_rebuild_says_so() -> None:
     page = run_page(make_report(rebuilt=False, equal=True))
-    assert "Nothing was rebuilt: the mask is the one that magnitude chose." in page
+    assert "Nothing was rebuilt or refined: the mask is the one that magnitude chose." in page
     assert "Nothing was rebuilt, so nothing was swapped." in page
     assert f"Every linear of every layer has the same sparsity, 50.00{SPACE}%." in page
-    assert cards(page)["Swapped by the rebuild"] == ("–", "nothing was rebuilt")
+    assert cards(page)["Swapped"] == ("–", "nothing was rebuilt or refined")
     assert page.count("<svg") == 1  # the seconds by layer
     assert "came back" not in page
     assert 'id="evaluation"' not in page
@@ -197,7 +197,7 @@ def test_rebuild_that_swapped_nothing() -> None:
         for linear in layer.linears:
             object.__setattr__(linear, "grown", 0)
     page = run_page(report)
-    assert "The rebuild swapped nothing" in page
+    assert "Nothing was swapped: in comparison groups" in page
     assert page.count("<svg") == 4  # two blocks, sparsity, seconds
 
 
@@ -213,7 +213,7 @@ def test_errors_that_a_log_axis_cannot_show_are_counted() -> None:
 def test_one_layer() -> None:
     page = run_page(make_report(depth=1))
     assert f"The model has one decoder layer, which took 1.500{SPACE}s." in page
-    assert "lowered it in\n1 of 1 layer." in page
+    assert "It fell in\n1 of 1 layer." in page
 
 
 def test_deep_model() -> None:

@@ -76,7 +76,7 @@ def error_panel(
     after: Sequence[float | None],
     limits: tuple[float, float],
 ) -> Markup:
-    """Reconstruction error by layer, before and after the rebuild, on a log axis.
+    """Reconstruction error by layer, before and after, on a log axis.
 
     Takes the figure's `name`, unique on its page, and errors layer by layer; what is missing, zero or not finite leaves
     a gap. `limits`, of `log_limits`, are shared by panels that are to be compared.
@@ -96,7 +96,7 @@ def error_panel(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.grid(axis="y")
         _layer_axis(axes, layers)
-        return svg(figure, name, f"{block}: reconstruction error before and after the rebuild, by decoder layer")
+        return svg(figure, name, f"{block}: reconstruction error before and after, by decoder layer")
 
 
 def log_limits(values: Sequence[float | None]) -> tuple[float, float] | None:

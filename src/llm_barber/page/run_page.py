@@ -1,4 +1,4 @@
-"""The page of one run: what was pruned, what the rebuild changed, how long it took, and how good the result is."""
+"""The page of one run: what was pruned, what was swapped after that, how long it took, and how good the result is."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ def _changes(blocks: list[BlockResult]) -> dict[str, float]:
 def _swaps(report: RunReport) -> dict[str, Any]:
     """The share of each linear's weights that came back, and the figure, if any did."""
     shares = _by_linear_and_layer(report, lambda linear: linear.grown / linear.weights)
-    label = "share of weights that the rebuild brought back, by linear and decoder layer"
+    label = "share of weights that came back, by linear and decoder layer"
     return {"shares": shares, "figure": _map("swaps", report, shares, label, True) if report.swapped else None}
 
 
