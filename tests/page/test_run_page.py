@@ -183,7 +183,7 @@ def test_evaluation_of_tasks_alone() -> None:
 def test_run_without_rebuild_says_so() -> None:
     page = run_page(make_report(rebuilt=False, equal=True))
     assert "Nothing was rebuilt or refined: the mask is the one that magnitude chose." in page
-    assert "Nothing was rebuilt, so nothing was swapped." in page
+    assert "Nothing was rebuilt or refined, so nothing was swapped." in page
     assert f"Every linear of every layer has the same sparsity, 50.00{SPACE}%." in page
     assert cards(page)["Swapped"] == ("–", "nothing was rebuilt or refined")
     assert page.count("<svg") == 1  # the seconds by layer
