@@ -146,7 +146,9 @@ def test_debug_shows_the_traceback(tmp_path: Path, llama: Path) -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
-def test_interruption_leaves_nothing_that_looks_complete(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
     model = make_model(tmp_path / "dense", "llama", num_hidden_layers=60)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=256, tokens=64)
     out = tmp_path / "out"
@@ -163,16 +165,18 @@ def test_interruption_leaves_nothing_that_looks_complete(tmp_path: Path, sent: s
     assert "Traceback" not in stderr
     assert stdout == ""
     assert not out.exists()
-    left = list(tmp_path.glob("out.partial/*"))
-    if sent == signal.SIGKILL:
-        assert left
-        assert not list(tmp_path.glob("out.partial/*index.json"))
-        from transformers import AutoModelForCausalLM
+    assert not list(tmp_path.glob("out.partial/*index.json"))
+    from transformers import AutoModelForCausalLM
 
-        with pytest.raises((OSError, ValueError)):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "out.partial")
-        assert subprocess.run([*command, "--quiet"], check=False).returncode == 0  # starts clean
-        assert out.exists()
-    else:
-        assert left == []
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out.partial")
+    if sent != signal.SIGKILL:
         assert stderr.splitlines()[-2] == "error: interrupted"
+        assert "the same command with --resume goes on" in " ".join(stderr.split())
+    again = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "hint: add --resume to go on with it" in again.stderr
+    if sent != signal.SIGTERM:  # the others take their time
+        assert subprocess.run([*command, "--quiet", "--resume"], check=False).returncode == 0
+        assert out.exists()
+        assert not list(tmp_path.glob("out.partial"))

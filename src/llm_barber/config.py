@@ -91,6 +91,7 @@ class RunSettings(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description="compute dtype; auto: the fastest that the device has")
     overwrite: bool = Field(False, description="replace OUT, once the new one is complete")
+    resume: bool = Field(default=False, description="go on with an unfinished run of OUT, if there is one")
     report: bool = Field(True, description="write OUT/report.html, a page with plots")
     revision: str | None = Field(None, description="of a hub id")
 

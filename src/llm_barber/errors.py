@@ -27,6 +27,10 @@ class ModelError(BarberError):
     """A checkpoint that is missing, damaged, of an unsupported kind, or holds NaN or Inf."""
 
 
+class NotFiniteError(ModelError):
+    """Computed values that are NaN or Inf: the same run would find them again."""
+
+
 class CalibrationError(BarberError):
     """Calibration text that is missing, unreadable or too short."""
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llm_barber.errors import ModelError
+from llm_barber.errors import NotFiniteError
 from llm_barber.initial import PrunedLinear
 from llm_barber.job import Job
 from llm_barber.masking.granularity import Granularity
@@ -241,8 +241,8 @@ def _propagate(work: Pass, last: bool, compare: bool) -> float | None:
     return total / streams.sequences if compare or total != total else None
 
 
-def _not_finite(what: str) -> ModelError:
-    return ModelError(
+def _not_finite(what: str) -> NotFiniteError:
+    return NotFiniteError(
         f"{what} holds NaN or Inf on the calibration text",
         "compute with a wider range: --dtype bfloat16 or float32; if it was, the model itself overflows",
     )

@@ -2,14 +2,19 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import RECORD_NAME
+from llm_barber.checkpoint.state import source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.config import PruneConfig, RebuildConfig, RunSettings, rebuild_defaults
+from llm_barber.errors import NotFiniteError
 from llm_barber.initial import CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.masking.pattern import NofM
@@ -72,6 +77,17 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
     return _run("rebuild", config.dense, config, job, initial, settings, method, label, progress)
 
 
+@contextmanager
+def _told_how_to_go_on(writer: CheckpointWriter, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if writer.resumable and not isinstance(error, NotFiniteError):
+            count = len(writer.state.layers)
+            progress.warn(f"{count} finished layers are kept in {writer.work}: the same command with --resume goes on")
+        raise
+
+
 def _refine_settings(config: RunSettings, sequences: int) -> RefineSettings | None:
     """How masks and weights are refined; None: not at all."""
     solve = config.reconstruction is not Reconstruct.NONE
@@ -84,6 +100,20 @@ def _refine_settings(config: RunSettings, sequences: int) -> RefineSettings | No
         tune=config.tune_passes if config.reconstruction is Reconstruct.TUNE else 0,
         held_out=min(math.ceil(config.guard * sequences), sequences - 1),
     )
+
+
+def _run_key(command: str, config: RunSettings, job: Job) -> dict[str, Any]:
+    """What a run's result depends on, each by the name that a message can say."""
+    settings = config.model_dump(mode="json", exclude={"output", "overwrite", "resume", "report", "batch_size"})
+    key = {"command": command, **settings, "model's files": source_key(job.source.folder)}
+    if isinstance(config, RebuildConfig):
+        key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
+    return key | {
+        "calibration text": job.tokens.digest,
+        "device": str(job.skeleton.device),
+        "dtype": str(job.skeleton.dtype),
+        "version of a library": versions(),
+    }
 
 
 def _kept_weights(config: RunSettings) -> KeptWeights:
@@ -104,30 +134,47 @@ def _run(
     label: str,
     progress: Progress,
 ) -> RunReport:
-    """Stream the model through, layer by layer, and write the output."""
+    """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
     began = time.perf_counter()
-    seconds = {"embed": 0.0, "layers": 0.0, "read": 0.0, "write": 0.0}
     shards = len(job.outside_shards) + job.layer_count
-    with CheckpointWriter(config.output, shards, config.overwrite, job.bytes) as writer:
+    key = _run_key(command, config, job)
+    with (
+        CheckpointWriter(config.output, shards, config.overwrite, job.bytes, key, config.resume) as writer,
+        _told_how_to_go_on(writer, progress),
+    ):
+        finished, activations = writer.read_activations()
+        results = [LayerResult.model_validate(layer) for layer in writer.state.layers]
+        seconds = {
+            stage: writer.state.seconds.get(stage, 0.0) for stage in ("embed", "layers", "read", "write", "total")
+        }
+        began -= seconds["total"]
         progress.stage("embedding the calibration tokens")
+        start = time.perf_counter()
         refine_settings = _refine_settings(config, len(job.tokens.input_ids))
         streams = _embed(job, _copy_outside(job, writer), refine_settings)
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
-        seconds["embed"] = time.perf_counter() - began
-        results = []
+        streams.restore(activations)
+        seconds["embed"] += time.perf_counter() - start
         progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)
-        for index in range(job.layer_count):
+        for layer in results:
+            writer.skip_shard()
+            progress.advance(_summary(layer))
+        for index in range(finished, job.layer_count):
             start = time.perf_counter()
             tensors = job.source.read(job.layer_tensors[index])
             read = time.perf_counter()
             pruned, blocks = prune_layer(job, index, tensors, initial, rebuild_settings, refine_settings, streams)
             computed = time.perf_counter()
             writer.write_shard({**tensors, **pruned})
+            written = time.perf_counter()
             seconds["read"] += read - start
             seconds["layers"] += computed - read
-            seconds["write"] += time.perf_counter() - computed
-            results.append(LayerResult(index=index, seconds=time.perf_counter() - start, blocks=tuple(blocks)))
+            seconds["write"] += written - computed
+            seconds["total"] = written - began
+            results.append(LayerResult(index=index, seconds=written - start, blocks=tuple(blocks)))
+            writer.finish_layer(results[-1].model_dump(mode="json"), streams.between_layers(), seconds, peak_memory())
+            seconds["write"] += time.perf_counter() - written
             progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
         for path in job.source.companions():
@@ -155,7 +202,7 @@ def _run(
             versions=versions(),
             layers=tuple(results),
             seconds=seconds,
-            peak_memory=peak_memory(),
+            peak_memory=max(peak_memory(), writer.state.peak_memory),
             peak_device_memory=peak_device_memory(job.skeleton.device),
             files=writer.digests,
         )
@@ -180,7 +227,10 @@ def _copy_outside(job: Job, writer: CheckpointWriter) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     for names in job.outside_shards:
         tensors = job.source.read(names)
-        writer.write_shard(tensors)
+        if writer.next_is_written:
+            writer.skip_shard()
+        else:
+            writer.write_shard(tensors)
         kept |= {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}
     return kept
 

@@ -17,12 +17,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm_barber.checkpoint.hub import COMPANIONS, INDEX_NAME, resolve_model
+from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import ModelError
 
 SINGLE_NAME = "model.safetensors"
 RECORD_NAME = "barber.json"
 # Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
-NO_COMPANIONS = (INDEX_NAME, RECORD_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
+NO_COMPANIONS = (
+    INDEX_NAME,
+    RECORD_NAME,
+    STATE_NAME,
+    "evaluation.json",
+    "adapter_config.json",
+    "pytorch_model.bin.index.json",
+)
 LICENCES = ("license", "licence", "notice", "use_policy")
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}

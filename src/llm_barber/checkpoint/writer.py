@@ -1,7 +1,8 @@
 """Write a checkpoint shard by shard into a work folder beside the output, which appears under its name only when whole.
 
 Each shard: temporary file → fsync → rename. The index is written last, then the folder is renamed. A run that ends
-early leaves at most `NAME.partial`, without an index, which no program takes for a model.
+early leaves at most `NAME.partial`, without an index, which no program takes for a model; once a layer is finished it
+stays, with the state (`state.py`) from which the run can go on.
 """
 
 import errno
@@ -14,43 +15,72 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.errors import OutputError
+from llm_barber.checkpoint.state import (
+    ACTIVATIONS_KEPT,
+    START_AGAIN,
+    STATE_NAME,
+    RunState,
+    Shard,
+    check_key,
+    load_activations,
+    read_state,
+    save_activations,
+    sync_file,
+    sync_folder,
+    write_durably,
+    write_state,
+)
+from llm_barber.errors import NotFiniteError, OutputError
 
 LOCK_NAME = "llm-barber.lock"  # also what tells our work folder from any other
 
 
 class CheckpointWriter:
-    """An output folder in the making; a context manager that cleans up when an error leaves it.
+    """An output folder in the making; a context manager that cleans up when an error leaves it before its first layer.
+
+    `state` is what is finished: of an earlier run, if this one goes on with it.
 
     Args:
         output: the folder to make.
         shards: how many there will be.
-        overwrite: replace a folder that is there, at the very end.
+        overwrite: replace a folder that is there, at the very end, and an unfinished run now.
         needed: bytes that the checkpoint will take, checked against the free disk space.
+        key: what the result depends on; a run goes on only with the same.
+        resume: go on with an unfinished run, if there is one.
 
     Raises:
-        OutputError: the folder exists, another run is writing it, the disk is too small or cannot be written.
+        OutputError: the folder exists, another run is writing it, an unfinished one is there, or differs, or is
+            damaged; the disk is too small or cannot be written.
     """
 
-    def __init__(self, output: Path, shards: int, overwrite: bool, needed: int) -> None:
+    def __init__(
+        self,
+        output: Path,
+        shards: int,
+        overwrite: bool,
+        needed: int,
+        key: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
         self.output = output
         self.work = output.with_name(f"{output.name}.partial")
         self.shards = shards
         self.overwrite = overwrite
         self.needed = needed
-        self.weight_map: dict[str, str] = {}
-        self.digests: dict[str, str] = {}
-        self.total_size = 0
-        self._written = 0
+        self.resume = resume
+        self._companions: dict[str, str] = {}
+        self.state = RunState(key=dict(key or {}))
+        self._written: dict[str, Shard] = {}
+        self._count = 0
 
     def __enter__(self) -> Self:
-        check_output(self.output, self.overwrite, self.needed)
+        check_output(self.output, self.overwrite, 0 if self.resume else self.needed)
         self._made_parents = [folder for folder in self.work.parents if not folder.exists()]
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -65,25 +95,100 @@ class CheckpointWriter:
             raise OutputError(
                 f"another run is writing {self.output}", "wait for it, or choose another output folder"
             ) from error
-        for left in self.work.iterdir():  # of a run that was killed
-            if left.name != LOCK_NAME:
-                left.unlink()
+        try:
+            self._take_up()
+        except BaseException:
+            self._lock.close()
+            raise
         return self
+
+    def _take_up(self) -> None:
+        """Go on with what is in the work folder, refuse it, or clear it away."""
+        left = None if self.overwrite and not self.resume else read_state(self.work)
+        if left is not None and left.layers and not self.resume:
+            raise OutputError(
+                f"{self.work} has an unfinished run with {len(left.layers)} finished layers",
+                "add --resume to go on with it, or --overwrite to start again",
+            )
+        if left is not None and self.resume:
+            check_key(left, self.state.key)
+            for name, shard in left.shards.items():
+                path = self.work / name
+                if not path.is_file() or sync_file(path) != shard.sha256:
+                    raise OutputError(f"{path} is damaged or missing", START_AGAIN)
+            self.state = left
+            self._written = dict(left.shards)
+        named = {LOCK_NAME, STATE_NAME, *self._written, *(one.file for one in self.state.activations)}
+        for path in self.work.iterdir():
+            if path.name not in named or (not self.state.layers and path.name != LOCK_NAME):
+                path.unlink()
+
+    @property
+    def resumable(self) -> bool:
+        """Could another run go on from here?"""
+        return bool(self.state.layers) and self.work.exists()
+
+    def read_activations(self) -> tuple[int, dict[str, Tensor]]:
+        """How many layers are finished, and what the streams held after them; where the file is damaged, one fewer.
+
+        Raises:
+            OutputError: no file is whole.
+        """
+        if not self.state.layers:
+            return 0, {}
+        for kept in reversed(self.state.activations):
+            found = load_activations(self.work, kept)
+            if found is not None:
+                self.state = self.state.model_copy(update={"layers": self.state.layers[: kept.layers]})
+                return kept.layers, found
+        raise OutputError(f"the activations in {self.work} are damaged", START_AGAIN)
+
+    def finish_layer(
+        self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], peak: int
+    ) -> None:
+        """Make a layer durable whose shard is written: the activations for the next one, then the state."""
+        layers = (*self.state.layers, dict(result))
+        activations = tuple(one for one in self.state.activations if one.layers < len(layers))
+        if self._count < self.shards:
+            activations = (*activations, save_activations(self.work, len(layers), streams))[-ACTIVATIONS_KEPT:]
+        self.state = self.state.model_copy(
+            update={
+                "shards": dict(self._written),
+                "layers": layers,
+                "seconds": dict(seconds),
+                "peak_memory": peak,
+                "activations": activations,
+            }
+        )
+        write_state(self.work, self.state)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
-        if self.work.exists():
+        if self.work.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
             with suppress(OSError):
                 shutil.rmtree(self.work)
             self._remove_parents()
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            again = "go on with --resume" if self.resumable else "start again; nothing half-written was left"
             raise OutputError(
                 f"the disk of {self.output} is full" if full else f"cannot write {self.output}: {error}",
-                "free some space and start again; nothing half-written was left" if full else "check the disk",
+                f"{'free some space' if full else 'check the disk'} and {again}",
             ) from error
+
+    @property
+    def next_is_written(self) -> bool:
+        """Has the run that this one goes on with written the next shard?"""
+        return self._name(self._count + 1) in self._written
+
+    def skip_shard(self) -> None:
+        """Leave the next shard as it is."""
+        self._count += 1
+
+    def _name(self, number: int) -> str:
+        return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the next shard; tensors go by their names in the checkpoint.
@@ -91,9 +196,8 @@ class CheckpointWriter:
         Raises:
             OSError: the disk is full.
         """
-        self._written += 1
-        number = self._written
-        name = f"model-{number:05d}-of-{self.shards:05d}.safetensors"
+        self._count += 1
+        name = self._name(self._count)
         temporary = self.work / f"{name}.tmp"
         try:
             save_file(
@@ -106,36 +210,37 @@ class CheckpointWriter:
             if "No space left" in str(error) or "os error 28" in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-            self.digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sync_file(temporary)
         temporary.rename(self.work / name)
-        for key, tensor in tensors.items():
-            self.weight_map[key] = name
-            self.total_size += tensor.numel() * tensor.element_size()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self._written[name] = Shard(sha256=digest, tensors=tuple(tensors), bytes=size)
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file, durably."""
-        with (self.work / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(self.work / name, content)
 
     def copy(self, path: Path) -> None:
         """Copy a companion file under its own name."""
         content = path.read_bytes()
         self.write_file(path.name, content)
-        self.digests[path.name] = hashlib.sha256(content).hexdigest()
+        self._companions[path.name] = hashlib.sha256(content).hexdigest()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of every shard and companion."""
+        return {**{name: shard.sha256 for name, shard in self._written.items()}, **self._companions}
 
     def finish(self) -> None:
-        """Write the index and give the folder its name."""
+        """Write the index and give the folder its name; the state goes last, so that a kill loses nothing."""
+        weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
         index = {
-            "metadata": {"total_size": self.total_size},
-            "weight_map": dict(sorted(self.weight_map.items())),
+            "metadata": {"total_size": sum(shard.bytes for shard in self._written.values())},
+            "weight_map": dict(sorted(weight_map.items())),
         }
         self.write_file(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
-        (self.work / LOCK_NAME).unlink()
-        _sync_folder(self.work)
+        for path in self.work.glob("activations-*"):
+            path.unlink()
+        sync_folder(self.work)
         replaced = None
         if self.output.exists():
             replaced = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
@@ -146,7 +251,9 @@ class CheckpointWriter:
             if replaced is not None:
                 replaced.rename(self.output)
             raise
-        _sync_folder(self.output.parent)
+        for name in (STATE_NAME, LOCK_NAME):
+            (self.output / name).unlink(missing_ok=True)
+        sync_folder(self.output.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
@@ -196,11 +303,3 @@ def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
         raise OutputError(
             f"{output} holds something other than a model", "--overwrite replaces model folders only; choose another"
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

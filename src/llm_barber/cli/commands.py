@@ -30,6 +30,7 @@ from llm_barber.cli.options import (
     ReconstructOption,
     RefineOption,
     ReportOption,
+    ResumeOption,
     RevisionOption,
     SamplesOption,
     SeedOption,
@@ -120,6 +121,7 @@ def prune(
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
     report: ReportOption = True,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -138,7 +140,7 @@ def prune(
         reconstruct=reconstruct, tune_passes=tune_passes, guard=guard,
         calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
-        report=report,
+        resume=resume, report=report,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 
@@ -187,6 +189,7 @@ def rebuild(
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
     report: ReportOption = True,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -202,7 +205,7 @@ def rebuild(
         rebuild_ratio=rebuild_ratio, refine=refine, swaps=swaps, target_mix=target_mix, reconstruct=reconstruct,
         tune_passes=tune_passes, guard=guard, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
-        report=report,
+        resume=resume, report=report,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 

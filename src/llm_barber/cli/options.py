@@ -150,6 +150,10 @@ OverwriteOption = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace OUT once the new one is complete.", rich_help_panel=OUTPUT),
 ]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with an unfinished run of OUT, if there is one.", rich_help_panel=OUTPUT),
+]
 ReportOption = Annotated[
     bool,
     typer.Option("--report/--no-report", help="Write OUT/report.html, a page with plots.", rich_help_panel=OUTPUT),

@@ -1,6 +1,6 @@
 """The calibration activations, layer to layer: kept off the device, moved in batches, one array a purpose."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -45,6 +45,15 @@ class ActivationStreams:
     def rename(self, old: str, new: str) -> None:
         """Give an array another's name, and its place to the other."""
         self._arrays[new], self._arrays[old] = self._arrays[old], self._arrays.get(new, self._arrays[old])
+
+    def between_layers(self) -> dict[str, Tensor]:
+        """What the next layer starts from."""
+        names = (HIDDEN, DENSE + HIDDEN)
+        return {name: self._arrays[name] for name in names if name in self._arrays}
+
+    def restore(self, arrays: Mapping[str, Tensor]) -> None:
+        """Put back what `between_layers` gave."""
+        self._arrays.update(arrays)
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
         """Keep a batch; the array is made at the first one and reused by every later layer."""

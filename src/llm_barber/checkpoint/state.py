@@ -1,0 +1,170 @@
+"""What a run has finished, kept in its work folder: enough to go on after it was killed at any moment.
+
+Order of a finished layer: its shard, then the activations that the next one starts from, then this state, each durable
+before the next. A kill in between loses one layer of work at most. Activations of the last two layers are kept, so that
+a damaged file costs one layer, too.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llm_barber.errors import OutputError
+
+STATE_NAME = "state.json"
+STATE_VERSION = 1
+ACTIVATIONS_KEPT = 2
+START_AGAIN = "start again with --overwrite"
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+class Shard(BaseModel):
+    """A written shard: its sha256, its tensors' names, their bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sha256: str
+    tensors: tuple[str, ...]
+    bytes: int
+
+
+class Activations(BaseModel):
+    """A file with what the streams held after some layers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    layers: int
+    file: str
+    sha256: str
+
+
+class RunState(BaseModel):
+    """All that is finished. `key`: what the run's result depends on. `layers`: a record each. `seconds`: by stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = STATE_VERSION
+    key: dict[str, Any]
+    shards: dict[str, Shard] = {}
+    layers: tuple[dict[str, Any], ...] = ()
+    seconds: dict[str, float] = {}
+    peak_memory: int = 0
+    activations: tuple[Activations, ...] = ()
+
+
+def read_state(folder: Path) -> RunState | None:
+    """The state in a work folder; None if there is none.
+
+    Raises:
+        OutputError: it is damaged or of another version.
+    """
+    path = folder / STATE_NAME
+    if not path.exists():
+        return None
+    try:
+        state = RunState.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise OutputError(f"{path} is damaged", START_AGAIN) from error
+    if state.version != STATE_VERSION:
+        raise OutputError(f"{path} has version {state.version}, this program goes on with {STATE_VERSION}", START_AGAIN)
+    return state
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    """Replace the state, durably, and remove activations that it does not name."""
+    write_durably(folder / STATE_NAME, state.model_dump_json().encode())
+    named = {one.file for one in state.activations}
+    for path in folder.glob("activations-*"):
+        if path.name not in named:
+            path.unlink()
+
+
+def check_key(state: RunState, key: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings, another model or another calibration text.
+
+    Raises:
+        OutputError: something differs; all that does is named.
+    """
+    wanted = json.loads(json.dumps(key))
+    differing = [name for name in sorted(wanted.keys() | state.key.keys()) if wanted.get(name) != state.key.get(name)]
+    if differing:
+        raise OutputError(
+            f"the unfinished run was started with another {', '.join(differing)}",
+            f"give what it was started with, or {START_AGAIN}",
+        )
+
+
+def save_activations(folder: Path, layers: int, tensors: Mapping[str, Tensor]) -> Activations:
+    """Write activations, durably."""
+    path = folder / f"activations-{layers:05d}.safetensors"
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(dict(tensors), temporary)
+    digest = sync_file(temporary)
+    temporary.rename(path)
+    sync_folder(folder)
+    return Activations(layers=layers, file=path.name, sha256=digest)
+
+
+def load_activations(folder: Path, kept: Activations) -> dict[str, Tensor] | None:
+    """What was saved; None if the file is missing or damaged."""
+    path = folder / kept.file
+    try:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != kept.sha256:
+                return None
+        found: dict[str, Tensor] = load_file(path)
+        return found
+    except OSError:
+        return None
+
+
+def source_key(folder: Path) -> str:
+    """sha256 that tells a model folder from another: names, sizes, and samples spread over each weight file.
+
+    Weights are not read whole: a run should not read them twice.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".json") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(max(0, (size - SAMPLE_BYTES) * sample // (SAMPLES - 1)))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def sync_file(path: Path) -> str:
+    """Make a file durable; returns its sha256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's names durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file so that it is whole or as before."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_folder(path.parent)

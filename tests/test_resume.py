@@ -1,0 +1,272 @@
+"""A run that is killed at any moment goes on to the same bytes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
+from llm_barber.checkpoint import state as state_module
+from llm_barber.checkpoint.state import STATE_NAME, source_key
+from llm_barber.errors import BarberError, ModelError, OutputError
+from tests.conftest import make_model, save_tokens
+
+KILLED = 9
+SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "dense", "llama", num_hidden_layers=3)
+
+
+def run(model: Path, out: Path, tokens: Path, **settings: Any) -> RunReport:
+    return prune(PruneConfig(model=model, output=out, calibration=tokens, **{**SETTINGS, **settings}))
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every file but those with times in them."""
+    timed = ("barber.json", "README.md")
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in timed}
+
+
+def without_times(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "barber.json").read_text())
+    for layer in record["layers"]:
+        layer.pop("seconds")
+    return {
+        name: value for name, value in record.items() if name not in ("seconds", "peak_memory", "output", "settings")
+    }
+
+
+def killed_at(number: int, *arguments: Any, **settings: Any) -> bool:
+    """Run in a process that dies, as by kill -9, just before its file operation of that number; False: it finished."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        operations = 0
+
+        def counted(function: Any) -> Any:
+            def call(*values: Any, **named: Any) -> Any:
+                nonlocal operations
+                operations += 1
+                if operations == number:
+                    os._exit(KILLED)
+                return function(*values, **named)
+
+            return call
+
+        for name in ("fsync", "rename", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            run(*arguments, **settings)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED)
+    return status == KILLED
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rebuild_ratio": 0.5}, {"preset": "best", "target_mix": 0.5, "guard": 0.25}], ids=["paper", "best"]
+)
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, model: Path, tokens: Path, settings: dict[str, Any]
+) -> None:
+    run(model, tmp_path / "whole", tokens, **settings)
+    kills = 0
+    for number in range(1, 200, 3):  # each on top of what the earlier ones left
+        if not killed_at(number, model, tmp_path / "out", tokens, resume=True, **settings):
+            break
+        kills += 1
+        if (tmp_path / "out").exists():  # killed after the folder had its name: nothing is lost
+            break
+        assert not (tmp_path / "out.partial" / "barber.json.tmp").exists() or kills
+    assert kills > 5
+    assert weights(tmp_path / "out").keys() - {STATE_NAME, "llm-barber.lock"} == weights(tmp_path / "whole").keys()
+    assert {name: weights(tmp_path / "out")[name] for name in weights(tmp_path / "whole")} == weights(
+        tmp_path / "whole"
+    )
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, **settings: Any) -> None:
+    """Run until some layers are finished, then fail."""
+    import llm_barber.pruning as module
+
+    whole, done = module.prune_layer, 0
+
+    def stop(*values: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done > layers:
+            raise KeyboardInterrupt
+        return whole(*values)
+
+    monkeypatch.setattr(module, "prune_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments, **settings)
+    monkeypatch.undo()
+
+
+def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers that are computed from now on."""
+    import llm_barber.pruning as module
+
+    whole = module.prune_layer
+    found: list[int] = []
+
+    def count(job: Any, index: int, *values: Any) -> Any:
+        found.append(index)
+        return whole(job, index, *values)
+
+    monkeypatch.setattr(module, "prune_layer", count)
+    return found
+
+
+def test_only_what_is_missing_is_computed(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    found = counted_layers(monkeypatch)
+    report = run(model, tmp_path / "out", tokens, resume=True)
+    assert found == [2]
+    assert report.seconds["total"] >= sum(layer.seconds for layer in report.layers) > 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+    run(model, tmp_path / "fresh", tokens, resume=True)  # nothing to go on with: it starts
+    assert weights(tmp_path / "fresh") == weights(tmp_path / "whole")
+
+
+def test_a_damaged_file_of_activations_costs_one_layer(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    newest = max((tmp_path / "out.partial").glob("activations-*"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    found = counted_layers(monkeypatch)
+    run(model, tmp_path / "out", tokens, resume=True)
+    assert found == [1, 2]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_refuses_what_it_cannot_go_on_with(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stopped(monkeypatch, model, out, tokens)
+    with pytest.raises(OutputError, match="unfinished run with 2 finished layers") as caught:
+        run(model, out, tokens)
+    assert "--resume" in caught.value.hint
+    with pytest.raises(OutputError, match="another initial, sparsity$"):
+        run(model, out, tokens, resume=True, sparsity=0.6, initial="magnitude")
+    other = save_tokens(tmp_path / "other.safetensors", seed=7)
+    with pytest.raises(OutputError, match="another calibration, calibration text"):
+        run(model, out, other, resume=True)
+    monkeypatch.setattr("llm_barber.pruning.versions", lambda: {"torch": "0.1"})
+    with pytest.raises(OutputError, match="another version of a library"):
+        run(model, out, tokens, resume=True)
+    monkeypatch.undo()
+    shard = min((out.with_name("out.partial")).glob("model-*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + b"\x00" if content[-1:] != b"\x00" else content[:-1] + b"\x01")
+    with pytest.raises(OutputError, match="is damaged or missing"):
+        run(model, out, tokens, resume=True)
+    shard.write_bytes(content)
+    saved = shutil.copytree(model, tmp_path / "saved")
+    make_model(model, "llama", num_hidden_layers=3, seed=4)
+    with pytest.raises(OutputError, match="another model's files"):
+        run(model, out, tokens, resume=True)
+    shutil.rmtree(model)
+    saved.rename(model)
+    (out.with_name("out.partial") / STATE_NAME).write_text("{")
+    with pytest.raises(OutputError, match="state.json is damaged"):
+        run(model, out, tokens, resume=True)
+    found = counted_layers(monkeypatch)
+    run(model, out, tokens, overwrite=True)  # from the beginning
+    assert found == [0, 1, 2]
+
+
+def test_a_full_disk_and_a_lost_source_leave_what_is_finished(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(model, tmp_path / "whole", tokens)
+    save, calls = state_module.save_file, 0
+
+    def full(*arguments: Any, **settings: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **settings)
+
+    monkeypatch.setattr(state_module, "save_file", full)
+    with pytest.raises(OutputError, match="disk of .* is full") as caught:
+        run(model, out, tokens)
+    assert "--resume" in caught.value.hint
+    monkeypatch.undo()
+    found = counted_layers(monkeypatch)
+    run(model, out, tokens, resume=True)
+    assert found == [1, 2]
+    assert weights(out) == weights(tmp_path / "whole")
+    monkeypatch.undo()
+
+    from llm_barber.checkpoint.source import CheckpointSource
+
+    read, reads = CheckpointSource.read, 0
+
+    def lost(self: CheckpointSource, names: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        if reads == 4:
+            (model / "model.safetensors").rename(tmp_path / "elsewhere")
+        return read(self, names)
+
+    monkeypatch.setattr(CheckpointSource, "read", lost)
+    with pytest.raises(BarberError) as gone:
+        run(model, tmp_path / "again", tokens)
+    assert isinstance(gone.value, ModelError)
+    monkeypatch.undo()
+    (tmp_path / "elsewhere").rename(model / "model.safetensors")
+    run(model, tmp_path / "again", tokens, resume=True)
+    assert weights(tmp_path / "again") == weights(out)
+
+
+def test_rebuild_goes_on_too_and_notices_another_pruned_model(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "pruned", tokens, rebuild=False)
+    settings = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens, "rebuild_ratio": 0.5, **SETTINGS}
+    rebuild(RebuildConfig(output=tmp_path / "whole", **settings))
+    import llm_barber.pruning as module
+
+    whole = module.prune_layer
+    monkeypatch.setattr(
+        module, "prune_layer", lambda job, index, *rest: whole(job, index, *rest) if index < 1 else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        rebuild(RebuildConfig(output=tmp_path / "out", **settings))
+    monkeypatch.undo()
+    run(model, tmp_path / "other", tokens, rebuild=False, sparsity=0.6)
+    with pytest.raises(OutputError, match="another pruned, pruned model's files"):
+        rebuild(RebuildConfig(output=tmp_path / "out", resume=True, **settings | {"pruned": tmp_path / "other"}))
+    rebuild(RebuildConfig(output=tmp_path / "out", resume=True, **settings))
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 2000)
+    first = source_key(tmp_path)
+    assert source_key(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(255, -1, -1)) * 2000)
+    assert source_key(tmp_path) != first
+    (tmp_path / "notes.txt").write_text("no part of the model")
+    assert source_key(tmp_path) != first
