@@ -6,6 +6,8 @@ With c = Gp − l, adding back weight i changes it by −2wᵢcᵢ + wᵢ²Gᵢ�
 −2wᵢwⱼGᵢⱼ more. (SparseSwaps, 2025, does the same layer by layer.)
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from llm_barber.masking.pattern import NofM
 
 # A gain smaller than this share of the row's error is rounding.
 SMALLEST_GAIN = 1e-6
+# Rows are taken so many at a time that what their swaps read and write again and again stays in a core's cache.
+CACHED_WEIGHTS = 2**15
 
 
 def swap_pairs(
@@ -43,73 +47,96 @@ def swap_pairs(
         int64 (out,).
     """
     keep, count = keep.clone(), torch.zeros(len(keep), dtype=torch.int64, device=keep.device)
-    rows = torch.arange(len(keep), device=keep.device)
-    state = _State(keep, weight.float(), gram, linear, fixed)
-    smallest = -SMALLEST_GAIN * state.error.clamp_min(torch.finfo(torch.float32).tiny)
-    for _ in range(swaps):
-        coming, going, gain = state.best_in_groups(pattern) if pattern is not None else state.best_of_two()
-        active = gain < smallest
-        if not active.any():
-            break
-        if active.count_nonzero() * 4 < 3 * len(active):  # rows that are done need no more work
-            state, rows, smallest = state.select(active), rows[active], smallest[active]
-            coming, going = coming[active], going[active]
-            active = active[active]
-        state.swap(coming, going, active)
-        moved = rows[active]
-        keep[moved, coming[active]] = True
-        keep[moved, going[active]] = False
-        count[moved] += 1
+    size = len(keep) if keep.device.type == "cuda" else max(1, CACHED_WEIGHTS // keep.shape[1])
+    for start in range(0, len(keep), size):
+        rows = slice(start, start + size)
+        own = [None if one is None else one[rows] for one in (linear, fixed)]
+        _swap_rows(keep[rows], count[rows], weight[rows].float(), gram, swaps, own[0], pattern, own[1])
     return keep, count
 
 
-class _State:
-    """What swaps change, for some rows: which weights may come and go, and what that would do to the error."""
+def _swap_rows(
+    keep: Tensor,
+    count: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    swaps: int,
+    linear: Tensor | None,
+    pattern: NofM | None,
+    fixed: Tensor | None,
+) -> None:
+    """Swap in some rows, whose `keep` and `count` are changed."""
+    rows = torch.arange(len(keep), device=keep.device)
+    state = _State.of(keep, weight, gram, linear, fixed)
+    cross = None if pattern is None else state.cross_in_groups(pattern)
+    for _ in range(swaps):
+        coming, going, gain = state.best_of_two() if cross is None else state.best_in_groups(cross)
+        active = gain < state.smallest
+        left = int(active.count_nonzero())
+        if not left:
+            break
+        if left < len(active):  # rows that are done need no more work
+            state, rows = state.select(active), rows[active]
+            cross = None if cross is None else cross[active]
+            coming, going = coming[active], going[active]
+        state.swap(coming, going)
+        keep[rows, coming] = True
+        keep[rows, going] = False
+        count[rows] += 1
 
-    def __init__(self, keep: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None, fixed: Tensor | None) -> None:
+
+@dataclass
+class _State:
+    """What swaps change, for some rows; all but `gram` (in, in) and `smallest` (rows,) are (rows, in).
+
+    `grow` and `drop`: what adding back, and removing, each weight does to the error; infinite where it cannot be done.
+    `smallest`: the change of the error that is worth a swap.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    grow: Tensor
+    drop: Tensor
+    smallest: Tensor
+
+    @classmethod
+    def of(cls, keep: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None, fixed: Tensor | None) -> "_State":
+        """The state before the first swap."""
         pruned = weight.masked_fill(keep, 0)
         moment = pruned @ gram
-        self.error = (pruned * (moment if linear is None else moment - 2 * linear)).sum(1).abs()
-        if linear is not None:
-            moment = moment - linear
-        self.weight = weight
-        self.gram = gram
-        self.square = weight.square() * gram.diagonal()
-        self.slope = 2 * weight * moment
-        movable = torch.ones_like(keep) if fixed is None else ~fixed
-        self.growable = ~keep & movable
-        self.droppable = keep & movable
-        self.places = torch.arange(len(keep), device=keep.device)
+        error = (pruned * (moment if linear is None else moment - 2 * linear)).sum(1).abs()
+        slope = 2 * weight * (moment if linear is None else moment - linear)
+        square = weight.square() * gram.diagonal()
+        stays = torch.zeros_like(keep) if fixed is None else fixed
+        return cls(
+            weight,
+            gram,
+            (square - slope).masked_fill_(keep | stays, torch.inf),
+            (square + slope).masked_fill_(~keep | stays, torch.inf),
+            -SMALLEST_GAIN * error.clamp_min(torch.finfo(torch.float32).tiny),
+        )
 
     def select(self, rows: Tensor) -> "_State":
         """The state of some rows, bool (rows,)."""
-        other = object.__new__(_State)
-        other.gram = self.gram
-        for name in ("error", "weight", "square", "slope", "growable", "droppable"):
-            setattr(other, name, getattr(self, name)[rows])
-        other.places = torch.arange(len(other.weight), device=rows.device)
-        return other
+        return _State(self.weight[rows], self.gram, self.grow[rows], self.drop[rows], self.smallest[rows])
 
-    def _changes(self) -> tuple[Tensor, Tensor]:
-        """What adding back, and what removing, each weight does to the error; infinite where it cannot be done."""
-        grow = (self.square - self.slope).masked_fill_(~self.growable, torch.inf)
-        drop = (self.square + self.slope).masked_fill_(~self.droppable, torch.inf)
-        return grow, drop
+    def _of(self, places: Tensor, values: Tensor) -> Tensor:
+        """The value of each row at a place of its own, (rows,)."""
+        return values.gather(1, places.unsqueeze(1)).squeeze(1)
 
     def _together(self, change: Tensor, other: Tensor) -> Tensor:
         """`change` of each weight, once weight number `other` of the row moves the opposite way."""
-        factor = (-2 * self.weight[self.places, other]).unsqueeze(1)
-        return torch.addcmul(change, self.weight * factor, self.gram[other])
+        cross = self.gram[other].mul_((-2 * self._of(other, self.weight)).unsqueeze(1))
+        return cross.mul_(self.weight).add_(change)
 
     def best_of_two(self) -> tuple[Tensor, Tensor, Tensor]:
         """A pair to swap in each row, coming and going, and the change of the error."""
-        grow, drop = self._changes()
-        first_coming = grow.argmin(1)
-        first_gain, first_going = self._together(drop, first_coming).min(1)
-        first_gain = first_gain + grow[self.places, first_coming]
-        second_going = drop.argmin(1)
-        second_gain, second_coming = self._together(grow, second_going).min(1)
-        second_gain = second_gain + drop[self.places, second_going]
+        first_gain, first_coming = self.grow.min(1)
+        further, first_going = self._together(self.drop, first_coming).min(1)
+        first_gain = first_gain + further
+        second_gain, second_going = self.drop.min(1)
+        further, second_coming = self._together(self.grow, second_going).min(1)
+        second_gain = second_gain + further
         second = second_gain < first_gain
         return (
             torch.where(second, second_coming, first_coming),
@@ -117,36 +144,41 @@ class _State:
             torch.where(second, second_gain, first_gain),
         )
 
-    def best_in_groups(self, pattern: NofM) -> tuple[Tensor, Tensor, Tensor]:
-        """The best pair within a group of M of each row, and the change of the error."""
+    def cross_in_groups(self, pattern: NofM) -> Tensor:
+        """What two weights of a group cost together beyond what each does, (rows, groups, M coming, M going)."""
         size = pattern.of
         rows, columns = self.weight.shape
-        grow, drop = (change.view(rows, -1, size) for change in self._changes())
         grouped = self.weight.view(rows, -1, size)
         # (groups, M, M): the blocks of the Gram matrix along its diagonal.
         blocks = self.gram.view(columns // size, size, columns // size, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        best: list[tuple[Tensor, Tensor]] = []
-        for place in range(size):  # of the weight that comes, in its group: M passes over (rows, in)
-            cross = grouped * (-2 * grouped[..., place : place + 1]) * blocks[:, place]
-            gain, going = (drop + cross).min(-1)
-            best.append((gain + grow[..., place], going))
-        gains = torch.stack([gain for gain, _ in best], -1).flatten(1)
-        goings = torch.stack([going for _, going in best], -1).flatten(1)
-        gain, coming = gains.min(1)
-        going = coming // size * size + goings[self.places, coming]
+        return (grouped.unsqueeze(3) * grouped.unsqueeze(2)).mul_(blocks).mul_(-2)
+
+    def best_in_groups(self, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best pair within a group of M of each row, and the change of the error."""
+        rows, groups, size, _ = cross.shape
+        drop = self.drop.view(rows, groups, size)
+        gain, coming = (cross + drop.unsqueeze(2)).amin(3).view(rows, -1).add_(self.grow).min(1)
+        group, place = coming // size, coming % size
+        row = torch.arange(rows, device=cross.device)
+        going = (cross[row, group, place] + drop[row, group]).argmin(1) + group * size
         return coming, going, gain
 
-    def swap(self, coming: Tensor, going: Tensor, active: Tensor) -> None:
-        """Do it in the active rows, and carry its effect on all other changes of these rows."""
-        amount = active.to(self.weight.dtype)
-        comes = (self.weight[self.places, coming] * amount).unsqueeze(1)
-        goes = (self.weight[self.places, going] * amount).unsqueeze(1)
-        moment = torch.addcmul(goes * self.gram[going], comes, self.gram[coming], value=-1)
-        self.slope.addcmul_(self.weight, moment, value=2)
-        for mask, places, value in (
-            (self.growable, coming, False),
-            (self.droppable, coming, True),
-            (self.growable, going, True),
-            (self.droppable, going, False),
+    def swap(self, coming: Tensor, going: Tensor) -> None:
+        """Do it, and carry its effect on all other changes of these rows: the slope 2 w (Gp − l) moves with p."""
+        came, went = (self._of(places, self.weight) for places in (coming, going))
+        # What is not pruned any more costs nothing to remove again but what the slope says, and the other way round.
+        undo_come, undo_go = -self._of(coming, self.grow), -self._of(going, self.drop)
+        moment = self.gram[going].mul_((2 * went).unsqueeze(1))
+        moment.sub_(self.gram[coming].mul_((2 * came).unsqueeze(1))).mul_(self.weight)
+        self.grow.sub_(moment)
+        self.drop.add_(moment)
+        # The moved weights change sides: their own numbers are those before, negated, moved by the other one alone.
+        cross = 2 * came * went * self.gram[going, coming]
+        for values, places, new in (
+            (self.grow, coming, None),
+            (self.drop, going, None),
+            (self.drop, coming, undo_come + cross),
+            (self.grow, going, undo_go + cross),
         ):
-            mask[self.places[active], places[active]] = value
+            filled = torch.full_like(came, torch.inf) if new is None else new
+            values.scatter_(1, places.unsqueeze(1), filled.unsqueeze(1))
