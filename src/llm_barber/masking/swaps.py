@@ -16,7 +16,7 @@ from llm_barber.masking.pattern import NofM
 # A gain smaller than this share of the row's error is rounding.
 SMALLEST_GAIN = 1e-6
 # Rows are taken so many at a time that what their swaps read and write again and again stays in a core's cache.
-CACHED_WEIGHTS = 2**15
+CACHED_WEIGHTS = 2**17
 
 
 def swap_pairs(
