@@ -52,7 +52,6 @@ CALIBRATION_ROWS = (
     (Method.WANDA, False),
     (Method.WANDA, True),
     (Method.MAGNITUDE, True),
-    (Method.SPARSEGPT_UPDATES, False),
 )
 DEFAULT_NAME, DEFAULT_TITLE = "smollm2-135m", "SmolLM2-135M-Instruct (from a 4-bit GGUF)"
 STAGES = ("choice", "first", "order", "sequences", "main")

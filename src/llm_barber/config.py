@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
-from llm_barber.presets import GUARD, PRESETS, SWAPS, TARGET_MIX, TUNE_PASSES, Preset, Reconstruct, Refine
+from llm_barber.presets import GUARD, PRESETS, SWAPS, TARGET_MIX, TUNE_PASSES, Allocation, Preset, Reconstruct, Refine
 
 
 class Initial(StrEnum):
@@ -20,16 +20,23 @@ class Initial(StrEnum):
     SPARSEGPT = "sparsegpt"
     RIA = "ria"
     DSNOT = "dsnot"
+    ALPS = "alps"
+
+    @property
+    def has_updates(self) -> bool:
+        """Does it give new values to kept weights?"""
+        return self in (Initial.SPARSEGPT, Initial.ALPS)
 
 
-# The released experiments' granularity and rebuild ratio for each initial method; RIA and DSnoT, which they do not
-# have, are given those of Wanda, whose kin they are.
+# The released experiments' granularity and rebuild ratio for each initial method; those that they do not have are given
+# what their kin have.
 RELEASED_REBUILD: dict[Initial, tuple[Granularity, float]] = {
     Initial.MAGNITUDE: (Granularity.BLOCK, 0.1),
     Initial.WANDA: (Granularity.OUTPUT, 0.01),
     Initial.SPARSEGPT: (Granularity.LINEAR, 0.1),
     Initial.RIA: (Granularity.OUTPUT, 0.01),
     Initial.DSNOT: (Granularity.OUTPUT, 0.01),
+    Initial.ALPS: (Granularity.LINEAR, 0.1),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -138,7 +145,12 @@ class PruneConfig(RunSettings):
     initial_granularity: Granularity | None = Field(
         None, description="comparison group of the initial mask; None: linear for magnitude and RIA, else output"
     )
-    keep_updates: bool = Field(False, description="keep SparseGPT's updated weights instead of the dense ones")
+    keep_updates: bool = Field(
+        False, description="keep the updated weights of SparseGPT or ALPS instead of the dense ones"
+    )
+    allocation: Allocation = Field(
+        default=Allocation.UNIFORM, description="how sparsity is spread over the decoder layers"
+    )
 
     @field_validator("sparsity")
     @classmethod
@@ -159,8 +171,10 @@ class PruneConfig(RunSettings):
         problems = []
         if self.sparsity is not None and self.pattern is not None:
             problems.append("sparsity and pattern exclude each other: a pattern has its own sparsity")
-        if self.keep_updates and self.initial is not Initial.SPARSEGPT:
-            problems.append(f"keep_updates needs initial sparsegpt: {self.initial} updates no weights")
+        if self.keep_updates and not self.initial.has_updates:
+            problems.append(f"keep_updates needs initial sparsegpt or alps: {self.initial} updates no weights")
+        if self.allocation is not Allocation.UNIFORM and self.pattern is not None:
+            problems.append("allocation is not for patterns: N:M has one sparsity everywhere")
         if self.initial_granularity is Granularity.BLOCK:
             problems.append("initial_granularity block is not defined: choose output, input or linear")
         if self.initial_granularity is not None and self.initial is Initial.SPARSEGPT:

@@ -14,10 +14,11 @@ from llm_barber.errors import ModelError
 from llm_barber.inspection import read_record
 from llm_barber.job import Job
 from llm_barber.masking import saliency
+from llm_barber.masking.admm import admm, scaled_gram
 from llm_barber.masking.dsnot import dsnot
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
-from llm_barber.masking.pattern import NofM, Pattern, find_pattern, holds, parse_pattern
+from llm_barber.masking.pattern import NofM, Pattern, Unstructured, find_pattern, holds, parse_pattern
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
@@ -69,56 +70,71 @@ class MethodMasks:
     def __init__(self, method: Initial, pattern: Pattern, granularity: Granularity | None, keep_updates: bool) -> None:
         self.method = method
         self.pattern = pattern
-        by_linear = method in (Initial.MAGNITUDE, Initial.RIA)  # as their released programs compare
+        by_linear = method in (Initial.MAGNITUDE, Initial.RIA, Initial.ALPS)  # as their released programs compare
         self.granularity = granularity or (Granularity.LINEAR if by_linear else Granularity.OUTPUT)
         self.keep_updates = keep_updates
+        self.sparsities: list[float] | None = None  # of each layer, where they differ
+
+    def pattern_of(self, index: int) -> Pattern:
+        """How many weights of a layer go."""
+        return self.pattern if self.sparsities is None else Unstructured(self.sparsities[index])
 
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
     ) -> dict[str, PrunedLinear]:
         """One `PrunedLinear` for each linear in `dense`."""
-        pattern = self.pattern if isinstance(self.pattern, NofM) else None
+        target = self.pattern_of(index)
+        pattern = target if isinstance(target, NofM) else None
         match self.method:
             case Initial.MAGNITUDE:
-                keeps = {name: self._mask(saliency.magnitude(weight)) for name, weight in dense.items()}
+                keeps = {name: self._mask(saliency.magnitude(weight), target) for name, weight in dense.items()}
             case Initial.WANDA | Initial.RIA:
                 score = saliency.wanda if self.method is Initial.WANDA else saliency.relative_importance
                 squares = collect_inputs(layer, streams, InputSquares)
-                keeps = {name: self._mask(score(weight, squares[name].mean)) for name, weight in dense.items()}
+                keeps = {name: self._mask(score(weight, squares[name].mean), target) for name, weight in dense.items()}
             case Initial.DSNOT:
                 moments = collect_inputs(layer, streams, InputMoments)
-                keeps = {name: self._dsnot(weight, moments[name], pattern) for name, weight in dense.items()}
-            case Initial.SPARSEGPT:
-                return self._sparsegpt(layer, dense, streams, pattern)
+                keeps = {name: self._dsnot(weight, moments[name], target) for name, weight in dense.items()}
+            case Initial.SPARSEGPT | Initial.ALPS:
+                return self._with_updates(layer, dense, streams, target)
         return {
             name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], pattern)
             for name, keep in keeps.items()
         }
 
-    def _mask(self, scores: Tensor) -> Tensor:
-        return initial_mask(scores, self.pattern, self.granularity)
+    def _mask(self, scores: Tensor, target: Pattern) -> Tensor:
+        return initial_mask(scores, target, self.granularity)
 
-    def _dsnot(self, weight: Tensor, moments: InputMoments, pattern: NofM | None) -> Tensor:
+    def _dsnot(self, weight: Tensor, moments: InputMoments, target: Pattern) -> Tensor:
         """Wanda's mask, fine-tuned."""
         score = saliency.wanda(weight, moments.squares.mean)
-        return dsnot(self._mask(score), weight, score, moments.mean, moments.variance, pattern)
+        pattern = target if isinstance(target, NofM) else None
+        return dsnot(self._mask(score, target), weight, score, moments.mean, moments.variance, pattern)
 
-    def _sparsegpt(
+    def _with_updates(
         self,
         layer: DecoderLayer,
         dense: Mapping[str, Tensor],
         streams: ActivationStreams,
-        pattern: NofM | None,
+        target: Pattern,
     ) -> dict[str, PrunedLinear]:
+        """Masks of methods that update the weights that they keep."""
         grams = collect_inputs(layer, streams, GramMatrix)
+        pattern = target if isinstance(target, NofM) else None
         result = {}
-        factored: GramMatrix | None = None
+        prepared: GramMatrix | None = None
         for name, weight in dense.items():
-            if grams[name] is not factored:  # q, k and v share one, gate and up another
-                factored = grams[name]
-                gram = factored.mean
-                factor = inverse_factor(gram)
-            keep, updated = sparsegpt(weight, gram, self.pattern, factor=factor)
+            if grams[name] is not prepared:  # q, k and v share one, gate and up another
+                prepared = grams[name]
+                gram = prepared.mean
+                if self.method is Initial.ALPS:
+                    scaled = scaled_gram(gram)
+                else:
+                    factor = inverse_factor(gram)
+            if self.method is Initial.ALPS:
+                keep, updated = admm(weight, gram, target, self.granularity, scaled=scaled)
+            else:
+                keep, updated = sparsegpt(weight, gram, target, factor=factor)
             updated = updated.to(weight.dtype)
             values = torch.where(keep, updated, weight) if self.keep_updates else weight
             result[name] = PrunedLinear(keep, apply_mask(updated, keep), values, pattern)

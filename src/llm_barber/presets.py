@@ -19,6 +19,13 @@ class Reconstruct(StrEnum):
     TUNE = "tune"
 
 
+class Allocation(StrEnum):
+    """How sparsity is spread over decoder layers: evenly, or by their outliers (OWL, arXiv 2310.05175)."""
+
+    UNIFORM = "uniform"
+    OWL = "owl"
+
+
 class Preset(StrEnum):
     """`paper`: the published method. `mask`: the best with dense weights. `best`: the best quality."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llm_barber.allocation import allocate_by_outliers
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.checkpoint.state import source_key
@@ -20,7 +21,7 @@ from llm_barber.job import Job, prepare
 from llm_barber.masking.pattern import NofM
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
-from llm_barber.presets import Reconstruct
+from llm_barber.presets import Allocation, Reconstruct
 from llm_barber.progress import Progress, Silent
 from llm_barber.refine import RefineSettings
 from llm_barber.report import (
@@ -118,7 +119,7 @@ def _run_key(command: str, config: RunSettings, job: Job) -> dict[str, Any]:
 
 def _kept_weights(config: RunSettings) -> KeptWeights:
     if isinstance(config, PruneConfig) and config.keep_updates:
-        return KeptWeights.SPARSEGPT
+        return KeptWeights.UPDATED
     none = config.reconstruction is Reconstruct.NONE
     return KeptWeights.DENSE if none else KeptWeights(config.reconstruction.value)
 
@@ -154,6 +155,11 @@ def _run(
         streams = _embed(job, _copy_outside(job, writer), refine_settings)
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
+        if isinstance(config, PruneConfig) and isinstance(initial, MethodMasks) and config.allocation is Allocation.OWL:
+            kept = writer.state.sparsities
+            sparsities = list(kept) if kept else allocate_by_outliers(job, streams, config.target.sparsity, progress)
+            initial.sparsities = sparsities
+            writer.state = writer.state.model_copy(update={"sparsities": tuple(sparsities)})
         streams.restore(activations)
         seconds["embed"] += time.perf_counter() - start
         progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)

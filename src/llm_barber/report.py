@@ -58,7 +58,7 @@ class KeptWeights(StrEnum):
     """What a kept weight is."""
 
     DENSE = "dense"
-    SPARSEGPT = "sparsegpt"
+    UPDATED = "updated"
     LEAST_SQUARES = "least-squares"
     TUNED = "tune"
 
@@ -67,7 +67,7 @@ class KeptWeights(StrEnum):
         """For a sentence."""
         return {
             KeptWeights.DENSE: "the dense model's, bit for bit",
-            KeptWeights.SPARSEGPT: "SparseGPT's updated ones",
+            KeptWeights.UPDATED: "those that the method updated",
             KeptWeights.LEAST_SQUARES: "new ones, from least squares on the calibration text",
             KeptWeights.TUNED: "new ones, from least squares and tuning of each layer on the calibration text",
         }[self]

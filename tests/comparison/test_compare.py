@@ -208,6 +208,18 @@ def test_files(settings: dict[str, Any]) -> None:
     assert "<!DOCTYPE html>" in (folder / "comparison.html").read_text()
 
 
+def test_presets_and_alps_are_rows_that_are_asked_for(settings: dict[str, Any]) -> None:
+    small = settings | {"methods": ("alps", "mask", "best"), "seeds": (0,), "rebuild_settings": {}}
+    comparison = compare(CompareConfig(**small))
+    assert not comparison.failures
+    rows = [(cell.method, cell.rebuilt) for cell in comparison.cells if cell.target == "0.5"]
+    assert rows == [(Method.ALPS, False), (Method.ALPS, True), (Method.MASK, False), (Method.BEST, False)]
+    assert [cell.result.swapped > 0 for cell in comparison.cells if cell.method is Method.MASK and cell.result] == [
+        True
+    ] * 2
+    assert Method.MASK not in CompareConfig(model="m", output="o").methods
+
+
 def test_keep_models(settings: dict[str, Any]) -> None:
     small = settings | {"methods": ("wanda",), "targets": ("0.5",), "seeds": (0,), "keep_models": True}
     compare(CompareConfig(**small))

@@ -46,7 +46,10 @@ class Activations(BaseModel):
 
 
 class RunState(BaseModel):
-    """All that is finished. `key`: what the run's result depends on. `layers`: a record each. `seconds`: by stage."""
+    """All that is finished. `key`: what the run's result depends on. `layers`: a record each. `seconds`: by stage.
+
+    `sparsities`: of each layer, where they were allocated.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -54,6 +57,7 @@ class RunState(BaseModel):
     key: dict[str, Any]
     shards: dict[str, Shard] = {}
     layers: tuple[dict[str, Any], ...] = ()
+    sparsities: tuple[float, ...] | None = None
     seconds: dict[str, float] = {}
     peak_memory: int = 0
     activations: tuple[Activations, ...] = ()

@@ -11,6 +11,7 @@ from llm_barber.cli.options import (
     METHOD,
     OUTPUT,
     TEXT,
+    AllocationOption,
     BatchOption,
     CalibrationOption,
     CompareTextOption,
@@ -45,7 +46,7 @@ from llm_barber.cli.options import (
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES, Preset
+from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES, Allocation, Preset
 
 app = typer.Typer(
     name="llm-barber",
@@ -99,10 +100,11 @@ def prune(
         bool,
         typer.Option(
             "--keep-updates",
-            help="Keep SparseGPT's updated weights instead of the dense ones.",
+            help="Keep the updated weights of sparsegpt or alps instead of the dense ones.",
             rich_help_panel=METHOD,
         ),
     ] = False,
+    allocation: AllocationOption = Allocation.UNIFORM,
     preset: PresetOption = Preset.PAPER,
     refine: RefineOption = None,
     swaps: SwapsOption = SWAPS,
@@ -136,8 +138,8 @@ def prune(
     config = PruneConfig(
         model=model, output=out, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild,
         granularity=granularity, rebuild_ratio=rebuild_ratio, initial_granularity=initial_granularity,
-        keep_updates=keep_updates, preset=preset, refine=refine, swaps=swaps, target_mix=target_mix,
-        reconstruct=reconstruct, tune_passes=tune_passes, guard=guard,
+        keep_updates=keep_updates, allocation=allocation, preset=preset, refine=refine, swaps=swaps,
+        target_mix=target_mix, reconstruct=reconstruct, tune_passes=tune_passes, guard=guard,
         calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         resume=resume, report=report,
@@ -323,7 +325,9 @@ def compare(
     ],
     methods: Annotated[
         str,
-        typer.Option(metavar="NAME,…", help="Rows of the table.", rich_help_panel=METHOD),
+        typer.Option(
+            metavar="NAME,…", help="Rows of the table; also alps, mask, best (presets).", rich_help_panel=METHOD
+        ),
     ] = "magnitude,sparsegpt,sparsegpt-updates,wanda,ria,dsnot",
     targets: Annotated[
         str,

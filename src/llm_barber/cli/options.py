@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import Preset, Reconstruct, Refine
+from llm_barber.presets import Allocation, Preset, Reconstruct, Refine
 
 METHOD, REFINING, CALIBRATION, TEXT, TASKS = "Method", "Refining", "Calibration", "Text", "Tasks"
 COMPUTE, OUTPUT = "Compute", "Output"
@@ -35,6 +35,13 @@ PresetOption = Annotated[
     Preset,
     typer.Option(
         help="paper: the published method. mask: the best for dense weights. best: the best quality, weights change.",
+        rich_help_panel=METHOD,
+    ),
+]
+AllocationOption = Annotated[
+    Allocation,
+    typer.Option(
+        help="How sparsity is spread over decoder layers: evenly, or less where a layer has many outliers.",
         rich_help_panel=METHOD,
     ),
 ]

@@ -26,6 +26,7 @@ from llm_barber.job import load_tokenizer
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.model.device import resolve_device, resolve_dtype
+from llm_barber.presets import Preset
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.report import versions
@@ -35,7 +36,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Method(StrEnum):
-    """A row of the table; SparseGPT once with the dense weights under its mask and once with its updated ones."""
+    """A row of the table; SparseGPT once with the dense weights under its mask and once with its updated ones.
+
+    `mask` and `best` are the presets of those names.
+    """
 
     MAGNITUDE = "magnitude"
     SPARSEGPT = "sparsegpt"
@@ -43,11 +47,30 @@ class Method(StrEnum):
     WANDA = "wanda"
     RIA = "ria"
     DSNOT = "dsnot"
+    ALPS = "alps"
+    MASK = "mask"
+    BEST = "best"
 
     @property
     def initial(self) -> Initial:
         """Where its initial mask is from."""
+        if self.preset is not None:
+            return Initial.WANDA
         return Initial.SPARSEGPT if self is Method.SPARSEGPT_UPDATES else Initial(self.value)
+
+    @property
+    def preset(self) -> Preset | None:
+        """The preset that it is; None: a method by itself."""
+        return Preset(self.value) if self in (Method.MASK, Method.BEST) else None
+
+    @property
+    def keeps_updates(self) -> bool:
+        """Are kept weights those that the method updated?"""
+        return self in (Method.SPARSEGPT_UPDATES, Method.ALPS)
+
+
+# The paper's rows and its peers'; the others are asked for.
+PEERS = tuple(method for method in Method if method not in (Method.ALPS, Method.MASK, Method.BEST))
 
 
 class CompareConfig(Settings):
@@ -59,7 +82,7 @@ class CompareConfig(Settings):
 
     model: str = Field(description="folder, hub id or GGUF file")
     output: Path = Field(description="folder for cells, tables, plot and page; a comparison that is there goes on")
-    methods: tuple[Method, ...] = Field(tuple(Method), min_length=1, description="rows")
+    methods: tuple[Method, ...] = Field(PEERS, min_length=1, description="rows")
     targets: tuple[str, ...] = Field(
         ("0.5", "0.6", "0.7", "2:4", "4:8"), min_length=1, description="sparsities and N:M patterns: blocks of rows"
     )
@@ -269,7 +292,7 @@ def plan_cells(config: CompareConfig) -> Iterator[Cell]:
     for seed in config.seeds:
         for target in config.targets:
             for method in config.methods:
-                for rebuilt in (False, True) if config.rebuild else (False,):
+                for rebuilt in (False, True) if config.rebuild and method.preset is None else (False,):
                     if rebuilt or method is not Method.MAGNITUDE or seed == config.seeds[0]:
                         yield Cell(method, rebuilt, target, seed)
 
@@ -278,9 +301,12 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     """What `PruneConfig` is given for a cell, except model, output, calibration and device."""
     granularity, ratio = config.rebuild_settings.get(cell.method, (config.granularity, config.rebuild_ratio))
     settings: dict[str, Any] = {"initial": cell.method.initial.value, **target_settings(cell.target)}
-    settings["keep_updates"] = cell.method is Method.SPARSEGPT_UPDATES
-    settings["rebuild"] = cell.rebuilt
+    settings["keep_updates"] = cell.method.keeps_updates
+    if cell.method.preset is None:
+        settings["rebuild"] = cell.rebuilt
     settings["seed"] = cell.seed
+    if cell.method.preset is not None:
+        settings["preset"] = cell.method.preset.value
     if cell.rebuilt:
         settings |= {"granularity": granularity.value if granularity else None, "rebuild_ratio": ratio}
     return settings

@@ -17,6 +17,9 @@ TITLES = {
     Method.WANDA: "Wanda",
     Method.RIA: "RIA",
     Method.DSNOT: "DSnoT on Wanda",
+    Method.ALPS: "ALPS, its weights",
+    Method.MASK: "preset mask",
+    Method.BEST: "preset best",
 }
 REBUILT = " + rebuild"
 ACCURACY = "acc"

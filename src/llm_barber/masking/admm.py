@@ -10,6 +10,8 @@ Columns are scaled so that G has a diagonal of ones. ρ grows the faster, the mo
 when it does not. What the mask keeps is then solved for (`least_squares.py`).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,40 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0003, 1.1))
 SOLVING_STEPS = 10
 
 
+@dataclass(frozen=True)
+class ScaledGram:
+    """A damped Gram matrix, divided by `scale`, (in,), in rows and columns so that its diagonal is one; eigenvectors.
+
+    `matrix` and `vectors` are (in, in), `eigenvalues` (in,), all float32.
+    """
+
+    scale: Tensor
+    matrix: Tensor
+    eigenvalues: Tensor
+    vectors: Tensor
+
+    def inverse(self, penalty: float) -> Tensor:
+        """(G + ρI)⁻¹."""
+        return (self.vectors / (self.eigenvalues + penalty)) @ self.vectors.t()
+
+
+def scaled_gram(gram: Tensor, damping: float = DAMPING) -> ScaledGram:
+    """What all linears that read the same inputs share."""
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    scale = damped.diagonal().sqrt()
+    matrix = damped / scale / scale.unsqueeze(1)
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    return ScaledGram(scale, matrix, eigenvalues.clamp_min_(0), vectors)
+
+
 def admm(
     weight: Tensor,
     gram: Tensor,
     pattern: Pattern,
     granularity: Granularity = Granularity.LINEAR,
     damping: float = DAMPING,
+    scaled: "ScaledGram | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Prune one linear.
 
@@ -43,6 +73,7 @@ def admm(
         pattern: how many weights go.
         granularity: what competes, if the pattern is not N:M; ALPS compares in the whole linear.
         damping: share of the mean diagonal that is added to the diagonal.
+        scaled: `scaled_gram(gram, damping)`, where the caller has it already.
 
     Returns:
         The keep mask, bool (out, in), and the weights, float32 (out, in), zero where pruned.
@@ -50,16 +81,11 @@ def admm(
     Raises:
         ValueError: M does not divide the row.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    scale = damped.diagonal().sqrt()
-    matrix = damped / scale / scale.unsqueeze(1)
-    dense = weight.float() * scale
-    eigenvalues, vectors = torch.linalg.eigh(matrix)
-    eigenvalues.clamp_min_(0)
-    product = dense @ matrix
+    scaled = scaled_gram(gram, damping) if scaled is None else scaled
+    dense = weight.float() * scaled.scale
+    product = dense @ scaled.matrix
     penalty = FIRST_PENALTY
-    inverse = _inverse(eigenvalues, vectors, penalty)
+    inverse = scaled.inverse(penalty)
     keep = initial_mask(dense.abs(), pattern, granularity)
     sparse, dual = dense * keep, torch.zeros_like(dense)
     for step in range(1, STEPS + 1):
@@ -75,10 +101,5 @@ def admm(
             if factor is None:
                 break
             penalty = min(penalty * factor, LARGEST_PENALTY)
-            inverse = _inverse(eigenvalues, vectors, penalty)
-    return keep, least_squares(keep, weight, gram, steps=SOLVING_STEPS, damping=damping, start=sparse / scale)
-
-
-def _inverse(eigenvalues: Tensor, vectors: Tensor, penalty: float) -> Tensor:
-    """(G + ρI)⁻¹."""
-    return (vectors / (eigenvalues + penalty)) @ vectors.t()
+            inverse = scaled.inverse(penalty)
+    return keep, least_squares(keep, weight, gram, steps=SOLVING_STEPS, damping=damping, start=sparse / scaled.scale)

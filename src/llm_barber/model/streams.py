@@ -46,6 +46,10 @@ class ActivationStreams:
         """Give an array another's name, and its place to the other."""
         self._arrays[new], self._arrays[old] = self._arrays[old], self._arrays.get(new, self._arrays[old])
 
+    def drop(self, name: str) -> None:
+        """Forget an array."""
+        del self._arrays[name]
+
     def between_layers(self) -> dict[str, Tensor]:
         """What the next layer starts from."""
         names = (HIDDEN, DENSE + HIDDEN)

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llm_barber import PruneConfig, prune
+from llm_barber.errors import SettingsError
+from llm_barber.masking.owl import layer_sparsities, outlier_share
+from llm_barber.masking.saliency import wanda
+from tests.conftest import make_model, read_folder, save_tokens
+from tests.model.reference import captured, first_call
+from tests.test_resume import stopped, weights
+
+
+@torch.no_grad()
+def owl_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float) -> list[float]:
+    """OWL's sparsities from the whole dense model, with plain hooks."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    shares, sizes = [], []
+    for index, layer in enumerate(model.model.layers):
+        calls = [first_call(model, model.model.layers, index, sequence[None]) for sequence in tokens]
+        scores = []
+        for name, linear in layer.named_modules():
+            if isinstance(linear, torch.nn.Linear):
+                inputs = [captured(layer, name, *call)[0] for call in calls]
+                squares = sum(one.square().flatten(0, -2).sum(0) for one in inputs) / len(inputs)
+                scores.append(wanda(linear.weight, squares))
+        shares.append(outlier_share(scores))
+        sizes.append(sum(score.numel() for score in scores))
+    return layer_sparsities(shares, sizes, sparsity)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Its layers differ in their outliers."""
+    folder = make_model(tmp_path / "dense", "llama", num_hidden_layers=3)
+    tensors = load_file(folder / "model.safetensors")
+    for index in range(3):
+        weight = tensors[f"model.layers.{index}.mlp.up_proj.weight"]
+        weight[: 4 * index] *= 30
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_owl_in_a_streamed_run_equals_owl_in_memory(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    settings = {"dtype": "float32", "batch_size": 2, "report": False, "allocation": "owl", "sparsity": 0.6}
+    report = prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, rebuild=False, **settings))
+    expected = owl_in_memory(model, load_file(tokens)["input_ids"], 0.6)
+    assert max(expected) - min(expected) == pytest.approx(0.16)
+    for layer, sparsity in zip(report.layers, expected, strict=True):
+        for linear in layer.linears:
+            columns = linear.shape[1]
+            assert linear.pruned == int(sparsity * columns) * linear.shape[0]
+    assert report.sparsity == pytest.approx(0.6, abs=0.02)
+    written = read_folder(tmp_path / "out")
+    assert (written["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() > 0.6
+    # It goes on with the sparsities that it had, without another pass over the dense model.
+    stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="owl", sparsity=0.6)
+    monkeypatch.setattr("llm_barber.pruning.allocate_by_outliers", None)
+    prune(
+        PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, rebuild=False, resume=True, **settings)
+    )
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+def test_bad_input(tmp_path: Path, model: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    with pytest.raises(SettingsError, match="allocation is not for patterns"):
+        PruneConfig(model=model, output=tmp_path / "out", allocation="owl", pattern="2:4")
+    with pytest.raises(SettingsError, match="are not within 0 and 0.99") as caught:
+        prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, allocation="owl", sparsity=0.98))
+    assert "uniform" in caught.value.hint
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_alps_with_and_without_its_weights(tmp_path: Path, model: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    settings = {"model": model, "calibration": tokens, "initial": "alps", "rebuild": False, "dtype": "float32"}
+    masks = []
+    for updates in (False, True):
+        out = tmp_path / str(updates)
+        report = prune(PruneConfig(output=out, keep_updates=updates, **settings))
+        assert report.kept_weights == ("updated" if updates else "dense")
+        assert report.sparsity == 0.5
+        masks.append({name: tensor for name, tensor in read_folder(out).items() if "_proj" in name})
+    dense = read_folder(model)
+    for name, plain in masks[0].items():
+        assert torch.equal(plain != 0, masks[1][name] != 0)
+        assert torch.equal(plain[plain != 0], dense[name][plain != 0])
+        assert not torch.equal(plain, masks[1][name])
