@@ -1,6 +1,6 @@
 import torch
 
-from llm_barber.masking.statistics import GradientSquares, GramMatrix, InputMoments, InputSquares
+from llm_barber.masking.statistics import GradientSquares, GramMatrix, InputMoments, InputSquares, TargetMoments
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -58,3 +58,19 @@ def test_batches_do_not_change_a_bit() -> None:
     for part in (slice(0, 2), slice(2, 5)):
         parts.update(x[part], gradient[part], torch.ones(len(x[part])))
     assert torch.equal(whole.mean, parts.mean)
+
+
+def test_products_of_bfloat16_inputs_are_not_rounded() -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(3, 400, 64, generator=generator).bfloat16()
+    others = (inputs.float() + 0.1 * torch.randn(3, 400, 64, generator=generator)).bfloat16()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    gram, moments = GramMatrix(64, torch.device("cpu")), TargetMoments(64, torch.device("cpu"))
+    gram.update(inputs)
+    moments.update(inputs, others)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    values, theirs = inputs.double().flatten(0, 1), others.double().flatten(0, 1)
+    exact = values.t() @ values
+    assert ((gram.total - exact).abs().max() / exact.diagonal().mean()).item() < 5e-6  # rounded to bfloat16: 1e-3
+    difference = (values - theirs).t() @ values / len(values)
+    assert ((moments.difference - difference).abs().max() / exact.diagonal().mean() * len(values)).item() < 1e-5
