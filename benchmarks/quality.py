@@ -8,6 +8,7 @@ are not done again.
 """
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -67,11 +68,22 @@ class Quality:
         samples: calibration windows.
         seqlen: tokens a calibration window.
         windows: windows of each text.
-        limit: examples of each task.
+        limit: examples of each task; 0: no tasks.
+        targets: sparsities and patterns.
+        settings: of the rebuild, where they were chosen on another model.
     """
 
     def __init__(
-        self, model: str, name: str, seeds: tuple[int, ...], samples: int, seqlen: int, windows: int, limit: int
+        self,
+        model: str,
+        name: str,
+        seeds: tuple[int, ...],
+        samples: int = 16,
+        seqlen: int = 512,
+        windows: int = 16,
+        limit: int = 300,
+        targets: tuple[str, ...] = TARGETS,
+        settings: dict[Method, tuple[Granularity, float]] | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -91,6 +103,8 @@ class Quality:
         self.evaluators: dict[EvaluateConfig, Evaluator] = {}
         self.seeds = seeds
         self.limit = limit
+        self.targets = targets
+        self.settings = settings
 
     def compare(self, config: CompareConfig, progress: Progress) -> Comparison:
         """A part of the work, with what other parts of it have already computed."""
@@ -126,6 +140,8 @@ class Quality:
 
     def chosen(self, progress: Progress) -> dict[Method, tuple[Granularity, float]]:
         """The setting of each method with the lowest perplexity on the validation text."""
+        if self.settings is not None:
+            return self.settings
         found = self.choice(progress)
         best = {}
         for method in dict.fromkeys(key[0] for key in found):
@@ -142,12 +158,15 @@ class Quality:
         """All methods at all targets, all seeds; tasks for the first seed, at some targets."""
         settings = {**self.common, "seeds": seeds or self.seeds, "rebuild_settings": self.chosen(progress)}
         tasks = {"tasks": TASKS, "tasks_folder": Path("tasks"), "limit": self.limit, "task_seeds": 1}
+        with_tasks = tuple(target for target in self.targets if target in TASK_TARGETS and self.limit)
+        without = tuple(target for target in self.targets if target not in with_tasks)
         parts = [
             compare(CompareConfig(**settings, **more, targets=targets), progress, write=False)
-            for targets, more in ((TASK_TARGETS, tasks), (tuple(t for t in TARGETS if t not in TASK_TARGETS), {}))
+            for targets, more in ((with_tasks, tasks), (without, {}))
             if targets
         ]
-        cells = sorted((cell for part in parts for cell in part.cells), key=lambda cell: TARGETS.index(cell.target))
+        cells = [cell for part in parts for cell in part.cells]
+        cells.sort(key=lambda cell: self.targets.index(cell.target))
         return parts[0].model_copy(update={"cells": tuple(cells)})
 
     def sequences(self, progress: Progress) -> dict[tuple[Method, bool, int], CellResult]:
@@ -229,7 +248,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=300, help="examples of each task")
+    parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--settings-of", metavar="NAME", help="take the rebuild's settings from that model's results")
     parser.add_argument("--only", choices=STAGES)
     options = parser.parse_args()
     if options.model and not options.name:
@@ -237,18 +258,40 @@ def main() -> None:
     name, title = options.name or DEFAULT_NAME, options.title or options.name or DEFAULT_TITLE
     model = str(Path(model_folder(options.model)).resolve())
     os.chdir(options.data)  # so that results name texts as they lie in DATA
-    seeds = tuple(int(seed) for seed in options.seeds.split(","))
-    quality = Quality(model, name, seeds, options.samples, options.seqlen, options.windows, options.limit)
+    quality = Quality(
+        model, name, tuple(int(seed) for seed in options.seeds.split(",")), options.samples, options.seqlen,
+        options.windows, options.limit, tuple(options.targets.split(",")),
+        read_settings(options.settings_of) if options.settings_of else None,
+    )  # fmt: skip
     with ConsoleProgress() as progress:
         if options.only:
             getattr(quality, options.only)(progress)
             return
-        quality.first(progress)
-        order, sequences = quality.order(progress), quality.sequences(progress)
-        comparison, choice = quality.main(progress), quality.choice(progress)
-    write_page(ROOT / "docs" / "results.md", name, title, machine(), comparison, choice, sequences, order)
+        if quality.settings is not None:
+            comparison = quality.main(progress)
+            choice, sequences, order = {}, {}, {}
+        else:
+            quality.first(progress)
+            order, sequences = quality.order(progress), quality.sequences(progress)
+            comparison, choice = quality.main(progress), quality.choice(progress)
+            write_settings(name, quality.chosen(progress))
+    write_page(
+        ROOT / "docs" / "results.md", name, title, machine(), comparison, choice, sequences, order, options.settings_of
+    )
     print(markdown(comparison.model_copy(update={"model": title})))
     print(machine())
+
+
+def write_settings(name: str, settings: dict[Method, tuple[Granularity, float]]) -> None:
+    """Keep the chosen settings of the rebuild, for other models."""
+    path = ROOT / "benchmarks" / "results" / name / "settings.json"
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def read_settings(name: str) -> dict[Method, tuple[Granularity, float]]:
+    """What `write_settings` kept."""
+    kept = json.loads((ROOT / "benchmarks" / "results" / name / "settings.json").read_text(encoding="utf-8"))
+    return {Method(method): (Granularity(granularity), ratio) for method, (granularity, ratio) in kept.items()}
 
 
 if __name__ == "__main__":

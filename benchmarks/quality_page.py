@@ -28,7 +28,7 @@ Order = Mapping[Method, tuple[CellResult, CellResult]]
 
 def write_page(
     page: Path, name: str, title: str, machine: str, comparison: Comparison, choice: Choice, sequences: Sequences,
-    order: Order,
+    order: Order, settings_of: str | None = None,
 ) -> None:  # fmt: skip
     """Replace the model's part of the page (between its markers), and write its plots beside it."""
     comparison = comparison.model_copy(update={"model": title})
@@ -42,7 +42,11 @@ def write_page(
     lines += [f"![Perplexity by sparsity](results/{name}.svg)", ""]
     for block in blocks(comparison):
         lines += [f"### {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
-    lines += [*_does_it_help(comparison), *_choice(choice, comparison)]
+    lines += _does_it_help(comparison)
+    if settings_of is not None:
+        lines += [f"The settings of the rebuild are those chosen on {settings_of}.", ""]
+    if choice:
+        lines += _choice(choice)
     if sequences:
         (plots / f"{name}-sequences.svg").write_text(_sequences_picture(sequences, comparison), encoding="utf-8")
         lines += _sequences(sequences, name)
@@ -94,7 +98,7 @@ def _does_it_help(comparison: Comparison) -> list[str]:
     ]
 
 
-def _choice(choice: Choice, comparison: Comparison) -> list[str]:
+def _choice(choice: Choice) -> list[str]:
     """Every setting of the rebuild that was tried, and which one the tables use."""
     best = {}
     for method in dict.fromkeys(key[0] for key in choice):
