@@ -14,20 +14,46 @@ RELEASED = DATA / "released-masks"
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 64}
 LLAMA_LIKE = {**COMMON, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+GPT_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
+MIXED = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gemma3_text": {
-        "model_type": "gemma3_text", **LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
+    "apertus": LLAMA_LIKE,
+    "arcee": LLAMA_LIKE,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128},
+    "cohere": {**LLAMA_LIKE, "pad_token_id": 0},
+    "cohere2": {**LLAMA_LIKE, "pad_token_id": 0, "sliding_window": 8, "layer_types": MIXED},
+    "exaone4": {**LLAMA_LIKE, "sliding_window": 8, "layer_types": MIXED},
+    "falcon": {**COMMON, "num_attention_heads": 4},  # attention and MLP side by side, multi-query
+    "falcon-rw": {  # attention, then MLP; positions by ALiBi
+        **COMMON, "model_type": "falcon", "num_attention_heads": 4, "parallel_attn": False, "alibi": True, "bias": True,
     },
-    "llama": {"model_type": "llama", **LLAMA_LIKE, "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", **LLAMA_LIKE, "sliding_window": 8},
-    "opt": {"model_type": "opt", **COMMON, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+    "gemma2": {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": MIXED,
+    },
+    "gpt_bigcode": GPT_LIKE,
+    "gpt_neox": {**COMMON, "intermediate_size": 64, "num_attention_heads": 4},
+    "gptj": {**GPT_LIKE, "rotary_dim": 4},
+    "granite": {**LLAMA_LIKE, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "llama": {**LLAMA_LIKE, "tie_word_embeddings": True},
+    "mistral": {**LLAMA_LIKE, "sliding_window": 8},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 128, "max_seq_len": 64},
+    "nemotron": LLAMA_LIKE,
+    "olmo": LLAMA_LIKE,
+    "olmo2": LLAMA_LIKE,
+    "olmo3": {**LLAMA_LIKE, "sliding_window": 8, "layer_types": MIXED},
+    "opt": {**COMMON, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32},
     "opt-350m": {  # projected embeddings, layer norm after
         "model_type": "opt", **COMMON, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 16,
         "do_layer_norm_before": False,
     },
-    "qwen2": {"model_type": "qwen2", **LLAMA_LIKE},
-    "qwen3": {"model_type": "qwen3", **LLAMA_LIKE, "head_dim": 8},
+    "phi": LLAMA_LIKE,
+    "phi3": {**LLAMA_LIKE, "pad_token_id": 0},
+    "qwen2": LLAMA_LIKE,
+    "qwen3": {**LLAMA_LIKE, "head_dim": 8},
+    "smollm3": {**LLAMA_LIKE, "pad_token_id": 0},
+    "stablelm": LLAMA_LIKE,
+    "starcoder2": LLAMA_LIKE,
 }  # fmt: skip
 
 
@@ -35,7 +61,7 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
     """Save a tiny random model of a family, and return its folder."""
     torch.manual_seed(seed)
     settings = {**FAMILIES[family], **changes}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config = AutoConfig.for_model(settings.pop("model_type", family), **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,6 +1,7 @@
 """The whole run on tiny models: what is written, and that nothing is left when it cannot be."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -13,16 +14,17 @@ from transformers import AutoModelForCausalLM
 from llm_barber import BarberError, InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
+from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.progress import Silent
 from tests.checkpoint.test_source import shard
 from tests.conftest import FAMILIES, bits, change_json, make_model, read_folder, save_tokens
 
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.out_proj")
-MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "fc1", "fc2")
+LINEARS = {linear for architecture in ARCHITECTURES.values() for linear in architecture.linears}
 
 
 def is_linear(name: str) -> bool:
-    return name.removesuffix(".weight").endswith((*LINEARS, *MLP)) and name.endswith(".weight")
+    match = re.fullmatch(r"(?:.*\.)?\d+\.(.+)\.weight", name)
+    return match is not None and match[1] in LINEARS
 
 
 def run(model: Path, output: Path, tokens: Path, **settings: object) -> RunReport:

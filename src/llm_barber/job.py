@@ -99,6 +99,7 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
     architecture = find_architecture(source.model_type)
+    source.renamed = dict(architecture.renamed)
     config = load_config(source)
     if not settings.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
         check_positions(config, settings.seqlen)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_barber import PruneConfig, prune
 from llm_barber.masking.granularity import Granularity
@@ -13,16 +14,23 @@ from llm_barber.model.architecture import ARCHITECTURES
 from tests.conftest import FAMILIES, make_model, read_folder, save_tokens
 from tests.model.reference import prune_in_memory
 
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-LLAMA_BLOCKS = {
-    "attention": ("self_attn", (*ATTENTION, "self_attn.o_proj")),
-    "mlp": ("mlp", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
-}
-OPT_BLOCKS = {"attention": ("self_attn", (*ATTENTION, "self_attn.out_proj")), "mlp": ("fc2", ("fc1", "fc2"))}
-
 
 def test_every_supported_architecture_is_tested() -> None:
-    assert {settings["model_type"] for settings in FAMILIES.values()} == set(ARCHITECTURES)
+    assert {settings.get("model_type", family) for family, settings in FAMILIES.items()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_records_name_every_matrix_of_a_layer(family: str) -> None:
+    settings = {**FAMILIES[family]}
+    with torch.device("meta"):
+        config = AutoConfig.for_model(settings.pop("model_type", family), **settings)
+        model = AutoModelForCausalLM.from_config(config)
+    architecture = ARCHITECTURES[config.model_type]
+    for layer in model.get_submodule(architecture.layers):
+        matrices = {
+            name for name, module in layer.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        }
+        assert matrices == set(architecture.linears)
 
 
 @pytest.mark.parametrize("granularity", [Granularity.OUTPUT, Granularity.BLOCK])
@@ -36,17 +44,17 @@ def test_streamed_equals_in_memory(tmp_path: Path, family: str, granularity: Gra
             calibration=str(tokens), dtype="float32", batch_size=2,
         )
     )  # fmt: skip
-    opt = family.startswith("opt")
+    architecture = ARCHITECTURES[FAMILIES[family].get("model_type", family)]
     expected = prune_in_memory(
         folder,
-        "model.decoder.layers" if opt else "model.layers",
-        OPT_BLOCKS if opt else LLAMA_BLOCKS,
+        architecture.layers,
+        {block.name: (block.output, block.linears) for block in architecture.blocks},
         load_file(tokens)["input_ids"],
         Unstructured(0.5),
         granularity,
         0.5,
     )
     written = read_folder(tmp_path / "out")
-    assert len(expected) == (12 if opt else 14)
+    assert len(expected) == 2 * len(architecture.linears)
     for name, keep in expected.items():
         assert torch.equal(written[f"{name}.weight"] != 0, keep), name

@@ -65,6 +65,7 @@ class CheckpointSource:
     def __init__(self, model: str | Path, revision: str | None = None) -> None:
         self.model = str(model)
         self.folder = resolve_model(self.model, revision)
+        self.renamed: dict[str, str] = {}  # other names of parameters in checkpoints of this architecture
         self.configuration = self._read_configuration()
         self.tensors = self._read_headers()
 
@@ -79,7 +80,7 @@ class CheckpointSource:
         Raises:
             ModelError: the checkpoint does not have it.
         """
-        for candidate in (name, name.removeprefix(f"{base_prefix}.")):
+        for candidate in (name, name.removeprefix(f"{base_prefix}."), self.renamed.get(name, name)):
             if candidate in self.tensors:
                 return candidate
         raise ModelError(

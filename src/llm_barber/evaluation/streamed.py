@@ -35,6 +35,7 @@ class StreamedModel:
         self.source = CheckpointSource(model)
         self.config = load_config(self.source)
         architecture = find_architecture(self.source.model_type)
+        self.source.renamed = dict(architecture.renamed)
         self.skeleton: Skeleton = make_skeleton(self.config, architecture, device, dtype, model)
         self.base_prefix = str(self.skeleton.model.base_model_prefix)
         check_tensors(self.skeleton, self.source)
@@ -60,6 +61,7 @@ class StreamedModel:
             layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
             for number, hidden in enumerate(states):
                 states[number] = layer.output(hidden.to(skeleton.device)).cpu()
+            skeleton.layers_return_tuples = layer.returns_tuple
             skeleton.release_layer(index)
             progress.advance("")
         return states

@@ -3,7 +3,7 @@
 To add a family, add a record to `ARCHITECTURES` and its name to the parity test (see CONTRIBUTING.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llm_barber.errors import ModelError
 
@@ -23,10 +23,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family: the path of its decoder layers (a module list), and each layer's blocks in order."""
+    """A model family: the path of its decoder layers (a module list), and each layer's blocks in order.
+
+    `renamed`: parameters outside the layers that checkpoints know by other names, the model's name first.
+    """
 
     layers: str
     blocks: tuple[Block, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -34,38 +38,61 @@ class Architecture:
         return tuple(name for block in self.blocks for name in block.linears)
 
 
-LLAMA = Architecture(
-    layers="model.layers",
-    blocks=(
-        Block(
-            name="attention",
-            output="self_attn",
-            linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-        ),
-        Block(name="mlp", output="mlp", linears=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
-    ),
-)
+def _family(
+    layers: str, attention: tuple[str, tuple[str, ...]], mlp: tuple[str, tuple[str, ...]], mlp_output: str | None = None
+) -> Architecture:
+    """Decoder layers with an attention module and an MLP, and the linears of each."""
+    blocks = [
+        Block(name, module, tuple(f"{module}.{linear}" if module else linear for linear in linears))
+        for name, (module, linears) in (("attention", attention), ("mlp", mlp))
+    ]
+    if mlp_output is not None:
+        blocks[1] = replace(blocks[1], output=mlp_output)
+    return Architecture(layers, tuple(blocks))
 
-OPT = Architecture(
-    layers="model.decoder.layers",
-    blocks=(
-        Block(
-            name="attention",
-            output="self_attn",
-            linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
-        ),
-        Block(name="mlp", output="fc2", linears=("fc1", "fc2")),
-    ),
-)
 
-# By `model_type` of the configuration. Each name here has a parity test.
+QKV = ("q_proj", "k_proj", "v_proj")
+LLAMA_ATTENTION = ("self_attn", (*QKV, "o_proj"))
+BLOOM_ATTENTION = ("self_attention", ("query_key_value", "dense"))
+BLOOM_MLP = ("mlp", ("dense_h_to_4h", "dense_4h_to_h"))
+
+LLAMA = _family("model.layers", LLAMA_ATTENTION, ("mlp", ("gate_proj", "up_proj", "down_proj")))
+UNGATED = _family("model.layers", LLAMA_ATTENTION, ("mlp", ("up_proj", "down_proj")))
+
+# By `model_type` of the configuration. Each name here has a parity test. Norms outside the blocks, and whether the
+# blocks follow each other or stand side by side, make no difference.
 ARCHITECTURES: dict[str, Architecture] = {
-    "gemma3_text": LLAMA,  # its further norms are outside the blocks
+    "apertus": UNGATED,
+    "arcee": UNGATED,
+    "bloom": _family("transformer.h", BLOOM_ATTENTION, BLOOM_MLP),
+    "cohere": LLAMA,
+    "cohere2": LLAMA,
+    "exaone4": LLAMA,
+    "falcon": _family("transformer.h", BLOOM_ATTENTION, BLOOM_MLP),
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "gpt_bigcode": _family("transformer.h", ("attn", ("c_attn", "c_proj")), ("mlp", ("c_fc", "c_proj"))),
+    "gpt_neox": replace(
+        _family("gpt_neox.layers", ("attention", ("query_key_value", "dense")), BLOOM_MLP),
+        renamed=(("lm_head.weight", "embed_out.weight"),),
+    ),
+    "gptj": _family("transformer.h", ("attn", (*QKV, "out_proj")), ("mlp", ("fc_in", "fc_out"))),
+    "granite": LLAMA,
     "llama": LLAMA,
     "mistral": LLAMA,
-    "opt": OPT,
+    "mpt": _family("transformer.blocks", ("attn", ("Wqkv", "out_proj")), ("ffn", ("up_proj", "down_proj"))),
+    "nemotron": UNGATED,
+    "olmo": LLAMA,
+    "olmo2": LLAMA,
+    "olmo3": LLAMA,
+    "opt": _family("model.decoder.layers", ("self_attn", (*QKV, "out_proj")), ("", ("fc1", "fc2")), mlp_output="fc2"),
+    "phi": _family("model.layers", ("self_attn", (*QKV, "dense")), ("mlp", ("fc1", "fc2"))),
+    "phi3": _family("model.layers", ("self_attn", ("qkv_proj", "o_proj")), ("mlp", ("gate_up_proj", "down_proj"))),
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "stablelm": LLAMA,
+    "starcoder2": _family("model.layers", LLAMA_ATTENTION, ("mlp", ("c_fc", "c_proj"))),
 }
 
 

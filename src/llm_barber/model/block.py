@@ -47,6 +47,7 @@ class DecoderLayer:
         # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
         self._output_tail: dict[str, tuple[Any, ...] | None] = {}
         self._flattened: dict[str, bool] = {}
+        self.returns_tuple = False  # found when it runs
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Point linears at other weights, (out, in), in the compute dtype."""
@@ -221,6 +222,7 @@ class DecoderLayer:
             output = self.module(hidden, **self._arguments(hidden.shape[0], hidden.shape[1]))
         except _Reached:
             return None
+        self.returns_tuple = not isinstance(output, Tensor)
         return output if isinstance(output, Tensor) else output[0]
 
     @contextmanager

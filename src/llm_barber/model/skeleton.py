@@ -1,6 +1,7 @@
 """An empty model on `meta`: it embeds the calibration tokens, then takes one decoder layer's weights in and out."""
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
 
 Arguments = dict[str, Any]
@@ -36,12 +36,16 @@ class Skeleton:
         self.dtype = dtype
         # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            try:
+                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            except ValueError:  # a family whose attention is written out
+                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+        self.layers_return_tuples = False  # known once a layer has run; `finish` needs it
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
         # Keyword arguments of each layer's call, by (sequences, tokens).
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
@@ -97,12 +101,8 @@ class Skeleton:
         def note(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, positional: tuple[Any, ...], keywords: Arguments) -> None:
                 hidden = positional[0] if positional else keywords.pop("hidden_states")
-                if len(positional) > 1:
-                    raise ModelError(
-                        "a decoder layer takes more than its hidden states by position",
-                        "this architecture needs a record of its own",
-                    )
-                arguments[index] = dict(keywords)
+                names = list(signature(type(self.layers[index]).forward).parameters)[2:]  # without self and the states
+                arguments[index] = {**dict(zip(names, positional[1:], strict=False)), **keywords}
                 if index == 0:
                     keep(hidden)
                 if index == len(self.layers) - 1:
@@ -112,7 +112,7 @@ class Skeleton:
 
         handles = [layer.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(self.layers)]
         for layer in self.layers:
-            layer.forward = _pass_through
+            layer.forward = self._pass_through
         try:
             with torch.no_grad():
                 self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
@@ -135,8 +135,8 @@ class Skeleton:
             hidden: (sequences, tokens, hidden); any positions, since each is finished by itself.
         """
         for layer in self.layers:
-            layer.forward = _pass_through
-        self.layers[0].forward = lambda *_, **__: hidden
+            layer.forward = self._pass_through
+        self.layers[0].forward = lambda *_, **__: self._pass_through(hidden)
         try:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)  # only their shape matters
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
@@ -178,6 +178,6 @@ class Skeleton:
             value = torch.empty_like(getattr(owner, leaf), device="meta")
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
-
-def _pass_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
+    def _pass_through(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """What a layer that does nothing would return."""
+        return (hidden_states,) if self.layers_return_tuples else hidden_states
