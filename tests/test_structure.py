@@ -23,7 +23,7 @@ def imports(folder: str) -> set[str]:
 
 
 def test_masking_imports_torch_and_itself() -> None:
-    allowed = {"torch", "numpy", "collections.abc", "dataclasses", "enum", "fractions"}
+    allowed = {"torch", "numpy", "collections.abc", "dataclasses", "enum", "fractions", "contextlib", "typing"}
     others = {name for name in imports("masking") if not name.startswith("llm_barber.masking.")}
     assert others <= allowed
 
@@ -42,7 +42,8 @@ def test_public_names() -> None:
     assert all(getattr(llm_barber, name) is not None for name in llm_barber.__all__)
     assert set(llm_barber.__all__) == {
         "BarberError", "CompareConfig", "Comparison", "EvaluateConfig", "Evaluation", "InspectConfig", "Inspection",
-        "PruneConfig", "RebuildConfig", "RunReport", "compare", "evaluate", "inspect", "prune", "rebuild",
+        "PackConfig", "PackReport", "PruneConfig", "RebuildConfig", "RunReport", "compare", "evaluate", "inspect", "pack",
+        "prune", "rebuild", "unpack",
     }  # fmt: skip
 
 

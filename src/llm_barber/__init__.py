@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from llm_barber.errors import BarberError
     from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
     from llm_barber.inspection import InspectConfig, Inspection, inspect
+    from llm_barber.packing import PackConfig, PackReport, pack, unpack
     from llm_barber.pruning import prune, rebuild
     from llm_barber.report import RunReport
 
@@ -22,14 +23,18 @@ __all__ = [
     "Evaluation",
     "InspectConfig",
     "Inspection",
+    "PackConfig",
+    "PackReport",
     "PruneConfig",
     "RebuildConfig",
     "RunReport",
     "compare",
     "evaluate",
     "inspect",
+    "pack",
     "prune",
     "rebuild",
+    "unpack",
 ]
 
 # Imported when first asked for: `--help` should not wait for transformers.
@@ -41,14 +46,18 @@ _MODULES = {
     "Evaluation": "evaluation.evaluate",
     "InspectConfig": "inspection",
     "Inspection": "inspection",
+    "PackConfig": "packing",
+    "PackReport": "packing",
     "PruneConfig": "config",
     "RebuildConfig": "config",
     "RunReport": "report",
     "compare": "comparison.compare",
     "evaluate": "evaluation.evaluate",
     "inspect": "inspection",
+    "pack": "packing",
     "prune": "pruning",
     "rebuild": "pruning",
+    "unpack": "packing",
 }
 
 

@@ -24,6 +24,7 @@ from llm_barber.comparison.tables import blocks, headings, notes
 from llm_barber.demo import DemoRow
 from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.inspection import Inspection
+from llm_barber.packing import PackReport
 from llm_barber.plan import Plan
 from llm_barber.report import PAGE_NAME, RunReport
 
@@ -254,6 +255,16 @@ def show_comparison(comparison: Comparison, folder: Path) -> None:
     for note in notes(comparison):
         console.print(note, soft_wrap=True, markup=False)
     console.print(f"tables, plot and page: {folder / 'comparison.html'}", soft_wrap=True, markup=False)
+
+
+def show_packing(report: PackReport) -> None:
+    """Print what packing did to the bytes."""
+    packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none"
+    Console(highlight=False, markup=False).print(
+        f"{report.output}: {report.bytes_after / 1e9:.3f} GB, {report.bytes_after / report.bytes_before:.1%} of "
+        f"{report.bytes_before / 1e9:.3f} GB; packed matrices: {packed}; dense ones: {report.left_dense}",
+        soft_wrap=True,
+    )
 
 
 def show_demo(rows: list[DemoRow]) -> None:

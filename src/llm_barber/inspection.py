@@ -84,7 +84,8 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
     problems = [] if dense is None else _compare_names(source, dense)
     if record is not None:
-        problems += _check_files(source.folder, record, progress)
+        if not source.packed:  # the record is of the files that were packed
+            problems += _check_files(source.folder, record, progress)
         expected = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
         missing = expected.keys() - linears.values()
         problems += [f"layer {index} {name} is in the record, not in the checkpoint" for index, name in sorted(missing)]

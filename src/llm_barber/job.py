@@ -60,7 +60,7 @@ class Job:
     @property
     def bytes(self) -> int:
         """Size of the checkpoint's tensors."""
-        return sum(info.bytes for info in self.source.tensors.values())
+        return self.source.bytes
 
     def layer_prefix(self, index: int) -> str:
         """What stands before a layer's names in the checkpoint."""

@@ -7,6 +7,7 @@ from llm_barber.checkpoint.gguf import converted_gguf
 from llm_barber.errors import HubError, ModelError
 
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what travels with the weights
 HUB_PATTERNS = [
     "*.safetensors",

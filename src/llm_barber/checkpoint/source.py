@@ -16,21 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.hub import COMPANIONS, INDEX_NAME, resolve_model
+from llm_barber.checkpoint.hub import COMPANIONS, INDEX_NAME, SINGLE_NAME, resolve_model
+from llm_barber.checkpoint.packed import PACKED_INDEX, PLACES, VALUES, Table, read_index, read_table, unpack_tensor
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import ModelError
 
-SINGLE_NAME = "model.safetensors"
 RECORD_NAME = "barber.json"
 # Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
-NO_COMPANIONS = (
-    INDEX_NAME,
-    RECORD_NAME,
-    STATE_NAME,
-    "evaluation.json",
-    "adapter_config.json",
-    "pytorch_model.bin.index.json",
-)
+OURS = (RECORD_NAME, "evaluation.json")
+NO_COMPANIONS = (*OURS, STATE_NAME, PACKED_INDEX, INDEX_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
 LICENCES = ("license", "licence", "notice", "use_policy")
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -65,6 +59,7 @@ class CheckpointSource:
     def __init__(self, model: str | Path, revision: str | None = None) -> None:
         self.model = str(model)
         self.folder = resolve_model(self.model, revision)
+        self.packed: dict[str, Table] = {}  # of each shard, if it is a packed checkpoint
         self.renamed: dict[str, str] = {}  # other names of parameters in checkpoints of this architecture
         self.configuration = self._read_configuration()
         self.tensors = self._read_headers()
@@ -102,8 +97,12 @@ class CheckpointSource:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, members in by_file.items():
             with _OpenedFile(self.folder / file) as handle:
+                entries = self.packed[file].packed if file in self.packed else {}
                 for name in members:
-                    tensor = handle.get_tensor(name).clone()
+                    if name in entries:
+                        tensor = unpack_tensor(name, entries[name], handle, file)
+                    else:
+                        tensor = handle.get_tensor(name).clone()
                     if self.tensors[name].dtype in FLOAT_DTYPES and not _all_finite(tensor):
                         raise ModelError(
                             f"{name} in {file} holds NaN or Inf",
@@ -151,7 +150,37 @@ class CheckpointSource:
             )
         return configuration
 
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors, unpacked."""
+        return sum(info.bytes for info in self.tensors.values())
+
+    def _read_packed_headers(self) -> dict[str, TensorInfo]:
+        """As `_read_headers`, of a packed checkpoint."""
+        weight_map = read_index(self.folder)
+        tensors: dict[str, TensorInfo] = {}
+        for file in sorted(set(weight_map.values())):
+            if not (self.folder / file).is_file():
+                raise ModelError(f"shard {file} of {self.model} is missing", "get the checkpoint again, whole")
+            with _OpenedFile(self.folder / file) as handle:
+                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - a handle
+                found = {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
+                table = self.packed[file] = read_table(file, handle.metadata(), found)
+            for name, (dtype, shape) in found.items():
+                if not name.endswith((VALUES, PLACES)):
+                    tensors[name] = TensorInfo(file, shape, dtype)
+            for name, entry in table.packed.items():
+                tensors[name] = TensorInfo(file, entry.shape, found[name + VALUES][0])
+        if {name: info.file for name, info in tensors.items()} != weight_map:
+            raise ModelError(f"{PACKED_INDEX} and the shards of {self.model} do not agree", "get it again, whole")
+        extra = {path.name for path in self.folder.glob("packed-*.safetensors")} - set(weight_map.values())
+        if extra:
+            raise ModelError(f"{PACKED_INDEX} of {self.model} does not know {min(extra)}", "get it again, whole")
+        return tensors
+
     def _read_headers(self) -> dict[str, TensorInfo]:
+        if (self.folder / PACKED_INDEX).exists():
+            return self._read_packed_headers()
         if (self.folder / INDEX_NAME).exists():
             weight_map = _read_json(self.folder / INDEX_NAME).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):

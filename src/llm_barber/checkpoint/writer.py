@@ -20,7 +20,7 @@ from typing import Any, Self
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_barber.checkpoint.hub import INDEX_NAME
+from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.state import (
     ACTIVATIONS_KEPT,
     START_AGAIN,
@@ -190,20 +190,27 @@ class CheckpointWriter:
     def _name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
 
-    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the next shard; tensors go by their names in the checkpoint.
+    @property
+    def shard_names(self) -> list[str]:
+        """Files written so far."""
+        return list(self._written)
+
+    def write_shard(
+        self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
+    ) -> None:
+        """Write the next shard; tensors go by their names in the checkpoint, the file by its number, unless named.
 
         Raises:
             OSError: the disk is full.
         """
         self._count += 1
-        name = self._name(self._count)
+        name = name or self._name(self._count)
         temporary = self.work / f"{name}.tmp"
         try:
             save_file(
                 {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
                 temporary,
-                metadata={"format": "pt"},
+                metadata={"format": "pt"} if metadata is None else metadata,
             )
         except Exception as error:
             # safetensors wraps the operating system's error in its own.
@@ -230,14 +237,18 @@ class CheckpointWriter:
         """sha256 of every shard and companion."""
         return {**{name: shard.sha256 for name, shard in self._written.items()}, **self._companions}
 
-    def finish(self) -> None:
-        """Write the index and give the folder its name; the state goes last, so that a kill loses nothing."""
+    def finish(self, with_index: bool = True) -> None:
+        """Write the index and give the folder its name; the state goes last, so that a kill loses nothing.
+
+        A single shard that has the name of a whole model needs no index.
+        """
         weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
         index = {
             "metadata": {"total_size": sum(shard.bytes for shard in self._written.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
-        self.write_file(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+        if with_index and self.shard_names != [SINGLE_NAME]:
+            self.write_file(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
         for path in self.work.glob("activations-*"):
             path.unlink()
         sync_folder(self.work)

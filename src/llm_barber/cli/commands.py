@@ -419,6 +419,39 @@ def report(
     print(write_page(folder, output))
 
 
+@app.command(epilog="Example:\n\nllm-barber pack pruned packed")
+def pack(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="The folder of a pruned model.")],
+    packed: Annotated[Path, typer.Argument(metavar="PACKED", help="Folder to write; appears when it is complete.")],
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Store a pruned model in fewer bytes: kept values and their places. At 50 % of bfloat16 about 57 % of the bytes.
+
+    inspect and evaluate read PACKED; other programs need it unpacked.
+    """
+    from llm_barber.packing import pack as run
+
+    _run_packing(run, model, packed, overwrite, json, quiet)
+
+
+@app.command(epilog="Example:\n\nllm-barber unpack packed unpacked")
+def unpack(
+    packed: Annotated[str, typer.Argument(metavar="PACKED", help="A folder that pack wrote.")],
+    out: OutArgument,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the files that were packed, bit for bit."""
+    from llm_barber.packing import unpack as run
+
+    _run_packing(run, packed, out, overwrite, json, quiet)
+
+
 @app.command(epilog="Examples:\n\nllm-barber demo\n\nllm-barber demo --output /tmp/demo --prompt 'Once upon a time'")
 def demo(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the models go.")] = Path("demo-output"),
@@ -482,6 +515,18 @@ def _run_or_plan(
         show_plan(result)
     else:
         show_run(result)
+
+
+def _run_packing(run: Callable[..., Any], model: str, output: Path, overwrite: bool, json: bool, quiet: bool) -> None:
+    from llm_barber.console import ConsoleProgress, show_packing
+    from llm_barber.packing import PackConfig
+
+    with ConsoleProgress(quiet) as progress:
+        report = run(PackConfig(model=model, output=output, overwrite=overwrite), progress)
+    if json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        show_packing(report)
 
 
 def _names(given: str | None) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """A pruned weight in fewer bytes: its kept values, and where they go. Bit for bit, for every float dtype.
 
 `bitmask`: one bit a weight says whether it is kept. `2:4` and `4:8`: every group of M consecutive weights keeps exactly
-N (one that kept fewer keeps zeros, too), and a number says which: 3 bits for the 6 ways to keep 2 of 4, 7 bits for the 70
-ways to keep 4 of 8. Kept is what is not +0.0. docs/packed-format.md has it for other readers.
+N (one that kept fewer keeps zeros, too), and a number says which: 3 bits for the 6 ways to keep 2 of 4, 7 bits for the
+70 ways to keep 4 of 8. Kept is what is not +0.0. docs/packed-format.md has it for other readers.
 """
 
 import itertools

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_barber.checkpoint.encoding import Encoding, Packed, pack, places_bytes, unpack
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
-from llm_barber.masking.packing import Encoding, Packed, pack, places_bytes, unpack
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.selection import apply_mask
 

@@ -1,0 +1,141 @@
+"""A packed checkpoint on disk (docs/packed-format.md): shards with packed weights, and an index. Read as hostile input.
+
+A packed weight is two tensors, its kept values and their places (`encoding.py`); the shard's metadata has a table with
+the shape and encoding of each. The names are such that no other program takes the folder for a model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from llm_barber.checkpoint.encoding import Encoding, Packed, pack, places_bytes, unpack
+from llm_barber.errors import ModelError
+
+PACKED_INDEX = "packed.index.json"
+FORMAT_VERSION = 1
+TABLE_KEY = "llm-barber packed"
+VALUES, PLACES = ".packed_values", ".packed_places"
+LARGEST_SIDE = 2**31
+DAMAGED = "the packed checkpoint is damaged; get it again, or pack it again"
+
+
+class Entry(BaseModel):
+    """A packed weight: (out, in), and how its places are written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[int, int]
+    encoding: Encoding
+
+
+class Table(BaseModel):
+    """What a shard's metadata says: the file it was, that file's own metadata, and its packed weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int
+    file: str
+    metadata: dict[str, str] = Field(default_factory=dict)
+    packed: dict[str, Entry] = Field(default_factory=dict)
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    """A shard's tensors with every matrix packed that shrinks, and their table."""
+    stored: dict[str, Tensor] = {}
+    entries: dict[str, Entry] = {}
+    for name, tensor in tensors.items():
+        packed = pack(tensor) if tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel() else None
+        if packed is None:
+            stored[name] = tensor
+            continue
+        stored[name + VALUES], stored[name + PLACES] = packed.values, packed.places
+        entries[name] = Entry(shape=packed.shape, encoding=packed.encoding)
+    return stored, entries
+
+
+def packed_name(file: str) -> str:
+    """The name of a packed shard."""
+    return f"packed-{file}"
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor → shard.
+
+    Raises:
+        ModelError: the index is damaged, of a newer version, or names something outside the folder.
+    """
+    path = folder / PACKED_INDEX
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, weight_map = content["version"], content["weight_map"]
+        if not isinstance(version, int) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read", DAMAGED) from error
+    if version != FORMAT_VERSION:
+        raise ModelError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}", "update llm-barber"
+        )
+    for file in set(weight_map.values()):
+        if Path(file).name != file or file in (".", ".."):
+            raise ModelError(f"{PACKED_INDEX} names {file!r}, which is not a file of its folder", "do not trust it")
+    found: dict[str, str] = weight_map
+    return found
+
+
+def read_table(
+    file: str, metadata: Mapping[str, str] | None, shapes: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> Table:
+    """A shard's table, with everything that can be checked without reading a tensor.
+
+    Args:
+        file: the shard's name, for messages.
+        metadata: of its header.
+        shapes: dtype (safetensors' name) and shape of each of its tensors.
+
+    Raises:
+        ModelError: something is missing, left over, or does not fit together.
+    """
+    try:
+        table = Table.model_validate_json((metadata or {}).get(TABLE_KEY, ""))
+    except (ValidationError, RecursionError) as error:
+        raise ModelError(f"{file} has no table of packed weights, or a damaged one", DAMAGED) from error
+    if table.version != FORMAT_VERSION:
+        raise ModelError(f"{file} has format version {table.version}", "update llm-barber")
+    if Path(table.file).name != table.file or not table.file.endswith(".safetensors"):
+        raise ModelError(f"{file} names {table.file!r} as the file it was", "do not trust it")
+    for name, entry in table.packed.items():
+        parts = [shapes.get(name + suffix) for suffix in (VALUES, PLACES)]
+        rows, columns = entry.shape
+        problem = None
+        if name in shapes or parts[0] is None or parts[1] is None:
+            problem = "lacks a part, or is there twice"
+        elif not (0 < rows < LARGEST_SIDE and 0 < columns < LARGEST_SIDE):
+            problem = f"has shape {entry.shape}"
+        elif parts[1] != ("U8", (places_bytes(entry.encoding, rows * columns),)):
+            problem = f"has places {parts[1]}, which do not fit its shape {entry.shape}"
+        elif len(parts[0][1]) != 1 or parts[0][1][0] > rows * columns:
+            problem = f"has values {parts[0]}, which do not fit its shape {entry.shape}"
+        if problem:
+            raise ModelError(f"{name} in {file} {problem}", DAMAGED)
+    for name in shapes:
+        if name.endswith((VALUES, PLACES)) and name.removesuffix(VALUES).removesuffix(PLACES) not in table.packed:
+            raise ModelError(f"{name} in {file} is not in its table", DAMAGED)
+    return table
+
+
+def unpack_tensor(name: str, entry: Entry, handle: Any, file: str) -> Tensor:
+    """A packed weight of an opened shard.
+
+    Raises:
+        ModelError: its parts do not fit together.
+    """
+    values, places = handle.get_tensor(name + VALUES).clone(), handle.get_tensor(name + PLACES).clone()
+    try:
+        return unpack(Packed(entry.shape, entry.encoding, values, places))
+    except ValueError as error:
+        raise ModelError(f"{name} in {file}: {error}", DAMAGED) from error

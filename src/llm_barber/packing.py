@@ -1,0 +1,123 @@
+"""Pack a pruned checkpoint into fewer bytes, and unpack it, shard by shard; both bit for bit."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
+from torch import Tensor
+
+from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
+from llm_barber.checkpoint.source import OURS, CheckpointSource
+from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.config import Settings
+from llm_barber.errors import ModelError
+from llm_barber.progress import Progress, Silent
+
+
+class PackConfig(Settings):
+    """Settings of `pack` and `unpack`."""
+
+    model: str = Field(description="folder to pack or unpack")
+    output: Path = Field(description="folder to write; it appears when it is complete")
+    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
+
+
+class PackReport(BaseModel):
+    """Bytes of the weight files before and after, and how many weights are packed in each encoding."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    output: str
+    bytes_before: int
+    bytes_after: int
+    packed: dict[str, int]
+    left_dense: int
+
+
+def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
+    """Write a packed copy of a checkpoint.
+
+    Raises:
+        ModelError: it cannot be read, or is packed already.
+        OutputError: the output cannot be written.
+    """
+    source = CheckpointSource(config.model)
+    if source.packed:
+        raise ModelError(f"{config.model} is packed already", "to get the dense files back: llm-barber unpack")
+    counts: dict[str, int] = {}
+
+    def convert(file: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+        stored, entries = pack_tensors(tensors)
+        for entry in entries.values():
+            counts[entry.encoding] = counts.get(entry.encoding, 0) + 1
+        with safe_open(source.folder / file, "pt") as handle:
+            table = Table(version=FORMAT_VERSION, file=file, metadata=handle.metadata() or {}, packed=entries)
+        return packed_name(file), stored, {TABLE_KEY: table.model_dump_json()}
+
+    before, after = _convert(config, source, convert, PACKED_INDEX, "packing", progress or Silent())
+    return PackReport(
+        model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=counts,
+        left_dense=sum(len(info.shape) == 2 for info in source.tensors.values()) - sum(counts.values()),
+    )  # fmt: skip
+
+
+def unpack(config: PackConfig, progress: Progress | None = None) -> PackReport:
+    """Write the dense copy of a packed checkpoint: the files that were packed.
+
+    Raises:
+        ModelError: it is not packed, or damaged.
+        OutputError: the output cannot be written.
+    """
+    source = CheckpointSource(config.model)
+    if not source.packed:
+        raise ModelError(f"{config.model} is not packed", "give a folder that llm-barber pack wrote")
+    counts: dict[str, int] = {}
+    for table in source.packed.values():
+        for entry in table.packed.values():
+            counts[entry.encoding] = counts.get(entry.encoding, 0) + 1
+
+    def convert(file: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+        table = source.packed[file]
+        return table.file, dict(tensors), table.metadata
+
+    before, after = _convert(config, source, convert, None, "unpacking", progress or Silent())
+    return PackReport(
+        model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=counts,
+        left_dense=sum(len(info.shape) == 2 for info in source.tensors.values()) - sum(counts.values()),
+    )  # fmt: skip
+
+
+def _convert(
+    config: PackConfig,
+    source: CheckpointSource,
+    convert: Callable[[str, Mapping[str, Tensor]], tuple[str, dict[str, Tensor], dict[str, str]]],
+    index: str | None,
+    what: str,
+    progress: Progress,
+) -> tuple[int, int]:
+    """Shard by shard; returns the bytes of the files read and written."""
+    files = list(dict.fromkeys(info.file for info in source.tensors.values()))
+    before = sum((source.folder / file).stat().st_size for file in files)
+    needed = source.bytes if index is None else before
+    with CheckpointWriter(config.output, len(files), config.overwrite, needed) as writer:
+        progress.start(what, len(files))
+        for file in files:
+            tensors = source.read([name for name, info in source.tensors.items() if info.file == file])
+            name, stored, metadata = convert(file, tensors)
+            writer.write_shard(stored, name, metadata)
+            progress.advance(name)
+        for path in source.companions():
+            writer.copy(path)
+        for own in (*OURS, "README.md"):
+            if (source.folder / own).is_file():
+                writer.copy(source.folder / own)
+        if index is not None:
+            weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
+            content = {"version": FORMAT_VERSION, "weight_map": dict(sorted(weight_map.items()))}
+            writer.write_file(index, (json.dumps(content, indent=2) + "\n").encode())
+        after = sum((writer.work / shard).stat().st_size for shard in writer.shard_names)
+        writer.finish(with_index=index is None)
+    return before, after

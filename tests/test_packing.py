@@ -1,0 +1,143 @@
+"""Packed checkpoints: round trip of the files, what reads them, and hostile ones."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
+from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.errors import ModelError, OutputError
+from tests.conftest import make_model, save_tokens
+from tests.evaluation.test_evaluate import add_tokenizer
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    model = make_model(tmp_path / "dense", "llama", dtype=torch.bfloat16)
+    add_tokenizer(model)
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    prune(PruneConfig(model=model, output=tmp_path / "pruned", calibration=tokens, pattern="2:4"))
+    return tmp_path / "pruned"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.html"}
+
+
+def test_the_files_come_back_and_packed_ones_can_be_read(tmp_path: Path, pruned: Path) -> None:
+    report = pack(PackConfig(model=pruned, output=tmp_path / "packed"))
+    assert report.packed == {"2:4": 14}
+    assert report.bytes_after < report.bytes_before
+    assert not list((tmp_path / "packed").glob("model*"))  # nothing that another program takes for a model
+    unpack(PackConfig(model=tmp_path / "packed", output=tmp_path / "unpacked"))
+    assert contents(tmp_path / "unpacked") == contents(pruned)
+    assert not inspect(InspectConfig(model=tmp_path / "unpacked")).problems
+    seen = inspect(InspectConfig(model=tmp_path / "packed", dense=tmp_path / "dense"))
+    assert seen.problems == ()
+    assert seen.patterns == inspect(InspectConfig(model=pruned)).patterns
+    (tmp_path / "text.txt").write_text("any text, over and over. " * 10)
+    settings = {"text": (str(tmp_path / "text.txt"),), "seqlen": 16, "windows": 4}
+    results = [evaluate(EvaluateConfig(model=tmp_path / name, **settings)).texts for name in ("pruned", "packed")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_other_checkpoints_come_back_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model(tmp_path / "dense", "llama", dtype=dtype)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name][torch.rand(tensors[name].shape) < 0.7] = 0
+    save_file(tensors, model / "model.safetensors", {"made by": "another tool"})
+    report = pack(PackConfig(model=model, output=tmp_path / "packed"))
+    assert report.packed == {"bitmask": 1}
+    unpack(PackConfig(model=tmp_path / "packed", output=tmp_path / "unpacked"))
+    assert contents(tmp_path / "unpacked") == contents(model)
+
+
+def test_bad_input(tmp_path: Path, pruned: Path) -> None:
+    packed = tmp_path / "packed"
+    with pytest.raises(ModelError, match="is not packed"):
+        unpack(PackConfig(model=pruned, output=tmp_path / "out"))
+    pack(PackConfig(model=pruned, output=packed))
+    with pytest.raises(ModelError, match="is packed already"):
+        pack(PackConfig(model=packed, output=tmp_path / "out"))
+    with pytest.raises(OutputError, match="exists"):
+        pack(PackConfig(model=pruned, output=packed))
+
+    def broken(problem: str) -> None:
+        with pytest.raises(ModelError, match=problem) as caught:
+            unpack(PackConfig(model=copy, output=tmp_path / "out"))
+        assert caught.value.hint
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(copy)
+
+    copy = shutil.copytree(packed, tmp_path / "copy")
+    index = json.loads((copy / PACKED_INDEX).read_text())
+    (copy / PACKED_INDEX).write_text(json.dumps({**index, "version": 2}))
+    broken("has format version 2")
+    shutil.copytree(packed, copy)
+    min(copy.glob("packed-model*")).unlink()
+    broken("is missing")
+    shutil.copytree(packed, copy)
+    shutil.copy(min(copy.glob("packed-model*")), copy / "packed-more.safetensors")
+    broken("does not know packed-more")
+    shutil.copytree(packed, copy)
+    (copy / PACKED_INDEX).write_text(json.dumps({**index, "weight_map": {"a": "../../etc/passwd"}}))
+    broken("not a file of its folder")
+    shutil.copytree(packed, copy)
+    (copy / PACKED_INDEX).write_text("[" * 100_000)
+    broken("cannot be read")
+    shutil.copytree(packed, copy)
+    shard = max(copy.glob("packed-model*"))
+    tensors = load_file(shard)
+    save_file(tensors, shard)
+    broken("no table of packed weights")
+
+
+def test_fuzzed_files_are_refused_or_read(tmp_path: Path) -> None:
+    model = make_model(
+        tmp_path / "dense", "llama", num_hidden_layers=1, hidden_size=8, intermediate_size=16, vocab_size=8
+    )
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and "_proj" in name:
+            tensor[torch.rand(tensor.shape) < 0.6] = 0
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    pack(PackConfig(model=model, output=tmp_path / "packed"))
+    files = [tmp_path / "packed" / PACKED_INDEX, tmp_path / "packed" / "packed-model.safetensors"]
+    originals = [path.read_bytes() for path in files]
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(10_000):
+        place = generator.randrange(2)
+        content = bytearray(originals[place])
+        for _ in range(generator.choice((1, 1, 2, 8))):
+            # The header and the index decide most; half of the changes go there.
+            end = min(len(content), 3000) if generator.random() < 0.5 else len(content)
+            position = generator.randrange(max(end, 1))
+            match generator.randrange(4):
+                case 0:
+                    content[position] ^= 1 << generator.randrange(8)
+                case 1:
+                    content[position : position + 1] = bytes([generator.choice(b'0123456789{}[]",:-')])
+                case 2:
+                    del content[position : position + generator.randrange(1, 20)]
+                case 3:
+                    content[position:position] = generator.choice((b"9" * 20, b"-1", b"\x00", b"[[", b'"'))
+            if not content:
+                break
+        files[place].write_bytes(content)
+        try:
+            source = CheckpointSource(str(tmp_path / "packed"))
+            read = source.read(source.tensors)
+            assert sum(one.numel() for one in read.values()) < 10_000
+        except ModelError:
+            refused += 1
+        files[place].write_bytes(originals[place])
+    assert 3000 < refused < 10_000  # some changes are to values that may be anything
