@@ -42,8 +42,8 @@ def test_public_names() -> None:
     assert all(getattr(llm_barber, name) is not None for name in llm_barber.__all__)
     assert set(llm_barber.__all__) == {
         "BarberError", "CompareConfig", "Comparison", "EvaluateConfig", "Evaluation", "InspectConfig", "Inspection",
-        "PackConfig", "PackReport", "PruneConfig", "RebuildConfig", "RunReport", "compare", "evaluate", "inspect", "pack",
-        "prune", "rebuild", "unpack",
+        "PackConfig", "PackReport", "PruneConfig", "RebuildConfig", "RunReport", "compare", "evaluate", "inspect",
+        "pack", "prune", "rebuild", "unpack",
     }  # fmt: skip
 
 
