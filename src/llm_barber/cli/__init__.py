@@ -3,16 +3,20 @@
 import os
 import signal
 import sys
+from importlib import import_module
 from typing import Any
 
 import typer
 
-from llm_barber.cli.commands import app
+from llm_barber.cli.app import app
 from llm_barber.errors import BarberError
 
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
+
+for commands in ("pruning_commands", "checkpoint_commands", "measuring_commands"):  # in the order of --help
+    import_module(f"llm_barber.cli.{commands}")
 
 
 def main() -> None:

@@ -1,0 +1,200 @@
+"""The commands that measure and compare: each parses, makes a configuration, calls, and shows; no logic."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llm_barber.cli.app import app, names, print_json
+from llm_barber.cli.options import (
+    CALIBRATION,
+    METHOD,
+    OUTPUT,
+    TEXT,
+    BatchOption,
+    CalibrationOption,
+    CompareTextOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    GranularityOption,
+    JsonOption,
+    LimitOption,
+    QuietOption,
+    RatioOption,
+    RevisionOption,
+    SamplesOption,
+    SeqlenOption,
+    TasksFolderOption,
+    TasksOption,
+    TextOption,
+    WindowsOption,
+)
+
+
+@app.command(
+    epilog="Examples:\n\nllm-barber evaluate pruned --against meta-llama/Llama-3.2-1B\n\n"
+    "llm-barber evaluate pruned --text wikitext2 --text my-text.txt --windows 32 --seqlen 1024 --json\n\n"
+    "llm-barber evaluate pruned --tasks paper --against meta-llama/Llama-3.2-1B\n\n"
+    "llm-barber evaluate pruned --tasks-folder ./tasks --tasks arc_easy,hellaswag --limit 500"
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    text: TextOption = None,
+    windows: WindowsOption = None,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=TEXT)] = 2048,
+    tasks: TasksOption = None,
+    tasks_folder: TasksFolderOption = None,
+    limit: LimitOption = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            help="Compare with this model: perplexity ratio, KL divergence, agreement of the most likely next token, "
+            "differences of accuracies with their standard errors.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep/--no-keep",
+            help="Keep the result in MODEL/evaluation.json and its report.html, if llm-barber made MODEL.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = True,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the perplexity of MODEL, its accuracy on tasks, and how far its predictions are from another model's.
+
+    Perplexity: windows without overlap, mean over tokens. Tasks: zero-shot, through lm-eval (pip install
+    'llm-barber\\[eval]'). Both are computed one decoder layer at a time.
+    """
+    from llm_barber.console import ConsoleProgress, show_evaluation
+    from llm_barber.evaluation.evaluate import EvaluateConfig
+    from llm_barber.evaluation.evaluate import evaluate as run
+    from llm_barber.page.write import keep_with_model
+
+    config = EvaluateConfig(
+        model=model, against=against, text=tuple(text) if text else None, windows=windows, seqlen=seqlen,
+        tasks=names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
+    )  # fmt: skip
+    with ConsoleProgress(quiet) as progress:
+        result = run(config, progress)
+        if keep:
+            keep_with_model(result, progress)
+    if json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        show_evaluation(result)
+
+
+@app.command(
+    epilog="Examples:\n\nllm-barber compare meta-llama/Llama-3.2-1B comparison --calibration c4 --tasks paper\n\n"
+    "llm-barber compare ./model comparison --methods wanda,sparsegpt --targets 0.5,2:4 --samples 32 --seqlen 512"
+)
+def compare(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Folder for results; a comparison that is there goes on where it stopped."),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,…", help="Rows of the table; also alps, mask, best (presets).", rich_help_panel=METHOD
+        ),
+    ] = "magnitude,sparsegpt,sparsegpt-updates,wanda,ria,dsnot",
+    targets: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET,…", help="Sparsities and N:M patterns: one block of rows each.", rich_help_panel=METHOD
+        ),
+    ] = "0.5,0.6,0.7,2:4,4:8",
+    rebuild: Annotated[
+        bool,
+        typer.Option("--rebuild/--no-rebuild", help="Each method also with its mask rebuilt.", rich_help_panel=METHOD),
+    ] = True,
+    granularity: GranularityOption = None,
+    rebuild_ratio: RatioOption = None,
+    calibration: CalibrationOption = "builtin",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            metavar="SEED,…",
+            help="Of the choice of windows; several give means and spreads.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = "0",
+    text: CompareTextOption = None,
+    windows: WindowsOption = None,
+    text_seqlen: Annotated[int, typer.Option(help="Tokens a window of the texts.", rich_help_panel=TEXT)] = 2048,
+    tasks: TasksOption = None,
+    tasks_folder: TasksFolderOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Leave the pruned models in OUT/models.", rich_help_panel=OUTPUT)
+    ] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Prune MODEL with every method, without and with rebuild, measure each, and print one table.
+
+    OUT gets the tables (comparison.md, .csv, .json), a plot of perplexity against sparsity (.svg) and a page (.html).
+    Finished cells are kept: started again after an interruption, or with more methods, it does what is missing.
+    """
+    from llm_barber.comparison.compare import CompareConfig
+    from llm_barber.comparison.compare import compare as run
+    from llm_barber.console import ConsoleProgress, show_comparison
+    from llm_barber.errors import ModelError
+
+    lists: dict[str, Any] = {"methods": names(methods), "targets": names(targets), "seeds": names(seeds)}
+    config = CompareConfig(
+        model=model, output=out, **lists, rebuild=rebuild,
+        granularity=granularity, rebuild_ratio=rebuild_ratio, calibration=calibration, samples=samples, seqlen=seqlen,
+        text=tuple(text) if text else None, windows=windows, text_seqlen=text_seqlen,
+        tasks=names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
+        revision=revision, keep_models=keep_models,
+    )  # fmt: skip
+    with ConsoleProgress(quiet) as progress:
+        comparison = run(config, progress)
+    if json:
+        print_json(comparison.model_dump(mode="json"))
+    else:
+        show_comparison(comparison, config.output)
+    if comparison.failures:
+        raise ModelError(
+            f"{len(comparison.failures)} of {len(comparison.cells)} cells could not be done: "
+            f"{comparison.failures[0].failure}",
+            "the table names them; the others are kept",
+        )
+
+
+@app.command(epilog="Examples:\n\nllm-barber report pruned\n\nllm-barber report pruned --output pruned.html")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that prune or rebuild wrote.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write this file. (default: OUT/report.html)", show_default=False),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Make the page of a finished run: settings, errors, swaps, sparsity, time, and its evaluation if there is one.
+
+    One HTML file that needs no network. prune and rebuild make it, too, unless --no-report.
+    """
+    from llm_barber.page.write import write_page
+
+    print(write_page(folder, output))
