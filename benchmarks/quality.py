@@ -21,14 +21,13 @@ from llm_barber.comparison.cells import CellResult
 from llm_barber.comparison.compare import (
     MARKER,
     Cell,
-    CompareConfig,
     Comparison,
-    Method,
     calibration_file,
     cell_settings,
     compare,
     make_runner,
 )
+from llm_barber.comparison.settings import CompareConfig, Method
 from llm_barber.comparison.tables import markdown
 from llm_barber.config import PruneConfig, RebuildConfig
 from llm_barber.console import ConsoleProgress

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llm_barber.comparison.cells import CellResult
-from llm_barber.comparison.compare import Comparison, Method
+from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.settings import Method
 from llm_barber.comparison.tables import (
     REBUILT,
     TITLES,

@@ -5,7 +5,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_barber.comparison.compare import CompareConfig, Comparison, compare
+    from llm_barber.comparison.compare import Comparison, compare
+    from llm_barber.comparison.settings import CompareConfig
     from llm_barber.config import PruneConfig, RebuildConfig
     from llm_barber.errors import BarberError
     from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
@@ -40,7 +41,7 @@ __all__ = [
 # Imported when first asked for: `--help` should not wait for transformers.
 _MODULES = {
     "BarberError": "errors",
-    "CompareConfig": "comparison.compare",
+    "CompareConfig": "comparison.settings",
     "Comparison": "comparison.compare",
     "EvaluateConfig": "evaluation.evaluate",
     "Evaluation": "evaluation.evaluate",

@@ -9,7 +9,8 @@ import pytest
 import llm_barber.comparison.compare as module
 from llm_barber import CompareConfig, Comparison, EvaluateConfig, PruneConfig, compare, evaluate, prune
 from llm_barber.checkpoint.folder import locked, own_folder
-from llm_barber.comparison.compare import MARKER, Method
+from llm_barber.comparison.compare import MARKER
+from llm_barber.comparison.settings import Method
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from tests.conftest import make_model

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from llm_barber.comparison.cells import CellResult
-from llm_barber.comparison.compare import Comparison, ComparisonCell, Method
+from llm_barber.comparison.compare import Comparison, ComparisonCell
+from llm_barber.comparison.settings import Method
 from llm_barber.comparison.tables import blocks, comma_separated, markdown, perplexities
 from llm_barber.evaluation.evaluate import Evaluation
 

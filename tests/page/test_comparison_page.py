@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_barber.comparison.compare import Comparison, Method
+from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.settings import Method
 from llm_barber.page.comparison_page import comparison_page, comparison_picture
 from tests.comparison.test_tables import make_cell, make_comparison
 from tests.page.browser import measure, needs_browser

@@ -155,8 +155,8 @@ def compare(
     OUT gets the tables (comparison.md, .csv, .json), a plot of perplexity against sparsity (.svg) and a page (.html).
     Finished cells are kept: started again after an interruption, or with more methods, it does what is missing.
     """
-    from llm_barber.comparison.compare import CompareConfig
     from llm_barber.comparison.compare import compare as run
+    from llm_barber.comparison.settings import CompareConfig
     from llm_barber.console import ConsoleProgress, show_comparison
     from llm_barber.errors import ModelError
 

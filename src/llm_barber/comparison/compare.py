@@ -5,11 +5,10 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -17,139 +16,19 @@ from llm_barber.calibration import TOKEN_FILE_SUFFIX, load_calibration
 from llm_barber.checkpoint.folder import locked, own_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
-from llm_barber.config import DTYPES, Initial, PruneConfig, Settings
+from llm_barber.comparison.settings import CompareConfig, Method, target_settings
+from llm_barber.config import PruneConfig
 from llm_barber.errors import BarberError, SettingsError
-from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, Evaluator
+from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import check_text
 from llm_barber.job import load_tokenizer
-from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.model.device import resolve_device, resolve_dtype
-from llm_barber.presets import Preset
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.report import versions
 
 MARKER = "COMPARISON.txt"
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class Method(StrEnum):
-    """A row of the table; SparseGPT once with the dense weights under its mask and once with its updated ones.
-
-    `mask` and `best` are the presets of those names.
-    """
-
-    MAGNITUDE = "magnitude"
-    SPARSEGPT = "sparsegpt"
-    SPARSEGPT_UPDATES = "sparsegpt-updates"
-    WANDA = "wanda"
-    RIA = "ria"
-    DSNOT = "dsnot"
-    ALPS = "alps"
-    MASK = "mask"
-    BEST = "best"
-
-    @property
-    def initial(self) -> Initial:
-        """Where its initial mask is from."""
-        if self.preset is not None:
-            return Initial.WANDA
-        return Initial.SPARSEGPT if self is Method.SPARSEGPT_UPDATES else Initial(self.value)
-
-    @property
-    def preset(self) -> Preset | None:
-        """The preset that it is; None: a method by itself."""
-        return Preset(self.value) if self in (Method.MASK, Method.BEST) else None
-
-    @property
-    def keeps_updates(self) -> bool:
-        """Are kept weights those that the method updated?"""
-        return self in (Method.SPARSEGPT_UPDATES, Method.ALPS)
-
-
-# The paper's rows and its peers'; the others are asked for.
-PEERS = tuple(method for method in Method if method not in (Method.ALPS, Method.MASK, Method.BEST))
-
-
-class CompareConfig(Settings):
-    """Settings of `compare`.
-
-    Raises:
-        SettingsError: any of them is wrong; all wrong ones are named.
-    """
-
-    model: str = Field(description="folder, hub id or GGUF file")
-    output: Path = Field(description="folder for cells, tables, plot and page; a comparison that is there goes on")
-    methods: tuple[Method, ...] = Field(PEERS, min_length=1, description="rows")
-    targets: tuple[str, ...] = Field(
-        ("0.5", "0.6", "0.7", "2:4", "4:8"), min_length=1, description="sparsities and N:M patterns: blocks of rows"
-    )
-    rebuild: bool = Field(True, description="each method also with rebuild")
-    granularity: Granularity | None = Field(None, description="of the rebuild; None: the released experiments'")
-    rebuild_ratio: float | None = Field(None, gt=0, le=1, description="None: the released experiments'")
-    rebuild_settings: dict[Method, tuple[Granularity, float]] = Field(
-        default_factory=dict, description="granularity and ratio by method, before the two above"
-    )
-    calibration: str = Field("builtin", description="builtin, c4, wikitext2, or a file")
-    samples: int = Field(128, ge=1, description="calibration windows")
-    seqlen: int = Field(2048, ge=2, description="tokens a calibration window")
-    seeds: tuple[Seed, ...] = Field(
-        (0,), min_length=1, description="of the choice of windows; several give mean and spread"
-    )
-    text: tuple[str, ...] | None = Field(None, description="wikitext2, ptb, c4, or files; None: wikitext2")
-    windows: int | None = Field(None, ge=1, description="windows of each text; None: all")
-    text_seqlen: int = Field(2048, ge=2, description="tokens a window of the texts")
-    tasks: tuple[str, ...] = Field((), description="multiple-choice tasks, as in evaluate")
-    tasks_folder: Path | None = Field(None, description="folder with a .jsonl file a task")
-    limit: int | None = Field(None, ge=2, description="examples of each task, at most")
-    task_seeds: int | None = Field(None, ge=0, description="how many of the seeds are measured on tasks; None: all")
-    batch_size: int | None = Field(None, ge=1, description="windows computed together")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
-    revision: str | None = Field(None, description="of a hub id")
-    keep_models: bool = Field(False, description="leave the pruned models in OUT/models")
-
-    @field_validator("output", mode="after")
-    @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
-
-    @field_validator("targets", mode="after")
-    @classmethod
-    def _targets_readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        settings = [target_settings(target) for target in value]  # 0.5 and 0.50 are one
-        return tuple(dict.fromkeys(one.get("pattern") or f"{one['sparsity']:.10g}" for one in settings))
-
-    @field_validator("methods", "seeds", mode="after")
-    @classmethod
-    def _once_each(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys(value))
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not self.rebuild and (self.granularity or self.rebuild_ratio or self.rebuild_settings):
-            raise ValueError("granularity and rebuild_ratio are of the rebuild, which is switched off")
-        if len(self.seeds) > 1 and self.calibration.endswith(TOKEN_FILE_SUFFIX):
-            raise ValueError("a file of tokens is taken as it is, whatever the seed: give one seed")
-        return self
-
-    def evaluation(self, folder: str) -> EvaluateConfig:
-        """How each model is measured; `folder` has the dense one."""
-        return EvaluateConfig(
-            model=folder,
-            against=folder,
-            text=("wikitext2",) if self.text is None else self.text,
-            windows=self.windows,
-            seqlen=self.text_seqlen,
-            tasks=self.tasks,
-            tasks_folder=self.tasks_folder,
-            limit=self.limit,
-            batch_size=self.batch_size,
-            device=self.device,
-            dtype=self.dtype,
-        )
 
 
 @dataclass(frozen=True)
@@ -197,22 +76,6 @@ class Comparison(BaseModel):
     def failures(self) -> list[ComparisonCell]:
         """Cells that could not be done."""
         return [cell for cell in self.cells if cell.failure is not None]
-
-
-def target_settings(target: str) -> dict[str, Any]:
-    """`PruneConfig`'s settings for "0.6" or "2:4".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if ":" in target:
-        return {"pattern": str(parse_pattern(target))}
-    try:
-        sparsity = float(target)
-    except ValueError:
-        raise ValueError(f"target {target!r} is neither a sparsity (0.5) nor a pattern (2:4)") from None
-    Unstructured(sparsity)
-    return {"sparsity": sparsity}
 
 
 def compare(

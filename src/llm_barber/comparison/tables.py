@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from llm_barber.comparison.compare import Comparison, ComparisonCell, Method
+from llm_barber.comparison.compare import Comparison, ComparisonCell
+from llm_barber.comparison.settings import Method
 from llm_barber.evaluation.evaluate import Evaluation
 
 TITLES = {
