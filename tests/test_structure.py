@@ -43,7 +43,7 @@ def test_public_names() -> None:
     assert set(llm_barber.__all__) == {
         "BarberError", "CompareConfig", "Comparison", "EvaluateConfig", "Evaluation", "InspectConfig", "Inspection",
         "PackConfig", "PackReport", "PruneConfig", "RebuildConfig", "RunReport", "compare", "evaluate", "inspect",
-        "pack", "prune", "rebuild", "unpack",
+        "load", "pack", "prune", "rebuild", "unpack",
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llm_barber.errors import BarberError
     from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
     from llm_barber.inspection import InspectConfig, Inspection, inspect
+    from llm_barber.loading import load
     from llm_barber.packing import PackConfig, PackReport, pack, unpack
     from llm_barber.pruning import prune, rebuild
     from llm_barber.report import RunReport
@@ -32,6 +33,7 @@ __all__ = [
     "compare",
     "evaluate",
     "inspect",
+    "load",
     "pack",
     "prune",
     "rebuild",
@@ -55,6 +57,7 @@ _MODULES = {
     "compare": "comparison.compare",
     "evaluate": "evaluation.evaluate",
     "inspect": "inspection",
+    "load": "loading",
     "pack": "packing",
     "prune": "pruning",
     "rebuild": "pruning",

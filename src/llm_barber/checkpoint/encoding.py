@@ -75,8 +75,12 @@ def pack(weight: Tensor) -> Packed | None:
     return Packed((rows, columns), encoding, flat[kept].view(weight.dtype), places)
 
 
-def unpack(packed: Packed) -> Tensor:
+def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:
     """The weight, (out, in).
+
+    Args:
+        packed: its parts.
+        into: contiguous memory for it, (out · in,) of its dtype; None: new memory.
 
     Raises:
         ValueError: sizes or counts do not fit together; nothing of the declared size is allocated before they do.
@@ -105,8 +109,8 @@ def unpack(packed: Packed) -> Tensor:
     if packed.values.shape != (found,):
         raise ValueError(f"{tuple(packed.values.shape)} values, {found} places")
     values = packed.values.view(INTEGERS[packed.values.element_size()])
-    weight = torch.zeros(count, dtype=values.dtype)
-    weight[kept] = values
+    weight = torch.empty(count, dtype=values.dtype) if into is None else into.view(values.dtype)
+    weight.zero_().masked_scatter_(kept, values)
     return weight.view(packed.values.dtype).view(rows, columns)
 
 
