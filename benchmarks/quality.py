@@ -69,6 +69,7 @@ class Quality:
         windows: windows of each text.
         limit: examples of each task; 0: no tasks.
         targets: sparsities and patterns.
+        seeds_of: the seeds of a target, where they are others.
         settings: of the rebuild, where they were chosen on another model.
     """
 
@@ -82,6 +83,7 @@ class Quality:
         windows: int = 16,
         limit: int = 300,
         targets: tuple[str, ...] = TARGETS,
+        seeds_of: dict[str, tuple[int, ...]] | None = None,
         settings: dict[Method, tuple[Granularity, float]] | None = None,
     ) -> None:
         self.model = model
@@ -103,6 +105,7 @@ class Quality:
         self.seeds = seeds
         self.limit = limit
         self.targets = targets
+        self.seeds_of = seeds_of or {}
         self.settings = settings
 
     def compare(self, config: CompareConfig, progress: Progress) -> Comparison:
@@ -155,15 +158,13 @@ class Quality:
 
     def main(self, progress: Progress, seeds: tuple[int, ...] | None = None) -> Comparison:
         """All methods at all targets, all seeds; tasks for the first seed, at some targets."""
-        settings = {**self.common, "seeds": seeds or self.seeds, "rebuild_settings": self.chosen(progress)}
+        settings = {**self.common, "rebuild_settings": self.chosen(progress)}
         tasks = {"tasks": TASKS, "tasks_folder": Path("tasks"), "limit": self.limit, "task_seeds": 1}
-        with_tasks = tuple(target for target in self.targets if target in TASK_TARGETS and self.limit)
-        without = tuple(target for target in self.targets if target not in with_tasks)
-        parts = [
-            compare(CompareConfig(**settings, **more, targets=targets), progress, write=False)
-            for targets, more in ((with_tasks, tasks), (without, {}))
-            if targets
-        ]
+        with_tasks = [target for target in self.targets if target in TASK_TARGETS and self.limit]
+        parts = []
+        for target in sorted(self.targets, key=lambda target: target not in with_tasks):
+            own = {**settings, "targets": (target,), "seeds": seeds or self.seeds_of.get(target, self.seeds)}
+            parts.append(self.compare(CompareConfig(**own, **(tasks if target in with_tasks else {})), progress))
         cells = [cell for part in parts for cell in part.cells]
         cells.sort(key=lambda cell: self.targets.index(cell.target))
         return parts[0].model_copy(update={"cells": tuple(cells)})
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
     parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--seeds-of", metavar="TARGET=SEED,…", action="append", default=[], help="of one target")
     parser.add_argument("--settings-of", metavar="NAME", help="take the rebuild's settings from that model's results")
     parser.add_argument("--only", choices=STAGES)
     options = parser.parse_args()
@@ -258,8 +260,9 @@ def main() -> None:
     model = str(Path(model_folder(options.model)).resolve())
     os.chdir(options.data)  # so that results name texts as they lie in DATA
     quality = Quality(
-        model, name, tuple(int(seed) for seed in options.seeds.split(",")), options.samples, options.seqlen,
+        model, name, _numbers(options.seeds), options.samples, options.seqlen,
         options.windows, options.limit, tuple(options.targets.split(",")),
+        {target: _numbers(seeds) for target, _, seeds in (one.partition("=") for one in options.seeds_of)},
         read_settings(options.settings_of) if options.settings_of else None,
     )  # fmt: skip
     with ConsoleProgress() as progress:
@@ -275,10 +278,23 @@ def main() -> None:
             comparison, choice = quality.main(progress), quality.choice(progress)
             write_settings(name, quality.chosen(progress))
     write_page(
-        ROOT / "docs" / "results.md", name, title, machine(), comparison, choice, sequences, order, options.settings_of
+        ROOT / "docs" / "results.md",
+        name,
+        title,
+        machine(),
+        comparison,
+        choice,
+        sequences,
+        order,
+        options.settings_of,
+        quality.seeds_of,
     )
     print(markdown(comparison.model_copy(update={"model": title})))
     print(machine())
+
+
+def _numbers(given: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in given.split(","))
 
 
 def write_settings(name: str, settings: dict[Method, tuple[Granularity, float]]) -> None:

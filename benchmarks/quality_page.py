@@ -29,7 +29,7 @@ Order = Mapping[Method, tuple[CellResult, CellResult]]
 
 def write_page(
     page: Path, name: str, title: str, machine: str, comparison: Comparison, choice: Choice, sequences: Sequences,
-    order: Order, settings_of: str | None = None,
+    order: Order, settings_of: str | None, seeds_of: Mapping[str, tuple[int, ...]],
 ) -> None:  # fmt: skip
     """Replace the model's part of the page (between its markers), and write its plots beside it."""
     comparison = comparison.model_copy(update={"model": title})
@@ -39,7 +39,9 @@ def write_page(
     if picture is not None:
         (plots / f"{name}.svg").write_text(picture, encoding="utf-8")
     lines = [f"## {title}", ""]
-    lines += [*(f"- {note}" for note in notes(comparison)), f"- Machine: {machine}.", ""]
+    lines += [f"- {note}" for note in notes(comparison)]
+    lines += [f"- {target_title(target)}: seeds {', '.join(map(str, seeds))}." for target, seeds in seeds_of.items()]
+    lines += [f"- Machine: {machine}.", ""]
     lines += [f"![Perplexity by sparsity](results/{name}.svg)", ""]
     for block in blocks(comparison):
         lines += [f"### {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
