@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llm_barber.masking.statistics import GradientSquares
-from llm_barber.model.architecture import LLAMA, OPT, Architecture, Block
+from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from tests.conftest import make_model
 from tests.model.reference import first_call
@@ -21,7 +21,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     """A layer, its record, an input (sequences, tokens, hidden) and the arguments of its call."""
     folder = make_model(tmp_path / "model", request.param)
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    architecture = LLAMA if request.param == "llama" else OPT
+    architecture = LLAMA if request.param == "llama" else ARCHITECTURES["opt"]
     tokens = torch.randint(0, 128, (4, 12), generator=torch.Generator().manual_seed(0))
     hidden, arguments = first_call(model, model.get_submodule(architecture.layers), 0, tokens)
     return model.get_submodule(architecture.layers)[0], architecture, hidden, arguments
@@ -29,7 +29,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 def gradient_squares(case: Case, block: Block, sparse: Tensor, batch: int) -> dict[str, Tensor]:
     module, architecture, hidden, arguments = case
-    layer = DecoderLayer(module, architecture.linears, lambda _: one_sequence(arguments))
+    layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
     squares = {name: GradientSquares(tuple(layer.linears[name].weight.shape), hidden.device) for name in block.linears}
     for start in range(0, len(hidden), batch):
         part = slice(start, start + batch)
@@ -85,14 +85,14 @@ def test_half_precision_does_not_underflow(case: Case) -> None:
     block = architecture.blocks[1]
     float_arguments = one_sequence(arguments)
     module.half().float()  # weights that both dtypes have
-    layer = DecoderLayer(module, architecture.linears, lambda _: float_arguments)
+    layer = DecoderLayer(module, architecture.linears, lambda *_: float_arguments)
     dense = layer.block_output(block, hidden, {})
     module.half()
     half_arguments = {
         name: tuple(one.half() for one in value) if name == "position_embeddings" else value
         for name, value in float_arguments.items()
     }
-    layer = DecoderLayer(module, architecture.linears, lambda _: half_arguments)
+    layer = DecoderLayer(module, architecture.linears, lambda *_: half_arguments)
     half_dense = layer.block_output(block, hidden.half(), {}).float()
     sparse = half_dense - 1e-5 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
     difference = half_dense - sparse
@@ -107,7 +107,7 @@ def test_half_precision_does_not_underflow(case: Case) -> None:
 
 def test_replay_gives_the_layer_the_kept_output(case: Case) -> None:
     module, architecture, hidden, arguments = case
-    layer = DecoderLayer(module, architecture.linears, lambda _: one_sequence(arguments))
+    layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
     attention, mlp = architecture.blocks
     kept = layer.block_output(attention, hidden, {})
     _, output = layer.final_output(hidden, mlp, {attention.output: kept})
@@ -119,7 +119,7 @@ def test_replay_gives_the_layer_the_kept_output(case: Case) -> None:
 
 def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case) -> None:
     module, architecture, hidden, arguments = case
-    layer = DecoderLayer(module, architecture.linears, lambda _: one_sequence(arguments))
+    layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
     seen: dict[str, Tensor] = {}
     ended = []
     handle = module.register_forward_hook(lambda *_: ended.append(True))
