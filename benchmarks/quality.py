@@ -105,6 +105,7 @@ class Quality:
         self.seeds = seeds
         self.limit = limit
         self.targets = targets
+        self.counts = CALIBRATION_SEQUENCES
         self.seeds_of = seeds_of or {}
         self.settings = settings
 
@@ -172,10 +173,10 @@ class Quality:
         return parts[0].model_copy(update={"cells": tuple(cells)})
 
     def sequences(self, progress: Progress) -> dict[tuple[Method, bool, int], CellResult]:
-        """Some rows at 50 %, first seed, with 4 to 128 calibration sequences."""
+        """Some rows at 50 %, first seed, by the number of calibration sequences."""
         chosen = self.chosen(progress)
         found = {}
-        for count in CALIBRATION_SEQUENCES:
+        for count in self.counts:
             for method, rebuilt in CALIBRATION_ROWS:
                 config = CompareConfig(
                     **{**self.common, "samples": count},
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--seeds-of", metavar="TARGET=SEED,…", action="append", default=[], help="of one target")
+    parser.add_argument("--counts", default=",".join(map(str, CALIBRATION_SEQUENCES)), help="of calibration sequences")
     parser.add_argument("--settings-of", metavar="NAME", help="take the rebuild's settings from that model's results")
     parser.add_argument("--only", choices=STAGES)
     options = parser.parse_args()
@@ -267,6 +269,7 @@ def main() -> None:
         {target: _numbers(seeds) for target, _, seeds in (one.partition("=") for one in options.seeds_of)},
         read_settings(options.settings_of) if options.settings_of else None,
     )  # fmt: skip
+    quality.counts = _numbers(options.counts)
     with ConsoleProgress() as progress:
         if options.only:
             getattr(quality, options.only)(progress)
