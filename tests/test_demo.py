@@ -27,9 +27,9 @@ def test_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "magnitude").mkdir()
     (tmp_path / "magnitude" / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match="is not of the demonstration"):
+    with pytest.raises(OutputError, match="exists and has no DEMO.txt"):
         demo(DemoConfig(output=tmp_path, model="anything"))
-    with pytest.raises(OutputError, match="is not of the demonstration"):
+    with pytest.raises(OutputError, match="exists and has no DEMO.txt"):
         demo(DemoConfig(output=tmp_path / "magnitude" / "config.json", model="anything"))
 
 
