@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llm_barber.checkpoint.state import write_durably
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.progress import Progress
 from llm_barber.report import RunReport, reset_peak_memory
@@ -98,7 +98,7 @@ class CellRunner:
             progress.stage("measuring the dense model")
             evaluation = self.evaluator.measure(self.evaluator.config.model, progress)
             kept = DenseResult(key=key, evaluation=evaluation.model_copy(update={"model": DENSE, "against": DENSE}))
-            write_durably(path, kept.model_dump_json())
+            write_durably(path, kept.model_dump_json().encode())
         return kept.evaluation
 
     def finished(self, name: str, settings: Mapping[str, Any], with_tasks: bool = True) -> CellResult | None:
@@ -151,7 +151,7 @@ class CellRunner:
             # The folder is gone, or has another name on another machine.
             evaluation=evaluation.model_copy(update={"model": name, "against": DENSE}),
         )
-        write_durably(path, result.model_dump_json())
+        write_durably(path, result.model_dump_json().encode())
         return result
 
     def _place(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:
@@ -166,16 +166,6 @@ def _read(path: Path, kind: type[Kept]) -> Kept | None:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError):
         return None
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that it is whole or not there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def fingerprint(path: Path) -> str:

@@ -114,9 +114,11 @@ def compare(
         cells = list(plan_cells(config))
         missing = [cell for cell in cells if not _finished(runner, config, cell)]
         shape = (config.samples, config.seqlen)
+        calibrations: dict[int, Path] = {}  # by seed
         for seed in dict.fromkeys(cell.seed for cell in missing):
             # Made before anything is measured: a text that is too short is told now, and no cell's time has it.
-            with safe_open(calibration_file(config, folder, seed, progress), "pt") as tokens:
+            calibrations[seed] = calibration_file(config, folder, seed, progress)
+            with safe_open(calibrations[seed], "pt") as tokens:
                 shape = tuple(tokens.get_slice("input_ids").get_shape())
         dense = runner.dense(progress)
         results: list[ComparisonCell] = []
@@ -143,7 +145,7 @@ def compare(
                         left = f", ETA {seconds / 60:.0f} min"
                     progress.stage(f"cell {number} of {len(cells)}: {cell.name}{left}")
                     done_here += 1
-                results.append(_run_cell(runner, config, folder, cell, settings, progress))
+                results.append(_run_cell(runner, config, folder, cell, settings, calibrations.get(cell.seed), progress))
         finally:
             if write and results:  # stopped before the first cell: older tables stay
                 write_files(comparison(), config.output)
@@ -216,6 +218,7 @@ def _run_cell(
     folder: str,
     cell: Cell,
     settings: Mapping[str, Any],
+    calibration: Path | None,
     progress: Progress,
 ) -> ComparisonCell:
     values: dict[str, Any] = {
@@ -227,7 +230,7 @@ def _run_cell(
             PruneConfig(
                 model=folder,
                 output=target,
-                calibration=str(calibration_file(config, folder, cell.seed, progress)),
+                calibration=str(calibration),
                 batch_size=config.batch_size,
                 device=config.device,
                 dtype=config.dtype,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llm_barber.comparison.cells import write_durably
+from llm_barber.checkpoint.state import write_durably
 from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.tables import comma_separated, markdown
 from llm_barber.page.comparison_page import comparison_page, comparison_picture
@@ -24,4 +24,4 @@ def write_files(comparison: Comparison, folder: Path) -> None:
         if content is None:  # nothing to draw any more
             path.unlink(missing_ok=True)
         else:
-            write_durably(path, content)
+            write_durably(path, content.encode())
