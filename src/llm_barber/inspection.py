@@ -4,10 +4,10 @@ import hashlib
 import re
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from llm_barber.checkpoint.encoding import INTEGERS
 from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource
 from llm_barber.config import Settings
 from llm_barber.errors import ModelError
@@ -15,8 +15,6 @@ from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import RECORD_VERSION, KeptWeights, LinearResult, RunReport
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class InspectConfig(Settings):
@@ -211,7 +209,7 @@ def _compare_bits(name: str, tensor: Tensor, dense: Tensor, may_be_zero: bool, m
         return [
             f"{name} is {tuple(tensor.shape)} {tensor.dtype}, in the dense model {tuple(dense.shape)} {dense.dtype}"
         ]
-    bits, dense_bits = (one.contiguous().view(BITS[one.element_size()]) for one in (tensor, dense))
+    bits, dense_bits = (one.contiguous().view(INTEGERS[one.element_size()]) for one in (tensor, dense))
     differs = bits != dense_bits
     if may_be_zero:
         differs &= bits != 0

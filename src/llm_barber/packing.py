@@ -1,6 +1,7 @@
 """Pack a pruned checkpoint into fewer bytes, and unpack it, shard by shard; both bit for bit."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -47,21 +48,16 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     source = CheckpointSource(config.model)
     if source.packed:
         raise ModelError(f"{config.model} is packed already", "to get the dense files back: llm-barber unpack")
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
 
     def convert(file: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
         stored, entries = pack_tensors(tensors)
-        for entry in entries.values():
-            counts[entry.encoding] = counts.get(entry.encoding, 0) + 1
+        counts.update(entry.encoding.value for entry in entries.values())
         with safe_open(source.folder / file, "pt") as handle:
             table = Table(version=FORMAT_VERSION, file=file, metadata=handle.metadata() or {}, packed=entries)
         return packed_name(file), stored, {TABLE_KEY: table.model_dump_json()}
 
-    before, after = _convert(config, source, convert, PACKED_INDEX, "packing", progress or Silent())
-    return PackReport(
-        model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=counts,
-        left_dense=sum(len(info.shape) == 2 for info in source.tensors.values()) - sum(counts.values()),
-    )  # fmt: skip
+    return _convert(config, source, convert, counts, PACKED_INDEX, "packing", progress or Silent())
 
 
 def unpack(config: PackConfig, progress: Progress | None = None) -> PackReport:
@@ -74,31 +70,25 @@ def unpack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     source = CheckpointSource(config.model)
     if not source.packed:
         raise ModelError(f"{config.model} is not packed", "give a folder that llm-barber pack wrote")
-    counts: dict[str, int] = {}
-    for table in source.packed.values():
-        for entry in table.packed.values():
-            counts[entry.encoding] = counts.get(entry.encoding, 0) + 1
+    counts = Counter(entry.encoding.value for table in source.packed.values() for entry in table.packed.values())
 
     def convert(file: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
         table = source.packed[file]
         return table.file, dict(tensors), table.metadata
 
-    before, after = _convert(config, source, convert, None, "unpacking", progress or Silent())
-    return PackReport(
-        model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=counts,
-        left_dense=sum(len(info.shape) == 2 for info in source.tensors.values()) - sum(counts.values()),
-    )  # fmt: skip
+    return _convert(config, source, convert, counts, None, "unpacking", progress or Silent())
 
 
 def _convert(
     config: PackConfig,
     source: CheckpointSource,
     convert: Callable[[str, Mapping[str, Tensor]], tuple[str, dict[str, Tensor], dict[str, str]]],
+    counts: Counter[str],
     index: str | None,
     what: str,
     progress: Progress,
-) -> tuple[int, int]:
-    """Shard by shard; returns the bytes of the files read and written."""
+) -> PackReport:
+    """Shard by shard; `counts` has the packed weights of each encoding when all are converted."""
     files = list(dict.fromkeys(info.file for info in source.tensors.values()))
     before = sum((source.folder / file).stat().st_size for file in files)
     needed = source.bytes if index is None else before
@@ -120,4 +110,7 @@ def _convert(
             writer.write_file(index, (json.dumps(content, indent=2) + "\n").encode())
         after = sum((writer.work / shard).stat().st_size for shard in writer.shard_names)
         writer.finish(with_index=index is None)
-    return before, after
+    return PackReport(
+        model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=dict(counts),
+        left_dense=sum(len(info.shape) == 2 for info in source.tensors.values()) - counts.total(),
+    )  # fmt: skip
