@@ -10,6 +10,7 @@ from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
 from llm_barber.presets import GUARD, PRESETS, SWAPS, TARGET_MIX, TUNE_PASSES, Allocation, Preset, Reconstruct, Refine
+from llm_barber.targets import Targets, compile_names, parse_target, read_targets
 
 
 class Initial(StrEnum):
@@ -151,6 +152,12 @@ class PruneConfig(RunSettings):
     allocation: Allocation = Field(
         default=Allocation.UNIFORM, description="how sparsity is spread over the decoder layers"
     )
+    include: tuple[str, ...] = Field(default=(), description="regular expressions of the linears to prune; none: all")
+    exclude: tuple[str, ...] = Field(default=(), description="regular expressions of linears not to prune")
+    skip_layers: tuple[int, ...] = Field(default=(), description="decoder layers not to prune; -1 is the last")
+    sparsities: dict[str, float | str] = Field(
+        default={}, description="a sparsity, N:M or 0 by regular expression of linears, or a YAML file of that"
+    )
 
     @field_validator("sparsity")
     @classmethod
@@ -165,6 +172,22 @@ class PruneConfig(RunSettings):
         if value is not None:
             parse_pattern(value)
         return value
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _expressions_readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        compile_names(value)
+        return value
+
+    @field_validator("sparsities", mode="before")
+    @classmethod
+    def _sparsities_readable(cls, value: Any) -> Any:
+        found = read_targets(value)
+        if isinstance(found, dict):
+            compile_names(list(found))
+            for one in found.values():
+                parse_target(one)
+        return found
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -198,8 +221,13 @@ class PruneConfig(RunSettings):
         return PRESETS[self.preset].rebuild or self.granularity is not None or self.rebuild_ratio is not None
 
     @property
+    def targets(self) -> Targets:
+        """How much of each linear goes."""
+        return Targets(self.target, self.include, self.exclude, self.skip_layers, self.sparsities)
+
+    @property
     def target(self) -> Pattern:
-        """How many weights go."""
+        """How many weights go, where nothing else is said."""
         if self.pattern is not None:
             return parse_pattern(self.pattern)
         return Unstructured(0.5 if self.sparsity is None else self.sparsity)

@@ -18,12 +18,13 @@ from llm_barber.masking.admm import admm, scaled_gram
 from llm_barber.masking.dsnot import dsnot
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
-from llm_barber.masking.pattern import NofM, Pattern, Unstructured, find_pattern, holds, parse_pattern
+from llm_barber.masking.pattern import NofM, Pattern, find_pattern, holds, parse_pattern
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -67,38 +68,51 @@ AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 class MethodMasks:
     """Initial masks by a method, all linears of a decoder layer from one pass of its dense weights."""
 
-    def __init__(self, method: Initial, pattern: Pattern, granularity: Granularity | None, keep_updates: bool) -> None:
+    def __init__(
+        self, job: Job, method: Initial, targets: Targets, granularity: Granularity | None, keep_updates: bool
+    ) -> None:
+        self.job = job
         self.method = method
-        self.pattern = pattern
+        self.targets = targets
         by_linear = method in (Initial.MAGNITUDE, Initial.RIA, Initial.ALPS)  # as their released programs compare
         self.granularity = granularity or (Granularity.LINEAR if by_linear else Granularity.OUTPUT)
         self.keep_updates = keep_updates
-        self.sparsities: list[float] | None = None  # of each layer, where they differ
 
-    def pattern_of(self, index: int) -> Pattern:
-        """How many weights of a layer go."""
-        return self.pattern if self.sparsities is None else Unstructured(self.sparsities[index])
+    def targets_of(self, index: int) -> dict[str, Pattern]:
+        """How many weights of a layer's linears go; those that are not pruned are not there."""
+        found = {
+            name: self.targets.of(index, self.job.linear_name(index, name), self.job.layer_count)
+            for name in self.job.architecture.linears
+        }
+        return {name: target for name, target in found.items() if target is not None}
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """Those of a layer that are pruned."""
+        return tuple(self.targets_of(index))
 
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
     ) -> dict[str, PrunedLinear]:
         """One `PrunedLinear` for each linear in `dense`."""
-        target = self.pattern_of(index)
-        pattern = target if isinstance(target, NofM) else None
+        if not dense:
+            return {}
+        targets = self.targets_of(index)
         match self.method:
             case Initial.MAGNITUDE:
-                keeps = {name: self._mask(saliency.magnitude(weight), target) for name, weight in dense.items()}
+                keeps = {name: self._mask(saliency.magnitude(weight), targets[name]) for name, weight in dense.items()}
             case Initial.WANDA | Initial.RIA:
                 score = saliency.wanda if self.method is Initial.WANDA else saliency.relative_importance
                 squares = collect_inputs(layer, streams, InputSquares)
-                keeps = {name: self._mask(score(weight, squares[name].mean), target) for name, weight in dense.items()}
+                keeps = {
+                    name: self._mask(score(weight, squares[name].mean), targets[name]) for name, weight in dense.items()
+                }
             case Initial.DSNOT:
                 moments = collect_inputs(layer, streams, InputMoments)
-                keeps = {name: self._dsnot(weight, moments[name], target) for name, weight in dense.items()}
+                keeps = {name: self._dsnot(weight, moments[name], targets[name]) for name, weight in dense.items()}
             case Initial.SPARSEGPT | Initial.ALPS:
-                return self._with_updates(layer, dense, streams, target)
+                return self._with_updates(layer, dense, streams, targets)
         return {
-            name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], pattern)
+            name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], _group_pattern(targets[name]))
             for name, keep in keeps.items()
         }
 
@@ -108,19 +122,18 @@ class MethodMasks:
     def _dsnot(self, weight: Tensor, moments: InputMoments, target: Pattern) -> Tensor:
         """Wanda's mask, fine-tuned."""
         score = saliency.wanda(weight, moments.squares.mean)
-        pattern = target if isinstance(target, NofM) else None
-        return dsnot(self._mask(score, target), weight, score, moments.mean, moments.variance, pattern)
+        mask = self._mask(score, target)
+        return dsnot(mask, weight, score, moments.mean, moments.variance, _group_pattern(target))
 
     def _with_updates(
         self,
         layer: DecoderLayer,
         dense: Mapping[str, Tensor],
         streams: ActivationStreams,
-        target: Pattern,
+        targets: Mapping[str, Pattern],
     ) -> dict[str, PrunedLinear]:
         """Masks of methods that update the weights that they keep."""
         grams = collect_inputs(layer, streams, GramMatrix)
-        pattern = target if isinstance(target, NofM) else None
         result = {}
         prepared: GramMatrix | None = None
         for name, weight in dense.items():
@@ -132,13 +145,18 @@ class MethodMasks:
                 else:
                     factor = inverse_factor(gram)
             if self.method is Initial.ALPS:
-                keep, updated = admm(weight, gram, target, self.granularity, scaled=scaled)
+                keep, updated = admm(weight, gram, targets[name], self.granularity, scaled=scaled)
             else:
-                keep, updated = sparsegpt(weight, gram, target, factor=factor)
+                keep, updated = sparsegpt(weight, gram, targets[name], factor=factor)
             updated = updated.to(weight.dtype)
             values = torch.where(keep, updated, weight) if self.keep_updates else weight
-            result[name] = PrunedLinear(keep, apply_mask(updated, keep), values, pattern)
+            result[name] = PrunedLinear(keep, apply_mask(updated, keep), values, _group_pattern(targets[name]))
         return result
+
+
+def _group_pattern(target: Pattern) -> NofM | None:
+    """The N:M to keep up, if any."""
+    return target if isinstance(target, NofM) else None
 
 
 def collect_inputs(
@@ -219,6 +237,10 @@ class CheckpointMasks:
                 "give the pruned model as PRUNED; to prune a dense one: llm-barber prune",
             )
         return patterns.pop() if len(patterns) == 1 else None
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """All of a layer: those that are not pruned have nothing to swap."""
+        return self.job.architecture.linears
 
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams

@@ -14,11 +14,11 @@ from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, sharded
 from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import RunSettings
 from llm_barber.errors import CalibrationError, ModelError, first_line
-from llm_barber.masking.pattern import NofM
 from llm_barber.model.architecture import Architecture, find_architecture
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.progress import Progress
+from llm_barber.targets import Targets
 
 OUTSIDE_SHARD_BYTES = 2**30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -68,6 +68,10 @@ class Job:
         first = self.skeleton.layer_names(index)[0]
         return self.source.resolve(prefix + first, self.base_prefix).removesuffix(first)
 
+    def linear_name(self, index: int, linear: str) -> str:
+        """The name of a layer's linear in the model."""
+        return f"{self.skeleton.layer_prefix(index)}{linear}"
+
     @property
     def base_prefix(self) -> str:
         """The base model's prefix, which some checkpoints leave out."""
@@ -80,15 +84,21 @@ class Job:
             ModelError: one is missing.
         """
         names = [
-            f"{self.skeleton.layer_prefix(index)}{linear}.weight"
+            f"{self.linear_name(index, linear)}.weight"
             for index in range(self.layer_count)
             for linear in self.architecture.linears
         ]
         return {name: source.tensors[source.resolve(name, self.base_prefix)].shape for name in names}
 
 
-def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: Progress) -> Job:
+def prepare(model: str, settings: RunSettings, targets: Targets | None, progress: Progress) -> Job:
     """Open and check everything that can be checked before computing.
+
+    Args:
+        model: folder, hub id or GGUF file.
+        settings: of the run.
+        targets: how much of each linear goes; None: not known yet.
+        progress: is told.
 
     Raises:
         BarberError: whatever is wrong with the model, the calibration or the device.
@@ -121,12 +131,12 @@ def prepare(model: str, settings: RunSettings, pattern: NofM | None, progress: P
         resolve_batch_size(settings.batch_size, seqlen, sequences, device),
     )  # fmt: skip
     check_output(settings.output, settings.overwrite, job.bytes)
-    for name, shape in job.linear_shapes(source).items():
-        if pattern is not None and shape[1] % pattern.of:
-            raise ModelError(
-                f"pattern {pattern} does not divide the {shape[1]} inputs of {name}",
-                "choose an N:M whose M divides every row, or --sparsity",
-            )
+    shapes = job.linear_shapes(source)
+    if targets is not None:
+        of_layers = [
+            [job.linear_name(index, linear) for linear in architecture.linears] for index in range(job.layer_count)
+        ]
+        targets.check([{name: shapes[f"{name}.weight"] for name in names} for names in of_layers])
     return job
 
 

@@ -30,7 +30,11 @@ DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sp
 
 
 class InitialMasks(Protocol):
-    """Gives the initial mask and pruned weights of each linear of a decoder layer."""
+    """Gives the initial mask and pruned weights of the linears of a decoder layer."""
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """Those of a layer that take part; the others stay as they are."""
+        ...
 
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
@@ -61,22 +65,24 @@ def prune_layer(
     prefix = job.layer_prefix(index)
     parameters = {name: tensors[prefix + name].to(skeleton.device) for name in skeleton.layer_names(index)}
     module = skeleton.load_layer(index, parameters)
-    layer = DecoderLayer(module, job.architecture.linears, partial(skeleton.arguments, index))
-    dense = {name: parameters[f"{name}.weight"] for name in job.architecture.linears}
+    linears = initial.linears(index)
+    blocks = job.architecture.only(linears)
+    layer = DecoderLayer(module, linears, partial(skeleton.arguments, index))
+    dense = {name: parameters[f"{name}.weight"] for name in linears}
     pruned = initial(index, layer, dense, streams)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
     if follows_dense:
         layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in dense.items()})
-        advance_dense(layer, job.architecture.blocks, streams)
+        advance_dense(layer, blocks, streams)
     outcomes: list[tuple[Block, _Outcome, float | None]] = []
     final: list[Block] = []
-    for block in job.architecture.blocks:
+    for block in blocks:
         work = Pass(layer, block, final, streams)
-        last = block is job.architecture.blocks[-1]
+        last = block is blocks[-1]
         outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, last, index)
         unchanged = all(torch.equal(one.weight, pruned[name].weight) for name, one in outcome.linears.items())
         pruned.update(outcome.linears)
-        if last and refine_settings is not None and refine_settings.tune:
+        if last and pruned and refine_settings is not None and refine_settings.tune:
             pruned = tune_layer(layer, dense, pruned, refine_settings, streams)
             final.clear()  # the blocks before it have changed, too
         layer.set_weights({name: one.weight.to(skeleton.dtype) for name, one in pruned.items()})
@@ -91,7 +97,12 @@ def prune_layer(
         streams.rename(DENSE + NEXT, DENSE + HIDDEN)
     skeleton.release_layer(index)
     weights = {name: one.final for name, one in pruned.items()}
-    results = [_result(block, outcome, after, weights) for block, outcome, after in outcomes]
+    results = [
+        _result(
+            block, outcome, after, {name: weights.get(name, parameters[f"{name}.weight"]) for name in block.linears}
+        )
+        for block, (_, outcome, after) in zip(job.architecture.blocks, outcomes, strict=True)
+    ]
     return {f"{prefix}{name}.weight": weight for name, weight in weights.items()}, results
 
 
@@ -116,6 +127,8 @@ def _prune_block(
 ) -> _Outcome:
     """Rebuild a block's masks and refine them, as far as that is asked for."""
     block = work.block
+    if not block.linears:
+        return _Outcome({}, {}, None, False)
     now = {name: initial[name] for name in block.linears}
     masks = {name: Rebuilt(now[name].keep, 0, 0, 0) for name in block.linears}
     before, rejected = None, False
@@ -138,24 +151,31 @@ def _prune_block(
 
 
 def _result(block: Block, outcome: _Outcome, after: float | None, weights: Mapping[str, Tensor]) -> BlockResult:
-    linears = tuple(
-        LinearResult(
+    """The counts of a block's linears, whose final weights are `weights`; those that took no part are there, too."""
+    linears = []
+    for name, weight in weights.items():
+        found = LinearResult(
             name=name,
-            shape=(mask.keep.shape[0], mask.keep.shape[1]),
-            pruned=mask.keep.numel() - int(mask.keep.count_nonzero()),
-            zeros=mask.keep.numel() - int(weights[name].count_nonzero()),
-            beneficial_pairs=mask.beneficial,
-            grown=mask.grown,
-            dropped=mask.dropped,
-            pattern=str(outcome.linears[name].pattern) if outcome.linears[name].pattern else None,
+            shape=(weight.shape[0], weight.shape[1]),
+            pruned=0,
+            zeros=weight.numel() - int(weight.count_nonzero()),
         )
-        for name, mask in outcome.masks.items()
-    )
+        if name in outcome.masks:
+            mask, pattern = outcome.masks[name], outcome.linears[name].pattern
+            counts = {
+                "pruned": mask.keep.numel() - int(mask.keep.count_nonzero()),
+                "beneficial_pairs": mask.beneficial,
+                "grown": mask.grown,
+                "dropped": mask.dropped,
+                "pattern": str(pattern) if pattern else None,
+            }
+            found = found.model_copy(update=counts)
+        linears.append(found)
     return BlockResult(
         name=block.name,
         error_before=outcome.error_before,
         error_after=after,
-        linears=linears,
+        linears=tuple(linears),
         rejected=outcome.rejected,
     )
 

@@ -9,6 +9,7 @@ from llm_barber.initial import CheckpointMasks
 from llm_barber.job import prepare
 from llm_barber.masking.pattern import NofM
 from llm_barber.progress import Progress, Silent
+from llm_barber.targets import Targets
 
 
 class Plan(BaseModel):
@@ -63,12 +64,12 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     progress = progress or Silent()
     if isinstance(config, PruneConfig):
         target = config.target
-        job = prepare(config.model, config, target if isinstance(target, NofM) else None, progress)
+        job = prepare(config.model, config, config.targets, progress)
         model, method, rebuilt = config.model, str(config.initial), config.rebuilds
         pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
         settings = rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
     else:
-        job = prepare(config.dense, config, config.target, progress)
+        job = prepare(config.dense, config, Targets(config.target) if config.target else None, progress)
         initial = CheckpointMasks(job, config.pruned, config.pattern)
         model, method, rebuilt = config.dense, f"mask of {config.pruned}", True
         pattern = str(initial.first_pattern or "unstructured")

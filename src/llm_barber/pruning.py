@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,6 @@ from llm_barber.config import PruneConfig, RebuildConfig, RunSettings, rebuild_d
 from llm_barber.errors import NotFiniteError
 from llm_barber.initial import CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
-from llm_barber.masking.pattern import NofM
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.presets import Allocation, Reconstruct
@@ -34,6 +34,7 @@ from llm_barber.report import (
     peak_memory,
     versions,
 )
+from llm_barber.targets import Targets
 
 
 def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
@@ -44,21 +45,31 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     """
     progress = progress or Silent()
     target = config.target
-    job = prepare(config.model, config, target if isinstance(target, NofM) else None, progress)
+    job = prepare(config.model, config, config.targets, progress)
     rebuild_settings = None
     if config.rebuilds:
         rebuild_settings = RebuildSettings(
             *rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
         )
-    initial = MethodMasks(config.initial, target, config.initial_granularity, config.keep_updates)
+    initial = MethodMasks(job, config.initial, config.targets, config.initial_granularity, config.keep_updates)
     method = config.initial
     report = _run("prune", config.model, config, job, initial, rebuild_settings, method, method, progress)
-    if abs(report.sparsity - target.sparsity) > 0.01 * target.sparsity:
+    asked = _asked_for(report, initial)
+    if abs(report.sparsity - asked) > 0.01 * asked:
         progress.warn(
-            f"sparsity {target.sparsity:g} was asked for, {report.sparsity:.4g} is what whole weights allow "
+            f"sparsity {asked:.4g} was asked for, {report.sparsity:.4g} is what whole weights allow "
             "in comparison groups of this size"
         )
     return report
+
+
+def _asked_for(report: RunReport, initial: MethodMasks) -> float:
+    """The sparsity over all linears, those that are not pruned among them, that the targets ask for."""
+    wanted = 0.0
+    for layer in report.layers:
+        targets = initial.targets_of(layer.index)
+        wanted += sum(targets[one.name].sparsity * one.weights for one in layer.linears if one.name in targets)
+    return wanted / report.weights
 
 
 def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunReport:
@@ -68,7 +79,7 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
         BarberError: anything that is wrong with settings, models, calibration or output; nothing is left behind.
     """
     progress = progress or Silent()
-    job = prepare(config.dense, config, config.target, progress)
+    job = prepare(config.dense, config, Targets(config.target) if config.target else None, progress)
     initial = CheckpointMasks(job, config.pruned, config.pattern)
     method = config.initial or initial.recorded_method
     settings = RebuildSettings(
@@ -157,9 +168,9 @@ def _run(
             streams.copy(HIDDEN, DENSE + HIDDEN)
         if isinstance(config, PruneConfig) and isinstance(initial, MethodMasks) and config.allocation is Allocation.OWL:
             kept = writer.state.sparsities
-            sparsities = list(kept) if kept else allocate_by_outliers(job, streams, config.target.sparsity, progress)
-            initial.sparsities = sparsities
-            writer.state = writer.state.model_copy(update={"sparsities": tuple(sparsities)})
+            kept = kept or allocate_by_outliers(initial, streams, config.target.sparsity, progress)
+            initial.targets = replace(initial.targets, layer_sparsities=kept)
+            writer.state = writer.state.model_copy(update={"sparsities": kept})
         streams.restore(activations)
         seconds["embed"] += time.perf_counter() - start
         progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import Allocation, Preset, Reconstruct, Refine
 
-METHOD, REFINING, CALIBRATION, TEXT, TASKS = "Method", "Refining", "Calibration", "Text", "Tasks"
+METHOD, WHAT, REFINING, CALIBRATION, TEXT, TASKS = "Method", "What to prune", "Refining", "Calibration", "Text", "Tasks"
 COMPUTE, OUTPUT = "Compute", "Output"
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; appears when it is complete.")]
@@ -43,6 +44,43 @@ AllocationOption = Annotated[
     typer.Option(
         help="How sparsity is spread over decoder layers: evenly, or less where a layer has many outliers.",
         rich_help_panel=METHOD,
+    ),
+]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Prune only linears in whose name it is found, as model.layers.0.mlp.up_proj; may be given again.",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Leave out linears in whose name it is found; may be given again.",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
+SkipLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,…",
+        help="Leave out decoder layers: 0,-1 is the first and the last.",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
+SparsitiesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A YAML file with linears' own sparsities, a line each: REGEX: 0.4, or 2:4, or 0 (not pruned). The "
+        "first that is found in a name counts; the rest takes --sparsity or --pattern.",
+        rich_help_panel=WHAT,
+        show_default=False,
     ),
 ]
 RefineOption = Annotated[
@@ -167,3 +205,15 @@ ReportOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT)]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=OUTPUT)]
+
+
+def layer_numbers(text: str | None) -> tuple[int, ...]:
+    """The numbers in "0,-1".
+
+    Raises:
+        SettingsError: there are others than numbers.
+    """
+    try:
+        return tuple(int(number) for number in text.split(",")) if text is not None else ()
+    except ValueError as error:
+        raise SettingsError(f"skip_layers: {text!r} is not numbers with commas between them", "like 0,-1") from error

@@ -16,8 +16,10 @@ from llm_barber.cli.options import (
     DeviceOption,
     DryRunOption,
     DtypeOption,
+    ExcludeOption,
     GranularityOption,
     GuardOption,
+    IncludeOption,
     JsonOption,
     OutArgument,
     OverwriteOption,
@@ -32,9 +34,12 @@ from llm_barber.cli.options import (
     SamplesOption,
     SeedOption,
     SeqlenOption,
+    SkipLayersOption,
+    SparsitiesOption,
     SwapsOption,
     TargetMixOption,
     TunePassesOption,
+    layer_numbers,
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
@@ -88,6 +93,10 @@ def prune(
     ] = False,
     allocation: AllocationOption = Allocation.UNIFORM,
     preset: PresetOption = Preset.PAPER,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    skip_layers: SkipLayersOption = None,
+    sparsities: SparsitiesOption = None,
     refine: RefineOption = None,
     swaps: SwapsOption = SWAPS,
     target_mix: TargetMixOption = TARGET_MIX,
@@ -117,10 +126,12 @@ def prune(
     """
     from llm_barber.pruning import prune as run
 
+    own_sparsities: Any = sparsities or {}  # a file, which the configuration reads
     config = PruneConfig(
         model=model, output=out, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild,
         granularity=granularity, rebuild_ratio=rebuild_ratio, initial_granularity=initial_granularity,
-        keep_updates=keep_updates, allocation=allocation, preset=preset, refine=refine, swaps=swaps,
+        keep_updates=keep_updates, allocation=allocation, include=tuple(include or ()), exclude=tuple(exclude or ()),
+        skip_layers=layer_numbers(skip_layers), sparsities=own_sparsities, preset=preset, refine=refine, swaps=swaps,
         target_mix=target_mix, reconstruct=reconstruct, tune_passes=tune_passes, guard=guard,
         calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,

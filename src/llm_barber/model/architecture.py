@@ -3,6 +3,7 @@
 To add a family, add a record to `ARCHITECTURES` and its name to the parity test (see CONTRIBUTING.md).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from llm_barber.errors import ModelError
@@ -36,6 +37,12 @@ class Architecture:
     def linears(self) -> tuple[str, ...]:
         """All prunable linears of a decoder layer, block after block."""
         return tuple(name for block in self.blocks for name in block.linears)
+
+    def only(self, linears: Collection[str]) -> tuple[Block, ...]:
+        """The blocks with some of their linears; a block may be left with none."""
+        return tuple(
+            replace(block, linears=tuple(name for name in block.linears if name in linears)) for block in self.blocks
+        )
 
 
 def _family(

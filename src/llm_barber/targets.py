@@ -1,0 +1,142 @@
+"""How much of each linear goes: one target for all, with linears and layers left out, or with targets of their own."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_barber.errors import ModelError, SettingsError
+from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
+
+EXAMPLE = '"mlp\\.down_proj$": 0.4'
+
+
+def parse_target(value: Any) -> Pattern | None:
+    """A sparsity, "N:M", or 0: not pruned.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(value, str):
+        return parse_pattern(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is neither a sparsity nor N:M")
+    return Unstructured(value) if value else None
+
+
+def read_targets(value: Any) -> Any:
+    """A file's mapping of regular expressions to sparsities; what is no path is handed back.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    try:
+        # All scalars as they are written: YAML would read 2:4 as a number of base 60.
+        found = yaml.load(Path(value).expanduser().read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{value} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{value} is not a mapping of names to sparsities, a line each like {EXAMPLE}")
+    return {str(name): _number(one) for name, one in found.items()}
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def compile_names(expressions: Sequence[str]) -> list[re.Pattern[str]]:
+    """Regular expressions of linears' names.
+
+    Raises:
+        ValueError: one is none.
+    """
+    found = []
+    for expression in expressions:
+        try:
+            found.append(re.compile(expression))
+        except re.error as error:
+            raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+    return found
+
+
+@dataclass(frozen=True)
+class Targets:
+    """How much of each linear goes.
+
+    Args:
+        pattern: of those that nothing else is said of.
+        include: regular expressions; a linear whose name none of them is found in is not pruned. Empty: all are.
+        exclude: a linear whose name one of them is found in is not pruned.
+        skip_layers: decoder layers that are not pruned; negative ones count from the end.
+        own: targets of linears, by a regular expression of the name: "N:M", a sparsity, or 0. The first one counts.
+        layer_sparsities: of each layer, in place of `pattern`'s, where they were allocated.
+    """
+
+    pattern: Pattern
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    skip_layers: tuple[int, ...] = ()
+    own: dict[str, float | str] = field(default_factory=dict)
+    layer_sparsities: tuple[float, ...] | None = None
+
+    def of(self, index: int, name: str, layers: int) -> Pattern | None:
+        """The target of a linear; None: it is not pruned.
+
+        Args:
+            index: of its decoder layer.
+            name: of the linear in the model, as `model.layers.0.mlp.up_proj`.
+            layers: how many decoder layers there are.
+        """
+        if index in self.skip_layers or index - layers in self.skip_layers:
+            return None
+        if self.include and not any(one.search(name) for one in compile_names(self.include)):
+            return None
+        if any(one.search(name) for one in compile_names(self.exclude)):
+            return None
+        for expression, value in self.own.items():
+            if re.search(expression, name):
+                return parse_target(value)
+        return self.pattern if self.layer_sparsities is None else Unstructured(self.layer_sparsities[index])
+
+    def check(self, shapes: Sequence[dict[str, tuple[int, ...]]]) -> None:
+        """Refuse what fits no linear of the model.
+
+        Args:
+            shapes: of each decoder layer's linears, by the names of the linears in the model.
+
+        Raises:
+            SettingsError: an expression is found in no name, a layer is not there, or nothing is left to prune.
+            ModelError: M does not divide a row.
+        """
+        layers = len(shapes)
+        names = [name for layer in shapes for name in layer]
+        example = f"names look like {names[0]}"
+        for option, expressions in (("include", self.include), ("exclude", self.exclude), ("sparsities", self.own)):
+            for expression in expressions:
+                if not any(re.search(expression, name) for name in names):
+                    raise SettingsError(f"{option}: {expression!r} is found in no linear's name", example)
+        for index in self.skip_layers:
+            if not -layers <= index < layers:
+                raise SettingsError(
+                    f"skip_layers: there is no decoder layer {index}", f"there are {layers}, 0 to {layers - 1}"
+                )
+        selected = 0
+        for index, layer in enumerate(shapes):
+            for name, shape in layer.items():
+                target = self.of(index, name, layers)
+                selected += target is not None
+                if isinstance(target, NofM) and shape[1] % target.of:
+                    raise ModelError(
+                        f"pattern {target} does not divide the {shape[1]} inputs of {name}",
+                        "choose an N:M whose M divides every row, leave it out with --exclude, or use --sparsity",
+                    )
+        if not selected:
+            raise SettingsError("include, exclude and skip_layers leave nothing to prune", example)

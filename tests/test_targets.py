@@ -1,0 +1,167 @@
+"""What is pruned and how much of it: include, exclude, skip-layers, sparsities of linears' own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_barber import PruneConfig, RunReport, prune
+from llm_barber.errors import ModelError, SettingsError
+from llm_barber.masking.pattern import NofM, Unstructured, holds
+from llm_barber.progress import Silent
+from llm_barber.targets import Targets, parse_target, read_targets
+from tests.conftest import bits, make_model, read_folder, save_tokens
+
+HALF = Unstructured(0.5)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return save_tokens(tmp_path / "tokens.safetensors")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "dense", "llama", num_hidden_layers=3)
+
+
+def run(model: Path, output: Path, tokens: Path, **settings: object) -> RunReport:
+    return prune(PruneConfig(model=model, output=output, calibration=tokens, dtype="float32", **settings))
+
+
+def test_each_part_by_hand() -> None:
+    targets = Targets(
+        HALF,
+        include=(r"mlp\.", "q_proj"),
+        exclude=("up_proj$",),
+        skip_layers=(0, -1),
+        own={r"layers\.1\.mlp\.down": "2:4", "down": 0.25, "gate": 0},
+    )
+    expected = {
+        (0, "m.layers.0.mlp.gate_proj"): None,  # skipped
+        (1, "m.layers.1.mlp.down_proj"): NofM(2, 4),  # the first that is found
+        (2, "m.layers.2.mlp.down_proj"): Unstructured(0.25),
+        (2, "m.layers.2.mlp.gate_proj"): None,  # 0
+        (2, "m.layers.2.mlp.up_proj"): None,  # excluded
+        (2, "m.layers.2.self_attn.q_proj"): HALF,
+        (2, "m.layers.2.self_attn.k_proj"): None,  # not included
+        (3, "m.layers.3.self_attn.q_proj"): None,  # the last
+    }
+    assert {key: targets.of(*key, layers=4) for key in expected} == expected
+    allocated = Targets(HALF, own={"down": 0.25}, layer_sparsities=(0.4, 0.6))
+    assert allocated.of(1, "up", 2) == Unstructured(0.6)
+    assert allocated.of(1, "down", 2) == Unstructured(0.25)
+
+
+SETTINGS = [
+    {"initial": "magnitude", "rebuild_ratio": 0.5},
+    {"initial": "wanda", "granularity": "block", "rebuild_ratio": 0.5},
+    {"initial": "sparsegpt", "granularity": "linear", "rebuild_ratio": 0.5},
+    {"initial": "dsnot"},
+    {"initial": "alps", "keep_updates": True},
+    {"preset": "mask"},
+    {"preset": "best"},
+    {"allocation": "owl"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_what_is_left_out_keeps_its_bits(
+    tmp_path: Path, model: Path, tokens: Path, settings: dict[str, object]
+) -> None:
+    report = run(
+        model, tmp_path / "out", tokens, exclude=("self_attn", r"1\.mlp\.up_proj"), skip_layers=(-1,), **settings
+    )
+    dense, written = read_folder(model), read_folder(tmp_path / "out")
+    pruned = set()
+    for name, weight in written.items():
+        if (weight == 0).float().mean() > 0.3:
+            pruned.add(name)
+        else:
+            assert torch.equal(bits(weight), bits(dense[name])), name
+    layers = [(0, "gate"), (0, "up"), (0, "down"), (1, "gate"), (1, "down")]
+    assert pruned == {f"model.layers.{index}.mlp.{linear}_proj.weight" for index, linear in layers}
+    for layer in report.layers:
+        assert [linear.name for linear in layer.linears][:2] == ["self_attn.q_proj", "self_attn.k_proj"]
+        for linear in layer.linears:
+            own = linear.name.split(".")[1].removesuffix("_proj")
+            assert (linear.pruned > 0) == ((layer.index, own) in layers)
+            assert linear.zeros == int(
+                (written[f"model.layers.{layer.index}.{linear.name}.weight"] == 0).count_nonzero()
+            )
+
+
+def test_a_block_alone_is_pruned_as_among_others(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """The first layer's MLP depends on no later choice."""
+    alone = run(model, tmp_path / "alone", tokens, include=(r"layers\.0\.mlp",), rebuild_ratio=0.5)
+    others = run(model, tmp_path / "others", tokens, exclude=("self_attn",), rebuild_ratio=0.5)
+    assert alone.pruned < others.pruned
+    for name, weight in read_folder(tmp_path / "alone").items():
+        if ".layers.0." in name:
+            assert torch.equal(weight, read_folder(tmp_path / "others")[name])
+
+
+def test_sparsities_of_linears_own(tmp_path: Path, model: Path, tokens: Path) -> None:
+    path = tmp_path / "sparsities.yaml"
+    path.write_text('# by hand\n"mlp\\\\.down_proj$": 0.25\nv_proj: 0\n"layers\\\\.2\\\\.": 2:4\n')
+    told: list[str] = []
+    progress = Silent()
+    progress.warn = told.append  # type: ignore[method-assign]
+    settings = {"dtype": "float32", "sparsity": 0.5, "sparsities": path, "rebuild_ratio": 0.5}
+    report = prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings), progress)
+    assert not told  # the sparsity over all is what was asked for, taken together
+    for layer in report.layers:
+        for linear in layer.linears:
+            expected = 0.5
+            if linear.name.endswith("down_proj"):
+                expected = 0.25
+            elif linear.name.endswith("v_proj"):
+                expected = 0
+            elif layer.index == 2:
+                assert linear.pattern == "2:4"
+                weight = read_folder(tmp_path / "out")[f"model.layers.2.{linear.name}.weight"]
+                assert holds(NofM(2, 4), weight != 0)
+            assert linear.sparsity == expected
+    # The file's content is what a run depends on, not its name.
+    assert report.settings["sparsities"] == {"mlp\\.down_proj$": 0.25, "v_proj": 0, "layers\\.2\\.": "2:4"}
+
+
+def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
+    good = {"model": model, "output": tmp_path / "out", "calibration": tokens}
+    for settings, words in (
+        ({"include": ("q[",)}, "'q\\[' is not a regular expression"),
+        ({"exclude": ("(",)}, "is not a regular expression"),
+        ({"sparsities": {"q_proj": 1.5}}, "sparsity 1.5 is not between 0 and 1"),
+        ({"sparsities": {"q_proj": "4:2"}}, "must keep at least 1"),
+        ({"sparsities": {"q_proj": True}}, "neither a sparsity nor N:M"),
+        ({"sparsities": tmp_path / "none.yaml"}, "cannot be read"),
+        ({"skip_layers": ("x",)}, "skip_layers"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            PruneConfig(**good, **settings)
+    for content in ("- a\n- b\n", "just words", "{", "\x00"):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(SettingsError, match=r"bad\.yaml (cannot be read|is not a mapping)"):
+            PruneConfig(**good, sparsities=tmp_path / "bad.yaml")
+    for settings, words in (
+        ({"include": ("c_attn",)}, "include: 'c_attn' is found in no linear's name"),
+        ({"exclude": ("c_attn",)}, "exclude: 'c_attn' is found in no linear's name"),
+        ({"sparsities": {"c_attn": 0.5}}, "sparsities: 'c_attn' is found in no linear's name"),
+        ({"skip_layers": (3,)}, "there is no decoder layer 3"),
+        ({"skip_layers": (0, 1, -1)}, "leave nothing to prune"),
+    ):
+        with pytest.raises(SettingsError, match=words) as caught:
+            prune(PruneConfig(**good, **settings))
+        assert caught.value.hint
+    with pytest.raises(
+        ModelError, match=r"pattern 2:5 does not divide the 32 inputs of model\.layers\.0\.self_attn\.q"
+    ):
+        prune(PruneConfig(**good, sparsities={"q_proj": "2:5"}))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_parse() -> None:
+    assert parse_target(0.5) == HALF
+    assert parse_target(0) is None
+    assert parse_target("2:4") == NofM(2, 4)
+    assert read_targets({"a": 1}) == {"a": 1}
