@@ -48,7 +48,7 @@ def test_each_part_by_hand() -> None:
         (3, "m.layers.3.self_attn.q_proj"): None,  # the last
     }
     assert {key: targets.of(*key, layers=4) for key in expected} == expected
-    allocated = Targets(HALF, own={"down": 0.25}, layer_sparsities=(0.4, 0.6))
+    allocated = Targets(HALF, own={"down": 0.25}, allocated={"up": 0.6})
     assert allocated.of(1, "up", 2) == Unstructured(0.6)
     assert allocated.of(1, "down", 2) == Unstructured(0.25)
 

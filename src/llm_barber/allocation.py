@@ -1,58 +1,138 @@
-"""The sparsity of each decoder layer, from one pass over the dense model before anything is pruned."""
+"""The sparsity of each linear, from a look at the dense model before anything is pruned."""
 
-from functools import partial
+from collections.abc import Iterator
+from typing import TypeVar
 
-from llm_barber.errors import SettingsError
+import torch
+from torch import Tensor
+
+from llm_barber.errors import NotFiniteError, SettingsError
 from llm_barber.initial import MethodMasks, collect_inputs
+from llm_barber.job import Job
+from llm_barber.masking.budget import removal_costs, spread_budget
 from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.statistics import InputSquares
+from llm_barber.masking.statistics import FisherSums, InputSquares
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
+from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 
-START = "start"  # the first layer's input, while the pass overwrites it
+START = "start"  # the first layer's input, while a pass overwrites it
+LOSS_TOKENS = 8192  # that gradients are taken of, at most: every layer's input is kept for them
+LOGITS = 2**24  # computed at once
+
+Sparsities = dict[str, float]  # by the linear's name in the model
+Found = TypeVar("Found")
 
 
-def allocate_by_outliers(
-    initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress
-) -> tuple[float, ...]:
-    """OWL's sparsities (arXiv 2310.05175), a layer each; the streams are left as they were.
-
-    What is not pruned counts for nothing: a layer with nothing else is given the sparsity asked for.
+def allocate(
+    allocation: Allocation, initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress
+) -> Sparsities:
+    """Spread a sparsity over the linears that are pruned; the streams are left as they were.
 
     Raises:
         SettingsError: the spread does not fit the sparsity.
+        NotFiniteError: the model's gradients are NaN or Inf.
     """
-    job = initial.job
     streams.copy(HIDDEN, START)
+    try:
+        if allocation is Allocation.OWL:
+            return _by_outliers(initial, streams, sparsity, progress)
+        return _by_loss(initial, streams, sparsity, progress)
+    finally:
+        streams.rename(START, HIDDEN)
+        streams.drop(START)
+
+
+def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
+    """OWL (arXiv 2310.05175): one pass forward."""
+    job = initial.job
     shares: dict[int, float] = {}
     sizes: dict[int, int] = {}
     progress.start("looking for outliers", job.layer_count)
-    for index in range(job.layer_count):
-        tensors = job.source.read(job.layer_tensors[index])
-        prefix = job.layer_prefix(index)
-        parameters = {name: tensors[prefix + name] for name in job.skeleton.layer_names(index)}
-        module = job.skeleton.load_layer(index, parameters)
-        layer = DecoderLayer(module, initial.linears(index), partial(job.skeleton.arguments, index))
+    for index, layer, parameters in _layers(initial, range(job.layer_count)):
         if layer.linears:
             squares = collect_inputs(layer, streams, InputSquares)
-            scores = [
-                wanda(parameters[f"{name}.weight"].to(streams.device), squares[name].mean) for name in layer.linears
-            ]
+            scores = [wanda(parameters[f"{name}.weight"], squares[name].mean) for name in layer.linears]
             shares[index] = outlier_share(scores)
             sizes[index] = sum(score.numel() for score in scores)
         for batch in streams.batches():
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
-        job.skeleton.release_layer(index)
         progress.advance(f"{shares[index]:.2%} outliers" if index in shares else "not pruned")
-    streams.rename(START, HIDDEN)
-    streams.drop(START)
     try:
         found = layer_sparsities(list(shares.values()), list(sizes.values()), sparsity)
     except ValueError as error:
         raise SettingsError(
             f"allocation owl: {error}", "choose a sparsity nearer to 0.5, or allocation uniform"
         ) from error
-    allocated = dict(zip(shares, found, strict=True))
-    return tuple(allocated.get(index, sparsity) for index in range(job.layer_count))
+    of_layers = zip(shares, found, strict=True)
+    return {job.linear_name(index, name): one for index, one in of_layers for name in initial.linears(index)}
+
+
+def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
+    """What pruning each linear costs the model's loss: forward, then back through the layers (`masking/budget.py`)."""
+    job, skeleton = initial.job, initial.job.skeleton
+    windows = max(1, min(streams.sequences, LOSS_TOKENS // job.tokens.input_ids.shape[1]))
+    batches = pieces(0, windows, streams.batch_size)
+    skeleton.fill_outside(job.source.read_parameters(skeleton.every_outside_name, job.base_prefix))
+    for size in {batch.stop - batch.start for batch in batches}:
+        skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
+    inputs: list[list[Tensor]] = []
+    progress.start("looking for what pruning costs", 2 * job.layer_count)
+    for _, layer, _ in _layers(initial, range(job.layer_count)):
+        inputs.append([streams.copied(HIDDEN, batch) for batch in batches])
+        for batch in batches:
+            streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
+        skeleton.layers_return_tuples = layer.returns_tuple
+        progress.advance("forward")
+    gradients = [_loss_gradient(job, streams.read(HIDDEN, batch), job.tokens.input_ids[batch]) for batch in batches]
+    skeleton.drop_outside()
+    costs: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    for index, layer, parameters in _layers(initial, reversed(range(job.layer_count))):
+        weights = {name: parameters[f"{name}.weight"] for name in layer.linears}
+        sums = {name: FisherSums(tuple(weight.shape), weight.device) for name, weight in weights.items()}
+        for number, hidden in enumerate(inputs.pop()):
+            gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], sums)
+        for name, weight in weights.items():
+            if not torch.isfinite(sums[name].rows.max()):
+                raise NotFiniteError(
+                    f"the loss has NaN or Inf gradients at {job.linear_name(index, name)}", "use another --allocation"
+                )
+            costs[job.linear_name(index, name)] = removal_costs(weight, sums[name].rows, sums[name].columns)
+            rows[job.linear_name(index, name)] = len(weight)
+        progress.advance("back")
+    found = spread_budget(list(costs.values()), list(rows.values()), sparsity)
+    return dict(zip(costs, found, strict=True))
+
+
+def _layers(
+    initial: MethodMasks, order: "range | Iterator[int]"
+) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
+    """Dense decoder layers, one in memory at a time, with the linears that are pruned."""
+    job = initial.job
+    for index in order:
+        layer, parameters = job.open_layer(index, job.source.read(job.layer_tensors[index]), initial.linears(index))
+        yield index, layer, parameters
+        job.skeleton.release_layer(index)
+
+
+def _loss_gradient(job: Job, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """The gradient of the next-token loss, summed over tokens, by the last layer's output; float32, its shape.
+
+    Args:
+        job: with the parameters outside the layers filled in.
+        hidden: (sequences, tokens, hidden).
+        tokens: int64, (sequences, tokens).
+    """
+    gradient = torch.zeros(hidden.shape, device=hidden.device)
+    following = tokens[:, 1:].to(hidden.device)
+    for sequence in range(len(hidden)):
+        for part in pieces(0, following.shape[1], max(1, LOGITS // int(job.config.vocab_size))):
+            own = hidden[sequence : sequence + 1, part].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = job.skeleton.finish(own)[0].float()
+                loss = torch.nn.functional.cross_entropy(logits, following[sequence, part], reduction="sum")
+            gradient[sequence, part] = torch.autograd.grad(loss, own)[0].float()
+    return gradient

@@ -149,9 +149,7 @@ class PruneConfig(RunSettings):
     keep_updates: bool = Field(
         False, description="keep the updated weights of SparseGPT or ALPS instead of the dense ones"
     )
-    allocation: Allocation = Field(
-        default=Allocation.UNIFORM, description="how sparsity is spread over the decoder layers"
-    )
+    allocation: Allocation = Field(default=Allocation.UNIFORM, description="how sparsity is spread over the linears")
     include: tuple[str, ...] = Field(default=(), description="regular expressions of the linears to prune; none: all")
     exclude: tuple[str, ...] = Field(default=(), description="regular expressions of linears not to prune")
     skip_layers: tuple[int, ...] = Field(default=(), description="decoder layers not to prune; -1 is the last")
@@ -196,8 +194,10 @@ class PruneConfig(RunSettings):
             problems.append("sparsity and pattern exclude each other: a pattern has its own sparsity")
         if self.keep_updates and not self.initial.has_updates:
             problems.append(f"keep_updates needs initial sparsegpt or alps: {self.initial} updates no weights")
-        if self.allocation is not Allocation.UNIFORM and self.pattern is not None:
+        if self.allocates and self.pattern is not None:
             problems.append("allocation is not for patterns: N:M has one sparsity everywhere")
+        if self.allocates and self.sparsities:
+            problems.append("allocation and sparsities exclude each other: both say how much of each linear goes")
         if self.initial_granularity is Granularity.BLOCK:
             problems.append("initial_granularity block is not defined: choose output, input or linear")
         if self.initial_granularity is not None and self.initial is Initial.SPARSEGPT:
@@ -219,6 +219,11 @@ class PruneConfig(RunSettings):
         if self.rebuild is not None:
             return self.rebuild
         return PRESETS[self.preset].rebuild or self.granularity is not None or self.rebuild_ratio is not None
+
+    @property
+    def allocates(self) -> bool:
+        """Do sparsities of linears differ by a look at the dense model?"""
+        return self.allocation is not Allocation.UNIFORM
 
     @property
     def targets(self) -> Targets:

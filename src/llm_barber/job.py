@@ -1,5 +1,6 @@
 """What a run needs before its first layer, all checked: checkpoint, architecture, calibration tokens, device, plan."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import RunSettings
 from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.model.architecture import Architecture, find_architecture
+from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.progress import Progress
@@ -71,6 +73,22 @@ class Job:
     def linear_name(self, index: int, linear: str) -> str:
         """The name of a layer's linear in the model."""
         return f"{self.skeleton.layer_prefix(index)}{linear}"
+
+    def open_layer(
+        self, index: int, tensors: Mapping[str, Tensor], linears: tuple[str, ...]
+    ) -> tuple[DecoderLayer, dict[str, Tensor]]:
+        """A decoder layer with its weights, and its parameters on the device by their names in it.
+
+        Args:
+            index: which.
+            tensors: by the checkpoint's names, as they were read.
+            linears: the ones that are looked at.
+        """
+        prefix = self.layer_prefix(index)
+        device = self.skeleton.device
+        parameters = {name: tensors[prefix + name].to(device) for name in self.skeleton.layer_names(index)}
+        module = self.skeleton.load_layer(index, parameters)
+        return DecoderLayer(module, linears, partial(self.skeleton.arguments, index)), parameters
 
     @property
     def base_prefix(self) -> str:

@@ -6,7 +6,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -63,11 +62,9 @@ def prune_layer(
     """Prune one decoder layer and move the stream through it; the pruned weights go by the checkpoint's names."""
     skeleton = job.skeleton
     prefix = job.layer_prefix(index)
-    parameters = {name: tensors[prefix + name].to(skeleton.device) for name in skeleton.layer_names(index)}
-    module = skeleton.load_layer(index, parameters)
     linears = initial.linears(index)
+    layer, parameters = job.open_layer(index, tensors, linears)
     blocks = job.architecture.only(linears)
-    layer = DecoderLayer(module, linears, partial(skeleton.arguments, index))
     dense = {name: parameters[f"{name}.weight"] for name in linears}
     pruned = initial(index, layer, dense, streams)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0

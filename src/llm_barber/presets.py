@@ -20,10 +20,14 @@ class Reconstruct(StrEnum):
 
 
 class Allocation(StrEnum):
-    """How sparsity is spread over decoder layers: evenly, or by their outliers (OWL, arXiv 2310.05175)."""
+    """How sparsity is spread: evenly, by the outliers of layers (OWL, arXiv 2310.05175), or by the loss.
+
+    The last takes gradients of the model's own loss on the calibration text, for each linear (`masking/budget.py`).
+    """
 
     UNIFORM = "uniform"
     OWL = "owl"
+    LOSS = "loss"
 
 
 class Preset(StrEnum):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_barber.allocation import allocate_by_outliers
+from llm_barber.allocation import allocate
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.checkpoint.state import source_key
@@ -21,7 +21,7 @@ from llm_barber.initial import CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
-from llm_barber.presets import Allocation, Reconstruct
+from llm_barber.presets import Reconstruct
 from llm_barber.progress import Progress, Silent
 from llm_barber.refine import RefineSettings
 from llm_barber.report import (
@@ -166,11 +166,12 @@ def _run(
         streams = _embed(job, _copy_outside(job, writer), refine_settings)
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
-        if isinstance(config, PruneConfig) and isinstance(initial, MethodMasks) and config.allocation is Allocation.OWL:
-            kept = writer.state.sparsities
-            kept = kept or allocate_by_outliers(initial, streams, config.target.sparsity, progress)
-            initial.targets = replace(initial.targets, layer_sparsities=kept)
-            writer.state = writer.state.model_copy(update={"sparsities": kept})
+        if isinstance(config, PruneConfig) and isinstance(initial, MethodMasks) and config.allocates:
+            sparsities = writer.state.sparsities or allocate(
+                config.allocation, initial, streams, config.target.sparsity, progress
+            )
+            initial.targets = replace(initial.targets, allocated=sparsities)
+            writer.state = writer.state.model_copy(update={"sparsities": sparsities})
         streams.restore(activations)
         seconds["embed"] += time.perf_counter() - start
         progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)

@@ -77,7 +77,7 @@ class Targets:
         exclude: a linear whose name one of them is found in is not pruned.
         skip_layers: decoder layers that are not pruned; negative ones count from the end.
         own: targets of linears, by a regular expression of the name: "N:M", a sparsity, or 0. The first one counts.
-        layer_sparsities: of each layer, in place of `pattern`'s, where they were allocated.
+        allocated: sparsities of linears by their names, in place of `pattern`'s.
     """
 
     pattern: Pattern
@@ -85,7 +85,7 @@ class Targets:
     exclude: tuple[str, ...] = ()
     skip_layers: tuple[int, ...] = ()
     own: dict[str, float | str] = field(default_factory=dict)
-    layer_sparsities: tuple[float, ...] | None = None
+    allocated: dict[str, float] | None = None
 
     def of(self, index: int, name: str, layers: int) -> Pattern | None:
         """The target of a linear; None: it is not pruned.
@@ -104,7 +104,7 @@ class Targets:
         for expression, value in self.own.items():
             if re.search(expression, name):
                 return parse_target(value)
-        return self.pattern if self.layer_sparsities is None else Unstructured(self.layer_sparsities[index])
+        return self.pattern if self.allocated is None else Unstructured(self.allocated[name])
 
     def check(self, shapes: Sequence[dict[str, tuple[int, ...]]]) -> None:
         """Refuse what fits no linear of the model.

@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_barber.errors import OutputError
 
 STATE_NAME = "state.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 ACTIVATIONS_KEPT = 2
 START_AGAIN = "start again with --overwrite"
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -48,7 +48,7 @@ class Activations(BaseModel):
 class RunState(BaseModel):
     """All that is finished. `key`: what the run's result depends on. `layers`: a record each. `seconds`: by stage.
 
-    `sparsities`: of each layer, where they were allocated.
+    `sparsities`: by linear, where they were allocated.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,7 +57,7 @@ class RunState(BaseModel):
     key: dict[str, Any]
     shards: dict[str, Shard] = {}
     layers: tuple[dict[str, Any], ...] = ()
-    sparsities: tuple[float, ...] | None = None
+    sparsities: dict[str, float] | None = None
     seconds: dict[str, float] = {}
     peak_memory: int = 0
     activations: tuple[Activations, ...] = ()

@@ -42,7 +42,8 @@ PresetOption = Annotated[
 AllocationOption = Annotated[
     Allocation,
     typer.Option(
-        help="How sparsity is spread over decoder layers: evenly, or less where a layer has many outliers.",
+        help="How sparsity is spread: evenly; owl: less to layers with many outliers; loss: to each linear by what "
+        "pruning it costs the model's loss.",
         rich_help_panel=METHOD,
     ),
 ]

@@ -72,6 +72,7 @@ class StreamedModel:
         room = CPU_LOGITS_BYTES if self.skeleton.device.type == "cpu" else GPU_LOGITS_BYTES
         return max(1, room // (4 * int(self.config.vocab_size)))
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor, where: str) -> Tensor:
         """Logits, float32, (tokens, vocabulary), of some positions' last hidden states, (tokens, hidden).
 

@@ -171,3 +171,28 @@ class GradientSquares:
     def mean(self) -> Tensor:
         """float32, (out, in)."""
         return self.total / self.sequences
+
+
+class FisherSums:
+    """Sums of the Fisher information of a linear's weights, over its columns and over its rows.
+
+    The information of a weight is Σ (g x)² over tokens, g the gradient of the loss by its output and x its input.
+    `rows`, float32 (out,), is its sum over inputs, Σ g² ‖x‖²; `columns`, float32 (in,), over outputs, Σ ‖g‖² x².
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.rows = torch.zeros(shape[0], device=device)
+        self.columns = torch.zeros(shape[1], device=device)
+
+    def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: (sequences, tokens, in).
+            output_gradient: (sequences, tokens, out), each sequence divided by its `scale`.
+            scale: (sequences,), float32.
+        """
+        for sequence, gradient, factor in zip(inputs, output_gradient, scale.tolist(), strict=True):
+            x, g = sequence.float().square(), (gradient.float() * factor).square()
+            self.rows += x.sum(1) @ g
+            self.columns += g.sum(1) @ x

@@ -6,15 +6,24 @@ not computed again: its module answers with its kept output ("replay"). A run st
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_barber.masking.statistics import GradientSquares
+from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import Block
 
 InputVisitor = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """A linear's input, detached, and its output, in the graph."""
+
+    inputs: Tensor
+    output: Tensor
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -153,39 +162,58 @@ class DecoderLayer:
         Returns:
             The block's output y, (sequences, tokens, hidden), detached, and the losses, float32 (sequences,).
         """
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-
-        def record(name: str) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                inputs[name] = positional[0].detach()
-                # Weights ask for no gradient, so that autograd forms none; the graph starts at the first outputs.
-                outputs[name] = output if output.requires_grad else output.requires_grad_()
-                return outputs[name]
-
-            return hook
-
         found: list[Tensor] = []
-        with ExitStack() as stack:
-            for name in block.linears:
-                stack.enter_context(_removed(self.linears[name].register_forward_hook(record(name))))
-            stack.enter_context(self._stop_at(block, found, len(hidden)))
-            stack.enter_context(self._replayed(replays))
-            stack.enter_context(torch.enable_grad())
+        with self._recorded(block.linears) as ends, self._stop_at(block, found, len(hidden)), self._replayed(replays):
             self._run(hidden)
         output = found[0]
         difference = output.detach().float() - sparse_output.float()
-        # Scaled by a power of two to at most 1, exactly, so that nothing underflows in half precision.
-        peak = torch.linalg.vector_norm(difference, torch.inf, dim=(1, 2))
-        scale = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent)
-        scaled = (difference / scale.view(-1, 1, 1)).to(output.dtype)
-        names = list(outputs)
-        gradients = torch.autograd.grad(output, [outputs[name] for name in names], scaled)
+        scaled, scale = _scaled(difference, output.dtype)
+        gradients = torch.autograd.grad(output, [end.output for end in ends.values()], scaled)
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = scale * (2 / difference[0].numel())
-        for name, gradient in zip(names, gradients, strict=True):
-            squares[name].update(_by_sequence(inputs[name], len(hidden)), _by_sequence(gradient, len(hidden)), factor)
+        for (name, end), gradient in zip(ends.items(), gradients, strict=True):
+            squares[name].update(_by_sequence(end.inputs, len(hidden)), _by_sequence(gradient, len(hidden)), factor)
         return output.detach(), _mean_squares(difference)
+
+    def loss_gradients(self, hidden: Tensor, gradient: Tensor, sums: Mapping[str, FisherSums]) -> Tensor:
+        """Carry the gradient of a loss from the layer's output to its input, and add what it is at the linears.
+
+        Args:
+            hidden: the layer's input, (sequences, tokens, hidden).
+            gradient: by the layer's output, float32, (sequences, tokens, hidden).
+            sums: running statistics of the linears.
+
+        Returns:
+            The gradient by `hidden`, float32, (sequences, tokens, hidden).
+        """
+        hidden = hidden.detach().requires_grad_()
+        with self._recorded(tuple(self.linears)) as ends:
+            output = self._run(hidden)
+        assert output is not None
+        scaled, scale = _scaled(gradient, output.dtype)
+        before, *gradients = torch.autograd.grad(output, [hidden, *(end.output for end in ends.values())], scaled)
+        for (name, end), one in zip(ends.items(), gradients, strict=True):
+            sums[name].update(_by_sequence(end.inputs, len(hidden)), _by_sequence(one, len(hidden)), scale)
+        return before.float() * scale.view(-1, 1, 1)
+
+    @contextmanager
+    def _recorded(self, linears: tuple[str, ...]) -> Iterator[dict[str, "_Ends"]]:
+        """Run with gradients, and note what goes into linears and comes out of them."""
+        ends: dict[str, _Ends] = {}
+
+        def record(name: str) -> Callable[..., Tensor]:
+            def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                # Weights ask for no gradient, so that autograd forms none; the graph starts at the first outputs.
+                ends[name] = _Ends(positional[0].detach(), output if output.requires_grad else output.requires_grad_())
+                return ends[name].output
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in linears:
+                stack.enter_context(_removed(self.linears[name].register_forward_hook(record(name))))
+            stack.enter_context(torch.enable_grad())
+            yield ends
 
     @torch.no_grad()
     def final_output(self, hidden: Tensor, block: Block, replays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -254,6 +282,16 @@ class DecoderLayer:
         finally:
             for module in modules:
                 del module.forward
+
+
+def _scaled(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each sequence scaled to at most 1, so that nothing underflows in half precision; and the scale, float32.
+
+    It is a power of two, so that this is exact. Takes float32 (sequences, tokens, hidden).
+    """
+    peak = torch.linalg.vector_norm(gradient, torch.inf, dim=(1, 2))
+    scale = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent)
+    return (gradient / scale.view(-1, 1, 1)).to(dtype), scale
 
 
 def _mean_squares(values: Tensor) -> Tensor:

@@ -125,7 +125,6 @@ class Skeleton:
                 del layer.forward
         self._arguments[len(tokens), tokens.shape[1]] = arguments
 
-    @torch.no_grad()
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits, (sequences, tokens, vocabulary), from the last decoder layer's output.
 

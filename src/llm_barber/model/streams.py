@@ -38,6 +38,10 @@ class ActivationStreams:
         """A batch, on the device."""
         return self._arrays[name][batch].to(self.device, non_blocking=True)
 
+    def copied(self, name: str, batch: slice) -> Tensor:
+        """A copy of a batch, in host memory."""
+        return self._arrays[name][batch].clone()
+
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
         self._arrays[other] = self._arrays[name].clone()

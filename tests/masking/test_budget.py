@@ -1,0 +1,39 @@
+import itertools
+
+import pytest
+import torch
+
+from llm_barber.masking.budget import removal_costs, spread_budget
+
+
+def test_removal_costs_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2.0, 3.0], [4.0, 0.0, 1.0]])
+    rows, columns = torch.tensor([2.0, 6.0]), torch.tensor([4.0, 3.0, 1.0])
+    # F = rows ⊗ columns / 8; ½ W² F: [1·8, 4·6, 9·2] / 16 and [16·24, 0, 1·6] / 16
+    expected = torch.tensor([(8 + 0) / 32, (18 + 6) / 32, (24 + 384) / 32])
+    assert torch.allclose(removal_costs(weight, rows, columns), expected)
+    assert (removal_costs(weight, torch.zeros(2), torch.zeros(3)) == 0).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.65])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_other_choice_within_the_budget_costs_less(seed: int, sparsity: float) -> None:
+    """Brute force over all numbers of weights a row; rows alike, where the greedy choice is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = [5, 8, 6]
+    costs = [torch.rand(count, generator=generator).sort().values for count in columns]
+    found = spread_budget(costs, [2, 2, 2], sparsity, spread=0.25)
+    allowed = [[n for n in range(1, c) if sparsity - 0.25 - 1e-9 <= n / c <= sparsity + 0.25 + 1e-9] for c in columns]
+    budget = int(sparsity * 2 * sum(columns)) // 2
+    choices = [one for one in itertools.product(*allowed) if sum(one) == budget]
+    best = min(choices, key=lambda one: sum(cost[:n].sum().item() for cost, n in zip(costs, one, strict=True)))
+    assert found == [n / count for n, count in zip(best, columns, strict=True)]
+
+
+def test_rows_of_different_number_and_limits() -> None:
+    costs = [torch.arange(10.0), torch.full((10,), 100.0)]
+    assert spread_budget(costs, [1, 1], 0.5, spread=1.0) == [0.9, 0.1]  # none loses all
+    assert spread_budget(costs, [1, 1], 0.5, spread=0.2) == [0.7, 0.3]
+    # A linear with four times the rows: five of its columns and five of the other are what fits 0.5.
+    assert spread_budget(costs, [4, 1], 0.5, spread=0.0) == [0.5, 0.5]
+    assert spread_budget(costs, [4, 1], 0.5, spread=0.4) == [0.6, 0.1]
