@@ -69,7 +69,7 @@ def prune_layer(
     pruned = initial(index, layer, dense, streams)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
     if follows_dense:
-        layer.set_weights({name: weight.to(skeleton.dtype) for name, weight in dense.items()})
+        layer.set_weights(dense)
         advance_dense(layer, blocks, streams)
     outcomes: list[tuple[Block, _Outcome, float | None]] = []
     final: list[Block] = []
@@ -82,7 +82,7 @@ def prune_layer(
         if last and pruned and refine_settings is not None and refine_settings.tune:
             pruned = tune_layer(layer, dense, pruned, refine_settings, streams)
             final.clear()  # the blocks before it have changed, too
-        layer.set_weights({name: one.weight.to(skeleton.dtype) for name, one in pruned.items()})
+        layer.set_weights({name: one.weight for name, one in pruned.items()})
         after = outcome.error_before  # its output with these weights is there already, if nothing has changed
         if after is None or not unchanged or last:
             after = _propagate(work, last, after is not None)
@@ -190,8 +190,8 @@ def _rebuild_block(
     Returns the rebuilt masks in the block's order, and the mean reconstruction error before the rebuild.
     """
     layer, block, streams = work.layer, work.block, work.streams
-    dense_weights = {name: dense[name].to(work.dtype) for name in block.linears}
-    sparse_weights = {name: pruned[name].weight.to(work.dtype) for name in block.linears}
+    dense_weights = {name: dense[name] for name in block.linears}
+    sparse_weights = {name: pruned[name].weight for name in block.linears}
     squares = {name: GradientSquares(tuple(dense[name].shape), dense[name].device) for name in block.linears}
     total = 0.0
     for batch in streams.batches():
@@ -227,7 +227,7 @@ def _measure(work: Pass, dense: Mapping[str, Tensor], pruned: Mapping[str, Prune
     for batch in work.streams.batches():
         outputs = []
         for weights in ({name: dense[name] for name in pruned}, {name: one.weight for name, one in pruned.items()}):
-            work.layer.set_weights({name: weight.to(work.dtype) for name, weight in weights.items()})
+            work.layer.set_weights(weights)
             outputs.append(work.output(batch))
         work.streams.write(DENSE_OUTPUT, batch, outputs[0])
         if not last:

@@ -83,11 +83,6 @@ class Pass:
     final: list[Block]
     streams: ActivationStreams
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return next(self.layer.module.parameters()).dtype
-
     def replays(self, batch: slice, stream: str = "") -> dict[str, Tensor]:
         """Kept outputs of the final blocks."""
         return {done.output: self.streams.read(stream + done.output, batch) for done in self.final}
@@ -115,8 +110,8 @@ def refine_block(
         settings: how.
     """
     layer, block, streams = work.layer, work.block, work.streams
-    dense_weights = {name: dense[name].to(work.dtype) for name in block.linears}
-    current = {name: pruned[name].weight.to(work.dtype) for name in block.linears}
+    dense_weights = {name: dense[name] for name in block.linears}
+    current = {name: pruned[name].weight for name in block.linears}
     training, held_out = streams.split(settings.held_out)
     refined: dict[str, PrunedLinear] = {}
     swapped: dict[str, int] = {}
@@ -136,7 +131,7 @@ def refine_block(
             moments.append(Objective.of(found, settings.target_mix) if batches else None)
         for name in group:
             refined[name], swapped[name] = refine_linear(pruned[name], dense[name], moments[0], moments[1], settings)
-            current[name] = refined[name].weight.to(work.dtype)
+            current[name] = refined[name].weight
     rejected = bool(held_out) and not _is_better(work, dense_weights, pruned, refined, held_out, settings.target_mix)
     if rejected:
         return Refined({name: pruned[name] for name in block.linears}, dict.fromkeys(block.linears, 0), True)
@@ -242,7 +237,7 @@ def _is_better(
         if mix:
             target = target.lerp(work.streams.read(DENSE + work.block.output, batch).float(), mix)
         for place, linears in enumerate((pruned, refined)):
-            work.layer.set_weights({name: linears[name].weight.to(work.dtype) for name in work.block.linears})
+            work.layer.set_weights({name: linears[name].weight for name in work.block.linears})
             errors[place] += reconstruction_errors(target, work.output(batch)).double().sum().item()
     return errors[1] < errors[0]
 

@@ -39,7 +39,6 @@ def tune_layer(
         settings: target mix; windows held out, if none all passes are made; most passes over the others.
         streams: the layer's input; for a mix, the dense model's output of it (`DENSE + NEXT`), too.
     """
-    dtype = next(layer.module.parameters()).dtype
     held_out, passes = settings.held_out, settings.tune
     _write_targets(layer, dense, settings.target_mix, streams)
     keeps = {name: one.keep for name, one in pruned.items()}
@@ -54,7 +53,7 @@ def tune_layer(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
     def loss(batch: slice) -> Tensor:
-        weights = {name: (one * keeps[name]).to(dtype) for name, one in values.items()}
+        weights = {name: (one * keeps[name]).to(layer.dtype) for name, one in values.items()}
         output = layer.output_with(weights, streams.read(HIDDEN, batch))
         return (output.float() - streams.read(TARGET, batch).float()).square().mean()
 
@@ -87,13 +86,12 @@ def _write_targets(
     layer: DecoderLayer, dense: Mapping[str, Tensor], target_mix: float, streams: ActivationStreams
 ) -> None:
     """What the layer's output should be, for every window."""
-    dtype = next(layer.module.parameters()).dtype
-    layer.set_weights({name: weight.to(dtype) for name, weight in dense.items()})
+    layer.set_weights(dense)
     for batch in streams.batches():
         target = streams.read(DENSE + NEXT, batch) if target_mix else None
         if target is None or target_mix < 1:
             own = layer.output(streams.read(HIDDEN, batch))
-            target = own if target is None else own.float().lerp(target.float(), target_mix).to(dtype)
+            target = own if target is None else own.float().lerp(target.float(), target_mix).to(layer.dtype)
         streams.write(TARGET, batch, target)
 
 

@@ -58,10 +58,15 @@ class DecoderLayer:
         self._flattened: dict[str, bool] = {}
         self.returns_tuple = False  # found when it runs
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return next(self.module.parameters()).dtype
+
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Point linears at other weights, (out, in), in the compute dtype."""
+        """Point linears at other weights, (out, in), converted to the compute dtype if they have another."""
         for name, weight in weights.items():
-            self.linears[name].weight.data = weight
+            self.linears[name].weight.data = weight.to(self.dtype)
 
     @torch.no_grad()
     def visit_inputs(self, hidden: Tensor, visitor: InputVisitor) -> None:
