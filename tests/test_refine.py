@@ -159,7 +159,7 @@ def test_every_preset_runs_and_says_what_kept_weights_are(tmp_path: Path, llama:
         report = run(llama, tmp_path / preset, tokens, preset=preset, rebuild=None)
         kept[preset] = report.kept_weights
         assert (report.granularity is not None) is (preset is Preset.PAPER)
-        assert report.sparsity == pytest.approx(0.5)
+        assert report.sparsity == pytest.approx(0.5, abs=0.003)
         assert not inspect(InspectConfig(model=tmp_path / preset, dense=llama)).problems
     assert kept == {"paper": "dense", "mask": "dense", "best": "tune"}
     with pytest.raises(SettingsError, match="keep_updates goes with neither"):

@@ -149,7 +149,9 @@ class PruneConfig(RunSettings):
     keep_updates: bool = Field(
         False, description="keep the updated weights of SparseGPT or ALPS instead of the dense ones"
     )
-    allocation: Allocation = Field(default=Allocation.UNIFORM, description="how sparsity is spread over the linears")
+    allocation: Allocation | None = Field(
+        default=None, description="how sparsity is spread over the linears; None: the preset's"
+    )
     include: tuple[str, ...] = Field(default=(), description="regular expressions of the linears to prune; none: all")
     exclude: tuple[str, ...] = Field(default=(), description="regular expressions of linears not to prune")
     skip_layers: tuple[int, ...] = Field(default=(), description="decoder layers not to prune; -1 is the last")
@@ -194,9 +196,10 @@ class PruneConfig(RunSettings):
             problems.append("sparsity and pattern exclude each other: a pattern has its own sparsity")
         if self.keep_updates and not self.initial.has_updates:
             problems.append(f"keep_updates needs initial sparsegpt or alps: {self.initial} updates no weights")
-        if self.allocates and self.pattern is not None:
+        asked = self.allocation not in (None, Allocation.UNIFORM)
+        if asked and self.pattern is not None:
             problems.append("allocation is not for patterns: N:M has one sparsity everywhere")
-        if self.allocates and self.sparsities:
+        if asked and self.sparsities:
             problems.append("allocation and sparsities exclude each other: both say how much of each linear goes")
         if self.initial_granularity is Granularity.BLOCK:
             problems.append("initial_granularity block is not defined: choose output, input or linear")
@@ -221,9 +224,11 @@ class PruneConfig(RunSettings):
         return PRESETS[self.preset].rebuild or self.granularity is not None or self.rebuild_ratio is not None
 
     @property
-    def allocates(self) -> bool:
-        """Do sparsities of linears differ by a look at the dense model?"""
-        return self.allocation is not Allocation.UNIFORM
+    def allocated_by(self) -> Allocation:
+        """How sparsity is spread: as asked for, or by the preset where that says nothing else of it."""
+        if self.allocation is not None:
+            return self.allocation
+        return Allocation.UNIFORM if self.pattern is not None or self.sparsities else PRESETS[self.preset].allocation
 
     @property
     def targets(self) -> Targets:

@@ -40,17 +40,18 @@ class Preset(StrEnum):
 
 @dataclass(frozen=True)
 class PresetSettings:
-    """What a preset stands for."""
+    """What a preset stands for; the allocation is not for N:M, which has one sparsity everywhere."""
 
     rebuild: bool
     refine: Refine
     reconstruct: Reconstruct
+    allocation: Allocation
 
 
 PRESETS = {
-    Preset.PAPER: PresetSettings(rebuild=True, refine=Refine.NONE, reconstruct=Reconstruct.NONE),
-    Preset.MASK: PresetSettings(rebuild=False, refine=Refine.SWAPS, reconstruct=Reconstruct.NONE),
-    Preset.BEST: PresetSettings(rebuild=False, refine=Refine.SWAPS, reconstruct=Reconstruct.TUNE),
+    Preset.PAPER: PresetSettings(True, Refine.NONE, Reconstruct.NONE, Allocation.UNIFORM),
+    Preset.MASK: PresetSettings(False, Refine.SWAPS, Reconstruct.NONE, Allocation.LOSS),
+    Preset.BEST: PresetSettings(False, Refine.SWAPS, Reconstruct.TUNE, Allocation.LOSS),
 }
 SWAPS = 100
 TARGET_MIX = 0.5

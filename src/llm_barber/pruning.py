@@ -21,7 +21,7 @@ from llm_barber.initial import CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
-from llm_barber.presets import Reconstruct
+from llm_barber.presets import Allocation, Reconstruct
 from llm_barber.progress import Progress, Silent
 from llm_barber.refine import RefineSettings
 from llm_barber.report import (
@@ -166,10 +166,11 @@ def _run(
         streams = _embed(job, _copy_outside(job, writer), refine_settings)
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
-        if isinstance(config, PruneConfig) and isinstance(initial, MethodMasks) and config.allocates:
-            sparsities = writer.state.sparsities or allocate(
-                config.allocation, initial, streams, config.target.sparsity, progress
-            )
+        allocation = config.allocated_by if isinstance(config, PruneConfig) else Allocation.UNIFORM
+        if isinstance(initial, MethodMasks) and allocation is not Allocation.UNIFORM:
+            sparsities = writer.state.sparsities
+            if sparsities is None:
+                sparsities = allocate(allocation, initial, streams, initial.targets.pattern.sparsity, progress)
             initial.targets = replace(initial.targets, allocated=sparsities)
             writer.state = writer.state.model_copy(update={"sparsities": sparsities})
         streams.restore(activations)
@@ -208,6 +209,7 @@ def _run(
             granularity=rebuild_settings.granularity if rebuild_settings else None,
             rebuild_ratio=rebuild_settings.ratio if rebuild_settings else None,
             refinement=refine_settings.words if refine_settings else None,
+            allocation=allocation,
             kept_weights=_kept_weights(config),
             calibration={
                 "source": job.tokens.source,

@@ -132,6 +132,7 @@ class RunReport(_Result):
     granularity: str | None
     rebuild_ratio: float | None
     refinement: str | None = None
+    allocation: str = "uniform"
     kept_weights: KeptWeights = KeptWeights.DENSE
     calibration: dict[str, Any]
     device: str
@@ -161,8 +162,9 @@ class RunReport(_Result):
     @property
     def changes(self) -> str:
         """What was done to the initial mask and the weights, in words."""
+        spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
         rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
-        return "; ".join(filter(None, [rebuilt, self.refinement])) or "not rebuilt"
+        return "; ".join(filter(None, [spread, rebuilt, self.refinement])) or "not rebuilt"
 
     @property
     def rejected(self) -> int:

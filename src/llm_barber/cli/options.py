@@ -40,11 +40,12 @@ PresetOption = Annotated[
     ),
 ]
 AllocationOption = Annotated[
-    Allocation,
+    Allocation | None,
     typer.Option(
         help="How sparsity is spread: evenly; owl: less to layers with many outliers; loss: to each linear by what "
-        "pruning it costs the model's loss.",
+        "pruning it costs the model's loss. (default: the preset's)",
         rich_help_panel=METHOD,
+        show_default=False,
     ),
 ]
 IncludeOption = Annotated[

@@ -43,7 +43,7 @@ from llm_barber.cli.options import (
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES, Allocation, Preset
+from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES, Preset
 
 
 @app.command(
@@ -91,7 +91,7 @@ def prune(
             rich_help_panel=METHOD,
         ),
     ] = False,
-    allocation: AllocationOption = Allocation.UNIFORM,
+    allocation: AllocationOption = None,
     preset: PresetOption = Preset.PAPER,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,

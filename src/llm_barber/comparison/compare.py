@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import check_text
 from llm_barber.job import load_tokenizer
 from llm_barber.model.device import resolve_device, resolve_dtype
+from llm_barber.presets import PRESETS
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.report import versions
@@ -172,6 +173,9 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     settings["seed"] = cell.seed
     if cell.method.preset is not None:
         settings["preset"] = cell.method.preset.value
+        settings |= asdict(PRESETS[cell.method.preset])  # should a preset change, its cells are done again
+        if "pattern" in settings:
+            del settings["allocation"]
     if cell.rebuilt:
         settings |= {"granularity": granularity.value if granularity else None, "rebuild_ratio": ratio}
     return settings
