@@ -103,8 +103,9 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
             costs[job.linear_name(index, name)] = removal_costs(weight, sums[name].rows, sums[name].columns)
             rows[job.linear_name(index, name)] = len(weight)
         progress.advance("back")
-    found = spread_budget(list(costs.values()), list(rows.values()), sparsity)
-    return dict(zip(costs, found, strict=True))
+    names = [job.linear_name(index, name) for index in range(job.layer_count) for name in initial.linears(index)]
+    found = spread_budget([costs[name] for name in names], [rows[name] for name in names], sparsity)
+    return dict(zip(names, found, strict=True))
 
 
 def _layers(

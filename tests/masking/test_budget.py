@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from llm_barber.masking.budget import removal_costs, spread_budget
+from llm_barber.masking.budget import cheapest, removal_costs, spread_budget
 
 
 def test_removal_costs_by_hand() -> None:
@@ -22,18 +22,19 @@ def test_no_other_choice_within_the_budget_costs_less(seed: int, sparsity: float
     generator = torch.Generator().manual_seed(seed)
     columns = [5, 8, 6]
     costs = [torch.rand(count, generator=generator).sort().values for count in columns]
-    found = spread_budget(costs, [2, 2, 2], sparsity, spread=0.25)
-    allowed = [[n for n in range(1, c) if sparsity - 0.25 - 1e-9 <= n / c <= sparsity + 0.25 + 1e-9] for c in columns]
     budget = int(sparsity * 2 * sum(columns)) // 2
-    choices = [one for one in itertools.product(*allowed) if sum(one) == budget]
+    choices = [one for one in itertools.product(*(range(1, count) for count in columns)) if sum(one) == budget]
     best = min(choices, key=lambda one: sum(cost[:n].sum().item() for cost, n in zip(costs, one, strict=True)))
-    assert found == [n / count for n, count in zip(best, columns, strict=True)]
+    expected = [n / count for n, count in zip(best, columns, strict=True)]
+    assert cheapest(costs, [2, 2, 2], sparsity) == expected
+    assert spread_budget(costs, [2, 2, 2], sparsity, 1.0) == pytest.approx(expected)
 
 
-def test_rows_of_different_number_and_limits() -> None:
+def test_rows_of_different_number_limits_and_share() -> None:
     costs = [torch.arange(10.0), torch.full((10,), 100.0)]
-    assert spread_budget(costs, [1, 1], 0.5, spread=1.0) == [0.9, 0.1]  # none loses all
-    assert spread_budget(costs, [1, 1], 0.5, spread=0.2) == [0.7, 0.3]
-    # A linear with four times the rows: five of its columns and five of the other are what fits 0.5.
-    assert spread_budget(costs, [4, 1], 0.5, spread=0.0) == [0.5, 0.5]
-    assert spread_budget(costs, [4, 1], 0.5, spread=0.4) == [0.6, 0.1]
+    assert cheapest(costs, [1, 1], 0.5) == [0.9, 0.1]  # none loses all, each one at least
+    assert spread_budget(costs, [1, 1], 0.5, 0.25) == [0.6, 0.4]
+    assert spread_budget(costs, [1, 1], 0.5, 0.2) == [0.6, 0.4]  # 5.8 and 4.2 of ten, in whole columns
+    assert spread_budget(costs, [1, 1], 0.5, 0.0) == [0.5, 0.5]
+    # A linear with four times the rows: six of its columns and one of the other are what fits 0.5 of 50.
+    assert cheapest(costs, [4, 1], 0.5) == [0.6, 0.1]

@@ -4,7 +4,8 @@ Taking weight W away changes the loss by about ½ W² · F, with F the Fisher in
 tokens of its squared gradient (g x)², g the gradient of the loss by the linear's output and x its input (optimal brain
 damage, LeCun et al., 1989). F is taken as separable here, rows times columns: that changes sparsities by a few
 thousandths. Every row of a linear loses as many weights as the others, those that cost least, so that the n-th costs no
-less than the one before: taking the cheapest next one of all linears until the budget is spent is the least sum.
+less than the one before: taking the cheapest next one of all linears until the budget is spent is the least sum. The
+sparsities used lie between that and the same for all.
 """
 
 import math
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SPREAD = 0.15  # a linear's sparsity is at most so far from the one asked for
+SHARE = 0.3  # of the way to what costs least: the estimates are rough (docs/refining.md)
 
 
 def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -29,25 +30,35 @@ def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return half_curvature.mul_(weight.float().square()).sort(1).values.mean(0)
 
 
-def spread_budget(costs: Sequence[Tensor], rows: Sequence[int], sparsity: float, spread: float = SPREAD) -> list[float]:
+def spread_budget(costs: Sequence[Tensor], rows: Sequence[int], sparsity: float, share: float = SHARE) -> list[float]:
     """The sparsity of each linear.
 
     Args:
         costs: of each linear, (in,), ascending; see `removal_costs`.
         rows: of each linear.
-        sparsity: of all together, not passed, and missed by less than one weight of every row of one linear.
-        spread: no linear's sparsity is further from it, and none loses all weights of a row.
+        sparsity: of all together, missed by less than one weight of every row of one linear.
+        share: of the way from the same sparsity for all, 0, to what costs least, 1.
+    """
+    found = []
+    left = 0.0  # weights that rounding to whole columns owes to the next linear
+    for cost, count, least in zip(costs, rows, cheapest(costs, rows, sparsity), strict=True):
+        wanted = (sparsity + share * (least - sparsity)) * len(cost) * count + left
+        columns = min(max(round(wanted / count), 1), len(cost) - 1)
+        left = wanted - columns * count
+        found.append(columns / len(cost))
+    return found
+
+
+def cheapest(costs: Sequence[Tensor], rows: Sequence[int], sparsity: float) -> list[float]:
+    """The sparsities that cost least: no linear loses all weights of a row, and each one at least.
+
+    The sparsity of all together is not passed, and missed by less than one weight of every row of one linear.
     """
     columns = [len(one) for one in costs]
-    least = [max(1, math.ceil((sparsity - spread) * count)) for count in columns]
-    most = [min(count - 1, math.floor((sparsity + spread) * count)) for count in columns]
-    budget = math.floor(sparsity * sum(r * c for r, c in zip(rows, columns, strict=True)))
-    budget -= sum(r * low for r, low in zip(rows, least, strict=True))
-    choices = torch.cat([one[low:high].cpu() for one, low, high in zip(costs, least, most, strict=True)])
-    owners = torch.cat(
-        [torch.full((max(0, high - low),), index) for index, (low, high) in enumerate(zip(least, most, strict=True))]
-    )
+    budget = math.floor(sparsity * sum(r * c for r, c in zip(rows, columns, strict=True))) - sum(rows)
+    choices = torch.cat([one[1:-1].cpu() for one in costs])
+    owners = torch.repeat_interleave(torch.arange(len(costs)), torch.tensor([count - 2 for count in columns]))
     order = choices.argsort(stable=True)
     spent = torch.tensor(rows)[owners[order]].cumsum(0)
     taken = torch.bincount(owners[order][spent <= budget], minlength=len(rows)).tolist()
-    return [(low + more) / count for low, more, count in zip(least, taken, columns, strict=True)]
+    return [(1 + more) / count for more, count in zip(taken, columns, strict=True)]
