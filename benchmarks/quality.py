@@ -22,12 +22,13 @@ from llm_barber.comparison.compare import (
     MARKER,
     Cell,
     Comparison,
+    ComparisonCell,
     calibration_file,
     cell_settings,
     compare,
     make_runner,
 )
-from llm_barber.comparison.settings import CompareConfig, Method
+from llm_barber.comparison.settings import PEERS, CompareConfig, Method
 from llm_barber.comparison.tables import markdown
 from llm_barber.config import PruneConfig, RebuildConfig
 from llm_barber.console import ConsoleProgress
@@ -54,7 +55,9 @@ CALIBRATION_ROWS = (
     (Method.MAGNITUDE, True),
 )
 DEFAULT_NAME, DEFAULT_TITLE = "smollm2-135m", "SmolLM2-135M-Instruct (from a 4-bit GGUF)"
-STAGES = ("choice", "first", "order", "sequences", "main")
+# Beyond the paper and its peers: ADMM as a baseline, and what the presets are.
+REFINED = (Method.ALPS, Method.MASK, Method.BEST)
+STAGES = ("choice", "first", "order", "sequences", "main", "refined")
 
 
 class Quality:
@@ -106,6 +109,7 @@ class Quality:
         self.limit = limit
         self.targets = targets
         self.counts = CALIBRATION_SEQUENCES
+        self.refined_seeds: tuple[int, ...] = ()
         self.seeds_of = seeds_of or {}
         self.settings = settings
 
@@ -157,16 +161,31 @@ class Quality:
         """All methods at all targets with the first seed: the tables, should there be no time for the others."""
         return self.main(progress, self.seeds[:1])
 
+    def refined(self, progress: Progress) -> list[ComparisonCell]:
+        """What goes beyond the paper, at all targets, as many seeds as there is time for."""
+        if not self.refined_seeds:
+            return []
+        return list(self.table(progress, {}, self.refined_seeds, REFINED).cells)
+
     def main(self, progress: Progress, seeds: tuple[int, ...] | None = None) -> Comparison:
-        """All methods at all targets, all seeds; tasks for the first seed, at some targets."""
-        chosen = self.chosen(progress)
+        """All methods at all targets, all seeds."""
+        return self.table(progress, self.chosen(progress), seeds)
+
+    def table(
+        self,
+        progress: Progress,
+        chosen: dict[Method, tuple[Granularity, float]],
+        seeds: tuple[int, ...] | None,
+        methods: tuple[Method, ...] = PEERS,
+    ) -> Comparison:
+        """Rows at all targets; tasks for the first seed, at some targets."""
         tasks = {"tasks": TASKS, "tasks_folder": Path("tasks"), "limit": self.limit, "task_seeds": 1}
         with_tasks = [target for target in self.targets if target in TASK_TARGETS and self.limit]
         parts = []
         for target in sorted(self.targets, key=lambda target: target not in with_tasks):
             # N:M with the released experiments' settings: chosen at 50 %, they ruin it.
             own = {**self.common, "rebuild_settings": {} if ":" in target else chosen}
-            own |= {"targets": (target,), "seeds": seeds or self.seeds_of.get(target, self.seeds)}
+            own |= {"targets": (target,), "seeds": seeds or self.seeds_of.get(target, self.seeds), "methods": methods}
             parts.append(self.compare(CompareConfig(**own, **(tasks if target in with_tasks else {})), progress))
         cells = [cell for part in parts for cell in part.cells]
         cells.sort(key=lambda cell: self.targets.index(cell.target))
@@ -254,6 +273,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--seeds-of", metavar="TARGET=SEED,…", action="append", default=[], help="of one target")
+    parser.add_argument("--refined-seeds", default="0", help="of what goes beyond the paper; empty: left out")
     parser.add_argument("--counts", default=",".join(map(str, CALIBRATION_SEQUENCES)), help="of calibration sequences")
     parser.add_argument("--settings-of", metavar="NAME", help="take the rebuild's settings from that model's results")
     parser.add_argument("--only", choices=STAGES)
@@ -270,6 +290,7 @@ def main() -> None:
         read_settings(options.settings_of) if options.settings_of else None,
     )  # fmt: skip
     quality.counts = _numbers(options.counts)
+    quality.refined_seeds = _numbers(options.refined_seeds) if options.refined_seeds else ()
     with ConsoleProgress() as progress:
         if options.only:
             getattr(quality, options.only)(progress)
@@ -282,6 +303,9 @@ def main() -> None:
             order, sequences = quality.order(progress), quality.sequences(progress)
             comparison, choice = quality.main(progress), quality.choice(progress)
             write_settings(name, quality.chosen(progress))
+        refined = quality.refined(progress)
+    cells = sorted([*comparison.cells, *refined], key=lambda cell: quality.targets.index(cell.target))
+    comparison = comparison.model_copy(update={"cells": tuple(cells)})
     write_page(
         ROOT / "docs" / "results.md",
         name,
@@ -293,6 +317,7 @@ def main() -> None:
         order,
         options.settings_of,
         quality.seeds_of,
+        quality.refined_seeds,
     )
     print(markdown(comparison.model_copy(update={"model": title})))
     print(machine())

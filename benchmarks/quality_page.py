@@ -29,7 +29,7 @@ Order = Mapping[Method, tuple[CellResult, CellResult]]
 
 def write_page(
     page: Path, name: str, title: str, machine: str, comparison: Comparison, choice: Choice, sequences: Sequences,
-    order: Order, settings_of: str | None, seeds_of: Mapping[str, tuple[int, ...]],
+    order: Order, settings_of: str | None, seeds_of: Mapping[str, tuple[int, ...]], refined_seeds: tuple[int, ...],
 ) -> None:  # fmt: skip
     """Replace the model's part of the page (between its markers), and write its plots beside it."""
     comparison = comparison.model_copy(update={"model": title})
@@ -41,10 +41,13 @@ def write_page(
     lines = [f"## {title}", ""]
     lines += [f"- {note}" for note in notes(comparison)]
     lines += [f"- {target_title(target)}: seeds {', '.join(map(str, seeds))}." for target, seeds in seeds_of.items()]
+    if refined_seeds:
+        lines += [f"- ALPS and the presets: seeds {', '.join(map(str, refined_seeds))}."]
     lines += [f"- Machine: {machine}.", ""]
     lines += [f"![Perplexity by sparsity](results/{name}.svg)", ""]
     for block in blocks(comparison):
         lines += [f"### {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
+    lines += _gap(comparison)
     lines += _does_it_help(comparison)
     if settings_of is not None:
         lines += [f"The settings of the rebuild are those chosen on {settings_of}.", ""]
@@ -66,12 +69,44 @@ def write_page(
     page.write_text(text, encoding="utf-8")
 
 
+def _gap(comparison: Comparison) -> list[str]:
+    """How much of the gap in log perplexity between Wanda and the dense model each row closes."""
+    targets = list(dict.fromkeys(cell.target for cell in comparison.cells))
+    dense = math.log(comparison.dense.texts[0].perplexity)
+    found = {
+        (cell.method, cell.rebuilt, cell.target, cell.seed): math.log(_perplexity(cell.result))
+        for cell in comparison.cells
+        if cell.result is not None
+    }
+    rows = []
+    for method, rebuilt in dict.fromkeys(key[:2] for key in found):
+        cells = []
+        for target in targets:
+            gaps = []
+            for (one, was_rebuilt, at, seed), value in found.items():
+                wanda = found.get((Method.WANDA, False, at, seed))
+                if (one, was_rebuilt, at) == (method, rebuilt, target) and wanda is not None:
+                    gaps.append((wanda - value) / (wanda - dense))
+            cells.append(f"{sum(gaps) / len(gaps):.0%}" if gaps else "–")
+        if (method, rebuilt) != (Method.WANDA, False):
+            rows.append(Row(TITLES[method] + REBUILT * rebuilt, tuple(cells), (False,) * len(cells)))
+    return [
+        "### How much of what Wanda loses each method wins back",
+        "",
+        "Share of the gap in log perplexity between Wanda and the dense model, mean over the row's seeds; below 0 it is "
+        "worse than Wanda.",
+        "",
+        *markdown_table(["method", *map(target_title, targets)], rows),
+        "",
+    ]
+
+
 def _does_it_help(comparison: Comparison) -> list[str]:
     """Perplexity with rebuild over perplexity without, by method and target; the geometric mean over seeds."""
     targets = list(dict.fromkeys(cell.target for cell in comparison.cells))
     found = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell.result for cell in comparison.cells}
     rows = []
-    for method in dict.fromkeys(cell.method for cell in comparison.cells):
+    for method in dict.fromkeys(cell.method for cell in comparison.cells if cell.rebuilt):
         cells = []
         for target in targets:
             ratios = []
