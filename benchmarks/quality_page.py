@@ -93,7 +93,7 @@ def _gap(comparison: Comparison) -> list[str]:
     return [
         "### How much of what Wanda loses each method wins back",
         "",
-        "Share of the gap in log perplexity between Wanda and the dense model, mean over the row's seeds; below 0 it is "
+        "Share of the gap in log perplexity between Wanda and the dense model, mean over its seeds; below 0 it is "
         "worse than Wanda.",
         "",
         *markdown_table(["method", *map(target_title, targets)], rows),
