@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         **LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": MIXED,
     },
+    "gpt2": GPT_LIKE,  # weights as (in, out)
     "gpt_bigcode": GPT_LIKE,
     "gpt_neox": {**COMMON, "intermediate_size": 64, "num_attention_heads": 4},
     "gptj": {**GPT_LIKE, "rotary_dim": 4},

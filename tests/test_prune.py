@@ -325,8 +325,8 @@ def test_bad_input_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, llama: 
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x").write_text("")
     expect_failure("exists", OutputError, tmp_path, **good, output=tmp_path / "there")
-    change_json(llama / "config.json", model_type="gpt2")
-    error = expect_failure("architecture 'gpt2' is not supported", ModelError, tmp_path, **good)
+    change_json(llama / "config.json", model_type="bert")
+    error = expect_failure("architecture 'bert' is not supported", ModelError, tmp_path, **good)
     assert "llama" in error.hint
     assert "opt" in error.hint
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from llm_barber import PruneConfig, RunReport, prune
+from llm_barber import InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Unstructured, holds
 from llm_barber.progress import Silent
@@ -165,3 +166,28 @@ def test_parse() -> None:
     assert parse_target(0) is None
     assert parse_target("2:4") == NofM(2, 4)
     assert read_targets({"a": 1}) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"preset": "best"}, {"pattern": "2:4", "preset": "mask"}, {"initial": "sparsegpt"}]
+)
+def test_weights_that_are_kept_transposed(tmp_path: Path, tokens: Path, settings: dict[str, object]) -> None:
+    """GPT-2 keeps its weights as (in, out): shapes and N:M are those of (out, in), in the record and for inspect."""
+    model = make_model(tmp_path / "gpt2", "gpt2")
+    report = run(model, tmp_path / "out", tokens, **settings)
+    assert report.layers[0].linears[0].shape == (96, 32)
+    written = read_folder(tmp_path / "out")
+    weight = written["transformer.h.0.attn.c_attn.weight"]
+    assert weight.shape == (32, 96)
+    if "pattern" in settings:
+        assert holds(NofM(2, 4), weight.t() != 0)
+        assert not holds(NofM(2, 4), weight != 0)
+    inspection = inspect(InspectConfig(model=tmp_path / "out", dense=model))
+    assert not inspection.problems
+    assert inspection.linears[0].shape == (96, 32)
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8)[None]).logits).all()
+    if "preset" not in settings:
+        again = rebuild(
+            RebuildConfig(dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens)
+        )
+        assert again.pruned == report.pruned

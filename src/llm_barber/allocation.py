@@ -51,10 +51,10 @@ def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: flo
     shares: dict[int, float] = {}
     sizes: dict[int, int] = {}
     progress.start("looking for outliers", job.layer_count)
-    for index, layer, parameters in _layers(initial, range(job.layer_count)):
+    for index, layer, weights in _layers(initial, range(job.layer_count)):
         if layer.linears:
             squares = collect_inputs(layer, streams, InputSquares)
-            scores = [wanda(parameters[f"{name}.weight"], squares[name].mean) for name in layer.linears]
+            scores = [wanda(weights[name], squares[name].mean) for name in layer.linears]
             shares[index] = outlier_share(scores)
             sizes[index] = sum(score.numel() for score in scores)
         for batch in streams.batches():
@@ -90,18 +90,17 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     skeleton.drop_outside()
     costs: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
-    for index, layer, parameters in _layers(initial, reversed(range(job.layer_count))):
-        weights = {name: parameters[f"{name}.weight"] for name in layer.linears}
-        sums = {name: FisherSums(tuple(weight.shape), weight.device) for name, weight in weights.items()}
+    for index, layer, weights in _layers(initial, reversed(range(job.layer_count))):
+        sums = {name: FisherSums(tuple(weights[name].shape), streams.device) for name in layer.linears}
         for number, hidden in enumerate(inputs.pop()):
             gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], sums)
-        for name, weight in weights.items():
+        for name in layer.linears:
             if not torch.isfinite(sums[name].rows.max()):
                 raise NotFiniteError(
                     f"the loss has NaN or Inf gradients at {job.linear_name(index, name)}", "use another --allocation"
                 )
-            costs[job.linear_name(index, name)] = removal_costs(weight, sums[name].rows, sums[name].columns)
-            rows[job.linear_name(index, name)] = len(weight)
+            costs[job.linear_name(index, name)] = removal_costs(weights[name], sums[name].rows, sums[name].columns)
+            rows[job.linear_name(index, name)] = len(weights[name])
         progress.advance("back")
     names = [job.linear_name(index, name) for index in range(job.layer_count) for name in initial.linears(index)]
     found = spread_budget([costs[name] for name in names], [rows[name] for name in names], sparsity)
@@ -114,8 +113,8 @@ def _layers(
     """Dense decoder layers, one in memory at a time, with the linears that are pruned."""
     job = initial.job
     for index in order:
-        layer, parameters = job.open_layer(index, job.source.read(job.layer_tensors[index]), initial.linears(index))
-        yield index, layer, parameters
+        layer, weights = job.open_layer(index, job.source.read(job.layer_tensors[index]), initial.linears(index))
+        yield index, layer, weights
         job.skeleton.release_layer(index)
 
 

@@ -260,7 +260,7 @@ class CheckpointMasks:
         prefix = self.job.skeleton.layer_prefix(index)
         names = {f"{prefix}{name}.weight": name for name in linears}
         tensors = source.read_parameters(names, self.job.base_prefix)
-        return {names[key]: tensor for key, tensor in tensors.items()}
+        return {names[key]: self.job.architecture.turned(tensor) for key, tensor in tensors.items()}
 
     def _find_pattern(self, name: str, nonzero: Tensor, fixed: Tensor) -> NofM | None:
         if self.pattern == "unstructured":

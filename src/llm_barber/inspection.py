@@ -78,6 +78,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     dense = CheckpointSource(config.dense, config.revision) if config.dense is not None else None
     record = read_record(source.folder)
     linears = find_linears(source)
+    architecture = ARCHITECTURES.get(source.model_type)
     if not linears:
         raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
     problems = [] if dense is None else _compare_names(source, dense)
@@ -95,9 +96,10 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         original = dense.read([name])[name] if dense is not None and name in dense.tensors else None
         if name in linears:
             layer, linear = linears[name]
-            inspected.append(_inspect_linear(linear, layer, tensor, original))
+            weight = architecture.turned(tensor) if architecture else tensor
+            inspected.append(_inspect_linear(linear, layer, weight, original))
             if record is not None:
-                problems += _check_record(inspected[-1], expected.get((layer, linear)), tensor)
+                problems += _check_record(inspected[-1], expected.get((layer, linear)), weight)
         if original is not None:
             updated = record is not None and record.kept_weights is not KeptWeights.DENSE and name in linears
             problems += _compare_bits(name, tensor, original, may_be_zero=name in linears, may_be_updated=updated)
@@ -141,7 +143,8 @@ def find_linears(source: CheckpointSource) -> dict[str, tuple[int, str]]:
     if architecture is None:
         expression = re.compile(r"(?:.*?\.)??(\d+)\.(.+)\.weight")
     else:
-        layers = f"(?:{re.escape(architecture.layers)}|{re.escape(architecture.layers.removeprefix('model.'))})"
+        below = architecture.layers.partition(".")[2]  # without the base model's prefix, which some leave out
+        layers = f"(?:{re.escape(architecture.layers)}|{re.escape(below)})"
         linears = "|".join(re.escape(linear) for linear in architecture.linears)
         expression = re.compile(rf"{layers}\.(\d+)\.({linears})\.weight")
     found = {}

@@ -77,7 +77,7 @@ class Job:
     def open_layer(
         self, index: int, tensors: Mapping[str, Tensor], linears: tuple[str, ...]
     ) -> tuple[DecoderLayer, dict[str, Tensor]]:
-        """A decoder layer with its weights, and its parameters on the device by their names in it.
+        """A decoder layer with its weights, and those of all its linears by name, (out, in), on the device.
 
         Args:
             index: which.
@@ -88,7 +88,10 @@ class Job:
         device = self.skeleton.device
         parameters = {name: tensors[prefix + name].to(device) for name in self.skeleton.layer_names(index)}
         module = self.skeleton.load_layer(index, parameters)
-        return DecoderLayer(module, linears, partial(self.skeleton.arguments, index)), parameters
+        arguments = partial(self.skeleton.arguments, index)
+        layer = DecoderLayer(module, linears, arguments, self.architecture.transposed)
+        names = self.architecture.linears
+        return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
 
     @property
     def base_prefix(self) -> str:
@@ -96,7 +99,7 @@ class Job:
         return str(self.skeleton.model.base_model_prefix)
 
     def linear_shapes(self, source: CheckpointSource) -> dict[str, tuple[int, ...]]:
-        """Shapes of all prunable linears in a checkpoint of this architecture, by the model's names.
+        """Shapes, (out, in), of all prunable linears in a checkpoint of this architecture, by the model's names.
 
         Raises:
             ModelError: one is missing.
@@ -106,7 +109,8 @@ class Job:
             for index in range(self.layer_count)
             for linear in self.architecture.linears
         ]
-        return {name: source.tensors[source.resolve(name, self.base_prefix)].shape for name in names}
+        shapes = {name: source.tensors[source.resolve(name, self.base_prefix)].shape for name in names}
+        return {name: shape[::-1] if self.architecture.transposed else shape for name, shape in shapes.items()}
 
 
 def prepare(model: str, settings: RunSettings, targets: Targets | None, progress: Progress) -> Job:

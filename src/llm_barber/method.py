@@ -63,9 +63,9 @@ def prune_layer(
     skeleton = job.skeleton
     prefix = job.layer_prefix(index)
     linears = initial.linears(index)
-    layer, parameters = job.open_layer(index, tensors, linears)
+    layer, every = job.open_layer(index, tensors, linears)
     blocks = job.architecture.only(linears)
-    dense = {name: parameters[f"{name}.weight"] for name in linears}
+    dense = {name: every[name] for name in linears}
     pruned = initial(index, layer, dense, streams)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
     if follows_dense:
@@ -95,12 +95,11 @@ def prune_layer(
     skeleton.release_layer(index)
     weights = {name: one.final for name, one in pruned.items()}
     results = [
-        _result(
-            block, outcome, after, {name: weights.get(name, parameters[f"{name}.weight"]) for name in block.linears}
-        )
+        _result(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
         for block, (_, outcome, after) in zip(job.architecture.blocks, outcomes, strict=True)
     ]
-    return {f"{prefix}{name}.weight": weight for name, weight in weights.items()}, results
+    turned = job.architecture.turned
+    return {f"{prefix}{name}.weight": turned(weight) for name, weight in weights.items()}, results
 
 
 @dataclass(frozen=True)

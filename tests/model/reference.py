@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
@@ -72,6 +73,12 @@ def prune_in_memory(
     `blocks`: name → (output module, linears), in order.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    for module in list(model.modules()):  # GPT-2 keeps its weights as (in, out)
+        for name, child in list(module.named_children()):
+            if isinstance(child, Conv1D):
+                linear = nn.Linear(*child.weight.shape).requires_grad_(False)
+                linear.weight.data, linear.bias.data = child.weight.t().contiguous(), child.bias
+                setattr(module, name, linear)
     layers = model.get_submodule(layers_path)
     masks = {}
     for index in range(len(layers)):

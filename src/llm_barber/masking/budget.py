@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SHARE = 0.3  # of the way to what costs least: the estimates are rough (docs/refining.md)
+SHARE = 0.5  # of the way to what costs least: the estimates are rough (docs/refining.md)
 
 
 def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

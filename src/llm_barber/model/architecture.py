@@ -6,6 +6,8 @@ To add a family, add a record to `ARCHITECTURES` and its name to the parity test
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from llm_barber.errors import ModelError
 
 
@@ -27,16 +29,22 @@ class Architecture:
     """A model family: the path of its decoder layers (a module list), and each layer's blocks in order.
 
     `renamed`: parameters outside the layers that checkpoints know by other names, the model's name first.
+    `transposed`: weights of linears are kept as (in, out).
     """
 
     layers: str
     blocks: tuple[Block, ...]
     renamed: tuple[tuple[str, str], ...] = ()
+    transposed: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
         """All prunable linears of a decoder layer, block after block."""
         return tuple(name for block in self.blocks for name in block.linears)
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """A linear's weight as (out, in) from how the family keeps it, or the other way round."""
+        return weight.t().contiguous() if self.transposed else weight
 
     def only(self, linears: Collection[str]) -> tuple[Block, ...]:
         """The blocks with some of their linears; a block may be left with none."""
@@ -63,6 +71,7 @@ LLAMA_ATTENTION = ("self_attn", (*QKV, "o_proj"))
 BLOOM_ATTENTION = ("self_attention", ("query_key_value", "dense"))
 BLOOM_MLP = ("mlp", ("dense_h_to_4h", "dense_4h_to_h"))
 
+GPT2 = _family("transformer.h", ("attn", ("c_attn", "c_proj")), ("mlp", ("c_fc", "c_proj")))
 LLAMA = _family("model.layers", LLAMA_ATTENTION, ("mlp", ("gate_proj", "up_proj", "down_proj")))
 UNGATED = _family("model.layers", LLAMA_ATTENTION, ("mlp", ("up_proj", "down_proj")))
 
@@ -78,7 +87,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon": _family("transformer.h", BLOOM_ATTENTION, BLOOM_MLP),
     "gemma2": LLAMA,
     "gemma3_text": LLAMA,
-    "gpt_bigcode": _family("transformer.h", ("attn", ("c_attn", "c_proj")), ("mlp", ("c_fc", "c_proj"))),
+    "gpt2": replace(GPT2, transposed=True),
+    "gpt_bigcode": GPT2,
     "gpt_neox": replace(
         _family("gpt_neox.layers", ("attention", ("query_key_value", "dense")), BLOOM_MLP),
         renamed=(("lm_head.weight", "embed_out.weight"),),

@@ -45,14 +45,20 @@ class DecoderLayer:
         module: the layer.
         linears: paths of the prunable linears.
         arguments: gives the keyword arguments of the layer's call for a number of sequences and of their tokens.
+        transposed: linears keep their weights as (in, out).
     """
 
     def __init__(
-        self, module: nn.Module, linears: tuple[str, ...], arguments: Callable[[int, int], Mapping[str, Any]]
+        self,
+        module: nn.Module,
+        linears: tuple[str, ...],
+        arguments: Callable[[int, int], Mapping[str, Any]],
+        transposed: bool = False,
     ) -> None:
         self.module = module
         self.linears = {name: module.get_submodule(name) for name in linears}
         self._arguments = arguments
+        self._transposed = transposed
         # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
         self._output_tail: dict[str, tuple[Any, ...] | None] = {}
         self._flattened: dict[str, bool] = {}
@@ -66,7 +72,11 @@ class DecoderLayer:
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Point linears at other weights, (out, in), converted to the compute dtype if they have another."""
         for name, weight in weights.items():
-            self.linears[name].weight.data = weight.to(self.dtype)
+            self.linears[name].weight.data = self._turned(weight.to(self.dtype))
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """As the linears keep it."""
+        return weight.t() if self._transposed else weight
 
     @torch.no_grad()
     def visit_inputs(self, hidden: Tensor, visitor: InputVisitor) -> None:
@@ -243,7 +253,7 @@ class DecoderLayer:
             weights: (out, in), by linear, in the compute dtype.
             hidden: (sequences, tokens, hidden).
         """
-        parameters = {f"{name}.weight": weight for name, weight in weights.items()}
+        parameters = {f"{name}.weight": self._turned(weight) for name, weight in weights.items()}
         arguments = dict(self._arguments(hidden.shape[0], hidden.shape[1]))
         with torch.enable_grad():
             output = torch.func.functional_call(self.module, parameters, (hidden,), arguments)
