@@ -60,3 +60,11 @@ def test_found_pattern_needs_filled_groups() -> None:
 def test_half_of_every_row_is_no_pattern() -> None:
     half = torch.tensor([1] * 8 + [0] * 8, dtype=torch.bool).repeat(3, 1)
     assert find_pattern(half, torch.zeros_like(half)) is None
+
+
+def test_floor_of_a_share_of_whole_weights_is_that_share() -> None:
+    """Allocated sparsities are whole numbers of a row's weights, and survive being written as decimals."""
+    for columns in (32, 576, 1536, 4096, 14336):
+        for kept in range(1, columns, 7):
+            assert exact_floor(kept / columns, columns) == kept
+            assert exact_floor(kept / columns, 512 * columns) == 512 * kept

@@ -9,17 +9,17 @@ from torch import Tensor
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
 
-def exact_floor(fraction: float, count: int) -> int:
-    """floor(fraction · count) with `fraction` read as the decimal that was written: 0.29 of 100 is 29, not 28.
-
-    Binary floating point makes 0.29 · 100 = 28.999…; a user who asks for 0.29 means 29/100.
-    """
-    return int(Fraction(repr(float(fraction))).limit_denominator(10**15) * count)
-
-
 def as_fraction(value: float) -> Fraction:
     """The decimal that prints as `value`, as a fraction whose denominator leaves room to multiply by int64 counts."""
     return Fraction(repr(float(value))).limit_denominator(10**9)
+
+
+def exact_floor(fraction: float, count: int) -> int:
+    """floor(fraction · count) with `fraction` read as what was meant: 0.29 of 100 is 29, not 28, 1/3 of 576 is 192.
+
+    Binary floating point makes 0.29 · 100 = 28.999…; a user who asks for 0.29 means 29/100.
+    """
+    return int(as_fraction(fraction) * count)
 
 
 @dataclass(frozen=True)
