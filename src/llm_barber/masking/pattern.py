@@ -19,7 +19,7 @@ def exact_floor(fraction: float, count: int) -> int:
 
     Binary floating point makes 0.29 · 100 = 28.999…; a user who asks for 0.29 means 29/100.
     """
-    return int(as_fraction(fraction) * count)
+    return int(Fraction(repr(float(fraction))).limit_denominator(10**11) * count)
 
 
 @dataclass(frozen=True)
