@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SHARE = 0.5  # of the way to what costs least: the estimates are rough (docs/refining.md)
-
 
 def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """What the first, second, … weight to go costs, mean over the rows, float32 (in,), ascending.
@@ -30,15 +28,19 @@ def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return half_curvature.mul_(weight.float().square()).sort(1).values.mean(0)
 
 
-def spread_budget(costs: Sequence[Tensor], rows: Sequence[int], sparsity: float, share: float = SHARE) -> list[float]:
+def spread_budget(
+    costs: Sequence[Tensor], rows: Sequence[int], sparsity: float, share: float | None = None
+) -> list[float]:
     """The sparsity of each linear.
 
     Args:
         costs: of each linear, (in,), ascending; see `removal_costs`.
         rows: of each linear.
         sparsity: of all together, missed by less than one weight of every row of one linear.
-        share: of the way from the same sparsity for all, 0, to what costs least, 1.
+        share: of the way from the same sparsity for all, 0, to what costs least, 1. None: as much as the sparsity; the
+            prices are rough, and this was found to do well (docs/refining.md).
     """
+    share = sparsity if share is None else share
     found = []
     left = 0.0  # weights that rounding to whole columns owes to the next linear
     for cost, count, least in zip(costs, rows, cheapest(costs, rows, sparsity), strict=True):
