@@ -36,6 +36,8 @@ from llm_barber.report import (
 )
 from llm_barber.targets import Targets
 
+STAGES = ("embed", "allocate", "layers", "read", "write", "total")
+
 
 def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     """Prune a dense model and rebuild its mask; writes `config.output`.
@@ -156,9 +158,7 @@ def _run(
     ):
         finished, activations = writer.read_activations()
         results = [LayerResult.model_validate(layer) for layer in writer.state.layers]
-        seconds = {
-            stage: writer.state.seconds.get(stage, 0.0) for stage in ("embed", "layers", "read", "write", "total")
-        }
+        seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
         progress.stage("embedding the calibration tokens")
         start = time.perf_counter()
@@ -166,6 +166,8 @@ def _run(
         streams = _embed(job, _copy_outside(job, writer), refine_settings)
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
+        seconds["embed"] += time.perf_counter() - start
+        start = time.perf_counter()
         allocation = config.allocated_by if isinstance(config, PruneConfig) else Allocation.UNIFORM
         if isinstance(initial, MethodMasks) and allocation is not Allocation.UNIFORM:
             sparsities = writer.state.sparsities
@@ -173,8 +175,8 @@ def _run(
                 sparsities = allocate(allocation, initial, streams, initial.targets.pattern.sparsity, progress)
             initial.targets = replace(initial.targets, allocated=sparsities)
             writer.state = writer.state.model_copy(update={"sparsities": sparsities})
+            seconds["allocate"] += time.perf_counter() - start
         streams.restore(activations)
-        seconds["embed"] += time.perf_counter() - start
         progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)
         for layer in results:
             writer.skip_shard()

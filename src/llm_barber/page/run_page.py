@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the page of a run that nobody evaluated does not wait for w
 
 STAGES = {
     "embed": "embedding, copying the rest",
+    "allocate": "finding how much of each linear goes",
     "layers": "computing the masks",
     "read": "reading the layers",
     "write": "writing the layers",
@@ -124,7 +125,7 @@ def _dropped(report: RunReport, name: str) -> int:
 def _stages(seconds: Mapping[str, float]) -> list[tuple[str, str, float, float]]:
     """Stage, what it is, seconds, share of the total; longest first. What no stage covers is a stage of its own."""
     total = seconds["total"]
-    stages = {stage: value for stage, value in seconds.items() if stage != "total"}
+    stages = {stage: value for stage, value in seconds.items() if stage != "total" and value}
     rows = [(stage, STAGES.get(stage, ""), value) for stage, value in stages.items()]
     rest = total - sum(stages.values())
     if rest > 0:
