@@ -110,7 +110,7 @@ def test_by_loss_in_a_streamed_run_equals_gradients_of_the_whole_model(tmp_path:
     assert list(found.values()) == pytest.approx(expected)
     assert len(set(expected)) > 2
     # The budget is missed by less than one weight of every row of one linear.
-    assert abs(0.6 * report.weights - report.pruned) < max(one.shape[0] for one in report.linears)
+    assert 0 <= 0.6 * report.weights - report.pruned < max(one.shape[0] for one in report.linears)
 
 
 def sparsities_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float, ends: list[str]) -> list[float]:

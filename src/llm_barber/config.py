@@ -9,7 +9,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
-from llm_barber.presets import GUARD, PRESETS, SWAPS, TARGET_MIX, TUNE_PASSES, Allocation, Preset, Reconstruct, Refine
+from llm_barber.presets import (
+    GUARD,
+    PRESETS,
+    SWAPS,
+    TARGET_MIX,
+    TUNE_PASSES,
+    Allocation,
+    Preset,
+    PresetSettings,
+    Reconstruct,
+    Refine,
+)
 from llm_barber.targets import Targets, compile_names, parse_target, read_targets
 
 
@@ -68,8 +79,10 @@ class RunSettings(Settings):
     rebuild_ratio: float | None = Field(
         None, gt=0, le=1, description="share of the beneficial pairs to swap; None: the released experiments'"
     )
-    preset: Preset = Field(
-        default=Preset.PAPER, description="paper, mask or best: what the settings below are by default"
+    preset: Preset | None = Field(
+        default=None,
+        description="paper, mask or best: what the settings below are by default; None: mask, or paper where a method "
+        "or a setting of the rebuild is given",
     )
     refine: Refine | None = Field(default=None, description="how the mask is refined; None: the preset's")
     swaps: int = Field(default=SWAPS, ge=1, description="exact swaps a row, at most")
@@ -104,14 +117,19 @@ class RunSettings(Settings):
     revision: str | None = Field(None, description="of a hub id")
 
     @property
+    def defaults(self) -> PresetSettings:
+        """What the preset says; none was given: the published method's."""
+        return PRESETS[self.preset or Preset.PAPER]
+
+    @property
     def refines(self) -> bool:
         """Are masks refined by swaps?"""
-        return (self.refine or PRESETS[self.preset].refine) is Refine.SWAPS
+        return (self.refine or self.defaults.refine) is Refine.SWAPS
 
     @property
     def reconstruction(self) -> Reconstruct:
         """What becomes of the kept weights."""
-        return self.reconstruct or PRESETS[self.preset].reconstruct
+        return self.reconstruct or self.defaults.reconstruct
 
     @field_validator("dtype")
     @classmethod
@@ -139,7 +157,7 @@ class PruneConfig(RunSettings):
     """
 
     model: str = Field(description="folder, hub id or GGUF file")
-    initial: Initial = Field(Initial.WANDA, description="method of the initial mask")
+    initial: Initial | None = Field(default=None, description="method of the initial mask; None: wanda")
     sparsity: float | None = Field(None, description="fraction of weights to remove; None: 0.5")
     pattern: str | None = Field(None, description="N:M, N kept of every M inputs, instead of a sparsity")
     rebuild: bool | None = Field(default=None, description="rebuild the initial mask; None: the preset's")
@@ -194,8 +212,8 @@ class PruneConfig(RunSettings):
         problems = []
         if self.sparsity is not None and self.pattern is not None:
             problems.append("sparsity and pattern exclude each other: a pattern has its own sparsity")
-        if self.keep_updates and not self.initial.has_updates:
-            problems.append(f"keep_updates needs initial sparsegpt or alps: {self.initial} updates no weights")
+        if self.keep_updates and not self.method.has_updates:
+            problems.append(f"keep_updates needs initial sparsegpt or alps: {self.method} updates no weights")
         asked = self.allocation not in (None, Allocation.UNIFORM)
         if asked and self.pattern is not None:
             problems.append("allocation is not for patterns: N:M has one sparsity everywhere")
@@ -203,7 +221,7 @@ class PruneConfig(RunSettings):
             problems.append("allocation and sparsities exclude each other: both say how much of each linear goes")
         if self.initial_granularity is Granularity.BLOCK:
             problems.append("initial_granularity block is not defined: choose output, input or linear")
-        if self.initial_granularity is not None and self.initial is Initial.SPARSEGPT:
+        if self.initial_granularity is not None and self.method is Initial.SPARSEGPT:
             problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
         if self.rebuild is False and (self.granularity is not None or self.rebuild_ratio is not None):
             problems.append("granularity and rebuild_ratio are of the rebuild, which is switched off")
@@ -217,18 +235,33 @@ class PruneConfig(RunSettings):
         return self
 
     @property
+    def method(self) -> Initial:
+        """That of the initial mask."""
+        return self.initial or Initial.WANDA
+
+    @property
+    def defaults(self) -> PresetSettings:
+        """What the preset says; where none was given, the best mask's, or the published method's if one was asked for.
+
+        Whoever names a method, or a setting of the rebuild, wants that and nothing else.
+        """
+        named = (self.initial, self.rebuild, self.granularity, self.rebuild_ratio)
+        asked = any(one is not None for one in named)
+        return PRESETS[self.preset or (Preset.PAPER if asked else Preset.MASK)]
+
+    @property
     def rebuilds(self) -> bool:
         """Is the initial mask rebuilt? By the preset, unless a setting of the rebuild is given."""
         if self.rebuild is not None:
             return self.rebuild
-        return PRESETS[self.preset].rebuild or self.granularity is not None or self.rebuild_ratio is not None
+        return self.defaults.rebuild or self.granularity is not None or self.rebuild_ratio is not None
 
     @property
     def allocated_by(self) -> Allocation:
         """How sparsity is spread: as asked for, or by the preset where that says nothing else of it."""
         if self.allocation is not None:
             return self.allocation
-        return Allocation.UNIFORM if self.pattern is not None or self.sparsities else PRESETS[self.preset].allocation
+        return Allocation.UNIFORM if self.pattern is not None or self.sparsities else self.defaults.allocation
 
     @property
     def targets(self) -> Targets:

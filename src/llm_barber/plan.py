@@ -8,7 +8,9 @@ from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
 from llm_barber.initial import CheckpointMasks
 from llm_barber.job import prepare
 from llm_barber.masking.pattern import NofM
+from llm_barber.presets import Allocation
 from llm_barber.progress import Progress, Silent
+from llm_barber.refine import RefineSettings
 from llm_barber.targets import Targets
 
 
@@ -27,6 +29,8 @@ class Plan(BaseModel):
     pattern: str
     granularity: str | None
     rebuild_ratio: float | None
+    allocation: str
+    refinement: str | None
     calibration: str
     sequences: int
     tokens: int
@@ -47,7 +51,9 @@ class Plan(BaseModel):
             ("model", f"{self.model} ({self.architecture}, {self.layers} decoder layers)"),
             ("to prune", f"{self.linears} linears with {self.weights:,} weights, {self.pattern}"),
             ("initial mask", self.method),
+            ("sparsity of linears", "the same" if self.allocation == "uniform" else f"by {self.allocation}"),
             ("rebuild", rebuilt),
+            ("refining", self.refinement or "no"),
             ("calibration", f"{self.calibration}: {self.sequences} windows of {self.tokens} tokens"),
             ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
             ("output", f"{self.output_bytes / 1e9:.2f} GB"),
@@ -65,9 +71,9 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     if isinstance(config, PruneConfig):
         target = config.target
         job = prepare(config.model, config, config.targets, progress)
-        model, method, rebuilt = config.model, str(config.initial), config.rebuilds
+        model, method, rebuilt = config.model, str(config.method), config.rebuilds
         pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
-        settings = rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
+        settings = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target)
     else:
         job = prepare(config.dense, config, Targets(config.target) if config.target else None, progress)
         initial = CheckpointMasks(job, config.pruned, config.pattern)
@@ -79,6 +85,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
             config.rebuild_ratio,
             initial.first_pattern,
         )
+    refining = RefineSettings.of(config, len(job.tokens.input_ids))
     shapes = job.linear_shapes(job.source).values()
     sequences, tokens = job.tokens.input_ids.shape
     arrays = 3 if rebuilt else 2  # hidden, attention output, dense output
@@ -94,6 +101,8 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         pattern=pattern,
         granularity=settings[0] if rebuilt else None,
         rebuild_ratio=settings[1] if rebuilt else None,
+        allocation=config.allocated_by if isinstance(config, PruneConfig) else Allocation.UNIFORM,
+        refinement=refining.words if refining else None,
         calibration=job.tokens.source,
         sequences=sequences,
         tokens=tokens,

@@ -31,7 +31,7 @@ class Allocation(StrEnum):
 
 
 class Preset(StrEnum):
-    """`paper`: the published method. `mask`: the best with dense weights. `best`: the best quality."""
+    """`paper`: the published method. `mask`: the best with dense weights. `best`: the best quality, weights change."""
 
     PAPER = "paper"
     MASK = "mask"

@@ -1,6 +1,5 @@
 """The run: decoder layer after decoder layer, streamed from disk to disk; what happens in a layer is `method.py`."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,10 +50,10 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     rebuild_settings = None
     if config.rebuilds:
         rebuild_settings = RebuildSettings(
-            *rebuild_defaults(config.initial, config.granularity, config.rebuild_ratio, target)
+            *rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target)
         )
-    initial = MethodMasks(job, config.initial, config.targets, config.initial_granularity, config.keep_updates)
-    method = config.initial
+    initial = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
+    method = config.method
     report = _run("prune", config.model, config, job, initial, rebuild_settings, method, method, progress)
     asked = _asked_for(report, initial)
     if abs(report.sparsity - asked) > 0.01 * asked:
@@ -100,20 +99,6 @@ def _told_how_to_go_on(writer: CheckpointWriter, progress: Progress) -> Iterator
             count = len(writer.state.layers)
             progress.warn(f"{count} finished layers are kept in {writer.work}: the same command with --resume goes on")
         raise
-
-
-def _refine_settings(config: RunSettings, sequences: int) -> RefineSettings | None:
-    """How masks and weights are refined; None: not at all."""
-    solve = config.reconstruction is not Reconstruct.NONE
-    if not config.refines and not solve:
-        return None
-    return RefineSettings(
-        swaps=config.swaps if config.refines else 0,
-        target_mix=config.target_mix,
-        solve=solve,
-        tune=config.tune_passes if config.reconstruction is Reconstruct.TUNE else 0,
-        held_out=min(math.ceil(config.guard * sequences), sequences - 1),
-    )
 
 
 def _run_key(command: str, config: RunSettings, job: Job) -> dict[str, Any]:
@@ -162,7 +147,7 @@ def _run(
         began -= seconds["total"]
         progress.stage("embedding the calibration tokens")
         start = time.perf_counter()
-        refine_settings = _refine_settings(config, len(job.tokens.input_ids))
+        refine_settings = RefineSettings.of(config, len(job.tokens.input_ids))
         streams = _embed(job, _copy_outside(job, writer), refine_settings)
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)

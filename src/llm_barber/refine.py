@@ -8,12 +8,14 @@ Some calibration windows are held out: they decide how many of a row's swaps are
 damped, and whether the block is better for it all.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from llm_barber.config import RunSettings
 from llm_barber.initial import PrunedLinear
 from llm_barber.masking.least_squares import least_squares, squared_distance
 from llm_barber.masking.selection import apply_mask
@@ -22,6 +24,7 @@ from llm_barber.masking.swaps import swap_pairs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams, pieces
+from llm_barber.presets import Reconstruct
 
 # Parts of the most swaps after which held-out windows are asked.
 SWAP_STAGES = (0.25, 0.5, 1.0)
@@ -44,6 +47,20 @@ class RefineSettings:
     solve: bool
     tune: int
     held_out: int
+
+    @classmethod
+    def of(cls, config: RunSettings, sequences: int) -> "RefineSettings | None":
+        """What a run asks for, with so many calibration windows; None: no refining."""
+        solve = config.reconstruction is not Reconstruct.NONE
+        if not config.refines and not solve:
+            return None
+        return cls(
+            swaps=config.swaps if config.refines else 0,
+            target_mix=config.target_mix,
+            solve=solve,
+            tune=config.tune_passes if config.reconstruction is Reconstruct.TUNE else 0,
+            held_out=min(math.ceil(config.guard * sequences), sequences - 1),
+        )
 
     @property
     def words(self) -> str:

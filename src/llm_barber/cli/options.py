@@ -33,10 +33,12 @@ RatioOption = Annotated[
     ),
 ]
 PresetOption = Annotated[
-    Preset,
+    Preset | None,
     typer.Option(
-        help="paper: the published method. mask: the best for dense weights. best: the best quality, weights change.",
+        help="mask: the best with dense weights. best: the best quality, weights change. paper: the published method. "
+        "(default: mask; paper where --initial or a setting of the rebuild is given)",
         rich_help_panel=METHOD,
+        show_default=False,
     ),
 ]
 AllocationOption = Annotated[

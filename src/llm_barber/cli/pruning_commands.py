@@ -43,7 +43,7 @@ from llm_barber.cli.options import (
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES, Preset
+from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES
 
 
 @app.command(
@@ -54,8 +54,9 @@ def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
     out: OutArgument,
     initial: Annotated[
-        Initial, typer.Option(help="Method of the initial mask.", rich_help_panel=METHOD)
-    ] = Initial.WANDA,
+        Initial | None,
+        typer.Option(help="Method of the initial mask. (default: wanda)", rich_help_panel=METHOD, show_default=False),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(help="Fraction of weights to remove. (default: 0.5)", rich_help_panel=METHOD, show_default=False),
@@ -92,7 +93,7 @@ def prune(
         ),
     ] = False,
     allocation: AllocationOption = None,
-    preset: PresetOption = Preset.PAPER,
+    preset: PresetOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     skip_layers: SkipLayersOption = None,

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6  # of a column: what sums of floating-point numbers may miss
+
 
 def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """What the first, second, … weight to go costs, mean over the rows, float32 (in,), ascending.
@@ -36,7 +38,7 @@ def spread_budget(
     Args:
         costs: of each linear, (in,), ascending; see `removal_costs`.
         rows: of each linear.
-        sparsity: of all together, missed by less than one weight of every row of one linear.
+        sparsity: of all together, not passed, and missed by less than one weight of every row of one linear.
         share: of the way from the same sparsity for all, 0, to what costs least, 1. None: as much as the sparsity; the
             prices are rough, and this was found to do well (docs/refining.md).
     """
@@ -45,7 +47,7 @@ def spread_budget(
     left = 0.0  # weights that rounding to whole columns owes to the next linear
     for cost, count, least in zip(costs, rows, cheapest(costs, rows, sparsity), strict=True):
         wanted = (sparsity + share * (least - sparsity)) * len(cost) * count + left
-        columns = min(max(round(wanted / count), 1), len(cost) - 1)
+        columns = min(max(math.floor(wanted / count + ROUNDING), 1), len(cost) - 1)
         left = wanted - columns * count
         found.append(columns / len(cost))
     return found
