@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Unstructured, holds
+from llm_barber.plan import plan
 from llm_barber.progress import Silent
-from llm_barber.targets import Targets, parse_target, read_targets
+from llm_barber.targets import EXAMPLE, Targets, parse_target, read_targets
 from tests.conftest import bits, make_model, read_folder, save_tokens
 
 HALF = Unstructured(0.5)
@@ -134,7 +136,7 @@ def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
         ({"exclude": ("(",)}, "is not a regular expression"),
         ({"sparsities": {"q_proj": 1.5}}, "sparsity 1.5 is not between 0 and 1"),
         ({"sparsities": {"q_proj": "4:2"}}, "must keep at least 1"),
-        ({"sparsities": {"q_proj": True}}, "neither a sparsity nor N:M"),
+        ({"sparsities": {"q_proj": True}}, "q_proj: True is neither a sparsity"),
         ({"sparsities": tmp_path / "none.yaml"}, "cannot be read"),
         ({"skip_layers": ("x",)}, "skip_layers"),
     ):
@@ -191,3 +193,76 @@ def test_weights_that_are_kept_transposed(tmp_path: Path, tokens: Path, settings
             RebuildConfig(dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens)
         )
         assert again.pruned == report.pruned
+
+
+def test_the_example_of_an_error_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "example.yaml").write_text(EXAMPLE + "\n")
+    assert read_targets(tmp_path / "example.yaml") == {r"mlp\.down_proj$": 0.4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pattern": "2:4", "sparsities": {"q_proj": 0.3}, "granularity": "block", "rebuild_ratio": 0.5},
+        {"initial": "magnitude", "sparsities": {"q_proj": "2:4", "gate": "2:4"}},
+    ],
+)
+def test_rebuilding_blocks_of_both_kinds_keeps_the_number_of_weights(
+    tmp_path: Path, model: Path, tokens: Path, settings: dict[str, object]
+) -> None:
+    plain = run(
+        model, tmp_path / "plain", tokens, **{**settings, "granularity": None, "rebuild_ratio": None}, rebuild=False
+    )
+    report = run(model, tmp_path / "out", tokens, **settings)
+    assert report.pruned == plain.pruned
+    assert report.swapped > 0
+    for layer in report.layers:
+        for block in layer.blocks:
+            assert sum(linear.grown for linear in block.linears) == sum(linear.dropped for linear in block.linears)
+
+
+def test_rebuild_leaves_alone_what_is_not_pruned(tmp_path: Path, model: Path, tokens: Path) -> None:
+    pruned = run(model, tmp_path / "out", tokens, initial="magnitude", exclude=("q_proj", "gate"), skip_layers=(0, 1))
+    assert pruned.pattern == "unstructured"
+    again = rebuild(
+        RebuildConfig(
+            dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens, rebuild_ratio=0.5,
+            granularity="block",
+        )
+    )  # fmt: skip
+    assert again.pruned == pruned.pruned
+    dense, written = read_folder(model), read_folder(tmp_path / "again")
+    for name, weight in written.items():
+        if "layers.2" not in name or "q_proj" in name or "gate" in name:
+            assert torch.equal(bits(weight), bits(dense[name]))
+
+
+def test_a_pattern_with_layers_left_out_is_that_pattern(tmp_path: Path, model: Path, tokens: Path) -> None:
+    report = run(model, tmp_path / "out", tokens, initial="wanda", pattern="2:4", exclude=("self_attn",))
+    assert report.pattern == "2:4"
+    assert "exclude self_attn" in report.changes
+    shown = plan(
+        PruneConfig(model=model, output=tmp_path / "no", calibration=tokens, exclude=("self_attn",), skip_layers="0,-1")
+    )
+    assert (shown.linears, shown.weights) == (3, 3 * 32 * 64)
+    assert (shown.allocation, shown.refinement is not None) == ("loss", True)
+
+
+def test_a_model_without_its_output_head_is_refused_before_the_run(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "untied", "mistral")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lm_head\.weight"):
+        plan(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens))
+    run(model, tmp_path / "out", tokens, allocation="uniform")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_small_budget_and_half_precision(tmp_path: Path, model: Path, tokens: Path, dtype: str) -> None:
+    config = PruneConfig(
+        model=model, output=tmp_path / "out", calibration=tokens, sparsity=0.02, preset="mask", dtype=dtype
+    )
+    report = prune(config)
+    assert 0 < report.sparsity <= 0.02
+    assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems

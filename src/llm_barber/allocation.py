@@ -1,6 +1,6 @@
 """The sparsity of each linear, from a look at the dense model before anything is pruned."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -97,7 +97,8 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         for name in layer.linears:
             if not torch.isfinite(sums[name].rows.max()):
                 raise NotFiniteError(
-                    f"the loss has NaN or Inf gradients at {job.linear_name(index, name)}", "use another --allocation"
+                    f"the loss has NaN or Inf gradients at {job.linear_name(index, name)}",
+                    "compute with --dtype bfloat16 or float32, or give --allocation uniform",
                 )
             costs[job.linear_name(index, name)] = removal_costs(weights[name], sums[name].rows, sums[name].columns)
             rows[job.linear_name(index, name)] = len(weights[name])
@@ -107,13 +108,12 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     return dict(zip(names, found, strict=True))
 
 
-def _layers(
-    initial: MethodMasks, order: "range | Iterator[int]"
-) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
+def _layers(initial: MethodMasks, order: Iterable[int]) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
     """Dense decoder layers, one in memory at a time, with the linears that are pruned."""
     job = initial.job
     for index in order:
-        layer, weights = job.open_layer(index, job.source.read(job.layer_tensors[index]), initial.linears(index))
+        layer, weights = job.open_layer(index, job.source.read(job.layer_tensors[index]))
+        layer.select(initial.linears(index))
         yield index, layer, weights
         job.skeleton.release_layer(index)
 

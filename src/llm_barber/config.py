@@ -197,14 +197,27 @@ class PruneConfig(RunSettings):
         compile_names(value)
         return value
 
+    @field_validator("skip_layers", mode="before")
+    @classmethod
+    def _layers_readable(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(int(number) for number in value.split(","))
+        except ValueError as error:
+            raise ValueError(f"{value!r} is not numbers with commas between them, like 0,-1") from error
+
     @field_validator("sparsities", mode="before")
     @classmethod
     def _sparsities_readable(cls, value: Any) -> Any:
         found = read_targets(value)
         if isinstance(found, dict):
             compile_names(list(found))
-            for one in found.values():
-                parse_target(one)
+            for expression, one in found.items():
+                try:
+                    parse_target(one)
+                except ValueError as error:
+                    raise ValueError(f"{expression}: {error}") from error
         return found
 
     @model_validator(mode="after")

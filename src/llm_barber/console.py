@@ -125,7 +125,7 @@ def show_run(report: RunReport) -> None:
     if report.granularity or report.refinement:
         console.print(
             f"{report.changes}: mean reconstruction error "
-            + ", ".join(_error_change(report, index) for index in range(len(report.layers[0].blocks)))
+            + ", ".join(filter(None, (_error_change(report, index) for index in range(len(report.layers[0].blocks)))))
         )
     console.print(
         f"{report.seconds['total']:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB, "
@@ -137,7 +137,10 @@ def show_run(report: RunReport) -> None:
 
 
 def _error_change(report: RunReport, index: int) -> str:
-    blocks = [layer.blocks[index] for layer in report.layers]
+    """The mean over the layers where this block was measured; nothing if it was in none."""
+    blocks = [layer.blocks[index] for layer in report.layers if layer.blocks[index].error_before is not None]
+    if not blocks:
+        return ""
     before = sum(block.error_before or 0.0 for block in blocks) / len(blocks)
     after = sum(block.error_after or 0.0 for block in blocks) / len(blocks)
     return f"{blocks[0].name} {before:.4g} → {after:.4g}"

@@ -93,10 +93,12 @@ class MethodMasks:
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
     ) -> dict[str, PrunedLinear]:
-        """One `PrunedLinear` for each linear in `dense`."""
-        if not dense:
-            return {}
+        """One `PrunedLinear` for each linear in `dense` that has a target."""
         targets = self.targets_of(index)
+        if not targets:
+            return {}
+        layer.select(targets)
+        dense = {name: dense[name] for name in targets}
         match self.method:
             case Initial.MAGNITUDE:
                 keeps = {name: self._mask(saliency.magnitude(weight), targets[name]) for name, weight in dense.items()}
@@ -218,39 +220,38 @@ class CheckpointMasks:
         self.first_pattern = self._look_at_first_layer()
 
     def _look_at_first_layer(self) -> NofM | None:
-        """The pattern of the first layer, which decides the default granularity; refuses what is not pruned at all."""
-        middle = self.job.layer_count // 2
-        patterns = set()
-        removed = 0
-        for index in {0, middle}:
+        """The pattern of the first layer that is pruned, which decides the default granularity.
+
+        Raises:
+            ModelError: none is, or a linear has no weights.
+        """
+        for index in range(self.job.layer_count):
+            patterns = set()
             dense = self._read(index, self.job.architecture.linears, self.job.source)
             for name, weight in self._read(index, self.job.architecture.linears).items():
                 nonzero, fixed = weight != 0, dense[name] == 0
-                removed += int((~nonzero & ~fixed).sum())
                 if not nonzero.any():
                     raise ModelError(f"layer {index} {name} of {self.source.model} is all zero", "is it PRUNED?")
-                if index == 0:
-                    patterns.add(self._find_pattern(f"layer 0 {name}", nonzero, fixed))
-        if not removed:
-            raise ModelError(
-                f"{self.source.model} is not pruned: its first and middle layers have no zeros that DENSE has not",
-                "give the pruned model as PRUNED; to prune a dense one: llm-barber prune",
-            )
-        return patterns.pop() if len(patterns) == 1 else None
-
-    def linears(self, index: int) -> tuple[str, ...]:
-        """All of a layer: those that are not pruned have nothing to swap."""
-        return self.job.architecture.linears
+                if not (nonzero | fixed).all():
+                    patterns.add(self._find_pattern(f"layer {index} {name}", nonzero, fixed))
+            if patterns:
+                return patterns.pop() if len(patterns) == 1 else None
+        raise ModelError(
+            f"{self.source.model} is not pruned: it has no zeros that DENSE has not",
+            "give the pruned model as PRUNED; to prune a dense one: llm-barber prune",
+        )
 
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
     ) -> dict[str, PrunedLinear]:
-        """One `PrunedLinear` for each linear in `dense`."""
+        """One `PrunedLinear` for each linear in `dense` that is pruned."""
         result = {}
         for name, weight in self._read(index, tuple(dense)).items():
             pruned = weight.to(dense[name].device)
             fixed = dense[name] == 0
             keep = (pruned != 0) | fixed
+            if keep.all():
+                continue
             pattern = self._find_pattern(f"layer {index} {name}", pruned != 0, fixed)
             result[name] = PrunedLinear(keep, pruned, dense[name], pattern, fixed)
         return result

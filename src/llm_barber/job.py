@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_calibration
 from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, sharded_by
 from llm_barber.checkpoint.writer import check_output
-from llm_barber.config import RunSettings
+from llm_barber.config import PruneConfig, RunSettings
 from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.model.architecture import Architecture, find_architecture
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
+from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 from llm_barber.targets import Targets
 
@@ -74,23 +75,20 @@ class Job:
         """The name of a layer's linear in the model."""
         return f"{self.skeleton.layer_prefix(index)}{linear}"
 
-    def open_layer(
-        self, index: int, tensors: Mapping[str, Tensor], linears: tuple[str, ...]
-    ) -> tuple[DecoderLayer, dict[str, Tensor]]:
-        """A decoder layer with its weights, and those of all its linears by name, (out, in), on the device.
+    def open_layer(self, index: int, tensors: Mapping[str, Tensor]) -> tuple[DecoderLayer, dict[str, Tensor]]:
+        """A decoder layer with its weights, and those of its linears by name, (out, in), on the device.
 
         Args:
             index: which.
             tensors: by the checkpoint's names, as they were read.
-            linears: the ones that are looked at.
         """
         prefix = self.layer_prefix(index)
         device = self.skeleton.device
         parameters = {name: tensors[prefix + name].to(device) for name in self.skeleton.layer_names(index)}
         module = self.skeleton.load_layer(index, parameters)
         arguments = partial(self.skeleton.arguments, index)
-        layer = DecoderLayer(module, linears, arguments, self.architecture.transposed)
         names = self.architecture.linears
+        layer = DecoderLayer(module, names, arguments, self.architecture.transposed)
         return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
 
     @property
@@ -147,7 +145,8 @@ def prepare(model: str, settings: RunSettings, targets: Targets | None, progress
     check_positions(config, seqlen)
     check_vocabulary(config, tokens.input_ids)
     skeleton = make_skeleton(config, architecture, device, dtype, model)
-    check_tensors(skeleton, source)
+    by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
+    check_tensors(skeleton, source, with_head=by_loss)
     job = Job(
         source, config, architecture, tokens, skeleton,
         resolve_batch_size(settings.batch_size, seqlen, sequences, device),
@@ -180,14 +179,19 @@ def make_skeleton(
     raise ModelError(f"config.json of {model} does not describe a model: {reason}", "get the file again")
 
 
-def check_tensors(skeleton: Skeleton, source: CheckpointSource) -> None:
+def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool) -> None:
     """Every parameter that a run needs is there, in its shape and a plain float dtype, and no layer is left over.
+
+    Args:
+        skeleton: the empty model.
+        source: the checkpoint.
+        with_head: the output head is needed, too.
 
     Raises:
         ModelError: one is not.
     """
     base_prefix = str(skeleton.model.base_model_prefix)
-    needed = list(skeleton.outside_names)
+    needed = list(skeleton.every_outside_name if with_head else skeleton.outside_names)
     count = len(skeleton.layers)
     for index in range(count):
         needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]

@@ -31,14 +31,10 @@ DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sp
 class InitialMasks(Protocol):
     """Gives the initial mask and pruned weights of the linears of a decoder layer."""
 
-    def linears(self, index: int) -> tuple[str, ...]:
-        """Those of a layer that take part; the others stay as they are."""
-        ...
-
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
     ) -> dict[str, PrunedLinear]:
-        """One for each linear in `dense`; `streams` has the layer's input."""
+        """One for each linear in `dense` that is pruned; the others stay. `streams` has the layer's input."""
         ...
 
 
@@ -62,11 +58,11 @@ def prune_layer(
     """Prune one decoder layer and move the stream through it; the pruned weights go by the checkpoint's names."""
     skeleton = job.skeleton
     prefix = job.layer_prefix(index)
-    linears = initial.linears(index)
-    layer, every = job.open_layer(index, tensors, linears)
-    blocks = job.architecture.only(linears)
-    dense = {name: every[name] for name in linears}
-    pruned = initial(index, layer, dense, streams)
+    layer, every = job.open_layer(index, tensors)
+    pruned = initial(index, layer, every, streams)
+    layer.select(pruned)
+    dense = {name: every[name] for name in pruned}
+    blocks = job.architecture.only(pruned)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
     if follows_dense:
         layer.set_weights(dense)

@@ -73,6 +73,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         job = prepare(config.model, config, config.targets, progress)
         model, method, rebuilt = config.model, str(config.method), config.rebuilds
         pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
+        pattern += ", some linears their own" if config.sparsities else ""
         settings = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target)
     else:
         job = prepare(config.dense, config, Targets(config.target) if config.target else None, progress)
@@ -86,7 +87,14 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
             initial.first_pattern,
         )
     refining = RefineSettings.of(config, len(job.tokens.input_ids))
-    shapes = job.linear_shapes(job.source).values()
+    shapes = list(job.linear_shapes(job.source).values())
+    if isinstance(config, PruneConfig):
+        every = [
+            config.targets.of(index, job.linear_name(index, name), job.layer_count)
+            for index in range(job.layer_count)
+            for name in job.architecture.linears
+        ]
+        shapes = [shape for shape, one in zip(shapes, every, strict=True) if one is not None]
     sequences, tokens = job.tokens.input_ids.shape
     arrays = 3 if rebuilt else 2  # hidden, attention output, dense output
     hidden: int = job.config.hidden_size

@@ -68,8 +68,10 @@ def _asked_for(report: RunReport, initial: MethodMasks) -> float:
     """The sparsity over all linears, those that are not pruned among them, that the targets ask for."""
     wanted = 0.0
     for layer in report.layers:
-        targets = initial.targets_of(layer.index)
-        wanted += sum(targets[one.name].sparsity * one.weights for one in layer.linears if one.name in targets)
+        for linear in layer.linears:
+            name = initial.job.linear_name(layer.index, linear.name)
+            target = replace(initial.targets, allocated=None).of(layer.index, name, initial.job.layer_count)
+            wanted += target.sparsity * linear.weights if target else 0
     return wanted / report.weights
 
 
@@ -108,6 +110,7 @@ def _run_key(command: str, config: RunSettings, job: Job) -> dict[str, Any]:
     if isinstance(config, RebuildConfig):
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
     return key | {
+        **({"batch size": job.batch_size} if config.reconstruction is Reconstruct.TUNE else {}),
         "calibration text": job.tokens.digest,
         "device": str(job.skeleton.device),
         "dtype": str(job.skeleton.dtype),
@@ -257,8 +260,8 @@ def _embed(job: Job, weights: Mapping[str, Tensor], refine_settings: RefineSetti
 
 
 def _common_pattern(layers: list[LayerResult]) -> str:
-    """The N:M of all linears, "unstructured", or "mixed"."""
-    patterns = {linear.pattern or "unstructured" for layer in layers for linear in layer.linears}
+    """The N:M of all pruned linears, "unstructured", or "mixed"."""
+    patterns = {linear.pattern or "unstructured" for layer in layers for linear in layer.linears if linear.pruned}
     return patterns.pop() if len(patterns) == 1 else "mixed"
 
 

@@ -162,9 +162,18 @@ class RunReport(_Result):
     @property
     def changes(self) -> str:
         """What was done to the initial mask and the weights, in words."""
+        left_out = [
+            f"{name.replace('_', ' ')} {', '.join(map(str, self.settings[name]))}"
+            for name in ("include", "exclude", "skip_layers")
+            if self.settings.get(name)
+        ]
+        own = self.settings.get("sparsities") or {}
+        if own:
+            left_out.append("sparsities " + ", ".join(f"{name} {value}" for name, value in own.items()))
         spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
         rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
-        return "; ".join(filter(None, [spread, rebuilt, self.refinement])) or "not rebuilt"
+        done = filter(None, [spread, rebuilt, self.refinement])
+        return "; ".join([*left_out, *(list(done) or ["not rebuilt"])])
 
     @property
     def rejected(self) -> int:

@@ -11,7 +11,7 @@ import yaml
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
 
-EXAMPLE = '"mlp\\.down_proj$": 0.4'
+EXAMPLE = r"'mlp\.down_proj$': 0.4"
 
 
 def parse_target(value: Any) -> Pattern | None:
@@ -20,10 +20,10 @@ def parse_target(value: Any) -> Pattern | None:
     Raises:
         ValueError: it is none of these.
     """
-    if isinstance(value, str):
+    if isinstance(value, str) and ":" in value:
         return parse_pattern(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is neither a sparsity nor N:M")
+        raise ValueError(f"{value!r} is neither a sparsity (0.4) nor N:M (2:4) nor 0")
     return Unstructured(value) if value else None
 
 
@@ -104,7 +104,7 @@ class Targets:
         for expression, value in self.own.items():
             if re.search(expression, name):
                 return parse_target(value)
-        return self.pattern if self.allocated is None else Unstructured(self.allocated[name])
+        return self.pattern if self.allocated is None else parse_target(self.allocated[name])
 
     def check(self, shapes: Sequence[dict[str, tuple[int, ...]]]) -> None:
         """Refuse what fits no linear of the model.
@@ -139,4 +139,4 @@ class Targets:
                         "choose an N:M whose M divides every row, leave it out with --exclude, or use --sparsity",
                     )
         if not selected:
-            raise SettingsError("include, exclude and skip_layers leave nothing to prune", example)
+            raise SettingsError("include, exclude, skip_layers and sparsities leave nothing to prune", example)

@@ -23,7 +23,7 @@ def test_no_other_choice_within_the_budget_costs_less(seed: int, sparsity: float
     columns = [5, 8, 6]
     costs = [torch.rand(count, generator=generator).sort().values for count in columns]
     budget = int(sparsity * 2 * sum(columns)) // 2
-    choices = [one for one in itertools.product(*(range(1, count) for count in columns)) if sum(one) == budget]
+    choices = [one for one in itertools.product(*(range(count) for count in columns)) if sum(one) == budget]
     best = min(choices, key=lambda one: sum(cost[:n].sum().item() for cost, n in zip(costs, one, strict=True)))
     expected = [n / count for n, count in zip(best, columns, strict=True)]
     assert cheapest(costs, [2, 2, 2], sparsity) == expected
@@ -32,9 +32,10 @@ def test_no_other_choice_within_the_budget_costs_less(seed: int, sparsity: float
 
 def test_rows_of_different_number_limits_and_share() -> None:
     costs = [torch.arange(10.0), torch.full((10,), 100.0)]
-    assert cheapest(costs, [1, 1], 0.5) == [0.9, 0.1]  # none loses all, each one at least
+    assert cheapest(costs, [1, 1], 0.5) == [0.9, 0.1]  # none loses all
     assert spread_budget(costs, [1, 1], 0.5, 0.25) == [0.6, 0.4]
     assert spread_budget(costs, [1, 1], 0.5, 0.2) == [0.5, 0.5]  # 5.8 and 4.2 of ten, in whole columns
     assert spread_budget(costs, [1, 1], 0.5, 0.0) == [0.5, 0.5]
-    # A linear with four times the rows: six of its columns and one of the other are what fits 0.5 of 50.
-    assert cheapest(costs, [4, 1], 0.5) == [0.6, 0.1]
+    # A linear with four times the rows: six of its columns are 24 of the 25 to go; the next one would be too many.
+    assert cheapest(costs, [4, 1], 0.5) == [0.6, 0.0]
+    assert cheapest(costs, [1, 1], 0.1) == [0.2, 0.0]

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import Allocation, Preset, Reconstruct, Refine
 
@@ -82,7 +81,7 @@ SparsitiesOption = Annotated[
     typer.Option(
         metavar="FILE",
         help="A YAML file with linears' own sparsities, a line each: REGEX: 0.4, or 2:4, or 0 (not pruned). The "
-        "first that is found in a name counts; the rest takes --sparsity or --pattern.",
+        "first that is found in a name counts; the rest takes --sparsity or --pattern. No --allocation then.",
         rich_help_panel=WHAT,
         show_default=False,
     ),
@@ -138,7 +137,10 @@ SeqlenOption = Annotated[int, typer.Option(help="Tokens a window.", rich_help_pa
 SeedOption = Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=CALIBRATION)]
 BatchOption = Annotated[
     int | None,
-    typer.Option(help="Windows computed together, at most; does not change the result.", rich_help_panel=COMPUTE),
+    typer.Option(
+        help="Windows computed together, at most; changes no result but tuning.",
+        rich_help_panel=COMPUTE,
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=COMPUTE)]
 DtypeOption = Annotated[
@@ -209,15 +211,3 @@ ReportOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT)]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=OUTPUT)]
-
-
-def layer_numbers(text: str | None) -> tuple[int, ...]:
-    """The numbers in "0,-1".
-
-    Raises:
-        SettingsError: there are others than numbers.
-    """
-    try:
-        return tuple(int(number) for number in text.split(",")) if text is not None else ()
-    except ValueError as error:
-        raise SettingsError(f"skip_layers: {text!r} is not numbers with commas between them", "like 0,-1") from error

@@ -39,7 +39,6 @@ from llm_barber.cli.options import (
     SwapsOption,
     TargetMixOption,
     TunePassesOption,
-    layer_numbers,
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
@@ -127,12 +126,13 @@ def prune(
     """
     from llm_barber.pruning import prune as run
 
-    own_sparsities: Any = sparsities or {}  # a file, which the configuration reads
+    own_sparsities: Any = sparsities or {}  # a file, and below "0,-1", which the configuration reads
+    skipped: Any = skip_layers or ()
     config = PruneConfig(
         model=model, output=out, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild,
         granularity=granularity, rebuild_ratio=rebuild_ratio, initial_granularity=initial_granularity,
         keep_updates=keep_updates, allocation=allocation, include=tuple(include or ()), exclude=tuple(exclude or ()),
-        skip_layers=layer_numbers(skip_layers), sparsities=own_sparsities, preset=preset, refine=refine, swaps=swaps,
+        skip_layers=skipped, sparsities=own_sparsities, preset=preset, refine=refine, swaps=swaps,
         target_mix=target_mix, reconstruct=reconstruct, tune_passes=tune_passes, guard=guard,
         calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,

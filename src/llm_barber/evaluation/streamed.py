@@ -38,7 +38,7 @@ class StreamedModel:
         self.source.renamed = dict(architecture.renamed)
         self.skeleton: Skeleton = make_skeleton(self.config, architecture, device, dtype, model)
         self.base_prefix = str(self.skeleton.model.base_model_prefix)
-        check_tensors(self.skeleton, self.source)
+        check_tensors(self.skeleton, self.source, with_head=True)
         self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.every_outside_name, self.base_prefix))
 
     def hidden_states(self, batches: Sequence[Tensor], progress: Progress) -> list[Tensor]:

@@ -47,22 +47,22 @@ def spread_budget(
     left = 0.0  # weights that rounding to whole columns owes to the next linear
     for cost, count, least in zip(costs, rows, cheapest(costs, rows, sparsity), strict=True):
         wanted = (sparsity + share * (least - sparsity)) * len(cost) * count + left
-        columns = min(max(math.floor(wanted / count + ROUNDING), 1), len(cost) - 1)
+        columns = min(math.floor(wanted / count + ROUNDING), len(cost) - 1)
         left = wanted - columns * count
         found.append(columns / len(cost))
     return found
 
 
 def cheapest(costs: Sequence[Tensor], rows: Sequence[int], sparsity: float) -> list[float]:
-    """The sparsities that cost least: no linear loses all weights of a row, and each one at least.
+    """The sparsities that cost least; no linear loses all weights of a row.
 
     The sparsity of all together is not passed, and missed by less than one weight of every row of one linear.
     """
     columns = [len(one) for one in costs]
-    budget = math.floor(sparsity * sum(r * c for r, c in zip(rows, columns, strict=True))) - sum(rows)
-    choices = torch.cat([one[1:-1].cpu() for one in costs])
-    owners = torch.repeat_interleave(torch.arange(len(costs)), torch.tensor([count - 2 for count in columns]))
+    budget = math.floor(sparsity * sum(r * c for r, c in zip(rows, columns, strict=True)))
+    choices = torch.cat([one[:-1].cpu() for one in costs])
+    owners = torch.repeat_interleave(torch.arange(len(costs)), torch.tensor([count - 1 for count in columns]))
     order = choices.argsort(stable=True)
     spent = torch.tensor(rows)[owners[order]].cumsum(0)
     taken = torch.bincount(owners[order][spent <= budget], minlength=len(rows)).tolist()
-    return [(1 + more) / count for more, count in zip(taken, columns, strict=True)]
+    return [number / count for number, count in zip(taken, columns, strict=True)]

@@ -54,6 +54,9 @@ def rebuild_masks(
     Returns:
         One `Rebuilt` per linear.
     """
+    if granularity is Granularity.BLOCK and patterns is not None and None in patterns and any(patterns):
+        # N:M drops where it grows, so that such linears cannot exchange weights with unstructured ones.
+        return _by_kind(keep, saliency, rebuild_ratio, patterns, fixed)
     shapes = [tuple(tensor.shape) for tensor in keep]
     droppable = keep if fixed is None else [mask & ~stays for mask, stays in zip(keep, fixed, strict=True)]
     growable = [~mask for mask in keep] if fixed is None else [~(m | f) for m, f in zip(keep, fixed, strict=True)]
@@ -82,6 +85,29 @@ def rebuild_masks(
             )
         )
     return results
+
+
+def _by_kind(
+    keep: Sequence[Tensor],
+    saliency: Sequence[Tensor],
+    ratio: float,
+    patterns: Sequence[NofM | None],
+    fixed: Sequence[Tensor] | None,
+) -> list[Rebuilt]:
+    """The linears of a block with N:M and those without, each kind by itself."""
+    found: dict[int, Rebuilt] = {}
+    for structured in (False, True):
+        places = [index for index, pattern in enumerate(patterns) if (pattern is not None) is structured]
+        rebuilt = rebuild_masks(
+            [keep[index] for index in places],
+            [saliency[index] for index in places],
+            Granularity.BLOCK,
+            ratio,
+            [patterns[index] for index in places],
+            None if fixed is None else [fixed[index] for index in places],
+        )
+        found |= dict(zip(places, rebuilt, strict=True))
+    return [found[index] for index in range(len(keep))]
 
 
 def _choose_pairs(growable: Tensor, droppable: Tensor, saliency: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ The layer's own forward is what runs, with the keyword arguments as they were ca
 not computed again: its module answers with its kept output ("replay"). A run stops as soon as it has what it came for.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,10 @@ class DecoderLayer:
         self._output_tail: dict[str, tuple[Any, ...] | None] = {}
         self._flattened: dict[str, bool] = {}
         self.returns_tuple = False  # found when it runs
+
+    def select(self, linears: Collection[str]) -> None:
+        """Look at some of the linears from now on."""
+        self.linears = {name: linear for name, linear in self.linears.items() if name in linears}
 
     @property
     def dtype(self) -> torch.dtype:
