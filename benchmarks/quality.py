@@ -109,7 +109,8 @@ class Quality:
         self.limit = limit
         self.targets = targets
         self.counts = CALIBRATION_SEQUENCES
-        self.refined_seeds: tuple[int, ...] = ()
+        self.refined_seeds = seeds[:1]
+        self.refined_rows: dict[Method, tuple[str, ...]] = {}
         self.seeds_of = seeds_of or {}
         self.settings = settings
 
@@ -163,9 +164,10 @@ class Quality:
 
     def refined(self, progress: Progress) -> list[ComparisonCell]:
         """What goes beyond the paper, at all targets, as many seeds as there is time for."""
-        if not self.refined_seeds:
-            return []
-        return list(self.table(progress, {}, self.refined_seeds, REFINED).cells)
+        cells: list[ComparisonCell] = []
+        for method, targets in self.refined_rows.items():
+            cells += self.table(progress, {}, self.refined_seeds, (method,), targets).cells
+        return cells
 
     def main(self, progress: Progress, seeds: tuple[int, ...] | None = None) -> Comparison:
         """All methods at all targets, all seeds."""
@@ -177,12 +179,13 @@ class Quality:
         chosen: dict[Method, tuple[Granularity, float]],
         seeds: tuple[int, ...] | None,
         methods: tuple[Method, ...] = PEERS,
+        targets: tuple[str, ...] | None = None,
     ) -> Comparison:
         """Rows at all targets; tasks for the first seed, at some targets."""
         tasks = {"tasks": TASKS, "tasks_folder": Path("tasks"), "limit": self.limit, "task_seeds": 1}
         with_tasks = [target for target in self.targets if target in TASK_TARGETS and self.limit]
         parts = []
-        for target in sorted(self.targets, key=lambda target: target not in with_tasks):
+        for target in sorted(targets or self.targets, key=lambda target: target not in with_tasks):
             # N:M with the released experiments' settings: chosen at 50 %, they ruin it.
             own = {**self.common, "rebuild_settings": {} if ":" in target else chosen}
             own |= {"targets": (target,), "seeds": seeds or self.seeds_of.get(target, self.seeds), "methods": methods}
@@ -273,7 +276,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--seeds-of", metavar="TARGET=SEED,…", action="append", default=[], help="of one target")
-    parser.add_argument("--refined-seeds", default="0", help="of what goes beyond the paper; empty: left out")
+    parser.add_argument("--refined", metavar="METHOD=TARGET,…", action="append", default=[], help="(default: all)")
+    parser.add_argument("--refined-seeds", default="0", help="of what goes beyond the paper")
     parser.add_argument("--counts", default=",".join(map(str, CALIBRATION_SEQUENCES)), help="of calibration sequences")
     parser.add_argument("--settings-of", metavar="NAME", help="take the rebuild's settings from that model's results")
     parser.add_argument("--only", choices=STAGES)
@@ -290,7 +294,10 @@ def main() -> None:
         read_settings(options.settings_of) if options.settings_of else None,
     )  # fmt: skip
     quality.counts = _numbers(options.counts)
-    quality.refined_seeds = _numbers(options.refined_seeds) if options.refined_seeds else ()
+    quality.refined_seeds = _numbers(options.refined_seeds)
+    given = [one.partition("=") for one in options.refined]
+    quality.refined_rows = {Method(method): tuple(targets.split(",")) for method, _, targets in given}
+    quality.refined_rows = quality.refined_rows or dict.fromkeys(REFINED, quality.targets)
     with ConsoleProgress() as progress:
         if options.only:
             getattr(quality, options.only)(progress)
