@@ -8,7 +8,6 @@ less than the one before: taking the cheapest next one of all linears until the 
 sparsities used lie between that and the same for all.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +46,7 @@ def spread_budget(
     left = 0.0  # weights that rounding to whole columns owes to the next linear
     for cost, count, least in zip(costs, rows, cheapest(costs, rows, sparsity), strict=True):
         wanted = (sparsity + share * (least - sparsity)) * len(cost) * count + left
-        columns = min(math.floor(wanted / count + ROUNDING), len(cost) - 1)
+        columns = min(int(wanted / count + ROUNDING), len(cost) - 1)
         left = wanted - columns * count
         found.append(columns / len(cost))
     return found
@@ -59,7 +58,7 @@ def cheapest(costs: Sequence[Tensor], rows: Sequence[int], sparsity: float) -> l
     The sparsity of all together is not passed, and missed by less than one weight of every row of one linear.
     """
     columns = [len(one) for one in costs]
-    budget = math.floor(sparsity * sum(r * c for r, c in zip(rows, columns, strict=True)))
+    budget = int(sparsity * sum(r * c for r, c in zip(rows, columns, strict=True)))
     choices = torch.cat([one[:-1].cpu() for one in costs])
     owners = torch.repeat_interleave(torch.arange(len(costs)), torch.tensor([count - 1 for count in columns]))
     order = choices.argsort(stable=True)
