@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llm_barber import InspectConfig, PruneConfig, RunReport, inspect, prune
+from llm_barber import InspectConfig, PruneConfig, RunReport, inspect, prune, refine
 from llm_barber.errors import SettingsError
 from llm_barber.initial import PrunedLinear
 from llm_barber.masking.granularity import Granularity
@@ -124,9 +124,12 @@ def test_a_block_that_got_worse_on_held_out_windows_stays_as_it_was(
     tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(llama, tmp_path / "plain", tokens)
-    monkeypatch.setattr("llm_barber.refine._is_better", lambda *_: False)
+    measure = refine._measure
+    monkeypatch.setattr(refine, "_measure", lambda *given: (measure(*given)[0], (1.0, 2.0)))
     report = run(llama, tmp_path / "refined", tokens, refine="swaps", reconstruct="least-squares")
-    assert all(block.rejected for layer in report.layers for block in layer.blocks)
+    blocks = [block for layer in report.layers for block in layer.blocks]
+    assert all(block.rejected for block in blocks)
+    assert all(block.error_after == pytest.approx(block.error_before) for block in blocks)
     assert report.swapped == 0
     plain, refined = read_folder(tmp_path / "plain"), read_folder(tmp_path / "refined")
     assert all(torch.equal(plain[name], refined[name]) for name in plain)

@@ -19,7 +19,7 @@ from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 
 START = "start"  # the first layer's input, while a pass overwrites it
-LOSS_TOKENS = 8192  # that gradients are taken of, at most: every layer's input is kept for them
+LOSS_TOKENS = 4096  # that gradients are taken of, at most: every layer's input is kept for them
 LOGITS = 2**24  # computed at once
 
 Sparsities = dict[str, float]  # by the linear's name in the model

@@ -20,12 +20,10 @@ from llm_barber.masking.saliency import weight_gradient
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
-from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
-from llm_barber.refine import Pass, RefineSettings, advance_dense, refine_block
+from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
+from llm_barber.refine import Pass, RefineSettings, refine_block
 from llm_barber.report import BlockResult, LinearResult
 from llm_barber.tune import tune_layer
-
-DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
 
 
 class InitialMasks(Protocol):
@@ -64,24 +62,23 @@ def prune_layer(
     dense = {name: every[name] for name in pruned}
     blocks = job.architecture.only(pruned)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
-    if follows_dense:
-        layer.set_weights(dense)
-        advance_dense(layer, blocks, streams)
     outcomes: list[tuple[Block, _Outcome, float | None]] = []
     final: list[Block] = []
     for block in blocks:
-        work = Pass(layer, block, final, streams)
-        last = block is blocks[-1]
-        outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, last, index)
+        work = Pass(layer, block, final, streams, last=block is blocks[-1])
+        if follows_dense and not block.linears:
+            for batch in streams.batches():
+                work.advance_dense(batch)
+        outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, index)
         unchanged = all(torch.equal(one.weight, pruned[name].weight) for name, one in outcome.linears.items())
         pruned.update(outcome.linears)
-        if last and pruned and refine_settings is not None and refine_settings.tune:
+        if work.last and pruned and refine_settings is not None and refine_settings.tune:
             pruned = tune_layer(layer, dense, pruned, refine_settings, streams)
             final.clear()  # the blocks before it have changed, too
         layer.set_weights({name: one.weight for name, one in pruned.items()})
         after = outcome.error_before  # its output with these weights is there already, if nothing has changed
-        if after is None or not unchanged or last:
-            after = _propagate(work, last, after is not None)
+        if not (outcome.output_kept and unchanged) or work.last:
+            after = _propagate(work, outcome.measured_from)
         if after is not None and not math.isfinite(after):
             raise _not_finite(f"the output of layer {index} {block.name}")
         outcomes.append((block, outcome, after))
@@ -100,12 +97,17 @@ def prune_layer(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of a block: its linears, their masks with what was swapped, the mean error before."""
+    """What became of a block: its linears, their masks with what was swapped, the mean error before.
+
+    `measured_from`: the first of the sequences that errors are means over. `output_kept`: the block's output before is.
+    """
 
     linears: dict[str, PrunedLinear]
     masks: dict[str, Rebuilt]
-    error_before: float | None
-    rejected: bool
+    error_before: float | None = None
+    measured_from: int | None = None
+    output_kept: bool = False
+    rejected: bool = False
 
 
 def _prune_block(
@@ -114,32 +116,34 @@ def _prune_block(
     initial: Mapping[str, PrunedLinear],
     rebuild_settings: RebuildSettings | None,
     refine_settings: RefineSettings | None,
-    last: bool,
     index: int,
 ) -> _Outcome:
     """Rebuild a block's masks and refine them, as far as that is asked for."""
     block = work.block
     if not block.linears:
-        return _Outcome({}, {}, None, False)
+        return _Outcome({}, {})
     now = {name: initial[name] for name in block.linears}
     masks = {name: Rebuilt(now[name].keep, 0, 0, 0) for name in block.linears}
-    before, rejected = None, False
+    before, measured_from, rejected = None, None, False
     where = f"layer {index} {block.name}"
     if rebuild_settings is not None:
-        found, before = _rebuild_block(work, dense, initial, rebuild_settings, last, where)
+        found, before = _rebuild_block(work, dense, initial, rebuild_settings, where)
+        measured_from = 0
         masks = dict(zip(block.linears, found, strict=True))
         now = {name: now[name].with_mask(mask.keep) for name, mask in masks.items()}
     if refine_settings is not None:
         now = {name: one.with_mask(one.keep) for name, one in now.items()}
-        if before is None:
-            before = _measure(work, dense, now, last)
         refined = refine_block(work, dense, now, refine_settings)
+        if before is None:
+            before = refined.errors[0]
+            measured_from = work.streams.sequences - refine_settings.held_out if refine_settings.held_out else 0
         now, swapped, rejected = refined.linears, refined.swapped, refined.rejected
         masks = {
             name: Rebuilt(now[name].keep, mask.beneficial, mask.grown + swapped[name], mask.dropped + swapped[name])
             for name, mask in masks.items()
         }
-    return _Outcome(now, masks, before, rejected)
+    output_kept = rebuild_settings is not None and not work.last
+    return _Outcome(now, masks, before, measured_from, output_kept, rejected)
 
 
 def _result(block: Block, outcome: _Outcome, after: float | None, weights: Mapping[str, Tensor]) -> BlockResult:
@@ -177,7 +181,6 @@ def _rebuild_block(
     dense: Mapping[str, Tensor],
     pruned: Mapping[str, PrunedLinear],
     settings: RebuildSettings,
-    last: bool,
     where: str,
 ) -> tuple[list[Rebuilt], float]:
     """The method: x → y_sparse, y_dense → loss → G at the dense weights → S = |W| · sqrt(mean G²) → swap pairs.
@@ -196,7 +199,7 @@ def _rebuild_block(
         layer.set_weights(dense_weights)
         dense_output, losses = layer.block_gradients(block, hidden, sparse_output, replays, squares)
         streams.write(DENSE_OUTPUT, batch, dense_output)
-        if not last:  # blocks after it replay it, if nothing is swapped
+        if not work.last:  # blocks after it replay it, if nothing is swapped
             streams.write(block.output, batch, sparse_output)
         total += losses.double().sum().item()
     if not math.isfinite(total):
@@ -216,41 +219,32 @@ def _rebuild_block(
     return masks, total / streams.sequences
 
 
-def _measure(work: Pass, dense: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear], last: bool) -> float:
-    """The mean reconstruction error of a block; both of its outputs are kept, as by the rebuild."""
-    total = 0.0
-    for batch in work.streams.batches():
-        outputs = []
-        for weights in ({name: dense[name] for name in pruned}, {name: one.weight for name, one in pruned.items()}):
-            work.layer.set_weights(weights)
-            outputs.append(work.output(batch))
-        work.streams.write(DENSE_OUTPUT, batch, outputs[0])
-        if not last:
-            work.streams.write(work.block.output, batch, outputs[1])
-        total += reconstruction_errors(*outputs).double().sum().item()
-    return total / work.streams.sequences
-
-
-def _propagate(work: Pass, last: bool, compare: bool) -> float | None:
+def _propagate(work: Pass, measured_from: int | None) -> float | None:
     """Run the final block: its output is kept for the blocks after it, or the layer's becomes the next one's input.
 
-    Returns the mean reconstruction error against the kept dense output, if `compare`; NaN if an activation is.
+    Returns the mean reconstruction error over the sequences from a first one on, whose dense output is kept, if there
+    is one; NaN if an activation is.
     """
     layer, block, streams = work.layer, work.block, work.streams
-    total = 0.0
+    total, compared, finite = 0.0, 0, True
+    measured_from = streams.sequences if measured_from is None else measured_from
     for batch in streams.batches():
         hidden, replays = streams.read(HIDDEN, batch), work.replays(batch)
-        if last:
+        if work.last:
             output, following = layer.final_output(hidden, block, replays)
             streams.write(HIDDEN, batch, following)
         else:
             output = following = layer.block_output(block, hidden, replays)
             streams.write(block.output, batch, output)
-        if compare:
-            total += reconstruction_errors(streams.read(DENSE_OUTPUT, batch), output).double().sum().item()
-        if not all(torch.isfinite(end) for end in torch.aminmax(following)):
-            total = float("nan")
-    return total / streams.sequences if compare or total != total else None
+        first = max(batch.start, measured_from)
+        if first < batch.stop:
+            dense_output = streams.read(DENSE_OUTPUT, slice(first, batch.stop))
+            total += reconstruction_errors(dense_output, output[first - batch.start :]).double().sum().item()
+            compared += batch.stop - first
+        finite = finite and all(bool(torch.isfinite(end)) for end in torch.aminmax(following))
+    if not finite:
+        return float("nan")
+    return total / compared if compared else None
 
 
 def _not_finite(what: str) -> NotFiniteError:

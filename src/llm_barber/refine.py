@@ -23,7 +23,7 @@ from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
-from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams, pieces
+from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams, pieces
 from llm_barber.presets import Reconstruct
 
 # Parts of the most swaps after which held-out windows are asked.
@@ -84,11 +84,15 @@ class RefineSettings:
 
 @dataclass(frozen=True)
 class Refined:
-    """A block's linears; how many weights of each were swapped; whether held-out windows rejected the change."""
+    """A block's linears; how many weights of each were swapped; whether held-out windows rejected the change.
+
+    `errors`: mean reconstruction errors before and after, on the windows that are held out, if any are, or on all.
+    """
 
     linears: dict[str, PrunedLinear]
     swapped: dict[str, int]
     rejected: bool
+    errors: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -99,26 +103,35 @@ class Pass:
     block: Block
     final: list[Block]
     streams: ActivationStreams
+    last: bool  # of the layer
 
     def replays(self, batch: slice, stream: str = "") -> dict[str, Tensor]:
         """Kept outputs of the final blocks."""
         return {done.output: self.streams.read(stream + done.output, batch) for done in self.final}
 
-    def output(self, batch: slice, stream: str = "") -> Tensor:
+    def output(self, batch: slice) -> Tensor:
         """The block's output with the layer's present weights, (sequences, tokens, hidden)."""
-        return self.layer.block_output(
-            self.block, self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream)
-        )
+        return self.layer.block_output(self.block, self.streams.read(HIDDEN, batch), self.replays(batch))
 
     def inputs(self, name: str, batch: slice, stream: str = "") -> Tensor:
         """The input of a linear with the layer's present weights, (sequences, tokens, in)."""
         return self.layer.input_of(name, self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream))
 
+    def advance_dense(self, batch: slice) -> None:
+        """Run the block, with dense weights, on the dense stream; the layer's output waits as `DENSE + NEXT`."""
+        hidden, replays = self.streams.read(DENSE + HIDDEN, batch), self.replays(batch, DENSE)
+        if self.last:
+            output, following = self.layer.final_output(hidden, self.block, replays)
+            self.streams.write(DENSE + NEXT, batch, following)
+        else:
+            output = self.layer.block_output(self.block, hidden, replays)
+        self.streams.write(DENSE + self.block.output, batch, output)
+
 
 def refine_block(
     work: Pass, dense: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear], settings: RefineSettings
 ) -> Refined:
-    """Refine the linears of a block, one after the other.
+    """Refine the linears of a block, one after the other; for a target mix, move the dense stream through it, too.
 
     Args:
         work: the block, and the layer's activations; of the dense model, too, for a target mix.
@@ -132,8 +145,8 @@ def refine_block(
     training, held_out = streams.split(settings.held_out)
     refined: dict[str, PrunedLinear] = {}
     swapped: dict[str, int] = {}
-    first = next(streams.batches())
-    for group in layer.input_groups(block, streams.read(HIDDEN, first)):
+    groups = layer.input_groups(block, streams.read(HIDDEN, training[0]))
+    for group in groups:
         moments = []
         for batches in (training, held_out):
             found = TargetMoments(dense[group[0]].shape[1], streams.device)
@@ -143,16 +156,27 @@ def refine_block(
                 others = None
                 if settings.target_mix:
                     layer.set_weights(dense_weights)
-                    others = work.inputs(group[0], batch, DENSE)
+                    others = _dense_inputs(work, group[0], batch, group is groups[-1])
                 found.update(inputs, others)
             moments.append(Objective.of(found, settings.target_mix) if batches else None)
         for name in group:
             refined[name], swapped[name] = refine_linear(pruned[name], dense[name], moments[0], moments[1], settings)
             current[name] = refined[name].weight
-    rejected = bool(held_out) and not _is_better(work, dense_weights, pruned, refined, held_out, settings.target_mix)
-    if rejected:
-        return Refined({name: pruned[name] for name in block.linears}, dict.fromkeys(block.linears, 0), True)
-    return Refined(refined, swapped, False)
+    candidates = (pruned, refined)
+    errors, distances = _measure(work, dense_weights, candidates, held_out or training, settings.target_mix)
+    if held_out and distances[1] >= distances[0]:
+        kept = {name: pruned[name] for name in block.linears}
+        return Refined(kept, dict.fromkeys(block.linears, 0), True, (errors[0], errors[0]))
+    return Refined(refined, swapped, False, errors)
+
+
+def _dense_inputs(work: Pass, name: str, batch: slice, last: bool) -> Tensor:
+    """The input of a linear of the dense model, (sequences, tokens, in); with the last, the stream moves on."""
+    if not last:
+        return work.inputs(name, batch, DENSE)
+    with work.layer.noted(name, batch.stop - batch.start) as found:
+        work.advance_dense(batch)
+    return found[0]
 
 
 @dataclass(frozen=True)
@@ -238,35 +262,29 @@ def _solve(keep: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None, he
     return best
 
 
-def _is_better(
+def _measure(
     work: Pass,
     dense_weights: Mapping[str, Tensor],
-    pruned: Mapping[str, PrunedLinear],
-    refined: Mapping[str, PrunedLinear],
-    held_out: list[slice],
+    candidates: tuple[Mapping[str, PrunedLinear], Mapping[str, PrunedLinear]],
+    batches: list[slice],
     mix: float,
-) -> bool:
-    """Is the refined block nearer to its target on the held-out windows?"""
-    errors = [0.0, 0.0]
-    for batch in held_out:
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Mean errors of a block with two sets of linears, and how far they are from the target, on some windows.
+
+    The dense output is kept for these windows.
+    """
+    errors, distances = [0.0, 0.0], [0.0, 0.0]
+    for batch in batches:
         work.layer.set_weights(dense_weights)
-        target = work.output(batch).float()
+        output = work.output(batch)
+        work.streams.write(DENSE_OUTPUT, batch, output)
+        target = output.float()
         if mix:
             target = target.lerp(work.streams.read(DENSE + work.block.output, batch).float(), mix)
-        for place, linears in enumerate((pruned, refined)):
+        for place, linears in enumerate(candidates):
             work.layer.set_weights({name: linears[name].weight for name in work.block.linears})
-            errors[place] += reconstruction_errors(target, work.output(batch)).double().sum().item()
-    return errors[1] < errors[0]
-
-
-def advance_dense(layer: DecoderLayer, blocks: tuple[Block, ...], streams: ActivationStreams) -> None:
-    """Run the dense layer on the dense stream: its blocks' outputs are kept, its output waits as `DENSE + NEXT`."""
-    for batch in streams.batches():
-        hidden = streams.read(DENSE + HIDDEN, batch)
-        replays: dict[str, Tensor] = {}
-        for block in blocks[:-1]:
-            replays[block.output] = layer.block_output(block, hidden, replays)
-            streams.write(DENSE + block.output, batch, replays[block.output])
-        output, following = layer.final_output(hidden, blocks[-1], replays)
-        streams.write(DENSE + blocks[-1].output, batch, output)
-        streams.write(DENSE + NEXT, batch, following)
+            found = work.output(batch)
+            errors[place] += reconstruction_errors(output, found).double().sum().item()
+            distances[place] += reconstruction_errors(target, found).double().sum().item()
+    sequences = sum(batch.stop - batch.start for batch in batches)
+    return (errors[0] / sequences, errors[1] / sequences), (distances[0], distances[1])

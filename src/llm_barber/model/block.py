@@ -62,10 +62,12 @@ class DecoderLayer:
         # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
         self._output_tail: dict[str, tuple[Any, ...] | None] = {}
         self._flattened: dict[str, bool] = {}
+        self._groups: list[list[str]] = []  # of linears that read one tensor, once inputs have been visited
         self.returns_tuple = False  # found when it runs
 
     def select(self, linears: Collection[str]) -> None:
         """Look at some of the linears from now on."""
+        self._groups = [[name for name in group if name in linears] for group in self._groups]
         self.linears = {name: linear for name, linear in self.linears.items() if name in linears}
 
     @property
@@ -90,11 +92,14 @@ class DecoderLayer:
         """
         waiting = set(self.linears)
         latest: list[Tensor] = [hidden, hidden]
+        self._groups = []
 
         def visit(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-                if positional[0] is not latest[0]:
+                if positional[0] is not latest[0] or not self._groups:
                     latest[:] = positional[0], _by_sequence(positional[0], len(hidden))
+                    self._groups.append([])
+                self._groups[-1].append(name)
                 visitor(name, latest[1])
                 waiting.discard(name)
                 if not waiting:
@@ -109,20 +114,10 @@ class DecoderLayer:
 
     def input_groups(self, block: Block, hidden: Tensor) -> list[tuple[str, ...]]:
         """The block's linears in the order in which data flows through them; those that read one tensor together."""
-        groups: list[list[str]] = []
-        latest: list[Tensor] = []
-
-        def visit(name: str, inputs: Tensor) -> None:
-            if name not in block.linears:
-                return
-            if latest and latest[0] is inputs:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-                latest[:] = [inputs]
-
-        self.visit_inputs(hidden, visit)
-        return [tuple(group) for group in groups]
+        if not self._groups:
+            self.visit_inputs(hidden, lambda *_: None)
+        groups = [tuple(name for name in group if name in block.linears) for group in self._groups]
+        return [group for group in groups if group]
 
     @torch.no_grad()
     def input_of(self, name: str, hidden: Tensor, replays: Mapping[str, Tensor]) -> Tensor:
@@ -133,15 +128,22 @@ class DecoderLayer:
             hidden: the layer's input, (sequences, tokens, hidden).
             replays: as in `block_output`.
         """
+        with self.noted(name, len(hidden), stop=True) as found, self._replayed(replays):
+            self._run(hidden)
+        return found[0]
+
+    @contextmanager
+    def noted(self, name: str, sequences: int, stop: bool = False) -> Iterator[list[Tensor]]:
+        """Put the input of a linear, (sequences, tokens, in), in the list when it runs; `stop`: end the run there."""
         found: list[Tensor] = []
 
         def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-            found.append(_by_sequence(positional[0], len(hidden)))
-            raise _Reached
+            found.append(_by_sequence(positional[0], sequences))
+            if stop:
+                raise _Reached
 
-        with _removed(self.linears[name].register_forward_pre_hook(hook)), self._replayed(replays):
-            self._run(hidden)
-        return found[0]
+        with _removed(self.linears[name].register_forward_pre_hook(hook)):
+            yield found
 
     @torch.no_grad()
     def block_output(self, block: Block, hidden: Tensor, replays: Mapping[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
 NEXT = "next"  # the array that will be HIDDEN of the layer after this one
 DENSE = "dense "  # before a name: the same in the dense model
+DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
 
 
 class ActivationStreams:
