@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_barber import PruneConfig, prune
-from llm_barber.errors import SettingsError
+from llm_barber.errors import BarberError, ModelError, NotFiniteError, SettingsError
 from llm_barber.masking.budget import removal_costs, spread_budget
 from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
@@ -137,3 +137,26 @@ def sparsities_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float, en
     names = [next(name for name in linears if name.endswith(end)) for end in ends]
     costs = [removal_costs(linears[name].weight, sums[name].rows, sums[name].columns) for name in names]
     return spread_budget(costs, [len(linears[name].weight) for name in names], sparsity)
+
+
+def test_by_loss_goes_on_with_the_sparsities_that_it_had(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    settings = {"dtype": "float32", "batch_size": 2, "report": False, "allocation": "loss", "rebuild": False}
+    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
+    stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="loss")
+    monkeypatch.setattr("llm_barber.pruning.allocate", None)
+    prune(PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, resume=True, **settings))
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("factor", "error"), [(0.0, ModelError), (3e38, NotFiniteError)])
+def test_gradients_that_say_nothing(tmp_path: Path, model: Path, factor: float, error: type[BarberError]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= factor
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    with pytest.raises(error, match="gradients") as caught:
+        prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, allocation="loss", dtype="float32"))
+    assert "uniform" in caught.value.hint

@@ -13,6 +13,7 @@ from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, e
 from llm_barber.checkpoint.packed import PACKED_INDEX
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError
+from llm_barber.loading import load
 from tests.conftest import make_model, save_tokens
 from tests.evaluation.test_evaluate import add_tokenizer
 
@@ -58,6 +59,18 @@ def test_other_checkpoints_come_back_too(tmp_path: Path, dtype: torch.dtype) -> 
     assert report.packed == {"bitmask": 1}
     unpack(PackConfig(model=tmp_path / "packed", output=tmp_path / "unpacked"))
     assert contents(tmp_path / "unpacked") == contents(model)
+
+
+def test_transposed_weights_are_packed_and_loaded(tmp_path: Path) -> None:
+    """GPT-2 keeps its weights as (in, out), in modules that are no linears: they stay dense in memory."""
+    folder, tokens = make_model(tmp_path / "dense", "gpt2"), save_tokens(tmp_path / "tokens.safetensors")
+    prune(PruneConfig(model=folder, output=tmp_path / "out", calibration=tokens, sparsity=0.7, dtype="float32"))
+    pack(PackConfig(model=str(tmp_path / "out"), output=tmp_path / "packed"))
+    inputs = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = load(tmp_path / "out")(inputs).logits
+        assert torch.equal(load(tmp_path / "packed")(inputs).logits, expected)
+        assert torch.equal(load(tmp_path / "packed", keep_packed=True)(inputs).logits, expected)
 
 
 def test_bad_input(tmp_path: Path, pruned: Path) -> None:

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llm_barber.errors import NotFiniteError, SettingsError
+from llm_barber.errors import ModelError, NotFiniteError, SettingsError
 from llm_barber.initial import MethodMasks, collect_inputs
 from llm_barber.job import Job
 from llm_barber.masking.budget import removal_costs, spread_budget
@@ -33,7 +33,8 @@ def allocate(
 
     Raises:
         SettingsError: the spread does not fit the sparsity.
-        NotFiniteError: the model's gradients are NaN or Inf.
+        ModelError: the model's gradients are all zero.
+        NotFiniteError: they are NaN or Inf.
     """
     streams.copy(HIDDEN, START)
     try:
@@ -104,6 +105,10 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
             rows[job.linear_name(index, name)] = len(weights[name])
         progress.advance("back")
     names = [job.linear_name(index, name) for index in range(job.layer_count) for name in initial.linears(index)]
+    if not any(cost.any() for cost in costs.values()):
+        raise ModelError(
+            "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
+        )
     found = spread_budget([costs[name] for name in names], [rows[name] for name in names], sparsity)
     return dict(zip(names, found, strict=True))
 

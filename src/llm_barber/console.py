@@ -162,7 +162,7 @@ def show_inspection(inspection: Inspection) -> None:
     table = Table(title=f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}")
     table.add_column("layer", justify="right")
     for name in names:
-        table.add_column(name.rpartition(".")[2].removesuffix("_proj"), justify="right")
+        table.add_column(_short(name), justify="right")
     table.add_column("patterns")
     for index in dict.fromkeys(linear.layer for linear in inspection.linears):
         layer = {linear.name: linear for linear in inspection.linears if linear.layer == index}
@@ -288,3 +288,9 @@ def show_demo(rows: list[DemoRow]) -> None:
     for row in rows:
         console.print(f"{row.name} ({row.folder})", style="bold", soft_wrap=True)
         console.print(f"  {row.sentence}", soft_wrap=True)
+
+
+def _short(linear: str) -> str:
+    """A heading for a linear: q for self_attn.q_proj, but c_attn and mlp.c_proj, which say nothing without the rest."""
+    last = linear.rpartition(".")[2]
+    return last.removesuffix("_proj") if last != "c_proj" else linear

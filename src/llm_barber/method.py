@@ -38,10 +38,11 @@ class InitialMasks(Protocol):
 
 @dataclass(frozen=True)
 class RebuildSettings:
-    """Granularity and ratio of the rebuild."""
+    """Granularity and ratio of the rebuild; linears with N:M may have a granularity of their own."""
 
     granularity: Granularity
     ratio: float
+    pattern_granularity: Granularity | None = None
 
 
 def prune_layer(
@@ -215,6 +216,7 @@ def _rebuild_block(
         rebuild_ratio=settings.ratio,
         patterns=[linear.pattern for linear in linears],
         fixed=None if linears[0].fixed is None else [linear.fixed for linear in linears if linear.fixed is not None],
+        pattern_granularity=settings.pattern_granularity,
     )
     return masks, total / streams.sequences
 

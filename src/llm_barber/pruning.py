@@ -18,6 +18,7 @@ from llm_barber.config import PruneConfig, RebuildConfig, RunSettings, rebuild_d
 from llm_barber.errors import NotFiniteError
 from llm_barber.initial import CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
+from llm_barber.masking.granularity import Granularity
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.presets import Allocation, Reconstruct
@@ -50,7 +51,7 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     rebuild_settings = None
     if config.rebuilds:
         rebuild_settings = RebuildSettings(
-            *rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target)
+            *rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target), _of_patterns(config)
         )
     initial = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
     method = config.method
@@ -62,6 +63,11 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
             "in comparison groups of this size"
         )
     return report
+
+
+def _of_patterns(config: RunSettings) -> Granularity | None:
+    """The granularity of linears with N:M: the released program's, unless one was asked for."""
+    return None if config.granularity else Granularity.OUTPUT
 
 
 def _asked_for(report: RunReport, initial: MethodMasks) -> float:
@@ -86,7 +92,7 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
     initial = CheckpointMasks(job, config.pruned, config.pattern)
     method = config.initial or initial.recorded_method
     settings = RebuildSettings(
-        *rebuild_defaults(method, config.granularity, config.rebuild_ratio, initial.first_pattern)
+        *rebuild_defaults(method, config.granularity, config.rebuild_ratio, initial.first_pattern), _of_patterns(config)
     )
     label = f"mask of {config.pruned}"
     return _run("rebuild", config.dense, config, job, initial, settings, method, label, progress)

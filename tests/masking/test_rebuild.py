@@ -128,3 +128,13 @@ def test_only_grown_weights_without_anything_to_drop() -> None:
     keep = torch.zeros(1, 4, dtype=torch.bool)
     (result,) = rebuild_masks([keep], [torch.ones(1, 4)], Granularity.OUTPUT, 1.0)
     assert (result.beneficial, result.grown, result.dropped) == (0, 0, 0)
+
+
+def test_linears_with_a_pattern_may_have_a_granularity_of_their_own() -> None:
+    keep, saliency = random_block(3, NofM(2, 4), ties=False)
+    patterns = [NofM(2, 4), *[None] * (len(keep) - 1)]
+    mixed = rebuild_masks(keep, saliency, Granularity.BLOCK, 0.5, patterns, pattern_granularity=Granularity.OUTPUT)
+    alone = rebuild_masks(keep[:1], saliency[:1], Granularity.OUTPUT, 0.5, patterns[:1])
+    others = rebuild_masks(keep[1:], saliency[1:], Granularity.BLOCK, 0.5)
+    assert all(torch.equal(one.keep, two.keep) for one, two in zip(mixed, [*alone, *others], strict=True))
+    assert mixed[0].grown != rebuild_masks(keep[:1], saliency[:1], Granularity.BLOCK, 0.5, patterns[:1])[0].grown

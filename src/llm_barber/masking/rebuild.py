@@ -38,6 +38,7 @@ def rebuild_masks(
     rebuild_ratio: float,
     patterns: Sequence[NofM | None] | None = None,
     fixed: Sequence[Tensor] | None = None,
+    pattern_granularity: Granularity | None = None,
 ) -> list[Rebuilt]:
     """Rebuild the masks of one block's linears.
 
@@ -50,13 +51,16 @@ def rebuild_masks(
             group of M drops as many kept weights as grow in it, those with the lowest saliency.
         fixed: a bool tensor (out, in) per linear, True where a weight neither grows nor drops (it is zero in the
             dense model, so that moving it would change nothing but the count of zeros).
+        pattern_granularity: that of linears with N:M, where it is another one.
 
     Returns:
         One `Rebuilt` per linear.
     """
-    if granularity is Granularity.BLOCK and patterns is not None and None in patterns and any(patterns):
-        # N:M drops where it grows, so that such linears cannot exchange weights with unstructured ones.
-        return _by_kind(keep, saliency, rebuild_ratio, patterns, fixed)
+    if patterns is not None and any(patterns):
+        if None in patterns:
+            # N:M drops where it grows, so that such linears cannot exchange weights with unstructured ones.
+            return _by_kind(keep, saliency, granularity, rebuild_ratio, patterns, fixed, pattern_granularity)
+        granularity = pattern_granularity or granularity
     shapes = [tuple(tensor.shape) for tensor in keep]
     droppable = keep if fixed is None else [mask & ~stays for mask, stays in zip(keep, fixed, strict=True)]
     growable = [~mask for mask in keep] if fixed is None else [~(m | f) for m, f in zip(keep, fixed, strict=True)]
@@ -90,9 +94,11 @@ def rebuild_masks(
 def _by_kind(
     keep: Sequence[Tensor],
     saliency: Sequence[Tensor],
+    granularity: Granularity,
     ratio: float,
     patterns: Sequence[NofM | None],
     fixed: Sequence[Tensor] | None,
+    pattern_granularity: Granularity | None,
 ) -> list[Rebuilt]:
     """The linears of a block with N:M and those without, each kind by itself."""
     found: dict[int, Rebuilt] = {}
@@ -101,10 +107,11 @@ def _by_kind(
         rebuilt = rebuild_masks(
             [keep[index] for index in places],
             [saliency[index] for index in places],
-            Granularity.BLOCK,
+            granularity,
             ratio,
             [patterns[index] for index in places],
             None if fixed is None else [fixed[index] for index in places],
+            pattern_granularity,
         )
         found |= dict(zip(places, rebuilt, strict=True))
     return [found[index] for index in range(len(keep))]

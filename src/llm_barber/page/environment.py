@@ -27,6 +27,7 @@ def environment() -> Environment:
         "duration": duration,
         "memory": memory,
         "hash": _hash,
+        "plain": plain,
     }
     return made
 
@@ -70,6 +71,13 @@ def duration(seconds: float) -> str:
 def memory(size: int) -> str:
     """A number of bytes in GiB."""
     return f"{number(size / 2**30)}{SPACE}GiB"
+
+
+def plain(value: object) -> object:
+    """A setting as people would write it: lists and mappings without brackets."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {one}" for key, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def model_name(model: str) -> str:
