@@ -74,8 +74,9 @@ def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: flo
 def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
     """What pruning each linear costs the model's loss: forward, then back through the layers (`masking/budget.py`)."""
     job, skeleton = initial.job, initial.job.skeleton
-    windows = max(1, min(streams.sequences, LOSS_TOKENS // job.tokens.input_ids.shape[1]))
-    batches = pieces(0, windows, streams.batch_size)
+    windows = max(1, LOSS_TOKENS // job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
+    batches = pieces(0, min(max(windows - streams.first, 0), streams.sequences), streams.batch_size)
+    tokens = [job.tokens.input_ids[streams.of_all(batch)] for batch in batches]
     skeleton.fill_outside(job.source.read_parameters(skeleton.every_outside_name, job.base_prefix))
     for size in {batch.stop - batch.start for batch in batches}:
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
@@ -85,9 +86,11 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         inputs.append([streams.copied(HIDDEN, batch) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
-        skeleton.layers_return_tuples = layer.returns_tuple
+        skeleton.layers_return_tuples = layer.returns_tuple  # of a layer that has run
         progress.advance("forward")
-    gradients = [_loss_gradient(job, streams.read(HIDDEN, batch), job.tokens.input_ids[batch]) for batch in batches]
+    gradients = [
+        _loss_gradient(job, streams.read(HIDDEN, batch), own) for batch, own in zip(batches, tokens, strict=True)
+    ]
     skeleton.drop_outside()
     costs: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
@@ -96,6 +99,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         for number, hidden in enumerate(inputs.pop()):
             gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], sums)
         for name in layer.linears:
+            streams.ranks.add(sums[name])
             if not torch.isfinite(sums[name].rows.max()):
                 raise NotFiniteError(
                     f"the loss has NaN or Inf gradients at {job.linear_name(index, name)}",

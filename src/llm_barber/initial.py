@@ -57,6 +57,9 @@ class Statistic(Protocol):
     def update(self, inputs: Tensor) -> None:
         """Add a batch, (sequences, tokens, in)."""
 
+    def parts(self) -> list[Tensor]:
+        """What processes add up."""
+
     @property
     def mean(self) -> Tensor:
         """The statistic over all sequences."""
@@ -164,7 +167,7 @@ def _group_pattern(target: Pattern) -> NofM | None:
 def collect_inputs(
     layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
 ) -> dict[str, AnyStatistic]:
-    """A running statistic of the inputs of every linear, over all calibration sequences.
+    """A running statistic of the inputs of every linear, over all calibration sequences of all processes.
 
     Linears that read the same tensor (q, k, v; gate, up) share one.
     """
@@ -184,6 +187,8 @@ def collect_inputs(
             updated[:] = [found[name]]
 
         layer.visit_inputs(streams.read(HIDDEN, batch), visit)
+    for one in {id(one): one for one in found.values()}.values():
+        streams.ranks.add(one)
     return found
 
 

@@ -21,6 +21,7 @@ from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
+from llm_barber.ranks import Ranks, local_rank
 from llm_barber.targets import Targets
 
 OUTSIDE_SHARD_BYTES = 2**30
@@ -37,6 +38,7 @@ class Job:
     tokens: CalibrationTokens
     skeleton: Skeleton
     batch_size: int
+    ranks: Ranks
 
     @property
     def layer_count(self) -> int:
@@ -111,7 +113,9 @@ class Job:
         return {name: shape[::-1] if self.architecture.transposed else shape for name, shape in shapes.items()}
 
 
-def prepare(model: str, settings: RunSettings, targets: Targets | None, progress: Progress) -> Job:
+def prepare(
+    model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks | None = None
+) -> Job:
     """Open and check everything that can be checked before computing.
 
     Args:
@@ -119,10 +123,22 @@ def prepare(model: str, settings: RunSettings, targets: Targets | None, progress
         settings: of the run.
         targets: how much of each linear goes; None: not known yet.
         progress: is told.
+        ranks: the processes of the run; the first one of each machine is done before the others begin, so that they
+            find what it has fetched or converted.
 
     Raises:
         BarberError: whatever is wrong with the model, the calibration or the device.
     """
+    ranks = ranks or Ranks()
+    if local_rank():
+        ranks.wait()
+    job = _prepare(model, settings, targets, progress, ranks)
+    if not local_rank():
+        ranks.wait()
+    return job
+
+
+def _prepare(model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks) -> Job:
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     check_output(settings.output, settings.overwrite)
@@ -142,6 +158,7 @@ def prepare(model: str, settings: RunSettings, targets: Targets | None, progress
         settings.seed,
     )
     sequences, seqlen = tokens.input_ids.shape
+    ranks.share(sequences)  # there are enough
     check_positions(config, seqlen)
     check_vocabulary(config, tokens.input_ids)
     skeleton = make_skeleton(config, architecture, device, dtype, model)
@@ -149,7 +166,7 @@ def prepare(model: str, settings: RunSettings, targets: Targets | None, progress
     check_tensors(skeleton, source, with_head=by_loss)
     job = Job(
         source, config, architecture, tokens, skeleton,
-        resolve_batch_size(settings.batch_size, seqlen, sequences, device),
+        resolve_batch_size(settings.batch_size, seqlen, sequences, device), ranks,
     )  # fmt: skip
     check_output(settings.output, settings.overwrite, job.bytes)
     shapes = job.linear_shapes(source)

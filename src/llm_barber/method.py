@@ -137,7 +137,7 @@ def _prune_block(
         refined = refine_block(work, dense, now, refine_settings)
         if before is None:
             before = refined.errors[0]
-            measured_from = work.streams.sequences - refine_settings.held_out if refine_settings.held_out else 0
+            measured_from = work.streams.border(refine_settings.held_out) if refine_settings.held_out else 0
         now, swapped, rejected = refined.linears, refined.swapped, refined.rejected
         masks = {
             name: Rebuilt(now[name].keep, mask.beneficial, mask.grown + swapped[name], mask.dropped + swapped[name])
@@ -203,8 +203,11 @@ def _rebuild_block(
         if not work.last:  # blocks after it replay it, if nothing is swapped
             streams.write(block.output, batch, sparse_output)
         total += losses.double().sum().item()
+    (total,) = streams.ranks.total(total)
     if not math.isfinite(total):
         raise _not_finite(f"the output of {where}")
+    for statistic in squares.values():
+        streams.ranks.add(statistic)
     for name, statistic in squares.items():
         if not torch.isfinite(statistic.total.max()):  # a NaN is a maximum too
             raise _not_finite(f"a gradient of {where}, {name},")
@@ -218,7 +221,7 @@ def _rebuild_block(
         fixed=None if linears[0].fixed is None else [linear.fixed for linear in linears if linear.fixed is not None],
         pattern_granularity=settings.pattern_granularity,
     )
-    return masks, total / streams.sequences
+    return masks, total / streams.every
 
 
 def _propagate(work: Pass, measured_from: int | None) -> float | None:
@@ -244,9 +247,10 @@ def _propagate(work: Pass, measured_from: int | None) -> float | None:
             total += reconstruction_errors(dense_output, output[first - batch.start :]).double().sum().item()
             compared += batch.stop - first
         finite = finite and all(bool(torch.isfinite(end)) for end in torch.aminmax(following))
-    if not finite:
+    total, all_compared, broken = streams.ranks.total(total, compared, not finite)
+    if broken:
         return float("nan")
-    return total / compared if compared else None
+    return total / all_compared if all_compared else None
 
 
 def _not_finite(what: str) -> NotFiniteError:

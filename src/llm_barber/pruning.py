@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llm_barber.allocation import allocate
+from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.checkpoint.state import source_key
@@ -23,6 +24,7 @@ from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.presets import Allocation, Reconstruct
 from llm_barber.progress import Progress, Silent
+from llm_barber.ranks import Ranks, joined
 from llm_barber.refine import RefineSettings
 from llm_barber.report import (
     PAGE_NAME,
@@ -45,9 +47,13 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     Raises:
         BarberError: anything that is wrong with settings, model, calibration or output; nothing is left behind.
     """
-    progress = progress or Silent()
+    with joined() as ranks:
+        return _prune(config, progress or Silent(), ranks)
+
+
+def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
     target = config.target
-    job = prepare(config.model, config, config.targets, progress)
+    job = prepare(config.model, config, config.targets, progress, ranks)
     rebuild_settings = None
     if config.rebuilds:
         rebuild_settings = RebuildSettings(
@@ -87,8 +93,12 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
     Raises:
         BarberError: anything that is wrong with settings, models, calibration or output; nothing is left behind.
     """
-    progress = progress or Silent()
-    job = prepare(config.dense, config, Targets(config.target) if config.target else None, progress)
+    with joined() as ranks:
+        return _rebuild(config, progress or Silent(), ranks)
+
+
+def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunReport:
+    job = prepare(config.dense, config, Targets(config.target) if config.target else None, progress, ranks)
     initial = CheckpointMasks(job, config.pruned, config.pattern)
     method = config.initial or initial.recorded_method
     settings = RebuildSettings(
@@ -99,7 +109,7 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
 
 
 @contextmanager
-def _told_how_to_go_on(writer: CheckpointWriter, progress: Progress) -> Iterator[None]:
+def _told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
@@ -145,18 +155,21 @@ def _run(
     """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
     began = time.perf_counter()
     shards = len(job.outside_shards) + job.layer_count
-    key = _run_key(command, config, job)
-    with (
-        CheckpointWriter(config.output, shards, config.overwrite, job.bytes, key, config.resume) as writer,
-        _told_how_to_go_on(writer, progress),
-    ):
+    ranks, sequences = job.ranks, len(job.tokens.input_ids)
+    opened: CheckpointWriter | Follower = Follower(config.output)
+    if ranks.first:
+        key = _run_key(command, config, job)
+        opened = CheckpointWriter(config.output, shards, config.overwrite, job.bytes, key, config.resume)
+    with opened as writer, _told_how_to_go_on(writer, progress):
         finished, activations = writer.read_activations()
+        finished, writer.state = ranks.from_first((finished, writer.state))
+        activations = ranks.scatter(activations, sequences)
         results = [LayerResult.model_validate(layer) for layer in writer.state.layers]
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
         progress.stage("embedding the calibration tokens")
         start = time.perf_counter()
-        refine_settings = RefineSettings.of(config, len(job.tokens.input_ids))
+        refine_settings = RefineSettings.of(config, sequences)
         streams = _embed(job, _copy_outside(job, writer), refine_settings)
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
@@ -188,7 +201,8 @@ def _run(
             seconds["write"] += written - computed
             seconds["total"] = written - began
             results.append(LayerResult(index=index, seconds=written - start, blocks=tuple(blocks)))
-            writer.finish_layer(results[-1].model_dump(mode="json"), streams.between_layers(), seconds, peak_memory())
+            kept = ranks.gather(streams.between_layers(), sequences)
+            writer.finish_layer(results[-1].model_dump(mode="json"), kept, seconds, peak_memory())
             seconds["write"] += time.perf_counter() - written
             progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
@@ -216,6 +230,7 @@ def _run(
             device=str(job.skeleton.device),
             dtype=str(job.skeleton.dtype).removeprefix("torch."),
             versions=versions(),
+            processes=ranks.count,
             layers=tuple(results),
             seconds=seconds,
             peak_memory=max(peak_memory(), writer.state.peak_memory),
@@ -237,7 +252,7 @@ def _run(
     return report
 
 
-def _copy_outside(job: Job, writer: CheckpointWriter) -> dict[str, Tensor]:
+def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Tensor]:
     """Copy what is outside the decoder layers; returns what embeds the tokens, by the model's names."""
     wanted = {job.source.resolve(name, job.base_prefix): name for name in job.skeleton.outside_names}
     kept: dict[str, Tensor] = {}
@@ -254,10 +269,10 @@ def _copy_outside(job: Job, writer: CheckpointWriter) -> dict[str, Tensor]:
 def _embed(job: Job, weights: Mapping[str, Tensor], refine_settings: RefineSettings | None) -> ActivationStreams:
     """The input of the first decoder layer for all calibration sequences."""
     skeleton = job.skeleton
-    streams = ActivationStreams(len(job.tokens.input_ids), job.batch_size, skeleton.device)
+    streams = ActivationStreams(len(job.tokens.input_ids), job.batch_size, skeleton.device, job.ranks)
     skeleton.fill_outside(weights)
     for batch in streams.batches():
-        skeleton.embed(job.tokens.input_ids[batch], partial(streams.write, HIDDEN, batch))
+        skeleton.embed(job.tokens.input_ids[streams.of_all(batch)], partial(streams.write, HIDDEN, batch))
     known = {batch.stop - batch.start for batch in streams.batches()}
     for size in refine_settings.batch_sizes(streams) - known if refine_settings else ():
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many

@@ -74,7 +74,7 @@ class RefineSettings:
 
     def steps(self, streams: ActivationStreams) -> list[slice]:
         """The sequences of each step of a pass of tuning."""
-        return pieces(0, streams.sequences - self.held_out, min(streams.batch_size, SEQUENCES_A_STEP))
+        return pieces(0, streams.border(self.held_out), min(streams.batch_size, SEQUENCES_A_STEP))
 
     def batch_sizes(self, streams: ActivationStreams) -> set[int]:
         """Numbers of sequences that the layers are called with."""
@@ -145,11 +145,11 @@ def refine_block(
     training, held_out = streams.split(settings.held_out)
     refined: dict[str, PrunedLinear] = {}
     swapped: dict[str, int] = {}
-    groups = layer.input_groups(block, streams.read(HIDDEN, training[0]))
+    groups = layer.input_groups(block, streams.read(HIDDEN, next(streams.batches())))
     for group in groups:
         moments = []
         for batches in (training, held_out):
-            found = TargetMoments(dense[group[0]].shape[1], streams.device)
+            found = TargetMoments(dense[group[0]].shape[1], streams.device, crossed=settings.target_mix > 0)
             for batch in batches:
                 layer.set_weights(current)
                 inputs = work.inputs(group[0], batch)
@@ -158,13 +158,15 @@ def refine_block(
                     layer.set_weights(dense_weights)
                     others = _dense_inputs(work, group[0], batch, group is groups[-1])
                 found.update(inputs, others)
-            moments.append(Objective.of(found, settings.target_mix) if batches else None)
+            streams.ranks.add(found)
+            moments.append(Objective.of(found, settings.target_mix) if found.tokens else None)
         for name in group:
             refined[name], swapped[name] = refine_linear(pruned[name], dense[name], moments[0], moments[1], settings)
             current[name] = refined[name].weight
     candidates = (pruned, refined)
-    errors, distances = _measure(work, dense_weights, candidates, held_out or training, settings.target_mix)
-    if held_out and distances[1] >= distances[0]:
+    measured = held_out if settings.held_out else training
+    errors, distances = _measure(work, dense_weights, candidates, measured, settings.target_mix)
+    if settings.held_out and distances[1] >= distances[0]:
         kept = {name: pruned[name] for name in block.linears}
         return Refined(kept, dict.fromkeys(block.linears, 0), True, (errors[0], errors[0]))
     return Refined(refined, swapped, False, errors)
@@ -286,5 +288,6 @@ def _measure(
             found = work.output(batch)
             errors[place] += reconstruction_errors(output, found).double().sum().item()
             distances[place] += reconstruction_errors(target, found).double().sum().item()
-    sequences = sum(batch.stop - batch.start for batch in batches)
-    return (errors[0] / sequences, errors[1] / sequences), (distances[0], distances[1])
+    count = sum(batch.stop - batch.start for batch in batches)
+    *sums, sequences = work.streams.ranks.total(*errors, *distances, count)
+    return (sums[0] / sequences, sums[1] / sequences), (sums[2], sums[3])

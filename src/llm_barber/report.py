@@ -138,6 +138,7 @@ class RunReport(_Result):
     device: str
     dtype: str
     versions: dict[str, str]
+    processes: int = 1
     layers: tuple[LayerResult, ...] = Field(min_length=1)
     seconds: dict[str, float]
     peak_memory: int

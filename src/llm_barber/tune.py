@@ -15,6 +15,7 @@ from torch import Tensor
 from llm_barber.initial import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
+from llm_barber.ranks import Ranks
 from llm_barber.refine import RefineSettings
 
 TARGET = "target"  # what the layer's output should be
@@ -48,25 +49,34 @@ def tune_layer(
         size = one.square().sum() / keeps[name].count_nonzero().clamp_min(1)
         groups.append({"params": [one.requires_grad_()], "lr": RATE * size.sqrt().item()})
     optimizer = torch.optim.Adam(groups, betas=MOMENTUM)
-    training = settings.steps(streams)
-    total = passes * len(training)
+    training: list[slice | None] = [*settings.steps(streams)]
+    steps = round(max(streams.ranks.every(len(training))))
+    training += [None] * (steps - len(training))  # the steps of processes that have more sequences
+    total = passes * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
     def loss(batch: slice) -> Tensor:
+        """Summed over the sequences of a batch, mean over tokens and channels."""
         weights = {name: (one * keeps[name]).to(layer.dtype) for name, one in values.items()}
         output = layer.output_with(weights, streams.read(HIDDEN, batch))
-        return (output.float() - streams.read(TARGET, batch).float()).square().mean()
+        error = (output.float() - streams.read(TARGET, batch).float()).square().mean()
+        return error * int(batch.stop - batch.start)
 
     def held_out_error() -> float:
         with torch.no_grad():
-            return math.fsum(loss(batch).item() * (batch.stop - batch.start) for batch in streams.split(held_out)[1])
+            own = math.fsum(loss(batch).item() for batch in streams.split(held_out)[1])
+        return streams.ranks.total(own)[0]
 
     generator = torch.Generator().manual_seed(0)
     best, lowest, without_gain = _copy(values), held_out_error(), 0
     for _ in range(passes):
-        for step in torch.randperm(len(training), generator=generator).tolist():
-            optimizer.zero_grad()
-            torch.autograd.backward(loss(training[step]))
+        for step in torch.randperm(steps, generator=generator).tolist():
+            batch = training[step]
+            for one in values.values():
+                one.grad = torch.zeros_like(one)
+            if batch is not None:
+                torch.autograd.backward(loss(batch))
+            _mean_gradients(values, 0 if batch is None else batch.stop - batch.start, streams.ranks)
             optimizer.step()
             schedule.step()
         error = held_out_error()
@@ -93,6 +103,15 @@ def _write_targets(
             own = layer.output(streams.read(HIDDEN, batch))
             target = own if target is None else own.float().lerp(target.float(), target_mix).to(layer.dtype)
         streams.write(TARGET, batch, target)
+
+
+def _mean_gradients(values: Mapping[str, Tensor], sequences: int, ranks: Ranks) -> None:
+    """Gradients of a step's mean loss from those of the sums over each process's sequences."""
+    (every,) = ranks.total(sequences)
+    for one in values.values():
+        assert one.grad is not None
+        ranks.add_tensor(one.grad)
+        one.grad /= every
 
 
 def _copy(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The commands that prune: each parses, makes a configuration, calls, and shows; no logic."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -250,8 +251,11 @@ def _run_or_plan(
     from llm_barber.console import ConsoleProgress, show_plan, show_run
     from llm_barber.plan import plan
 
-    with ConsoleProgress(quiet) as progress:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    with ConsoleProgress(quiet or not first) as progress:
         result: Any = (plan if dry_run else run)(config, progress)
+    if not first:
+        return
     if json:
         print(result.to_json(), end="")
     elif dry_run:

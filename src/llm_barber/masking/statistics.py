@@ -30,7 +30,22 @@ def exact_half_products(dtype: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-class InputSquares:
+class RunningSums:
+    """Sums over calibration sequences; processes that share the sequences add up their `parts`."""
+
+    def parts(self) -> list[Tensor]:
+        """Every sum, and every count as a float64 tensor (1,)."""
+        found: list[Tensor] = []
+        for value in vars(self).values():
+            found += value.parts() if isinstance(value, RunningSums) else [value] if isinstance(value, Tensor) else []
+        return found
+
+
+def _count() -> Tensor:
+    return torch.zeros(1, dtype=torch.float64)
+
+
+class InputSquares(RunningSums):
     """Mean over sequences of the squared norm of each input channel (Wanda, arXiv 2306.11695, equation 1).
 
     `update` takes inputs of shape (sequences, tokens, in); `mean` is float32 of shape (in,).
@@ -38,7 +53,7 @@ class InputSquares:
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.total = torch.zeros(features, device=device)
-        self.sequences = 0
+        self.sequences = _count()
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch of sequences."""
@@ -49,10 +64,10 @@ class InputSquares:
     @property
     def mean(self) -> Tensor:
         """float32, (in,)."""
-        return self.total / self.sequences
+        return self.total / self.sequences.item()
 
 
-class InputMoments:
+class InputMoments(RunningSums):
     """Sums of each input channel, for methods that look at its mean and variance (DSnoT, arXiv 2310.08915).
 
     `update` takes inputs of shape (sequences, tokens, in); all properties are float32 of shape (in,).
@@ -61,7 +76,7 @@ class InputMoments:
     def __init__(self, features: int, device: torch.device) -> None:
         self.squares = InputSquares(features, device)
         self.total = torch.zeros(features, device=device)
-        self.tokens = 0
+        self.tokens = _count()
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch of sequences."""
@@ -73,15 +88,16 @@ class InputMoments:
     @property
     def mean(self) -> Tensor:
         """Mean over sequences of the sum over tokens."""
-        return self.total / self.squares.sequences
+        return self.total / self.squares.sequences.item()
 
     @property
     def variance(self) -> Tensor:
         """Variance over all tokens."""
-        return (self.squares.total / self.tokens - (self.total / self.tokens).square()).clamp_min(0)
+        tokens = self.tokens.item()
+        return (self.squares.total / tokens - (self.total / tokens).square()).clamp_min(0)
 
 
-class GramMatrix:
+class GramMatrix(RunningSums):
     """H = 2/n · Σ x xᵀ over all tokens of n sequences (SparseGPT, arXiv 2301.00774).
 
     `update` takes inputs of shape (sequences, tokens, in); `mean` is float32 of shape (in, in).
@@ -89,7 +105,7 @@ class GramMatrix:
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.total = torch.zeros(features, features, device=device)
-        self.sequences = 0
+        self.sequences = _count()
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch of sequences: products in float32, since rounded ones are not positive definite."""
@@ -102,10 +118,10 @@ class GramMatrix:
     @property
     def mean(self) -> Tensor:
         """float32, (in, in)."""
-        return self.total * (2 / self.sequences)
+        return self.total * (2 / self.sequences.item())
 
 
-class TargetMoments:
+class TargetMoments(RunningSums):
     """What the error of a linear on its sparse inputs depends on, when its target is the output on other inputs.
 
     `gram` = Σ x xᵀ / n and `difference` = Σ (x − x′) xᵀ / n over all n tokens, x an input in the sparse model and x′
@@ -113,15 +129,13 @@ class TargetMoments:
     outputs on x (mix 0) and on x′ (mix 1) is L = mix · W · difference.
     """
 
-    def __init__(self, features: int, device: torch.device) -> None:
+    def __init__(self, features: int, device: torch.device, crossed: bool = True) -> None:
         self._gram = torch.zeros(features, features, device=device)
-        self._crossed: Tensor | None = None
-        self.tokens = 0
+        self._crossed = torch.zeros_like(self._gram) if crossed else None
+        self.tokens = _count()
 
     def update(self, inputs: Tensor, others: Tensor | None) -> None:
-        """Add a batch, (sequences, tokens, in); `others` are x′, None: they are x."""
-        if others is not None and self._crossed is None:
-            self._crossed = torch.zeros_like(self._gram)
+        """Add a batch, (sequences, tokens, in); `others` are x′, None: they are x, and it was made not `crossed`."""
         with exact_half_products(inputs.dtype):
             for index, sequence in enumerate(inputs):
                 values = sequence.float()
@@ -133,16 +147,16 @@ class TargetMoments:
     @property
     def gram(self) -> Tensor:
         """float32, (in, in)."""
-        return self._gram / self.tokens
+        return self._gram / self.tokens.item()
 
     @property
     def difference(self) -> Tensor:
         """float32, (in, in)."""
         crossed = self._gram if self._crossed is None else self._crossed
-        return (self._gram - crossed) / self.tokens
+        return (self._gram - crossed) / self.tokens.item()
 
 
-class GradientSquares:
+class GradientSquares(RunningSums):
     """Mean over sequences of the squared gradient of a weight (arXiv 2408.10631).
 
     The gradient of one sequence is `output_gradientᵀ · inputs`, the square is taken before sequences are added.
@@ -150,7 +164,7 @@ class GradientSquares:
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.total = torch.zeros(shape, device=device)
-        self.sequences = 0
+        self.sequences = _count()
 
     def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor) -> None:
         """Add a batch.
@@ -170,10 +184,10 @@ class GradientSquares:
     @property
     def mean(self) -> Tensor:
         """float32, (out, in)."""
-        return self.total / self.sequences
+        return self.total / self.sequences.item()
 
 
-class FisherSums:
+class FisherSums(RunningSums):
     """Sums of the Fisher information of a linear's weights, over its columns and over its rows.
 
     The information of a weight is Σ (g x)² over tokens, g the gradient of the loss by its output and x its input.

@@ -3,6 +3,7 @@
 import torch
 
 from llm_barber.errors import SettingsError
+from llm_barber.ranks import local_rank
 
 # Large enough for the matrix products, small enough for temporaries to stay in the caches.
 CPU_BATCH_TOKENS = 2048
@@ -10,13 +11,15 @@ GPU_BATCH_TOKENS = 16384
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """`auto` is CUDA where there is one, else the CPU; each process of a machine takes a GPU of its own.
 
     Raises:
         SettingsError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank():
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from llm_barber.ranks import Ranks
+
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
 NEXT = "next"  # the array that will be HIDDEN of the layer after this one
 DENSE = "dense "  # before a name: the same in the dense model
@@ -12,16 +14,20 @@ DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sp
 
 
 class ActivationStreams:
-    """Named arrays of shape (sequences, tokens, features) in host memory.
+    """Named arrays of shape (sequences, tokens, features) in host memory: this process's share of the sequences.
 
     Args:
-        sequences: calibration sequences.
+        every: calibration sequences of all processes.
         batch_size: sequences moved to the device together.
         device: where batches go.
+        ranks: the processes.
     """
 
-    def __init__(self, sequences: int, batch_size: int, device: torch.device) -> None:
-        self.sequences = sequences
+    def __init__(self, every: int, batch_size: int, device: torch.device, ranks: Ranks | None = None) -> None:
+        self.every = every
+        self.ranks = ranks or Ranks()
+        share = self.ranks.share(every)
+        self.first, self.sequences = share.start, share.stop - share.start  # which of all are here, and how many
         self.batch_size = batch_size
         self.device = device
         self._arrays: dict[str, Tensor] = {}
@@ -31,9 +37,17 @@ class ActivationStreams:
         yield from pieces(0, self.sequences, self.batch_size)
 
     def split(self, held_out: int) -> tuple[list[slice], list[slice]]:
-        """The batches without the last sequences that are held out, and those of the latter."""
-        border = self.sequences - held_out
+        """The batches without the last of all sequences that are held out, and those of the latter."""
+        border = self.border(held_out)
         return pieces(0, border, self.batch_size), pieces(border, self.sequences, self.batch_size)
+
+    def border(self, held_out: int) -> int:
+        """How many sequences come before the last of all that are held out."""
+        return min(max(self.every - held_out - self.first, 0), self.sequences)
+
+    def of_all(self, batch: slice) -> slice:
+        """Which of all processes' sequences a batch is."""
+        return slice(self.first + batch.start, self.first + batch.stop)
 
     def read(self, name: str, batch: slice) -> Tensor:
         """A batch, on the device."""

@@ -1,0 +1,54 @@
+"""In a run of several processes, what stands in the place of the writer where nothing is written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from llm_barber.checkpoint.state import RunState
+
+
+class Follower:
+    """Answers as a writer does, and keeps nothing; `state` comes from the process that writes."""
+
+    next_is_written = True
+    resumable = False
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.state = RunState(key={})
+        self.digests: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to clean up."""
+
+    def read_activations(self) -> tuple[int, dict[str, Tensor]]:
+        """None; the process that writes hands them out."""
+        return 0, {}
+
+    def skip_shard(self) -> None:
+        """Nothing."""
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing."""
+
+    def finish_layer(
+        self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], peak: int
+    ) -> None:
+        """Nothing."""
+
+    def copy(self, path: Path) -> None:
+        """Nothing."""
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""

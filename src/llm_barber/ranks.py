@@ -1,0 +1,168 @@
+"""Several processes on one run: each has a share of the calibration sequences, and what they count is added up.
+
+Started by `torchrun`, which says in the environment how many there are. Sums are all-reduced, so that every process
+ranks the same numbers and finds the same masks; process 0 writes. One process is the ordinary case, without a group.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm_barber.errors import BarberError, SettingsError, first_line
+
+# One process may compute for long while others wait for it; one that died is noticed at once, by its connection.
+TIMEOUT = timedelta(hours=2)
+AnyObject = TypeVar("AnyObject")
+
+
+class RankError(BarberError):
+    """Another process of the run ended, or cannot be reached."""
+
+
+class Sums(Protocol):
+    """What is added up over sequences (`masking/statistics.py`)."""
+
+    def parts(self) -> list[Tensor]:
+        """Tensors whose sums over all processes are what one process would have counted."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number, and how many there are."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Is this the one that writes and talks?"""
+        return self.rank == 0
+
+    def share(self, sequences: int) -> "slice[int, int, None]":
+        """Which of all calibration sequences are this process's.
+
+        Raises:
+            SettingsError: there are more processes than sequences.
+        """
+        if sequences < self.count:
+            raise SettingsError(
+                f"{self.count} processes for {sequences} calibration windows", "start fewer, or give more --samples"
+            )
+        return slice(sequences * self.rank // self.count, sequences * (self.rank + 1) // self.count)
+
+    def add(self, sums: Sums) -> None:
+        """Add up, in place, what each process has counted."""
+        for part in sums.parts():
+            self.add_tensor(part)
+
+    def add_tensor(self, one: Tensor) -> None:
+        """Add up a tensor, in place."""
+        if self.count > 1:
+            dist.all_reduce(one)
+
+    def every(self, value: float) -> list[float]:
+        """What each process has."""
+        own = [0.0] * self.count
+        own[self.rank] = value
+        return self.total(*own)
+
+    def total(self, *values: float) -> list[float]:
+        """The sums of numbers over all processes."""
+        if self.count == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found)
+        return [float(value) for value in found]
+
+    def from_first(self, value: AnyObject) -> AnyObject:
+        """What process 0 has."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def gather(self, arrays: Mapping[str, Tensor], sequences: int) -> dict[str, Tensor]:
+        """On process 0 the arrays of all sequences, (sequences, …), from each process's own; elsewhere nothing."""
+        if self.count == 1:
+            return dict(arrays)
+        found = {}
+        for name, own in arrays.items():
+            if not self.first:
+                dist.send(own.contiguous(), 0)
+                continue
+            whole = torch.empty(sequences, *own.shape[1:], dtype=own.dtype)
+            for rank in range(self.count):
+                part = whole[Ranks(rank, self.count).share(sequences)]
+                if rank:
+                    dist.recv(part, rank)
+                else:
+                    part.copy_(own)
+            found[name] = whole
+        return found
+
+    def scatter(self, arrays: Mapping[str, Tensor], sequences: int) -> dict[str, Tensor]:
+        """Each process's own of process 0's arrays of all sequences."""
+        if self.count == 1:
+            return dict(arrays)
+        kinds = self.from_first({name: (tuple(one.shape[1:]), one.dtype) for name, one in arrays.items()})
+        found = {}
+        for name, (shape, dtype) in kinds.items():
+            share = self.share(sequences)
+            if self.first:
+                for rank in range(1, self.count):
+                    dist.send(arrays[name][Ranks(rank, self.count).share(sequences)].contiguous(), rank)
+                found[name] = arrays[name][share].clone()
+            else:
+                found[name] = torch.empty(share.stop - share.start, *shape, dtype=dtype)
+                dist.recv(found[name], 0)
+        return found
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the processes that `torchrun` started.
+
+    Raises:
+        RankError: another one ended, or cannot be reached.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Ranks()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        yield Ranks(dist.get_rank(), count)
+    except (RuntimeError, ValueError) as error:  # as torch.distributed says what is wrong with a connection
+        if isinstance(error, torch.OutOfMemoryError) or not _of_connection(error):
+            raise
+        raise RankError(
+            f"another process of the run has ended or cannot be reached: {first_line(error)}",
+            "look for its message above; the run goes on with --resume, with any number of processes",
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _of_connection(error: Any) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "store"))

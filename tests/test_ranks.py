@@ -1,0 +1,126 @@
+"""Several processes on one run find the masks of one; a run goes on with another number of them; none waits alone."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_barber import PruneConfig, RunReport, prune
+from llm_barber import pruning as pruning_module
+from llm_barber.errors import BarberError
+from tests.conftest import make_model, read_folder, save_tokens
+from tests.test_resume import weights
+
+DIED, REFUSED = 9, 3
+SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
+
+
+def together(count: int, work: Callable[[int], Any], messages: Path | None = None) -> list[int]:
+    """Exit codes of processes that do some work together, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost")
+            code = 1
+            try:
+                work(rank)
+                code = 0
+            except BarberError as error:
+                if messages is not None:
+                    (messages / f"{rank}").write_text(f"{type(error).__name__}: {error}")
+                code = REFUSED
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "dense", "llama", num_hidden_layers=3)
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Callable[..., RunReport]:
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=6)
+
+    def call(out: str, **settings: Any) -> RunReport:
+        return prune(PruneConfig(model=model, output=tmp_path / out, calibration=tokens, **{**SETTINGS, **settings}))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"initial": "wanda", "granularity": "block", "rebuild_ratio": 0.1},
+        {"initial": "sparsegpt", "pattern": "2:4", "rebuild_ratio": 0.1},
+        {"initial": "dsnot", "rebuild": False},
+        {"preset": "mask", "guard": 0.34},
+        {"preset": "mask", "allocation": "owl", "guard": 0},
+    ],
+    ids=["rebuild", "sparsegpt", "dsnot", "mask", "owl"],
+)
+def test_masks_are_those_of_one_process(tmp_path: Path, run: Callable[..., RunReport], settings: Any) -> None:
+    alone = run("alone", **settings)
+    one = read_folder(tmp_path / "alone")
+    for count in (2, 4):
+        assert together(count, lambda _, count=count: run(f"by{count}", **settings)) == [0] * count
+        several = read_folder(tmp_path / f"by{count}")
+        assert all(torch.equal(one[name], several[name]) for name in one)
+        record = RunReport.model_validate_json((tmp_path / f"by{count}" / "barber.json").read_bytes())
+        assert record.processes == count
+        errors = [[block.error_after for layer in each.layers for block in layer.blocks] for each in (alone, record)]
+        assert errors[1] == (errors[0] if None in errors[0] else pytest.approx(errors[0], rel=1e-3))
+
+
+def test_tuning_together(tmp_path: Path, run: Callable[..., RunReport]) -> None:
+    """Steps are as large as all processes' together, so that weights differ; masks and the kind of result do not."""
+    settings = {"reconstruct": "tune", "rebuild": False, "guard": 0.34, "tune_passes": 4}
+    alone = run("alone", **settings)
+    assert together(2, lambda _: run("both", **settings)) == [0, 0]
+    one, both = read_folder(tmp_path / "alone"), read_folder(tmp_path / "both")
+    assert all(torch.equal(one[name] != 0, both[name] != 0) for name in one if "layers.0" in name)
+    record = RunReport.model_validate_json((tmp_path / "both" / "barber.json").read_bytes())
+    last = [report.layers[0].blocks[1].error_after for report in (alone, record)]
+    assert last[1] == pytest.approx(last[0], rel=0.3)
+
+
+def test_one_that_dies_ends_all_and_the_run_goes_on_with_another_number(
+    tmp_path: Path, run: Callable[..., RunReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("whole", preset="mask", pattern="2:4", guard=0)
+    prune_layer = pruning_module.prune_layer
+
+    def dying(job: Any, index: int, *rest: Any) -> Any:
+        if index == 2 and job.ranks.rank == 1:
+            os._exit(DIED)
+        return prune_layer(job, index, *rest)
+
+    monkeypatch.setattr(pruning_module, "prune_layer", dying)
+    began = time.monotonic()
+    codes = together(3, lambda _: run("resumed", preset="mask", pattern="2:4", guard=0), tmp_path)
+    assert codes == [REFUSED, DIED, REFUSED]
+    assert time.monotonic() - began < 60
+    assert "RankError: another process of the run has ended" in (tmp_path / "0").read_text()
+    monkeypatch.undo()
+    assert not (tmp_path / "resumed").exists()
+    assert together(2, lambda _: run("resumed", preset="mask", pattern="2:4", guard=0, resume=True)) == [0, 0]
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+
+
+def test_more_processes_than_windows_are_refused(tmp_path: Path, run: Callable[..., RunReport]) -> None:
+    assert set(together(7, lambda _: run("out"), tmp_path)) == {REFUSED}
+    assert (tmp_path / "0").read_text() == "SettingsError: 7 processes for 6 calibration windows"
+    assert not (tmp_path / "out").exists()
