@@ -83,7 +83,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     inputs: list[list[Tensor]] = []
     progress.start("looking for what pruning costs", 2 * job.layer_count)
     for _, layer, _ in _layers(initial, range(job.layer_count)):
-        inputs.append([streams.copied(HIDDEN, batch) for batch in batches])
+        inputs.append([streams.kept(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
         skeleton.layers_return_tuples = layer.returns_tuple  # of a layer that has run

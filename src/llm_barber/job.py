@@ -86,7 +86,9 @@ class Job:
         """
         prefix = self.layer_prefix(index)
         device = self.skeleton.device
-        parameters = {name: tensors[prefix + name].to(device) for name in self.skeleton.layer_names(index)}
+        parameters = {
+            name: tensors[prefix + name].to(device, non_blocking=True) for name in self.skeleton.layer_names(index)
+        }
         module = self.skeleton.load_layer(index, parameters)
         arguments = partial(self.skeleton.arguments, index)
         names = self.architecture.linears

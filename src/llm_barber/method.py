@@ -237,7 +237,6 @@ def _propagate(work: Pass, measured_from: int | None) -> float | None:
         hidden, replays = streams.read(HIDDEN, batch), work.replays(batch)
         if work.last:
             output, following = layer.final_output(hidden, block, replays)
-            streams.write(HIDDEN, batch, following)
         else:
             output = following = layer.block_output(block, hidden, replays)
             streams.write(block.output, batch, output)
@@ -246,10 +245,14 @@ def _propagate(work: Pass, measured_from: int | None) -> float | None:
             dense_output = streams.read(DENSE_OUTPUT, slice(first, batch.stop))
             total += reconstruction_errors(dense_output, output[first - batch.start :]).double().sum().item()
             compared += batch.stop - first
+        if work.last:
+            streams.write(DENSE_OUTPUT, batch, following)  # whose place is not needed any more
         finite = finite and all(bool(torch.isfinite(end)) for end in torch.aminmax(following))
     total, all_compared, broken = streams.ranks.total(total, compared, not finite)
     if broken:
         return float("nan")
+    if work.last:
+        streams.rename(DENSE_OUTPUT, HIDDEN)  # only now: until here, the layer could be pruned again
     return total / all_compared if all_compared else None
 
 

@@ -1,8 +1,8 @@
 """The run: decoder layer after decoder layer, streamed from disk to disk; what happens in a layer is `method.py`."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,18 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from llm_barber.allocation import allocate
+from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.checkpoint.state import source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.config import PruneConfig, RebuildConfig, RunSettings, rebuild_defaults
+from llm_barber.embedding import embed, with_smaller_batches
 from llm_barber.errors import NotFiniteError
 from llm_barber.initial import CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.masking.granularity import Granularity
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
-from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
+from llm_barber.model.streams import DENSE, HIDDEN, HostMemory
 from llm_barber.presets import Allocation, Reconstruct
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
@@ -160,7 +162,7 @@ def _run(
     if ranks.first:
         key = _run_key(command, config, job)
         opened = CheckpointWriter(config.output, shards, config.overwrite, job.bytes, key, config.resume)
-    with opened as writer, _told_how_to_go_on(writer, progress):
+    with opened as writer, _told_how_to_go_on(writer, progress), ExitStack() as opened_files:
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))
         activations = ranks.scatter(activations, sequences)
@@ -170,7 +172,7 @@ def _run(
         progress.stage("embedding the calibration tokens")
         start = time.perf_counter()
         refine_settings = RefineSettings.of(config, sequences)
-        streams = _embed(job, _copy_outside(job, writer), refine_settings)
+        streams = embed(job, _copy_outside(job, writer), refine_settings, HostMemory())
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
         seconds["embed"] += time.perf_counter() - start
@@ -188,11 +190,14 @@ def _run(
         for layer in results:
             writer.skip_shard()
             progress.advance(_summary(layer))
+        ahead = opened_files.enter_context(ReadAhead(job.source, job.layer_tensors[finished:], streams.pinned))
         for index in range(finished, job.layer_count):
             start = time.perf_counter()
-            tensors = job.source.read(job.layer_tensors[index])
+            tensors = ahead.take()
             read = time.perf_counter()
-            pruned, blocks = prune_layer(job, index, tensors, initial, rebuild_settings, refine_settings, streams)
+            compute = partial(prune_layer, job, index, tensors, initial, rebuild_settings, refine_settings, streams)
+            release = partial(job.skeleton.release_layer, index)
+            pruned, blocks = with_smaller_batches(compute, release, streams, progress)
             computed = time.perf_counter()
             writer.write_shard({**tensors, **pruned})
             written = time.perf_counter()
@@ -264,20 +269,6 @@ def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Te
             writer.write_shard(tensors)
         kept |= {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}
     return kept
-
-
-def _embed(job: Job, weights: Mapping[str, Tensor], refine_settings: RefineSettings | None) -> ActivationStreams:
-    """The input of the first decoder layer for all calibration sequences."""
-    skeleton = job.skeleton
-    streams = ActivationStreams(len(job.tokens.input_ids), job.batch_size, skeleton.device, job.ranks)
-    skeleton.fill_outside(weights)
-    for batch in streams.batches():
-        skeleton.embed(job.tokens.input_ids[streams.of_all(batch)], partial(streams.write, HIDDEN, batch))
-    known = {batch.stop - batch.start for batch in streams.batches()}
-    for size in refine_settings.batch_sizes(streams) - known if refine_settings else ():
-        skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
-    skeleton.drop_outside()
-    return streams
 
 
 def _common_pattern(layers: list[LayerResult]) -> str:

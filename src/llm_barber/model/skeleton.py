@@ -112,7 +112,7 @@ class Skeleton:
 
         handles = [layer.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(self.layers)]
         for layer in self.layers:
-            layer.forward = self._pass_through
+            layer.forward = _pair  # some models take the first of what a layer returns, some unpack two
         try:
             with torch.no_grad():
                 self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
@@ -179,4 +179,8 @@ class Skeleton:
 
     def _pass_through(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         """What a layer that does nothing would return."""
-        return (hidden_states,) if self.layers_return_tuples else hidden_states
+        return (hidden_states, None) if self.layers_return_tuples else hidden_states
+
+
+def _pair(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return hidden_states, None

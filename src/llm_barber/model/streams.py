@@ -1,6 +1,13 @@
-"""The calibration activations, layer to layer: kept off the device, moved in batches, one array a purpose."""
+"""The calibration activations, layer to layer: kept off the device, moved in batches, one array a purpose.
 
+Arrays lie in host memory, as far as that is allowed, and beyond in files that are mapped into memory.
+"""
+
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +20,33 @@ DENSE = "dense "  # before a name: the same in the dense model
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
 
 
+@dataclass
+class HostMemory:
+    """Arrays in memory while together they take at most `limit` bytes (None: any number), else in files in `folder`."""
+
+    limit: int | None = None
+    folder: Path | None = None
+    used: int = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """An array of any content.
+
+        Raises:
+            OSError: it has to be a file, and the disk is full.
+        """
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self.limit is None or self.used + size <= self.limit:
+            self.used += size
+            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        descriptor, path = tempfile.mkstemp(prefix="llm-barber-", suffix=".activations", dir=self.folder)
+        try:
+            os.posix_fallocate(descriptor, 0, max(1, size))  # a full disk is said here, not by a signal later
+            return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype).view(shape)
+        finally:
+            os.close(descriptor)
+            os.unlink(path)  # it goes when it is not mapped any more, even if the process is killed
+
+
 class ActivationStreams:
     """Named arrays of shape (sequences, tokens, features) in host memory: this process's share of the sequences.
 
@@ -21,16 +55,30 @@ class ActivationStreams:
         batch_size: sequences moved to the device together.
         device: where batches go.
         ranks: the processes.
+        memory: where arrays lie.
     """
 
-    def __init__(self, every: int, batch_size: int, device: torch.device, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        every: int,
+        batch_size: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        memory: HostMemory | None = None,
+    ) -> None:
         self.every = every
         self.ranks = ranks or Ranks()
         share = self.ranks.share(every)
         self.first, self.sequences = share.start, share.stop - share.start  # which of all are here, and how many
         self.batch_size = batch_size
         self.device = device
+        self._memory = memory or HostMemory()
         self._arrays: dict[str, Tensor] = {}
+
+    @property
+    def pinned(self) -> bool:
+        """Do arrays lie in memory that the device can copy from while it computes?"""
+        return self.device.type == "cuda"
 
     def batches(self) -> Iterator[slice]:
         """The sequences of each batch; the last may be smaller."""
@@ -53,13 +101,13 @@ class ActivationStreams:
         """A batch, on the device."""
         return self._arrays[name][batch].to(self.device, non_blocking=True)
 
-    def copied(self, name: str, batch: slice) -> Tensor:
-        """A copy of a batch, in host memory."""
-        return self._arrays[name][batch].clone()
+    def kept(self, values: Tensor) -> Tensor:
+        """A copy in an array of its own."""
+        return self._empty(tuple(values.shape), values.dtype).copy_(values)
 
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
-        self._arrays[other] = self._arrays[name].clone()
+        self._arrays[other] = self.kept(self._arrays[name])
 
     def rename(self, old: str, new: str) -> None:
         """Give an array another's name, and its place to the other."""
@@ -76,15 +124,19 @@ class ActivationStreams:
 
     def restore(self, arrays: Mapping[str, Tensor]) -> None:
         """Put back what `between_layers` gave."""
-        self._arrays.update(arrays)
+        for name, values in arrays.items():
+            self._arrays[name] = self.kept(values)
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
         """Keep a batch; the array is made at the first one and reused by every later layer."""
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
         if array is None or array.shape != shape or array.dtype != values.dtype:
-            array = self._arrays[name] = torch.empty(shape, dtype=values.dtype)
+            array = self._arrays[name] = self._empty(shape, values.dtype)
         array[batch] = values
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._memory.empty(shape, dtype, self.pinned)
 
 
 def pieces(start: int, stop: int, size: int) -> list[slice]:

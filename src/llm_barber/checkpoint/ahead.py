@@ -1,0 +1,58 @@
+"""Read the tensors of the next decoder layer while the present one is computed."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from llm_barber.checkpoint.source import CheckpointSource
+
+Tensors = dict[str, Tensor]
+
+
+class ReadAhead:
+    """Groups of tensors in their order, the next one always on its way; a context manager.
+
+    Args:
+        source: the checkpoint.
+        groups: names of tensors that are read together.
+        pinned: in memory that a GPU can copy from while it computes.
+    """
+
+    def __init__(self, source: CheckpointSource, groups: Sequence[list[str]], pinned: bool) -> None:
+        self._source, self._groups, self._pinned = source, list(groups), pinned
+        self._next = 0
+        self._pool = ThreadPoolExecutor(1, "read ahead")
+        self._coming: Future[Tensors] | None = None
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self) -> Tensors:
+        """The next group, by the checkpoint's names.
+
+        Raises:
+            ModelError: as `CheckpointSource.read`.
+        """
+        assert self._coming is not None, "there are no more groups"
+        tensors = self._coming.result()
+        self._start()
+        return tensors
+
+    def _start(self) -> None:
+        self._coming = None
+        if self._next < len(self._groups):
+            self._coming = self._pool.submit(self._read, self._groups[self._next])
+            self._next += 1
+
+    def _read(self, names: list[str]) -> Tensors:
+        tensors = self._source.read(names)
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if self._pinned else tensors

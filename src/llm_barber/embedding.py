@@ -1,0 +1,91 @@
+"""The input of the first decoder layer, and how layers are called with every number of sequences that may come up."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from llm_barber.errors import BarberError
+from llm_barber.job import Job
+from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
+from llm_barber.progress import Progress
+from llm_barber.refine import RefineSettings
+
+Found = TypeVar("Found")
+
+
+class DeviceMemoryError(BarberError):
+    """The device's memory is too small."""
+
+
+def embed(
+    job: Job, weights: Mapping[str, Tensor], refine_settings: RefineSettings | None, memory: HostMemory
+) -> ActivationStreams:
+    """The input of the first decoder layer for this process's calibration sequences.
+
+    Args:
+        job: the run.
+        weights: what embeds the tokens, by the model's names.
+        refine_settings: if the run refines.
+        memory: where activations lie.
+    """
+    skeleton, tokens = job.skeleton, job.tokens.input_ids
+    streams = ActivationStreams(len(tokens), job.batch_size, skeleton.device, job.ranks, memory)
+    skeleton.fill_outside(weights)
+    for batch in streams.batches():
+        skeleton.embed(tokens[streams.of_all(batch)], partial(streams.write, HIDDEN, batch))
+    known = {batch.stop - batch.start for batch in streams.batches()}
+    for size in _batch_sizes(streams, refine_settings) - known:
+        skeleton.embed(tokens[:size], lambda _: None)  # for how layers are called with so many
+    skeleton.drop_outside()
+    return streams
+
+
+def _batch_sizes(streams: ActivationStreams, refine_settings: RefineSettings | None) -> set[int]:
+    """Numbers of sequences that layers may be called with: of all batches, and of smaller ones if memory runs out."""
+    sizes = set()
+    whole = streams.batch_size
+    while streams.batch_size:
+        sizes |= {batch.stop - batch.start for batch in streams.batches()}
+        sizes |= refine_settings.batch_sizes(streams) if refine_settings else set()
+        streams.batch_size //= 2
+    streams.batch_size = whole
+    return sizes
+
+
+def with_smaller_batches(
+    compute: Callable[[], Found], release: Callable[[], None], streams: ActivationStreams, progress: Progress
+) -> Found:
+    """What `compute` gives; where the device's memory is too small, again with half as many sequences together.
+
+    Args:
+        compute: may be called again after it failed.
+        release: frees what `compute` left on the device.
+        streams: whose batches become smaller.
+        progress: is told.
+
+    Raises:
+        DeviceMemoryError: one sequence does not fit, or other processes wait for this one.
+    """
+    while True:
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            pass  # what failed holds on to its tensors until here
+        release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if streams.ranks.count > 1:  # the others are in the middle of it
+            raise DeviceMemoryError(
+                f"the device's memory is too small for {streams.batch_size} sequences together",
+                f"go on with --resume --batch-size {max(1, streams.batch_size // 2)}",
+            )
+        if streams.batch_size == 1:
+            raise DeviceMemoryError(
+                "the device's memory is too small for one sequence",
+                "use a shorter --seqlen, --dtype bfloat16, a larger device, or --device cpu",
+            )
+        streams.batch_size //= 2
+        progress.warn(f"the device's memory is too small: {streams.batch_size} sequences together from now on")

@@ -1,0 +1,66 @@
+"""Arrays beyond the memory that they may take lie in files that nobody has to clean up; batches shrink if need be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_barber import PruneConfig, prune
+from llm_barber import pruning as pruning_module
+from llm_barber.embedding import DeviceMemoryError
+from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
+from tests.test_resume import weights
+
+SETTINGS: dict[str, Any] = {"dtype": "float32", "preset": "mask", "guard": 0, "report": False}
+
+
+def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Path) -> None:
+    memory = HostMemory(limit=1000, folder=tmp_path)
+    streams = ActivationStreams(4, 2, torch.device("cpu"), memory=memory)
+    values = torch.arange(4 * 3 * 8, dtype=torch.float32).view(4, 3, 8)
+    for batch in streams.batches():
+        streams.write(HIDDEN, batch, values[batch])
+    assert memory.used == 384
+    streams.copy(HIDDEN, "other")
+    streams.copy(HIDDEN, "third")  # would be 1152 bytes
+    assert memory.used == 768
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(mapped) == 1
+    assert not list(tmp_path.iterdir())
+    streams.write("third", slice(0, 2), values[2:])
+    assert torch.equal(streams.read("third", slice(0, 4)), torch.cat([values[2:], values[2:]]))
+    streams.drop("third")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:
+    prune(PruneConfig(model=model, output=out, calibration=tokens, **SETTINGS, **settings))
+
+
+def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llama, tmp_path / "whole", tokens)
+    prune_layer, sizes = pruning_module.prune_layer, []
+
+    def short(job: Any, index: int, *rest: Any) -> Any:
+        """One layer does not fit with four or two sequences, and says so after all its work."""
+        sizes.append(rest[-1].batch_size)
+        found = prune_layer(job, index, *rest) if rest[-1].batch_size == 1 or index == 0 else None
+        if found is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(pruning_module, "prune_layer", short)
+    run(llama, tmp_path / "short", tokens)
+    assert sizes == [4, 4, 2, 1]
+    assert weights(tmp_path / "short") == weights(tmp_path / "whole")
+
+    def never(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pruning_module, "prune_layer", never)
+    with pytest.raises(DeviceMemoryError, match="one sequence") as caught:
+        run(llama, tmp_path / "never", tokens)
+    assert "--seqlen" in caught.value.hint
