@@ -16,12 +16,24 @@ COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, "max_pos
 LLAMA_LIKE = {**COMMON, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 GPT_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
 MIXED = ["sliding_attention", "full_attention"]
+LATENT = {
+    **COMMON, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 16,
+    "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_group": 2,
+    "topk_group": 1,
+}  # fmt: skip
+MIXTURE = {**LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LOCAL = {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+CONVOLUTION = ["conv", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": LLAMA_LIKE,
     "arcee": LLAMA_LIKE,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128},
     "cohere": {**LLAMA_LIKE, "pad_token_id": 0},
     "cohere2": {**LLAMA_LIKE, "pad_token_id": 0, "sliding_window": 8, "layer_types": MIXED},
+    "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy"},
+    "deepseek_v2-lite": {"model_type": "deepseek_v2", **LATENT, "q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v3": LATENT,
     "exaone4": {**LLAMA_LIKE, "sliding_window": 8, "layer_types": MIXED},
     "falcon": {**COMMON, "num_attention_heads": 4},  # attention and MLP side by side, multi-query
     "falcon-rw": {  # attention, then MLP; positions by ALiBi
@@ -36,13 +48,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {**COMMON, "intermediate_size": 64, "num_attention_heads": 4},
     "gptj": {**GPT_LIKE, "rotary_dim": 4},
     "granite": {**LLAMA_LIKE, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "lfm2": {**LLAMA_LIKE, "layer_types": CONVOLUTION, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**MIXTURE, "layer_types": CONVOLUTION, "num_dense_layers": 1},
     "llama": {**LLAMA_LIKE, "tie_word_embeddings": True},
     "mistral": {**LLAMA_LIKE, "sliding_window": 8},
+    "mixtral": LOCAL,
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 128, "max_seq_len": 64},
     "nemotron": LLAMA_LIKE,
     "olmo": LLAMA_LIKE,
     "olmo2": LLAMA_LIKE,
     "olmo3": {**LLAMA_LIKE, "sliding_window": 8, "layer_types": MIXED},
+    "olmoe": {**LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
     "opt": {**COMMON, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32},
     "opt-350m": {  # projected embeddings, layer norm after
         "model_type": "opt", **COMMON, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 16,
@@ -50,8 +66,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi": LLAMA_LIKE,
     "phi3": {**LLAMA_LIKE, "pad_token_id": 0},
+    "phimoe": {**LOCAL, "head_dim": 8},
     "qwen2": LLAMA_LIKE,
+    "qwen2_moe": {**MIXTURE, "shared_expert_intermediate_size": 48, "mlp_only_layers": [0]},
     "qwen3": {**LLAMA_LIKE, "head_dim": 8},
+    "qwen3_moe": {**MIXTURE, "head_dim": 8, "norm_topk_prob": True, "mlp_only_layers": [0]},
     "smollm3": {**LLAMA_LIKE, "pad_token_id": 0},
     "stablelm": LLAMA_LIKE,
     "starcoder2": LLAMA_LIKE,
@@ -66,8 +85,11 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("score_correction_bias", "expert_bias")):  # what routers add to their scores
+                buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
     return folder
 

@@ -113,8 +113,9 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         raise ModelError(
             "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
         )
-    found = spread_budget([costs[name] for name in names], [rows[name] for name in names], sparsity)
-    return dict(zip(names, found, strict=True))
+    used = [name for name in names if costs[name].any()]  # no token went to other experts: nothing is known of them
+    found = spread_budget([costs[name] for name in used], [rows[name] for name in used], sparsity)
+    return dict.fromkeys(names, sparsity) | dict(zip(used, found, strict=True))
 
 
 def _layers(initial: MethodMasks, order: Iterable[int]) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:

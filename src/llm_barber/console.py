@@ -23,10 +23,10 @@ from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.tables import blocks, headings, notes
 from llm_barber.demo import DemoRow
 from llm_barber.evaluation.evaluate import Evaluation
-from llm_barber.inspection import Inspection
+from llm_barber.inspection import Inspection, LinearInspection
 from llm_barber.packing import PackReport
 from llm_barber.plan import Plan
-from llm_barber.report import PAGE_NAME, RunReport
+from llm_barber.report import PAGE_NAME, RunReport, kind_of
 
 PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
 
@@ -125,7 +125,7 @@ def show_run(report: RunReport) -> None:
     if report.granularity or report.refinement:
         console.print(
             f"{report.changes}: mean reconstruction error "
-            + ", ".join(filter(None, (_error_change(report, index) for index in range(len(report.layers[0].blocks)))))
+            + ", ".join(filter(None, (_error_change(report, name) for name in report.block_names)))
         )
     console.print(
         f"{report.seconds['total']:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB, "
@@ -136,9 +136,10 @@ def show_run(report: RunReport) -> None:
         console.print(f"look at it: {Path(report.output) / PAGE_NAME}", soft_wrap=True)
 
 
-def _error_change(report: RunReport, index: int) -> str:
-    """The mean over the layers where this block was measured; nothing if it was in none."""
-    blocks = [layer.blocks[index] for layer in report.layers if layer.blocks[index].error_before is not None]
+def _error_change(report: RunReport, name: str) -> str:
+    """The mean over the layers where this kind of block was measured; nothing if it was in none."""
+    blocks = [block for layer in report.layers for block in layer.blocks if block.name == name]
+    blocks = [block for block in blocks if block.error_before is not None]
     if not blocks:
         return ""
     before = sum(block.error_before or 0.0 for block in blocks) / len(blocks)
@@ -158,18 +159,18 @@ def show_plan(plan: Plan) -> None:
 def show_inspection(inspection: Inspection) -> None:
     """Print sparsity by layer and linear, patterns, and the verdict."""
     console = Console(highlight=False, markup=False)
-    names = list(dict.fromkeys(linear.name for linear in inspection.linears))
+    names = list(dict.fromkeys(kind_of(linear.name) for linear in inspection.linears))
     table = Table(title=f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}")
     table.add_column("layer", justify="right")
     for name in names:
         table.add_column(_short(name), justify="right")
     table.add_column("patterns")
     for index in dict.fromkeys(linear.layer for linear in inspection.linears):
-        layer = {linear.name: linear for linear in inspection.linears if linear.layer == index}
-        common = set.intersection(*(set(linear.patterns) for linear in layer.values()))
+        layer = [linear for linear in inspection.linears if linear.layer == index]
+        common = set.intersection(*(set(linear.patterns) for linear in layer))
         table.add_row(
             str(index),
-            *(f"{layer[name].zeros / layer[name].weights:.2%}" if name in layer else "–" for name in names),
+            *(_share_of_zeros([linear for linear in layer if kind_of(linear.name) == name]) for name in names),
             " ".join(sorted(common)) or "–",
         )
     console.print(table)
@@ -288,6 +289,11 @@ def show_demo(rows: list[DemoRow]) -> None:
     for row in rows:
         console.print(f"{row.name} ({row.folder})", style="bold", soft_wrap=True)
         console.print(f"  {row.sentence}", soft_wrap=True)
+
+
+def _share_of_zeros(linears: list[LinearInspection]) -> str:
+    weights = sum(linear.weights for linear in linears)
+    return f"{sum(linear.zeros for linear in linears) / weights:.2%}" if weights else "–"
 
 
 def _short(linear: str) -> str:

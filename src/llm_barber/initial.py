@@ -33,6 +33,7 @@ class PrunedLinear:
 
     `keep`: bool. `weight`: the pruned weights, zero where pruned (SparseGPT updates the others). `values`: what a
     weight is where the final mask keeps it. `fixed`: True where a weight takes no part in the rebuild.
+    `few_tokens`: so little was routed to its expert that it is pruned by magnitude.
     """
 
     keep: Tensor
@@ -40,6 +41,7 @@ class PrunedLinear:
     values: Tensor
     pattern: NofM | None
     fixed: Tensor | None = None
+    few_tokens: bool = False
 
     def with_mask(self, keep: Tensor) -> "PrunedLinear":
         """The same linear with another mask."""
@@ -65,6 +67,7 @@ class Statistic(Protocol):
         """The statistic over all sequences."""
 
 
+FEW_TOKENS = 64  # the inputs of an expert with fewer say too little
 AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 
 
@@ -85,7 +88,7 @@ class MethodMasks:
         """How many weights of a layer's linears go; those that are not pruned are not there."""
         found = {
             name: self.targets.of(index, self.job.linear_name(index, name), self.job.layer_count)
-            for name in self.job.architecture.linears
+            for name in self.job.linears(index)
         }
         return {name: target for name, target in found.items() if target is not None}
 
@@ -102,6 +105,23 @@ class MethodMasks:
             return {}
         layer.select(targets)
         dense = {name: dense[name] for name in targets}
+        for experts in layer.experts.values():
+            experts.tokens.zero_()
+        found = self._by_method(layer, dense, streams, targets)
+        if self.method is not Initial.MAGNITUDE:
+            for name in _with_few_tokens(layer, streams):
+                keep = self._mask(saliency.magnitude(dense[name]), targets[name])
+                stays = torch.ones_like(keep)
+                found[name] = replace(found[name], values=dense[name], fixed=stays, few_tokens=True).with_mask(keep)
+        return found
+
+    def _by_method(
+        self,
+        layer: DecoderLayer,
+        dense: Mapping[str, Tensor],
+        streams: ActivationStreams,
+        targets: Mapping[str, Pattern],
+    ) -> dict[str, PrunedLinear]:
         match self.method:
             case Initial.MAGNITUDE:
                 keeps = {name: self._mask(saliency.magnitude(weight), targets[name]) for name, weight in dense.items()}
@@ -164,6 +184,16 @@ def _group_pattern(target: Pattern) -> NofM | None:
     return target if isinstance(target, NofM) else None
 
 
+def _with_few_tokens(layer: DecoderLayer, streams: ActivationStreams) -> list[str]:
+    """The linears of experts that were given fewer than `FEW_TOKENS` tokens."""
+    found = []
+    for path, experts in layer.experts.items():
+        streams.ranks.add_tensor(experts.tokens)
+        few = {f"{path}.{number}" for number in (experts.tokens < FEW_TOKENS).nonzero().flatten().tolist()}
+        found += [name for name in layer.linears if name.rpartition(".")[0] in few]
+    return found
+
+
 def collect_inputs(
     layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
 ) -> dict[str, AnyStatistic]:
@@ -204,6 +234,7 @@ class CheckpointMasks:
     def __init__(self, job: Job, pruned: str, pattern: str | None) -> None:
         self.job = job
         self.source = CheckpointSource(pruned)
+        self.source.stored = job.architecture.stored
         if self.source.model_type != job.source.model_type:
             raise ModelError(
                 f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}", "they must be one model"
@@ -232,8 +263,8 @@ class CheckpointMasks:
         """
         for index in range(self.job.layer_count):
             patterns = set()
-            dense = self._read(index, self.job.architecture.linears, self.job.source)
-            for name, weight in self._read(index, self.job.architecture.linears).items():
+            dense = self._read(index, self.job.linears(index), self.job.source)
+            for name, weight in self._read(index, self.job.linears(index)).items():
                 nonzero, fixed = weight != 0, dense[name] == 0
                 if not nonzero.any():
                     raise ModelError(f"layer {index} {name} of {self.source.model} is all zero", "is it PRUNED?")

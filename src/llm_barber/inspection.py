@@ -141,17 +141,23 @@ def find_linears(source: CheckpointSource) -> dict[str, tuple[int, str]]:
     """
     architecture = ARCHITECTURES.get(source.model_type)
     if architecture is None:
-        expression = re.compile(r"(?:.*?\.)??(\d+)\.(.+)\.weight")
+        expressions = {"": re.compile(r"(?:.*?\.)??(\d+)\.(.+)\.weight")}
     else:
         below = architecture.layers.partition(".")[2]  # without the base model's prefix, which some leave out
         layers = f"(?:{re.escape(architecture.layers)}|{re.escape(below)})"
-        linears = "|".join(re.escape(linear) for linear in architecture.linears)
-        expression = re.compile(rf"{layers}\.(\d+)\.({linears})\.weight")
+        expressions = {}
+        for linear in architecture.linears:
+            stored = re.escape(architecture.stored(f".{linear}.weight")).replace(r"\*", r"(\d+)")
+            expressions[linear] = re.compile(rf"{layers}\.(\d+){stored}")
     found = {}
     for name, info in source.tensors.items():
-        match = expression.fullmatch(name)
-        if match and len(info.shape) == 2 and 0 not in info.shape:
-            found[name] = (int(match[1]), match[2])
+        if len(info.shape) != 2 or 0 in info.shape:
+            continue
+        for linear, expression in expressions.items():
+            match = expression.fullmatch(name)
+            if match:
+                found[name] = (int(match[1]), linear.replace("*", match[match.lastindex or 1]) if linear else match[2])
+                break
     return found
 
 

@@ -1,6 +1,7 @@
 """What a run needs before its first layer, all checked: checkpoint, architecture, calibration tokens, device, plan."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,8 +52,9 @@ class Job:
         layers = self.layer_prefix(0).removesuffix("0.")
         grouped: list[list[str]] = [[] for _ in range(self.layer_count)]
         for name in self.source.tensors:
-            if name.startswith(layers):
-                grouped[int(name.removeprefix(layers).partition(".")[0])].append(name)
+            number = name.removeprefix(layers).partition(".")[0] if name.startswith(layers) else ""
+            if number.isdecimal() and int(number) < self.layer_count:  # some have layers for other ends after these
+                grouped[int(number)].append(name)
         return grouped
 
     @cached_property
@@ -71,7 +73,16 @@ class Job:
         """What stands before a layer's names in the checkpoint."""
         prefix = self.skeleton.layer_prefix(index)
         first = self.skeleton.layer_names(index)[0]
-        return self.source.resolve(prefix + first, self.base_prefix).removesuffix(first)
+        found = self.source.resolve(prefix + first, self.base_prefix)
+        return found[: found.index(f"{index}.") + len(f"{index}.")]
+
+    def stored_name(self, index: int, name: str) -> str:
+        """What the checkpoint calls a layer's parameter."""
+        return self.source.resolve(self.skeleton.layer_prefix(index) + name, self.base_prefix)
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """The prunable linears of a layer, block after block."""
+        return self.skeleton.linears(index)
 
     def linear_name(self, index: int, linear: str) -> str:
         """The name of a layer's linear in the model."""
@@ -84,14 +95,12 @@ class Job:
             index: which.
             tensors: by the checkpoint's names, as they were read.
         """
-        prefix = self.layer_prefix(index)
-        device = self.skeleton.device
-        parameters = {
-            name: tensors[prefix + name].to(device, non_blocking=True) for name in self.skeleton.layer_names(index)
-        }
-        module = self.skeleton.load_layer(index, parameters)
-        arguments = partial(self.skeleton.arguments, index)
-        names = self.architecture.linears
+        skeleton = self.skeleton
+        stored = stored_names(skeleton, self.source, index)
+        parameters = {name: tensors[key].to(skeleton.device, non_blocking=True) for name, key in stored.items()}
+        module = skeleton.load_layer(index, parameters)
+        arguments = partial(skeleton.arguments, index)
+        names = self.linears(index)
         layer = DecoderLayer(module, names, arguments, self.architecture.transposed)
         return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
 
@@ -109,7 +118,7 @@ class Job:
         names = [
             f"{self.linear_name(index, linear)}.weight"
             for index in range(self.layer_count)
-            for linear in self.architecture.linears
+            for linear in self.linears(index)
         ]
         shapes = {name: source.tensors[source.resolve(name, self.base_prefix)].shape for name in names}
         return {name: shape[::-1] if self.architecture.transposed else shape for name, shape in shapes.items()}
@@ -147,7 +156,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
     architecture = find_architecture(source.model_type)
-    source.renamed = dict(architecture.renamed)
+    source.stored = architecture.stored
     config = load_config(source)
     if not settings.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
         check_positions(config, settings.seqlen)
@@ -174,7 +183,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     shapes = job.linear_shapes(source)
     if targets is not None:
         of_layers = [
-            [job.linear_name(index, linear) for linear in architecture.linears] for index in range(job.layer_count)
+            [job.linear_name(index, linear) for linear in job.linears(index)] for index in range(job.layer_count)
         ]
         targets.check([{name: shapes[f"{name}.weight"] for name in names} for names in of_layers])
     return job
@@ -227,14 +236,26 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
                 f"{name} is {info.dtype}; {', '.join(FLOAT_DTYPES)} are understood",
                 "start from the checkpoint before it was quantised",
             )
-    layers = source.resolve(needed[-1], base_prefix).removesuffix(needed[-1].removeprefix(skeleton.layers_prefix))
+    last = source.resolve(needed[-1], base_prefix)
+    layers = last[: last.index(f"{count - 1}.")]
     beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
-    left = sorted(beyond - {str(index) for index in range(count)})
+    more = getattr(skeleton.model.config, "num_nextn_predict_layers", None) or 0  # that transformers does not know
+    left = sorted(beyond - {str(index) for index in range(count + more)})
     if left:
         raise ModelError(
             f"{source.model} has decoder layer {left[0]}, config.json says that there are {count}",
             "config.json and the weights do not belong together",
         )
+
+
+def stored_names(skeleton: Skeleton, source: CheckpointSource, index: int) -> dict[str, str]:
+    """What a checkpoint calls a layer's parameters, and those buffers that it has, by their names in the layer."""
+    prefix, base_prefix = skeleton.layer_prefix(index), str(skeleton.model.base_model_prefix)
+    found = {name: source.resolve(prefix + name, base_prefix) for name in skeleton.layer_names(index)}
+    for name in skeleton.buffer_names(index):
+        with suppress(ModelError):
+            found[name] = source.resolve(prefix + name, base_prefix)
+    return found
 
 
 def load_config(source: CheckpointSource) -> PreTrainedConfig:

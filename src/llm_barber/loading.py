@@ -15,6 +15,9 @@ from llm_barber.job import load_config
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.model.device import resolve_device
 
+# What transformers keeps of all experts in one parameter, and what of each expert it is made of.
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
 
 def load(
     model: str | Path, keep_packed: bool = False, dtype: torch.dtype | None = None, device: str = "cpu"
@@ -38,14 +41,14 @@ def load(
         raise ModelError(f"keep_packed is for the CPU, not {place}", "load it dense on this device")
     config = load_config(source)
     if source.model_type in ARCHITECTURES:
-        source.renamed = dict(ARCHITECTURES[source.model_type].renamed)
+        source.stored = ARCHITECTURES[source.model_type].stored
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
         empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     empty.tie_weights()
     prefix = str(empty.base_model_prefix)
     for name in [name for name, _ in empty.named_parameters()]:  # of tied ones the first
-        (tensor,) = source.read_parameters([name], prefix).values()
+        tensor = _read(source, name, tuple(empty.get_parameter(name).shape), prefix)
         path, _, leaf = name.rpartition(".")
         owner = empty.get_submodule(path)
         if tensor.shape != getattr(owner, leaf).shape:
@@ -59,10 +62,26 @@ def load(
         else:
             parent, _, last = path.rpartition(".")
             setattr(empty.get_submodule(parent), last, PackedLinear(packed, owner.bias))
+    for path, module in empty.named_modules():
+        for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
+            key = source.stored(f"{path}.{leaf}")
+            if key in source.tensors:
+                setattr(module, leaf, source.read([key])[key])
     empty.tie_weights()
     if (source.folder / "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(source.folder)
     return empty.to(place).eval()
+
+
+def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], base_prefix: str) -> Tensor:
+    """A parameter; where the model keeps experts together and the checkpoint does not, theirs one after the other."""
+    path, _, leaf = name.rpartition(".")
+    if len(shape) < 3 or leaf not in FUSED:
+        (tensor,) = source.read_parameters([name], base_prefix).values()
+        return tensor
+    members = [[f"{path}.{number}.{linear}.weight" for linear in FUSED[leaf]] for number in range(shape[0])]
+    found = source.read_parameters([one for expert in members for one in expert], base_prefix)
+    return torch.stack([torch.cat([found[one] for one in expert]) for expert in members])
 
 
 class PackedLinear(nn.Module):

@@ -18,7 +18,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
 from llm_barber.masking.statistics import GradientSquares
-from llm_barber.model.architecture import Block
+from llm_barber.model.architecture import Block, only
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.refine import Pass, RefineSettings, refine_block
@@ -56,12 +56,11 @@ def prune_layer(
 ) -> tuple[dict[str, Tensor], list[BlockResult]]:
     """Prune one decoder layer and move the stream through it; the pruned weights go by the checkpoint's names."""
     skeleton = job.skeleton
-    prefix = job.layer_prefix(index)
     layer, every = job.open_layer(index, tensors)
     pruned = initial(index, layer, every, streams)
     layer.select(pruned)
     dense = {name: every[name] for name in pruned}
-    blocks = job.architecture.only(pruned)
+    blocks = only(skeleton.blocks[index], pruned)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
     outcomes: list[tuple[Block, _Outcome, float | None]] = []
     final: list[Block] = []
@@ -90,10 +89,10 @@ def prune_layer(
     weights = {name: one.final for name, one in pruned.items()}
     results = [
         _result(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
-        for block, (_, outcome, after) in zip(job.architecture.blocks, outcomes, strict=True)
+        for block, (_, outcome, after) in zip(skeleton.blocks[index], outcomes, strict=True)
     ]
     turned = job.architecture.turned
-    return {f"{prefix}{name}.weight": turned(weight) for name, weight in weights.items()}, results
+    return {job.stored_name(index, f"{name}.weight"): turned(weight) for name, weight in weights.items()}, results
 
 
 @dataclass(frozen=True)
@@ -165,6 +164,7 @@ def _result(block: Block, outcome: _Outcome, after: float | None, weights: Mappi
                 "grown": mask.grown,
                 "dropped": mask.dropped,
                 "pattern": str(pattern) if pattern else None,
+                "few_tokens": outcome.linears[name].few_tokens,
             }
             found = found.model_copy(update=counts)
         linears.append(found)
@@ -218,7 +218,9 @@ def _rebuild_block(
         granularity=settings.granularity,
         rebuild_ratio=settings.ratio,
         patterns=[linear.pattern for linear in linears],
-        fixed=None if linears[0].fixed is None else [linear.fixed for linear in linears if linear.fixed is not None],
+        fixed=None
+        if all(linear.fixed is None for linear in linears)
+        else [torch.zeros_like(linear.keep) if linear.fixed is None else linear.fixed for linear in linears],
         pattern_granularity=settings.pattern_granularity,
     )
     return masks, total / streams.every

@@ -92,7 +92,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         every = [
             config.targets.of(index, job.linear_name(index, name), job.layer_count)
             for index in range(job.layer_count)
-            for name in job.architecture.linears
+            for name in job.linears(index)
         ]
         shapes = [shape for shape, one in zip(shapes, every, strict=True) if one is not None]
     sequences, tokens = job.tokens.input_ids.shape

@@ -19,7 +19,7 @@ from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.config import PruneConfig, RebuildConfig, RunSettings, rebuild_defaults
 from llm_barber.embedding import embed, with_smaller_batches
 from llm_barber.errors import NotFiniteError
-from llm_barber.initial import CheckpointMasks, MethodMasks
+from llm_barber.initial import FEW_TOKENS, CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.masking.granularity import Granularity
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
@@ -249,6 +249,14 @@ def _run(
 
             writer.write_file(PAGE_NAME, run_page(report).encode())
         writer.finish()
+    few = len(
+        {(layer.index, one.name.rpartition(".")[0]) for layer in results for one in layer.linears if one.few_tokens}
+    )
+    if few:
+        progress.warn(
+            f"{few} experts were given fewer than {FEW_TOKENS} calibration tokens and are pruned by magnitude; "
+            "more --samples reach more of them"
+        )
     if rebuild_settings is not None and report.swapped == 0:
         progress.warn(
             f"the rebuild swapped nothing: in comparison groups of this size, ratio {rebuild_settings.ratio:g} of the "

@@ -9,7 +9,7 @@ damped, and whether the block is better for it all.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,7 @@ DAMPINGS = (0.3, 0.1, 0.03, 0.01)
 STEPS_A_DAMPING = 10
 SEQUENCES_A_STEP = 4  # of tuning
 UNGUARDED_DAMPING, UNGUARDED_STEPS = 0.03, 30
+MOMENTS_BYTES = 2**32  # of experts' moments at a time
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ class Pass:
         """The block's output with the layer's present weights, (sequences, tokens, hidden)."""
         return self.layer.block_output(self.block, self.streams.read(HIDDEN, batch), self.replays(batch))
 
-    def inputs(self, name: str, batch: slice, stream: str = "") -> Tensor:
-        """The input of a linear with the layer's present weights, (sequences, tokens, in)."""
-        return self.layer.input_of(name, self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream))
+    def inputs(self, names: list[str], batch: slice, stream: str = "") -> dict[str, Tensor]:
+        """The inputs of linears with the layer's present weights, (sequences, tokens, in)."""
+        return self.layer.inputs_of(names, self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream))
 
     def advance_dense(self, batch: slice) -> None:
         """Run the block, with dense weights, on the dense stream; the layer's output waits as `DENSE + NEXT`."""
@@ -146,23 +147,39 @@ def refine_block(
     refined: dict[str, PrunedLinear] = {}
     swapped: dict[str, int] = {}
     groups = layer.input_groups(block, streams.read(HIDDEN, next(streams.batches())))
-    for group in groups:
+    steps = [step for level in _levels(groups) for step in _fitting(level, dense)]
+    for step in steps:
+        names = [group[0] for group in step]
         moments = []
         for batches in (training, held_out):
-            found = TargetMoments(dense[group[0]].shape[1], streams.device, crossed=settings.target_mix > 0)
+            found = {
+                name: TargetMoments(dense[name].shape[1], streams.device, crossed=settings.target_mix > 0)
+                for name in names
+            }
             for batch in batches:
                 layer.set_weights(current)
-                inputs = work.inputs(group[0], batch)
-                others = None
+                inputs, others = work.inputs(names, batch), None
                 if settings.target_mix:
                     layer.set_weights(dense_weights)
-                    others = _dense_inputs(work, group[0], batch, group is groups[-1])
-                found.update(inputs, others)
-            streams.ranks.add(found)
-            moments.append(Objective.of(found, settings.target_mix) if found.tokens else None)
-        for name in group:
-            refined[name], swapped[name] = refine_linear(pruned[name], dense[name], moments[0], moments[1], settings)
-            current[name] = refined[name].weight
+                    others = _dense_inputs(work, names, batch, step is steps[-1])
+                for name, one in found.items():
+                    one.update(inputs[name], None if others is None else others[name])
+            for one in found.values():
+                streams.ranks.add(one)
+            moments.append(found)
+        for group in step:
+            training_error, held_out_error = (
+                Objective.of(found[group[0]], settings.target_mix) if found[group[0]].tokens else None
+                for found in moments
+            )
+            for name in group:
+                if pruned[name].few_tokens:
+                    refined[name], swapped[name] = pruned[name], 0
+                    continue
+                refined[name], swapped[name] = refine_linear(
+                    pruned[name], dense[name], training_error, held_out_error, settings
+                )
+                current[name] = refined[name].weight
     candidates = (pruned, refined)
     measured = held_out if settings.held_out else training
     errors, distances = _measure(work, dense_weights, candidates, measured, settings.target_mix)
@@ -172,13 +189,42 @@ def refine_block(
     return Refined(refined, swapped, False, errors)
 
 
-def _dense_inputs(work: Pass, name: str, batch: slice, last: bool) -> Tensor:
-    """The input of a linear of the dense model, (sequences, tokens, in); with the last, the stream moves on."""
-    if not last:
-        return work.inputs(name, batch, DENSE)
-    with work.layer.noted(name, batch.stop - batch.start) as found:
+def _levels(groups: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+    """Groups of linears that do not depend on each other, in order: those of the same names, one for each expert."""
+    levels: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for group in groups:
+        levels.setdefault(tuple(name.rpartition(".")[2] for name in group), []).append(group)
+    return list(levels.values())
+
+
+def _fitting(level: list[tuple[str, ...]], dense: Mapping[str, Tensor]) -> Iterator[list[tuple[str, ...]]]:
+    """As many groups at a time as their moments leave memory for."""
+    step: list[tuple[str, ...]] = []
+    size = 0
+    for group in level:
+        needed = 4 * 4 * dense[group[0]].shape[1] ** 2  # of training and held-out windows, two of each, float32
+        if step and size + needed > MOMENTS_BYTES:
+            yield step
+            step, size = [], 0
+        step.append(group)
+        size += needed
+    yield step
+
+
+def _dense_inputs(work: Pass, names: list[str], batch: slice, last: bool) -> dict[str, Tensor]:
+    """The inputs of linears of the dense model, (sequences, tokens, in); with the last ones, its stream moves on.
+
+    Experts are given the tokens that the sparse model's are, so that inputs belong together.
+    """
+    if last and not work.layer.experts:
+        with work.layer.noted(names, batch.stop - batch.start) as found:
+            work.advance_dense(batch)
+        return found
+    with work.layer.same_routes():
+        found = work.inputs(names, batch, DENSE)
+    if last:
         work.advance_dense(batch)
-    return found[0]
+    return found
 
 
 @dataclass(frozen=True)

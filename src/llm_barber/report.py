@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import resource
 import sys
 from collections.abc import Iterable
@@ -42,6 +43,12 @@ class LinearResult(_Result):
     grown: int = 0
     dropped: int = 0
     pattern: str | None = None
+    few_tokens: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Its name, the same for all experts."""
+        return kind_of(self.name)
 
     @property
     def weights(self) -> int:
@@ -52,6 +59,11 @@ class LinearResult(_Result):
     def sparsity(self) -> float:
         """The fraction removed by the mask."""
         return self.pruned / self.weights
+
+
+def kind_of(linear: str) -> str:
+    """A linear's name with a star for the expert's number."""
+    return re.sub(r"\.\d+\.", ".*.", linear)
 
 
 class KeptWeights(StrEnum):
@@ -191,11 +203,16 @@ class RunReport(_Result):
         """All linears of all layers."""
         return (linear for layer in self.layers for linear in layer.linears)
 
+    @property
+    def block_names(self) -> list[str]:
+        """Kinds of blocks, in the order of the decoder layers."""
+        return list(dict.fromkeys(block.name for layer in self.layers for block in layer.blocks))
+
     def by_linear(self) -> list[LinearTotals]:
-        """Totals of each linear, in the order of a decoder layer."""
+        """Totals of each linear, experts' together, in the order of a decoder layer."""
         groups: dict[str, list[LinearResult]] = {}
         for linear in self.linears:
-            groups.setdefault(linear.name, []).append(linear)
+            groups.setdefault(linear.kind, []).append(linear)
         return [
             LinearTotals(
                 name=name,

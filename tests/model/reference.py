@@ -4,6 +4,7 @@ Nothing of the program's model/ package or run is used, only the masking functio
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,33 @@ from llm_barber.masking.saliency import wanda, weight_gradient
 
 class _Captured(Exception):
     pass
+
+
+class OneByOne(nn.ModuleList):
+    """Experts as transformers' own loop runs them, with a module for each linear."""
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        self.activation = [fused.act_fn]  # in a list it is no submodule
+        for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
+            expert = nn.Module()
+            gate, up = gate_up.chunk(2)
+            for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+                linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+                expert.add_module(name, linear)
+            self.append(expert)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        result = torch.zeros_like(hidden)
+        for number, expert in enumerate(self):
+            token, place = torch.where(index == number)
+            inputs = hidden[token]
+            inner = self.activation[0](expert.gate_proj(inputs)) * expert.up_proj(inputs)
+            result = result.index_add(
+                0, token, (expert.down_proj(inner) * weights[token, place, None]).to(hidden.dtype)
+            )
+        return result
 
 
 def layer_call(layer: nn.Module, arguments: dict, hidden: Tensor) -> Tensor:
@@ -62,7 +90,7 @@ def captured(layer: nn.Module, path: str, hidden: Tensor, arguments: dict) -> tu
 def prune_in_memory(
     folder: Path,
     layers_path: str,
-    blocks: dict[str, tuple[str, tuple[str, ...]]],
+    blocks_of: Callable[[nn.Module], dict[str, tuple[str, tuple[str, ...]]]],
     tokens: Tensor,
     pattern: Pattern,
     granularity: Granularity,
@@ -70,11 +98,13 @@ def prune_in_memory(
 ) -> dict[str, Tensor]:
     """Wanda's mask rebuilt, layer by layer; keep masks by parameter name.
 
-    `blocks`: name → (output module, linears), in order.
+    `blocks_of`: of a layer, name → (output module, linears), in order.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     for module in list(model.modules()):  # GPT-2 keeps its weights as (in, out)
         for name, child in list(module.named_children()):
+            if child._parameters.get("gate_up_proj") is not None:
+                setattr(module, name, OneByOne(child))
             if isinstance(child, Conv1D):
                 linear = nn.Linear(*child.weight.shape).requires_grad_(False)
                 linear.weight.data, linear.bias.data = child.weight.t().contiguous(), child.bias
@@ -85,6 +115,7 @@ def prune_in_memory(
         # The model before this layer is already sparse, so that an ordinary forward gives the sparse stream.
         calls = [first_call(model, layers, index, sequence[None]) for sequence in tokens]
         layer, dense = layers[index], copy.deepcopy(layers[index])
+        blocks = blocks_of(layer)
         names = [name for _, linears in blocks.values() for name in linears]
         squares = {}
         with torch.no_grad():
@@ -108,7 +139,8 @@ def prune_in_memory(
                 _, output = captured(mixed, output_path, hidden, arguments)
                 nn.functional.mse_loss(output, sparse).backward()
                 for name in linears:
-                    total[name] += mixed.get_submodule(name).weight.grad ** 2 / len(calls)
+                    gradient = mixed.get_submodule(name).weight.grad
+                    total[name] += 0 if gradient is None else gradient**2 / len(calls)
             rebuilt = rebuild_masks(
                 [keep[name] for name in linears],
                 [weight_gradient(dense.get_submodule(name).weight.data, total[name]) for name in linears],

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_barber.model.architecture import find_architecture
+from llm_barber.model.experts import split_experts
 from llm_barber.model.skeleton import Skeleton
 from tests.conftest import FAMILIES
 
@@ -31,7 +32,8 @@ def test_layer_by_layer_equals_the_whole_model(family: str) -> None:
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     skeleton = Skeleton(config, find_architecture(model_type), torch.device("cpu"), torch.float32)
-    weights = dict(model.named_parameters())
+    split_experts(model)  # which the skeleton has done, too
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
     skeleton.fill_outside({name: weights[name] for name in skeleton.every_outside_name})
     tokens = torch.randint(0, 128, (2, 12))
     found: list[torch.Tensor] = []
@@ -39,7 +41,8 @@ def test_layer_by_layer_equals_the_whole_model(family: str) -> None:
     hidden = found[0]
     for index in range(DEPTH):
         prefix = skeleton.layer_prefix(index)
-        layer = skeleton.load_layer(index, {name: weights[prefix + name] for name in skeleton.layer_names(index)})
+        names = [*skeleton.layer_names(index), *skeleton.buffer_names(index)]
+        layer = skeleton.load_layer(index, {name: weights[prefix + name] for name in names})
         output = layer(hidden, **skeleton.arguments(index, 2, 12))
         skeleton.layers_return_tuples = not isinstance(output, torch.Tensor)
         hidden = output[0] if skeleton.layers_return_tuples else output

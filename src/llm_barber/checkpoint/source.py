@@ -6,7 +6,7 @@ Nothing is unpickled, and no code that comes with a model is run. What an index 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class CheckpointSource:
         self.model = str(model)
         self.folder = resolve_model(self.model, revision)
         self.packed: dict[str, Table] = {}  # of each shard, if it is a packed checkpoint
-        self.renamed: dict[str, str] = {}  # other names of parameters in checkpoints of this architecture
+        self.stored: Callable[[str], str] = str  # what checkpoints of this architecture call a parameter
         self.configuration = self._read_configuration()
         self.tensors = self._read_headers()
 
@@ -75,7 +75,8 @@ class CheckpointSource:
         Raises:
             ModelError: the checkpoint does not have it.
         """
-        for candidate in (name, name.removeprefix(f"{base_prefix}."), self.renamed.get(name, name)):
+        stored = self.stored(name)
+        for candidate in (stored, stored.removeprefix(f"{base_prefix}."), name, name.removeprefix(f"{base_prefix}.")):
             if candidate in self.tensors:
                 return candidate
         raise ModelError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.job import check_tensors, load_config, make_skeleton
+from llm_barber.job import check_tensors, load_config, make_skeleton, stored_names
 from llm_barber.model.architecture import find_architecture
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
@@ -35,7 +35,7 @@ class StreamedModel:
         self.source = CheckpointSource(model)
         self.config = load_config(self.source)
         architecture = find_architecture(self.source.model_type)
-        self.source.renamed = dict(architecture.renamed)
+        self.source.stored = architecture.stored
         self.skeleton: Skeleton = make_skeleton(self.config, architecture, device, dtype, model)
         self.base_prefix = str(self.skeleton.model.base_model_prefix)
         check_tensors(self.skeleton, self.source, with_head=True)
@@ -54,10 +54,9 @@ class StreamedModel:
             skeleton.embed(tokens, lambda hidden: states.append(hidden.cpu()))
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
-            prefix = skeleton.layer_prefix(index)
-            names = [prefix + name for name in skeleton.layer_names(index)]
-            weights = self.source.read_parameters(names, self.base_prefix)
-            module = skeleton.load_layer(index, {name.removeprefix(prefix): one for name, one in weights.items()})
+            stored = stored_names(skeleton, self.source, index)
+            tensors = self.source.read(stored.values())
+            module = skeleton.load_layer(index, {name: tensors[key] for name, key in stored.items()})
             layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
             for number, hidden in enumerate(states):
                 states[number] = layer.output(hidden.to(skeleton.device)).cpu()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import Block
+from llm_barber.model.experts import Experts
 
 InputVisitor = Callable[[str, Tensor], None]
 
@@ -57,6 +58,7 @@ class DecoderLayer:
     ) -> None:
         self.module = module
         self.linears = {name: module.get_submodule(name) for name in linears}
+        self.experts = {name: one for name, one in module.named_modules() if isinstance(one, Experts)}
         self._arguments = arguments
         self._transposed = transposed
         # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
@@ -120,29 +122,42 @@ class DecoderLayer:
         return [group for group in groups if group]
 
     @torch.no_grad()
-    def input_of(self, name: str, hidden: Tensor, replays: Mapping[str, Tensor]) -> Tensor:
-        """The input of a linear, (sequences, tokens, in), with the layer's present weights.
+    def inputs_of(self, names: Collection[str], hidden: Tensor, replays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of some linears, (sequences, tokens, in), with the layer's present weights; no more is computed.
 
         Args:
-            name: of the linear.
+            names: of the linears.
             hidden: the layer's input, (sequences, tokens, hidden).
             replays: as in `block_output`.
         """
-        with self.noted(name, len(hidden), stop=True) as found, self._replayed(replays):
+        with self.noted(names, len(hidden), stop=True) as found, self._replayed(replays):
             self._run(hidden)
-        return found[0]
+        return found
 
     @contextmanager
-    def noted(self, name: str, sequences: int, stop: bool = False) -> Iterator[list[Tensor]]:
-        """Put the input of a linear, (sequences, tokens, in), in the list when it runs; `stop`: end the run there."""
-        found: list[Tensor] = []
+    def same_routes(self) -> Iterator[None]:
+        """Route tokens to experts as in the run before."""
+        with ExitStack() as stack:
+            for experts in self.experts.values():
+                stack.enter_context(experts.same_routes())
+            yield
 
-        def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-            found.append(_by_sequence(positional[0], sequences))
-            if stop:
-                raise _Reached
+    @contextmanager
+    def noted(self, names: Collection[str], sequences: int, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Put linears' inputs, (sequences, tokens, in), in the mapping as they run; `stop`: and end the run then."""
+        found: dict[str, Tensor] = {}
 
-        with _removed(self.linears[name].register_forward_pre_hook(hook)):
+        def note(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
+                found[name] = _by_sequence(positional[0], sequences)
+                if stop and len(found) == len(names):
+                    raise _Reached
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(_removed(self.linears[name].register_forward_pre_hook(note(name))))
             yield found
 
     @torch.no_grad()
@@ -260,13 +275,19 @@ class DecoderLayer:
             hidden: (sequences, tokens, hidden).
         """
         parameters = {f"{name}.weight": self._turned(weight) for name, weight in weights.items()}
+        self._tell_experts(len(hidden))
         arguments = dict(self._arguments(hidden.shape[0], hidden.shape[1]))
         with torch.enable_grad():
             output = torch.func.functional_call(self.module, parameters, (hidden,), arguments)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
 
+    def _tell_experts(self, sequences: int) -> None:
+        for experts in self.experts.values():
+            experts.sequences = sequences
+
     def _run(self, hidden: Tensor) -> Tensor | None:
+        self._tell_experts(len(hidden))
         try:
             output = self.module(hidden, **self._arguments(hidden.shape[0], hidden.shape[1]))
         except _Reached:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llm_barber.model.architecture import Architecture
+from llm_barber.model.experts import split_experts
 
 Arguments = dict[str, Any]
 
@@ -40,6 +41,8 @@ class Skeleton:
                 self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
             except ValueError:  # a family whose attention is written out
                 self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+        with torch.device("meta"):
+            split_experts(self.model)
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
         for module in self.model.modules():
@@ -47,6 +50,7 @@ class Skeleton:
                 setattr(module, name, buffer.to(device))
         self.layers_return_tuples = False  # known once a layer has run; `finish` needs it
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
+        self.blocks = [architecture.blocks_of(layer) for layer in self.layers]
         # Keyword arguments of each layer's call, by (sequences, tokens).
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
@@ -80,6 +84,19 @@ class Skeleton:
     def layer_names(self, index: int) -> list[str]:
         """Names of a layer's parameters, inside the layer."""
         return [name for name, _ in self.layers[index].named_parameters()]
+
+    def buffer_names(self, index: int) -> list[str]:
+        """Names of a layer's buffers that checkpoints have, such as what a router adds to its scores."""
+        return [
+            f"{path}.{name}" if path else name
+            for path, module in self.layers[index].named_modules()
+            for name in module._buffers
+            if name not in module._non_persistent_buffers_set
+        ]
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """The prunable linears of a layer, block after block."""
+        return tuple(name for block in self.blocks[index] for name in block.linears)
 
     def fill_outside(self, weights: Mapping[str, Tensor]) -> None:
         """Give the model parameters outside the decoder layers, by the model's names."""
@@ -155,9 +172,14 @@ class Skeleton:
         self.model.tie_weights()
 
     def load_layer(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Give a layer its weights, by names inside the layer, in any float dtype."""
+        """Give a layer its weights and buffers, by names inside the layer, in any float dtype."""
         layer = self.layers[index]
-        self._assign(layer, weights)
+        buffers = set(self.buffer_names(index))
+        self._assign(layer, {name: tensor for name, tensor in weights.items() if name not in buffers})
+        for name in buffers & weights.keys():
+            path, _, leaf = name.rpartition(".")
+            owner = layer.get_submodule(path)  # which keeps its own dtype: routers choose in float32
+            setattr(owner, leaf, weights[name].to(self.device, getattr(owner, leaf).dtype))
         return layer
 
     def release_layer(self, index: int) -> None:

@@ -36,7 +36,7 @@ def run_page(report: RunReport, evaluation: "Evaluation | None" = None) -> str:
             blocks=_blocks(report),
             swaps=_swaps(report),
             sparsities=_sparsities(report),
-            linears=list(dict.fromkeys(linear.name for linear in report.linears)),
+            linears=list(dict.fromkeys(linear.kind for linear in report.linears)),
             totals=[(total, _dropped(report, total.name)) for total in report.by_linear()],
             stages=_stages(report.seconds),
             layer_seconds=_layer_seconds(report),
@@ -94,22 +94,30 @@ def _changes(blocks: list[BlockResult]) -> dict[str, float]:
 
 def _swaps(report: RunReport) -> dict[str, Any]:
     """The share of each linear's weights that came back, and the figure, if any did."""
-    shares = _by_linear_and_layer(report, lambda linear: linear.grown / linear.weights)
+    shares = _by_linear_and_layer(report, lambda linear: linear.grown)
     label = "share of weights that came back, by linear and decoder layer"
     return {"shares": shares, "figure": _map("swaps", report, shares, label, True) if report.swapped else None}
 
 
 def _sparsities(report: RunReport) -> dict[str, Any]:
     """The sparsity of each linear, its extremes, and the figure, unless all are the same to 0.01 %."""
-    shares = _by_linear_and_layer(report, lambda linear: linear.sparsity)
+    shares = _by_linear_and_layer(report, lambda linear: linear.pruned)
     low, high = min(shares.values()), max(shares.values())
     label = "sparsity by linear and decoder layer"
     figure = _map("sparsity", report, shares, label, False) if percent(low) != percent(high) else None
     return {"shares": shares, "low": low, "high": high, "figure": figure}
 
 
-def _by_linear_and_layer(report: RunReport, value: Callable[[LinearResult], float]) -> dict[tuple[str, int], float]:
-    return {(linear.name, layer.index): value(linear) for layer in report.layers for linear in layer.linears}
+def _by_linear_and_layer(report: RunReport, count: Callable[[LinearResult], int]) -> dict[tuple[str, int], float]:
+    """Share of the weights that are counted; experts' together."""
+    counted: dict[tuple[str, int], int] = {}
+    weights: dict[tuple[str, int], int] = {}
+    for layer in report.layers:
+        for linear in layer.linears:
+            key = (linear.kind, layer.index)
+            counted[key] = counted.get(key, 0) + count(linear)
+            weights[key] = weights.get(key, 0) + linear.weights
+    return {key: counted[key] / weights[key] for key in counted}
 
 
 def _map(name: str, report: RunReport, shares: Mapping[tuple[str, int], float], label: str, from_zero: bool) -> Markup:
@@ -119,7 +127,7 @@ def _map(name: str, report: RunReport, shares: Mapping[tuple[str, int], float], 
 
 
 def _dropped(report: RunReport, name: str) -> int:
-    return sum(linear.dropped for linear in report.linears if linear.name == name)
+    return sum(linear.dropped for linear in report.linears if linear.kind == name)
 
 
 def _stages(seconds: Mapping[str, float]) -> list[tuple[str, str, float, float]]:

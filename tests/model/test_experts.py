@@ -1,0 +1,132 @@
+"""Experts with linears of their own compute what transformers' fused ones do, and are pruned from their own tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, pack, prune, rebuild
+from llm_barber.loading import load
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import Unstructured
+from llm_barber.model.experts import Experts, is_fused, split_experts
+from llm_barber.report import RunReport
+from tests.conftest import FAMILIES, make_model, read_folder, save_tokens
+
+
+def fused_experts() -> torch.nn.Module:
+    """Six experts of a tiny model."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_moe", **{**FAMILIES["qwen3_moe"], "num_experts": 6, "mlp_only_layers": []})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+    found = next(module for module in model.modules() if is_fused(module))
+    for parameter in found.parameters():
+        torch.nn.init.normal_(parameter)
+    return found.requires_grad_(False)
+
+
+def separate(fused: torch.nn.Module, sequences: int) -> Experts:
+    """The same, one by one."""
+    parent = torch.nn.Module()
+    parent.experts = fused
+    split_experts(parent)
+    experts: Any = parent.experts
+    for number, expert in enumerate(experts):
+        gate, up = fused.gate_up_proj[number].chunk(2)
+        expert.gate_proj.weight.data, expert.up_proj.weight.data = gate, up
+        expert.down_proj.weight.data = fused.down_proj[number]
+    experts.sequences = sequences
+    return experts
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_one_by_one_equals_fused_and_every_expert_is_called(sequences: int) -> None:
+    fused = fused_experts()
+    experts = separate(fused, sequences)
+    hidden = torch.randn(3 * 10, 32)
+    index = torch.stack([torch.arange(30) % 4, torch.full((30,), 4)], 1)  # no token goes to the last one
+    weights = torch.rand(30, 2)
+    rows: list[int] = []
+    for expert in experts:
+        expert.down_proj.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    found = experts(hidden, index, weights)
+    assert torch.allclose(found, fused(hidden, index, weights), atol=1e-5)
+    assert experts.tokens.tolist() == [8, 8, 7, 7, 30, 0]
+    assert len(rows) == 6
+    assert all(count % sequences == 0 for count in rows)
+    with experts.same_routes():
+        assert torch.equal(experts(hidden, 5 - index, weights), found)
+    assert not torch.equal(experts(hidden, 5 - index, weights), found)
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """So many experts that some are given few tokens, and some none."""
+    return make_model(tmp_path / "dense", "mixtral", num_local_experts=32)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": "mask"},
+        {"preset": "best", "sparsity": 0.6, "tune_passes": 1},
+        {"initial": "sparsegpt", "pattern": "2:4"},
+        {"initial": "alps", "rebuild": False, "keep_updates": True},
+        {"initial": "dsnot", "granularity": "block", "rebuild_ratio": 0.1},
+    ],
+    ids=["mask", "best", "sparsegpt", "alps", "dsnot"],
+)
+def test_experts_with_few_tokens_are_pruned_by_magnitude(
+    tmp_path: Path, mixture: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_barber.initial.FEW_TOKENS", 6)
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    report = prune(PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, dtype="float32", **settings))
+    few = [(layer.index, one) for layer in report.layers for one in layer.linears if one.few_tokens]
+    assert 0 < len(few) < 0.7 * len(list(report.linears))
+    written, dense = read_folder(tmp_path / "out"), read_folder(mixture)
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for index, linear in few if "pattern" not in settings else []:
+        _, _, number, last = linear.name.split(".")
+        name = f"model.layers.{index}.block_sparse_moe.experts.{number}.{names[last]}.weight"
+        granularity = Granularity.LINEAR if settings.get("initial") == "alps" else Granularity.OUTPUT
+        keep = initial_mask(dense[name].abs(), Unstructured(linear.sparsity), granularity)
+        if settings.get("preset") != "best":  # whose weights change
+            assert torch.equal(written[name], dense[name] * keep)
+        assert int((written[name] == 0).sum()) == linear.pruned
+    assert not [name for name in dense if "gate.weight" in name and not torch.equal(dense[name], written[name])]
+    assert report.sparsity == pytest.approx(settings.get("sparsity", 0.5), abs=0.02)
+    assert all(tensor.isfinite().all() for tensor in written.values())
+    assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(mixture))).problems == ()
+
+
+def test_records_pages_and_packing_take_experts_together(tmp_path: Path, mixture: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    config = PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, sparsity=0.7, dtype="float32")
+    report = prune(config)
+    assert [total.name for total in report.by_linear()][4:] == [
+        f"mlp.experts.*.{one}_proj" for one in ("gate", "up", "down")
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "mlp.experts.*.gate_proj" in page
+    assert "mlp.experts.7" not in page
+    pack(PackConfig(model=str(tmp_path / "out"), output=tmp_path / "packed"))
+    ids = load_file(tokens)["input_ids"]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        assert torch.equal(load(tmp_path / "packed")(ids).logits, expected)
+
+
+def test_a_pruned_mixture_can_be_rebuilt(tmp_path: Path, mixture: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    settings = {"calibration": tokens, "dtype": "float32", "report": False}
+    prune(PruneConfig(model=mixture, output=tmp_path / "pruned", initial="magnitude", rebuild=False, **settings))
+    report: RunReport = rebuild(
+        RebuildConfig(dense=str(mixture), pruned=str(tmp_path / "pruned"), output=tmp_path / "out", **settings)
+    )
+    assert report.swapped > 0
+    assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(mixture))).problems == ()
