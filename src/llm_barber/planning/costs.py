@@ -10,7 +10,7 @@ from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
-from llm_barber.planning.work import Work, sorting
+from llm_barber.planning.work import NONE, Work, sorting
 from llm_barber.presets import Allocation
 from llm_barber.refine import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
 
@@ -32,15 +32,15 @@ DECOMPOSITION = {Initial.SPARSEGPT: 2, Initial.ALPS: 12}  # FLOPs over in³: Cho
 class Costs:
     """What a process does, by stage; layers by what is done in them."""
 
-    embed: Work = Work()
-    allocate: Work = Work()
-    initial: Work = Work()
-    rebuild: Work = Work()
-    refine: Work = Work()
-    tune: Work = Work()
-    propagate: Work = Work()
-    read: Work = Work()
-    write: Work = Work()
+    embed: Work = NONE
+    allocate: Work = NONE
+    initial: Work = NONE
+    rebuild: Work = NONE
+    refine: Work = NONE
+    tune: Work = NONE
+    propagate: Work = NONE
+    read: Work = NONE
+    write: Work = NONE
 
     def __add__(self, other: "Costs") -> "Costs":
         return Costs(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
@@ -48,7 +48,7 @@ class Costs:
     @property
     def total(self) -> Work:
         """Of all stages."""
-        return sum((getattr(self, one.name) for one in fields(self)), Work())
+        return sum((getattr(self, one.name) for one in fields(self)), NONE)
 
 
 def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
@@ -58,9 +58,9 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
         size = layer.parameters * recipe.stored
         kept = (2 if recipe.follows_dense else 1) * recipe.own_tokens * model.hidden * recipe.itemsize
         found += Costs(
-            initial=sum((_initial(layer, block, recipe) for block in layer.blocks), Work()),
-            rebuild=sum((_rebuild(block, recipe) for block in layer.blocks), Work()),
-            refine=sum((_refine(layer, block, recipe) for block in layer.blocks), Work()),
+            initial=sum((_initial(layer, block, recipe) for block in layer.blocks), NONE),
+            rebuild=sum((_rebuild(block, recipe) for block in layer.blocks), NONE),
+            refine=sum((_refine(layer, block, recipe) for block in layer.blocks), NONE),
             tune=_tune(layer, recipe),
             propagate=_propagate(layer, recipe),
             read=Work(read=size, copied=size),
@@ -107,10 +107,10 @@ def _embed(model: ModelShapes, recipe: Recipe) -> Work:
 def _allocate(model: ModelShapes, recipe: Recipe) -> Work:
     """By the loss: forward and the head, then back, where every layer is computed again; outliers: forward."""
     if recipe.allocation is Allocation.UNIFORM:
-        return Work()
+        return NONE
     by_loss = recipe.allocation is Allocation.LOSS
     tokens = recipe.loss_tokens if by_loss else recipe.own_tokens
-    found = Work()
+    found = NONE
     for layer in model.layers:
         size = layer.parameters * recipe.stored
         for block in layer.blocks:
@@ -134,7 +134,7 @@ def _allocate(model: ModelShapes, recipe: Recipe) -> Work:
 
 def _costing(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
     """The Fisher information's sums, and what pruning each weight costs, in order."""
-    found = Work()
+    found = NONE
     for rows, columns in block.linears:
         found += Work(
             moved=SQUARING * tokens * (rows + columns) + COSTING * rows * columns,
@@ -145,7 +145,7 @@ def _costing(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
 
 def _choose(block: BlockShapes, recipe: Recipe) -> Work:
     """Ranking for an initial mask."""
-    found = Work()
+    found = NONE
     for rows, columns in block.linears:
         moved = CHOOSING * rows * columns
         if recipe.pattern is not None:
@@ -190,13 +190,13 @@ def _update(recipe: Recipe, rows: int, columns: int) -> Work:
             return Work(exact=2 * weights * columns * (ADMM_STEPS + 10), moved=ADMM_BYTES * ADMM_STEPS * weights)
         case Initial.DSNOT:
             return Work(ordered=2 * sorting(weights, columns), moved=4 * CHOOSING * weights)
-    return Work()
+    return NONE
 
 
 def _rebuild(block: BlockShapes, recipe: Recipe) -> Work:
     """y_sparse; y_dense, back to the block's first linears; every sequence's gradients of weights; ranking."""
     if recipe.granularity is None:
-        return Work()
+        return NONE
     tokens = recipe.own_tokens
     once = forward(block, recipe, tokens)
     first = sum(_size(linear) for linear in block.linears[:-1])
@@ -222,7 +222,7 @@ def _refine(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
     """Inputs of the block's linears in the sparse model and the dense one, Gram matrices, swaps, least squares."""
     settings = recipe.refine
     if settings is None:
-        return Work()
+        return NONE
     tokens, streams = recipe.own_tokens, 2 if recipe.follows_dense else 1
     found = _inputs(block, recipe, tokens) * streams + forward(block, recipe, tokens, until_last=True)
     found += _streams(block, recipe, tokens, 2 * streams * (1 if block is layer.blocks[0] else 2))
@@ -259,10 +259,10 @@ def _improve(recipe: Recipe, rows: int, columns: int) -> Work:
 def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
     """Adam: forward and twice as much back for the windows, forward for those held out, most passes; the targets."""
     if recipe.refine is None or not recipe.refine.tune:
-        return Work()
+        return NONE
     passes, held_out = recipe.refine.tune, recipe.held_out
     trained = recipe.own_tokens - held_out
-    found = Work()
+    found = NONE
     for block in layer.blocks:
         once = forward(block, recipe, trained)
         found += once * passes
@@ -279,7 +279,7 @@ def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
 
 def _propagate(layer: LayerShapes, recipe: Recipe) -> Work:
     """The final blocks; attention once more where tuning changed it after it had been run."""
-    found = Work()
+    found = NONE
     for block in layer.blocks:
         again = recipe.refine is not None and recipe.refine.tune and block is layer.blocks[0]
         once = forward(block, recipe, recipe.own_tokens) + _streams(block, recipe, recipe.own_tokens, 2.5)

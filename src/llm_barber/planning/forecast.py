@@ -34,7 +34,7 @@ class PlanConfig(PruneConfig):
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
-    output: Path = Field(default=Path("pruned"), description="not written")
+    output: Path = Field(Path("pruned"), description="not written")
     processes: tuple[int, ...] = Field(default=(1,), description="how many share the calibration windows")
     flops: float | None = Field(default=None, gt=0, description="FLOP/s of another machine; None: this one, measured")
     float32_flops: float | None = Field(default=None, gt=0, description="FLOP/s of float32 products; None: an eighth")
@@ -138,13 +138,14 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     device = resolve_device(config.device) if own else torch.device(_named_device(config.device))
     dtype = resolve_dtype(config.dtype if own or config.dtype != "auto" else "bfloat16", device)
     described = read_configuration(config.model, config.revision)
+    stored = described.dtype or torch.float32  # before the empty model sets another
     architecture = find_architecture(described.model_type)
     check_positions(described, config.seqlen)
     skeleton = make_skeleton(described, architecture, torch.device("cpu"), dtype, config.model)
     model = model_shapes(skeleton)
     _check_pattern(config, model)
     batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
-    recipe = Recipe.of(config, batch, dtype, described.dtype or torch.float32, device)
+    recipe = Recipe.of(config, batch, dtype, stored, device)
     bare = current_memory() if own else int(BARE_PROCESS[device.type])
     link = config.link or LINK
     if config.flops is None:

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from math import log2
 from pathlib import Path
 
@@ -100,16 +101,16 @@ def measured_rates(model: ModelShapes, recipe: Recipe, dtype: torch.dtype, devic
         weight, inputs = (torch.randn(size, into, dtype=dtype, device=device) for size in (out, rows))
         outputs = torch.randn(recipe.tokens, out, dtype=dtype, device=device)
         own = inputs[: recipe.tokens]
-        products.add(2 * rows * out * into, stopwatch.least(lambda x=inputs, w=weight: linear(x, w)))
-        gradients.add(2 * recipe.tokens * out * into, stopwatch.least(lambda x=own, g=outputs: g.t() @ x))
+        products.add(2 * rows * out * into, stopwatch.least(partial(linear, inputs, weight)))
+        gradients.add(2 * recipe.tokens * out * into, stopwatch.least(partial(torch.matmul, outputs.t(), own)))
     exact = Share()
     for into in {columns for _, columns in shapes}:
         values = torch.randn(recipe.tokens, into, dtype=dtype, device=device).float()
         total = torch.zeros(into, into, device=device)
         with exact_half_products(dtype):
-            grams.add(2 * recipe.tokens * into**2, stopwatch.least(lambda x=values, t=total: t.addmm_(x.t(), x)))
+            grams.add(2 * recipe.tokens * into**2, stopwatch.least(partial(total.addmm_, values.t(), values)))
         some = torch.randn(min(into, 1024), into, device=device)
-        exact.add(2 * len(some) * into**2, stopwatch.least(lambda x=some, t=total: x @ t))
+        exact.add(2 * len(some) * into**2, stopwatch.least(partial(torch.matmul, some, total)))
     into = layer.blocks[0].linears[0][1]
     scores = torch.rand(256, into, device=device)
     halvings = scores.numel() * log2(into)

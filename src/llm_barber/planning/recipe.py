@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -99,7 +100,7 @@ class Recipe:
         if not self.refine.held_out:
             return (self.refine.swaps,)
         ends = [0, *(round(share * self.refine.swaps) for share in SWAP_STAGES)]
-        return tuple(stop - start for start, stop in zip(ends, ends[1:], strict=False))
+        return tuple(stop - start for start, stop in pairwise(ends))
 
     @property
     def rounds(self) -> int:

@@ -45,6 +45,9 @@ class Work:
         return self.products + self.gradients + self.attention + self.grams + self.exact
 
 
+NONE = Work()
+
+
 def sorting(elements: float, together: float) -> float:
     """The work of sorting so many elements, so many at a time."""
     return elements * log2(max(2, together))
