@@ -54,7 +54,8 @@ class Costs:
 def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
     """What a run costs the process that has the most sequences."""
     found = Costs(embed=_embed(model, recipe), allocate=_allocate(model, recipe))
-    for layer in model.layers:
+    for index, layer in enumerate(model.layers):
+        last = index == len(model.layers) - 1  # nothing starts from its output
         size = layer.parameters * recipe.stored
         kept = (2 if recipe.follows_dense else 1) * recipe.own_tokens * model.hidden * recipe.itemsize
         found += Costs(
@@ -64,7 +65,7 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
             tune=_tune(layer, recipe),
             propagate=_propagate(layer, recipe),
             read=Work(read=size, copied=size),
-            write=Work(written=size + (kept if layer is not model.layers[-1] else 0), copied=size),
+            write=Work(written=size + (0 if last else kept), copied=size),
         )
     return found
 
@@ -252,7 +253,7 @@ def _improve(recipe: Recipe, rows: int, columns: int) -> Work:
         count += streams + len(DAMPINGS) * (1 + STEPS_A_DAMPING + streams)
     elif recipe.refine.solve:
         count += 1 + UNGUARDED_STEPS
-    searched = recipe.rounds * rows * (columns + ROW)
+    searched = recipe.rounds(columns) * rows * (columns + ROW)
     return Work(exact=count * product, searched=searched, moved=4 * FLOAT32 * count * rows * columns)
 
 

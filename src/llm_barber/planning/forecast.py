@@ -34,7 +34,7 @@ class PlanConfig(PruneConfig):
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
-    output: Path = Field(Path("pruned"), description="not written")
+    output: Path = Field(default=Path("pruned"), description="not written")
     processes: tuple[int, ...] = Field(default=(1,), description="how many share the calibration windows")
     flops: float | None = Field(default=None, gt=0, description="FLOP/s of another machine; None: this one, measured")
     float32_flops: float | None = Field(default=None, gt=0, description="FLOP/s of float32 products; None: an eighth")

@@ -125,7 +125,7 @@ def measured_rates(model: ModelShapes, recipe: Recipe, dtype: torch.dtype, devic
         moved=moved,
         sorted=halvings / stopwatch.least(lambda: sort_values(scores)),
         ordered=halvings / stopwatch.least(lambda: scores.sort(1)),
-        searched=_searched(stopwatch, min(into, LARGEST), device),
+        searched=_searched(stopwatch, device),
         copied=_copied(stopwatch, recipe, into, dtype, device),
         reduced=link,
         read=read,
@@ -202,9 +202,9 @@ def _copied(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.d
     return batch.numel() * recipe.itemsize / stopwatch.least(lambda: there.copy_(batch))
 
 
-def _searched(stopwatch: _Stopwatch, columns: int, device: torch.device) -> float:
-    """Weights a second in a round of swaps."""
-    rows = 256
+def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
+    """Weights a second in a round of swaps: rows long enough to make all of its swaps in one."""
+    rows, columns = 256, 1024
     inputs, weight = (torch.randn(count, columns, device=device) for count in (2 * columns, rows))
     gram = inputs.t() @ inputs / len(inputs)
     keep = weight.abs() > weight.abs().median(1, keepdim=True).values

@@ -10,9 +10,12 @@ from llm_barber.allocation import LOSS_TOKENS
 from llm_barber.config import Initial, PruneConfig, rebuild_defaults
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
-from llm_barber.masking.swaps import SWAPS_A_ROUND
 from llm_barber.presets import Allocation
 from llm_barber.refine import SEQUENCES_A_STEP, SWAP_STAGES, RefineSettings
+
+# Looked at in runs (benchmarks/plan_accuracy.py's models): a row's swaps that gain, as a share of its weights, and how
+# many a round makes after its first.
+USEFUL_SWAPS, SWAPS_OF_A_ROUND = 1 / 16, 14
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,16 @@ class Recipe:
         ends = [0, *(round(share * self.refine.swaps) for share in SWAP_STAGES)]
         return tuple(stop - start for start, stop in pairwise(ends))
 
-    @property
-    def rounds(self) -> int:
-        """Rounds of swaps, where every row uses all that it may."""
-        return sum(math.ceil(swaps / SWAPS_A_ROUND) for swaps in self.swap_stages)
+    def rounds(self, columns: int) -> float:
+        """Rounds of swaps of a row: each stage begins one, until the row gains no more."""
+        left, found = columns * USEFUL_SWAPS, 0.0
+        for stage in self.swap_stages:
+            swaps = min(float(stage), left)
+            left -= swaps
+            found += 1 + swaps / SWAPS_OF_A_ROUND
+            if not swaps:  # the first stage in which nothing gains is the last
+                break
+        return found
 
     @property
     def tune_steps(self) -> int:
