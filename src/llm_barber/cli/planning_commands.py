@@ -128,8 +128,7 @@ def plan(
 ) -> None:
     """Say what prune will take: FLOPs and bytes of each stage, peak memory, time, and what sets the pace.
 
-    From the configuration alone: no weights are read or downloaded. Without --flops for this machine, with it for
-    another, taken to be a GPU unless --device cpu.
+    From the configuration alone, without weights. With --flops for another machine, a GPU unless --device cpu.
     """
     from llm_barber.console import ConsoleProgress
     from llm_barber.planning.forecast import PlanConfig, forecast
