@@ -111,13 +111,13 @@ def test_missing_argument_and_missing_model(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.startswith("error: no such model: /nothing/here\nhint: ")
 
 
-@pytest.mark.parametrize("command", ["prune", "rebuild", "inspect", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["prune", "rebuild", "plan", "inspect", "evaluate", "demo"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(command, "--help") == 0
     output = capsys.readouterr().out
     assert "Examples:" in output
     assert output.partition("Examples:")[2].count("llm-barber ") >= 2
-    if command in ("prune", "rebuild"):
+    if command in ("prune", "rebuild", "plan"):
         for group in ("Method", "Calibration", "Compute", "Output"):
             assert f"─ {group} ─" in output or f"{group} -" in output
         assert "magnitude 0.1" in output
@@ -130,7 +130,7 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     seen = 0
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for line in path.read_text().splitlines():
-            match = re.match(r"\s*(?:\$ )?llm-barber (prune|rebuild|inspect|evaluate|demo)\b(.*)", line)
+            match = re.match(r"\s*(?:\$ )?llm-barber (prune|rebuild|plan|inspect|evaluate|demo)\b(.*)", line)
             if match:
                 call(match[1], "--help")
                 help_text = capsys.readouterr().out

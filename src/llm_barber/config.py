@@ -104,16 +104,16 @@ class RunSettings(Settings):
         lt=1,
         description="share of the windows held out to decide what refining keeps; 0: all is kept",
     )
-    calibration: str = Field("builtin", description="builtin, c4, wikitext2, or a file")
+    calibration: str = Field(default="builtin", description="builtin, c4, wikitext2, or a file")
     samples: int = Field(128, ge=1, description="calibration windows")
     seqlen: int = Field(2048, ge=2, description="tokens a window")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the choice of windows")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the choice of windows")
     batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description="compute dtype; auto: the fastest that the device has")
-    overwrite: bool = Field(False, description="replace OUT, once the new one is complete")
+    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
     resume: bool = Field(default=False, description="go on with an unfinished run of OUT, if there is one")
-    report: bool = Field(True, description="write OUT/report.html, a page with plots")
+    report: bool = Field(default=True, description="write OUT/report.html, a page with plots")
     revision: str | None = Field(None, description="of a hub id")
 
     @property
@@ -162,10 +162,11 @@ class PruneConfig(RunSettings):
     pattern: str | None = Field(None, description="N:M, N kept of every M inputs, instead of a sparsity")
     rebuild: bool | None = Field(default=None, description="rebuild the initial mask; None: the preset's")
     initial_granularity: Granularity | None = Field(
-        None, description="comparison group of the initial mask; None: linear for magnitude and RIA, else output"
+        default=None,
+        description="comparison group of the initial mask; None: linear for magnitude and RIA, else output",
     )
     keep_updates: bool = Field(
-        False, description="keep the updated weights of SparseGPT or ALPS instead of the dense ones"
+        default=False, description="keep the updated weights of SparseGPT or ALPS instead of the dense ones"
     )
     allocation: Allocation | None = Field(
         default=None, description="how sparsity is spread over the linears; None: the preset's"

@@ -1,6 +1,8 @@
 """From what a user calls a model to a local folder: a folder, a GGUF file, or a hub id."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llm_barber.checkpoint.gguf import converted_gguf
@@ -44,8 +46,32 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     return _download(name, pinned or revision)
 
 
+def hub_configuration(model: str, revision: str | None = None) -> Path:
+    """The config.json of a hub id, `org/name` or `org/name@revision`; nothing else is downloaded.
+
+    Raises:
+        ModelError: it is not a hub id.
+        HubError: the hub cannot be reached or does not have it.
+    """
+    name, _, pinned = model.partition("@")
+    with _explained(name, pinned or revision):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(name, "config.json", revision=pinned or revision))
+
+
 def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    with _explained(model, revision):
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_NOT_NEEDED)
+        )
+
+
+@contextmanager
+def _explained(model: str, revision: str | None) -> Iterator[None]:
+    """Say what the hub's errors mean."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -57,9 +83,7 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_NOT_NEEDED)
-        )
+        yield
     except GatedRepoError as error:
         raise HubError(f"{model} is gated on the hub", "accept its terms there, then `hf auth login`") from error
     except RepositoryNotFoundError as error:

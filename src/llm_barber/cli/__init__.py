@@ -15,7 +15,8 @@ from llm_barber.errors import BarberError
 UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
 
-for commands in ("pruning_commands", "checkpoint_commands", "measuring_commands"):  # in the order of --help
+# In the order of --help.
+for commands in ("pruning_commands", "planning_commands", "checkpoint_commands", "measuring_commands"):
     import_module(f"llm_barber.cli.{commands}")
 
 

@@ -5,13 +5,36 @@ from typing import Annotated
 
 import typer
 
+from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import Allocation, Preset, Reconstruct, Refine
 
 METHOD, WHAT, REFINING, CALIBRATION, TEXT, TASKS = "Method", "What to prune", "Refining", "Calibration", "Text", "Tasks"
-COMPUTE, OUTPUT = "Compute", "Output"
+COMPUTE, OUTPUT, MACHINE = "Compute", "Output", "Machine"
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; appears when it is complete.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")]
+InitialOption = Annotated[
+    Initial | None,
+    typer.Option(help="Method of the initial mask. (default: wanda)", rich_help_panel=METHOD, show_default=False),
+]
+SparsityOption = Annotated[
+    float | None,
+    typer.Option(help="Fraction of weights to remove. (default: 0.5)", rich_help_panel=METHOD, show_default=False),
+]
+PatternOption = Annotated[
+    str | None,
+    typer.Option(metavar="N:M", help="Keep N of every M inputs instead, for example 2:4.", rich_help_panel=METHOD),
+]
+RebuildOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--rebuild/--no-rebuild",
+        help="Rebuild the initial mask. (default: the preset's)",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
 GranularityOption = Annotated[
     Granularity | None,
     typer.Option(

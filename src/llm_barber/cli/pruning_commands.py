@@ -21,12 +21,16 @@ from llm_barber.cli.options import (
     GranularityOption,
     GuardOption,
     IncludeOption,
+    InitialOption,
     JsonOption,
+    ModelArgument,
     OutArgument,
     OverwriteOption,
+    PatternOption,
     PresetOption,
     QuietOption,
     RatioOption,
+    RebuildOption,
     ReconstructOption,
     RefineOption,
     ReportOption,
@@ -37,6 +41,7 @@ from llm_barber.cli.options import (
     SeqlenOption,
     SkipLayersOption,
     SparsitiesOption,
+    SparsityOption,
     SwapsOption,
     TargetMixOption,
     TunePassesOption,
@@ -51,29 +56,12 @@ from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES
     "llm-barber prune ./model pruned --initial magnitude --pattern 2:4 --samples 32 --seqlen 512"
 )
 def prune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    model: ModelArgument,
     out: OutArgument,
-    initial: Annotated[
-        Initial | None,
-        typer.Option(help="Method of the initial mask. (default: wanda)", rich_help_panel=METHOD, show_default=False),
-    ] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(help="Fraction of weights to remove. (default: 0.5)", rich_help_panel=METHOD, show_default=False),
-    ] = None,
-    pattern: Annotated[
-        str | None,
-        typer.Option(metavar="N:M", help="Keep N of every M inputs instead, for example 2:4.", rich_help_panel=METHOD),
-    ] = None,
-    rebuild: Annotated[
-        bool | None,
-        typer.Option(
-            "--rebuild/--no-rebuild",
-            help="Rebuild the initial mask. (default: the preset's)",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
+    initial: InitialOption = None,
+    sparsity: SparsityOption = None,
+    pattern: PatternOption = None,
+    rebuild: RebuildOption = None,
     granularity: GranularityOption = None,
     rebuild_ratio: RatioOption = None,
     initial_granularity: Annotated[

@@ -1,0 +1,110 @@
+"""How near `plan` comes to what `prune` then takes: seconds and peak memory, three sizes, two presets.
+
+Synthetic LLaMA-shaped checkpoints; each plan and each run is a process of its own. `--times 2` makes each
+twice: the least of the seconds counts, since other work only adds to them; CPU seconds are shown beside them, for the
+same reason. About three minutes on one idle core.
+
+    OMP_NUM_THREADS=1 python benchmarks/plan_accuracy.py
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import show
+from safetensors.torch import save_file
+from synthetic import write_llama
+
+# Layers, hidden size, MLP; calibration sequences and tokens.
+SIZES = ((6, 256, 704, 16, 256), (3, 512, 1408, 8, 512), (2, 1024, 2816, 4, 256))
+VOCABULARY = 4000
+STAGES = {
+    "embed": ("embed",), "allocate": ("allocate",), "read": ("read",), "write": ("write",),
+    "layers": ("initial", "rebuild", "refine", "tune", "propagate"),
+}  # fmt: skip
+
+
+# Prunes, and prints the record with the CPU seconds, which other work on the machine changes less than the clock's.
+PRUNE = """
+import json, sys, time
+from llm_barber import PruneConfig, prune
+settings = json.loads(sys.argv[1])
+began = time.process_time()
+report = prune(PruneConfig(**settings))
+print(json.dumps(json.loads(report.to_json()) | {"cpu": time.process_time() - began}))
+"""
+
+
+def call(*arguments: str) -> dict[str, Any]:
+    """The record that a command prints."""
+    found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    record: dict[str, Any] = json.loads(found.stdout)
+    return record
+
+
+def measure(folder: Path, size: tuple[int, ...], preset: str, dtype: str, times: int) -> list[list[str]]:
+    """Rows of the two tables."""
+    layers, hidden, mlp, sequences, tokens = size
+    model = folder / "model"
+    if not model.exists():
+        write_llama(model, layers, hidden, mlp, hidden // 64, VOCABULARY, torch.float32)
+    text = folder / "tokens.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    save_file({"input_ids": torch.randint(0, VOCABULARY, (sequences, tokens), generator=generator)}, text)
+    plan = [
+        "-m", "llm_barber", "plan", str(model), "--samples", str(sequences), "--seqlen", str(tokens),
+        "--preset", preset, "--dtype", dtype, "--json", "--quiet",
+    ]  # fmt: skip
+    settings = {
+        "model": str(model), "output": str(folder / "out"), "calibration": str(text), "preset": preset, "dtype": dtype,
+        "overwrite": True, "report": False,
+    }  # fmt: skip
+    run = min((call(*plan)["runs"][0] for _ in range(times)), key=lambda one: float(one["seconds"]))
+    reports = [call("-c", PRUNE, json.dumps(settings)) for _ in range(times)]
+    report = min(reports, key=lambda one: one["seconds"]["total"])
+    seconds, peak = report["seconds"]["total"], max(one["peak_memory"] for one in reports)
+    by_stage = {stage["name"]: stage["seconds"] for stage in run["stages"]}
+    stages = [
+        f"{sum(by_stage[name] for name in names):.1f} / {report['seconds'][stage]:.1f}"
+        for stage, names in STAGES.items()
+    ]
+    label = f"{layers} × {hidden}, {sequences} × {tokens}"
+    return [
+        [
+            label, preset, f"{run['seconds']:.1f}", f"{seconds:.1f}", f"{run['seconds'] / seconds - 1:+.0%}",
+            f"{report['cpu']:.1f}", f"{run['seconds'] / report['cpu'] - 1:+.0%}",
+            f"{run['host_memory'] / 2**30:.2f}", f"{peak / 2**30:.2f}", f"{run['host_memory'] / peak - 1:+.0%}",
+            run["bottleneck"],
+        ],
+        [label, preset, *stages],
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", default="paper,mask")
+    parser.add_argument("--sizes", default="0,1,2", help="which of the three")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--times", type=int, default=1)
+    given = parser.parse_args()
+    rows, stages = [], []
+    for number in given.sizes.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            for preset in given.presets.split(","):
+                found = measure(Path(folder), SIZES[int(number)], preset, given.dtype, given.times)
+                print(" | ".join(found[0]), file=sys.stderr)
+                rows.append(found[0])
+                stages.append(found[1])
+    headings = ["layers × hidden, tokens", "preset", "planned, s", "taken, s", "", "CPU s", ""]
+    headings += ["planned, GiB", "peak, GiB", "", "bottleneck"]
+    show("plan and prune", headings, rows)
+    show("seconds, planned / taken", ["layers × hidden, tokens", "preset", *STAGES], stages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A model's configuration by itself: of a folder, a config.json, a GGUF file's header, or the hub; no weights."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from llm_barber.checkpoint.gguf import DTYPE as GGUF_DTYPE
+from llm_barber.checkpoint.hub import hub_configuration
+from llm_barber.errors import ModelError, first_line
+
+NOT_FOUND_HINT = "give a folder with config.json, a config.json, a GGUF file or a hub id"
+
+
+def read_configuration(model: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of what a user calls a model.
+
+    Raises:
+        ModelError: there is none, or transformers cannot use it, or it is of a quantised model.
+        HubError: the hub cannot be reached or does not have it.
+    """
+    place, options = _find(model, revision)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            place, trust_remote_code=False, local_files_only=True, **options
+        )
+    except Exception as error:  # transformers raises whatever a damaged file makes it raise
+        raise ModelError(
+            f"the configuration of {model} cannot be used: {first_line(error)}", "get the file again"
+        ) from error
+    if getattr(config, "quantization_config", None) and not options:
+        raise ModelError(
+            f"{model} is quantised; pruning needs its plain weights", "give the configuration of the unquantised model"
+        )
+    if options:
+        config.dtype = GGUF_DTYPE  # what its weights become
+    return config
+
+
+def _find(model: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    """Where transformers finds it, and what else it must be told."""
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"no such model: {model} ({error})", NOT_FOUND_HINT) from error
+    if is_folder:
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{model} has no config.json", NOT_FOUND_HINT)
+        return path / "config.json", {}
+    if is_file and path.suffix == ".gguf":
+        return path.parent, {"gguf_file": path.name}
+    if is_file and path.suffix == ".json":
+        return path, {}
+    if is_file:
+        raise ModelError(f"{model} is neither a config.json nor a GGUF file", NOT_FOUND_HINT)
+    if model.endswith((".json", ".gguf")) or model.startswith((".", "/", "~")):
+        raise ModelError(f"no such model: {model}", NOT_FOUND_HINT)
+    return hub_configuration(model, revision), {}

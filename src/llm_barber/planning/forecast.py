@@ -1,0 +1,230 @@
+"""The forecast of a run (`llm-barber plan`): work by stage, peak memory, time, and what sets the pace."""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from llm_barber.config import PruneConfig
+from llm_barber.errors import ModelError
+from llm_barber.job import check_positions, make_skeleton
+from llm_barber.model.architecture import find_architecture
+from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.planning.configuration import read_configuration
+from llm_barber.planning.costs import Costs, run_costs
+from llm_barber.planning.machine import KINDS, Rates, measured_rates, named_rates
+from llm_barber.planning.memory import peak_held
+from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.shapes import ModelShapes, model_shapes
+from llm_barber.progress import Progress, Silent
+from llm_barber.report import current_memory
+
+# Of a named machine, where nothing else is said: bytes/s, and of a process that has done nothing yet, bytes.
+MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9
+BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
+
+
+class PlanConfig(PruneConfig):
+    """Settings of `plan`: those of `prune`, and of the machine. A rate that is named makes it another machine.
+
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    output: Path = Field(default=Path("pruned"), description="not written")
+    processes: tuple[int, ...] = Field(default=(1,), description="how many share the calibration windows")
+    flops: float | None = Field(default=None, gt=0, description="FLOP/s of another machine; None: this one, measured")
+    float32_flops: float | None = Field(default=None, gt=0, description="FLOP/s of float32 products; None: an eighth")
+    memory_bandwidth: float | None = Field(default=None, gt=0, description="bytes/s of the device's memory")
+    link: float | None = Field(default=None, gt=0, description="bytes/s between host, device and processes")
+    bandwidth: float | None = Field(default=None, gt=0, description="bytes/s of the disk")
+
+    @field_validator("processes", mode="before")
+    @classmethod
+    def _counts_readable(cls, value: Any) -> Any:
+        try:
+            counts = tuple(int(one) for one in value.split(",")) if isinstance(value, str) else tuple(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{value!r} is not numbers with commas between them, like 1,2,4,8") from error
+        if not counts or min(counts) < 1:
+            raise ValueError(f"{value!r}: there is at least 1 process")
+        return counts
+
+    @model_validator(mode="after")
+    def _machine_named(self) -> Self:
+        if self.flops is None and (self.float32_flops is not None or self.memory_bandwidth is not None):
+            raise ValueError("float32_flops and memory_bandwidth are of a named machine: give flops, too")
+        if max(self.processes) > self.samples:
+            raise ValueError(f"{max(self.processes)} processes cannot share {self.samples} windows: give more samples")
+        return self
+
+
+class StageForecast(BaseModel):
+    """A stage's work in the process that has the most of it, and its seconds by what sets the pace."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    flops: float
+    bytes_read: float
+    bytes_written: float
+    seconds: float
+    seconds_by_kind: dict[str, float]
+
+
+class ProcessesForecast(BaseModel):
+    """With so many processes; memory is bytes of each of them, `device_memory` None where the host computes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    processes: int
+    stages: tuple[StageForecast, ...]
+    host_memory: float
+    device_memory: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def bottleneck(self) -> str:
+        """What takes the most of the time: compute, memory, link or disk."""
+        kinds = {kind: sum(stage.seconds_by_kind[kind] for stage in self.stages) for kind in KINDS.values()}
+        return max(kinds, key=lambda kind: kinds[kind])
+
+
+class Forecast(BaseModel):
+    """What `plan` found. `rates`: amounts a second of each kind of work; `measured`: are they this machine's?"""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    architecture: str
+    layers: int
+    parameters: int
+    weights: int
+    settings: str
+    sequences: int
+    tokens: int
+    batch_size: int
+    device: str
+    dtype: str
+    measured: bool
+    rates: dict[str, float]
+    runs: tuple[ProcessesForecast, ...]
+
+    def to_json(self) -> str:
+        """Indented JSON with a final newline."""
+        record = self.model_dump(mode="json")
+        for shown, run in zip(record["runs"], self.runs, strict=True):
+            shown |= {"seconds": run.seconds, "bottleneck": run.bottleneck}
+        return json.dumps(record, indent=1) + "\n"
+
+
+def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
+    """Say what a run will cost, from the configuration alone; takes seconds, downloads no weights.
+
+    Raises:
+        BarberError: the configuration is missing, or not of a supported model; the device is not there.
+    """
+    progress = progress or Silent()
+    progress.stage(f"reading the configuration of {config.model}")
+    own = config.flops is None
+    # A named machine is taken to compute in bfloat16 on a GPU, whatever this one is.
+    device = resolve_device(config.device) if own else torch.device(_named_device(config.device))
+    dtype = resolve_dtype(config.dtype if own or config.dtype != "auto" else "bfloat16", device)
+    described = read_configuration(config.model, config.revision)
+    stored = described.dtype or torch.float32  # before the empty model sets another
+    architecture = find_architecture(described.model_type)
+    check_positions(described, config.seqlen)
+    skeleton = make_skeleton(described, architecture, torch.device("cpu"), dtype, config.model)
+    model = model_shapes(skeleton)
+    _check_pattern(config, model)
+    batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
+    recipe = Recipe.of(config, batch, dtype, stored, device)
+    bare = current_memory() if own else int(BARE_PROCESS[device.type])
+    link = config.link or LINK
+    if config.flops is None:
+        progress.stage("measuring this machine")
+        rates = measured_rates(model, recipe, dtype, device, link)
+        rates = rates if config.bandwidth is None else replace(rates, read=config.bandwidth, written=config.bandwidth)
+    else:
+        memory = config.memory_bandwidth or MEMORY_BANDWIDTH
+        rates = named_rates(config.flops, config.float32_flops, memory, link, config.bandwidth or DISK)
+    return Forecast(
+        model=config.model,
+        architecture=described.model_type,
+        layers=len(model.layers),
+        parameters=model.parameters,
+        weights=model.weights,
+        settings=_words(recipe),
+        sequences=config.samples,
+        tokens=config.seqlen,
+        batch_size=batch,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        measured=own,
+        rates=asdict(rates),
+        runs=tuple(_with_processes(model, recipe.among(count), rates, bare) for count in config.processes),
+    )
+
+
+def _named_device(name: str) -> str:
+    """The kind of device of a named machine, which need not be here."""
+    kind = name.partition(":")[0]
+    if name == "auto":
+        return "cuda"
+    return kind if kind in BARE_PROCESS else str(resolve_device(name).type)
+
+
+def _check_pattern(config: PlanConfig, model: ModelShapes) -> None:
+    """Refuse an N:M that does not divide a row, as `prune` does."""
+    size = getattr(config.target, "of", 1)
+    for layer in model.layers:
+        for block in layer.blocks:
+            for _, columns in block.linears:
+                if columns % size:
+                    raise ModelError(
+                        f"pattern {config.target} does not divide the {columns} inputs of a linear",
+                        "choose an N:M whose M divides every row, or use --sparsity",
+                    )
+
+
+def _with_processes(model: ModelShapes, recipe: Recipe, rates: Rates, bare: int) -> ProcessesForecast:
+    costs = run_costs(model, recipe)
+    held = peak_held(model, recipe)
+    return ProcessesForecast(
+        processes=recipe.processes,
+        stages=tuple(_stage(costs, one.name, rates) for one in fields(costs)),
+        host_memory=bare + held.host,
+        device_memory=None if recipe.on_cpu else held.device,
+    )
+
+
+def _stage(costs: Costs, name: str, rates: Rates) -> StageForecast:
+    work = getattr(costs, name)
+    seconds = rates.seconds(work)
+    return StageForecast(
+        name=name,
+        flops=work.flops,
+        bytes_read=work.read,
+        bytes_written=work.written,
+        seconds=sum(seconds.values()),
+        seconds_by_kind=seconds,
+    )
+
+
+def _words(recipe: Recipe) -> str:
+    """What the run does, for people."""
+    parts = [
+        f"allocation by {recipe.allocation}" if recipe.allocation.value != "uniform" else "",
+        recipe.initial.value,
+        f"rebuilt within each {recipe.granularity}" if recipe.granularity else "",
+        recipe.refine.words if recipe.refine else "",
+        str(recipe.pattern) if recipe.pattern else "",
+    ]
+    return ", ".join(filter(None, parts))

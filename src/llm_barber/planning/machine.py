@@ -1,0 +1,230 @@
+"""How fast a machine is at each kind of work: as it was named, or as it is measured here in a few seconds."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from math import log2
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from llm_barber.checkpoint.state import sync_file
+from llm_barber.masking.selection import sort_values
+from llm_barber.masking.statistics import exact_half_products
+from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
+from llm_barber.planning.costs import ROW
+from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.shapes import ModelShapes
+from llm_barber.planning.work import Work
+
+KINDS = {
+    "products": "compute", "gradients": "compute", "attention": "compute", "grams": "compute", "exact": "compute",
+    "moved": "memory", "sorted": "memory", "ordered": "memory", "searched": "memory",
+    "copied": "link", "reduced": "link",
+    "read": "disk", "written": "disk",
+}  # fmt: skip
+# Of a machine that is named, where nothing else is said: shares of the rate of matrix products and of the memory's.
+ATTENTION_SHARE, FLOAT32_SHARE = 0.5, 0.125
+SORTING_BYTES, SEARCHING_BYTES = 8, 400  # moved for an element and each halving; for a weight in a round of swaps
+LARGEST = 4096  # rows and columns of what is measured
+DISK_BYTES = 2**26
+SECONDS = 1.0  # for one measurement
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Amounts a second, of each kind of `Work`; FLOP/s, bytes/s, elements/s."""
+
+    products: float
+    gradients: float
+    attention: float
+    grams: float
+    exact: float
+    moved: float
+    sorted: float
+    ordered: float
+    searched: float
+    copied: float
+    reduced: float
+    read: float
+    written: float
+
+    def seconds(self, work: Work) -> dict[str, float]:
+        """What takes how long: compute, memory, link (between host and device, and processes), disk."""
+        found = dict.fromkeys(KINDS.values(), 0.0)
+        for one in fields(self):
+            found[KINDS[one.name]] += getattr(work, one.name) / getattr(self, one.name)
+        return found
+
+
+def named_rates(flops: float, float32_flops: float | None, memory: float, link: float, disk: float) -> Rates:
+    """Those of a machine of which a few are known.
+
+    Args:
+        flops: FLOP/s of matrix products in the compute dtype, as they are reached.
+        float32_flops: of float32 ones; None: an eighth.
+        memory: bytes/s of the device's memory.
+        link: bytes/s between host and device, and between processes.
+        disk: bytes/s, reading and writing.
+    """
+    exact = float32_flops or flops * FLOAT32_SHARE
+    sorting = memory / SORTING_BYTES
+    return Rates(
+        products=flops, gradients=flops, attention=flops * ATTENTION_SHARE, grams=exact, exact=exact,
+        moved=memory, sorted=sorting, ordered=sorting, searched=memory / SEARCHING_BYTES,
+        copied=link, reduced=link, read=disk, written=disk,
+    )  # fmt: skip
+
+
+def measured_rates(model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device, link: float) -> Rates:
+    """Those of this machine, at the sizes of a decoder layer.
+
+    Args:
+        model: its shapes.
+        recipe: the run.
+        dtype: of computing.
+        device: what computes.
+        link: bytes/s between processes, which are not measured.
+    """
+    stopwatch = _Stopwatch(device)
+    layer = model.largest_layer
+    shapes = {(min(rows, LARGEST), min(columns, LARGEST)) for block in layer.blocks for rows, columns in block.linears}
+    rows = recipe.batch_tokens
+    products, gradients, grams = Share(), Share(), Share()
+    for out, into in sorted(shapes):
+        weight, inputs = (torch.randn(size, into, dtype=dtype, device=device) for size in (out, rows))
+        outputs = torch.randn(recipe.tokens, out, dtype=dtype, device=device)
+        own = inputs[: recipe.tokens]
+        products.add(2 * rows * out * into, stopwatch.least(partial(linear, inputs, weight)))
+        gradients.add(2 * recipe.tokens * out * into, stopwatch.least(partial(torch.matmul, outputs.t(), own)))
+    exact = Share()
+    for into in {columns for _, columns in shapes}:
+        values = torch.randn(recipe.tokens, into, dtype=dtype, device=device).float()
+        total = torch.zeros(into, into, device=device)
+        with exact_half_products(dtype):
+            grams.add(2 * recipe.tokens * into**2, stopwatch.least(partial(total.addmm_, values.t(), values)))
+        some = torch.randn(min(into, 1024), into, device=device)
+        exact.add(2 * len(some) * into**2, stopwatch.least(partial(torch.matmul, some, total)))
+    into = layer.blocks[0].linears[0][1]
+    scores = torch.rand(256, into, device=device)
+    halvings = scores.numel() * log2(into)
+    read, written = _disk()
+    moved = _moved(stopwatch, recipe, into, dtype, device)
+    return Rates(
+        products=products.rate,
+        gradients=gradients.rate,
+        attention=_attention(stopwatch, model, recipe, dtype, device),
+        grams=grams.rate,
+        exact=exact.rate,
+        moved=moved,
+        sorted=halvings / stopwatch.least(lambda: sort_values(scores)),
+        ordered=halvings / stopwatch.least(lambda: scores.sort(1)),
+        searched=_searched(stopwatch, device),
+        copied=_copied(stopwatch, recipe, into, dtype, device),
+        reduced=link,
+        read=read,
+        written=written,
+    )
+
+
+@dataclass
+class Share:
+    """Work and its seconds, added up over sizes."""
+
+    work: float = 0
+    seconds: float = 0
+
+    def add(self, work: float, seconds: float) -> None:
+        """One size."""
+        self.work += work
+        self.seconds += seconds
+
+    @property
+    def rate(self) -> float:
+        """Work a second."""
+        return self.work / self.seconds
+
+
+@dataclass(frozen=True)
+class _Stopwatch:
+    device: torch.device
+
+    def least(self, run: Callable[[], object], times: int = 5) -> float:
+        """The least seconds of a few runs after one to warm up; fewer, where they take long."""
+        found: list[float] = []
+        began = time.perf_counter()
+        for _ in range(times + 1):
+            start = time.perf_counter()
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            found.append(time.perf_counter() - start)
+            if time.perf_counter() - began > SECONDS:
+                break
+        return min(found[1:] or found)
+
+
+def _attention(
+    stopwatch: _Stopwatch, model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device
+) -> float:
+    """FLOP/s of causal attention, with heads of 64 features: the kernels care little."""
+    heads = max(1, min(model.largest_layer.blocks[0].attention_width, LARGEST) // 64)
+    sequences = max(1, recipe.batch_tokens // recipe.tokens)
+    query, key, value = (torch.randn(sequences, heads, recipe.tokens, 64, dtype=dtype, device=device) for _ in range(3))
+    seconds = stopwatch.least(lambda: scaled_dot_product_attention(query, key, value, is_causal=True))
+    return 2 * sequences * recipe.tokens**2 * heads * 64 / seconds
+
+
+def _moved(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes/s of what stands between matrix products: conversions, products and sums of a batch."""
+    one, other = (torch.randn(recipe.batch_tokens, features, dtype=dtype, device=device) for _ in range(2))
+
+    def chain() -> torch.Tensor:
+        wide = one.float()
+        return torch.nn.functional.silu((wide * wide.square().mean(1, keepdim=True)).to(dtype)) * other + one
+
+    size = recipe.itemsize
+    # Read and written for each number, by the seven steps.
+    touched = (size + 4) + 8 + 4 + 8 + (4 + size) + 2 * size + 3 * size + 3 * size
+    return one.numel() * touched / stopwatch.least(chain)
+
+
+def _copied(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes/s from host memory to the device; on a CPU within its memory."""
+    batch = torch.randn(recipe.batch_tokens, features, dtype=dtype)
+    there = torch.empty_like(batch, device=device)
+    return batch.numel() * recipe.itemsize / stopwatch.least(lambda: there.copy_(batch))
+
+
+def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
+    """Weights a second in a round of swaps: rows long enough to make all of its swaps in one."""
+    rows, columns = 256, 1024
+    inputs, weight = (torch.randn(count, columns, device=device) for count in (2 * columns, rows))
+    gram = inputs.t() @ inputs / len(inputs)
+    keep = weight.abs() > weight.abs().median(1, keepdim=True).values
+    seconds = stopwatch.least(lambda: swap_pairs(keep, weight, gram, SWAPS_A_ROUND), 2)
+    return rows * (columns + ROW) / seconds
+
+
+def _disk() -> tuple[float, float]:
+    """Bytes/s of reading a file that has just been written, checked for NaN, and of writing one durably, hashed.
+
+    In the present folder, if it can be written.
+    """
+    values = torch.randn(DISK_BYTES // 4)
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(dir=here if os.access(here, os.W_OK) else None) as name:
+        path = Path(name) / "rate.safetensors"
+        start = time.perf_counter()
+        save_file({"values": values}, path)
+        sync_file(path)
+        written = time.perf_counter()
+        with safe_open(str(path), framework="pt") as handle:  # type: ignore[no-untyped-call]
+            torch.aminmax(handle.get_tensor("values").clone())
+        return DISK_BYTES / (time.perf_counter() - written), DISK_BYTES / (written - start)

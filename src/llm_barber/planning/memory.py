@@ -1,0 +1,168 @@
+"""The most memory that a run holds at once, in host and on device: arithmetic on shapes and settings.
+
+Each function names a moment at which much is alive, as the code stands: what Python still holds of the layer before is
+counted, and pages of the file that is being read.
+"""
+
+from dataclasses import dataclass
+
+from llm_barber.allocation import LOGITS
+from llm_barber.job import OUTSIDE_SHARD_BYTES
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.swaps import CACHED_WEIGHTS
+from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
+from llm_barber.presets import Allocation
+
+FLOAT32, BOOL = 4, 1
+INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4  # of a batch: float32 ones of the block's input, what autograd keeps of outputs
+RANKING = 24  # bytes a weight: two score arrays, both sorted, and masks
+SWAPPING = 12  # float32 arrays of the rows that are swapped together
+ERROR_ARRAYS = 6  # float32 ones of a linear, when its error is computed
+SOLVING = 10  # float32 ones of a linear, in least squares
+ORDERING = 24  # bytes a weight: its cost, sorted, and the order
+OF_A_LOGIT = 4  # float32 copies: itself, its logarithm, their gradients
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes in host memory and on the device."""
+
+    host: float = 0
+    device: float = 0
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(self.host + other.host, self.device + other.device)
+
+
+def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
+    """The peak of each, of one process, without the bare process; on a CPU all is in host memory."""
+    moments = [_embedding(model, recipe), _reading(model, recipe)]
+    if recipe.allocation is not Allocation.UNIFORM:
+        moments += _allocating(model, recipe)
+    streams = Held(host=_streams(model, recipe))
+    layer = model.largest_layer
+    resident = streams + _layer(layer, recipe)
+    for block in layer.blocks:
+        moments.append(resident + Held(device=_batch(block, recipe)))
+        if recipe.granularity is not None:
+            moments.append(resident + _rebuilding(block, recipe))
+        if recipe.refine is not None:
+            moments.append(resident + _refining(block, recipe))
+    if recipe.refine is not None and recipe.refine.tune:
+        batch = max(_batch(block, recipe) for block in layer.blocks)
+        # Values, the best ones, gradients, two moments of Adam, masked copies.
+        tuned = (6 * FLOAT32 + recipe.itemsize) * layer.weights
+        moments.append(resident + Held(host=_array(model, recipe), device=tuned + 2 * batch))
+    if recipe.on_cpu:
+        return Held(host=max(one.host + one.device for one in moments))
+    return Held(max(one.host for one in moments), max(one.device for one in moments))
+
+
+def _array(model: ModelShapes, recipe: Recipe) -> float:
+    """An array of calibration activations."""
+    return recipe.own_tokens * model.hidden * recipe.itemsize
+
+
+def _streams(model: ModelShapes, recipe: Recipe) -> float:
+    """The arrays that go from layer to layer: the input, the attention's output, the dense block's; dense ones, too.
+
+    Where nothing but held-out windows is measured, the array of dense outputs has only their pages.
+    """
+    arrays = 2.0  # the layer's input, the attention's output
+    if recipe.granularity is not None:
+        arrays += 1
+    elif recipe.refine is not None:
+        arrays += recipe.held_out / recipe.own_tokens if recipe.refine.held_out else 1
+    if recipe.follows_dense:
+        arrays += 4  # the dense layer's input and output, both blocks' outputs
+    return arrays * _array(model, recipe)
+
+
+def _embedding(model: ModelShapes, recipe: Recipe) -> Held:
+    """The parameters outside the layers, a shard at a time: the file's pages and the copies."""
+    shard = min(model.outside * recipe.stored, max(OUTSIDE_SHARD_BYTES, model.embedding * recipe.stored))
+    kept = model.embedding * recipe.stored
+    embedded = Held(host=kept + _array(model, recipe), device=model.embedding * _converted(recipe))
+    return max(Held(host=2 * shard + kept), embedded, key=lambda one: one.host)
+
+
+def _converted(recipe: Recipe) -> float:
+    """Bytes of a parameter's copy for computing, if it needs one: on a CPU of the same dtype it does not."""
+    return 0 if recipe.on_cpu and recipe.itemsize == recipe.stored else recipe.itemsize
+
+
+def _layer(layer: LayerShapes, recipe: Recipe) -> Held:
+    """A layer as it was read and as it is computed with, its pruned weights and masks, and those of the one before."""
+    host = layer.parameters * recipe.stored
+    device = layer.parameters * _converted(recipe) + (0 if recipe.on_cpu else host)
+    pruned = layer.weights * (2 * recipe.stored + BOOL)
+    return Held(host, device + pruned)
+
+
+def _reading(model: ModelShapes, recipe: Recipe) -> Held:
+    """A layer is read, and the file's pages are there, while the last one and its pruned weights are still held."""
+    layer = model.largest_layer
+    size = layer.parameters * recipe.stored
+    pruned = layer.weights * recipe.stored
+    host = _streams(model, recipe) + 3 * size + (pruned if recipe.on_cpu else 0)
+    # Written from the device: pruned weights are copied.
+    return Held(max(host, _streams(model, recipe) + size + pruned), 0 if recipe.on_cpu else pruned)
+
+
+def _batch(block: BlockShapes, recipe: Recipe) -> float:
+    """What one batch of sequences takes while a block is computed."""
+    features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
+    return recipe.batch_tokens * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
+
+
+def _rebuilding(block: BlockShapes, recipe: Recipe) -> Held:
+    """Squares of gradients with a batch and one gradient, or, larger, with scores and their ranking."""
+    squares = FLOAT32 * block.weights
+    passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
+    competing = block.weights if recipe.granularity is Granularity.BLOCK else block.largest
+    ranking = (FLOAT32 + 5 * BOOL) * block.weights + RANKING * competing
+    return Held(device=squares + max(passes, ranking))
+
+
+def _refining(block: BlockShapes, recipe: Recipe) -> Held:
+    """Gram matrices of the inputs, of training and held-out windows, as sums and as means; arrays of one linear."""
+    assert recipe.refine is not None
+    streams = 2 if recipe.follows_dense else 1
+    refined = block.weights * (recipe.stored + BOOL)
+    found = []
+    for group in block.groups:
+        matrix = FLOAT32 * group[0][1] ** 2
+        largest = max(rows * columns for rows, columns in group)
+        windows = 2 if recipe.refine.held_out else 1
+        sums = streams * matrix * (windows + 1)
+        gathering = sums + max(_batch(block, recipe), 2 * streams * matrix)
+        arrays = (SOLVING if recipe.refine.solve else ERROR_ARRAYS) * largest
+        together = min(largest, CACHED_WEIGHTS) if recipe.on_cpu else largest
+        found += [gathering, sums + FLOAT32 * max(arrays, SWAPPING * together + 2 * largest)]
+    return Held(device=refined + max(found))
+
+
+def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
+    """A pass over the dense model: every layer's input for some tokens, the output head, or one layer and the next."""
+    arrays = (3 if recipe.follows_dense else 2) * _array(model, recipe)
+    layer = model.largest_layer
+    size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
+    batch = max(_batch(block, recipe) for block in layer.blocks)
+    reading = Held(arrays + 3 * size, computed + (0 if recipe.on_cpu else size))
+    if recipe.allocation is not Allocation.LOSS:
+        return [reading + Held(device=batch)]
+    inputs = len(model.layers) * recipe.loss_tokens * model.hidden * recipe.itemsize
+    outside = Held(model.outside * recipe.stored, model.outside * _converted(recipe))
+    logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + OF_A_LOGIT * FLOAT32)
+    ordering = ORDERING * max(block.largest for block in layer.blocks)
+    kept = Held(host=inputs)
+    # The parameters are read as the file has them; on a device these are let go of at once.
+    lasting = Held(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
+    return [
+        kept + reading + lasting,
+        outside + Held(host=arrays + outside.host),
+        kept + lasting + Held(arrays, logits),
+        kept + Held(arrays + size, computed + 2 * batch + (0 if recipe.on_cpu else size)),
+        kept + Held(arrays + size, computed + ordering + (0 if recipe.on_cpu else size)),
+    ]

@@ -1,0 +1,125 @@
+"""What costs depend on besides the model's shapes: the settings of a run, resolved to numbers."""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from llm_barber.allocation import LOSS_TOKENS
+from llm_barber.config import Initial, PruneConfig, rebuild_defaults
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.pattern import NofM
+from llm_barber.presets import Allocation
+from llm_barber.refine import SEQUENCES_A_STEP, SWAP_STAGES, RefineSettings
+
+# Looked at in runs (benchmarks/plan_accuracy.py's models): a row's swaps that gain, as a share of its weights, and how
+# many a round makes after its first.
+USEFUL_SWAPS, SWAPS_OF_A_ROUND = 1 / 16, 14
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run's settings.
+
+    `itemsize`: bytes of a number in the compute dtype, `stored` in the checkpoint. `on_cpu`: host and device memory
+    are one. `refine`: None: no refining. `processes` share the sequences; the slowest has as many as any.
+    """
+
+    sequences: int
+    tokens: int
+    batch: int
+    itemsize: int
+    stored: int
+    on_cpu: bool
+    initial: Initial
+    pattern: NofM | None
+    allocation: Allocation
+    granularity: Granularity | None  # of the rebuild; None: no rebuild
+    refine: RefineSettings | None
+    processes: int = 1
+
+    @classmethod
+    def of(
+        cls, config: PruneConfig, batch: int, dtype: torch.dtype, stored: torch.dtype, device: torch.device
+    ) -> "Recipe":
+        """That of a run of `prune`."""
+        pattern = config.target if isinstance(config.target, NofM) else None
+        granularity, _ = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, config.target)
+        return cls(
+            sequences=config.samples,
+            tokens=config.seqlen,
+            batch=batch,
+            itemsize=dtype.itemsize,
+            stored=stored.itemsize,
+            on_cpu=device.type == "cpu",
+            initial=config.method,
+            pattern=pattern,
+            allocation=config.allocated_by,
+            granularity=granularity if config.rebuilds else None,
+            refine=RefineSettings.of(config, config.samples),
+        )
+
+    def among(self, processes: int) -> "Recipe":
+        """The same run in so many processes."""
+        return replace(self, processes=processes)
+
+    @property
+    def own_sequences(self) -> int:
+        """Calibration sequences of the process that has the most."""
+        return math.ceil(self.sequences / self.processes)
+
+    @property
+    def own_tokens(self) -> int:
+        """Their tokens."""
+        return self.own_sequences * self.tokens
+
+    @property
+    def held_out(self) -> int:
+        """Tokens that are held out, of the process that has the most."""
+        return 0 if self.refine is None else math.ceil(self.refine.held_out / self.processes) * self.tokens
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens computed together."""
+        return min(self.batch, self.own_sequences) * self.tokens
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that the allocation takes gradients of, of the process that has the most."""
+        windows = max(1, min(self.sequences, LOSS_TOKENS // self.tokens))
+        return math.ceil(windows / self.processes) * self.tokens
+
+    @property
+    def follows_dense(self) -> bool:
+        """Do the dense model's activations go through the layers, too?"""
+        return self.refine is not None and self.refine.target_mix > 0
+
+    @property
+    def swap_stages(self) -> tuple[int, ...]:
+        """The most swaps a row between one look at held-out windows and the next."""
+        if self.refine is None or not self.refine.swaps:
+            return ()
+        if not self.refine.held_out:
+            return (self.refine.swaps,)
+        ends = [0, *(round(share * self.refine.swaps) for share in SWAP_STAGES)]
+        return tuple(stop - start for start, stop in pairwise(ends))
+
+    def rounds(self, columns: int) -> float:
+        """Rounds of swaps of a row: each stage begins one, until the row gains no more."""
+        left, found = columns * USEFUL_SWAPS, 0.0
+        for stage in self.swap_stages:
+            swaps = min(float(stage), left)
+            left -= swaps
+            found += 1 + swaps / SWAPS_OF_A_ROUND
+            if not swaps:  # the first stage in which nothing gains is the last
+                break
+        return found
+
+    @property
+    def tune_steps(self) -> int:
+        """Steps of a pass of tuning, of the process that has the most."""
+        if self.refine is None:
+            return 0
+        step = min(self.batch, SEQUENCES_A_STEP)
+        return math.ceil(math.ceil((self.sequences - self.refine.held_out) / self.processes) / step)

@@ -1,0 +1,89 @@
+"""What `plan` shows: the work of each stage, then time and memory for each number of processes."""
+
+from rich.console import Console
+from rich.table import Table
+
+from llm_barber.planning.forecast import Forecast, ProcessesForecast
+
+PHRASES = {
+    "embed": "embed, copy what is outside the layers", "allocate": "allocate the sparsity", "initial": "initial mask",
+    "rebuild": "rebuild", "refine": "refine", "tune": "tune", "propagate": "propagate", "read": "read",
+    "write": "write",
+}  # fmt: skip
+UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def show_forecast(found: Forecast) -> None:
+    """Print a forecast."""
+    console = Console(highlight=False, markup=False)
+    console.print(
+        f"{found.model}: {found.architecture}, {found.layers} decoder layers, {found.parameters:,} parameters, "
+        f"{found.weights:,} of them prunable\n{found.settings}; {found.sequences} × {found.tokens} tokens, "
+        f"{found.dtype} on {found.device}, {found.batch_size} windows at a time",
+        soft_wrap=True,
+    )
+    console.print(_stages(found.runs[0]))
+    table = Table(title="time and memory of each process" if len(found.runs) > 1 else None)
+    with_device = found.runs[0].device_memory is not None
+    headings = ["processes", "time", "speed-up", "host memory", *(["device memory"] if with_device else [])]
+    for heading in (*headings, "bottleneck"):
+        table.add_column(heading, justify="left" if heading == "bottleneck" else "right")
+    for run in found.runs:
+        device = [] if run.device_memory is None else [f"{run.device_memory / 2**30:.1f} GiB"]
+        table.add_row(
+            str(run.processes), duration(run.seconds), f"{found.runs[0].seconds / run.seconds:.2f}",
+            f"{run.host_memory / 2**30:.1f} GiB", *device, run.bottleneck,
+        )  # fmt: skip
+    console.print(table)
+    rates = found.rates
+    console.print(
+        f"{'this machine, as measured just now' if found.measured else 'a machine with'}: "
+        f"{amount(rates['products'])}FLOP/s, {amount(rates['grams'])}FLOP/s of Gram matrices, "
+        f"{amount(rates['moved'])}B/s of memory, {amount(rates['copied'])}B/s to the device, "
+        f"{amount(rates['read'])}B/s read, {amount(rates['written'])}B/s written",
+        soft_wrap=True,
+    )
+
+
+def _stages(run: ProcessesForecast) -> Table:
+    of = "" if run.processes == 1 else f", the busiest of {run.processes} processes"
+    table = Table(title=f"work by stage{of}")
+    for heading in ("stage", "FLOPs", "read", "written", "time", "mostly"):
+        table.add_column(heading, justify="left" if heading in ("stage", "mostly") else "right")
+    for stage in run.stages:
+        if not stage.seconds:
+            continue
+        table.add_row(
+            PHRASES[stage.name],
+            amount(stage.flops) if stage.flops else "–",
+            f"{amount(stage.bytes_read)}B" if stage.bytes_read else "–",
+            f"{amount(stage.bytes_written)}B" if stage.bytes_written else "–",
+            duration(stage.seconds),
+            max(stage.seconds_by_kind, key=lambda kind: stage.seconds_by_kind[kind]),
+        )
+    table.add_section()
+    stages = run.stages
+    table.add_row(
+        "all",
+        amount(sum(stage.flops for stage in stages)),
+        f"{amount(sum(stage.bytes_read for stage in stages))}B",
+        f"{amount(sum(stage.bytes_written for stage in stages))}B",
+        duration(run.seconds),
+        run.bottleneck,
+    )
+    return table
+
+
+def amount(value: float) -> str:
+    """Three digits and a unit: 16.1 G; the space is before the unit."""
+    for size, unit in UNITS:
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} "
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 8.3 s, 12 min, 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,273 @@
+"""`llm-barber plan`: what is counted, against torch's own counter and by hand, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from llm_barber.cli import _main
+from llm_barber.config import Initial, PruneConfig
+from llm_barber.errors import BarberError, ModelError, SettingsError
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.pattern import NofM
+from llm_barber.model.architecture import find_architecture
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.planning.costs import forward, run_costs
+from llm_barber.planning.forecast import Forecast, PlanConfig, forecast
+from llm_barber.planning.machine import KINDS, named_rates
+from llm_barber.planning.memory import peak_held
+from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes, model_shapes
+from llm_barber.planning.table import amount, duration
+from llm_barber.planning.work import Work
+from llm_barber.presets import Allocation
+from llm_barber.refine import RefineSettings
+from tests.conftest import FAMILIES
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+LLAMA_70B = {
+    **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+
+# One layer by hand: two (4, 4) linears read one tensor, then (4, 4); up (8, 4), down (4, 8); 5 more parameters.
+ATTENTION = BlockShapes("attention", ((4, 4), (4, 4), (4, 4)), 4)
+MLP = BlockShapes("mlp", ((8, 4), (4, 8)), 0)
+LAYER = LayerShapes((ATTENTION, MLP), 48 + 64 + 5)
+MODEL = ModelShapes(hidden=4, vocabulary=10, head=4, embedding=40, outside=84, layers=(LAYER, LAYER))
+PAPER = Recipe(
+    sequences=6, tokens=10, batch=2, itemsize=2, stored=2, on_cpu=True, initial=Initial.WANDA, pattern=None,
+    allocation=Allocation.UNIFORM, granularity=Granularity.OUTPUT, refine=None,
+)  # fmt: skip
+MASK = Recipe(**{**PAPER.__dict__, "granularity": None, "refine": RefineSettings(100, 0.5, False, 0, 2)})
+
+
+def shapes_of(settings: dict[str, Any], family: str = "llama") -> ModelShapes:
+    given = {**settings}
+    config = AutoConfig.for_model(given.pop("model_type", family), **given)
+    architecture = find_architecture(config.model_type)
+    return model_shapes(Skeleton(config, architecture, torch.device("cpu"), torch.float32))
+
+
+def test_forward_against_the_flop_counter_of_torch() -> None:
+    """Eager attention computes all pairs of tokens, of which half are counted here, since kernels skip the others."""
+    config = LlamaConfig(**{**FAMILIES["llama"], "attn_implementation": "eager"})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.zeros(3, 16, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(tokens, use_cache=False)
+    found = shapes_of(FAMILIES["llama"])
+    recipe = Recipe(**{**PAPER.__dict__, "sequences": 3, "tokens": 16})
+    total = sum((forward(block, recipe, 48) for layer in found.layers for block in layer.blocks), Work())
+    head = 2 * 48 * 128 * 32
+    # The rotary frequencies of 8 features a head: a product of positions with 4 frequencies, which is left out.
+    rotary = counter.get_total_flops() - (total.products + 2 * total.attention + head)
+    assert 0 <= rotary <= 2 * 48 * 4
+    assert total.products == 2 * 48 * found.weights
+
+
+def test_the_passes_of_the_paper_by_hand() -> None:
+    costs = run_costs(MODEL, PAPER)
+    tokens = 60
+    # A layer has 48 + 64 weights; the pass for the inputs' statistics does without the last 32.
+    assert costs.initial.products == 2 * (2 * tokens * (112 - 32))
+    # Sparse and dense; back to q, k and up stop at their outputs: through the last linears only, 16 and 32.
+    assert costs.rebuild.products == 2 * (2 * tokens * (2 * 112 + 48))
+    assert costs.rebuild.gradients == 2 * (2 * tokens * 112)
+    # Causal: half of 60 · 10 pairs, two products of width 4; two forwards and 2.5 of one back.
+    assert costs.rebuild.attention == 2 * 4.5 * (2 * 2 * tokens * 10 * 4 / 2)
+    assert costs.propagate.products == 2 * (2 * tokens * 112)
+    assert costs.refine == costs.tune == costs.allocate == Work()
+    assert costs.read.read == 2 * 117 * 2
+    # Both layers, and what the second starts from: 60 tokens of 4 features in 2 bytes.
+    assert costs.write.written == 2 * 117 * 2 + 60 * 4 * 2
+    assert costs.embed.read == costs.embed.written == 84 * 2
+    # Both sorts of the rebuild: elements times log2 of the row: rows of 4 but for down's 8, counted as the block's 4.
+    assert costs.rebuild.sorted == 2 * 2 * 112 * 2
+
+
+def test_refining_by_hand() -> None:
+    costs = run_costs(MODEL, MASK)
+    tokens, held_out = 60, 20
+    # The dense stream once, the sparse one without the blocks' last linears, three passes over held-out windows.
+    assert costs.refine.products == 2 * (2 * tokens * 112 + 2 * tokens * (112 - 16 - 32) + 3 * 2 * held_out * 112)
+    # Two matrices for each tensor that linears read: 4, 4, 4 and 8 features.
+    assert costs.refine.grams == 2 * (2 * 2 * tokens * (16 + 16 + 16 + 64))
+    # 25, 25 and 50 swaps; a row of 160 weights has 10 that gain, and one stage more to find that out.
+    assert MASK.swap_stages == (25, 25, 50)
+    assert MASK.rounds(4096) == pytest.approx(3 + 100 / 14)
+    assert MASK.rounds(160) == pytest.approx(2 + 10 / 14)
+    # What the next layer starts from, of the dense model, too.
+    assert costs.write.written == 2 * 117 * 2 + 2 * 60 * 4 * 2
+
+
+def test_tuning_counts_three_forwards_a_pass() -> None:
+    settings = RefineSettings(100, 1.0, True, 8, 0)
+    costs = run_costs(MODEL, Recipe(**{**MASK.__dict__, "refine": settings}))
+    assert costs.tune.products + costs.tune.gradients == 2 * 8 * 3 * (2 * 60 * 112)
+
+
+def test_the_allocation_looks_at_4096_tokens() -> None:
+    recipe = Recipe(**{**MASK.__dict__, "allocation": Allocation.LOSS, "sequences": 128, "tokens": 2048})
+    costs = run_costs(MODEL, recipe)
+    # Three forward equivalents, and the output head forward and back to its input.
+    assert costs.allocate.products == 2 * 3 * 2 * 4096 * 112 + 2 * 2 * 4096 * 10 * 4
+    assert costs.allocate.read == 2 * 2 * 117 * 2 + 84 * 2
+
+
+@pytest.mark.parametrize("recipe", [PAPER, MASK])
+def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
+    alone, shared = run_costs(MODEL, recipe), run_costs(MODEL, recipe.among(2))
+    assert alone.total.reduced == 0
+    assert shared.total.reduced > 0
+    assert shared.propagate.products == alone.propagate.products / 2
+    assert shared.refine.grams == alone.refine.grams / 2
+    for name in ("searched", "sorted", "exact"):
+        assert getattr(shared.total, name) == getattr(alone.total, name)
+    assert recipe.among(4).own_sequences == 2  # of six: the busiest has two
+    assert peak_held(MODEL, recipe.among(2)).host < peak_held(MODEL, recipe).host
+
+
+def test_a_pattern_is_ranked_without_sorting() -> None:
+    costs = run_costs(MODEL, Recipe(**{**PAPER.__dict__, "pattern": NofM(2, 4)}))
+    assert costs.initial.sorted == 0
+    assert costs.initial.moved > run_costs(MODEL, PAPER).initial.moved
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters", "weights"),
+    [(LLAMA_8B, 8_030_261_248, 6_979_321_856), (LLAMA_70B, 70_553_706_496, 68_451_041_280)],
+)
+def test_llama_3_to_the_digit(settings: dict[str, Any], parameters: int, weights: int) -> None:
+    found = shapes_of(settings)
+    assert (found.parameters, found.weights) == (parameters, weights)
+    recipe = Recipe(**{**PAPER.__dict__, "sequences": 128, "tokens": 2048})
+    # 128 · 2048 tokens through all linears: 2 FLOPs a weight and token.
+    assert run_costs(found, recipe).propagate.products == 2 * 128 * 2048 * weights
+    peak = peak_held(found, Recipe(**{**recipe.__dict__, "on_cpu": False, "batch": 8}))
+    stream = 128 * 2048 * found.hidden * 2
+    assert 3 * stream < peak.host < 3 * stream + 4 * found.layers[0].parameters * 2 + 3 * 2**30
+    # Weights and pruned ones in two bytes, masks, squares of gradients in four.
+    assert 6 * found.layers[0].weights < peak.device < 50 * found.layers[0].weights
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_architecture_has_shapes(family: str) -> None:
+    found = shapes_of(FAMILIES[family], family)
+    assert found.hidden == 32
+    assert found.vocabulary == 128
+    assert all(layer.weights <= layer.parameters for layer in found.layers)
+    assert all(layer.blocks[0].attention_width == 32 for layer in found.layers)
+    assert run_costs(found, MASK).total.flops > 0
+
+
+def test_a_plan_of_a_folder_a_file_and_a_named_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA_8B))
+    found: list[Forecast] = [
+        forecast(PlanConfig(model=str(place), flops=400e12, processes="1,2,4,8", preset="paper"))
+        for place in (tmp_path, config)
+    ]
+    assert found[0].runs == found[1].runs
+    assert [run.processes for run in found[0].runs] == [1, 2, 4, 8]
+    seconds = [run.seconds for run in found[0].runs]
+    assert seconds == sorted(seconds, reverse=True)
+    assert found[0].device == "cuda"
+    assert not found[0].measured
+    # Twice the disk's bandwidth: half the time to read.
+    fast = forecast(PlanConfig(model=str(config), flops=400e12, bandwidth=4e9, link=1e18, preset="paper"))
+    slow = forecast(PlanConfig(model=str(config), flops=400e12, bandwidth=2e9, link=1e18, preset="paper"))
+    reads = [next(stage for stage in one.runs[0].stages if stage.name == "read").seconds for one in (slow, fast)]
+    assert reads[0] == pytest.approx(2 * reads[1])
+    assert forecast(PlanConfig(model=str(config), flops=1e9, preset="paper")).runs[0].bottleneck == "compute"
+    assert forecast(PlanConfig(model=str(config), flops=1e18, bandwidth=1e6)).runs[0].bottleneck == "disk"
+
+
+def test_this_machine_is_measured(llama: Path) -> None:
+    found = forecast(PlanConfig(model=str(llama), samples=4, seqlen=32))
+    assert found.measured
+    assert found.dtype in ("float32", "bfloat16")
+    assert set(found.rates) == set(KINDS)
+    assert all(rate > 0 for rate in found.rates.values())
+    assert found.runs[0].device_memory is None
+    assert found.runs[0].host_memory > 2**26
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": "/nothing/here"}, ModelError, "no such model: /nothing/here"),
+        ({"processes": "0"}, SettingsError, "at least 1 process"),
+        ({"processes": "two"}, SettingsError, "is not numbers with commas"),
+        ({"processes": "8", "samples": 4}, SettingsError, "8 processes cannot share 4 windows"),
+        ({"flops": -1}, SettingsError, "flops"),
+        ({"memory_bandwidth": 1e12}, SettingsError, "give flops, too"),
+        ({"pattern": "3:16", "sparsity": 0.5}, SettingsError, "exclude each other"),
+        ({"pattern": "2:5", "flops": 1e12}, BarberError, "does not divide"),
+        ({"seqlen": 10**6, "flops": 1e12}, BarberError, "beyond the model's 131072 positions"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, settings: dict[str, Any], error: type[BarberError], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    with pytest.raises(error, match=message) as caught:
+        forecast(PlanConfig(**{"model": str(tmp_path), **settings}))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be used"),
+        ('{"model_type": "bert"}', "architecture 'bert' is not supported"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "is quantised"),
+    ],
+)
+def test_configurations_that_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ModelError, match=message):
+        forecast(PlanConfig(model=str(path)))
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="neither a config.json nor a GGUF file"):
+        forecast(PlanConfig(model=str(tmp_path / "weights.bin")))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    before = sorted(tmp_path.rglob("*"))
+    assert _main(["plan", str(tmp_path), "--flops", "400e12", "--processes", "1,8", "--quiet"]) == 0
+    output = capsys.readouterr().out
+    assert "8,030,261,248 parameters" in output
+    assert "bottleneck" in output
+    assert _main(["plan", str(tmp_path), "--flops", "400e12", "--json", "--quiet", "--preset", "best"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["parameters"] == 8_030_261_248
+    assert record["runs"][0]["bottleneck"] in set(KINDS.values())
+    assert {stage["name"] for stage in record["runs"][0]["stages"]} >= {"embed", "allocate", "tune", "read", "write"}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_rates_and_words() -> None:
+    rates = named_rates(4e14, None, 2e12, 1e10, 2e9)
+    assert rates.exact == 5e13
+    assert rates.seconds(Work(products=4e14, read=4e9, copied=1e10)) == {
+        "compute": 1, "memory": 0, "link": 1, "disk": 2,
+    }  # fmt: skip
+    assert (amount(16.1e9), amount(12)) == ("16.1 G", "12 ")
+    assert (duration(8.31), duration(720), duration(12240)) == ("8.3 s", "12 min", "3.4 h")
+
+
+@pytest.mark.parametrize("initial", list(Initial))
+def test_every_method_is_counted(initial: Initial) -> None:
+    recipe = Recipe.of(
+        PruneConfig(model="m", output=Path("o"), initial=initial), 1, torch.float32, torch.float32, torch.device("cpu")
+    )
+    assert run_costs(MODEL, recipe).initial.moved > 0
