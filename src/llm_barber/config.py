@@ -12,6 +12,7 @@ from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_patter
 from llm_barber.presets import (
     GUARD,
     PRESETS,
+    PATTERN_SWAPS,
     SWAPS,
     TARGET_MIX,
     TUNE_PASSES,
@@ -85,7 +86,9 @@ class RunSettings(Settings):
         "or a setting of the rebuild is given",
     )
     refine: Refine | None = Field(default=None, description="how the mask is refined; None: the preset's")
-    swaps: int = Field(default=SWAPS, ge=1, description="exact swaps a row, at most")
+    swaps: int | None = Field(
+        default=None, ge=1, description=f"exact swaps a row, at most; None: {SWAPS}, with N:M {PATTERN_SWAPS}"
+    )
     target_mix: float = Field(
         TARGET_MIX,
         ge=0,

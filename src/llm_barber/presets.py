@@ -53,7 +53,7 @@ PRESETS = {
     Preset.MASK: PresetSettings(False, Refine.SWAPS, Reconstruct.NONE, Allocation.LOSS),
     Preset.BEST: PresetSettings(False, Refine.SWAPS, Reconstruct.TUNE, Allocation.LOSS),
 }
-SWAPS = 100
+SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
 TARGET_MIX = 0.5
 TUNE_PASSES = 8
 GUARD = 0.125

@@ -18,13 +18,14 @@ from torch import Tensor
 from llm_barber.config import RunSettings
 from llm_barber.initial import PrunedLinear
 from llm_barber.masking.least_squares import least_squares, squared_distance
+from llm_barber.masking.pattern import NofM
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams, pieces
-from llm_barber.presets import Reconstruct
+from llm_barber.presets import PATTERN_SWAPS, SWAPS, Reconstruct
 
 # Parts of the most swaps after which held-out windows are asked.
 SWAP_STAGES = (0.25, 0.5, 1.0)
@@ -38,12 +39,12 @@ MOMENTS_BYTES = 2**32  # of experts' moments at a time
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """`swaps`: most swaps a row. `target_mix`: see above. `solve`: least squares; False: weights stay the dense ones.
+    """`swaps`: most swaps a row; None: the default, 0: none. `target_mix`: see above. `solve`: least squares; False: weights stay the dense ones.
 
     `tune`: passes of block-wise optimisation (`tune.py`). `held_out`: calibration windows, the last ones.
     """
 
-    swaps: int
+    swaps: int | None
     target_mix: float
     solve: bool
     tune: int
@@ -63,11 +64,18 @@ class RefineSettings:
             held_out=min(math.ceil(config.guard * sequences), sequences - 1),
         )
 
+    def swaps_of(self, pattern: NofM | None) -> int:
+        """Most swaps of a row."""
+        if self.swaps is None:
+            return SWAPS if pattern is None else PATTERN_SWAPS
+        return self.swaps
+
     @property
     def words(self) -> str:
         """For people."""
+        most = f"{SWAPS} (N:M: {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
         parts = [
-            f"at most {self.swaps} exact swaps a row" if self.swaps else "",
+            f"at most {most} exact swaps a row" if self.swaps != 0 else "",
             "least squares of the kept weights" if self.solve else "",
             f"at most {self.tune} passes of tuning" if self.tune else "",
         ]
@@ -259,8 +267,9 @@ def refine_linear(
     assert training is not None
     linear = training.linear(weight)
     keep = pruned.keep
-    if settings.swaps:
-        keep = _swap(pruned, weight, training.gram, linear, held_out, settings.swaps)
+    swaps = settings.swaps_of(pruned.pattern)
+    if swaps:
+        keep = _swap(pruned, weight, training.gram, linear, held_out, swaps)
     values = pruned.values
     if settings.solve:
         values = _solve(keep, weight, training.gram, linear, held_out).to(pruned.values.dtype)

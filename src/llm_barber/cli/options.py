@@ -7,7 +7,7 @@ import typer
 
 from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import Allocation, Preset, Reconstruct, Refine
+from llm_barber.presets import PATTERN_SWAPS, SWAPS, Allocation, Preset, Reconstruct, Refine
 
 METHOD, WHAT, REFINING, CALIBRATION, TEXT, TASKS = "Method", "What to prune", "Refining", "Calibration", "Text", "Tasks"
 COMPUTE, OUTPUT, MACHINE = "Compute", "Output", "Machine"
@@ -117,7 +117,15 @@ RefineOption = Annotated[
         show_default=False,
     ),
 ]
-SwapsOption = Annotated[int, typer.Option(metavar="N", help="Swaps a row, at most.", rich_help_panel=REFINING)]
+SwapsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help=f"Swaps a row, at most. (default: {SWAPS}, with N:M {PATTERN_SWAPS})",
+        rich_help_panel=REFINING,
+        show_default=False,
+    ),
+]
 TargetMixOption = Annotated[
     float,
     typer.Option(

@@ -31,7 +31,7 @@ from llm_barber.cli.options import (
     TargetMixOption,
     TunePassesOption,
 )
-from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES
+from llm_barber.presets import GUARD, TARGET_MIX, TUNE_PASSES
 
 
 @app.command(
@@ -55,7 +55,7 @@ def plan(
     allocation: AllocationOption = None,
     preset: PresetOption = None,
     refine: RefineOption = None,
-    swaps: SwapsOption = SWAPS,
+    swaps: SwapsOption = None,
     target_mix: TargetMixOption = TARGET_MIX,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = TUNE_PASSES,

@@ -48,7 +48,7 @@ from llm_barber.cli.options import (
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import GUARD, SWAPS, TARGET_MIX, TUNE_PASSES
+from llm_barber.presets import GUARD, TARGET_MIX, TUNE_PASSES
 
 
 @app.command(
@@ -87,7 +87,7 @@ def prune(
     skip_layers: SkipLayersOption = None,
     sparsities: SparsitiesOption = None,
     refine: RefineOption = None,
-    swaps: SwapsOption = SWAPS,
+    swaps: SwapsOption = None,
     target_mix: TargetMixOption = TARGET_MIX,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = TUNE_PASSES,
@@ -158,7 +158,7 @@ def rebuild(
     granularity: GranularityOption = None,
     rebuild_ratio: RatioOption = None,
     refine: RefineOption = None,
-    swaps: SwapsOption = SWAPS,
+    swaps: SwapsOption = None,
     target_mix: TargetMixOption = TARGET_MIX,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = TUNE_PASSES,

@@ -98,11 +98,12 @@ class Recipe:
     @property
     def swap_stages(self) -> tuple[int, ...]:
         """The most swaps a row between one look at held-out windows and the next."""
-        if self.refine is None or not self.refine.swaps:
+        swaps = 0 if self.refine is None else self.refine.swaps_of(self.pattern)
+        if self.refine is None or not swaps:
             return ()
         if not self.refine.held_out:
-            return (self.refine.swaps,)
-        ends = [0, *(round(share * self.refine.swaps) for share in SWAP_STAGES)]
+            return (swaps,)
+        ends = [0, *(round(share * swaps) for share in SWAP_STAGES)]
         return tuple(stop - start for start, stop in pairwise(ends))
 
     def rounds(self, columns: int) -> float:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture, Block
+from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
 
 ATTENTION = "attention"  # the name of the block that attends, in every architecture's record
@@ -82,7 +84,16 @@ class ModelShapes:
 
 
 def model_shapes(skeleton: Skeleton) -> ModelShapes:
-    """The sizes of an empty model."""
+    """The sizes of an empty model.
+
+    Raises:
+        ModelError: it has experts, each of which sees a part of the tokens.
+    """
+    if any(isinstance(module, Experts) for module in skeleton.layers.modules()):
+        raise ModelError(
+            "a mixture of experts cannot be planned yet",
+            "llm-barber prune takes it; its time is near that of a dense model with as many weights for each token",
+        )
     head = skeleton.model.get_output_embeddings()
     vocabulary, features = tuple(head.weight.shape) if head is not None else (0, 0)
     layers = tuple(_layer(skeleton, index) for index in range(len(skeleton.layers)))
@@ -99,7 +110,7 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
 def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
     layer = skeleton.layers[index]
     return LayerShapes(
-        blocks=tuple(_block(layer, block, skeleton.architecture) for block in skeleton.architecture.blocks),
+        blocks=tuple(_block(layer, block, skeleton.architecture) for block in skeleton.blocks[index]),
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
     )
 
