@@ -1,5 +1,6 @@
 """The settings of a run: frozen and validated; every wrong one is reported at once."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -11,8 +12,8 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
 from llm_barber.presets import (
     GUARD,
-    PRESETS,
     PATTERN_SWAPS,
+    PRESETS,
     SWAPS,
     TARGET_MIX,
     TUNE_PASSES,
@@ -114,6 +115,10 @@ class RunSettings(Settings):
     batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description="compute dtype; auto: the fastest that the device has")
+    memory: int | None = Field(
+        default=None, description="bytes of host memory, or like 8GiB; activations beyond are files; None: any"
+    )
+    device_memory: int | None = Field(default=None, description="bytes of the GPU's memory, or like 8GiB; None: all")
     overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
     resume: bool = Field(default=False, description="go on with an unfinished run of OUT, if there is one")
     report: bool = Field(default=True, description="write OUT/report.html, a page with plots")
@@ -133,6 +138,17 @@ class RunSettings(Settings):
     def reconstruction(self) -> Reconstruct:
         """What becomes of the kept weights."""
         return self.reconstruct or self.defaults.reconstruct
+
+    @field_validator("memory", "device_memory", mode="before")
+    @classmethod
+    def _size_readable(cls, value: Any) -> Any:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", str(value)) if value is not None else None
+        if value is None or (found is None and not isinstance(value, str)):
+            return value
+        if found is None or float(found[1]) == 0:
+            raise ValueError(f"{value!r} is not a size, like 8GiB")
+        unit = found[2] or ""
+        return int(float(found[1]) * (1024 if unit.endswith("i") else 1000) ** (" KMGT".index(unit[0]) if unit else 0))
 
     @field_validator("dtype")
     @classmethod

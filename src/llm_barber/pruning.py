@@ -22,8 +22,9 @@ from llm_barber.errors import NotFiniteError
 from llm_barber.initial import FEW_TOKENS, CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.masking.granularity import Granularity
+from llm_barber.memory import host_memory
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
-from llm_barber.model.streams import DENSE, HIDDEN, HostMemory
+from llm_barber.model.streams import DENSE, HIDDEN
 from llm_barber.presets import Allocation, Reconstruct
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
@@ -40,6 +41,8 @@ from llm_barber.report import (
 )
 from llm_barber.targets import Targets
 
+# Settings that do not change the result.
+UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory"}
 STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 
 
@@ -123,7 +126,7 @@ def _told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) 
 
 def _run_key(command: str, config: RunSettings, job: Job) -> dict[str, Any]:
     """What a run's result depends on, each by the name that a message can say."""
-    settings = config.model_dump(mode="json", exclude={"output", "overwrite", "resume", "report", "batch_size"})
+    settings = config.model_dump(mode="json", exclude=UNLIKE)
     key = {"command": command, **settings, "model's files": source_key(job.source.folder)}
     if isinstance(config, RebuildConfig):
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
@@ -172,7 +175,7 @@ def _run(
         progress.stage("embedding the calibration tokens")
         start = time.perf_counter()
         refine_settings = RefineSettings.of(config, sequences)
-        streams = embed(job, _copy_outside(job, writer), refine_settings, HostMemory())
+        streams = embed(job, _copy_outside(job, writer), refine_settings, host_memory(job, config, writer))
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
         seconds["embed"] += time.perf_counter() - start

@@ -39,7 +39,7 @@ MOMENTS_BYTES = 2**32  # of experts' moments at a time
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """`swaps`: most swaps a row; None: the default, 0: none. `target_mix`: see above. `solve`: least squares; False: weights stay the dense ones.
+    """`swaps`: most swaps a row; None: the default, 0: none. `target_mix`: see above. `solve`: least squares.
 
     `tune`: passes of block-wise optimisation (`tune.py`). `held_out`: calibration windows, the last ones.
     """

@@ -174,6 +174,18 @@ BatchOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=COMPUTE)]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Host memory to stay within, like 8GiB: activations that do not fit lie in files beside OUT.",
+        rich_help_panel=COMPUTE,
+    ),
+]
+DeviceMemoryOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory of the GPU to stay within, like 8GiB.", rich_help_panel=COMPUTE),
+]
 DtypeOption = Annotated[
     str,
     typer.Option(

@@ -14,6 +14,7 @@ from llm_barber.cli.options import (
     BatchOption,
     CalibrationOption,
     DebugOption,
+    DeviceMemoryOption,
     DeviceOption,
     DryRunOption,
     DtypeOption,
@@ -23,6 +24,7 @@ from llm_barber.cli.options import (
     IncludeOption,
     InitialOption,
     JsonOption,
+    MemoryOption,
     ModelArgument,
     OutArgument,
     OverwriteOption,
@@ -99,6 +101,8 @@ def prune(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     revision: RevisionOption = None,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -117,6 +121,8 @@ def prune(
 
     own_sparsities: Any = sparsities or {}  # a file, and below "0,-1", which the configuration reads
     skipped: Any = skip_layers or ()
+    host_size: Any = memory  # as are these
+    device_size: Any = device_memory
     config = PruneConfig(
         model=model, output=out, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild,
         granularity=granularity, rebuild_ratio=rebuild_ratio, initial_granularity=initial_granularity,
@@ -125,7 +131,7 @@ def prune(
         target_mix=target_mix, reconstruct=reconstruct, tune_passes=tune_passes, guard=guard,
         calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
-        resume=resume, report=report,
+        resume=resume, report=report, memory=host_size, device_memory=device_size,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 
@@ -170,6 +176,8 @@ def rebuild(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    memory: MemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
     revision: RevisionOption = None,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -185,12 +193,14 @@ def rebuild(
     """
     from llm_barber.pruning import rebuild as run
 
+    host_size: Any = memory  # "8GiB", which the configuration reads
+    device_size: Any = device_memory
     config = RebuildConfig(
         dense=dense, pruned=pruned, output=out, initial=initial, pattern=pattern, granularity=granularity,
         rebuild_ratio=rebuild_ratio, refine=refine, swaps=swaps, target_mix=target_mix, reconstruct=reconstruct,
         tune_passes=tune_passes, guard=guard, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
-        resume=resume, report=report,
+        resume=resume, report=report, memory=host_size, device_memory=device_size,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 
