@@ -1,5 +1,10 @@
 """The decode kernel against the dense product: in Triton's interpreter, or on a GPU where there is one."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,3 +92,27 @@ def test_starts_of_either_kind(kind: torch.dtype) -> None:
     linear, weight = packed_linear(6, 600, Unstructured(0.5), torch.float32, bias=False)
     linear.starts = block_starts(linear.bits, linear.shape, 256).to(kind)
     check(linear, weight, torch.randn(2, 600))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from llm_barber.kernels.decode import PRODUCTS, _decode
+pointers = dict.fromkeys(["values", "inputs", "bias", "outputs"], "*bf16") | {"bits": "*u8", "starts": "*i32"}
+numbers = dict.fromkeys(["tokens", "rows", "columns", "blocks"], "i32")
+for together in (1, 8):
+    constants = {"width": 256, "height": PRODUCTS // together, "together": together, "has_bias": True}
+    kinds = pointers | numbers | dict.fromkeys(constants, "constexpr")
+    ordered = {name: kinds[name] for name in _decode.arg_names}
+    source = ASTSource(fn=_decode, signature=ordered, constexprs=constants)
+    print(len(triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]))
+"""
+
+
+def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does; compiling needs no GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [int(size) > 1000 for size in result.stdout.split()] == [True, True]
