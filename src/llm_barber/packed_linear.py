@@ -1,12 +1,15 @@
 """A linear whose weight stays packed in memory: kept values and one bit a weight, whatever the encoding on disk."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_barber.checkpoint.bits import POPCOUNT, as_integers, put_kept
+from llm_barber import native
+from llm_barber.checkpoint.bits import POPCOUNT, as_integers, count_bits, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
 
 DECODE_ROWS = 8  # of inputs, up to which the decode kernel is used
@@ -14,10 +17,11 @@ BLOCK_COLUMNS = 256  # of the decode kernel: one int32 for so many weights, 0.8 
 
 
 class PackedLinear(nn.Module):
-    """On the CPU the weight is unpacked into a buffer that all linears of its size share, whenever it is used.
+    """On the CPU up to four rows of inputs are multiplied with the packed weight, where `llm_barber.native` was built.
 
-    On CUDA with Triton, up to `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more
-    are multiplied with the weight unpacked on the GPU. The kernel and the GPU's unpacking are untested on a real GPU.
+    Else the weight is unpacked into a buffer that all linears of its size share, whenever it is used. On CUDA with
+    Triton, up to `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more are multiplied
+    with the weight unpacked on the GPU. The kernel and the GPU's unpacking are untested on a real GPU.
 
     Args:
         packed: its weight, (out, in).
@@ -36,6 +40,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bits", torch.from_numpy(bitmask(packed)))
         self.register_buffer("starts", None)
         self.bias = bias
+        self._parts: dict[int, list[tuple[int, int, int, int]]] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -52,8 +57,11 @@ class PackedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
         differentiated = torch.is_grad_enabled() and inputs.requires_grad
-        if use_kernel(self.values.device.type, inputs.numel() // self.shape[1], differentiated):
+        rows = inputs.numel() // self.shape[1]
+        if use_kernel(self.values.device.type, rows, differentiated):
             return self.decode(inputs)
+        if use_native(self.values, self.shape[1], rows, differentiated):
+            return self.decode_on_cpu(inputs)
         return nn.functional.linear(inputs, self.weight, self.bias)
 
     def decode(self, inputs: Tensor) -> Tensor:
@@ -64,6 +72,35 @@ class PackedLinear(nn.Module):
             self.starts = block_starts(self.bits, self.shape, BLOCK_COLUMNS)
         return decode_product(self.values, self.bits, self.starts, inputs, self.bias, BLOCK_COLUMNS)
 
+    def decode_on_cpu(self, inputs: Tensor) -> Tensor:
+        """As `forward`, without unpacking, summed in float32; at most `native.PRODUCT_ROWS` rows."""
+        rows, columns = self.shape
+        flat = inputs.reshape(-1, columns).float().contiguous()
+        outputs = torch.empty(len(flat), rows)
+
+        def one(part: tuple[int, int, int, int]) -> None:
+            first, last, start, end = part
+            bits = self.bits[first * columns // 8 : last * columns // 8]
+            native.product(self.values[start:end], bits, flat, outputs[:, first:last])
+
+        parts = self._rows_of_threads(min(torch.get_num_threads(), rows))
+        if len(parts) == 1:
+            one(parts[0])
+        else:
+            list(_pool(len(parts)).map(one, parts))
+        if self.bias is not None:
+            outputs += self.bias.float()
+        return outputs.to(inputs.dtype).view(*inputs.shape[:-1], rows)
+
+    def _rows_of_threads(self, threads: int) -> list[tuple[int, int, int, int]]:
+        """For each thread its first row, the one after its last, and the same of values."""
+        if threads not in self._parts:
+            rows, columns = self.shape
+            ends = [rows * number // threads for number in range(threads + 1)]
+            starts = [count_bits(self.bits.numpy()[: row * columns // 8]) for row in ends]
+            self._parts[threads] = list(zip(ends, ends[1:], starts, starts[1:], strict=False))
+        return self._parts[threads]
+
     def extra_repr(self) -> str:
         """Shape and what is kept."""
         rows, columns = self.shape
@@ -73,6 +110,17 @@ class PackedLinear(nn.Module):
 def use_kernel(device: str, rows: int, differentiated: bool) -> bool:
     """Whether the decode kernel takes inputs of so many rows; it has no gradient."""
     return device == "cuda" and 1 <= rows <= DECODE_ROWS and not differentiated and find_spec("triton") is not None
+
+
+def use_native(values: Tensor, columns: int, rows: int, differentiated: bool) -> bool:
+    """Whether inputs of so many rows are multiplied with the packed weight on the CPU."""
+    few = 1 <= rows <= native.PRODUCT_ROWS and not differentiated
+    return few and values.device.type == "cpu" and native.can_multiply(columns, values.dtype)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 def unpack_on_device(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:

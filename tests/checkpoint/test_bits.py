@@ -3,32 +3,49 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llm_barber import native
 from llm_barber.checkpoint import bits as module
 from llm_barber.checkpoint.bits import as_integers, count_bits, find_kept, put_kept, take_kept
 
+KINDS = (np.uint8, np.int16, np.int32, np.int64)
 
-@given(weights=st.integers(1, 200), density=st.floats(0, 1), seed=st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
-def test_equals_weight_after_weight(weights: int, density: float, seed: int) -> None:
+
+@pytest.fixture(params=["C", "NumPy"], autouse=True)
+def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "NumPy":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("src/llm_barber/native/packed.c is not built here: pip install -e . with a C compiler and AVX2")
+
+
+@given(weights=st.integers(1, 200), density=st.floats(0, 1), seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_equals_weight_after_weight(weights: int, density: float, seed: int, kind: type[np.integer]) -> None:
     generator = np.random.default_rng(seed)
-    flat = np.where(generator.random(weights) < density, generator.integers(-9, 9, weights), 0).astype(np.int16)
+    flat = np.where(generator.random(weights) < density, generator.integers(1, 100, weights), 0).astype(kind)
     before = module.BLOCK
     module.BLOCK = 64  # several blocks, the last one ragged
     try:
         bits = find_kept(flat)
         values = take_kept(flat, bits)
-        back = np.full(weights, 7, dtype=np.int16)
-        put_kept(values, bits, back)
+        memory = np.full(weights + 16, 7, dtype=kind)  # nothing is written around it
+        put_kept(values, bits, memory[8:-8])
     finally:
         module.BLOCK = before
     assert [bits[number // 8] >> number % 8 & 1 for number in range(weights)] == [int(one != 0) for one in flat]
     assert weights % 8 == 0 or bits[-1] >> weights % 8 == 0
     assert values.tolist() == [one for one in flat.tolist() if one]
     assert count_bits(bits) == len(values)
-    assert back.tolist() == flat.tolist()
+    assert memory.tolist() == [7] * 8 + flat.tolist() + [7] * 8
+
+
+def test_a_mask_for_other_values_is_refused() -> None:
+    for values in (4, 6):
+        with pytest.raises(ValueError, match=f"{values} values, 5 places"):
+            put_kept(np.ones(values, np.int16), np.array([31], np.uint8), np.zeros(8, np.int16))
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])

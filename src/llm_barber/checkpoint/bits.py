@@ -1,7 +1,8 @@
-"""One bit a weight: which are not +0.0, taking those out, and putting them back. NumPy, block by block, in threads.
+"""One bit a weight: which are not +0.0, taking those out, and putting them back. Block by block, in threads.
 
-A block is small enough for its temporaries to stay in a core's cache: a list of places costs 8 bytes a weight, and
-through memory it would cost more than the rest together.
+In C where that was built (`llm_barber.native`), which is as fast as copying memory; else with NumPy. A block is small
+enough for its temporaries to stay in a core's cache: NumPy's list of places costs 8 bytes a weight, and through memory
+it would cost more than the rest together.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
+
+from llm_barber import native
 
 BLOCK = 1 << 16  # weights; a multiple of 8
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an item
@@ -26,9 +29,14 @@ def find_kept(flat: np.ndarray) -> np.ndarray:
         uint8, (⌈weights / 8⌉,).
     """
     bits = np.empty(-(-len(flat) // 8), dtype=np.uint8)
+    in_c = native.usable(flat)
 
     def one(start: int) -> None:
-        bits[start // 8 : (start + BLOCK) // 8] = np.packbits(flat[start : start + BLOCK] != 0, bitorder="little")
+        part, found = flat[start : start + BLOCK], bits[start // 8 : (start + BLOCK) // 8]
+        if in_c and len(part) % 8 == 0:
+            native.find(part, found)
+        else:
+            found[:] = np.packbits(part != 0, bitorder="little")
 
     _for_blocks(len(flat), one)
     return bits
@@ -38,12 +46,15 @@ def take_kept(flat: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """The weights whose bit is set, (kept,), in their order."""
     starts = _value_starts(bits, len(flat))
     values = np.empty(starts[-1], dtype=flat.dtype)
+    in_c = native.usable(flat, values)
 
     def one(start: int) -> None:
         number = start // BLOCK
-        flat[start : start + BLOCK].take(
-            _places(bits, start, len(flat)), out=values[starts[number] : starts[number + 1]], mode="clip"
-        )
+        part, taken = flat[start : start + BLOCK], values[starts[number] : starts[number + 1]]
+        if in_c and len(part) % 8 == 0:
+            native.take(part, bits[start // 8 : (start + BLOCK) // 8], taken)
+        else:
+            part.take(_places(bits, start, len(flat)), out=taken, mode="clip")
 
     _for_blocks(len(flat), one)
     return values
@@ -56,16 +67,25 @@ def put_kept(values: np.ndarray, bits: np.ndarray, into: np.ndarray) -> None:
         values: (kept,), as many as `bits` has set bits among the first (weights,).
         bits: uint8, (⌈weights / 8⌉,).
         into: (weights,), of the dtype of `values`; contiguous.
+
+    Raises:
+        ValueError: more or fewer values.
     """
     starts = _value_starts(bits, len(into))
-    source, target = torch.from_numpy(values), torch.from_numpy(into)
+    if starts[-1] != len(values):
+        raise ValueError(f"{len(values)} values, {starts[-1]} places")
+    in_c = native.usable(values, into)
 
     def one(start: int) -> None:
         number = start // BLOCK
-        into[start : start + BLOCK] = 0
-        places = torch.from_numpy(_places(bits, start, len(into)))
-        # PyTorch's scatter takes two thirds of the time of NumPy's assignment by places.
-        target[start : start + BLOCK].scatter_(0, places, source[starts[number] : starts[number + 1]])
+        part, given = into[start : start + BLOCK], values[starts[number] : starts[number + 1]]
+        if in_c and len(part) % 8 == 0:
+            native.put(given, bits[start // 8 : (start + BLOCK) // 8], part)
+        else:
+            part[:] = 0
+            places = torch.from_numpy(_places(bits, start, len(into)))
+            # PyTorch's scatter takes two thirds of the time of NumPy's assignment by places.
+            torch.from_numpy(part).scatter_(0, places, torch.from_numpy(given))
 
     _for_blocks(len(into), one)
 
