@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from common import show
 
+from llm_barber import native
 from llm_barber.checkpoint.encoding import pack, unpack
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
@@ -37,7 +38,10 @@ def main() -> None:
     parser.add_argument("--shapes", default="4096x4096,4096x14336", help="OUTxIN, separated by commas")
     parser.add_argument("--repeats", type=int, default=5, help="the fastest counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--without-c", action="store_true", help="as where the C extension was not built")
     given = parser.parse_args()
+    if given.without_c:
+        native.library = lambda: None
     torch.set_num_threads(given.threads)
     rows = []
     for shape in given.shapes.split(","):
@@ -61,7 +65,7 @@ def main() -> None:
                      f"{unpacking / copying:.0%}"]
                 )  # fmt: skip
     show(
-        "GB of dense weights per second",
+        f"GB of dense weights per second, {'in C' if native.library() else 'with NumPy'}",
         ["weight", "dtype", "encoding", "copy", "pack", "of copy", "unpack", "of copy"],
         rows,
     )

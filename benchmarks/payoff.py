@@ -17,7 +17,7 @@ from common import model_folder, show
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm_barber import PackConfig, PruneConfig, load, pack, prune
+from llm_barber import PackConfig, PruneConfig, load, native, pack, prune
 from llm_barber.packed_linear import PackedLinear
 
 HEADINGS = [
@@ -71,7 +71,10 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=32, help="new tokens")
     parser.add_argument("--prefill", type=int, default=256, help="tokens")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without-c", action="store_true", help="as where the C extension was not built")
     given = parser.parse_args()
+    if given.without_c:
+        native.library = lambda: None
     model = model_folder(given.model)
     rows = []
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
@@ -103,7 +106,8 @@ def main() -> None:
                      f"{read[0]:.0f}", f"{read[1]:.0f}", f"{read[1] / read[0]:.2f}"]
                 )  # fmt: skip
     show(
-        f"{Path(model).name}; files in its own dtype; decode: batch 1, {given.decode} tokens, prefill: {given.prefill}",
+        f"{Path(model).name}, files in its own dtype; decode: batch 1, {given.decode} tokens, prefill: {given.prefill}; "
+        f"{'in C' if native.library() else 'with NumPy'}",
         HEADINGS,
         rows,
     )

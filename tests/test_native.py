@@ -67,6 +67,9 @@ def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert columns == inputs.shape[1]
     with pytest.raises(ValueError, match="1 bytes of bits for 16 weights"):
         native.find(np.zeros(16, np.int16), np.zeros(1, np.uint8))
+    for layout, groups in (((3, 4, 6), 2), ((3, 4, 5), 1)):
+        with pytest.raises(ValueError, match="do not fit together"):
+            native.join(np.zeros(4, np.uint8), np.zeros(256, np.uint8), layout, np.zeros(3 * groups, np.uint8))
     monkeypatch.setattr(native, "library", lambda: None)
     assert not use_native(values, 16, 1, differentiated=False)
 

@@ -26,15 +26,15 @@ def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 def test_equals_weight_after_weight(weights: int, density: float, seed: int, kind: type[np.integer]) -> None:
     generator = np.random.default_rng(seed)
     flat = np.where(generator.random(weights) < density, generator.integers(1, 100, weights), 0).astype(kind)
-    before = module.BLOCK
-    module.BLOCK = 64  # several blocks, the last one ragged
+    before = module.BLOCK, module.BLOCK_IN_C
+    module.BLOCK = module.BLOCK_IN_C = 64  # several blocks, the last one ragged
     try:
         bits = find_kept(flat)
         values = take_kept(flat, bits)
         memory = np.full(weights + 16, 7, dtype=kind)  # nothing is written around it
         put_kept(values, bits, memory[8:-8])
     finally:
-        module.BLOCK = before
+        module.BLOCK, module.BLOCK_IN_C = before
     assert [bits[number // 8] >> number % 8 & 1 for number in range(weights)] == [int(one != 0) for one in flat]
     assert weights % 8 == 0 or bits[-1] >> weights % 8 == 0
     assert values.tolist() == [one for one in flat.tolist() if one]
@@ -50,7 +50,7 @@ def test_a_mask_for_other_values_is_refused() -> None:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_threads_give_the_same(extra: int) -> None:
-    flat = as_integers(torch.randint(0, 3, (9 * module.BLOCK + extra,), dtype=torch.int32))
+    flat = as_integers(torch.randint(0, 3, (9 * module.BLOCK_IN_C + extra,), dtype=torch.int32))
     found = []
     threads = torch.get_num_threads()
     try:

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_barber.checkpoint.bits import POPCOUNT, as_integers, count_bits, find_kept, put_kept, take_kept
+from llm_barber import native
+from llm_barber.checkpoint.bits import as_integers, count_bits, find_kept, put_kept, take_kept
 
+FITTING = 1 << 14  # bytes of the bit mask that are looked at together
 CODES_TOGETHER = 8  # so many codes fill a whole number of bytes
 
 
@@ -59,15 +61,19 @@ def pack(weight: Tensor) -> Packed | None:
     rows, columns = weight.shape
     flat = as_integers(weight.contiguous().view(-1))
     bits = find_kept(flat)
-    histogram = np.bincount(bits, minlength=256)  # says of each encoding whether it can be had, and its bytes
-    sizes = {encoding: _size(encoding, histogram, rows * columns, columns, flat.itemsize) for encoding in Encoding}
-    size, encoding = min((size, encoding) for encoding, size in sizes.items() if size is not None)
+    size, encoding = _size(Encoding.BITMASK, bits, rows * columns, columns, flat.itemsize), Encoding.BITMASK
+    for grouped in (Encoding.TWO_OF_FOUR, Encoding.FOUR_OF_EIGHT):
+        found = _size(grouped, bits, rows * columns, columns, flat.itemsize)
+        if found is not None:
+            size, encoding = min((size, encoding), (found, grouped))
+            break  # what holds 2:4 holds 4:8, in more bits
+    assert size is not None
     if size >= flat.nbytes:
         return None
     places = bits
     if encoding.group is not None:
         tables = _tables(encoding)
-        places = _pack_codes(tables.codes.take(bits), encoding)[: places_bytes(encoding, rows * columns)]
+        places = _pack_codes(bits, encoding)[: places_bytes(encoding, rows * columns)]
         bits = tables.filled.take(bits)
     values = torch.from_numpy(take_kept(flat, bits)).view(weight.dtype)
     return Packed((rows, columns), encoding, values, torch.from_numpy(places))
@@ -124,13 +130,17 @@ def places_bytes(encoding: Encoding, weights: int) -> int:
     return -(-(weights // encoding.group[1]) // CODES_TOGETHER) * _tables(encoding).width
 
 
-def _size(encoding: Encoding, histogram: np.ndarray, weights: int, columns: int, item: int) -> int | None:
-    """Bytes that an encoding takes, by how often each byte is in the bit mask; None if it cannot be had."""
+def _size(encoding: Encoding, bits: np.ndarray, weights: int, columns: int, item: int) -> int | None:
+    """Bytes that an encoding takes for a bit mask; None if it cannot be had."""
     if encoding.group is None:
-        return int(histogram @ POPCOUNT) * item + places_bytes(encoding, weights)
+        return count_bits(bits) * item + places_bytes(encoding, weights)
     most, size = encoding.group
-    if columns % size or histogram[~_tables(encoding).fits].any():
+    if columns % size:
         return None
+    fits = _tables(encoding).fits
+    for start in range(0, len(bits), FITTING):  # what does not fit shows soon
+        if not fits.take(bits[start : start + FITTING]).all():
+            return None
     return weights // size * most * item + places_bytes(encoding, weights)
 
 
@@ -179,22 +189,29 @@ def _tables(encoding: Encoding) -> Tables:
                 masks[together] |= ways[code] << size * group
             else:
                 valid[together] = False
+        if not valid[together]:
+            masks[together] = 0
     return Tables(width, len(ways), fits, codes, filled, masks, valid)
 
 
-def _pack_codes(codes: np.ndarray, encoding: Encoding) -> np.ndarray:
+def _pack_codes(bits: np.ndarray, encoding: Encoding) -> np.ndarray:
     """uint8: eight codes of b bits in b bytes, the first code in the lowest bits of the first byte.
 
     Args:
-        codes: uint8, the codes of each byte of the bit mask.
+        bits: the bit mask.
         encoding: how many codes that is, and their bits.
     """
-    width, together, bits = _layout(encoding)
-    padded = np.zeros((-(-len(codes) // together), together), dtype=np.uint8)
-    padded.reshape(-1)[: len(codes)] = codes
+    layout = width, together, code_bits = _layout(encoding)
+    table = _tables(encoding).codes
+    padded = np.zeros((-(-len(bits) // together), together), dtype=np.uint8)  # code 0 has no weights
+    padded.reshape(-1)[: len(bits)] = bits
+    if native.usable():
+        places = np.empty(len(padded) * width, dtype=np.uint8)
+        native.join(padded.reshape(-1), table, layout, places)
+        return places
     numbers = np.zeros(len(padded), dtype="<u8")
     for place in range(together):
-        numbers |= padded[:, place].astype("<u8") << np.uint64(bits * place)
+        numbers |= table.take(padded[:, place]).astype("<u8") << np.uint64(code_bits * place)
     return np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, 8)[:, :width]).reshape(-1)
 
 
@@ -205,23 +222,38 @@ def _unpack_codes(places: np.ndarray, encoding: Encoding, weights: int) -> np.nd
         ValueError: codes that do not exist, or beyond the last group.
     """
     assert encoding.group is not None
-    width, together, bits = _layout(encoding)
+    layout = width, together, bits = _layout(encoding)
     tables, groups = _tables(encoding), weights // encoding.group[1]
     if int.from_bytes(places[-width:].tobytes(), "little") >> width * ((groups - 1) % CODES_TOGETHER + 1):
         raise ValueError("codes beyond the last group are set")
+    if native.usable():
+        mask = np.empty(len(places) // width * together, dtype=np.uint8)
+        native.split(places, tables.bytes, layout, mask)
+        bad = not mask.all()  # a code that does not exist leaves its byte 0, the others have kept weights
+    else:
+        bad = True
+    if bad:
+        codes = _codes(places, layout)
+        if not tables.valid.take(codes).all():
+            parts = [codes >> shift & (1 << tables.width) - 1 for shift in range(0, bits, tables.width)]
+            raise ValueError(f"code {max(int(part.max()) for part in parts)} is not one of {tables.ways}")
+        mask = tables.bytes.take(codes)
+    mask = mask[: -(-weights // 8)]
+    if weights % 8:
+        mask[-1] &= (1 << weights % 8) - 1  # the code beyond the last group is 0, which stands for kept weights
+    return mask
+
+
+def _codes(places: np.ndarray, layout: tuple[int, int, int]) -> np.ndarray:
+    """uint8: the codes of each byte of the bit mask."""
+    width, together, bits = layout
     wide = np.zeros((len(places) // width, 8), dtype=np.uint8)
     wide[:, :width] = places.reshape(-1, width)
     numbers = wide.view("<u8").reshape(-1)
     codes = np.empty((len(numbers), together), dtype=np.uint8)
     for place in range(together):
         codes[:, place] = numbers >> np.uint64(bits * place) & np.uint64((1 << bits) - 1)
-    if not tables.valid.take(codes).all():
-        parts = [codes >> shift & (1 << tables.width) - 1 for shift in range(0, bits, tables.width)]
-        raise ValueError(f"code {max(int(part.max()) for part in parts)} is not one of {tables.ways}")
-    mask = tables.bytes.take(codes.reshape(-1)[: -(-weights // 8)])
-    if weights % 8:
-        mask[-1] &= (1 << weights % 8) - 1  # the code beyond the last group is 0, which stands for kept weights
-    return mask
+    return codes.reshape(-1)
 
 
 def _layout(encoding: Encoding) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 ITEMS = (2, 4)  # bytes of a weight
+LAYOUTS = ((3, 4, 6), (7, 8, 7))  # of 2:4 and 4:8
 PRODUCT_ROWS = 4  # of inputs
 
 
@@ -60,6 +61,40 @@ def put(values: np.ndarray, bits: np.ndarray, into: np.ndarray) -> None:
     """The reverse of `take`, with zeros elsewhere."""
     _check(into, bits)
     _call("put", into, values.ctypes, len(values), bits.ctypes, len(into), into.ctypes)
+
+
+def join(mask: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], places: np.ndarray) -> None:
+    """Write the codes of a bit mask.
+
+    Args:
+        mask: uint8, (groups · together,).
+        table: uint8, (256,): byte of the mask → its codes.
+        layout: one of `LAYOUTS`: bytes of a group's codes; bytes of the mask together; bits of the codes of one.
+        places: uint8, (groups · bytes,).
+    """
+    _by_table("join", mask, table, 256, layout, mask, places)
+
+
+def split(places: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], mask: np.ndarray) -> None:
+    """The reverse of `join`, by a table of codes → byte of the mask, of 2 to the power of the codes' bits."""
+    _by_table("split", places, table, 1 << layout[2], layout, mask, places)
+
+
+def _by_table(
+    name: str, first: np.ndarray, table: np.ndarray, length: int, layout: tuple[int, int, int],
+    mask: np.ndarray, places: np.ndarray,
+) -> None:  # fmt: skip
+    width, together, _ = layout
+    groups = len(places) // width
+    sizes = (len(table), len(places), len(mask)) == (length, groups * width, groups * together)
+    if (
+        layout not in LAYOUTS
+        or not sizes
+        or not all(one.itemsize == 1 and one.flags.c_contiguous for one in (table, mask, places))
+    ):
+        raise ValueError("a table, a mask and codes that do not fit together")
+    other = places if first is mask else mask
+    getattr(library(), f"packed_{name}")(first.ctypes, table.ctypes, ctypes.c_size_t(groups), other.ctypes, width)
 
 
 def can_multiply(columns: int, dtype: torch.dtype) -> bool:

@@ -130,6 +130,38 @@ AVX2 void packed_put32(const uint32_t *values, size_t kept, const uint8_t *bits,
     }
 }
 
+#define INLINE __attribute__((always_inline)) static inline
+
+INLINE void join(const uint8_t *mask, const uint8_t *table, size_t groups, uint8_t *places, const int together,
+                 const int bits, const int width) {
+    for (size_t g = 0; g < groups; g++, mask += together, places += width) {
+        uint64_t number = 0;
+        for (int k = 0; k < together; k++) number |= (uint64_t)table[mask[k]] << (bits * k);
+        memcpy(places, &number, (size_t)width);
+    }
+}
+
+INLINE void split(const uint8_t *places, const uint8_t *table, size_t groups, uint8_t *mask, const int together,
+                  const int bits, const int width) {
+    for (size_t g = 0; g < groups; g++, mask += together, places += width) {
+        uint64_t number = 0;
+        memcpy(&number, places, (size_t)width);
+        for (int k = 0; k < together; k++) mask[k] = table[number >> (bits * k) & ((1u << bits) - 1)];
+    }
+}
+
+/* Bytes of the bit mask → their codes by the table: of 2:4 four of 6 bits in 3 bytes, of 4:8 eight of 7 bits in 7. */
+void packed_join(const uint8_t *mask, const uint8_t *table, size_t groups, uint8_t *places, int width) {
+    if (width == 3) join(mask, table, groups, places, 4, 6, 3);
+    else join(mask, table, groups, places, 8, 7, 7);
+}
+
+/* The reverse, by the reverse table. */
+void packed_split(const uint8_t *places, const uint8_t *table, size_t groups, uint8_t *mask, int width) {
+    if (width == 3) split(places, table, groups, mask, 4, 6, 3);
+    else split(places, table, groups, mask, 8, 7, 7);
+}
+
 AVX2 static inline __m256 eight_floats(const void *values, size_t next, size_t kept, uint8_t byte, int bfloat16) {
     if (!bfloat16) return _mm256_castsi256_ps(expand_eight32((const uint32_t *)values + next, (ptrdiff_t)(kept - next), byte));
     __m128i eight = expand_eight16((const uint16_t *)values + next, (ptrdiff_t)(kept - next), byte);
@@ -138,7 +170,7 @@ AVX2 static inline __m256 eight_floats(const void *values, size_t next, size_t k
 
 /* outputs[t · stride + r] = Σ_c W[r, c] · inputs[t · columns + c] for `rows` rows of W, whose first value is the first of
  * `values`; `columns` is a multiple of 8. Two sums for each t, as one would wait for itself. */
-AVX2 __attribute__((always_inline)) static inline void product(
+AVX2 INLINE void product(
     const void *values, size_t kept, const uint8_t *bits, size_t rows, size_t columns, const float *inputs,
     float *outputs, size_t stride, int bfloat16, const int tokens) {
     size_t next = 0;
