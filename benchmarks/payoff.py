@@ -106,7 +106,7 @@ def main() -> None:
                      f"{read[0]:.0f}", f"{read[1]:.0f}", f"{read[1] / read[0]:.2f}"]
                 )  # fmt: skip
     show(
-        f"{Path(model).name}, files in its own dtype; decode: batch 1, {given.decode} tokens, prefill: {given.prefill}; "
+        f"{Path(model).name}, files in its dtype; decode: batch 1, {given.decode} tokens, prefill: {given.prefill}; "
         f"{'in C' if native.library() else 'with NumPy'}",
         HEADINGS,
         rows,
