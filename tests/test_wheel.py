@@ -52,3 +52,8 @@ def test_wheel_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -
     command = [python, "-m", "llm_barber", "prune", str(model), str(tmp_path / "out"), "--calibration", str(tokens)]
     subprocess.run(command, check=True, cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here; the wheel is whole without one")
+def test_wheel_holds_the_c_extension(wheel: Path) -> None:
+    assert any(name.startswith("llm_barber/native/_packed") for name in zipfile.ZipFile(wheel).namelist())

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from llm_barber.checkpoint.encoding import INTEGERS
+from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource
 from llm_barber.config import Settings
 from llm_barber.errors import ModelError

@@ -1,44 +1,58 @@
 """Load a pruned checkpoint, packed or not, as an ordinary transformers model; its linears may stay packed in memory."""
 
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from llm_barber.checkpoint.encoding import Packed, pack, unpack
+from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.errors import ModelError
+from llm_barber.errors import ModelError, SettingsError
 from llm_barber.job import load_config
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.model.device import resolve_device
+from llm_barber.packed_linear import PackedLinear
+from llm_barber.semi_structured import check_device, convert
 
 # What transformers keeps of all experts in one parameter, and what of each expert it is made of.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def load(
-    model: str | Path, keep_packed: bool = False, dtype: torch.dtype | None = None, device: str = "cpu"
+    model: str | Path,
+    keep_packed: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    semi_structured: bool = False,
 ) -> PreTrainedModel:
     """A transformers model with the weights of a checkpoint folder, one tensor after the other.
 
     Args:
         model: folder (packed or not), hub id or GGUF file.
-        keep_packed: keep the matrices of linears that shrink packed in memory, and unpack each when it is used.
+        keep_packed: keep the matrices of linears that shrink packed in memory, and unpack each when it is used: less
+            memory, and slower (docs/payoff.md). On CUDA it is untested on a real GPU.
         dtype: of the weights; None: the checkpoint's.
-        device: as in `prune`; packed linears are unpacked on the CPU.
+        device: as in `prune`.
+        semi_structured: convert linears that hold 2:4 with PyTorch's `to_sparse_semi_structured`, where dtype and shape
+            allow; `model.semi_structured` and a warning say which stay dense and why. Untested on a real GPU.
 
     Raises:
-        ModelError: the checkpoint is damaged, or does not have what its configuration says; `keep_packed` on a device
-            that is not the CPU.
-        SettingsError: an unknown device.
+        ModelError: the checkpoint is damaged, or does not have what its configuration says; no linear can be
+            semi-structured.
+        SettingsError: an unknown device; `semi_structured` without a GPU for it, or with `keep_packed`.
     """
-    source = CheckpointSource(str(model))
     place = resolve_device(device)
-    if keep_packed and place.type != "cpu":
-        raise ModelError(f"keep_packed is for the CPU, not {place}", "load it dense on this device")
+    if semi_structured:
+        if keep_packed:
+            raise SettingsError("keep_packed and semi_structured exclude each other", "choose one of them")
+        check_device(place, torch.cuda.get_device_capability(place) if place.type == "cuda" else None)
+    if keep_packed and place.type == "cuda" and find_spec("triton") is None:
+        warnings.warn("without Triton every product unpacks its weight: pip install 'llm-barber[gpu]'", stacklevel=2)
+    source = CheckpointSource(str(model))
     config = load_config(source)
     if source.model_type in ARCHITECTURES:
         source.stored = ARCHITECTURES[source.model_type].stored
@@ -70,7 +84,10 @@ def load(
     empty.tie_weights()
     if (source.folder / "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(source.folder)
-    return empty.to(place).eval()
+    loaded: PreTrainedModel = empty.to(place).eval()
+    if semi_structured:
+        loaded.semi_structured = convert(loaded)
+    return loaded
 
 
 def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], base_prefix: str) -> Tensor:
@@ -82,40 +99,3 @@ def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], base_pref
     members = [[f"{path}.{number}.{linear}.weight" for linear in FUSED[leaf]] for number in range(shape[0])]
     found = source.read_parameters([one for expert in members for one in expert], base_prefix)
     return torch.stack([torch.cat([found[one] for one in expert]) for expert in members])
-
-
-class PackedLinear(nn.Module):
-    """A linear whose weight stays packed, and is unpacked into a buffer that all linears of its size share.
-
-    Args:
-        packed: its weight, (out, in).
-        bias: (out,), or None; it may still be empty.
-    """
-
-    values: Tensor
-    places: Tensor
-    _buffers_by_size: dict[tuple[int, torch.dtype], Tensor] = {}  # noqa: RUF012 - shared on purpose
-
-    def __init__(self, packed: Packed, bias: Any) -> None:
-        super().__init__()
-        self.shape, self.encoding = packed.shape, packed.encoding
-        self.register_buffer("values", packed.values)
-        self.register_buffer("places", packed.places)
-        self.bias = bias
-
-    @property
-    def weight(self) -> Tensor:
-        """Unpacked, (out, in); valid until another linear of the same size is used."""
-        rows, columns = self.shape
-        key = (rows * columns, self.values.dtype)
-        if key not in self._buffers_by_size:
-            self._buffers_by_size[key] = torch.empty(rows * columns, dtype=self.values.dtype)
-        return unpack(Packed(self.shape, self.encoding, self.values, self.places), self._buffers_by_size[key])
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """inputs · Wᵀ + bias."""
-        return nn.functional.linear(inputs, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        """Shape and encoding."""
-        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, encoding={self.encoding}"

@@ -3,9 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llm_barber import native
 from llm_barber.checkpoint.encoding import Encoding, Packed, pack, places_bytes, unpack
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
@@ -14,6 +15,14 @@ from llm_barber.masking.selection import apply_mask
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.fixture(params=["C", "NumPy"], autouse=True)
+def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "NumPy":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("src/llm_barber/native/packed.c is not built here: pip install -e . with a C compiler and AVX2")
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -25,7 +34,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     rows=st.integers(1, 9), columns=st.integers(1, 40), density=st.floats(0, 1), seed=st.integers(0, 10**6),
     dtype=st.sampled_from(DTYPES), group=st.sampled_from([None, (2, 4), (4, 8), (1, 4)]),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_round_trip_of_any_bits(
     rows: int, columns: int, density: float, seed: int, dtype: torch.dtype, group: tuple[int, int] | None
 ) -> None:

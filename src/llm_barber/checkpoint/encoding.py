@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from llm_barber import native
+from llm_barber.checkpoint.bits import as_integers, count_bits, find_kept, put_kept, take_kept
+
+FITTING = 1 << 14  # bytes of the bit mask that are looked at together
 CODES_TOGETHER = 8  # so many codes fill a whole number of bytes
 
 
@@ -56,23 +59,24 @@ def pack(weight: Tensor) -> Packed | None:
         weight: (out, in), any dtype of 1, 2, 4 or 8 bytes, on the CPU.
     """
     rows, columns = weight.shape
-    flat = weight.contiguous().view(-1).view(INTEGERS[weight.element_size()])
-    kept = flat != 0
-    best: tuple[int, Encoding] | None = None
-    for encoding in Encoding:
-        size = _size(encoding, kept, columns, flat.element_size())
-        if size is not None and (best is None or size < best[0]):
-            best = size, encoding
-    if best is None or best[0] >= flat.numel() * flat.element_size():
+    flat = as_integers(weight.contiguous().view(-1))
+    bits = find_kept(flat)
+    size, encoding = _size(Encoding.BITMASK, bits, rows * columns, columns, flat.itemsize), Encoding.BITMASK
+    for grouped in (Encoding.TWO_OF_FOUR, Encoding.FOUR_OF_EIGHT):
+        found = _size(grouped, bits, rows * columns, columns, flat.itemsize)
+        if found is not None:
+            size, encoding = min((size, encoding), (found, grouped))
+            break  # what holds 2:4 holds 4:8, in more bits
+    assert size is not None
+    if size >= flat.nbytes:
         return None
-    encoding = best[1]
-    if encoding.group is None:
-        places = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
-    else:
-        codes = torch.from_numpy(_tables(encoding)[0])[_group_numbers(kept, encoding.group[1])]
-        places = _pack_codes(codes, encoding)
-        kept = torch.from_numpy(_tables(encoding)[1])[codes.long()].view(-1)
-    return Packed((rows, columns), encoding, flat[kept].view(weight.dtype), places)
+    places = bits
+    if encoding.group is not None:
+        tables = _tables(encoding)
+        places = _pack_codes(bits, encoding)[: places_bytes(encoding, rows * columns)]
+        bits = tables.filled.take(bits)
+    values = torch.from_numpy(take_kept(flat, bits)).view(weight.dtype)
+    return Packed((rows, columns), encoding, values, torch.from_numpy(places))
 
 
 def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:
@@ -85,100 +89,175 @@ def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: sizes or counts do not fit together; nothing of the declared size is allocated before they do.
     """
+    bits = bitmask(packed)
     rows, columns = packed.shape
-    count = rows * columns
+    weight = torch.empty(rows * columns, dtype=packed.values.dtype) if into is None else into
+    put_kept(as_integers(packed.values), bits, as_integers(weight))
+    return weight.view(rows, columns)
+
+
+def bitmask(packed: Packed) -> np.ndarray:
+    """One bit for each weight, whatever the encoding: uint8, (⌈out · in / 8⌉,); bits beyond the last weight are 0.
+
+    Raises:
+        ValueError: sizes or counts do not fit together.
+    """
+    rows, columns = packed.shape
+    weights = rows * columns
     if rows < 1 or columns < 1:
         raise ValueError(f"shape {packed.shape} is empty or negative")
-    wanted = places_bytes(packed.encoding, count)
+    wanted = places_bytes(packed.encoding, weights)
     if packed.places.dtype != torch.uint8 or packed.places.shape != (wanted,):
         raise ValueError(f"{packed.places.numel()} bytes of places, {wanted} are needed for shape {packed.shape}")
     if packed.encoding.group is None:
-        bits = np.unpackbits(packed.places.numpy(), bitorder="little")
-        if bits[count:].any():
-            raise ValueError("bits beyond the last weight are set")
-        kept = torch.from_numpy(bits[:count]).view(torch.bool)
+        bits = packed.places.numpy()
+    elif columns % packed.encoding.group[1]:
+        raise ValueError(f"{packed.encoding} does not divide a row of {columns}")
     else:
-        if columns % packed.encoding.group[1]:
-            raise ValueError(f"{packed.encoding} does not divide a row of {columns}")
-        masks = torch.from_numpy(_tables(packed.encoding)[1])
-        codes = _unpack_codes(packed.places, packed.encoding, count // packed.encoding.group[1])
-        if int(codes.max()) >= len(masks):
-            raise ValueError(f"code {int(codes.max())} is not one of {len(masks)}")
-        kept = masks[codes].view(-1)
-    found = int(kept.count_nonzero())
+        bits = _unpack_codes(packed.places.numpy(), packed.encoding, weights)
+    if weights % 8 and bits[-1] >> weights % 8:
+        raise ValueError("bits beyond the last weight are set")
+    found = count_bits(bits)
     if packed.values.shape != (found,):
         raise ValueError(f"{tuple(packed.values.shape)} values, {found} places")
-    values = packed.values.view(INTEGERS[packed.values.element_size()])
-    weight = torch.empty(count, dtype=values.dtype) if into is None else into.view(values.dtype)
-    weight.zero_().masked_scatter_(kept, values)
-    return weight.view(packed.values.dtype).view(rows, columns)
+    return bits
 
 
 def places_bytes(encoding: Encoding, weights: int) -> int:
     """Bytes that the places of so many weights take."""
     if encoding.group is None:
         return -(-weights // 8)
-    return -(-(weights // encoding.group[1]) // CODES_TOGETHER) * _width(encoding)
+    return -(-(weights // encoding.group[1]) // CODES_TOGETHER) * _tables(encoding).width
 
 
-def _size(encoding: Encoding, kept: Tensor, columns: int, item: int) -> int | None:
-    """Bytes that an encoding takes; None if it cannot be had."""
+def _size(encoding: Encoding, bits: np.ndarray, weights: int, columns: int, item: int) -> int | None:
+    """Bytes that an encoding takes for a bit mask; None if it cannot be had."""
     if encoding.group is None:
-        return int(kept.count_nonzero()) * item + places_bytes(encoding, kept.numel())
+        return count_bits(bits) * item + places_bytes(encoding, weights)
     most, size = encoding.group
-    if columns % size or int(kept.view(-1, size).sum(1, dtype=torch.uint8).max()) > most:
+    if columns % size:
         return None
-    return kept.numel() // size * most * item + places_bytes(encoding, kept.numel())
+    fits = _tables(encoding).fits
+    for start in range(0, len(bits), FITTING):  # what does not fit shows soon
+        if not fits.take(bits[start : start + FITTING]).all():
+            return None
+    return weights // size * most * item + places_bytes(encoding, weights)
 
 
-def _width(encoding: Encoding) -> int:
-    """Bits of a code."""
-    return (len(_tables(encoding)[1]) - 1).bit_length()
+@dataclass(frozen=True)
+class Tables:
+    """Of an encoding by groups of M, by the byte of the bit mask: it has one group (M = 8) or two (M = 4).
+
+    `width`: bits of a code. `ways`: number of codes. `fits`: bool, (256,): no group keeps more than N. `codes`: uint8,
+    (256,): the codes of the byte's groups, the first in the lowest bits; each the first way that keeps these at least.
+    `filled`: uint8, (256,): the byte with exactly N bits in each group, those of its codes. `bytes`: uint8: codes →
+    byte. `valid`: bool, which codes there are.
+    """
+
+    width: int
+    ways: int
+    fits: np.ndarray
+    codes: np.ndarray
+    filled: np.ndarray
+    bytes: np.ndarray
+    valid: np.ndarray
 
 
 @cache
-def _tables(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-    """Group number (bit i: weight i is kept) → code of the first way that keeps these at least; code → bool (M,)."""
+def _tables(encoding: Encoding) -> Tables:
     assert encoding.group is not None
     kept, size = encoding.group
-    ways = list(itertools.combinations(range(size), kept))  # in lexicographic order
-    masks = np.zeros((len(ways), size), dtype=bool)
-    for code, way in enumerate(ways):
-        masks[code, list(way)] = True
-    numbers = masks @ (1 << np.arange(size))
-    codes = np.full(1 << size, 255, dtype=np.uint8)
-    for number in range(1 << size):
-        fitting = np.nonzero((numbers & number) == number)[0]
-        if len(fitting):
-            codes[number] = fitting[0]
-    return codes, masks
+    # Which weights each code keeps, bit i for weight i; in lexicographic order.
+    ways = [sum(1 << place for place in way) for way in itertools.combinations(range(size), kept)]
+    width = (len(ways) - 1).bit_length()
+    groups = 8 // size
+    fits, valid = np.ones(256, dtype=bool), np.ones(1 << width * groups, dtype=bool)
+    codes, filled, masks = (np.zeros(length, dtype=np.uint8) for length in (256, 256, len(valid)))
+    for byte in range(256):
+        for group in range(groups):
+            number = byte >> size * group & (1 << size) - 1
+            code = next((code for code, way in enumerate(ways) if way & number == number), None)
+            if code is None:
+                fits[byte] = False
+            else:
+                codes[byte] |= code << width * group
+                filled[byte] |= ways[code] << size * group
+    for together in range(len(valid)):
+        for group in range(groups):
+            code = together >> width * group & (1 << width) - 1
+            if code < len(ways):
+                masks[together] |= ways[code] << size * group
+            else:
+                valid[together] = False
+        if not valid[together]:
+            masks[together] = 0
+    return Tables(width, len(ways), fits, codes, filled, masks, valid)
 
 
-def _group_numbers(kept: Tensor, size: int) -> Tensor:
-    """int64, (groups,): bit i says whether the group's weight i is kept."""
-    bits = np.packbits(kept.view(-1, size).numpy(), axis=1, bitorder="little")  # one byte a group
-    return torch.from_numpy(bits[:, 0]).long()
+def _pack_codes(bits: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """uint8: eight codes of b bits in b bytes, the first code in the lowest bits of the first byte.
+
+    Args:
+        bits: the bit mask.
+        encoding: how many codes that is, and their bits.
+    """
+    layout = width, together, code_bits = _layout(encoding)
+    table = _tables(encoding).codes
+    padded = np.zeros((-(-len(bits) // together), together), dtype=np.uint8)  # code 0 has no weights
+    padded.reshape(-1)[: len(bits)] = bits
+    if native.usable():
+        places = np.empty(len(padded) * width, dtype=np.uint8)
+        native.join(padded.reshape(-1), table, layout, places)
+        return places
+    numbers = np.zeros(len(padded), dtype="<u8")
+    for place in range(together):
+        numbers |= table.take(padded[:, place]).astype("<u8") << np.uint64(code_bits * place)
+    return np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, 8)[:, :width]).reshape(-1)
 
 
-def _pack_codes(codes: Tensor, encoding: Encoding) -> Tensor:
-    """uint8: eight codes of b bits in b bytes, the first code in the lowest bits of the first byte."""
-    width = _width(encoding)
-    padded = torch.nn.functional.pad(codes.long(), (0, -len(codes) % CODES_TOGETHER)).view(-1, CODES_TOGETHER)
-    together = (padded << (width * torch.arange(CODES_TOGETHER))).sum(1)
-    return together.view(torch.uint8).view(-1, 8)[:, :width].reshape(-1).contiguous()
-
-
-def _unpack_codes(places: Tensor, encoding: Encoding, count: int) -> Tensor:
-    """int64, (count,).
+def _unpack_codes(places: np.ndarray, encoding: Encoding, weights: int) -> np.ndarray:
+    """The bit mask, uint8, (⌈weights / 8⌉,).
 
     Raises:
-        ValueError: codes beyond the last group are set.
+        ValueError: codes that do not exist, or beyond the last group.
     """
-    width = _width(encoding)
-    together = (
-        torch.nn.functional.pad(places.view(-1, width), (0, 8 - width)).contiguous().view(torch.int64).view(-1, 1)
-    )
-    codes = ((together >> (width * torch.arange(CODES_TOGETHER))) & ((1 << width) - 1)).view(-1)
-    if codes[count:].any():
+    assert encoding.group is not None
+    layout = width, together, bits = _layout(encoding)
+    tables, groups = _tables(encoding), weights // encoding.group[1]
+    if int.from_bytes(places[-width:].tobytes(), "little") >> width * ((groups - 1) % CODES_TOGETHER + 1):
         raise ValueError("codes beyond the last group are set")
-    return codes[:count]
+    if native.usable():
+        mask = np.empty(len(places) // width * together, dtype=np.uint8)
+        native.split(places, tables.bytes, layout, mask)
+        bad = not mask.all()  # a code that does not exist leaves its byte 0, the others have kept weights
+    else:
+        bad = True
+    if bad:
+        codes = _codes(places, layout)
+        if not tables.valid.take(codes).all():
+            parts = [codes >> shift & (1 << tables.width) - 1 for shift in range(0, bits, tables.width)]
+            raise ValueError(f"code {max(int(part.max()) for part in parts)} is not one of {tables.ways}")
+        mask = tables.bytes.take(codes)
+    mask = mask[: -(-weights // 8)]
+    if weights % 8:
+        mask[-1] &= (1 << weights % 8) - 1  # the code beyond the last group is 0, which stands for kept weights
+    return mask
+
+
+def _codes(places: np.ndarray, layout: tuple[int, int, int]) -> np.ndarray:
+    """uint8: the codes of each byte of the bit mask."""
+    width, together, bits = layout
+    wide = np.zeros((len(places) // width, 8), dtype=np.uint8)
+    wide[:, :width] = places.reshape(-1, width)
+    numbers = wide.view("<u8").reshape(-1)
+    codes = np.empty((len(numbers), together), dtype=np.uint8)
+    for place in range(together):
+        codes[:, place] = numbers >> np.uint64(bits * place) & np.uint64((1 << bits) - 1)
+    return codes.reshape(-1)
+
+
+def _layout(encoding: Encoding) -> tuple[int, int, int]:
+    """Bytes of eight codes; bytes of the bit mask that these stand for; bits of the codes of one such byte."""
+    assert encoding.group is not None
+    width, bits_together = _tables(encoding).width, CODES_TOGETHER * encoding.group[1]
+    return width, bits_together // 8, width * 8 // encoding.group[1]

@@ -1,0 +1,75 @@
+"""How fast weights are packed and unpacked, against copying memory. Bytes are those of the dense weight.
+
+Goal: a quarter of the copy rate. The memory written to is there before (a fresh one costs the page faults, too).
+
+    python benchmarks/packing.py
+    python benchmarks/packing.py --shapes 4096x4096,4096x14336 --threads 4
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from common import show
+
+from llm_barber import native
+from llm_barber.checkpoint.encoding import pack, unpack
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import NofM, Pattern, Unstructured
+from llm_barber.masking.selection import apply_mask
+
+TARGETS: dict[str, Pattern] = {"50 %": Unstructured(0.5), "70 %": Unstructured(0.7), "2:4": NofM(2, 4)}
+
+
+def fastest(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of several."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="4096x4096,4096x14336", help="OUTxIN, separated by commas")
+    parser.add_argument("--repeats", type=int, default=5, help="the fastest counts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--without-c", action="store_true", help="as where the C extension was not built")
+    given = parser.parse_args()
+    if given.without_c:
+        native.library = lambda: None
+    torch.set_num_threads(given.threads)
+    rows = []
+    for shape in given.shapes.split(","):
+        height, width = map(int, shape.split("x"))
+        scores = torch.randn(height, width)
+        for name, target in TARGETS.items():
+            keep = initial_mask(scores.abs(), target, Granularity.OUTPUT)
+            for dtype in (torch.bfloat16, torch.float32):
+                weight = apply_mask(scores.to(dtype), keep)
+                size = weight.numel() * weight.element_size() / 1e9
+                packed = pack(weight)
+                assert packed is not None
+                memory = torch.empty(weight.numel(), dtype=dtype)
+                assert torch.equal(unpack(packed, memory), weight)
+                copying = size / fastest(lambda: memory.copy_(weight.view(-1)), given.repeats)  # noqa: B023
+                packing = size / fastest(lambda: pack(weight), given.repeats)  # noqa: B023
+                unpacking = size / fastest(lambda: unpack(packed, memory), given.repeats)  # noqa: B023
+                rows.append(
+                    [f"{height} × {width}, {name}", str(dtype).removeprefix("torch."), packed.encoding.value,
+                     f"{copying:.1f}", f"{packing:.2f}", f"{packing / copying:.0%}", f"{unpacking:.2f}",
+                     f"{unpacking / copying:.0%}"]
+                )  # fmt: skip
+    show(
+        f"GB of dense weights per second, {'in C' if native.library() else 'with NumPy'}",
+        ["weight", "dtype", "encoding", "copy", "pack", "of copy", "unpack", "of copy"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
