@@ -1,7 +1,10 @@
 """What the benchmarks share: the model, the machine, tables."""
 
+import json
 import platform
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,6 +13,8 @@ from rich.table import Table
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.demo import demo_model
 from llm_barber.report import versions
+
+HISTORY = Path(__file__).parent / "results" / "history.jsonl"
 
 
 def model_folder(model: str | None) -> str:
@@ -39,3 +44,11 @@ def show(title: str, headings: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(machine())
+
+
+def keep(benchmark: str, figures: dict[str, Any]) -> None:
+    """Append what was measured to the history, with the date, the machine and versions."""
+    HISTORY.parent.mkdir(exist_ok=True)
+    entry = {"date": date.today().isoformat(), "benchmark": benchmark, "machine": machine(), **figures}
+    with HISTORY.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import show
+from common import keep, show
 from safetensors.torch import save_file
 from synthetic import write_llama
 
@@ -47,6 +47,7 @@ def main() -> None:
         size, peak, seconds = measure(layers, given.hidden, given.mlp, given.initial)
         first = first or peak
         rows.append([str(layers), f"{size:.2f}", f"{peak:.3f}", f"{peak / first - 1:+.1%}", f"{seconds:.1f}"])
+    keep("memory", {"initial": given.initial, "rows": rows})
     show(
         f"{given.initial} + rebuild, hidden {given.hidden}, MLP {given.mlp}, float32, 4 × 256 tokens",
         ["layers", "checkpoint, GiB", "peak memory, GiB", "against the first", "seconds"],

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import model_folder, show
+from common import keep, model_folder, show
 from transformers import AutoConfig
 
 from llm_barber import PruneConfig, RunReport, prune
@@ -122,6 +122,7 @@ def main() -> None:
         )
     tokens = f"{arguments.samples} × {arguments.seqlen} tokens"
     title = f"{arguments.initial} + rebuild, {Path(model).name}, {tokens}"
+    keep("rebuild_speed", {"title": title, "rows": rows})
     show(title, ["dtype", "GFLOP/s", "floor, s", "run, s", "ratio"], rows)
     labels = [*STAGES, "read", "write"]
     names = arguments.dtypes.split(",")

@@ -1,0 +1,100 @@
+"""How costs grow: seconds with tokens and with layers, and with two processes instead of one.
+
+Synthetic LLaMA-shaped float32 checkpoints; every run in processes of its own, one thread each.
+
+    python benchmarks/scaling.py
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import keep, show
+from safetensors.torch import load_file, save_file
+from synthetic import write_llama
+
+HIDDEN, MLP, VOCABULARY = 512, 1408, 1000
+
+
+def prune(folder: Path, layers: int, sequences: int, preset: str, processes: int = 1) -> tuple[dict, Path]:
+    """The record of a run, and its output."""
+    model = folder / f"model{layers}"
+    if not model.exists():
+        write_llama(model, layers, HIDDEN, MLP, 8, VOCABULARY, torch.float32)
+    tokens = torch.randint(0, VOCABULARY, (sequences, 256), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": tokens}, folder / "tokens.safetensors")
+    out = folder / f"out{processes}"
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    command = [
+        *start, "llm_barber", "prune", str(model), str(out), "--quiet", "--overwrite", "--no-report",
+        "--calibration", str(folder / "tokens.safetensors"), "--preset", preset,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads((out / "barber.json").read_text()), out
+
+
+def same_bits(one: Path, other: Path) -> float:
+    """Share of weights whose mask is the same."""
+    same = total = 0
+    for path in sorted(one.glob("*.safetensors")):
+        first, second = load_file(path), load_file(other / path.name)
+        for name, tensor in first.items():
+            if name.endswith("_proj.weight"):
+                same += int(((tensor != 0) == (second[name] != 0)).sum())
+                total += tensor.numel()
+    return same / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="paper")
+    parser.add_argument("--sequences", default="8,16,32,64")
+    parser.add_argument("--layers", default="2,4,8,16")
+    given = parser.parse_args()
+    sequences = [int(one) for one in given.sequences.split(",")]
+    depths = [int(one) for one in given.layers.split(",")]
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = [(depths[1], one) for one in sequences] + [(one, sequences[0]) for one in depths]
+        for layers, windows in sizes:
+            record, _ = prune(folder, layers, windows, given.preset)
+            seconds = record["seconds"]["layers"]
+            rows.append(
+                [layers, windows, 1, seconds, 1000 * seconds / (layers * windows), record["peak_memory"] / 2**30]
+            )
+        alone, first = prune(folder, depths[1], sequences[-1], given.preset)
+        together, second = prune(folder, depths[1], sequences[-1], given.preset, 2)
+        seconds, half = alone["seconds"]["layers"], together["seconds"]["layers"]
+        rows.append(
+            [
+                depths[1],
+                sequences[-1],
+                2,
+                half,
+                1000 * half / (depths[1] * sequences[-1]),
+                together["peak_memory"] / 2**30,
+            ]
+        )
+        agreement = same_bits(first, second)
+    found = {"efficiency of two processes": seconds / half / 2, "same mask bits": agreement}
+    keep("scaling", {"preset": given.preset, "rows": rows, **found})
+    show(
+        f"preset {given.preset}, hidden {HIDDEN}, MLP {MLP}, float32, windows of 256 tokens",
+        ["layers", "windows", "processes", "seconds in layers", "ms a layer and window", "peak memory, GiB"],
+        [[f"{one:.2f}" if isinstance(one, float) else str(one) for one in row] for row in rows],
+    )
+    efficiency = found["efficiency of two processes"]
+    print(f"two processes: {efficiency:.0%} efficient, {agreement:.4%} of the masks' bits the same")
+
+
+if __name__ == "__main__":
+    main()
