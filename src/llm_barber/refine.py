@@ -73,7 +73,7 @@ class RefineSettings:
     @property
     def words(self) -> str:
         """For people."""
-        most = f"{SWAPS} (N:M: {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
+        most = f"{SWAPS} (with N:M {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
         parts = [
             f"at most {most} exact swaps a row" if self.swaps != 0 else "",
             "least squares of the kept weights" if self.solve else "",

@@ -103,6 +103,7 @@ class LinearTotals(_Result):
 class BlockResult(_Result):
     """One block: the mean over calibration sequences of mean((y_dense − y)²), before and after.
 
+    Of a block that was refined and not rebuilt: over the sequences that were held out, if any were.
     `rejected`: the refined block was worse on held-out windows, so that it stayed as it was.
     """
 
