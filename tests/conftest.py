@@ -1,6 +1,7 @@
 """Tiny random models of each family, and the masks of the released program."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself
+    torch.set_num_threads(1)
 
 DATA = Path(__file__).parent / "data"
 RELEASED = DATA / "released-masks"

@@ -167,3 +167,9 @@ def test_every_preset_runs_and_says_what_kept_weights_are(tmp_path: Path, llama:
     assert kept == {"paper": "dense", "mask": "dense", "best": "tune"}
     with pytest.raises(SettingsError, match="keep_updates goes with neither"):
         PruneConfig(model=llama, output=tmp_path / "no", preset="mask", initial="sparsegpt", keep_updates=True)
+
+
+def test_one_swap_a_row_is_one_swap_a_row(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """Held-out windows are asked after parts of the swaps, each of which is at least one."""
+    report = run(llama, tmp_path / "out", tokens, refine="swaps", swaps=1, guard=0.25)
+    assert 0 < report.swapped <= sum(linear.shape[0] for linear in report.linears)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm_barber.errors import ModelError, NotFiniteError, SettingsError
-from llm_barber.initial import MethodMasks, collect_inputs
+from llm_barber.initial import MethodMasks, collect_inputs, with_few_tokens
 from llm_barber.job import Job
 from llm_barber.masking.budget import removal_costs, spread_budget
 from llm_barber.masking.owl import layer_sparsities, outlier_share
@@ -82,10 +82,14 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
     inputs: list[list[Tensor]] = []
     progress.start("looking for what pruning costs", 2 * job.layer_count)
-    for _, layer, _ in _layers(initial, range(job.layer_count)):
+    little: set[str] = set()  # is known of these: hardly a token went to their experts
+    for index, layer, _ in _layers(initial, range(job.layer_count)):
+        for experts in layer.experts.values():
+            experts.tokens.zero_()
         inputs.append([streams.kept(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
+        little |= {job.linear_name(index, name) for name in with_few_tokens(layer, streams)}
         skeleton.layers_return_tuples = layer.returns_tuple  # of a layer that has run
         progress.advance("forward")
     gradients = [
@@ -113,7 +117,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         raise ModelError(
             "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
         )
-    used = [name for name in names if costs[name].any()]  # no token went to other experts: nothing is known of them
+    used = [name for name in names if name not in little]
     found = spread_budget([costs[name] for name in used], [rows[name] for name in used], sparsity)
     return dict.fromkeys(names, sparsity) | dict(zip(used, found, strict=True))
 

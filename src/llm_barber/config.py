@@ -73,6 +73,13 @@ class Settings(BaseModel):
             raise SettingsError(problems, "see --help for what each setting takes") from None
 
 
+class Format(StrEnum):
+    """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/packed-format.md)."""
+
+    DENSE = "dense"
+    PACKED = "packed"
+
+
 class RunSettings(Settings):
     """What `prune` and `rebuild` share."""
 
@@ -119,6 +126,7 @@ class RunSettings(Settings):
         default=None, description="bytes of host memory, or like 8GiB; activations beyond are files; None: any"
     )
     device_memory: int | None = Field(default=None, description="bytes of the GPU's memory, or like 8GiB; None: all")
+    format: Format = Field(default=Format.DENSE, description="dense, which loads everywhere, or packed: fewer bytes")
     overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
     resume: bool = Field(default=False, description="go on with an unfinished run of OUT, if there is one")
     report: bool = Field(default=True, description="write OUT/report.html, a page with plots")

@@ -1,6 +1,7 @@
 """The input of the first decoder layer, and how layers are called with every number of sequences that may come up."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -53,6 +54,21 @@ def _batch_sizes(streams: ActivationStreams, refine_settings: RefineSettings | N
         streams.batch_size //= 2
     streams.batch_size = whole
     return sizes
+
+
+@contextmanager
+def memory_said() -> Iterator[None]:
+    """Say what to do where the device's memory is too small.
+
+    Raises:
+        DeviceMemoryError: it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            "the device's memory is too small", "give a smaller --batch-size or --seqlen"
+        ) from error
 
 
 def with_smaller_batches(

@@ -109,7 +109,7 @@ class MethodMasks:
             experts.tokens.zero_()
         found = self._by_method(layer, dense, streams, targets)
         if self.method is not Initial.MAGNITUDE:
-            for name in _with_few_tokens(layer, streams):
+            for name in with_few_tokens(layer, streams):
                 keep = self._mask(saliency.magnitude(dense[name]), targets[name])
                 stays = torch.ones_like(keep)
                 found[name] = replace(found[name], values=dense[name], fixed=stays, few_tokens=True).with_mask(keep)
@@ -184,7 +184,7 @@ def _group_pattern(target: Pattern) -> NofM | None:
     return target if isinstance(target, NofM) else None
 
 
-def _with_few_tokens(layer: DecoderLayer, streams: ActivationStreams) -> list[str]:
+def with_few_tokens(layer: DecoderLayer, streams: ActivationStreams) -> list[str]:
     """The linears of experts that were given fewer than `FEW_TOKENS` tokens."""
     found = []
     for path, experts in layer.experts.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -149,13 +150,16 @@ def find_linears(source: CheckpointSource) -> dict[str, tuple[int, str]]:
         for linear in architecture.linears:
             stored = re.escape(architecture.stored(f".{linear}.weight")).replace(r"\*", r"(\d+)")
             expressions[linear] = re.compile(rf"{layers}\.(\d+){stored}")
+    # Layers for more than the next token, which some checkpoints have after the others, are not pruned.
+    more = source.configuration.get("num_nextn_predict_layers")
+    layer_count = int(source.configuration.get("num_hidden_layers", 0)) if more else sys.maxsize
     found = {}
     for name, info in source.tensors.items():
         if len(info.shape) != 2 or 0 in info.shape:
             continue
         for linear, expression in expressions.items():
             match = expression.fullmatch(name)
-            if match:
+            if match and int(match[1]) < layer_count:
                 found[name] = (int(match[1]), linear.replace("*", match[match.lastindex or 1]) if linear else match[2])
                 break
     return found

@@ -15,7 +15,7 @@ from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_ca
 from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, sharded_by
 from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import PruneConfig, RunSettings
-from llm_barber.errors import CalibrationError, ModelError, first_line
+from llm_barber.errors import CalibrationError, ModelError, SettingsError, first_line
 from llm_barber.model.architecture import Architecture, find_architecture
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
@@ -150,7 +150,11 @@ def prepare(
 
 
 def _prepare(model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks) -> Job:
+    if ranks.count > 1 and settings.device.startswith("cuda:"):
+        raise SettingsError(f"{ranks.count} processes cannot share {settings.device}", "leave out --device")
     device = resolve_device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype = resolve_dtype(settings.dtype, device)
     check_output(settings.output, settings.overwrite)
     progress.stage(f"opening {model}")

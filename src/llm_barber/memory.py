@@ -1,5 +1,7 @@
 """How much memory a run may take: what is left for the calibration activations, and the device's share."""
 
+import math
+
 import torch
 
 from llm_barber.checkpoint.follower import Follower
@@ -31,7 +33,7 @@ def host_memory(job: Job, settings: RunSettings, writer: CheckpointWriter | Foll
     if needed > settings.memory:
         raise SettingsError(
             f"memory: {settings.memory / 2**30:.2f} GiB are not enough for one decoder layer",
-            f"give at least {needed / 2**30:.2f} GiB",
+            f"give at least {math.ceil(100 * needed / 2**30) / 100:.2f} GiB",
         )
     folder = next(place for place in (writer.work, *writer.work.parents) if place.is_dir())
     return HostMemory(settings.memory - needed, folder)

@@ -83,16 +83,19 @@ def prune_layer(
             raise _not_finite(f"the output of layer {index} {block.name}")
         outcomes.append((block, outcome, after))
         final.append(block)
-    if follows_dense:
-        streams.rename(DENSE + NEXT, DENSE + HIDDEN)
-    skeleton.release_layer(index)
     weights = {name: one.final for name, one in pruned.items()}
     results = [
         _result(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
         for block, (_, outcome, after) in zip(skeleton.blocks[index], outcomes, strict=True)
     ]
     turned = job.architecture.turned
-    return {job.stored_name(index, f"{name}.weight"): turned(weight) for name, weight in weights.items()}, results
+    written = {job.stored_name(index, f"{name}.weight"): turned(weight) for name, weight in weights.items()}
+    skeleton.release_layer(index)
+    # Last of all: until here the layer can be pruned again, if memory runs out.
+    streams.rename(DENSE_OUTPUT, HIDDEN)
+    if follows_dense:
+        streams.rename(DENSE + NEXT, DENSE + HIDDEN)
+    return written, results
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def _rebuild_block(
 
 
 def _propagate(work: Pass, measured_from: int | None) -> float | None:
-    """Run the final block: its output is kept for the blocks after it, or the layer's becomes the next one's input.
+    """Run the final block: its output is kept for the blocks after it, or the layer's in `DENSE_OUTPUT` for the next.
 
     Returns the mean reconstruction error over the sequences from a first one on, whose dense output is kept, if there
     is one; NaN if an activation is.
@@ -253,8 +256,6 @@ def _propagate(work: Pass, measured_from: int | None) -> float | None:
     total, all_compared, broken = streams.ranks.total(total, compared, not finite)
     if broken:
         return float("nan")
-    if work.last:
-        streams.rename(DENSE_OUTPUT, HIDDEN)  # only now: until here, the layer could be pruned again
     return total / all_compared if all_compared else None
 
 

@@ -13,11 +13,12 @@ from llm_barber.allocation import allocate
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.hub import resolve_model
+from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.checkpoint.state import source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.config import PruneConfig, RebuildConfig, RunSettings, rebuild_defaults
-from llm_barber.embedding import embed, with_smaller_batches
+from llm_barber.config import Format, PruneConfig, RebuildConfig, RunSettings, rebuild_defaults
+from llm_barber.embedding import embed, memory_said, with_smaller_batches
 from llm_barber.errors import NotFiniteError
 from llm_barber.initial import FEW_TOKENS, CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
@@ -164,7 +165,8 @@ def _run(
     opened: CheckpointWriter | Follower = Follower(config.output)
     if ranks.first:
         key = _run_key(command, config, job)
-        opened = CheckpointWriter(config.output, shards, config.overwrite, job.bytes, key, config.resume)
+        kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
+        opened = kind(config.output, shards, config.overwrite, job.bytes, key, config.resume)
     with opened as writer, _told_how_to_go_on(writer, progress), ExitStack() as opened_files:
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))
@@ -175,7 +177,8 @@ def _run(
         progress.stage("embedding the calibration tokens")
         start = time.perf_counter()
         refine_settings = RefineSettings.of(config, sequences)
-        streams = embed(job, _copy_outside(job, writer), refine_settings, host_memory(job, config, writer))
+        with memory_said():
+            streams = embed(job, _copy_outside(job, writer), refine_settings, host_memory(job, config, writer))
         if refine_settings is not None and refine_settings.target_mix:
             streams.copy(HIDDEN, DENSE + HIDDEN)
         seconds["embed"] += time.perf_counter() - start
@@ -184,7 +187,8 @@ def _run(
         if isinstance(initial, MethodMasks) and allocation is not Allocation.UNIFORM:
             sparsities = writer.state.sparsities
             if sparsities is None:
-                sparsities = allocate(allocation, initial, streams, initial.targets.pattern.sparsity, progress)
+                with memory_said():
+                    sparsities = allocate(allocation, initial, streams, initial.targets.pattern.sparsity, progress)
             initial.targets = replace(initial.targets, allocated=sparsities)
             writer.state = writer.state.model_copy(update={"sparsities": sparsities})
             seconds["allocate"] += time.perf_counter() - start

@@ -144,12 +144,20 @@ def joined() -> Iterator[Ranks]:
         RankError: another one ended, or cannot be reached.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized():  # by the program that calls us
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+        return
     if count == 1:
         yield Ranks()
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
+        ) from error
+    try:
         yield Ranks(dist.get_rank(), count)
     except (RuntimeError, ValueError) as error:  # as torch.distributed says what is wrong with a connection
         if isinstance(error, torch.OutOfMemoryError) or not _of_connection(error):

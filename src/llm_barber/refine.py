@@ -292,7 +292,9 @@ def _swap(
     lowest = held_out.error(apply_mask(weight, keep), weight)
     done = 0
     for share in SWAP_STAGES:
-        more = round(share * swaps) - done
+        more = math.ceil(share * swaps) - done
+        if not more:
+            continue
         keep, count = swap_pairs(keep, weight, gram, more, linear, pruned.pattern, pruned.fixed)
         done += more
         error = held_out.error(apply_mask(weight, keep), weight)

@@ -273,6 +273,21 @@ def peak_device_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+USE = {
+    "dense": (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+    ),
+    "packed": (
+        "import llm_barber.loading  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE",
+        "from transformers import AutoTokenizer",
+        "",
+        'model = llm_barber.loading.load("THIS_FOLDER")',
+    ),
+}
+
+
 def model_card(report: RunReport) -> str:
     """`OUT/README.md`: what was done, a table by linear, how to load it, the citation."""
     name = Path(report.model).name if Path(report.model).exists() else report.model
@@ -332,9 +347,7 @@ def model_card(report: RunReport) -> str:
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        *USE[str(report.settings.get("format", "dense"))],
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         "```",
         "",

@@ -121,3 +121,12 @@ def test_fixed_weights_stay_and_hopeless_rows_are_left_alone() -> None:
     same, count = swap_pairs(keep, weight, torch.zeros_like(gram), 5)
     assert torch.equal(same, keep)
     assert count.sum() == 0
+
+
+def test_groups_larger_than_a_working_set() -> None:
+    weight, gram, _ = make(rows=4, columns=256)
+    keep = initial_mask(weight.abs(), NofM(64, 128), Granularity.OUTPUT)
+    found, count = swap_pairs(keep, weight, gram, 20, None, NofM(64, 128))
+    assert count.sum() > 0
+    assert holds(NofM(64, 128), found)
+    assert (error(found, weight, gram, None) <= error(keep, weight, gram, None)).all()

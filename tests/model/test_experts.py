@@ -130,3 +130,16 @@ def test_a_pruned_mixture_can_be_rebuilt(tmp_path: Path, mixture: Path) -> None:
     )
     assert report.swapped > 0
     assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(mixture))).problems == ()
+
+
+def test_padding_does_not_show_in_means_and_variances(tmp_path: Path, mixture: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=6)
+    for size in (1, 3):
+        prune(
+            PruneConfig(
+                model=mixture, output=tmp_path / f"by{size}", calibration=tokens, dtype="float32", initial="dsnot",
+                rebuild=False, batch_size=size, report=False,
+            )
+        )  # fmt: skip
+    one, three = read_folder(tmp_path / "by1"), read_folder(tmp_path / "by3")
+    assert all(torch.equal(one[name], three[name]) for name in one)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llm_barber import PruneConfig, prune
+from llm_barber import method as method_module
 from llm_barber import pruning as pruning_module
 from llm_barber.embedding import DeviceMemoryError
 from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
@@ -64,3 +65,20 @@ def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
     with pytest.raises(DeviceMemoryError, match="one sequence") as caught:
         run(llama, tmp_path / "never", tokens)
     assert "--seqlen" in caught.value.hint
+
+
+def test_memory_that_runs_out_at_the_very_end_of_a_layer(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llama, tmp_path / "whole", tokens)
+    result, failed = method_module._result, []
+
+    def short(*given: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result(*given)
+
+    monkeypatch.setattr(method_module, "_result", short)
+    run(llama, tmp_path / "short", tokens)
+    assert weights(tmp_path / "short") == weights(tmp_path / "whole")

@@ -26,13 +26,15 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 class Shard(BaseModel):
-    """A written shard: its sha256, its tensors' names, their bytes."""
+    """A written shard: its sha256, its tensors' names, their bytes; of a packed one the file that it unpacks to."""
 
     model_config = ConfigDict(frozen=True)
 
     sha256: str
     tensors: tuple[str, ...]
     bytes: int
+    file: str = ""
+    file_sha256: str = ""
 
 
 class Activations(BaseModel):

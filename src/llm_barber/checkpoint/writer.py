@@ -136,6 +136,8 @@ class CheckpointWriter:
         """
         if not self.state.layers:
             return 0, {}
+        if len(self._written) == self.shards:  # all that is left is to finish; they may be gone already
+            return len(self.state.layers), {}
         for kept in reversed(self.state.activations):
             found = load_activations(self.work, kept)
             if found is not None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llm_barber.config import Initial
+from llm_barber.config import Format, Initial
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import PATTERN_SWAPS, SWAPS, Allocation, Preset, Reconstruct, Refine
 
@@ -174,6 +174,12 @@ BatchOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=COMPUTE)]
+FormatOption = Annotated[
+    Format,
+    typer.Option(
+        help="dense loads everywhere; packed takes fewer bytes, and unpack gives it back.", rich_help_panel=OUTPUT
+    ),
+]
 MemoryOption = Annotated[
     str | None,
     typer.Option(

@@ -19,6 +19,7 @@ from llm_barber.cli.options import (
     DryRunOption,
     DtypeOption,
     ExcludeOption,
+    FormatOption,
     GranularityOption,
     GuardOption,
     IncludeOption,
@@ -48,7 +49,7 @@ from llm_barber.cli.options import (
     TargetMixOption,
     TunePassesOption,
 )
-from llm_barber.config import Initial, PruneConfig, RebuildConfig
+from llm_barber.config import Format, Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import GUARD, TARGET_MIX, TUNE_PASSES
 
@@ -104,6 +105,7 @@ def prune(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     revision: RevisionOption = None,
+    format: FormatOption = Format.DENSE,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     overwrite: OverwriteOption = False,
@@ -132,6 +134,7 @@ def prune(
         calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         resume=resume, report=report, memory=host_size, device_memory=device_size,
+        format=format,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 
@@ -179,6 +182,7 @@ def rebuild(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     revision: RevisionOption = None,
+    format: FormatOption = Format.DENSE,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     overwrite: OverwriteOption = False,
@@ -201,6 +205,7 @@ def rebuild(
         tune_passes=tune_passes, guard=guard, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         resume=resume, report=report, memory=host_size, device_memory=device_size,
+        format=format,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 

@@ -83,7 +83,7 @@ class InputMoments(RunningSums):
         self.squares.update(inputs)
         for sequence in inputs:
             self.total += sequence.float().sum(0)
-        self.tokens += inputs.shape[0] * inputs.shape[1]
+        self.tokens += int((inputs != 0).any(-1).sum())  # experts' inputs are padded with zeros
 
     @property
     def mean(self) -> Tensor:
@@ -93,7 +93,7 @@ class InputMoments(RunningSums):
     @property
     def variance(self) -> Tensor:
         """Variance over all tokens."""
-        tokens = self.tokens.item()
+        tokens = max(self.tokens.item(), 1)
         return (self.squares.total / tokens - (self.total / tokens).square()).clamp_min(0)
 
 

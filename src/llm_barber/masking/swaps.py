@@ -129,7 +129,9 @@ class _Rows:
         for coming in range(size):
             cross = weight * (-2 * weight[:, :, coming : coming + 1]) * blocks[:, coming]
             torch.minimum(gains, (cross + drop).amin(2) + grow[:, :, coming], out=gains)
-        groups = gains.topk(min(2 * WORKING_SET // size, columns // size), 1, largest=False, sorted=False).indices
+        groups = gains.topk(
+            min(max(1, 2 * WORKING_SET // size), columns // size), 1, largest=False, sorted=False
+        ).indices
         return (groups.unsqueeze(2) * size + torch.arange(size, device=gram.device)).flatten(1)
 
     def working_set(self, chosen: Tensor, gram: Tensor, pattern: NofM | None) -> "_WorkingSet":

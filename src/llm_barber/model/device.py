@@ -18,7 +18,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank():
+    if name == "cuda":
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)

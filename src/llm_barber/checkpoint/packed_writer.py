@@ -1,0 +1,51 @@
+"""Write a packed checkpoint at once: the shards that `pack` would make of those that the plain writer writes."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from safetensors.torch import save
+from torch import Tensor
+
+from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
+from llm_barber.checkpoint.writer import CheckpointWriter
+
+METADATA = {"format": "pt"}
+
+
+class PackedWriter(CheckpointWriter):
+    """As `CheckpointWriter`; the record's digests are of the files that `unpack` gives."""
+
+    def _name(self, number: int) -> str:
+        return packed_name(super()._name(number))
+
+    def write_shard(
+        self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
+    ) -> None:
+        """Write the next shard, its matrices packed as far as they shrink.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        assert name is None
+        assert metadata is None
+        dense = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        digest = hashlib.sha256(save(dense, METADATA)).hexdigest()
+        stored, entries = pack_tensors(dense)
+        packed, file = self._name(self._count + 1), super()._name(self._count + 1)
+        table = Table(version=FORMAT_VERSION, file=file, metadata=METADATA, packed=entries)
+        super().write_shard(stored, packed, {TABLE_KEY: table.model_dump_json()})
+        unpacked = {"tensors": tuple(dense), "file": file, "file_sha256": digest}
+        self._written[packed] = self._written[packed].model_copy(update=unpacked)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of every shard, as it is when it is unpacked, and of every companion."""
+        return {**{shard.file: shard.file_sha256 for shard in self._written.values()}, **self._companions}
+
+    def finish(self, with_index: bool = True) -> None:
+        """Write the packed index and give the folder its name."""
+        weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
+        content = {"version": FORMAT_VERSION, "weight_map": dict(sorted(weight_map.items()))}
+        self.write_file(PACKED_INDEX, (json.dumps(content, indent=2) + "\n").encode())
+        super().finish(with_index=False)
