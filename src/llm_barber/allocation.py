@@ -84,8 +84,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     progress.start("looking for what pruning costs", 2 * job.layer_count)
     little: set[str] = set()  # is known of these: hardly a token went to their experts
     for index, layer, _ in _layers(initial, range(job.layer_count)):
-        for experts in layer.experts.values():
-            experts.tokens.zero_()
+        layer.forget_tokens()
         inputs.append([streams.kept(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))

@@ -105,8 +105,7 @@ class MethodMasks:
             return {}
         layer.select(targets)
         dense = {name: dense[name] for name in targets}
-        for experts in layer.experts.values():
-            experts.tokens.zero_()
+        layer.forget_tokens()
         found = self._by_method(layer, dense, streams, targets)
         if self.method is not Initial.MAGNITUDE:
             for name in with_few_tokens(layer, streams):

@@ -6,19 +6,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_barber import native
 from llm_barber.checkpoint import bits as module
 from llm_barber.checkpoint.bits import as_integers, count_bits, find_kept, put_kept, take_kept
 
 KINDS = (np.uint8, np.int16, np.int32, np.int64)
 
 
-@pytest.fixture(params=["C", "NumPy"], autouse=True)
-def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "NumPy":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("src/llm_barber/native/packed.c is not built here: pip install -e . with a C compiler and AVX2")
+pytestmark = pytest.mark.usefixtures("with_and_without_c")
 
 
 @given(weights=st.integers(1, 200), density=st.floats(0, 1), seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS))

@@ -6,7 +6,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_barber import native
 from llm_barber.checkpoint.encoding import Encoding, Packed, pack, places_bytes, unpack
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
@@ -17,12 +16,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@pytest.fixture(params=["C", "NumPy"], autouse=True)
-def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "NumPy":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("src/llm_barber/native/packed.c is not built here: pip install -e . with a C compiler and AVX2")
+pytestmark = pytest.mark.usefixtures("with_and_without_c")
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -70,7 +70,7 @@ def plan(
         typer.Option(
             metavar="N,…",
             help="Numbers of processes, each with a machine of its own, that share the windows; what all of them "
-            "repeat, as swaps, is not divided. prune itself runs in one.",
+            "repeat, as swaps, is not divided.",
             rich_help_panel=MACHINE,
         ),
     ] = "1",

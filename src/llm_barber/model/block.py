@@ -282,6 +282,11 @@ class DecoderLayer:
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
 
+    def forget_tokens(self) -> None:
+        """Begin to count anew how many tokens each expert is given."""
+        for experts in self.experts.values():
+            experts.tokens.zero_()
+
     def _tell_experts(self, sequences: int) -> None:
         for experts in self.experts.values():
             experts.sequences = sequences
