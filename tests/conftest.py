@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself
     torch.set_num_threads(1)
@@ -29,7 +29,35 @@ LATENT = {
 MIXTURE = {**LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LOCAL = {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
 CONVOLUTION = ["conv", "full_attention"]
-FAMILIES: dict[str, dict[str, Any]] = {
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+DELTA = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 48, "head_dim": 8,
+}  # fmt: skip
+# Families without a record: their structure is found.
+FOUND: dict[str, dict[str, Any]] = {
+    "bamba": {**LLAMA_LIKE, **MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**LLAMA_LIKE, **MAMBA, "mamba_d_ssm": 64},  # attention and state space side by side
+    "gpt_oss": {  # experts stacked as (in, out), with biases; gates that do not saturate
+        **LOCAL, "head_dim": 8, "layer_types": MIXED, "sliding_window": 8, "swiglu_alpha": 0.1,
+    },
+    "granitemoe": LOCAL,  # stacked as (out, in)
+    "granitemoehybrid": {
+        **LOCAL, **MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48,
+    },
+    "jamba": {
+        **LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "nemotron_h": {  # one block a layer, experts without gates
+        **LLAMA_LIKE, "layers_block_type": ["mamba", "moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16,
+        "ssm_state_size": 8, "n_groups": 1, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 48, "use_mamba_kernels": False,
+    },
+    "qwen3_next": {**MIXTURE, **DELTA},
+}  # fmt: skip
+KNOWN: dict[str, dict[str, Any]] = {
     "apertus": LLAMA_LIKE,
     "arcee": LLAMA_LIKE,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128},
@@ -79,14 +107,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": LLAMA_LIKE,
     "starcoder2": LLAMA_LIKE,
 }  # fmt: skip
+FAMILIES = KNOWN | FOUND
+
+
+def make_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a family's tiny model."""
+    settings = {**FAMILIES[family], **changes}
+    return AutoConfig.for_model(settings.pop("model_type", family), **settings)
 
 
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
     """Save a tiny random model of a family, and return its folder."""
     torch.manual_seed(seed)
-    settings = {**FAMILIES[family], **changes}
-    config = AutoConfig.for_model(settings.pop("model_type", family), **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

@@ -86,7 +86,7 @@ def test_loads_everywhere_with_the_same_logits(tmp_path: Path, tokens: Path, fam
     assert all(torch.equal(parameter, ours[name]) for name, parameter in found.items())
     with torch.no_grad():
         for name, parameter in in_memory.named_parameters():
-            if is_linear(name) or parameter.dim() == 3:
+            if parameter.dim() > 1:
                 parameter.mul_(found[name] != 0)
         logits = loaded(ids).logits
         assert logits.isfinite().all()
@@ -329,9 +329,8 @@ def test_bad_input_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, llama: 
     (tmp_path / "there" / "x").write_text("")
     expect_failure("exists", OutputError, tmp_path, **good, output=tmp_path / "there")
     change_json(llama / "config.json", model_type="bert")
-    error = expect_failure("architecture 'bert' is not supported", ModelError, tmp_path, **good)
-    assert "llama" in error.hint
-    assert "opt" in error.hint
+    error = expect_failure("bert is an encoder", ModelError, tmp_path, **good)
+    assert "decoder models" in error.hint
 
 
 def test_shapes_that_do_not_fit_the_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:

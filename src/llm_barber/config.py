@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
+from llm_barber.model.architecture import Block, StructureOptions
 from llm_barber.presets import (
     GUARD,
     PATTERN_SWAPS,
@@ -23,7 +24,7 @@ from llm_barber.presets import (
     Reconstruct,
     Refine,
 )
-from llm_barber.targets import Targets, compile_names, parse_target, read_targets
+from llm_barber.targets import Targets, compile_names, parse_target, read_blocks, read_targets
 
 
 class Initial(StrEnum):
@@ -131,6 +132,20 @@ class RunSettings(Settings):
     resume: bool = Field(default=False, description="go on with an unfinished run of OUT, if there is one")
     report: bool = Field(default=True, description="write OUT/report.html, a page with plots")
     revision: str | None = Field(None, description="of a hub id")
+    layers: str | None = Field(default=None, description="path of the decoder layers; None: as known or found")
+    blocks: tuple[Block, ...] = Field(
+        default=(), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
+    )
+
+    @property
+    def structure(self) -> StructureOptions:
+        """What of the model's structure the user decided."""
+        return StructureOptions(self.layers, self.blocks)
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _blocks_readable(cls, value: Any) -> Any:
+        return read_blocks(Path(value)) if isinstance(value, str | Path) else value
 
     @property
     def defaults(self) -> PresetSettings:

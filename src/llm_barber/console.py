@@ -24,9 +24,10 @@ from llm_barber.comparison.tables import blocks, headings, notes
 from llm_barber.demo import DemoRow
 from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.inspection import Inspection, LinearInspection
+from llm_barber.model.architecture import kind_of
 from llm_barber.packing import PackReport
 from llm_barber.plan import Plan
-from llm_barber.report import PAGE_NAME, RunReport, kind_of
+from llm_barber.report import PAGE_NAME, RunReport
 
 PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
 

@@ -24,6 +24,7 @@ from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.naming import find_places
 from llm_barber.targets import Targets
 
 
@@ -233,7 +234,7 @@ class CheckpointMasks:
     def __init__(self, job: Job, pruned: str, pattern: str | None) -> None:
         self.job = job
         self.source = CheckpointSource(pruned)
-        self.source.stored = job.architecture.stored
+        self.source.places = find_places(job.skeleton.model, self.source.tensors)
         if self.source.model_type != job.source.model_type:
             raise ModelError(
                 f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}", "they must be one model"
@@ -295,7 +296,7 @@ class CheckpointMasks:
         source = source or self.source
         prefix = self.job.skeleton.layer_prefix(index)
         names = {f"{prefix}{name}.weight": name for name in linears}
-        tensors = source.read_parameters(names, self.job.base_prefix)
+        tensors = source.read_parameters(names)
         return {names[key]: self.job.architecture.turned(tensor) for key, tensor in tensors.items()}
 
     def _find_pattern(self, name: str, nonzero: Tensor, fixed: Tensor) -> NofM | None:

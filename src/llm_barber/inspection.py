@@ -2,18 +2,22 @@
 
 import hashlib
 import re
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
-from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource
+from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource, Place
 from llm_barber.config import Settings
-from llm_barber.errors import ModelError
+from llm_barber.errors import BarberError, ModelError
+from llm_barber.job import load_config, make_skeleton
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
-from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.model.architecture import Block, StructureOptions
+from llm_barber.model.structure import find_architecture
+from llm_barber.naming import find_places
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import RECORD_VERSION, KeptWeights, LinearResult, RunReport
 
@@ -78,8 +82,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     source = CheckpointSource(config.model, config.revision)
     dense = CheckpointSource(config.dense, config.revision) if config.dense is not None else None
     record = read_record(source.folder)
-    linears = find_linears(source)
-    architecture = ARCHITECTURES.get(source.model_type)
+    linears, turned = find_linears(source, _recorded_structure(record))
     if not linears:
         raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
     problems = [] if dense is None else _compare_names(source, dense)
@@ -87,7 +90,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         if not source.packed:  # the record is of the files that were packed
             problems += _check_files(source.folder, record, progress)
         expected = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
-        missing = expected.keys() - linears.values()
+        missing = expected.keys() - {(one.layer, one.name) for found in linears.values() for one in found}
         problems += [f"layer {index} {name} is in the record, not in the checkpoint" for index, name in sorted(missing)]
     names = list(source.tensors if dense is not None else linears)
     progress.start("inspecting", len(names))
@@ -95,12 +98,13 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     for name in names:
         tensor = source.read([name])[name]
         original = dense.read([name])[name] if dense is not None and name in dense.tensors else None
-        if name in linears:
-            layer, linear = linears[name]
-            weight = architecture.turned(tensor) if architecture else tensor
-            inspected.append(_inspect_linear(linear, layer, weight, original))
+        for linear in linears.get(name, []):
+            weight, before = (None if one is None else linear.place.of(one) for one in (tensor, original))
+            assert weight is not None
+            weight = weight.t() if turned else weight
+            inspected.append(_inspect_linear(linear, weight, before))
             if record is not None:
-                problems += _check_record(inspected[-1], expected.get((layer, linear)), weight)
+                problems += _check_record(inspected[-1], expected.get((linear.layer, linear.name)), weight)
         if original is not None:
             updated = record is not None and record.kept_weights is not KeptWeights.DENSE and name in linears
             problems += _compare_bits(name, tensor, original, may_be_zero=name in linears, may_be_updated=updated)
@@ -135,41 +139,55 @@ def read_record(folder: Path) -> RunReport | None:
     return record
 
 
-def find_linears(source: CheckpointSource) -> dict[str, tuple[int, str]]:
-    """Tensor name → (layer index, linear) of all prunable linears.
+@dataclass(frozen=True)
+class FoundLinear:
+    """A prunable linear of a layer, and where it lies."""
 
-    By the architecture's record; of an architecture without one, every matrix inside a numbered layer.
+    layer: int
+    name: str
+    place: Place
+
+
+def _recorded_structure(record: RunReport | None) -> StructureOptions:
+    """What of the structure its user decided."""
+    if record is None:
+        return StructureOptions()
+    blocks = [Block(one["name"], one["output"], tuple(one["linears"])) for one in record.settings.get("blocks", ())]
+    return StructureOptions(record.settings.get("layers"), tuple(blocks))
+
+
+def find_linears(source: CheckpointSource, options: StructureOptions) -> tuple[dict[str, list[FoundLinear]], bool]:
+    """The prunable linears by the tensors that they lie in; are they kept as (in, out)?
+
+    As `prune` finds them; of a model that it does not take, every matrix inside a numbered layer.
     """
-    architecture = ARCHITECTURES.get(source.model_type)
-    if architecture is None:
-        expressions = {"": re.compile(r"(?:.*?\.)??(\d+)\.(.+)\.weight")}
-    else:
-        below = architecture.layers.partition(".")[2]  # without the base model's prefix, which some leave out
-        layers = f"(?:{re.escape(architecture.layers)}|{re.escape(below)})"
-        expressions = {}
-        for linear in architecture.linears:
-            stored = re.escape(architecture.stored(f".{linear}.weight")).replace(r"\*", r"(\d+)")
-            expressions[linear] = re.compile(rf"{layers}\.(\d+){stored}")
-    # Layers for more than the next token, which some checkpoints have after the others, are not pruned.
-    more = source.configuration.get("num_nextn_predict_layers")
-    layer_count = int(source.configuration.get("num_hidden_layers", 0)) if more else sys.maxsize
-    found = {}
+    found: dict[str, list[FoundLinear]] = {}
+    try:
+        config = load_config(source)
+        architecture = find_architecture(config, options)
+        skeleton = make_skeleton(config, architecture, torch.device("cpu"), torch.float32, source.model)
+        source.places = find_places(skeleton.model, source.tensors)
+        for index in range(len(skeleton.layers)):
+            for linear in skeleton.linears(index):
+                place = source.places.get(f"{skeleton.layer_prefix(index)}{linear}.weight")
+                if place is not None:
+                    found.setdefault(place.tensor, []).append(FoundLinear(index, linear, place))
+        return found, architecture.transposed
+    except BarberError:
+        pass
+    expression = re.compile(r"(?:.*?\.)??(\d+)\.(.+)\.weight")
     for name, info in source.tensors.items():
-        if len(info.shape) != 2 or 0 in info.shape:
-            continue
-        for linear, expression in expressions.items():
-            match = expression.fullmatch(name)
-            if match and int(match[1]) < layer_count:
-                found[name] = (int(match[1]), linear.replace("*", match[match.lastindex or 1]) if linear else match[2])
-                break
-    return found
+        match = expression.fullmatch(name)
+        if match and len(info.shape) == 2 and 0 not in info.shape:
+            found[name] = [FoundLinear(int(match[1]), match[2], Place(name))]
+    return found, False
 
 
-def _inspect_linear(linear: str, layer: int, tensor: Tensor, dense: Tensor | None) -> LinearInspection:
+def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -> LinearInspection:
     nonzero = tensor != 0
     return LinearInspection(
-        name=linear,
-        layer=layer,
+        name=linear.name,
+        layer=linear.layer,
         shape=(tensor.shape[0], tensor.shape[1]),
         zeros=tensor.numel() - int(nonzero.sum()),
         patterns=tuple(str(pattern) for pattern in held_patterns(nonzero)),

@@ -1,7 +1,6 @@
 """What a run needs before its first layer, all checked: checkpoint, architecture, calibration tokens, device, plan."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,14 +11,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_calibration
-from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, sharded_by
+from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, Place, sharded_by
 from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import PruneConfig, RunSettings
 from llm_barber.errors import CalibrationError, ModelError, SettingsError, first_line
-from llm_barber.model.architecture import Architecture, find_architecture
+from llm_barber.model.architecture import Architecture
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.structure import find_architecture
+from llm_barber.naming import find_places
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 from llm_barber.ranks import Ranks, local_rank
@@ -71,14 +72,8 @@ class Job:
 
     def layer_prefix(self, index: int) -> str:
         """What stands before a layer's names in the checkpoint."""
-        prefix = self.skeleton.layer_prefix(index)
-        first = self.skeleton.layer_names(index)[0]
-        found = self.source.resolve(prefix + first, self.base_prefix)
-        return found[: found.index(f"{index}.") + len(f"{index}.")]
-
-    def stored_name(self, index: int, name: str) -> str:
-        """What the checkpoint calls a layer's parameter."""
-        return self.source.resolve(self.skeleton.layer_prefix(index) + name, self.base_prefix)
+        found = self.source.place(self.skeleton.layer_prefix(index) + self.skeleton.layer_names(index)[0]).tensor
+        return found[: found.index(f".{index}.") + len(f".{index}.")]
 
     def linears(self, index: int) -> tuple[str, ...]:
         """The prunable linears of a layer, block after block."""
@@ -96,18 +91,33 @@ class Job:
             tensors: by the checkpoint's names, as they were read.
         """
         skeleton = self.skeleton
-        stored = stored_names(skeleton, self.source, index)
-        parameters = {name: tensors[key].to(skeleton.device, non_blocking=True) for name, key in stored.items()}
+        on_device = {key: tensor.to(skeleton.device, non_blocking=True) for key, tensor in tensors.items()}
+        places = layer_places(skeleton, self.source, index)
+        parameters = {name: place.of(on_device[place.tensor]) for name, place in places.items()}
         module = skeleton.load_layer(index, parameters)
         arguments = partial(skeleton.arguments, index)
         names = self.linears(index)
         layer = DecoderLayer(module, names, arguments, self.architecture.transposed)
         return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
 
-    @property
-    def base_prefix(self) -> str:
-        """The base model's prefix, which some checkpoints leave out."""
-        return str(self.skeleton.model.base_model_prefix)
+    def stored(self, index: int, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New weights of a layer's linears, (out, in), as the checkpoint keeps them, by its names.
+
+        Args:
+            index: of the layer.
+            weights: by linear.
+            tensors: as they were read; those that hold several weights are written to.
+        """
+        found = {}
+        for name, weight in weights.items():
+            place = self.source.place(f"{self.linear_name(index, name)}.weight")
+            weight = self.architecture.turned(weight)
+            if place.part is None:
+                found[place.tensor] = weight
+            else:
+                place.of(tensors[place.tensor]).copy_(weight)
+                found[place.tensor] = tensors[place.tensor]
+        return found
 
     def linear_shapes(self, source: CheckpointSource) -> dict[str, tuple[int, ...]]:
         """Shapes, (out, in), of all prunable linears in a checkpoint of this architecture, by the model's names.
@@ -120,7 +130,7 @@ class Job:
             for index in range(self.layer_count)
             for linear in self.linears(index)
         ]
-        shapes = {name: source.tensors[source.resolve(name, self.base_prefix)].shape for name in names}
+        shapes = {name: source.shape(name) for name in names}
         return {name: shape[::-1] if self.architecture.transposed else shape for name, shape in shapes.items()}
 
 
@@ -159,9 +169,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     check_output(settings.output, settings.overwrite)
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
-    architecture = find_architecture(source.model_type)
-    source.stored = architecture.stored
     config = load_config(source)
+    architecture = find_architecture(config, settings.structure)
     if not settings.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
         check_positions(config, settings.seqlen)
     progress.stage(f"reading calibration text {settings.calibration}")
@@ -177,6 +186,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     check_positions(config, seqlen)
     check_vocabulary(config, tokens.input_ids)
     skeleton = make_skeleton(config, architecture, device, dtype, model)
+    source.places = find_places(skeleton.model, source.tensors)
     by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
     check_tensors(skeleton, source, with_head=by_loss)
     job = Job(
@@ -222,17 +232,16 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     Raises:
         ModelError: one is not.
     """
-    base_prefix = str(skeleton.model.base_model_prefix)
     needed = list(skeleton.every_outside_name if with_head else skeleton.outside_names)
     count = len(skeleton.layers)
     for index in range(count):
         needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]
     for name in needed:
-        info = source.tensors[source.resolve(name, base_prefix)]
+        info, shape = source.tensors[source.place(name).tensor], source.shape(name)
         expected = tuple(skeleton.model.get_parameter(name).shape)
-        if info.shape != expected:
+        if shape != expected:
             raise ModelError(
-                f"{name} has shape {info.shape}, the configuration says {expected}",
+                f"{name} has shape {shape}, the configuration says {expected}",
                 "config.json and the weights do not belong together",
             )
         if info.dtype not in FLOAT_DTYPES:
@@ -240,8 +249,8 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
                 f"{name} is {info.dtype}; {', '.join(FLOAT_DTYPES)} are understood",
                 "start from the checkpoint before it was quantised",
             )
-    last = source.resolve(needed[-1], base_prefix)
-    layers = last[: last.index(f"{count - 1}.")]
+    last = source.place(needed[-1]).tensor
+    layers = last[: last.index(f".{count - 1}.") + 1]
     beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
     more = getattr(skeleton.model.config, "num_nextn_predict_layers", None) or 0  # that transformers does not know
     left = sorted(beyond - {str(index) for index in range(count + more)})
@@ -252,14 +261,12 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
         )
 
 
-def stored_names(skeleton: Skeleton, source: CheckpointSource, index: int) -> dict[str, str]:
-    """What a checkpoint calls a layer's parameters, and those buffers that it has, by their names in the layer."""
-    prefix, base_prefix = skeleton.layer_prefix(index), str(skeleton.model.base_model_prefix)
-    found = {name: source.resolve(prefix + name, base_prefix) for name in skeleton.layer_names(index)}
-    for name in skeleton.buffer_names(index):
-        with suppress(ModelError):
-            found[name] = source.resolve(prefix + name, base_prefix)
-    return found
+def layer_places(skeleton: Skeleton, source: CheckpointSource, index: int) -> dict[str, Place]:
+    """Where a checkpoint keeps a layer's parameters, and those buffers that it has, by their names in the layer."""
+    prefix = skeleton.layer_prefix(index)
+    found = {name: source.place(prefix + name) for name in skeleton.layer_names(index)}
+    buffers = {name: source.places.get(prefix + name) for name in skeleton.buffer_names(index)}
+    return found | {name: place for name, place in buffers.items() if place is not None}
 
 
 def load_config(source: CheckpointSource) -> PreTrainedConfig:

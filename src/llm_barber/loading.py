@@ -13,13 +13,12 @@ from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.job import load_config
-from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.model.device import resolve_device
+from llm_barber.model.experts import Experts
+from llm_barber.model.skeleton import empty_model
+from llm_barber.naming import find_places
 from llm_barber.packed_linear import PackedLinear
 from llm_barber.semi_structured import check_device, convert
-
-# What transformers keeps of all experts in one parameter, and what of each expert it is made of.
-FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def load(
@@ -54,15 +53,14 @@ def load(
         warnings.warn("without Triton every product unpacks its weight: pip install 'llm-barber[gpu]'", stacklevel=2)
     source = CheckpointSource(str(model))
     config = load_config(source)
-    if source.model_type in ARCHITECTURES:
-        source.stored = ARCHITECTURES[source.model_type].stored
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
         empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     empty.tie_weights()
-    prefix = str(empty.base_model_prefix)
+    split = empty_model(config, dtype)
+    source.places = find_places(split, source.tensors)
     for name in [name for name, _ in empty.named_parameters()]:  # of tied ones the first
-        tensor = _read(source, name, tuple(empty.get_parameter(name).shape), prefix)
+        tensor = _read(source, name, tuple(empty.get_parameter(name).shape), split)
         path, _, leaf = name.rpartition(".")
         owner = empty.get_submodule(path)
         if tensor.shape != getattr(owner, leaf).shape:
@@ -78,9 +76,9 @@ def load(
             setattr(empty.get_submodule(parent), last, PackedLinear(packed, owner.bias))
     for path, module in empty.named_modules():
         for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
-            key = source.stored(f"{path}.{leaf}")
-            if key in source.tensors:
-                setattr(module, leaf, source.read([key])[key])
+            name = f"{path}.{leaf}"
+            if name in source.places:
+                setattr(module, leaf, source.read_parameters([name])[name])
     empty.tie_weights()
     if (source.folder / "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(source.folder)
@@ -90,12 +88,15 @@ def load(
     return loaded
 
 
-def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], base_prefix: str) -> Tensor:
-    """A parameter; where the model keeps experts together and the checkpoint does not, theirs one after the other."""
+def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn.Module) -> Tensor:
+    """A parameter; where the model keeps experts together, put together from theirs, as `split` has them."""
     path, _, leaf = name.rpartition(".")
-    if len(shape) < 3 or leaf not in FUSED:
-        (tensor,) = source.read_parameters([name], base_prefix).values()
-        return tensor
-    members = [[f"{path}.{number}.{linear}.weight" for linear in FUSED[leaf]] for number in range(shape[0])]
-    found = source.read_parameters([one for expert in members for one in expert], base_prefix)
-    return torch.stack([torch.cat([found[one] for one in expert]) for expert in members])
+    experts = split.get_submodule(path)
+    if not isinstance(experts, Experts):
+        return source.read_parameters([name])[name]
+    parts = experts.parts(leaf)
+    found = source.read_parameters([f"{path}.{part.name}" for part in parts])
+    stacked = torch.empty(shape, dtype=next(iter(found.values())).dtype)
+    for part in parts:
+        part.of(stacked).copy_(found[f"{path}.{part.name}"])
+    return stacked

@@ -88,8 +88,7 @@ def prune_layer(
         _result(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
         for block, (_, outcome, after) in zip(skeleton.blocks[index], outcomes, strict=True)
     ]
-    turned = job.architecture.turned
-    written = {job.stored_name(index, f"{name}.weight"): turned(weight) for name, weight in weights.items()}
+    written = job.stored(index, weights, tensors)
     skeleton.release_layer(index)
     # Last of all: until here the layer can be pruned again, if memory runs out.
     streams.rename(DENSE_OUTPUT, HIDDEN)

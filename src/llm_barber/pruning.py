@@ -274,7 +274,7 @@ def _run(
 
 def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Tensor]:
     """Copy what is outside the decoder layers; returns what embeds the tokens, by the model's names."""
-    wanted = {job.source.resolve(name, job.base_prefix): name for name in job.skeleton.outside_names}
+    wanted = {job.source.place(name).tensor: name for name in job.skeleton.outside_names}
     kept: dict[str, Tensor] = {}
     for names in job.outside_shards:
         tensors = job.source.read(names)

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import resource
 import sys
 from collections.abc import Iterable
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+
+from llm_barber.model.architecture import kind_of
 
 RECORD_VERSION = 1
 PAGE_NAME = "report.html"
@@ -59,11 +60,6 @@ class LinearResult(_Result):
     def sparsity(self) -> float:
         """The fraction removed by the mask."""
         return self.pruned / self.weights
-
-
-def kind_of(linear: str) -> str:
-    """A linear's name with a star for the expert's number."""
-    return re.sub(r"\.\d+\.", ".*.", linear)
 
 
 class KeptWeights(StrEnum):

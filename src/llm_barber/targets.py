@@ -1,4 +1,4 @@
-"""How much of each linear goes: one target for all, with linears and layers left out, or with targets of their own."""
+"""What is pruned, and how much of it: one target for all, linears and layers left out, targets of their own; blocks."""
 
 import re
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import yaml
 
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
+from llm_barber.model.architecture import Block
 
 EXAMPLE = r"'mlp\.down_proj$': 0.4"
 
@@ -43,6 +44,23 @@ def read_targets(value: Any) -> Any:
     if not isinstance(found, dict):
         raise ValueError(f"{value} is not a mapping of names to sparsities, a line each like {EXAMPLE}")
     return {str(name): _number(one) for name, one in found.items()}
+
+
+def read_blocks(path: Path) -> tuple[Block, ...]:
+    """Blocks from a YAML file: `NAME: {output: PATH, linears: [PATH, …]}` each, paths inside a layer, `*` for experts.
+
+    Raises:
+        ValueError: it does not hold that.
+    """
+    how = "write for each block, in the order of computation: NAME: {output: PATH, linears: [PATH, …]}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        blocks = [Block(str(name), one["output"], tuple(one["linears"])) for name, one in content.items()]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} does not describe blocks ({type(error).__name__}): {how}") from error
+    if not all(isinstance(part, str) for block in blocks for part in (block.output, *block.linears)):
+        raise ValueError(f"{path} does not describe blocks: {how}")
+    return tuple(blocks)
 
 
 def _number(value: Any) -> Any:

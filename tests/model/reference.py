@@ -28,22 +28,37 @@ class OneByOne(nn.ModuleList):
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        self.activation = [fused.act_fn]  # in a list it is no submodule
-        for gate_up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
+        self.fused = [fused]  # in a list it is no submodule
+        parameters = dict(fused.named_parameters())
+        self.gated = "gate_up_proj" in parameters
+        for number in range(len(fused.down_proj)):
             expert = nn.Module()
-            gate, up = gate_up.chunk(2)
-            for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            own = {name: parameter[number] for name, parameter in parameters.items()}
+            if self.gated and "down_proj_bias" not in own:
+                own["gate_proj"], own["up_proj"] = own.pop("gate_up_proj").chunk(2)
+            for name in [name for name in own if not name.endswith("_bias")]:
+                weight, bias = own[name], own.get(f"{name}_bias")
+                weight = weight.t() if fused.is_transposed else weight
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
                 linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+                if bias is not None:
+                    linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
                 expert.add_module(name, linear)
             self.append(expert)
+
+    def inner(self, expert: nn.Module, inputs: Tensor) -> Tensor:
+        if not self.gated:
+            return self.fused[0].act_fn(expert.up_proj(inputs))
+        if hasattr(expert, "gate_up_proj"):
+            return self.fused[0]._apply_gate(expert.gate_up_proj(inputs))
+        return self.fused[0].act_fn(expert.gate_proj(inputs)) * expert.up_proj(inputs)
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden)
         for number, expert in enumerate(self):
             token, place = torch.where(index == number)
             inputs = hidden[token]
-            inner = self.activation[0](expert.gate_proj(inputs)) * expert.up_proj(inputs)
+            inner = self.inner(expert, inputs)
             result = result.index_add(
                 0, token, (expert.down_proj(inner) * weights[token, place, None]).to(hidden.dtype)
             )
@@ -87,6 +102,19 @@ def captured(layer: nn.Module, path: str, hidden: Tensor, arguments: dict) -> tu
     return caught["input"], caught["output"]
 
 
+def one_by_one(model: nn.Module) -> nn.Module:
+    """A model with a module, weight (out, in), for each linear."""
+    for module in list(model.modules()):  # GPT-2 keeps its weights as (in, out)
+        for name, child in list(module.named_children()):
+            if getattr(child._parameters.get("down_proj"), "ndim", 0) == 3:
+                setattr(module, name, OneByOne(child))
+            if isinstance(child, Conv1D):
+                linear = nn.Linear(*child.weight.shape).requires_grad_(False)
+                linear.weight.data, linear.bias.data = child.weight.t().contiguous(), child.bias
+                setattr(module, name, linear)
+    return model
+
+
 def prune_in_memory(
     folder: Path,
     layers_path: str,
@@ -100,15 +128,7 @@ def prune_in_memory(
 
     `blocks_of`: of a layer, name → (output module, linears), in order.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    for module in list(model.modules()):  # GPT-2 keeps its weights as (in, out)
-        for name, child in list(module.named_children()):
-            if child._parameters.get("gate_up_proj") is not None:
-                setattr(module, name, OneByOne(child))
-            if isinstance(child, Conv1D):
-                linear = nn.Linear(*child.weight.shape).requires_grad_(False)
-                linear.weight.data, linear.bias.data = child.weight.t().contiguous(), child.bias
-                setattr(module, name, linear)
+    model = one_by_one(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
     layers = model.get_submodule(layers_path)
     masks = {}
     for index in range(len(layers)):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
@@ -134,3 +135,21 @@ def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case)
 def test_reconstruction_error_is_the_mean_square_by_sequence() -> None:
     dense, sparse = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 0.0]], [[3.0, 1.0]]])
     assert reconstruction_errors(dense, sparse).tolist() == pytest.approx([2.5, 5.0])
+
+
+class Skipping(nn.Module):
+    """A layer that multiplies with a linear's weight without calling it, as fused kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.skipped = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(self.called(hidden), self.skipped.weight)
+
+
+def test_a_linear_that_is_not_called_is_named() -> None:
+    layer = DecoderLayer(Skipping(), ("called", "skipped"), lambda *_: {})
+    with pytest.raises(ModelError, match="Skipping does not call skipped") as caught:
+        layer.visit_inputs(torch.randn(2, 3, 4), lambda *_: None)
+    assert "kernel" in caught.value.hint

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_barber.model.architecture import find_architecture
 from llm_barber.model.experts import split_experts
 from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.structure import find_architecture
 from tests.conftest import FAMILIES
 
 DEPTH = 7
@@ -19,8 +19,9 @@ def deep(family: str) -> tuple[str, dict[str, Any]]:
     """The `model_type` and settings of a family's tiny model, with more layers."""
     settings = dict(FAMILIES[family])
     settings |= {name: DEPTH for name in DEPTHS if name in settings}
-    if "layer_types" in settings:
-        settings["layer_types"] = (settings["layer_types"] * DEPTH)[:DEPTH]
+    for name in ("layer_types", "layers_block_type"):
+        if name in settings:
+            settings[name] = (settings[name] * DEPTH)[:DEPTH]
     return settings.pop("model_type", family), settings
 
 
@@ -31,7 +32,10 @@ def test_layer_by_layer_equals_the_whole_model(family: str) -> None:
     model_type, settings = deep(family)
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    skeleton = Skeleton(config, find_architecture(model_type), torch.device("cpu"), torch.float32)
+    for parameter in model.parameters():  # transformers leaves some as memory was
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.1)
+    skeleton = Skeleton(config, find_architecture(config), torch.device("cpu"), torch.float32)
     split_experts(model)  # which the skeleton has done, too
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     skeleton.fill_outside({name: weights[name] for name in skeleton.every_outside_name})

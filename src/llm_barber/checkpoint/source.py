@@ -6,11 +6,11 @@ Nothing is unpickled, and no code that comes with a model is run. What an index 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +44,25 @@ class TensorInfo:
         return math.prod(self.shape) * BYTES.get(self.dtype, 1)
 
 
+class Part(Protocol):
+    """What a parameter is of a tensor that holds several."""
+
+    def of(self, stacked: Tensor) -> Tensor:
+        """A view of it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The tensor in which a parameter of the model lies, and which part of it it is, if not all."""
+
+    tensor: str
+    part: Part | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The parameter, a view of the tensor."""
+        return tensor if self.part is None else self.part.of(tensor)
+
+
 class CheckpointSource:
     """A checkpoint folder; only headers are read until tensors are asked for.
 
@@ -60,7 +79,7 @@ class CheckpointSource:
         self.model = str(model)
         self.folder = resolve_model(self.model, revision)
         self.packed: dict[str, Table] = {}  # of each shard, if it is a packed checkpoint
-        self.stored: Callable[[str], str] = str  # what checkpoints of this architecture call a parameter
+        self.places: Mapping[str, Place] = {}  # of the model's parameters, by its names; see `naming.py`
         self.configuration = self._read_configuration()
         self.tensors = self._read_headers()
 
@@ -69,20 +88,23 @@ class CheckpointSource:
         """The configuration's `model_type`."""
         return str(self.configuration.get("model_type", "unknown"))
 
-    def resolve(self, name: str, base_prefix: str = "") -> str:
-        """The checkpoint's name for a parameter: some checkpoints are saved without the base model's prefix.
+    def place(self, name: str) -> Place:
+        """Where a parameter lies, by the model's name.
 
         Raises:
             ModelError: the checkpoint does not have it.
         """
-        stored = self.stored(name)
-        for candidate in (stored, stored.removeprefix(f"{base_prefix}."), name, name.removeprefix(f"{base_prefix}.")):
-            if candidate in self.tensors:
-                return candidate
-        raise ModelError(
-            f"{self.model} has no tensor {name!r}",
-            "the checkpoint is incomplete or of another architecture than its config.json says",
-        )
+        if name not in self.places:
+            raise ModelError(
+                f"{self.model} has no tensor {name!r}",
+                "the checkpoint is incomplete or of another architecture than its config.json says",
+            )
+        return self.places[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, by the model's name."""
+        place = self.place(name)
+        return tuple(place.of(torch.empty(self.tensors[place.tensor].shape, device="meta")).shape)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by the checkpoint's names, each file opened once.
@@ -112,11 +134,11 @@ class CheckpointSource:
                     found[name] = tensor
         return found
 
-    def read_parameters(self, names: Iterable[str], base_prefix: str) -> dict[str, Tensor]:
-        """As `read`, by the model's names of parameters (see `resolve`)."""
-        keys = {name: self.resolve(name, base_prefix) for name in names}
-        tensors = self.read(keys.values())
-        return {name: tensors[key] for name, key in keys.items()}
+    def read_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As `read`, by the model's names of parameters."""
+        places = {name: self.place(name) for name in names}
+        tensors = self.read(dict.fromkeys(place.tensor for place in places.values()))
+        return {name: place.of(tensors[place.tensor]) for name, place in places.items()}
 
     def companions(self) -> list[Path]:
         """Configuration, tokenizer, generation and licence files that travel with the weights."""

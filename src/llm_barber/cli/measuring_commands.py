@@ -19,6 +19,7 @@ from llm_barber.cli.options import (
     DtypeOption,
     GranularityOption,
     JsonOption,
+    LayersOption,
     LimitOption,
     QuietOption,
     RatioOption,
@@ -58,6 +59,7 @@ def evaluate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    layers: LayersOption = None,
     keep: Annotated[
         bool,
         typer.Option(
@@ -83,6 +85,7 @@ def evaluate(
     config = EvaluateConfig(
         model=model, against=against, text=tuple(text) if text else None, windows=windows, seqlen=seqlen,
         tasks=names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
+        layers=layers,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         result = run(config, progress)

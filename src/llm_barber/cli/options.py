@@ -99,6 +99,25 @@ SkipLayersOption = Annotated[
         show_default=False,
     ),
 ]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Where the decoder layers are in the model, as model.layers. (default: as known, or found)",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
+BlocksOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="YAML, the blocks of a decoder layer in order: NAME: {output: PATH, linears: [PATH, …]}. (default: as "
+        "known, or found)",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
 SparsitiesOption = Annotated[
     Path | None,
     typer.Option(

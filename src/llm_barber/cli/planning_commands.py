@@ -9,6 +9,7 @@ from llm_barber.cli.options import (
     MACHINE,
     AllocationOption,
     BatchOption,
+    BlocksOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
@@ -16,6 +17,7 @@ from llm_barber.cli.options import (
     GuardOption,
     InitialOption,
     JsonOption,
+    LayersOption,
     PatternOption,
     PresetOption,
     QuietOption,
@@ -122,6 +124,8 @@ def plan(
         ),
     ] = None,
     revision: RevisionOption = None,
+    layers: LayersOption = None,
+    blocks: BlocksOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -135,13 +139,14 @@ def plan(
     from llm_barber.planning.table import show_forecast
 
     counts: Any = processes  # "1,2", which the configuration reads
+    own_blocks: Any = blocks or ()  # a file, as well
     config = PlanConfig(
         model=model, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild, granularity=granularity,
         rebuild_ratio=rebuild_ratio, allocation=allocation, preset=preset, refine=refine, swaps=swaps,
         target_mix=target_mix, reconstruct=reconstruct, tune_passes=tune_passes, guard=guard, samples=samples,
         seqlen=seqlen, batch_size=batch_size, device=device, dtype=dtype, processes=counts, flops=flops,
         float32_flops=float32_flops, memory_bandwidth=memory_bandwidth, link=link, bandwidth=bandwidth,
-        revision=revision,
+        revision=revision, layers=layers, blocks=own_blocks,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         found = forecast(config, progress)

@@ -12,6 +12,7 @@ from llm_barber.cli.options import (
     METHOD,
     AllocationOption,
     BatchOption,
+    BlocksOption,
     CalibrationOption,
     DebugOption,
     DeviceMemoryOption,
@@ -25,6 +26,7 @@ from llm_barber.cli.options import (
     IncludeOption,
     InitialOption,
     JsonOption,
+    LayersOption,
     MemoryOption,
     ModelArgument,
     OutArgument,
@@ -105,6 +107,8 @@ def prune(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     revision: RevisionOption = None,
+    layers: LayersOption = None,
+    blocks: BlocksOption = None,
     format: FormatOption = Format.DENSE,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -125,6 +129,7 @@ def prune(
     skipped: Any = skip_layers or ()
     host_size: Any = memory  # as are these
     device_size: Any = device_memory
+    own_blocks: Any = blocks or ()
     config = PruneConfig(
         model=model, output=out, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild,
         granularity=granularity, rebuild_ratio=rebuild_ratio, initial_granularity=initial_granularity,
@@ -134,7 +139,7 @@ def prune(
         calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         resume=resume, report=report, memory=host_size, device_memory=device_size,
-        format=format,
+        format=format, layers=layers, blocks=own_blocks,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 
@@ -182,6 +187,8 @@ def rebuild(
     memory: MemoryOption = None,
     device_memory: DeviceMemoryOption = None,
     revision: RevisionOption = None,
+    layers: LayersOption = None,
+    blocks: BlocksOption = None,
     format: FormatOption = Format.DENSE,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -199,13 +206,14 @@ def rebuild(
 
     host_size: Any = memory  # "8GiB", which the configuration reads
     device_size: Any = device_memory
+    own_blocks: Any = blocks or ()
     config = RebuildConfig(
         dense=dense, pruned=pruned, output=out, initial=initial, pattern=pattern, granularity=granularity,
         rebuild_ratio=rebuild_ratio, refine=refine, swaps=swaps, target_mix=target_mix, reconstruct=reconstruct,
         tune_passes=tune_passes, guard=guard, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         resume=resume, report=report, memory=host_size, device_memory=device_size,
-        format=format,
+        format=format, layers=layers, blocks=own_blocks,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 

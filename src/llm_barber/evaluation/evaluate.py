@@ -41,6 +41,7 @@ class EvaluateConfig(Settings):
     batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
+    layers: str | None = Field(default=None, description="path of the decoder layers; None: as known or found")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -145,8 +146,10 @@ class Evaluator:
 
             check_names(self.tasks)
         progress.stage(f"opening {config.model}")
-        model = StreamedModel(config.model, self.device, self.dtype)
-        self.other = StreamedModel(config.against, self.device, self.dtype) if config.against is not None else None
+        model = StreamedModel(config.model, self.device, self.dtype, config.layers)
+        self.other = None
+        if config.against is not None:
+            self.other = StreamedModel(config.against, self.device, self.dtype, config.layers)
         if self.other is not None:
             _check_same_vocabulary(model, self.other)
         self.tokenizer = load_tokenizer(model.source.folder)
@@ -167,7 +170,7 @@ class Evaluator:
             ModelError: it cannot be read or computed.
             TaskError: a task cannot be run.
         """
-        streamed = StreamedModel(model, self.device, self.dtype)
+        streamed = StreamedModel(model, self.device, self.dtype, self.config.layers)
         if self.other is not None:
             _check_same_vocabulary(streamed, self.other)
         texts = tuple(self._measure_text(streamed, text, progress) for text in self.texts)

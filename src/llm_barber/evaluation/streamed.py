@@ -8,10 +8,12 @@ from torch import Tensor
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.job import check_tensors, load_config, make_skeleton, stored_names
-from llm_barber.model.architecture import find_architecture
+from llm_barber.job import check_tensors, layer_places, load_config, make_skeleton
+from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.structure import find_architecture
+from llm_barber.naming import find_places
 from llm_barber.progress import Progress
 
 CPU_LOGITS_BYTES = 24 * 2**20
@@ -25,21 +27,21 @@ class StreamedModel:
         model: folder, hub id or GGUF file.
         device: where it is computed.
         dtype: what in.
+        layers: path of its decoder layers; None: as known or found.
 
     Raises:
         ModelError: it is missing, damaged or of an unsupported architecture.
         HubError: the hub cannot be reached.
     """
 
-    def __init__(self, model: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: str, device: torch.device, dtype: torch.dtype, layers: str | None = None) -> None:
         self.source = CheckpointSource(model)
         self.config = load_config(self.source)
-        architecture = find_architecture(self.source.model_type)
-        self.source.stored = architecture.stored
+        architecture = find_architecture(self.config, StructureOptions(layers))
         self.skeleton: Skeleton = make_skeleton(self.config, architecture, device, dtype, model)
-        self.base_prefix = str(self.skeleton.model.base_model_prefix)
+        self.source.places = find_places(self.skeleton.model, self.source.tensors)
         check_tensors(self.skeleton, self.source, with_head=True)
-        self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.every_outside_name, self.base_prefix))
+        self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.every_outside_name))
 
     def hidden_states(self, batches: Sequence[Tensor], progress: Progress) -> list[Tensor]:
         """The last decoder layer's output of each batch, (sequences, tokens, hidden), compute dtype, in host memory.
@@ -54,9 +56,9 @@ class StreamedModel:
             skeleton.embed(tokens, lambda hidden: states.append(hidden.cpu()))
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
-            stored = stored_names(skeleton, self.source, index)
-            tensors = self.source.read(stored.values())
-            module = skeleton.load_layer(index, {name: tensors[key] for name, key in stored.items()})
+            places = layer_places(skeleton, self.source, index)
+            tensors = self.source.read(dict.fromkeys(place.tensor for place in places.values()))
+            module = skeleton.load_layer(index, {name: one.of(tensors[one.tensor]) for name, one in places.items()})
             layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
             for number, hidden in enumerate(states):
                 states[number] = layer.output(hidden.to(skeleton.device)).cpu()

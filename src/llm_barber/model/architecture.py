@@ -3,12 +3,11 @@
 To add a family, add a record to `ARCHITECTURES` and its name to the parity test (see CONTRIBUTING.md).
 """
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
-
-from llm_barber.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,11 @@ class Block:
 class Architecture:
     """A model family: the path of its decoder layers (a module list), and each layer's blocks in order.
 
-    `renamed`: parts of parameters' names that checkpoints write otherwise, the model's first; the longest come first.
     `transposed`: weights of linears are kept as (in, out).
     """
 
     layers: str
     blocks: tuple[Block, ...]
-    renamed: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
 
     @property
@@ -53,15 +50,22 @@ class Architecture:
                 found.append(replace(block, linears=tuple(names)))
         return tuple(found)
 
-    def stored(self, name: str) -> str:
-        """What checkpoints call a parameter of the model."""
-        for own, other in self.renamed:
-            name = name.replace(own, other)
-        return name
-
     def turned(self, weight: Tensor) -> Tensor:
         """A linear's weight as (out, in) from how the family keeps it, or the other way round."""
         return weight.t().contiguous() if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class StructureOptions:
+    """What a user decides. `layers`: path of the decoder layers. `blocks`: those of a layer, in order."""
+
+    layers: str | None = None
+    blocks: tuple[Block, ...] = ()
+
+
+def kind_of(linear: str) -> str:
+    """A linear's name with a star for the expert's number."""
+    return re.sub(r"\.\d+\.", ".*.", linear)
 
 
 def only(blocks: Iterable[Block], linears: Collection[str]) -> tuple[Block, ...]:
@@ -117,8 +121,6 @@ GPT2 = _family("transformer.h", ("attn", ("c_attn", "c_proj")), ("mlp", ("c_fc",
 LLAMA = _family("model.layers", LLAMA_ATTENTION, ("mlp", GATED))
 MIXTURE = _family("model.layers", LLAMA_ATTENTION, ("mlp", (*GATED, *EXPERTS, *SHARED)))
 LATENT = _family("model.layers", LATENT_ATTENTION, ("mlp", (*GATED, *EXPERTS, *SEVERAL_SHARED)))
-# Experts by the names of Mixtral's checkpoints.
-W123 = ((".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2."))
 CONVOLUTION = Block("convolution", "conv", ("conv.in_proj", "conv.out_proj"))
 LFM2 = _family("model.layers", ("self_attn", (*QKV, "out_proj")), ("feed_forward", ("w1", "w3", "w2", *EXPERTS)))
 UNGATED = _family("model.layers", LLAMA_ATTENTION, ("mlp", ("up_proj", "down_proj")))
@@ -139,17 +141,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": LLAMA,
     "gpt2": replace(GPT2, transposed=True),
     "gpt_bigcode": GPT2,
-    "gpt_neox": replace(
-        _family("gpt_neox.layers", ("attention", ("query_key_value", "dense")), BLOOM_MLP),
-        renamed=(("lm_head.weight", "embed_out.weight"),),
-    ),
+    "gpt_neox": _family("gpt_neox.layers", ("attention", ("query_key_value", "dense")), BLOOM_MLP),
     "gptj": _family("transformer.h", ("attn", (*QKV, "out_proj")), ("mlp", ("fc_in", "fc_out"))),
     "granite": LLAMA,
     "lfm2": replace(LFM2, blocks=(CONVOLUTION, *LFM2.blocks)),
-    "lfm2_moe": replace(LFM2, blocks=(CONVOLUTION, *LFM2.blocks), renamed=W123),
+    "lfm2_moe": replace(LFM2, blocks=(CONVOLUTION, *LFM2.blocks)),
     "llama": LLAMA,
     "mistral": LLAMA,
-    "mixtral": replace(MIXTURE, renamed=((".mlp.", ".block_sparse_moe."), *W123)),
+    "mixtral": MIXTURE,
     "mpt": _family("transformer.blocks", ("attn", ("Wqkv", "out_proj")), ("ffn", ("up_proj", "down_proj"))),
     "nemotron": UNGATED,
     "olmo": LLAMA,
@@ -159,7 +158,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": _family("model.decoder.layers", ("self_attn", (*QKV, "out_proj")), ("", ("fc1", "fc2")), mlp_output="fc2"),
     "phi": _family("model.layers", ("self_attn", (*QKV, "dense")), ("mlp", ("fc1", "fc2"))),
     "phi3": _family("model.layers", ("self_attn", ("qkv_proj", "o_proj")), ("mlp", ("gate_up_proj", "down_proj"))),
-    "phimoe": replace(MIXTURE, renamed=((".mlp.router.", ".mlp.gate."), (".mlp.", ".block_sparse_moe."), *W123)),
+    "phimoe": MIXTURE,
     "qwen2": LLAMA,
     "qwen2_moe": MIXTURE,
     "qwen3": LLAMA,
@@ -168,17 +167,3 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": LLAMA,
     "starcoder2": _family("model.layers", LLAMA_ATTENTION, ("mlp", ("c_fc", "c_proj"))),
 }
-
-
-def find_architecture(model_type: str) -> Architecture:
-    """The record for a configuration's `model_type`.
-
-    Raises:
-        ModelError: there is none.
-    """
-    if model_type not in ARCHITECTURES:
-        raise ModelError(
-            f"architecture {model_type!r} is not supported",
-            f"supported are {', '.join(sorted(ARCHITECTURES))}; CONTRIBUTING.md shows how to add a record",
-        )
-    return ARCHITECTURES[model_type]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.experts import Experts
@@ -91,6 +92,9 @@ class DecoderLayer:
         """Hand the inputs of every linear to `visitor`, (sequences, tokens, in), then stop.
 
         Linears that read the same tensor are visited one after the other with that same object.
+
+        Raises:
+            ModelError: one of them is not called.
         """
         waiting = set(self.linears)
         latest: list[Tensor] = [hidden, hidden]
@@ -113,6 +117,11 @@ class DecoderLayer:
             for name, linear in self.linears.items():
                 stack.enter_context(_removed(linear.register_forward_pre_hook(visit(name))))
             self._run(hidden)
+        if waiting:
+            raise ModelError(
+                f"{type(self.module).__name__} does not call {', '.join(sorted(waiting))}",
+                "a fused kernel may take its weight instead: leave it uninstalled or switch it off; or --exclude it",
+            )
 
     def input_groups(self, block: Block, hidden: Tensor) -> list[tuple[str, ...]]:
         """The block's linears in the order in which data flows through them; those that read one tensor together."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.experts import split_experts
@@ -35,16 +35,7 @@ class Skeleton:
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
-        # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
-        with init_empty_weights(include_buffers=False):
-            try:
-                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            except ValueError:  # a family whose attention is written out
-                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-        with torch.device("meta"):
-            split_experts(self.model)
-        self.model.tie_weights()
-        self.model.eval().requires_grad_(False)
+        self.model = empty_model(config, dtype)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -202,6 +193,24 @@ class Skeleton:
     def _pass_through(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         """What a layer that does nothing would return."""
         return (hidden_states, None) if self.layers_return_tuples else hidden_states
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The module tree that transformers builds, parameters on `meta`, experts with linears of their own.
+
+    Raises:
+        whatever transformers does.
+    """
+    # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
+    with init_empty_weights(include_buffers=False):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        except ValueError:  # a family whose attention is written out
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    split_experts(model)
+    model.tie_weights()
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _pair(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:

@@ -77,7 +77,8 @@ def forward(block: BlockShapes, recipe: Recipe, tokens: float, until_last: bool 
     touched = INPUT_TOUCHES * features + OUTPUT_TOUCHES * first
     # Causal: half of all pairs of tokens, in two products.
     attention = 2 * tokens * recipe.tokens * block.attention_width
-    return Work(products=2 * tokens * weights, attention=attention, moved=tokens * touched * recipe.itemsize)
+    given = tokens * block.share * block.copies
+    return Work(products=2 * given * weights, attention=attention, moved=given * touched * recipe.itemsize)
 
 
 def _size(linear: tuple[int, int]) -> int:
@@ -138,10 +139,10 @@ def _costing(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
     found = NONE
     for rows, columns in block.linears:
         found += Work(
-            moved=SQUARING * tokens * (rows + columns) + COSTING * rows * columns,
+            moved=SQUARING * tokens * block.share * (rows + columns) + COSTING * rows * columns,
             ordered=sorting(rows * columns, columns),
         ) + _reduce(recipe, FLOAT32 * (rows + columns))
-    return found
+    return found * block.copies
 
 
 def _choose(block: BlockShapes, recipe: Recipe) -> Work:
@@ -154,7 +155,7 @@ def _choose(block: BlockShapes, recipe: Recipe) -> Work:
             continue
         by_linear = recipe.initial in (Initial.MAGNITUDE, Initial.RIA, Initial.ALPS)
         found += Work(moved=moved, sorted=sorting(rows * columns, rows * columns if by_linear else columns))
-    return found
+    return found * block.copies
 
 
 def _within_groups(recipe: Recipe, weights: float) -> float:
@@ -169,16 +170,18 @@ def _initial(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
         return found
     tokens = recipe.own_tokens
     found += forward(block, recipe, tokens, until_last=block is layer.blocks[-1]) + _streams(block, recipe, tokens, 0.5)
+    of_a_copy = NONE
+    given = tokens * block.share
     for group in block.groups:
         columns = group[0][1]
         if recipe.initial in DECOMPOSITION:
-            found += Work(grams=2 * tokens * columns**2, exact=DECOMPOSITION[recipe.initial] * columns**3)
-            found += _reduce(recipe, FLOAT32 * columns**2)
+            of_a_copy += Work(grams=2 * given * columns**2, exact=DECOMPOSITION[recipe.initial] * columns**3)
+            of_a_copy += _reduce(recipe, FLOAT32 * columns**2)
         else:
-            found += Work(moved=SQUARING * tokens * columns) + _reduce(recipe, FLOAT32 * columns)
+            of_a_copy += Work(moved=SQUARING * given * columns) + _reduce(recipe, FLOAT32 * columns)
         for rows, _ in group:
-            found += _update(recipe, rows, columns)
-    return found
+            of_a_copy += _update(recipe, rows, columns)
+    return found + of_a_copy * block.copies
 
 
 def _update(recipe: Recipe, rows: int, columns: int) -> Work:
@@ -201,22 +204,22 @@ def _rebuild(block: BlockShapes, recipe: Recipe) -> Work:
     tokens = recipe.own_tokens
     once = forward(block, recipe, tokens)
     first = sum(_size(linear) for linear in block.linears[:-1])
+    given, weights = tokens * block.share * block.copies, block.every_weight
     back = Work(
-        products=2 * tokens * (block.weights - first),
-        gradients=2 * tokens * block.weights,
+        products=2 * given * (block.weights - first),
+        gradients=2 * given * block.weights,
         attention=BACKWARD_ATTENTION * once.attention,
-        moved=once.moved + recipe.own_sequences * block.weights * SQUARING,
+        moved=once.moved + recipe.own_sequences * weights * SQUARING,
     )
     together = {
         Granularity.OUTPUT: block.linears[0][1], Granularity.INPUT: block.linears[0][0],
-        Granularity.LINEAR: block.largest, Granularity.BLOCK: block.weights,
+        Granularity.LINEAR: block.largest, Granularity.BLOCK: weights + block.beside,
     }[recipe.granularity]  # fmt: skip
     ranking = Work(
-        moved=REBUILDING * block.weights + 2 * _within_groups(recipe, block.weights),
-        sorted=2 * sorting(block.weights, together),
+        moved=REBUILDING * weights + 2 * _within_groups(recipe, weights), sorted=2 * sorting(weights, together)
     )
     moved = _streams(block, recipe, tokens, 3)
-    return once * 2 + back + ranking + moved + _reduce(recipe, FLOAT32 * block.weights)
+    return once * 2 + back + ranking + moved + _reduce(recipe, FLOAT32 * weights)
 
 
 def _refine(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
@@ -229,13 +232,16 @@ def _refine(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
     found += _streams(block, recipe, tokens, 2 * streams * (1 if block is layer.blocks[0] else 2))
     if recipe.follows_dense:
         found += forward(block, recipe, tokens)
+    of_a_copy = NONE
+    given = tokens * block.share
     for group in block.groups:
         columns = group[0][1]
         matrices = streams * (2 if settings.held_out else 1)
-        found += Work(grams=2 * tokens * columns**2 * streams, moved=streams * tokens * columns * FLOAT32 * 2)
-        found += _reduce(recipe, matrices * FLOAT32 * columns**2)
+        of_a_copy += Work(grams=2 * given * columns**2 * streams, moved=streams * given * columns * FLOAT32 * 2)
+        of_a_copy += _reduce(recipe, matrices * FLOAT32 * columns**2)
         for rows, _ in group:
-            found += _improve(recipe, rows, columns)
+            of_a_copy += _improve(recipe, rows, columns)
+    found += of_a_copy * block.copies
     return found + forward(block, recipe, recipe.held_out or tokens) * 3
 
 

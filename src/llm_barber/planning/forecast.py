@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError
 from llm_barber.job import check_positions, make_skeleton
-from llm_barber.model.architecture import find_architecture
+from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.structure import find_architecture
 from llm_barber.planning.configuration import read_configuration
 from llm_barber.planning.costs import Costs, run_costs
 from llm_barber.planning.machine import KINDS, Rates, measured_rates, named_rates
@@ -104,6 +106,7 @@ class Forecast(BaseModel):
 
     model: str
     architecture: str
+    structure: tuple[str, ...]
     layers: int
     parameters: int
     weights: int
@@ -139,7 +142,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     dtype = resolve_dtype(config.dtype if own or config.dtype != "auto" else "bfloat16", device)
     described = read_configuration(config.model, config.revision)
     stored = described.dtype or torch.float32  # before the empty model sets another
-    architecture = find_architecture(described.model_type)
+    architecture = find_architecture(described, config.structure)
     check_positions(described, config.seqlen)
     skeleton = make_skeleton(described, architecture, torch.device("cpu"), dtype, config.model)
     model = model_shapes(skeleton)
@@ -158,6 +161,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     return Forecast(
         model=config.model,
         architecture=described.model_type,
+        structure=_structure(skeleton, architecture is ARCHITECTURES.get(described.model_type)),
         layers=len(model.layers),
         parameters=model.parameters,
         weights=model.weights,
@@ -179,6 +183,32 @@ def _named_device(name: str) -> str:
     if name == "auto":
         return "cuda"
     return kind if kind in BARE_PROCESS else str(resolve_device(name).type)
+
+
+def _structure(skeleton: Skeleton, known: bool) -> tuple[str, ...]:
+    """Where the decoder layers are and what their blocks are, in lines; kinds of layers together."""
+    lines = [f"layers: {skeleton.architecture.layers}, {'as recorded' if known else 'found by structure'}"]
+    kinds: dict[tuple[Block, ...], list[int]] = {}
+    for index, blocks in enumerate(skeleton.blocks):
+        alike = (replace(one, linears=tuple(dict.fromkeys(kind_of(name) for name in one.linears))) for one in blocks)
+        kinds.setdefault(tuple(alike), []).append(index)
+    for blocks, layers in kinds.items():
+        of = "" if len(kinds) == 1 else f"layers {ranges(layers)}: "
+        for block in blocks:
+            linears = ", ".join(name.removeprefix(f"{block.output}.") for name in block.linears)
+            lines.append(f"{of}{block.name} ({block.output}): {linears}")
+    return tuple(lines)
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers as people write them: 0-2, 5."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
 
 
 def _check_pattern(config: PlanConfig, model: ModelShapes) -> None:

@@ -13,6 +13,7 @@ from llm_barber.masking.swaps import CACHED_WEIGHTS
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.presets import Allocation
+from llm_barber.refine import MOMENTS_BYTES
 
 FLOAT32, BOOL = 4, 1
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4  # of a batch: float32 ones of the block's input, what autograd keeps of outputs
@@ -113,15 +114,17 @@ def _reading(model: ModelShapes, recipe: Recipe) -> Held:
 def _batch(block: BlockShapes, recipe: Recipe) -> float:
     """What one batch of sequences takes while a block is computed."""
     features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
-    return recipe.batch_tokens * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
+    given = recipe.batch_tokens * max(1, block.share * block.copies)
+    return given * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
 
 
 def _rebuilding(block: BlockShapes, recipe: Recipe) -> Held:
     """Squares of gradients with a batch and one gradient, or, larger, with scores and their ranking."""
-    squares = FLOAT32 * block.weights
+    weights = block.every_weight + block.beside
+    squares = FLOAT32 * weights
     passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
-    competing = block.weights if recipe.granularity is Granularity.BLOCK else block.largest
-    ranking = (FLOAT32 + 5 * BOOL) * block.weights + RANKING * competing
+    competing = weights if recipe.granularity is Granularity.BLOCK else block.largest
+    ranking = (FLOAT32 + 5 * BOOL) * weights + RANKING * competing
     return Held(device=squares + max(passes, ranking))
 
 
@@ -129,13 +132,14 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Held:
     """Gram matrices of the inputs, of training and held-out windows, as sums and as means; arrays of one linear."""
     assert recipe.refine is not None
     streams = 2 if recipe.follows_dense else 1
-    refined = block.weights * (recipe.stored + BOOL)
+    refined = (block.every_weight + block.beside) * (recipe.stored + BOOL)
     found = []
     for group in block.groups:
         matrix = FLOAT32 * group[0][1] ** 2
         largest = max(rows * columns for rows, columns in group)
         windows = 2 if recipe.refine.held_out else 1
-        sums = streams * matrix * (windows + 1)
+        at_once = min(block.copies, max(1, MOMENTS_BYTES // (4 * matrix)))
+        sums = streams * matrix * (windows * at_once + 1)
         gathering = sums + max(_batch(block, recipe), 2 * streams * matrix)
         arrays = (SOLVING if recipe.refine.solve else ERROR_ARRAYS) * largest
         together = min(largest, CACHED_WEIGHTS) if recipe.on_cpu else largest

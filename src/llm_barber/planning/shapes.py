@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from llm_barber.errors import ModelError
+from torch import nn
+
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
@@ -12,20 +13,29 @@ ATTENTION = "attention"  # the name of the block that attends, in every architec
 
 @dataclass(frozen=True)
 class BlockShapes:
-    """A block: its linears' shapes, (out, in), in the order in which data flows through them.
+    """A block, or a part of one: its linears' shapes, (out, in), in the order in which data flows through them.
 
     All but the last read one tensor, the block's input; the last reads what the block makes of their outputs.
-    `attention_width`: heads × head size; 0 where the block does not attend.
+    `attention_width`: heads × head size; 0 where the block does not attend. `copies`: experts with these shapes, each
+    of which is given a `share` of the tokens. `beside`: weights of the block's other parts.
     """
 
     name: str
     linears: tuple[tuple[int, int], ...]
     attention_width: int
+    copies: int = 1
+    share: float = 1
+    beside: int = 0
 
     @property
     def weights(self) -> int:
-        """Of all its linears."""
+        """Of all its linears, in one copy."""
         return sum(rows * columns for rows, columns in self.linears)
+
+    @property
+    def every_weight(self) -> int:
+        """Of all copies."""
+        return self.copies * self.weights
 
     @property
     def groups(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -48,7 +58,7 @@ class LayerShapes:
     @property
     def weights(self) -> int:
         """Of all its linears."""
-        return sum(block.weights for block in self.blocks)
+        return sum(block.every_weight for block in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -84,16 +94,7 @@ class ModelShapes:
 
 
 def model_shapes(skeleton: Skeleton) -> ModelShapes:
-    """The sizes of an empty model.
-
-    Raises:
-        ModelError: it has experts, each of which sees a part of the tokens.
-    """
-    if any(isinstance(module, Experts) for module in skeleton.layers.modules()):
-        raise ModelError(
-            "a mixture of experts cannot be planned yet",
-            "llm-barber prune takes it; its time is near that of a dense model with as many weights for each token",
-        )
+    """The sizes of an empty model."""
     head = skeleton.model.get_output_embeddings()
     vocabulary, features = tuple(head.weight.shape) if head is not None else (0, 0)
     layers = tuple(_layer(skeleton, index) for index in range(len(skeleton.layers)))
@@ -109,17 +110,38 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
 
 def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
     layer = skeleton.layers[index]
+    chosen = int(getattr(skeleton.model.config, "num_experts_per_tok", 1) or 1)
+    blocks = [block for block in skeleton.blocks[index] if block.linears]
     return LayerShapes(
-        blocks=tuple(_block(layer, block, skeleton.architecture) for block in skeleton.blocks[index]),
+        blocks=tuple(part for block in blocks for part in _parts(layer, block, skeleton.architecture, chosen)),
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
     )
 
 
-def _block(layer: object, block: Block, architecture: Architecture) -> BlockShapes:
-    shapes = []
+def _parts(layer: nn.Module, block: Block, architecture: Architecture, chosen: int) -> list[BlockShapes]:
+    """A block; of a mixture, its experts, all alike, and what else it has, each module by itself."""
+    experts = {name: len(module) for name, module in layer.named_modules() if isinstance(module, Experts)}
+    groups: dict[str, list[tuple[int, int]]] = {}
+    counts: dict[str, int] = {}
     for name in block.linears:
-        shape = tuple(layer.get_submodule(name).weight.shape)  # type: ignore[attr-defined]
+        own = next((path for path in experts if name.startswith(f"{path}.")), None)
+        if own is not None and not name.startswith(f"{own}.0."):
+            continue  # as the first expert's
+        place = f"{own}.0" if own else name.rpartition(".")[0] if experts else block.output
+        shape = tuple(layer.get_submodule(name).get_parameter("weight").shape)
         rows, columns = shape[::-1] if architecture.transposed else shape
-        shapes.append((rows, columns))
-    # What the output projection reads is every head's output, side by side.
-    return BlockShapes(block.name, tuple(shapes), shapes[-1][1] if block.name == ATTENTION else 0)
+        groups.setdefault(place, []).append((rows, columns))
+        counts[place] = experts[own] if own else 1
+    weights = {place: counts[place] * sum(rows * columns for rows, columns in one) for place, one in groups.items()}
+    return [
+        BlockShapes(
+            block.name,
+            tuple(shapes),
+            # What the output projection reads is every head's output, side by side.
+            attention_width=shapes[-1][1] if block.name == ATTENTION else 0,
+            copies=counts[place],
+            share=min(1.0, chosen / counts[place]) if counts[place] > 1 else 1,
+            beside=sum(weights.values()) - weights[place],
+        )
+        for place, shapes in groups.items()
+    ]

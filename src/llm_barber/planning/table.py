@@ -22,6 +22,8 @@ def show_forecast(found: Forecast) -> None:
         f"{found.dtype} on {found.device}, {found.batch_size} windows at a time",
         soft_wrap=True,
     )
+    for line in found.structure:
+        console.print(f"  {line}", soft_wrap=True)
     console.print(_stages(found.runs[0]))
     table = Table(title="time and memory of each process" if len(found.runs) > 1 else None)
     with_device = found.runs[0].device_memory is not None

@@ -1,0 +1,72 @@
+"""Where a checkpoint keeps each parameter of a model: transformers knows what it converts names and experts to."""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from llm_barber.checkpoint.source import Place
+from llm_barber.errors import ModelError
+from llm_barber.model.experts import DOWN, GATE, GATE_UP, UP, Experts
+
+# Experts that a checkpoint keeps one by one: the linears of each that a stacked parameter is made of, in order.
+MEMBERS = {GATE_UP: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}
+MERGES = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+
+
+def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Place]:
+    """Parameters and buffers by the model's names, experts one by one, and where they lie.
+
+    Args:
+        model: its experts have linears of their own (`experts.py`).
+        stored: the checkpoint's names.
+
+    Raises:
+        ModelError: transformers makes a parameter from the checkpoint's tensors in a way that cannot be turned back.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    experts = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+    base = f"{model.base_model_prefix}."
+    places: dict[str, Place] = {}
+    for key in stored:
+        renamed, pattern = rename_source_key(key, renamings, converters)
+        names = [one for one in (renamed, base + renamed, renamed.removeprefix(base)) if _known(one, own, experts)]
+        if not names:
+            continue  # of something else: it is written as it was read
+        if names[0] in own:
+            places.setdefault(names[0], Place(key))
+            continue
+        path, _, leaf = names[0].rpartition(".")
+        if pattern is None:
+            for part in experts[path].parts(leaf):
+                places[f"{path}.{part.name}"] = Place(key, part)
+        else:
+            converter = next(one for one in converters if pattern in one.source_patterns)
+            number = re.findall(r"\.(\d+)(?=\.)", key)[-1]
+            linear = _member(converter, pattern, leaf, experts[path], key)
+            places[f"{path}.{number}.{linear}.weight"] = Place(key)
+    return places
+
+
+def _known(name: str, own: set[str], experts: dict[str, Experts]) -> bool:
+    return name in own or name.rpartition(".")[0] in experts
+
+
+def _member(converter: WeightConverter, pattern: str, leaf: str, experts: nn.Module, key: str) -> str:
+    """The linear of an expert that a checkpoint's tensor is the weight of."""
+    steps = [type(one).__name__ for one in converter.operations]
+    members = MEMBERS.get(leaf, ())
+    sources = converter.source_patterns
+    assert isinstance(experts, Experts)
+    if steps not in MERGES or len(members) != len(sources) or not hasattr(experts[0], members[0]):
+        raise ModelError(
+            f"transformers converts {key} by {', '.join(steps)} when it loads it, which cannot be turned back here",
+            "load the model with transformers, dequantised, and save_pretrained() it",
+        )
+    return str(members[sources.index(pattern)])

@@ -1,0 +1,123 @@
+"""The structure that is found without a record is the record's; what is ambiguous or unknown is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from llm_barber import InspectConfig, PruneConfig, inspect, prune
+from llm_barber.errors import BarberError, ModelError, SettingsError
+from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.model.skeleton import empty_model
+from llm_barber.model.structure import analyse, find_architecture, find_layers
+from tests.conftest import FOUND, KNOWN, LLAMA_LIKE, make_config, make_model, save_tokens
+
+BLOCKS = "only: {output: mlp, linears: [mlp.up_proj, mlp.down_proj]}\n"
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_what_is_found_is_what_the_record_says(family: str) -> None:
+    config = make_config(family)
+    found, record = analyse(config), ARCHITECTURES[config.model_type]
+    assert (found.layers, found.transposed) == (record.layers, record.transposed)
+    for layer in empty_model(config, torch.float32).get_submodule(record.layers):
+        pairs = zip(found.blocks_of(layer), record.blocks_of(layer), strict=True)
+        for one, other in pairs:
+            assert (one.name, one.output, set(one.linears)) == (other.name, other.output, set(other.linears))
+
+
+# By layer: the blocks, and how many linears each has; what steers (routers, time steps) is not among them.
+EXPECTED = {
+    "bamba": [{"state space": 2, "mlp": 3}, {"attention": 4, "mlp": 3}],
+    "falcon_h1": [{"state space": 2, "attention": 4, "mlp": 3}] * 2,
+    "gpt_oss": [{"attention": 4, "mlp": 8}] * 2,
+    "granitemoe": [{"attention": 4, "mlp": 12}] * 2,
+    "granitemoehybrid": [{"state space": 2, "mlp": 12, "shared_mlp": 2}, {"attention": 4, "mlp": 12, "shared_mlp": 2}],
+    "jamba": [{"state space": 3, "mlp": 3}, {"attention": 4, "mlp": 12}],
+    "nemotron_h": [{"mixer": 2}, {"mixer": 10}, {"mixer": 4}],
+    "qwen3_next": [{"linear attention": 3, "mlp": 15}, {"attention": 4, "mlp": 15}],
+}
+
+
+@pytest.mark.parametrize("family", FOUND)
+def test_blocks_of_families_without_a_record(family: str) -> None:
+    config = make_config(family)
+    found = find_architecture(config)
+    layers = empty_model(config, torch.float32).get_submodule(found.layers)
+    blocks = [{block.name: len(block.linears) for block in found.blocks_of(layer)} for layer in layers]
+    assert blocks == EXPECTED[family]
+    assert not [linear for linear in found.linears if "router" in linear or "gate." in linear or "dt_proj" in linear]
+
+
+def test_several_lists_of_layers_are_ambiguous() -> None:
+    model = nn.Module()
+    model.encoder = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+    model.decoder = nn.ModuleList([nn.Sequential(nn.ModuleList([nn.Linear(4, 4)])) for _ in range(3)])
+    model.small = nn.ModuleList([nn.Linear(2, 2)])
+    with pytest.raises(ModelError, match="several lists of layers: encoder, decoder") as caught:
+        find_layers(model)
+    assert "--layers" in caught.value.hint
+    del model.encoder
+    assert find_layers(model) == "decoder"
+    with pytest.raises(ModelError, match="no list of layers"):
+        find_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("roberta", {}, "is an encoder"),
+        ("t5", {}, "its structure was not found"),
+        ("jetmoe", LLAMA_LIKE, "keeps weights stacked in"),
+        ("llama4_text", LLAMA_LIKE, "computed in a way of their own"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused(model_type: str, settings: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        find_architecture(AutoConfig.for_model(model_type, **settings))
+    assert caught.value.hint
+
+
+def test_a_user_decides(tmp_path: Path) -> None:
+    file = tmp_path / "blocks.yaml"
+    file.write_text(BLOCKS)
+    dense, tokens = make_model(tmp_path / "dense", "llama"), save_tokens(tmp_path / "tokens.safetensors")
+    config = PruneConfig(
+        model=dense, output=tmp_path / "out", layers="model.layers", blocks=file, calibration=tokens, dtype="float32"
+    )
+    report = prune(config)
+    assert {linear.name for linear in report.linears} == {"mlp.up_proj", "mlp.down_proj"}
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    found = inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(dense)))
+    assert found.problems == ()
+    assert len(found.linears) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "model.norm"}, "model.norm is not a list of layers"),
+        ({"layers": "model.nothing"}, "model.nothing is not a list of layers"),
+        ({"blocks": BLOCKS.replace("output: mlp", "output: mpl")}, "no layer has a module 'mpl'"),
+        ({"blocks": BLOCKS.replace("mlp.up_proj", "mlp.upp")}, "no layer has a linear 'mlp.upp'"),
+        ({"blocks": "only: [mlp]"}, "does not describe blocks"),
+        ({"blocks": "only: {output: mlp, linears: [1]}"}, "does not describe blocks"),
+        ({"blocks": "{"}, "does not describe blocks"),
+    ],
+)
+def test_wrong_decisions_say_what_there_is(tmp_path: Path, options: dict[str, str], message: str) -> None:
+    given: dict = {**options}
+    if "blocks" in given:
+        given["blocks"] = tmp_path / "blocks.yaml"
+        given["blocks"].write_text(options["blocks"])
+    with pytest.raises(SettingsError, match=message) as caught:
+        settings = PruneConfig(model="x", output=tmp_path / "out", **given)
+        find_architecture(make_config("llama"), settings.structure)
+    assert caught.value.hint
+
+
+def test_errors_of_models_that_cannot_be_built_are_told() -> None:
+    with pytest.raises(BarberError, match="structure was not found"):
+        find_architecture(AutoConfig.for_model("dbrx", d_model=32, n_layers=1, n_heads=4, vocab_size=64))
