@@ -32,11 +32,11 @@ def test_layer_by_layer_equals_the_whole_model(family: str) -> None:
     model_type, settings = deep(family)
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():  # transformers leaves some as memory was
-        if parameter.dim() > 1:
-            parameter.normal_(0, 0.1)
     skeleton = Skeleton(config, find_architecture(config), torch.device("cpu"), torch.float32)
     split_experts(model)  # which the skeleton has done, too
+    for parameter in model.parameters():  # some are as memory was
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.1)
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     skeleton.fill_outside({name: weights[name] for name in skeleton.every_outside_name})
     tokens = torch.randint(0, 128, (2, 12))
