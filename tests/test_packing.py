@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
 from llm_barber.checkpoint.packed import PACKED_INDEX
 from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.checkpoint.writer import LOCK_NAME
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.loading import load
 from tests.conftest import make_model, save_tokens
@@ -59,6 +60,16 @@ def test_other_checkpoints_come_back_too(tmp_path: Path, dtype: torch.dtype) -> 
     assert report.packed == {"bitmask": 1}
     unpack(PackConfig(model=tmp_path / "packed", output=tmp_path / "unpacked"))
     assert contents(tmp_path / "unpacked") == contents(model)
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path, pruned: Path) -> None:
+    pack(PackConfig(model=pruned, output=tmp_path / "packed"))
+    left = shutil.copytree(tmp_path / "packed", tmp_path / "again.partial")  # all but the rename
+    (left / LOCK_NAME).touch()
+    (left / "packed-more.safetensors").write_bytes(b"half a shard")
+    pack(PackConfig(model=pruned, output=tmp_path / "again"))
+    assert contents(tmp_path / "again") == contents(tmp_path / "packed")
+    assert not left.exists()
 
 
 def test_transposed_weights_are_packed_and_loaded(tmp_path: Path) -> None:

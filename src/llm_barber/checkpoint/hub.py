@@ -19,11 +19,17 @@ HUB_PATTERNS = [
     "NOTICE*",
     "USE_POLICY*",
 ]
+PICKLED_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 HUB_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights in other layouts
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, pickled: bool = False) -> Path:
     """The local folder for a folder, a GGUF file or a hub id.
+
+    Args:
+        model: what a user calls it.
+        revision: of a hub id.
+        pickled: of the hub's files take pickled weights, too.
 
     Raises:
         ModelError: there is no such folder, and it cannot be a hub id.
@@ -43,7 +49,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", model) or model.endswith(".gguf"):
         raise ModelError(f"no such model: {model}", "give the folder of a checkpoint, a GGUF file or a hub id")
     name, _, pinned = model.partition("@")
-    return _download(name, pinned or revision)
+    return _download(name, pinned or revision, HUB_PATTERNS + (PICKLED_PATTERNS if pickled else []))
 
 
 def hub_configuration(model: str, revision: str | None = None) -> Path:
@@ -60,12 +66,12 @@ def hub_configuration(model: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(name, "config.json", revision=pinned or revision))
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     with _explained(model, revision):
         from huggingface_hub import snapshot_download
 
         return Path(
-            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_NOT_NEEDED)
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_NOT_NEEDED)
         )
 
 

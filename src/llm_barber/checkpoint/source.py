@@ -142,13 +142,7 @@ class CheckpointSource:
 
     def companions(self) -> list[Path]:
         """Configuration, tokenizer, generation and licence files that travel with the weights."""
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES))
-            and path.name not in NO_COMPANIONS
-        )
+        return companions(self.folder)
 
     def _read_configuration(self) -> dict[str, Any]:
         if (self.folder / "adapter_config.json").exists():
@@ -236,7 +230,7 @@ class CheckpointSource:
 
     def _hint_without_safetensors(self) -> str:
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")) or any(self.folder.glob("*.pth")):
-            return "pickled weights can run code when opened and are not read: save the model as safetensors first"
+            return "pickles can run code when opened and are not read: llm-barber convert makes safetensors of them"
         if any(self.folder.glob("model-*-of-*.safetensors")):
             return "its index is missing: the run that wrote it did not finish"
         return f"{SINGLE_NAME} or {INDEX_NAME} is needed"
@@ -283,6 +277,17 @@ def _all_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a checkpoint's folder that travel with its weights."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES))
+        and path.name not in NO_COMPANIONS
+    )
 
 
 def sharded_by(names: Iterable[str], sizes: dict[str, TensorInfo], limit: int) -> Iterator[list[str]]:

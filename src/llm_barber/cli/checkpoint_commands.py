@@ -89,6 +89,32 @@ def unpack(
     _run_packing(run, packed, out, overwrite, json, quiet)
 
 
+@app.command(epilog="Example:\n\nllm-barber convert ./model-with-pytorch_model.bin converted")
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id with pytorch_model*.bin.")],
+    out: OutArgument,
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make safetensors of pickled weights, running none of the code that pickles can hold.
+
+    The other commands do not read pickles.
+    """
+    from llm_barber.console import ConsoleProgress
+    from llm_barber.convert import ConvertConfig
+    from llm_barber.convert import convert as run
+
+    with ConsoleProgress(quiet) as progress:
+        report = run(ConvertConfig(model=model, output=out, revision=revision, overwrite=overwrite), progress)
+    if json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print(f"{report.output}: {report.tensors} tensors, {report.bytes:,} bytes, from {report.files} files")
+
+
 def _run_packing(run: Callable[..., Any], model: str, output: Path, overwrite: bool, json: bool, quiet: bool) -> None:
     from llm_barber.console import ConsoleProgress, show_packing
     from llm_barber.packing import PackConfig

@@ -1,0 +1,116 @@
+"""Make safetensors of pickled weights (`pytorch_model*.bin`), file by file, without running what is in them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from llm_barber.checkpoint.hub import resolve_model
+from llm_barber.checkpoint.source import companions
+from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.config import Settings
+from llm_barber.errors import ModelError, first_line
+from llm_barber.progress import Progress, Silent
+
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+AGAIN = "get the checkpoint again, whole"
+
+
+class ConvertConfig(Settings):
+    """Settings of `convert`."""
+
+    model: str = Field(description="folder or hub id with pytorch_model*.bin")
+    output: Path = Field(description="folder to write; it appears when it is complete")
+    revision: str | None = Field(None, description="of a hub id")
+    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
+
+
+class ConvertReport(BaseModel):
+    """Files read, and the tensors and bytes in them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    output: str
+    files: int
+    tensors: int
+    bytes: int
+
+
+def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertReport:
+    """Write a copy of a checkpoint with safetensors for its pickled weights; one file is in memory at a time.
+
+    PyTorch's `weights_only` loader reads them: of a pickle it makes tensors and containers and calls nothing else.
+
+    Raises:
+        ModelError: no pickled weights, a damaged file, or one that holds more than tensors.
+        OutputError: the output cannot be written.
+        HubError: the hub cannot be reached or does not have it.
+    """
+    progress = progress or Silent()
+    folder = resolve_model(config.model, config.revision, pickled=True)
+    files = pickled_files(folder, config.model)
+    count, size = 0, 0
+    needed = sum((folder / file).stat().st_size for file in files)
+    with CheckpointWriter(config.output, len(files), config.overwrite, needed) as writer:
+        progress.start("converting", len(files))
+        for file in files:
+            tensors = read_pickled(folder / file)
+            writer.write_shard(tensors)
+            count += len(tensors)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+            progress.advance(file)
+        for path in companions(folder):
+            writer.copy(path)
+        writer.finish()
+    return ConvertReport(model=config.model, output=str(config.output), files=len(files), tensors=count, bytes=size)
+
+
+def pickled_files(folder: Path, model: str) -> list[str]:
+    """The names of a checkpoint's pickled files, all of them inside its folder.
+
+    Raises:
+        ModelError: there are none, one is missing, or the index is damaged.
+    """
+    index = folder / PICKLED_INDEX
+    if not index.is_file():
+        if not (folder / PICKLED).is_file():
+            raise ModelError(f"{model} has no {PICKLED}", "what has safetensors needs no converting")
+        return [PICKLED]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{PICKLED_INDEX} of {model} has no weight_map", AGAIN) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+            raise ModelError(f"{PICKLED_INDEX} names {name!r}, which is not a file of its folder", "do not trust it")
+        if not (folder / name).is_file():
+            raise ModelError(f"shard {name} of {model} is missing", AGAIN)
+    return names
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, each with memory of its own.
+
+    Raises:
+        ModelError: it cannot be read without running what is in it, or holds something else.
+    """
+    try:
+        try:
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader raises whatever a damaged file makes it raise
+        raise ModelError(
+            f"{path.name} cannot be read safely: {first_line(error)}", "it is damaged, or holds more than weights"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise ModelError(f"{path.name} holds no mapping of names to tensors", AGAIN)
+    for name, tensor in content.items():
+        if not isinstance(name, str) or type(tensor) is not Tensor or tensor.layout is not torch.strided:
+            raise ModelError(f"{path.name} holds {name!r}, which is not a plain tensor", "only weights are converted")
+    # Tied ones share their memory, which safetensors cannot; others are views of more.
+    return {name: tensor.contiguous().clone() for name, tensor in content.items()}
