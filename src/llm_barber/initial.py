@@ -34,7 +34,8 @@ class PrunedLinear:
 
     `keep`: bool. `weight`: the pruned weights, zero where pruned (SparseGPT updates the others). `values`: what a
     weight is where the final mask keeps it. `fixed`: True where a weight takes no part in the rebuild.
-    `few_tokens`: so little was routed to its expert that it is pruned by magnitude.
+    `few_tokens`: so little was routed to its expert that its mask is magnitude's, or a checkpoint's, and stays; None: no
+    tokens were counted yet.
     """
 
     keep: Tensor
@@ -42,11 +43,15 @@ class PrunedLinear:
     values: Tensor
     pattern: NofM | None
     fixed: Tensor | None = None
-    few_tokens: bool = False
+    few_tokens: bool | None = None
 
     def with_mask(self, keep: Tensor) -> "PrunedLinear":
         """The same linear with another mask."""
         return replace(self, keep=keep, weight=apply_mask(self.values, keep))
+
+    def left_alone(self) -> "PrunedLinear":
+        """The same linear of an expert with few tokens: nothing is swapped."""
+        return replace(self, fixed=torch.ones_like(self.keep), few_tokens=True)
 
     @property
     def final(self) -> Tensor:
@@ -109,10 +114,10 @@ class MethodMasks:
         layer.forget_tokens()
         found = self._by_method(layer, dense, streams, targets)
         if self.method is not Initial.MAGNITUDE:
+            found = {name: replace(one, few_tokens=False) for name, one in found.items()}
             for name in with_few_tokens(layer, streams):
                 keep = self._mask(saliency.magnitude(dense[name]), targets[name])
-                stays = torch.ones_like(keep)
-                found[name] = replace(found[name], values=dense[name], fixed=stays, few_tokens=True).with_mask(keep)
+                found[name] = replace(found[name], values=dense[name]).with_mask(keep).left_alone()
         return found
 
     def _by_method(
@@ -184,12 +189,12 @@ def _group_pattern(target: Pattern) -> NofM | None:
     return target if isinstance(target, NofM) else None
 
 
-def with_few_tokens(layer: DecoderLayer, streams: ActivationStreams) -> list[str]:
-    """The linears of experts that were given fewer than `FEW_TOKENS` tokens."""
+def with_few_tokens(layer: DecoderLayer, streams: ActivationStreams, calls: int = 1) -> list[str]:
+    """The linears of experts that were given fewer than `FEW_TOKENS` tokens in each of so many calls for a sequence."""
     found = []
     for path, experts in layer.experts.items():
         streams.ranks.add_tensor(experts.tokens)
-        few = {f"{path}.{number}" for number in (experts.tokens < FEW_TOKENS).nonzero().flatten().tolist()}
+        few = {f"{path}.{number}" for number in (experts.tokens < calls * FEW_TOKENS).nonzero().flatten().tolist()}
         found += [name for name in layer.linears if name.rpartition(".")[0] in few]
     return found
 

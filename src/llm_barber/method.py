@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_barber.errors import NotFiniteError
-from llm_barber.initial import PrunedLinear
+from llm_barber.initial import PrunedLinear, with_few_tokens
 from llm_barber.job import Job
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
@@ -129,10 +129,8 @@ def _prune_block(
     before, measured_from, rejected = None, None, False
     where = f"layer {index} {block.name}"
     if rebuild_settings is not None:
-        found, before = _rebuild_block(work, dense, initial, rebuild_settings, where)
+        now, masks, before = _rebuild_block(work, dense, now, rebuild_settings, where)
         measured_from = 0
-        masks = dict(zip(block.linears, found, strict=True))
-        now = {name: now[name].with_mask(mask.keep) for name, mask in masks.items()}
     if refine_settings is not None:
         now = {name: one.with_mask(one.keep) for name, one in now.items()}
         refined = refine_block(work, dense, now, refine_settings)
@@ -166,7 +164,7 @@ def _result(block: Block, outcome: _Outcome, after: float | None, weights: Mappi
                 "grown": mask.grown,
                 "dropped": mask.dropped,
                 "pattern": str(pattern) if pattern else None,
-                "few_tokens": outcome.linears[name].few_tokens,
+                "few_tokens": bool(outcome.linears[name].few_tokens),
             }
             found = found.model_copy(update=counts)
         linears.append(found)
@@ -185,16 +183,17 @@ def _rebuild_block(
     pruned: Mapping[str, PrunedLinear],
     settings: RebuildSettings,
     where: str,
-) -> tuple[list[Rebuilt], float]:
+) -> tuple[dict[str, PrunedLinear], dict[str, Rebuilt], float]:
     """The method: x → y_sparse, y_dense → loss → G at the dense weights → S = |W| · sqrt(mean G²) → swap pairs.
 
-    Returns the rebuilt masks in the block's order, and the mean reconstruction error before the rebuild.
+    Returns the linears with their rebuilt masks, what was swapped, and the mean reconstruction error before that.
     """
     layer, block, streams = work.layer, work.block, work.streams
     dense_weights = {name: dense[name] for name in block.linears}
     sparse_weights = {name: pruned[name].weight for name in block.linears}
     squares = {name: GradientSquares(tuple(dense[name].shape), dense[name].device) for name in block.linears}
     total = 0.0
+    layer.forget_tokens()
     for batch in streams.batches():
         hidden, replays = streams.read(HIDDEN, batch), work.replays(batch)
         layer.set_weights(sparse_weights)
@@ -213,8 +212,11 @@ def _rebuild_block(
     for name, statistic in squares.items():
         if not torch.isfinite(statistic.total.max()):  # a NaN is a maximum too
             raise _not_finite(f"a gradient of {where}, {name},")
-    linears = [pruned[name] for name in block.linears]
-    masks = rebuild_masks(
+    few = with_few_tokens(layer, streams, calls=2)
+    now = {name: pruned[name] for name in block.linears}
+    now |= {name: now[name].left_alone() for name in few if name in now and now[name].few_tokens is None}
+    linears = list(now.values())
+    found = rebuild_masks(
         keep=[linear.keep for linear in linears],
         saliency=[weight_gradient(pruned[name].values, squares[name].mean) for name in block.linears],
         granularity=settings.granularity,
@@ -225,7 +227,8 @@ def _rebuild_block(
         else [torch.zeros_like(linear.keep) if linear.fixed is None else linear.fixed for linear in linears],
         pattern_granularity=settings.pattern_granularity,
     )
-    return masks, total / streams.every
+    masks = dict(zip(block.linears, found, strict=True))
+    return {name: one.with_mask(masks[name].keep) for name, one in now.items()}, masks, total / streams.every
 
 
 def _propagate(work: Pass, measured_from: int | None) -> float | None:

@@ -261,8 +261,8 @@ def _run(
     )
     if few:
         progress.warn(
-            f"{few} experts were given fewer than {FEW_TOKENS} calibration tokens and are pruned by magnitude; "
-            "more --samples reach more of them"
+            f"{few} experts were given fewer than {FEW_TOKENS} calibration tokens: their masks are "
+            f"{'those of magnitude' if command == 'prune' else 'left as they were'}; more --samples reach more of them"
         )
     if rebuild_settings is not None and report.swapped == 0:
         progress.warn(

@@ -121,15 +121,26 @@ def test_records_pages_and_packing_take_experts_together(tmp_path: Path, mixture
         assert torch.equal(load(tmp_path / "packed")(ids).logits, expected)
 
 
-def test_a_pruned_mixture_can_be_rebuilt(tmp_path: Path, mixture: Path) -> None:
+def test_a_pruned_mixture_can_be_rebuilt(tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `rebuild`, and at once: experts with few tokens keep the masks that they have."""
+    monkeypatch.setattr("llm_barber.initial.FEW_TOKENS", 6)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     settings = {"calibration": tokens, "dtype": "float32", "report": False}
+    how = {"granularity": "block", "rebuild_ratio": 0.1}
     prune(PruneConfig(model=mixture, output=tmp_path / "pruned", initial="magnitude", rebuild=False, **settings))
-    report: RunReport = rebuild(
-        RebuildConfig(dense=str(mixture), pruned=str(tmp_path / "pruned"), output=tmp_path / "out", **settings)
-    )
-    assert report.swapped > 0
-    assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(mixture))).problems == ()
+    reports: list[RunReport] = [
+        rebuild(
+            RebuildConfig(dense=str(mixture), pruned=str(tmp_path / "pruned"), output=tmp_path / "0", **settings, **how)
+        ),
+        prune(PruneConfig(model=mixture, output=tmp_path / "1", initial="magnitude", **settings, **how)),
+    ]
+    for number, report in enumerate(reports):
+        assert report.swapped > 0
+        assert inspect(InspectConfig(model=str(tmp_path / str(number)), dense=str(mixture))).problems == ()
+        few = [one for one in report.linears if one.few_tokens]
+        assert 0 < len(few) < 0.7 * len(list(report.linears))
+        assert all(one.grown == one.dropped == 0 for one in few)
+        assert any(one.grown for one in report.linears if ".experts." in one.name and not one.few_tokens)
 
 
 def test_padding_does_not_show_in_means_and_variances(tmp_path: Path, mixture: Path) -> None:
