@@ -34,8 +34,8 @@ class PrunedLinear:
 
     `keep`: bool. `weight`: the pruned weights, zero where pruned (SparseGPT updates the others). `values`: what a
     weight is where the final mask keeps it. `fixed`: True where a weight takes no part in the rebuild.
-    `few_tokens`: so little was routed to its expert that its mask is magnitude's, or a checkpoint's, and stays; None: no
-    tokens were counted yet.
+    `few_tokens`: so little was routed to its expert that its mask is magnitude's, or a checkpoint's, and stays; None:
+    no tokens were counted yet.
     """
 
     keep: Tensor
