@@ -3,6 +3,7 @@
 Synthetic LLaMA-shaped float32 checkpoints; every run in processes of its own, one thread each.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --real            # SmolLM2-135M in one process and in two
 """
 
 import argparse
@@ -14,31 +15,56 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import keep, show
+from common import keep, model_folder, show
 from safetensors.torch import load_file, save_file
 from synthetic import write_llama
 
 HIDDEN, MLP, VOCABULARY = 512, 1408, 1000
 
 
-def prune(folder: Path, layers: int, sequences: int, preset: str, processes: int = 1) -> tuple[dict, Path]:
-    """The record of a run, and its output."""
+def prune(model: str, out: Path, preset: str, processes: int, *calibration: str) -> dict:
+    """The record of a run in so many processes of one thread each."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    command = [
+        *start, "llm_barber", "prune", model, str(out), "--quiet", "--overwrite", "--no-report", "--preset", preset,
+        *calibration,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    record: dict = json.loads((out / "barber.json").read_text())
+    return record
+
+
+def synthetic(folder: Path, layers: int, sequences: int, preset: str, processes: int = 1) -> tuple[dict, Path]:
+    """The record of a run on a synthetic model, and its output."""
     model = folder / f"model{layers}"
     if not model.exists():
         write_llama(model, layers, HIDDEN, MLP, 8, VOCABULARY, torch.float32)
     tokens = torch.randint(0, VOCABULARY, (sequences, 256), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": tokens}, folder / "tokens.safetensors")
     out = folder / f"out{processes}"
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
-    command = [
-        *start, "llm_barber", "prune", str(model), str(out), "--quiet", "--overwrite", "--no-report",
-        "--calibration", str(folder / "tokens.safetensors"), "--preset", preset,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return json.loads((out / "barber.json").read_text()), out
+    return prune(str(model), out, preset, processes, "--calibration", str(folder / "tokens.safetensors")), out
+
+
+def two_processes(model: str, preset: str, samples: int) -> None:
+    """One process against two on a real model: time, and the same masks?"""
+    with tempfile.TemporaryDirectory() as name:
+        outs = [Path(name) / str(number) for number in (1, 2)]
+        how = ("--samples", str(samples), "--seqlen", "512", "--dtype", "float32")
+        alone, together = (prune(model, out, preset, number, *how) for number, out in enumerate(outs, 1))
+        agreement = same_bits(*outs)
+    seconds = [record["seconds"]["total"] for record in (alone, together)]
+    efficiency = seconds[0] / seconds[1] / 2
+    found = {"seconds": seconds, "efficiency of two processes": efficiency, "same mask bits": agreement}
+    keep("two_processes", {"model": Path(model).name, "preset": preset, "samples": samples, **found})
+    print(f"{Path(model).name}, preset {preset}, {samples} x 512 tokens, float32, one thread a process")
+    print(
+        f"{seconds[0]:.1f} s alone, {seconds[1]:.1f} s together: {efficiency:.0%} efficient, {agreement:.4%} of the ",
+        end="",
+    )
+    print("masks' bits the same")
 
 
 def same_bits(one: Path, other: Path) -> float:
@@ -58,7 +84,12 @@ def main() -> None:
     parser.add_argument("--preset", default="paper")
     parser.add_argument("--sequences", default="8,16,32,64")
     parser.add_argument("--layers", default="2,4,8,16")
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M, one process and two, nothing else")
+    parser.add_argument("--samples", type=int, default=16, help="windows of 512 tokens, with --real")
     given = parser.parse_args()
+    if given.real:
+        two_processes(model_folder(None), given.preset, given.samples)
+        return
     sequences = [int(one) for one in given.sequences.split(",")]
     depths = [int(one) for one in given.layers.split(",")]
     rows = []
@@ -66,13 +97,13 @@ def main() -> None:
         folder = Path(name)
         sizes = [(depths[1], one) for one in sequences] + [(one, sequences[0]) for one in depths]
         for layers, windows in sizes:
-            record, _ = prune(folder, layers, windows, given.preset)
+            record, _ = synthetic(folder, layers, windows, given.preset)
             seconds = record["seconds"]["layers"]
             rows.append(
                 [layers, windows, 1, seconds, 1000 * seconds / (layers * windows), record["peak_memory"] / 2**30]
             )
-        alone, first = prune(folder, depths[1], sequences[-1], given.preset)
-        together, second = prune(folder, depths[1], sequences[-1], given.preset, 2)
+        alone, first = synthetic(folder, depths[1], sequences[-1], given.preset)
+        together, second = synthetic(folder, depths[1], sequences[-1], given.preset, 2)
         seconds, half = alone["seconds"]["layers"], together["seconds"]["layers"]
         rows.append(
             [
