@@ -109,6 +109,7 @@ class Quality:
         self.limit = limit
         self.targets = targets
         self.counts = CALIBRATION_SEQUENCES
+        self.methods: tuple[Method, ...] = PEERS
         self.refined_seeds = seeds[:1]
         self.refined_rows: dict[Method, tuple[str, ...]] = {}
         self.seeds_of = seeds_of or {}
@@ -178,7 +179,7 @@ class Quality:
         progress: Progress,
         chosen: dict[Method, tuple[Granularity, float]],
         seeds: tuple[int, ...] | None,
-        methods: tuple[Method, ...] = PEERS,
+        methods: tuple[Method, ...] | None = None,
         targets: tuple[str, ...] | None = None,
         rebuild: bool = True,
     ) -> Comparison:
@@ -190,7 +191,8 @@ class Quality:
             # N:M with the released experiments' settings: chosen at 50 %, they ruin it.
             own = {**self.common, "rebuild": rebuild}
             own |= {"rebuild_settings": {} if ":" in target or not rebuild else chosen}
-            own |= {"targets": (target,), "seeds": seeds or self.seeds_of.get(target, self.seeds), "methods": methods}
+            own |= {"targets": (target,), "seeds": seeds or self.seeds_of.get(target, self.seeds)}
+            own |= {"methods": methods or self.methods}
             parts.append(self.compare(CompareConfig(**own, **(tasks if target in with_tasks else {})), progress))
         cells = [cell for part in parts for cell in part.cells]
         cells.sort(key=lambda cell: self.targets.index(cell.target))
@@ -276,6 +278,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
+    parser.add_argument("--methods", default=",".join(PEERS), help="rows of the main tables")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--seeds-of", metavar="TARGET=SEED,…", action="append", default=[], help="of one target")
     parser.add_argument("--refined", metavar="METHOD=TARGET,…", action="append", default=[], help="(default: all)")
@@ -297,6 +300,7 @@ def main() -> None:
     )  # fmt: skip
     quality.counts = _numbers(options.counts)
     quality.refined_seeds = _numbers(options.refined_seeds)
+    quality.methods = tuple(Method(name) for name in options.methods.split(","))
     given = [one.partition("=") for one in options.refined]
     quality.refined_rows = {Method(method): tuple(targets.split(",")) for method, _, targets in given}
     quality.refined_rows = quality.refined_rows or dict.fromkeys(REFINED, quality.targets)
