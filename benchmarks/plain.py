@@ -1,7 +1,7 @@
 """The published method as one would write it down, beside `prune`: time, memory, and whether the masks are the same.
 
 Plain: two whole models in memory, every sequence by itself through every block, autograd's gradient of every weight, a
-Python loop over rows; for LLaMA-shaped models. Both in one run, float32, each in a process of its own.
+Python loop over rows; for LLaMA-shaped models. Both in one run, plain in float32, each in a process of its own.
 
     python benchmarks/plain.py
     OMP_NUM_THREADS=1 python benchmarks/plain.py --samples 16
@@ -29,6 +29,8 @@ from llm_barber.calibration import load_calibration
 from llm_barber.job import load_tokenizer
 
 SPARSITY, RATIO = 0.5, 0.1
+PLAIN = "plain"
+DTYPES = ("float32", "bfloat16")  # that `prune` computes in
 BLOCKS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -137,14 +139,14 @@ def plain(model: str, tokens: Tensor) -> dict[str, Tensor]:
     return masks
 
 
-def ours(model: str, tokens: Path, folder: Path) -> dict[str, Tensor]:
+def ours(model: str, tokens: Path, folder: Path, dtype: str) -> dict[str, Tensor]:
     """The same by `prune`."""
     from llm_barber import PruneConfig, prune
 
     prune(
         PruneConfig(
             model=model, output=folder / "out", initial="wanda", sparsity=SPARSITY, granularity="output",
-            rebuild_ratio=RATIO, calibration=tokens, dtype="float32", report=False,
+            rebuild_ratio=RATIO, calibration=tokens, dtype=dtype, report=False, overwrite=True,
         )
     )  # fmt: skip
     masks = {}
@@ -159,7 +161,7 @@ def measured(which: str, model: str, folder: Path) -> dict[str, float]:
     """Seconds and peak memory of one way, which leaves its masks in the folder."""
     tokens = folder / "tokens.safetensors"
     began = time.perf_counter()
-    masks = plain(model, load_file(tokens)["input_ids"]) if which == "plain" else ours(model, tokens, folder)
+    masks = plain(model, load_file(tokens)["input_ids"]) if which == PLAIN else ours(model, tokens, folder, which)
     seconds = time.perf_counter() - began
     save_file(masks, folder / f"{which}.safetensors")
     return {"seconds": seconds, "GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--model", help="a LLaMA-shaped folder or hub id; default: SmolLM2-135M from its package")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--only", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=(PLAIN, *DTYPES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     model = model_folder(given.model)
@@ -182,11 +184,11 @@ def main() -> None:
         tokens = load_calibration("builtin", lambda: load_tokenizer(Path(model)), given.samples, given.seqlen, 0)
         save_file({"input_ids": tokens.input_ids}, folder / "tokens.safetensors")
         found = {}
-        for which in ("plain", "ours"):
+        for which in (PLAIN, *DTYPES):
             command = [sys.executable, __file__, "--model", model, "--only", which, "--folder", name]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[which] = json.loads(done.stdout.splitlines()[-1])
-        first, second = (load_file(folder / f"{which}.safetensors") for which in found)
+        first, second = (load_file(folder / f"{which}.safetensors") for which in (PLAIN, DTYPES[0]))
     same = sum(int((mask == second[name]).sum()) for name, mask in first.items())
     agreement = same / sum(mask.numel() for mask in first.values())
     differ = {int(name.split(".")[2]) for name, mask in first.items() if not torch.equal(mask, second[name])}
@@ -195,12 +197,16 @@ def main() -> None:
     size = {"samples": given.samples, "seqlen": given.seqlen}
     keep("plain", {**size, "results": found, "same mask bits": agreement, "first layers all the same": equal})
     rows = [
-        [which, *(f"{value:.2f}" for value in one.values()), f"{found['plain']['seconds'] / one['seconds']:.2f}"]
+        [
+            which if which == PLAIN else f"prune, {which}",
+            *(f"{value:.2f}" for value in one.values()),
+            f"{found[PLAIN]['seconds'] / one['seconds']:.2f}",
+        ]
         for which, one in found.items()
     ]
-    title = f"Wanda + rebuild, {Path(model).name}, {given.samples} × {given.seqlen} tokens, float32, loading included"
+    title = f"Wanda + rebuild, {Path(model).name}, {given.samples} × {given.seqlen} tokens, loading included"
     show(title, ["", "seconds", "peak GiB", "times as fast"], rows)
-    print(f"{agreement:.4%} of the masks' bits are the same, and all of the first {equal} of {layers} decoder layers;")
+    print(f"float32: {agreement:.4%} of the masks' bits are the same, and all of the first {equal} of {layers} layers;")
     print("where one pair in a million is chosen otherwise for a rounding, the layers after it are given other inputs.")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
 from llm_barber.checkpoint.packed import PACKED_INDEX
@@ -60,6 +61,23 @@ def test_other_checkpoints_come_back_too(tmp_path: Path, dtype: torch.dtype) -> 
     assert report.packed == {"bitmask": 1}
     unpack(PackConfig(model=tmp_path / "packed", output=tmp_path / "unpacked"))
     assert contents(tmp_path / "unpacked") == contents(model)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_stacked_experts_are_packed(tmp_path: Path, family: str) -> None:
+    model = make_model(tmp_path / "dense", family, dtype=torch.bfloat16)
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    prune(PruneConfig(model=model, output=tmp_path / "pruned", calibration=tokens, sparsity=0.7, report=False))
+    pack(PackConfig(model=tmp_path / "pruned", output=tmp_path / "packed"))
+    source = CheckpointSource(tmp_path / "packed")
+    shapes = [entry.shape for table in source.packed.values() for entry in table.packed.values()]
+    assert sum(len(shape) == 3 for shape in shapes) == 4  # two stacks in each of two layers
+    unpack(PackConfig(model=tmp_path / "packed", output=tmp_path / "unpacked"))
+    assert contents(tmp_path / "unpacked") == contents(tmp_path / "pruned")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    ids = load_file(tokens)["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "packed")(ids).logits, expected(ids).logits)
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path, pruned: Path) -> None:

@@ -112,5 +112,5 @@ def _convert(
         writer.finish(with_index=index is None)
     return PackReport(
         model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=dict(counts),
-        left_dense=sum(len(info.shape) == 2 for info in source.tensors.values()) - counts.total(),
+        left_dense=sum(len(info.shape) in (2, 3) for info in source.tensors.values()) - counts.total(),
     )  # fmt: skip

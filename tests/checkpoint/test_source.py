@@ -101,7 +101,7 @@ def test_index_that_does_not_fit(llama: Path) -> None:
 
 def test_pickles_are_not_read(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    expect(llama, "has no safetensors weights", "pickled")
+    expect(llama, "has no safetensors weights", "llm-barber convert")
 
 
 def test_quantised_and_adapters_are_refused(llama: Path) -> None:

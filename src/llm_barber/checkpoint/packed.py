@@ -5,6 +5,7 @@ the shape and encoding of each. The names are such that no other program takes t
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,17 @@ DAMAGED = "the packed checkpoint is damaged; get it again, or pack it again"
 
 
 class Entry(BaseModel):
-    """A packed weight: (out, in), and how its places are written."""
+    """A packed weight: (out, in), or (experts, out, in) of stacked ones, and how its places are written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...] = Field(min_length=2, max_length=3)
     encoding: Encoding
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape that is packed: the rows of all experts one after the other."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
 
 class Table(BaseModel):
@@ -44,16 +50,17 @@ class Table(BaseModel):
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
-    """A shard's tensors with every matrix packed that shrinks, and their table."""
+    """A shard's tensors with every matrix, or stack of them, packed that shrinks, and their table."""
     stored: dict[str, Tensor] = {}
     entries: dict[str, Entry] = {}
     for name, tensor in tensors.items():
-        packed = pack(tensor) if tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel() else None
+        fits = tensor.dim() in (2, 3) and tensor.is_floating_point() and tensor.numel()
+        packed = pack(tensor.reshape(-1, tensor.shape[-1])) if fits else None
         if packed is None:
             stored[name] = tensor
             continue
         stored[name + VALUES], stored[name + PLACES] = packed.values, packed.places
-        entries[name] = Entry(shape=packed.shape, encoding=packed.encoding)
+        entries[name] = Entry(shape=tuple(tensor.shape), encoding=packed.encoding)
     return stored, entries
 
 
@@ -110,11 +117,11 @@ def read_table(
         raise ModelError(f"{file} names {table.file!r} as the file it was", "do not trust it")
     for name, entry in table.packed.items():
         parts = [shapes.get(name + suffix) for suffix in (VALUES, PLACES)]
-        rows, columns = entry.shape
+        rows, columns = entry.matrix
         problem = None
         if name in shapes or parts[0] is None or parts[1] is None:
             problem = "lacks a part, or is there twice"
-        elif not (0 < rows < LARGEST_SIDE and 0 < columns < LARGEST_SIDE):
+        elif not all(0 < side < LARGEST_SIDE for side in (*entry.shape, rows)):
             problem = f"has shape {entry.shape}"
         elif parts[1] != ("U8", (places_bytes(entry.encoding, rows * columns),)):
             problem = f"has places {parts[1]}, which do not fit its shape {entry.shape}"
@@ -136,6 +143,6 @@ def unpack_tensor(name: str, entry: Entry, handle: Any, file: str) -> Tensor:
     """
     values, places = handle.get_tensor(name + VALUES).clone(), handle.get_tensor(name + PLACES).clone()
     try:
-        return unpack(Packed(entry.shape, entry.encoding, values, places))
+        return unpack(Packed(entry.matrix, entry.encoding, values, places)).view(entry.shape)
     except ValueError as error:
         raise ModelError(f"{name} in {file}: {error}", DAMAGED) from error
