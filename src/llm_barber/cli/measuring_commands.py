@@ -110,9 +110,11 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            metavar="NAME,…", help="Rows of the table; also alps, mask, best (presets).", rich_help_panel=METHOD
+            metavar="NAME,…",
+            help="Rows of the table: methods, and the presets mask and best, which take longest; also alps.",
+            rich_help_panel=METHOD,
         ),
-    ] = "magnitude,sparsegpt,sparsegpt-updates,wanda,ria,dsnot",
+    ] = "magnitude,sparsegpt,sparsegpt-updates,wanda,ria,dsnot,mask,best",
     targets: Annotated[
         str,
         typer.Option(

@@ -52,6 +52,7 @@ class Method(StrEnum):
 
 # The paper's rows and its peers'; the others are asked for.
 PEERS = tuple(method for method in Method if method not in (Method.ALPS, Method.MASK, Method.BEST))
+ROWS = (*PEERS, Method.MASK, Method.BEST)  # of a comparison, unless others are asked for
 
 
 class CompareConfig(Settings):
@@ -63,7 +64,7 @@ class CompareConfig(Settings):
 
     model: str = Field(description="folder, hub id or GGUF file")
     output: Path = Field(description="folder for cells, tables, plot and page; a comparison that is there goes on")
-    methods: tuple[Method, ...] = Field(PEERS, min_length=1, description="rows")
+    methods: tuple[Method, ...] = Field(ROWS, min_length=1, description="rows")
     targets: tuple[str, ...] = Field(
         ("0.5", "0.6", "0.7", "2:4", "4:8"), min_length=1, description="sparsities and N:M patterns: blocks of rows"
     )
