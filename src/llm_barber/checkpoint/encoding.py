@@ -74,7 +74,8 @@ def pack(weight: Tensor) -> Packed | None:
     if encoding.group is not None:
         tables = _tables(encoding)
         places = _pack_codes(bits, encoding)[: places_bytes(encoding, rows * columns)]
-        bits = tables.filled.take(bits)
+        if count_bits(bits) < rows * columns // encoding.group[1] * encoding.group[0]:
+            bits = tables.filled.take(bits)
     values = torch.from_numpy(take_kept(flat, bits)).view(weight.dtype)
     return Packed((rows, columns), encoding, values, torch.from_numpy(places))
 
