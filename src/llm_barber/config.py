@@ -1,30 +1,22 @@
-"""The settings of a run: frozen and validated; every wrong one is reported at once."""
+"""The settings of `prune` and `rebuild`, what is given for each, and what goes together."""
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
-from llm_barber.model.architecture import Block, StructureOptions
 from llm_barber.presets import (
-    GUARD,
-    PATTERN_SWAPS,
     PRESETS,
-    SWAPS,
-    TARGET_MIX,
-    TUNE_PASSES,
     Allocation,
     Preset,
     PresetSettings,
     Reconstruct,
-    Refine,
 )
-from llm_barber.targets import Targets, compile_names, parse_target, read_blocks, read_targets
+from llm_barber.settings import RunSettings
+from llm_barber.targets import Targets, compile_names, parse_target, read_targets
 
 
 class Initial(StrEnum):
@@ -53,142 +45,6 @@ RELEASED_REBUILD: dict[Initial, tuple[Granularity, float]] = {
     Initial.DSNOT: (Granularity.OUTPUT, 0.01),
     Initial.ALPS: (Granularity.LINEAR, 0.1),
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class Settings(BaseModel):
-    """A frozen set of settings; wrong ones raise one `SettingsError` that names them all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @field_validator("model", "dense", "pruned", "against", "calibration", mode="before", check_fields=False)
-    @classmethod
-    def _path_as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            problems = "; ".join(_problem(detail) for detail in error.errors())
-            raise SettingsError(problems, "see --help for what each setting takes") from None
-
-
-class Format(StrEnum):
-    """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/packed-format.md)."""
-
-    DENSE = "dense"
-    PACKED = "packed"
-
-
-class RunSettings(Settings):
-    """What `prune` and `rebuild` share."""
-
-    output: Path = Field(description="folder to write; it appears when it is complete")
-    granularity: Granularity | None = Field(None, description="comparison group; None: the released experiments'")
-    rebuild_ratio: float | None = Field(
-        None, gt=0, le=1, description="share of the beneficial pairs to swap; None: the released experiments'"
-    )
-    preset: Preset | None = Field(
-        default=None,
-        description="paper, mask or best: what the settings below are by default; None: mask, or paper where a method "
-        "or a setting of the rebuild is given",
-    )
-    refine: Refine | None = Field(default=None, description="how the mask is refined; None: the preset's")
-    swaps: int | None = Field(
-        default=None, ge=1, description=f"exact swaps a row, at most; None: {SWAPS}, with N:M {PATTERN_SWAPS}"
-    )
-    target_mix: float = Field(
-        TARGET_MIX,
-        ge=0,
-        le=1,
-        description="target of refining: outputs on the sparse model's inputs, 0, the dense's, 1",
-    )
-    reconstruct: Reconstruct | None = Field(
-        default=None, description="what becomes of kept weights; None: the preset's"
-    )
-    tune_passes: int = Field(
-        default=TUNE_PASSES, ge=1, description="passes over the windows when layers are tuned, at most"
-    )
-    guard: float = Field(
-        default=GUARD,
-        ge=0,
-        lt=1,
-        description="share of the windows held out to decide what refining keeps; 0: all is kept",
-    )
-    calibration: str = Field(default="builtin", description="builtin, c4, wikitext2, or a file")
-    samples: int = Field(128, ge=1, description="calibration windows")
-    seqlen: int = Field(2048, ge=2, description="tokens a window")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of the choice of windows")
-    batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: str = Field("auto", description="compute dtype; auto: the fastest that the device has")
-    memory: int | None = Field(
-        default=None, description="bytes of host memory, or like 8GiB; activations beyond are files; None: any"
-    )
-    device_memory: int | None = Field(default=None, description="bytes of the GPU's memory, or like 8GiB; None: all")
-    format: Format = Field(default=Format.DENSE, description="dense, which loads everywhere, or packed: fewer bytes")
-    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
-    resume: bool = Field(default=False, description="go on with an unfinished run of OUT, if there is one")
-    report: bool = Field(default=True, description="write OUT/report.html, a page with plots")
-    revision: str | None = Field(None, description="of a hub id")
-    layers: str | None = Field(default=None, description="path of the decoder layers; None: as known or found")
-    blocks: tuple[Block, ...] = Field(
-        default=(), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
-    )
-
-    @property
-    def structure(self) -> StructureOptions:
-        """What of the model's structure the user decided."""
-        return StructureOptions(self.layers, self.blocks)
-
-    @field_validator("blocks", mode="before")
-    @classmethod
-    def _blocks_readable(cls, value: Any) -> Any:
-        return read_blocks(Path(value)) if isinstance(value, str | Path) else value
-
-    @property
-    def defaults(self) -> PresetSettings:
-        """What the preset says; none was given: the published method's."""
-        return PRESETS[self.preset or Preset.PAPER]
-
-    @property
-    def refines(self) -> bool:
-        """Are masks refined by swaps?"""
-        return (self.refine or self.defaults.refine) is Refine.SWAPS
-
-    @property
-    def reconstruction(self) -> Reconstruct:
-        """What becomes of the kept weights."""
-        return self.reconstruct or self.defaults.reconstruct
-
-    @field_validator("memory", "device_memory", mode="before")
-    @classmethod
-    def _size_readable(cls, value: Any) -> Any:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", str(value)) if value is not None else None
-        if value is None or (found is None and not isinstance(value, str)):
-            return value
-        if found is None or float(found[1]) == 0:
-            raise ValueError(f"{value!r} is not a size, like 8GiB")
-        unit = found[2] or ""
-        return int(float(found[1]) * (1024 if unit.endswith("i") else 1000) ** (" KMGT".index(unit[0]) if unit else 0))
-
-    @field_validator("dtype")
-    @classmethod
-    def _known_dtype(cls, value: str) -> str:
-        if value not in DTYPES:
-            raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
-        return value
-
-    @field_validator("output", mode="before")
-    @classmethod
-    def _output_named(cls, value: Any) -> Any:
-        if not isinstance(value, str | Path) or not str(value).strip():
-            raise ValueError("is not a folder's name")
-        try:
-            return Path(value).expanduser().resolve()
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"cannot be a folder: {error}") from error
 
 
 class PruneConfig(RunSettings):
@@ -392,12 +248,3 @@ def _same_folder(label: str, model: str, output: Path) -> list[str]:
     if output in source.parents:
         return [f"OUT ({output}) contains {label}: choose another output folder"]
     return []
-
-
-def _problem(detail: Any) -> str:
-    location = ".".join(str(part) for part in detail["loc"])
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if not location:
-        return message
-    given = detail.get("input")
-    return f"{location}: {message}" + ("" if detail["type"] == "value_error" else f" (given: {given!r})")

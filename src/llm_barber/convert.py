@@ -11,9 +11,9 @@ from torch import Tensor
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import companions
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.config import Settings
 from llm_barber.errors import ModelError, first_line
 from llm_barber.progress import Progress, Silent
+from llm_barber.settings import Settings
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 AGAIN = "get the checkpoint again, whole"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from llm_barber.calibration import read_text
 from llm_barber.checkpoint.folder import own_folder
 from llm_barber.checkpoint.hub import resolve_model
-from llm_barber.config import Initial, PruneConfig, Settings
+from llm_barber.config import Initial, PruneConfig
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
 from llm_barber.job import load_tokenizer
@@ -22,6 +22,7 @@ from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.report import reset_peak_memory
+from llm_barber.settings import Settings
 
 MARKER = "DEMO.txt"
 DEMO_TEXT = "builtin-test"

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource, Place
-from llm_barber.config import Settings
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.job import load_config, make_skeleton
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
@@ -20,6 +19,7 @@ from llm_barber.model.structure import find_architecture
 from llm_barber.naming import find_places
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import RECORD_VERSION, KeptWeights, LinearResult, RunReport
+from llm_barber.settings import Settings
 
 
 class InspectConfig(Settings):

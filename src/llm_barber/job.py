@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_calibration
 from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, Place, sharded_by
 from llm_barber.checkpoint.writer import check_output
-from llm_barber.config import PruneConfig, RunSettings
+from llm_barber.config import PruneConfig
 from llm_barber.errors import CalibrationError, ModelError, SettingsError, first_line
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.block import DecoderLayer
@@ -24,6 +24,7 @@ from llm_barber.naming import find_places
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 from llm_barber.ranks import Ranks, local_rank
+from llm_barber.settings import RunSettings
 from llm_barber.targets import Targets
 
 OUTSIDE_SHARD_BYTES = 2**30

@@ -12,9 +12,9 @@ from torch import Tensor
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
 from llm_barber.checkpoint.source import OURS, CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.config import Settings
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
+from llm_barber.settings import Settings
 
 
 class PackConfig(Settings):

@@ -17,7 +17,7 @@ from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.checkpoint.state import source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.config import Format, PruneConfig, RebuildConfig, RunSettings, rebuild_defaults
+from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
 from llm_barber.embedding import embed, memory_said, with_smaller_batches
 from llm_barber.errors import NotFiniteError
 from llm_barber.initial import FEW_TOKENS, CheckpointMasks, MethodMasks
@@ -40,6 +40,7 @@ from llm_barber.report import (
     peak_memory,
     versions,
 )
+from llm_barber.settings import Format, RunSettings
 from llm_barber.targets import Targets
 
 # Settings that do not change the result.

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llm_barber.config import RunSettings
 from llm_barber.initial import PrunedLinear
 from llm_barber.masking.least_squares import least_squares, squared_distance
 from llm_barber.masking.pattern import NofM
@@ -26,6 +25,7 @@ from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams, pieces
 from llm_barber.presets import PATTERN_SWAPS, SWAPS, Reconstruct
+from llm_barber.settings import RunSettings
 
 # Parts of the most swaps after which held-out windows are asked.
 SWAP_STAGES = (0.25, 0.5, 1.0)

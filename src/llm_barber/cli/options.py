@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from llm_barber.config import Format, Initial
+from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import PATTERN_SWAPS, SWAPS, Allocation, Preset, Reconstruct, Refine
+from llm_barber.settings import Format
 
 METHOD, WHAT, REFINING, CALIBRATION, TEXT, TASKS = "Method", "What to prune", "Refining", "Calibration", "Text", "Tasks"
 COMPUTE, OUTPUT, MACHINE = "Compute", "Output", "Machine"

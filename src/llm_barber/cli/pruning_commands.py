@@ -51,9 +51,10 @@ from llm_barber.cli.options import (
     TargetMixOption,
     TunePassesOption,
 )
-from llm_barber.config import Format, Initial, PruneConfig, RebuildConfig
+from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import GUARD, TARGET_MIX, TUNE_PASSES
+from llm_barber.settings import Format
 
 
 @app.command(

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX
-from llm_barber.config import DTYPES, Initial, Settings
+from llm_barber.config import Initial
 from llm_barber.evaluation.evaluate import EvaluateConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.presets import Preset
+from llm_barber.settings import DTYPES, Settings
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 

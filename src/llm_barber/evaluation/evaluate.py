@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llm_barber.calibration import read_text
-from llm_barber.config import DTYPES, Settings
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.evaluation.perplexity import evaluation_windows
 from llm_barber.evaluation.streamed import StreamedModel
@@ -21,6 +20,7 @@ from llm_barber.job import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import versions
+from llm_barber.settings import DTYPES, Settings
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 
