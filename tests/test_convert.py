@@ -60,6 +60,18 @@ def test_shards(tmp_path: Path, llama: Path) -> None:
     assert convert(ConvertConfig(model=str(llama), output=tmp_path / "out")).files == 2
     written = read_folder(tmp_path / "out")
     assert all(torch.equal(written[name], tensor) for name, tensor in dense.items())
+    (llama / PICKLED_INDEX).write_text(
+        json.dumps({"weight_map": weight_map | {"more": "pytorch_model-00001-of-00002.bin"}})
+    )
+    with pytest.raises(ModelError, match="do not agree on 'more'"):
+        convert(ConvertConfig(model=str(llama), output=tmp_path / "again"))
+    (llama / PICKLED_INDEX).write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ModelError, match="names no tensors"):
+        convert(ConvertConfig(model=str(llama), output=tmp_path / "again"))
+    (llama / PICKLED_INDEX).unlink()
+    with pytest.raises(ModelError, match=f"has no {PICKLED_INDEX}"):
+        convert(ConvertConfig(model=str(llama), output=tmp_path / "again"))
+    (llama / PICKLED_INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (llama / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(ModelError, match="shard pytorch_model-00002-of-00002.bin"):
         convert(ConvertConfig(model=str(llama), output=tmp_path / "again"))
@@ -78,6 +90,9 @@ def test_shards(tmp_path: Path, llama: Path) -> None:
         ({"x": torch.eye(2).to_sparse()}, "holds 'x', which is not a plain tensor"),
         ([torch.zeros(2)], "no mapping of names to tensors"),
         ({}, "no mapping of names to tensors"),
+        ({"__metadata__": torch.zeros(2)}, "holds '__metadata__'"),
+        ({"x": torch.zeros(2, dtype=torch.complex64)}, "holds 'x', which is not a plain tensor"),
+        ({"x": torch.zeros(1).expand(1000, 1000)}, "holds 'x', which is not a plain tensor"),
     ],
 )
 def test_what_is_not_weights_is_refused(tmp_path: Path, llama: Path, content: Any, message: str) -> None:

@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import companions
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.errors import ModelError, first_line
+from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings import Settings
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+)  # fmt: skip
 AGAIN = "get the checkpoint again, whole"
 
 
@@ -57,8 +61,11 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertR
     needed = sum((folder / file).stat().st_size for file in files)
     with CheckpointWriter(config.output, len(files), config.overwrite, needed) as writer:
         progress.start("converting", len(files))
-        for file in files:
+        for file, expected in files.items():
             tensors = read_pickled(folder / file)
+            if expected is not None and expected != tensors.keys():
+                name = min(expected ^ tensors.keys())
+                raise ModelError(f"{PICKLED_INDEX} and {file} do not agree on {name!r}", AGAIN)
             writer.write_shard(tensors)
             count += len(tensors)
             size += sum(tensor.nbytes for tensor in tensors.values())
@@ -69,27 +76,33 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertR
     return ConvertReport(model=config.model, output=str(config.output), files=len(files), tensors=count, bytes=size)
 
 
-def pickled_files(folder: Path, model: str) -> list[str]:
-    """The names of a checkpoint's pickled files, all of them inside its folder.
+def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
+    """A checkpoint's pickled files, all of them inside its folder, and the tensors of each; None: no index says.
 
     Raises:
         ModelError: there are none, one is missing, or the index is damaged.
     """
     index = folder / PICKLED_INDEX
     if not index.is_file():
+        if any(folder.glob("pytorch_model-*.bin")):
+            raise ModelError(f"{model} has no {PICKLED_INDEX}, which says what belongs to it", AGAIN)
         if not (folder / PICKLED).is_file():
             raise ModelError(f"{model} has no {PICKLED}", "what has safetensors needs no converting")
-        return [PICKLED]
+        return {PICKLED: None}
+    files: dict[str, set[str] | None] = {}
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for tensor, file in sorted(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()):
+            files[file] = (files.get(file) or set()) | {tensor}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{PICKLED_INDEX} of {model} has no weight_map", AGAIN) from error
-    for name in names:
+    if not files:
+        raise ModelError(f"{PICKLED_INDEX} of {model} names no tensors", AGAIN)
+    for name in files:
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
             raise ModelError(f"{PICKLED_INDEX} names {name!r}, which is not a file of its folder", "do not trust it")
         if not (folder / name).is_file():
             raise ModelError(f"shard {name} of {model} is missing", AGAIN)
-    return names
+    return files
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
@@ -103,14 +116,25 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader raises whatever a damaged file makes it raise
+    except Exception as error:  # the reader raises whatever a damaged file makes it raise, and gives unsafe advice
         raise ModelError(
-            f"{path.name} cannot be read safely: {first_line(error)}", "it is damaged, or holds more than weights"
+            f"{path.name} cannot be read safely", "it is damaged, or holds more than weights: do not open it otherwise"
         ) from error
     if not isinstance(content, dict) or not content:
         raise ModelError(f"{path.name} holds no mapping of names to tensors", AGAIN)
     for name, tensor in content.items():
-        if not isinstance(name, str) or type(tensor) is not Tensor or tensor.layout is not torch.strided:
+        if not isinstance(name, str) or name == "__metadata__" or not _is_plain(tensor):
             raise ModelError(f"{path.name} holds {name!r}, which is not a plain tensor", "only weights are converted")
     # Tied ones share their memory, which safetensors cannot; others are views of more.
-    return {name: tensor.contiguous().clone() for name, tensor in content.items()}
+    return {name: tensor.detach().contiguous().clone() for name, tensor in content.items()}
+
+
+def _is_plain(tensor: Any) -> bool:
+    """A dense tensor of a dtype that safetensors has, no larger than the memory that it claims to fill."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in DTYPES
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )

@@ -233,6 +233,13 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     Raises:
         ModelError: one is not.
     """
+    alone = {name for name, _ in skeleton.layers.named_parameters()}
+    shared = [name for name, _ in skeleton.layers.named_parameters(remove_duplicate=False) if name not in alone]
+    if shared:
+        raise ModelError(
+            f"{skeleton.layers_prefix}{shared[0]} is the weight of another layer, too",
+            "models whose layers share weights cannot be pruned yet: open an issue that names it",
+        )
     needed = list(skeleton.every_outside_name if with_head else skeleton.outside_names)
     count = len(skeleton.layers)
     for index in range(count):

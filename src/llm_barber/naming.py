@@ -40,6 +40,8 @@ def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Plac
         if not names:
             continue  # of something else: it is written as it was read
         if names[0] in own:
+            if pattern is not None:
+                raise _converted(next(one for one in converters if pattern in one.source_patterns), key)
             places.setdefault(names[0], Place(key))
             continue
         path, _, leaf = names[0].rpartition(".")
@@ -65,8 +67,13 @@ def _member(converter: WeightConverter, pattern: str, leaf: str, experts: nn.Mod
     sources = converter.source_patterns
     assert isinstance(experts, Experts)
     if steps not in MERGES or len(members) != len(sources) or not hasattr(experts[0], members[0]):
-        raise ModelError(
-            f"transformers converts {key} by {', '.join(steps)} when it loads it, which cannot be turned back here",
-            "load the model with transformers, dequantised, and save_pretrained() it",
-        )
+        raise _converted(converter, key)
     return str(members[sources.index(pattern)])
+
+
+def _converted(converter: WeightConverter, key: str) -> ModelError:
+    steps = ", ".join(type(one).__name__ for one in converter.operations)
+    return ModelError(
+        f"transformers converts {key} when it loads it ({steps}), and this program cannot turn that back",
+        "such models are not supported yet: open an issue that names it",
+    )

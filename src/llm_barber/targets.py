@@ -58,7 +58,8 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
         blocks = [Block(str(name), one["output"], tuple(one["linears"])) for name, one in content.items()]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} does not describe blocks ({type(error).__name__}): {how}") from error
-    if not all(isinstance(part, str) for block in blocks for part in (block.output, *block.linears)):
+    strings = all(isinstance(part, str) for block in blocks for part in (block.output, *block.linears))
+    if not blocks or not strings or any(isinstance(one["linears"], str) for one in content.values()):
         raise ValueError(f"{path} does not describe blocks: {how}")
     return tuple(blocks)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.errors import BarberError, ModelError, SettingsError
@@ -49,6 +49,27 @@ def test_blocks_of_families_without_a_record(family: str) -> None:
     blocks = [{block.name: len(block.linears) for block in found.blocks_of(layer)} for layer in layers]
     assert blocks == EXPECTED[family]
     assert not [linear for linear in found.linears if "router" in linear or "gate." in linear or "dt_proj" in linear]
+
+
+def test_a_router_with_a_name_of_its_own_is_no_linear_to_prune() -> None:
+    config = AutoConfig.for_model(
+        "hunyuan_v1_moe", **{**LLAMA_LIKE, "head_dim": 8, "pad_token_id": 0, "num_experts": 4, "moe_topk": 2}
+    )
+    found = find_architecture(config)
+    assert [name for name in found.linears if "gate." in name or name.endswith("wg")] == []
+    assert "mlp.experts.*.gate_proj" in found.linears
+
+
+def test_what_layers_are_passed_may_not_depend_on_the_tokens(tmp_path: Path) -> None:
+    """Gemma 4 hands each layer an embedding of the tokens of its own."""
+    config = AutoConfig.for_model(
+        "gemma4_text", **LLAMA_LIKE, head_dim=8, global_head_dim=8, vocab_size_per_layer_input=128,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    with pytest.raises(ModelError, match="'per_layer_input', which depends on the tokens"):
+        prune(PruneConfig(model=tmp_path / "dense", output=tmp_path / "out", calibration=tokens, dtype="float32"))
 
 
 def test_several_lists_of_layers_are_ambiguous() -> None:
@@ -102,6 +123,11 @@ def test_a_user_decides(tmp_path: Path) -> None:
         ({"layers": "model.nothing"}, "model.nothing is not a list of layers"),
         ({"blocks": BLOCKS.replace("output: mlp", "output: mpl")}, "no layer has a module 'mpl'"),
         ({"blocks": BLOCKS.replace("mlp.up_proj", "mlp.upp")}, "no layer has a linear 'mlp.upp'"),
+        ({"blocks": BLOCKS.replace("mlp.up_proj", "input_layernorm")}, "'input_layernorm' is not a linear"),
+        ({"blocks": BLOCKS.replace("mlp.up_proj", "self_attn.q_proj")}, "'self_attn.q_proj' is not inside 'mlp'"),
+        ({"blocks": BLOCKS.replace("mlp.up_proj", "mlp.down_proj")}, "'mlp.down_proj' is there twice"),
+        ({"blocks": "only: {output: mlp, linears: mlp.up_proj}"}, "does not describe blocks"),
+        ({"blocks": "{}"}, "does not describe blocks"),
         ({"blocks": "only: [mlp]"}, "does not describe blocks"),
         ({"blocks": "only: {output: mlp, linears: [1]}"}, "does not describe blocks"),
         ({"blocks": "{"}, "does not describe blocks"),

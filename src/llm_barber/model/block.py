@@ -63,7 +63,7 @@ class DecoderLayer:
         self._arguments = arguments
         self._transposed = transposed
         # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
-        self._output_tail: dict[str, tuple[Any, ...] | None] = {}
+        self._output_tail: dict[str, tuple[Any, ...] | list[Any] | None] = {}
         self._flattened: dict[str, bool] = {}
         self._groups: list[list[str]] = []  # of linears that read one tensor, once inputs have been visited
         self.returns_tuple = False  # found when it runs
@@ -213,7 +213,10 @@ class DecoderLayer:
         output = found[0]
         difference = output.detach().float() - sparse_output.float()
         scaled, scale = _scaled(difference, output.dtype)
-        gradients = torch.autograd.grad(output, [end.output for end in ends.values()], scaled)
+        gradients = torch.autograd.grad(output, [end.output for end in ends.values()], scaled, allow_unused=True)
+        for name, gradient in zip(ends, gradients, strict=True):
+            if gradient is None:
+                raise ModelError(f"the output of {block.output} has no gradient by {name}", f"--exclude '{name}$'")
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = scale * (2 / difference[0].numel())
         for (name, end), gradient in zip(ends.items(), gradients, strict=True):
@@ -315,7 +318,7 @@ class DecoderLayer:
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensor = output if isinstance(output, Tensor) else output[0]
-            self._output_tail[block.output] = None if isinstance(output, Tensor) else tuple(output[1:])
+            self._output_tail[block.output] = None if isinstance(output, Tensor) else output[1:]
             self._flattened[block.output] = tensor.dim() == 2
             found.append(_by_sequence(tensor, sequences))
             if stop:
@@ -331,7 +334,8 @@ class DecoderLayer:
         for module, (path, output) in zip(modules, replays.items(), strict=True):
             tensor = output.flatten(0, 1) if self._flattened[path] else output
             tail = self._output_tail[path]
-            answer = tensor if tail is None else (tensor, *tail)
+            answer: Any = tensor if tail is None else (tensor, *tail)
+            answer = list(answer) if isinstance(tail, list) else answer
             module.forward = lambda *_, _answer=answer, **__: _answer
         try:
             yield

@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.experts import split_experts
 
@@ -103,7 +104,23 @@ class Skeleton:
         Args:
             tokens: int64, (sequences, tokens).
             keep: is handed the hidden states, (sequences, tokens, hidden).
+
+        Raises:
+            ModelError: what the model passes to its layers depends on the tokens.
         """
+        arguments = self._capture(tokens, keep)
+        if not self._arguments:
+            other = self._capture(tokens.flip(1), lambda _: None)
+            for name, one, two in ((n, a[n], b[n]) for a, b in zip(arguments, other, strict=True) for n in a):
+                if isinstance(one, Tensor) and not torch.equal(one, two):
+                    raise ModelError(
+                        f"{type(self.model).__name__} passes its layers {name!r}, which depends on the tokens",
+                        "such models cannot be pruned yet: open an issue that names it",
+                    )
+        self._arguments[len(tokens), tokens.shape[1]] = arguments
+
+    def _capture(self, tokens: Tensor, keep: Callable[[Tensor], None]) -> list[Arguments]:
+        """Keyword arguments of each layer's call for these tokens."""
         arguments: list[Arguments] = [{} for _ in self.layers]
 
         def note(index: int) -> Callable[..., None]:
@@ -112,6 +129,11 @@ class Skeleton:
                 names = list(signature(type(self.layers[index]).forward).parameters)[2:]  # without self and the states
                 arguments[index] = {**dict(zip(names, positional[1:], strict=False)), **keywords}
                 if index == 0:
+                    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+                        raise ModelError(
+                            f"{type(self.model).__name__} gives its layers no states (sequences, tokens, hidden)",
+                            "such models cannot be pruned yet: open an issue that names it",
+                        )
                     keep(hidden)
                 if index == len(self.layers) - 1:
                     raise _LayersReached
@@ -131,7 +153,7 @@ class Skeleton:
                 handle.remove()
             for layer in self.layers:
                 del layer.forward
-        self._arguments[len(tokens), tokens.shape[1]] = arguments
+        return arguments
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits, (sequences, tokens, vocabulary), from the last decoder layer's output.

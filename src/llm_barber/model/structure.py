@@ -133,6 +133,29 @@ def _check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
             pattern = linear.split(".*.")
             if not any(_stands_for(pattern, name) for one in every for name in one.linears):
                 raise SettingsError(f"blocks: no layer has a linear {linear!r}", _paths_hint(layers[0]))
+        _check_block(block, layers)
+    names = [linear for block in blocks for linear in block.linears]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SettingsError(f"blocks: {twice[0]!r} is there twice", "each linear belongs to one block")
+
+
+def _check_block(block: Block, layers: nn.ModuleList) -> None:
+    """Refuse what is no linear, and linears that a block's output does not depend on."""
+    for layer in layers:
+        for one in Architecture("", (block,)).blocks_of(layer):
+            for linear in one.linears:
+                if not _is_linear(layer.get_submodule(linear)):
+                    raise SettingsError(f"blocks: {linear!r} is not a linear", _paths_hint(layer))
+                if _is_linear(layer.get_submodule(one.output)):
+                    inside = one.output in one.linears
+                else:
+                    inside = linear.startswith(f"{one.output}.")
+                if not inside:
+                    raise SettingsError(
+                        f"blocks: {linear!r} is not inside {one.output!r}, the output of its block",
+                        "the output is a module that holds the linears, or the last of them",
+                    )
 
 
 def _stands_for(pattern: list[str], name: str) -> bool:
@@ -191,10 +214,16 @@ def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
     width = hidden.shape[-1]
     found = []
     for output in outputs:
-        if run.widths.get(output) == width:
-            block = layer.get_submodule(output)
-            kind = _kind(block, output)
-            found.append((run.order[output], Block(kind, output, _linears(block, output, kind, width, run))))
+        block = layer.get_submodule(output)
+        kind = _kind(block, output)
+        linears = _linears(block, output, kind, width, run)
+        if linears and run.widths.get(output) != width:
+            raise ModelError(
+                f"layer {index}: {output} holds linears, and its output does not have the layer's {width} features",
+                HOW_TO_DECIDE,
+            )
+        if linears:
+            found.append((run.order[output], Block(kind, output, linears)))
     loose = sorted((name for name in loose if name in run.order), key=run.order.__getitem__)
     if loose and run.widths[loose[-1]] == width:
         name = MLP if any(block.name == ATTENTION for _, block in found) else "linears"
@@ -239,12 +268,13 @@ def _linears(block: nn.Module, path: str, kind: str, width: int, run: _Run) -> t
     found: dict[str, int] = {}
     routed = {name.rpartition(".")[0] for name, module in block.named_modules() if isinstance(module, Experts)}
     inside = {name for name, module in block.named_modules() if isinstance(module, Experts)}
+    counts = {len(module) for module in block.modules() if isinstance(module, Experts)}
     for name, module in block.named_modules():
         if not _is_linear(module):
             continue
         parent = name.rpartition(".")[0]
         rows, columns = module.weight.shape
-        if parent in routed or "router" in name:  # a router, or a gate beside experts
+        if parent in routed or "router" in name or rows in counts:  # a router, or a gate beside experts
             continue
         if min(rows, columns) <= THIN.get(kind, VERY_THIN) * width:
             continue
@@ -299,7 +329,7 @@ def _noting_call(run: _Run, name: str) -> Callable[..., None]:
 
 def _noting_width(run: _Run, name: str) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        first = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else None
+        first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and first.dim() >= 2:
             run.widths[name] = first.shape[-1]
 
