@@ -34,8 +34,8 @@ def test_layer_by_layer_equals_the_whole_model(family: str) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     skeleton = Skeleton(config, find_architecture(config), torch.device("cpu"), torch.float32)
     split_experts(model)  # which the skeleton has done, too
-    for parameter in model.parameters():  # some are as memory was
-        if parameter.dim() > 1:
+    for name, parameter in model.named_parameters():  # some are as memory was
+        if parameter.dim() > 1 or name.endswith("bias"):
             parameter.normal_(0, 0.1)
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     skeleton.fill_outside({name: weights[name] for name in skeleton.every_outside_name})
