@@ -39,17 +39,17 @@ def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Plac
         names = [one for one in (renamed, base + renamed, renamed.removeprefix(base)) if _known(one, own, experts)]
         if not names:
             continue  # of something else: it is written as it was read
+        converter = next((one for one in converters if pattern in one.source_patterns), None)
         if names[0] in own:
-            if pattern is not None:
-                raise _converted(next(one for one in converters if pattern in one.source_patterns), key)
+            if converter is not None:
+                raise _converted(converter, key)
             places.setdefault(names[0], Place(key))
             continue
         path, _, leaf = names[0].rpartition(".")
-        if pattern is None:
+        if converter is None or pattern is None:
             for part in experts[path].parts(leaf):
                 places[f"{path}.{part.name}"] = Place(key, part)
         else:
-            converter = next(one for one in converters if pattern in one.source_patterns)
             number = re.findall(r"\.(\d+)(?=\.)", key)[-1]
             linear = _member(converter, pattern, leaf, experts[path], key)
             places[f"{path}.{number}.{linear}.weight"] = Place(key)

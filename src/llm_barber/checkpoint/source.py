@@ -136,7 +136,10 @@ class CheckpointSource:
 
     def read_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """As `read`, by the model's names of parameters."""
-        places = {name: self.place(name) for name in names}
+        return self.read_places({name: self.place(name) for name in names})
+
+    def read_places(self, places: Mapping[str, Place]) -> dict[str, Tensor]:
+        """As `read`, what lies at some places, by their names in the mapping."""
         tensors = self.read(dict.fromkeys(place.tensor for place in places.values()))
         return {name: place.of(tensors[place.tensor]) for name, place in places.items()}
 

@@ -56,9 +56,8 @@ class StreamedModel:
             skeleton.embed(tokens, lambda hidden: states.append(hidden.cpu()))
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
-            places = layer_places(skeleton, self.source, index)
-            tensors = self.source.read(dict.fromkeys(place.tensor for place in places.values()))
-            module = skeleton.load_layer(index, {name: one.of(tensors[one.tensor]) for name, one in places.items()})
+            weights = self.source.read_places(layer_places(skeleton, self.source, index))
+            module = skeleton.load_layer(index, weights)
             layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
             for number, hidden in enumerate(states):
                 states[number] = layer.output(hidden.to(skeleton.device)).cpu()

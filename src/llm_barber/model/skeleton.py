@@ -28,15 +28,21 @@ class Skeleton:
         architecture: its record.
         device: where layers are computed.
         dtype: what they are computed in.
+        model: what `empty_model` made of both, if it has been made.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype
+        self,
+        config: PreTrainedConfig,
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+        model: PreTrainedModel | None = None,
     ) -> None:
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
-        self.model = empty_model(config, dtype)
+        self.model = model or empty_model(config, dtype)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))

@@ -81,7 +81,7 @@ def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -
     if options.blocks:
         _check_blocks(options.blocks, model.get_submodule(layers))
         return Architecture(layers, options.blocks, transposed)
-    skeleton = Skeleton(config, Architecture(layers, ()), torch.device("cpu"), torch.float32)
+    skeleton = Skeleton(config, Architecture(layers, ()), torch.device("cpu"), torch.float32, model)
     zeros = {name: _zeros(skeleton.model, name) for name in skeleton.every_outside_name}
     skeleton.fill_outside(zeros)
     hidden: list[Tensor] = []
@@ -266,9 +266,9 @@ def _parts(module: nn.Module, path: str, run: _Run) -> tuple[list[str], list[str
 def _linears(block: nn.Module, path: str, kind: str, width: int, run: _Run) -> tuple[str, ...]:
     """The prunable linears of a block in the order of calls; `*` for experts, whose routers are not among them."""
     found: dict[str, int] = {}
-    routed = {name.rpartition(".")[0] for name, module in block.named_modules() if isinstance(module, Experts)}
-    inside = {name for name, module in block.named_modules() if isinstance(module, Experts)}
-    counts = {len(module) for module in block.modules() if isinstance(module, Experts)}
+    mixtures = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
+    routed = {name.rpartition(".")[0] for name in mixtures}
+    counts = {len(module) for module in mixtures.values()}
     for name, module in block.named_modules():
         if not _is_linear(module):
             continue
@@ -278,7 +278,7 @@ def _linears(block: nn.Module, path: str, kind: str, width: int, run: _Run) -> t
             continue
         if min(rows, columns) <= THIN.get(kind, VERY_THIN) * width:
             continue
-        experts = next((one for one in inside if name.startswith(f"{one}.")), None)
+        experts = next((one for one in mixtures if name.startswith(f"{one}.")), None)
         if experts is not None:
             last = name.removeprefix(f"{experts}.").partition(".")[2]
             name = f"{experts}.*.{last}"
