@@ -163,6 +163,50 @@ def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
+TAILS = [
+    {"initial": "magnitude", "rebuild_ratio": 1},
+    {"initial": "wanda", "granularity": "block", "rebuild_ratio": 1},
+    {"initial": "sparsegpt", "granularity": "linear", "rebuild_ratio": 0.5},
+    {"initial": "sparsegpt", "keep_updates": True, "rebuild": False},
+    {"initial": "dsnot"},
+    {"initial": "alps", "rebuild_ratio": 0.5},
+    {"preset": "mask"},
+    {"preset": "best"},
+]
+
+
+@pytest.mark.parametrize("settings", TAILS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_dense_tail(tmp_path: Path, model: Path, tokens: Path, settings: dict[str, object]) -> None:
+    """Rows of 32 and 64 inputs in groups of 9: tails of 5 and 1."""
+    report = run(model, tmp_path / "out", tokens, pattern="4:9", allow_dense_tail=True, **settings)
+    changes = settings.get("preset") == "best" or settings.get("keep_updates")
+    dense, written = read_folder(model), read_folder(tmp_path / "out")
+    for layer in report.layers:
+        for linear in layer.linears:
+            name = f"model.layers.{layer.index}.{linear.name}.weight"
+            rows, columns = dense[name].shape
+            groups = written[name][:, : columns // 9 * 9].reshape(rows, -1, 9)
+            assert (groups.count_nonzero(dim=2) == 4).all()
+            tail = written[name][:, columns // 9 * 9 :]
+            assert tail.all() if changes else torch.equal(tail, dense[name][:, columns // 9 * 9 :])
+            assert (linear.pruned, linear.pattern) == (5 * rows * (columns // 9), "4:9")
+    assert "after the last whole group of M dense" in report.changes
+    assert not inspect(InspectConfig(model=tmp_path / "out", dense=str(model))).problems
+    if not changes:
+        again = rebuild(
+            RebuildConfig(
+                dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens, rebuild_ratio=1
+            )
+        )
+        assert again.swapped > 0
+        assert again.sparsity == report.sparsity
+
+
+def test_groups_longer_than_a_row(tmp_path: Path, model: Path, tokens: Path) -> None:
+    with pytest.raises(ModelError, match="pattern 20:40 is longer than the 32 inputs of"):
+        run(model, tmp_path / "out", tokens, pattern="20:40", allow_dense_tail=True)
+
+
 def test_parse() -> None:
     assert parse_target(0.5) == HALF
     assert parse_target(0) is None

@@ -76,6 +76,10 @@ class PruneConfig(RunSettings):
         default={}, description="a sparsity, N:M or 0 by regular expression of linears, or a YAML file of that"
     )
 
+    allow_dense_tail: bool = Field(
+        default=False, description="where M does not divide a row, leave the inputs after its last whole group dense"
+    )
+
     @field_validator("sparsity")
     @classmethod
     def _sparsity_inside(cls, value: float | None) -> float | None:
@@ -178,7 +182,9 @@ class PruneConfig(RunSettings):
     @property
     def targets(self) -> Targets:
         """How much of each linear goes."""
-        return Targets(self.target, self.include, self.exclude, self.skip_layers, self.sparsities)
+        return Targets(
+            self.target, self.include, self.exclude, self.skip_layers, self.sparsities, None, self.allow_dense_tail
+        )
 
     @property
     def target(self) -> Pattern:

@@ -76,7 +76,9 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         pattern += ", some linears their own" if config.sparsities else ""
         settings = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target)
     else:
-        job = prepare(config.dense, config, Targets(config.target) if config.target else None, progress)
+        job = prepare(
+            config.dense, config, Targets(config.target, allow_dense_tail=True) if config.target else None, progress
+        )
         initial = CheckpointMasks(job, config.pruned, config.pattern)
         model, method, rebuilt = config.dense, f"mask of {config.pruned}", True
         pattern = str(initial.first_pattern or "unstructured")

@@ -105,7 +105,9 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
 
 
 def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunReport:
-    job = prepare(config.dense, config, Targets(config.target) if config.target else None, progress, ranks)
+    job = prepare(
+        config.dense, config, Targets(config.target, allow_dense_tail=True) if config.target else None, progress, ranks
+    )
     initial = CheckpointMasks(job, config.pruned, config.pattern)
     method = config.initial or initial.recorded_method
     settings = RebuildSettings(

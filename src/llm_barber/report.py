@@ -180,6 +180,8 @@ class RunReport(_Result):
         own = self.settings.get("sparsities") or {}
         if own:
             left_out.append("sparsities " + ", ".join(f"{name} {value}" for name, value in own.items()))
+        if self.settings.get("allow_dense_tail"):
+            left_out.append("inputs after the last whole group of M dense")
         spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
         rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
         done = filter(None, [spread, rebuilt, self.refinement])

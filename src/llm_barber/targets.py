@@ -97,6 +97,7 @@ class Targets:
         skip_layers: decoder layers that are not pruned; negative ones count from the end.
         own: targets of linears, by a regular expression of the name: "N:M", a sparsity, or 0. The first one counts.
         allocated: sparsities of linears by their names, in place of `pattern`'s.
+        allow_dense_tail: M need not divide a row: the inputs after its last whole group stay dense.
     """
 
     pattern: Pattern
@@ -105,6 +106,7 @@ class Targets:
     skip_layers: tuple[int, ...] = ()
     own: dict[str, float | str] = field(default_factory=dict)
     allocated: dict[str, float] | None = None
+    allow_dense_tail: bool = False
 
     def of(self, index: int, name: str, layers: int) -> Pattern | None:
         """The target of a linear; None: it is not pruned.
@@ -133,7 +135,7 @@ class Targets:
 
         Raises:
             SettingsError: an expression is found in no name, a layer is not there, or nothing is left to prune.
-            ModelError: M does not divide a row.
+            ModelError: M does not divide a row, or is longer than one.
         """
         layers = len(shapes)
         names = [name for layer in shapes for name in layer]
@@ -152,10 +154,20 @@ class Targets:
             for name, shape in layer.items():
                 target = self.of(index, name, layers)
                 selected += target is not None
-                if isinstance(target, NofM) and shape[1] % target.of:
-                    raise ModelError(
-                        f"pattern {target} does not divide the {shape[1]} inputs of {name}",
-                        "choose an N:M whose M divides every row, leave it out with --exclude, or use --sparsity",
-                    )
+                if isinstance(target, NofM):
+                    self._check_groups(name, shape[1], target)
         if not selected:
             raise SettingsError("include, exclude, skip_layers and sparsities leave nothing to prune", example)
+
+    def _check_groups(self, name: str, columns: int, pattern: NofM) -> None:
+        """Refuse rows that are no whole number of groups."""
+        if columns < pattern.of:
+            raise ModelError(
+                f"pattern {pattern} is longer than the {columns} inputs of {name}", "leave it out with --exclude"
+            )
+        if columns % pattern.of and not self.allow_dense_tail:
+            raise ModelError(
+                f"pattern {pattern} does not divide the {columns} inputs of {name}",
+                f"keep its last {columns % pattern.of} inputs dense with --allow-dense-tail, choose an N:M whose M "
+                "divides every row, leave it out with --exclude, or use --sparsity",
+            )

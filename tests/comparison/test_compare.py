@@ -275,3 +275,19 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
     own_folder(settings["output"], MARKER, "")
     with locked(settings["output"] / MARKER), pytest.raises(OutputError, match="another run is writing"):
         compare(CompareConfig(**settings))
+
+
+def test_layers_and_blocks_that_the_user_names(settings: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "blocks.yaml"
+    file.write_text("mlp: {output: mlp, linears: [mlp.down_proj]}")
+    settings |= {"methods": ("wanda",), "targets": ("0.5",), "seeds": (0,), "rebuild": False, "rebuild_settings": {}}
+    every = compare(CompareConfig(**settings)).cells[0].result
+    own = compare(CompareConfig(**settings, layers="model.layers", blocks=file)).cells[0].result
+    assert every is not None
+    assert own is not None
+    assert (set(every.errors), set(own.errors)) == ({"attention", "mlp"}, {"mlp"})
+    assert own.evaluation.texts[0].perplexity != every.evaluation.texts[0].perplexity
+    again = compare(CompareConfig(**settings)).cells[0].result
+    assert again == every
+    with pytest.raises(SettingsError, match="nothing.there is not a list"):
+        compare(CompareConfig(**settings, layers="nothing.there"))

@@ -56,9 +56,9 @@ def test_every_group_keeps_exactly_n_of_m(kept: int, of: int) -> None:
         assert row[mask].min() >= row[~mask].max()
 
 
-def test_pattern_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="2:4 does not divide a row of 6"):
-        initial_mask(torch.ones(2, 6), NofM(2, 4), Granularity.OUTPUT)
+def test_inputs_after_the_last_whole_group_stay() -> None:
+    saliency = torch.tensor([[1.0, 2.0, 4.0, 3.0, 0.0, 0.0]])
+    assert initial_mask(saliency, NofM(2, 4), Granularity.OUTPUT).int().tolist() == [[0, 0, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("granularity", list(Granularity))

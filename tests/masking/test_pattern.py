@@ -42,7 +42,8 @@ def test_held_patterns_give_the_smallest_n() -> None:
     assert held_patterns(nonzero) == [NofM(1, 2), NofM(2, 4)]
     assert holds(NofM(2, 4), nonzero)
     assert not holds(NofM(1, 4), nonzero)
-    assert not holds(NofM(1, 3), nonzero)  # does not divide the row
+    assert holds(NofM(1, 3), nonzero)  # but for a tail of two
+    assert not holds(NofM(8, 9), nonzero)  # no whole group
 
 
 def test_found_pattern_needs_filled_groups() -> None:

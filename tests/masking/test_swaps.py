@@ -38,10 +38,11 @@ def after(keep: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
     return changed
 
 
+@pytest.mark.parametrize("columns", [8, 10])  # with 10 there is a tail
 @pytest.mark.parametrize("with_linear", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_one_swap_within_groups_is_the_best_of_all(seed: int, with_linear: bool) -> None:
-    weight, gram, linear = make(columns=8, seed=seed)
+def test_one_swap_within_groups_is_the_best_of_all(seed: int, with_linear: bool, columns: int) -> None:
+    weight, gram, linear = make(columns=columns, seed=seed)
     term = linear if with_linear else None
     keep = initial_mask(weight.abs(), NofM(2, 4), Granularity.OUTPUT)
     found, count = swap_pairs(keep, weight, gram, 1, term, NofM(2, 4))

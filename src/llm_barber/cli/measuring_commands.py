@@ -12,6 +12,7 @@ from llm_barber.cli.options import (
     OUTPUT,
     TEXT,
     BatchOption,
+    BlocksOption,
     CalibrationOption,
     CompareTextOption,
     DebugOption,
@@ -148,6 +149,8 @@ def compare(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
+    layers: LayersOption = None,
+    blocks: BlocksOption = None,
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Leave the pruned models in OUT/models.", rich_help_panel=OUTPUT)
     ] = False,
@@ -166,12 +169,13 @@ def compare(
     from llm_barber.errors import ModelError
 
     lists: dict[str, Any] = {"methods": names(methods), "targets": names(targets), "seeds": names(seeds)}
+    own_blocks: Any = blocks or ()  # a file, as well
     config = CompareConfig(
         model=model, output=out, **lists, rebuild=rebuild,
         granularity=granularity, rebuild_ratio=rebuild_ratio, calibration=calibration, samples=samples, seqlen=seqlen,
         text=tuple(text) if text else None, windows=windows, text_seqlen=text_seqlen,
         tasks=names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
-        revision=revision, keep_models=keep_models,
+        revision=revision, layers=layers, blocks=own_blocks, keep_models=keep_models,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         comparison = run(config, progress)

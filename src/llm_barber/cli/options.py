@@ -100,6 +100,14 @@ SkipLayersOption = Annotated[
         show_default=False,
     ),
 ]
+DenseTailOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-dense-tail",
+        help="Where the M of N:M does not divide a row, leave the inputs after its last whole group dense.",
+        rich_help_panel=WHAT,
+    ),
+]
 LayersOption = Annotated[
     str | None,
     typer.Option(

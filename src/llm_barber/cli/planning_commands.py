@@ -11,6 +11,7 @@ from llm_barber.cli.options import (
     BatchOption,
     BlocksOption,
     DebugOption,
+    DenseTailOption,
     DeviceOption,
     DtypeOption,
     GranularityOption,
@@ -124,6 +125,7 @@ def plan(
         ),
     ] = None,
     revision: RevisionOption = None,
+    allow_dense_tail: DenseTailOption = False,
     layers: LayersOption = None,
     blocks: BlocksOption = None,
     json: JsonOption = False,
@@ -146,7 +148,7 @@ def plan(
         target_mix=target_mix, reconstruct=reconstruct, tune_passes=tune_passes, guard=guard, samples=samples,
         seqlen=seqlen, batch_size=batch_size, device=device, dtype=dtype, processes=counts, flops=flops,
         float32_flops=float32_flops, memory_bandwidth=memory_bandwidth, link=link, bandwidth=bandwidth,
-        revision=revision, layers=layers, blocks=own_blocks,
+        revision=revision, layers=layers, blocks=own_blocks, allow_dense_tail=allow_dense_tail,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         found = forecast(config, progress)

@@ -15,6 +15,7 @@ from llm_barber.cli.options import (
     BlocksOption,
     CalibrationOption,
     DebugOption,
+    DenseTailOption,
     DeviceMemoryOption,
     DeviceOption,
     DryRunOption,
@@ -92,6 +93,7 @@ def prune(
     exclude: ExcludeOption = None,
     skip_layers: SkipLayersOption = None,
     sparsities: SparsitiesOption = None,
+    allow_dense_tail: DenseTailOption = False,
     refine: RefineOption = None,
     swaps: SwapsOption = None,
     target_mix: TargetMixOption = TARGET_MIX,
@@ -140,7 +142,7 @@ def prune(
         calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         resume=resume, report=report, memory=host_size, device_memory=device_size,
-        format=format, layers=layers, blocks=own_blocks,
+        format=format, layers=layers, blocks=own_blocks, allow_dense_tail=allow_dense_tail,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 

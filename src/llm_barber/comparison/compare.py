@@ -198,7 +198,7 @@ def make_runner(
     tasks = [
         [task.name, task.sha256, config.limit] for task in find_tasks(config.tasks, config.tasks_folder, config.limit)
     ]
-    common = {
+    common: dict[str, Any] = {
         "model": fingerprint(Path(folder)),
         CALIBRATION: [
             config.calibration,
@@ -211,6 +211,8 @@ def make_runner(
         "compute": [str(device), dtype],
         "version": versions()["llm-barber"],
     }
+    if config.layers or config.blocks:
+        common["structure"] = [config.layers, [asdict(block) for block in config.blocks]]
     return CellRunner(
         config.output, lambda: evaluator or Evaluator(evaluation, progress), common, tasks, config.keep_models
     )
@@ -240,6 +242,8 @@ def _run_cell(
                 dtype=config.dtype,
                 overwrite=True,
                 report=False,
+                layers=config.layers,
+                blocks=config.blocks,
                 **settings,
             ),
             progress,

@@ -11,8 +11,10 @@ from llm_barber.config import Initial
 from llm_barber.evaluation.evaluate import EvaluateConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
+from llm_barber.model.architecture import Block
 from llm_barber.presets import Preset
 from llm_barber.settings import DTYPES, Settings
+from llm_barber.targets import read_blocks
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -92,12 +94,21 @@ class CompareConfig(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
     revision: str | None = Field(None, description="of a hub id")
+    layers: str | None = Field(None, description="path of the decoder layers; None: as known or found")
+    blocks: tuple[Block, ...] = Field(
+        (), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
+    )
     keep_models: bool = Field(False, description="leave the pruned models in OUT/models")
 
     @field_validator("output", mode="after")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _blocks_readable(cls, value: Any) -> Any:
+        return read_blocks(Path(value)) if isinstance(value, str | Path) else value
 
     @field_validator("targets", mode="after")
     @classmethod
@@ -132,6 +143,7 @@ class CompareConfig(Settings):
             batch_size=self.batch_size,
             device=self.device,
             dtype=self.dtype,
+            layers=self.layers,
         )
 
 

@@ -77,9 +77,6 @@ def admm(
 
     Returns:
         The keep mask, bool (out, in), and the weights, float32 (out, in), zero where pruned.
-
-    Raises:
-        ValueError: M does not divide the row.
     """
     scaled = scaled_gram(gram, damping) if scaled is None else scaled
     dense = weight.float() * scaled.scale

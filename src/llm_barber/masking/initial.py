@@ -1,5 +1,6 @@
 """Saliency and pattern → keep mask: the lowest scores of each comparison group are pruned."""
 
+import torch
 from torch import Tensor
 
 from llm_barber.masking.granularity import Granularity, from_groups, to_groups
@@ -17,13 +18,13 @@ def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -
 
     Returns:
         bool, (out, in), True survives. Exactly `pattern.pruned(members)` weights of each group are pruned, or M - N
-        of each M.
-
-    Raises:
-        ValueError: M does not divide the row.
+        of each whole group of M.
     """
     if isinstance(pattern, NofM):
-        return rank_within(by_pattern_group(saliency, pattern)).ge(pattern.of - pattern.kept).reshape(saliency.shape)
+        keep = torch.ones_like(saliency, dtype=torch.bool)
+        ranks = rank_within(by_pattern_group(saliency, pattern))
+        by_pattern_group(keep, pattern).copy_(ranks >= pattern.of - pattern.kept)
+        return keep
     (groups,) = to_groups([saliency], granularity)
     pruned = lowest(groups, pattern.pruned(groups.shape[1]))
     (pruned,) = from_groups([pruned], [tuple(saliency.shape)], granularity)
@@ -31,12 +32,5 @@ def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -
 
 
 def by_pattern_group(tensor: Tensor, pattern: NofM) -> Tensor:
-    """Reshape (out, in) to (out, in / M, M).
-
-    Raises:
-        ValueError: M does not divide the row.
-    """
-    rows, columns = tensor.shape
-    if columns % pattern.of:
-        raise ValueError(f"pattern {pattern} does not divide a row of {columns} inputs")
-    return tensor.reshape(rows, columns // pattern.of, pattern.of)
+    """View the whole groups of (out, in) as (out, in // M, M)."""
+    return tensor[:, : pattern.covered(tensor.shape[1])].unflatten(1, (-1, pattern.of))

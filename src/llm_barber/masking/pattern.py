@@ -50,7 +50,8 @@ class Unstructured:
 class NofM:
     """N weights are **kept** of every M consecutive inputs of an output row.
 
-    Example: `NofM(2, 4)` on a row of shape (8,) keeps 2 of inputs 0…3 and 2 of inputs 4…7.
+    Example: `NofM(2, 4)` on a row of shape (8,) keeps 2 of inputs 0…3 and 2 of inputs 4…7. Of a row of 10 it keeps the
+    last two, too: inputs after the last whole group, the tail, stay dense.
 
     Raises:
         ValueError: not 1 ≤ kept < of.
@@ -67,6 +68,10 @@ class NofM:
     def sparsity(self) -> float:
         """The fraction removed."""
         return 1 - self.kept / self.of
+
+    def covered(self, columns: int) -> int:
+        """How many inputs of a row of so many are in whole groups; the others are its tail."""
+        return columns // self.of * self.of
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.of}"
@@ -88,13 +93,14 @@ def parse_pattern(text: str) -> NofM:
 
 
 def fullest_group(nonzero: Tensor, size: int) -> int:
-    """The most weights that any group of `size` consecutive inputs has; `nonzero` is bool, (out, in)."""
-    return int(nonzero.reshape(-1, size).sum(1, dtype=torch.int32).max())
+    """The most weights that any whole group of `size` consecutive inputs has; `nonzero` is bool, (out, in)."""
+    covered = nonzero.shape[1] // size * size
+    return int(nonzero[:, :covered].reshape(-1, size).sum(1, dtype=torch.int32).max())
 
 
 def holds(pattern: NofM, nonzero: Tensor) -> bool:
-    """Whether no group of M has more than N weights; `nonzero` is bool, (out, in)."""
-    return nonzero.shape[1] % pattern.of == 0 and fullest_group(nonzero, pattern.of) <= pattern.kept
+    """Whether no whole group of M has more than N weights, and there is one; `nonzero` is bool, (out, in)."""
+    return nonzero.shape[1] >= pattern.of and fullest_group(nonzero, pattern.of) <= pattern.kept
 
 
 def held_patterns(nonzero: Tensor) -> list[NofM]:

@@ -63,6 +63,8 @@ def rebuild_masks(
         granularity = pattern_granularity or granularity
     shapes = [tuple(tensor.shape) for tensor in keep]
     droppable = keep if fixed is None else [mask & ~stays for mask, stays in zip(keep, fixed, strict=True)]
+    if patterns is not None and any(patterns):
+        droppable = [_in_whole_groups(mask, pattern) for mask, pattern in zip(droppable, patterns, strict=True)]
     growable = [~mask for mask in keep] if fixed is None else [~(m | f) for m, f in zip(keep, fixed, strict=True)]
     grow_groups, drop_groups, pair_groups = [], [], []
     groups = (to_groups(tensors, granularity) for tensors in (growable, droppable, saliency))
@@ -145,4 +147,16 @@ def _within_pattern(droppable: Tensor, saliency: Tensor, grow: Tensor, pattern: 
     grow_group = grow_group & (grow_rank < available)
     drop_rank = rank_within(torch.where(droppable_group, saliency_group, torch.inf))
     drop_group = droppable_group & (drop_rank < growing)
-    return grow_group.reshape(grow.shape), drop_group.reshape(grow.shape)
+    found = torch.zeros_like(grow), torch.zeros_like(grow)
+    for whole, group in zip(found, (grow_group, drop_group), strict=True):
+        by_pattern_group(whole, pattern).copy_(group)
+    return found
+
+
+def _in_whole_groups(mask: Tensor, pattern: NofM | None) -> Tensor:
+    """A mask, (out, in), without the tails of its rows."""
+    if pattern is None or pattern.covered(mask.shape[1]) == mask.shape[1]:
+        return mask
+    whole = mask.clone()
+    whole[:, pattern.covered(mask.shape[1]) :] = False
+    return whole

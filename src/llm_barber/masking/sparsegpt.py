@@ -28,7 +28,7 @@ def sparsegpt(
     Args:
         weight: (out, in), any float dtype.
         gram: (in, in), float32, see `statistics.GramMatrix`.
-        pattern: unstructured sparsity is met exactly in every block of columns, N:M in every group.
+        pattern: unstructured sparsity is met exactly in every block of columns, N:M in every whole group.
         damping: share of the mean diagonal that is added to the diagonal; grows tenfold while the matrix is not
             positive definite.
         block_size: columns whose mask is chosen together; rounded up to a whole number of groups of M.
@@ -36,14 +36,9 @@ def sparsegpt(
 
     Returns:
         The keep mask, bool (out, in), and the updated weights, float32 (out, in), zero where pruned.
-
-    Raises:
-        ValueError: M does not divide the row.
     """
     columns = weight.shape[1]
     if isinstance(pattern, NofM):
-        if columns % pattern.of:
-            raise ValueError(f"pattern {pattern} does not divide a row of {columns} inputs")
         block_size = -(-block_size // pattern.of) * pattern.of
     # Transposed, so that the column being pruned and those to come are contiguous.
     values = weight.float().t().clone()
@@ -61,13 +56,14 @@ def _prune_block(values: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tens
     """Prune one block of columns in place; returns its keep mask and the errors to pass on, both (columns, out)."""
     diagonal = factor.diagonal()
     if isinstance(pattern, NofM):
-        keep = torch.empty_like(values, dtype=torch.bool)
+        keep = torch.ones_like(values, dtype=torch.bool)
+        covered = pattern.covered(len(values))
     else:
         saliency = (values / diagonal.unsqueeze(1)).square()
         keep = initial_mask(saliency.t().contiguous(), pattern, Granularity.LINEAR).t()
     errors = torch.empty_like(values)
     for column in range(len(values)):
-        if isinstance(pattern, NofM) and column % pattern.of == 0:
+        if isinstance(pattern, NofM) and column % pattern.of == 0 and column < covered:
             group = slice(column, column + pattern.of)
             saliency = (values[group] / diagonal[group].unsqueeze(1)).square()
             keep[group] = rank_within(saliency.t()).t() >= pattern.of - pattern.kept

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM
 
 # A gain smaller than this share of the row's error is rounding.
@@ -122,9 +123,15 @@ class _Rows:
         """The weights of the groups of M whose best pair gains most, (rows, set)."""
         size = pattern.of
         rows, columns = self.weight.shape
+        columns = pattern.covered(columns)
         # (groups, M, M): the blocks of the Gram matrix along its diagonal.
-        blocks = gram.view(columns // size, size, columns // size, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        grow, drop, weight = (one.view(rows, -1, size) for one in (self.grow, self.drop, self.weight))
+        blocks = (
+            gram[:columns, :columns]
+            .reshape(columns // size, size, columns // size, size)
+            .diagonal(dim1=0, dim2=2)
+            .movedim(-1, 0)
+        )
+        grow, drop, weight = (by_pattern_group(one, pattern) for one in (self.grow, self.drop, self.weight))
         gains = torch.full((rows, columns // size), torch.inf, device=gram.device)
         for coming in range(size):
             cross = weight * (-2 * weight[:, :, coming : coming + 1]) * blocks[:, coming]

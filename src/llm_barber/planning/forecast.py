@@ -213,14 +213,14 @@ def ranges(numbers: list[int]) -> str:
 
 def _check_pattern(config: PlanConfig, model: ModelShapes) -> None:
     """Refuse an N:M that does not divide a row, as `prune` does."""
-    size = getattr(config.target, "of", 1)
+    size = 1 if config.allow_dense_tail else getattr(config.target, "of", 1)
     for layer in model.layers:
         for block in layer.blocks:
             for _, columns in block.linears:
                 if columns % size:
                     raise ModelError(
                         f"pattern {config.target} does not divide the {columns} inputs of a linear",
-                        "choose an N:M whose M divides every row, or use --sparsity",
+                        "give --allow-dense-tail, choose an N:M whose M divides every row, or use --sparsity",
                     )
 
 
