@@ -80,6 +80,12 @@ class PruneConfig(RunSettings):
         default=False, description="where M does not divide a row, leave the inputs after its last whole group dense"
     )
 
+    prune_head: bool = Field(
+        default=False,
+        description="prune the output head, too, without rebuilding it; one that is tied to the embedding gets weights "
+        "of its own",
+    )
+
     @field_validator("sparsity")
     @classmethod
     def _sparsity_inside(cls, value: float | None) -> float | None:

@@ -256,6 +256,7 @@ class CheckpointMasks:
         record = read_record(self.source.folder)
         methods = {method.value for method in Initial}
         self.recorded_method = Initial(record.initial) if record and record.initial in methods else Initial.WANDA
+        self.head_was_pruned = record is not None and record.prunes_head
         recorded = record.pattern if record and re.fullmatch(r"\d+:\d+", record.pattern) else None
         self.pattern = pattern or recorded
         self.first_pattern = self._look_at_first_layer()

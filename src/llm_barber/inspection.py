@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,10 +83,16 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     source = CheckpointSource(config.model, config.revision)
     dense = CheckpointSource(config.dense, config.revision) if config.dense is not None else None
     record = read_record(source.folder)
-    linears, turned = find_linears(source, _recorded_structure(record))
+    linears = find_linears(source, _recorded_structure(record), with_head=record is not None and record.prunes_head)
     if not linears:
         raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
-    problems = [] if dense is None else _compare_names(source, dense)
+    problems = []
+    origins = {}  # the names in the dense model of what it has
+    if dense is not None:
+        made = {name: one.made_of for name, found in linears.items() for one in found if name not in dense.tensors}
+        origins = {name: made.get(name) or name for name in source.tensors.keys() & (dense.tensors.keys() | made)}
+        origins = {name: origin for name, origin in origins.items() if origin in dense.tensors}
+        problems = _compare_names(source.tensors.keys(), dense.tensors.keys(), origins.keys())
     if record is not None:
         if not source.packed:  # the record is of the files that were packed
             problems += _check_files(source.folder, record, progress)
@@ -97,11 +104,11 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     inspected = []
     for name in names:
         tensor = source.read([name])[name]
-        original = dense.read([name])[name] if dense is not None and name in dense.tensors else None
+        original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
         for linear in linears.get(name, []):
             weight, before = (None if one is None else linear.place.of(one) for one in (tensor, original))
             assert weight is not None
-            weight = weight.t() if turned else weight
+            weight = weight.t() if linear.turned else weight
             inspected.append(_inspect_linear(linear, weight, before))
             if record is not None:
                 problems += _check_record(inspected[-1], expected.get((linear.layer, linear.name)), weight)
@@ -141,11 +148,16 @@ def read_record(folder: Path) -> RunReport | None:
 
 @dataclass(frozen=True)
 class FoundLinear:
-    """A prunable linear of a layer, and where it lies."""
+    """A prunable linear of a layer, or the output head, as if of a layer after the last, and where it lies.
+
+    `turned`: as (in, out). `made_of`: the tensor that it was before it had one of its own, if it was another's.
+    """
 
     layer: int
     name: str
     place: Place
+    turned: bool = False
+    made_of: str | None = None
 
 
 def _recorded_structure(record: RunReport | None) -> StructureOptions:
@@ -156,8 +168,10 @@ def _recorded_structure(record: RunReport | None) -> StructureOptions:
     return StructureOptions(record.settings.get("layers"), tuple(blocks))
 
 
-def find_linears(source: CheckpointSource, options: StructureOptions) -> tuple[dict[str, list[FoundLinear]], bool]:
-    """The prunable linears by the tensors that they lie in; are they kept as (in, out)?
+def find_linears(
+    source: CheckpointSource, options: StructureOptions, with_head: bool = False
+) -> dict[str, list[FoundLinear]]:
+    """The prunable linears by the tensors that they lie in.
 
     As `prune` finds them; of a model that it does not take, every matrix inside a numbered layer.
     """
@@ -171,8 +185,15 @@ def find_linears(source: CheckpointSource, options: StructureOptions) -> tuple[d
             for linear in skeleton.linears(index):
                 place = source.places.get(f"{skeleton.layer_prefix(index)}{linear}.weight")
                 if place is not None:
-                    found.setdefault(place.tensor, []).append(FoundLinear(index, linear, place))
-        return found, architecture.transposed
+                    one = FoundLinear(index, linear, place, architecture.transposed)
+                    found.setdefault(place.tensor, []).append(one)
+        if with_head:
+            place = source.place(f"{skeleton.head_name}.weight")
+            embedding = skeleton.model.get_input_embeddings().weight
+            tied = next(name for name, one in skeleton.model.named_parameters() if one is embedding)
+            name = skeleton.head_name.rpartition(".")[2]
+            found[place.tensor] = [FoundLinear(len(skeleton.layers), name, place, made_of=source.place(tied).tensor)]
+        return found
     except BarberError:
         pass
     expression = re.compile(r"(?:.*?\.)??(\d+)\.(.+)\.weight")
@@ -180,7 +201,7 @@ def find_linears(source: CheckpointSource, options: StructureOptions) -> tuple[d
         match = expression.fullmatch(name)
         if match and len(info.shape) == 2 and 0 not in info.shape:
             found[name] = [FoundLinear(int(match[1]), match[2], Place(name))]
-    return found, False
+    return found
 
 
 def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -> LinearInspection:
@@ -224,12 +245,13 @@ def _check_files(folder: Path, record: RunReport, progress: Progress) -> list[st
     return problems
 
 
-def _compare_names(source: CheckpointSource, dense: CheckpointSource) -> list[str]:
+def _compare_names(names: Set[str], dense: Set[str], known: Set[str]) -> list[str]:
+    """Tensors of one model only; `known` are those whose origin is."""
     problems = []
-    for name in sorted(source.tensors.keys() | dense.tensors.keys()):
-        if name not in source.tensors:
+    for name in sorted(names | dense):
+        if name not in names:
             problems.append(f"{name} is in the dense model only")
-        elif name not in dense.tensors:
+        elif name not in known:
             problems.append(f"{name} is not in the dense model")
     return problems
 

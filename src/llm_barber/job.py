@@ -42,6 +42,7 @@ class Job:
     skeleton: Skeleton
     batch_size: int
     ranks: Ranks
+    prunes_head: bool = False
 
     @property
     def layer_count(self) -> int:
@@ -62,9 +63,26 @@ class Job:
     @cached_property
     def outside_shards(self) -> list[list[str]]:
         """The checkpoint's tensors outside the decoder layers, in groups to write together."""
-        inside = {name for names in self.layer_tensors for name in names}
+        inside = {name for names in self.steps for name in names}
         outside = [name for name in self.source.tensors if name not in inside]
         return list(sharded_by(outside, self.source.tensors, OUTSIDE_SHARD_BYTES))
+
+    @cached_property
+    def steps(self) -> list[list[str]]:
+        """What the run prunes together: the tensors of each decoder layer, then those of the output head, if asked."""
+        own = [self.head_place.tensor] if self.prunes_head and not self.head_is_made else []
+        return [*self.layer_tensors, *([own] if self.prunes_head else [])]
+
+    @property
+    def head_place(self) -> Place:
+        """Where the checkpoint keeps the output head, or is going to."""
+        name = f"{self.skeleton.head_name}.weight"
+        return self.source.places.get(name, Place(name))
+
+    @property
+    def head_is_made(self) -> bool:
+        """Does the checkpoint have the output head only as the embedding?"""
+        return self.head_place.tensor not in self.source.tensors
 
     @property
     def bytes(self) -> int:
@@ -77,11 +95,15 @@ class Job:
         return found[: found.index(f".{index}.") + len(f".{index}.")]
 
     def linears(self, index: int) -> tuple[str, ...]:
-        """The prunable linears of a layer, block after block."""
+        """The prunable linears of a layer, block after block; of the step after the last layer, the output head."""
+        if index == self.layer_count:
+            return (self.skeleton.head_name.rpartition(".")[2],)
         return self.skeleton.linears(index)
 
     def linear_name(self, index: int, linear: str) -> str:
-        """The name of a layer's linear in the model."""
+        """The name of a layer's linear, or of the output head, in the model."""
+        if index == self.layer_count:
+            return self.skeleton.head_name
         return f"{self.skeleton.layer_prefix(index)}{linear}"
 
     def open_layer(self, index: int, tensors: Mapping[str, Tensor]) -> tuple[DecoderLayer, dict[str, Tensor]]:
@@ -189,10 +211,11 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     skeleton = make_skeleton(config, architecture, device, dtype, model)
     source.places = find_places(skeleton.model, source.tensors)
     by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
-    check_tensors(skeleton, source, with_head=by_loss)
+    prunes_head = isinstance(settings, PruneConfig) and settings.prune_head
+    check_tensors(skeleton, source, with_head=by_loss or prunes_head)
     job = Job(
         source, config, architecture, tokens, skeleton,
-        resolve_batch_size(settings.batch_size, seqlen, sequences, device), ranks,
+        resolve_batch_size(settings.batch_size, seqlen, sequences, device), ranks, prunes_head,
     )  # fmt: skip
     check_output(settings.output, settings.overwrite, job.bytes)
     shapes = job.linear_shapes(source)
@@ -200,7 +223,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
         of_layers = [
             [job.linear_name(index, linear) for linear in job.linears(index)] for index in range(job.layer_count)
         ]
-        targets.check([{name: shapes[f"{name}.weight"] for name in names} for names in of_layers])
+        head = {skeleton.head_name: tuple(skeleton.head.weight.shape)} if prunes_head else {}
+        targets.check([{name: shapes[f"{name}.weight"] for name in names} for names in of_layers], head)
     return job
 
 
@@ -237,7 +261,7 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     shared = [name for name, _ in skeleton.layers.named_parameters(remove_duplicate=False) if name not in alone]
     if shared:
         raise ModelError(
-            f"{skeleton.layers_prefix}{shared[0]} is the weight of another layer, too",
+            f"{skeleton.layers_prefix}{shared[0]} is the weight of another module, too",
             "models whose layers share weights cannot be pruned yet: open an issue that names it",
         )
     needed = list(skeleton.every_outside_name if with_head else skeleton.outside_names)

@@ -62,7 +62,7 @@ def prune_layer(
     dense = {name: every[name] for name in pruned}
     blocks = only(skeleton.blocks[index], pruned)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
-    outcomes: list[tuple[Block, _Outcome, float | None]] = []
+    outcomes: list[tuple[Block, Outcome, float | None]] = []
     final: list[Block] = []
     for block in blocks:
         work = Pass(layer, block, final, streams, last=block is blocks[-1])
@@ -85,10 +85,11 @@ def prune_layer(
         final.append(block)
     weights = {name: one.final for name, one in pruned.items()}
     results = [
-        _result(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
+        result_of(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
         for block, (_, outcome, after) in zip(skeleton.blocks[index], outcomes, strict=True)
     ]
     written = job.stored(index, weights, tensors)
+    skeleton.layers_return_tuples = layer.returns_tuple
     skeleton.release_layer(index)
     # Last of all: until here the layer can be pruned again, if memory runs out.
     streams.rename(DENSE_OUTPUT, HIDDEN)
@@ -98,7 +99,7 @@ def prune_layer(
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """What became of a block: its linears, their masks with what was swapped, the mean error before.
 
     `measured_from`: the first of the sequences that errors are means over. `output_kept`: the block's output before is.
@@ -119,11 +120,11 @@ def _prune_block(
     rebuild_settings: RebuildSettings | None,
     refine_settings: RefineSettings | None,
     index: int,
-) -> _Outcome:
+) -> Outcome:
     """Rebuild a block's masks and refine them, as far as that is asked for."""
     block = work.block
     if not block.linears:
-        return _Outcome({}, {})
+        return Outcome({}, {})
     now = {name: initial[name] for name in block.linears}
     masks = {name: Rebuilt(now[name].keep, 0, 0, 0) for name in block.linears}
     before, measured_from, rejected = None, None, False
@@ -143,10 +144,10 @@ def _prune_block(
             for name, mask in masks.items()
         }
     output_kept = rebuild_settings is not None and not work.last
-    return _Outcome(now, masks, before, measured_from, output_kept, rejected)
+    return Outcome(now, masks, before, measured_from, output_kept, rejected)
 
 
-def _result(block: Block, outcome: _Outcome, after: float | None, weights: Mapping[str, Tensor]) -> BlockResult:
+def result_of(block: Block, outcome: Outcome, after: float | None, weights: Mapping[str, Tensor]) -> BlockResult:
     """The counts of a block's linears, whose final weights are `weights`; those that took no part are there, too."""
     linears = []
     for name, weight in weights.items():

@@ -97,6 +97,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
             for name in job.linears(index)
         ]
         shapes = [shape for shape, one in zip(shapes, every, strict=True) if one is not None]
+        shapes += [tuple(job.skeleton.head.weight.shape)] if config.prune_head else []
     sequences, tokens = job.tokens.input_ids.shape
     arrays = 3 if rebuilt else 2  # hidden, attention output, dense output
     hidden: int = job.config.hidden_size

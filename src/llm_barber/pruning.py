@@ -1,10 +1,12 @@
 """The run: decoder layer after decoder layer, streamed from disk to disk; what happens in a layer is `method.py`."""
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +22,7 @@ from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
 from llm_barber.embedding import embed, memory_said, with_smaller_batches
 from llm_barber.errors import NotFiniteError
+from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.masking.granularity import Granularity
@@ -109,6 +112,8 @@ def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunRepo
         config.dense, config, Targets(config.target, allow_dense_tail=True) if config.target else None, progress, ranks
     )
     initial = CheckpointMasks(job, config.pruned, config.pattern)
+    if initial.head_was_pruned:
+        progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method
     settings = RebuildSettings(
         *rebuild_defaults(method, config.granularity, config.rebuild_ratio, initial.first_pattern), _of_patterns(config)
@@ -163,7 +168,7 @@ def _run(
 ) -> RunReport:
     """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
     began = time.perf_counter()
-    shards = len(job.outside_shards) + job.layer_count
+    shards = len(job.outside_shards) + len(job.steps)
     ranks, sequences = job.ranks, len(job.tokens.input_ids)
     opened: CheckpointWriter | Follower = Follower(config.output)
     if ranks.first:
@@ -196,17 +201,20 @@ def _run(
             writer.state = writer.state.model_copy(update={"sparsities": sparsities})
             seconds["allocate"] += time.perf_counter() - start
         streams.restore(activations)
-        progress.start("pruning" if command == "prune" else "rebuilding", job.layer_count)
+        progress.start("pruning" if command == "prune" else "rebuilding", len(job.steps))
         for layer in results:
             writer.skip_shard()
             progress.advance(_summary(layer))
-        ahead = opened_files.enter_context(ReadAhead(job.source, job.layer_tensors[finished:], streams.pinned))
-        for index in range(finished, job.layer_count):
+        ahead = opened_files.enter_context(ReadAhead(job.source, job.steps[finished:], streams.pinned))
+        for index in range(finished, len(job.steps)):
             start = time.perf_counter()
             tensors = ahead.take()
             read = time.perf_counter()
             compute = partial(prune_layer, job, index, tensors, initial, rebuild_settings, refine_settings, streams)
-            release = partial(job.skeleton.release_layer, index)
+            release: Callable[[], None] = partial(job.skeleton.release_layer, index)
+            if index == job.layer_count:
+                compute = partial(prune_head, job, tensors, initial, refine_settings, streams)
+                release = job.skeleton.drop_outside
             pruned, blocks = with_smaller_batches(compute, release, streams, progress)
             computed = time.perf_counter()
             writer.write_shard({**tensors, **pruned})
@@ -222,7 +230,7 @@ def _run(
             progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
         for path in job.source.companions():
-            writer.copy(path)
+            writer.copy(path, _untied(path) if job.prunes_head and path.name == "config.json" else None)
         report = RunReport(
             command=command,
             model=model,
@@ -287,6 +295,12 @@ def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Te
             writer.write_shard(tensors)
         kept |= {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}
     return kept
+
+
+def _untied(path: Path) -> bytes:
+    """A configuration whose output head has weights of its own."""
+    content = json.loads(path.read_bytes())
+    return (json.dumps({**content, "tie_word_embeddings": False}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _common_pattern(layers: list[LayerResult]) -> str:

@@ -182,10 +182,17 @@ class RunReport(_Result):
             left_out.append("sparsities " + ", ".join(f"{name} {value}" for name, value in own.items()))
         if self.settings.get("allow_dense_tail"):
             left_out.append("inputs after the last whole group of M dense")
+        if self.prunes_head:
+            left_out.append("with the output head")
         spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
         rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
         done = filter(None, [spread, rebuilt, self.refinement])
         return "; ".join([*left_out, *(list(done) or ["not rebuilt"])])
+
+    @property
+    def prunes_head(self) -> bool:
+        """Is the output head pruned? Its result is that of a layer after the last."""
+        return bool(self.settings.get("prune_head"))
 
     @property
     def rejected(self) -> int:

@@ -112,33 +112,38 @@ class Targets:
         """The target of a linear; None: it is not pruned.
 
         Args:
-            index: of its decoder layer.
+            index: of its decoder layer; the number of layers for the output head, which is pruned like the others
+                unless it has a target of its own.
             name: of the linear in the model, as `model.layers.0.mlp.up_proj`.
             layers: how many decoder layers there are.
         """
-        if index in self.skip_layers or index - layers in self.skip_layers:
-            return None
-        if self.include and not any(one.search(name) for one in compile_names(self.include)):
-            return None
-        if any(one.search(name) for one in compile_names(self.exclude)):
+        if index < layers and self._left_out(index, name, layers):
             return None
         for expression, value in self.own.items():
             if re.search(expression, name):
                 return parse_target(value)
-        return self.pattern if self.allocated is None else parse_target(self.allocated[name])
+        return self.pattern if self.allocated is None or index == layers else parse_target(self.allocated[name])
 
-    def check(self, shapes: Sequence[dict[str, tuple[int, ...]]]) -> None:
+    def _left_out(self, index: int, name: str, layers: int) -> bool:
+        if index in self.skip_layers or index - layers in self.skip_layers:
+            return True
+        if self.include and not any(one.search(name) for one in compile_names(self.include)):
+            return True
+        return any(one.search(name) for one in compile_names(self.exclude))
+
+    def check(self, shapes: Sequence[dict[str, tuple[int, ...]]], head: dict[str, tuple[int, ...]]) -> None:
         """Refuse what fits no linear of the model.
 
         Args:
             shapes: of each decoder layer's linears, by the names of the linears in the model.
+            head: of the output head, if it is to be pruned.
 
         Raises:
             SettingsError: an expression is found in no name, a layer is not there, or nothing is left to prune.
             ModelError: M does not divide a row, or is longer than one.
         """
         layers = len(shapes)
-        names = [name for layer in shapes for name in layer]
+        names = [name for layer in (*shapes, head) for name in layer]
         example = f"names look like {names[0]}"
         for option, expressions in (("include", self.include), ("exclude", self.exclude), ("sparsities", self.own)):
             for expression in expressions:
@@ -150,7 +155,7 @@ class Targets:
                     f"skip_layers: there is no decoder layer {index}", f"there are {layers}, 0 to {layers - 1}"
                 )
         selected = 0
-        for index, layer in enumerate(shapes):
+        for index, layer in enumerate((*shapes, head)):
             for name, shape in layer.items():
                 target = self.of(index, name, layers)
                 selected += target is not None

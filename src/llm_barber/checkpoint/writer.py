@@ -228,9 +228,9 @@ class CheckpointWriter:
         """Write a small file, durably."""
         write_durably(self.work / name, content)
 
-    def copy(self, path: Path) -> None:
-        """Copy a companion file under its own name."""
-        content = path.read_bytes()
+    def copy(self, path: Path, content: bytes | None = None) -> None:
+        """Copy a companion file under its own name; `content`: what stands in it now, if that is something else."""
+        content = path.read_bytes() if content is None else content
         self.write_file(path.name, content)
         self._companions[path.name] = hashlib.sha256(content).hexdigest()
 

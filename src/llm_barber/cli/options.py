@@ -108,6 +108,15 @@ DenseTailOption = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
+HeadOption = Annotated[
+    bool,
+    typer.Option(
+        "--prune-head",
+        help="Prune the output head, too, by the initial method (and --refine); one that is tied to the embedding gets "
+        "weights of its own.",
+        rich_help_panel=WHAT,
+    ),
+]
 LayersOption = Annotated[
     str | None,
     typer.Option(

@@ -24,6 +24,7 @@ from llm_barber.cli.options import (
     FormatOption,
     GranularityOption,
     GuardOption,
+    HeadOption,
     IncludeOption,
     InitialOption,
     JsonOption,
@@ -94,6 +95,7 @@ def prune(
     skip_layers: SkipLayersOption = None,
     sparsities: SparsitiesOption = None,
     allow_dense_tail: DenseTailOption = False,
+    prune_head: HeadOption = False,
     refine: RefineOption = None,
     swaps: SwapsOption = None,
     target_mix: TargetMixOption = TARGET_MIX,
@@ -143,6 +145,7 @@ def prune(
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         resume=resume, report=report, memory=host_size, device_memory=device_size,
         format=format, layers=layers, blocks=own_blocks, allow_dense_tail=allow_dense_tail,
+        prune_head=prune_head,
     )  # fmt: skip
     _run_or_plan(run, config, dry_run, json, quiet)
 

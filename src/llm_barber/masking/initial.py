@@ -33,4 +33,5 @@ def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -
 
 def by_pattern_group(tensor: Tensor, pattern: NofM) -> Tensor:
     """View the whole groups of (out, in) as (out, in // M, M)."""
-    return tensor[:, : pattern.covered(tensor.shape[1])].unflatten(1, (-1, pattern.of))
+    rows, columns = tensor.shape
+    return tensor[:, : pattern.covered(columns)].view(rows, columns // pattern.of, pattern.of)

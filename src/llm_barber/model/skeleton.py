@@ -46,7 +46,7 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        self.layers_return_tuples = False  # known once a layer has run; `finish` needs it
+        self.layers_return_tuples: bool | None = None  # known once a layer has run; `finish` needs it
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
         self.blocks = [architecture.blocks_of(layer) for layer in self.layers]
         # Keyword arguments of each layer's call, by (sequences, tokens).
@@ -69,6 +69,26 @@ class Skeleton:
             for name in self.every_outside_name
             if id(parameters[name]) not in head_parameters - embedding_parameters
         ]
+
+    @property
+    def head_name(self) -> str:
+        """The path of the output head.
+
+        Raises:
+            ModelError: there is none that is a matrix.
+        """
+        head = self.model.get_output_embeddings()
+        found = [name for name, module in self.model.named_modules() if module is head]
+        if not found or not isinstance(head, nn.Linear):
+            raise ModelError(f"{type(self.model).__name__} has no output head that is a linear", "leave it dense")
+        return str(found[0])
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head."""
+        found = self.model.get_submodule(self.head_name)
+        assert isinstance(found, nn.Linear)
+        return found
 
     @property
     def layers_prefix(self) -> str:

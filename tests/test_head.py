@@ -1,0 +1,152 @@
+"""The output head, pruned on request."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import llm_barber.pruning as module
+from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild, unpack
+from llm_barber.errors import ModelError
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import Unstructured
+from llm_barber.masking.saliency import wanda
+from llm_barber.plan import plan
+from tests.conftest import bits, make_model, read_folder, save_tokens
+
+FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "lm_head", {"tie_word_embeddings": True}),
+    ("llama", "lm_head", {"tie_word_embeddings": False}),
+    ("gpt2", "lm_head", {}),  # tied, and its other weights are (in, out)
+    ("gpt_neox", "lm_head", {}),
+    ("opt", "lm_head", {"word_embed_proj_dim": 16}),
+    ("gemma2", "lm_head", {}),  # tied, logits capped
+    ("gptj", "lm_head", {}),  # with a bias
+]
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return save_tokens(tmp_path / "tokens.safetensors")
+
+
+def run(model: Path, output: Path, tokens: Path, **settings: Any) -> Any:
+    return prune(PruneConfig(model=model, output=output, calibration=tokens, dtype="float32", **settings))
+
+
+def head_inputs(folder: Path, tokens: Path, head: str) -> torch.Tensor:
+    """What the head is given in a written model, by transformers and a plain hook, (sequences, tokens, in)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found: list[torch.Tensor] = []
+    model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    with torch.no_grad():
+        model(load_file(tokens)["input_ids"])
+    return found[0]
+
+
+@pytest.mark.parametrize(("family", "head", "changes"), FAMILIES, ids=lambda value: str(value))
+def test_its_mask_is_the_methods_on_what_the_pruned_layers_give_it(
+    tmp_path: Path, tokens: Path, family: str, head: str, changes: dict[str, Any]
+) -> None:
+    model = make_model(tmp_path / "dense", family, **changes)
+    report = run(model, tmp_path / "out", tokens, initial="wanda", prune_head=True, rebuild_ratio=0.5)
+    dense, written = read_folder(model), read_folder(tmp_path / "out")
+    name = "embed_out.weight" if family == "gpt_neox" else f"{head}.weight"
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    weight = loaded.get_submodule(head).weight.detach()
+    squares = head_inputs(tmp_path / "out", tokens, head).square().sum(1).mean(0)
+    keep = initial_mask(wanda(weight, squares), Unstructured(0.5), Granularity.OUTPUT)
+    assert torch.equal(bits(written[name]), bits(torch.where(keep, weight, 0.0)))
+    for other, tensor in dense.items():  # the embedding and the norms
+        if other not in (name, f"transformer.{name}") and ".0." not in other and ".1." not in other:
+            assert torch.equal(bits(written[other]), bits(tensor)), other
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.tie_word_embeddings
+    # The layers are pruned as without it.
+    run(model, tmp_path / "without", tokens, initial="wanda", rebuild_ratio=0.5)
+    for other, tensor in read_folder(tmp_path / "without").items():
+        assert other == name or torch.equal(tensor, written[other])
+    assert report.layers[-1].index == 2
+    assert [one.name for one in report.layers[-1].linears] == [head]
+    assert report.layers[-1].linears[0].zeros == int((written[name] == 0).sum())
+    found = inspect(InspectConfig(model=tmp_path / "out", dense=str(model)))
+    assert not found.problems
+    assert (found.linears[-1].name, found.linears[-1].layer) == (head, 2)
+    assert "with the output head" in report.changes
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"initial": "magnitude"},
+    {"initial": "sparsegpt", "keep_updates": True},
+    {"initial": "dsnot", "pattern": "2:4"},
+    {"preset": "mask"},
+    {"preset": "best", "guard": 0},
+    {"preset": "mask", "pattern": "2:4"},
+    {"allocation": "owl"},
+    {"sparsities": {"lm_head": 0.25}, "skip_layers": (0, -1), "exclude": ("q_proj",)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_every_method(tmp_path: Path, tokens: Path, settings: dict[str, Any]) -> None:
+    model = make_model(tmp_path / "dense", "llama", num_hidden_layers=3)
+    report = run(model, tmp_path / "out", tokens, prune_head=True, **settings)
+    (head,) = report.layers[-1].linears
+    assert head.pruned / head.weights == (0.25 if "sparsities" in settings else 0.5)
+    assert head.pattern == settings.get("pattern")
+    assert (head.grown > 0) == ("initial" not in settings)
+    dense, written = read_folder(model), read_folder(tmp_path / "out")
+    embedding, weight = dense["model.embed_tokens.weight"], written["lm_head.weight"]
+    same = torch.equal(weight[weight != 0], embedding[weight != 0])
+    assert same == (settings.get("preset") != "best" and not settings.get("keep_updates"))
+    assert not inspect(InspectConfig(model=tmp_path / "out", dense=str(model))).problems
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resumed_with_the_head_alone(tmp_path: Path, tokens: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path / "dense", "llama", tie_word_embeddings=tied)
+    run(model, tmp_path / "whole", tokens, preset="mask", prune_head=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "prune_head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", tokens, preset="mask", prune_head=True)
+    run(model, tmp_path / "out", tokens, preset="mask", prune_head=True, resume=True)
+    whole, resumed = read_folder(tmp_path / "whole"), read_folder(tmp_path / "out")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(bits(tensor), bits(resumed[name])) for name, tensor in whole.items())
+
+
+def test_packed_and_back(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "llama")
+    run(model, tmp_path / "plain", tokens, prune_head=True)
+    run(model, tmp_path / "packed", tokens, prune_head=True, format="packed")
+    unpack(PackConfig(model=str(tmp_path / "packed"), output=tmp_path / "back"))
+    plain, back = read_folder(tmp_path / "plain"), read_folder(tmp_path / "back")
+    assert plain.keys() == back.keys()
+    assert all(torch.equal(bits(tensor), bits(back[name])) for name, tensor in plain.items())
+    assert not inspect(InspectConfig(model=tmp_path / "back", dense=str(model))).problems
+
+
+def test_dry_run_and_bad_input(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "llama")
+    good = {"model": model, "output": tmp_path / "out", "calibration": tokens}
+    assert plan(PruneConfig(**good, prune_head=True)).linears == plan(PruneConfig(**good)).linears + 1
+    with pytest.raises(ModelError, match="does not divide the 32 inputs of lm_head"):
+        prune(PruneConfig(**good, prune_head=True, sparsities={"lm_head": "2:5"}))
+
+
+def test_rebuild_says_that_the_head_is_dense_again(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "llama")
+    run(model, tmp_path / "out", tokens, prune_head=True, initial="magnitude")
+    told: list[str] = []
+
+    class Told(module.Silent):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+    rebuild(RebuildConfig(dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens), Told())
+    assert any("output head" in message for message in told)
+    assert "lm_head.weight" not in read_folder(tmp_path / "again")
