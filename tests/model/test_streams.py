@@ -71,7 +71,7 @@ def test_memory_that_runs_out_at_the_very_end_of_a_layer(
     tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(llama, tmp_path / "whole", tokens)
-    result, failed = method_module._result, []
+    result, failed = method_module.result_of, []
 
     def short(*given: Any) -> Any:
         if not failed:
@@ -79,6 +79,6 @@ def test_memory_that_runs_out_at_the_very_end_of_a_layer(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result(*given)
 
-    monkeypatch.setattr(method_module, "_result", short)
+    monkeypatch.setattr(method_module, "result_of", short)
     run(llama, tmp_path / "short", tokens)
     assert weights(tmp_path / "short") == weights(tmp_path / "whole")

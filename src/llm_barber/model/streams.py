@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm_barber.model.ahead import BatchesAhead, SideStream
 from llm_barber.ranks import Ranks
 
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
@@ -74,6 +75,7 @@ class ActivationStreams:
         self.device = device
         self._memory = memory or HostMemory()
         self._arrays: dict[str, Tensor] = {}
+        self._ahead = BatchesAhead(SideStream(device)) if self.pinned else None
 
     @property
     def pinned(self) -> bool:
@@ -98,8 +100,9 @@ class ActivationStreams:
         return slice(self.first + batch.start, self.first + batch.stop)
 
     def read(self, name: str, batch: slice) -> Tensor:
-        """A batch, on the device."""
-        return self._arrays[name][batch].to(self.device, non_blocking=True)
+        """A batch, on the device; the next one is already on its way."""
+        array = self._arrays[name]
+        return array[batch].to(self.device) if self._ahead is None else self._ahead.read(name, array, batch)
 
     def kept(self, values: Tensor) -> Tensor:
         """A copy in an array of its own."""
@@ -107,15 +110,19 @@ class ActivationStreams:
 
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
-        self._arrays[other] = self.kept(self._arrays[name])
+        self._put(other, self.kept(self._arrays[name]))
 
     def rename(self, old: str, new: str) -> None:
         """Give an array another's name, and its place to the other."""
-        self._arrays[new], self._arrays[old] = self._arrays[old], self._arrays.get(new, self._arrays[old])
+        present = self._arrays[old]
+        self._put(old, self._arrays.get(new, present))
+        self._put(new, present)
 
     def drop(self, name: str) -> None:
         """Forget an array."""
         del self._arrays[name]
+        if self._ahead is not None:
+            self._ahead.forget(name)
 
     def between_layers(self) -> dict[str, Tensor]:
         """What the next layer starts from."""
@@ -125,15 +132,23 @@ class ActivationStreams:
     def restore(self, arrays: Mapping[str, Tensor]) -> None:
         """Put back what `between_layers` gave."""
         for name, values in arrays.items():
-            self._arrays[name] = self.kept(values)
+            self._put(name, self.kept(values))
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
         """Keep a batch; the array is made at the first one and reused by every later layer."""
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
         if array is None or array.shape != shape or array.dtype != values.dtype:
-            array = self._arrays[name] = self._empty(shape, values.dtype)
+            array = self._empty(shape, values.dtype)
+            self._put(name, array)
         array[batch] = values
+        if self._ahead is not None:
+            self._ahead.forget(name, batch)
+
+    def _put(self, name: str, array: Tensor) -> None:
+        self._arrays[name] = array
+        if self._ahead is not None:
+            self._ahead.forget(name)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._memory.empty(shape, dtype, self.pinned)
