@@ -17,7 +17,13 @@ from llm_barber.config import PruneConfig
 from llm_barber.errors import CalibrationError, ModelError, SettingsError, first_line
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.model.device import (
+    fitting_batch,
+    free_device_memory,
+    resolve_batch_size,
+    resolve_device,
+    resolve_dtype,
+)
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.naming import find_places
@@ -213,9 +219,15 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
     prunes_head = isinstance(settings, PruneConfig) and settings.prune_head
     check_tensors(skeleton, source, with_head=by_loss or prunes_head)
+    batch_size = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
+    if settings.batch_size is None and device.type == "cuda":
+        free, chosen = (
+            free_device_memory(device, settings.device_memory),
+            getattr(config, "num_experts_per_tok", 1) or 1,
+        )
+        batch_size = min(batch_size, fitting_batch(skeleton.layers, seqlen, free, dtype, chosen))
     job = Job(
-        source, config, architecture, tokens, skeleton,
-        resolve_batch_size(settings.batch_size, seqlen, sequences, device), ranks, prunes_head,
+        source, config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,
     )  # fmt: skip
     check_output(settings.output, settings.overwrite, job.bytes)
     shapes = job.linear_shapes(source)

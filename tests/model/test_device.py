@@ -1,8 +1,15 @@
 import pytest
 import torch
+from torch import nn
 
 from llm_barber.errors import SettingsError
-from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.model.device import (
+    fitting_batch,
+    free_device_memory,
+    resolve_batch_size,
+    resolve_device,
+    resolve_dtype,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -38,3 +45,23 @@ def test_dtype(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: torch.
         monkeypatch.setattr(torch.cpu, name, lambda: has_bf16, raising=False)
     assert resolve_dtype("auto", CPU) == expected
     assert resolve_dtype("float16", CPU) == torch.float16
+
+
+def test_batches_that_fit() -> None:
+    """By hand, of the wider of two layers: 40 bytes a weight, then 10 · 4 · widest + 2 · 2 · sides a token."""
+    narrow = nn.ModuleDict({"up": nn.Linear(4, 8, bias=False)})
+    wide = nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 8, bias=False)})] * 3)})
+    wide["attention"] = nn.Linear(6, 6, bias=False)
+    layers = nn.ModuleList([narrow, wide])
+    weights, token = 32 + 36, 10 * 4 * 8 + 2 * 2 * (2 * 12 + 12)
+    for sequences in (1, 3):
+        free = 40 * weights + sequences * 5 * token
+        assert fitting_batch(layers, 5, free, torch.bfloat16, experts_a_token=2) == sequences
+        assert fitting_batch(layers, 5, free - 1, torch.bfloat16, experts_a_token=2) == max(1, sequences - 1)
+    assert fitting_batch(layers, 5, 0, torch.bfloat16) == 1
+    assert fitting_batch(layers, 5, 10**6, torch.bfloat16) > fitting_batch(layers, 5, 10**6, torch.float32)
+
+
+def test_free_memory_is_what_the_process_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 200))
+    assert [free_device_memory(CUDA, limit) for limit in (None, 150, 60)] == [100, 100, 60]

@@ -1,13 +1,18 @@
 """Which device and compute dtype to use, and how many sequences to compute together."""
 
 import torch
+from torch import nn
 
 from llm_barber.errors import SettingsError
+from llm_barber.model.architecture import kind_of
 from llm_barber.ranks import local_rank
 
 # Large enough for the matrix products, small enough for temporaries to stay in the caches.
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 16384
+# What a GPU holds at once, for an estimate; `planning/memory.py` counts it for each step.
+BYTES_OF_A_WEIGHT = 40  # of the layer: as read, as computed with, pruned, mask, statistics and their ranking
+INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 2  # of a batch: float32 ones of the widest, those of linears' inputs and outputs
 
 
 def resolve_device(name: str) -> torch.device:
@@ -57,3 +62,33 @@ def resolve_batch_size(asked: int | None, seqlen: int, sequences: int, device: t
     if asked is None:
         return min(sequences, suits)
     return min(sequences, asked, suits) if device.type == "cpu" else min(sequences, asked)
+
+
+def free_device_memory(device: torch.device, limit: int | None) -> int:
+    """Bytes that a CUDA device has left for this process, which is to take at most `limit`."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free if limit is None else min(free, limit)
+
+
+def fitting_batch(layers: nn.ModuleList, seqlen: int, free: int, dtype: torch.dtype, experts_a_token: int = 1) -> int:
+    """How many sequences can be computed together in so much memory, about; at least one.
+
+    Where that is too many after all, a layer is computed again with half as many (`embedding.py`).
+
+    Args:
+        layers: the decoder layers.
+        seqlen: tokens a sequence.
+        free: bytes.
+        dtype: of computing.
+        experts_a_token: that a router chooses.
+    """
+    sequences = free
+    for layer in layers:
+        shapes = {kind_of(name): tuple(one.shape) for name, one in layer.named_parameters() if one.dim() == 2}
+        # Both sides: a matrix may be kept as (in, out), and is read from one side and written to the other.
+        sides = sum(sum(shape) * (experts_a_token if "*" in kind else 1) for kind, shape in shapes.items())
+        widest = max((max(shape) for shape in shapes.values()), default=1)
+        token = INPUT_ARRAYS * 4 * widest + OUTPUT_ARRAYS * dtype.itemsize * sides
+        weights = sum(one.numel() for one in layer.parameters())
+        sequences = min(sequences, (free - BYTES_OF_A_WEIGHT * weights) // (token * seqlen))
+    return max(1, sequences)
