@@ -88,7 +88,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
             config.rebuild_ratio,
             initial.first_pattern,
         )
-    refining = RefineSettings.of(config, len(job.tokens.input_ids))
+    refining = RefineSettings.of(config, *job.tokens.input_ids.shape)
     shapes = list(job.linear_shapes(job.source).values())
     if isinstance(config, PruneConfig):
         every = [

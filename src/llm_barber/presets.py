@@ -55,5 +55,7 @@ PRESETS = {
 }
 SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
 TARGET_MIX = 0.5
-TUNE_PASSES = 8
+# Passes over the calibration text when layers are tuned: as many as these tokens take, within bounds. More text needs
+# fewer passes, and wins more than they do.
+TUNE_TOKENS, FEWEST_PASSES, MOST_PASSES = 2**16, 2, 8
 GUARD = 0.125

@@ -184,7 +184,7 @@ def _run(
         began -= seconds["total"]
         progress.stage("embedding the calibration tokens")
         start = time.perf_counter()
-        refine_settings = RefineSettings.of(config, sequences)
+        refine_settings = RefineSettings.of(config, *job.tokens.input_ids.shape)
         with memory_said():
             streams = embed(job, _copy_outside(job, writer), refine_settings, host_memory(job, config, writer))
         if refine_settings is not None and refine_settings.target_mix:

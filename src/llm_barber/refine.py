@@ -24,7 +24,7 @@ from llm_barber.masking.swaps import swap_pairs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams, pieces
-from llm_barber.presets import PATTERN_SWAPS, SWAPS, Reconstruct
+from llm_barber.presets import FEWEST_PASSES, MOST_PASSES, PATTERN_SWAPS, SWAPS, TUNE_TOKENS, Reconstruct
 from llm_barber.settings import RunSettings
 
 # Parts of the most swaps after which held-out windows are asked.
@@ -51,16 +51,17 @@ class RefineSettings:
     held_out: int
 
     @classmethod
-    def of(cls, config: RunSettings, sequences: int) -> "RefineSettings | None":
-        """What a run asks for, with so many calibration windows; None: no refining."""
+    def of(cls, config: RunSettings, sequences: int, seqlen: int) -> "RefineSettings | None":
+        """What a run asks for, with so many calibration windows of so many tokens; None: no refining."""
         solve = config.reconstruction is not Reconstruct.NONE
         if not config.refines and not solve:
             return None
+        passes = config.tune_passes or min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES)
         return cls(
             swaps=config.swaps if config.refines else 0,
             target_mix=config.target_mix,
             solve=solve,
-            tune=config.tune_passes if config.reconstruction is Reconstruct.TUNE else 0,
+            tune=passes if config.reconstruction is Reconstruct.TUNE else 0,
             held_out=min(math.ceil(config.guard * sequences), sequences - 1),
         )
 

@@ -16,7 +16,6 @@ from llm_barber.presets import (
     PRESETS,
     SWAPS,
     TARGET_MIX,
-    TUNE_PASSES,
     Preset,
     PresetSettings,
     Reconstruct,
@@ -78,8 +77,10 @@ class RunSettings(Settings):
     reconstruct: Reconstruct | None = Field(
         default=None, description="what becomes of kept weights; None: the preset's"
     )
-    tune_passes: int = Field(
-        default=TUNE_PASSES, ge=1, description="passes over the windows when layers are tuned, at most"
+    tune_passes: int | None = Field(
+        default=None,
+        ge=1,
+        description="passes over the windows when layers are tuned, at most; None: 2 to 8, the fewer the more text",
     )
     guard: float = Field(
         default=GUARD,

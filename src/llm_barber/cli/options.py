@@ -181,8 +181,13 @@ ReconstructOption = Annotated[
     ),
 ]
 TunePassesOption = Annotated[
-    int,
-    typer.Option(metavar="N", help="Passes over the windows when layers are tuned, at most.", rich_help_panel=REFINING),
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Passes over the windows when layers are tuned, at most. (default: 2 to 8, the fewer the more text)",
+        rich_help_panel=REFINING,
+        show_default=False,
+    ),
 ]
 GuardOption = Annotated[
     float,

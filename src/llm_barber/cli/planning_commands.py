@@ -34,7 +34,7 @@ from llm_barber.cli.options import (
     TargetMixOption,
     TunePassesOption,
 )
-from llm_barber.presets import GUARD, TARGET_MIX, TUNE_PASSES
+from llm_barber.presets import GUARD, TARGET_MIX
 
 
 @app.command(
@@ -61,7 +61,7 @@ def plan(
     swaps: SwapsOption = None,
     target_mix: TargetMixOption = TARGET_MIX,
     reconstruct: ReconstructOption = None,
-    tune_passes: TunePassesOption = TUNE_PASSES,
+    tune_passes: TunePassesOption = None,
     guard: GuardOption = GUARD,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 2048,

@@ -55,7 +55,7 @@ from llm_barber.cli.options import (
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import GUARD, TARGET_MIX, TUNE_PASSES
+from llm_barber.presets import GUARD, TARGET_MIX
 from llm_barber.settings import Format
 
 
@@ -100,7 +100,7 @@ def prune(
     swaps: SwapsOption = None,
     target_mix: TargetMixOption = TARGET_MIX,
     reconstruct: ReconstructOption = None,
-    tune_passes: TunePassesOption = TUNE_PASSES,
+    tune_passes: TunePassesOption = None,
     guard: GuardOption = GUARD,
     calibration: CalibrationOption = "builtin",
     samples: SamplesOption = 128,
@@ -181,7 +181,7 @@ def rebuild(
     swaps: SwapsOption = None,
     target_mix: TargetMixOption = TARGET_MIX,
     reconstruct: ReconstructOption = None,
-    tune_passes: TunePassesOption = TUNE_PASSES,
+    tune_passes: TunePassesOption = None,
     guard: GuardOption = GUARD,
     calibration: CalibrationOption = "builtin",
     samples: SamplesOption = 128,

@@ -57,7 +57,7 @@ class Recipe:
             pattern=pattern,
             allocation=config.allocated_by,
             granularity=granularity if config.rebuilds else None,
-            refine=RefineSettings.of(config, config.samples),
+            refine=RefineSettings.of(config, config.samples, config.seqlen),
         )
 
     def among(self, processes: int) -> "Recipe":
