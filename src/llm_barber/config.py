@@ -229,11 +229,6 @@ class RebuildConfig(RunSettings):
             raise ValueError("; ".join(problems))
         return self
 
-    @property
-    def target(self) -> NofM | None:
-        """The N:M that was asked for."""
-        return parse_pattern(self.pattern) if self.pattern not in (None, "unstructured") else None
-
 
 def rebuild_defaults(
     initial: Initial, granularity: Granularity | None, ratio: float | None, pattern: Pattern | None

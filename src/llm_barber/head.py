@@ -75,7 +75,7 @@ def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
     places = {name: job.source.place(name) for name in skeleton.every_outside_name}
     parameters = {name: place.of(tensors[place.tensor]) for name, place in places.items() if place.tensor in tensors}
     parameters |= job.source.read_parameters(name for name in places if name not in parameters)
-    own = next(name for name in places if skeleton.model.get_parameter(name) is skeleton.head.weight)
+    own = next(name for name in places if job.is_head(name))
     skeleton.fill_outside(parameters)
     return parameters[own].to(skeleton.device)
 

@@ -1,6 +1,5 @@
 """Initial masks of a decoder layer: by a method from the calibration stream, or read off a pruned checkpoint."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -257,8 +256,12 @@ class CheckpointMasks:
         methods = {method.value for method in Initial}
         self.recorded_method = Initial(record.initial) if record and record.initial in methods else Initial.WANDA
         self.head_was_pruned = record is not None and record.prunes_head
-        recorded = record.pattern if record and re.fullmatch(r"\d+:\d+", record.pattern) else None
-        self.pattern = pattern or recorded
+        self.pattern = pattern
+        self.recorded = {
+            (layer.index, linear.name): linear.pattern
+            for layer in (record.layers if record else ())
+            for linear in layer.linears
+        }
         self.first_pattern = self._look_at_first_layer()
 
     def _look_at_first_layer(self) -> NofM | None:
@@ -275,7 +278,7 @@ class CheckpointMasks:
                 if not nonzero.any():
                     raise ModelError(f"layer {index} {name} of {self.source.model} is all zero", "is it PRUNED?")
                 if not (nonzero | fixed).all():
-                    patterns.add(self._find_pattern(f"layer {index} {name}", nonzero, fixed))
+                    patterns.add(self._find_pattern(index, name, nonzero, fixed))
             if patterns:
                 return patterns.pop() if len(patterns) == 1 else None
         raise ModelError(
@@ -294,7 +297,7 @@ class CheckpointMasks:
             keep = (pruned != 0) | fixed
             if keep.all():
                 continue
-            pattern = self._find_pattern(f"layer {index} {name}", pruned != 0, fixed)
+            pattern = self._find_pattern(index, name, pruned != 0, fixed)
             result[name] = PrunedLinear(keep, pruned, dense[name], pattern, fixed)
         return result
 
@@ -305,15 +308,20 @@ class CheckpointMasks:
         tensors = source.read_parameters(names)
         return {names[key]: self.job.architecture.turned(tensor) for key, tensor in tensors.items()}
 
-    def _find_pattern(self, name: str, nonzero: Tensor, fixed: Tensor) -> NofM | None:
+    def _find_pattern(self, index: int, name: str, nonzero: Tensor, fixed: Tensor) -> NofM | None:
+        """The pattern of a linear: the one asked for, else the record's, else what is found in its zeros."""
         if self.pattern == "unstructured":
             return None
         if self.pattern is None:
-            return find_pattern(nonzero, fixed)
+            recorded = self.recorded.get((index, name), "")
+            if recorded is None:
+                return None
+            own = parse_pattern(recorded) if recorded else None
+            return own if own is not None and holds(own, nonzero) else find_pattern(nonzero, fixed)
         asked = parse_pattern(self.pattern)
         if not holds(asked, nonzero):
             raise ModelError(
-                f"pattern {asked} does not hold in {name} of {self.source.model}",
+                f"pattern {asked} does not hold in layer {index} {name} of {self.source.model}",
                 "leave out --pattern to have it found, or give the one that the model was pruned to",
             )
         return asked

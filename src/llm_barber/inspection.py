@@ -106,10 +106,10 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
         for linear in linears.get(name, []):
-            weight, before = (None if one is None else linear.place.of(one) for one in (tensor, original))
+            weight, before = (None if one is None else linear.weight(one) for one in (tensor, original))
             assert weight is not None
-            weight = weight.t() if linear.turned else weight
-            inspected.append(_inspect_linear(linear, weight, before))
+            comparable = before is not None and before.shape == weight.shape
+            inspected.append(_inspect_linear(linear, weight, before if comparable else None))
             if record is not None:
                 problems += _check_record(inspected[-1], expected.get((linear.layer, linear.name)), weight)
         if original is not None:
@@ -158,6 +158,11 @@ class FoundLinear:
     place: Place
     turned: bool = False
     made_of: str | None = None
+
+    def weight(self, tensor: Tensor) -> Tensor:
+        """Its matrix, (out, in), in the tensor that it lies in."""
+        found = self.place.of(tensor)
+        return found.t() if self.turned else found
 
 
 def _recorded_structure(record: RunReport | None) -> StructureOptions:
@@ -211,7 +216,7 @@ def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -
         layer=linear.layer,
         shape=(tensor.shape[0], tensor.shape[1]),
         zeros=tensor.numel() - int(nonzero.sum()),
-        patterns=tuple(str(pattern) for pattern in held_patterns(nonzero)),
+        patterns=tuple(str(pattern) for pattern in held_patterns(nonzero, None if dense is None else dense == 0)),
         zero_in_dense=None if dense is None else int((dense == 0).sum()),
     )
 

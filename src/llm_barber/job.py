@@ -92,8 +92,16 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Size of the checkpoint's tensors."""
-        return self.source.bytes
+        """Size of the output's tensors."""
+        made = 0
+        if self.prunes_head and self.head_is_made:
+            embedding = next(name for name in self.skeleton.every_outside_name if self.is_head(name))
+            made = self.source.tensors[self.source.place(embedding).tensor].bytes
+        return self.source.bytes + made
+
+    def is_head(self, name: str) -> bool:
+        """Is a parameter, by its name in the model, the output head's matrix?"""
+        return self.skeleton.model.get_parameter(name) is self.skeleton.head.weight
 
     def layer_prefix(self, index: int) -> str:
         """What stands before a layer's names in the checkpoint."""

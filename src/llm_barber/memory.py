@@ -29,10 +29,13 @@ def host_memory(job: Job, settings: RunSettings, writer: CheckpointWriter | Foll
     if settings.memory is None:
         return HostMemory()
     largest = max(sum(one.numel() for one in layer.parameters()) for layer in job.skeleton.layers)
+    beside = " or the output head" if job.prunes_head else ""
+    if job.prunes_head:
+        largest = max(largest, job.skeleton.head.weight.numel())
     needed = current_memory() + COPIES_OF_A_LAYER * 4 * largest
     if needed > settings.memory:
         raise SettingsError(
-            f"memory: {settings.memory / 2**30:.2f} GiB are not enough for one decoder layer",
+            f"memory: {settings.memory / 2**30:.2f} GiB are not enough for one decoder layer{beside}",
             f"give at least {math.ceil(100 * needed / 2**30) / 100:.2f} GiB",
         )
     folder = next(place for place in (writer.work, *writer.work.parents) if place.is_dir())

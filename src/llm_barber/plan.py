@@ -11,7 +11,6 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress, Silent
 from llm_barber.refine import RefineSettings
-from llm_barber.targets import Targets
 
 
 class Plan(BaseModel):
@@ -76,9 +75,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         pattern += ", some linears their own" if config.sparsities else ""
         settings = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target)
     else:
-        job = prepare(
-            config.dense, config, Targets(config.target, allow_dense_tail=True) if config.target else None, progress
-        )
+        job = prepare(config.dense, config, None, progress)
         initial = CheckpointMasks(job, config.pruned, config.pattern)
         model, method, rebuilt = config.dense, f"mask of {config.pruned}", True
         pattern = str(initial.first_pattern or "unstructured")

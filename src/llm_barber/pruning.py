@@ -26,6 +26,7 @@ from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, CheckpointMasks, MethodMasks
 from llm_barber.job import Job, prepare
 from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.pattern import NofM
 from llm_barber.memory import host_memory
 from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN
@@ -44,7 +45,6 @@ from llm_barber.report import (
     versions,
 )
 from llm_barber.settings import Format, RunSettings
-from llm_barber.targets import Targets
 
 # Settings that do not change the result.
 UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory"}
@@ -93,7 +93,9 @@ def _asked_for(report: RunReport, initial: MethodMasks) -> float:
         for linear in layer.linears:
             name = initial.job.linear_name(layer.index, linear.name)
             target = replace(initial.targets, allocated=None).of(layer.index, name, initial.job.layer_count)
-            wanted += target.sparsity * linear.weights if target else 0
+            rows, columns = linear.shape
+            columns = target.covered(columns) if isinstance(target, NofM) else columns
+            wanted += target.sparsity * rows * columns if target else 0
     return wanted / report.weights
 
 
@@ -108,9 +110,7 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
 
 
 def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunReport:
-    job = prepare(
-        config.dense, config, Targets(config.target, allow_dense_tail=True) if config.target else None, progress, ranks
-    )
+    job = prepare(config.dense, config, None, progress, ranks)
     initial = CheckpointMasks(job, config.pruned, config.pattern)
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")

@@ -145,10 +145,17 @@ class Targets:
         layers = len(shapes)
         names = [name for layer in (*shapes, head) for name in layer]
         example = f"names look like {names[0]}"
+        without_head = example if head else f"{example}; the output head is pruned with --prune-head only"
         for option, expressions in (("include", self.include), ("exclude", self.exclude), ("sparsities", self.own)):
             for expression in expressions:
                 if not any(re.search(expression, name) for name in names):
-                    raise SettingsError(f"{option}: {expression!r} is found in no linear's name", example)
+                    hint = without_head if "head" in expression else example
+                    raise SettingsError(f"{option}: {expression!r} is found in no linear's name", hint)
+        for name in head:
+            if self.of(layers, name, layers) is None or any(re.search(one, name) for one in self.exclude):
+                raise SettingsError(
+                    f"{name} is to be pruned, and left out", "leave out --prune-head, or what excludes it"
+                )
         for index in self.skip_layers:
             if not -layers <= index < layers:
                 raise SettingsError(
@@ -160,19 +167,18 @@ class Targets:
                 target = self.of(index, name, layers)
                 selected += target is not None
                 if isinstance(target, NofM):
-                    self._check_groups(name, shape[1], target)
+                    self._check_groups(name, shape[1], target, "--prune-head" if index == layers else "--exclude")
         if not selected:
             raise SettingsError("include, exclude, skip_layers and sparsities leave nothing to prune", example)
 
-    def _check_groups(self, name: str, columns: int, pattern: NofM) -> None:
-        """Refuse rows that are no whole number of groups."""
+    def _check_groups(self, name: str, columns: int, pattern: NofM, option: str) -> None:
+        """Refuse rows that are no whole number of groups; `option` decides whether the linear is pruned."""
+        otherwise = "leave out --prune-head" if option == "--prune-head" else "leave it out with --exclude"
         if columns < pattern.of:
-            raise ModelError(
-                f"pattern {pattern} is longer than the {columns} inputs of {name}", "leave it out with --exclude"
-            )
+            raise ModelError(f"pattern {pattern} is longer than the {columns} inputs of {name}", otherwise)
         if columns % pattern.of and not self.allow_dense_tail:
             raise ModelError(
                 f"pattern {pattern} does not divide the {columns} inputs of {name}",
                 f"keep its last {columns % pattern.of} inputs dense with --allow-dense-tail, choose an N:M whose M "
-                "divides every row, leave it out with --exclude, or use --sparsity",
+                f"divides every row, {otherwise}, or use --sparsity",
             )

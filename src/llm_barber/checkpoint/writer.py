@@ -7,6 +7,7 @@ stays, with the state (`state.py`) from which the run can go on.
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -267,8 +268,8 @@ class CheckpointWriter:
         for name in (STATE_NAME, LOCK_NAME):
             (self.output / name).unlink(missing_ok=True)
         sync_folder(self.output.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        for left in self.output.parent.glob(f"{glob.escape(self.output.name)}.replaced-*"):
+            shutil.rmtree(left)  # ours, and those of runs that were killed here
 
     def _remove_parents(self) -> None:
         """Remove the folders that were made for the work folder, as far as they are empty."""
