@@ -5,17 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llm_barber.pruning as module
-from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild, unpack
-from llm_barber.errors import ModelError
+from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, load, prune, rebuild, unpack
+from llm_barber.errors import ModelError, SettingsError
+from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import Unstructured
 from llm_barber.masking.saliency import wanda
 from llm_barber.plan import plan
+from llm_barber.progress import Silent
 from tests.conftest import bits, make_model, read_folder, save_tokens
 
 FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
@@ -150,3 +152,67 @@ def test_rebuild_says_that_the_head_is_dense_again(tmp_path: Path, tokens: Path)
     rebuild(RebuildConfig(dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens), Told())
     assert any("output head" in message for message in told)
     assert "lm_head.weight" not in read_folder(tmp_path / "again")
+
+
+def test_a_head_that_is_stored_beside_the_embedding_that_it_is_tied_to(tmp_path: Path, tokens: Path) -> None:
+    """As transformers does it: two tensors that differ are not tied, whatever the configuration says."""
+    model = make_model(tmp_path / "dense", "llama")
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    head = torch.randn(128, 32, generator=torch.Generator().manual_seed(5))
+    save_file({**tensors, "lm_head.weight": head}, path, {"format": "pt"})
+    loaded = load(model)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(model)(load_file(tokens)["input_ids"]).logits
+        assert torch.allclose(loaded(load_file(tokens)["input_ids"]).logits, expected, atol=1e-5)
+    streamed = StreamedModel(str(model), torch.device("cpu"), torch.float32)
+    states = streamed.hidden_states([load_file(tokens)["input_ids"]], Silent())[0]
+    assert torch.allclose(streamed.skeleton.finish(states), expected, atol=1e-4)
+    run(model, tmp_path / "out", tokens, prune_head=True)
+    written = read_folder(tmp_path / "out")
+    kept = written["lm_head.weight"] != 0
+    assert kept.float().mean() == 0.5
+    assert torch.equal(written["lm_head.weight"][kept], head[kept])
+    assert torch.equal(written["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert not inspect(InspectConfig(model=tmp_path / "out", dense=str(model))).problems
+
+
+def test_an_embedding_that_is_stored_under_the_heads_name(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "llama")
+    run(model, tmp_path / "plain", tokens)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path, {"format": "pt"})
+    run(model, tmp_path / "out", tokens)
+    plain, written = read_folder(tmp_path / "plain"), read_folder(tmp_path / "out")
+    assert "model.embed_tokens.weight" not in written
+    assert all(torch.equal(tensor, written[name]) for name, tensor in plain.items() if "embed" not in name)
+    with pytest.raises(ModelError, match=r"keeps its embedding as lm_head\.weight"):
+        run(model, tmp_path / "no", tokens, prune_head=True)
+
+
+def test_refused(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "llama")
+    for settings in ({"sparsities": {"lm_head": 0}}, {"sparsities": {".*": 0}}, {"exclude": ("lm_head",)}):
+        with pytest.raises(SettingsError, match="is to be pruned, and left out|nothing to prune"):
+            run(model, tmp_path / "out", tokens, prune_head=True, **settings)
+    with pytest.raises(SettingsError, match="lm_head") as caught:
+        run(model, tmp_path / "out", tokens, sparsities={"lm_head": 0.3})
+    assert "--prune-head" in caught.value.hint
+    with pytest.raises(SettingsError, match="or the output head"):
+        run(
+            make_model(tmp_path / "wide", "llama", vocab_size=10**6),
+            tmp_path / "out",
+            tokens,
+            prune_head=True,
+            memory="1GiB",
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_made_heads_bytes_are_counted(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "llama")
+    found = plan(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, prune_head=True))
+    run(model, tmp_path / "out", tokens, prune_head=True)
+    assert found.output_bytes == sum(tensor.nbytes for tensor in read_folder(tmp_path / "out").values())

@@ -270,3 +270,32 @@ def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:
     assert source_key(tmp_path) != first
     (tmp_path / "notes.txt").write_text("no part of the model")
     assert source_key(tmp_path) != first
+
+
+def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """All that was left to do is to remove the state and the lock."""
+    settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(**settings))
+    before = weights(tmp_path / "out")
+    for name in ("state.json", "llm-barber.lock"):
+        (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(OutputError, match="exists"):
+        prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))  # another run
+    assert prune(PruneConfig(**settings, resume=True)) == report
+    assert weights(tmp_path / "out") == before
+    with pytest.raises(OutputError, match="exists"):
+        prune(PruneConfig(**settings, resume=True))
+
+
+def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, tokens: Path) -> None:
+    settings: dict[str, Any] = {
+        "model": model,
+        "output": tmp_path / "out",
+        "calibration": tokens,
+        "initial": "magnitude",
+    }
+    prune(PruneConfig(**settings))
+    (tmp_path / "out").rename(tmp_path / "out.replaced-123")
+    (tmp_path / "other.replaced-123").mkdir()
+    prune(PruneConfig(**settings))
+    assert {path.name for path in tmp_path.glob("o*")} == {"out", "other.replaced-123"}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.masking.pattern import NofM, Unstructured, holds
+from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
 from llm_barber.plan import plan
 from llm_barber.progress import Silent
 from llm_barber.targets import EXAMPLE, Targets, parse_target, read_targets
@@ -200,6 +200,33 @@ def test_dense_tail(tmp_path: Path, model: Path, tokens: Path, settings: dict[st
         )
         assert again.swapped > 0
         assert again.sparsity == report.sparsity
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_rebuild_keeps_each_linears_pattern_with_tails(
+    tmp_path: Path, model: Path, tokens: Path, with_record: bool
+) -> None:
+    model = make_model(tmp_path / "wide", "llama", hidden_size=36, intermediate_size=70, num_attention_heads=6)
+    own = {"q_proj": "2:4", "mlp": "4:8", "k_proj": 0.5}
+    run(
+        model, tmp_path / "out", tokens, sparsities=own, exclude=("v_proj",), allow_dense_tail=True, initial="magnitude"
+    )
+    if not with_record:
+        (tmp_path / "out" / "barber.json").unlink()
+    rebuilt = rebuild(
+        RebuildConfig(
+            dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens, rebuild_ratio=1
+        )
+    )
+    written = read_folder(tmp_path / "again")
+    for layer in rebuilt.layers:
+        for linear in layer.linears:
+            kind = linear.name.split(".")
+            expected = {"q_proj": "2:4", "mlp": "4:8"}.get(kind[0]) or {"q_proj": "2:4"}.get(kind[1])
+            assert linear.pattern == expected, linear.name
+            if expected:
+                assert linear.grown > 0
+                assert holds(parse_pattern(expected), written[f"model.layers.{layer.index}.{linear.name}.weight"] != 0)
 
 
 def test_groups_longer_than_a_row(tmp_path: Path, model: Path, tokens: Path) -> None:

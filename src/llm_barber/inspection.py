@@ -13,11 +13,10 @@ from torch import Tensor
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource, Place
 from llm_barber.errors import BarberError, ModelError
-from llm_barber.job import load_config, make_skeleton
+from llm_barber.job import load_config, open_skeleton
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
 from llm_barber.model.architecture import Block, StructureOptions
 from llm_barber.model.structure import find_architecture
-from llm_barber.naming import find_places
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import RECORD_VERSION, KeptWeights, LinearResult, RunReport
 from llm_barber.settings import Settings
@@ -83,7 +82,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     source = CheckpointSource(config.model, config.revision)
     dense = CheckpointSource(config.dense, config.revision) if config.dense is not None else None
     record = read_record(source.folder)
-    linears = find_linears(source, _recorded_structure(record), with_head=record is not None and record.prunes_head)
+    linears = find_linears(source, recorded_structure(record), with_head=record is not None and record.prunes_head)
     if not linears:
         raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
     problems = []
@@ -165,7 +164,7 @@ class FoundLinear:
         return found.t() if self.turned else found
 
 
-def _recorded_structure(record: RunReport | None) -> StructureOptions:
+def recorded_structure(record: RunReport | None) -> StructureOptions:
     """What of the structure its user decided."""
     if record is None:
         return StructureOptions()
@@ -184,8 +183,7 @@ def find_linears(
     try:
         config = load_config(source)
         architecture = find_architecture(config, options)
-        skeleton = make_skeleton(config, architecture, torch.device("cpu"), torch.float32, source.model)
-        source.places = find_places(skeleton.model, source.tensors)
+        skeleton = open_skeleton(source, config, architecture, torch.device("cpu"), torch.float32)
         for index in range(len(skeleton.layers)):
             for linear in skeleton.linears(index):
                 place = source.places.get(f"{skeleton.layer_prefix(index)}{linear}.weight")

@@ -24,7 +24,7 @@ from llm_barber.model.device import (
     resolve_device,
     resolve_dtype,
 )
-from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.skeleton import Skeleton, untie_head
 from llm_barber.model.structure import find_architecture
 from llm_barber.naming import find_places
 from llm_barber.presets import Allocation
@@ -222,8 +222,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     ranks.share(sequences)  # there are enough
     check_positions(config, seqlen)
     check_vocabulary(config, tokens.input_ids)
-    skeleton = make_skeleton(config, architecture, device, dtype, model)
-    source.places = find_places(skeleton.model, source.tensors)
+    skeleton = open_skeleton(source, config, architecture, device, dtype)
     by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
     prunes_head = isinstance(settings, PruneConfig) and settings.prune_head
     check_tensors(skeleton, source, with_head=by_loss or prunes_head)
@@ -237,6 +236,11 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     job = Job(
         source, config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,
     )  # fmt: skip
+    if prunes_head and any(source.place(one).tensor == job.head_place.tensor for one in skeleton.outside_names):
+        raise ModelError(
+            f"{model} keeps its embedding as {job.head_place.tensor}, which the pruned output head would be",
+            "save it again with transformers' save_pretrained, or leave out --prune-head",
+        )
     check_output(settings.output, settings.overwrite, job.bytes)
     shapes = job.linear_shapes(source)
     if targets is not None:
@@ -264,6 +268,24 @@ def make_skeleton(
     except Exception as error:  # transformers raises whatever odd settings make it raise
         reason = first_line(error)
     raise ModelError(f"config.json of {model} does not describe a model: {reason}", "get the file again")
+
+
+def open_skeleton(
+    source: CheckpointSource,
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Skeleton:
+    """The empty model of a checkpoint, which knows then where it keeps each parameter (`source.places`).
+
+    Raises:
+        ModelError: the configuration does not describe a model.
+    """
+    skeleton = make_skeleton(config, architecture, device, dtype, source.model)
+    source.places = find_places(skeleton.model, source.tensors)
+    untie_head(skeleton.model, {name: place.tensor for name, place in source.places.items()})
+    return skeleton
 
 
 def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool) -> None:

@@ -15,7 +15,7 @@ from llm_barber.errors import ModelError, SettingsError
 from llm_barber.job import load_config
 from llm_barber.model.device import resolve_device
 from llm_barber.model.experts import Experts
-from llm_barber.model.skeleton import empty_model
+from llm_barber.model.skeleton import empty_model, untie_head
 from llm_barber.naming import find_places
 from llm_barber.packed_linear import PackedLinear
 from llm_barber.semi_structured import check_device, convert
@@ -59,6 +59,7 @@ def load(
     empty.tie_weights()
     split = empty_model(config, dtype)
     source.places = find_places(split, source.tensors)
+    untie_head(empty, {name: place.tensor for name, place in source.places.items()})
     for name in [name for name, _ in empty.named_parameters()]:  # of tied ones the first
         tensor = _read(source, name, tuple(empty.get_parameter(name).shape), split)
         path, _, leaf = name.rpartition(".")

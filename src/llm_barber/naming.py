@@ -53,6 +53,10 @@ def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Plac
             number = re.findall(r"\.(\d+)(?=\.)", key)[-1]
             linear = _member(converter, pattern, leaf, experts[path], key)
             places[f"{path}.{number}.{linear}.weight"] = Place(key)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in places:  # tied parameters may be there under the other name only
+            places.setdefault(first[id(parameter)], places[name])
     return places
 
 

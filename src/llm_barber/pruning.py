@@ -17,13 +17,14 @@ from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.source import RECORD_NAME
-from llm_barber.checkpoint.state import source_key
-from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.checkpoint.state import STATE_NAME, source_key
+from llm_barber.checkpoint.writer import CheckpointWriter, clear_finished
 from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
 from llm_barber.embedding import embed, memory_said, with_smaller_batches
 from llm_barber.errors import NotFiniteError
 from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, CheckpointMasks, MethodMasks
+from llm_barber.inspection import read_record
 from llm_barber.job import Job, prepare
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
@@ -58,7 +59,7 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
         BarberError: anything that is wrong with settings, model, calibration or output; nothing is left behind.
     """
     with joined() as ranks:
-        return _prune(config, progress or Silent(), ranks)
+        return _finished_before("prune", config, ranks) or _prune(config, progress or Silent(), ranks)
 
 
 def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
@@ -106,7 +107,7 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
         BarberError: anything that is wrong with settings, models, calibration or output; nothing is left behind.
     """
     with joined() as ranks:
-        return _rebuild(config, progress or Silent(), ranks)
+        return _finished_before("rebuild", config, ranks) or _rebuild(config, progress or Silent(), ranks)
 
 
 def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunReport:
@@ -120,6 +121,20 @@ def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunRepo
     )
     label = f"mask of {config.pruned}"
     return _run("rebuild", config.dense, config, job, initial, settings, method, label, progress)
+
+
+def _finished_before(command: str, config: RunSettings, ranks: Ranks) -> RunReport | None:
+    """The report of this same run, where it was killed when its output was whole and only its state was left there."""
+    if not config.resume or ranks.count > 1 or not (config.output / STATE_NAME).is_file():
+        return None
+    record = read_record(config.output)
+    if record is None or record.command != command:
+        return None
+    recorded = {name: value for name, value in record.settings.items() if name not in UNLIKE}
+    if recorded != config.model_dump(mode="json", exclude=UNLIKE):
+        return None
+    clear_finished(config.output)
+    return record
 
 
 @contextmanager

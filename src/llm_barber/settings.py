@@ -3,9 +3,9 @@
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
@@ -49,6 +49,13 @@ class Format(StrEnum):
 
     DENSE = "dense"
     PACKED = "packed"
+
+
+def _read_blocks(value: Any) -> Any:
+    return read_blocks(Path(value)) if isinstance(value, str | Path) else value
+
+
+Blocks = Annotated[tuple[Block, ...], BeforeValidator(_read_blocks)]  # or a YAML file of them
 
 
 class RunSettings(Settings):
@@ -105,7 +112,7 @@ class RunSettings(Settings):
     report: bool = Field(default=True, description="write OUT/report.html, a page with plots")
     revision: str | None = Field(None, description="of a hub id")
     layers: str | None = Field(default=None, description="path of the decoder layers; None: as known or found")
-    blocks: tuple[Block, ...] = Field(
+    blocks: Blocks = Field(
         default=(), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
     )
 
@@ -113,11 +120,6 @@ class RunSettings(Settings):
     def structure(self) -> StructureOptions:
         """What of the model's structure the user decided."""
         return StructureOptions(self.layers, self.blocks)
-
-    @field_validator("blocks", mode="before")
-    @classmethod
-    def _blocks_readable(cls, value: Any) -> Any:
-        return read_blocks(Path(value)) if isinstance(value, str | Path) else value
 
     @property
     def defaults(self) -> PresetSettings:

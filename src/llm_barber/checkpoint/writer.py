@@ -265,7 +265,7 @@ class CheckpointWriter:
             if replaced is not None:
                 replaced.rename(self.output)
             raise
-        for name in (STATE_NAME, LOCK_NAME):
+        for name in (LOCK_NAME, STATE_NAME):  # in this order: while the state is there, `clear_finished` can do it
             (self.output / name).unlink(missing_ok=True)
         sync_folder(self.output.parent)
         for left in self.output.parent.glob(f"{glob.escape(self.output.name)}.replaced-*"):
@@ -317,3 +317,9 @@ def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
         raise OutputError(
             f"{output} holds something other than a model", "--overwrite replaces model folders only; choose another"
         )
+
+
+def clear_finished(output: Path) -> None:
+    """Remove what a run leaves in a whole output folder if it is killed after it gave the folder its name."""
+    for name in (LOCK_NAME, STATE_NAME):
+        (output / name).unlink(missing_ok=True)

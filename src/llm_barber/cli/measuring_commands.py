@@ -16,6 +16,7 @@ from llm_barber.cli.options import (
     CalibrationOption,
     CompareTextOption,
     DebugOption,
+    DenseTailOption,
     DeviceOption,
     DtypeOption,
     GranularityOption,
@@ -61,6 +62,7 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     layers: LayersOption = None,
+    blocks: BlocksOption = None,
     keep: Annotated[
         bool,
         typer.Option(
@@ -83,10 +85,11 @@ def evaluate(
     from llm_barber.evaluation.evaluate import evaluate as run
     from llm_barber.page.write import keep_with_model
 
+    own_blocks: Any = blocks or ()  # a file, as well
     config = EvaluateConfig(
         model=model, against=against, text=tuple(text) if text else None, windows=windows, seqlen=seqlen,
         tasks=names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
-        layers=layers,
+        layers=layers, blocks=own_blocks,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         result = run(config, progress)
@@ -149,6 +152,7 @@ def compare(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
+    allow_dense_tail: DenseTailOption = False,
     layers: LayersOption = None,
     blocks: BlocksOption = None,
     keep_models: Annotated[
@@ -176,6 +180,7 @@ def compare(
         text=tuple(text) if text else None, windows=windows, text_seqlen=text_seqlen,
         tasks=names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
         revision=revision, layers=layers, blocks=own_blocks, keep_models=keep_models,
+        allow_dense_tail=allow_dense_tail,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         comparison = run(config, progress)

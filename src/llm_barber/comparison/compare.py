@@ -176,6 +176,8 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
         settings |= asdict(PRESETS[cell.method.preset])  # should a preset change, its cells are done again
         if "pattern" in settings:
             del settings["allocation"]
+    if config.allow_dense_tail and "pattern" in settings:
+        settings["allow_dense_tail"] = True
     if cell.rebuilt:
         settings |= {"granularity": granularity.value if granularity else None, "rebuild_ratio": ratio}
     return settings

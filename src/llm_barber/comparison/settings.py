@@ -11,10 +11,8 @@ from llm_barber.config import Initial
 from llm_barber.evaluation.evaluate import EvaluateConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
-from llm_barber.model.architecture import Block
 from llm_barber.presets import Preset
-from llm_barber.settings import DTYPES, Settings
-from llm_barber.targets import read_blocks
+from llm_barber.settings import DTYPES, Blocks, Settings
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -94,8 +92,11 @@ class CompareConfig(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
     revision: str | None = Field(None, description="of a hub id")
+    allow_dense_tail: bool = Field(
+        False, description="where M does not divide a row, leave the inputs after its last whole group dense"
+    )
     layers: str | None = Field(None, description="path of the decoder layers; None: as known or found")
-    blocks: tuple[Block, ...] = Field(
+    blocks: Blocks = Field(
         (), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
     )
     keep_models: bool = Field(False, description="leave the pruned models in OUT/models")
@@ -104,11 +105,6 @@ class CompareConfig(Settings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
-
-    @field_validator("blocks", mode="before")
-    @classmethod
-    def _blocks_readable(cls, value: Any) -> Any:
-        return read_blocks(Path(value)) if isinstance(value, str | Path) else value
 
     @field_validator("targets", mode="after")
     @classmethod
@@ -144,6 +140,7 @@ class CompareConfig(Settings):
             device=self.device,
             dtype=self.dtype,
             layers=self.layers,
+            blocks=self.blocks,
         )
 
 

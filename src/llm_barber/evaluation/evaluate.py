@@ -17,10 +17,11 @@ from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskResult, TaskRun, compare_tasks, find_tasks
 from llm_barber.evaluation.texts import evaluation_text, text_tokens
 from llm_barber.job import check_positions, check_vocabulary, load_tokenizer
+from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import versions
-from llm_barber.settings import DTYPES, Settings
+from llm_barber.settings import DTYPES, Blocks, Settings
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 
@@ -42,6 +43,14 @@ class EvaluateConfig(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
     layers: str | None = Field(default=None, description="path of the decoder layers; None: as known or found")
+    blocks: Blocks = Field(
+        default=(), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
+    )
+
+    @property
+    def structure(self) -> StructureOptions:
+        """What of the model's structure the user decided."""
+        return StructureOptions(self.layers, self.blocks)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -146,10 +155,10 @@ class Evaluator:
 
             check_names(self.tasks)
         progress.stage(f"opening {config.model}")
-        model = StreamedModel(config.model, self.device, self.dtype, config.layers)
+        model = StreamedModel(config.model, self.device, self.dtype, config.structure)
         self.other = None
         if config.against is not None:
-            self.other = StreamedModel(config.against, self.device, self.dtype, config.layers)
+            self.other = StreamedModel(config.against, self.device, self.dtype, config.structure)
         if self.other is not None:
             _check_same_vocabulary(model, self.other)
         self.tokenizer = load_tokenizer(model.source.folder)
@@ -170,7 +179,7 @@ class Evaluator:
             ModelError: it cannot be read or computed.
             TaskError: a task cannot be run.
         """
-        streamed = StreamedModel(model, self.device, self.dtype, self.config.layers)
+        streamed = StreamedModel(model, self.device, self.dtype, self.config.structure)
         if self.other is not None:
             _check_same_vocabulary(streamed, self.other)
         texts = tuple(self._measure_text(streamed, text, progress) for text in self.texts)

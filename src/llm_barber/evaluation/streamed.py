@@ -8,12 +8,12 @@ from torch import Tensor
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.job import check_tensors, layer_places, load_config, make_skeleton
+from llm_barber.inspection import read_record, recorded_structure
+from llm_barber.job import check_tensors, layer_places, load_config, open_skeleton
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
-from llm_barber.naming import find_places
 from llm_barber.progress import Progress
 
 CPU_LOGITS_BYTES = 24 * 2**20
@@ -27,19 +27,22 @@ class StreamedModel:
         model: folder, hub id or GGUF file.
         device: where it is computed.
         dtype: what in.
-        layers: path of its decoder layers; None: as known or found.
+        structure: where its decoder layers are; nothing: as its record says, as known, or as found.
 
     Raises:
         ModelError: it is missing, damaged or of an unsupported architecture.
         HubError: the hub cannot be reached.
     """
 
-    def __init__(self, model: str, device: torch.device, dtype: torch.dtype, layers: str | None = None) -> None:
+    def __init__(
+        self, model: str, device: torch.device, dtype: torch.dtype, structure: StructureOptions | None = None
+    ) -> None:
         self.source = CheckpointSource(model)
         self.config = load_config(self.source)
-        architecture = find_architecture(self.config, StructureOptions(layers))
-        self.skeleton: Skeleton = make_skeleton(self.config, architecture, device, dtype, model)
-        self.source.places = find_places(self.skeleton.model, self.source.tensors)
+        if structure is None or structure == StructureOptions():
+            structure = recorded_structure(read_record(self.source.folder))
+        architecture = find_architecture(self.config, structure)
+        self.skeleton: Skeleton = open_skeleton(self.source, self.config, architecture, device, dtype)
         check_tensors(self.skeleton, self.source, with_head=True)
         self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.every_outside_name))
 

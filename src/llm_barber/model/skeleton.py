@@ -243,6 +243,23 @@ class Skeleton:
         return (hidden_states, None) if self.layers_return_tuples else hidden_states
 
 
+def untie_head(model: PreTrainedModel, stored: Mapping[str, str]) -> None:
+    """Give the output head a parameter of its own, where it would be tied and a checkpoint has both: they may differ.
+
+    transformers does so, too, if they do.
+
+    Args:
+        model: without weights.
+        stored: the checkpoint's tensors, by the names of the model's parameters.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
+    places = [stored.get(f"{name}.weight") for name, one in model.named_modules() if one in (head, embedding)]
+    if tied and None not in places and len(set(places)) > 1:
+        model.config.tie_word_embeddings = False
+        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+
+
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The module tree that transformers builds, parameters on `meta`, experts with linears of their own.
 
