@@ -33,6 +33,12 @@ def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Pa
     assert torch.equal(streams.read("third", slice(0, 4)), torch.cat([values[2:], values[2:]]))
     streams.drop("third")
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert memory.used == 768
+    streams.drop("other")
+    assert memory.used == 384
+    streams.copy(HIDDEN, "fourth")  # there is room again
+    assert memory.used == 768
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:

@@ -5,6 +5,7 @@ Arrays lie in host memory, as far as that is allowed, and beyond in files that a
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sp
 
 @dataclass
 class HostMemory:
-    """Arrays in memory while together they take at most `limit` bytes (None: any number), else in files in `folder`."""
+    """Arrays in memory while together they take at most `limit` bytes (None: any number), else in files in `folder`.
+
+    `used`: bytes of those in memory that are still there.
+    """
 
     limit: int | None = None
     folder: Path | None = None
@@ -38,7 +42,9 @@ class HostMemory:
         size = torch.Size(shape).numel() * dtype.itemsize
         if self.limit is None or self.used + size <= self.limit:
             self.used += size
-            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            array = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            weakref.finalize(array, self._give_back, size)
+            return array
         descriptor, path = tempfile.mkstemp(prefix="llm-barber-", suffix=".activations", dir=self.folder)
         try:
             os.posix_fallocate(descriptor, 0, max(1, size))  # a full disk is said here, not by a signal later
@@ -46,6 +52,9 @@ class HostMemory:
         finally:
             os.close(descriptor)
             os.unlink(path)  # it goes when it is not mapped any more, even if the process is killed
+
+    def _give_back(self, size: int) -> None:
+        self.used -= size
 
 
 class ActivationStreams:
