@@ -228,10 +228,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     check_tensors(skeleton, source, with_head=by_loss or prunes_head)
     batch_size = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
     if settings.batch_size is None and device.type == "cuda":
-        free, chosen = (
-            free_device_memory(device, settings.device_memory),
-            getattr(config, "num_experts_per_tok", 1) or 1,
-        )
+        free = free_device_memory(device, settings.device_memory)
+        chosen = getattr(config, "num_experts_per_tok", None) or 1
         batch_size = min(batch_size, fitting_batch(skeleton.layers, seqlen, free, dtype, chosen))
     job = Job(
         source, config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,

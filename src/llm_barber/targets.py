@@ -167,13 +167,13 @@ class Targets:
                 target = self.of(index, name, layers)
                 selected += target is not None
                 if isinstance(target, NofM):
-                    self._check_groups(name, shape[1], target, "--prune-head" if index == layers else "--exclude")
+                    otherwise = "leave out --prune-head" if index == layers else "leave it out with --exclude"
+                    self._check_groups(name, shape[1], target, otherwise)
         if not selected:
             raise SettingsError("include, exclude, skip_layers and sparsities leave nothing to prune", example)
 
-    def _check_groups(self, name: str, columns: int, pattern: NofM, option: str) -> None:
-        """Refuse rows that are no whole number of groups; `option` decides whether the linear is pruned."""
-        otherwise = "leave out --prune-head" if option == "--prune-head" else "leave it out with --exclude"
+    def _check_groups(self, name: str, columns: int, pattern: NofM, otherwise: str) -> None:
+        """Refuse rows that are no whole number of groups; `otherwise` says how the linear is not pruned."""
         if columns < pattern.of:
             raise ModelError(f"pattern {pattern} is longer than the {columns} inputs of {name}", otherwise)
         if columns % pattern.of and not self.allow_dense_tail:
