@@ -88,9 +88,11 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     problems = []
     origins = {}  # the names in the dense model of what it has
     if dense is not None:
-        made = {name: one.made_of for name, found in linears.items() for one in found if name not in dense.tensors}
-        origins = {name: made.get(name) or name for name in source.tensors.keys() & (dense.tensors.keys() | made)}
-        origins = {name: origin for name, origin in origins.items() if origin in dense.tensors}
+        own = dense.tensors.keys()
+        made = {
+            name: one.made_of for name, found in linears.items() for one in found if one.made_of and name not in own
+        }
+        origins = {name: made.get(name, name) for name in source.tensors if made.get(name, name) in own}
         problems = _compare_names(source.tensors.keys(), dense.tensors.keys(), origins.keys())
     if record is not None:
         if not source.packed:  # the record is of the files that were packed

@@ -58,7 +58,21 @@ def _read_blocks(value: Any) -> Any:
 Blocks = Annotated[tuple[Block, ...], BeforeValidator(_read_blocks)]  # or a YAML file of them
 
 
-class RunSettings(Settings):
+class StructureSettings(Settings):
+    """What a user may decide of a model's structure."""
+
+    layers: str | None = Field(default=None, description="path of the decoder layers; None: as known or found")
+    blocks: Blocks = Field(
+        default=(), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
+    )
+
+    @property
+    def structure(self) -> StructureOptions:
+        """What of it was decided."""
+        return StructureOptions(self.layers, self.blocks)
+
+
+class RunSettings(StructureSettings):
     """What `prune` and `rebuild` share."""
 
     output: Path = Field(description="folder to write; it appears when it is complete")
@@ -111,15 +125,6 @@ class RunSettings(Settings):
     resume: bool = Field(default=False, description="go on with an unfinished run of OUT, if there is one")
     report: bool = Field(default=True, description="write OUT/report.html, a page with plots")
     revision: str | None = Field(None, description="of a hub id")
-    layers: str | None = Field(default=None, description="path of the decoder layers; None: as known or found")
-    blocks: Blocks = Field(
-        default=(), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
-    )
-
-    @property
-    def structure(self) -> StructureOptions:
-        """What of the model's structure the user decided."""
-        return StructureOptions(self.layers, self.blocks)
 
     @property
     def defaults(self) -> PresetSettings:

@@ -265,8 +265,7 @@ class CheckpointWriter:
             if replaced is not None:
                 replaced.rename(self.output)
             raise
-        for name in (LOCK_NAME, STATE_NAME):  # in this order: while the state is there, `clear_finished` can do it
-            (self.output / name).unlink(missing_ok=True)
+        clear_finished(self.output)
         sync_folder(self.output.parent)
         for left in self.output.parent.glob(f"{glob.escape(self.output.name)}.replaced-*"):
             shutil.rmtree(left)  # ours, and those of runs that were killed here
@@ -320,6 +319,6 @@ def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
 
 
 def clear_finished(output: Path) -> None:
-    """Remove what a run leaves in a whole output folder if it is killed after it gave the folder its name."""
-    for name in (LOCK_NAME, STATE_NAME):
+    """Remove what a run still has in its output folder when that is whole and has its name."""
+    for name in (LOCK_NAME, STATE_NAME):  # the state last: while it is there, a killed run can be told to do this
         (output / name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from llm_barber.evaluation.evaluate import EvaluateConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.presets import Preset
-from llm_barber.settings import DTYPES, Blocks, Settings
+from llm_barber.settings import DTYPES, StructureSettings
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -56,7 +56,7 @@ PEERS = tuple(method for method in Method if method not in (Method.ALPS, Method.
 ROWS = (*PEERS, Method.MASK, Method.BEST)  # of a comparison, unless others are asked for
 
 
-class CompareConfig(Settings):
+class CompareConfig(StructureSettings):
     """Settings of `compare`.
 
     Raises:
@@ -94,10 +94,6 @@ class CompareConfig(Settings):
     revision: str | None = Field(None, description="of a hub id")
     allow_dense_tail: bool = Field(
         False, description="where M does not divide a row, leave the inputs after its last whole group dense"
-    )
-    layers: str | None = Field(None, description="path of the decoder layers; None: as known or found")
-    blocks: Blocks = Field(
-        (), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
     )
     keep_models: bool = Field(False, description="leave the pruned models in OUT/models")
 

@@ -17,16 +17,15 @@ from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskResult, TaskRun, compare_tasks, find_tasks
 from llm_barber.evaluation.texts import evaluation_text, text_tokens
 from llm_barber.job import check_positions, check_vocabulary, load_tokenizer
-from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import versions
-from llm_barber.settings import DTYPES, Blocks, Settings
+from llm_barber.settings import DTYPES, StructureSettings
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(StructureSettings):
     """Settings of `evaluate`."""
 
     model: str = Field(description="folder, hub id or GGUF file")
@@ -42,15 +41,6 @@ class EvaluateConfig(Settings):
     batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
-    layers: str | None = Field(default=None, description="path of the decoder layers; None: as known or found")
-    blocks: Blocks = Field(
-        default=(), description="the blocks of a decoder layer, or a YAML file of them; none: as known or found"
-    )
-
-    @property
-    def structure(self) -> StructureOptions:
-        """What of the model's structure the user decided."""
-        return StructureOptions(self.layers, self.blocks)
 
     @property
     def texts(self) -> tuple[str, ...]:
