@@ -52,8 +52,43 @@ def test_each_part_by_hand() -> None:
     }
     assert {key: targets.of(*key, layers=4) for key in expected} == expected
     allocated = Targets(HALF, own={"down": 0.25}, allocated={"up": 0.6})
-    assert allocated.of(1, "up", 2) == Unstructured(0.6)
+    assert allocated.of(1, "up", 2) == Unstructured(0.6, over_linear=True)
+    assert allocated.of(2, "up", 2) == HALF  # the head is given none
     assert allocated.of(1, "down", 2) == Unstructured(0.25)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"allocation": "uniform"},
+        {"sparsities": {"o_proj": 0.37, "layers.1.mlp": 0.81}},
+        {"allocation": "owl", "initial": "wanda"},
+        {"allocation": "owl", "initial": "sparsegpt"},
+        {"allocation": "loss", "initial": "alps"},
+        {"preset": "best"},
+    ],
+    ids=str,
+)
+def test_a_budget_is_met_to_a_weight_of_each_linear(
+    tmp_path: Path, model: Path, tokens: Path, settings: dict[str, object]
+) -> None:
+    report = run(model, tmp_path / "out", tokens, sparsity=0.613, report=False, **settings)
+    own = settings.get("sparsities", {})
+    assert isinstance(own, dict)
+    linears = {f"layers.{layer.index}.{one.name}": one for layer in report.layers for one in layer.linears}
+    wanted = {
+        name: next((value for part, value in own.items() if part in name), 0.613) * one.shape[0] * one.shape[1]
+        for name, one in linears.items()
+    }
+    by_loss = "best" in settings.values() or "loss" in settings.values()
+    if own or "uniform" in settings.values():
+        assert all(abs(one.pruned - wanted[name]) <= 0.5 for name, one in linears.items())
+    assert abs(report.pruned - sum(wanted.values())) <= (1 if by_loss else len(linears))
+
+
+def test_the_published_methods_meet_it_in_each_row(tmp_path: Path, model: Path, tokens: Path) -> None:
+    report = run(model, tmp_path / "out", tokens, sparsity=0.613, preset="paper", report=False)
+    assert all(one.pruned == int(0.613 * one.shape[1]) * one.shape[0] for one in report.linears)
 
 
 SETTINGS = [
@@ -335,5 +370,5 @@ def test_a_small_budget_and_half_precision(tmp_path: Path, model: Path, tokens: 
         model=model, output=tmp_path / "out", calibration=tokens, sparsity=0.02, preset="mask", dtype=dtype
     )
     report = prune(config)
-    assert 0 < report.sparsity <= 0.02
+    assert abs(report.pruned - 0.02 * report.weights) <= 1
     assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems

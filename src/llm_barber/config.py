@@ -189,7 +189,13 @@ class PruneConfig(RunSettings):
     def targets(self) -> Targets:
         """How much of each linear goes."""
         return Targets(
-            self.target, self.include, self.exclude, self.skip_layers, self.sparsities, None, self.allow_dense_tail
+            self.target,
+            self.include,
+            self.exclude,
+            self.skip_layers,
+            self.sparsities,
+            allow_dense_tail=self.allow_dense_tail,
+            over_linear=self.defaults is not PRESETS[Preset.PAPER],
         )
 
     @property

@@ -15,8 +15,8 @@ from llm_barber.model.architecture import Block
 EXAMPLE = r"'mlp\.down_proj$': 0.4"
 
 
-def parse_target(value: Any) -> Pattern | None:
-    """A sparsity, "N:M", or 0: not pruned.
+def parse_target(value: Any, over_linear: bool = False) -> Pattern | None:
+    """A sparsity (of each comparison group, or over the linear), "N:M", or 0: not pruned.
 
     Raises:
         ValueError: it is none of these.
@@ -25,7 +25,7 @@ def parse_target(value: Any) -> Pattern | None:
         return parse_pattern(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is neither a sparsity (0.4) nor N:M (2:4) nor 0")
-    return Unstructured(value) if value else None
+    return Unstructured(value, over_linear) if value else None
 
 
 def read_targets(value: Any) -> Any:
@@ -98,6 +98,8 @@ class Targets:
         own: targets of linears, by a regular expression of the name: "N:M", a sparsity, or 0. The first one counts.
         allocated: sparsities of linears by their names, in place of `pattern`'s.
         allow_dense_tail: M need not divide a row: the inputs after its last whole group stay dense.
+        over_linear: sparsities are met over the linear, to a weight; not in each comparison group, as the published
+            programs have it. Allocated ones are so anyway.
     """
 
     pattern: Pattern
@@ -107,6 +109,7 @@ class Targets:
     own: dict[str, float | str] = field(default_factory=dict)
     allocated: dict[str, float] | None = None
     allow_dense_tail: bool = False
+    over_linear: bool = False
 
     def of(self, index: int, name: str, layers: int) -> Pattern | None:
         """The target of a linear; None: it is not pruned.
@@ -121,8 +124,12 @@ class Targets:
             return None
         for expression, value in self.own.items():
             if re.search(expression, name):
-                return parse_target(value)
-        return self.pattern if self.allocated is None or index == layers else parse_target(self.allocated[name])
+                return parse_target(value, self.over_linear)
+        if self.allocated is not None and index < layers:
+            return parse_target(self.allocated[name], over_linear=True)
+        if isinstance(self.pattern, NofM):
+            return self.pattern
+        return parse_target(self.pattern.sparsity, self.over_linear)
 
     def _left_out(self, index: int, name: str, layers: int) -> bool:
         if index in self.skip_layers or index - layers in self.skip_layers:

@@ -22,20 +22,21 @@ def test_no_other_choice_within_the_budget_costs_less(seed: int, sparsity: float
     generator = torch.Generator().manual_seed(seed)
     columns = [5, 8, 6]
     costs = [torch.rand(count, generator=generator).sort().values for count in columns]
-    budget = int(sparsity * 2 * sum(columns)) // 2
+    budget = round(sparsity * sum(columns))
     choices = [one for one in itertools.product(*(range(count) for count in columns)) if sum(one) == budget]
     best = min(choices, key=lambda one: sum(cost[:n].sum().item() for cost, n in zip(costs, one, strict=True)))
     expected = [n / count for n, count in zip(best, columns, strict=True)]
-    assert cheapest(costs, [2, 2, 2], sparsity) == expected
-    assert spread_budget(costs, [2, 2, 2], sparsity, 1.0) == pytest.approx(expected)
+    assert cheapest(costs, [1, 1, 1], sparsity) == expected
+    assert spread_budget(costs, [1, 1, 1], sparsity, 1.0) == pytest.approx(expected)
 
 
 def test_rows_of_different_number_limits_and_share() -> None:
     costs = [torch.arange(10.0), torch.full((10,), 100.0)]
     assert cheapest(costs, [1, 1], 0.5) == [0.9, 0.1]  # none loses all
     assert spread_budget(costs, [1, 1], 0.5, 0.25) == [0.6, 0.4]
-    assert spread_budget(costs, [1, 1], 0.5, 0.2) == [0.5, 0.5]  # 5.8 and 4.2 of ten, in whole columns
+    assert spread_budget(costs, [1, 1], 0.5, 0.2) == [0.6, 0.4]  # 5.8 and 4.2 of ten, in whole weights
     assert spread_budget(costs, [1, 1], 0.5, 0.0) == [0.5, 0.5]
-    # A linear with four times the rows: six of its columns are 24 of the 25 to go; the next one would be too many.
-    assert cheapest(costs, [4, 1], 0.5) == [0.6, 0.0]
+    # A linear with four times the rows: six of its columns are 24 of the 25 to go; of the seventh one row goes, too.
+    assert cheapest(costs, [4, 1], 0.5) == [0.625, 0.0]
+    assert spread_budget(costs, [4, 1], 0.5, 1.0) == [0.625, 0.0]
     assert cheapest(costs, [1, 1], 0.1) == [0.2, 0.0]

@@ -26,6 +26,18 @@ def test_sparsity_outside_is_refused(sparsity: float) -> None:
         Unstructured(sparsity)
 
 
+def test_a_sparsity_over_the_linear_by_hand() -> None:
+    half = Unstructured(0.5, over_linear=True)
+    assert half.counts(5, 15).tolist() == [8, 8, 8, 7, 7]  # 37.5: 38, the even one
+    assert Unstructured(0.5).counts(5, 15) == 7
+    assert Unstructured(1 - 1e-9, over_linear=True).counts(2, 3).tolist() == [2, 2]  # each keeps one
+    for weights, columns in ((576 * 1536 - 5, 576), (53248 * 16384 - 3, 16384)):
+        rows = -(-weights // columns)
+        assert int(Unstructured(weights / (rows * columns), over_linear=True).counts(rows, columns).sum()) == min(
+            weights, rows * (columns - 1)
+        )
+
+
 def test_pattern_is_n_kept_of_m() -> None:
     assert parse_pattern("1:4") == NofM(kept=1, of=4)
     assert NofM(1, 4).sparsity == 0.75

@@ -4,16 +4,14 @@ Taking weight W away changes the loss by about ½ W² · F, with F the Fisher in
 tokens of its squared gradient (g x)², g the gradient of the loss by the linear's output and x its input (optimal brain
 damage, LeCun et al., 1989). F is taken as separable here, rows times columns: that changes sparsities by a few
 thousandths. Every row of a linear loses as many weights as the others, those that cost least, so that the n-th costs no
-less than the one before: taking the cheapest next one of all linears until the budget is spent is the least sum. The
-sparsities used lie between that and the same for all.
+less than the one before: taking the cheapest next one of all linears until the budget is spent is the least sum (of the
+last linear, some rows lose one weight more than the others). The sparsities used lie between that and the same for all.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-ROUNDING = 1e-6  # of a column: what sums of floating-point numbers may miss
 
 
 def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -37,31 +35,34 @@ def spread_budget(
     Args:
         costs: of each linear, (in,), ascending; see `removal_costs`.
         rows: of each linear.
-        sparsity: of all together, not passed, and missed by less than one weight of every row of one linear.
+        sparsity: of all together; whole weights miss it by less than one.
         share: of the way from the same sparsity for all, 0, to what costs least, 1. None: as much as the sparsity; the
             prices are rough, and this was found to do well (docs/refining.md).
     """
     share = sparsity if share is None else share
     found = []
-    left = 0.0  # weights that rounding to whole columns owes to the next linear
+    left = 0.0  # weights that rounding to whole ones owes to the next linear
     for cost, count, least in zip(costs, rows, cheapest(costs, rows, sparsity), strict=True):
-        wanted = (sparsity + share * (least - sparsity)) * len(cost) * count + left
-        columns = min(int(wanted / count + ROUNDING), len(cost) - 1)
-        left = wanted - columns * count
-        found.append(columns / len(cost))
+        size = len(cost) * count
+        wanted = (sparsity + share * (least - sparsity)) * size + left
+        weights = min(round(wanted), size - count)
+        left = wanted - weights
+        found.append(weights / size)
     return found
 
 
 def cheapest(costs: Sequence[Tensor], rows: Sequence[int], sparsity: float) -> list[float]:
-    """The sparsities that cost least; no linear loses all weights of a row.
-
-    The sparsity of all together is not passed, and missed by less than one weight of every row of one linear.
-    """
+    """The sparsities that cost least; no linear loses all weights of a row."""
     columns = [len(one) for one in costs]
-    budget = int(sparsity * sum(r * c for r, c in zip(rows, columns, strict=True)))
+    budget = round(sparsity * sum(r * c for r, c in zip(rows, columns, strict=True)))
     choices = torch.cat([one[:-1].cpu() for one in costs])
     owners = torch.repeat_interleave(torch.arange(len(costs)), torch.tensor([count - 1 for count in columns]))
     order = choices.argsort(stable=True)
-    spent = torch.tensor(rows)[owners[order]].cumsum(0)
-    taken = torch.bincount(owners[order][spent <= budget], minlength=len(rows)).tolist()
+    owners = owners[order]
+    spent = torch.tensor(rows)[owners].cumsum(0)
+    whole = int((spent <= budget).sum())
+    taken: list[float] = torch.bincount(owners[:whole], minlength=len(rows)).tolist()
+    if whole < len(owners):  # the next one, of some rows
+        last = int(owners[whole])
+        taken[last] += (budget - (int(spent[whole - 1]) if whole else 0)) / rows[last]
     return [number / count for number, count in zip(taken, columns, strict=True)]

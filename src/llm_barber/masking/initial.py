@@ -17,8 +17,8 @@ def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -
         granularity: `output` (Wanda) or `linear` (magnitude) or `input`.
 
     Returns:
-        bool, (out, in), True survives. Exactly `pattern.pruned(members)` weights of each group are pruned, or M - N
-        of each whole group of M.
+        bool, (out, in), True survives. Exactly `pattern.counts(groups, members)` weights of each group are pruned, or
+        M - N of each whole group of M.
     """
     if isinstance(pattern, NofM):
         keep = torch.ones_like(saliency, dtype=torch.bool)
@@ -26,7 +26,7 @@ def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -
         by_pattern_group(keep, pattern).copy_(ranks >= pattern.of - pattern.kept)
         return keep
     (groups,) = to_groups([saliency], granularity)
-    pruned = lowest(groups, pattern.pruned(groups.shape[1]))
+    pruned = lowest(groups, pattern.counts(*groups.shape))
     (pruned,) = from_groups([pruned], [tuple(saliency.shape)], granularity)
     return ~pruned
 

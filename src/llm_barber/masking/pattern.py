@@ -24,15 +24,18 @@ def exact_floor(fraction: float, count: int) -> int:
 
 @dataclass(frozen=True)
 class Unstructured:
-    """A fraction of the weights of each comparison group is pruned, wherever it lies.
+    """A fraction of the weights is pruned, wherever they lie.
 
-    Example: `Unstructured(0.5)` prunes `floor(0.5 · members)` weights of each group.
+    Example: `Unstructured(0.5)` prunes `floor(0.5 · members)` weights of each comparison group, as the published
+    programs do: 7 of 15. `Unstructured(0.5, over_linear=True)` prunes half of the linear's weights, to the nearest
+    whole one: of 5 groups of 15 the first three lose 8, the others 7.
 
     Raises:
         ValueError: sparsity is not inside (0, 1).
     """
 
     sparsity: float
+    over_linear: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -41,6 +44,17 @@ class Unstructured:
     def pruned(self, members: int) -> int:
         """Weights to prune in a comparison group of `members`: never more than the fraction asked for."""
         return exact_floor(self.sparsity, members)
+
+    def counts(self, groups: int, members: int) -> int | Tensor:
+        """Weights to prune in each comparison group: one number, or int64 (groups,). No group loses all of them."""
+        if not self.over_linear:
+            return self.pruned(members)
+        count = min(self.nearest(groups * members), groups * (members - 1))
+        return count // groups + (torch.arange(groups) < count % groups)
+
+    def nearest(self, weights: int) -> int:
+        """The whole number next to the fraction of so many weights."""
+        return round(as_fraction(self.sparsity) * weights)
 
     def __str__(self) -> str:
         return "unstructured"

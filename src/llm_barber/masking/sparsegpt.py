@@ -6,10 +6,8 @@ It gives a keep mask and updated weights. It follows the paper's algorithm.
 import torch
 from torch import Tensor
 
-from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern
-from llm_barber.masking.selection import rank_within
+from llm_barber.masking.selection import lowest, rank_within
 
 DAMPING = 0.01
 MAXIMAL_DAMPING_TRIES = 8
@@ -28,7 +26,7 @@ def sparsegpt(
     Args:
         weight: (out, in), any float dtype.
         gram: (in, in), float32, see `statistics.GramMatrix`.
-        pattern: unstructured sparsity is met exactly in every block of columns, N:M in every whole group.
+        pattern: unstructured sparsity is met in every block of columns, or over the linear; N:M in every whole group.
         damping: share of the mean diagonal that is added to the diagonal; grows tenfold while the matrix is not
             positive definite.
         block_size: columns whose mask is chosen together; rounded up to a whole number of groups of M.
@@ -47,20 +45,33 @@ def sparsegpt(
     keep = torch.empty_like(values, dtype=torch.bool)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        keep[start:stop], errors = _prune_block(values[start:stop], factor[start:stop, start:stop], pattern)
+        own = values[start:stop], factor[start:stop, start:stop]
+        keep[start:stop], errors = _prune_block(*own, pattern, _count(pattern, len(weight), start, stop))
         values[stop:] -= factor[start:stop, stop:].t() @ errors
     return keep.t().contiguous(), values.t().contiguous()
 
 
-def _prune_block(values: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Prune one block of columns in place; returns its keep mask and the errors to pass on, both (columns, out)."""
+def _count(pattern: Pattern, rows: int, start: int, stop: int) -> int:
+    """Weights to prune in some columns, of all rows together; not for N:M."""
+    if isinstance(pattern, NofM):
+        return 0
+    if pattern.over_linear:
+        return pattern.nearest(rows * stop) - pattern.nearest(rows * start)
+    return pattern.pruned(rows * (stop - start))
+
+
+def _prune_block(values: Tensor, factor: Tensor, pattern: Pattern, count: int) -> tuple[Tensor, Tensor]:
+    """Prune one block of columns in place; returns its keep mask and the errors to pass on, both (columns, out).
+
+    Without N:M, `count` weights go.
+    """
     diagonal = factor.diagonal()
     if isinstance(pattern, NofM):
         keep = torch.ones_like(values, dtype=torch.bool)
         covered = pattern.covered(len(values))
     else:
         saliency = (values / diagonal.unsqueeze(1)).square()
-        keep = initial_mask(saliency.t().contiguous(), pattern, Granularity.LINEAR).t()
+        keep = ~lowest(saliency.t().reshape(1, -1), count).view(values.shape[1], -1).t()
     errors = torch.empty_like(values)
     for column in range(len(values)):
         if isinstance(pattern, NofM) and column % pattern.of == 0 and column < covered:
