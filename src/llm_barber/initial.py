@@ -211,14 +211,16 @@ def collect_inputs(
         updated: list[AnyStatistic] = []
 
         def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[AnyStatistic] = updated) -> None:
-            if seen and seen[-1] is inputs:
+            alone = name in layer.called_again  # it is going to have more inputs than its neighbours
+            if not alone and seen and seen[-1] is inputs:
                 found[name] = updated[-1]
                 return
             if name not in found:
                 found[name] = statistic(inputs.shape[-1], inputs.device)
             found[name].update(inputs)
-            seen[:] = [inputs]
-            updated[:] = [found[name]]
+            if not alone:
+                seen[:] = [inputs]
+                updated[:] = [found[name]]
 
         layer.visit_inputs(streams.read(HIDDEN, batch), visit)
     for one in {id(one): one for one in found.values()}.values():

@@ -151,6 +151,10 @@ class Job:
             weight = self.architecture.turned(weight)
             if place.part is None:
                 found[place.tensor] = weight
+                for other in self.skeleton.other_names(index, name):
+                    also = self.source.places.get(f"{self.linear_name(index, other)}.weight", place)
+                    if also.tensor != place.tensor:
+                        found[also.tensor] = weight.clone()  # a file holds no memory twice
             else:
                 place.of(tensors[place.tensor]).copy_(weight)
                 found[place.tensor] = tensors[place.tensor]
@@ -297,11 +301,9 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     Raises:
         ModelError: one is not.
     """
-    alone = {name for name, _ in skeleton.layers.named_parameters()}
-    shared = [name for name, _ in skeleton.layers.named_parameters(remove_duplicate=False) if name not in alone]
-    if shared:
+    for name in skeleton.names_in_other_layers():
         raise ModelError(
-            f"{skeleton.layers_prefix}{shared[0]} is the weight of another module, too",
+            f"{skeleton.layers_prefix}{name} is the weight of another module, too",
             "models whose layers share weights cannot be pruned yet: open an issue that names it",
         )
     needed = list(skeleton.every_outside_name if with_head else skeleton.outside_names)

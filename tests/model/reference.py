@@ -89,16 +89,24 @@ def first_call(model: nn.Module, layers: nn.ModuleList, index: int, tokens: Tens
 
 
 def captured(layer: nn.Module, path: str, hidden: Tensor, arguments: dict) -> tuple[Tensor, Tensor]:
-    """Input and output of a submodule in a call of the layer."""
+    """Input and output of a submodule in a call of the layer; of what it is called with again, too, as more tokens."""
     caught = {}
+    module = layer.get_submodule(path)
+    tied = (
+        [one for one in layer.modules() if one is not module and one._parameters.get("weight") is module.weight]
+        if isinstance(module, nn.Linear)
+        else []
+    )
 
     def hook(_: nn.Module, positional: tuple, keywords: dict, output: Tensor | tuple) -> None:
-        caught["input"] = positional[0] if positional else keywords["hidden_states"]
+        found = positional[0] if positional else keywords["hidden_states"]
+        caught["input"] = torch.cat([caught["input"], found], -2) if "input" in caught else found
         caught["output"] = output if isinstance(output, Tensor) else output[0]
 
-    handle = layer.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+    handles = [one.register_forward_hook(hook, with_kwargs=True) for one in (module, *tied)]
     layer_call(layer, arguments, hidden)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return caught["input"], caught["output"]
 
 

@@ -4,7 +4,8 @@ The layer's own forward is what runs, with the keyword arguments as they were ca
 not computed again: its module answers with its kept output ("replay"). A run stops as soon as it has what it came for.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,9 @@ InputVisitor = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True)
 class _Ends:
-    """A linear's input, detached, and its output, in the graph."""
+    """The input, detached, and the output, in the graph, of a call of a linear."""
 
+    name: str
     inputs: Tensor
     output: Tensor
 
@@ -66,6 +68,9 @@ class DecoderLayer:
         self._output_tail: dict[str, tuple[Any, ...] | list[Any] | None] = {}
         self._flattened: dict[str, bool] = {}
         self._groups: list[list[str]] = []  # of linears that read one tensor, once inputs have been visited
+        paths = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
+        # Linears that are modules of several names.
+        self.called_again = {name for name, one in self.linears.items() if paths[id(one)] > 1}
         self.returns_tuple = False  # found when it runs
 
     def select(self, linears: Collection[str]) -> None:
@@ -91,7 +96,8 @@ class DecoderLayer:
     def visit_inputs(self, hidden: Tensor, visitor: InputVisitor) -> None:
         """Hand the inputs of every linear to `visitor`, (sequences, tokens, in), then stop.
 
-        Linears that read the same tensor are visited one after the other with that same object.
+        Linears that read the same tensor are visited one after the other with that same object; one that is called
+        several times, as a module with several names is, is visited each time.
 
         Raises:
             ModelError: one of them is not called.
@@ -105,10 +111,11 @@ class DecoderLayer:
                 if positional[0] is not latest[0] or not self._groups:
                     latest[:] = positional[0], _by_sequence(positional[0], len(hidden))
                     self._groups.append([])
-                self._groups[-1].append(name)
+                if name in waiting:
+                    self._groups[-1].append(name)
                 visitor(name, latest[1])
                 waiting.discard(name)
-                if not waiting:
+                if not waiting and not self.called_again & self.linears.keys():
                     raise _Reached
 
             return hook
@@ -127,8 +134,12 @@ class DecoderLayer:
         """The block's linears in the order in which data flows through them; those that read one tensor together."""
         if not self._groups:
             self.visit_inputs(hidden, lambda *_: None)
-        groups = [tuple(name for name in group if name in block.linears) for group in self._groups]
-        return [group for group in groups if group]
+        found: list[tuple[str, ...]] = []
+        for group in self._groups:
+            own = [name for name in group if name in block.linears]
+            found += [(name,) for name in own if name in self.called_again]
+            found.append(tuple(name for name in own if name not in self.called_again))
+        return [group for group in found if group]
 
     @torch.no_grad()
     def inputs_of(self, names: Collection[str], hidden: Tensor, replays: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -153,13 +164,17 @@ class DecoderLayer:
 
     @contextmanager
     def noted(self, names: Collection[str], sequences: int, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Put linears' inputs, (sequences, tokens, in), in the mapping as they run; `stop`: and end the run then."""
+        """Put linears' inputs, (sequences, tokens, in), in the mapping as they run; `stop`: and end the run then.
+
+        What a linear is called with again follows as more tokens.
+        """
         found: dict[str, Tensor] = {}
 
         def note(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-                found[name] = _by_sequence(positional[0], sequences)
-                if stop and len(found) == len(names):
+                inputs = _by_sequence(positional[0], sequences)
+                found[name] = torch.cat([found[name], inputs], 1) if name in found else inputs
+                if stop and len(found) == len(names) and not self.called_again.intersection(names):
                     raise _Reached
 
             return hook
@@ -213,14 +228,14 @@ class DecoderLayer:
         output = found[0]
         difference = output.detach().float() - sparse_output.float()
         scaled, scale = _scaled(difference, output.dtype)
-        gradients = torch.autograd.grad(output, [end.output for end in ends.values()], scaled, allow_unused=True)
-        for name, gradient in zip(ends, gradients, strict=True):
-            if gradient is None:
-                raise ModelError(f"the output of {block.output} has no gradient by {name}", f"--exclude '{name}$'")
+        gradients = torch.autograd.grad(output, [end.output for end in ends], scaled, allow_unused=True)
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = scale * (2 / difference[0].numel())
-        for (name, end), gradient in zip(ends.items(), gradients, strict=True):
-            squares[name].update(_by_sequence(end.inputs, len(hidden)), _by_sequence(gradient, len(hidden)), factor)
+        found_by_name = _by_linear(ends, gradients, len(hidden))
+        for name in dict.fromkeys(end.name for end in ends):
+            if name not in found_by_name:
+                raise ModelError(f"the output of {block.output} has no gradient by {name}", f"--exclude '{name}$'")
+            squares[name].update(*found_by_name[name], factor)
         return output.detach(), _mean_squares(difference)
 
     def loss_gradients(self, hidden: Tensor, gradient: Tensor, sums: Mapping[str, FisherSums]) -> Tensor:
@@ -239,21 +254,22 @@ class DecoderLayer:
             output = self._run(hidden)
         assert output is not None
         scaled, scale = _scaled(gradient, output.dtype)
-        before, *gradients = torch.autograd.grad(output, [hidden, *(end.output for end in ends.values())], scaled)
-        for (name, end), one in zip(ends.items(), gradients, strict=True):
-            sums[name].update(_by_sequence(end.inputs, len(hidden)), _by_sequence(one, len(hidden)), scale)
+        before, *gradients = torch.autograd.grad(output, [hidden, *(end.output for end in ends)], scaled)
+        for name, found in _by_linear(ends, gradients, len(hidden)).items():
+            sums[name].update(*found, scale)
         return before.float() * scale.view(-1, 1, 1)
 
     @contextmanager
-    def _recorded(self, linears: tuple[str, ...]) -> Iterator[dict[str, "_Ends"]]:
-        """Run with gradients, and note what goes into linears and comes out of them."""
-        ends: dict[str, _Ends] = {}
+    def _recorded(self, linears: tuple[str, ...]) -> Iterator[list["_Ends"]]:
+        """Run with gradients, and note what goes into linears and comes out of them, call by call."""
+        ends: list[_Ends] = []
 
         def record(name: str) -> Callable[..., Tensor]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 # Weights ask for no gradient, so that autograd forms none; the graph starts at the first outputs.
-                ends[name] = _Ends(positional[0].detach(), output if output.requires_grad else output.requires_grad_())
-                return ends[name].output
+                output = output if output.requires_grad else output.requires_grad_()
+                ends.append(_Ends(name, positional[0].detach(), output))
+                return output
 
             return hook
 
@@ -342,6 +358,28 @@ class DecoderLayer:
         finally:
             for module in modules:
                 del module.forward
+
+
+def _by_linear(
+    ends: list[_Ends], gradients: Sequence[Tensor | None], sequences: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs, and gradients of the outputs, (sequences, tokens, features), by linear.
+
+    Of several calls they follow each other as tokens; a call whose output has no gradient is left out.
+    """
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for end, gradient in zip(ends, gradients, strict=True):
+        if gradient is not None:
+            both = _by_sequence(end.inputs, sequences), _by_sequence(gradient, sequences)
+            calls.setdefault(end.name, []).append(both)
+    return {name: _joined(found) for name, found in calls.items()}
+
+
+def _joined(calls: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(calls) == 1:
+        return calls[0]
+    inputs, gradients = zip(*calls, strict=True)
+    return torch.cat(inputs, 1), torch.cat(gradients, 1)
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,23 @@ class Skeleton:
         """The prunable linears of a layer, block after block."""
         return tuple(name for block in self.blocks[index] for name in block.linears)
 
+    def names_in_other_layers(self) -> list[str]:
+        """Parameters of layers that are another module's, too, in another layer or, if it is no linear, in its own."""
+        first = {id(parameter): name for name, parameter in self.layers.named_parameters()}
+        found = []
+        for name, parameter in self.layers.named_parameters(remove_duplicate=False):
+            path, other = name.rpartition(".")[0], first[id(parameter)].rpartition(".")[0]
+            same = self.layers.get_submodule(path) is self.layers.get_submodule(other)
+            if not same or path.partition(".")[0] != other.partition(".")[0]:
+                found.append(name)
+        return found
+
+    def other_names(self, index: int, linear: str) -> list[str]:
+        """The other paths, inside a layer, of a linear that has several."""
+        module = self.layers[index].get_submodule(linear)
+        paths = self.layers[index].named_modules(remove_duplicate=False)
+        return [path for path, one in paths if one is module and path != linear]
+
     def fill_outside(self, weights: Mapping[str, Tensor]) -> None:
         """Give the model parameters outside the decoder layers, by the model's names."""
         self._assign(self.model, weights)
@@ -274,8 +291,18 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     split_experts(model)
     model.tie_weights()
+    _join_tied_linears(model)
     model.eval().requires_grad_(False)
     return model
+
+
+def _join_tied_linears(model: nn.Module) -> None:
+    """Put one module where two linears have the same parameters: what it is called with is then seen as its own."""
+    first: dict[tuple[int, int], nn.Module] = {}
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, first.setdefault((id(child.weight), id(child.bias)), child))
 
 
 def _pair(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
