@@ -89,7 +89,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
         little |= {job.linear_name(index, name) for name in with_few_tokens(layer, streams)}
-        skeleton.layers_return_tuples = layer.returns_tuple  # of a layer that has run
+        skeleton.tails[index] = layer.tail
         progress.advance("forward")
     gradients = [
         _loss_gradient(job, streams.read(HIDDEN, batch), own) for batch, own in zip(batches, tokens, strict=True)

@@ -55,7 +55,7 @@ def prune_head(
     """
     skeleton = job.skeleton
     (name,) = job.linears(job.layer_count)
-    if skeleton.layers_return_tuples is None:
+    if not skeleton.tails:
         _learn_what_layers_return(job, streams)
     weight = _fill_outside(job, tensors)
     layer = DecoderLayer(_End(skeleton, name), (name,), lambda *_: {})
@@ -85,7 +85,7 @@ def _learn_what_layers_return(job: Job, streams: ActivationStreams) -> None:
     last = job.layer_count - 1
     layer, _ = job.open_layer(last, job.source.read(job.layer_tensors[last]))
     layer.output(streams.read(HIDDEN, next(streams.batches())))
-    job.skeleton.layers_return_tuples = layer.returns_tuple
+    job.skeleton.tails[last] = layer.tail
     job.skeleton.release_layer(last)
 
 

@@ -89,7 +89,7 @@ def prune_layer(
         for block, (_, outcome, after) in zip(skeleton.blocks[index], outcomes, strict=True)
     ]
     written = job.stored(index, weights, tensors)
-    skeleton.layers_return_tuples = layer.returns_tuple
+    skeleton.tails[index] = layer.tail
     skeleton.release_layer(index)
     # Last of all: until here the layer can be pruned again, if memory runs out.
     streams.rename(DENSE_OUTPUT, HIDDEN)

@@ -64,7 +64,7 @@ class StreamedModel:
             layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
             for number, hidden in enumerate(states):
                 states[number] = layer.output(hidden.to(skeleton.device)).cpu()
-            skeleton.layers_return_tuples = layer.returns_tuple
+            skeleton.tails[index] = layer.tail
             skeleton.release_layer(index)
             progress.advance("")
         return states

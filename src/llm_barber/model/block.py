@@ -71,7 +71,8 @@ class DecoderLayer:
         paths = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
         # Linears that are modules of several names.
         self.called_again = {name for name, one in self.linears.items() if paths[id(one)] > 1}
-        self.returns_tuple = False  # found when it runs
+        # How many things follow the states in what it returns, found when it runs; None: it returns them alone.
+        self.tail: int | None = None
 
     def select(self, linears: Collection[str]) -> None:
         """Look at some of the linears from now on."""
@@ -325,8 +326,14 @@ class DecoderLayer:
             output = self.module(hidden, **self._arguments(hidden.shape[0], hidden.shape[1]))
         except _Reached:
             return None
-        self.returns_tuple = not isinstance(output, Tensor)
-        return output if isinstance(output, Tensor) else output[0]
+        self.tail = None if isinstance(output, Tensor) else len(output) - 1
+        states: Tensor = output if isinstance(output, Tensor) else output[0]
+        if states.shape != hidden.shape:
+            raise ModelError(
+                f"{type(self.module).__name__} makes states of shape {tuple(states.shape)} from {tuple(hidden.shape)}",
+                "models whose layers change the shape of the states cannot be pruned yet: open an issue that names it",
+            )
+        return states
 
     @contextmanager
     def _stop_at(self, block: Block, found: list[Tensor], sequences: int, stop: bool = True) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """An empty model on `meta`: it embeds the calibration tokens, then takes one decoder layer's weights in and out."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -14,6 +15,7 @@ from llm_barber.model.architecture import Architecture
 from llm_barber.model.experts import split_experts
 
 Arguments = dict[str, Any]
+STEPPED_OVER: tuple[int | None, ...] = (1, None, 2, 3)  # what to try; see `DecoderLayer.tail`
 
 
 class _LayersReached(Exception):  # noqa: N818 - a signal, not an error
@@ -46,7 +48,9 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        self.layers_return_tuples: bool | None = None  # known once a layer has run; `finish` needs it
+        # What follows the states in what each layer returns, once it has run: see `DecoderLayer.tail`.
+        self.tails: dict[int, int | None] = {}
+        self._stepped_over = STEPPED_OVER
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
         self.blocks = [architecture.blocks_of(layer) for layer in self.layers]
         # Keyword arguments of each layer's call, by (sequences, tokens).
@@ -149,11 +153,12 @@ class Skeleton:
             keep: is handed the hidden states, (sequences, tokens, hidden).
 
         Raises:
-            ModelError: what the model passes to its layers depends on the tokens.
+            ModelError: what the model passes to its layers depends on the tokens, or it cannot do without their work.
         """
-        arguments = self._capture(tokens, keep)
+        states, arguments = self._capture(tokens)
+        keep(states)
         if not self._arguments:
-            other = self._capture(tokens.flip(1), lambda _: None)
+            _, other = self._capture(tokens.flip(1))
             for name, one, two in ((n, a[n], b[n]) for a, b in zip(arguments, other, strict=True) for n in a):
                 if isinstance(one, Tensor) and not torch.equal(one, two):
                     raise ModelError(
@@ -162,8 +167,29 @@ class Skeleton:
                     )
         self._arguments[len(tokens), tokens.shape[1]] = arguments
 
-    def _capture(self, tokens: Tensor, keep: Callable[[Tensor], None]) -> list[Arguments]:
-        """Keyword arguments of each layer's call for these tokens."""
+    def _capture(self, tokens: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """What the first layer is given for these tokens, and the keyword arguments of each layer's call.
+
+        Models take what a layer returns as it is, or its first, or unpack as many things as there are: what does for
+        this one is found by trying.
+        """
+        failed: Exception | None = None
+        for tail in self._stepped_over:
+            try:
+                found = self._capture_with(tail, tokens)
+            except (TypeError, ValueError, AttributeError) as error:
+                failed = failed or error
+            else:
+                self._stepped_over = (tail,)
+                return found
+        raise ModelError(
+            f"{type(self.model).__name__} cannot be run with its layers stepped over: {failed}",
+            "such models cannot be pruned yet: open an issue that names it",
+        ) from failed
+
+    def _capture_with(self, tail: int | None, tokens: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """`_capture` with layers that return so much after the states."""
+        states: list[Tensor] = []
         arguments: list[Arguments] = [{} for _ in self.layers]
 
         def note(index: int) -> Callable[..., None]:
@@ -177,7 +203,7 @@ class Skeleton:
                             f"{type(self.model).__name__} gives its layers no states (sequences, tokens, hidden)",
                             "such models cannot be pruned yet: open an issue that names it",
                         )
-                    keep(hidden)
+                    states.append(hidden)
                 if index == len(self.layers) - 1:
                     raise _LayersReached
 
@@ -185,7 +211,7 @@ class Skeleton:
 
         handles = [layer.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(self.layers)]
         for layer in self.layers:
-            layer.forward = _pair  # some models take the first of what a layer returns, some unpack two
+            layer.forward = partial(_step_over, tail)
         try:
             with torch.no_grad():
                 self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
@@ -196,19 +222,20 @@ class Skeleton:
                 handle.remove()
             for layer in self.layers:
                 del layer.forward
-        return arguments
+        return states[0], arguments
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits, (sequences, tokens, vocabulary), from the last decoder layer's output.
 
-        The model's own forward runs with its layers stepped over; the first answers with `hidden` whatever it is given.
+        The model's own forward runs; its layers answer with `hidden`, whatever they are given.
 
         Args:
             hidden: (sequences, tokens, hidden); any positions, since each is finished by itself.
         """
-        for layer in self.layers:
-            layer.forward = self._pass_through
-        self.layers[0].forward = lambda *_, **__: self._pass_through(hidden)
+        of_any = next(reversed(self.tails.values()), None)
+        for index, layer in enumerate(self.layers):
+            answer = _step_over(self.tails.get(index, of_any), hidden)
+            layer.forward = lambda *_, _answer=answer, **__: _answer
         try:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)  # only their shape matters
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
@@ -254,10 +281,6 @@ class Skeleton:
         if value is None:
             value = torch.empty_like(getattr(owner, leaf), device="meta")
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-
-    def _pass_through(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """What a layer that does nothing would return."""
-        return (hidden_states, None) if self.layers_return_tuples else hidden_states
 
 
 def untie_head(model: PreTrainedModel, stored: Mapping[str, str]) -> None:
@@ -305,5 +328,6 @@ def _join_tied_linears(model: nn.Module) -> None:
                 setattr(module, name, first.setdefault((id(child.weight), id(child.bias)), child))
 
 
-def _pair(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    return hidden_states, None
+def _step_over(tail: int | None, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    """What a layer that does nothing would return, with so many things after the states; None: nothing, no tuple."""
+    return hidden_states if tail is None else (hidden_states, *[None] * tail)
