@@ -114,6 +114,22 @@ def test_tuning_counts_three_forwards_a_pass() -> None:
     assert costs.tune.products + costs.tune.gradients == 2 * 8 * 3 * (2 * 60 * 112)
 
 
+def test_the_output_head_by_hand() -> None:
+    """10 × 4, Wanda: a statistic of 60 tokens; swaps: Gram matrices of both streams and what follows from them."""
+    assert run_costs(MODEL, PAPER).head == Work()
+    with_head = {"prunes_head": True}
+    alone = run_costs(MODEL, Recipe(**{**PAPER.__dict__, **with_head})).head
+    assert (alone.read, alone.written, alone.flops) == (2 * 84, 0, 0)
+    assert alone.copied == 2 * 84 + 60 * 4 * 2
+    tied = ModelShapes(**{**MODEL.__dict__, "tied": True})
+    assert run_costs(tied, Recipe(**{**PAPER.__dict__, **with_head})).head.written == 2 * 40
+    refined = run_costs(MODEL, Recipe(**{**MASK.__dict__, **with_head}))
+    assert refined.head.grams == 2 * 60 * 4**2 * 2
+    assert refined.head.copied == 2 * 84 + 3 * 60 * 4 * 2
+    assert refined.refine == run_costs(MODEL, MASK).refine
+    assert peak_held(MODEL, Recipe(**{**MASK.__dict__, **with_head})).host >= peak_held(MODEL, MASK).host
+
+
 def test_the_allocation_looks_at_4096_tokens() -> None:
     recipe = Recipe(**{**MASK.__dict__, "allocation": Allocation.LOSS, "sequences": 128, "tokens": 2048})
     costs = run_costs(MODEL, recipe)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import llm_barber.pruning as module
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, load, prune, rebuild, unpack
+from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.masking.granularity import Granularity
@@ -140,9 +141,13 @@ def test_dry_run_and_bad_input(tmp_path: Path, tokens: Path) -> None:
         prune(PruneConfig(**good, prune_head=True, sparsities={"lm_head": "2:5"}))
 
 
-def test_rebuild_says_that_the_head_is_dense_again(tmp_path: Path, tokens: Path) -> None:
-    model = make_model(tmp_path / "dense", "llama")
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rebuild_says_that_the_head_is_dense_again(tmp_path: Path, tokens: Path, recorded: bool, tied: bool) -> None:
+    model = make_model(tmp_path / "dense", "llama", tie_word_embeddings=tied)
     run(model, tmp_path / "out", tokens, prune_head=True, initial="magnitude")
+    if not recorded:  # as another tool would have pruned it
+        (tmp_path / "out" / RECORD_NAME).unlink()
     told: list[str] = []
 
     class Told(module.Silent):
@@ -151,7 +156,19 @@ def test_rebuild_says_that_the_head_is_dense_again(tmp_path: Path, tokens: Path)
 
     rebuild(RebuildConfig(dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens), Told())
     assert any("output head" in message for message in told)
-    assert "lm_head.weight" not in read_folder(tmp_path / "again")
+    again = read_folder(tmp_path / "again")
+    assert (
+        ("lm_head.weight" not in again)
+        if tied
+        else torch.equal(again["lm_head.weight"], read_folder(model)["lm_head.weight"])
+    )
+    told.clear()
+    run(model, tmp_path / "without", tokens, initial="magnitude")
+    (tmp_path / "without" / RECORD_NAME).unlink()
+    rebuild(
+        RebuildConfig(dense=model, pruned=tmp_path / "without", output=tmp_path / "more", calibration=tokens), Told()
+    )
+    assert not any("output head" in message for message in told)
 
 
 def test_a_head_that_is_stored_beside_the_embedding_that_it_is_tied_to(tmp_path: Path, tokens: Path) -> None:

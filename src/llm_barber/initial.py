@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.config import Initial
@@ -72,6 +72,7 @@ class Statistic(Protocol):
         """The statistic over all sequences."""
 
 
+CHANCE = 0.01  # of an output head's weights: more zeros than that have been pruned
 FEW_TOKENS = 64  # the inputs of an expert with fewer say too little
 AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 
@@ -257,7 +258,7 @@ class CheckpointMasks:
         record = read_record(self.source.folder)
         methods = {method.value for method in Initial}
         self.recorded_method = Initial(record.initial) if record and record.initial in methods else Initial.WANDA
-        self.head_was_pruned = record is not None and record.prunes_head
+        self.head_was_pruned = record.prunes_head if record is not None else self._has_pruned_head()
         self.pattern = pattern
         self.recorded = {
             (layer.index, linear.name): linear.pattern
@@ -265,6 +266,20 @@ class CheckpointMasks:
             for linear in layer.linears
         }
         self.first_pattern = self._look_at_first_layer()
+
+    def _has_pruned_head(self) -> bool:
+        """Has its output head, of its own, zeros that DENSE's has not, and more than come by chance?"""
+        model = self.job.skeleton.model
+        if not isinstance(model.get_output_embeddings(), nn.Linear):
+            return False
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False) if self.job.is_head(name)]
+        places = [source.places for source in (self.job.source, self.source)]
+        dense, own = (next((of[name] for name in reversed(names) if name in of), None) for of in places)
+        if dense is None or own is None:
+            return False
+        zero = self.source.read([own.tensor])[own.tensor] == 0
+        zero &= self.job.source.read([dense.tensor])[dense.tensor] != 0
+        return int(zero.count_nonzero()) > CHANCE * zero.numel()
 
     def _look_at_first_layer(self) -> NofM | None:
         """The pattern of the first layer that is pruned, which decides the default granularity.

@@ -16,6 +16,7 @@ from llm_barber.cli.options import (
     DtypeOption,
     GranularityOption,
     GuardOption,
+    HeadOption,
     InitialOption,
     JsonOption,
     LayersOption,
@@ -126,6 +127,7 @@ def plan(
     ] = None,
     revision: RevisionOption = None,
     allow_dense_tail: DenseTailOption = False,
+    prune_head: HeadOption = False,
     layers: LayersOption = None,
     blocks: BlocksOption = None,
     json: JsonOption = False,
@@ -149,6 +151,7 @@ def plan(
         seqlen=seqlen, batch_size=batch_size, device=device, dtype=dtype, processes=counts, flops=flops,
         float32_flops=float32_flops, memory_bandwidth=memory_bandwidth, link=link, bandwidth=bandwidth,
         revision=revision, layers=layers, blocks=own_blocks, allow_dense_tail=allow_dense_tail,
+        prune_head=prune_head,
     )  # fmt: skip
     with ConsoleProgress(quiet) as progress:
         found = forecast(config, progress)

@@ -41,6 +41,7 @@ class Costs:
     propagate: Work = NONE
     read: Work = NONE
     write: Work = NONE
+    head: Work = NONE
 
     def __add__(self, other: "Costs") -> "Costs":
         return Costs(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
@@ -53,7 +54,8 @@ class Costs:
 
 def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
     """What a run costs the process that has the most sequences."""
-    found = Costs(embed=_embed(model, recipe), allocate=_allocate(model, recipe))
+    head = _prune_head(model, recipe) if recipe.prunes_head else NONE
+    found = Costs(embed=_embed(model, recipe), allocate=_allocate(model, recipe), head=head)
     for index, layer in enumerate(model.layers):
         last = index == len(model.layers) - 1  # nothing starts from its output
         size = layer.parameters * recipe.stored
@@ -170,8 +172,13 @@ def _initial(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
         return found
     tokens = recipe.own_tokens
     found += forward(block, recipe, tokens, until_last=block is layer.blocks[-1]) + _streams(block, recipe, tokens, 0.5)
+    return found + _statistics(block, recipe)
+
+
+def _statistics(block: BlockShapes, recipe: Recipe) -> Work:
+    """What the method gathers of the block's inputs, and does with it."""
     of_a_copy = NONE
-    given = tokens * block.share
+    given = recipe.own_tokens * block.share
     for group in block.groups:
         columns = group[0][1]
         if recipe.initial in DECOMPOSITION:
@@ -181,7 +188,7 @@ def _initial(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
             of_a_copy += Work(moved=SQUARING * given * columns) + _reduce(recipe, FLOAT32 * columns)
         for rows, _ in group:
             of_a_copy += _update(recipe, rows, columns)
-    return found + of_a_copy * block.copies
+    return of_a_copy * block.copies
 
 
 def _update(recipe: Recipe, rows: int, columns: int) -> Work:
@@ -224,16 +231,23 @@ def _rebuild(block: BlockShapes, recipe: Recipe) -> Work:
 
 def _refine(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
     """Inputs of the block's linears in the sparse model and the dense one, Gram matrices, swaps, least squares."""
-    settings = recipe.refine
-    if settings is None:
+    if recipe.refine is None:
         return NONE
     tokens, streams = recipe.own_tokens, 2 if recipe.follows_dense else 1
     found = _inputs(block, recipe, tokens) * streams + forward(block, recipe, tokens, until_last=True)
     found += _streams(block, recipe, tokens, 2 * streams * (1 if block is layer.blocks[0] else 2))
     if recipe.follows_dense:
         found += forward(block, recipe, tokens)
+    return found + _improved(block, recipe) + forward(block, recipe, recipe.held_out or tokens) * 3
+
+
+def _improved(block: BlockShapes, recipe: Recipe) -> Work:
+    """Gram matrices, swaps and least squares of a block's linears."""
+    settings = recipe.refine
+    assert settings is not None
+    streams = 2 if recipe.follows_dense else 1
     of_a_copy = NONE
-    given = tokens * block.share
+    given = recipe.own_tokens * block.share
     for group in block.groups:
         columns = group[0][1]
         matrices = streams * (2 if settings.held_out else 1)
@@ -241,8 +255,27 @@ def _refine(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
         of_a_copy += _reduce(recipe, matrices * FLOAT32 * columns**2)
         for rows, _ in group:
             of_a_copy += _improve(recipe, rows, columns)
-    found += of_a_copy * block.copies
-    return found + forward(block, recipe, recipe.held_out or tokens) * 3
+    return of_a_copy * block.copies
+
+
+def _prune_head(model: ModelShapes, recipe: Recipe) -> Work:
+    """The output head on the last layer's output; written, where it had no weights of its own."""
+    block, tokens = model.head_block, recipe.own_tokens
+    found = _choose(block, recipe)
+    passes = 0
+    if recipe.initial is not Initial.MAGNITUDE:
+        found += _statistics(block, recipe)
+        passes += 1
+    if recipe.refine is not None:
+        found += _improved(block, recipe)
+        passes += 2 if recipe.follows_dense else 1
+    hidden = tokens * model.hidden * recipe.itemsize
+    return found + Work(
+        read=model.outside * recipe.stored,
+        written=block.weights * recipe.stored if model.tied else 0,
+        copied=model.outside * recipe.itemsize + passes * hidden,
+        moved=passes * INPUT_TOUCHES * hidden,
+    )
 
 
 def _improve(recipe: Recipe, rows: int, columns: int) -> Work:

@@ -215,7 +215,7 @@ def _check_pattern(config: PlanConfig, model: ModelShapes) -> None:
     """Refuse an N:M that does not divide a row, as `prune` does."""
     size = 1 if config.allow_dense_tail else getattr(config.target, "of", 1)
     for layer in model.layers:
-        for block in layer.blocks:
+        for block in layer.blocks + ((model.head_block,) if config.prune_head else ()):
             for _, columns in block.linears:
                 if columns % size:
                     raise ModelError(
@@ -256,5 +256,6 @@ def _words(recipe: Recipe) -> str:
         f"rebuilt within each {recipe.granularity}" if recipe.granularity else "",
         recipe.refine.words if recipe.refine else "",
         str(recipe.pattern) if recipe.pattern else "",
+        "the output head, too" if recipe.prunes_head else "",
     ]
     return ", ".join(filter(None, parts))

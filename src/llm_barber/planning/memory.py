@@ -55,9 +55,18 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
         # Values, the best ones, gradients, two moments of Adam, masked copies.
         tuned = (6 * FLOAT32 + recipe.itemsize) * layer.weights
         moments.append(resident + Held(host=_array(model, recipe), device=tuned + 2 * batch))
+    if recipe.prunes_head:
+        head, outside = model.head_block, Held(device=model.outside * _converted(recipe))
+        own = Held(device=head.weights * (2 * recipe.stored + BOOL))
+        working = Held() if recipe.refine is None else _refining(head, recipe)
+        moments.append(streams + outside + own + max(working, Held(device=RANKING * head.weights), key=_device))
     if recipe.on_cpu:
         return Held(host=max(one.host + one.device for one in moments))
     return Held(max(one.host for one in moments), max(one.device for one in moments))
+
+
+def _device(held: Held) -> float:
+    return held.device
 
 
 def _array(model: ModelShapes, recipe: Recipe) -> float:

@@ -37,6 +37,7 @@ class Recipe:
     allocation: Allocation
     granularity: Granularity | None  # of the rebuild; None: no rebuild
     refine: RefineSettings | None
+    prunes_head: bool = False
     processes: int = 1
 
     @classmethod
@@ -58,6 +59,7 @@ class Recipe:
             allocation=config.allocated_by,
             granularity=granularity if config.rebuilds else None,
             refine=RefineSettings.of(config, config.samples, config.seqlen),
+            prunes_head=config.prune_head,
         )
 
     def among(self, processes: int) -> "Recipe":

@@ -67,7 +67,7 @@ class ModelShapes:
 
     `hidden`: features between decoder layers. `vocabulary`: rows of the output head, 0 without one. `head`: its
     features. `embedding`: parameters of the token embedding. `outside`: all parameters outside the decoder layers,
-    tied ones once.
+    tied ones once. `tied`: is the head the embedding?
     """
 
     hidden: int
@@ -76,6 +76,12 @@ class ModelShapes:
     embedding: int
     outside: int
     layers: tuple[LayerShapes, ...]
+    tied: bool = False
+
+    @property
+    def head_block(self) -> BlockShapes:
+        """The output head as a block of one linear."""
+        return BlockShapes("output head", ((self.vocabulary, self.head),), 0)
 
     @property
     def parameters(self) -> int:
@@ -105,6 +111,7 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
         embedding=skeleton.model.get_input_embeddings().weight.numel(),
         outside=sum(skeleton.model.get_parameter(name).numel() for name in skeleton.every_outside_name),
         layers=layers,
+        tied=head is not None and head.weight is getattr(skeleton.model.get_input_embeddings(), "weight", None),
     )
 
 
