@@ -14,6 +14,7 @@ from llm_barber.presets import (
     Preset,
     PresetSettings,
     Reconstruct,
+    Refine,
 )
 from llm_barber.settings import RunSettings
 from llm_barber.targets import Targets, compile_names, parse_target, read_targets
@@ -147,8 +148,10 @@ class PruneConfig(RunSettings):
             problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
         if self.rebuild is False and (self.granularity is not None or self.rebuild_ratio is not None):
             problems.append("granularity and rebuild_ratio are of the rebuild, which is switched off")
-        if self.keep_updates and (self.refines or self.reconstruction is not Reconstruct.NONE):
+        if self.keep_updates and (self.refinement is not Refine.NONE or self.reconstruction is not Reconstruct.NONE):
             problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
+        if self.refinement is Refine.TUNE and self.reconstruction is Reconstruct.LEAST_SQUARES:
+            problems.append("reconstruct least-squares goes with refine swaps; refine tune goes with reconstruct tune")
         if self.pattern is not None and self.initial_granularity is not None:
             problems.append("initial_granularity is not for patterns: N:M compares within its groups of M")
         problems += _same_folder("MODEL", self.model, self.output)

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -21,9 +21,9 @@ from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block, only
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
-from llm_barber.refine import Pass, RefineSettings, refine_block
+from llm_barber.refine import Pass, RefineSettings, block_errors, refine_block
 from llm_barber.report import BlockResult, LinearResult
-from llm_barber.tune import tune_layer
+from llm_barber.tune import Tuned, tune_layer
 
 
 class InitialMasks(Protocol):
@@ -62,6 +62,7 @@ def prune_layer(
     dense = {name: every[name] for name in pruned}
     blocks = only(skeleton.blocks[index], pruned)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
+    tunes = bool(pruned) and refine_settings is not None and refine_settings.of_layers
     outcomes: list[tuple[Block, Outcome, float | None]] = []
     final: list[Block] = []
     for block in blocks:
@@ -72,9 +73,9 @@ def prune_layer(
         outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, index)
         unchanged = all(torch.equal(one.weight, pruned[name].weight) for name, one in outcome.linears.items())
         pruned.update(outcome.linears)
-        if work.last and pruned and refine_settings is not None and refine_settings.tune:
-            pruned = tune_layer(layer, dense, pruned, refine_settings, streams)
-            final.clear()  # the blocks before it have changed, too
+        if work.last and tunes:
+            outcomes.append((block, outcome, None))
+            break
         layer.set_weights({name: one.weight for name, one in pruned.items()})
         after = outcome.error_before  # its output with these weights is there already, if nothing has changed
         if not (outcome.output_kept and unchanged) or work.last:
@@ -83,6 +84,17 @@ def prune_layer(
             raise _not_finite(f"the output of layer {index} {block.name}")
         outcomes.append((block, outcome, after))
         final.append(block)
+    if tunes:
+        assert refine_settings is not None
+        tuned = tune_layer(layer, dense, pruned, refine_settings, streams)
+        pruned = tuned.linears
+        errors = block_errors(layer, blocks, dense, pruned, refine_settings, streams)
+        outcomes = [
+            (block, outcome.tuned(tuned), error) for (block, outcome, _), error in zip(outcomes, errors, strict=True)
+        ]
+        layer.set_weights({name: one.weight for name, one in pruned.items()})
+        if math.isnan(_propagate(Pass(layer, blocks[-1], [], streams, last=True), None) or 0):
+            raise _not_finite(f"the output of layer {index}")
     weights = {name: one.final for name, one in pruned.items()}
     results = [
         result_of(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
@@ -111,6 +123,15 @@ class Outcome:
     measured_from: int | None = None
     output_kept: bool = False
     rejected: bool = False
+
+    def tuned(self, tuned: Tuned) -> "Outcome":
+        """After the layer was tuned."""
+        linears = {name: tuned.linears[name] for name in self.linears}
+        masks = {}
+        for name, mask in self.masks.items():
+            came = int((linears[name].keep & ~mask.keep).sum())
+            masks[name] = Rebuilt(linears[name].keep, mask.beneficial, mask.grown + came, mask.dropped + came)
+        return replace(self, linears=linears, masks=masks, rejected=self.rejected or (bool(linears) and tuned.rejected))
 
 
 def _prune_block(

@@ -5,10 +5,11 @@ from enum import StrEnum
 
 
 class Refine(StrEnum):
-    """How a chosen (and rebuilt) mask is refined."""
+    """How a chosen (and rebuilt) mask is refined: not at all, linear by linear, or by tuning whole layers."""
 
     NONE = "none"
     SWAPS = "swaps"
+    TUNE = "tune"
 
 
 class Reconstruct(StrEnum):
@@ -50,8 +51,8 @@ class PresetSettings:
 
 PRESETS = {
     Preset.PAPER: PresetSettings(True, Refine.NONE, Reconstruct.NONE, Allocation.UNIFORM),
-    Preset.MASK: PresetSettings(False, Refine.SWAPS, Reconstruct.NONE, Allocation.LOSS),
-    Preset.BEST: PresetSettings(False, Refine.SWAPS, Reconstruct.TUNE, Allocation.LOSS),
+    Preset.MASK: PresetSettings(False, Refine.TUNE, Reconstruct.NONE, Allocation.LOSS),
+    Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS),
 }
 SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
 TARGET_MIX = 0.5

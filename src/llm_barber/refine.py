@@ -9,7 +9,7 @@ damped, and whether the block is better for it all.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ from llm_barber.masking.swaps import swap_pairs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams, pieces
-from llm_barber.presets import FEWEST_PASSES, MOST_PASSES, PATTERN_SWAPS, SWAPS, TUNE_TOKENS, Reconstruct
+from llm_barber.presets import FEWEST_PASSES, MOST_PASSES, PATTERN_SWAPS, SWAPS, TUNE_TOKENS, Reconstruct, Refine
 from llm_barber.settings import RunSettings
 
 # Parts of the most swaps after which held-out windows are asked.
@@ -41,7 +41,8 @@ MOMENTS_BYTES = 2**32  # of experts' moments at a time
 class RefineSettings:
     """`swaps`: most swaps a row; None: the default, 0: none. `target_mix`: see above. `solve`: least squares.
 
-    `tune`: passes of block-wise optimisation (`tune.py`). `held_out`: calibration windows, the last ones.
+    `tune`: passes that tune the kept weights of a layer, `mask_passes` its masks (`tune.py`). `held_out`: calibration
+    windows, the last ones.
     """
 
     swaps: int | None
@@ -49,21 +50,33 @@ class RefineSettings:
     solve: bool
     tune: int
     held_out: int
+    mask_passes: int = 0
 
     @classmethod
     def of(cls, config: RunSettings, sequences: int, seqlen: int) -> "RefineSettings | None":
         """What a run asks for, with so many calibration windows of so many tokens; None: no refining."""
         solve = config.reconstruction is not Reconstruct.NONE
-        if not config.refines and not solve:
+        if config.refinement is Refine.NONE and not solve:
             return None
         passes = config.tune_passes or min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES)
         return cls(
-            swaps=config.swaps if config.refines else 0,
+            swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=config.target_mix,
-            solve=solve,
+            solve=solve and config.refinement is not Refine.TUNE,  # which moves masks after linears are solved
             tune=passes if config.reconstruction is Reconstruct.TUNE else 0,
             held_out=min(math.ceil(config.guard * sequences), sequences - 1),
+            mask_passes=passes if config.refinement is Refine.TUNE else 0,
         )
+
+    @property
+    def of_linears(self) -> bool:
+        """Is anything done to linears one by one, not to layers?"""
+        return self.swaps != 0 or self.solve
+
+    @property
+    def of_layers(self) -> bool:
+        """Are layers tuned?"""
+        return bool(self.mask_passes or self.tune)
 
     def swaps_of(self, pattern: NofM | None) -> int:
         """Most swaps of a row."""
@@ -78,18 +91,36 @@ class RefineSettings:
         parts = [
             f"at most {most} exact swaps a row" if self.swaps != 0 else "",
             "least squares of the kept weights" if self.solve else "",
-            f"at most {self.tune} passes of tuning" if self.tune else "",
+            f"at most {self.mask_passes} passes that tune masks" if self.mask_passes else "",
+            f"at most {self.tune} passes that tune weights" if self.tune else "",
         ]
         return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {self.held_out} windows held out)"
 
-    def steps(self, streams: ActivationStreams) -> list[slice]:
-        """The sequences of each step of a pass of tuning."""
-        return pieces(0, streams.border(self.held_out), min(streams.batch_size, SEQUENCES_A_STEP))
+    def steps(self, streams: ActivationStreams) -> list["Step"]:
+        """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work."""
+        training, border = streams.every - self.held_out, streams.border(self.held_out)
+        count = math.ceil(training / max(SEQUENCES_A_STEP, streams.ranks.count))
+        found = []
+        for step in range(count):
+            own = range((step - streams.first) % count, border, count)
+            parts = [own[batch] for batch in pieces(0, len(own), streams.batch_size)]
+            batches = [slice(part.start, part.stop, part.step) for part in parts]
+            found.append(Step(batches, len(range(step, training, count))))
+        return found
 
     def batch_sizes(self, streams: ActivationStreams) -> set[int]:
         """Numbers of sequences that the layers are called with."""
         training, held_out = streams.split(self.held_out)
-        return {one.stop - one.start for one in (*training, *held_out, *self.steps(streams))}
+        tuning = [batch for step in self.steps(streams) for batch in step.own] if self.of_layers else []
+        return {len(range(streams.sequences)[batch]) for batch in (*training, *held_out, *tuning)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of tuning: this process's sequences, batch by batch, and how many there are in all processes."""
+
+    own: list[slice]
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -151,6 +182,8 @@ def refine_block(
     """
     layer, block, streams = work.layer, work.block, work.streams
     dense_weights = {name: dense[name] for name in block.linears}
+    if not settings.of_linears:
+        return _measured(work, dense_weights, pruned, settings)
     current = {name: pruned[name].weight for name in block.linears}
     training, held_out = streams.split(settings.held_out)
     refined: dict[str, PrunedLinear] = {}
@@ -189,13 +222,55 @@ def refine_block(
                     pruned[name], dense[name], training_error, held_out_error, settings
                 )
                 current[name] = refined[name].weight
-    candidates = (pruned, refined)
     measured = held_out if settings.held_out else training
-    errors, distances = _measure(work, dense_weights, candidates, measured, settings.target_mix)
+    errors, distances = _measure(work, dense_weights, (pruned, refined), measured, settings.target_mix)
     if settings.held_out and distances[1] >= distances[0]:
         kept = {name: pruned[name] for name in block.linears}
         return Refined(kept, dict.fromkeys(block.linears, 0), True, (errors[0], errors[0]))
-    return Refined(refined, swapped, False, errors)
+    return Refined(refined, swapped, False, (errors[0], errors[1]))
+
+
+def _measured(
+    work: Pass, dense_weights: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear], settings: RefineSettings
+) -> Refined:
+    """A block whose linears are left to what tunes the layer: its error; the dense stream moves on."""
+    streams = work.streams
+    work.layer.set_weights(dense_weights)
+    if settings.target_mix:
+        for batch in streams.batches():
+            work.advance_dense(batch)
+    ((error,), _) = _measure(work, dense_weights, (pruned,), measured_windows(settings, streams), 0.0)
+    kept = {name: pruned[name] for name in work.block.linears}
+    return Refined(kept, dict.fromkeys(kept, 0), False, (error, error))
+
+
+def measured_windows(settings: RefineSettings, streams: ActivationStreams) -> list[slice]:
+    """Those that errors are means over: the ones that are held out, or all."""
+    training, held_out = streams.split(settings.held_out)
+    return held_out if settings.held_out else training
+
+
+def block_errors(
+    layer: DecoderLayer,
+    blocks: Sequence[Block],
+    dense: Mapping[str, Tensor],
+    pruned: Mapping[str, PrunedLinear],
+    settings: RefineSettings,
+    streams: ActivationStreams,
+) -> list[float | None]:
+    """The mean reconstruction error of each block of a final layer, behind the others; None: it has no linears."""
+    found: list[float | None] = []
+    windows = measured_windows(settings, streams)
+    layer.set_weights({name: one.weight for name, one in pruned.items()})
+    final: list[Block] = []
+    for block in blocks:
+        work = Pass(layer, block, final, streams, last=block is blocks[-1])
+        own = {name: dense[name] for name in block.linears}
+        found.append(_measure(work, own, (pruned,), windows, 0.0)[0][0] if own else None)
+        for batch in () if work.last else windows:
+            streams.write(block.output, batch, work.output(batch))
+        final.append(block)
+    return found
 
 
 def _levels(groups: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
@@ -325,15 +400,15 @@ def _solve(keep: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None, he
 def _measure(
     work: Pass,
     dense_weights: Mapping[str, Tensor],
-    candidates: tuple[Mapping[str, PrunedLinear], Mapping[str, PrunedLinear]],
+    candidates: Sequence[Mapping[str, PrunedLinear]],
     batches: list[slice],
     mix: float,
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Mean errors of a block with two sets of linears, and how far they are from the target, on some windows.
+) -> tuple[list[float], list[float]]:
+    """Mean errors of a block with sets of linears, the last of which it has then, and how far they are from the target.
 
     The dense output is kept for these windows.
     """
-    errors, distances = [0.0, 0.0], [0.0, 0.0]
+    errors, distances = [0.0] * len(candidates), [0.0] * len(candidates)
     for batch in batches:
         work.layer.set_weights(dense_weights)
         output = work.output(batch)
@@ -348,4 +423,4 @@ def _measure(
             distances[place] += reconstruction_errors(target, found).double().sum().item()
     count = sum(batch.stop - batch.start for batch in batches)
     *sums, sequences = work.streams.ranks.total(*errors, *distances, count)
-    return (sums[0] / sequences, sums[1] / sequences), (sums[2], sums[3])
+    return [one / sequences for one in sums[: len(errors)]], sums[len(errors) :]

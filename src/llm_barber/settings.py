@@ -132,9 +132,9 @@ class RunSettings(StructureSettings):
         return PRESETS[self.preset or Preset.PAPER]
 
     @property
-    def refines(self) -> bool:
-        """Are masks refined by swaps?"""
-        return (self.refine or self.defaults.refine) is Refine.SWAPS
+    def refinement(self) -> Refine:
+        """How masks are refined: as asked, or by the preset."""
+        return self.refine or self.defaults.refine
 
     @property
     def reconstruction(self) -> Reconstruct:

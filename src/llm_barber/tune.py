@@ -1,37 +1,54 @@
-"""Tune the kept weights of a whole decoder layer against its output: a short run of Adam, masks fixed.
+"""Tune a whole decoder layer against its output, by short runs of Adam: first its masks, then the weights they keep.
 
 The loss is the mean squared distance of the layer's output, on the inputs that the pruned model gives it, from the
 dense layer's; on these same inputs (`target_mix` 0), or on those of the dense model (1, as EBFT, 2024), or between.
-Held-out windows stop it.
+Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows stop each run, and decide
+whether anything of it is kept.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llm_barber.initial import PrunedLinear
+from llm_barber.initial import PrunedLinear, collect_inputs
+from llm_barber.masking.saliency import wanda
+from llm_barber.masking.scores import mask_of, starting_scores
+from llm_barber.masking.selection import apply_mask
+from llm_barber.masking.statistics import InputSquares
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
-from llm_barber.ranks import Ranks
 from llm_barber.refine import RefineSettings
 
 TARGET = "target"  # what the layer's output should be
-RATE = 0.01  # of Adam, as a share of the root mean square of a linear's kept weights
+WEIGHT_RATE = 0.01  # of Adam, as a share of the root mean square of a linear's kept weights
+SCORE_RATE = 0.02  # the mean of a row's scores is 1
 MOMENTUM = (0.9, 0.95)
+SMALLEST = 1e-12  # of a gradient by a score
 PATIENCE = 2  # passes without gain on held-out windows
+
+Linears = Mapping[str, PrunedLinear]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A layer's linears; is none of it better on held-out windows?"""
+
+    linears: dict[str, PrunedLinear]
+    rejected: bool
 
 
 def tune_layer(
     layer: DecoderLayer,
     dense: Mapping[str, Tensor],
-    pruned: Mapping[str, PrunedLinear],
+    pruned: Linears,
     settings: RefineSettings,
     streams: ActivationStreams,
-) -> dict[str, PrunedLinear]:
-    """The layer's linears with better values.
+) -> Tuned:
+    """The layer's linears with better masks and values, as far as that is asked for.
 
     Args:
         layer: any weights.
@@ -40,56 +57,148 @@ def tune_layer(
         settings: target mix; windows held out, if none all passes are made; most passes over the others.
         streams: the layer's input; for a mix, the dense model's output of it (`DENSE + NEXT`), too.
     """
-    held_out, passes = settings.held_out, settings.tune
     _write_targets(layer, dense, settings.target_mix, streams)
-    keeps = {name: one.keep for name, one in pruned.items()}
-    values = {name: one.final.float().clone() for name, one in pruned.items()}
-    groups = []
-    for name, one in values.items():
-        size = one.square().sum() / keeps[name].count_nonzero().clamp_min(1)
-        groups.append({"params": [one.requires_grad_()], "lr": RATE * size.sqrt().item()})
-    optimizer = torch.optim.Adam(groups, betas=MOMENTUM)
-    training: list[slice | None] = [*settings.steps(streams)]
-    steps = round(max(streams.ranks.every(len(training))))
-    training += [None] * (steps - len(training))  # the steps of processes that have more sequences
-    total = passes * steps
+    found, better = dict(pruned), False
+    for moving, passes in ((_Masks, settings.mask_passes), (_Values, settings.tune)):
+        if passes:
+            found, gained = _descend(moving(layer, found, streams), layer, settings, streams, passes)
+            better = better or gained
+    return Tuned(found, not better)
+
+
+class _Moving(Protocol):
+    """What a run of Adam moves: masks, or the weights that they keep."""
+
+    def groups(self) -> list[dict[str, object]]:
+        """Of parameters, as Adam takes them."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The layer's weights as they are now, (out, in), by linear, in tensors that are not the parameters."""
+
+    def take(self, gradients: Mapping[str, Tensor]) -> None:
+        """Give the parameters their gradients, from those by the weights, float32 (out, in)."""
+
+    def moved(self) -> None:
+        """Adam has made a step."""
+
+    def linears(self) -> dict[str, PrunedLinear]:
+        """What they are now."""
+
+
+class _Values:
+    """The kept weights, masks fixed."""
+
+    def __init__(self, layer: DecoderLayer, pruned: Linears, _: ActivationStreams) -> None:
+        self._layer = layer
+        self._pruned = pruned
+        self._values = {name: one.final.float().clone().requires_grad_() for name, one in pruned.items()}
+
+    def groups(self) -> list[dict[str, object]]:
+        found = []
+        for name, one in self._pruned.items():
+            size = one.final.float().square().sum() / one.keep.count_nonzero().clamp_min(1)
+            found.append({"params": [self._values[name]], "lr": WEIGHT_RATE * size.sqrt().item()})
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: apply_mask(one.detach(), self._pruned[name].keep) for name, one in self._values.items()}
+
+    def take(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, one in self._values.items():
+            one.grad = gradients[name] * self._pruned[name].keep
+
+    def moved(self) -> None:
+        pass
+
+    def linears(self) -> dict[str, PrunedLinear]:
+        found = {}
+        for name, one in self._pruned.items():
+            values = self._values[name].detach().to(one.values.dtype, copy=True)
+            found[name] = replace(one, values=values).with_mask(one.keep)
+        return found
+
+
+class _Masks:
+    """The masks, by their scores; weights are what they are where a mask keeps them. Experts with few tokens stay."""
+
+    def __init__(self, layer: DecoderLayer, pruned: Linears, streams: ActivationStreams) -> None:
+        layer.set_weights({name: one.weight for name, one in pruned.items()})
+        squares = collect_inputs(layer, streams, InputSquares)
+        self._now = dict(pruned)
+        self._scores = {
+            name: starting_scores(one.keep, wanda(one.values, squares[name].mean), one.pattern, one.fixed)
+            for name, one in pruned.items()
+            if not one.few_tokens
+        }
+        self._counts = {name: (~one.keep).sum(1) for name, one in pruned.items()}
+
+    def groups(self) -> list[dict[str, object]]:
+        scores = [one.requires_grad_() for one in self._scores.values()]
+        return [{"params": scores, "lr": SCORE_RATE, "eps": SMALLEST}]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: one.weight for name, one in self._now.items()}
+
+    def take(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, one in self._scores.items():
+            one.grad = gradients[name] * self._now[name].values
+
+    def moved(self) -> None:
+        for name, one in self._scores.items():
+            keep = mask_of(one.detach(), self._counts[name], self._now[name].pattern)
+            self._now[name] = self._now[name].with_mask(keep)
+
+    def linears(self) -> dict[str, PrunedLinear]:
+        return dict(self._now)
+
+
+def _descend(
+    moving: _Moving, layer: DecoderLayer, settings: RefineSettings, streams: ActivationStreams, passes: int
+) -> tuple[dict[str, PrunedLinear], bool]:
+    """The linears after the pass that held-out windows like best, and whether that is any."""
+    steps = settings.steps(streams)
+    total = passes * len(steps)
+    held_out = streams.split(settings.held_out)[1]
+    optimizer = torch.optim.Adam(moving.groups(), betas=MOMENTUM, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
-    def loss(batch: slice) -> Tensor:
+    def loss(weights: Mapping[str, Tensor], batch: slice) -> Tensor:
         """Summed over the sequences of a batch, mean over tokens and channels."""
-        weights = {name: (one * keeps[name]).to(layer.dtype) for name, one in values.items()}
         output = layer.output_with(weights, streams.read(HIDDEN, batch))
         error = (output.float() - streams.read(TARGET, batch).float()).square().mean()
-        return error * int(batch.stop - batch.start)
+        return error * len(output)
 
     def held_out_error() -> float:
+        weights = {name: one.to(layer.dtype) for name, one in moving.weights().items()}
         with torch.no_grad():
-            own = math.fsum(loss(batch).item() for batch in streams.split(held_out)[1])
+            own = math.fsum(loss(weights, batch).item() for batch in held_out)
         return streams.ranks.total(own)[0]
 
     generator = torch.Generator().manual_seed(0)
-    best, lowest, without_gain = _copy(values), held_out_error(), 0
+    best, lowest, gained, without_gain = moving.linears(), held_out_error(), False, 0
     for _ in range(passes):
-        for step in torch.randperm(steps, generator=generator).tolist():
-            batch = training[step]
-            for one in values.values():
-                one.grad = torch.zeros_like(one)
-            if batch is not None:
-                torch.autograd.backward(loss(batch))
-            _mean_gradients(values, 0 if batch is None else batch.stop - batch.start, streams.ranks)
+        for step in torch.randperm(len(steps), generator=generator).tolist():
+            weights = {name: one.to(layer.dtype).requires_grad_() for name, one in moving.weights().items()}
+            sums = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in weights.items()}
+            for batch in steps[step].own:
+                found = torch.autograd.grad(loss(weights, batch), list(weights.values()))
+                for name, one in zip(weights, found, strict=True):
+                    sums[name] += one
+            for one in sums.values():
+                streams.ranks.add_tensor(one)
+                one /= steps[step].sequences
+            moving.take(sums)
             optimizer.step()
             schedule.step()
+            moving.moved()
         error = held_out_error()
-        if held_out and error >= lowest:
+        if settings.held_out and error >= lowest:
             without_gain += 1
             if without_gain == PATIENCE:
                 break
         else:
-            best, lowest, without_gain = _copy(values), error, 0
-    tuned = {}
-    for name, linear in pruned.items():
-        tuned[name] = replace(linear, values=best[name].to(linear.values.dtype)).with_mask(linear.keep)
-    return tuned
+            best, lowest, gained, without_gain = moving.linears(), error, True, 0
+    return best, gained
 
 
 def _write_targets(
@@ -103,16 +212,3 @@ def _write_targets(
             own = layer.output(streams.read(HIDDEN, batch))
             target = own if target is None else own.float().lerp(target.float(), target_mix).to(layer.dtype)
         streams.write(TARGET, batch, target)
-
-
-def _mean_gradients(values: Mapping[str, Tensor], sequences: int, ranks: Ranks) -> None:
-    """Gradients of a step's mean loss from those of the sums over each process's sequences."""
-    (every,) = ranks.total(sequences)
-    for one in values.values():
-        assert one.grad is not None
-        ranks.add_tensor(one.grad)
-        one.grad /= every
-
-
-def _copy(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: one.detach().clone() for name, one in values.items()}

@@ -59,7 +59,7 @@ class BatchesAhead:
         if copied is None or rows != batch:
             copied = self._copier.start(array[batch])
         following = slice(batch.stop, min(2 * batch.stop - batch.start, len(array)))
-        if following.start < following.stop:
+        if batch.step is None and following.start < following.stop:
             self._coming[name] = following, self._copier.start(array[following])
         return self._copier.wait(copied)
 

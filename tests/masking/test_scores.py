@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import NofM, Unstructured
+from llm_barber.masking.scores import AHEAD, mask_of, starting_scores
+
+SALIENCY = torch.tensor([[4.0, 1.0, 2.0, 1.0], [8.0, 8.0, 0.0, 0.0]])
+
+
+def test_scores_by_hand() -> None:
+    """The row's mean is 2; its own mask keeps the first and the third; the border lies between 2 / 2 and 1 / 2."""
+    own = torch.tensor([[True, False, True, False], [True, True, False, False]])
+    found = starting_scores(own, SALIENCY, None)
+    assert found[0].tolist() == pytest.approx([2 + AHEAD, 0.5, 1 + AHEAD, 0.5])
+    assert found[1].tolist() == pytest.approx([2 + AHEAD, 2 + AHEAD, 0, 0])
+    other = torch.tensor([[False, True, True, False], [True, False, True, False]])
+    found = starting_scores(other, SALIENCY, NofM(1, 2))
+    # Groups of two: the borders are (4 + 1) / 2 / 2 and (2 + 1) / 2 / 2; 8 / 4 and 0.
+    assert found[0].tolist() == pytest.approx([1.25, 1.25 + AHEAD, 1 + AHEAD, 0.5])
+    assert found[1].tolist() == pytest.approx([2 + AHEAD, 2, AHEAD, 0])
+
+
+@pytest.mark.parametrize("pattern", [None, NofM(2, 4), NofM(1, 4), NofM(3, 8)], ids=str)
+@pytest.mark.parametrize("same", [True, False])
+def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    saliency = torch.randint(0, 5, (20, 42), generator=generator).float()  # many ties, tails of two
+    other = saliency if same else torch.randint(0, 5, (20, 42), generator=generator).float()
+    keep = initial_mask(other, pattern or Unstructured(0.6, over_linear=True), Granularity.OUTPUT)
+    scores = starting_scores(keep, saliency, pattern)
+    assert torch.equal(mask_of(scores, (~keep).sum(1), pattern), keep)
+    # Whatever the scores, as many are kept of each row and group.
+    moved = mask_of(scores + torch.randn(scores.shape, generator=generator), (~keep).sum(1), pattern)
+    assert torch.equal(moved.sum(1), keep.sum(1))
+    if pattern is not None:
+        covered = pattern.covered(42)
+        assert (moved[:, :covered].view(20, -1, pattern.of).sum(-1) == pattern.kept).all()
+        assert moved[:, covered:].all()
+
+
+def test_what_is_fixed_stays_and_rows_may_be_empty_or_full() -> None:
+    keep = torch.tensor([[True, False, True, False], [True, True, True, True], [False, False, False, False]])
+    fixed = torch.zeros_like(keep)
+    fixed[0, 2] = True
+    scores = starting_scores(keep, torch.zeros(3, 4), None, fixed)
+    assert torch.equal(mask_of(scores, (~keep).sum(1), None), keep)
+    scores -= torch.tensor([9.0, 0, 9, 0])
+    assert mask_of(scores, (~keep).sum(1), None)[0].tolist() == [False, False, True, True]

@@ -1,0 +1,237 @@
+"""Tuning of whole layers: masks by their scores, then values."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild
+from llm_barber.errors import SettingsError
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import NofM, Pattern, Unstructured
+from llm_barber.masking.saliency import wanda
+from llm_barber.report import RunReport
+from tests.conftest import make_model, read_folder, save_tokens
+from tests.model.reference import captured, first_call, layer_call
+
+SEQUENCES = 10
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "dense", "llama", num_hidden_layers=2)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return save_tokens(tmp_path / "tokens.safetensors", sequences=SEQUENCES)
+
+
+def run(model: Path, output: Path, tokens: Path, **settings: Any) -> RunReport:
+    config = {"dtype": "float32", "batch_size": 3, "report": False, **settings}
+    return prune(PruneConfig(model=model, output=output, calibration=tokens, **config))
+
+
+def masks(folder: Path) -> dict[str, Tensor]:
+    """Of all linears, by name."""
+    return {name: tensor != 0 for name, tensor in read_folder(folder).items() if "_proj" in name}
+
+
+def tuned_in_memory(folder: Path, texts: Tensor, pattern: Pattern, mix: float, held_out: int) -> dict[str, Tensor]:
+    """One pass over masks, with autograd of the whole layer, Adam by its formula, and sorting row by row."""
+    dense, model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False) for _ in range(2)
+    )
+    found_masks: dict[str, Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        calls = [first_call(model, model.model.layers, index, text[None]) for text in texts]
+        of_dense = [first_call(dense, dense.model.layers, index, text[None]) for text in texts]
+        whole = dense.model.layers[index]
+        targets = [
+            (1 - mix) * layer_call(whole, arguments, hidden) + mix * layer_call(whole, other[1], other[0])
+            for (hidden, arguments), other in zip(calls, of_dense, strict=True)
+        ]
+        linears = {name: one for name, one in layer.named_modules() if isinstance(one, torch.nn.Linear)}
+        weights = {name: one.weight.clone() for name, one in linears.items()}
+
+        def mean_squares(name: str, layer: Any = layer, calls: Any = calls) -> Tensor:
+            inputs = torch.cat([captured(layer, name, *call)[0] for call in calls])
+            return inputs.square().flatten(0, -2).sum(0) / len(inputs)
+
+        wandas = {name: wanda(weights[name], mean_squares(name)) for name in linears}
+        keep = {name: initial_mask(one, pattern, Granularity.OUTPUT) for name, one in wandas.items()}
+        for name, one in linears.items():
+            one.weight.copy_(weights[name] * keep[name])
+        # Wanda again, on what the pruned layer gives its linears; a mask that is not the same is moved to the border.
+        scores = {}
+        for name in linears:
+            score = weights[name].abs() * mean_squares(name).sqrt()
+            score /= score.mean(1, keepdim=True)
+            scores[name] = torch.stack([start(*both, pattern) for both in zip(score, keep[name], strict=True)])
+        first = {name: torch.zeros_like(one) for name, one in scores.items()}
+        second = {name: torch.zeros_like(one) for name, one in scores.items()}
+
+        def distance(members: Any, layer: Any = layer, calls: Any = calls, targets: Any = targets) -> Tensor:
+            errors = [(layer_call(layer, calls[n][1], calls[n][0]) - targets[n]).square().mean() for n in members]
+            return torch.stack(errors).mean()
+
+        training = len(texts) - held_out
+        count = -(-training // 4)
+        before, kept = distance(range(training, len(texts))) if held_out else 0, dict(keep)
+        for number, step in enumerate(torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()):
+            own = [one.weight.requires_grad_() for one in linears.values()]
+            found = torch.autograd.grad(distance(range(step, training, count)), own)
+            for (name, one), gradient in zip(linears.items(), found, strict=True):
+                one.weight.requires_grad_(False)
+                gradient = gradient * weights[name]
+                first[name] = 0.9 * first[name] + 0.1 * gradient
+                second[name] = 0.95 * second[name] + 0.05 * gradient**2
+                change = first[name] / (1 - 0.9 ** (number + 1))
+                change = change / ((second[name] / (1 - 0.95 ** (number + 1))).sqrt() + 1e-12)
+                scores[name] -= 0.02 * (1 - number / count) * change
+                rows = zip(scores[name], keep[name], strict=True)
+                keep[name] = torch.stack([highest(*row, pattern) for row in rows])
+                one.weight.copy_(weights[name] * keep[name])
+        if held_out and distance(range(training, len(texts))) >= before:
+            keep = kept
+            for name, one in linears.items():
+                one.weight.copy_(weights[name] * keep[name])
+        found_masks |= {f"model.layers.{index}.{name}.weight": keep[name] for name in linears}
+    return found_masks
+
+
+def start(score: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
+    """A row's scores: what is kept is at the border at least, what is not at most."""
+    groups = score.split(pattern.of if isinstance(pattern, NofM) else len(score))
+    found = []
+    for group, kept in zip(groups, keep.split(len(groups[0])), strict=True):
+        ordered = group.sort().values
+        pruned = int((~kept).sum())
+        border = (ordered[pruned - 1] + ordered[pruned]) / 2
+        found.append(torch.where(kept, group.clamp(min=border) + 0.01, group.clamp(max=border)))
+    return torch.cat(found)
+
+
+def highest(score: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
+    """As many of a row's highest scores as were kept, in each group of M."""
+    groups = score.split(pattern.of if isinstance(pattern, NofM) else len(score))
+    found = []
+    for group, kept in zip(groups, keep.split(len(groups[0])), strict=True):
+        mask = torch.zeros_like(kept)
+        mask[group.argsort(descending=True)[: int(kept.sum())]] = True
+        found.append(mask)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NofM(2, 4)], ids=["60 %", "2:4"])
+@pytest.mark.parametrize(("mix", "guard"), [(0.0, 0.0), (0.5, 0.2)])
+def test_masks_equal_those_tuned_in_memory(
+    tmp_path: Path, model: Path, tokens: Path, pattern: Pattern, mix: float, guard: float
+) -> None:
+    how = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
+    settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "tune_passes": 1, "guard": guard}
+    report = run(model, tmp_path / "out", tokens, target_mix=mix, **settings, **how)
+    expected = tuned_in_memory(model, load_file(tokens)["input_ids"], pattern, mix, round(guard * SEQUENCES))
+    written, dense = read_folder(tmp_path / "out"), read_folder(model)
+    assert report.swapped > 0
+    for name, keep in expected.items():
+        found = written[name] != 0
+        # Sums are made in another order: scores that are nearly equal may change places, and what follows from them.
+        assert (found != keep).float().mean() < (0.005 if "layers.0" in name else 0.02), name
+        assert torch.equal(written[name][found], dense[name][found])
+
+
+SETTINGS = [{"sparsity": 0.55}, {"pattern": "4:8"}, {"pattern": "3:5", "allow_dense_tail": True}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["55 %", "4:8", "3:5"])
+def test_the_layers_come_nearer_and_the_budget_stays(
+    tmp_path: Path, model: Path, tokens: Path, settings: dict[str, Any]
+) -> None:
+    errors = []
+    ids = load_file(tokens)["input_ids"]
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids, output_hidden_states=True)
+    for name, refine in (("plain", "none"), ("tuned", "tune")):
+        report = run(model, tmp_path / name, tokens, preset="mask", refine=refine, target_mix=1.0, guard=0, **settings)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        states = found(ids, output_hidden_states=True).hidden_states
+        errors.append((states[1] - dense.hidden_states[1]).square().mean().item())
+        assert not inspect(InspectConfig(model=tmp_path / name, dense=model)).problems
+    assert errors[1] < 0.9 * errors[0]
+    plain, tuned = (masks(tmp_path / name) for name in ("plain", "tuned"))
+    assert all(torch.equal(plain[key].sum(1), tuned[key].sum(1)) for key in plain)
+    assert report.kept_weights == "dense"
+    came = sum(int((tuned[key] & ~plain[key]).sum()) for key in plain if "layers.0" in key)
+    assert came == sum(one.grown for block in report.layers[0].blocks for one in block.linears)
+
+
+def test_masks_then_weights(tmp_path: Path, model: Path, tokens: Path) -> None:
+    first = run(model, tmp_path / "mask", tokens, preset="mask", pattern="2:4")
+    report = run(model, tmp_path / "both", tokens, preset="mask", reconstruct="tune", pattern="2:4")
+    assert (first.kept_weights, report.kept_weights) == ("dense", "tune")
+    alone, both = read_folder(tmp_path / "mask"), read_folder(tmp_path / "both")
+    for name in (name for name in alone if "layers.0" in name and "_proj" in name):
+        assert torch.equal(alone[name] != 0, both[name] != 0)
+        assert not torch.equal(alone[name], both[name])
+    assert not inspect(InspectConfig(model=tmp_path / "both", dense=model)).problems
+
+
+def test_what_held_out_windows_reject_stays(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(model, tmp_path / "plain", tokens, preset="mask", refine="none", pattern="2:4")
+    monkeypatch.setattr("llm_barber.tune.SCORE_RATE", -5.0)  # up the hill
+    report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4")
+    assert report.rejected == 4
+    assert report.swapped == plain.swapped == 0
+    one, other = read_folder(tmp_path / "plain"), read_folder(tmp_path / "out")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_batches_change_little(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """A step is of as many sequences, however many are computed together."""
+    found = []
+    for size in (1, 4, 10):
+        run(model, tmp_path / str(size), tokens, preset="mask", pattern="2:4", batch_size=size, allocation=None)
+        found.append(masks(tmp_path / str(size)))
+    for other in found[1:]:
+        assert sum(int((found[0][name] != other[name]).sum()) for name in other) < 0.002 * sum(
+            one.numel() for one in other.values()
+        )
+
+
+@pytest.mark.parametrize(("family", "few_tokens"), [("qwen3_moe", 110), ("gpt_oss", 90), ("gpt2", 0), ("lfm2", 0)])
+def test_families(tmp_path: Path, family: str, few_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts, weights as (in, out), layers without attention; those with few tokens stay as they are."""
+    monkeypatch.setattr("llm_barber.initial.FEW_TOKENS", few_tokens)
+    model, tokens = make_model(tmp_path / "dense", family), save_tokens(tmp_path / "tokens.safetensors", sequences=8)
+    plain = run(model, tmp_path / "plain", tokens, preset="mask", refine="none", pattern="2:4")
+    report = run(model, tmp_path / "out", tokens, preset="mask", reconstruct="none", pattern="2:4")
+    assert report.swapped > 0
+    assert report.sparsity == plain.sparsity
+    few = [one for one in report.linears if one.few_tokens]
+    assert all(one.grown == 0 for one in few)
+    assert bool(few) is bool(few_tokens)
+    assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
+
+
+def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """`rebuild --refine tune`: weights that are zero in the dense model stay in the mask."""
+    run(model, tmp_path / "pruned", tokens, initial="magnitude", sparsity=0.5)
+    settings = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens, "dtype": "float32"}
+    plain = rebuild(RebuildConfig(output=tmp_path / "plain", **settings))
+    report = rebuild(RebuildConfig(output=tmp_path / "out", refine="tune", **settings))
+    assert report.swapped > plain.swapped
+    before, after = masks(tmp_path / "plain"), masks(tmp_path / "out")
+    assert all(torch.equal(before[name].sum(1), after[name].sum(1)) for name in before if "layers.0" in name)
+    assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
+
+
+def test_settings_that_do_not_go_together(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(SettingsError, match="least-squares goes with refine swaps"):
+        PruneConfig(model=model, output=tmp_path / "out", refine="tune", reconstruct="least-squares")
