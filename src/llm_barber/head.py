@@ -6,7 +6,6 @@ dense.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -63,11 +62,8 @@ def prune_head(
     pruned = initial(job.layer_count, layer, {name: weight}, streams)[name]
     swapped = 0
     if refine_settings is not None:
-        if refine_settings.of_layers:  # which the head is none of
-            swaps = None if refine_settings.mask_passes else refine_settings.swaps
-            solve = refine_settings.solve or refine_settings.tune > 0
-            refine_settings = replace(refine_settings, swaps=swaps, solve=solve)
-        pruned, swapped = _refine(layer, name, pruned.with_mask(pruned.keep), weight, refine_settings, streams)
+        own = refine_settings.of_head
+        pruned, swapped = _refine(layer, name, pruned.with_mask(pruned.keep), weight, own, streams)
     skeleton.drop_outside()
     final = {name: pruned.final}
     outcome = Outcome({name: pruned}, {name: Rebuilt(pruned.keep, 0, swapped, swapped)})

@@ -13,7 +13,10 @@ class Refine(StrEnum):
 
 
 class Reconstruct(StrEnum):
-    """What becomes of the kept weights: nothing, least squares of each linear, or that and tuning of each layer."""
+    """What becomes of the kept weights: nothing, least squares of each linear, or tuning of each layer.
+
+    Tuning follows least squares where masks are not tuned themselves.
+    """
 
     NONE = "none"
     LEAST_SQUARES = "least-squares"

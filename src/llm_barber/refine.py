@@ -78,6 +78,11 @@ class RefineSettings:
         """Are layers tuned?"""
         return bool(self.mask_passes or self.tune)
 
+    @property
+    def of_head(self) -> "RefineSettings":
+        """For the output head, which is no layer that could be tuned: by swaps, and least squares."""
+        return replace(self, swaps=None if self.mask_passes else self.swaps, solve=self.solve or self.tune > 0)
+
     def swaps_of(self, pattern: NofM | None) -> int:
         """Most swaps of a row."""
         if self.swaps is None:

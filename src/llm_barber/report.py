@@ -77,7 +77,7 @@ class KeptWeights(StrEnum):
             KeptWeights.DENSE: "the dense model's, bit for bit",
             KeptWeights.UPDATED: "those that the method updated",
             KeptWeights.LEAST_SQUARES: "new ones, from least squares on the calibration text",
-            KeptWeights.TUNED: "new ones, from least squares and tuning of each layer on the calibration text",
+            KeptWeights.TUNED: "new ones, from tuning of each layer on the calibration text",
         }[self]
 
 

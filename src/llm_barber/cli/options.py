@@ -149,7 +149,8 @@ SparsitiesOption = Annotated[
 RefineOption = Annotated[
     Refine | None,
     typer.Option(
-        help="Refine the mask by exact swaps, which lower the error of every row. (default: the preset's)",
+        help="Refine the mask: by exact swaps, which lower the error of every row, or by tuning the masks of each "
+        "layer against its output. (default: the preset's)",
         rich_help_panel=REFINING,
         show_default=False,
     ),
@@ -174,8 +175,8 @@ TargetMixOption = Annotated[
 ReconstructOption = Annotated[
     Reconstruct | None,
     typer.Option(
-        help="Change kept weights to make up for pruned ones: by least squares, or by that and tuning each layer. "
-        "(default: the preset's)",
+        help="Change kept weights to make up for pruned ones: by least squares, or by tuning each layer, after "
+        "least squares where masks are not tuned. (default: the preset's)",
         rich_help_panel=REFINING,
         show_default=False,
     ),
@@ -184,7 +185,8 @@ TunePassesOption = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Passes over the windows when layers are tuned, at most. (default: 2 to 8, the fewer the more text)",
+        help="Passes over the windows when masks or weights are tuned, at most. (default: 2 to 8, the fewer the more "
+        "text)",
         rich_help_panel=REFINING,
         show_default=False,
     ),

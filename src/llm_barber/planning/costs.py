@@ -4,7 +4,7 @@ The passes are those of the code: docs/algorithm.md and docs/refining.md have th
 calibration sequences are divided, what every process repeats (ranking, swaps, least squares) is not.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
@@ -234,11 +234,15 @@ def _refine(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
     if recipe.refine is None:
         return NONE
     tokens, streams = recipe.own_tokens, 2 if recipe.follows_dense else 1
-    found = _inputs(block, recipe, tokens) * streams + forward(block, recipe, tokens, until_last=True)
-    found += _streams(block, recipe, tokens, 2 * streams * (1 if block is layer.blocks[0] else 2))
+    found = forward(block, recipe, recipe.held_out or tokens) * (3 if recipe.refine.of_linears else 4)  # errors
     if recipe.follows_dense:
-        found += forward(block, recipe, tokens)
-    return found + _improved(block, recipe) + forward(block, recipe, recipe.held_out or tokens) * 3
+        found += forward(block, recipe, tokens) + _streams(block, recipe, tokens, 2)
+    if recipe.refine.of_linears:  # otherwise they are left to what tunes the layer
+        found += _inputs(block, recipe, tokens) * streams + forward(block, recipe, tokens, until_last=True)
+        read = 2 * streams * (1 if block is layer.blocks[0] else 2)
+        found += _streams(block, recipe, tokens, read - 2 * (streams - 1))
+        found += _improved(block, recipe)
+    return found
 
 
 def _improved(block: BlockShapes, recipe: Recipe) -> Work:
@@ -267,7 +271,7 @@ def _prune_head(model: ModelShapes, recipe: Recipe) -> Work:
         found += _statistics(block, recipe)
         passes += 1
     if recipe.refine is not None:
-        found += _improved(block, recipe)
+        found += _improved(block, replace(recipe, refine=recipe.refine.of_head))
         passes += 2 if recipe.follows_dense else 1
     hidden = tokens * model.hidden * recipe.itemsize
     return found + Work(
@@ -297,10 +301,14 @@ def _improve(recipe: Recipe, rows: int, columns: int) -> Work:
 
 
 def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
-    """Adam: forward and twice as much back for the windows, forward for those held out, most passes; the targets."""
-    if recipe.refine is None or not recipe.refine.tune:
+    """Adam: forward and twice as much back for the windows, forward for those held out, most passes; the targets.
+
+    For masks the inputs' mean squares, too, and a choice of what is kept at every step.
+    """
+    if recipe.refine is None or not recipe.refine.of_layers:
         return NONE
-    passes, held_out = recipe.refine.tune, recipe.held_out
+    masks = recipe.refine.mask_passes
+    passes, held_out = recipe.refine.tune + masks, recipe.held_out
     trained = recipe.own_tokens - held_out
     found = NONE
     for block in layer.blocks:
@@ -313,15 +321,18 @@ def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
         found += forward(block, recipe, held_out) * (passes + 1)
         found += forward(block, recipe, recipe.own_tokens if recipe.refine.target_mix < 1 else 0)
         found += _streams(block, recipe, recipe.own_tokens, passes + 1)
-    steps = passes * recipe.tune_steps
-    return found + (Work(moved=TUNING * layer.weights) + _reduce(recipe, FLOAT32 * layer.weights)) * steps
+    a_step = Work(moved=TUNING * layer.weights) + _reduce(recipe, FLOAT32 * layer.weights)
+    for block in layer.blocks if masks else ():
+        found += forward(block, recipe, recipe.own_tokens) + _statistics(block, recipe)
+        found += _choose(block, recipe) * masks * recipe.tune_steps
+    return found + a_step * (passes * recipe.tune_steps)
 
 
 def _propagate(layer: LayerShapes, recipe: Recipe) -> Work:
     """The final blocks; attention once more where tuning changed it after it had been run."""
     found = NONE
     for block in layer.blocks:
-        again = recipe.refine is not None and recipe.refine.tune and block is layer.blocks[0]
+        again = recipe.refine is not None and recipe.refine.of_layers and block is layer.blocks[0]
         once = forward(block, recipe, recipe.own_tokens) + _streams(block, recipe, recipe.own_tokens, 2.5)
         found += once * (2 if again else 1)
     return found

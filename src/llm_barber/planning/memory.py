@@ -4,7 +4,7 @@ Each function names a moment at which much is alive, as the code stands: what Py
 counted, and pages of the file that is being read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llm_barber.allocation import LOGITS
 from llm_barber.job import OUTSIDE_SHARD_BYTES
@@ -48,9 +48,9 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
         moments.append(resident + Held(device=_batch(block, recipe)))
         if recipe.granularity is not None:
             moments.append(resident + _rebuilding(block, recipe))
-        if recipe.refine is not None:
+        if recipe.refine is not None and recipe.refine.of_linears:
             moments.append(resident + _refining(block, recipe))
-    if recipe.refine is not None and recipe.refine.tune:
+    if recipe.refine is not None and recipe.refine.of_layers:
         batch = max(_batch(block, recipe) for block in layer.blocks)
         # Values, the best ones, gradients, two moments of Adam, masked copies.
         tuned = (6 * FLOAT32 + recipe.itemsize) * layer.weights
@@ -58,7 +58,9 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
     if recipe.prunes_head:
         head, outside = model.head_block, Held(device=model.outside * _converted(recipe))
         own = Held(device=head.weights * (2 * recipe.stored + BOOL))
-        working = Held() if recipe.refine is None else _refining(head, recipe)
+        working = Held()
+        if recipe.refine is not None:
+            working = _refining(head, replace(recipe, refine=recipe.refine.of_head))
         moments.append(streams + outside + own + max(working, Held(device=RANKING * head.weights), key=_device))
     if recipe.on_cpu:
         return Held(host=max(one.host + one.device for one in moments))

@@ -121,8 +121,7 @@ class Recipe:
 
     @property
     def tune_steps(self) -> int:
-        """Steps of a pass of tuning, of the process that has the most."""
+        """Steps of a pass of tuning, which processes share."""
         if self.refine is None:
             return 0
-        step = min(self.batch, SEQUENCES_A_STEP)
-        return math.ceil(math.ceil((self.sequences - self.refine.held_out) / self.processes) / step)
+        return math.ceil((self.sequences - self.refine.held_out) / max(SEQUENCES_A_STEP, self.processes))
