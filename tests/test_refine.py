@@ -152,7 +152,7 @@ def test_tuning_lowers_the_layers_error_and_keeps_masks(tmp_path: Path, llama: P
         errors.append((states[0] - states[1]).square().mean().item())
     assert errors[1] < errors[0]
     assert report.kept_weights == "tune"
-    assert "from least squares and tuning" in (tmp_path / "tuned" / "README.md").read_text()
+    assert "from tuning of each layer" in (tmp_path / "tuned" / "README.md").read_text()
     assert not inspect(InspectConfig(model=tmp_path / "tuned", dense=llama)).problems
 
 

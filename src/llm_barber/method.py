@@ -21,7 +21,7 @@ from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block, only
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
-from llm_barber.refine import Pass, RefineSettings, block_errors, refine_block
+from llm_barber.refine import Pass, RefineSettings, block_errors, measured_windows, refine_block
 from llm_barber.report import BlockResult, LinearResult
 from llm_barber.tune import Tuned, tune_layer
 
@@ -62,7 +62,9 @@ def prune_layer(
     dense = {name: every[name] for name in pruned}
     blocks = only(skeleton.blocks[index], pruned)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
-    tunes = bool(pruned) and refine_settings is not None and refine_settings.of_layers
+    tuning = refine_settings if pruned and refine_settings is not None and refine_settings.of_layers else None
+    # Of blocks that nothing changes before their layer is tuned, only the error is wanted.
+    waits = tuning is not None and not tuning.of_linears and rebuild_settings is None
     outcomes: list[tuple[Block, Outcome, float | None]] = []
     final: list[Block] = []
     for block in blocks:
@@ -73,10 +75,13 @@ def prune_layer(
         outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, index)
         unchanged = all(torch.equal(one.weight, pruned[name].weight) for name, one in outcome.linears.items())
         pruned.update(outcome.linears)
-        if work.last and tunes:
-            outcomes.append((block, outcome, None))
-            break
         layer.set_weights({name: one.weight for name, one in pruned.items()})
+        if tuning is not None and (waits or work.last):
+            for batch in () if work.last else measured_windows(tuning, streams):
+                streams.write(block.output, batch, work.output(batch))
+            outcomes.append((block, outcome, None))
+            final.append(block)
+            continue
         after = outcome.error_before  # its output with these weights is there already, if nothing has changed
         if not (outcome.output_kept and unchanged) or work.last:
             after = _propagate(work, outcome.measured_from)
@@ -84,11 +89,10 @@ def prune_layer(
             raise _not_finite(f"the output of layer {index} {block.name}")
         outcomes.append((block, outcome, after))
         final.append(block)
-    if tunes:
-        assert refine_settings is not None
-        tuned = tune_layer(layer, dense, pruned, refine_settings, streams)
+    if tuning is not None:
+        tuned = tune_layer(layer, dense, pruned, tuning, streams)
         pruned = tuned.linears
-        errors = block_errors(layer, blocks, dense, pruned, refine_settings, streams)
+        errors = block_errors(layer, blocks, dense, pruned, tuning, streams)
         outcomes = [
             (block, outcome.tuned(tuned), error) for (block, outcome, _), error in zip(outcomes, errors, strict=True)
         ]

@@ -332,7 +332,8 @@ def _propagate(layer: LayerShapes, recipe: Recipe) -> Work:
     """The final blocks; attention once more where tuning changed it after it had been run."""
     found = NONE
     for block in layer.blocks:
-        again = recipe.refine is not None and recipe.refine.of_layers and block is layer.blocks[0]
+        changed = recipe.refine is not None and (recipe.refine.of_linears or recipe.granularity is not None)
+        again = changed and recipe.refine is not None and recipe.refine.of_layers and block is layer.blocks[0]
         once = forward(block, recipe, recipe.own_tokens) + _streams(block, recipe, recipe.own_tokens, 2.5)
         found += once * (2 if again else 1)
     return found
