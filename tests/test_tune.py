@@ -93,7 +93,7 @@ def tuned_in_memory(folder: Path, texts: Tensor, pattern: Pattern, mix: float, h
                 second[name] = 0.95 * second[name] + 0.05 * gradient**2
                 change = first[name] / (1 - 0.9 ** (number + 1))
                 change = change / ((second[name] / (1 - 0.95 ** (number + 1))).sqrt() + 1e-12)
-                scores[name] -= 0.02 * (1 - number / count) * change
+                scores[name] -= 0.04 * (1 - number / count) * change
                 rows = zip(scores[name], keep[name], strict=True)
                 keep[name] = torch.stack([highest(*row, pattern) for row in rows])
                 one.weight.copy_(weights[name] * keep[name])

@@ -24,7 +24,17 @@ from llm_barber.masking.swaps import swap_pairs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams, pieces
-from llm_barber.presets import FEWEST_PASSES, MOST_PASSES, PATTERN_SWAPS, SWAPS, TUNE_TOKENS, Reconstruct, Refine
+from llm_barber.presets import (
+    FEWEST_PASSES,
+    MOST_PASSES,
+    PATTERN_SWAPS,
+    SWAPS,
+    TARGET_MIX,
+    TUNE_TOKENS,
+    TUNED_TARGET_MIX,
+    Reconstruct,
+    Refine,
+)
 from llm_barber.settings import RunSettings
 
 # Parts of the most swaps after which held-out windows are asked.
@@ -58,10 +68,13 @@ class RefineSettings:
         solve = config.reconstruction is not Reconstruct.NONE
         if config.refinement is Refine.NONE and not solve:
             return None
+        mix = config.target_mix
+        if mix is None:
+            mix = TUNED_TARGET_MIX if config.refinement is Refine.TUNE else TARGET_MIX
         passes = config.tune_passes or min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
-            target_mix=config.target_mix,
+            target_mix=mix,
             solve=solve and config.refinement is not Refine.TUNE,  # which moves masks after linears are solved
             tune=passes if config.reconstruction is Reconstruct.TUNE else 0,
             held_out=min(math.ceil(config.guard * sequences), sequences - 1),

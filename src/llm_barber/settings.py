@@ -16,6 +16,7 @@ from llm_barber.presets import (
     PRESETS,
     SWAPS,
     TARGET_MIX,
+    TUNED_TARGET_MIX,
     Preset,
     PresetSettings,
     Reconstruct,
@@ -89,11 +90,12 @@ class RunSettings(StructureSettings):
     swaps: int | None = Field(
         default=None, ge=1, description=f"exact swaps a row, at most; None: {SWAPS}, with N:M {PATTERN_SWAPS}"
     )
-    target_mix: float = Field(
-        TARGET_MIX,
+    target_mix: float | None = Field(
+        None,
         ge=0,
         le=1,
-        description="target of refining: outputs on the sparse model's inputs, 0, the dense's, 1",
+        description="target of refining: outputs on the sparse model's inputs, 0, the dense's, 1; "
+        f"None: {TARGET_MIX}, or {TUNED_TARGET_MIX} where masks are tuned",
     )
     reconstruct: Reconstruct | None = Field(
         default=None, description="what becomes of kept weights; None: the preset's"

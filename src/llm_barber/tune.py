@@ -25,7 +25,7 @@ from llm_barber.refine import RefineSettings
 
 TARGET = "target"  # what the layer's output should be
 WEIGHT_RATE = 0.01  # of Adam, as a share of the root mean square of a linear's kept weights
-SCORE_RATE = 0.02  # the mean of a row's scores is 1
+SCORE_RATE = 0.04  # the mean of a row's scores is 1
 MOMENTUM = (0.9, 0.95)
 SMALLEST = 1e-12  # of a gradient by a score
 PATIENCE = 2  # passes without gain on held-out windows

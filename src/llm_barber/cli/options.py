@@ -7,7 +7,16 @@ import typer
 
 from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import PATTERN_SWAPS, SWAPS, Allocation, Preset, Reconstruct, Refine
+from llm_barber.presets import (
+    PATTERN_SWAPS,
+    SWAPS,
+    TARGET_MIX,
+    TUNED_TARGET_MIX,
+    Allocation,
+    Preset,
+    Reconstruct,
+    Refine,
+)
 from llm_barber.settings import Format
 
 METHOD, WHAT, REFINING, CALIBRATION, TEXT, TASKS = "Method", "What to prune", "Refining", "Calibration", "Text", "Tasks"
@@ -165,11 +174,13 @@ SwapsOption = Annotated[
     ),
 ]
 TargetMixOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         metavar="0…1",
-        help="What refining aims at: dense outputs on the pruned model's inputs, 0, or on the dense model's, 1.",
+        help="What refining aims at: dense outputs on the pruned model's inputs, 0, or on the dense model's, 1. "
+        f"(default: {TARGET_MIX}, or {TUNED_TARGET_MIX} where masks are tuned)",
         rich_help_panel=REFINING,
+        show_default=False,
     ),
 ]
 ReconstructOption = Annotated[

@@ -35,7 +35,7 @@ from llm_barber.cli.options import (
     TargetMixOption,
     TunePassesOption,
 )
-from llm_barber.presets import GUARD, TARGET_MIX
+from llm_barber.presets import GUARD
 
 
 @app.command(
@@ -60,7 +60,7 @@ def plan(
     preset: PresetOption = None,
     refine: RefineOption = None,
     swaps: SwapsOption = None,
-    target_mix: TargetMixOption = TARGET_MIX,
+    target_mix: TargetMixOption = None,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = None,
     guard: GuardOption = GUARD,

@@ -55,7 +55,7 @@ from llm_barber.cli.options import (
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import GUARD, TARGET_MIX
+from llm_barber.presets import GUARD
 from llm_barber.settings import Format
 
 
@@ -98,7 +98,7 @@ def prune(
     prune_head: HeadOption = False,
     refine: RefineOption = None,
     swaps: SwapsOption = None,
-    target_mix: TargetMixOption = TARGET_MIX,
+    target_mix: TargetMixOption = None,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = None,
     guard: GuardOption = GUARD,
@@ -179,7 +179,7 @@ def rebuild(
     rebuild_ratio: RatioOption = None,
     refine: RefineOption = None,
     swaps: SwapsOption = None,
-    target_mix: TargetMixOption = TARGET_MIX,
+    target_mix: TargetMixOption = None,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = None,
     guard: GuardOption = GUARD,
