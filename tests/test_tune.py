@@ -106,14 +106,16 @@ def tuned_in_memory(folder: Path, texts: Tensor, pattern: Pattern, mix: float, h
 
 
 def start(score: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
-    """A row's scores: what is kept is at the border at least, what is not at most."""
+    """A row's scores: what is kept is above the border, what is not below."""
     groups = score.split(pattern.of if isinstance(pattern, NofM) else len(score))
     found = []
     for group, kept in zip(groups, keep.split(len(groups[0])), strict=True):
         ordered = group.sort().values
         pruned = int((~kept).sum())
         border = (ordered[pruned - 1] + ordered[pruned]) / 2
-        found.append(torch.where(kept, group.clamp(min=border) + 0.01, group.clamp(max=border)))
+        above = torch.where(group > border, group + 0.01, border + 0.01 / (1 + border - group))
+        below = torch.where(group < border, group - 0.01, border - 0.01 / (1 + group - border))
+        found.append(torch.where(kept, above, below))
     return torch.cat(found)
 
 
@@ -141,8 +143,8 @@ def test_masks_equal_those_tuned_in_memory(
     assert report.swapped > 0
     for name, keep in expected.items():
         found = written[name] != 0
-        # Sums are made in another order: scores that are nearly equal may change places, and what follows from them.
-        assert (found != keep).float().mean() < (0.005 if "layers.0" in name else 0.02), name
+        # Sums are made in another order: scores that are nearly equal may change places.
+        assert (found != keep).float().mean() < 0.001, name
         assert torch.equal(written[name][found], dense[name][found])
 
 

@@ -13,13 +13,14 @@ def test_scores_by_hand() -> None:
     """The row's mean is 2; its own mask keeps the first and the third; the border lies between 2 / 2 and 1 / 2."""
     own = torch.tensor([[True, False, True, False], [True, True, False, False]])
     found = starting_scores(own, SALIENCY, None)
-    assert found[0].tolist() == pytest.approx([2 + AHEAD, 0.5, 1 + AHEAD, 0.5])
-    assert found[1].tolist() == pytest.approx([2 + AHEAD, 2 + AHEAD, 0, 0])
+    assert found[0].tolist() == pytest.approx([2 + AHEAD, 0.5 - AHEAD, 1 + AHEAD, 0.5 - AHEAD])
+    assert found[1].tolist() == pytest.approx([2 + AHEAD, 2 + AHEAD, -AHEAD, -AHEAD])
     other = torch.tensor([[False, True, True, False], [True, False, True, False]])
     found = starting_scores(other, SALIENCY, NofM(1, 2))
     # Groups of two: the borders are (4 + 1) / 2 / 2 and (2 + 1) / 2 / 2; 8 / 4 and 0.
-    assert found[0].tolist() == pytest.approx([1.25, 1.25 + AHEAD, 1 + AHEAD, 0.5])
-    assert found[1].tolist() == pytest.approx([2 + AHEAD, 2, AHEAD, 0])
+    # The first two have the wrong order: 0.75 on either side of the border.
+    assert found[0].tolist() == pytest.approx([1.25 - AHEAD / 1.75, 1.25 + AHEAD / 1.75, 1 + AHEAD, 0.5 - AHEAD])
+    assert found[1].tolist() == pytest.approx([2 + AHEAD, 2 - AHEAD, AHEAD, -AHEAD])
 
 
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4), NofM(1, 4), NofM(3, 8)], ids=str)

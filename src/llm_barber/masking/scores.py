@@ -13,14 +13,14 @@ from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM
 from llm_barber.masking.selection import lowest, rank_within
 
-AHEAD = 0.01  # of a row's mean score: what kept weights are ahead of pruned ones at least
+AHEAD = 0.01  # of a row's mean score: what kept weights are moved up by, and pruned ones down
 
 
 def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed: Tensor | None = None) -> Tensor:
     """Scores that give a mask, each as near to a saliency as that allows.
 
-    Where the mask is not the saliency's own, weights are moved to the border between those that it would keep and
-    the others, in their row or group of M.
+    Weights that the saliency would have on the other side of the border, in their row or group of M, come to lie
+    beside it, in its order.
 
     Args:
         keep: bool, (out, in), True survives.
@@ -41,7 +41,10 @@ def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed:
         place = pattern.of - pattern.kept
         border = torch.zeros_like(scores)
         by_pattern_group(border, pattern).copy_(ordered[..., place - 1 : place + 1].mean(-1, keepdim=True))
-    scores = torch.where(keep, torch.maximum(scores, border) + AHEAD, torch.minimum(scores, border))
+    beyond = scores - border
+    up = torch.maximum(scores, border) + AHEAD / (1 - beyond.clamp(max=0))
+    down = torch.minimum(scores, border) - AHEAD / (1 + beyond.clamp(min=0))
+    scores = torch.where(keep, up, down)
     return scores if fixed is None else scores.masked_fill(fixed & keep, torch.inf)
 
 
