@@ -93,7 +93,7 @@ def tuned_in_memory(folder: Path, texts: Tensor, pattern: Pattern, mix: float, h
                 second[name] = 0.95 * second[name] + 0.05 * gradient**2
                 change = first[name] / (1 - 0.9 ** (number + 1))
                 change = change / ((second[name] / (1 - 0.95 ** (number + 1))).sqrt() + 1e-12)
-                scores[name] -= 0.04 * (1 - number / count) * change
+                scores[name] -= (0.04 if isinstance(pattern, NofM) else 0.02) * (1 - number / count) * change
                 rows = zip(scores[name], keep[name], strict=True)
                 keep[name] = torch.stack([highest(*row, pattern) for row in rows])
                 one.weight.copy_(weights[name] * keep[name])
@@ -187,7 +187,7 @@ def test_what_held_out_windows_reject_stays(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = run(model, tmp_path / "plain", tokens, preset="mask", refine="none", pattern="2:4")
-    monkeypatch.setattr("llm_barber.tune.SCORE_RATE", -5.0)  # up the hill
+    monkeypatch.setattr("llm_barber.tune.PATTERN_SCORE_RATE", -5.0)  # up the hill
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4")
     assert report.rejected == 4
     assert report.swapped == plain.swapped == 0
@@ -234,6 +234,17 @@ def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> 
     assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
 
 
-def test_settings_that_do_not_go_together(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(SettingsError, match="least-squares goes with refine swaps"):
-        PruneConfig(model=model, output=tmp_path / "out", refine="tune", reconstruct="least-squares")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refine": "tune", "reconstruct": "least-squares"}, "least-squares goes with refine swaps"),
+        ({"preset": "mask", "swaps": 10}, "swaps are of refine swaps"),
+        ({"refine": "swaps", "tune_passes": 2}, "tune_passes are of refine tune and reconstruct tune"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, model: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        PruneConfig(model=model, output=tmp_path / "out", **settings)
+    if "preset" not in settings:
+        with pytest.raises(SettingsError, match=message):
+            RebuildConfig(dense=model, pruned=tmp_path, output=tmp_path / "out", **settings)

@@ -150,11 +150,9 @@ class PruneConfig(RunSettings):
             problems.append("granularity and rebuild_ratio are of the rebuild, which is switched off")
         if self.keep_updates and (self.refinement is not Refine.NONE or self.reconstruction is not Reconstruct.NONE):
             problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
-        if self.refinement is Refine.TUNE and self.reconstruction is Reconstruct.LEAST_SQUARES:
-            problems.append("reconstruct least-squares goes with refine swaps; refine tune goes with reconstruct tune")
         if self.pattern is not None and self.initial_granularity is not None:
             problems.append("initial_granularity is not for patterns: N:M compares within its groups of M")
-        problems += _same_folder("MODEL", self.model, self.output)
+        problems += [*self.refining_problems(), *_same_folder("MODEL", self.model, self.output)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -233,7 +231,8 @@ class RebuildConfig(RunSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = _same_folder("DENSE", self.dense, self.output) + _same_folder("PRUNED", self.pruned, self.output)
+        problems = self.refining_problems()
+        problems += _same_folder("DENSE", self.dense, self.output) + _same_folder("PRUNED", self.pruned, self.output)
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -58,7 +58,7 @@ PRESETS = {
     Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS),
 }
 SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
-TARGET_MIX, TUNED_TARGET_MIX = 0.5, 0.75  # the latter where masks are tuned
+TARGET_MIX, PATTERN_TARGET_MIX = 0.5, 0.75  # the latter where masks of N:M are tuned
 # Passes over the calibration text when layers are tuned: as many as these tokens take, within bounds. More text needs
 # fewer passes, and wins more than they do.
 TUNE_TOKENS, FEWEST_PASSES, MOST_PASSES = 2**16, 2, 8

@@ -28,10 +28,10 @@ from llm_barber.presets import (
     FEWEST_PASSES,
     MOST_PASSES,
     PATTERN_SWAPS,
+    PATTERN_TARGET_MIX,
     SWAPS,
     TARGET_MIX,
     TUNE_TOKENS,
-    TUNED_TARGET_MIX,
     Reconstruct,
     Refine,
 )
@@ -70,7 +70,8 @@ class RefineSettings:
             return None
         mix = config.target_mix
         if mix is None:
-            mix = TUNED_TARGET_MIX if config.refinement is Refine.TUNE else TARGET_MIX
+            of_pattern = config.refinement is Refine.TUNE and getattr(config, "pattern", None) is not None
+            mix = PATTERN_TARGET_MIX if of_pattern else TARGET_MIX
         passes = config.tune_passes or min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,

@@ -13,10 +13,10 @@ from llm_barber.model.architecture import Block, StructureOptions
 from llm_barber.presets import (
     GUARD,
     PATTERN_SWAPS,
+    PATTERN_TARGET_MIX,
     PRESETS,
     SWAPS,
     TARGET_MIX,
-    TUNED_TARGET_MIX,
     Preset,
     PresetSettings,
     Reconstruct,
@@ -95,7 +95,7 @@ class RunSettings(StructureSettings):
         ge=0,
         le=1,
         description="target of refining: outputs on the sparse model's inputs, 0, the dense's, 1; "
-        f"None: {TARGET_MIX}, or {TUNED_TARGET_MIX} where masks are tuned",
+        f"None: {TARGET_MIX}, or {PATTERN_TARGET_MIX} where masks of N:M are tuned",
     )
     reconstruct: Reconstruct | None = Field(
         default=None, description="what becomes of kept weights; None: the preset's"
@@ -132,6 +132,18 @@ class RunSettings(StructureSettings):
     def defaults(self) -> PresetSettings:
         """What the preset says; none was given: the published method's."""
         return PRESETS[self.preset or Preset.PAPER]
+
+    def refining_problems(self) -> list[str]:
+        """What does not go together in how masks and weights are refined."""
+        tunes = self.refinement is Refine.TUNE
+        problems = []
+        if tunes and self.reconstruction is Reconstruct.LEAST_SQUARES:
+            problems.append("reconstruct least-squares goes with refine swaps; refine tune goes with reconstruct tune")
+        if self.swaps is not None and self.refinement is not Refine.SWAPS:
+            problems.append("swaps are of refine swaps: give it, too")
+        if self.tune_passes is not None and not tunes and self.reconstruction is not Reconstruct.TUNE:
+            problems.append("tune_passes are of refine tune and reconstruct tune: give one of them, too")
+        return problems
 
     @property
     def refinement(self) -> Refine:

@@ -25,7 +25,8 @@ from llm_barber.refine import RefineSettings
 
 TARGET = "target"  # what the layer's output should be
 WEIGHT_RATE = 0.01  # of Adam, as a share of the root mean square of a linear's kept weights
-SCORE_RATE = 0.04  # the mean of a row's scores is 1
+# The mean of a row's scores is 1. More of them lie near the border of a row than near that of a group of M.
+SCORE_RATE, PATTERN_SCORE_RATE = 0.02, 0.04
 MOMENTUM = (0.9, 0.95)
 SMALLEST = 1e-12  # of a gradient by a score
 PATIENCE = 2  # passes without gain on held-out windows
@@ -133,8 +134,11 @@ class _Masks:
         self._counts = {name: (~one.keep).sum(1) for name, one in pruned.items()}
 
     def groups(self) -> list[dict[str, object]]:
-        scores = [one.requires_grad_() for one in self._scores.values()]
-        return [{"params": scores, "lr": SCORE_RATE, "eps": SMALLEST}]
+        found: list[dict[str, object]] = []
+        for name, one in self._scores.items():
+            rate = SCORE_RATE if self._now[name].pattern is None else PATTERN_SCORE_RATE
+            found.append({"params": [one.requires_grad_()], "lr": rate, "eps": SMALLEST})
+        return found
 
     def weights(self) -> dict[str, Tensor]:
         return {name: one.weight for name, one in self._now.items()}

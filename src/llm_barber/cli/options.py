@@ -9,9 +9,9 @@ from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import (
     PATTERN_SWAPS,
+    PATTERN_TARGET_MIX,
     SWAPS,
     TARGET_MIX,
-    TUNED_TARGET_MIX,
     Allocation,
     Preset,
     Reconstruct,
@@ -178,7 +178,7 @@ TargetMixOption = Annotated[
     typer.Option(
         metavar="0…1",
         help="What refining aims at: dense outputs on the pruned model's inputs, 0, or on the dense model's, 1. "
-        f"(default: {TARGET_MIX}, or {TUNED_TARGET_MIX} where masks are tuned)",
+        f"(default: {TARGET_MIX}, or {PATTERN_TARGET_MIX} where masks of N:M are tuned)",
         rich_help_panel=REFINING,
         show_default=False,
     ),
