@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -232,6 +232,49 @@ def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> 
     before, after = masks(tmp_path / "plain"), masks(tmp_path / "out")
     assert all(torch.equal(before[name].sum(1), after[name].sum(1)) for name in before if "layers.0" in name)
     assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4", "1:4"])
+@pytest.mark.parametrize(
+    "settings", [{"preset": "mask"}, {"preset": "best"}, {"reconstruct": "least-squares"}], ids=str
+)
+def test_zeros_of_the_dense_model(
+    tmp_path: Path, model: Path, tokens: Path, pattern: str | None, settings: dict[str, Any]
+) -> None:
+    """They count as kept, stay zero, and leave N:M and the number of zeros as they were."""
+    tensors = load_file(model / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, one in tensors.items():
+        if "_proj" in name:
+            one[torch.rand(one.shape, generator=generator) < 0.05] = 0
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    how = {"pattern": pattern} if pattern else {"sparsity": 0.5}
+    run(model, tmp_path / "pruned", tokens, initial="wanda", rebuild=False, **how)
+    (tmp_path / "pruned" / "barber.json").unlink()
+    rebuilt = RebuildConfig(
+        dense=model, pruned=tmp_path / "pruned", output=tmp_path / "out", calibration=tokens, dtype="float32", guard=0,
+        granularity="output", **settings,
+    )  # fmt: skip
+    rebuild(rebuilt)
+    before, after = masks(tmp_path / "pruned"), masks(tmp_path / "out")
+    for name, keep in before.items():
+        assert int(keep.sum()) == int(after[name].sum())
+        assert not (after[name] & (tensors[name] == 0)).any()
+    assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
+
+
+@pytest.mark.parametrize("settings", [{"initial": "wanda"}, {"initial": "magnitude"}, {"preset": "best"}], ids=str)
+def test_layers_with_nothing_but_idle_experts(
+    tmp_path: Path, tokens: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_barber.initial.FEW_TOKENS", 10**6)
+    model = make_model(tmp_path / "dense", "mixtral")
+    how = {"rebuild": False, "refine": "tune", "include": ("experts",), **settings}
+    report = run(model, tmp_path / "out", tokens, **how)
+    assert report.swapped == 0
+    assert all(one.few_tokens for one in report.linears if one.pruned)
+    written, dense = read_folder(tmp_path / "out"), read_folder(model)
+    assert all(((one == dense[name]) | (one == 0)).all() for name, one in written.items())
 
 
 @pytest.mark.parametrize(

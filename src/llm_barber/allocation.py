@@ -117,7 +117,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
             "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
         )
     used = [name for name in names if name not in little]
-    found = spread_budget([costs[name] for name in used], [rows[name] for name in used], sparsity)
+    found = spread_budget([costs[name] for name in used], [rows[name] for name in used], sparsity) if used else []
     return dict.fromkeys(names, sparsity) | dict(zip(used, found, strict=True))
 
 

@@ -275,8 +275,12 @@ class CheckpointMasks:
         names = [name for name, _ in model.named_parameters(remove_duplicate=False) if self.job.is_head(name)]
         places = [source.places for source in (self.job.source, self.source)]
         dense, own = (next((of[name] for name in reversed(names) if name in of), None) for of in places)
-        if dense is None or own is None:
-            return False
+        if (
+            dense is None
+            or own is None
+            or self.source.tensors[own.tensor].shape != self.job.source.tensors[dense.tensor].shape
+        ):
+            return False  # not to be compared: one may have more tokens
         zero = self.source.read([own.tensor])[own.tensor] == 0
         zero &= self.job.source.read([dense.tensor])[dense.tensor] != 0
         return int(zero.count_nonzero()) > CHANCE * zero.numel()

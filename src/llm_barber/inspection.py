@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     for name in names:
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
-        for linear in linears.get(name, []):
+        for linear in (one for one in linears.get(name, []) if not one.again):
             weight, before = (None if one is None else linear.weight(one) for one in (tensor, original))
             assert weight is not None
             comparable = before is not None and before.shape == weight.shape
@@ -152,6 +152,7 @@ class FoundLinear:
     """A prunable linear of a layer, or the output head, as if of a layer after the last, and where it lies.
 
     `turned`: as (in, out). `made_of`: the tensor that it was before it had one of its own, if it was another's.
+    `again`: it is a linear of another name, too, under which it is counted.
     """
 
     layer: int
@@ -159,6 +160,7 @@ class FoundLinear:
     place: Place
     turned: bool = False
     made_of: str | None = None
+    again: bool = False
 
     def weight(self, tensor: Tensor) -> Tensor:
         """Its matrix, (out, in), in the tensor that it lies in."""
@@ -189,9 +191,14 @@ def find_linears(
         for index in range(len(skeleton.layers)):
             for linear in skeleton.linears(index):
                 place = source.places.get(f"{skeleton.layer_prefix(index)}{linear}.weight")
-                if place is not None:
-                    one = FoundLinear(index, linear, place, architecture.transposed)
-                    found.setdefault(place.tensor, []).append(one)
+                if place is None:
+                    continue
+                one = FoundLinear(index, linear, place, architecture.transposed)
+                found.setdefault(place.tensor, []).append(one)
+                for other in skeleton.other_names(index, linear):
+                    also = source.places.get(f"{skeleton.layer_prefix(index)}{other}.weight", place)
+                    if also != place:
+                        found[also.tensor] = [replace(one, name=other, place=also, again=True)]
         if with_head:
             place = source.place(f"{skeleton.head_name}.weight")
             embedding = skeleton.model.get_input_embeddings().weight

@@ -128,6 +128,7 @@ class Job:
             tensors: by the checkpoint's names, as they were read.
         """
         skeleton = self.skeleton
+        self._check_shared(index, tensors)
         on_device = {key: tensor.to(skeleton.device, non_blocking=True) for key, tensor in tensors.items()}
         places = layer_places(skeleton, self.source, index)
         parameters = {name: place.of(on_device[place.tensor]) for name, place in places.items()}
@@ -136,6 +137,18 @@ class Job:
         names = self.linears(index)
         layer = DecoderLayer(module, names, arguments, self.architecture.transposed)
         return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
+
+    def _check_shared(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a linear of several names that is stored under two of them with different values."""
+        for name in self.linears(index) if index < self.layer_count else ():
+            first = self.source.place(f"{self.linear_name(index, name)}.weight")
+            for other in self.skeleton.other_names(index, name):
+                also = self.source.places.get(f"{self.linear_name(index, other)}.weight", first)
+                if not torch.equal(first.of(tensors[first.tensor]), also.of(tensors[also.tensor])):
+                    raise ModelError(
+                        f"{first.tensor} and {also.tensor} differ, and are one weight in the model",
+                        "get the checkpoint again; or, if they are meant to differ, say so in config.json",
+                    )
 
     def stored(self, index: int, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New weights of a layer's linears, (out, in), as the checkpoint keeps them, by its names.

@@ -1,6 +1,7 @@
 """Load a pruned checkpoint, packed or not, as an ordinary transformers model; its linears may stay packed in memory."""
 
 import warnings
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llm_barber.errors import ModelError, SettingsError
 from llm_barber.job import load_config
 from llm_barber.model.device import resolve_device
 from llm_barber.model.experts import Experts
-from llm_barber.model.skeleton import empty_model, untie_head
+from llm_barber.model.skeleton import empty_model, join_tied_linears, untie_head
 from llm_barber.naming import find_places
 from llm_barber.packed_linear import PackedLinear
 from llm_barber.semi_structured import check_device, convert
@@ -57,9 +58,11 @@ def load(
     with init_empty_weights(include_buffers=False):
         empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     empty.tie_weights()
+    join_tied_linears(empty)
     split = empty_model(config, dtype)
     source.places = find_places(split, source.tensors)
     untie_head(empty, {name: place.tensor for name, place in source.places.items()})
+    names_of = Counter(id(one) for _, one in empty.named_modules(remove_duplicate=False))
     for name in [name for name, _ in empty.named_parameters()]:  # of tied ones the first
         tensor = _read(source, name, tuple(empty.get_parameter(name).shape), split)
         path, _, leaf = name.rpartition(".")
@@ -69,7 +72,8 @@ def load(
                 f"{name} has shape {tuple(tensor.shape)}, the configuration says {tuple(getattr(owner, leaf).shape)}",
                 "config.json and the weights do not belong together",
             )
-        packed = pack(tensor.to(dtype)) if keep_packed and type(owner) is nn.Linear and leaf == "weight" else None
+        packs = keep_packed and type(owner) is nn.Linear and leaf == "weight" and names_of[id(owner)] == 1
+        packed = pack(tensor.to(dtype)) if packs else None
         if packed is None:
             setattr(owner, leaf, nn.Parameter(tensor.to(place, dtype), requires_grad=False))
         else:

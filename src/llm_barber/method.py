@@ -92,7 +92,8 @@ def prune_layer(
     if tuning is not None:
         tuned = tune_layer(layer, dense, pruned, tuning, streams)
         pruned = tuned.linears
-        errors = block_errors(layer, blocks, dense, pruned, tuning, streams)
+        windows = measured_windows(tuning, streams) if rebuild_settings is None else list(streams.batches())
+        errors = block_errors(layer, blocks, dense, pruned, windows, streams)
         outcomes = [
             (block, outcome.tuned(tuned), error) for (block, outcome, _), error in zip(outcomes, errors, strict=True)
         ]

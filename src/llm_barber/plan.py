@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
 from llm_barber.initial import CheckpointMasks
 from llm_barber.job import prepare
-from llm_barber.masking.pattern import NofM
+from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress, Silent
 from llm_barber.refine import RefineSettings
@@ -74,18 +74,20 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
         pattern += ", some linears their own" if config.sparsities else ""
         settings = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target)
+        refined: Pattern | None = target
     else:
         job = prepare(config.dense, config, None, progress)
         initial = CheckpointMasks(job, config.pruned, config.pattern)
         model, method, rebuilt = config.dense, f"mask of {config.pruned}", True
         pattern = str(initial.first_pattern or "unstructured")
+        refined = initial.first_pattern
         settings = rebuild_defaults(
             config.initial or initial.recorded_method,
             config.granularity,
             config.rebuild_ratio,
             initial.first_pattern,
         )
-    refining = RefineSettings.of(config, *job.tokens.input_ids.shape)
+    refining = RefineSettings.of(config, refined, *job.tokens.input_ids.shape)
     shapes = list(job.linear_shapes(job.source).values())
     if isinstance(config, PruneConfig):
         every = [

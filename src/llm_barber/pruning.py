@@ -29,7 +29,7 @@ from llm_barber.job import Job, prepare
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
 from llm_barber.memory import host_memory
-from llm_barber.method import InitialMasks, RebuildSettings, prune_layer
+from llm_barber.method import RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN
 from llm_barber.presets import Allocation, Reconstruct, Refine
 from llm_barber.progress import Progress, Silent
@@ -176,7 +176,7 @@ def _run(
     model: str,
     config: RunSettings,
     job: Job,
-    initial: InitialMasks,
+    initial: MethodMasks | CheckpointMasks,
     rebuild_settings: RebuildSettings | None,
     method: str,
     label: str,
@@ -200,7 +200,8 @@ def _run(
         began -= seconds["total"]
         progress.stage("embedding the calibration tokens")
         start = time.perf_counter()
-        refine_settings = RefineSettings.of(config, *job.tokens.input_ids.shape)
+        pattern = initial.targets.pattern if isinstance(initial, MethodMasks) else initial.first_pattern
+        refine_settings = RefineSettings.of(config, pattern, *job.tokens.input_ids.shape)
         with memory_said():
             streams = embed(job, _copy_outside(job, writer), refine_settings, host_memory(job, config, writer))
         if refine_settings is not None and refine_settings.target_mix:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_barber.initial import PrunedLinear
 from llm_barber.masking.least_squares import least_squares, squared_distance
-from llm_barber.masking.pattern import NofM
+from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
@@ -63,15 +63,22 @@ class RefineSettings:
     mask_passes: int = 0
 
     @classmethod
-    def of(cls, config: RunSettings, sequences: int, seqlen: int) -> "RefineSettings | None":
-        """What a run asks for, with so many calibration windows of so many tokens; None: no refining."""
+    def of(cls, config: RunSettings, pattern: Pattern | None, sequences: int, seqlen: int) -> "RefineSettings | None":
+        """What a run asks for; None: no refining.
+
+        Args:
+            config: of the run.
+            pattern: of most linears, or of those that were pruned before.
+            sequences: calibration windows.
+            seqlen: their tokens.
+        """
         solve = config.reconstruction is not Reconstruct.NONE
         if config.refinement is Refine.NONE and not solve:
             return None
         mix = config.target_mix
         if mix is None:
-            of_pattern = config.refinement is Refine.TUNE and getattr(config, "pattern", None) is not None
-            mix = PATTERN_TARGET_MIX if of_pattern else TARGET_MIX
+            tuned = config.refinement is Refine.TUNE and isinstance(pattern, NofM)
+            mix = PATTERN_TARGET_MIX if tuned else TARGET_MIX
         passes = config.tune_passes or min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
@@ -175,7 +182,8 @@ class Pass:
 
     def inputs(self, names: list[str], batch: slice, stream: str = "") -> dict[str, Tensor]:
         """The inputs of linears with the layer's present weights, (sequences, tokens, in)."""
-        return self.layer.inputs_of(names, self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream))
+        hidden, replays = self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream)
+        return self.layer.inputs_of(names, hidden, replays, None if self.last else self.block)
 
     def advance_dense(self, batch: slice) -> None:
         """Run the block, with dense weights, on the dense stream; the layer's output waits as `DENSE + NEXT`."""
@@ -274,12 +282,14 @@ def block_errors(
     blocks: Sequence[Block],
     dense: Mapping[str, Tensor],
     pruned: Mapping[str, PrunedLinear],
-    settings: RefineSettings,
+    windows: list[slice],
     streams: ActivationStreams,
 ) -> list[float | None]:
-    """The mean reconstruction error of each block of a final layer, behind the others; None: it has no linears."""
+    """The mean reconstruction error of each block of a final layer, behind the others; None: it has no linears.
+
+    Over some windows, as `measured_windows` says.
+    """
     found: list[float | None] = []
-    windows = measured_windows(settings, streams)
     layer.set_weights({name: one.weight for name, one in pruned.items()})
     final: list[Block] = []
     for block in blocks:
@@ -367,7 +377,8 @@ def refine_linear(
         keep = _swap(pruned, weight, training.gram, linear, held_out, swaps)
     values = pruned.values
     if settings.solve:
-        values = _solve(keep, weight, training.gram, linear, held_out).to(pruned.values.dtype)
+        free = keep if pruned.fixed is None else keep & ~pruned.fixed  # zeros of the dense model stay zeros
+        values = _solve(free, weight, training.gram, linear, held_out).to(pruned.values.dtype)
     swapped = int((keep & ~pruned.keep).sum())
     return replace(pruned, values=values).with_mask(keep), swapped
 

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llm_barber.initial import PrunedLinear, collect_inputs
+from llm_barber.initial import PrunedLinear, collect_inputs, with_few_tokens
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.scores import mask_of, starting_scores
+from llm_barber.masking.scores import mask_of, pruned_of, starting_scores
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.model.block import DecoderLayer
@@ -92,6 +92,8 @@ class _Values:
     def __init__(self, layer: DecoderLayer, pruned: Linears, _: ActivationStreams) -> None:
         self._layer = layer
         self._pruned = pruned
+        # A weight that is zero in the dense model is no weight that could change, nor is one of an idle expert.
+        self._free = {name: one.keep if one.fixed is None else one.keep & ~one.fixed for name, one in pruned.items()}
         self._values = {name: one.final.float().clone().requires_grad_() for name, one in pruned.items()}
 
     def groups(self) -> list[dict[str, object]]:
@@ -106,7 +108,7 @@ class _Values:
 
     def take(self, gradients: Mapping[str, Tensor]) -> None:
         for name, one in self._values.items():
-            one.grad = gradients[name] * self._pruned[name].keep
+            one.grad = gradients[name] * self._free[name]
 
     def moved(self) -> None:
         pass
@@ -124,14 +126,18 @@ class _Masks:
 
     def __init__(self, layer: DecoderLayer, pruned: Linears, streams: ActivationStreams) -> None:
         layer.set_weights({name: one.weight for name, one in pruned.items()})
+        layer.forget_tokens()
         squares = collect_inputs(layer, streams, InputSquares)
         self._now = dict(pruned)
+        for name in with_few_tokens(layer, streams):
+            if pruned[name].few_tokens is None:  # nobody has looked yet
+                self._now[name] = pruned[name].left_alone()
         self._scores = {
             name: starting_scores(one.keep, wanda(one.values, squares[name].mean), one.pattern, one.fixed)
-            for name, one in pruned.items()
+            for name, one in self._now.items()
             if not one.few_tokens
         }
-        self._counts = {name: (~one.keep).sum(1) for name, one in pruned.items()}
+        self._pruned = {name: pruned_of(one.keep, one.pattern) for name, one in pruned.items()}
 
     def groups(self) -> list[dict[str, object]]:
         found: list[dict[str, object]] = []
@@ -149,7 +155,7 @@ class _Masks:
 
     def moved(self) -> None:
         for name, one in self._scores.items():
-            keep = mask_of(one.detach(), self._counts[name], self._now[name].pattern)
+            keep = mask_of(one.detach(), self._pruned[name], self._now[name].pattern)
             self._now[name] = self._now[name].with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:
@@ -160,10 +166,13 @@ def _descend(
     moving: _Moving, layer: DecoderLayer, settings: RefineSettings, streams: ActivationStreams, passes: int
 ) -> tuple[dict[str, PrunedLinear], bool]:
     """The linears after the pass that held-out windows like best, and whether that is any."""
+    groups = moving.groups()
+    if not groups:
+        return moving.linears(), False
     steps = settings.steps(streams)
     total = passes * len(steps)
     held_out = streams.split(settings.held_out)[1]
-    optimizer = torch.optim.Adam(moving.groups(), betas=MOMENTUM, fused=True)
+    optimizer = torch.optim.Adam(groups, betas=MOMENTUM, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
     def loss(weights: Mapping[str, Tensor], batch: slice) -> Tensor:
@@ -196,7 +205,7 @@ def _descend(
             schedule.step()
             moving.moved()
         error = held_out_error()
-        if settings.held_out and error >= lowest:
+        if settings.held_out and not error < lowest:
             without_gain += 1
             if without_gain == PATIENCE:
                 break

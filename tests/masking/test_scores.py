@@ -4,7 +4,7 @@ import torch
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.masking.scores import AHEAD, mask_of, starting_scores
+from llm_barber.masking.scores import AHEAD, mask_of, pruned_of, starting_scores
 
 SALIENCY = torch.tensor([[4.0, 1.0, 2.0, 1.0], [8.0, 8.0, 0.0, 0.0]])
 
@@ -31,9 +31,9 @@ def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bo
     other = saliency if same else torch.randint(0, 5, (20, 42), generator=generator).float()
     keep = initial_mask(other, pattern or Unstructured(0.6, over_linear=True), Granularity.OUTPUT)
     scores = starting_scores(keep, saliency, pattern)
-    assert torch.equal(mask_of(scores, (~keep).sum(1), pattern), keep)
+    assert torch.equal(mask_of(scores, pruned_of(keep, pattern), pattern), keep)
     # Whatever the scores, as many are kept of each row and group.
-    moved = mask_of(scores + torch.randn(scores.shape, generator=generator), (~keep).sum(1), pattern)
+    moved = mask_of(scores + torch.randn(scores.shape, generator=generator), pruned_of(keep, pattern), pattern)
     assert torch.equal(moved.sum(1), keep.sum(1))
     if pattern is not None:
         covered = pattern.covered(42)
@@ -46,6 +46,22 @@ def test_what_is_fixed_stays_and_rows_may_be_empty_or_full() -> None:
     fixed = torch.zeros_like(keep)
     fixed[0, 2] = True
     scores = starting_scores(keep, torch.zeros(3, 4), None, fixed)
-    assert torch.equal(mask_of(scores, (~keep).sum(1), None), keep)
+    assert torch.equal(mask_of(scores, pruned_of(keep, None), None), keep)
     scores -= torch.tensor([9.0, 0, 9, 0])
-    assert mask_of(scores, (~keep).sum(1), None)[0].tolist() == [False, False, True, True]
+    assert mask_of(scores, pruned_of(keep, None), None)[0].tolist() == [False, False, True, True]
+
+
+def test_zeros_of_the_dense_model_count_as_kept_and_stay() -> None:
+    """Groups of 2:4 in which three, two and all four are kept, since some of them are zero."""
+    keep = torch.tensor([[True, True, True, False, True, True, False, False, True, True, True, True]])
+    fixed = torch.tensor([[True, False, False, False, False, True, False, False, True, True, False, False]])
+    saliency = torch.tensor([[0.0, 1, 2, 3, 4, 0, 6, 5, 0, 0, 7, 8]])
+    pattern = NofM(2, 4)
+    scores = starting_scores(keep, saliency, pattern, fixed)
+    assert pruned_of(keep, pattern).tolist() == [[1, 2, 0]]
+    assert torch.equal(mask_of(scores, pruned_of(keep, pattern), pattern), keep)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        moved = mask_of(scores + 5 * torch.randn(1, 12, generator=generator), pruned_of(keep, pattern), pattern)
+        assert torch.equal(pruned_of(moved, pattern), pruned_of(keep, pattern))
+        assert moved[fixed].all()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from llm_barber import PruneConfig, prune
+from llm_barber import InspectConfig, PruneConfig, inspect, load, prune
 from llm_barber.errors import ModelError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured
@@ -92,6 +92,51 @@ def test_every_method_prunes_it_once(tmp_path: Path, model: Path, settings: dict
     for name in NAMES:
         assert (written[f"{name}.q_proj.weight"] == 0).float().mean() > 0.3
         assert torch.equal(written[f"{name}.q_proj.weight"], written[f"{name}.o_proj.weight"])
+
+
+def test_inspected_and_loaded_packed(tmp_path: Path, model: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    settings = {"model": model, "calibration": tokens, "dtype": "float32", "initial": "wanda", "sparsity": 0.7}
+    prune(PruneConfig(output=tmp_path / "out", **settings))
+    prune(PruneConfig(output=tmp_path / "packed", format="packed", **settings))
+    for output in (tmp_path / "out", tmp_path / "packed"):
+        assert not inspect(InspectConfig(model=output, dense=str(model))).problems
+    texts = load_file(tokens)["input_ids"]
+    plain = load(tmp_path / "out")(texts).logits
+    torch.testing.assert_close(load(tmp_path / "packed", keep_packed=True)(texts).logits, plain)
+
+
+def test_two_values_of_one_weight_are_refused(tmp_path: Path, model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{NAMES[1]}.o_proj.weight"] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    with pytest.raises(ModelError, match="o_proj.weight differ, and are one weight"):
+        prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens))
+
+
+@pytest.mark.parametrize("settings", [{"preset": "best"}, {"preset": "mask", "refine": "swaps"}, {"initial": "wanda"}])
+def test_shared_by_two_blocks(tmp_path: Path, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path / "dense", "llama", num_hidden_layers=2, intermediate_size=32)
+    tensors = load_file(folder / "model.safetensors")
+    for index in range(2):
+        name = f"model.layers.{index}"
+        tensors[f"{name}.mlp.down_proj.weight"] = tensors[f"{name}.self_attn.o_proj.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    make = modeling_llama.LlamaDecoderLayer.__init__
+
+    def share(layer: nn.Module, *arguments: Any, **keywords: Any) -> None:
+        make(layer, *arguments, **keywords)
+        layer.mlp.down_proj = layer.self_attn.o_proj
+
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "__init__", share)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=8)
+    report = prune(PruneConfig(model=folder, output=tmp_path / "out", calibration=tokens, dtype="float32", **settings))
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    written = read_folder(tmp_path / "out")
+    for index in range(2):
+        name = f"model.layers.{index}"
+        assert torch.equal(written[f"{name}.mlp.down_proj.weight"], written[f"{name}.self_attn.o_proj.weight"])
 
 
 def test_a_checkpoint_that_has_it_once(tmp_path: Path, model: Path) -> None:

@@ -100,7 +100,6 @@ def test_models_that_unpack_what_layers_return(tmp_path: Path, monkeypatch: pyte
     """Three things: found by trying; and none that would do is said."""
     make_model(tmp_path / "dense", "llama", num_hidden_layers=2)
     config = AutoConfig.from_pretrained(tmp_path / "dense")
-    skeleton = Skeleton(config, find_architecture(config), torch.device("cpu"), torch.float32)
 
     def unpack(count: int) -> Callable[..., Any]:
         def forward(model: torch.nn.Module, input_ids: torch.Tensor, **_: Any) -> None:
@@ -112,10 +111,11 @@ def test_models_that_unpack_what_layers_return(tmp_path: Path, monkeypatch: pyte
 
         return forward
 
-    for count in (2, 7):
+    for count in (0, 2, 5, 9):
         monkeypatch.setattr(modeling_llama.LlamaModel, "forward", unpack(count))
         tokens = torch.zeros(2, 4, dtype=torch.int64)
-        if count == 2:
+        skeleton = Skeleton(config, find_architecture(config), torch.device("cpu"), torch.float32)
+        if count < 9:
             skeleton.embed(tokens, lambda hidden: None)
         else:
             with pytest.raises(ModelError, match="stepped over: not enough values"):

@@ -32,20 +32,30 @@ def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed:
         float32, (out, in); the mean of a row is about 1.
     """
     scores = saliency / saliency.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    if pattern is None:
-        ordered = scores.sort(1).values
-        pruned = (~keep).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)
-        border = (ordered.gather(1, pruned) + ordered.gather(1, (pruned - 1).clamp(min=0))) / 2
-    else:
-        ordered = by_pattern_group(scores, pattern).sort(-1).values
-        place = pattern.of - pattern.kept
-        border = torch.zeros_like(scores)
-        by_pattern_group(border, pattern).copy_(ordered[..., place - 1 : place + 1].mean(-1, keepdim=True))
+    stays = torch.zeros_like(keep) if fixed is None else fixed & keep
+    ordered = _groups(scores.masked_fill(stays, torch.inf), pattern).sort(-1).values
+    pruned = pruned_of(keep, pattern).unsqueeze(-1)
+    last, first = (ordered.gather(-1, (pruned + one).clamp(0, ordered.shape[-1] - 1)) for one in (-1, 0))
+    border = torch.zeros_like(scores)
+    # Where nothing is left to go, what would be the first of the kept ones is infinite.
+    _groups(border, pattern).copy_(torch.where(first.isfinite(), (last + first) / 2, last))
     beyond = scores - border
     up = torch.maximum(scores, border) + AHEAD / (1 - beyond.clamp(max=0))
     down = torch.minimum(scores, border) - AHEAD / (1 + beyond.clamp(min=0))
-    scores = torch.where(keep, up, down)
-    return scores if fixed is None else scores.masked_fill(fixed & keep, torch.inf)
+    return torch.where(keep, up, down).masked_fill(stays, torch.inf)
+
+
+def pruned_of(keep: Tensor, pattern: NofM | None) -> Tensor:
+    """How many go of each row, or group of M: int64 (out, groups), of a mask, bool (out, in).
+
+    Not M - N everywhere: zeros of the dense model count as kept.
+    """
+    return (~_groups(keep, pattern)).sum(-1)
+
+
+def _groups(tensor: Tensor, pattern: NofM | None) -> Tensor:
+    """A view of (out, in) as (out, groups, members): whole rows, or whole groups of M."""
+    return tensor.unsqueeze(1) if pattern is None else by_pattern_group(tensor, pattern)
 
 
 def mask_of(scores: Tensor, pruned: Tensor, pattern: NofM | None) -> Tensor:
@@ -53,15 +63,15 @@ def mask_of(scores: Tensor, pruned: Tensor, pattern: NofM | None) -> Tensor:
 
     Args:
         scores: float32, (out, in).
-        pruned: how many go of each row, int64 (out,); not for N:M.
+        pruned: how many go of each row or group of M, int64 (out, groups); see `pruned_of`.
         pattern: N:M, if the mask has one; the tail of its rows is kept.
 
     Returns:
         bool, (out, in), True survives.
     """
     if pattern is None:
-        return ~lowest(scores, pruned)
+        return ~lowest(scores, pruned[:, 0])
     keep = torch.ones_like(scores, dtype=torch.bool)
     ranks = rank_within(by_pattern_group(scores, pattern))
-    by_pattern_group(keep, pattern).copy_(ranks >= pattern.of - pattern.kept)
+    by_pattern_group(keep, pattern).copy_(ranks >= pruned.unsqueeze(-1))
     return keep

@@ -57,7 +57,7 @@ class BatchesAhead:
         """
         rows, copied = self._coming.pop(name, (None, None))
         if copied is None or rows != batch:
-            copied = self._copier.start(array[batch])
+            copied = self._copier.start(array[batch].contiguous())
         following = slice(batch.stop, min(2 * batch.stop - batch.start, len(array)))
         if batch.step is None and following.start < following.stop:
             self._coming[name] = following, self._copier.start(array[following])

@@ -143,15 +143,22 @@ class DecoderLayer:
         return [group for group in found if group]
 
     @torch.no_grad()
-    def inputs_of(self, names: Collection[str], hidden: Tensor, replays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def inputs_of(
+        self, names: Collection[str], hidden: Tensor, replays: Mapping[str, Tensor], block: Block | None = None
+    ) -> dict[str, Tensor]:
         """The inputs of some linears, (sequences, tokens, in), with the layer's present weights; no more is computed.
 
         Args:
             names: of the linears.
             hidden: the layer's input, (sequences, tokens, hidden).
             replays: as in `block_output`.
+            block: what they are given after it, if they are called again, does not count.
         """
-        with self.noted(names, len(hidden), stop=True) as found, self._replayed(replays):
+        with ExitStack() as stack:
+            found = stack.enter_context(self.noted(names, len(hidden), stop=True))
+            if block is not None:
+                stack.enter_context(self._stop_at(block, [], len(hidden)))
+            stack.enter_context(self._replayed(replays))
             self._run(hidden)
         return found
 
@@ -326,13 +333,18 @@ class DecoderLayer:
             output = self.module(hidden, **self._arguments(hidden.shape[0], hidden.shape[1]))
         except _Reached:
             return None
-        self.tail = None if isinstance(output, Tensor) else len(output) - 1
-        states: Tensor = output if isinstance(output, Tensor) else output[0]
+        states = output[0] if isinstance(output, tuple | list) and output else output
+        if not isinstance(states, Tensor):
+            raise ModelError(
+                f"{type(self.module).__name__} returns a {type(output).__name__}, neither states nor a tuple with them",
+                "such models cannot be pruned yet: open an issue that names it",
+            )
         if states.shape != hidden.shape:
             raise ModelError(
                 f"{type(self.module).__name__} makes states of shape {tuple(states.shape)} from {tuple(hidden.shape)}",
                 "models whose layers change the shape of the states cannot be pruned yet: open an issue that names it",
             )
+        self.tail = None if isinstance(output, Tensor) else len(output) - 1
         return states
 
     @contextmanager

@@ -15,7 +15,7 @@ from llm_barber.model.architecture import Architecture
 from llm_barber.model.experts import split_experts
 
 Arguments = dict[str, Any]
-STEPPED_OVER: tuple[int | None, ...] = (1, None, 2, 3)  # what to try; see `DecoderLayer.tail`
+STEPPED_OVER: tuple[int | None, ...] = (1, None, 0, 2, 3, 4, 5, 6, 7)  # what to try; see `DecoderLayer.tail`
 
 
 class _LayersReached(Exception):  # noqa: N818 - a signal, not an error
@@ -314,12 +314,12 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     split_experts(model)
     model.tie_weights()
-    _join_tied_linears(model)
+    join_tied_linears(model)
     model.eval().requires_grad_(False)
     return model
 
 
-def _join_tied_linears(model: nn.Module) -> None:
+def join_tied_linears(model: nn.Module) -> None:
     """Put one module where two linears have the same parameters: what it is called with is then seen as its own."""
     first: dict[tuple[int, int], nn.Module] = {}
     for module in list(model.modules()):

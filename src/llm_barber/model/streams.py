@@ -111,7 +111,9 @@ class ActivationStreams:
     def read(self, name: str, batch: slice) -> Tensor:
         """A batch, on the device; the next one is already on its way."""
         array = self._arrays[name]
-        return array[batch].to(self.device) if self._ahead is None else self._ahead.read(name, array, batch)
+        if self._ahead is not None:
+            return self._ahead.read(name, array, batch)
+        return array[batch].contiguous().to(self.device)  # some layers take views, which scattered sequences have not
 
     def kept(self, values: Tensor) -> Tensor:
         """A copy in an array of its own."""

@@ -58,7 +58,7 @@ class Recipe:
             pattern=pattern,
             allocation=config.allocated_by,
             granularity=granularity if config.rebuilds else None,
-            refine=RefineSettings.of(config, config.samples, config.seqlen),
+            refine=RefineSettings.of(config, config.target, config.samples, config.seqlen),
             prunes_head=config.prune_head,
         )
 
