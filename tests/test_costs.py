@@ -25,7 +25,7 @@ from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes, mo
 from llm_barber.planning.table import amount, duration
 from llm_barber.planning.work import Work
 from llm_barber.presets import Allocation
-from llm_barber.refine import RefineSettings
+from llm_barber.refine_settings import RefineSettings
 from tests.conftest import FAMILIES
 
 LLAMA_8B = {

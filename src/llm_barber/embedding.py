@@ -12,7 +12,7 @@ from llm_barber.errors import BarberError
 from llm_barber.job import Job
 from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
 from llm_barber.progress import Progress
-from llm_barber.refine import RefineSettings
+from llm_barber.refine_settings import RefineSettings
 
 Found = TypeVar("Found")
 

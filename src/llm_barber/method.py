@@ -21,7 +21,8 @@ from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block, only
 from llm_barber.model.block import DecoderLayer, reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
-from llm_barber.refine import Pass, RefineSettings, block_errors, measured_windows, refine_block
+from llm_barber.refine import Pass, block_errors, measured_windows, refine_block
+from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import BlockResult, LinearResult
 from llm_barber.tune import Tuned, tune_layer
 

@@ -10,7 +10,7 @@ from llm_barber.job import prepare
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress, Silent
-from llm_barber.refine import RefineSettings
+from llm_barber.refine_settings import RefineSettings
 
 
 class Plan(BaseModel):

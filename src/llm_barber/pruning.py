@@ -34,7 +34,7 @@ from llm_barber.model.streams import DENSE, HIDDEN
 from llm_barber.presets import Allocation, Reconstruct, Refine
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
-from llm_barber.refine import RefineSettings
+from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import (
     PAGE_NAME,
     KeptWeights,

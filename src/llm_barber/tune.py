@@ -21,7 +21,7 @@ from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
-from llm_barber.refine import RefineSettings
+from llm_barber.refine_settings import RefineSettings
 
 TARGET = "target"  # what the layer's output should be
 WEIGHT_RATE = 0.01  # of Adam, as a share of the root mean square of a linear's kept weights
@@ -89,8 +89,7 @@ class _Moving(Protocol):
 class _Values:
     """The kept weights, masks fixed."""
 
-    def __init__(self, layer: DecoderLayer, pruned: Linears, _: ActivationStreams) -> None:
-        self._layer = layer
+    def __init__(self, _layer: DecoderLayer, pruned: Linears, _streams: ActivationStreams) -> None:
         self._pruned = pruned
         # A weight that is zero in the dense model is no weight that could change, nor is one of an idle expert.
         self._free = {name: one.keep if one.fixed is None else one.keep & ~one.fixed for name, one in pruned.items()}
@@ -191,12 +190,13 @@ def _descend(
     best, lowest, gained, without_gain = moving.linears(), held_out_error(), False, 0
     for _ in range(passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
-            weights = {name: one.to(layer.dtype).requires_grad_() for name, one in moving.weights().items()}
+            weights = {name: one.to(layer.dtype).detach().requires_grad_() for name, one in moving.weights().items()}
             sums = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in weights.items()}
             for batch in steps[step].own:
-                found = torch.autograd.grad(loss(weights, batch), list(weights.values()))
+                found = torch.autograd.grad(loss(weights, batch), list(weights.values()), allow_unused=True)
                 for name, one in zip(weights, found, strict=True):
-                    sums[name] += one
+                    if one is not None:  # an expert may be given nothing
+                        sums[name] += one
             for one in sums.values():
                 streams.ranks.add_tensor(one)
                 one /= steps[step].sequences

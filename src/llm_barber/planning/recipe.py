@@ -11,7 +11,8 @@ from llm_barber.config import Initial, PruneConfig, rebuild_defaults
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
 from llm_barber.presets import Allocation
-from llm_barber.refine import SEQUENCES_A_STEP, SWAP_STAGES, RefineSettings
+from llm_barber.refine import SWAP_STAGES
+from llm_barber.refine_settings import SEQUENCES_A_STEP, RefineSettings
 
 # Looked at in runs (benchmarks/plan_accuracy.py's models): a row's swaps that gain, as a share of its weights, and how
 # many a round makes after its first.

@@ -1,0 +1,123 @@
+"""What a run does beyond the initial mask and its rebuild, resolved to numbers; and the steps of tuning."""
+
+import math
+from dataclasses import dataclass, replace
+
+from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.model.streams import ActivationStreams, pieces
+from llm_barber.presets import (
+    FEWEST_PASSES,
+    MOST_PASSES,
+    PATTERN_SWAPS,
+    PATTERN_TARGET_MIX,
+    SWAPS,
+    TARGET_MIX,
+    TUNE_TOKENS,
+    Reconstruct,
+    Refine,
+)
+from llm_barber.settings import RunSettings
+
+SEQUENCES_A_STEP = 4  # of tuning
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """`swaps`: most swaps a row; None: the default, 0: none. `target_mix`: see above. `solve`: least squares.
+
+    `tune`: passes that tune the kept weights of a layer, `mask_passes` its masks (`tune.py`). `held_out`: calibration
+    windows, the last ones.
+    """
+
+    swaps: int | None
+    target_mix: float
+    solve: bool
+    tune: int
+    held_out: int
+    mask_passes: int = 0
+
+    @classmethod
+    def of(cls, config: RunSettings, pattern: Pattern | None, sequences: int, seqlen: int) -> "RefineSettings | None":
+        """What a run asks for; None: no refining.
+
+        Args:
+            config: of the run.
+            pattern: of most linears, or of those that were pruned before.
+            sequences: calibration windows.
+            seqlen: their tokens.
+        """
+        solve = config.reconstruction is not Reconstruct.NONE
+        if config.refinement is Refine.NONE and not solve:
+            return None
+        mix = config.target_mix
+        if mix is None:
+            tuned = config.refinement is Refine.TUNE and isinstance(pattern, NofM)
+            mix = PATTERN_TARGET_MIX if tuned else TARGET_MIX
+        passes = config.tune_passes or min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES)
+        return cls(
+            swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
+            target_mix=mix,
+            solve=solve and config.refinement is not Refine.TUNE,  # which moves masks after linears are solved
+            tune=passes if config.reconstruction is Reconstruct.TUNE else 0,
+            held_out=min(math.ceil(config.guard * sequences), sequences - 1),
+            mask_passes=passes if config.refinement is Refine.TUNE else 0,
+        )
+
+    @property
+    def of_linears(self) -> bool:
+        """Is anything done to linears one by one, not to layers?"""
+        return self.swaps != 0 or self.solve
+
+    @property
+    def of_layers(self) -> bool:
+        """Are layers tuned?"""
+        return bool(self.mask_passes or self.tune)
+
+    @property
+    def of_head(self) -> "RefineSettings":
+        """For the output head, which is no layer that could be tuned: by swaps, and least squares."""
+        return replace(self, swaps=None if self.mask_passes else self.swaps, solve=self.solve or self.tune > 0)
+
+    def swaps_of(self, pattern: NofM | None) -> int:
+        """Most swaps of a row."""
+        if self.swaps is None:
+            return SWAPS if pattern is None else PATTERN_SWAPS
+        return self.swaps
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        most = f"{SWAPS} (with N:M {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
+        parts = [
+            f"at most {most} exact swaps a row" if self.swaps != 0 else "",
+            "least squares of the kept weights" if self.solve else "",
+            f"at most {self.mask_passes} passes that tune masks" if self.mask_passes else "",
+            f"at most {self.tune} passes that tune weights" if self.tune else "",
+        ]
+        return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {self.held_out} windows held out)"
+
+    def steps(self, streams: ActivationStreams) -> list["Step"]:
+        """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work."""
+        training, border = streams.every - self.held_out, streams.border(self.held_out)
+        count = math.ceil(training / max(SEQUENCES_A_STEP, streams.ranks.count))
+        found = []
+        for step in range(count):
+            own = range((step - streams.first) % count, border, count)
+            parts = [own[batch] for batch in pieces(0, len(own), streams.batch_size)]
+            batches = [slice(part.start, part.stop, part.step) for part in parts]
+            found.append(Step(batches, len(range(step, training, count))))
+        return found
+
+    def batch_sizes(self, streams: ActivationStreams) -> set[int]:
+        """Numbers of sequences that the layers are called with."""
+        training, held_out = streams.split(self.held_out)
+        tuning = [batch for step in self.steps(streams) for batch in step.own] if self.of_layers else []
+        return {len(range(streams.sequences)[batch]) for batch in (*training, *held_out, *tuning)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of tuning: this process's sequences, batch by batch, and how many there are in all processes."""
+
+    own: list[slice]
+    sequences: int
