@@ -31,7 +31,7 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.memory import host_memory
 from llm_barber.method import RebuildSettings, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN
-from llm_barber.presets import Allocation, Reconstruct, Refine
+from llm_barber.presets import Allocation, Reconstruct
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
 from llm_barber.refine_settings import RefineSettings
@@ -152,11 +152,9 @@ def _run_key(command: str, config: RunSettings, job: Job) -> dict[str, Any]:
     """What a run's result depends on, each by the name that a message can say."""
     settings = config.model_dump(mode="json", exclude=UNLIKE)
     key = {"command": command, **settings, "model's files": source_key(job.source.folder)}
-    tunes = config.reconstruction is Reconstruct.TUNE or config.refinement is Refine.TUNE
     if isinstance(config, RebuildConfig):
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
     return key | {
-        **({"batch size": job.batch_size} if tunes else {}),
         "calibration text": job.tokens.digest,
         "device": str(job.skeleton.device),
         "dtype": str(job.skeleton.dtype),
