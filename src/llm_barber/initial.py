@@ -53,6 +53,11 @@ class PrunedLinear:
         return replace(self, fixed=torch.ones_like(self.keep), few_tokens=True)
 
     @property
+    def free(self) -> Tensor:
+        """Kept weights that may change, bool (out, in): neither zero in the dense model, nor of an idle expert."""
+        return self.keep if self.fixed is None else self.keep & ~self.fixed
+
+    @property
     def final(self) -> Tensor:
         """What is written: its values under its mask."""
         return apply_mask(self.values, self.keep)

@@ -138,12 +138,17 @@ class Job:
         layer = DecoderLayer(module, names, arguments, self.architecture.transposed)
         return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
 
+    def _other_places(self, index: int, linear: str) -> list[Place]:
+        """Where else the checkpoint keeps a linear of several names."""
+        names = [self.linear_name(index, other) for other in self.skeleton.other_names(index, linear)]
+        found = [self.source.places[f"{name}.weight"] for name in names if f"{name}.weight" in self.source.places]
+        return [place for place in found if place != self.source.place(f"{self.linear_name(index, linear)}.weight")]
+
     def _check_shared(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a linear of several names that is stored under two of them with different values."""
         for name in self.linears(index) if index < self.layer_count else ():
             first = self.source.place(f"{self.linear_name(index, name)}.weight")
-            for other in self.skeleton.other_names(index, name):
-                also = self.source.places.get(f"{self.linear_name(index, other)}.weight", first)
+            for also in self._other_places(index, name):
                 if not torch.equal(first.of(tensors[first.tensor]), also.of(tensors[also.tensor])):
                     raise ModelError(
                         f"{first.tensor} and {also.tensor} differ, and are one weight in the model",
@@ -164,10 +169,8 @@ class Job:
             weight = self.architecture.turned(weight)
             if place.part is None:
                 found[place.tensor] = weight
-                for other in self.skeleton.other_names(index, name):
-                    also = self.source.places.get(f"{self.linear_name(index, other)}.weight", place)
-                    if also.tensor != place.tensor:
-                        found[also.tensor] = weight.clone()  # a file holds no memory twice
+                for also in self._other_places(index, name):
+                    found[also.tensor] = weight.clone()  # a file holds no memory twice
             else:
                 place.of(tensors[place.tensor]).copy_(weight)
                 found[place.tensor] = tensors[place.tensor]

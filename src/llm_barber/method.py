@@ -98,7 +98,6 @@ def prune_layer(
         outcomes = [
             (block, outcome.tuned(tuned), error) for (block, outcome, _), error in zip(outcomes, errors, strict=True)
         ]
-        layer.set_weights({name: one.weight for name, one in pruned.items()})
         if math.isnan(_propagate(Pass(layer, blocks[-1], [], streams, last=True), None) or 0):
             raise _not_finite(f"the output of layer {index}")
     weights = {name: one.final for name, one in pruned.items()}

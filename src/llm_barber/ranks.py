@@ -67,12 +67,6 @@ class Ranks:
         if self.count > 1:
             dist.all_reduce(one)
 
-    def every(self, value: float) -> list[float]:
-        """What each process has."""
-        own = [0.0] * self.count
-        own[self.rank] = value
-        return self.total(*own)
-
     def total(self, *values: float) -> list[float]:
         """The sums of numbers over all processes."""
         if self.count == 1:

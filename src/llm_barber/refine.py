@@ -172,7 +172,7 @@ def block_errors(
 ) -> list[float | None]:
     """The mean reconstruction error of each block of a final layer, behind the others; None: it has no linears.
 
-    Over some windows, as `measured_windows` says.
+    Over some windows, as `measured_windows` says. The layer has its pruned weights then.
     """
     found: list[float | None] = []
     layer.set_weights({name: one.weight for name, one in pruned.items()})
@@ -262,7 +262,7 @@ def refine_linear(
         keep = _swap(pruned, weight, training.gram, linear, held_out, swaps)
     values = pruned.values
     if settings.solve:
-        free = keep if pruned.fixed is None else keep & ~pruned.fixed  # zeros of the dense model stay zeros
+        free = replace(pruned, keep=keep).free
         values = _solve(free, weight, training.gram, linear, held_out).to(pruned.values.dtype)
     swapped = int((keep & ~pruned.keep).sum())
     return replace(pruned, values=values).with_mask(keep), swapped

@@ -96,10 +96,14 @@ class RefineSettings:
         ]
         return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {self.held_out} windows held out)"
 
+    def step_count(self, sequences: int, processes: int) -> int:
+        """Steps of a pass of tuning, which so many processes share."""
+        return math.ceil((sequences - self.held_out) / max(SEQUENCES_A_STEP, processes))
+
     def steps(self, streams: ActivationStreams) -> list["Step"]:
         """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work."""
         training, border = streams.every - self.held_out, streams.border(self.held_out)
-        count = math.ceil(training / max(SEQUENCES_A_STEP, streams.ranks.count))
+        count = self.step_count(streams.every, streams.ranks.count)
         found = []
         for step in range(count):
             own = range((step - streams.first) % count, border, count)

@@ -91,8 +91,7 @@ class _Values:
 
     def __init__(self, _layer: DecoderLayer, pruned: Linears, _streams: ActivationStreams) -> None:
         self._pruned = pruned
-        # A weight that is zero in the dense model is no weight that could change, nor is one of an idle expert.
-        self._free = {name: one.keep if one.fixed is None else one.keep & ~one.fixed for name, one in pruned.items()}
+        self._free = {name: one.free for name, one in pruned.items()}
         self._values = {name: one.final.float().clone().requires_grad_() for name, one in pruned.items()}
 
     def groups(self) -> list[dict[str, object]]:

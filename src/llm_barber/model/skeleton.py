@@ -1,7 +1,7 @@
 """An empty model on `meta`: it embeds the calibration tokens, then takes one decoder layer's weights in and out."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any
 
@@ -133,9 +133,16 @@ class Skeleton:
 
     def other_names(self, index: int, linear: str) -> list[str]:
         """The other paths, inside a layer, of a linear that has several."""
-        module = self.layers[index].get_submodule(linear)
-        paths = self.layers[index].named_modules(remove_duplicate=False)
-        return [path for path, one in paths if one is module and path != linear]
+        return [path for path in self._paths[index][id(self.layers[index].get_submodule(linear))] if path != linear]
+
+    @cached_property
+    def _paths(self) -> list[dict[int, list[str]]]:
+        """Of each layer, the paths of its modules."""
+        found: list[dict[int, list[str]]] = [{} for _ in self.layers]
+        for paths, layer in zip(found, self.layers, strict=True):
+            for path, module in layer.named_modules(remove_duplicate=False):
+                paths.setdefault(id(module), []).append(path)
+        return found
 
     def fill_outside(self, weights: Mapping[str, Tensor]) -> None:
         """Give the model parameters outside the decoder layers, by the model's names."""

@@ -12,7 +12,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
 from llm_barber.presets import Allocation
 from llm_barber.refine import SWAP_STAGES
-from llm_barber.refine_settings import SEQUENCES_A_STEP, RefineSettings
+from llm_barber.refine_settings import RefineSettings
 
 # Looked at in runs (benchmarks/plan_accuracy.py's models): a row's swaps that gain, as a share of its weights, and how
 # many a round makes after its first.
@@ -123,6 +123,4 @@ class Recipe:
     @property
     def tune_steps(self) -> int:
         """Steps of a pass of tuning, which processes share."""
-        if self.refine is None:
-            return 0
-        return math.ceil((self.sequences - self.refine.held_out) / max(SEQUENCES_A_STEP, self.processes))
+        return 0 if self.refine is None else self.refine.step_count(self.sequences, self.processes)
