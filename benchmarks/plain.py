@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llm_barber.calibration import load_calibration
-from llm_barber.job import load_tokenizer
+from llm_barber.opening import load_tokenizer
 
 SPARSITY, RATIO = 0.5, 0.1
 PLAIN = "plain"

@@ -62,7 +62,7 @@ def test_owl_in_a_streamed_run_equals_owl_in_memory(
     assert (written["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() > 0.6
     # It goes on with the sparsities that it had, without another pass over the dense model.
     stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="owl", sparsity=0.6)
-    monkeypatch.setattr("llm_barber.pruning.allocate", None)
+    monkeypatch.setattr("llm_barber.run.allocate", None)
     prune(
         PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, rebuild=False, resume=True, **settings)
     )
@@ -144,7 +144,7 @@ def test_by_loss_goes_on_with_the_sparsities_that_it_had(
     settings = {"dtype": "float32", "batch_size": 2, "report": False, "allocation": "loss", "rebuild": False}
     prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
     stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="loss")
-    monkeypatch.setattr("llm_barber.pruning.allocate", None)
+    monkeypatch.setattr("llm_barber.run.allocate", None)
     prune(PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, resume=True, **settings))
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
 

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import llm_barber.pruning as module
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, load, prune, rebuild, unpack
 from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.errors import ModelError, SettingsError
@@ -113,7 +112,7 @@ def test_resumed_with_the_head_alone(tmp_path: Path, tokens: Path, tied: bool, m
     model = make_model(tmp_path / "dense", "llama", tie_word_embeddings=tied)
     run(model, tmp_path / "whole", tokens, preset="mask", prune_head=True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "prune_head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("llm_barber.run.prune_head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", tokens, preset="mask", prune_head=True)
     run(model, tmp_path / "out", tokens, preset="mask", prune_head=True, resume=True)
@@ -150,7 +149,7 @@ def test_rebuild_says_that_the_head_is_dense_again(tmp_path: Path, tokens: Path,
         (tmp_path / "out" / RECORD_NAME).unlink()
     told: list[str] = []
 
-    class Told(module.Silent):
+    class Told(Silent):
         def warn(self, message: str) -> None:
             told.append(message)
 

@@ -9,7 +9,7 @@ from llm_barber import PruneConfig, prune
 from llm_barber.errors import SettingsError
 from llm_barber.memory import COPIES_OF_A_LAYER
 from llm_barber.model import streams as streams_module
-from llm_barber.report import current_memory
+from llm_barber.usage import current_memory
 from tests.test_resume import weights
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm_barber import PruneConfig, RunReport, prune
-from llm_barber import pruning as pruning_module
+from llm_barber import run as run_module
 from llm_barber.errors import BarberError
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.test_resume import weights
@@ -122,14 +122,14 @@ def test_one_that_dies_ends_all_and_the_run_goes_on_with_another_number(
 ) -> None:
     settings = {"preset": "mask", "refine": "swaps", "pattern": "2:4", "guard": 0}
     run("whole", **settings)
-    prune_layer = pruning_module.prune_layer
+    prune_layer = run_module.prune_layer
 
     def dying(job: Any, index: int, *rest: Any) -> Any:
         if index == 2 and job.ranks.rank == 1:
             os._exit(DIED)
         return prune_layer(job, index, *rest)
 
-    monkeypatch.setattr(pruning_module, "prune_layer", dying)
+    monkeypatch.setattr(run_module, "prune_layer", dying)
     began = time.monotonic()
     codes = together(3, lambda _: run("resumed", **settings), tmp_path)
     assert codes == [REFUSED, DIED, REFUSED]

@@ -20,7 +20,7 @@ from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.presets import Preset
-from llm_barber.refine import UNGUARDED_DAMPING, UNGUARDED_STEPS, Objective, refine_linear
+from llm_barber.refine_linear import UNGUARDED_DAMPING, UNGUARDED_STEPS, Objective, refine_linear
 from llm_barber.refine_settings import RefineSettings
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.model.reference import captured, first_call

@@ -97,7 +97,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 
 def stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, **settings: Any) -> None:
     """Run until some layers are finished, then fail."""
-    import llm_barber.pruning as module
+    import llm_barber.run as module
 
     whole, done = module.prune_layer, 0
 
@@ -116,7 +116,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, *
 
 def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers that are computed from now on."""
-    import llm_barber.pruning as module
+    import llm_barber.run as module
 
     whole = module.prune_layer
     found: list[int] = []
@@ -170,7 +170,7 @@ def test_refuses_what_it_cannot_go_on_with(
     other = save_tokens(tmp_path / "other.safetensors", seed=7)
     with pytest.raises(OutputError, match="another calibration, calibration text"):
         run(model, out, other, resume=True)
-    monkeypatch.setattr("llm_barber.pruning.versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr("llm_barber.run.versions", lambda: {"torch": "0.1"})
     with pytest.raises(OutputError, match="another version of a library"):
         run(model, out, tokens, resume=True)
     monkeypatch.undo()
@@ -246,7 +246,7 @@ def test_rebuild_goes_on_too_and_notices_another_pruned_model(
     run(model, tmp_path / "pruned", tokens, rebuild=False)
     settings = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens, "rebuild_ratio": 0.5, **SETTINGS}
     rebuild(RebuildConfig(output=tmp_path / "whole", **settings))
-    import llm_barber.pruning as module
+    import llm_barber.run as module
 
     whole = module.prune_layer
     monkeypatch.setattr(

@@ -16,13 +16,13 @@ from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.config import Initial, PruneConfig
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
-from llm_barber.job import load_tokenizer
 from llm_barber.masking.granularity import Granularity
 from llm_barber.model.device import resolve_device, resolve_dtype
+from llm_barber.opening import load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
-from llm_barber.report import reset_peak_memory
 from llm_barber.settings import Settings
+from llm_barber.usage import reset_peak_memory
 
 MARKER = "DEMO.txt"
 DEMO_TEXT = "builtin-test"

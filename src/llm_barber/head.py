@@ -18,7 +18,7 @@ from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
-from llm_barber.refine import Objective, refine_linear
+from llm_barber.refine_linear import Objective, refine_linear
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import BlockResult
 

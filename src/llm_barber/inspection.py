@@ -13,10 +13,10 @@ from torch import Tensor
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource, Place
 from llm_barber.errors import BarberError, ModelError
-from llm_barber.job import load_config, open_skeleton
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
 from llm_barber.model.architecture import Block, StructureOptions
 from llm_barber.model.structure import find_architecture
+from llm_barber.opening import load_config, open_skeleton
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import RECORD_VERSION, KeptWeights, LinearResult, RunReport
 from llm_barber.settings import Settings

@@ -9,8 +9,8 @@ from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import SettingsError
 from llm_barber.job import Job
 from llm_barber.model.streams import HostMemory
-from llm_barber.report import current_memory
 from llm_barber.settings import RunSettings
+from llm_barber.usage import current_memory
 
 # Of the largest decoder layer in float32: as it was read, the one read ahead, computed with, pruned, masks, statistics.
 COPIES_OF_A_LAYER = 10

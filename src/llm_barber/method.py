@@ -19,7 +19,8 @@ from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import Block, only
-from llm_barber.model.block import DecoderLayer, reconstruction_errors
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.gradients import reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.refine import Pass, block_errors, measured_windows, refine_block
 from llm_barber.refine_settings import RefineSettings

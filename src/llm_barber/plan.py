@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
-from llm_barber.initial import CheckpointMasks
 from llm_barber.job import prepare
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.presets import Allocation

@@ -1,29 +1,16 @@
-"""Results of a run, per layer, block and linear → JSON record and model card."""
+"""Results of a run, per layer, block and linear → JSON record."""
 
 import json
-import platform
-import resource
-import sys
 from collections.abc import Iterable
 from enum import StrEnum
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm_barber.model.architecture import kind_of
 
 RECORD_VERSION = 1
 PAGE_NAME = "report.html"
-CITATION = """@article{su2024llmbarber,
-  title={LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large Language Models},
-  author={Su, Yupeng and Guan, Ziyi and Liu, Xiaoqun and Jin, Tianlai and Wu, Dongkuan and Chen, Zhengfei and
-          Chesi, Graziano and Wong, Ngai and Yu, Hao},
-  journal={arXiv preprint arXiv:2408.10631},
-  year={2024}
-}"""
 
 
 class _Result(BaseModel):
@@ -240,129 +227,3 @@ class RunReport(_Result):
                     linear["sparsity"] = linear_result.sparsity
                     linear["swaps"] = linear_result.grown
         return json.dumps(record, indent=1) + "\n"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    packages = ("llm-barber", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
-
-
-def peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes (since `reset_peak_memory`, on Linux)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def current_memory() -> int:
-    """The resident set of this process now, in bytes; where the system does not say, the largest so far."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak_memory()
-
-
-def reset_peak_memory() -> None:
-    """Start a new measurement of `peak_memory`, where the system can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_device_memory(device: torch.device) -> int | None:
-    """The largest allocation on a CUDA device so far, in bytes."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-USE = {
-    "dense": (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-    ),
-    "packed": (
-        "import llm_barber.loading  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE",
-        "from transformers import AutoTokenizer",
-        "",
-        'model = llm_barber.loading.load("THIS_FOLDER")',
-    ),
-}
-
-
-def model_card(report: RunReport) -> str:
-    """`OUT/README.md`: what was done, a table by linear, how to load it, the citation."""
-    name = Path(report.model).name if Path(report.model).exists() else report.model
-    header = ["---", "library_name: transformers", "tags: [pruning, sparsity, llm-barber]"]
-    if "/" in report.model and not Path(report.model).exists():
-        header.insert(1, f"base_model: {report.model}")
-    how = f"initial mask: {report.method}; {report.changes}"
-    lines = [
-        *header,
-        "---",
-        "",
-        f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
-        "",
-        f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, "
-        f"without training. Kept weights are {report.kept_weights.words}; pruned ones are zero.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| model | {report.model} |",
-        f"| method | {how} |",
-        f"| pattern | {report.pattern} |",
-        f"| weights pruned | {report.pruned:,} of {report.weights:,} in linears ({report.sparsity:.2%}) |",
-        f"| calibration | {report.calibration['source']}, {report.calibration['sequences']} windows of "
-        f"{report.calibration['tokens']} tokens, seed {report.settings.get('seed')} |",
-        f"| computed in | {report.dtype} on {report.device} |",
-        f"| time, peak memory | {report.seconds['total']:.1f} s, {report.peak_memory / 2**30:.2f} GiB |",
-        "",
-        "The numbers of zeros are real, the format is dense: the file is no smaller and runs no faster than the "
-        "original by itself.",
-        "",
-        "## By linear",
-        "",
-        "| linear | weights | pruned | sparsity | swapped |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {total.name} | {total.weights:,} | {total.pruned:,} | {total.sparsity:.2%} | {total.grown:,} |"
-        for total in report.by_linear()
-    ]
-    before_after = [
-        (layer.index, block) for layer in report.layers for block in layer.blocks if block.error_before is not None
-    ]
-    if before_after:
-        lines += [
-            "",
-            "## Reconstruction error by block",
-            "",
-            "| layer | block | before | after |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| {index} | {block.name} | {block.error_before:.4g} | {block.error_after:.4g} |"
-            for index, block in before_after
-        ]
-    lines += [
-        "",
-        "## Use",
-        "",
-        "```python",
-        *USE[str(report.settings.get("format", "dense"))],
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
-        "```",
-        "",
-        "`barber.json` has every setting and count; `llm-barber inspect THIS_FOLDER` checks the weights against it.",
-        "",
-        "## Citation",
-        "",
-        "```bibtex",
-        CITATION,
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Block
-from llm_barber.model.block import DecoderLayer, reconstruction_errors
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.gradients import reconstruction_errors
 from tests.conftest import make_model
 from tests.model.reference import first_call
 

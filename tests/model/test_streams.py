@@ -8,7 +8,7 @@ import torch
 
 from llm_barber import PruneConfig, prune
 from llm_barber import method as method_module
-from llm_barber import pruning as pruning_module
+from llm_barber import run as run_module
 from llm_barber.embedding import DeviceMemoryError
 from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
 from tests.test_resume import weights
@@ -49,7 +49,7 @@ def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
     tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(llama, tmp_path / "whole", tokens)
-    prune_layer, sizes = pruning_module.prune_layer, []
+    prune_layer, sizes = run_module.prune_layer, []
 
     def short(job: Any, index: int, *rest: Any) -> Any:
         """One layer does not fit with four or two sequences, and says so after all its work."""
@@ -59,7 +59,7 @@ def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
 
-    monkeypatch.setattr(pruning_module, "prune_layer", short)
+    monkeypatch.setattr(run_module, "prune_layer", short)
     run(llama, tmp_path / "short", tokens)
     assert sizes == [4, 4, 2, 1]
     assert weights(tmp_path / "short") == weights(tmp_path / "whole")
@@ -67,7 +67,7 @@ def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
     def never(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pruning_module, "prune_layer", never)
+    monkeypatch.setattr(run_module, "prune_layer", never)
     with pytest.raises(DeviceMemoryError, match="one sequence") as caught:
         run(llama, tmp_path / "never", tokens)
     assert "--seqlen" in caught.value.hint

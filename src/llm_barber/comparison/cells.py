@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llm_barber.checkpoint.state import write_durably
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.progress import Progress
-from llm_barber.report import RunReport, reset_peak_memory
+from llm_barber.report import RunReport
+from llm_barber.usage import reset_peak_memory
 
 CELLS = "cells"
 MODELS = "models"

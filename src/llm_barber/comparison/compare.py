@@ -22,12 +22,12 @@ from llm_barber.errors import BarberError, SettingsError
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import check_text
-from llm_barber.job import load_tokenizer
 from llm_barber.model.device import resolve_device, resolve_dtype
+from llm_barber.opening import load_tokenizer
 from llm_barber.presets import PRESETS
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
-from llm_barber.report import versions
+from llm_barber.usage import versions
 
 MARKER = "COMPARISON.txt"
 

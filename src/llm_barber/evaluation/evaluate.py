@@ -16,11 +16,11 @@ from llm_barber.evaluation.perplexity import evaluation_windows
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskResult, TaskRun, compare_tasks, find_tasks
 from llm_barber.evaluation.texts import evaluation_text, text_tokens
-from llm_barber.job import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.progress import Progress, Silent
-from llm_barber.report import versions
 from llm_barber.settings import DTYPES, StructureSettings
+from llm_barber.usage import versions
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from llm_barber.errors import HubError, TaskError, first_line
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import CONTINUED, PAPER_TASKS, Task, TaskResult, TaskRun, mean_and_standard_error
-from llm_barber.job import check_vocabulary
 from llm_barber.model.device import resolve_batch_size
+from llm_barber.opening import check_vocabulary
 from llm_barber.progress import Progress
 
 try:

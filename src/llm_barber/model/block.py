@@ -5,9 +5,8 @@ not computed again: its module answers with its kept output ("replay"). A run st
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,29 +16,13 @@ from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.experts import Experts
+from llm_barber.model.gradients import Ends, by_linear, by_sequence, mean_squares, scaled_by_sequence
 
 InputVisitor = Callable[[str, Tensor], None]
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """The input, detached, and the output, in the graph, of a call of a linear."""
-
-    name: str
-    inputs: Tensor
-    output: Tensor
-
-
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """What the run came for is there."""
-
-
-def reconstruction_errors(dense: Tensor, other: Tensor) -> Tensor:
-    """mean((y_dense − y)²) over tokens and channels of each sequence (arXiv 2408.10631).
-
-    Takes (sequences, tokens, hidden), gives float32 of shape (sequences,).
-    """
-    return _mean_squares(dense.float() - other.float())
 
 
 class DecoderLayer:
@@ -110,7 +93,7 @@ class DecoderLayer:
         def visit(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
                 if positional[0] is not latest[0] or not self._groups:
-                    latest[:] = positional[0], _by_sequence(positional[0], len(hidden))
+                    latest[:] = positional[0], by_sequence(positional[0], len(hidden))
                     self._groups.append([])
                 if name in waiting:
                     self._groups[-1].append(name)
@@ -180,7 +163,7 @@ class DecoderLayer:
 
         def note(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-                inputs = _by_sequence(positional[0], sequences)
+                inputs = by_sequence(positional[0], sequences)
                 found[name] = torch.cat([found[name], inputs], 1) if name in found else inputs
                 if stop and len(found) == len(names) and not self.called_again.intersection(names):
                     raise _Reached
@@ -235,16 +218,16 @@ class DecoderLayer:
             self._run(hidden)
         output = found[0]
         difference = output.detach().float() - sparse_output.float()
-        scaled, scale = _scaled(difference, output.dtype)
+        scaled, scale = scaled_by_sequence(difference, output.dtype)
         gradients = torch.autograd.grad(output, [end.output for end in ends], scaled, allow_unused=True)
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = scale * (2 / difference[0].numel())
-        found_by_name = _by_linear(ends, gradients, len(hidden))
+        found_by_name = by_linear(ends, gradients, len(hidden))
         for name in dict.fromkeys(end.name for end in ends):
             if name not in found_by_name:
                 raise ModelError(f"the output of {block.output} has no gradient by {name}", f"--exclude '{name}$'")
             squares[name].update(*found_by_name[name], factor)
-        return output.detach(), _mean_squares(difference)
+        return output.detach(), mean_squares(difference)
 
     def loss_gradients(self, hidden: Tensor, gradient: Tensor, sums: Mapping[str, FisherSums]) -> Tensor:
         """Carry the gradient of a loss from the layer's output to its input, and add what it is at the linears.
@@ -261,22 +244,22 @@ class DecoderLayer:
         with self._recorded(tuple(self.linears)) as ends:
             output = self._run(hidden)
         assert output is not None
-        scaled, scale = _scaled(gradient, output.dtype)
+        scaled, scale = scaled_by_sequence(gradient, output.dtype)
         before, *gradients = torch.autograd.grad(output, [hidden, *(end.output for end in ends)], scaled)
-        for name, found in _by_linear(ends, gradients, len(hidden)).items():
+        for name, found in by_linear(ends, gradients, len(hidden)).items():
             sums[name].update(*found, scale)
         return before.float() * scale.view(-1, 1, 1)
 
     @contextmanager
-    def _recorded(self, linears: tuple[str, ...]) -> Iterator[list["_Ends"]]:
+    def _recorded(self, linears: tuple[str, ...]) -> Iterator[list[Ends]]:
         """Run with gradients, and note what goes into linears and comes out of them, call by call."""
-        ends: list[_Ends] = []
+        ends: list[Ends] = []
 
         def record(name: str) -> Callable[..., Tensor]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 # Weights ask for no gradient, so that autograd forms none; the graph starts at the first outputs.
                 output = output if output.requires_grad else output.requires_grad_()
-                ends.append(_Ends(name, positional[0].detach(), output))
+                ends.append(Ends(name, positional[0].detach(), output))
                 return output
 
             return hook
@@ -355,7 +338,7 @@ class DecoderLayer:
             tensor = output if isinstance(output, Tensor) else output[0]
             self._output_tail[block.output] = None if isinstance(output, Tensor) else output[1:]
             self._flattened[block.output] = tensor.dim() == 2
-            found.append(_by_sequence(tensor, sequences))
+            found.append(by_sequence(tensor, sequences))
             if stop:
                 raise _Reached
 
@@ -377,49 +360,6 @@ class DecoderLayer:
         finally:
             for module in modules:
                 del module.forward
-
-
-def _by_linear(
-    ends: list[_Ends], gradients: Sequence[Tensor | None], sequences: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs, and gradients of the outputs, (sequences, tokens, features), by linear.
-
-    Of several calls they follow each other as tokens; a call whose output has no gradient is left out.
-    """
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for end, gradient in zip(ends, gradients, strict=True):
-        if gradient is not None:
-            both = _by_sequence(end.inputs, sequences), _by_sequence(gradient, sequences)
-            calls.setdefault(end.name, []).append(both)
-    return {name: _joined(found) for name, found in calls.items()}
-
-
-def _joined(calls: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(calls) == 1:
-        return calls[0]
-    inputs, gradients = zip(*calls, strict=True)
-    return torch.cat(inputs, 1), torch.cat(gradients, 1)
-
-
-def _scaled(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each sequence scaled to at most 1, so that nothing underflows in half precision; and the scale, float32.
-
-    It is a power of two, so that this is exact. Takes float32 (sequences, tokens, hidden).
-    """
-    peak = torch.linalg.vector_norm(gradient, torch.inf, dim=(1, 2))
-    scale = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent)
-    return (gradient / scale.view(-1, 1, 1)).to(dtype), scale
-
-
-def _mean_squares(values: Tensor) -> Tensor:
-    """Mean over tokens and channels of the squares, (sequences,), without an array of squares."""
-    norms: Tensor = torch.linalg.vector_norm(values, dim=(1, 2))
-    return norms.square_() / values[0].numel()
-
-
-def _by_sequence(activations: Tensor, sequences: int) -> Tensor:
-    """(sequences, tokens, features) from activations that some layers flatten to (sequences · tokens, features)."""
-    return activations.reshape(sequences, -1, activations.shape[-1])
 
 
 @contextmanager

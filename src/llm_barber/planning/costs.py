@@ -12,7 +12,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.planning.work import NONE, Work, sorting
 from llm_barber.presets import Allocation
-from llm_barber.refine import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
+from llm_barber.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
 
 FLOAT32 = 4
 # How often a number is read or written, by all that is no matrix product: norms, residuals and comparisons for each

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError
-from llm_barber.job import check_positions, make_skeleton
 from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
+from llm_barber.opening import check_positions, make_skeleton
 from llm_barber.planning.configuration import read_configuration
 from llm_barber.planning.costs import Costs, run_costs
 from llm_barber.planning.machine import KINDS, Rates, measured_rates, named_rates
@@ -22,7 +22,7 @@ from llm_barber.planning.memory import peak_held
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.progress import Progress, Silent
-from llm_barber.report import current_memory
+from llm_barber.usage import current_memory
 
 # Of a named machine, where nothing else is said: bytes/s, and of a process that has done nothing yet, bytes.
 MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9

@@ -11,7 +11,7 @@ from llm_barber.config import Initial, PruneConfig, rebuild_defaults
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
 from llm_barber.presets import Allocation
-from llm_barber.refine import SWAP_STAGES
+from llm_barber.refine_linear import SWAP_STAGES
 from llm_barber.refine_settings import RefineSettings
 
 # Looked at in runs (benchmarks/plan_accuracy.py's models): a row's swaps that gain, as a share of its weights, and how
