@@ -110,18 +110,16 @@ class ConsoleProgress:
 def show_run(report: RunReport) -> None:
     """Print what a run did, by block kind and linear."""
     console = Console(highlight=False, markup=False)
-    table = Table(
-        title=f"{report.output}: {report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})"
-    )
-    for heading in ("linear", "sparsity", "swapped", "of beneficial pairs"):
+    counts = f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})"
+    console.print(f"{report.output}: {counts}", soft_wrap=True)
+    table = Table()
+    headings = ["linear", "sparsity", "swapped", *(["of beneficial pairs"] if report.granularity else [])]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "linear" else "right")
     for total in report.by_linear():
-        table.add_row(
-            total.name,
-            f"{total.sparsity:.2%}",
-            f"{total.grown:,}" if report.granularity or report.refinement else "–",
-            f"{total.beneficial_pairs:,}" if report.granularity else "–",
-        )
+        swapped = f"{total.grown:,}" if report.granularity or report.refinement else "–"
+        row = [total.name, f"{total.sparsity:.2%}", swapped, f"{total.beneficial_pairs:,}"]
+        table.add_row(*row[: len(headings)])
     console.print(table)
     if report.granularity or report.refinement:
         console.print(
@@ -138,14 +136,15 @@ def show_run(report: RunReport) -> None:
 
 
 def _error_change(report: RunReport, name: str) -> str:
-    """The mean over the layers where this kind of block was measured; nothing if it was in none."""
+    """The mean over the layers where this kind of block was measured, and in how many it fell; "": it was in none."""
     blocks = [block for layer in report.layers for block in layer.blocks if block.name == name]
     blocks = [block for block in blocks if block.error_before is not None]
     if not blocks:
         return ""
     before = sum(block.error_before or 0.0 for block in blocks) / len(blocks)
     after = sum(block.error_after or 0.0 for block in blocks) / len(blocks)
-    return f"{blocks[0].name} {before:.4g} → {after:.4g}"
+    fell = sum((block.error_after or 0.0) < (block.error_before or 0.0) for block in blocks)
+    return f"{blocks[0].name} {before:.4g} → {after:.4g} (fell in {fell} of {len(blocks)} layers)"
 
 
 def show_plan(plan: Plan) -> None:

@@ -94,7 +94,8 @@ class RefineSettings:
             f"at most {self.mask_passes} passes that tune masks" if self.mask_passes else "",
             f"at most {self.tune} passes that tune weights" if self.tune else "",
         ]
-        return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {self.held_out} windows held out)"
+        windows = f"{self.held_out} window{'' if self.held_out == 1 else 's'} held out"
+        return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {windows})"
 
     def step_count(self, sequences: int, processes: int) -> int:
         """Steps of a pass of tuning, which so many processes share."""
