@@ -1,0 +1,131 @@
+"""SparseGPT and Wanda by llm-compressor on the tokens that our rows are calibrated on, measured as our rows are.
+
+llm-compressor pins other versions of transformers: give it an environment of its own.
+
+    python3 -m venv PEER && PEER/bin/pip install llmcompressor==0.14.0.1
+    python benchmarks/llm_compressor.py --python PEER/bin/python --data DATA [--samples 64 --seqlen 1024 --windows 32]
+
+DATA is that of `quality.py`, whose settings are the defaults. It computes in float32. Finished rows are kept in
+`benchmarks/results/NAME/llm-compressor.json` and are not done again.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, model_folder, show
+from quality import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TEST
+from safetensors.torch import save_file
+
+from llm_barber.calibration import load_calibration
+from llm_barber.console import ConsoleProgress
+from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluator
+from llm_barber.opening import load_tokenizer
+
+# What runs in its environment: prunes and saves an ordinary checkpoint in the dense one's dtype, prints seconds.
+PEER = """
+import sys, time
+from importlib.metadata import version
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
+
+folder, tokens, out, method, target = sys.argv[1:]
+dtype = AutoConfig.from_pretrained(folder).dtype
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+windows = load_file(tokens)["input_ids"]
+rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
+structured = ":" in target
+kept, of = map(int, target.split(":")) if structured else (0, 0)
+modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method](
+    sparsity=1 - kept / of if structured else float(target),
+    mask_structure=f"{of - kept}:{of}" if structured else "0:0",
+    targets=["Linear"], ignore=["re:.*lm_head"],
+)
+began = time.perf_counter()
+oneshot(model=model, dataset=DataLoader(rows, batch_size=1), recipe=[modifier], num_calibration_samples=len(rows),
+        max_seq_length=windows.shape[1], pipeline="sequential")
+seconds = time.perf_counter() - began
+model.to(dtype).save_pretrained(out, save_compressed=False)
+print("RESULT", seconds, version("llmcompressor"), version("transformers"))
+"""
+
+
+def prune(python: Path, model: str, tokens: Path, out: Path, method: str, target: str) -> dict[str, Any]:
+    """Seconds and versions; the pruned model is in `out`."""
+    command = [str(python), "-c", PEER, model, str(tokens), str(out), method, target]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise SystemExit(found.stderr[-3000:])
+    (line,) = [line for line in found.stdout.splitlines() if line.startswith("RESULT")]
+    _, seconds, llm_compressor, transformers = line.split()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(model) / name, out / name)
+    return {"seconds": float(seconds), "llm-compressor": llm_compressor, "transformers": transformers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, required=True, help="of an environment with llm-compressor")
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/")
+    parser.add_argument("--model", help="an ordinary checkpoint (default: SmolLM2-135M from its package)")
+    parser.add_argument("--name", default=DEFAULT_NAME, help="of the results")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--methods", default="sparsegpt,wanda")
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    given = parser.parse_args()
+    model = model_folder(given.model)
+    kept = ROOT / "benchmarks" / "results" / given.name / "llm-compressor.json"
+    results = json.loads(kept.read_text()) if kept.exists() else []
+    with ConsoleProgress() as progress, tempfile.TemporaryDirectory() as work:
+        evaluation = EvaluateConfig(
+            model=model, text=(str(given.data / TEST),), windows=given.windows, seqlen=1024, against=model
+        )
+        evaluator: Evaluator | None = None
+        calibration = load_calibration(
+            str(given.data / CALIBRATION), partial(load_tokenizer, Path(model)), given.samples, given.seqlen, 0
+        )
+        tokens = Path(work) / "tokens.safetensors"
+        save_file({"input_ids": calibration.input_ids}, tokens)
+        for target in given.targets.split(","):
+            for method in given.methods.split(","):
+                row = {"method": method, "target": target, "samples": given.samples, "seqlen": given.seqlen}
+                row |= {"windows": given.windows, "calibration": calibration.digest}
+                if any(row.items() <= one.items() for one in results):
+                    continue
+                progress.stage(f"{method} {target}")
+                out = Path(work) / "out"
+                found = prune(given.python, model, tokens, out, method, target)
+                evaluator = evaluator or Evaluator(evaluation, progress)
+                (text,) = evaluator.measure(str(out), progress).texts
+                shutil.rmtree(out)
+                results.append(
+                    row | found | {
+                        "perplexity": text.perplexity, "divergence": text.against.divergence,
+                        "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "machine": machine(),
+                    }
+                )  # fmt: skip
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(results, indent=1) + "\n")
+    rows = [
+        [one["target"], one["method"], f"{one['samples']} × {one['seqlen']}", f"{one['perplexity']:.2f}",
+         f"{one['divergence']:.3f}", f"{one['seconds']:.0f}"]
+        for one in sorted(results, key=lambda one: (one["samples"], TARGETS.index(one["target"])))
+    ]  # fmt: skip
+    show(f"llm-compressor, {given.name}", ["target", "method", "tokens", "perplexity", "KL", "seconds"], rows)
+
+
+if __name__ == "__main__":
+    main()
