@@ -15,7 +15,7 @@ from llm_barber.method import RebuildSettings
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
 from llm_barber.report import RunReport
-from llm_barber.run import UNLIKE, run
+from llm_barber.run import UNLIKE, Assignment, run
 from llm_barber.settings import RunSettings
 
 
@@ -39,7 +39,8 @@ def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
         )
     initial = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
     method = config.method
-    report = run("prune", config.model, config, job, initial, rebuild_settings, method, method, progress)
+    work = Assignment("prune", config.model, config, job, initial, rebuild_settings, method, method)
+    report = run(work, progress)
     asked = _asked_for(report, initial)
     if abs(report.sparsity - asked) > 0.01 * asked:
         progress.warn(
@@ -86,8 +87,8 @@ def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunRepo
     settings = RebuildSettings(
         *rebuild_defaults(method, config.granularity, config.rebuild_ratio, initial.first_pattern), _of_patterns(config)
     )
-    label = f"mask of {config.pruned}"
-    return run("rebuild", config.dense, config, job, initial, settings, method, label, progress)
+    work = Assignment("rebuild", config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")
+    return run(work, progress)
 
 
 def _finished_before(command: str, config: RunSettings, ranks: Ranks) -> RunReport | None:

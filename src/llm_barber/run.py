@@ -3,9 +3,9 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ from llm_barber.initial import FEW_TOKENS, MethodMasks
 from llm_barber.job import Job
 from llm_barber.memory import host_memory
 from llm_barber.method import RebuildSettings, prune_layer
-from llm_barber.model.streams import DENSE, HIDDEN
+from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.model_card import model_card
 from llm_barber.presets import Allocation, Reconstruct
 from llm_barber.progress import Progress
 from llm_barber.refine_settings import RefineSettings
-from llm_barber.report import PAGE_NAME, KeptWeights, LayerResult, RunReport
+from llm_barber.report import PAGE_NAME, BlockResult, KeptWeights, LayerResult, RunReport
 from llm_barber.settings import Format, RunSettings
 from llm_barber.usage import peak_device_memory, peak_memory, versions
 
@@ -42,133 +42,206 @@ UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "de
 STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 
 
-def run(
-    command: str,
-    model: str,
-    config: RunSettings,
-    job: Job,
-    initial: MethodMasks | CheckpointMasks,
-    rebuild_settings: RebuildSettings | None,
-    method: str,
-    label: str,
-    progress: Progress,
-) -> RunReport:
+@dataclass(frozen=True)
+class Assignment:
+    """What a run is to do.
+
+    Args:
+        command: `prune` or `rebuild`.
+        model: the dense one, as it was named.
+        config: its settings.
+        job: opened and checked.
+        initial: gives the initial masks.
+        rebuild_settings: None: masks are not rebuilt.
+        method: of the initial mask.
+        label: the same for people.
+    """
+
+    command: str
+    model: str
+    config: RunSettings
+    job: Job
+    initial: MethodMasks | CheckpointMasks
+    rebuild_settings: RebuildSettings | None
+    method: str
+    label: str
+
+    @cached_property
+    def refine_settings(self) -> RefineSettings | None:
+        """What is done beyond the rebuild."""
+        initial = self.initial
+        pattern = initial.targets.pattern if isinstance(initial, MethodMasks) else initial.first_pattern
+        return RefineSettings.of(self.config, pattern, *self.job.tokens.input_ids.shape)
+
+    @property
+    def allocation(self) -> Allocation:
+        """How sparsity is spread over the linears."""
+        return self.config.allocated_by if isinstance(self.config, PruneConfig) else Allocation.UNIFORM
+
+
+def run(work: Assignment, progress: Progress) -> RunReport:
     """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
     began = time.perf_counter()
-    shards = len(job.outside_shards) + len(job.steps)
-    ranks, sequences = job.ranks, len(job.tokens.input_ids)
-    opened: CheckpointWriter | Follower = Follower(config.output)
-    if ranks.first:
-        key = _run_key(command, config, job)
-        kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
-        opened = kind(config.output, shards, config.overwrite, job.bytes, key, config.resume)
-    with opened as writer, _told_how_to_go_on(writer, progress), ExitStack() as opened_files:
+    job, ranks, sequences = work.job, work.job.ranks, len(work.job.tokens.input_ids)
+    with _open_output(work) as writer, _told_how_to_go_on(writer, progress):
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))
         activations = ranks.scatter(activations, sequences)
         results = [LayerResult.model_validate(layer) for layer in writer.state.layers]
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
-        progress.stage("embedding the calibration tokens")
-        start = time.perf_counter()
-        pattern = initial.targets.pattern if isinstance(initial, MethodMasks) else initial.first_pattern
-        refine_settings = RefineSettings.of(config, pattern, *job.tokens.input_ids.shape)
-        with memory_said():
-            streams = embed(job, _copy_outside(job, writer), refine_settings, host_memory(job, config, writer))
-        if refine_settings is not None and refine_settings.target_mix:
-            streams.copy(HIDDEN, DENSE + HIDDEN)
-        seconds["embed"] += time.perf_counter() - start
-        start = time.perf_counter()
-        allocation = config.allocated_by if isinstance(config, PruneConfig) else Allocation.UNIFORM
-        if isinstance(initial, MethodMasks) and allocation is not Allocation.UNIFORM:
-            sparsities = writer.state.sparsities
-            if sparsities is None:
-                with memory_said():
-                    sparsities = allocate(allocation, initial, streams, initial.targets.pattern.sparsity, progress)
-            initial.targets = replace(initial.targets, allocated=sparsities)
-            writer.state = writer.state.model_copy(update={"sparsities": sparsities})
-            seconds["allocate"] += time.perf_counter() - start
+        streams = _embed(work, writer, seconds, progress)
+        _allocate(work, streams, writer, seconds, progress)
         streams.restore(activations)
-        progress.start("pruning" if command == "prune" else "rebuilding", len(job.steps))
+        progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
         for layer in results:
             writer.skip_shard()
             progress.advance(_summary(layer))
-        ahead = opened_files.enter_context(ReadAhead(job.source, job.steps[finished:], streams.pinned))
-        for index in range(finished, len(job.steps)):
-            start = time.perf_counter()
-            tensors = ahead.take()
-            read = time.perf_counter()
-            compute = partial(prune_layer, job, index, tensors, initial, rebuild_settings, refine_settings, streams)
-            release: Callable[[], None] = partial(job.skeleton.release_layer, index)
-            if index == job.layer_count:
-                compute = partial(prune_head, job, tensors, initial, refine_settings, streams)
-                release = job.skeleton.drop_outside
-            pruned, blocks = with_smaller_batches(compute, release, streams, progress)
-            computed = time.perf_counter()
-            writer.write_shard({**tensors, **pruned})
-            written = time.perf_counter()
-            seconds["read"] += read - start
-            seconds["layers"] += computed - read
-            seconds["write"] += written - computed
-            seconds["total"] = written - began
-            results.append(LayerResult(index=index, seconds=written - start, blocks=tuple(blocks)))
-            kept = ranks.gather(streams.between_layers(), sequences)
-            writer.finish_layer(results[-1].model_dump(mode="json"), kept, seconds, peak_memory())
-            seconds["write"] += time.perf_counter() - written
-            progress.advance(_summary(results[-1]))
+        with ReadAhead(job.source, job.steps[finished:], streams.pinned) as ahead:
+            for index in range(finished, len(job.steps)):
+                start = time.perf_counter()
+                tensors = ahead.take()
+                read = time.perf_counter()
+                pruned, blocks = _prune_step(work, index, tensors, streams, progress)
+                computed = time.perf_counter()
+                writer.write_shard({**tensors, **pruned})
+                written = time.perf_counter()
+                seconds["read"] += read - start
+                seconds["layers"] += computed - read
+                seconds["write"] += written - computed
+                seconds["total"] = written - began
+                results.append(LayerResult(index=index, seconds=written - start, blocks=tuple(blocks)))
+                kept = ranks.gather(streams.between_layers(), sequences)
+                writer.finish_layer(results[-1].model_dump(mode="json"), kept, seconds, peak_memory())
+                seconds["write"] += time.perf_counter() - written
+                progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
-        for path in job.source.companions():
-            writer.copy(path, _untied(path) if job.prunes_head and path.name == "config.json" else None)
-        report = RunReport(
-            command=command,
-            model=model,
-            output=str(config.output),
-            settings=config.model_dump(mode="json"),
-            initial=method,
-            method=label,
-            pattern=_common_pattern(results),
-            granularity=rebuild_settings.granularity if rebuild_settings else None,
-            rebuild_ratio=rebuild_settings.ratio if rebuild_settings else None,
-            refinement=refine_settings.words if refine_settings else None,
-            allocation=allocation,
-            kept_weights=_kept_weights(config),
-            calibration={
-                "source": job.tokens.source,
-                "sequences": job.tokens.input_ids.shape[0],
-                "tokens": job.tokens.input_ids.shape[1],
-                "sha256": job.tokens.digest,
-            },
-            device=str(job.skeleton.device),
-            dtype=str(job.skeleton.dtype).removeprefix("torch."),
-            versions=versions(),
-            processes=ranks.count,
-            layers=tuple(results),
-            seconds=seconds,
-            peak_memory=max(peak_memory(), writer.state.peak_memory),
-            peak_device_memory=peak_device_memory(job.skeleton.device),
-            files=writer.digests,
-        )
-        writer.write_file(RECORD_NAME, report.to_json().encode())
-        writer.write_file("README.md", model_card(report).encode())
-        if config.report:
-            from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
-
-            writer.write_file(PAGE_NAME, run_page(report).encode())
-        writer.finish()
-    few = len(
-        {(layer.index, one.name.rpartition(".")[0]) for layer in results for one in layer.linears if one.few_tokens}
-    )
-    if few:
-        progress.warn(
-            f"{few} experts were given fewer than {FEW_TOKENS} calibration tokens: their masks are "
-            f"{'those of magnitude' if command == 'prune' else 'left as they were'}; more --samples reach more of them"
-        )
-    if rebuild_settings is not None and report.swapped == 0:
-        progress.warn(
-            f"the rebuild swapped nothing: in comparison groups of this size, ratio {rebuild_settings.ratio:g} of the "
-            "beneficial pairs is less than one; try --rebuild-ratio 0.1"
-        )
+        report = _write_rest(work, writer, results, seconds)
+    _warn(work, report, progress)
     return report
+
+
+def _open_output(work: Assignment) -> CheckpointWriter | Follower:
+    """The first process writes, the others follow."""
+    config, job = work.config, work.job
+    if not job.ranks.first:
+        return Follower(config.output)
+    kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
+    shards = len(job.outside_shards) + len(job.steps)
+    return kind(config.output, shards, config.overwrite, job.bytes, _run_key(work), config.resume)
+
+
+def _embed(
+    work: Assignment, writer: CheckpointWriter | Follower, seconds: dict[str, float], progress: Progress
+) -> ActivationStreams:
+    """The first layer's input; what is outside the layers is copied on the way."""
+    progress.stage("embedding the calibration tokens")
+    start = time.perf_counter()
+    job, refine_settings = work.job, work.refine_settings
+    with memory_said():
+        streams = embed(job, _copy_outside(job, writer), refine_settings, host_memory(job, work.config, writer))
+    if refine_settings is not None and refine_settings.target_mix:
+        streams.copy(HIDDEN, DENSE + HIDDEN)
+    seconds["embed"] += time.perf_counter() - start
+    return streams
+
+
+def _allocate(
+    work: Assignment,
+    streams: ActivationStreams,
+    writer: CheckpointWriter | Follower,
+    seconds: dict[str, float],
+    progress: Progress,
+) -> None:
+    """Give each linear its sparsity: the one that an unfinished run found, or from a look at the dense model."""
+    initial, allocation = work.initial, work.allocation
+    if not isinstance(initial, MethodMasks) or allocation is Allocation.UNIFORM:
+        return
+    start = time.perf_counter()
+    sparsities = writer.state.sparsities
+    if sparsities is None:
+        with memory_said():
+            sparsities = allocate(allocation, initial, streams, initial.targets.pattern.sparsity, progress)
+    initial.targets = replace(initial.targets, allocated=sparsities)
+    writer.state = writer.state.model_copy(update={"sparsities": sparsities})
+    seconds["allocate"] += time.perf_counter() - start
+
+
+def _prune_step(
+    work: Assignment, index: int, tensors: dict[str, Tensor], streams: ActivationStreams, progress: Progress
+) -> tuple[dict[str, Tensor], list[BlockResult]]:
+    """Prune a decoder layer, or after the last one the output head; with smaller batches, where memory runs out."""
+    job, settings = work.job, work.refine_settings
+    compute = partial(prune_layer, job, index, tensors, work.initial, work.rebuild_settings, settings, streams)
+    release: Callable[[], None] = partial(job.skeleton.release_layer, index)
+    if index == job.layer_count:
+        compute = partial(prune_head, job, tensors, work.initial, settings, streams)
+        release = job.skeleton.drop_outside
+    return with_smaller_batches(compute, release, streams, progress)
+
+
+def _write_rest(
+    work: Assignment, writer: CheckpointWriter | Follower, results: list[LayerResult], seconds: dict[str, float]
+) -> RunReport:
+    """Companion files, record, model card and page; the output is complete then."""
+    job = work.job
+    for path in job.source.companions():
+        writer.copy(path, _untied(path) if job.prunes_head and path.name == "config.json" else None)
+    report = RunReport(
+        command=work.command,
+        model=work.model,
+        output=str(work.config.output),
+        settings=work.config.model_dump(mode="json"),
+        initial=work.method,
+        method=work.label,
+        pattern=_common_pattern(results),
+        granularity=work.rebuild_settings.granularity if work.rebuild_settings else None,
+        rebuild_ratio=work.rebuild_settings.ratio if work.rebuild_settings else None,
+        refinement=work.refine_settings.words if work.refine_settings else None,
+        allocation=work.allocation,
+        kept_weights=_kept_weights(work.config),
+        calibration={
+            "source": job.tokens.source,
+            "sequences": job.tokens.input_ids.shape[0],
+            "tokens": job.tokens.input_ids.shape[1],
+            "sha256": job.tokens.digest,
+        },
+        device=str(job.skeleton.device),
+        dtype=str(job.skeleton.dtype).removeprefix("torch."),
+        versions=versions(),
+        processes=job.ranks.count,
+        layers=tuple(results),
+        seconds=seconds,
+        peak_memory=max(peak_memory(), writer.state.peak_memory),
+        peak_device_memory=peak_device_memory(job.skeleton.device),
+        files=writer.digests,
+    )
+    writer.write_file(RECORD_NAME, report.to_json().encode())
+    writer.write_file("README.md", model_card(report).encode())
+    if work.config.report:
+        from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
+
+        writer.write_file(PAGE_NAME, run_page(report).encode())
+    writer.finish()
+    return report
+
+
+def _warn(work: Assignment, report: RunReport, progress: Progress) -> None:
+    """Say what went otherwise than a user would expect."""
+    few = {
+        (layer.index, one.name.rpartition(".")[0]) for layer in report.layers for one in layer.linears if one.few_tokens
+    }
+    if few:
+        left = "those of magnitude" if work.command == "prune" else "left as they were"
+        progress.warn(
+            f"{len(few)} experts were given fewer than {FEW_TOKENS} calibration tokens: their masks are "
+            f"{left}; more --samples reach more of them"
+        )
+    if work.rebuild_settings is not None and report.swapped == 0:
+        progress.warn(
+            f"the rebuild swapped nothing: in comparison groups of this size, ratio {work.rebuild_settings.ratio:g} "
+            "of the beneficial pairs is less than one; try --rebuild-ratio 0.1"
+        )
 
 
 @contextmanager
@@ -182,10 +255,11 @@ def _told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) 
         raise
 
 
-def _run_key(command: str, config: RunSettings, job: Job) -> dict[str, Any]:
+def _run_key(work: Assignment) -> dict[str, Any]:
     """What a run's result depends on, each by the name that a message can say."""
+    config, job = work.config, work.job
     settings = config.model_dump(mode="json", exclude=UNLIKE)
-    key = {"command": command, **settings, "model's files": source_key(job.source.folder)}
+    key = {"command": work.command, **settings, "model's files": source_key(job.source.folder)}
     if isinstance(config, RebuildConfig):
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
     return key | {
