@@ -108,7 +108,9 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
                     f"the loss has NaN or Inf gradients at {job.linear_name(index, name)}",
                     "compute with --dtype bfloat16 or float32, or give --allocation uniform",
                 )
-            costs[job.linear_name(index, name)] = removal_costs(weights[name], sums[name].rows, sums[name].columns)
+            costs[job.linear_name(index, name)] = removal_costs(
+                weights[name], sums[name].rows.float(), sums[name].columns.float()
+            )
             rows[job.linear_name(index, name)] = len(weights[name])
         progress.advance("back")
     names = [job.linear_name(index, name) for index in range(job.layer_count) for name in initial.linears(index)]

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from llm_barber.masking.pattern import NofM, Pattern
-from llm_barber.model.streams import ActivationStreams, pieces
+from llm_barber.model.streams import ActivationStreams
 from llm_barber.presets import (
     FEWEST_PASSES,
     MOST_PASSES,
@@ -105,24 +105,20 @@ class RefineSettings:
         """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work."""
         training, border = streams.every - self.held_out, streams.border(self.held_out)
         count = self.step_count(streams.every, streams.ranks.count)
-        found = []
-        for step in range(count):
-            own = range((step - streams.first) % count, border, count)
-            parts = [own[batch] for batch in pieces(0, len(own), streams.batch_size)]
-            batches = [slice(part.start, part.stop, part.step) for part in parts]
-            found.append(Step(batches, len(range(step, training, count))))
-        return found
+        return [
+            Step(range((step - streams.first) % count, border, count), len(range(step, training, count)))
+            for step in range(count)
+        ]
 
     def batch_sizes(self, streams: ActivationStreams) -> set[int]:
-        """Numbers of sequences that the layers are called with."""
+        """Numbers of sequences that the layers are called with; tuning takes one after the other."""
         training, held_out = streams.split(self.held_out)
-        tuning = [batch for step in self.steps(streams) for batch in step.own] if self.of_layers else []
-        return {len(range(streams.sequences)[batch]) for batch in (*training, *held_out, *tuning)}
+        return {batch.stop - batch.start for batch in (*training, *held_out)} | ({1} if self.of_layers else set())
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of tuning: this process's sequences, batch by batch, and how many there are in all processes."""
+    """A step of tuning: this process's sequences, and how many there are in all processes."""
 
-    own: list[slice]
+    own: range
     sequences: int

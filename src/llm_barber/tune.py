@@ -20,6 +20,7 @@ from llm_barber.masking.scores import mask_of, pruned_of, starting_scores
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.model.block import DecoderLayer
+from llm_barber.model.gradients import reconstruction_errors
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
 from llm_barber.refine_settings import RefineSettings
 
@@ -29,6 +30,8 @@ WEIGHT_RATE = 0.01  # of Adam, as a share of the root mean square of a linear's 
 SCORE_RATE, PATTERN_SCORE_RATE = 0.02, 0.04
 MOMENTUM = (0.9, 0.95)
 SMALLEST = 1e-12  # of a gradient by a score
+# What gradients of sequences are added up in: so many more bits that the order changes nothing, nor do processes.
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 PATIENCE = 2  # passes without gain on held-out windows
 
 Linears = Mapping[str, PrunedLinear]
@@ -173,33 +176,27 @@ def _descend(
     optimizer = torch.optim.Adam(groups, betas=MOMENTUM, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
-    def loss(weights: Mapping[str, Tensor], batch: slice) -> Tensor:
-        """Summed over the sequences of a batch, mean over tokens and channels."""
-        output = layer.output_with(weights, streams.read(HIDDEN, batch))
-        error = (output.float() - streams.read(TARGET, batch).float()).square().mean()
-        return error * len(output)
-
     def held_out_error() -> float:
         weights = {name: one.to(layer.dtype) for name, one in moving.weights().items()}
-        with torch.no_grad():
-            own = math.fsum(loss(weights, batch).item() for batch in held_out)
-        return streams.ranks.total(own)[0]
+        own: list[float] = []
+        for batch in held_out:
+            output = layer.output_with(weights, streams.read(HIDDEN, batch))
+            own += reconstruction_errors(streams.read(TARGET, batch), output).tolist()
+        return streams.ranks.total(math.fsum(own))[0]
 
     generator = torch.Generator().manual_seed(0)
     best, lowest, gained, without_gain = moving.linears(), held_out_error(), False, 0
     for _ in range(passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
             weights = {name: one.to(layer.dtype).detach().requires_grad_() for name, one in moving.weights().items()}
-            sums = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in weights.items()}
-            for batch in steps[step].own:
-                found = torch.autograd.grad(loss(weights, batch), list(weights.values()), allow_unused=True)
-                for name, one in zip(weights, found, strict=True):
-                    if one is not None:  # an expert may be given nothing
-                        sums[name] += one
+            sums = {name: torch.zeros_like(one, dtype=WIDER[layer.dtype]) for name, one in weights.items()}
+            for sequence in steps[step].own:
+                for name, one in _gradients(layer, weights, streams, slice(sequence, sequence + 1)).items():
+                    sums[name] += one
             for one in sums.values():
                 streams.ranks.add_tensor(one)
                 one /= steps[step].sequences
-            moving.take(sums)
+            moving.take({name: one.float() for name, one in sums.items()})
             optimizer.step()
             schedule.step()
             moving.moved()
@@ -211,6 +208,19 @@ def _descend(
         else:
             best, lowest, gained, without_gain = moving.linears(), error, True, 0
     return best, gained
+
+
+def _gradients(
+    layer: DecoderLayer, weights: Mapping[str, Tensor], streams: ActivationStreams, sequence: slice
+) -> dict[str, Tensor]:
+    """Of mean((y − target)²) over the tokens and channels of one sequence, by the weights: (out, in), by linear.
+
+    Experts that are given nothing are left out.
+    """
+    output = layer.output_with(weights, streams.read(HIDDEN, sequence))
+    error = (output.float() - streams.read(TARGET, sequence).float()).square().mean()
+    found = torch.autograd.grad(error, list(weights.values()), allow_unused=True)
+    return {name: one for name, one in zip(weights, found, strict=True) if one is not None}
 
 
 def _write_targets(

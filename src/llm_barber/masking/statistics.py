@@ -1,7 +1,8 @@
 """Running sums over the calibration sequences: squares of inputs, Gram matrices, squares of gradients.
 
 All are float32 whatever the activations' dtype, and are added sequence by sequence in a fixed order, so that the
-batch size does not change them.
+batch size does not change them. Those that are small, a number a channel, are added up in float64, so that the number
+of processes hardly does.
 """
 
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ class InputSquares(RunningSums):
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
-        self.total = torch.zeros(features, device=device)
+        self.total = torch.zeros(features, device=device, dtype=torch.float64)
         self.sequences = _count()
 
     def update(self, inputs: Tensor) -> None:
@@ -64,7 +65,7 @@ class InputSquares(RunningSums):
     @property
     def mean(self) -> Tensor:
         """float32, (in,)."""
-        return self.total / self.sequences.item()
+        return (self.total / self.sequences.item()).float()
 
 
 class InputMoments(RunningSums):
@@ -75,7 +76,7 @@ class InputMoments(RunningSums):
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.squares = InputSquares(features, device)
-        self.total = torch.zeros(features, device=device)
+        self.total = torch.zeros(features, device=device, dtype=torch.float64)
         self.tokens = _count()
 
     def update(self, inputs: Tensor) -> None:
@@ -88,13 +89,13 @@ class InputMoments(RunningSums):
     @property
     def mean(self) -> Tensor:
         """Mean over sequences of the sum over tokens."""
-        return self.total / self.squares.sequences.item()
+        return (self.total / self.squares.sequences.item()).float()
 
     @property
     def variance(self) -> Tensor:
         """Variance over all tokens."""
         tokens = max(self.tokens.item(), 1)
-        return (self.squares.total / tokens - (self.total / tokens).square()).clamp_min(0)
+        return (self.squares.total / tokens - (self.total / tokens).square()).clamp_min(0).float()
 
 
 class GramMatrix(RunningSums):
@@ -191,12 +192,12 @@ class FisherSums(RunningSums):
     """Sums of the Fisher information of a linear's weights, over its columns and over its rows.
 
     The information of a weight is Σ (g x)² over tokens, g the gradient of the loss by its output and x its input.
-    `rows`, float32 (out,), is its sum over inputs, Σ g² ‖x‖²; `columns`, float32 (in,), over outputs, Σ ‖g‖² x².
+    `rows`, float64 (out,), is its sum over inputs, Σ g² ‖x‖²; `columns`, float64 (in,), over outputs, Σ ‖g‖² x².
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.rows = torch.zeros(shape[0], device=device)
-        self.columns = torch.zeros(shape[1], device=device)
+        self.rows = torch.zeros(shape[0], device=device, dtype=torch.float64)
+        self.columns = torch.zeros(shape[1], device=device, dtype=torch.float64)
 
     def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor) -> None:
         """Add a batch.

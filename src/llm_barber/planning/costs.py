@@ -321,7 +321,7 @@ def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
         found += forward(block, recipe, held_out) * (passes + 1)
         found += forward(block, recipe, recipe.own_tokens if recipe.refine.target_mix < 1 else 0)
         found += _streams(block, recipe, recipe.own_tokens, passes + 1)
-    a_step = Work(moved=TUNING * layer.weights) + _reduce(recipe, FLOAT32 * layer.weights)
+    a_step = Work(moved=TUNING * layer.weights) + _reduce(recipe, max(FLOAT32, 2 * recipe.itemsize) * layer.weights)
     for block in layer.blocks if masks else ():
         found += forward(block, recipe, recipe.own_tokens) + _statistics(block, recipe)
         found += _choose(block, recipe) * masks * recipe.tune_steps

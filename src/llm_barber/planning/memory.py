@@ -52,8 +52,9 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
             moments.append(resident + _refining(block, recipe))
     if recipe.refine is not None and recipe.refine.of_layers:
         batch = max(_batch(block, recipe) for block in layer.blocks)
-        # Values, the best ones, gradients, two moments of Adam, masked copies.
-        tuned = (6 * FLOAT32 + recipe.itemsize) * layer.weights
+        # Values, the best ones, gradients, two moments of Adam, masked copies; in float32, gradients' sums in float64.
+        wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0
+        tuned = (6 * FLOAT32 + wider + recipe.itemsize) * layer.weights
         moments.append(resident + Held(host=_array(model, recipe), device=tuned + 2 * batch))
     if recipe.prunes_head:
         head, outside = model.head_block, Held(device=model.outside * _converted(recipe))
