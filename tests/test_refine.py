@@ -101,7 +101,7 @@ def test_held_out_windows_decide_row_by_row_and_about_damping(pattern: NofM | No
     pruned = PrunedLinear(keep, weight * keep, weight, pattern)
     ours, other = correlated(1), correlated(2)  # two texts that have nothing in common
     training, held_out = (Objective(inputs.t() @ inputs, None) for inputs in (ours, other))
-    settings = RefineSettings(swaps=8, target_mix=0.0, solve=False, tune=0, held_out=1)
+    settings = RefineSettings(swaps=8, target_mix=0.0, solve=False, held_out=1)
     free, _ = refine_linear(pruned, weight, training, None, settings)
     found, swapped = refine_linear(pruned, weight, training, held_out, settings)
     before, after, without = (held_out.error(weight * one.keep, weight) for one in (pruned, found, free))

@@ -9,12 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild
-from llm_barber.errors import SettingsError
+from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild, tune
+from llm_barber.errors import NotFiniteError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.saliency import wanda
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.streams import ActivationStreams
 from llm_barber.report import RunReport
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.model.reference import captured, first_call, layer_call
@@ -42,12 +44,32 @@ def masks(folder: Path) -> dict[str, Tensor]:
     return {name: tensor != 0 for name, tensor in read_folder(folder).items() if "_proj" in name}
 
 
-def tuned_in_memory(folder: Path, texts: Tensor, pattern: Pattern, mix: float, held_out: int) -> dict[str, Tensor]:
-    """One pass over masks, with autograd of the whole layer, Adam by its formula, and sorting row by row."""
+class Adam:
+    """By its formula, with the rate falling to 0 over so many steps."""
+
+    def __init__(self, values: dict[str, Tensor], rates: dict[str, float], smallest: float, steps: int) -> None:
+        self.values, self.rates, self.smallest, self.steps = values, rates, smallest, steps
+        self.first = {name: torch.zeros_like(one) for name, one in values.items()}
+        self.second = {name: torch.zeros_like(one) for name, one in values.items()}
+
+    def move(self, name: str, gradient: Tensor, number: int) -> None:
+        first = self.first[name] = 0.9 * self.first[name] + 0.1 * gradient
+        second = self.second[name] = 0.95 * self.second[name] + 0.05 * gradient**2
+        change = first / (1 - 0.9 ** (number + 1)) / ((second / (1 - 0.95 ** (number + 1))).sqrt() + self.smallest)
+        self.values[name] -= self.rates[name] * (1 - number / self.steps) * change
+
+
+def tuned_in_memory(
+    folder: Path, texts: Tensor, pattern: Pattern, mix: float, held_out: int, both: bool = False
+) -> dict[str, Tensor]:
+    """One pass over masks, with autograd of the whole layer, and sorting row by row; over `both`, kept weights, too.
+
+    Gives the pruned weights.
+    """
     dense, model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False) for _ in range(2)
     )
-    found_masks: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
     for index, layer in enumerate(model.model.layers):
         calls = [first_call(model, model.model.layers, index, text[None]) for text in texts]
         of_dense = [first_call(dense, dense.model.layers, index, text[None]) for text in texts]
@@ -73,8 +95,6 @@ def tuned_in_memory(folder: Path, texts: Tensor, pattern: Pattern, mix: float, h
             score = weights[name].abs() * mean_squares(name).sqrt()
             score /= score.mean(1, keepdim=True)
             scores[name] = torch.stack([start(*both, pattern) for both in zip(score, keep[name], strict=True)])
-        first = {name: torch.zeros_like(one) for name, one in scores.items()}
-        second = {name: torch.zeros_like(one) for name, one in scores.items()}
 
         def distance(members: Any, layer: Any = layer, calls: Any = calls, targets: Any = targets) -> Tensor:
             errors = [(layer_call(layer, calls[n][1], calls[n][0]) - targets[n]).square().mean() for n in members]
@@ -83,26 +103,26 @@ def tuned_in_memory(folder: Path, texts: Tensor, pattern: Pattern, mix: float, h
         training = len(texts) - held_out
         count = -(-training // 4)
         before, kept = distance(range(training, len(texts))) if held_out else 0, dict(keep)
+        values = {name: one.clone() for name, one in weights.items()}
+        sizes = {name: (weights[name] * one).square().sum().div(one.sum()).sqrt().item() for name, one in keep.items()}
+        of_scores = Adam(scores, dict.fromkeys(scores, 0.04 if isinstance(pattern, NofM) else 0.02), 1e-12, count)
+        of_values = Adam(values, {name: 0.01 * size for name, size in sizes.items()}, 1e-8, count)
         for number, step in enumerate(torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()):
             own = [one.weight.requires_grad_() for one in linears.values()]
             found = torch.autograd.grad(distance(range(step, training, count)), own)
             for (name, one), gradient in zip(linears.items(), found, strict=True):
                 one.weight.requires_grad_(False)
-                gradient = gradient * weights[name]
-                first[name] = 0.9 * first[name] + 0.1 * gradient
-                second[name] = 0.95 * second[name] + 0.05 * gradient**2
-                change = first[name] / (1 - 0.9 ** (number + 1))
-                change = change / ((second[name] / (1 - 0.95 ** (number + 1))).sqrt() + 1e-12)
-                scores[name] -= (0.04 if isinstance(pattern, NofM) else 0.02) * (1 - number / count) * change
+                of_scores.move(name, gradient * values[name], number)
+                if both:
+                    of_values.move(name, gradient * keep[name], number)
                 rows = zip(scores[name], keep[name], strict=True)
                 keep[name] = torch.stack([highest(*row, pattern) for row in rows])
-                one.weight.copy_(weights[name] * keep[name])
+                one.weight.copy_(values[name] * keep[name])
         if held_out and distance(range(training, len(texts))) >= before:
-            keep = kept
             for name, one in linears.items():
-                one.weight.copy_(weights[name] * keep[name])
-        found_masks |= {f"model.layers.{index}.{name}.weight": keep[name] for name in linears}
-    return found_masks
+                one.weight.copy_(weights[name] * kept[name])
+        written |= {f"model.layers.{index}.{name}.weight": one.weight.clone() for name, one in linears.items()}
+    return written
 
 
 def start(score: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
@@ -141,11 +161,27 @@ def test_masks_equal_those_tuned_in_memory(
     expected = tuned_in_memory(model, load_file(tokens)["input_ids"], pattern, mix, round(guard * SEQUENCES))
     written, dense = read_folder(tmp_path / "out"), read_folder(model)
     assert report.swapped > 0
-    for name, keep in expected.items():
+    for name, one in expected.items():
         found = written[name] != 0
         # Sums are made in another order: scores that are nearly equal may change places.
-        assert (found != keep).float().mean() < 0.001, name
+        assert (found != (one != 0)).float().mean() < 0.001, name
         assert torch.equal(written[name][found], dense[name][found])
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NofM(2, 4)], ids=["60 %", "2:4"])
+def test_masks_and_weights_equal_those_tuned_in_memory(
+    tmp_path: Path, model: Path, tokens: Path, pattern: Pattern
+) -> None:
+    how = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
+    settings = {"rebuild": False, "refine": "tune", "reconstruct": "tune", "tune_passes": 1, "guard": 0.2}
+    report = run(model, tmp_path / "out", tokens, target_mix=0.5, **settings, **how)
+    expected = tuned_in_memory(model, load_file(tokens)["input_ids"], pattern, 0.5, round(0.2 * SEQUENCES), both=True)
+    written, dense = read_folder(tmp_path / "out"), read_folder(model)
+    assert report.kept_weights == "tune"
+    for name, one in expected.items():
+        assert ((written[name] != 0) != (one != 0)).float().mean() < 0.001, name
+        assert (written[name] - one).norm() < 0.02 * one.norm()
+        assert (dense[name] * (one != 0) - one).norm() > 0.01 * one.norm()
 
 
 SETTINGS = [{"sparsity": 0.55}, {"pattern": "4:8"}, {"pattern": "3:5", "allow_dense_tail": True}]
@@ -158,8 +194,8 @@ def test_the_layers_come_nearer_and_the_budget_stays(
     errors = []
     ids = load_file(tokens)["input_ids"]
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids, output_hidden_states=True)
-    for name, refine in (("plain", "none"), ("tuned", "tune")):
-        report = run(model, tmp_path / name, tokens, preset="mask", refine=refine, target_mix=1.0, guard=0, **settings)
+    for name, how in (("plain", {"refine": "none"}), ("tuned", {"target_mix": 1.0, "guard": 0})):
+        report = run(model, tmp_path / name, tokens, preset="mask", **how, **settings)
         found = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
         states = found(ids, output_hidden_states=True).hidden_states
         errors.append((states[1] - dense.hidden_states[1]).square().mean().item())
@@ -172,15 +208,44 @@ def test_the_layers_come_nearer_and_the_budget_stays(
     assert came == sum(one.grown for block in report.layers[0].blocks for one in block.linears)
 
 
-def test_masks_then_weights(tmp_path: Path, model: Path, tokens: Path) -> None:
-    first = run(model, tmp_path / "mask", tokens, preset="mask", pattern="2:4")
-    report = run(model, tmp_path / "both", tokens, preset="mask", reconstruct="tune", pattern="2:4")
-    assert (first.kept_weights, report.kept_weights) == ("dense", "tune")
-    alone, both = read_folder(tmp_path / "mask"), read_folder(tmp_path / "both")
-    for name in (name for name in alone if "layers.0" in name and "_proj" in name):
-        assert torch.equal(alone[name] != 0, both[name] != 0)
-        assert not torch.equal(alone[name], both[name])
-    assert not inspect(InspectConfig(model=tmp_path / "both", dense=model)).problems
+def test_passes(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """Twice as many for masks and weights, unless a number was given."""
+    for settings, words in (
+        ({}, "at most 8 passes that tune masks"),
+        ({"reconstruct": "tune"}, "at most 16 passes that tune masks and weights"),
+        ({"reconstruct": "tune", "tune_passes": 3}, "at most 3 passes that tune masks and weights"),
+        ({"reconstruct": "tune", "refine": "none"}, "at most 8 passes that tune weights"),
+    ):
+        report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4", overwrite=True, **settings)
+        assert words in (report.refinement or "")
+        assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
+    """However near the output is to its target, and whatever the compute dtype: they are those of float64."""
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)).to(dtype)
+    weight, hidden = torch.randn(8, 8, generator=generator), 0.01 * torch.randn(1, 4096, 8, generator=generator)
+    layer = DecoderLayer(module, ("0",), lambda *_: {})
+    streams = ActivationStreams(1, 1, torch.device("cpu"))
+    streams.write("hidden", slice(0, 1), hidden.to(dtype))
+    target = hidden.to(dtype) @ weight.to(dtype).t() * (1 + 0.02 * torch.randn(8, generator=generator)).to(dtype)
+    streams.write(tune.TARGET, slice(0, 1), target)
+    sums = {"0": torch.zeros(8, 8)}
+    tune._add_gradients(sums, layer, {"0": weight.to(dtype).requires_grad_()}, streams, slice(0, 1))
+    difference = (hidden.to(dtype) @ weight.to(dtype).t()).double() - target.double()
+    expected = difference[0].t() @ hidden[0].to(dtype).double()
+    assert (sums["0"] - expected).norm() < 0.02 * expected.norm()
+
+
+def test_broken_gradients_are_told(tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(sums: dict[str, Tensor], *_: Any) -> None:
+        next(iter(sums.values()))[0, 0] = torch.nan
+
+    monkeypatch.setattr(tune, "_add_gradients", broken)
+    with pytest.raises(NotFiniteError, match="a gradient of layer 0, self_attn.q_proj, holds NaN or Inf"):
+        run(model, tmp_path / "out", tokens, preset="mask")
 
 
 def test_what_held_out_windows_reject_stays(
@@ -280,7 +345,7 @@ def test_layers_with_nothing_but_idle_experts(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"refine": "tune", "reconstruct": "least-squares"}, "least-squares goes with refine swaps"),
+        ({"refine": "tune", "reconstruct": "least-squares"}, "does not go with refine tune, which was asked"),
         ({"preset": "mask", "swaps": 10}, "swaps are of refine swaps"),
         ({"refine": "swaps", "tune_passes": 2}, "tune_passes are of refine tune and reconstruct tune"),
     ],

@@ -199,4 +199,6 @@ def _read_tokens(path: Path) -> Tensor:
         raise CalibrationError(f"{path} is not a safetensors file ({error})", hint) from error
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
         raise CalibrationError(f"input_ids in {path} is {tokens.dtype} of shape {tuple(tokens.shape)}", hint)
+    if tokens.shape[1] < 2:
+        raise CalibrationError(f"the windows in {path} have one token each", "give windows of two tokens or more")
     return tokens

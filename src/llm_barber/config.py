@@ -59,7 +59,6 @@ class PruneConfig(RunSettings):
     initial: Initial | None = Field(default=None, description="method of the initial mask; None: wanda")
     sparsity: float | None = Field(None, description="fraction of weights to remove; None: 0.5")
     pattern: str | None = Field(None, description="N:M, N kept of every M inputs, instead of a sparsity")
-    rebuild: bool | None = Field(default=None, description="rebuild the initial mask; None: the preset's")
     initial_granularity: Granularity | None = Field(
         default=None,
         description="comparison group of the initial mask; None: linear for magnitude and RIA, else output",
@@ -146,8 +145,6 @@ class PruneConfig(RunSettings):
             problems.append("initial_granularity block is not defined: choose output, input or linear")
         if self.initial_granularity is not None and self.method is Initial.SPARSEGPT:
             problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
-        if self.rebuild is False and (self.granularity is not None or self.rebuild_ratio is not None):
-            problems.append("granularity and rebuild_ratio are of the rebuild, which is switched off")
         if self.keep_updates and (self.refinement is not Refine.NONE or self.reconstruction is not Reconstruct.NONE):
             problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
         if self.pattern is not None and self.initial_granularity is not None:
@@ -171,13 +168,6 @@ class PruneConfig(RunSettings):
         named = (self.initial, self.rebuild, self.granularity, self.rebuild_ratio)
         asked = any(one is not None for one in named)
         return PRESETS[self.preset or (Preset.PAPER if asked else Preset.MASK)]
-
-    @property
-    def rebuilds(self) -> bool:
-        """Is the initial mask rebuilt? By the preset, unless a setting of the rebuild is given."""
-        if self.rebuild is not None:
-            return self.rebuild
-        return self.defaults.rebuild or self.granularity is not None or self.rebuild_ratio is not None
 
     @property
     def allocated_by(self) -> Allocation:
@@ -232,6 +222,8 @@ class RebuildConfig(RunSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = self.refining_problems()
+        if not self.rebuilds and self.refinement is Refine.NONE and self.reconstruction is Reconstruct.NONE:
+            problems.append("no rebuild, refine none and reconstruct none leave nothing to do")
         problems += _same_folder("DENSE", self.dense, self.output) + _same_folder("PRUNED", self.pruned, self.output)
         if problems:
             raise ValueError("; ".join(problems))

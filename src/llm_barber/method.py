@@ -92,12 +92,13 @@ def prune_layer(
         outcomes.append((block, outcome, after))
         final.append(block)
     if tuning is not None:
-        tuned = tune_layer(layer, dense, pruned, tuning, streams)
+        tuned = tune_layer(layer, dense, pruned, tuning, streams, f"layer {index}")
         pruned = tuned.linears
         windows = measured_windows(tuning, streams) if rebuild_settings is None else list(streams.batches())
         errors = block_errors(layer, blocks, dense, pruned, windows, streams)
         outcomes = [
-            (block, outcome.tuned(tuned), error) for (block, outcome, _), error in zip(outcomes, errors, strict=True)
+            (block, outcome.tuned(tuned, tuning.of_linears), error)
+            for (block, outcome, _), error in zip(outcomes, errors, strict=True)
         ]
         if math.isnan(_propagate(Pass(layer, blocks[-1], [], streams, last=True), None) or 0):
             raise _not_finite(f"the output of layer {index}")
@@ -130,14 +131,15 @@ class Outcome:
     output_kept: bool = False
     rejected: bool = False
 
-    def tuned(self, tuned: Tuned) -> "Outcome":
-        """After the layer was tuned."""
+    def tuned(self, tuned: Tuned, after_linears: bool) -> "Outcome":
+        """After the layer was tuned; `after_linears`: its linears had been refined one by one before."""
         linears = {name: tuned.linears[name] for name in self.linears}
         masks = {}
         for name, mask in self.masks.items():
             came = int((linears[name].keep & ~mask.keep).sum())
             masks[name] = Rebuilt(linears[name].keep, mask.beneficial, mask.grown + came, mask.dropped + came)
-        return replace(self, linears=linears, masks=masks, rejected=self.rejected or (bool(linears) and tuned.rejected))
+        rejected = bool(linears) and tuned.rejected and (self.rejected or not after_linears)
+        return replace(self, linears=linears, masks=masks, rejected=rejected)
 
 
 def _prune_block(

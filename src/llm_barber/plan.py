@@ -78,7 +78,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     else:
         job = prepare(config.dense, config, None, progress)
         initial = CheckpointMasks(job, config.pruned, config.pattern)
-        model, method, rebuilt = config.dense, f"mask of {config.pruned}", True
+        model, method, rebuilt = config.dense, f"mask of {config.pruned}", config.rebuilds
         pattern = str(initial.first_pattern or "unstructured")
         refined = initial.first_pattern
         settings = rebuild_defaults(
@@ -98,7 +98,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         shapes = [shape for shape, one in zip(shapes, every, strict=True) if one is not None]
         shapes += [tuple(job.skeleton.head.weight.shape)] if config.prune_head else []
     sequences, tokens = job.tokens.input_ids.shape
-    arrays = 3 if rebuilt else 2  # hidden, attention output, dense output
+    arrays = RefineSettings.arrays(refining)
     hidden: int = job.config.hidden_size
     return Plan(
         model=model,

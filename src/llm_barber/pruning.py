@@ -84,9 +84,12 @@ def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunRepo
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method
-    settings = RebuildSettings(
-        *rebuild_defaults(method, config.granularity, config.rebuild_ratio, initial.first_pattern), _of_patterns(config)
-    )
+    settings = None
+    if config.rebuilds:
+        settings = RebuildSettings(
+            *rebuild_defaults(method, config.granularity, config.rebuild_ratio, initial.first_pattern),
+            _of_patterns(config),
+        )
     work = Assignment("rebuild", config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")
     return run(work, progress)
 

@@ -61,15 +61,19 @@ class Pass:
         hidden, replays = self.streams.read(stream + HIDDEN, batch), self.replays(batch, stream)
         return self.layer.inputs_of(names, hidden, replays, None if self.last else self.block)
 
-    def advance_dense(self, batch: slice) -> None:
-        """Run the block, with dense weights, on the dense stream; the layer's output waits as `DENSE + NEXT`."""
+    def advance_dense(self, batch: slice, measured: bool = False) -> None:
+        """Run the block, with dense weights, on the dense stream; the layer's output waits as `DENSE + NEXT`.
+
+        The block's own is kept for the blocks after it, and where it is going to be `measured` against.
+        """
         hidden, replays = self.streams.read(DENSE + HIDDEN, batch), self.replays(batch, DENSE)
         if self.last:
             output, following = self.layer.final_output(hidden, self.block, replays)
             self.streams.write(DENSE + NEXT, batch, following)
         else:
             output = self.layer.block_output(self.block, hidden, replays)
-        self.streams.write(DENSE + self.block.output, batch, output)
+        if measured or not self.last:
+            self.streams.write(DENSE + self.block.output, batch, output)
 
 
 def refine_block(
@@ -207,12 +211,12 @@ def _dense_inputs(work: Pass, names: list[str], batch: slice, last: bool) -> dic
     """
     if last and not work.layer.experts:
         with work.layer.noted(names, batch.stop - batch.start) as found:
-            work.advance_dense(batch)
+            work.advance_dense(batch, measured=True)
         return found
     with work.layer.same_routes():
         found = work.inputs(names, batch, DENSE)
     if last:
-        work.advance_dense(batch)
+        work.advance_dense(batch, measured=True)
     return found
 
 

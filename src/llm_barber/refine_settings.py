@@ -7,6 +7,7 @@ from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.presets import (
     FEWEST_PASSES,
+    GUARD,
     MOST_PASSES,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
@@ -25,16 +26,18 @@ SEQUENCES_A_STEP = 4  # of tuning
 class RefineSettings:
     """`swaps`: most swaps a row; None: the default, 0: none. `target_mix`: see above. `solve`: least squares.
 
-    `tune`: passes that tune the kept weights of a layer, `mask_passes` its masks (`tune.py`). `held_out`: calibration
-    windows, the last ones.
+    `passes`: over the windows, at most, that tune layers, their masks, kept weights or both (`tune.py`). `held_out`:
+    calibration windows, the last ones. `head_mix`: the target mix of the output head, whose mask is swapped, not tuned.
     """
 
     swaps: int | None
     target_mix: float
     solve: bool
-    tune: int
     held_out: int
-    mask_passes: int = 0
+    passes: int = 0
+    tunes_masks: bool = False
+    tunes_weights: bool = False
+    head_mix: float = TARGET_MIX
 
     @classmethod
     def of(cls, config: RunSettings, pattern: Pattern | None, sequences: int, seqlen: int) -> "RefineSettings | None":
@@ -53,14 +56,17 @@ class RefineSettings:
         if mix is None:
             tuned = config.refinement is Refine.TUNE and isinstance(pattern, NofM)
             mix = PATTERN_TARGET_MIX if tuned else TARGET_MIX
-        passes = config.tune_passes or min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES)
+        masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
+        passes = min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES) * (masks + weights)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,
-            solve=solve and config.refinement is not Refine.TUNE,  # which moves masks after linears are solved
-            tune=passes if config.reconstruction is Reconstruct.TUNE else 0,
-            held_out=min(math.ceil(config.guard * sequences), sequences - 1),
-            mask_passes=passes if config.refinement is Refine.TUNE else 0,
+            solve=solve and not masks,  # which moves masks after linears are solved
+            held_out=min(math.ceil((GUARD if config.guard is None else config.guard) * sequences), sequences - 1),
+            passes=(config.tune_passes or passes) if masks or weights else 0,
+            tunes_masks=masks,
+            tunes_weights=weights,
+            head_mix=TARGET_MIX if config.target_mix is None else config.target_mix,
         )
 
     @property
@@ -71,12 +77,26 @@ class RefineSettings:
     @property
     def of_layers(self) -> bool:
         """Are layers tuned?"""
-        return bool(self.mask_passes or self.tune)
+        return self.tunes_masks or self.tunes_weights
 
     @property
     def of_head(self) -> "RefineSettings":
         """For the output head, which is no layer that could be tuned: by swaps, and least squares."""
-        return replace(self, swaps=None if self.mask_passes else self.swaps, solve=self.solve or self.tune > 0)
+        swaps, solve = None if self.tunes_masks else self.swaps, self.solve or self.tunes_weights
+        return replace(self, swaps=swaps, solve=solve, target_mix=self.head_mix)
+
+    @classmethod
+    def arrays(cls, settings: "RefineSettings | None") -> int:
+        """Arrays of all calibration activations that are there at once (`model/streams.py`).
+
+        The layer's input, the first block's output, that of the dense block or the next layer's input; where dense
+        activations are followed, the same of them, and what swaps compare the last block's output with; what a layer is
+        tuned towards.
+        """
+        if settings is None:
+            return 3
+        followed = (4 if settings.of_linears else 3) if settings.target_mix else 0
+        return 3 + followed + (1 if settings.of_layers else 0)
 
     def swaps_of(self, pattern: NofM | None) -> int:
         """Most swaps of a row."""
@@ -88,11 +108,11 @@ class RefineSettings:
     def words(self) -> str:
         """For people."""
         most = f"{SWAPS} (with N:M {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
+        tuned = ["masks"] * self.tunes_masks + ["weights"] * self.tunes_weights
         parts = [
             f"at most {most} exact swaps a row" if self.swaps != 0 else "",
             "least squares of the kept weights" if self.solve else "",
-            f"at most {self.mask_passes} passes that tune masks" if self.mask_passes else "",
-            f"at most {self.tune} passes that tune weights" if self.tune else "",
+            f"at most {self.passes} passes that tune {' and '.join(tuned)}" if tuned else "",
         ]
         windows = f"{self.held_out} window{'' if self.held_out == 1 else 's'} held out"
         return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {windows})"

@@ -82,6 +82,8 @@ class Assignment:
 def run(work: Assignment, progress: Progress) -> RunReport:
     """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
     began = time.perf_counter()
+    if work.refine_settings is not None and not work.refine_settings.held_out and work.config.guard != 0:
+        progress.warn("no window can be held out of one: all of the refining is kept, unchecked; give more --samples")
     job, ranks, sequences = work.job, work.job.ranks, len(work.job.tokens.input_ids)
     with _open_output(work) as writer, _told_how_to_go_on(writer, progress):
         finished, activations = writer.read_activations()

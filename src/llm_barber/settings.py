@@ -77,6 +77,7 @@ class RunSettings(StructureSettings):
     """What `prune` and `rebuild` share."""
 
     output: Path = Field(description="folder to write; it appears when it is complete")
+    rebuild: bool | None = Field(default=None, description="rebuild the initial mask; None: the preset's")
     granularity: Granularity | None = Field(None, description="comparison group; None: the released experiments'")
     rebuild_ratio: float | None = Field(
         None, gt=0, le=1, description="share of the beneficial pairs to swap; None: the released experiments'"
@@ -105,11 +106,11 @@ class RunSettings(StructureSettings):
         ge=1,
         description="passes over the windows when layers are tuned, at most; None: 2 to 8, the fewer the more text",
     )
-    guard: float = Field(
-        default=GUARD,
+    guard: float | None = Field(
+        default=None,
         ge=0,
         lt=1,
-        description="share of the windows held out to decide what refining keeps; 0: all is kept",
+        description=f"share of the windows held out to decide what refining keeps; 0: all is kept; None: {GUARD}",
     )
     calibration: str = Field(default="builtin", description="builtin, c4, wikitext2, or a file")
     samples: int = Field(128, ge=1, description="calibration windows")
@@ -133,12 +134,28 @@ class RunSettings(StructureSettings):
         """What the preset says; none was given: the published method's."""
         return PRESETS[self.preset or Preset.PAPER]
 
+    @property
+    def rebuilds(self) -> bool:
+        """Is the initial mask rebuilt? By the preset, unless a setting of the rebuild is given."""
+        if self.rebuild is not None:
+            return self.rebuild
+        return self.defaults.rebuild or self.granularity is not None or self.rebuild_ratio is not None
+
     def refining_problems(self) -> list[str]:
         """What does not go together in how masks and weights are refined."""
         tunes = self.refinement is Refine.TUNE
         problems = []
+        if self.rebuild is False and (self.granularity is not None or self.rebuild_ratio is not None):
+            problems.append("granularity and rebuild_ratio are of the rebuild, which is switched off")
         if tunes and self.reconstruction is Reconstruct.LEAST_SQUARES:
-            problems.append("reconstruct least-squares goes with refine swaps; refine tune goes with reconstruct tune")
+            problems.append(
+                "reconstruct least-squares does not go with refine tune, which "
+                + ("was asked for" if self.refine else "is the preset's: give refine swaps or none, too")
+            )
+        if self.refinement is Refine.NONE and self.reconstruction is Reconstruct.NONE:
+            for name in ("target_mix", "guard"):
+                if getattr(self, name) is not None:
+                    problems.append(f"{name} is of refine and reconstruct: give one of them, too")
         if self.swaps is not None and self.refinement is not Refine.SWAPS:
             problems.append("swaps are of refine swaps: give it, too")
         if self.tune_passes is not None and not tunes and self.reconstruction is not Reconstruct.TUNE:

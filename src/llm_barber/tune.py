@@ -1,26 +1,26 @@
-"""Tune a whole decoder layer against its output, by short runs of Adam: first its masks, then the weights they keep.
+"""Tune a whole decoder layer against its output, by a short run of Adam: its masks, the weights they keep, or both.
 
 The loss is the mean squared distance of the layer's output, on the inputs that the pruned model gives it, from the
 dense layer's; on these same inputs (`target_mix` 0), or on those of the dense model (1, as EBFT, 2024), or between.
-Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows stop each run, and decide
+Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows stop the run, and decide
 whether anything of it is kept.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from llm_barber.errors import NotFiniteError
 from llm_barber.initial import PrunedLinear, collect_inputs, with_few_tokens
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.scores import mask_of, pruned_of, starting_scores
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.gradients import reconstruction_errors
+from llm_barber.model.gradients import reconstruction_errors, scaled_by_sequence
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
 from llm_barber.refine_settings import RefineSettings
 
@@ -51,6 +51,7 @@ def tune_layer(
     pruned: Linears,
     settings: RefineSettings,
     streams: ActivationStreams,
+    where: str,
 ) -> Tuned:
     """The layer's linears with better masks and values, as far as that is asked for.
 
@@ -60,119 +61,104 @@ def tune_layer(
         pruned: masks and values to start from, by linear.
         settings: target mix; windows held out, if none all passes are made; most passes over the others.
         streams: the layer's input; for a mix, the dense model's output of it (`DENSE + NEXT`), too.
+        where: which layer, for a message.
+
+    Raises:
+        NotFiniteError: a gradient holds NaN or Inf.
     """
     _write_targets(layer, dense, settings.target_mix, streams)
-    found, better = dict(pruned), False
-    for moving, passes in ((_Masks, settings.mask_passes), (_Values, settings.tune)):
-        if passes:
-            found, gained = _descend(moving(layer, found, streams), layer, settings, streams, passes)
-            better = better or gained
-    return Tuned(found, not better)
+    found, gained = _descend(_Moving(layer, pruned, settings, streams), layer, settings, streams, where)
+    return Tuned(found, not gained)
 
 
-class _Moving(Protocol):
-    """What a run of Adam moves: masks, or the weights that they keep."""
+class _Moving:
+    """What Adam moves of a layer: scores that its masks follow from, the weights that they keep, or both.
 
-    def groups(self) -> list[dict[str, object]]:
-        """Of parameters, as Adam takes them."""
+    Experts with few tokens keep their masks.
+    """
 
-    def weights(self) -> dict[str, Tensor]:
-        """The layer's weights as they are now, (out, in), by linear, in tensors that are not the parameters."""
+    def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
+        self._now = dict(pruned)
+        self._pruned = {name: pruned_of(one.keep, one.pattern) for name, one in pruned.items()}
+        self._scores: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
+        if settings.tunes_masks:
+            self._score(layer, streams)
+        if settings.tunes_weights:
+            self._values = {name: one.values.float().clone().requires_grad_() for name, one in pruned.items()}
 
-    def take(self, gradients: Mapping[str, Tensor]) -> None:
-        """Give the parameters their gradients, from those by the weights, float32 (out, in)."""
-
-    def moved(self) -> None:
-        """Adam has made a step."""
-
-    def linears(self) -> dict[str, PrunedLinear]:
-        """What they are now."""
-
-
-class _Values:
-    """The kept weights, masks fixed."""
-
-    def __init__(self, _layer: DecoderLayer, pruned: Linears, _streams: ActivationStreams) -> None:
-        self._pruned = pruned
-        self._free = {name: one.free for name, one in pruned.items()}
-        self._values = {name: one.final.float().clone().requires_grad_() for name, one in pruned.items()}
-
-    def groups(self) -> list[dict[str, object]]:
-        found = []
-        for name, one in self._pruned.items():
-            size = one.final.float().square().sum() / one.keep.count_nonzero().clamp_min(1)
-            found.append({"params": [self._values[name]], "lr": WEIGHT_RATE * size.sqrt().item()})
-        return found
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: apply_mask(one.detach(), self._pruned[name].keep) for name, one in self._values.items()}
-
-    def take(self, gradients: Mapping[str, Tensor]) -> None:
-        for name, one in self._values.items():
-            one.grad = gradients[name] * self._free[name]
-
-    def moved(self) -> None:
-        pass
-
-    def linears(self) -> dict[str, PrunedLinear]:
-        found = {}
-        for name, one in self._pruned.items():
-            values = self._values[name].detach().to(one.values.dtype, copy=True)
-            found[name] = replace(one, values=values).with_mask(one.keep)
-        return found
-
-
-class _Masks:
-    """The masks, by their scores; weights are what they are where a mask keeps them. Experts with few tokens stay."""
-
-    def __init__(self, layer: DecoderLayer, pruned: Linears, streams: ActivationStreams) -> None:
-        layer.set_weights({name: one.weight for name, one in pruned.items()})
+    def _score(self, layer: DecoderLayer, streams: ActivationStreams) -> None:
+        """The first scores: Wanda's, on what the pruned layer gives its linears."""
+        layer.set_weights({name: one.weight for name, one in self._now.items()})
         layer.forget_tokens()
         squares = collect_inputs(layer, streams, InputSquares)
-        self._now = dict(pruned)
         for name in with_few_tokens(layer, streams):
-            if pruned[name].few_tokens is None:  # nobody has looked yet
-                self._now[name] = pruned[name].left_alone()
+            if self._now[name].few_tokens is None:  # nobody has looked yet
+                self._now[name] = self._now[name].left_alone()
         self._scores = {
-            name: starting_scores(one.keep, wanda(one.values, squares[name].mean), one.pattern, one.fixed)
+            name: starting_scores(
+                one.keep, wanda(one.values, squares[name].mean), one.pattern, one.fixed
+            ).requires_grad_()
             for name, one in self._now.items()
             if not one.few_tokens
         }
-        self._pruned = {name: pruned_of(one.keep, one.pattern) for name, one in pruned.items()}
 
     def groups(self) -> list[dict[str, object]]:
+        """Of parameters, as Adam takes them."""
         found: list[dict[str, object]] = []
         for name, one in self._scores.items():
             rate = SCORE_RATE if self._now[name].pattern is None else PATTERN_SCORE_RATE
-            found.append({"params": [one.requires_grad_()], "lr": rate, "eps": SMALLEST})
+            found.append({"params": [one], "lr": rate, "eps": SMALLEST})
+        for name, one in self._values.items():
+            linear = self._now[name]
+            size = linear.final.float().square().sum() / linear.keep.count_nonzero().clamp_min(1)
+            found.append({"params": [one], "lr": WEIGHT_RATE * size.sqrt().item()})
         return found
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: one.weight for name, one in self._now.items()}
+        """The layer's weights as they are now, (out, in), by linear, in tensors that are not the parameters."""
+        if not self._values:
+            return {name: one.weight for name, one in self._now.items()}
+        return {name: apply_mask(self._values[name].detach(), one.keep) for name, one in self._now.items()}
 
     def take(self, gradients: Mapping[str, Tensor]) -> None:
+        """Give the parameters their gradients, from those by the weights, float32 (out, in)."""
         for name, one in self._scores.items():
-            one.grad = gradients[name] * self._now[name].values
+            values = self._values[name].detach() if self._values else self._now[name].values
+            one.grad = gradients[name] * values
+        for name, one in self._values.items():
+            one.grad = gradients[name] * self._now[name].free
 
     def moved(self) -> None:
+        """Adam has made a step."""
         for name, one in self._scores.items():
             keep = mask_of(one.detach(), self._pruned[name], self._now[name].pattern)
             self._now[name] = self._now[name].with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:
-        return dict(self._now)
+        """What they are now."""
+        found = dict(self._now)
+        for name, values in self._values.items():
+            one = found[name]
+            found[name] = replace(one, values=values.detach().to(one.values.dtype, copy=True)).with_mask(one.keep)
+        return found
 
 
 def _descend(
-    moving: _Moving, layer: DecoderLayer, settings: RefineSettings, streams: ActivationStreams, passes: int
+    moving: _Moving,
+    layer: DecoderLayer,
+    settings: RefineSettings,
+    streams: ActivationStreams,
+    where: str,
 ) -> tuple[dict[str, PrunedLinear], bool]:
     """The linears after the pass that held-out windows like best, and whether that is any."""
     groups = moving.groups()
     if not groups:
         return moving.linears(), False
     steps = settings.steps(streams)
-    total = passes * len(steps)
+    total = settings.passes * len(steps)
     held_out = streams.split(settings.held_out)[1]
+    elements = streams.read(TARGET, slice(0, 1)).numel()
     optimizer = torch.optim.Adam(groups, betas=MOMENTUM, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
@@ -186,16 +172,20 @@ def _descend(
 
     generator = torch.Generator().manual_seed(0)
     best, lowest, gained, without_gain = moving.linears(), held_out_error(), False, 0
-    for _ in range(passes):
+    for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
             weights = {name: one.to(layer.dtype).detach().requires_grad_() for name, one in moving.weights().items()}
             sums = {name: torch.zeros_like(one, dtype=WIDER[layer.dtype]) for name, one in weights.items()}
             for sequence in steps[step].own:
-                for name, one in _gradients(layer, weights, streams, slice(sequence, sequence + 1)).items():
-                    sums[name] += one
-            for one in sums.values():
+                _add_gradients(sums, layer, weights, streams, slice(sequence, sequence + 1))
+            for name, one in sums.items():
                 streams.ranks.add_tensor(one)
-                one /= steps[step].sequences
+                one *= 2 / (elements * steps[step].sequences)  # of the mean square
+                if not torch.isfinite(one.sum()):
+                    raise NotFiniteError(
+                        f"a gradient of {where}, {name}, holds NaN or Inf on the calibration text",
+                        "compute with a wider range: --dtype bfloat16 or float32; or --refine swaps, or none",
+                    )
             moving.take({name: one.float() for name, one in sums.items()})
             optimizer.step()
             schedule.step()
@@ -210,17 +200,21 @@ def _descend(
     return best, gained
 
 
-def _gradients(
-    layer: DecoderLayer, weights: Mapping[str, Tensor], streams: ActivationStreams, sequence: slice
-) -> dict[str, Tensor]:
-    """Of mean((y − target)²) over the tokens and channels of one sequence, by the weights: (out, in), by linear.
-
-    Experts that are given nothing are left out.
-    """
+def _add_gradients(
+    sums: Mapping[str, Tensor],
+    layer: DecoderLayer,
+    weights: Mapping[str, Tensor],
+    streams: ActivationStreams,
+    sequence: slice,
+) -> None:
+    """Of ½ Σ (y − target)² over the tokens and channels of one sequence, by the weights: (out, in), by linear."""
     output = layer.output_with(weights, streams.read(HIDDEN, sequence))
-    error = (output.float() - streams.read(TARGET, sequence).float()).square().mean()
-    found = torch.autograd.grad(error, list(weights.values()), allow_unused=True)
-    return {name: one for name, one in zip(weights, found, strict=True) if one is not None}
+    difference = output.detach().float() - streams.read(TARGET, sequence).float()
+    scaled, scale = scaled_by_sequence(difference, output.dtype)
+    found = torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
+    for name, one in zip(weights, found, strict=True):
+        if one is not None:  # an expert may be given nothing
+            sums[name].add_(one, alpha=scale.item())
 
 
 def _write_targets(

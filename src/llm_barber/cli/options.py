@@ -8,6 +8,7 @@ import typer
 from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import (
+    GUARD,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     SWAPS,
@@ -69,6 +70,15 @@ PresetOption = Annotated[
     typer.Option(
         help="mask: the best with dense weights. best: the best quality, weights change. paper: the published method. "
         "(default: mask; paper where --initial or a setting of the rebuild is given)",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+RebuildPresetOption = Annotated[
+    Preset | None,
+    typer.Option(
+        help="paper: the published rebuild. mask: masks tuned instead, dense weights. best: weights tuned, too. "
+        "(default: paper)",
         rich_help_panel=METHOD,
         show_default=False,
     ),
@@ -203,11 +213,12 @@ TunePassesOption = Annotated[
     ),
 ]
 GuardOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         metavar="SHARE",
-        help="Share of the windows held out to decide what of the refining is kept; 0: all of it.",
+        help=f"Share of the windows held out to decide what of the refining is kept; 0: all. (default: {GUARD:g})",
         rich_help_panel=REFINING,
+        show_default=False,
     ),
 ]
 CalibrationOption = Annotated[

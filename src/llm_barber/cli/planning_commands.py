@@ -35,7 +35,6 @@ from llm_barber.cli.options import (
     TargetMixOption,
     TunePassesOption,
 )
-from llm_barber.presets import GUARD
 
 
 @app.command(
@@ -63,7 +62,7 @@ def plan(
     target_mix: TargetMixOption = None,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = None,
-    guard: GuardOption = GUARD,
+    guard: GuardOption = None,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 2048,
     batch_size: BatchOption = None,

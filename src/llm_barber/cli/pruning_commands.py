@@ -38,6 +38,7 @@ from llm_barber.cli.options import (
     QuietOption,
     RatioOption,
     RebuildOption,
+    RebuildPresetOption,
     ReconstructOption,
     RefineOption,
     ReportOption,
@@ -55,7 +56,6 @@ from llm_barber.cli.options import (
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import GUARD
 from llm_barber.settings import Format
 
 
@@ -101,7 +101,7 @@ def prune(
     target_mix: TargetMixOption = None,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = None,
-    guard: GuardOption = GUARD,
+    guard: GuardOption = None,
     calibration: CalibrationOption = "builtin",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 2048,
@@ -175,14 +175,16 @@ def rebuild(
             show_default=False,
         ),
     ] = None,
+    rebuild: RebuildOption = None,
     granularity: GranularityOption = None,
     rebuild_ratio: RatioOption = None,
+    preset: RebuildPresetOption = None,
     refine: RefineOption = None,
     swaps: SwapsOption = None,
     target_mix: TargetMixOption = None,
     reconstruct: ReconstructOption = None,
     tune_passes: TunePassesOption = None,
-    guard: GuardOption = GUARD,
+    guard: GuardOption = None,
     calibration: CalibrationOption = "builtin",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 2048,
@@ -204,9 +206,9 @@ def rebuild(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Rebuild the mask of PRUNED with the weights of DENSE, write OUT.
+    """Rebuild or refine the mask of PRUNED with the weights of DENSE, write OUT.
 
-    The sparsity of PRUNED, and its N:M pattern if it has one, is kept.
+    The sparsity of PRUNED, and its N:M pattern if it has one, is kept. --preset mask tunes its mask instead.
     """
     from llm_barber.pruning import rebuild as run
 
@@ -214,8 +216,9 @@ def rebuild(
     device_size: Any = device_memory
     own_blocks: Any = blocks or ()
     config = RebuildConfig(
-        dense=dense, pruned=pruned, output=out, initial=initial, pattern=pattern, granularity=granularity,
-        rebuild_ratio=rebuild_ratio, refine=refine, swaps=swaps, target_mix=target_mix, reconstruct=reconstruct,
+        dense=dense, pruned=pruned, output=out, initial=initial, pattern=pattern, rebuild=rebuild,
+        granularity=granularity, rebuild_ratio=rebuild_ratio, preset=preset,
+        refine=refine, swaps=swaps, target_mix=target_mix, reconstruct=reconstruct,
         tune_passes=tune_passes, guard=guard, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         batch_size=batch_size, device=device, dtype=dtype, revision=revision, overwrite=overwrite,
         resume=resume, report=report, memory=host_size, device_memory=device_size,

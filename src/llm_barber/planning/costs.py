@@ -307,8 +307,8 @@ def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
     """
     if recipe.refine is None or not recipe.refine.of_layers:
         return NONE
-    masks = recipe.refine.mask_passes
-    passes, held_out = recipe.refine.tune + masks, recipe.held_out
+    passes, held_out = recipe.refine.passes, recipe.held_out
+    masks, both = recipe.refine.tunes_masks, recipe.refine.tunes_masks and recipe.refine.tunes_weights
     trained = recipe.own_tokens - held_out
     found = NONE
     for block in layer.blocks:
@@ -321,10 +321,12 @@ def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
         found += forward(block, recipe, held_out) * (passes + 1)
         found += forward(block, recipe, recipe.own_tokens if recipe.refine.target_mix < 1 else 0)
         found += _streams(block, recipe, recipe.own_tokens, passes + 1)
-    a_step = Work(moved=TUNING * layer.weights) + _reduce(recipe, max(FLOAT32, 2 * recipe.itemsize) * layer.weights)
+    a_step = Work(moved=TUNING * layer.weights * (2 if both else 1)) + _reduce(
+        recipe, max(FLOAT32, 2 * recipe.itemsize) * layer.weights
+    )
     for block in layer.blocks if masks else ():
         found += forward(block, recipe, recipe.own_tokens) + _statistics(block, recipe)
-        found += _choose(block, recipe) * masks * recipe.tune_steps
+        found += _choose(block, recipe) * (passes * recipe.tune_steps)
     return found + a_step * (passes * recipe.tune_steps)
 
 

@@ -14,6 +14,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.presets import Allocation
 from llm_barber.refine import MOMENTS_BYTES
+from llm_barber.refine_settings import RefineSettings
 
 FLOAT32, BOOL = 4, 1
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4  # of a batch: float32 ones of the block's input, what autograd keeps of outputs
@@ -52,10 +53,11 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
             moments.append(resident + _refining(block, recipe))
     if recipe.refine is not None and recipe.refine.of_layers:
         batch = max(_batch(block, recipe) for block in layer.blocks)
-        # Values, the best ones, gradients, two moments of Adam, masked copies; in float32, gradients' sums in float64.
-        wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0
-        tuned = (6 * FLOAT32 + wider + recipe.itemsize) * layer.weights
-        moments.append(resident + Held(host=_array(model, recipe), device=tuned + 2 * batch))
+        # Gradients, the best ones and masked copies; for scores and for values themselves, a gradient and two moments.
+        parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
+        wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # gradients' sums are float64 then
+        tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
+        moments.append(resident + Held(device=tuned + 2 * batch))
     if recipe.prunes_head:
         head, outside = model.head_block, Held(device=model.outside * _converted(recipe))
         own = Held(device=head.weights * (2 * recipe.stored + BOOL))
@@ -78,18 +80,8 @@ def _array(model: ModelShapes, recipe: Recipe) -> float:
 
 
 def _streams(model: ModelShapes, recipe: Recipe) -> float:
-    """The arrays that go from layer to layer: the input, the attention's output, the dense block's; dense ones, too.
-
-    Where nothing but held-out windows is measured, the array of dense outputs has only their pages.
-    """
-    arrays = 2.0  # the layer's input, the attention's output
-    if recipe.granularity is not None:
-        arrays += 1
-    elif recipe.refine is not None:
-        arrays += recipe.held_out / recipe.own_tokens if recipe.refine.held_out else 1
-    if recipe.follows_dense:
-        arrays += 4  # the dense layer's input and output, both blocks' outputs
-    return arrays * _array(model, recipe)
+    """The arrays that go from layer to layer."""
+    return RefineSettings.arrays(recipe.refine) * _array(model, recipe)
 
 
 def _embedding(model: ModelShapes, recipe: Recipe) -> Held:
