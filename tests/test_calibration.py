@@ -92,7 +92,13 @@ def test_token_files_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"ids": torch.ones(2, 2)}, {"input_ids": torch.ones(2, 2)}, {"input_ids": torch.arange(3)}]
+    "wrong",
+    [
+        {"ids": torch.ones(2, 2)},
+        {"input_ids": torch.ones(3, 1, dtype=torch.int64)},
+        {"input_ids": torch.ones(2, 2)},
+        {"input_ids": torch.arange(3)},
+    ],
 )
 def test_wrong_token_files(tmp_path: Path, wrong: dict[str, torch.Tensor]) -> None:
     save_file(wrong, tmp_path / "t.safetensors")

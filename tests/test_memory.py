@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from llm_barber import PruneConfig, prune
+from llm_barber.embedding import embed
 from llm_barber.errors import SettingsError
 from llm_barber.memory import COPIES_OF_A_LAYER
 from llm_barber.model import streams as streams_module
+from llm_barber.plan import plan
 from llm_barber.usage import current_memory
 from tests.test_resume import weights
 
@@ -37,6 +39,36 @@ def test_activations_in_files_give_the_same_bytes(
     run(llama, tmp_path / "small", tokens, memory=2**20 + COPIES_OF_A_LAYER * 4 * 10_000)
     assert len(sizes) > 5
     assert weights(tmp_path / "small") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": "paper"},
+        {"preset": "paper", "rebuild": False},
+        {"preset": "mask"},
+        {"preset": "mask", "target_mix": 0},
+        {"preset": "best", "refine": "swaps"},
+        {"preset": "mask", "refine": "swaps", "guard": 0},
+    ],
+    ids=str,
+)
+def test_the_plan_knows_the_activations(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    config = PruneConfig(
+        model=llama, output=tmp_path / "out", calibration=tokens, dtype="float32", report=False, **settings
+    )
+    kept: list[Any] = []
+
+    def noted(*given: Any) -> Any:
+        kept.extend([embed(*given), given[-1]])
+        return kept[0]
+
+    monkeypatch.setattr("llm_barber.run.embed", noted)
+    planned = plan(config).stream_bytes
+    prune(config)
+    assert kept[1].used == planned
 
 
 def test_what_one_layer_needs_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:

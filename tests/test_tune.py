@@ -11,13 +11,19 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild, tune
 from llm_barber.errors import NotFiniteError, SettingsError
+from llm_barber.initial import PrunedLinear
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
+from llm_barber.masking.rebuild import Rebuilt
 from llm_barber.masking.saliency import wanda
+from llm_barber.method import Outcome
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
+from llm_barber.progress import Silent
+from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import RunReport
+from llm_barber.tune import Tuned
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.model.reference import captured, first_call, layer_call
 
@@ -287,6 +293,54 @@ def test_families(tmp_path: Path, family: str, few_tokens: int, monkeypatch: pyt
     assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
 
 
+@pytest.mark.parametrize(("given", "of_head"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])
+def test_the_head_is_swapped_towards_its_own_target(given: float | None, of_head: float) -> None:
+    """The default mix is of tuned masks: swaps with N:M do worse with it."""
+    config = PruneConfig(model="model", output="out", pattern="2:4", prune_head=True, target_mix=given)
+    settings = RefineSettings.of(config, NofM(2, 4), 8, 64)
+    assert settings is not None
+    assert settings.target_mix == (0.75 if given is None else given)
+    assert settings.of_head.target_mix == of_head
+
+
+@pytest.mark.parametrize("reject", ["both", "linears", "layer"])
+def test_a_block_is_rejected_if_nothing_of_it_is_kept(reject: str) -> None:
+    keep = torch.ones(2, 4, dtype=torch.bool)
+    linear = PrunedLinear(keep, keep.float(), keep.float(), None)
+    outcome = Outcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
+    tuned = Tuned({"up": linear}, reject != "linears")
+    assert outcome.tuned(tuned, after_linears=True).rejected == (reject == "both")
+    assert outcome.tuned(tuned, after_linears=False).rejected == tuned.rejected
+
+
+def test_rebuild_by_a_preset(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """The mask of another tool is tuned, without the published rebuild."""
+    run(model, tmp_path / "pruned", tokens, initial="wanda", pattern="2:4", rebuild=False)
+    (tmp_path / "pruned" / "barber.json").unlink()
+    settings = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens, "dtype": "float32"}
+    report = rebuild(RebuildConfig(output=tmp_path / "out", preset="mask", **settings))
+    assert (report.granularity, report.pattern, report.kept_weights) == (None, "2:4", "dense")
+    assert report.swapped > 0
+    assert sum(one.beneficial_pairs for one in report.linears) == 0
+    with pytest.raises(SettingsError, match="leave nothing to do"):
+        RebuildConfig(output=tmp_path / "other", rebuild=False, **settings)
+
+
+def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
+    told: list[str] = []
+
+    class Told(Silent):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+    tokens = save_tokens(tmp_path / "one.safetensors", sequences=1)
+    for guard in (None, 0.0):
+        config = {"model": model, "calibration": tokens, "guard": guard, "report": False, "overwrite": True}
+        prune(PruneConfig(output=tmp_path / "out", **config), Told())
+    assert [message for message in told if "held out" in message] == told[:1]
+    assert "no window can be held out of one" in told[0]
+
+
 def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> None:
     """`rebuild --refine tune`: weights that are zero in the dense model stay in the mask."""
     run(model, tmp_path / "pruned", tokens, initial="magnitude", sparsity=0.5)
@@ -346,6 +400,9 @@ def test_layers_with_nothing_but_idle_experts(
     ("settings", "message"),
     [
         ({"refine": "tune", "reconstruct": "least-squares"}, "does not go with refine tune, which was asked"),
+        ({"preset": "mask", "reconstruct": "least-squares"}, "is the preset's: give refine swaps or none, too"),
+        ({"preset": "paper", "target_mix": 0.3}, "target_mix is of refine and reconstruct"),
+        ({"preset": "paper", "guard": 0.3}, "guard is of refine and reconstruct"),
         ({"preset": "mask", "swaps": 10}, "swaps are of refine swaps"),
         ({"refine": "swaps", "tune_passes": 2}, "tune_passes are of refine tune and reconstruct tune"),
     ],

@@ -187,7 +187,7 @@ def _read_hub(name: str, tokens_wanted: int | None) -> str:
 
 
 def _read_tokens(path: Path) -> Tensor:
-    hint = "it must hold int64 `input_ids` of shape (sequences, tokens)"
+    hint = "it must hold int64 `input_ids` of shape (sequences, tokens), two tokens or more"
     if not path.is_file():
         raise CalibrationError(f"no such calibration file: {path}", hint)
     try:
@@ -197,8 +197,6 @@ def _read_tokens(path: Path) -> Tensor:
             tokens: Tensor = file.get_tensor("input_ids").clone()
     except (SafetensorError, OSError) as error:
         raise CalibrationError(f"{path} is not a safetensors file ({error})", hint) from error
-    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
         raise CalibrationError(f"input_ids in {path} is {tokens.dtype} of shape {tuple(tokens.shape)}", hint)
-    if tokens.shape[1] < 2:
-        raise CalibrationError(f"the windows in {path} have one token each", "give windows of two tokens or more")
     return tokens

@@ -30,6 +30,7 @@ from llm_barber.pruning import prune
 from llm_barber.usage import versions
 
 MARKER = "COMPARISON.txt"
+REVISION = "revision"
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def plan_cells(config: CompareConfig) -> Iterator[Cell]:
 
 
 def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
-    """What `PruneConfig` is given for a cell, except model, output, calibration and device."""
+    """What decides a cell: what `PruneConfig` is given, except model, output, calibration and device; `REVISION`."""
     granularity, ratio = config.rebuild_settings.get(cell.method, (config.granularity, config.rebuild_ratio))
     settings: dict[str, Any] = {"initial": cell.method.initial.value, **target_settings(cell.target)}
     settings["keep_updates"] = cell.method.keeps_updates
@@ -246,7 +247,7 @@ def _run_cell(
                 report=False,
                 layers=config.layers,
                 blocks=config.blocks,
-                **settings,
+                **{name: value for name, value in settings.items() if name != REVISION},
             ),
             progress,
         )
