@@ -2,7 +2,8 @@
 
 Synthetic LLaMA-shaped float32 checkpoints of 4 to 32 layers of the same width are pruned, each in its own process.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py                    # the published method
+    python benchmarks/memory.py --preset mask
 """
 
 import argparse
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from synthetic import write_llama
 
 
-def measure(layers: int, hidden: int, mlp: int, initial: str) -> tuple[float, float, float]:
+def measure(layers: int, hidden: int, mlp: int, preset: str) -> tuple[float, float, float]:
     """Checkpoint size, peak resident memory (GiB) and seconds of a prune run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -27,7 +28,7 @@ def measure(layers: int, hidden: int, mlp: int, initial: str) -> tuple[float, fl
         save_file({"input_ids": tokens}, folder / "tokens.safetensors")
         command = [
             sys.executable, "-m", "llm_barber", "prune", str(model), str(folder / "out"), "--json", "--quiet",
-            "--calibration", str(folder / "tokens.safetensors"), "--initial", initial,
+            "--calibration", str(folder / "tokens.safetensors"), "--preset", preset,
         ]  # fmt: skip
         report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
@@ -39,17 +40,17 @@ def main() -> None:
     parser.add_argument("--layers", default="4,8,16,32")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--mlp", type=int, default=2816)
-    parser.add_argument("--initial", default="wanda")
+    parser.add_argument("--preset", default="paper")
     given = parser.parse_args()
     rows = []
     first = None
     for layers in (int(part) for part in given.layers.split(",")):
-        size, peak, seconds = measure(layers, given.hidden, given.mlp, given.initial)
+        size, peak, seconds = measure(layers, given.hidden, given.mlp, given.preset)
         first = first or peak
         rows.append([str(layers), f"{size:.2f}", f"{peak:.3f}", f"{peak / first - 1:+.1%}", f"{seconds:.1f}"])
-    keep("memory", {"initial": given.initial, "rows": rows})
+    keep("memory", {"preset": given.preset, "rows": rows})
     show(
-        f"{given.initial} + rebuild, hidden {given.hidden}, MLP {given.mlp}, float32, 4 × 256 tokens",
+        f"{given.preset}, hidden {given.hidden}, MLP {given.mlp}, float32, 4 × 256 tokens",
         ["layers", "checkpoint, GiB", "peak memory, GiB", "against the first", "seconds"],
         rows,
     )

@@ -104,7 +104,8 @@ class RunSettings(StructureSettings):
     tune_passes: int | None = Field(
         default=None,
         ge=1,
-        description="passes over the windows when layers are tuned, at most; None: 2 to 8, the fewer the more text",
+        description="passes over the windows when layers are tuned, at most; None: 2 to 8, the fewer the more text, "
+        "and twice as many where masks and weights are",
     )
     guard: float | None = Field(
         default=None,

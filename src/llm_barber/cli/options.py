@@ -207,7 +207,7 @@ TunePassesOption = Annotated[
     typer.Option(
         metavar="N",
         help="Passes over the windows when masks or weights are tuned, at most. (default: 2 to 8, the fewer the more "
-        "text)",
+        "text; twice as many where both are)",
         rich_help_panel=REFINING,
         show_default=False,
     ),
