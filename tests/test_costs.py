@@ -46,7 +46,7 @@ PAPER = Recipe(
     sequences=6, tokens=10, batch=2, itemsize=2, stored=2, on_cpu=True, initial=Initial.WANDA, pattern=None,
     allocation=Allocation.UNIFORM, granularity=Granularity.OUTPUT, refine=None,
 )  # fmt: skip
-MASK = Recipe(**{**PAPER.__dict__, "granularity": None, "refine": RefineSettings(100, 0.5, False, 0, 2)})
+MASK = Recipe(**{**PAPER.__dict__, "granularity": None, "refine": RefineSettings(100, 0.5, False, held_out=2)})
 
 
 def shapes_of(settings: dict[str, Any], family: str = "llama") -> ModelShapes:
@@ -109,7 +109,7 @@ def test_refining_by_hand() -> None:
 
 
 def test_tuning_counts_three_forwards_a_pass() -> None:
-    settings = RefineSettings(100, 1.0, True, 8, 0)
+    settings = RefineSettings(100, 1.0, True, held_out=0, passes=8, tunes_weights=True)
     costs = run_costs(MODEL, Recipe(**{**MASK.__dict__, "refine": settings}))
     assert costs.tune.products + costs.tune.gradients == 2 * 8 * 3 * (2 * 60 * 112)
 
