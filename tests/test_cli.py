@@ -154,7 +154,10 @@ def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "llm_barber", "prune", str(model), str(out), "--calibration", str(tokens)]
     command += ["--preset", "paper"]  # no look at the whole model first
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs in the background ignores
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial/*-00004-of-*")):
         assert process.poll() is None, process.communicate()
