@@ -13,8 +13,6 @@ from llm_barber.presets import (
     Allocation,
     Preset,
     PresetSettings,
-    Reconstruct,
-    Refine,
 )
 from llm_barber.settings import RunSettings
 from llm_barber.targets import Targets, compile_names, parse_target, read_targets
@@ -145,7 +143,7 @@ class PruneConfig(RunSettings):
             problems.append("initial_granularity block is not defined: choose output, input or linear")
         if self.initial_granularity is not None and self.method is Initial.SPARSEGPT:
             problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
-        if self.keep_updates and (self.refinement is not Refine.NONE or self.reconstruction is not Reconstruct.NONE):
+        if self.keep_updates and self.refines:
             problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
         if self.pattern is not None and self.initial_granularity is not None:
             problems.append("initial_granularity is not for patterns: N:M compares within its groups of M")
@@ -222,7 +220,7 @@ class RebuildConfig(RunSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = self.refining_problems()
-        if not self.rebuilds and self.refinement is Refine.NONE and self.reconstruction is Reconstruct.NONE:
+        if not self.rebuilds and not self.refines:
             problems.append("no rebuild, refine none and reconstruct none leave nothing to do")
         problems += _same_folder("DENSE", self.dense, self.output) + _same_folder("PRUNED", self.pruned, self.output)
         if problems:

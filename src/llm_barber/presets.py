@@ -44,24 +44,21 @@ class Preset(StrEnum):
 
 @dataclass(frozen=True)
 class PresetSettings:
-    """What a preset stands for; the allocation is not for N:M, which has one sparsity everywhere.
-
-    `revision`: raised when how it finds masks or weights changes, so that what `compare` has kept of it is measured
-    again.
-    """
+    """What a preset stands for; the allocation is not for N:M, which has one sparsity everywhere."""
 
     rebuild: bool
     refine: Refine
     reconstruct: Reconstruct
     allocation: Allocation
-    revision: int
 
 
 PRESETS = {
-    Preset.PAPER: PresetSettings(True, Refine.NONE, Reconstruct.NONE, Allocation.UNIFORM, 1),
-    Preset.MASK: PresetSettings(False, Refine.TUNE, Reconstruct.NONE, Allocation.LOSS, 2),
-    Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS, 2),
+    Preset.PAPER: PresetSettings(True, Refine.NONE, Reconstruct.NONE, Allocation.UNIFORM),
+    Preset.MASK: PresetSettings(False, Refine.TUNE, Reconstruct.NONE, Allocation.LOSS),
+    Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS),
 }
+# Raised when how a preset finds masks or weights changes, so that what `compare` has kept of it is measured again.
+REVISIONS = {Preset.PAPER: 1, Preset.MASK: 2, Preset.BEST: 2}
 SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
 TARGET_MIX, PATTERN_TARGET_MIX = 0.5, 0.75  # the latter where masks of N:M are tuned
 # Passes over the calibration text when layers are tuned: as many as these tokens take, within bounds. More text needs

@@ -5,12 +5,12 @@ from dataclasses import replace
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.checkpoint.writer import clear_finished
 from llm_barber.checkpoint_masks import CheckpointMasks
-from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
+from llm_barber.config import Initial, PruneConfig, RebuildConfig, rebuild_defaults
 from llm_barber.initial import MethodMasks
 from llm_barber.inspection import read_record
 from llm_barber.job import prepare
 from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.pattern import NofM
+from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method import RebuildSettings
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
@@ -30,13 +30,8 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
 
 
 def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
-    target = config.target
     job = prepare(config.model, config, config.targets, progress, ranks)
-    rebuild_settings = None
-    if config.rebuilds:
-        rebuild_settings = RebuildSettings(
-            *rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target), _of_patterns(config)
-        )
+    rebuild_settings = _rebuild_settings(config, config.method, config.target)
     initial = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
     method = config.method
     work = Assignment("prune", config.model, config, job, initial, rebuild_settings, method, method)
@@ -50,9 +45,12 @@ def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
     return report
 
 
-def _of_patterns(config: RunSettings) -> Granularity | None:
-    """The granularity of linears with N:M: the released program's, unless one was asked for."""
-    return None if config.granularity else Granularity.OUTPUT
+def _rebuild_settings(config: RunSettings, method: Initial, pattern: Pattern | None) -> RebuildSettings | None:
+    """How masks are rebuilt, if they are; linears with N:M as the released program does, unless told otherwise."""
+    if not config.rebuilds:
+        return None
+    granularity, ratio = rebuild_defaults(method, config.granularity, config.rebuild_ratio, pattern)
+    return RebuildSettings(granularity, ratio, None if config.granularity else Granularity.OUTPUT)
 
 
 def _asked_for(report: RunReport, initial: MethodMasks) -> float:
@@ -84,12 +82,7 @@ def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunRepo
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method
-    settings = None
-    if config.rebuilds:
-        settings = RebuildSettings(
-            *rebuild_defaults(method, config.granularity, config.rebuild_ratio, initial.first_pattern),
-            _of_patterns(config),
-        )
+    settings = _rebuild_settings(config, method, initial.first_pattern)
     work = Assignment("rebuild", config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")
     return run(work, progress)
 

@@ -50,7 +50,7 @@ class RefineSettings:
             seqlen: their tokens.
         """
         solve = config.reconstruction is not Reconstruct.NONE
-        if config.refinement is Refine.NONE and not solve:
+        if not config.refines:
             return None
         mix = config.target_mix
         if mix is None:

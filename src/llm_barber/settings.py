@@ -142,6 +142,11 @@ class RunSettings(StructureSettings):
             return self.rebuild
         return self.defaults.rebuild or self.granularity is not None or self.rebuild_ratio is not None
 
+    @property
+    def refines(self) -> bool:
+        """Is anything done to masks or weights beyond the rebuild?"""
+        return self.refinement is not Refine.NONE or self.reconstruction is not Reconstruct.NONE
+
     def refining_problems(self) -> list[str]:
         """What does not go together in how masks and weights are refined."""
         tunes = self.refinement is Refine.TUNE
@@ -153,7 +158,7 @@ class RunSettings(StructureSettings):
                 "reconstruct least-squares does not go with refine tune, which "
                 + ("was asked for" if self.refine else "is the preset's: give refine swaps or none, too")
             )
-        if self.refinement is Refine.NONE and self.reconstruction is Reconstruct.NONE:
+        if not self.refines:
             for name in ("target_mix", "guard"):
                 if getattr(self, name) is not None:
                     problems.append(f"{name} is of refine and reconstruct: give one of them, too")

@@ -133,7 +133,8 @@ class _Moving:
         """Adam has made a step."""
         for name, one in self._scores.items():
             keep = mask_of(one.detach(), self._pruned[name], self._now[name].pattern)
-            self._now[name] = self._now[name].with_mask(keep)
+            now = self._now[name]  # whose weight is not looked at where values move, too
+            self._now[name] = replace(now, keep=keep) if self._values else now.with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:
         """What they are now."""
@@ -211,10 +212,11 @@ def _add_gradients(
     output = layer.output_with(weights, streams.read(HIDDEN, sequence))
     difference = output.detach().float() - streams.read(TARGET, sequence).float()
     scaled, scale = scaled_by_sequence(difference, output.dtype)
+    power = scale.item()
     found = torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
     for name, one in zip(weights, found, strict=True):
         if one is not None:  # an expert may be given nothing
-            sums[name].add_(one, alpha=scale.item())
+            sums[name].add_(one, alpha=power)
 
 
 def _write_targets(

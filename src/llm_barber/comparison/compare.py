@@ -24,13 +24,12 @@ from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import check_text
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.opening import load_tokenizer
-from llm_barber.presets import PRESETS
+from llm_barber.presets import PRESETS, REVISIONS
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.usage import versions
 
 MARKER = "COMPARISON.txt"
-REVISION = "revision"
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def plan_cells(config: CompareConfig) -> Iterator[Cell]:
 
 
 def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
-    """What decides a cell: what `PruneConfig` is given, except model, output, calibration and device; `REVISION`."""
+    """What `PruneConfig` is given for a cell, except model, output, calibration and device."""
     granularity, ratio = config.rebuild_settings.get(cell.method, (config.granularity, config.rebuild_ratio))
     settings: dict[str, Any] = {"initial": cell.method.initial.value, **target_settings(cell.target)}
     settings["keep_updates"] = cell.method.keeps_updates
@@ -247,14 +246,14 @@ def _run_cell(
                 report=False,
                 layers=config.layers,
                 blocks=config.blocks,
-                **{name: value for name, value in settings.items() if name != REVISION},
+                **settings,
             ),
             progress,
         )
 
     try:
         return ComparisonCell(
-            **values, result=runner.run(cell.name, settings, make, progress, _with_tasks(config, cell))
+            **values, result=runner.run(cell.name, _key(settings, cell), make, progress, _with_tasks(config, cell))
         )
     except SettingsError:
         raise
@@ -263,8 +262,14 @@ def _run_cell(
         return ComparisonCell(**values, failure=str(error))
 
 
+def _key(settings: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+    """What decides a cell's result."""
+    preset = cell.method.preset
+    return {**settings, **({} if preset is None else {"revision": REVISIONS[preset]})}
+
+
 def _finished(runner: CellRunner, config: CompareConfig, cell: Cell) -> bool:
-    return runner.finished(cell.name, cell_settings(config, cell), _with_tasks(config, cell)) is not None
+    return runner.finished(cell.name, _key(cell_settings(config, cell), cell), _with_tasks(config, cell)) is not None
 
 
 def _with_tasks(config: CompareConfig, cell: Cell) -> bool:
