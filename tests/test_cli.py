@@ -14,6 +14,11 @@ from llm_barber.cli import _main
 from tests.conftest import make_model, save_tokens
 
 ROOT = Path(__file__).parent.parent
+# Settings of `prune` that change nothing that `plan` says.
+PLAN_LEAVES = (
+    "calibration", "seed", "initial_granularity", "keep_updates", "include", "exclude", "skip_layers", "sparsities",
+    "memory", "device_memory", "format", "overwrite", "resume", "report",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +126,33 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
         for group in ("Method", "Calibration", "Compute", "Output"):
             assert f"─ {group} ─" in output or f"{group} -" in output
         assert "magnitude 0.1" in output
+
+
+def test_every_setting_is_an_option() -> None:
+    """And every option but what is shown and how is a setting, of the same default unless `--help` says otherwise."""
+    from typer.main import get_command
+
+    from llm_barber.cli import app
+    from llm_barber.comparison.settings import CompareConfig
+    from llm_barber.config import PruneConfig, RebuildConfig
+    from llm_barber.evaluation.evaluate import EvaluateConfig
+    from llm_barber.planning.forecast import PlanConfig
+    from llm_barber.settings import Settings
+
+    of_python = {PlanConfig: {"output", *PLAN_LEAVES}, CompareConfig: {"rebuild_settings", "task_seeds"}}
+    of_commands = {"out": "output"}
+    configs: dict[str, type[Settings]] = {
+        "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "evaluate": EvaluateConfig,
+        "compare": CompareConfig,
+    }  # fmt: skip
+    for command, config in configs.items():
+        parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
+        options = {of_commands.get(one.name, one.name): one for one in parameters}
+        shown = {"json", "quiet", "debug", "dry_run", "keep"}
+        assert options.keys() - shown == config.model_fields.keys() - of_python.get(config, set()), command
+        for name, field in config.model_fields.items():
+            if name in options and isinstance(field.default, int | float) and not isinstance(field.default, bool):
+                assert options[name].default == field.default, (command, name)
 
 
 def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:

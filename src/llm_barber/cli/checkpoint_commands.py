@@ -7,29 +7,23 @@ from typing import Annotated, Any
 import typer
 
 from llm_barber.cli.app import app, print_json
-from llm_barber.cli.options import (
-    DebugOption,
-    JsonOption,
-    OutArgument,
-    OverwriteOption,
-    QuietOption,
-    RevisionOption,
-)
+from llm_barber.cli.options import DebugOption, JsonOption, ModelArgument, OutArgument, QuietOption, takes
 
 
 @app.command(
     epilog="Examples:\n\nllm-barber inspect pruned\n\nllm-barber inspect pruned --dense meta-llama/Llama-3.2-1B --json"
 )
+@takes("revision")
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    model: ModelArgument,
     dense: Annotated[
         str | None,
         typer.Option(metavar="DENSE", help="Verify that every kept weight equals this model's, bit for bit."),
     ] = None,
-    revision: RevisionOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **settings: Any,
 ) -> None:
     """Say what is pruned in MODEL, which N:M patterns hold, and whether it is as its record says.
 
@@ -41,7 +35,7 @@ def inspect(
     from llm_barber.inspection import inspect as run
 
     with ConsoleProgress(quiet) as progress:
-        inspection = run(InspectConfig(model=model, dense=dense, revision=revision), progress)
+        inspection = run(InspectConfig(model=model, dense=dense, **settings), progress)
     if json:
         record = inspection.model_dump(mode="json")
         print_json({**record, "sparsity": inspection.sparsity, "patterns": inspection.patterns})
@@ -57,47 +51,51 @@ def inspect(
 
 
 @app.command(epilog="Example:\n\nllm-barber pack pruned packed")
+@takes("overwrite")
 def pack(
     model: Annotated[str, typer.Argument(metavar="OUT", help="The folder of a pruned model.")],
     packed: Annotated[Path, typer.Argument(metavar="PACKED", help="Folder to write; appears when it is complete.")],
-    overwrite: OverwriteOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **settings: Any,
 ) -> None:
     """Store a pruned model in fewer bytes: kept values and their places. At 50 % of bfloat16 about 57 % of the bytes.
 
     inspect and evaluate read PACKED; other programs need it unpacked.
     """
+    from llm_barber.packing import PackConfig
     from llm_barber.packing import pack as run
 
-    _run_packing(run, model, packed, overwrite, json, quiet)
+    _run_packing(run, PackConfig(model=model, output=packed, **settings), json, quiet)
 
 
 @app.command(epilog="Example:\n\nllm-barber unpack packed unpacked")
+@takes("overwrite")
 def unpack(
     packed: Annotated[str, typer.Argument(metavar="PACKED", help="A folder that pack wrote.")],
     out: OutArgument,
-    overwrite: OverwriteOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **settings: Any,
 ) -> None:
     """Write the files that were packed, bit for bit."""
+    from llm_barber.packing import PackConfig
     from llm_barber.packing import unpack as run
 
-    _run_packing(run, packed, out, overwrite, json, quiet)
+    _run_packing(run, PackConfig(model=packed, output=out, **settings), json, quiet)
 
 
 @app.command(epilog="Example:\n\nllm-barber convert ./model-with-pytorch_model.bin converted")
+@takes("revision", "overwrite")
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id with pytorch_model*.bin.")],
     out: OutArgument,
-    revision: RevisionOption = None,
-    overwrite: OverwriteOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **settings: Any,
 ) -> None:
     """Make safetensors of pickled weights, running none of the code that pickles can hold.
 
@@ -108,19 +106,18 @@ def convert(
     from llm_barber.convert import convert as run
 
     with ConsoleProgress(quiet) as progress:
-        report = run(ConvertConfig(model=model, output=out, revision=revision, overwrite=overwrite), progress)
+        report = run(ConvertConfig(model=model, output=out, **settings), progress)
     if json:
         print_json(report.model_dump(mode="json"))
     else:
         print(f"{report.output}: {report.tensors} tensors, {report.bytes:,} bytes, from {report.files} files")
 
 
-def _run_packing(run: Callable[..., Any], model: str, output: Path, overwrite: bool, json: bool, quiet: bool) -> None:
+def _run_packing(run: Callable[..., Any], config: Any, json: bool, quiet: bool) -> None:
     from llm_barber.console import ConsoleProgress, show_packing
-    from llm_barber.packing import PackConfig
 
     with ConsoleProgress(quiet) as progress:
-        report = run(PackConfig(model=model, output=output, overwrite=overwrite), progress)
+        report = run(config, progress)
     if json:
         print_json(report.model_dump(mode="json"))
     else:

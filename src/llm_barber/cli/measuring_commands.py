@@ -11,28 +11,15 @@ from llm_barber.cli.options import (
     METHOD,
     OUTPUT,
     TEXT,
-    BatchOption,
-    BlocksOption,
-    CalibrationOption,
-    CompareTextOption,
     DebugOption,
-    DenseTailOption,
-    DeviceOption,
-    DtypeOption,
-    GranularityOption,
     JsonOption,
-    LayersOption,
-    LimitOption,
+    ModelArgument,
     QuietOption,
-    RatioOption,
-    RevisionOption,
-    SamplesOption,
-    SeqlenOption,
-    TasksFolderOption,
-    TasksOption,
-    TextOption,
-    WindowsOption,
+    takes,
 )
+
+STRUCTURE = ("layers", "blocks")
+MEASURED = ("windows", "tasks", "tasks_folder", "limit")
 
 
 @app.command(
@@ -41,14 +28,19 @@ from llm_barber.cli.options import (
     "llm-barber evaluate pruned --tasks paper --against meta-llama/Llama-3.2-1B\n\n"
     "llm-barber evaluate pruned --tasks-folder ./tasks --tasks arc_easy,hellaswag --limit 500"
 )
+@takes(*MEASURED, "batch_size", "device", "dtype", *STRUCTURE)
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
-    text: TextOption = None,
-    windows: WindowsOption = None,
+    model: ModelArgument,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="wikitext2, ptb, c4 (from the hub), or a file; may be given again. "
+            "(default: wikitext2, or none with --tasks)",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=TEXT)] = 2048,
-    tasks: TasksOption = None,
-    tasks_folder: TasksFolderOption = None,
-    limit: LimitOption = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -58,11 +50,6 @@ def evaluate(
             rich_help_panel=TEXT,
         ),
     ] = None,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    layers: LayersOption = None,
-    blocks: BlocksOption = None,
     keep: Annotated[
         bool,
         typer.Option(
@@ -74,6 +61,7 @@ def evaluate(
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **settings: Any,
 ) -> None:
     """Measure the perplexity of MODEL, its accuracy on tasks, and how far its predictions are from another model's.
 
@@ -85,12 +73,8 @@ def evaluate(
     from llm_barber.evaluation.evaluate import evaluate as run
     from llm_barber.page.write import keep_with_model
 
-    own_blocks: Any = blocks or ()  # a file, as well
-    config = EvaluateConfig(
-        model=model, against=against, text=tuple(text) if text else None, windows=windows, seqlen=seqlen,
-        tasks=names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
-        layers=layers, blocks=own_blocks,
-    )  # fmt: skip
+    settings |= {"text": text or None, "tasks": names(settings.get("tasks"))}
+    config = EvaluateConfig(model=model, against=against, seqlen=seqlen, **settings)
     with ConsoleProgress(quiet) as progress:
         result = run(config, progress)
         if keep:
@@ -105,8 +89,12 @@ def evaluate(
     epilog="Examples:\n\nllm-barber compare meta-llama/Llama-3.2-1B comparison --calibration c4 --tasks paper\n\n"
     "llm-barber compare ./model comparison --methods wanda,sparsegpt --targets 0.5,2:4 --samples 32 --seqlen 512"
 )
+@takes(
+    "granularity", "rebuild_ratio", "allow_dense_tail", *STRUCTURE, "calibration", "samples", "seqlen", *MEASURED,
+    "batch_size", "device", "dtype", "revision",
+)  # fmt: skip
 def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")],
+    model: ModelArgument,
     out: Annotated[
         Path,
         typer.Argument(metavar="OUT", help="Folder for results; a comparison that is there goes on where it stopped."),
@@ -129,11 +117,6 @@ def compare(
         bool,
         typer.Option("--rebuild/--no-rebuild", help="Each method also with its mask rebuilt.", rich_help_panel=METHOD),
     ] = True,
-    granularity: GranularityOption = None,
-    rebuild_ratio: RatioOption = None,
-    calibration: CalibrationOption = "builtin",
-    samples: SamplesOption = 128,
-    seqlen: SeqlenOption = 2048,
     seeds: Annotated[
         str,
         typer.Option(
@@ -142,25 +125,22 @@ def compare(
             rich_help_panel=CALIBRATION,
         ),
     ] = "0",
-    text: CompareTextOption = None,
-    windows: WindowsOption = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="wikitext2, ptb, c4 (from the hub), or a file; may be given again. (default: wikitext2)",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     text_seqlen: Annotated[int, typer.Option(help="Tokens a window of the texts.", rich_help_panel=TEXT)] = 2048,
-    tasks: TasksOption = None,
-    tasks_folder: TasksFolderOption = None,
-    limit: LimitOption = None,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    allow_dense_tail: DenseTailOption = False,
-    layers: LayersOption = None,
-    blocks: BlocksOption = None,
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Leave the pruned models in OUT/models.", rich_help_panel=OUTPUT)
     ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **settings: Any,
 ) -> None:
     """Prune MODEL with every method, without and with rebuild, measure each, and print one table.
 
@@ -172,16 +152,11 @@ def compare(
     from llm_barber.console import ConsoleProgress, show_comparison
     from llm_barber.errors import ModelError
 
-    lists: dict[str, Any] = {"methods": names(methods), "targets": names(targets), "seeds": names(seeds)}
-    own_blocks: Any = blocks or ()  # a file, as well
+    settings |= {"text": text or None, "tasks": names(settings.get("tasks"))}
+    settings |= {"methods": names(methods), "targets": names(targets), "seeds": names(seeds)}
     config = CompareConfig(
-        model=model, output=out, **lists, rebuild=rebuild,
-        granularity=granularity, rebuild_ratio=rebuild_ratio, calibration=calibration, samples=samples, seqlen=seqlen,
-        text=tuple(text) if text else None, windows=windows, text_seqlen=text_seqlen,
-        tasks=names(tasks), tasks_folder=tasks_folder, limit=limit, batch_size=batch_size, device=device, dtype=dtype,
-        revision=revision, layers=layers, blocks=own_blocks, keep_models=keep_models,
-        allow_dense_tail=allow_dense_tail,
-    )  # fmt: skip
+        model=model, output=out, rebuild=rebuild, text_seqlen=text_seqlen, keep_models=keep_models, **settings
+    )
     with ConsoleProgress(quiet) as progress:
         comparison = run(config, progress)
     if json:
@@ -201,7 +176,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that prune or rebuild wrote.")],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write this file. (default: OUT/report.html)", show_default=False),
+        typer.Option(metavar="FILE", help="Write this file. (default: OUT/report.html)"),
     ] = None,
     debug: DebugOption = False,
 ) -> None:

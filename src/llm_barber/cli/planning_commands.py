@@ -5,36 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from llm_barber.cli.app import app
-from llm_barber.cli.options import (
-    MACHINE,
-    AllocationOption,
-    BatchOption,
-    BlocksOption,
-    DebugOption,
-    DenseTailOption,
-    DeviceOption,
-    DtypeOption,
-    GranularityOption,
-    GuardOption,
-    HeadOption,
-    InitialOption,
-    JsonOption,
-    LayersOption,
-    PatternOption,
-    PresetOption,
-    QuietOption,
-    RatioOption,
-    RebuildOption,
-    ReconstructOption,
-    RefineOption,
-    RevisionOption,
-    SamplesOption,
-    SeqlenOption,
-    SparsityOption,
-    SwapsOption,
-    TargetMixOption,
-    TunePassesOption,
-)
+from llm_barber.cli.options import MACHINE, DebugOption, JsonOption, QuietOption, takes
 
 
 @app.command(
@@ -42,6 +13,11 @@ from llm_barber.cli.options import (
     "llm-barber plan ./model --preset paper --samples 32 --seqlen 512 --json\n\n"
     "llm-barber plan ./config.json --flops 400e12 --bandwidth 2e9 --processes 1,2,4,8"
 )
+@takes(
+    "initial", "sparsity", "pattern", "rebuild", "granularity", "rebuild_ratio", "allocation", "preset", "refine",
+    "swaps", "target_mix", "reconstruct", "tune_passes", "guard", "samples", "seqlen", "batch_size", "device", "dtype",
+    "revision", "allow_dense_tail", "prune_head", "layers", "blocks",
+)  # fmt: skip
 def plan(
     model: Annotated[
         str,
@@ -49,25 +25,6 @@ def plan(
             metavar="MODEL_OR_CONFIG", help="Folder with config.json, a config.json, hub id or GGUF file; no weights."
         ),
     ],
-    initial: InitialOption = None,
-    sparsity: SparsityOption = None,
-    pattern: PatternOption = None,
-    rebuild: RebuildOption = None,
-    granularity: GranularityOption = None,
-    rebuild_ratio: RatioOption = None,
-    allocation: AllocationOption = None,
-    preset: PresetOption = None,
-    refine: RefineOption = None,
-    swaps: SwapsOption = None,
-    target_mix: TargetMixOption = None,
-    reconstruct: ReconstructOption = None,
-    tune_passes: TunePassesOption = None,
-    guard: GuardOption = None,
-    samples: SamplesOption = 128,
-    seqlen: SeqlenOption = 2048,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
     processes: Annotated[
         str,
         typer.Option(
@@ -84,7 +41,6 @@ def plan(
             help="Of another machine: matrix products a second as they are reached in the compute dtype, 400e12 for an "
             "H100. (default: this machine, measured for a few seconds)",
             rich_help_panel=MACHINE,
-            show_default=False,
         ),
     ] = None,
     float32_flops: Annotated[
@@ -94,7 +50,6 @@ def plan(
             metavar="FLOP/S",
             help="The same in float32, for Gram matrices and swaps. (default: an eighth of --flops)",
             rich_help_panel=MACHINE,
-            show_default=False,
         ),
     ] = None,
     memory_bandwidth: Annotated[
@@ -103,7 +58,6 @@ def plan(
             metavar="BYTES/S",
             help="Of the memory that the device computes from, with --flops. (default: 2e12)",
             rich_help_panel=MACHINE,
-            show_default=False,
         ),
     ] = None,
     link: Annotated[
@@ -112,7 +66,6 @@ def plan(
             metavar="BYTES/S",
             help="Between processes; with --flops between host and device, too. (default: 10e9)",
             rich_help_panel=MACHINE,
-            show_default=False,
         ),
     ] = None,
     bandwidth: Annotated[
@@ -121,17 +74,12 @@ def plan(
             metavar="BYTES/S",
             help="Of the disk, reading and writing. (default: measured, of the present folder; with --flops 2e9)",
             rich_help_panel=MACHINE,
-            show_default=False,
         ),
     ] = None,
-    revision: RevisionOption = None,
-    allow_dense_tail: DenseTailOption = False,
-    prune_head: HeadOption = False,
-    layers: LayersOption = None,
-    blocks: BlocksOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **settings: Any,
 ) -> None:
     """Say what prune will take: FLOPs and bytes of each stage, peak memory, time, and what sets the pace.
 
@@ -141,17 +89,8 @@ def plan(
     from llm_barber.planning.forecast import PlanConfig, forecast
     from llm_barber.planning.table import show_forecast
 
-    counts: Any = processes  # "1,2", which the configuration reads
-    own_blocks: Any = blocks or ()  # a file, as well
-    config = PlanConfig(
-        model=model, initial=initial, sparsity=sparsity, pattern=pattern, rebuild=rebuild, granularity=granularity,
-        rebuild_ratio=rebuild_ratio, allocation=allocation, preset=preset, refine=refine, swaps=swaps,
-        target_mix=target_mix, reconstruct=reconstruct, tune_passes=tune_passes, guard=guard, samples=samples,
-        seqlen=seqlen, batch_size=batch_size, device=device, dtype=dtype, processes=counts, flops=flops,
-        float32_flops=float32_flops, memory_bandwidth=memory_bandwidth, link=link, bandwidth=bandwidth,
-        revision=revision, layers=layers, blocks=own_blocks, allow_dense_tail=allow_dense_tail,
-        prune_head=prune_head,
-    )  # fmt: skip
+    settings |= {"processes": processes, "flops": flops, "float32_flops": float32_flops, "link": link}
+    config = PlanConfig(model=model, memory_bandwidth=memory_bandwidth, bandwidth=bandwidth, **settings)
     with ConsoleProgress(quiet) as progress:
         found = forecast(config, progress)
     if json:
