@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.errors import BarberError, ModelError, SettingsError
@@ -58,6 +58,33 @@ def test_a_router_with_a_name_of_its_own_is_no_linear_to_prune() -> None:
     found = find_architecture(config)
     assert [name for name in found.linears if "gate." in name or name.endswith("wg")] == []
     assert "mlp.experts.*.gate_proj" in found.linears
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_next", {"num_experts": 16, "shared_expert_intermediate_size": 16}),
+        ("granitemoe", {"num_local_experts": 16}),
+    ],
+)
+def test_experts_whose_inner_size_is_their_number_are_no_routers(family: str, changes: dict[str, int]) -> None:
+    """As those of Qwen3-Next-80B-A3B are: 512 of 512."""
+    found, usual = find_architecture(make_config(family, **changes)), find_architecture(make_config(family))
+    assert found == usual
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("zaya", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 1}, "which the layer before has made"),
+        ("dory", {"head_dim": 8}, "more than once"),
+    ],
+)
+def test_layers_that_need_each_other_are_refused(family: str, settings: dict[str, int], message: str) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers does not know {family}")
+    with pytest.raises(ModelError, match=message):
+        find_architecture(AutoConfig.for_model(family, **{**LLAMA_LIKE, "pad_token_id": 0, **settings}))
 
 
 def test_what_layers_are_passed_may_not_depend_on_the_tokens(tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 """An empty model on `meta`: it embeds the calibration tokens, then takes one decoder layer's weights in and out."""
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
-from inspect import signature
-from typing import Any
+from functools import cached_property
 
 import torch
 from accelerate import init_empty_weights
@@ -13,13 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.experts import split_experts
-
-Arguments = dict[str, Any]
-STEPPED_OVER: tuple[int | None, ...] = (1, None, 0, 2, 3, 4, 5, 6, 7)  # what to try; see `DecoderLayer.tail`
-
-
-class _LayersReached(Exception):  # noqa: N818 - a signal, not an error
-    """The last decoder layer was called: what comes after it is not needed."""
+from llm_barber.model.stepping import (
+    Arguments,
+    Stepping,
+    answer,
+    capture,
+    depends_on_tokens,
+    different_tensors,
+    how_to_step_over,
+)
 
 
 class Skeleton:
@@ -50,7 +50,7 @@ class Skeleton:
                 setattr(module, name, buffer.to(device))
         # What follows the states in what each layer returns, once it has run: see `DecoderLayer.tail`.
         self.tails: dict[int, int | None] = {}
-        self._stepped_over = STEPPED_OVER
+        self.stepping: Stepping | None = None  # once it has embedded tokens
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
         self.blocks = [architecture.blocks_of(layer) for layer in self.layers]
         # Keyword arguments of each layer's call, by (sequences, tokens).
@@ -162,74 +162,17 @@ class Skeleton:
         Raises:
             ModelError: what the model passes to its layers depends on the tokens, or it cannot do without their work.
         """
-        states, arguments = self._capture(tokens)
+        tokens = tokens.to(self.device)
+        if self.stepping is None:
+            self.stepping = how_to_step_over(self.model, self.layers, self.device)
+        states, arguments = capture(self.model, self.layers, tokens, self.stepping.tail)
         keep(states)
-        if not self._arguments:
-            _, other = self._capture(tokens.flip(1))
-            for name, one, two in ((n, a[n], b[n]) for a, b in zip(arguments, other, strict=True) for n in a):
-                if isinstance(one, Tensor) and not torch.equal(one, two):
-                    raise ModelError(
-                        f"{type(self.model).__name__} passes its layers {name!r}, which depends on the tokens",
-                        "such models cannot be pruned yet: open an issue that names it",
-                    )
+        if not self._arguments:  # what is looked up for each token is not the only way to depend on them
+            _, other = capture(self.model, self.layers, tokens.flip(1), self.stepping.tail)
+            for one, two in zip(arguments, other, strict=True):
+                for name in different_tensors(one, two):
+                    raise depends_on_tokens(self.model, name)
         self._arguments[len(tokens), tokens.shape[1]] = arguments
-
-    def _capture(self, tokens: Tensor) -> tuple[Tensor, list[Arguments]]:
-        """What the first layer is given for these tokens, and the keyword arguments of each layer's call.
-
-        Models take what a layer returns as it is, or its first, or unpack as many things as there are: what does for
-        this one is found by trying.
-        """
-        failed: Exception | None = None
-        for tail in self._stepped_over:
-            try:
-                found = self._capture_with(tail, tokens)
-            except (TypeError, ValueError, AttributeError) as error:
-                failed = failed or error
-            else:
-                self._stepped_over = (tail,)
-                return found
-        raise ModelError(
-            f"{type(self.model).__name__} cannot be run with its layers stepped over: {failed}",
-            "such models cannot be pruned yet: open an issue that names it",
-        ) from failed
-
-    def _capture_with(self, tail: int | None, tokens: Tensor) -> tuple[Tensor, list[Arguments]]:
-        """`_capture` with layers that return so much after the states."""
-        states: list[Tensor] = []
-        arguments: list[Arguments] = [{} for _ in self.layers]
-
-        def note(index: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, positional: tuple[Any, ...], keywords: Arguments) -> None:
-                hidden = positional[0] if positional else keywords.pop("hidden_states")
-                names = list(signature(type(self.layers[index]).forward).parameters)[2:]  # without self and the states
-                arguments[index] = {**dict(zip(names, positional[1:], strict=False)), **keywords}
-                if index == 0:
-                    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-                        raise ModelError(
-                            f"{type(self.model).__name__} gives its layers no states (sequences, tokens, hidden)",
-                            "such models cannot be pruned yet: open an issue that names it",
-                        )
-                    states.append(hidden)
-                if index == len(self.layers) - 1:
-                    raise _LayersReached
-
-            return hook
-
-        handles = [layer.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(self.layers)]
-        for layer in self.layers:
-            layer.forward = partial(_step_over, tail)
-        try:
-            with torch.no_grad():
-                self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
-        except _LayersReached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer in self.layers:
-                del layer.forward
-        return states[0], arguments
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits, (sequences, tokens, vocabulary), from the last decoder layer's output.
@@ -241,8 +184,8 @@ class Skeleton:
         """
         of_any = next(reversed(self.tails.values()), None)
         for index, layer in enumerate(self.layers):
-            answer = _step_over(self.tails.get(index, of_any), hidden)
-            layer.forward = lambda *_, _answer=answer, **__: _answer
+            found = answer(self.tails.get(index, of_any), hidden)
+            layer.forward = lambda *_, _found=found, **__: _found
         try:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)  # only their shape matters
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
@@ -333,8 +276,3 @@ def join_tied_linears(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, first.setdefault((id(child.weight), id(child.bias)), child))
-
-
-def _step_over(tail: int | None, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-    """What a layer that does nothing would return, with so many things after the states; None: nothing, no tuple."""
-    return hidden_states if tail is None else (hidden_states, *[None] * tail)

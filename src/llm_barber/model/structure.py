@@ -185,6 +185,13 @@ class _Run:
 
     order: dict[str, int] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)  # the last dimension of outputs
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of linears, with their graph
+    routers: set[str] = field(default_factory=set)  # linears that say no more than which experts there are to be
+
+    def find_routers(self, states: Tensor) -> None:
+        """Those that the layer's output does not depend on, where experts hand on what they are given."""
+        gradients = torch.autograd.grad(states.sum(), list(self.outputs.values()), allow_unused=True)
+        self.routers = {name for name, one in zip(self.outputs, gradients, strict=True) if one is None}
 
 
 def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
@@ -192,8 +199,11 @@ def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
     names = skeleton.layer_names(index)
     layer = skeleton.load_layer(index, {name: _zeros(skeleton.layers[index], name) for name in names})
     run = _Run()
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.enable_grad():
         for name, module in layer.named_modules():
+            if _is_linear(module):
+                marking = module.register_forward_hook(_marking_output(run, name))
+                stack.callback(marking.remove)
             if isinstance(module, Experts):
                 setattr(module, "forward", _skipped)  # noqa: B010 - an instance's
                 stack.callback(delattr, module, "forward")
@@ -201,7 +211,11 @@ def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
             after = module.register_forward_hook(_noting_width(run, name))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        layer(hidden, **skeleton.arguments(index, 1, TOKENS))
+        output = layer(hidden, **skeleton.arguments(index, 1, TOKENS))
+    assert skeleton.stepping is not None
+    skeleton.stepping.check(skeleton.model, output)
+    if any(isinstance(module, Experts) for module in layer.modules()):
+        run.find_routers(output if isinstance(output, Tensor) else output[0])
     stacked = [name for name, one in layer.named_parameters() if one.dim() > 2 and "conv" not in name]
     sizes = {name: one.numel() for name, one in layer.named_parameters()}
     skeleton.release_layer(index)
@@ -268,13 +282,12 @@ def _linears(block: nn.Module, path: str, kind: str, width: int, run: _Run) -> t
     found: dict[str, int] = {}
     mixtures = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
     routed = {name.rpartition(".")[0] for name in mixtures}
-    counts = {len(module) for module in mixtures.values()}
     for name, module in block.named_modules():
         if not _is_linear(module):
             continue
         parent = name.rpartition(".")[0]
         rows, columns = module.weight.shape
-        if parent in routed or "router" in name or rows in counts:  # a router, or a gate beside experts
+        if parent in routed or "router" in name or f"{path}.{name}" in run.routers:  # or a gate beside experts
             continue
         if min(rows, columns) <= THIN.get(kind, VERY_THIN) * width:
             continue
@@ -332,6 +345,16 @@ def _noting_width(run: _Run, name: str) -> Callable[..., None]:
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and first.dim() >= 2:
             run.widths[name] = first.shape[-1]
+
+    return hook
+
+
+def _marking_output(run: _Run, name: str) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output
+        run.outputs[name] = output if output.requires_grad else output.requires_grad_()
+        return run.outputs[name].clone()  # which may be written to
 
     return hook
 
