@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from llm_barber.model.skeleton import auto_class
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself
     torch.set_num_threads(1)
@@ -34,6 +36,12 @@ DELTA = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 48, "head_dim": 8,
 }  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+SECTIONS = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 # Families without a record: their structure is found.
 FOUND: dict[str, dict[str, Any]] = {
     "bamba": {**LLAMA_LIKE, **MAMBA, "attn_layer_indices": [1]},
@@ -56,6 +64,29 @@ FOUND: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 48, "use_mamba_kernels": False,
     },
     "qwen3_next": {**MIXTURE, **DELTA},
+    # Language models of models with images.
+    "gemma3": {
+        "text_config": {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "layer_types": MIXED},
+        "vision_config": VISION, "mm_tokens_per_image": 4,
+    },
+    "internvl": {
+        "text_config": {"model_type": "qwen2", **LLAMA_LIKE},
+        "vision_config": {**VISION, "image_size": [16, 16], "patch_size": [8, 8]},
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **LLAMA_LIKE},
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **LLAMA_LIKE}, "vision_config": {"model_type": "pixtral", **VISION},
+    },
+    "qwen2_5_vl": {"text_config": {**LLAMA_LIKE, "rope_parameters": SECTIONS}, "vision_config": QWEN_VISION},
+    "qwen3_5": {"text_config": {**LLAMA_LIKE, **DELTA}, "vision_config": QWEN_VISION},
+    "qwen3_vl": {
+        "text_config": {**LLAMA_LIKE, "head_dim": 8, "rope_parameters": SECTIONS},
+        "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    },
+    "smolvlm": {"text_config": {"model_type": "llama", **LLAMA_LIKE}, "vision_config": VISION},
 }  # fmt: skip
 KNOWN: dict[str, dict[str, Any]] = {
     "apertus": LLAMA_LIKE,
@@ -119,7 +150,8 @@ def make_config(family: str, **changes: Any) -> PreTrainedConfig:
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
     """Save a tiny random model of a family, and return its folder."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(family, **changes), dtype=dtype)
+    config = make_config(family, **changes)
+    model = auto_class(config).from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -129,6 +161,12 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
                 buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def load_model(folder: Path, **settings: Any) -> PreTrainedModel:
+    """A checkpoint as transformers loads it."""
+    model: PreTrainedModel = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **settings)
+    return model
 
 
 def save_tokens(path: Path, sequences: int = 4, tokens: int = 24, vocabulary: int = 128, seed: int = 1) -> Path:

@@ -9,7 +9,6 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from llm_barber import BarberError, InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
@@ -18,7 +17,7 @@ from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.progress import Silent
 from tests.checkpoint.test_source import shard
-from tests.conftest import FAMILIES, bits, change_json, make_model, read_folder, save_tokens
+from tests.conftest import FAMILIES, bits, change_json, load_model, make_model, read_folder, save_tokens
 
 LINEARS = {linear for architecture in ARCHITECTURES.values() for linear in architecture.linears}
 
@@ -79,8 +78,7 @@ def test_loads_everywhere_with_the_same_logits(tmp_path: Path, tokens: Path, fam
     model = make_model(tmp_path / "dense", family)
     run(model, tmp_path / "out", tokens, rebuild_ratio=0.5)
     ids = load_file(tokens)["input_ids"]
-    in_memory = AutoModelForCausalLM.from_pretrained(model)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    in_memory, loaded = load_model(model), load_model(tmp_path / "out")
     found = dict(loaded.named_parameters())  # of experts, all in one
     ours = dict(load(tmp_path / "out").named_parameters())
     assert all(torch.equal(parameter, ours[name]) for name, parameter in found.items())

@@ -35,7 +35,8 @@ class CheckpointMasks:
             raise ModelError(
                 f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}", "they must be one model"
             )
-        counts = [source.configuration.get("num_hidden_layers") for source in (job.source, self.source)]
+        configurations = [one.configuration.get("text_config", one.configuration) for one in (job.source, self.source)]
+        counts = [one.get("num_hidden_layers") for one in configurations]
         if counts[0] != counts[1]:
             raise ModelError(f"DENSE has {counts[0]} decoder layers, PRUNED {counts[1]}", "they must be one model")
         dense_shapes = job.linear_shapes(job.source)

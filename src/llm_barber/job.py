@@ -44,7 +44,7 @@ OUTSIDE_SHARD_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run."""
+    """A checked run; `config` is the language model's."""
 
     source: CheckpointSource
     config: PreTrainedConfig
@@ -233,8 +233,9 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     source = CheckpointSource(model, settings.revision)
     config = load_config(source)
     architecture = find_architecture(config, settings.structure)
+    text_config = config.get_text_config()  # of a model with images the language model's
     if not settings.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
-        check_positions(config, settings.seqlen)
+        check_positions(text_config, settings.seqlen)
     progress.stage(f"reading calibration text {settings.calibration}")
     tokens = load_calibration(
         settings.calibration,
@@ -245,8 +246,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     )
     sequences, seqlen = tokens.input_ids.shape
     ranks.share(sequences)  # there are enough
-    check_positions(config, seqlen)
-    check_vocabulary(config, tokens.input_ids)
+    check_positions(text_config, seqlen)
+    check_vocabulary(text_config, tokens.input_ids)
     skeleton = open_skeleton(source, config, architecture, device, dtype)
     by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
     prunes_head = isinstance(settings, PruneConfig) and settings.prune_head
@@ -254,10 +255,10 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     batch_size = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
     if settings.batch_size is None and device.type == "cuda":
         free = free_device_memory(device, settings.device_memory)
-        chosen = getattr(config, "num_experts_per_tok", None) or 1
+        chosen = getattr(text_config, "num_experts_per_tok", None) or 1
         batch_size = min(batch_size, fitting_batch(skeleton.layers, seqlen, free, dtype, chosen))
     job = Job(
-        source, config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,
+        source, text_config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,
     )  # fmt: skip
     if prunes_head and any(source.place(one).tensor == job.head_place.tensor for one in skeleton.outside_names):
         raise ModelError(

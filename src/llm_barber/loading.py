@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.model.device import resolve_device
 from llm_barber.model.experts import Experts
-from llm_barber.model.skeleton import empty_model, join_tied_linears, untie_head
+from llm_barber.model.skeleton import auto_class, empty_model, join_tied_linears, untie_head
 from llm_barber.naming import find_places
 from llm_barber.opening import load_config
 from llm_barber.packed_linear import PackedLinear
@@ -56,7 +56,7 @@ def load(
     config = load_config(source)
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
-        empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        empty: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     empty.tie_weights()
     join_tied_linears(empty)
     split = empty_model(config, dtype)

@@ -13,9 +13,9 @@ CITATION = """@article{su2024llmbarber,
 }"""
 USE = {
     "dense": (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "from transformers import {kind}, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        'model = {kind}.from_pretrained("THIS_FOLDER")',
     ),
     "packed": (
         "import llm_barber.loading  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE",
@@ -85,7 +85,7 @@ def model_card(report: RunReport) -> str:
         "## Use",
         "",
         "```python",
-        *USE[str(report.settings.get("format", "dense"))],
+        *(line.format(kind=report.loaded_by) for line in USE[str(report.settings.get("format", "dense"))]),
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         "```",
         "",

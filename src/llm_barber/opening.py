@@ -88,7 +88,8 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     last = source.place(needed[-1]).tensor
     layers = last[: last.index(f".{count - 1}.") + 1]
     beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
-    more = getattr(skeleton.model.config, "num_nextn_predict_layers", None) or 0  # that transformers does not know
+    text_config = skeleton.model.config.get_text_config()
+    more = getattr(text_config, "num_nextn_predict_layers", None) or 0  # that transformers does not know
     left = sorted(beyond - {str(index) for index in range(count + more)})
     if left:
         raise ModelError(

@@ -114,7 +114,7 @@ class RunReport(_Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
     `initial` is the method of the initial mask, `method` and `refinement` say it in words. `seconds` are wall-clock
-    seconds by stage; `peak_memory` and `peak_device_memory` are bytes.
+    seconds by stage; `peak_memory` and `peak_device_memory` are bytes. `loaded_by`: the class of transformers.
     """
 
     record_version: int = RECORD_VERSION
@@ -130,6 +130,7 @@ class RunReport(_Result):
     refinement: str | None = None
     allocation: str = "uniform"
     kept_weights: KeptWeights = KeptWeights.DENSE
+    loaded_by: str = "AutoModelForCausalLM"
     calibration: dict[str, Any]
     device: str
     dtype: str

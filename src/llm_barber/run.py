@@ -28,6 +28,7 @@ from llm_barber.initial import FEW_TOKENS, MethodMasks
 from llm_barber.job import Job
 from llm_barber.memory import host_memory
 from llm_barber.method import RebuildSettings, prune_layer
+from llm_barber.model.skeleton import auto_class
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.model_card import model_card
 from llm_barber.presets import Allocation, Reconstruct
@@ -202,6 +203,7 @@ def _write_rest(
         refinement=work.refine_settings.words if work.refine_settings else None,
         allocation=work.allocation,
         kept_weights=_kept_weights(work.config),
+        loaded_by=auto_class(job.skeleton.model.config).__name__,
         calibration={
             "source": job.tokens.source,
             "sequences": job.tokens.input_ids.shape[0],

@@ -59,7 +59,8 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} does not describe blocks ({type(error).__name__}): {how}") from error
     strings = all(isinstance(part, str) for block in blocks for part in (block.output, *block.linears))
-    if not blocks or not strings or any(isinstance(one["linears"], str) for one in content.values()):
+    empty = any(not one["linears"] or isinstance(one["linears"], str) for one in content.values())
+    if not blocks or not strings or empty:
         raise ValueError(f"{path} does not describe blocks: {how}")
     return tuple(blocks)
 

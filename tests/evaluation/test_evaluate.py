@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llm_barber import EvaluateConfig, Evaluation, evaluate
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.evaluation.texts import evaluation_text
-from tests.conftest import FAMILIES, make_model
+from tests.conftest import FAMILIES, load_model, make_model
 
 
 def add_tokenizer(folder: Path, vocabulary: int = 128) -> None:
@@ -30,7 +30,7 @@ def text(tmp_path: Path) -> str:
 
 def model_and_windows(folder: Path, text: str) -> tuple[torch.nn.Module, torch.Tensor]:
     ids = torch.tensor([ord(one) - 32 for one in Path(text).read_text()][:48]).view(3, 16)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ids
+    return load_model(folder, dtype=torch.float32).eval(), ids
 
 
 def run(model: Path, text: str, **settings: object) -> Evaluation:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llm_barber.masking.granularity import Granularity
@@ -17,6 +16,7 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import Pattern
 from llm_barber.masking.rebuild import rebuild_masks
 from llm_barber.masking.saliency import wanda, weight_gradient
+from tests.conftest import load_model
 
 
 class _Captured(Exception):
@@ -136,7 +136,7 @@ def prune_in_memory(
 
     `blocks_of`: of a layer, name → (output module, linears), in order.
     """
-    model = one_by_one(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
+    model = one_by_one(load_model(folder, dtype=torch.float32).eval().requires_grad_(False))
     layers = model.get_submodule(layers_path)
     masks = {}
     for index in range(len(layers)):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from llm_barber import PruneConfig, prune
 from llm_barber.masking.granularity import Granularity
@@ -13,7 +12,7 @@ from llm_barber.masking.pattern import Unstructured
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.model.skeleton import empty_model
 from llm_barber.model.structure import find_architecture
-from tests.conftest import FAMILIES, KNOWN, make_config, make_model, save_tokens
+from tests.conftest import FAMILIES, KNOWN, load_model, make_config, make_model, save_tokens
 from tests.model.reference import one_by_one, prune_in_memory
 
 ROUTERS = ("mlp.gate", "mlp.router", "feed_forward.gate", "shared_expert_gate")
@@ -61,7 +60,7 @@ def test_streamed_equals_in_memory(
         granularity,
         0.5,
     )
-    written = one_by_one(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    written = one_by_one(load_model(tmp_path / "out", dtype=torch.float32))
     assert len(expected) >= 6
     for name, keep in expected.items():
         assert torch.equal(written.get_submodule(name).weight != 0, keep), name

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
 
 from llm_barber import PruneConfig, prune
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.model.experts import split_experts
-from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.skeleton import Skeleton, auto_class
 from llm_barber.model.structure import find_architecture
 from llm_barber.progress import Silent
 from tests.conftest import FAMILIES, make_model, read_folder, save_tokens
@@ -26,10 +26,12 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
 def deep(family: str) -> tuple[str, dict[str, Any]]:
     """The `model_type` and settings of a family's tiny model, with more layers."""
     settings = dict(FAMILIES[family])
-    settings |= {name: DEPTH for name in DEPTHS if name in settings}
+    own = dict(settings.get("text_config", settings))
+    own |= {name: DEPTH for name in DEPTHS if name in own}
     for name in ("layer_types", "layers_block_type"):
-        if name in settings:
-            settings[name] = (settings[name] * DEPTH)[:DEPTH]
+        if name in own:
+            own[name] = (own[name] * DEPTH)[:DEPTH]
+    settings = {**settings, "text_config": own} if "text_config" in settings else own
     return settings.pop("model_type", family), settings
 
 
@@ -39,7 +41,7 @@ def test_layer_by_layer_equals_the_whole_model(family: str) -> None:
     torch.manual_seed(0)
     model_type, settings = deep(family)
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     skeleton = Skeleton(config, find_architecture(config), torch.device("cpu"), torch.float32)
     split_experts(model)  # which the skeleton has done, too
     for name, parameter in model.named_parameters():  # some are as memory was

@@ -28,6 +28,7 @@ def test_what_is_found_is_what_the_record_says(family: str) -> None:
             assert (one.name, one.output, set(one.linears)) == (other.name, other.output, set(other.linears))
 
 
+WITH_IMAGES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
 # By layer: the blocks, and how many linears each has; what steers (routers, time steps) is not among them.
 EXPECTED = {
     "bamba": [{"state space": 2, "mlp": 3}, {"attention": 4, "mlp": 3}],
@@ -38,6 +39,8 @@ EXPECTED = {
     "jamba": [{"state space": 3, "mlp": 3}, {"attention": 4, "mlp": 12}],
     "nemotron_h": [{"mixer": 2}, {"mixer": 10}, {"mixer": 4}],
     "qwen3_next": [{"linear attention": 3, "mlp": 15}, {"attention": 4, "mlp": 15}],
+    **dict.fromkeys(WITH_IMAGES, [{"attention": 4, "mlp": 3}] * 2),
+    "qwen3_5": [{"linear attention": 3, "mlp": 3}, {"attention": 4, "mlp": 3}],
 }
 
 
@@ -117,7 +120,7 @@ def test_several_lists_of_layers_are_ambiguous() -> None:
     ("model_type", "settings", "message"),
     [
         ("roberta", {}, "is an encoder"),
-        ("t5", {}, "its structure was not found"),
+        ("t5", {}, "no language model that transformers builds by itself"),
         ("jetmoe", LLAMA_LIKE, "keeps weights stacked in"),
         ("llama4_text", LLAMA_LIKE, "computed in a way of their own"),
     ],
@@ -158,6 +161,15 @@ def test_a_user_decides(tmp_path: Path) -> None:
         ({"blocks": "only: [mlp]"}, "does not describe blocks"),
         ({"blocks": "only: {output: mlp, linears: [1]}"}, "does not describe blocks"),
         ({"blocks": "{"}, "does not describe blocks"),
+        ({"blocks": "only: {output: mlp, linears: []}"}, "does not describe blocks"),
+        (
+            {"blocks": BLOCKS + "again: {output: mlp, linears: [mlp.gate_proj]}"},
+            "'mlp' is the output of two blocks",
+        ),
+        (
+            {"blocks": BLOCKS + "late: {output: self_attn, linears: [self_attn.q_proj]}"},
+            "layer 0 computes self_attn, then mlp",
+        ),
     ],
 )
 def test_wrong_decisions_say_what_there_is(tmp_path: Path, options: dict[str, str], message: str) -> None:

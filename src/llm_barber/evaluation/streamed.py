@@ -38,11 +38,12 @@ class StreamedModel:
         self, model: str, device: torch.device, dtype: torch.dtype, structure: StructureOptions | None = None
     ) -> None:
         self.source = CheckpointSource(model)
-        self.config = load_config(self.source)
+        config = load_config(self.source)
+        self.config = config.get_text_config()
         if structure is None or structure == StructureOptions():
             structure = recorded_structure(read_record(self.source.folder))
-        architecture = find_architecture(self.config, structure)
-        self.skeleton: Skeleton = open_skeleton(self.source, self.config, architecture, device, dtype)
+        architecture = find_architecture(config, structure)
+        self.skeleton: Skeleton = open_skeleton(self.source, config, architecture, device, dtype)
         check_tensors(self.skeleton, self.source, with_head=True)
         self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.every_outside_name))
 

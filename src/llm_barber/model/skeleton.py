@@ -2,11 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
@@ -250,18 +258,36 @@ def untie_head(model: PreTrainedModel, stored: Mapping[str, str]) -> None:
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What transformers builds and loads the model with: `AutoModelForCausalLM`, or, with images, another.
+
+    Raises:
+        ModelError: neither does.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ModelError(
+        f"{config.model_type} is no language model that transformers builds by itself",
+        "decoder models, which write text, are pruned; encoders, encoder-decoders and other kinds are not",
+    )
+
+
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The module tree that transformers builds, parameters on `meta`, experts with linears of their own.
 
     Raises:
+        ModelError: it is no language model.
         whatever transformers does.
     """
+    kind = auto_class(config)
     # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
     with init_empty_weights(include_buffers=False):
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError:  # a family whose attention is written out
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            model = kind.from_config(config, dtype=dtype, attn_implementation="eager")
     split_experts(model)
     model.tie_weights()
     join_tied_linears(model)

@@ -5,23 +5,21 @@ in the order in which data flows through them; linears that lie in the layer its
 zeros, so that nothing is read; on CPU.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from llm_barber.errors import ModelError, SettingsError, first_line
 from llm_barber.model.architecture import ARCHITECTURES, Architecture, Block, StructureOptions
+from llm_barber.model.decisions import check_blocks, check_order, given_layers
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton, empty_model
+from llm_barber.model.tracing import TOKENS, LayerRun, is_linear, one_of_each_kind, run_layer, zeros_of
 
-TOKENS = 8
 # Module lists with a smaller share of the largest one's parameters are no rivals of it.
 RIVAL = 0.25
 # What a block is called, by words in its path or in the name of its class.
@@ -56,7 +54,9 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
     if record is not None and options == StructureOptions():
         return record
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise ModelError(f"{config.model_type} is an encoder", "only decoder models, which write text, are pruned")
+        raise ModelError(
+            f"{config.model_type} is an encoder, or has one", "only decoder models, which write text, are pruned"
+        )
     try:
         return analyse(config, options)
     except (ModelError, SettingsError):
@@ -76,23 +76,21 @@ def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -
     """
     options = options or StructureOptions()
     model = empty_model(config, torch.float32)
-    layers = _given_layers(model, options.layers) if options.layers else find_layers(model)
+    layers = given_layers(model, options.layers) if options.layers else find_layers(model)
     transposed = any(isinstance(module, Conv1D) for module in model.get_submodule(layers).modules())
     if options.blocks:
-        _check_blocks(options.blocks, model.get_submodule(layers))
-        return Architecture(layers, options.blocks, transposed)
-    skeleton = Skeleton(config, Architecture(layers, ()), torch.device("cpu"), torch.float32, model)
-    zeros = {name: _zeros(skeleton.model, name) for name in skeleton.every_outside_name}
-    skeleton.fill_outside(zeros)
+        check_blocks(options.blocks, model.get_submodule(layers))
+    architecture = Architecture(layers, options.blocks, transposed)
+    skeleton = Skeleton(config, architecture, torch.device("cpu"), torch.float32, model)
+    skeleton.fill_outside({name: zeros_of(skeleton.model, name) for name in skeleton.every_outside_name})
     hidden: list[Tensor] = []
     skeleton.embed(torch.zeros(1, TOKENS, dtype=torch.int64), hidden.append)
+    if options.blocks:
+        check_order(skeleton, hidden[0])
+        return architecture
     found: list[Block] = []
-    kinds: set[Any] = set()
-    for index, layer in enumerate(skeleton.layers):
-        kind = tuple((name, type(module)) for name, module in layer.named_modules())
-        if kind not in kinds:
-            kinds.add(kind)
-            found = _merged(found, _blocks(skeleton, index, hidden[0]))
+    for index in one_of_each_kind(skeleton.layers):
+        found = _merged(found, _blocks(skeleton, index, hidden[0]))
     if not any(block.linears for block in found):
         raise ModelError(f"no linears were found in {layers}", HOW_TO_DECIDE)
     return Architecture(layers, tuple(found), transposed)
@@ -101,17 +99,21 @@ def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -
 def find_layers(model: nn.Module) -> str:
     """The path of the decoder layers: the module list with most parameters that is not inside another.
 
+    Those beside the token embedding come first: other lists may be of images.
+
     Raises:
         ModelError: there is none, or there are several of that size.
     """
     sizes = {
         path: sum(parameter.numel() for parameter in module.parameters())
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(_is_linear(one) for one in module.modules())
+        if isinstance(module, nn.ModuleList) and any(is_linear(one) for one in module.modules())
     }
     outermost = {path: size for path, size in sizes.items() if not any(path.startswith(f"{one}.") for one in sizes)}
     if not outermost:
         raise ModelError(f"{type(model).__name__} has no list of layers with linears", "only decoder models are pruned")
+    beside = _beside_embedding(model)
+    outermost = {path: size for path, size in outermost.items() if path.startswith(beside)} or outermost
     largest = max(outermost.values())
     rivals = [path for path, size in outermost.items() if size > RIVAL * largest]
     if len(rivals) > 1:
@@ -121,104 +123,19 @@ def find_layers(model: nn.Module) -> str:
     return str(rivals[0])
 
 
-def _check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
-    """Refuse blocks that a user gave and no layer has."""
-    assert isinstance(layers, nn.ModuleList)
-    record = Architecture("", blocks)
-    every = [block for layer in layers for block in record.blocks_of(layer)]
-    for block in blocks:
-        if block.output not in {one.output for one in every}:
-            raise SettingsError(f"blocks: no layer has a module {block.output!r}", _paths_hint(layers[0]))
-        for linear in block.linears:
-            pattern = linear.split(".*.")
-            if not any(_stands_for(pattern, name) for one in every for name in one.linears):
-                raise SettingsError(f"blocks: no layer has a linear {linear!r}", _paths_hint(layers[0]))
-        _check_block(block, layers)
-    names = [linear for block in blocks for linear in block.linears]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise SettingsError(f"blocks: {twice[0]!r} is there twice", "each linear belongs to one block")
-
-
-def _check_block(block: Block, layers: nn.ModuleList) -> None:
-    """Refuse what is no linear, and linears that a block's output does not depend on."""
-    for layer in layers:
-        for one in Architecture("", (block,)).blocks_of(layer):
-            for linear in one.linears:
-                if not _is_linear(layer.get_submodule(linear)):
-                    raise SettingsError(f"blocks: {linear!r} is not a linear", _paths_hint(layer))
-                if _is_linear(layer.get_submodule(one.output)):
-                    inside = one.output in one.linears
-                else:
-                    inside = linear.startswith(f"{one.output}.")
-                if not inside:
-                    raise SettingsError(
-                        f"blocks: {linear!r} is not inside {one.output!r}, the output of its block",
-                        "the output is a module that holds the linears, or the last of them",
-                    )
-
-
-def _stands_for(pattern: list[str], name: str) -> bool:
-    return name == pattern[0] if len(pattern) == 1 else name.startswith(pattern[0]) and name.endswith(pattern[1])
-
-
-def _paths_hint(layer: nn.Module) -> str:
-    return f"a layer has {', '.join(name for name, module in layer.named_modules() if _is_linear(module))}"
-
-
-def _given_layers(model: nn.Module, path: str) -> str:
-    try:
-        found = model.get_submodule(path)
-    except AttributeError:
-        found = None
-    if not isinstance(found, nn.ModuleList):
-        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        raise SettingsError(
-            f"--layers {path} is not a list of layers", f"lists are: {', '.join(lists[:20])}" if lists else ""
-        )
-    return path
-
-
-@dataclass
-class _Run:
-    """Modules of a layer in the order in which they were first called, and what they returned."""
-
-    order: dict[str, int] = field(default_factory=dict)
-    widths: dict[str, int] = field(default_factory=dict)  # the last dimension of outputs
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of linears, with their graph
-    routers: set[str] = field(default_factory=set)  # linears that say no more than which experts there are to be
-
-    def find_routers(self, states: Tensor) -> None:
-        """Those that the layer's output does not depend on, where experts hand on what they are given."""
-        gradients = torch.autograd.grad(states.sum(), list(self.outputs.values()), allow_unused=True)
-        self.routers = {name for name, one in zip(self.outputs, gradients, strict=True) if one is None}
+def _beside_embedding(model: nn.Module) -> str:
+    """What the paths of modules begin with that lie beside the token embedding; "" if it is not known."""
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    path = next((name for name, module in model.named_modules() if module is embedding), "")
+    return path.rpartition(".")[0] + "." if "." in path else ""
 
 
 def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
     """The blocks of a layer, in the order in which data flows through them."""
-    names = skeleton.layer_names(index)
-    layer = skeleton.load_layer(index, {name: _zeros(skeleton.layers[index], name) for name in names})
-    run = _Run()
-    with ExitStack() as stack, torch.enable_grad():
-        for name, module in layer.named_modules():
-            if _is_linear(module):
-                marking = module.register_forward_hook(_marking_output(run, name))
-                stack.callback(marking.remove)
-            if isinstance(module, Experts):
-                setattr(module, "forward", _skipped)  # noqa: B010 - an instance's
-                stack.callback(delattr, module, "forward")
-            before = module.register_forward_pre_hook(_noting_call(run, name))
-            after = module.register_forward_hook(_noting_width(run, name))
-            stack.callback(before.remove)
-            stack.callback(after.remove)
-        output = layer(hidden, **skeleton.arguments(index, 1, TOKENS))
-    assert skeleton.stepping is not None
-    skeleton.stepping.check(skeleton.model, output)
-    if any(isinstance(module, Experts) for module in layer.modules()):
-        run.find_routers(output if isinstance(output, Tensor) else output[0])
-    stacked = [name for name, one in layer.named_parameters() if one.dim() > 2 and "conv" not in name]
+    run = run_layer(skeleton, index, hidden)
+    layer = skeleton.layers[index]
     sizes = {name: one.numel() for name, one in layer.named_parameters()}
-    skeleton.release_layer(index)
+    stacked = [name for name, one in layer.named_parameters() if one.dim() > 2 and "conv" not in name]
     if sum(sizes[name] for name in stacked) > STACKED * sum(sizes.values()):
         raise ModelError(
             f"layer {index} keeps weights stacked in {stacked[0]}, which this program does not know how to prune",
@@ -245,11 +162,6 @@ def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
     return _named_apart([block for _, block in sorted(found, key=lambda one: one[0])])
 
 
-def _zeros(module: nn.Module, name: str) -> Tensor:
-    """Zeros of a parameter's shape that take no memory."""
-    return torch.zeros(()).expand(module.get_parameter(name).shape)
-
-
 def _named_apart(blocks: list[Block]) -> list[Block]:
     """Blocks of a layer whose kind another one before them has are called by their paths."""
     seen: set[str] = set()
@@ -260,14 +172,14 @@ def _named_apart(blocks: list[Block]) -> list[Block]:
     return named
 
 
-def _parts(module: nn.Module, path: str, run: _Run) -> tuple[list[str], list[str]]:
+def _parts(module: nn.Module, path: str, run: LayerRun) -> tuple[list[str], list[str]]:
     """Paths of the outermost modules that were called and hold linears, and of linears that lie in none of them."""
     outputs, loose = [], []
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
-        if _is_linear(child):
+        if is_linear(child):
             loose.append(below)
-        elif any(_is_linear(one) for one in child.modules()):
+        elif any(is_linear(one) for one in child.modules()):
             if below in run.order:
                 outputs.append(below)
             else:  # a container
@@ -277,13 +189,13 @@ def _parts(module: nn.Module, path: str, run: _Run) -> tuple[list[str], list[str
     return outputs, loose
 
 
-def _linears(block: nn.Module, path: str, kind: str, width: int, run: _Run) -> tuple[str, ...]:
+def _linears(block: nn.Module, path: str, kind: str, width: int, run: LayerRun) -> tuple[str, ...]:
     """The prunable linears of a block in the order of calls; `*` for experts, whose routers are not among them."""
     found: dict[str, int] = {}
     mixtures = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
     routed = {name.rpartition(".")[0] for name in mixtures}
     for name, module in block.named_modules():
-        if not _is_linear(module):
+        if not is_linear(module):
             continue
         parent = name.rpartition(".")[0]
         rows, columns = module.weight.shape
@@ -320,10 +232,6 @@ def _merged(known: list[Block], blocks: list[Block]) -> list[Block]:
     return merged
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.dim() == 2
-
-
 def _kind(module: nn.Module, path: str) -> str:
     """What a block is called: by its class, or by its path."""
     for text in (path.lower().replace("_", ""), type(module).__name__.lower()):
@@ -331,33 +239,3 @@ def _kind(module: nn.Module, path: str) -> str:
             if any(word in text for word in words):
                 return kind
     return path
-
-
-def _noting_call(run: _Run, name: str) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        run.order.setdefault(name, len(run.order))
-
-    return hook
-
-
-def _noting_width(run: _Run, name: str) -> Callable[..., None]:
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(first, Tensor) and first.dim() >= 2:
-            run.widths[name] = first.shape[-1]
-
-    return hook
-
-
-def _marking_output(run: _Run, name: str) -> Callable[..., Any]:
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            return output
-        run.outputs[name] = output if output.requires_grad else output.requires_grad_()
-        return run.outputs[name].clone()  # which may be written to
-
-    return hook
-
-
-def _skipped(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states

@@ -143,7 +143,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     described = read_configuration(config.model, config.revision)
     stored = described.dtype or torch.float32  # before the empty model sets another
     architecture = find_architecture(described, config.structure)
-    check_positions(described, config.seqlen)
+    check_positions(described.get_text_config(), config.seqlen)
     skeleton = make_skeleton(described, architecture, torch.device("cpu"), dtype, config.model)
     model = model_shapes(skeleton)
     _check_pattern(config, model)

@@ -117,7 +117,7 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
 
 def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
     layer = skeleton.layers[index]
-    chosen = int(getattr(skeleton.model.config, "num_experts_per_tok", 1) or 1)
+    chosen = int(getattr(skeleton.model.config.get_text_config(), "num_experts_per_tok", 1) or 1)
     blocks = [block for block in skeleton.blocks[index] if block.linears]
     return LayerShapes(
         blocks=tuple(part for block in blocks for part in _parts(layer, block, skeleton.architecture, chosen)),
