@@ -51,6 +51,11 @@ def test_each_part_by_hand() -> None:
         (3, "m.layers.3.self_attn.q_proj"): None,  # the last
     }
     assert {key: targets.of(*key, layers=4) for key in expected} == expected
+    numbered = Targets(HALF, own={"1": 0.25, "-1": 0})
+    assert [numbered.of(index, f"m.layers.{index}.up", 12) for index in (0, 1, 10, 11)] == [
+        HALF, Unstructured(0.25), HALF, None,
+    ]  # fmt: skip
+    assert numbered.of(12, "head", 12) == HALF
     allocated = Targets(HALF, own={"down": 0.25}, allocated={"up": 0.6})
     assert allocated.of(1, "up", 2) == Unstructured(0.6, over_linear=True)
     assert allocated.of(2, "up", 2) == HALF  # the head is given none
@@ -185,6 +190,7 @@ def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
         ({"include": ("c_attn",)}, "include: 'c_attn' is found in no linear's name"),
         ({"exclude": ("c_attn",)}, "exclude: 'c_attn' is found in no linear's name"),
         ({"sparsities": {"c_attn": 0.5}}, "sparsities: 'c_attn' is found in no linear's name"),
+        ({"sparsities": {"3": 0.5}}, "sparsities: there is no decoder layer 3"),
         ({"skip_layers": (3,)}, "there is no decoder layer 3"),
         ({"skip_layers": (0, 1, -1)}, "leave nothing to prune"),
     ):
@@ -274,6 +280,14 @@ def test_parse() -> None:
     assert parse_target(0) is None
     assert parse_target("2:4") == NofM(2, 4)
     assert read_targets({"a": 1}) == {"a": 1}
+
+
+def test_a_file_that_says_two_things_of_one_linear(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("q_proj: 0.5\n1: 0.25\nk_proj: 2:4\n")
+    assert read_targets(tmp_path / "own.yaml") == {"q_proj": 0.5, "1": 0.25, "k_proj": "2:4"}
+    (tmp_path / "own.yaml").write_text("q_proj: 0.5\nq_proj: 0.2\n")
+    with pytest.raises(ValueError, match="q_proj is there twice"):
+        read_targets(tmp_path / "own.yaml")
 
 
 @pytest.mark.parametrize(

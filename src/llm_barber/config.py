@@ -71,7 +71,8 @@ class PruneConfig(RunSettings):
     exclude: tuple[str, ...] = Field(default=(), description="regular expressions of linears not to prune")
     skip_layers: tuple[int, ...] = Field(default=(), description="decoder layers not to prune; -1 is the last")
     sparsities: dict[str, float | str] = Field(
-        default={}, description="a sparsity, N:M or 0 by regular expression of linears, or a YAML file of that"
+        default={},
+        description="a sparsity, N:M or 0 by regular expression of linears or number of a layer; or a YAML file of it",
     )
 
     allow_dense_tail: bool = Field(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
+from llm_barber.checkpoint.hub import CHAT_TEMPLATES
 from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource, Place
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
@@ -247,7 +248,7 @@ def _check_files(folder: Path, record: RunReport, progress: Progress) -> list[st
     problems = []
     for name, digest in record.files.items():
         path = folder / name
-        if path.parent != folder or not path.is_file():
+        if path.parent not in (folder, folder / CHAT_TEMPLATES) or not path.is_file():
             problems.append(f"{name} is in the record, not in the folder")
         else:
             with path.open("rb") as file:

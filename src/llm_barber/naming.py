@@ -60,23 +60,44 @@ def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Plac
     return places
 
 
+def check_conversions(model: PreTrainedModel, layers: str) -> None:
+    """Refuse what `find_places` would, before a checkpoint is there: conversions that cannot be turned back.
+
+    Args:
+        model: its experts have linears of their own.
+        layers: path of the decoder layers.
+
+    Raises:
+        ModelError: a parameter of a layer comes of one.
+    """
+    names = [name for name, _ in model.get_submodule(layers).named_parameters()]
+    for one in get_model_conversion_mapping(model):
+        if isinstance(one, WeightConverter) and _steps(one) not in MERGES:
+            for target in one.target_patterns:
+                if any(target in name for name in names):
+                    raise _converted(one, f"the tensors of {target}")
+
+
 def _known(name: str, own: set[str], experts: dict[str, Experts]) -> bool:
     return name in own or name.rpartition(".")[0] in experts
 
 
 def _member(converter: WeightConverter, pattern: str, leaf: str, experts: nn.Module, key: str) -> str:
     """The linear of an expert that a checkpoint's tensor is the weight of."""
-    steps = [type(one).__name__ for one in converter.operations]
     members = MEMBERS.get(leaf, ())
     sources = converter.source_patterns
     assert isinstance(experts, Experts)
-    if steps not in MERGES or len(members) != len(sources) or not hasattr(experts[0], members[0]):
+    if _steps(converter) not in MERGES or len(members) != len(sources) or not hasattr(experts[0], members[0]):
         raise _converted(converter, key)
     return str(members[sources.index(pattern)])
 
 
+def _steps(converter: WeightConverter) -> list[str]:
+    return [type(one).__name__ for one in converter.operations]
+
+
 def _converted(converter: WeightConverter, key: str) -> ModelError:
-    steps = ", ".join(type(one).__name__ for one in converter.operations)
+    steps = ", ".join(_steps(converter))
     return ModelError(
         f"transformers converts {key} when it loads it ({steps}), and this program cannot turn that back",
         "such models are not supported yet: open an issue that names it",

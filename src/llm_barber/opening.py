@@ -26,12 +26,23 @@ def make_skeleton(
     """
     try:
         skeleton = Skeleton(config, architecture, device, dtype)
-        if len(skeleton.layers):
-            return skeleton
-        reason = "it has no decoder layers"
+        _check_layers(skeleton)
+        return skeleton
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises whatever odd settings make it raise
         reason = first_line(error)
     raise ModelError(f"config.json of {model} does not describe a model: {reason}", "get the file again")
+
+
+def _check_layers(skeleton: Skeleton) -> None:
+    if not len(skeleton.layers):
+        raise ValueError("it has no decoder layers")
+    for name, other in skeleton.names_in_other_layers():
+        raise ModelError(
+            f"{skeleton.layers_prefix}{name} and {skeleton.layers_prefix}{other} are one weight",
+            "models whose layers share weights cannot be pruned yet: open an issue that names it",
+        )
 
 
 def open_skeleton(
@@ -63,11 +74,6 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     Raises:
         ModelError: one is not.
     """
-    for name in skeleton.names_in_other_layers():
-        raise ModelError(
-            f"{skeleton.layers_prefix}{name} is the weight of another module, too",
-            "models whose layers share weights cannot be pruned yet: open an issue that names it",
-        )
     needed = list(skeleton.every_outside_name if with_head else skeleton.outside_names)
     count = len(skeleton.layers)
     for index in range(count):

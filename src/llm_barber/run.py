@@ -316,6 +316,6 @@ def _summary(layer: LayerResult) -> str:
     ]
     swapped = sum(linear.grown for linear in layer.linears)
     weights = sum(linear.weights for linear in layer.linears)
-    sparsity = sum(linear.pruned for linear in layer.linears) / weights
+    sparsity = sum(linear.pruned for linear in layer.linears) / max(1, weights)  # a layer may have no linears
     parts = [f"{sparsity:.1%} pruned", *([f"{swapped:,} swapped"] if errors else []), *errors]
     return ", ".join(parts)

@@ -28,6 +28,27 @@ def parse_target(value: Any, over_linear: bool = False) -> Pattern | None:
     return Unstructured(value, over_linear) if value else None
 
 
+class _OneOfEach(yaml.BaseLoader):
+    """All scalars as they are written; refuses a key that is there twice, of which one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [one.value for one, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is there twice")
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file's content; all scalars are text.
+
+    Raises:
+        OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read, or a key is there twice.
+    """
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_OneOfEach)
+
+
 def read_targets(value: Any) -> Any:
     """A file's mapping of regular expressions to sparsities; what is no path is handed back.
 
@@ -38,7 +59,7 @@ def read_targets(value: Any) -> Any:
         return value
     try:
         # All scalars as they are written: YAML would read 2:4 as a number of base 60.
-        found = yaml.load(Path(value).expanduser().read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        found = read_yaml(Path(value).expanduser())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{value} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
@@ -54,9 +75,11 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
     """
     how = "write for each block, in the order of computation: NAME: {output: PATH, linears: [PATH, …]}"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         blocks = [Block(str(name), one["output"], tuple(one["linears"])) for name, one in content.items()]
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} does not describe blocks ({' '.join(str(error).split())}): {how}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} does not describe blocks ({type(error).__name__}): {how}") from error
     strings = all(isinstance(part, str) for block in blocks for part in (block.output, *block.linears))
     empty = any(not one["linears"] or isinstance(one["linears"], str) for one in content.values())
@@ -70,6 +93,17 @@ def _number(value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError):
         return value
+
+
+def _is_number(expression: str) -> bool:
+    return re.fullmatch(r"-?\d+", expression) is not None
+
+
+def _means(expression: str, index: int, name: str, layers: int) -> bool:
+    """Does it say something of the linear of that name in layer `index`? A number means a layer, -1 the last."""
+    if _is_number(expression):
+        return index < layers and int(expression) in (index, index - layers)
+    return re.search(expression, name) is not None
 
 
 def compile_names(expressions: Sequence[str]) -> list[re.Pattern[str]]:
@@ -96,7 +130,8 @@ class Targets:
         include: regular expressions; a linear whose name none of them is found in is not pruned. Empty: all are.
         exclude: a linear whose name one of them is found in is not pruned.
         skip_layers: decoder layers that are not pruned; negative ones count from the end.
-        own: targets of linears, by a regular expression of the name: "N:M", a sparsity, or 0. The first one counts.
+        own: targets of linears, by a regular expression of the name, or the number of a decoder layer: "N:M", a
+            sparsity, or 0. The first one counts.
         allocated: sparsities of linears by their names, in place of `pattern`'s.
         allow_dense_tail: M need not divide a row: the inputs after its last whole group stay dense.
         over_linear: sparsities are met over the linear, to a weight; not in each comparison group, as the published
@@ -124,7 +159,7 @@ class Targets:
         if index < layers and self._left_out(index, name, layers):
             return None
         for expression, value in self.own.items():
-            if re.search(expression, name):
+            if _means(expression, index, name, layers):
                 return parse_target(value, self.over_linear)
         if self.allocated is not None and index < layers:
             return parse_target(self.allocated[name], over_linear=True)
@@ -152,11 +187,14 @@ class Targets:
         """
         layers = len(shapes)
         names = [name for layer in (*shapes, head) for name in layer]
-        example = f"names look like {names[0]}"
+        kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".0.", name) for name in names)
+        example = f"names look like {', '.join(list(kinds)[:12])}"
         without_head = example if head else f"{example}; the output head is pruned with --prune-head only"
         for option, expressions in (("include", self.include), ("exclude", self.exclude), ("sparsities", self.own)):
             for expression in expressions:
-                if not any(re.search(expression, name) for name in names):
+                if option == "sparsities" and _is_number(expression):
+                    self._check_layer(option, int(expression), layers)
+                elif not any(re.search(expression, name) for name in names):
                     hint = without_head if "head" in expression else example
                     raise SettingsError(f"{option}: {expression!r} is found in no linear's name", hint)
         for name in head:
@@ -165,10 +203,7 @@ class Targets:
                     f"{name} is to be pruned, and left out", "leave out --prune-head, or what excludes it"
                 )
         for index in self.skip_layers:
-            if not -layers <= index < layers:
-                raise SettingsError(
-                    f"skip_layers: there is no decoder layer {index}", f"there are {layers}, 0 to {layers - 1}"
-                )
+            self._check_layer("skip_layers", index, layers)
         selected = 0
         for index, layer in enumerate((*shapes, head)):
             for name, shape in layer.items():
@@ -179,6 +214,13 @@ class Targets:
                     self._check_groups(name, shape[1], target, otherwise)
         if not selected:
             raise SettingsError("include, exclude, skip_layers and sparsities leave nothing to prune", example)
+
+    @staticmethod
+    def _check_layer(option: str, index: int, layers: int) -> None:
+        if not -layers <= index < layers:
+            raise SettingsError(
+                f"{option}: there is no decoder layer {index}", f"there are {layers}, 0 to {layers - 1}"
+            )
 
     def _check_groups(self, name: str, columns: int, pattern: NofM, otherwise: str) -> None:
         """Refuse rows that are no whole number of groups; `otherwise` says how the linear is not pruned."""

@@ -125,7 +125,7 @@ class _Moving:
         """Give the parameters their gradients, from those by the weights, float32 (out, in)."""
         for name, one in self._scores.items():
             values = self._values[name].detach() if self._values else self._now[name].values
-            one.grad = gradients[name] * values
+            one.grad = gradients[name] * values.float()
         for name, one in self._values.items():
             one.grad = gradients[name] * self._now[name].free
 

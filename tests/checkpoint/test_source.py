@@ -133,8 +133,15 @@ def test_companions_leave_weights_code_and_records_behind(llama: Path) -> None:
         "chat_template.jinja",
     ):
         (llama / name).write_text("{}")
-    names = {path.name for path in CheckpointSource(llama).companions()}
-    assert names == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
+    templates = llama / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{}")
+    (templates / "other.py").write_text("")
+    names = {str(path.relative_to(llama)) for path in CheckpointSource(llama).companions()}
+    assert names == {
+        "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE",
+        "additional_chat_templates/tool_use.jinja",
+    }  # fmt: skip
 
 
 def test_groups_of_bounded_size() -> None:

@@ -159,7 +159,8 @@ def test_a_user_decides(tmp_path: Path) -> None:
         ({"blocks": "only: {output: mlp, linears: mlp.up_proj}"}, "does not describe blocks"),
         ({"blocks": "{}"}, "does not describe blocks"),
         ({"blocks": "only: [mlp]"}, "does not describe blocks"),
-        ({"blocks": "only: {output: mlp, linears: [1]}"}, "does not describe blocks"),
+        ({"blocks": "only: {output: mlp, linears: [[1]]}"}, "does not describe blocks"),
+        ({"blocks": BLOCKS + BLOCKS}, "only is there twice"),
         ({"blocks": "{"}, "does not describe blocks"),
         ({"blocks": "only: {output: mlp, linears: []}"}, "does not describe blocks"),
         (

@@ -19,6 +19,7 @@ HUB_PATTERNS = [
     "NOTICE*",
     "USE_POLICY*",
 ]
+CHAT_TEMPLATES = "additional_chat_templates"  # the only folder that travels
 PICKLED_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 HUB_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights in other layouts
 
@@ -70,9 +71,8 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     with _explained(model, revision):
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_NOT_NEEDED)
-        )
+        snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_NOT_NEEDED)
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[f"{CHAT_TEMPLATES}/*.jinja"]))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.hub import COMPANIONS, INDEX_NAME, SINGLE_NAME, resolve_model
+from llm_barber.checkpoint.hub import CHAT_TEMPLATES, COMPANIONS, INDEX_NAME, SINGLE_NAME, resolve_model
 from llm_barber.checkpoint.packed import PACKED_INDEX, PLACES, VALUES, Table, read_index, read_table, unpack_tensor
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import ModelError
@@ -284,13 +284,12 @@ def _all_finite(tensor: Tensor) -> bool:
 
 def companions(folder: Path) -> list[Path]:
     """The files of a checkpoint's folder that travel with its weights."""
-    return sorted(
+    own = (
         path
         for path in folder.iterdir()
-        if path.is_file()
-        and (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES))
-        and path.name not in NO_COMPANIONS
+        if (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES)) and path.name not in NO_COMPANIONS
     )
+    return sorted(path for path in (*own, *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")) if path.is_file())
 
 
 def sharded_by(names: Iterable[str], sizes: dict[str, TensorInfo], limit: int) -> Iterator[list[str]]:

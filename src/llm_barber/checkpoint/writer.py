@@ -21,7 +21,7 @@ from typing import Any, Self
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
+from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.state import (
     ACTIVATIONS_KEPT,
     START_AGAIN,
@@ -227,13 +227,15 @@ class CheckpointWriter:
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file, durably."""
+        (self.work / name).parent.mkdir(exist_ok=True)
         write_durably(self.work / name, content)
 
     def copy(self, path: Path, content: bytes | None = None) -> None:
         """Copy a companion file under its own name; `content`: what stands in it now, if that is something else."""
         content = path.read_bytes() if content is None else content
-        self.write_file(path.name, content)
-        self._companions[path.name] = hashlib.sha256(content).hexdigest()
+        name = f"{CHAT_TEMPLATES}/{path.name}" if path.parent.name == CHAT_TEMPLATES else path.name
+        self.write_file(name, content)
+        self._companions[name] = hashlib.sha256(content).hexdigest()
 
     @property
     def digests(self) -> dict[str, str]:

@@ -115,8 +115,9 @@ OPTIONS: dict[str, Any] = {
     "sparsities": option(
         Path | None,
         WHAT,
-        "A YAML file with linears' own sparsities, a line each: REGEX: 0.4, or 2:4, or 0 (not pruned). The "
-        "first that is found in a name counts; the rest takes --sparsity or --pattern. No --allocation then.",
+        "A YAML file with linears' own sparsities, a line each: REGEX: 0.4, or 2:4, or 0 (not pruned); a number in "
+        "place of REGEX is a decoder layer's. The first that fits counts; the rest takes --sparsity or --pattern. No "
+        "--allocation then.",
         metavar="FILE",
     ),
     "refine": option(

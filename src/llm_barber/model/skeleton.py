@@ -128,15 +128,18 @@ class Skeleton:
         """The prunable linears of a layer, block after block."""
         return tuple(name for block in self.blocks[index] for name in block.linears)
 
-    def names_in_other_layers(self) -> list[str]:
-        """Parameters of layers that are another module's, too, in another layer or, if it is no linear, in its own."""
+    def names_in_other_layers(self) -> list[tuple[str, str]]:
+        """Parameters of layers that are another module's, too, in another layer or, if it is no linear, in its own.
+
+        Each with its other name.
+        """
         first = {id(parameter): name for name, parameter in self.layers.named_parameters()}
         found = []
         for name, parameter in self.layers.named_parameters(remove_duplicate=False):
             path, other = name.rpartition(".")[0], first[id(parameter)].rpartition(".")[0]
             same = self.layers.get_submodule(path) is self.layers.get_submodule(other)
             if not same or path.partition(".")[0] != other.partition(".")[0]:
-                found.append(name)
+                found.append((name, first[id(parameter)]))
         return found
 
     def other_names(self, index: int, linear: str) -> list[str]:

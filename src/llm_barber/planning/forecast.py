@@ -14,6 +14,7 @@ from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
+from llm_barber.naming import check_conversions
 from llm_barber.opening import check_positions, make_skeleton
 from llm_barber.planning.configuration import read_configuration
 from llm_barber.planning.costs import Costs, run_costs
@@ -145,6 +146,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     architecture = find_architecture(described, config.structure)
     check_positions(described.get_text_config(), config.seqlen)
     skeleton = make_skeleton(described, architecture, torch.device("cpu"), dtype, config.model)
+    check_conversions(skeleton.model, architecture.layers)
     model = model_shapes(skeleton)
     _check_pattern(config, model)
     batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)

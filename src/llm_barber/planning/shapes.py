@@ -105,7 +105,7 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
     vocabulary, features = tuple(head.weight.shape) if head is not None else (0, 0)
     layers = tuple(_layer(skeleton, index) for index in range(len(skeleton.layers)))
     return ModelShapes(
-        hidden=layers[0].blocks[0].linears[-1][0],
+        hidden=skeleton.model.config.get_text_config().hidden_size,
         vocabulary=vocabulary,
         head=features,
         embedding=skeleton.model.get_input_embeddings().weight.numel(),
