@@ -260,7 +260,8 @@ def test_what_is_refused(tmp_path: Path, settings: dict[str, Any], error: type[B
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be used"),
+        ("{", "cannot be read"),
+        ('{"model_type": "nothing"}', "cannot be used"),
         ('{"model_type": "bert"}', "bert is an encoder"),
         ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "is quantised"),
     ],

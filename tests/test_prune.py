@@ -272,8 +272,13 @@ def test_a_pruned_model_that_is_not_pruned_is_refused(tmp_path: Path, llama: Pat
         name: one * 0 if is_linear(name) else one for name, one in load_file(llama / "model.safetensors").items()
     }
     save_file(tensors, empty / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="is all zero"):
+    with pytest.raises(ModelError, match="all linears of .* are zero"):
         rebuild(RebuildConfig(pruned=str(empty), **settings))
+    one = {**load_file(llama / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 32)}
+    save_file(one, empty / "model.safetensors", {"format": "pt"})
+    report = rebuild(RebuildConfig(pruned=str(empty), **settings))  # as it would be in another layer
+    assert [linear.pruned for linear in report.layers[0].linears] == [1024, 0, 0, 0, 0, 0, 0]
+    settings["overwrite"] = True
     deeper = make_model(tmp_path / "deeper", "llama", num_hidden_layers=3)
     with pytest.raises(ModelError, match="DENSE has 2 decoder layers, PRUNED 3"):
         rebuild(RebuildConfig(pruned=str(deeper), **settings))

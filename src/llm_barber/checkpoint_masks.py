@@ -79,19 +79,26 @@ class CheckpointMasks:
         """The pattern of the first layer that is pruned, which decides the default granularity.
 
         Raises:
-            ModelError: none is, or a linear has no weights.
+            ModelError: none is.
         """
+        gone = kept = False
         for index in range(self.job.layer_count):
             patterns = set()
             dense = self._read(index, self.job.linears(index), self.job.source)
             for name, weight in self._read(index, self.job.linears(index)).items():
                 nonzero, fixed = weight != 0, dense[name] == 0
-                if not nonzero.any():
-                    raise ModelError(f"layer {index} {name} of {self.source.model} is all zero", "is it PRUNED?")
+                if not nonzero.any():  # it has no pattern
+                    gone = True
+                    continue
+                kept = True
                 if not (nonzero | fixed).all():
                     patterns.add(self._find_pattern(index, name, nonzero, fixed))
             if patterns:
                 return patterns.pop() if len(patterns) == 1 else None
+        if gone and kept:
+            return None
+        if gone:
+            raise ModelError(f"all linears of {self.source.model} are zero", "is it PRUNED?")
         raise ModelError(
             f"{self.source.model} is not pruned: it has no zeros that DENSE has not",
             "give the pruned model as PRUNED; to prune a dense one: llm-barber prune",

@@ -87,7 +87,11 @@ def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
         if any(folder.glob("pytorch_model-*.bin")):
             raise ModelError(f"{model} has no {PICKLED_INDEX}, which says what belongs to it", AGAIN)
         if not (folder / PICKLED).is_file():
-            raise ModelError(f"{model} has no {PICKLED}", "what has safetensors needs no converting")
+            has_safetensors = any(folder.glob("*.safetensors"))
+            raise ModelError(
+                f"{model} has no {PICKLED}",
+                "what has safetensors needs no converting" if has_safetensors else "save it with save_pretrained()",
+            )
         return {PICKLED: None}
     files: dict[str, set[str] | None] = {}
     try:

@@ -12,9 +12,9 @@ class BarberError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What a library's error says, in one line; in two where the first one only announces the second."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 class SettingsError(BarberError):

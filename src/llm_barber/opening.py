@@ -121,9 +121,17 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
-        raise ModelError(
-            f"config.json of {source.model} cannot be used: {first_line(error)}", "get the file again"
-        ) from error
+        raise unusable_configuration(source.model, error) from error
+
+
+def unusable_configuration(model: str, error: Exception) -> ModelError:
+    """What to tell of a configuration that transformers does not take."""
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"the code of {model} comes with the checkpoint, and is not run",
+            "architectures that transformers has itself are pruned",
+        )
+    return ModelError(f"config.json of {model} cannot be used: {first_line(error)}", "get the file again")
 
 
 def load_tokenizer(folder: Path) -> Any | None:

@@ -148,11 +148,7 @@ class CheckpointSource:
         return companions(self.folder)
 
     def _read_configuration(self) -> dict[str, Any]:
-        if (self.folder / "adapter_config.json").exists():
-            raise ModelError(
-                f"{self.model} is a PEFT adapter, not a whole model",
-                "merge it into its base model first: peft's merge_and_unload(), then save_pretrained()",
-            )
+        refuse_adapter(self.folder, self.model)
         path = self.folder / "config.json"
         if not path.exists():
             unfinished = any(self.folder.glob("model-*-of-*.safetensors")) and not (self.folder / INDEX_NAME).exists()
@@ -160,14 +156,8 @@ class CheckpointSource:
                 f"{self.model} has no config.json",
                 "the run that wrote it did not finish" if unfinished else "a Hugging Face checkpoint folder is needed",
             )
-        configuration = _read_json(path)
-        quantization = configuration.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise ModelError(
-                f"{self.model} is quantised ({method or 'unknown method'}); pruning needs its plain weights",
-                "start from the unquantised checkpoint, or dequantise it: model.dequantize(), then save_pretrained()",
-            )
+        configuration = read_json(path)
+        refuse_quantised(configuration, self.model)
         return configuration
 
     @property
@@ -202,7 +192,7 @@ class CheckpointSource:
         if (self.folder / PACKED_INDEX).exists():
             return self._read_packed_headers()
         if (self.folder / INDEX_NAME).exists():
-            weight_map = _read_json(self.folder / INDEX_NAME).get("weight_map")
+            weight_map = read_json(self.folder / INDEX_NAME).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise ModelError(f"{INDEX_NAME} has no weight_map", "the index is damaged; get it again")
             files = sorted(set(weight_map.values()))
@@ -232,14 +222,21 @@ class CheckpointSource:
         return tensors
 
     def _hint_without_safetensors(self) -> str:
-        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")) or any(self.folder.glob("*.pth")):
+        if any(self.folder.glob("pytorch_model*.bin")):
             return "pickles can run code when opened and are not read: llm-barber convert makes safetensors of them"
+        if any(any(self.folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+            return "pickles can run code when opened and are not read: save the model with save_pretrained()"
         if any(self.folder.glob("model-*-of-*.safetensors")):
             return "its index is missing: the run that wrote it did not finish"
         return f"{SINGLE_NAME} or {INDEX_NAME} is needed"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ModelError: it does not, or cannot be read.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -280,6 +277,26 @@ def _all_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def refuse_adapter(folder: Path, model: str) -> None:
+    """Raise `ModelError` where a folder has no weights of its own, but a PEFT adapter's."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{model} is a PEFT adapter, not a whole model",
+            "merge it into its base model first: peft's merge_and_unload(), then save_pretrained()",
+        )
+
+
+def refuse_quantised(configuration: Mapping[str, Any], model: str) -> None:
+    """Raise `ModelError` where config.json says that weights are quantised."""
+    quantization = configuration.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ModelError(
+            f"{model} is quantised ({method or 'unknown method'}); pruning needs its plain weights",
+            "start from the unquantised checkpoint, or dequantise it: model.dequantize(), then save_pretrained()",
+        )
 
 
 def companions(folder: Path) -> list[Path]:

@@ -27,7 +27,10 @@ LINEAR_ATTENTION, ATTENTION, CONVOLUTION, STATE_SPACE, MLP = (
     "linear attention", "attention", "convolution", "state space", "mlp"
 )  # fmt: skip
 KINDS = (
-    (LINEAR_ATTENTION, ("linearattn", "deltanet")),
+    (
+        LINEAR_ATTENTION,
+        ("linearattn", "linearattention", "lightningattention", "deltanet", "deltaattention", "rwkvselfattention"),
+    ),
     (ATTENTION, ("attention", "attn")),
     (CONVOLUTION, ("conv",)),
     (STATE_SPACE, ("mamba", "recurrent")),
@@ -57,25 +60,39 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
         raise ModelError(
             f"{config.model_type} is an encoder, or has one", "only decoder models, which write text, are pruned"
         )
+    model: PreTrainedModel | None = None
     try:
-        return analyse(config, options)
+        model = empty_model(config, torch.float32)
+        return analyse(config, options, model)
     except (ModelError, SettingsError):
         raise
     except Exception as error:  # models raise whatever odd settings make them raise
+        if model is None:
+            raise ModelError(
+                f"transformers cannot build {config.model_type!r} from config.json: {first_line(error)}",
+                "get the file again",
+            ) from error
         raise ModelError(
             f"architecture {config.model_type!r} is not known, and its structure was not found: {first_line(error)}",
             f"{HOW_TO_DECIDE}; known are {', '.join(sorted(ARCHITECTURES))}",
         ) from error
 
 
-def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -> Architecture:
+def analyse(
+    config: PreTrainedConfig, options: StructureOptions | None = None, model: PreTrainedModel | None = None
+) -> Architecture:
     """The structure of a model, found by running it.
+
+    Args:
+        config: of the model.
+        options: what a user decided.
+        model: what `empty_model` made of the configuration, in float32, if it has.
 
     Raises:
         ModelError, SettingsError: as `find_architecture`.
     """
     options = options or StructureOptions()
-    model = empty_model(config, torch.float32)
+    model = model or empty_model(config, torch.float32)
     layers = given_layers(model, options.layers) if options.layers else find_layers(model)
     transposed = any(isinstance(module, Conv1D) for module in model.get_submodule(layers).modules())
     if options.blocks:
@@ -233,9 +250,9 @@ def _merged(known: list[Block], blocks: list[Block]) -> list[Block]:
 
 
 def _kind(module: nn.Module, path: str) -> str:
-    """What a block is called: by its class, or by its path."""
-    for text in (path.lower().replace("_", ""), type(module).__name__.lower()):
-        for kind, words in KINDS:
-            if any(word in text for word in words):
-                return kind
-    return path
+    """What a block is called, by its path or else its class; but linear attention may be at any path."""
+    texts = [path.lower().replace("_", ""), type(module).__name__.lower()]
+    if any(word in text for word in dict(KINDS)[LINEAR_ATTENTION] for text in texts):
+        return LINEAR_ATTENTION
+    found = (kind for text in texts for kind, words in KINDS if any(word in text for word in words))
+    return next(found, path)

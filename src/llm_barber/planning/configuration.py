@@ -7,7 +7,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from llm_barber.checkpoint.gguf import DTYPE as GGUF_DTYPE
 from llm_barber.checkpoint.hub import hub_configuration
-from llm_barber.errors import ModelError, first_line
+from llm_barber.checkpoint.source import read_json, refuse_adapter, refuse_quantised
+from llm_barber.errors import ModelError
+from llm_barber.opening import unusable_configuration
 
 NOT_FOUND_HINT = "give a folder with config.json, a config.json, a GGUF file or a hub id"
 
@@ -20,18 +22,14 @@ def read_configuration(model: str, revision: str | None = None) -> PreTrainedCon
         HubError: the hub cannot be reached or does not have it.
     """
     place, options = _find(model, revision)
+    if not options:
+        refuse_quantised(read_json(place), model)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             place, trust_remote_code=False, local_files_only=True, **options
         )
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
-        raise ModelError(
-            f"the configuration of {model} cannot be used: {first_line(error)}", "get the file again"
-        ) from error
-    if getattr(config, "quantization_config", None) and not options:
-        raise ModelError(
-            f"{model} is quantised; pruning needs its plain weights", "give the configuration of the unquantised model"
-        )
+        raise unusable_configuration(model, error) from error
     if options:
         config.dtype = GGUF_DTYPE  # what its weights become
     return config
@@ -45,6 +43,7 @@ def _find(model: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"no such model: {model} ({error})", NOT_FOUND_HINT) from error
     if is_folder:
+        refuse_adapter(path, model)
         if not (path / "config.json").is_file():
             raise ModelError(f"{model} has no config.json", NOT_FOUND_HINT)
         return path / "config.json", {}
