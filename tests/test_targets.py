@@ -11,6 +11,7 @@ from llm_barber import InspectConfig, PruneConfig, RebuildConfig, RunReport, ins
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
 from llm_barber.plan import plan
+from llm_barber.planning.forecast import PlanConfig, forecast
 from llm_barber.progress import Silent
 from llm_barber.targets import EXAMPLE, Targets, parse_target, read_targets
 from tests.conftest import bits, make_model, read_folder, save_tokens
@@ -386,3 +387,34 @@ def test_a_small_budget_and_half_precision(tmp_path: Path, model: Path, tokens: 
     report = prune(config)
     assert abs(report.pruned - 0.02 * report.weights) <= 1
     assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
+
+
+@pytest.mark.parametrize("preset", ["paper", "mask", "best"])
+def test_double_precision(tmp_path: Path, tokens: Path, preset: str) -> None:
+    model = make_model(tmp_path / "wide", "llama", dtype=torch.float64)
+    report = run(model, tmp_path / "out", tokens, preset=preset, sparsity=0.5)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert {tensor.dtype for tensor in read_folder(tmp_path / "out").values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("preset", ["paper", "mask"])
+def test_layers_without_linears_of_the_given_blocks(tmp_path: Path, tokens: Path, preset: str) -> None:
+    """Of Qwen3-MoE's layers the first has a dense MLP, and no experts."""
+    model = make_model(tmp_path / "mixture", "qwen3_moe")
+    (tmp_path / "blocks.yaml").write_text("experts: {output: mlp, linears: ['mlp.experts.*.down_proj']}")
+    report = run(model, tmp_path / "out", tokens, blocks=tmp_path / "blocks.yaml", preset=preset)
+    assert [len(layer.linears) for layer in report.layers] == [0, 4]
+    assert report.pruned == report.weights // 2
+    found = forecast(PlanConfig(model=str(model), blocks=tmp_path / "blocks.yaml", flops=1e12, seqlen=16))
+    assert found.weights == report.weights
+
+
+def test_templates_of_a_folder_travel(tmp_path: Path, tokens: Path, model: Path) -> None:
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    run(model, tmp_path / "out", tokens, preset="paper")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert inspect(InspectConfig(model=tmp_path / "out", dense=str(model))).problems == ()
+    (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ other }}")
+    (problem,) = inspect(InspectConfig(model=tmp_path / "out")).problems
+    assert problem.startswith("additional_chat_templates/tool_use.jinja has changed")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, load_calibration
 from llm_barber.checkpoint.folder import locked, own_folder
-from llm_barber.checkpoint.hub import resolve_model
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.settings import CompareConfig, Method, target_settings
 from llm_barber.config import PruneConfig
@@ -102,7 +102,7 @@ def compare(
     from llm_barber.comparison.render import write_files  # with matplotlib
 
     progress = progress or Silent()
-    folder = str(resolve_model(config.model, config.revision))
+    folder = CheckpointSource(config.model, config.revision).folder.as_posix()
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     # What is wrong with texts and tasks is told before anything is written.
