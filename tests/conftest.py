@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from llm_barber.model.skeleton import auto_class
+from llm_barber.progress import Silent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself
     torch.set_num_threads(1)
@@ -199,6 +200,16 @@ def change_json(path: Path, **changes: Any) -> None:
         else:
             content[key] = value
     path.write_text(json.dumps(content))
+
+
+class Listener(Silent):
+    """Keeps what a run warns of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 @pytest.fixture

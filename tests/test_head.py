@@ -18,7 +18,7 @@ from llm_barber.masking.pattern import Unstructured
 from llm_barber.masking.saliency import wanda
 from llm_barber.plan import plan
 from llm_barber.progress import Silent
-from tests.conftest import bits, make_model, read_folder, save_tokens
+from tests.conftest import Listener, bits, make_model, read_folder, save_tokens
 
 FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "lm_head", {"tie_word_embeddings": True}),
@@ -147,24 +147,17 @@ def test_rebuild_says_that_the_head_is_dense_again(tmp_path: Path, tokens: Path,
     run(model, tmp_path / "out", tokens, prune_head=True, initial="magnitude")
     if not recorded:  # as another tool would have pruned it
         (tmp_path / "out" / RECORD_NAME).unlink()
-    told: list[str] = []
-
-    class Told(Silent):
-        def warn(self, message: str) -> None:
-            told.append(message)
-
-    rebuild(RebuildConfig(dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens), Told())
-    assert any("output head" in message for message in told)
+    told = Listener()
+    rebuild(RebuildConfig(dense=model, pruned=tmp_path / "out", output=tmp_path / "again", calibration=tokens), told)
+    assert any("output head" in message for message in told.warnings)
     again = read_folder(tmp_path / "again")
     assert ("lm_head.weight" not in again) is tied
     assert tied or torch.equal(again["lm_head.weight"], read_folder(model)["lm_head.weight"])
-    told.clear()
+    told.warnings.clear()
     run(model, tmp_path / "without", tokens, initial="magnitude")
     (tmp_path / "without" / RECORD_NAME).unlink()
-    rebuild(
-        RebuildConfig(dense=model, pruned=tmp_path / "without", output=tmp_path / "more", calibration=tokens), Told()
-    )
-    assert not any("output head" in message for message in told)
+    rebuild(RebuildConfig(dense=model, pruned=tmp_path / "without", output=tmp_path / "more", calibration=tokens), told)
+    assert not any("output head" in message for message in told.warnings)
 
 
 def test_a_head_that_is_stored_beside_the_embedding_that_it_is_tied_to(tmp_path: Path, tokens: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -15,9 +14,8 @@ from llm_barber.errors import CalibrationError, ModelError, OutputError, Setting
 from llm_barber.loading import load
 from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
 from llm_barber.model.architecture import ARCHITECTURES
-from llm_barber.progress import Silent
 from tests.checkpoint.test_source import shard
-from tests.conftest import FAMILIES, bits, change_json, load_model, make_model, read_folder, save_tokens
+from tests.conftest import FAMILIES, Listener, bits, change_json, load_model, make_model, read_folder, save_tokens
 
 LINEARS = {linear for architecture in ARCHITECTURES.values() for linear in architecture.linears}
 
@@ -362,15 +360,10 @@ def test_checkpoints_that_do_not_fit_their_configuration(tmp_path: Path, llama: 
 
 
 def test_a_missed_sparsity_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    class Listener(Silent):
-        warnings: ClassVar[list[str]] = []
-
-        def warn(self, message: str) -> None:
-            self.warnings.append(message)
-
+    told = Listener()
     config = PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, sparsity=0.999, preset="paper")
-    prune(config, Listener())
-    nothing_swapped, missed = Listener.warnings
+    prune(config, told)
+    nothing_swapped, missed = told.warnings
     assert "the rebuild swapped nothing" in nothing_swapped
     assert "0.999 was asked for, 0.97" in missed
 

@@ -20,11 +20,10 @@ from llm_barber.masking.saliency import wanda
 from llm_barber.method import Outcome
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
-from llm_barber.progress import Silent
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import RunReport
 from llm_barber.tune import Tuned
-from tests.conftest import make_model, read_folder, save_tokens
+from tests.conftest import Listener, make_model, read_folder, save_tokens
 from tests.model.reference import captured, first_call, layer_call
 
 SEQUENCES = 10
@@ -327,18 +326,14 @@ def test_rebuild_by_a_preset(tmp_path: Path, model: Path, tokens: Path) -> None:
 
 
 def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
-    told: list[str] = []
-
-    class Told(Silent):
-        def warn(self, message: str) -> None:
-            told.append(message)
-
+    told = Listener()
     tokens = save_tokens(tmp_path / "one.safetensors", sequences=1)
     for guard in (None, 0.0):
         config = {"model": model, "calibration": tokens, "guard": guard, "report": False, "overwrite": True}
-        prune(PruneConfig(output=tmp_path / "out", **config), Told())
-    assert [message for message in told if "held out" in message] == told[:1]
-    assert "no window can be held out of one" in told[0]
+        prune(PruneConfig(output=tmp_path / "out", **config), told)
+    (message,) = (one for one in told.warnings if "held out" in one)
+    assert message == told.warnings[0]
+    assert message.startswith("no window can be held out of one")
 
 
 def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> None:

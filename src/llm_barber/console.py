@@ -122,10 +122,11 @@ def show_run(report: RunReport) -> None:
         table.add_row(*row[: len(headings)])
     console.print(table)
     if report.granularity or report.refinement:
-        console.print(
-            f"{report.changes}: mean reconstruction error "
-            + ", ".join(filter(None, (_error_change(report, name) for name in report.block_names)))
-        )
+        changes = [
+            f"{name} {one.before:.4g} → {one.after:.4g} (fell in {one.fell} of {one.layers} layers)"
+            for name, one in report.error_changes().items()
+        ]
+        console.print(f"{report.changes}: mean reconstruction error {', '.join(changes)}")
     console.print(
         f"{report.seconds['total']:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB, "
         f"{report.dtype} on {report.device}"
@@ -133,18 +134,6 @@ def show_run(report: RunReport) -> None:
     console.print(f"check it: llm-barber inspect {report.output}", soft_wrap=True)
     if report.settings.get("report"):
         console.print(f"look at it: {Path(report.output) / PAGE_NAME}", soft_wrap=True)
-
-
-def _error_change(report: RunReport, name: str) -> str:
-    """The mean over the layers where this kind of block was measured, and in how many it fell; "": it was in none."""
-    blocks = [block for layer in report.layers for block in layer.blocks if block.name == name]
-    blocks = [block for block in blocks if block.error_before is not None]
-    if not blocks:
-        return ""
-    before = sum(block.error_before or 0.0 for block in blocks) / len(blocks)
-    after = sum(block.error_after or 0.0 for block in blocks) / len(blocks)
-    fell = sum((block.error_after or 0.0) < (block.error_before or 0.0) for block in blocks)
-    return f"{blocks[0].name} {before:.4g} → {after:.4g} (fell in {fell} of {len(blocks)} layers)"
 
 
 def show_plan(plan: Plan) -> None:

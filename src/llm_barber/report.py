@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -110,6 +111,22 @@ class LayerResult(_Result):
         return tuple(linear for block in self.blocks for linear in block.linears)
 
 
+@dataclass(frozen=True)
+class ErrorChange:
+    """A kind of block's mean reconstruction errors over `layers`, and in how many of them it fell, rose, or stayed."""
+
+    layers: int
+    before: float
+    after: float
+    fell: int
+    rose: int
+
+    @property
+    def stayed(self) -> int:
+        """In so many layers."""
+        return self.layers - self.fell - self.rose
+
+
 class RunReport(_Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
@@ -201,6 +218,24 @@ class RunReport(_Result):
     def block_names(self) -> list[str]:
         """Kinds of blocks, in the order of the decoder layers."""
         return list(dict.fromkeys(block.name for layer in self.layers for block in layer.blocks))
+
+    def error_changes(self) -> dict[str, ErrorChange]:
+        """By the kind of block, where it was measured before and after."""
+        pairs: dict[str, list[tuple[float, float]]] = {}
+        for layer in self.layers:
+            for block in layer.blocks:
+                if block.error_before is not None and block.error_after is not None:
+                    pairs.setdefault(block.name, []).append((block.error_before, block.error_after))
+        return {
+            name: ErrorChange(
+                layers=len(own),
+                before=sum(before for before, _ in own) / len(own),
+                after=sum(after for _, after in own) / len(own),
+                fell=sum(after < before for before, after in own),
+                rose=sum(after > before for before, after in own),
+            )
+            for name, own in pairs.items()
+        }
 
     def by_linear(self) -> list[LinearTotals]:
         """Totals of each linear, experts' together, in the order of a decoder layer."""

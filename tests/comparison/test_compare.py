@@ -280,14 +280,14 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
 def test_layers_and_blocks_that_the_user_names(settings: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "blocks.yaml"
     file.write_text("mlp: {output: mlp, linears: [mlp.down_proj]}")
-    settings |= {"methods": ("wanda",), "targets": ("0.5",), "seeds": (0,), "rebuild": False, "rebuild_settings": {}}
-    every = compare(CompareConfig(**settings)).cells[0].result
-    own = compare(CompareConfig(**settings, layers="model.layers", blocks=file)).cells[0].result
+    settings |= {"methods": ("wanda",), "targets": ("0.5",), "seeds": (0,), "rebuild_settings": {}}
+    every = compare(CompareConfig(**settings)).cells[-1].result
+    own = compare(CompareConfig(**settings, layers="model.layers", blocks=file)).cells[-1].result
     assert every is not None
     assert own is not None
     assert (set(every.errors), set(own.errors)) == ({"attention", "mlp"}, {"mlp"})
     assert own.evaluation.texts[0].perplexity != every.evaluation.texts[0].perplexity
-    again = compare(CompareConfig(**settings)).cells[0].result
+    again = compare(CompareConfig(**settings)).cells[-1].result
     assert again == every
     with pytest.raises(SettingsError, match="nothing.there is not a list"):
         compare(CompareConfig(**settings, layers="nothing.there"))

@@ -145,7 +145,7 @@ class CellRunner:
             swapped=report.swapped,
             granularity=report.granularity,
             rebuild_ratio=report.rebuild_ratio,
-            errors=_mean_errors(report),
+            errors={name: (one.before, one.after) for name, one in report.error_changes().items()},
             seconds=report.seconds["total"],
             peak_memory=report.peak_memory,
             peak_device_memory=report.peak_device_memory,
@@ -185,21 +185,3 @@ def source_fingerprint(name: str) -> str | None:
     """`fingerprint` of a text that is a file; None for names, whose content is known or the hub's."""
     path = Path(name).expanduser()
     return fingerprint(path) if path.is_file() else None
-
-
-def _mean_errors(report: RunReport) -> dict[str, tuple[float | None, float | None]]:
-    """Mean over layers of each kind of block's reconstruction error, before and after."""
-
-    def mean(values: list[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else None
-
-    names = dict.fromkeys(block.name for layer in report.layers for block in layer.blocks)
-    blocks = [block for layer in report.layers for block in layer.blocks]
-    return {
-        name: (
-            mean([block.error_before for block in blocks if block.name == name]),
-            mean([block.error_after for block in blocks if block.name == name]),
-        )
-        for name in names
-    }

@@ -57,7 +57,7 @@ def _blocks(report: RunReport) -> list[dict[str, Any]]:
         {
             "name": name,
             "rows": rows,
-            "changes": _changes([block for _, block in rows]),
+            "changes": report.error_changes().get(name),
             "hidden": sum(not drawable(error) for _, block in rows for error in _errors(block)),
             "figure": limits
             and error_panel(
@@ -75,21 +75,6 @@ def _blocks(report: RunReport) -> list[dict[str, Any]]:
 
 def _errors(block: BlockResult) -> tuple[float | None, float | None]:
     return block.error_before, block.error_after
-
-
-def _changes(blocks: list[BlockResult]) -> dict[str, float]:
-    """Mean errors of the layers that have both, and in how many of them it fell, rose, or did neither."""
-    pairs = [(before, after) for before, after in map(_errors, blocks) if before is not None and after is not None]
-    if not pairs:
-        return {"layers": 0}
-    return {
-        "layers": len(pairs),
-        "before": sum(before for before, _ in pairs) / len(pairs),
-        "after": sum(after for _, after in pairs) / len(pairs),
-        "fell": sum(after < before for before, after in pairs),
-        "rose": sum(after > before for before, after in pairs),
-        "same": sum(after == before for before, after in pairs),
-    }
 
 
 def _swaps(report: RunReport) -> dict[str, Any]:
