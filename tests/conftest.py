@@ -46,6 +46,9 @@ SECTIONS = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10
 # Families without a record: their structure is found.
 FOUND: dict[str, dict[str, Any]] = {
     "bamba": {**LLAMA_LIKE, **MAMBA, "attn_layer_indices": [1]},
+    "deepseek_v32": {  # attention that chooses tokens, by linears that are as good as routers
+        **LATENT, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 16,
+    },
     "falcon_h1": {**LLAMA_LIKE, **MAMBA, "mamba_d_ssm": 64},  # attention and state space side by side
     "gpt_oss": {  # experts stacked as (in, out), with biases; gates that do not saturate
         **LOCAL, "head_dim": 8, "layer_types": MIXED, "sliding_window": 8, "swiglu_alpha": 0.1,
@@ -83,6 +86,10 @@ FOUND: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_vl": {"text_config": {**LLAMA_LIKE, "rope_parameters": SECTIONS}, "vision_config": QWEN_VISION},
     "qwen3_5": {"text_config": {**LLAMA_LIKE, **DELTA}, "vision_config": QWEN_VISION},
+    "qwen3_5-whole": {
+        "model_type": "qwen3_5", "text_config": {**LLAMA_LIKE, **DELTA}, "vision_config": QWEN_VISION,
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+    },
     "qwen3_vl": {
         "text_config": {**LLAMA_LIKE, "head_dim": 8, "rope_parameters": SECTIONS},
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},

@@ -192,6 +192,7 @@ def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
         ({"exclude": ("c_attn",)}, "exclude: 'c_attn' is found in no linear's name"),
         ({"sparsities": {"c_attn": 0.5}}, "sparsities: 'c_attn' is found in no linear's name"),
         ({"sparsities": {"3": 0.5}}, "sparsities: there is no decoder layer 3"),
+        ({"sparsities": {"0": 0.5, "-3": 0.2}}, "sparsities: two numbers are of one layer"),
         ({"skip_layers": (3,)}, "there is no decoder layer 3"),
         ({"skip_layers": (0, 1, -1)}, "leave nothing to prune"),
     ):

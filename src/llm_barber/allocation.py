@@ -79,7 +79,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     windows = max(1, LOSS_TOKENS // job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
     batches = pieces(0, min(max(windows - streams.first, 0), streams.sequences), streams.batch_size)
     tokens = [job.tokens.input_ids[streams.of_all(batch)] for batch in batches]
-    skeleton.fill_outside(job.source.read_parameters(skeleton.every_outside_name))
+    skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))
     for size in {batch.stop - batch.start for batch in batches}:
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
     inputs: list[list[Tensor]] = []

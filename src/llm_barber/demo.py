@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llm_barber.calibration import read_text
 from llm_barber.checkpoint.folder import own_folder
@@ -18,6 +18,7 @@ from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
 from llm_barber.masking.granularity import Granularity
 from llm_barber.model.device import resolve_device, resolve_dtype
+from llm_barber.model.skeleton import auto_class
 from llm_barber.opening import load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
@@ -141,10 +142,15 @@ def _measure(
 ) -> DemoRow:
     """Perplexity and a sentence of a checkpoint."""
     device = resolve_device(config.device)
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_model(folder),
-        dtype=resolve_dtype("auto", device),
-    ).to(device)
+    place = resolve_model(folder)
+    model = (
+        auto_class(AutoConfig.from_pretrained(place))
+        .from_pretrained(
+            place,
+            dtype=resolve_dtype("auto", device),
+        )
+        .to(device)
+    )
     model.eval()
     value = perplexity(model, windows, progress)
     prompt = tokenizer(config.prompt, return_tensors="pt").to(device)

@@ -74,7 +74,7 @@ def prune_head(
 def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
     """Give the model its parameters outside the layers; returns the output head's weight as stored, on the device."""
     skeleton = job.skeleton
-    places = {name: job.source.place(name) for name in skeleton.every_outside_name}
+    places = {name: job.source.place(name) for name in skeleton.outside_names_and_head}
     parameters = {name: place.of(tensors[place.tensor]) for name, place in places.items() if place.tensor in tensors}
     parameters |= job.source.read_parameters(name for name in places if name not in parameters)
     own = next(name for name in places if job.is_head(name))

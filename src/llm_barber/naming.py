@@ -11,6 +11,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from llm_barber.checkpoint.source import Place
 from llm_barber.errors import ModelError
 from llm_barber.model.experts import DOWN, GATE, GATE_UP, UP, Experts
+from llm_barber.model.skeleton import beside_embedding
 
 # Experts that a checkpoint keeps one by one: the linears of each that a stacked parameter is made of, in order.
 MEMBERS = {GATE_UP: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}
@@ -32,7 +33,7 @@ def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Plac
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     experts = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
-    base = f"{model.base_model_prefix}."
+    base, beside = f"{model.base_model_prefix}.", beside_embedding(model)
     places: dict[str, Place] = {}
     for key in stored:
         renamed, pattern = rename_source_key(key, renamings, converters)
@@ -41,9 +42,10 @@ def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Plac
             continue  # of something else: it is written as it was read
         converter = next((one for one in converters if pattern in one.source_patterns), None)
         if names[0] in own:
-            if converter is not None:
+            if converter is None:
+                places.setdefault(names[0], Place(key))
+            elif names[0].startswith(beside):  # of images: it is written as it was read
                 raise _converted(converter, key)
-            places.setdefault(names[0], Place(key))
             continue
         path, _, leaf = names[0].rpartition(".")
         if converter is None or pattern is None:
@@ -70,7 +72,8 @@ def check_conversions(model: PreTrainedModel, layers: str) -> None:
     Raises:
         ModelError: a parameter of a layer comes of one.
     """
-    names = [name for name, _ in model.get_submodule(layers).named_parameters()]
+    # Experts are one by one there, where transformers has them in one.
+    names = [re.sub(r"\.\d+\.", ".", name) for name, _ in model.get_submodule(layers).named_parameters()]
     for one in get_model_conversion_mapping(model):
         if isinstance(one, WeightConverter) and _steps(one) not in MERGES:
             for target in one.target_patterns:

@@ -74,7 +74,7 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     Raises:
         ModelError: one is not.
     """
-    needed = list(skeleton.every_outside_name if with_head else skeleton.outside_names)
+    needed = list(skeleton.outside_names_and_head if with_head else skeleton.outside_names)
     count = len(skeleton.layers)
     for index in range(count):
         needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]

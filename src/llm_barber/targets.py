@@ -75,17 +75,20 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
     """
     how = "write for each block, in the order of computation: NAME: {output: PATH, linears: [PATH, …]}"
     try:
-        content = read_yaml(path)
-        blocks = [Block(str(name), one["output"], tuple(one["linears"])) for name, one in content.items()]
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} does not describe blocks ({' '.join(str(error).split())}): {how}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe blocks ({type(error).__name__}): {how}") from error
-    strings = all(isinstance(part, str) for block in blocks for part in (block.output, *block.linears))
-    empty = any(not one["linears"] or isinstance(one["linears"], str) for one in content.values())
-    if not blocks or not strings or empty:
+        content = read_yaml(path.expanduser())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not content or not all(map(_is_block, content.values())):
         raise ValueError(f"{path} does not describe blocks: {how}")
-    return tuple(blocks)
+    return tuple(Block(str(name), one["output"], tuple(one["linears"])) for name, one in content.items())
+
+
+def _is_block(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"output", "linears"}:
+        return False
+    linears = value["linears"]
+    named = isinstance(linears, list) and linears and all(isinstance(one, str) for one in linears)
+    return isinstance(value["output"], str) and bool(named)
 
 
 def _number(value: Any) -> Any:
@@ -96,7 +99,7 @@ def _number(value: Any) -> Any:
 
 
 def _is_number(expression: str) -> bool:
-    return re.fullmatch(r"-?\d+", expression) is not None
+    return re.fullmatch(r"0|-?[1-9]\d*", expression) is not None
 
 
 def _means(expression: str, index: int, name: str, layers: int) -> bool:
@@ -202,6 +205,9 @@ class Targets:
                 raise SettingsError(
                     f"{name} is to be pruned, and left out", "leave out --prune-head, or what excludes it"
                 )
+        numbers = [int(one) % layers for one in self.own if _is_number(one)]
+        if len(numbers) > len(set(numbers)):
+            raise SettingsError("sparsities: two numbers are of one layer", f"-1 is layer {layers - 1}")
         for index in self.skip_layers:
             self._check_layer("skip_layers", index, layers)
         selected = 0

@@ -41,6 +41,8 @@ EXPECTED = {
     "qwen3_next": [{"linear attention": 3, "mlp": 15}, {"attention": 4, "mlp": 15}],
     **dict.fromkeys(WITH_IMAGES, [{"attention": 4, "mlp": 3}] * 2),
     "qwen3_5": [{"linear attention": 3, "mlp": 3}, {"attention": 4, "mlp": 3}],
+    "qwen3_5-whole": [{"linear attention": 3, "mlp": 3}, {"attention": 4, "mlp": 3}],
+    "deepseek_v32": [{"attention": 5, "mlp": 3}, {"attention": 5, "mlp": 27}],
 }
 
 
@@ -120,7 +122,9 @@ def test_several_lists_of_layers_are_ambiguous() -> None:
     ("model_type", "settings", "message"),
     [
         ("roberta", {}, "is an encoder"),
-        ("t5", {}, "no language model that transformers builds by itself"),
+        ("t5", {}, "is an encoder, or has one"),
+        ("whisper", {}, "is an encoder, or has one"),
+        ("vit", {}, "no language model that transformers builds by itself"),
         ("jetmoe", LLAMA_LIKE, "keeps weights stacked in"),
         ("llama4_text", LLAMA_LIKE, "computed in a way of their own"),
     ],
@@ -161,7 +165,7 @@ def test_a_user_decides(tmp_path: Path) -> None:
         ({"blocks": "only: [mlp]"}, "does not describe blocks"),
         ({"blocks": "only: {output: mlp, linears: [[1]]}"}, "does not describe blocks"),
         ({"blocks": BLOCKS + BLOCKS}, "only is there twice"),
-        ({"blocks": "{"}, "does not describe blocks"),
+        ({"blocks": "{"}, "blocks.yaml cannot be read"),
         ({"blocks": "only: {output: mlp, linears: []}"}, "does not describe blocks"),
         (
             {"blocks": BLOCKS + "again: {output: mlp, linears: [mlp.gate_proj]}"},
@@ -171,6 +175,15 @@ def test_a_user_decides(tmp_path: Path) -> None:
             {"blocks": BLOCKS + "late: {output: self_attn, linears: [self_attn.q_proj]}"},
             "layer 0 computes self_attn, then mlp",
         ),
+        (
+            {"blocks": BLOCKS + "b: {output: mlp.gate_proj, linears: [mlp.gate_proj]}"},
+            "'mlp.gate_proj' is inside 'mlp'",
+        ),
+        (
+            {"blocks": "a: {output: mlp.up_proj, linears: [mlp.gate_proj, mlp.up_proj]}"},
+            "'mlp.up_proj' does not depend on 'mlp.gate_proj'",
+        ),
+        ({"blocks": "only: {output: mlp, linears: [mlp.up_proj], extra: 3}"}, "does not describe blocks"),
     ],
 )
 def test_wrong_decisions_say_what_there_is(tmp_path: Path, options: dict[str, str], message: str) -> None:

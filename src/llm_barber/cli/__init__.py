@@ -45,7 +45,7 @@ def _main(given: list[str]) -> int:
         if not error.format_message():  # no arguments at all: the help was shown
             return 2
         path = error.ctx.command_path if error.ctx else "llm-barber"
-        return _tell(error.format_message(), f"see {path} --help", 2)
+        return _tell(error.format_message().replace("Value error, ", ""), f"see {path} --help", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _tell("interrupted", "nothing half-written was left; start again when you like", INTERRUPTED)
     except MemoryError:

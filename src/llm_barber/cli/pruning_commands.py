@@ -64,8 +64,8 @@ def prune(
 ) -> None:
     """Prune MODEL, rebuild or refine its mask, write OUT.
 
-    Kept weights are the dense model's, bit for bit, unless --reconstruct, --preset best or --keep-updates; OUT loads
-    with AutoModelForCausalLM.
+    Kept weights are the dense model's, bit for bit, unless --reconstruct, --preset best or --keep-updates. OUT loads
+    as MODEL does.
     """
     from llm_barber.pruning import prune as run
 

@@ -45,7 +45,7 @@ class StreamedModel:
         architecture = find_architecture(config, structure)
         self.skeleton: Skeleton = open_skeleton(self.source, config, architecture, device, dtype)
         check_tensors(self.skeleton, self.source, with_head=True)
-        self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.every_outside_name))
+        self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.outside_names_and_head))
 
     def hidden_states(self, batches: Sequence[Tensor], progress: Progress) -> list[Tensor]:
         """The last decoder layer's output of each batch, (sequences, tokens, hidden), compute dtype, in host memory.

@@ -30,6 +30,10 @@ def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
     if twice:
         raise SettingsError(f"blocks: {twice[0]!r} is there twice", "each linear belongs to one block")
     outputs = [block.output for block in blocks]
+    for one in outputs:
+        inside = [other for other in outputs if other.startswith(f"{one}.")]
+        if inside:
+            raise SettingsError(f"blocks: {inside[0]!r} is inside {one!r}", "one block follows another")
     shared = sorted({output for output in outputs if outputs.count(output) > 1})
     if shared:
         raise SettingsError(f"blocks: {shared[0]!r} is the output of two blocks", "put their linears into one")
@@ -79,15 +83,15 @@ def given_layers(model: nn.Module, path: str) -> str:
     return path
 
 
-def check_order(skeleton: Skeleton, hidden: Tensor) -> None:
-    """Refuse blocks that a layer does not compute in their order.
+def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
+    """Refuse blocks that a layer does not compute in their order, or whose linears do not lead to their output.
 
     Args:
         skeleton: with these blocks; it has embedded one sequence of `tracing.TOKENS` tokens.
         hidden: what its first layer is given, (1, tokens, hidden).
 
     Raises:
-        SettingsError: a layer computes them in another one.
+        SettingsError: a layer does otherwise.
     """
     for index in one_of_each_kind(skeleton.layers):
         outputs = [block.output for block in skeleton.blocks[index]]
@@ -97,3 +101,10 @@ def check_order(skeleton: Skeleton, hidden: Tensor) -> None:
             raise SettingsError(
                 f"blocks: layer {index} computes {', then '.join(computed)}", "give the blocks in this order"
             )
+        for block in skeleton.blocks[index]:
+            for linear in block.linears:
+                if linear in run.outputs and not run.leads(linear, run.states[block.output]):
+                    raise SettingsError(
+                        f"blocks: {block.output!r} does not depend on {linear!r}",
+                        "the output is a module that holds the linears, or the last of them",
+                    )

@@ -1,5 +1,6 @@
 """An empty model on `meta`: it embeds the calibration tokens, then takes one decoder layer's weights in and out."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -28,6 +30,8 @@ from llm_barber.model.stepping import (
     different_tensors,
     how_to_step_over,
 )
+
+HUGE = 2**27  # numbers
 
 
 class Skeleton:
@@ -71,16 +75,27 @@ class Skeleton:
 
     @property
     def outside_names(self) -> list[str]:
-        """Parameters outside the decoder layers that the way into the first layer may need: not the output head."""
-        head = self.model.get_output_embeddings()
-        head_parameters = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-        embedding_parameters = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
-        parameters = dict(self.model.named_parameters())
+        """Parameters outside the decoder layers that text may need: those beside the embedding, not the output head."""
+        head = self._parameters_of_head
+        embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
+        parameters, beside = dict(self.model.named_parameters()), beside_embedding(self.model)
         return [
             name
             for name in self.every_outside_name
-            if id(parameters[name]) not in head_parameters - embedding_parameters
+            if name.startswith(beside) and id(parameters[name]) not in head - embedding
         ]
+
+    @property
+    def outside_names_and_head(self) -> list[str]:
+        """`outside_names` and the output head's parameters; tied ones once."""
+        parameters, others = dict(self.model.named_parameters()), set(self.outside_names)
+        head = self._parameters_of_head
+        return [name for name in self.every_outside_name if name in others or id(parameters[name]) in head]
+
+    @property
+    def _parameters_of_head(self) -> set[int]:
+        head = self.model.get_output_embeddings()
+        return {id(parameter) for parameter in head.parameters()} if head is not None else set()
 
     @property
     def head_name(self) -> str:
@@ -261,15 +276,41 @@ def untie_head(model: PreTrainedModel, stored: Mapping[str, str]) -> None:
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
 
 
+class _HugeOnMeta(TorchFunctionMode):
+    """Tensors that no buffer is as large as are made on `meta` at once: stacks of experts may be larger than memory."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), settings: dict[str, Any] | None = None
+    ) -> Any:
+        settings = settings or {}
+        if function in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
+            size = arguments[0] if arguments and isinstance(arguments[0], tuple | list) else arguments
+            if all(isinstance(one, int) for one in size) and math.prod(size) > HUGE:
+                settings = {**settings, "device": "meta"}
+        return function(*arguments, **settings)
+
+
+def beside_embedding(model: PreTrainedModel) -> str:
+    """What the names begin with that lie beside the token embedding: those of the language model; "": all do."""
+    embedding = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embedding)
+    return path.rpartition(".")[0] + "." if "." in path else ""
+
+
 def auto_class(config: PreTrainedConfig) -> Any:
     """What transformers builds and loads the model with: `AutoModelForCausalLM`, or, with images, another.
 
     Raises:
         ModelError: neither does.
     """
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    # A checkpoint says which it is, where both are: its language model alone, or all of it.
+    if with_images is not None and with_images is not causal and with_images.__name__ in (config.architectures or ()):
+        return AutoModelForImageTextToText
+    if causal is not None:
         return AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if with_images is not None:
         return AutoModelForImageTextToText
     raise ModelError(
         f"{config.model_type} is no language model that transformers builds by itself",
@@ -286,7 +327,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """
     kind = auto_class(config)
     # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _HugeOnMeta():
         try:
             model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError:  # a family whose attention is written out

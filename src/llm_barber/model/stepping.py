@@ -73,7 +73,8 @@ def how_to_step_over(model: PreTrainedModel, layers: nn.ModuleList, device: torc
     Raises:
         ModelError: nothing does; or a layer is called again or out of order, or is passed what depends on the tokens.
     """
-    tokens = (torch.arange(TOKENS) % model.get_input_embeddings().weight.shape[0]).unsqueeze(0)
+    # Falling, so that no embedding of positions is taken for one of tokens.
+    tokens = (torch.arange(TOKENS, 0, -1) % model.get_input_embeddings().weight.shape[0]).unsqueeze(0)
     failed: Exception | None = None
     for tail in TAILS:
         for marked in (True, False):  # some models look into it
@@ -94,6 +95,8 @@ def how_to_step_over(model: PreTrainedModel, layers: nn.ModuleList, device: torc
             if calls.complete:
                 calls.check()
                 return Stepping(tail, calls.handed_on)
+    if failed is None:
+        raise ModelError(f"{type(model).__name__} does not call these layers for text", "choose others: --layers PATH")
     raise ModelError(f"{type(model).__name__} cannot be run with its layers stepped over: {failed}", HINT) from failed
 
 

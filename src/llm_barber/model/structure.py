@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_barber.errors import ModelError, SettingsError, first_line
 from llm_barber.model.architecture import ARCHITECTURES, Architecture, Block, StructureOptions
-from llm_barber.model.decisions import check_blocks, check_order, given_layers
+from llm_barber.model.decisions import check_blocks, check_flow, given_layers
 from llm_barber.model.experts import Experts
-from llm_barber.model.skeleton import Skeleton, empty_model
+from llm_barber.model.skeleton import Skeleton, beside_embedding, empty_model
 from llm_barber.model.tracing import TOKENS, LayerRun, is_linear, one_of_each_kind, run_layer, zeros_of
 
 # Module lists with a smaller share of the largest one's parameters are no rivals of it.
@@ -29,7 +29,7 @@ LINEAR_ATTENTION, ATTENTION, CONVOLUTION, STATE_SPACE, MLP = (
 KINDS = (
     (
         LINEAR_ATTENTION,
-        ("linearattn", "linearattention", "lightningattention", "deltanet", "deltaattention", "rwkvselfattention"),
+        ("linearattn", "lightningattention", "deltanet", "deltaattention", "rwkvselfattention"),
     ),
     (ATTENTION, ("attention", "attn")),
     (CONVOLUTION, ("conv",)),
@@ -56,7 +56,7 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
     record = ARCHITECTURES.get(config.model_type)
     if record is not None and options == StructureOptions():
         return record
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{config.model_type} is an encoder, or has one", "only decoder models, which write text, are pruned"
         )
@@ -70,7 +70,7 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
         if model is None:
             raise ModelError(
                 f"transformers cannot build {config.model_type!r} from config.json: {first_line(error)}",
-                "get the file again",
+                "install what it asks for" if isinstance(error, ImportError) else "get the file again",
             ) from error
         raise ModelError(
             f"architecture {config.model_type!r} is not known, and its structure was not found: {first_line(error)}",
@@ -103,11 +103,13 @@ def analyse(
     hidden: list[Tensor] = []
     skeleton.embed(torch.zeros(1, TOKENS, dtype=torch.int64), hidden.append)
     if options.blocks:
-        check_order(skeleton, hidden[0])
+        check_flow(skeleton, hidden[0])
         return architecture
     found: list[Block] = []
-    for index in one_of_each_kind(skeleton.layers):
-        found = _merged(found, _blocks(skeleton, index, hidden[0]))
+    runs = {index: run_layer(skeleton, index, hidden[0]) for index in one_of_each_kind(skeleton.layers)}
+    routers = set().union(*(run.routers for run in runs.values()))
+    for index, run in runs.items():
+        found = _merged(found, _blocks(skeleton, index, run, routers, hidden[0].shape[-1]))
     if not any(block.linears for block in found):
         raise ModelError(f"no linears were found in {layers}", HOW_TO_DECIDE)
     return Architecture(layers, tuple(found), transposed)
@@ -129,7 +131,7 @@ def find_layers(model: nn.Module) -> str:
     outermost = {path: size for path, size in sizes.items() if not any(path.startswith(f"{one}.") for one in sizes)}
     if not outermost:
         raise ModelError(f"{type(model).__name__} has no list of layers with linears", "only decoder models are pruned")
-    beside = _beside_embedding(model)
+    beside = beside_embedding(model) if isinstance(model, PreTrainedModel) else ""
     outermost = {path: size for path, size in outermost.items() if path.startswith(beside)} or outermost
     largest = max(outermost.values())
     rivals = [path for path, size in outermost.items() if size > RIVAL * largest]
@@ -140,16 +142,8 @@ def find_layers(model: nn.Module) -> str:
     return str(rivals[0])
 
 
-def _beside_embedding(model: nn.Module) -> str:
-    """What the paths of modules begin with that lie beside the token embedding; "" if it is not known."""
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    path = next((name for name, module in model.named_modules() if module is embedding), "")
-    return path.rpartition(".")[0] + "." if "." in path else ""
-
-
-def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
-    """The blocks of a layer, in the order in which data flows through them."""
-    run = run_layer(skeleton, index, hidden)
+def _blocks(skeleton: Skeleton, index: int, run: LayerRun, routers: set[str], width: int) -> list[Block]:
+    """The blocks of a layer, in the order in which data flows through them; `width`: of the states."""
     layer = skeleton.layers[index]
     sizes = {name: one.numel() for name, one in layer.named_parameters()}
     stacked = [name for name, one in layer.named_parameters() if one.dim() > 2 and "conv" not in name]
@@ -159,13 +153,12 @@ def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
             "name what can be pruned with --blocks FILE (docs/architectures.md), or open an issue that names the model",
         )
     outputs, loose = _parts(layer, "", run)
-    width = hidden.shape[-1]
     found = []
     for output in outputs:
         block = layer.get_submodule(output)
         kind = _kind(block, output)
-        linears = _linears(block, output, kind, width, run)
-        if linears and run.widths.get(output) != width:
+        linears = _linears(block, output, kind, width, run, routers)
+        if linears and run.width(output) != width:
             raise ModelError(
                 f"layer {index}: {output} holds linears, and its output does not have the layer's {width} features",
                 HOW_TO_DECIDE,
@@ -173,7 +166,7 @@ def _blocks(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Block]:
         if linears:
             found.append((run.order[output], Block(kind, output, linears)))
     loose = sorted((name for name in loose if name in run.order), key=run.order.__getitem__)
-    if loose and run.widths[loose[-1]] == width:
+    if loose and run.width(loose[-1]) == width:
         name = MLP if any(block.name == ATTENTION for _, block in found) else "linears"
         found.append((run.order[loose[-1]], Block(name, loose[-1], tuple(loose))))
     return _named_apart([block for _, block in sorted(found, key=lambda one: one[0])])
@@ -206,7 +199,7 @@ def _parts(module: nn.Module, path: str, run: LayerRun) -> tuple[list[str], list
     return outputs, loose
 
 
-def _linears(block: nn.Module, path: str, kind: str, width: int, run: LayerRun) -> tuple[str, ...]:
+def _linears(block: nn.Module, path: str, kind: str, width: int, run: LayerRun, routers: set[str]) -> tuple[str, ...]:
     """The prunable linears of a block in the order of calls; `*` for experts, whose routers are not among them."""
     found: dict[str, int] = {}
     mixtures = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
@@ -216,7 +209,7 @@ def _linears(block: nn.Module, path: str, kind: str, width: int, run: LayerRun) 
             continue
         parent = name.rpartition(".")[0]
         rows, columns = module.weight.shape
-        if parent in routed or "router" in name or f"{path}.{name}" in run.routers:  # or a gate beside experts
+        if parent in routed or "router" in name or f"{path}.{name}" in routers:  # or a gate beside experts
             continue
         if min(rows, columns) <= THIN.get(kind, VERY_THIN) * width:
             continue

@@ -20,14 +20,21 @@ class LayerRun:
     """Modules of a layer in the order in which they were first called, and what they returned."""
 
     order: dict[str, int] = field(default_factory=dict)
-    widths: dict[str, int] = field(default_factory=dict)  # the last dimension of outputs
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of linears, with their graph
-    routers: set[str] = field(default_factory=set)  # linears that say no more than which experts there are to be
+    states: dict[str, Tensor] = field(default_factory=dict)  # what each returned last, with its graph
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of linears, as they were returned
+    # Linears that say no more than which experts or tokens there are to be: the layer's output does not depend on them.
+    routers: set[str] = field(default_factory=set)
 
-    def find_routers(self, states: Tensor) -> None:
-        """Those that the layer's output does not depend on, where experts hand on what they are given."""
-        gradients = torch.autograd.grad(states.sum(), list(self.outputs.values()), allow_unused=True)
-        self.routers = {name for name, one in zip(self.outputs, gradients, strict=True) if one is None}
+    def width(self, name: str) -> int | None:
+        """The last dimension of what a module returned; None: it returned no states."""
+        return self.states[name].shape[-1] if name in self.states else None
+
+    def leads(self, linear: str, states: Tensor) -> bool:
+        """Do these states depend on a linear's output?"""
+        if not states.requires_grad:
+            return False
+        (gradient,) = torch.autograd.grad(states.sum(), self.outputs[linear], allow_unused=True, retain_graph=True)
+        return gradient is not None
 
 
 def one_of_each_kind(layers: nn.ModuleList) -> list[int]:
@@ -65,8 +72,8 @@ def run_layer(skeleton: Skeleton, index: int, hidden: Tensor) -> LayerRun:
             stack.callback(before.remove)
             stack.callback(after.remove)
         output = layer(hidden, **skeleton.arguments(index, 1, TOKENS))
-        if any(isinstance(module, Experts) for module in layer.modules()):
-            run.find_routers(output if isinstance(output, Tensor) else output[0])
+        states = output if isinstance(output, Tensor) else output[0]
+        run.routers = {name for name in run.outputs if not run.leads(name, states)}
     skeleton.release_layer(index)
     assert skeleton.stepping is not None
     skeleton.stepping.check(skeleton.model, output)
@@ -94,7 +101,7 @@ def _noting_width(run: LayerRun, name: str) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and first.dim() >= 2:
-            run.widths[name] = first.shape[-1]
+            run.states[name] = first
 
     return hook
 
