@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from llm_barber.model.skeleton import auto_class
+from llm_barber.model.empty import auto_class
 from llm_barber.progress import Silent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself

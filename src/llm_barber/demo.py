@@ -18,7 +18,7 @@ from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
 from llm_barber.masking.granularity import Granularity
 from llm_barber.model.device import resolve_device, resolve_dtype
-from llm_barber.model.skeleton import auto_class
+from llm_barber.model.empty import auto_class
 from llm_barber.opening import load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune

@@ -14,8 +14,8 @@ from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.model.device import resolve_device
+from llm_barber.model.empty import auto_class, empty_model, join_tied_linears, untie_head
 from llm_barber.model.experts import Experts
-from llm_barber.model.skeleton import auto_class, empty_model, join_tied_linears, untie_head
 from llm_barber.naming import find_places
 from llm_barber.opening import load_config
 from llm_barber.packed_linear import PackedLinear

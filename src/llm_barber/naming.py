@@ -10,8 +10,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from llm_barber.checkpoint.source import Place
 from llm_barber.errors import ModelError
+from llm_barber.model.empty import beside_embedding
 from llm_barber.model.experts import DOWN, GATE, GATE_UP, UP, Experts
-from llm_barber.model.skeleton import beside_embedding
 
 # Experts that a checkpoint keeps one by one: the linears of each that a stacked parameter is made of, in order.
 MEMBERS = {GATE_UP: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}

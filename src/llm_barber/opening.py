@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, Place
 from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.model.architecture import Architecture
-from llm_barber.model.skeleton import Skeleton, untie_head
+from llm_barber.model.empty import untie_head
+from llm_barber.model.skeleton import Skeleton
 from llm_barber.naming import find_places
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -28,7 +28,7 @@ from llm_barber.initial import FEW_TOKENS, MethodMasks
 from llm_barber.job import Job
 from llm_barber.memory import host_memory
 from llm_barber.method import RebuildSettings, prune_layer
-from llm_barber.model.skeleton import auto_class
+from llm_barber.model.empty import auto_class
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.model_card import model_card
 from llm_barber.presets import Allocation, Reconstruct

@@ -10,7 +10,7 @@ from llm_barber import PruneConfig, prune
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured
 from llm_barber.model.architecture import ARCHITECTURES
-from llm_barber.model.skeleton import empty_model
+from llm_barber.model.empty import empty_model
 from llm_barber.model.structure import find_architecture
 from tests.conftest import FAMILIES, KNOWN, load_model, make_config, make_model, save_tokens
 from tests.model.reference import one_by_one, prune_in_memory

@@ -13,8 +13,9 @@ from transformers.models.llama import modeling_llama
 from llm_barber import PruneConfig, prune
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.streamed import StreamedModel
+from llm_barber.model.empty import auto_class
 from llm_barber.model.experts import split_experts
-from llm_barber.model.skeleton import Skeleton, auto_class
+from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.progress import Silent
 from tests.conftest import FAMILIES, make_model, read_folder, save_tokens

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.errors import BarberError, ModelError, SettingsError
 from llm_barber.model.architecture import ARCHITECTURES
-from llm_barber.model.skeleton import empty_model
+from llm_barber.model.empty import empty_model
 from llm_barber.model.structure import analyse, find_architecture, find_layers
 from tests.conftest import FOUND, KNOWN, LLAMA_LIKE, make_config, make_model, save_tokens
 

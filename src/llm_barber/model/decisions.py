@@ -103,7 +103,8 @@ def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
             )
         for block in skeleton.blocks[index]:
             for linear in block.linears:
-                if linear in run.outputs and not run.leads(linear, run.states[block.output]):
+                states = run.states.get(block.output)
+                if linear in run.outputs and (states is None or not run.leads(linear, states)):
                     raise SettingsError(
                         f"blocks: {block.output!r} does not depend on {linear!r}",
                         "the output is a module that holds the linears, or the last of them",

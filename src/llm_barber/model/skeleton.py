@@ -1,26 +1,15 @@
 """An empty model on `meta`: it embeds the calibration tokens, then takes one decoder layer's weights in and out."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
-from llm_barber.model.experts import split_experts
+from llm_barber.model.empty import beside_embedding, empty_model
 from llm_barber.model.stepping import (
     Arguments,
     Stepping,
@@ -30,8 +19,6 @@ from llm_barber.model.stepping import (
     different_tensors,
     how_to_step_over,
 )
-
-HUGE = 2**27  # numbers
 
 
 class Skeleton:
@@ -257,92 +244,3 @@ class Skeleton:
         if value is None:
             value = torch.empty_like(getattr(owner, leaf), device="meta")
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-
-
-def untie_head(model: PreTrainedModel, stored: Mapping[str, str]) -> None:
-    """Give the output head a parameter of its own, where it would be tied and a checkpoint has both: they may differ.
-
-    transformers does so, too, if they do.
-
-    Args:
-        model: without weights.
-        stored: the checkpoint's tensors, by the names of the model's parameters.
-    """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
-    places = [stored.get(f"{name}.weight") for name, one in model.named_modules() if one in (head, embedding)]
-    if tied and None not in places and len(set(places)) > 1:
-        model.config.tie_word_embeddings = False
-        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
-
-
-class _HugeOnMeta(TorchFunctionMode):
-    """Tensors that no buffer is as large as are made on `meta` at once: stacks of experts may be larger than memory."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), settings: dict[str, Any] | None = None
-    ) -> Any:
-        settings = settings or {}
-        if function in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
-            size = arguments[0] if arguments and isinstance(arguments[0], tuple | list) else arguments
-            if all(isinstance(one, int) for one in size) and math.prod(size) > HUGE:
-                settings = {**settings, "device": "meta"}
-        return function(*arguments, **settings)
-
-
-def beside_embedding(model: PreTrainedModel) -> str:
-    """What the names begin with that lie beside the token embedding: those of the language model; "": all do."""
-    embedding = model.get_input_embeddings()
-    path = next(name for name, module in model.named_modules() if module is embedding)
-    return path.rpartition(".")[0] + "." if "." in path else ""
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """What transformers builds and loads the model with: `AutoModelForCausalLM`, or, with images, another.
-
-    Raises:
-        ModelError: neither does.
-    """
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    # A checkpoint says which it is, where both are: its language model alone, or all of it.
-    if with_images is not None and with_images is not causal and with_images.__name__ in (config.architectures or ()):
-        return AutoModelForImageTextToText
-    if causal is not None:
-        return AutoModelForCausalLM
-    if with_images is not None:
-        return AutoModelForImageTextToText
-    raise ModelError(
-        f"{config.model_type} is no language model that transformers builds by itself",
-        "decoder models, which write text, are pruned; encoders, encoder-decoders and other kinds are not",
-    )
-
-
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The module tree that transformers builds, parameters on `meta`, experts with linears of their own.
-
-    Raises:
-        ModelError: it is no language model.
-        whatever transformers does.
-    """
-    kind = auto_class(config)
-    # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
-    with init_empty_weights(include_buffers=False), _HugeOnMeta():
-        try:
-            model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        except ValueError:  # a family whose attention is written out
-            model = kind.from_config(config, dtype=dtype, attn_implementation="eager")
-    split_experts(model)
-    model.tie_weights()
-    join_tied_linears(model)
-    model.eval().requires_grad_(False)
-    return model
-
-
-def join_tied_linears(model: nn.Module) -> None:
-    """Put one module where two linears have the same parameters: what it is called with is then seen as its own."""
-    first: dict[tuple[int, int], nn.Module] = {}
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, first.setdefault((id(child.weight), id(child.bias)), child))

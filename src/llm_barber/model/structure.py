@@ -16,9 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from llm_barber.errors import ModelError, SettingsError, first_line
 from llm_barber.model.architecture import ARCHITECTURES, Architecture, Block, StructureOptions
 from llm_barber.model.decisions import check_blocks, check_flow, given_layers
+from llm_barber.model.empty import beside_embedding, empty_model
 from llm_barber.model.experts import Experts
-from llm_barber.model.skeleton import Skeleton, beside_embedding, empty_model
-from llm_barber.model.tracing import TOKENS, LayerRun, is_linear, one_of_each_kind, run_layer, zeros_of
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.stepping import TOKENS
+from llm_barber.model.tracing import LayerRun, is_linear, one_of_each_kind, run_layer, zeros_of
 
 # Module lists with a smaller share of the largest one's parameters are no rivals of it.
 RIVAL = 0.25

@@ -11,8 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
-
-TOKENS = 8
+from llm_barber.model.stepping import TOKENS
 
 
 @dataclass
@@ -68,7 +67,7 @@ def run_layer(skeleton: Skeleton, index: int, hidden: Tensor) -> LayerRun:
                 setattr(module, "forward", _skipped)  # noqa: B010 - an instance's
                 stack.callback(delattr, module, "forward")
             before = module.register_forward_pre_hook(_noting_call(run, name))
-            after = module.register_forward_hook(_noting_width(run, name))
+            after = module.register_forward_hook(_noting_states(run, name))
             stack.callback(before.remove)
             stack.callback(after.remove)
         output = layer(hidden, **skeleton.arguments(index, 1, TOKENS))
@@ -97,7 +96,7 @@ def _noting_call(run: LayerRun, name: str) -> Callable[..., None]:
     return hook
 
 
-def _noting_width(run: LayerRun, name: str) -> Callable[..., None]:
+def _noting_states(run: LayerRun, name: str) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and first.dim() >= 2:
