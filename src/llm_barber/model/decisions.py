@@ -7,6 +7,8 @@ from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.tracing import is_linear, one_of_each_kind, run_layer
 
+OUTPUT_HINT = "the output is a module that holds the linears, or the last of them"
+
 
 def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
     """Refuse blocks that no layer has.
@@ -40,7 +42,7 @@ def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
 
 
 def _check_block(block: Block, layers: nn.ModuleList) -> None:
-    """Refuse what is no linear, and linears that a block's output does not depend on."""
+    """Refuse what is no linear, and linears that are not inside their block's output."""
     for layer in layers:
         for one in Architecture("", (block,)).blocks_of(layer):
             for linear in one.linears:
@@ -52,8 +54,7 @@ def _check_block(block: Block, layers: nn.ModuleList) -> None:
                     inside = linear.startswith(f"{one.output}.")
                 if not inside:
                     raise SettingsError(
-                        f"blocks: {linear!r} is not inside {one.output!r}, the output of its block",
-                        "the output is a module that holds the linears, or the last of them",
+                        f"blocks: {linear!r} is not inside {one.output!r}, the output of its block", OUTPUT_HINT
                     )
 
 
@@ -87,7 +88,7 @@ def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
     """Refuse blocks that a layer does not compute in their order, or whose linears do not lead to their output.
 
     Args:
-        skeleton: with these blocks; it has embedded one sequence of `tracing.TOKENS` tokens.
+        skeleton: with these blocks; it has embedded one sequence of `stepping.TOKENS` tokens.
         hidden: what its first layer is given, (1, tokens, hidden).
 
     Raises:
@@ -102,10 +103,5 @@ def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
                 f"blocks: layer {index} computes {', then '.join(computed)}", "give the blocks in this order"
             )
         for block in skeleton.blocks[index]:
-            for linear in block.linears:
-                states = run.states.get(block.output)
-                if linear in run.outputs and (states is None or not run.leads(linear, states)):
-                    raise SettingsError(
-                        f"blocks: {block.output!r} does not depend on {linear!r}",
-                        "the output is a module that holds the linears, or the last of them",
-                    )
+            for linear in run.without_effect(block.linears, run.states.get(block.output)):
+                raise SettingsError(f"blocks: {block.output!r} does not depend on {linear!r}", OUTPUT_HINT)

@@ -79,12 +79,11 @@ def how_to_step_over(model: PreTrainedModel, layers: nn.ModuleList, device: torc
     for tail in TAILS:
         for marked in (True, False):  # some models look into it
             calls = _Calls(model, layers)
-            beside = [_Beside(place) if marked else None for place in range(tail or 0)]
             try:
                 with (
                     calls.noted(),
                     _of_tokens(model, tokens),
-                    _stepped_over(layers, None if tail is None else beside),
+                    _stepped_over(layers, tail, marked),
                     torch.enable_grad(),
                 ):
                     model.base_model(input_ids=tokens.to(device), use_cache=False)
@@ -124,7 +123,7 @@ def capture(
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        stack.enter_context(_stepped_over(layers, None if tail is None else [None] * tail))
+        stack.enter_context(_stepped_over(layers, tail))
         stack.enter_context(torch.no_grad())
         stack.enter_context(suppress(_LayersReached))
         model.base_model(input_ids=tokens, use_cache=False)
@@ -140,9 +139,9 @@ def different_tensors(one: Arguments, other: Arguments) -> list[str]:
     ]
 
 
-def answer(tail: int | None, hidden: Tensor) -> Any:
-    """What a layer returns that makes these states, with so many times None after them."""
-    return hidden if tail is None else (hidden, *[None] * tail)
+def answer(tail: int | None, hidden: Tensor, marked: bool = False) -> Any:
+    """What a layer returns that makes these states, with so many times None after them; `marked`: to be known by."""
+    return hidden if tail is None else (hidden, *(_Beside(place) if marked else None for place in range(tail)))
 
 
 def depends_on_tokens(model: nn.Module, name: str) -> ModelError:
@@ -154,8 +153,7 @@ class _Calls:
     """The calls of a model's layers, and what is wrong with them."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList) -> None:
-        self._model, self._layers = type(model).__name__, layers
-        self._of: nn.Module = model
+        self._model, self._layers = model, layers
         self._count = 0
         self._shape: torch.Size | None = None
         self._problem: ModelError | None = None
@@ -183,21 +181,23 @@ class _Calls:
     def _note(self, index: int, layer: nn.Module, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         if index != self._count:
             raise ModelError(
-                f"{self._model} calls decoder layer {index} "
+                f"{type(self._model).__name__} calls decoder layer {index} "
                 + ("more than once" if index < self._count else f"before layer {self._count}"),
                 HINT,
             )
         hidden, others = _named(layer, positional, keywords)
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape != (self._shape or hidden.shape):
             if index == 0:
-                raise ModelError(f"{self._model} gives its layers no states (sequences, tokens, hidden)", HINT)
+                raise ModelError(
+                    f"{type(self._model).__name__} gives its layers no states (sequences, tokens, hidden)", HINT
+                )
             raise TypeError(f"layer {index} is given other states than layer 0")
         self._shape = hidden.shape
         self._count += 1
         for name, value in others.items():
             self.handed_on |= {one.place: name for one in _leaves(value) if isinstance(one, _Beside)}
             if any(one.requires_grad for one in _tensors(value)):
-                self._problem = self._problem or depends_on_tokens(self._of, name)
+                self._problem = self._problem or depends_on_tokens(self._model, name)
 
 
 @contextmanager
@@ -218,10 +218,10 @@ def _of_tokens(model: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _stepped_over(layers: nn.ModuleList, beside: list[Any] | None) -> Iterator[None]:
-    """Let layers do nothing, and return that beside the states; None: return the states alone."""
+def _stepped_over(layers: nn.ModuleList, tail: int | None, marked: bool = False) -> Iterator[None]:
+    """Let layers do nothing but `answer`."""
     for layer in layers:
-        layer.forward = lambda hidden_states, *_, **__: hidden_states if beside is None else (hidden_states, *beside)
+        layer.forward = lambda hidden_states, *_, **__: answer(tail, hidden_states, marked)
     try:
         yield
     finally:

@@ -62,39 +62,25 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
         raise ModelError(
             f"{config.model_type} is an encoder, or has one", "only decoder models, which write text, are pruned"
         )
-    model: PreTrainedModel | None = None
     try:
-        model = empty_model(config, torch.float32)
-        return analyse(config, options, model)
+        return analyse(config, options)
     except (ModelError, SettingsError):
         raise
     except Exception as error:  # models raise whatever odd settings make them raise
-        if model is None:
-            raise ModelError(
-                f"transformers cannot build {config.model_type!r} from config.json: {first_line(error)}",
-                "install what it asks for" if isinstance(error, ImportError) else "get the file again",
-            ) from error
         raise ModelError(
             f"architecture {config.model_type!r} is not known, and its structure was not found: {first_line(error)}",
             f"{HOW_TO_DECIDE}; known are {', '.join(sorted(ARCHITECTURES))}",
         ) from error
 
 
-def analyse(
-    config: PreTrainedConfig, options: StructureOptions | None = None, model: PreTrainedModel | None = None
-) -> Architecture:
+def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -> Architecture:
     """The structure of a model, found by running it.
-
-    Args:
-        config: of the model.
-        options: what a user decided.
-        model: what `empty_model` made of the configuration, in float32, if it has.
 
     Raises:
         ModelError, SettingsError: as `find_architecture`.
     """
     options = options or StructureOptions()
-    model = model or empty_model(config, torch.float32)
+    model = _built(config)
     layers = given_layers(model, options.layers) if options.layers else find_layers(model)
     transposed = any(isinstance(module, Conv1D) for module in model.get_submodule(layers).modules())
     if options.blocks:
@@ -115,6 +101,18 @@ def analyse(
     if not any(block.linears for block in found):
         raise ModelError(f"no linears were found in {layers}", HOW_TO_DECIDE)
     return Architecture(layers, tuple(found), transposed)
+
+
+def _built(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        return empty_model(config, torch.float32)
+    except ModelError:
+        raise
+    except Exception as error:  # as are configurations
+        raise ModelError(
+            f"transformers cannot build {config.model_type!r} from config.json: {first_line(error)}",
+            "install what it asks for" if isinstance(error, ImportError) else "get the file again",
+        ) from error
 
 
 def find_layers(model: nn.Module) -> str:

@@ -1,6 +1,6 @@
 """One decoder layer, run once with zeros for weights: which of its modules are called, in which order, and for what."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +28,14 @@ class LayerRun:
         """The last dimension of what a module returned; None: it returned no states."""
         return self.states[name].shape[-1] if name in self.states else None
 
-    def leads(self, linear: str, states: Tensor) -> bool:
-        """Do these states depend on a linear's output?"""
-        if not states.requires_grad:
-            return False
-        (gradient,) = torch.autograd.grad(states.sum(), self.outputs[linear], allow_unused=True, retain_graph=True)
-        return gradient is not None
+    def without_effect(self, linears: Sequence[str], states: Tensor | None) -> list[str]:
+        """Those of the linears that were called whose outputs these states do not depend on."""
+        called = [name for name in linears if name in self.outputs]
+        if not called or states is None or not states.requires_grad:
+            return called
+        outputs = [self.outputs[name] for name in called]
+        gradients = torch.autograd.grad(states.sum(), outputs, allow_unused=True, retain_graph=True)
+        return [name for name, one in zip(called, gradients, strict=True) if one is None]
 
 
 def one_of_each_kind(layers: nn.ModuleList) -> list[int]:
@@ -72,7 +74,7 @@ def run_layer(skeleton: Skeleton, index: int, hidden: Tensor) -> LayerRun:
             stack.callback(after.remove)
         output = layer(hidden, **skeleton.arguments(index, 1, TOKENS))
         states = output if isinstance(output, Tensor) else output[0]
-        run.routers = {name for name in run.outputs if not run.leads(name, states)}
+        run.routers = set(run.without_effect(list(run.outputs), states))
     skeleton.release_layer(index)
     assert skeleton.stepping is not None
     skeleton.stepping.check(skeleton.model, output)
