@@ -29,7 +29,7 @@ def parse_target(value: Any, over_linear: bool = False) -> Pattern | None:
 
 
 class _OneOfEach(yaml.BaseLoader):
-    """All scalars as they are written; refuses a key that is there twice, of which one would be lost."""
+    """All scalars as they are written: others read 2:4 as a number of base 60; a key that is there twice is refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [one.value for one, _ in node.value]
@@ -40,13 +40,16 @@ class _OneOfEach(yaml.BaseLoader):
         return found
 
 
-def read_yaml(path: Path) -> Any:
+def _read_yaml(path: str | Path) -> Any:
     """A YAML file's content; all scalars are text.
 
     Raises:
-        OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read, or a key is there twice.
+        ValueError: it cannot be read, or a key is there twice.
     """
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=_OneOfEach)
+    try:
+        return yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=_OneOfEach)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def read_targets(value: Any) -> Any:
@@ -57,11 +60,7 @@ def read_targets(value: Any) -> Any:
     """
     if not isinstance(value, str | Path):
         return value
-    try:
-        # All scalars as they are written: YAML would read 2:4 as a number of base 60.
-        found = read_yaml(Path(value).expanduser())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{value} cannot be read: {' '.join(str(error).split())}") from error
+    found = _read_yaml(value)
     if not isinstance(found, dict):
         raise ValueError(f"{value} is not a mapping of names to sparsities, a line each like {EXAMPLE}")
     return {str(name): _number(one) for name, one in found.items()}
@@ -74,10 +73,7 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
         ValueError: it does not hold that.
     """
     how = "write for each block, in the order of computation: NAME: {output: PATH, linears: [PATH, …]}"
-    try:
-        content = read_yaml(path.expanduser())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    content = _read_yaml(path)
     if not isinstance(content, dict) or not content or not all(map(_is_block, content.values())):
         raise ValueError(f"{path} does not describe blocks: {how}")
     return tuple(Block(str(name), one["output"], tuple(one["linears"])) for name, one in content.items())

@@ -10,16 +10,17 @@ from llm_barber.cli.options import (
     CALIBRATION,
     METHOD,
     OUTPUT,
+    TASKS,
     TEXT,
     DebugOption,
     JsonOption,
     ModelArgument,
     QuietOption,
+    shown_in,
     takes,
 )
 
-STRUCTURE = ("layers", "blocks")
-MEASURED = ("windows", "tasks", "tasks_folder", "limit")
+MEASURED = shown_in(TEXT, TASKS)
 
 
 @app.command(
@@ -28,7 +29,7 @@ MEASURED = ("windows", "tasks", "tasks_folder", "limit")
     "llm-barber evaluate pruned --tasks paper --against meta-llama/Llama-3.2-1B\n\n"
     "llm-barber evaluate pruned --tasks-folder ./tasks --tasks arc_easy,hellaswag --limit 500"
 )
-@takes(*MEASURED, "batch_size", "device", "dtype", *STRUCTURE)
+@takes(*MEASURED, "batch_size", "device", "dtype", "layers", "blocks")
 def evaluate(
     model: ModelArgument,
     text: Annotated[
@@ -90,8 +91,8 @@ def evaluate(
     "llm-barber compare ./model comparison --methods wanda,sparsegpt --targets 0.5,2:4 --samples 32 --seqlen 512"
 )
 @takes(
-    "granularity", "rebuild_ratio", "allow_dense_tail", *STRUCTURE, "calibration", "samples", "seqlen", *MEASURED,
-    "batch_size", "device", "dtype", "revision",
+    "granularity", "rebuild_ratio", "allow_dense_tail", "layers", "blocks", "calibration", "samples", "seqlen",
+    *MEASURED, "batch_size", "device", "dtype", "revision",
 )  # fmt: skip
 def compare(
     model: ModelArgument,

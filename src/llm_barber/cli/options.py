@@ -64,17 +64,17 @@ OPTIONS: dict[str, Any] = {
         "--rebuild-ratio",
         metavar="R",
     ),
-    "preset": option(
-        Preset | None,
-        METHOD,
-        "mask: the best with dense weights. best: the best quality, weights change. paper: the published method. "
-        "(default: mask; paper where --initial or a setting of the rebuild is given)",
-    ),
     "allocation": option(
         Allocation | None,
         METHOD,
         "How sparsity is spread: evenly; owl: less to layers with many outliers; loss: to each linear by what "
         "pruning it costs the model's loss. (default: the preset's)",
+    ),
+    "preset": option(
+        Preset | None,
+        METHOD,
+        "mask: the best with dense weights. best: the best quality, weights change. paper: the published method. "
+        "(default: mask; paper where --initial or a setting of the rebuild is given)",
     ),
     "include": option(
         list[str] | None,
@@ -86,6 +86,14 @@ OPTIONS: dict[str, Any] = {
         list[str] | None, WHAT, "Leave out linears in whose name it is found; may be given again.", metavar="REGEX"
     ),
     "skip_layers": option(str | None, WHAT, "Leave out decoder layers: 0,-1 is the first and the last.", metavar="N,…"),
+    "sparsities": option(
+        Path | None,
+        WHAT,
+        "A YAML file with linears' own sparsities, a line each: REGEX: 0.4, or 2:4, or 0 (not pruned); a number in "
+        "place of REGEX is a decoder layer's. The first that fits counts; the rest takes --sparsity or --pattern. No "
+        "--allocation then.",
+        metavar="FILE",
+    ),
     "allow_dense_tail": option(
         bool,
         WHAT,
@@ -110,14 +118,6 @@ OPTIONS: dict[str, Any] = {
         WHAT,
         "YAML, the blocks of a decoder layer in order: NAME: {output: PATH, linears: [PATH, …]}. (default: as "
         "known, or found)",
-        metavar="FILE",
-    ),
-    "sparsities": option(
-        Path | None,
-        WHAT,
-        "A YAML file with linears' own sparsities, a line each: REGEX: 0.4, or 2:4, or 0 (not pruned); a number in "
-        "place of REGEX is a decoder layer's. The first that fits counts; the rest takes --sparsity or --pattern. No "
-        "--allocation then.",
         metavar="FILE",
     ),
     "refine": option(
@@ -166,6 +166,11 @@ OPTIONS: dict[str, Any] = {
     "seed": option(int, CALIBRATION, "Of the choice of windows."),
     "batch_size": option(int | None, COMPUTE, "Windows computed together, at most; changes no result but tuning."),
     "device": option(str, COMPUTE, "auto, cpu, cuda, cuda:1 …"),
+    "dtype": option(
+        str,
+        COMPUTE,
+        "Compute dtype: auto (the fastest the device has), float32, bfloat16, float16. Weights keep theirs.",
+    ),
     "format": option(Format, OUTPUT, "dense loads everywhere; packed takes fewer bytes, and unpack gives it back."),
     "memory": option(
         str | None,
@@ -174,11 +179,7 @@ OPTIONS: dict[str, Any] = {
         metavar="SIZE",
     ),
     "device_memory": option(str | None, COMPUTE, "Memory of the GPU to stay within, like 8GiB.", metavar="SIZE"),
-    "dtype": option(
-        str,
-        COMPUTE,
-        "Compute dtype: auto (the fastest the device has), float32, bfloat16, float16. Weights keep theirs.",
-    ),
+    "revision": option(str | None, COMPUTE, "Revision of a hub id."),
     "windows": option(int | None, TEXT, "Windows of each text. (default: all)"),
     "tasks": option(
         str | None,
@@ -195,11 +196,15 @@ OPTIONS: dict[str, Any] = {
         metavar="FOLDER",
     ),
     "limit": option(int | None, TASKS, "Examples of each task, at most."),
-    "revision": option(str | None, COMPUTE, "Revision of a hub id."),
     "overwrite": option(bool, OUTPUT, "Replace OUT once the new one is complete.", "--overwrite"),
     "resume": option(bool, OUTPUT, "Go on with an unfinished run of OUT, if there is one.", "--resume"),
     "report": option(bool, OUTPUT, "Write OUT/report.html, a page with plots.", "--report/--no-report"),
 }
+
+
+def shown_in(*panels: str) -> tuple[str, ...]:
+    """The names of the options that these panels of `--help` show."""
+    return tuple(name for name, one in OPTIONS.items() if one.__metadata__[0].rich_help_panel in panels)
 
 
 def takes(*names: str, **defaults: Any) -> Callable[[Command], Command]:

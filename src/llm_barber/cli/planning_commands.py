@@ -5,7 +5,16 @@ from typing import Annotated, Any
 import typer
 
 from llm_barber.cli.app import app
-from llm_barber.cli.options import MACHINE, DebugOption, JsonOption, QuietOption, takes
+from llm_barber.cli.options import (
+    MACHINE,
+    METHOD,
+    REFINING,
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    shown_in,
+    takes,
+)
 
 
 @app.command(
@@ -14,9 +23,8 @@ from llm_barber.cli.options import MACHINE, DebugOption, JsonOption, QuietOption
     "llm-barber plan ./config.json --flops 400e12 --bandwidth 2e9 --processes 1,2,4,8"
 )
 @takes(
-    "initial", "sparsity", "pattern", "rebuild", "granularity", "rebuild_ratio", "allocation", "preset", "refine",
-    "swaps", "target_mix", "reconstruct", "tune_passes", "guard", "samples", "seqlen", "batch_size", "device", "dtype",
-    "revision", "allow_dense_tail", "prune_head", "layers", "blocks",
+    *shown_in(METHOD), *shown_in(REFINING), "samples", "seqlen", "batch_size", "device", "dtype", "revision",
+    "allow_dense_tail", "prune_head", "layers", "blocks",
 )  # fmt: skip
 def plan(
     model: Annotated[

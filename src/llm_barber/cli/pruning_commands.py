@@ -9,35 +9,33 @@ import typer
 
 from llm_barber.cli.app import app, print_json
 from llm_barber.cli.options import (
+    CALIBRATION,
+    COMPUTE,
     METHOD,
+    OUTPUT,
+    REFINING,
+    WHAT,
     DebugOption,
     DryRunOption,
     JsonOption,
     ModelArgument,
     OutArgument,
     QuietOption,
+    shown_in,
     takes,
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import Preset
 
-REBUILD = ("rebuild", "granularity", "rebuild_ratio")
-REFINING = ("refine", "swaps", "target_mix", "reconstruct", "tune_passes", "guard")
-STRUCTURE = ("layers", "blocks")
-CALIBRATION = ("calibration", "samples", "seqlen", "seed")
-COMPUTE = ("batch_size", "device", "dtype", "memory", "device_memory", "revision")
-OUTPUT = ("format", "overwrite", "resume", "report")
+OF_ANY_RUN = (*shown_in(CALIBRATION), *shown_in(COMPUTE), *shown_in(OUTPUT))
 
 
 @app.command(
     epilog="Examples:\n\nllm-barber prune meta-llama/Llama-3.2-1B pruned --calibration c4\n\n"
     "llm-barber prune ./model pruned --initial magnitude --pattern 2:4 --samples 32 --seqlen 512"
 )
-@takes(
-    "initial", "sparsity", "pattern", *REBUILD, "allocation", "preset", "include", "exclude", "skip_layers",
-    "sparsities", "allow_dense_tail", "prune_head", *STRUCTURE, *REFINING, *CALIBRATION, *COMPUTE, *OUTPUT,
-)  # fmt: skip
+@takes(*shown_in(METHOD), *shown_in(WHAT), *shown_in(REFINING), *OF_ANY_RUN)
 def prune(
     model: ModelArgument,
     out: OutArgument,
@@ -77,7 +75,7 @@ def prune(
     epilog="Examples:\n\nllm-barber rebuild meta-llama/Llama-3.2-1B ./pruned-by-another-tool rebuilt\n\n"
     "llm-barber rebuild ./dense ./pruned rebuilt --granularity block --rebuild-ratio 0.1"
 )
-@takes(*REBUILD, *STRUCTURE, *REFINING, *CALIBRATION, *COMPUTE, *OUTPUT)
+@takes("rebuild", "granularity", "rebuild_ratio", "layers", "blocks", *shown_in(REFINING), *OF_ANY_RUN)
 def rebuild(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model: folder, hub id or GGUF file.")],
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The same model, pruned by any tool.")],

@@ -102,7 +102,7 @@ def compare(
     from llm_barber.comparison.render import write_files  # with matplotlib
 
     progress = progress or Silent()
-    folder = CheckpointSource(config.model, config.revision).folder.as_posix()
+    folder = str(CheckpointSource(config.model, config.revision).folder)
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     # What is wrong with texts and tasks is told before anything is written.
