@@ -71,7 +71,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertR
             size += sum(tensor.nbytes for tensor in tensors.values())
             progress.advance(file)
         for path in companions(folder):
-            writer.copy(path)
+            writer.copy(path, folder)
         writer.finish()
     return ConvertReport(model=config.model, output=str(config.output), files=len(files), tensors=count, bytes=size)
 

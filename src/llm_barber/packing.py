@@ -100,10 +100,10 @@ def _convert(
             writer.write_shard(stored, name, metadata)
             progress.advance(name)
         for path in source.companions():
-            writer.copy(path)
+            writer.copy(path, source.folder)
         for own in (*OURS, "README.md"):
             if (source.folder / own).is_file():
-                writer.copy(source.folder / own)
+                writer.copy(source.folder / own, source.folder)
         if index is not None:
             weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
             content = {"version": FORMAT_VERSION, "weight_map": dict(sorted(weight_map.items()))}

@@ -189,7 +189,8 @@ def _write_rest(
     """Companion files, record, model card and page; the output is complete then."""
     job = work.job
     for path in job.source.companions():
-        writer.copy(path, _untied(path) if job.prunes_head and path.name == "config.json" else None)
+        untied = job.prunes_head and path.name == "config.json"
+        writer.copy(path, job.source.folder, _untied(path) if untied else None)
     report = RunReport(
         command=work.command,
         model=work.model,

@@ -44,7 +44,7 @@ class Follower:
     ) -> None:
         """Nothing."""
 
-    def copy(self, path: Path, content: bytes | None = None) -> None:
+    def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:
         """Nothing."""
 
     def write_file(self, name: str, content: bytes) -> None:

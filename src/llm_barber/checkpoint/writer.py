@@ -21,7 +21,7 @@ from typing import Any, Self
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME, SINGLE_NAME
+from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.state import (
     ACTIVATIONS_KEPT,
     START_AGAIN,
@@ -227,13 +227,14 @@ class CheckpointWriter:
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file, durably."""
-        (self.work / name).parent.mkdir(exist_ok=True)
         write_durably(self.work / name, content)
 
-    def copy(self, path: Path, content: bytes | None = None) -> None:
-        """Copy a companion file under its own name; `content`: what stands in it now, if that is something else."""
+    def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:
+        """Copy a companion file of a folder under its name there; `content`: what it holds now, if not that."""
         content = path.read_bytes() if content is None else content
-        name = f"{CHAT_TEMPLATES}/{path.name}" if path.parent.name == CHAT_TEMPLATES else path.name
+        name = path.relative_to(folder).as_posix()
+        if path.parent != folder:
+            (self.work / name).parent.mkdir(exist_ok=True)
         self.write_file(name, content)
         self._companions[name] = hashlib.sha256(content).hexdigest()
 
