@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, load, prune, rebuild, unpack
-from llm_barber.checkpoint.source import RECORD_NAME
+from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.masking.granularity import Granularity

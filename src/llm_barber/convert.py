@@ -8,8 +8,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from llm_barber.checkpoint.companions import companions
 from llm_barber.checkpoint.hub import resolve_model
-from llm_barber.checkpoint.source import companions
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent

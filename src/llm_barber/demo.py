@@ -143,14 +143,8 @@ def _measure(
     """Perplexity and a sentence of a checkpoint."""
     device = resolve_device(config.device)
     place = resolve_model(folder)
-    model = (
-        auto_class(AutoConfig.from_pretrained(place))
-        .from_pretrained(
-            place,
-            dtype=resolve_dtype("auto", device),
-        )
-        .to(device)
-    )
+    kind = auto_class(AutoConfig.from_pretrained(place))
+    model = kind.from_pretrained(place, dtype=resolve_dtype("auto", device)).to(device)
     model.eval()
     value = perplexity(model, windows, progress)
     prompt = tokenizer(config.prompt, return_tensors="pt").to(device)

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
+from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES
-from llm_barber.checkpoint.source import RECORD_NAME, CheckpointSource, Place
+from llm_barber.checkpoint.source import CheckpointSource, Place
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
 from llm_barber.model.architecture import Block, StructureOptions

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor
 
+from llm_barber.checkpoint.companions import OURS
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
-from llm_barber.checkpoint.source import OURS, CheckpointSource
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from llm_barber.allocation import allocate
 from llm_barber.checkpoint.ahead import ReadAhead
+from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.packed_writer import PackedWriter
-from llm_barber.checkpoint.source import RECORD_NAME
 from llm_barber.checkpoint.state import source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.checkpoint_masks import CheckpointMasks

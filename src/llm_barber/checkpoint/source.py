@@ -3,7 +3,6 @@
 Nothing is unpickled, and no code that comes with a model is run. What an index says is checked against the files.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,16 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.hub import CHAT_TEMPLATES, COMPANIONS, INDEX_NAME, SINGLE_NAME, resolve_model
+from llm_barber.checkpoint.companions import companions, read_json, refuse_adapter, refuse_quantised
+from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME, resolve_model
 from llm_barber.checkpoint.packed import PACKED_INDEX, PLACES, VALUES, Table, read_index, read_table, unpack_tensor
-from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import ModelError
 
-RECORD_NAME = "barber.json"
-# Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
-OURS = (RECORD_NAME, "evaluation.json")
-NO_COMPANIONS = (*OURS, STATE_NAME, PACKED_INDEX, INDEX_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
-LICENCES = ("license", "licence", "notice", "use_policy")
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -231,21 +225,6 @@ class CheckpointSource:
         return f"{SINGLE_NAME} or {INDEX_NAME} is needed"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ModelError: it does not, or cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "the file is damaged; get it again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object", "the file is damaged; get it again")
-    return content
-
-
 class _OpenedFile:
     """`safe_open` whose complaints name the file and say what to do."""
 
@@ -277,36 +256,6 @@ def _all_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
-def refuse_adapter(folder: Path, model: str) -> None:
-    """Raise `ModelError` where a folder has no weights of its own, but a PEFT adapter's."""
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{model} is a PEFT adapter, not a whole model",
-            "merge it into its base model first: peft's merge_and_unload(), then save_pretrained()",
-        )
-
-
-def refuse_quantised(configuration: Mapping[str, Any], model: str) -> None:
-    """Raise `ModelError` where config.json says that weights are quantised."""
-    quantization = configuration.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ModelError(
-            f"{model} is quantised ({method or 'unknown method'}); pruning needs its plain weights",
-            "start from the unquantised checkpoint, or dequantise it: model.dequantize(), then save_pretrained()",
-        )
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files of a checkpoint's folder that travel with its weights."""
-    own = (
-        path
-        for path in folder.iterdir()
-        if (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES)) and path.name not in NO_COMPANIONS
-    )
-    return sorted(path for path in (*own, *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")) if path.is_file())
 
 
 def sharded_by(names: Iterable[str], sizes: dict[str, TensorInfo], limit: int) -> Iterator[list[str]]:

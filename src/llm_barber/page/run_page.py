@@ -52,12 +52,12 @@ def _blocks(report: RunReport) -> list[dict[str, Any]]:
             if block.error_before is not None or block.error_after is not None:
                 measured.setdefault(block.name, []).append((layer.index, block))
     every = [error for rows in measured.values() for _, block in rows for error in _errors(block)]
-    limits = log_limits(every)
+    limits, changes = log_limits(every), report.error_changes()
     return [
         {
             "name": name,
             "rows": rows,
-            "changes": report.error_changes().get(name),
+            "changes": changes.get(name),
             "hidden": sum(not drawable(error) for _, block in rows for error in _errors(block)),
             "figure": limits
             and error_panel(

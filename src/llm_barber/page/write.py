@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from llm_barber.checkpoint.source import RECORD_NAME
+from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.evaluation.record import keep_evaluation, read_evaluation

@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from llm_barber.checkpoint.companions import read_json, refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.gguf import DTYPE as GGUF_DTYPE
 from llm_barber.checkpoint.hub import hub_configuration
-from llm_barber.checkpoint.source import read_json, refuse_adapter, refuse_quantised
 from llm_barber.errors import ModelError
 from llm_barber.opening import unusable_configuration
 

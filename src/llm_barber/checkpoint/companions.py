@@ -1,0 +1,62 @@
+"""What lies beside a checkpoint's weights: its configuration, and the files that travel with them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_barber.checkpoint.hub import CHAT_TEMPLATES, COMPANIONS, INDEX_NAME
+from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.state import STATE_NAME
+from llm_barber.errors import ModelError
+
+RECORD_NAME = "barber.json"
+# Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
+OURS = (RECORD_NAME, "evaluation.json")
+NO_COMPANIONS = (*OURS, STATE_NAME, PACKED_INDEX, INDEX_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
+LICENCES = ("license", "licence", "notice", "use_policy")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ModelError: it does not, or cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "the file is damaged; get it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object", "the file is damaged; get it again")
+    return content
+
+
+def refuse_adapter(folder: Path, model: str) -> None:
+    """Raise `ModelError` where a folder has no weights of its own, but a PEFT adapter's."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{model} is a PEFT adapter, not a whole model",
+            "merge it into its base model first: peft's merge_and_unload(), then save_pretrained()",
+        )
+
+
+def refuse_quantised(configuration: Mapping[str, Any], model: str) -> None:
+    """Raise `ModelError` where config.json says that weights are quantised."""
+    quantization = configuration.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ModelError(
+            f"{model} is quantised ({method or 'unknown method'}); pruning needs its plain weights",
+            "start from the unquantised checkpoint, or dequantise it: model.dequantize(), then save_pretrained()",
+        )
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a checkpoint's folder that travel with its weights."""
+    own = (
+        path
+        for path in folder.iterdir()
+        if (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES)) and path.name not in NO_COMPANIONS
+    )
+    return sorted(path for path in (*own, *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")) if path.is_file())
