@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_barber import PruneConfig, prune
 from llm_barber.calibration import read_text
-from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
+from llm_barber.evaluation.perplexity import perplexity
+from llm_barber.evaluation.texts import evaluation_windows
 
 METHODS = {
     "magnitude, rebuilt (block, 0.1)": {"initial": "magnitude"},
@@ -40,8 +41,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     given = parser.parse_args()
     model = model_folder(given.model)
-    tokens = AutoTokenizer.from_pretrained(model)(read_text("builtin-test")).input_ids
-    windows = evaluation_windows("builtin-test", tokens, given.seqlen, given.windows)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    windows = evaluation_windows("builtin-test", read_text("builtin-test"), tokenizer, given.seqlen, given.windows)
 
     def measured(folder: Path | str) -> float:
         return perplexity(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), windows)

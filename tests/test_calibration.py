@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from llm_barber.calibration import load_calibration, read_text
 from llm_barber.errors import CalibrationError, HubError
+from tests.test_windows import WithBos
 
 
 def characters(text: str) -> SimpleNamespace:
@@ -33,6 +34,15 @@ def test_windows_are_seeded_distinct_and_contiguous(text: str) -> None:
     assert all(start % 7 == 0 for start in (one[:, 0] - 65).tolist())
     assert torch.equal(one, load_calibration(text, lambda: characters, 6, 7, 0).input_ids)
     assert not torch.equal(one, load_calibration(text, lambda: characters, 6, 7, 1).input_ids)
+
+
+def test_windows_begin_with_bos_where_texts_do(text: str) -> None:
+    windows = load_calibration(text, WithBos, 6, 7, 0).input_ids
+    assert windows.shape == (6, 7)
+    assert (windows[:, 0] == 1).all()
+    assert (windows[:, 1:].diff(dim=1) == 1).all()
+    without = load_calibration(text, WithBos, 7, 7, 0, bos=False).input_ids
+    assert (without == 1).sum() == 1  # the text's
 
 
 def test_digest_is_of_the_tokens(text: str) -> None:

@@ -16,8 +16,8 @@ from tests.conftest import make_model, save_tokens
 ROOT = Path(__file__).parent.parent
 # Settings of `prune` that change nothing that `plan` says.
 PLAN_LEAVES = (
-    "calibration", "seed", "initial_granularity", "keep_updates", "include", "exclude", "skip_layers", "sparsities",
-    "memory", "device_memory", "format", "overwrite", "resume", "report",
+    "calibration", "bos", "seed", "initial_granularity", "keep_updates", "include", "exclude", "skip_layers",
+    "sparsities", "memory", "device_memory", "format", "overwrite", "resume", "report",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Calibration text → token windows, seeded.
 
-A text is tokenised as one stream and cut into windows of `seqlen` without overlap; the seed chooses which and in which
-order. Files with documents (jsonl, parquet, the hub's sets) are joined by blank lines first.
+A text is tokenised as one stream and cut into windows of `seqlen` without overlap (`windows.py`); the seed chooses
+which and in which order. Files with documents (jsonl, parquet, the hub's sets) are joined by blank lines first.
 """
 
 import hashlib
@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm_barber.errors import CalibrationError, HubError
+from llm_barber.windows import Tokenizer, beginning_of_text, cut
 
 BUILTIN = {
     "builtin": "wikipedia-leads.txt",
@@ -35,13 +36,6 @@ TOKEN_FILE_SUFFIX = ".safetensors"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", TOKEN_FILE_SUFFIX)
 # Characters of a streamed set to read for each token wanted: English has about 4.5, and windows should not be adjacent.
 CHARACTERS_PER_TOKEN = 12
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
-
-    def __call__(self, text: str) -> Any:
-        """An object with `input_ids`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,12 @@ def known_calibrations() -> str:
 
 
 def load_calibration(
-    name: str, find_tokenizer: Callable[[], Tokenizer | None], samples: int, seqlen: int, seed: int
+    name: str,
+    find_tokenizer: Callable[[], Tokenizer | None],
+    samples: int,
+    seqlen: int,
+    seed: int,
+    bos: bool = True,
 ) -> CalibrationTokens:
     """Calibration windows.
 
@@ -74,6 +73,7 @@ def load_calibration(
         samples: windows.
         seqlen: tokens a window.
         seed: of the choice of windows.
+        bos: begin each window with the BOS token, if the tokenizer puts it in front of texts.
 
     Raises:
         CalibrationError: unknown, unreadable or too short.
@@ -88,17 +88,18 @@ def load_calibration(
             "the model has no tokenizer, which calibration text needs",
             "add its tokenizer files, or give --calibration a safetensors file with input_ids",
         )
-    tokens = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
-    windows = len(tokens) // seqlen
-    if windows < samples:
+    tokens = tokenizer(text).input_ids
+    windows = cut(tokens, seqlen, beginning_of_text(tokenizer) if bos else None)
+    count = len(windows)
+    if count < samples:
         raise CalibrationError(
-            f"calibration text {name!r} has {len(tokens)} tokens, {windows} windows of {seqlen}; {samples} are needed",
-            f"use --samples {windows} or fewer, a shorter --seqlen, or a longer text"
-            if windows
+            f"calibration text {name!r} has {len(tokens)} tokens, {count} windows of {seqlen}; {samples} are needed",
+            f"use --samples {count} or fewer, a shorter --seqlen, or a longer text"
+            if count
             else f"use a {f'--seqlen of {len(tokens)} or less, or a ' if len(tokens) > 1 else ''}longer text",
         )
-    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
-    return CalibrationTokens(tokens[: windows * seqlen].view(windows, seqlen)[chosen].contiguous(), name)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    return CalibrationTokens(windows[chosen], name)
 
 
 def read_text(name: str, tokens_wanted: int | None = None) -> str:

@@ -202,7 +202,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
     for result in evaluation.texts:
         console.print(
             f"{result.text}: {result.windows} windows of {result.seqlen} tokens, "
-            f"{'with' if result.begins_with_bos else 'without'} BOS, {evaluation.dtype} on {evaluation.device}, "
+            f"{'each with' if result.begins_with_bos else 'without'} BOS, {evaluation.dtype} on {evaluation.device}, "
             f"sha256 {result.sha256[:16]}",
             soft_wrap=True,
         )

@@ -15,7 +15,8 @@ from llm_barber.checkpoint.folder import own_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.config import Initial, PruneConfig
 from llm_barber.errors import ModelError
-from llm_barber.evaluation.perplexity import evaluation_windows, perplexity
+from llm_barber.evaluation.perplexity import perplexity
+from llm_barber.evaluation.texts import evaluation_windows
 from llm_barber.masking.granularity import Granularity
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.model.empty import auto_class
@@ -83,7 +84,7 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
     tokenizer = load_tokenizer(resolve_model(source))
     if tokenizer is None:
         raise ModelError(f"{source} has no tokenizer", "the demonstration needs one: choose another model")
-    windows = evaluation_windows(DEMO_TEXT, tokenizer(read_text(DEMO_TEXT)).input_ids, config.seqlen, config.windows)
+    windows = evaluation_windows(DEMO_TEXT, read_text(DEMO_TEXT), tokenizer, config.seqlen, config.windows)
     rows = [_measure("dense", source, windows, tokenizer, config, progress)]
     for name, settings in METHODS.items():
         progress.stage(f"{name}: pruning to 50 %")

@@ -243,6 +243,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
         settings.samples,
         settings.seqlen,
         settings.seed,
+        settings.bos,
     )
     sequences, seqlen = tokens.input_ids.shape
     ranks.share(sequences)  # there are enough

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llm_barber import EvaluateConfig, Evaluation, evaluate
@@ -13,11 +13,15 @@ from llm_barber.evaluation.texts import evaluation_text
 from tests.conftest import FAMILIES, load_model, make_model
 
 
-def add_tokenizer(folder: Path, vocabulary: int = 128) -> None:
-    """A tokenizer with one token a character."""
+def add_tokenizer(folder: Path, bos: bool = False) -> None:
+    """A tokenizer with one token a character; `bos`: that puts "~", 94, in front of each text."""
     tokenizer = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(95)}, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(folder)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="~ $A", special_tokens=[("~", 94)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ", bos_token="~" if bos else None).save_pretrained(
+        folder
+    )
 
 
 @pytest.fixture
@@ -51,6 +55,22 @@ def test_equals_transformers_own_loss(tmp_path: Path, text: str, family: str, un
         (result,) = run(folder, text, batch_size=batch_size).texts
         assert math.log(result.perplexity) == pytest.approx(sum(losses) / 3, rel=1e-5)
         assert (result.windows, result.seqlen, result.begins_with_bos) == (3, 16, False)
+
+
+def test_each_window_begins_with_bos_where_texts_do(tmp_path: Path, text: str) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    add_tokenizer(folder, bos=True)
+    characters = [ord(one) - 32 for one in Path(text).read_text()]
+    model = load_model(folder, dtype=torch.float32).eval()
+    for bos, count, tokens in ((True, 3, characters[:45]), (False, 3, [94, *characters][:48])):
+        windows = torch.tensor(tokens).view(count, -1)
+        if bos:
+            windows = torch.cat([torch.full((count, 1), 94), windows], 1)
+        with torch.no_grad():
+            losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
+        (result,) = run(folder, text, bos=bos).texts
+        assert math.log(result.perplexity) == pytest.approx(sum(losses) / count, rel=1e-5)
+        assert (result.windows, result.seqlen, result.begins_with_bos) == (count, 16, bos)
 
 
 def test_comparison_equals_its_definition(tmp_path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ MEASURED = shown_in(TEXT, TASKS)
     "llm-barber evaluate pruned --tasks paper --against meta-llama/Llama-3.2-1B\n\n"
     "llm-barber evaluate pruned --tasks-folder ./tasks --tasks arc_easy,hellaswag --limit 500"
 )
-@takes(*MEASURED, "batch_size", "device", "dtype", "layers", "blocks")
+@takes(*MEASURED, "bos", "batch_size", "device", "dtype", "layers", "blocks")
 def evaluate(
     model: ModelArgument,
     text: Annotated[
@@ -92,7 +92,7 @@ def evaluate(
 )
 @takes(
     "granularity", "rebuild_ratio", "allow_dense_tail", "layers", "blocks", "calibration", "samples", "seqlen",
-    *MEASURED, "batch_size", "device", "dtype", "revision",
+    "bos", *MEASURED, "batch_size", "device", "dtype", "revision",
 )  # fmt: skip
 def compare(
     model: ModelArgument,

@@ -163,6 +163,13 @@ OPTIONS: dict[str, Any] = {
     ),
     "samples": option(int, CALIBRATION, "Windows of text."),
     "seqlen": option(int, CALIBRATION, "Tokens a window."),
+    "bos": option(
+        bool,
+        CALIBRATION,
+        "Begin each window with the BOS token, if the tokenizer puts it in front of texts; --no-bos: cut windows as "
+        "the released programs do.",
+        "--bos/--no-bos",
+    ),
     "seed": option(int, CALIBRATION, "Of the choice of windows."),
     "batch_size": option(int | None, COMPUTE, "Windows computed together, at most; changes no result but tuning."),
     "device": option(str, COMPUTE, "auto, cpu, cuda, cuda:1 …"),

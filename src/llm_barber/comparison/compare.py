@@ -28,6 +28,7 @@ from llm_barber.presets import PRESETS, REVISIONS
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.usage import versions
+from llm_barber.windows import beginning_of_text
 
 MARKER = "COMPARISON.txt"
 
@@ -213,6 +214,8 @@ def make_runner(
         "compute": [str(device), dtype],
         "version": versions()["llm-barber"],
     }
+    if _with_bos(config, folder):
+        common["bos"] = True
     if config.layers or config.blocks:
         common["structure"] = [config.layers, [asdict(block) for block in config.blocks]]
     return CellRunner(
@@ -276,17 +279,24 @@ def _with_tasks(config: CompareConfig, cell: Cell) -> bool:
     return config.task_seeds is None or cell.seed in config.seeds[: config.task_seeds]
 
 
+def _with_bos(config: CompareConfig, folder: str) -> bool:
+    """Do windows begin with a BOS token?"""
+    tokenizer = load_tokenizer(Path(folder)) if config.bos else None
+    return tokenizer is not None and beginning_of_text(tokenizer) is not None
+
+
 def calibration_file(config: CompareConfig, folder: str, seed: int, progress: Progress) -> Path:
     """The calibration tokens of a seed, made once: other programs can be run on the very same ones."""
     if config.calibration.endswith(TOKEN_FILE_SUFFIX):
         return Path(config.calibration)
-    made_from = [fingerprint(Path(folder)), config.calibration, source_fingerprint(config.calibration)]
-    digest = hashlib.sha256(json.dumps([*made_from, config.samples, config.seqlen, seed]).encode()).hexdigest()
+    made_from: list[Any] = [fingerprint(Path(folder)), config.calibration, source_fingerprint(config.calibration)]
+    made_from += [config.samples, config.seqlen, seed, *(["bos"] if _with_bos(config, folder) else [])]
+    digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     path = config.output / f"calibration-seed{seed}-{digest[:12]}{TOKEN_FILE_SUFFIX}"
     if not path.exists():
         progress.stage(f"reading calibration text {config.calibration}")
         tokens = load_calibration(
-            config.calibration, lambda: load_tokenizer(Path(folder)), config.samples, config.seqlen, seed
+            config.calibration, lambda: load_tokenizer(Path(folder)), config.samples, config.seqlen, seed, config.bos
         )
         temporary = path.with_name(f"{path.name}.tmp")
         save_file({"input_ids": tokens.input_ids}, temporary)

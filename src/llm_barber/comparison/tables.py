@@ -128,8 +128,9 @@ def notes(comparison: Comparison) -> list[str]:
     ]
     found += [
         f"{text.text}: {text.windows} windows of {text.seqlen} tokens, "
-        f"{'with' if text.begins_with_bos else 'without'} BOS, sha256 {text.sha256[:16]}; KL: mean Kullback-Leibler "
-        "divergence of the pruned model's next-token distribution from the dense model's, nats a token."
+        f"{'each with' if text.begins_with_bos else 'without'} BOS, "
+        f"sha256 {text.sha256[:16]}; KL: mean Kullback-Leibler divergence of the pruned model's "
+        "next-token distribution from the dense model's, nats a token."
         for text in comparison.dense.texts
     ]
     found += [

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from llm_barber.calibration import read_text
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.evaluation.perplexity import evaluation_windows
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskResult, TaskRun, compare_tasks, find_tasks
-from llm_barber.evaluation.texts import evaluation_text, text_tokens
+from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings import DTYPES, StructureSettings
 from llm_barber.usage import versions
+from llm_barber.windows import beginning_of_text
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 
@@ -35,6 +35,7 @@ class EvaluateConfig(StructureSettings):
     )
     windows: int | None = Field(None, ge=1, description="windows of each text; None: all")
     seqlen: int = Field(2048, ge=2, description="tokens a window")
+    bos: bool = Field(True, description="begin each window with BOS, if the tokenizer puts it in front of texts")
     tasks: tuple[str, ...] = Field((), description="lm-eval's names, paper (the paper's seven), or the folder's files")
     tasks_folder: Path | None = Field(None, description="folder with a .jsonl file a task, read instead of the hub")
     limit: int | None = Field(None, ge=2, description="examples of each task, at most")
@@ -66,7 +67,7 @@ class TextComparison(BaseModel):
 
 
 class TextResult(BaseModel):
-    """Perplexity on one text, with everything that the number depends on."""
+    """Perplexity on one text, with everything that the number depends on. `begins_with_bos`: each window does."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -192,10 +193,11 @@ class Evaluator:
         progress.stage(f"reading text {name}")
         assert self.tokenizer is not None
         text = evaluation_text(name)
-        tokens = text_tokens(name, text, self.tokenizer, self.config.seqlen)
-        windows = evaluation_windows(name, tokens, self.config.seqlen, self.config.windows)
+        windows = evaluation_windows(
+            name, text, self.tokenizer, self.config.seqlen, self.config.windows, self.config.bos
+        )
         check_vocabulary(model.config, windows)
-        begins_with_bos = int(windows[0, 0]) == getattr(self.tokenizer, "bos_token_id", None)
+        begins_with_bos = self.config.bos and beginning_of_text(self.tokenizer) is not None
         return _Text(name, hashlib.sha256(text.encode()).hexdigest(), windows, begins_with_bos)
 
     def _states(self, model: StreamedModel, windows: Tensor, progress: Progress) -> list[Tensor]:

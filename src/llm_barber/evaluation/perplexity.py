@@ -5,24 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llm_barber.errors import CalibrationError
 from llm_barber.progress import Progress, Silent
-
-
-def evaluation_windows(name: str, tokens: list[int], seqlen: int, windows: int | None) -> Tensor:
-    """The first windows of a text, int64 (windows, seqlen); all whole ones if `windows` is None.
-
-    Raises:
-        CalibrationError: the text is shorter than a window.
-    """
-    available = len(tokens) // seqlen
-    if not available:
-        raise CalibrationError(
-            f"text {name!r} has {len(tokens)} tokens, fewer than one window of {seqlen}",
-            "use a shorter --seqlen or a longer text",
-        )
-    count = min(available, windows or available)
-    return torch.tensor(tokens[: count * seqlen], dtype=torch.int64).view(count, seqlen)
 
 
 @torch.no_grad()

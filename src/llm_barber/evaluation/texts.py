@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
-from llm_barber.calibration import Tokenizer, read_text
+from torch import Tensor
+
+from llm_barber.calibration import read_text
 from llm_barber.errors import CalibrationError, HubError
+from llm_barber.windows import Tokenizer, beginning_of_text, cut
 
 KNOWN = ("wikitext2", "ptb", "c4")
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256
@@ -47,10 +50,30 @@ def check_text(name: str) -> None:
         )
 
 
-def text_tokens(name: str, text: str, tokenizer: Tokenizer, seqlen: int) -> list[int]:
-    """Token ids of a text; of c4 the first 256 windows, as the released programs take them."""
-    tokens: list[int] = list(tokenizer(text).input_ids)
-    return tokens[: C4_WINDOWS * seqlen] if name == "c4" else tokens
+def evaluation_windows(
+    name: str, text: str, tokenizer: Tokenizer, seqlen: int, windows: int | None = None, bos: bool = True
+) -> Tensor:
+    """The first windows of a text, int64 (windows, seqlen).
+
+    Args:
+        name: of the text; of `c4` it is the first 256 windows at most, as the released programs take them.
+        text: the whole of it.
+        tokenizer: the model's.
+        seqlen: tokens a window.
+        windows: how many at most; None: all whole ones.
+        bos: begin each with the BOS token, if the tokenizer puts it in front of texts.
+
+    Raises:
+        CalibrationError: the text is shorter than a window.
+    """
+    tokens = tokenizer(text).input_ids
+    found = cut(tokens, seqlen, beginning_of_text(tokenizer) if bos else None)
+    if not len(found):
+        raise CalibrationError(
+            f"text {name!r} has {len(tokens)} tokens, fewer than one window of {seqlen}",
+            "use a shorter --seqlen or a longer text",
+        )
+    return found[:windows][: C4_WINDOWS if name == "c4" else None]
 
 
 def _hub_column(column: str, rows: int | None = None, **settings: object) -> list[str]:
