@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild, tune
+from llm_barber import distance as distance_module
 from llm_barber.errors import NotFiniteError, SettingsError
 from llm_barber.initial import PrunedLinear
 from llm_barber.masking.granularity import Granularity
@@ -83,6 +84,8 @@ def tuned_in_memory(
             (1 - mix) * layer_call(whole, arguments, hidden) + mix * layer_call(whole, other[1], other[0])
             for (hidden, arguments), other in zip(calls, of_dense, strict=True)
         ]
+        squares = torch.stack([one.abs().median(-2).values.square().view(-1) for one in targets]).sum(0)
+        counts = (distance_module.HUGE * squares.median() / squares).clamp(max=1)
         linears = {name: one for name, one in layer.named_modules() if isinstance(one, torch.nn.Linear)}
         weights = {name: one.weight.clone() for name, one in linears.items()}
 
@@ -101,9 +104,11 @@ def tuned_in_memory(
             score /= score.mean(1, keepdim=True)
             scores[name] = torch.stack([start(*both, pattern) for both in zip(score, keep[name], strict=True)])
 
-        def distance(members: Any, layer: Any = layer, calls: Any = calls, targets: Any = targets) -> Tensor:
-            errors = [(layer_call(layer, calls[n][1], calls[n][0]) - targets[n]).square().mean() for n in members]
-            return torch.stack(errors).mean()
+        def distance(
+            members: Any, layer: Any = layer, calls: Any = calls, targets: Any = targets, counts: Tensor = counts
+        ) -> Tensor:
+            errors = [layer_call(layer, calls[n][1], calls[n][0]) - targets[n] for n in members]
+            return torch.stack([(one.square() * counts).mean() for one in errors]).mean()
 
         training = len(texts) - held_out
         count = -(-training // 4)
@@ -156,10 +161,18 @@ def highest(score: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.6), NofM(2, 4)], ids=["60 %", "2:4"])
-@pytest.mark.parametrize(("mix", "guard"), [(0.0, 0.0), (0.5, 0.2)])
+@pytest.mark.parametrize(("mix", "guard", "huge"), [(0.0, 0.0, 100.0), (0.5, 0.2, 1.0)])
 def test_masks_equal_those_tuned_in_memory(
-    tmp_path: Path, model: Path, tokens: Path, pattern: Pattern, mix: float, guard: float
+    tmp_path: Path,
+    model: Path,
+    tokens: Path,
+    pattern: Pattern,
+    mix: float,
+    guard: float,
+    huge: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(distance_module, "HUGE", huge)  # at 1, half of the channels count for less
     how = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
     settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "tune_passes": 1, "guard": guard}
     report = run(model, tmp_path / "out", tokens, target_mix=mix, **settings, **how)
@@ -238,7 +251,8 @@ def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     target = hidden.to(dtype) @ weight.to(dtype).t() * (1 + 0.02 * torch.randn(8, generator=generator)).to(dtype)
     streams.write(tune.TARGET, slice(0, 1), target)
     sums = {"0": torch.zeros(8, 8)}
-    tune._add_gradients(sums, layer, {"0": weight.to(dtype).requires_grad_()}, streams, slice(0, 1))
+    plain = distance_module.Distance(streams, tune.TARGET)
+    tune._add_gradients(sums, layer, {"0": weight.to(dtype).requires_grad_()}, streams, slice(0, 1), plain)
     difference = (hidden.to(dtype) @ weight.to(dtype).t()).double() - target.double()
     expected = difference[0].t() @ hidden[0].to(dtype).double()
     assert (sums["0"] - expected).norm() < 0.02 * expected.norm()

@@ -1,9 +1,9 @@
 """Tune a whole decoder layer against its output, by a short run of Adam: its masks, the weights they keep, or both.
 
-The loss is the mean squared distance of the layer's output, on the inputs that the pruned model gives it, from the
-dense layer's; on these same inputs (`target_mix` 0), or on those of the dense model (1, as EBFT, 2024), or between.
-Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows stop the run, and decide
-whether anything of it is kept.
+The loss is the mean squared distance (`distance.py`) of the layer's output, on the inputs that the pruned model gives
+it, from the dense layer's; on these same inputs (`target_mix` 0), or on those of the dense model (1, as EBFT, 2024), or
+between. Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows stop the run, and
+decide whether anything of it is kept.
 """
 
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llm_barber.distance import Distance
 from llm_barber.errors import NotFiniteError
 from llm_barber.initial import PrunedLinear, collect_inputs, with_few_tokens
 from llm_barber.masking.saliency import wanda
@@ -20,7 +21,7 @@ from llm_barber.masking.scores import mask_of, pruned_of, starting_scores
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.gradients import reconstruction_errors, scaled_by_sequence
+from llm_barber.model.gradients import scaled_by_sequence
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
 from llm_barber.refine_settings import RefineSettings
 
@@ -159,6 +160,7 @@ def _descend(
     steps = settings.steps(streams)
     total = settings.passes * len(steps)
     held_out = streams.split(settings.held_out)[1]
+    distance = Distance(streams, TARGET)
     elements = streams.read(TARGET, slice(0, 1)).numel()
     optimizer = torch.optim.Adam(groups, betas=MOMENTUM, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
@@ -168,7 +170,7 @@ def _descend(
         own: list[float] = []
         for batch in held_out:
             output = layer.output_with(weights, streams.read(HIDDEN, batch))
-            own += reconstruction_errors(streams.read(TARGET, batch), output).tolist()
+            own += distance.errors(streams.read(TARGET, batch), output).tolist()
         return streams.ranks.total(math.fsum(own))[0]
 
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +180,7 @@ def _descend(
             weights = {name: one.to(layer.dtype).detach().requires_grad_() for name, one in moving.weights().items()}
             sums = {name: torch.zeros_like(one, dtype=WIDER[layer.dtype]) for name, one in weights.items()}
             for sequence in steps[step].own:
-                _add_gradients(sums, layer, weights, streams, slice(sequence, sequence + 1))
+                _add_gradients(sums, layer, weights, streams, slice(sequence, sequence + 1), distance)
             for name, one in sums.items():
                 streams.ranks.add_tensor(one)
                 one *= 2 / (elements * steps[step].sequences)  # of the mean square
@@ -207,11 +209,12 @@ def _add_gradients(
     weights: Mapping[str, Tensor],
     streams: ActivationStreams,
     sequence: slice,
+    distance: Distance,
 ) -> None:
-    """Of ½ Σ (y − target)² over the tokens and channels of one sequence, by the weights: (out, in), by linear."""
+    """Of half the distance, summed over tokens and channels of one sequence, by the weights: (out, in), by linear."""
     output = layer.output_with(weights, streams.read(HIDDEN, sequence))
-    difference = output.detach().float() - streams.read(TARGET, sequence).float()
-    scaled, scale = scaled_by_sequence(difference, output.dtype)
+    gradient = distance.gradient(streams.read(TARGET, sequence), output.detach())
+    scaled, scale = scaled_by_sequence(gradient, output.dtype)
     power = scale.item()
     found = torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
     for name, one in zip(weights, found, strict=True):
