@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild, tune
-from llm_barber import distance as distance_module
+from llm_barber import distance as distances
+from llm_barber.distance import Distance
 from llm_barber.errors import NotFiniteError, SettingsError
 from llm_barber.initial import PrunedLinear
 from llm_barber.masking.granularity import Granularity
@@ -85,7 +86,7 @@ def tuned_in_memory(
             for (hidden, arguments), other in zip(calls, of_dense, strict=True)
         ]
         squares = torch.stack([one.abs().median(-2).values.square().view(-1) for one in targets]).sum(0)
-        counts = (distance_module.HUGE * squares.median() / squares).clamp(max=1)
+        counts = (distances.HUGE * squares.median() / squares).clamp(max=1)
         linears = {name: one for name, one in layer.named_modules() if isinstance(one, torch.nn.Linear)}
         weights = {name: one.weight.clone() for name, one in linears.items()}
 
@@ -172,7 +173,7 @@ def test_masks_equal_those_tuned_in_memory(
     huge: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distance_module, "HUGE", huge)  # at 1, half of the channels count for less
+    monkeypatch.setattr(distances, "HUGE", huge)  # at 1, half of the channels count for less
     how = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
     settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "tune_passes": 1, "guard": guard}
     report = run(model, tmp_path / "out", tokens, target_mix=mix, **settings, **how)
@@ -251,7 +252,7 @@ def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     target = hidden.to(dtype) @ weight.to(dtype).t() * (1 + 0.02 * torch.randn(8, generator=generator)).to(dtype)
     streams.write(tune.TARGET, slice(0, 1), target)
     sums = {"0": torch.zeros(8, 8)}
-    plain = distance_module.Distance(streams, tune.TARGET)
+    plain = Distance(torch.ones(8))
     tune._add_gradients(sums, layer, {"0": weight.to(dtype).requires_grad_()}, streams, slice(0, 1), plain)
     difference = (hidden.to(dtype) @ weight.to(dtype).t()).double() - target.double()
     expected = difference[0].t() @ hidden[0].to(dtype).double()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llm_barber.distance import Distance
+from llm_barber.distance import Distance, usual_squares
 from llm_barber.errors import NotFiniteError
 from llm_barber.initial import PrunedLinear, collect_inputs, with_few_tokens
 from llm_barber.masking.saliency import wanda
@@ -67,8 +67,8 @@ def tune_layer(
     Raises:
         NotFiniteError: a gradient holds NaN or Inf.
     """
-    _write_targets(layer, dense, settings.target_mix, streams)
-    found, gained = _descend(_Moving(layer, pruned, settings, streams), layer, settings, streams, where)
+    distance = _write_targets(layer, dense, settings.target_mix, streams)
+    found, gained = _descend(_Moving(layer, pruned, settings, streams), layer, distance, settings, streams, where)
     return Tuned(found, not gained)
 
 
@@ -149,6 +149,7 @@ class _Moving:
 def _descend(
     moving: _Moving,
     layer: DecoderLayer,
+    distance: Distance,
     settings: RefineSettings,
     streams: ActivationStreams,
     where: str,
@@ -160,7 +161,6 @@ def _descend(
     steps = settings.steps(streams)
     total = settings.passes * len(steps)
     held_out = streams.split(settings.held_out)[1]
-    distance = Distance(streams, TARGET)
     elements = streams.read(TARGET, slice(0, 1)).numel()
     optimizer = torch.optim.Adam(groups, betas=MOMENTUM, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
@@ -224,12 +224,17 @@ def _add_gradients(
 
 def _write_targets(
     layer: DecoderLayer, dense: Mapping[str, Tensor], target_mix: float, streams: ActivationStreams
-) -> None:
-    """What the layer's output should be, for every window."""
+) -> Distance:
+    """What the layer's output should be, for every window; and how far it is from that."""
     layer.set_weights(dense)
+    squares = []
     for batch in streams.batches():
         target = streams.read(DENSE + NEXT, batch) if target_mix else None
         if target is None or target_mix < 1:
             own = layer.output(streams.read(HIDDEN, batch))
             target = own if target is None else own.float().lerp(target.float(), target_mix).to(layer.dtype)
         streams.write(TARGET, batch, target)
+        squares.append(usual_squares(target))
+    total = torch.stack(squares).sum(0)
+    streams.ranks.add_tensor(total)
+    return Distance.of(total)
