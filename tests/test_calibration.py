@@ -13,7 +13,7 @@ from llm_barber.errors import CalibrationError, HubError
 from tests.test_windows import WithBos
 
 
-def characters(text: str) -> SimpleNamespace:
+def characters(text: str, add_special_tokens: bool = True) -> SimpleNamespace:
     """A tokenizer with one token a character."""
     return SimpleNamespace(input_ids=[ord(character) for character in text])
 
@@ -43,6 +43,8 @@ def test_windows_begin_with_bos_where_texts_do(text: str) -> None:
     assert (windows[:, 1:].diff(dim=1) == 1).all()
     without = load_calibration(text, WithBos, 7, 7, 0, bos=False).input_ids
     assert (without == 1).sum() == 1  # the text's
+    assert load_calibration(text, WithBos, 6, 7, 0).first_token == 1
+    assert load_calibration(text, WithBos, 7, 7, 0, bos=False).first_token is None
 
 
 def test_digest_is_of_the_tokens(text: str) -> None:

@@ -7,7 +7,8 @@ from llm_barber.distance import HUGE, Distance, usual_squares
 def test_channels_count_as_if_none_were_huge() -> None:
     squares = torch.tensor([0.0, 1.0, 2.0, 2.0, 2.0, 2 * HUGE, 4 * HUGE, 200 * HUGE, 0.5], dtype=torch.float64)
     assert Distance.of(squares).weights.tolist() == pytest.approx([1, 1, 1, 1, 1, 1, 0.5, 0.01, 1])
-    assert Distance.of(torch.tensor([0.0, 0.0, 7.0])).weights.tolist() == [1, 1, 1]  # nothing to compare with
+    assert Distance.of(torch.tensor([0.0, 0.0, 7.0])).weights.tolist() == pytest.approx([1, 1, 1e-6])
+    assert Distance.of(torch.zeros(3)).weights.tolist() == [1, 1, 1]  # nothing to compare with
 
 
 def test_a_huge_token_makes_no_channel_huge() -> None:

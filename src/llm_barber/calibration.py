@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm_barber.errors import CalibrationError, HubError
-from llm_barber.windows import Tokenizer, beginning_of_text, cut
+from llm_barber.windows import TextTokenizer, windows_of
 
 BUILTIN = {
     "builtin": "wikipedia-leads.txt",
@@ -50,6 +50,12 @@ class CalibrationTokens:
         """sha256 of the token ids (little-endian int64, row by row)."""
         return hashlib.sha256(self.input_ids.contiguous().numpy().tobytes()).hexdigest()
 
+    @property
+    def first_token(self) -> int | None:
+        """What all windows begin with, BOS most often; None: with this and that."""
+        first = self.input_ids[:, 0]
+        return int(first[0]) if (first == first[0]).all() else None
+
 
 def known_calibrations() -> str:
     """The names and kinds of file that are understood, for messages."""
@@ -58,7 +64,7 @@ def known_calibrations() -> str:
 
 def load_calibration(
     name: str,
-    find_tokenizer: Callable[[], Tokenizer | None],
+    find_tokenizer: Callable[[], TextTokenizer | None],
     samples: int,
     seqlen: int,
     seed: int,
@@ -73,7 +79,7 @@ def load_calibration(
         samples: windows.
         seqlen: tokens a window.
         seed: of the choice of windows.
-        bos: begin each window with the BOS token, if the tokenizer puts it in front of texts.
+        bos: let each window begin as the tokenizer has texts begin, with a BOS token most often.
 
     Raises:
         CalibrationError: unknown, unreadable or too short.
@@ -88,15 +94,14 @@ def load_calibration(
             "the model has no tokenizer, which calibration text needs",
             "add its tokenizer files, or give --calibration a safetensors file with input_ids",
         )
-    tokens = tokenizer(text).input_ids
-    windows = cut(tokens, seqlen, beginning_of_text(tokenizer) if bos else None)
+    windows, tokens = windows_of(text, tokenizer, seqlen, bos)
     count = len(windows)
     if count < samples:
         raise CalibrationError(
-            f"calibration text {name!r} has {len(tokens)} tokens, {count} windows of {seqlen}; {samples} are needed",
+            f"calibration text {name!r} has {tokens} tokens, {count} windows of {seqlen}; {samples} are needed",
             f"use --samples {count} or fewer, a shorter --seqlen, or a longer text"
             if count
-            else f"use a {f'--seqlen of {len(tokens)} or less, or a ' if len(tokens) > 1 else ''}longer text",
+            else f"use a {f'--seqlen of {tokens} or less, or a ' if tokens > 1 else ''}longer text",
         )
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
     return CalibrationTokens(windows[chosen], name)

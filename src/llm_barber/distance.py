@@ -12,7 +12,9 @@ from torch import Tensor
 
 from llm_barber.model.gradients import mean_squares
 
-HUGE = 100.0  # times the median channel's square: larger channels count as if they were that large
+HUGE = 30.0  # times the median channel's square: larger channels count as if they were that large
+
+LEAST = 1e-6  # that a channel counts for: most may be zero
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Distance:
     @classmethod
     def of(cls, squares: Tensor) -> "Distance":
         """From the channels' usual squares, (hidden,), at least 0, up to a factor (`usual_squares`)."""
-        bound = HUGE * squares.median()
+        bound = torch.maximum(HUGE * squares.median(), LEAST * squares.max())
         if bound == 0:  # nothing to compare with
             return cls(torch.ones_like(squares, dtype=torch.float32))
         return cls((bound / squares.clamp_min(bound)).float())
@@ -50,6 +52,6 @@ def usual_squares(targets: Tensor) -> Tensor:
         targets: (sequences, tokens, hidden).
 
     Returns:
-        float64, (hidden,): sums over batches and processes are the same in any order.
+        float64, (hidden,): rounded to float32, sums over batches and processes are the same in any order.
     """
     return targets.abs().median(1).values.double().square().sum(0)

@@ -209,6 +209,7 @@ def _write_rest(
             "source": job.tokens.source,
             "sequences": job.tokens.input_ids.shape[0],
             "tokens": job.tokens.input_ids.shape[1],
+            "first_token": job.tokens.first_token,
             "sha256": job.tokens.digest,
         },
         device=str(job.skeleton.device),

@@ -116,7 +116,7 @@ class RunSettings(StructureSettings):
     calibration: str = Field(default="builtin", description="builtin, c4, wikitext2, or a file")
     samples: int = Field(128, ge=1, description="calibration windows")
     seqlen: int = Field(2048, ge=2, description="tokens a window")
-    bos: bool = Field(True, description="begin each window with BOS, if the tokenizer puts it in front of texts")
+    bos: bool = Field(True, description="let windows begin as the tokenizer has texts begin, with BOS")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the choice of windows")
     batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")

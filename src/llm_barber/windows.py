@@ -1,4 +1,4 @@
-"""The tokens of a text → windows of one length, each of which begins as the tokenizer has texts begin."""
+"""A text → windows of tokens of one length, each of which begins as the tokenizer has texts begin."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,38 +7,47 @@ import torch
 from torch import Tensor
 
 
-class Tokenizer(Protocol):
+class TextTokenizer(Protocol):
     """What is needed of a tokenizer."""
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
         """An object with `input_ids`."""
 
 
-def beginning_of_text(tokenizer: Tokenizer) -> int | None:
-    """The BOS token, if the tokenizer puts it in front of each text.
+def windows_of(text: str, tokenizer: TextTokenizer, seqlen: int, bos: bool) -> tuple[Tensor, int]:
+    """All whole windows of a text, int64 (windows, seqlen), and how many tokens it has.
 
-    A model that has always seen it there can be lost without: Gemma 3 270M has perplexity 33 with it and 59 with
-    windows from the middle of a text. It is there when the model is used, so windows are to have it.
+    Args:
+        text: the whole of it.
+        tokenizer: the model's.
+        seqlen: tokens a window.
+        bos: let each begin as the tokenizer has texts begin, with a BOS token most often; else only the text does.
     """
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return bos if bos is not None and list(tokenizer("A").input_ids)[:1] == [bos] else None
+    tokens = tokenizer(text).input_ids
+    return cut(tokens, seqlen, beginning_of_texts(tokenizer) if bos else ()), len(tokens)
 
 
-def cut(tokens: Sequence[int], seqlen: int, beginning: int | None = None) -> Tensor:
+def beginning_of_texts(tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """The tokens that the tokenizer puts in front of each text: BOS; of some two; () if it puts none.
+
+    A model that has always seen them there can be lost without: Gemma 3 270M has perplexity 33 with BOS and 59 in
+    windows from the middle of a text. They are there when the model is used, so windows are to have them.
+    """
+    whole, own = (list(tokenizer("A", add_special_tokens=one).input_ids) for one in (True, False))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(own)] == own)
+    return tuple(whole[: next(starts, 0)])
+
+
+def cut(tokens: Sequence[int], seqlen: int, beginning: Sequence[int] = ()) -> Tensor:
     """All whole windows of a text's tokens, without overlap, int64 (windows, seqlen).
 
     Args:
         tokens: of the text, as the tokenizer gives them.
-        seqlen: tokens a window, 2 or more.
-        beginning: of each window, followed by `seqlen` - 1 tokens of the text; None: all are of the text, as the
-            released programs of SparseGPT, Wanda and LLM-Barber cut it: at most its first window has a BOS token.
+        seqlen: tokens a window.
+        beginning: of each window, followed by the text; none: wherever they are cut.
     """
-    text = torch.tensor(tokens, dtype=torch.int64)
-    if beginning is None:
-        count = len(text) // seqlen
-        return text[: count * seqlen].view(count, seqlen)
-    if len(text) and text[0] == beginning:
-        text = text[1:]
-    own = seqlen - 1
-    count = len(text) // own
-    return torch.cat([text.new_full((count, 1), beginning), text[: count * own].view(count, own)], 1)
+    own = seqlen - len(beginning)
+    tokens = tokens[len(beginning) :] if list(tokens[: len(beginning)]) == list(beginning) else tokens
+    count = len(tokens) // own if own > 0 else 0
+    text = torch.tensor(tokens[: count * own], dtype=torch.int64).view(count, max(own, 0))
+    return torch.cat([torch.tensor(beginning, dtype=torch.int64).expand(count, -1), text], 1)

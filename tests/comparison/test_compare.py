@@ -160,6 +160,21 @@ def test_a_cell_is_done_again_if_anything_it_depends_on_changed(settings: dict[s
     assert done() == 1
 
 
+def test_windows_begin_with_bos_where_texts_do(settings: dict[str, Any], counter: Counter) -> None:
+    add_tokenizer(settings["model"], bos=True)
+    small = settings | {"methods": ("wanda",), "targets": ("0.5",), "rebuild": False, "rebuild_settings": {}}
+    for bos in (True, False):
+        comparison = compare(CompareConfig(**small | {"seeds": (0,), "bos": bos, "keep_models": True}))
+        assert comparison.dense.texts[0].begins_with_bos is bos
+        (record,) = (settings["output"] / "models").glob("*/barber.json")
+        found = json.loads(record.read_text())
+        assert found["settings"]["bos"] is bos
+        assert found["calibration"]["first_token"] == (94 if bos else None)
+        record.unlink()
+    assert counter.calls == 2
+    assert len(list(settings["output"].glob("calibration-seed0-*"))) == 2
+
+
 def test_stopped_before_its_first_cell_it_leaves_older_tables(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

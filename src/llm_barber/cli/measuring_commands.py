@@ -21,6 +21,15 @@ from llm_barber.cli.options import (
 )
 
 MEASURED = shown_in(TEXT, TASKS)
+BosOption = Annotated[
+    bool,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Let each window, of calibration, too, begin as the tokenizer has texts begin, with a BOS token; "
+        "--no-bos: wherever it is cut, as published numbers of such models have it.",
+        rich_help_panel=TEXT,
+    ),
+]
 
 
 @app.command(
@@ -29,7 +38,7 @@ MEASURED = shown_in(TEXT, TASKS)
     "llm-barber evaluate pruned --tasks paper --against meta-llama/Llama-3.2-1B\n\n"
     "llm-barber evaluate pruned --tasks-folder ./tasks --tasks arc_easy,hellaswag --limit 500"
 )
-@takes(*MEASURED, "bos", "batch_size", "device", "dtype", "layers", "blocks")
+@takes(*MEASURED, "batch_size", "device", "dtype", "layers", "blocks")
 def evaluate(
     model: ModelArgument,
     text: Annotated[
@@ -42,6 +51,7 @@ def evaluate(
         ),
     ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=TEXT)] = 2048,
+    bos: BosOption = True,
     against: Annotated[
         str | None,
         typer.Option(
@@ -75,7 +85,7 @@ def evaluate(
     from llm_barber.page.write import keep_with_model
 
     settings |= {"text": text or None, "tasks": names(settings.get("tasks"))}
-    config = EvaluateConfig(model=model, against=against, seqlen=seqlen, **settings)
+    config = EvaluateConfig(model=model, against=against, seqlen=seqlen, bos=bos, **settings)
     with ConsoleProgress(quiet) as progress:
         result = run(config, progress)
         if keep:
@@ -92,7 +102,7 @@ def evaluate(
 )
 @takes(
     "granularity", "rebuild_ratio", "allow_dense_tail", "layers", "blocks", "calibration", "samples", "seqlen",
-    "bos", *MEASURED, "batch_size", "device", "dtype", "revision",
+    *MEASURED, "batch_size", "device", "dtype", "revision",
 )  # fmt: skip
 def compare(
     model: ModelArgument,
@@ -135,6 +145,7 @@ def compare(
         ),
     ] = None,
     text_seqlen: Annotated[int, typer.Option(help="Tokens a window of the texts.", rich_help_panel=TEXT)] = 2048,
+    bos: BosOption = True,
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Leave the pruned models in OUT/models.", rich_help_panel=OUTPUT)
     ] = False,

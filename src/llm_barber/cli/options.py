@@ -166,8 +166,7 @@ OPTIONS: dict[str, Any] = {
     "bos": option(
         bool,
         CALIBRATION,
-        "Begin each window with the BOS token, if the tokenizer puts it in front of texts; --no-bos: cut windows as "
-        "the released programs do.",
+        "Let each window begin as the tokenizer has texts begin, with a BOS token; --no-bos: wherever it is cut.",
         "--bos/--no-bos",
     ),
     "seed": option(int, CALIBRATION, "Of the choice of windows."),

@@ -28,7 +28,7 @@ from llm_barber.presets import PRESETS, REVISIONS
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.usage import versions
-from llm_barber.windows import beginning_of_text
+from llm_barber.windows import beginning_of_texts
 
 MARKER = "COMPARISON.txt"
 
@@ -214,8 +214,8 @@ def make_runner(
         "compute": [str(device), dtype],
         "version": versions()["llm-barber"],
     }
-    if _with_bos(config, folder):
-        common["bos"] = True
+    if _begins_texts(folder):
+        common["bos"] = config.bos
     if config.layers or config.blocks:
         common["structure"] = [config.layers, [asdict(block) for block in config.blocks]]
     return CellRunner(
@@ -249,6 +249,7 @@ def _run_cell(
                 report=False,
                 layers=config.layers,
                 blocks=config.blocks,
+                bos=config.bos,
                 **settings,
             ),
             progress,
@@ -279,10 +280,10 @@ def _with_tasks(config: CompareConfig, cell: Cell) -> bool:
     return config.task_seeds is None or cell.seed in config.seeds[: config.task_seeds]
 
 
-def _with_bos(config: CompareConfig, folder: str) -> bool:
-    """Do windows begin with a BOS token?"""
-    tokenizer = load_tokenizer(Path(folder)) if config.bos else None
-    return tokenizer is not None and beginning_of_text(tokenizer) is not None
+def _begins_texts(folder: str) -> bool:
+    """Does the model's tokenizer put a BOS token in front of texts?"""
+    tokenizer = load_tokenizer(Path(folder))
+    return tokenizer is not None and len(beginning_of_texts(tokenizer)) > 0
 
 
 def calibration_file(config: CompareConfig, folder: str, seed: int, progress: Progress) -> Path:
@@ -290,7 +291,7 @@ def calibration_file(config: CompareConfig, folder: str, seed: int, progress: Pr
     if config.calibration.endswith(TOKEN_FILE_SUFFIX):
         return Path(config.calibration)
     made_from: list[Any] = [fingerprint(Path(folder)), config.calibration, source_fingerprint(config.calibration)]
-    made_from += [config.samples, config.seqlen, seed, *(["bos"] if _with_bos(config, folder) else [])]
+    made_from += [config.samples, config.seqlen, seed, *(["bos"] if config.bos and _begins_texts(folder) else [])]
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     path = config.output / f"calibration-seed{seed}-{digest[:12]}{TOKEN_FILE_SUFFIX}"
     if not path.exists():

@@ -78,9 +78,7 @@ class CompareConfig(StructureSettings):
     calibration: str = Field("builtin", description="builtin, c4, wikitext2, or a file")
     samples: int = Field(128, ge=1, description="calibration windows")
     seqlen: int = Field(2048, ge=2, description="tokens a calibration window")
-    bos: bool = Field(
-        True, description="begin each window, of texts, too, with BOS, if the tokenizer puts it in front of texts"
-    )
+    bos: bool = Field(True, description="let windows, of texts, too, begin as the tokenizer has texts begin, with BOS")
     seeds: tuple[Seed, ...] = Field(
         (0,), min_length=1, description="of the choice of windows; several give mean and spread"
     )

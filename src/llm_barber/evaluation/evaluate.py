@@ -20,7 +20,7 @@ from llm_barber.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings import DTYPES, StructureSettings
 from llm_barber.usage import versions
-from llm_barber.windows import beginning_of_text
+from llm_barber.windows import beginning_of_texts
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 
@@ -35,7 +35,7 @@ class EvaluateConfig(StructureSettings):
     )
     windows: int | None = Field(None, ge=1, description="windows of each text; None: all")
     seqlen: int = Field(2048, ge=2, description="tokens a window")
-    bos: bool = Field(True, description="begin each window with BOS, if the tokenizer puts it in front of texts")
+    bos: bool = Field(True, description="let windows begin as the tokenizer has texts begin, with BOS")
     tasks: tuple[str, ...] = Field((), description="lm-eval's names, paper (the paper's seven), or the folder's files")
     tasks_folder: Path | None = Field(None, description="folder with a .jsonl file a task, read instead of the hub")
     limit: int | None = Field(None, ge=2, description="examples of each task, at most")
@@ -67,7 +67,10 @@ class TextComparison(BaseModel):
 
 
 class TextResult(BaseModel):
-    """Perplexity on one text, with everything that the number depends on. `begins_with_bos`: each window does."""
+    """Perplexity on one text, with everything that the number depends on.
+
+    `begins_with_bos`: each window does, or with what else the tokenizer puts in front of texts.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -197,7 +200,8 @@ class Evaluator:
             name, text, self.tokenizer, self.config.seqlen, self.config.windows, self.config.bos
         )
         check_vocabulary(model.config, windows)
-        begins_with_bos = self.config.bos and beginning_of_text(self.tokenizer) is not None
+        beginning = torch.tensor(beginning_of_texts(self.tokenizer))
+        begins_with_bos = len(beginning) > 0 and bool((windows[:, : len(beginning)] == beginning).all())
         return _Text(name, hashlib.sha256(text.encode()).hexdigest(), windows, begins_with_bos)
 
     def _states(self, model: StreamedModel, windows: Tensor, progress: Progress) -> list[Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llm_barber.calibration import read_text
 from llm_barber.errors import CalibrationError, HubError
-from llm_barber.windows import Tokenizer, beginning_of_text, cut
+from llm_barber.windows import TextTokenizer, windows_of
 
 KNOWN = ("wikitext2", "ptb", "c4")
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256
@@ -51,7 +51,7 @@ def check_text(name: str) -> None:
 
 
 def evaluation_windows(
-    name: str, text: str, tokenizer: Tokenizer, seqlen: int, windows: int | None = None, bos: bool = True
+    name: str, text: str, tokenizer: TextTokenizer, seqlen: int, windows: int | None = None, bos: bool = True
 ) -> Tensor:
     """The first windows of a text, int64 (windows, seqlen).
 
@@ -61,19 +61,18 @@ def evaluation_windows(
         tokenizer: the model's.
         seqlen: tokens a window.
         windows: how many at most; None: all whole ones.
-        bos: begin each with the BOS token, if the tokenizer puts it in front of texts.
+        bos: let each begin as the tokenizer has texts begin, with a BOS token most often.
 
     Raises:
         CalibrationError: the text is shorter than a window.
     """
-    tokens = tokenizer(text).input_ids
-    found = cut(tokens, seqlen, beginning_of_text(tokenizer) if bos else None)
+    found, tokens = windows_of(text, tokenizer, seqlen, bos)
     if not len(found):
         raise CalibrationError(
-            f"text {name!r} has {len(tokens)} tokens, fewer than one window of {seqlen}",
+            f"text {name!r} has {tokens} tokens, fewer than one window of {seqlen}",
             "use a shorter --seqlen or a longer text",
         )
-    return found[:windows][: C4_WINDOWS if name == "c4" else None]
+    return found[:windows][: C4_WINDOWS if name == "c4" else None].clone()  # not a view of all of them
 
 
 def _hub_column(column: str, rows: int | None = None, **settings: object) -> list[str]:
