@@ -25,7 +25,7 @@ BosOption = Annotated[
     bool,
     typer.Option(
         "--bos/--no-bos",
-        help="Let each window, of calibration, too, begin as the tokenizer has texts begin, with a BOS token; "
+        help="Let each window (compare: of calibration, too) begin as the tokenizer has texts begin, with a BOS token; "
         "--no-bos: wherever it is cut, as published numbers of such models have it.",
         rich_help_panel=TEXT,
     ),
