@@ -236,7 +236,7 @@ class Quality:
     ) -> CellResult:
         runner = make_runner(config, self.model, progress, self.evaluator(config, progress))
         seed = self.seeds[0]
-        calibration = str(calibration_file(config, self.model, seed, progress))
+        calibration = str(calibration_file(config, runner, self.model, seed, progress))
         cell = Cell(method, True, "0.5", seed)
 
         def make(target: Path) -> RunReport:

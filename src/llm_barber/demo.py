@@ -1,4 +1,4 @@
-"""The demonstration: a real model of 135M weights, pruned to 50 % in three ways, before and after shown."""
+"""The demonstration: a real model of 135M weights, pruned to 50 % in four ways, before and after shown."""
 
 import importlib.util
 import shutil
@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rebuild_ratio": 0.1,
     },
     "wanda": {"initial": Initial.WANDA, "rebuild": False},
+    "preset-mask": {},  # what `prune` does unless it is told otherwise
 }
 
 

@@ -135,7 +135,7 @@ def demo(
     debug: DebugOption = False,
     **settings: Any,
 ) -> None:
-    """Prune a real model of 135M weights to 50 % in three ways, and show what each does to it."""
+    """Prune a real model of 135M weights to 50 % in four ways, and show what each does to it."""
     from llm_barber.console import ConsoleProgress, show_demo
     from llm_barber.demo import DemoConfig
     from llm_barber.demo import demo as run

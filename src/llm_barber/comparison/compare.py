@@ -119,7 +119,7 @@ def compare(
         calibrations: dict[int, Path] = {}  # by seed
         for seed in dict.fromkeys(cell.seed for cell in missing):
             # Made before anything is measured: a text that is too short is told now, and no cell's time has it.
-            calibrations[seed] = calibration_file(config, folder, seed, progress)
+            calibrations[seed] = calibration_file(config, runner, folder, seed, progress)
             with safe_open(calibrations[seed], "pt") as tokens:
                 shape = tuple(tokens.get_slice("input_ids").get_shape())
         dense = runner.dense(progress)
@@ -286,12 +286,12 @@ def _begins_texts(folder: str) -> bool:
     return tokenizer is not None and len(beginning_of_texts(tokenizer)) > 0
 
 
-def calibration_file(config: CompareConfig, folder: str, seed: int, progress: Progress) -> Path:
+def calibration_file(config: CompareConfig, runner: CellRunner, folder: str, seed: int, progress: Progress) -> Path:
     """The calibration tokens of a seed, made once: other programs can be run on the very same ones."""
     if config.calibration.endswith(TOKEN_FILE_SUFFIX):
         return Path(config.calibration)
-    made_from: list[Any] = [fingerprint(Path(folder)), config.calibration, source_fingerprint(config.calibration)]
-    made_from += [config.samples, config.seqlen, seed, *(["bos"] if config.bos and _begins_texts(folder) else [])]
+    common = runner.common
+    made_from = [common["model"], *common[CALIBRATION], seed, *(["bos"] if common.get("bos") else [])]
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     path = config.output / f"calibration-seed{seed}-{digest[:12]}{TOKEN_FILE_SUFFIX}"
     if not path.exists():
