@@ -1,18 +1,16 @@
 """What the benchmarks share: the model, the machine, tables."""
 
 import json
-import platform
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from llm_barber import usage
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.demo import demo_model
-from llm_barber.usage import versions
 
 HISTORY = Path(__file__).parent / "results" / "history.jsonl"
 
@@ -24,14 +22,7 @@ def model_folder(model: str | None) -> str:
 
 def machine() -> str:
     """The processor, threads and versions, for the line under a table."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    found = ", ".join(f"{package} {number}" for package, number in versions().items())
-    return f"{name}{' with AMX' if amx else ''}, {torch.get_num_threads()} threads; {found}"
+    return f"{usage.machine()}; {', '.join(f'{package} {number}' for package, number in usage.versions().items())}"
 
 
 def show(title: str, headings: list[str], rows: list[list[str]]) -> None:

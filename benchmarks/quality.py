@@ -11,9 +11,10 @@ import argparse
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import machine, model_folder
+from common import model_folder
 from quality_page import write_page
 
 from llm_barber.checkpoint.folder import locked
@@ -22,7 +23,6 @@ from llm_barber.comparison.compare import (
     MARKER,
     Cell,
     Comparison,
-    ComparisonCell,
     calibration_file,
     cell_settings,
     compare,
@@ -58,6 +58,15 @@ DEFAULT_NAME, DEFAULT_TITLE = "smollm2-135m", "SmolLM2-135M-Instruct (from a 4-b
 # Beyond the paper and its peers: ADMM as a baseline, and what the presets are.
 REFINED = (Method.ALPS, Method.MASK, Method.BEST)
 STAGES = ("choice", "first", "order", "sequences", "main", "refined")
+
+
+@dataclass(frozen=True)
+class RefinedRows:
+    """Rows that are asked for by themselves: a method without rebuild at some targets with some seeds."""
+
+    method: Method
+    targets: tuple[str, ...]
+    seeds: tuple[int, ...]
 
 
 class Quality:
@@ -110,8 +119,7 @@ class Quality:
         self.targets = targets
         self.counts = CALIBRATION_SEQUENCES
         self.methods: tuple[Method, ...] = PEERS
-        self.refined_seeds = seeds[:1]
-        self.refined_rows: dict[Method, tuple[str, ...]] = {}
+        self.refined_rows: tuple[RefinedRows, ...] = ()
         self.seeds_of = seeds_of or {}
         self.settings = settings
 
@@ -163,12 +171,12 @@ class Quality:
         """All methods at all targets with the first seed: the tables, should there be no time for the others."""
         return self.main(progress, self.seeds[:1])
 
-    def refined(self, progress: Progress) -> list[ComparisonCell]:
-        """What goes beyond the paper, at all targets, as many seeds as there is time for."""
-        cells: list[ComparisonCell] = []
-        for method, targets in self.refined_rows.items():
-            cells += self.table(progress, {}, self.refined_seeds, (method,), targets, rebuild=False).cells
-        return cells
+    def refined(self, progress: Progress) -> list[Comparison]:
+        """Rows without rebuild: what goes beyond the paper, as many targets and seeds as there is time for."""
+        return [
+            self.table(progress, {}, rows.seeds, (rows.method,), rows.targets, rebuild=False)
+            for rows in self.refined_rows
+        ]
 
     def main(self, progress: Progress, seeds: tuple[int, ...] | None = None) -> Comparison:
         """All methods at all targets, all seeds."""
@@ -278,11 +286,16 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
-    parser.add_argument("--methods", default=",".join(PEERS), help="rows of the main tables")
+    parser.add_argument("--methods", default=",".join(PEERS), help="rows of the main tables; '': none")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--seeds-of", metavar="TARGET=SEED,…", action="append", default=[], help="of one target")
-    parser.add_argument("--refined", metavar="METHOD=TARGET,…", action="append", default=[], help="(default: all)")
-    parser.add_argument("--refined-seeds", default="0", help="of what goes beyond the paper")
+    parser.add_argument(
+        "--refined",
+        metavar="METHOD=TARGET,…[@SEED,…]",
+        action="append",
+        default=[],
+        help="rows without rebuild; again for more; '': none (default: ALPS and the presets, all targets, first seed)",
+    )
     parser.add_argument("--counts", default=",".join(map(str, CALIBRATION_SEQUENCES)), help="of calibration sequences")
     parser.add_argument("--settings-of", metavar="NAME", help="take the rebuild's settings from that model's results")
     parser.add_argument("--only", choices=STAGES)
@@ -299,41 +312,35 @@ def main() -> None:
         read_settings(options.settings_of) if options.settings_of else None,
     )  # fmt: skip
     quality.counts = _numbers(options.counts)
-    quality.refined_seeds = _numbers(options.refined_seeds)
-    quality.methods = tuple(Method(name) for name in options.methods.split(","))
-    given = [one.partition("=") for one in options.refined]
-    quality.refined_rows = {Method(method): tuple(targets.split(",")) for method, _, targets in given}
-    quality.refined_rows = quality.refined_rows or dict.fromkeys(REFINED, quality.targets)
+    quality.methods = tuple(Method(name) for name in options.methods.split(",") if name)
+    given = options.refined or [f"{method}={options.targets}" for method in REFINED]
+    quality.refined_rows = tuple(_refined_rows(one, quality.seeds[:1]) for one in given if one)
     with ConsoleProgress() as progress:
         if options.only:
             getattr(quality, options.only)(progress)
             return
-        if quality.settings is not None:
-            comparison = quality.main(progress)
-            choice, sequences, order = {}, {}, {}
-        else:
+        parts: list[Comparison] = []
+        choice, sequences, order = {}, {}, {}
+        if quality.settings is None:
             quality.first(progress)
             order, sequences = quality.order(progress), quality.sequences(progress)
-            comparison, choice = quality.main(progress), quality.choice(progress)
+            choice = quality.choice(progress)
             write_settings(name, quality.chosen(progress))
-        refined = quality.refined(progress)
-    cells = sorted([*comparison.cells, *refined], key=lambda cell: quality.targets.index(cell.target))
-    comparison = comparison.model_copy(update={"cells": tuple(cells)})
-    write_page(
-        ROOT / "docs" / "results.md",
-        name,
-        title,
-        machine(),
-        comparison,
-        choice,
-        sequences,
-        order,
-        options.settings_of,
-        quality.seeds_of,
-        quality.refined_seeds,
-    )
+        if quality.methods:
+            parts.append(quality.main(progress))
+        parts += quality.refined(progress)
+    cells = [cell for part in parts for cell in part.cells]
+    cells.sort(key=lambda cell: quality.targets.index(cell.target))
+    comparison = parts[0].model_copy(update={"cells": tuple(cells)})
+    write_page(ROOT / "docs" / "results.md", name, title, comparison, choice, sequences, order, options.settings_of)
     print(markdown(comparison.model_copy(update={"model": title})))
-    print(machine())
+
+
+def _refined_rows(given: str, seeds: tuple[int, ...]) -> RefinedRows:
+    """METHOD=TARGET,…[@SEED,…]."""
+    rows, _, own = given.partition("@")
+    method, _, targets = rows.partition("=")
+    return RefinedRows(Method(method), tuple(targets.split(",")), _numbers(own) if own else seeds)
 
 
 def _numbers(given: str) -> tuple[int, ...]:

@@ -28,8 +28,8 @@ Order = Mapping[Method, tuple[CellResult, CellResult]]
 
 
 def write_page(
-    page: Path, name: str, title: str, machine: str, comparison: Comparison, choice: Choice, sequences: Sequences,
-    order: Order, settings_of: str | None, seeds_of: Mapping[str, tuple[int, ...]], refined_seeds: tuple[int, ...],
+    page: Path, name: str, title: str, comparison: Comparison, choice: Choice, sequences: Sequences,
+    order: Order, settings_of: str | None,
 ) -> None:  # fmt: skip
     """Replace the model's part of the page (between its markers), and write its plots beside it."""
     comparison = comparison.model_copy(update={"model": title})
@@ -40,16 +40,14 @@ def write_page(
         (plots / f"{name}.svg").write_text(picture, encoding="utf-8")
     lines = [f"## {title}", ""]
     lines += [f"- {note}" for note in notes(comparison)]
-    lines += [f"- {target_title(target)}: seeds {', '.join(map(str, seeds))}." for target, seeds in seeds_of.items()]
-    if refined_seeds:
-        lines += [f"- ALPS and the presets: seeds {', '.join(map(str, refined_seeds))}."]
-    lines += [f"- Machine: {machine}.", ""]
-    lines += [f"![Perplexity by sparsity](results/{name}.svg)", ""]
+    lines += _fewer_seeds(comparison)
+    lines += ["", f"![Perplexity by sparsity](results/{name}.svg)", ""]
     for block in blocks(comparison):
         lines += [f"### {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
     lines += _gap(comparison)
-    lines += _does_it_help(comparison)
-    if settings_of is not None:
+    if any(cell.rebuilt for cell in comparison.cells):
+        lines += _does_it_help(comparison)
+    if settings_of is not None and any(cell.rebuilt for cell in comparison.cells):
         lines += [f"The settings of the rebuild are those chosen on {settings_of}.", ""]
     if choice:
         lines += _choice(choice)
@@ -67,6 +65,26 @@ def write_page(
     else:
         text = f"{text.rstrip()}\n\n{part}\n"
     page.write_text(text, encoding="utf-8")
+
+
+def _fewer_seeds(comparison: Comparison) -> list[str]:
+    """Which rows have other seeds than the tables, by target."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for cell in comparison.cells:
+        title = TITLES[cell.method] + REBUILT * cell.rebuilt
+        found.setdefault((title, target_title(cell.target)), []).append(cell.seed)
+    usual = sorted(set().union(*found.values()))
+    others: dict[tuple[int, ...], dict[str, list[str]]] = {}
+    for (title, target), seeds in found.items():
+        # Magnitude looks at no text: it is the same for every seed.
+        if sorted(seeds) != usual and title != TITLES[Method.MAGNITUDE]:
+            others.setdefault(tuple(sorted(seeds)), {}).setdefault(title, []).append(target)
+    return [
+        f"- Seeds {', '.join(map(str, seeds))}: "
+        + "; ".join(f"{title} at {', '.join(targets)}" for title, targets in rows.items())
+        + "."
+        for seeds, rows in others.items()
+    ]
 
 
 def _gap(comparison: Comparison) -> list[str]:
@@ -87,7 +105,7 @@ def _gap(comparison: Comparison) -> list[str]:
                 wanda = found.get((Method.WANDA, False, at, seed))
                 if (one, was_rebuilt, at) == (method, rebuilt, target) and wanda is not None:
                     gaps.append((wanda - value) / (wanda - dense))
-            cells.append(f"{sum(gaps) / len(gaps):.0%}" if gaps else "–")
+            cells.append(f"{sum(gaps) / len(gaps):z.0%}" if gaps else "–")
         if (method, rebuilt) != (Method.WANDA, False):
             rows.append(Row(TITLES[method] + REBUILT * rebuilt, tuple(cells), (False,) * len(cells)))
     return [

@@ -15,6 +15,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
+def machine(device: torch.device | None = None) -> str:
+    """The GPU, if that is what computes, or the processor, and the number of threads, for people."""
+    if device is not None and device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    name = platform.processor() or platform.machine()
+    described = Path("/proc/cpuinfo")
+    if described.exists():
+        names = [line.partition(":")[2].strip() for line in described.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    threads = torch.get_num_threads()
+    return f"{name}{' with AMX' if amx else ''}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def peak_memory() -> int:
     """The largest resident set of this process so far, in bytes (since `reset_peak_memory`, on Linux)."""
     status = Path("/proc/self/status")

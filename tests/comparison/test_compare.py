@@ -13,6 +13,7 @@ from llm_barber.comparison.compare import MARKER
 from llm_barber.comparison.settings import Method
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
+from llm_barber.usage import machine
 from tests.conftest import make_model
 from tests.evaluation.test_evaluate import add_tokenizer
 from tests.evaluation.test_tasks import QUESTIONS
@@ -100,6 +101,7 @@ def test_cells_are_what_prune_and_evaluate_give(settings: dict[str, Any], tmp_pa
         assert cell.swapped > 0
     for (_, _, _, seed), cell in cells.items():
         assert cell is not None
+        assert cell.machine == machine()
         assert [task.task for task in cell.evaluation.tasks] == (["questions"] * 2 if seed == 0 else [])
     assert comparison.dense.texts[0].against is not None
     assert comparison.dense.texts[0].against.divergence == 0

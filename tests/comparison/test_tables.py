@@ -39,7 +39,8 @@ def make_cell(
         result = CellResult(
             name="n", key={}, sparsity=0.5, swapped=3 * rebuilt, granularity="block" if rebuilt else None,
             rebuild_ratio=0.1 if rebuilt else None, errors={}, seconds=2.0 + seed, peak_memory=2**30,
-            peak_device_memory=None, evaluation=make_evaluation(perplexity, changes.get("accuracy")),
+            peak_device_memory=None, machine=changes.get("machine"),
+            evaluation=make_evaluation(perplexity, changes.get("accuracy")),
         )  # fmt: skip
     return ComparisonCell(
         method=method, rebuilt=rebuilt, target=target, seed=seed, result=result, failure=changes.get("failure")
@@ -88,6 +89,12 @@ def test_markdown_and_notes() -> None:
     assert "- Not done: Wanda at 2:4, seed 0: it broke." in text
     assert "- Rebuild: Wanda: within each block, ratio 0.1." in text
     assert "mean ± sample standard deviation over seeds" in text
+    assert "- Machine: not noted." in text
+
+
+def test_every_machine_is_named() -> None:
+    cells = tuple(make_cell(Method.WANDA, False, "0.5", seed, 20.0, machine=f"box {seed // 2}") for seed in range(4))
+    assert "- Machines: box 0; box 1." in markdown(make_comparison().model_copy(update={"cells": cells}))
 
 
 def test_comma_separated() -> None:

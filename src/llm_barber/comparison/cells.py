@@ -13,7 +13,7 @@ from llm_barber.checkpoint.state import write_durably
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.progress import Progress
 from llm_barber.report import RunReport
-from llm_barber.usage import reset_peak_memory
+from llm_barber.usage import machine, reset_peak_memory
 
 CELLS = "cells"
 MODELS = "models"
@@ -29,7 +29,8 @@ class CellResult(BaseModel):
 
     `key` is everything that the result depends on. `errors` are the mean reconstruction errors of each kind of block,
     before and after the rebuild; `seconds` are those of pruning, from the first layer read to the last written;
-    `peak_memory` (bytes) is the process's while it prunes, with what it keeps to measure with.
+    `peak_memory` (bytes) is the process's while it prunes, with what it keeps to measure with. `machine`: which one
+    that was; None: not noted, by an older version.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,6 +45,7 @@ class CellResult(BaseModel):
     seconds: float
     peak_memory: int
     peak_device_memory: int | None
+    machine: str | None = None
     evaluation: Evaluation
 
 
@@ -149,6 +151,7 @@ class CellRunner:
             seconds=report.seconds["total"],
             peak_memory=report.peak_memory,
             peak_device_memory=report.peak_device_memory,
+            machine=machine(evaluator.device),
             # The folder is gone, or has another name on another machine.
             evaluation=evaluation.model_copy(update={"model": name, "against": DENSE}),
         )

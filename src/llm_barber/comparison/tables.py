@@ -164,6 +164,8 @@ def notes(comparison: Comparison) -> list[str]:
         + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
         + "."
     )
+    machines = dict.fromkeys(cell.result.machine or "not noted" for cell in comparison.cells if cell.result)
+    found.append(f"Machine{'s' if len(machines) > 1 else ''}: {'; '.join(machines)}.")
     found += [f"Not done: {_title(cell)}: {cell.failure}." for cell in comparison.failures]
     return found
 
