@@ -157,6 +157,68 @@ def test_a_damaged_file_of_activations_costs_one_layer(
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+def damage(path: Path) -> None:
+    """Change its last byte."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_damaged_shard_costs_what_it_held(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer's is pruned again; what is outside the layers is copied again, even with all layers finished."""
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    outside, *layers = sorted((tmp_path / "out.partial").glob("model-*"))
+    assert len(layers) == 2
+    damage(outside)
+    damage(layers[1])
+    found = counted_layers(monkeypatch)
+    run(model, tmp_path / "out", tokens, resume=True)
+    assert found == [1, 2]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    monkeypatch.undo()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm_barber.run._write_rest", killed)
+    for layer, computed in ((outside.name, []), (layers[1].name, None), ("model-00004-of-00004.safetensors", [2])):
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "late", tokens, resume=True)
+        damage(tmp_path / "late.partial" / layer)
+        again = counted_layers(monkeypatch)
+        if computed is None:  # activations before it are there, too: two layers
+            computed = [1, 2]
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "late", tokens, resume=True)
+        assert again == computed
+    monkeypatch.undo()
+    run(model, tmp_path / "late", tokens, resume=True)
+    assert weights(tmp_path / "late") == weights(tmp_path / "whole")
+
+
+def test_an_allocation_is_not_made_twice(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"preset": "mask"}
+    run(model, tmp_path / "whole", tokens, **settings)
+    stopped(monkeypatch, model, tmp_path / "out", tokens, layers=0, **settings)
+    monkeypatch.setattr("llm_barber.run.allocate", None)
+    run(model, tmp_path / "out", tokens, resume=True, **settings)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_the_model_may_go_by_another_name(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    monkeypatch.chdir(model.parent)
+    found = counted_layers(monkeypatch)
+    run(Path(model.name), tmp_path / "out", tokens, resume=True, bos=False)  # as the tokens say, nothing else
+    assert found == [2]
+
+
 def test_refuses_what_it_cannot_go_on_with(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,12 +236,11 @@ def test_refuses_what_it_cannot_go_on_with(
     with pytest.raises(OutputError, match="another version of a library"):
         run(model, out, tokens, resume=True)
     monkeypatch.undo()
-    shard = min((out.with_name("out.partial")).glob("model-*"))
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-1] + b"\x00" if content[-1:] != b"\x00" else content[:-1] + b"\x01")
+    shard = sorted((out.with_name("out.partial")).glob("model-*"))[1]
+    damage(shard)  # of the first of two layers: nothing before it was kept
     with pytest.raises(OutputError, match="is damaged or missing"):
         run(model, out, tokens, resume=True)
-    shard.write_bytes(content)
+    damage(shard)
     saved = shutil.copytree(model, tmp_path / "saved")
     make_model(model, "llama", num_hidden_layers=3, seed=4)
     with pytest.raises(OutputError, match="another model's files"):
@@ -204,7 +265,7 @@ def test_a_full_disk_and_a_lost_source_leave_what_is_finished(
     def full(*arguments: Any, **settings: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 5:  # the second layer's activations
             raise OSError(28, "No space left on device")
         save(*arguments, **settings)
 
@@ -256,7 +317,7 @@ def test_rebuild_goes_on_too_and_notices_another_pruned_model(
         rebuild(RebuildConfig(output=tmp_path / "out", **settings))
     monkeypatch.undo()
     run(model, tmp_path / "other", tokens, rebuild=False, sparsity=0.6)
-    with pytest.raises(OutputError, match="another pruned, pruned model's files"):
+    with pytest.raises(OutputError, match="another pruned model's files"):
         rebuild(RebuildConfig(output=tmp_path / "out", resume=True, **settings | {"pruned": tmp_path / "other"}))
     rebuild(RebuildConfig(output=tmp_path / "out", resume=True, **settings))
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")

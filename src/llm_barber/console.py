@@ -98,8 +98,9 @@ class ConsoleProgress:
             )
 
     def warn(self, message: str) -> None:
-        """Something that the user should know."""
-        self.console.print(f"warning: {message}", style="yellow", soft_wrap=True)
+        """Something that the user should know, quiet or not."""
+        console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
+        console.print(f"warning: {message}", style="yellow", soft_wrap=True)
 
     def _clear(self) -> None:
         if self._task is not None:

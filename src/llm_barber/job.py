@@ -228,7 +228,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = resolve_dtype(settings.dtype, device)
-    check_output(settings.output, settings.overwrite)
+    if ranks.first:  # the others write nothing, and may see what the first one is making
+        check_output(settings.output, settings.overwrite)
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
     config = load_config(source)
@@ -266,7 +267,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
             f"{model} keeps its embedding as {job.head_place.tensor}, which the pruned output head would be",
             "save it again with transformers' save_pretrained, or leave out --prune-head",
         )
-    check_output(settings.output, settings.overwrite, job.bytes)
+    if ranks.first:
+        check_output(settings.output, settings.overwrite, job.bytes)
     shapes = job.linear_shapes(source)
     if targets is not None:
         of_layers = [

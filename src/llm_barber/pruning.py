@@ -89,7 +89,13 @@ def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunRepo
 
 def _finished_before(command: str, config: RunSettings, ranks: Ranks) -> RunReport | None:
     """The report of this same run, where it was killed when its output was whole and only its state was left there."""
-    if not config.resume or ranks.count > 1 or not (config.output / STATE_NAME).is_file():
+    if not config.resume:
+        return None
+    return ranks.from_first(_finished(command, config) if ranks.first else None)
+
+
+def _finished(command: str, config: RunSettings) -> RunReport | None:
+    if not (config.output / STATE_NAME).is_file():
         return None
     record = read_record(config.output)
     if record is None or record.command != command:

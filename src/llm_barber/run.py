@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from llm_barber.allocation import allocate
@@ -17,12 +18,12 @@ from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.packed_writer import PackedWriter
-from llm_barber.checkpoint.state import source_key
+from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import PruneConfig, RebuildConfig
 from llm_barber.embedding import embed, memory_said, with_smaller_batches
-from llm_barber.errors import NotFiniteError
+from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, MethodMasks
 from llm_barber.job import Job
@@ -40,6 +41,8 @@ from llm_barber.usage import peak_device_memory, peak_memory, versions
 
 # Settings that do not change the result.
 UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory"}
+# Settings whose effect is known by the files and tokens that they lead to.
+KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos"}
 STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 
 
@@ -90,12 +93,13 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))
         activations = ranks.scatter(activations, sequences)
-        results = [LayerResult.model_validate(layer) for layer in writer.state.layers]
+        results = _finished_layers(writer)
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
         streams = _embed(work, writer, seconds, progress)
         _allocate(work, streams, writer, seconds, progress)
         streams.restore(activations)
+        activations = {}  # it has copied them
         progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
         for layer in results:
             writer.skip_shard()
@@ -165,8 +169,8 @@ def _allocate(
     if sparsities is None:
         with memory_said():
             sparsities = allocate(allocation, initial, streams, initial.targets.pattern.sparsity, progress)
+        writer.keep_sparsities(sparsities)
     initial.targets = replace(initial.targets, allocated=sparsities)
-    writer.state = writer.state.model_copy(update={"sparsities": sparsities})
     seconds["allocate"] += time.perf_counter() - start
 
 
@@ -257,14 +261,23 @@ def _told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) 
     except BaseException as error:
         if writer.resumable and not isinstance(error, NotFiniteError):
             count = len(writer.state.layers)
-            progress.warn(f"{count} finished layers are kept in {writer.work}: the same command with --resume goes on")
+            kept = f"{count} finished layers are" if count else "what sparsity each linear is given is"
+            progress.warn(f"{kept} kept in {writer.work}: the same command with --resume goes on")
         raise
+
+
+def _finished_layers(writer: CheckpointWriter | Follower) -> list[LayerResult]:
+    """Those of the run that this one goes on with."""
+    try:
+        return [LayerResult.model_validate(layer) for layer in writer.state.layers]
+    except ValidationError as error:
+        raise OutputError(f"{writer.work / STATE_NAME} is damaged", START_AGAIN) from error
 
 
 def _run_key(work: Assignment) -> dict[str, Any]:
     """What a run's result depends on, each by the name that a message can say."""
     config, job = work.config, work.job
-    settings = config.model_dump(mode="json", exclude=UNLIKE)
+    settings = config.model_dump(mode="json", exclude=UNLIKE | KNOWN_BY_CONTENT)
     key = {"command": work.command, **settings, "model's files": source_key(job.source.folder)}
     if isinstance(config, RebuildConfig):
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))

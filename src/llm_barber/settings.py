@@ -182,7 +182,7 @@ class RunSettings(StructureSettings):
     @field_validator("memory", "device_memory", mode="before")
     @classmethod
     def _size_readable(cls, value: Any) -> Any:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", str(value)) if value is not None else None
+        found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) ?([KMGT]i?)?B?", str(value)) if value is not None else None
         if value is None or (found is None and not isinstance(value, str)):
             return value
         if found is None or float(found[1]) == 0:

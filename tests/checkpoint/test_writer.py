@@ -1,12 +1,14 @@
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from llm_barber.checkpoint import writer as writer_module
+from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint.writer import LOCK_NAME, CheckpointWriter, check_output
 from llm_barber.errors import OutputError
 
@@ -97,13 +99,13 @@ def test_disk_too_small(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_disk_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
-    def full(_tensors: object, path: Path, **_: object) -> None:
+    def full(_tensors: object, path: Path, _metadata: object) -> None:
         path.write_bytes(b"half")
         if wrapped:
-            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer_module, "save_file", full)
+    monkeypatch.setattr(state_module, "save_file", full)
     with pytest.raises(OutputError, match="disk of .* is full"):
         write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -157,3 +159,45 @@ def test_unwritable_place(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         write(tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(OutputError, match="exists"),
+        CheckpointWriter(out, shards=1, overwrite=False, needed=0) as writer,
+    ):
+        writer.write_shard({"a": torch.ones(1)})
+        writer.finish_layer({}, {}, {}, 0)
+        out.mkdir()
+        (out / "precious.txt").write_text("x")
+        writer.finish()
+    assert (out / "precious.txt").read_text() == "x"
+    shutil.rmtree(out)
+    with CheckpointWriter(out, shards=1, overwrite=False, needed=0, resume=True) as writer:  # nothing was lost
+        assert writer.next_is_written
+        writer.skip_shard()
+        writer.finish()
+    assert load_file(out / "model-00001-of-00001.safetensors").keys() == {"a"}
+
+
+def test_only_folders_that_runs_replaced_are_removed(tmp_path: Path) -> None:
+    for name in ("out.replaced-123", "out.replaced-mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out.replaced-7").write_text("a file")
+    write(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.replaced-mine", "out.replaced-7"}
+
+
+def test_folders_in_the_work_folder_are_no_obstacle(tmp_path: Path) -> None:
+    for settings in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as writer:
+            writer.write_shard({"a": torch.ones(1)})
+            writer.finish_layer({}, {"hidden": torch.ones(1)}, {}, 0)
+            (writer.work / "additional_chat_templates").mkdir()
+            (writer.work / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+            raise KeyboardInterrupt
+        with CheckpointWriter(tmp_path / "out", 2, **{"overwrite": False, **settings}, needed=0) as writer:
+            assert writer.next_is_written is (settings == {"resume": True})
+            assert not (writer.work / "additional_chat_templates").exists()
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)

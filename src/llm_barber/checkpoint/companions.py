@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "the file is damaged; get it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object", "the file is damaged; get it again")

@@ -39,6 +39,9 @@ class Follower:
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing."""
 
+    def keep_sparsities(self, sparsities: Mapping[str, float]) -> None:
+        """Nothing."""
+
     def finish_layer(
         self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], peak: int
     ) -> None:

@@ -8,12 +8,15 @@ a damaged file costs one layer, too.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_barber.errors import OutputError
@@ -22,6 +25,7 @@ STATE_NAME = "state.json"
 STATE_VERSION = 2
 ACTIVATIONS_KEPT = 2
 START_AGAIN = "start again with --overwrite"
+ACTIVATION_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # those computed in
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -63,6 +67,11 @@ class RunState(BaseModel):
     seconds: dict[str, float] = {}
     peak_memory: int = 0
     activations: tuple[Activations, ...] = ()
+
+    @property
+    def begun(self) -> bool:
+        """Is there anything to go on with?"""
+        return bool(self.layers) or self.sparsities is not None
 
 
 def read_state(folder: Path) -> RunState | None:
@@ -111,24 +120,54 @@ def save_activations(folder: Path, layers: int, tensors: Mapping[str, Tensor]) -
     """Write activations, durably."""
     path = folder / f"activations-{layers:05d}.safetensors"
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(dict(tensors), temporary)
+    save_tensors(tensors, temporary)
     digest = sync_file(temporary)
     temporary.rename(path)
     sync_folder(folder)
     return Activations(layers=layers, file=path.name, sha256=digest)
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full, or whatever else the operating system says; safetensors wraps that in its own error.
+    """
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def load_activations(folder: Path, kept: Activations) -> dict[str, Tensor] | None:
-    """What was saved; None if the file is missing or damaged."""
+    """What was saved, mapped from the file; None if that is missing or damaged.
+
+    Not `load_file`: it takes as much private memory as the file is large, which a run within a limit may not have.
+    """
     path = folder / kept.file
     try:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != kept.sha256:
                 return None
-        found: dict[str, Tensor] = load_file(path)
-        return found
+        return _mapped(path)
     except OSError:
         return None
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that `save_activations` has written, not to be written to."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    content = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
+    found = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        found[name] = content[start + first : start + last].view(ACTIVATION_DTYPES[entry["dtype"]]).view(entry["shape"])
+    return found
 
 
 def source_key(folder: Path) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
@@ -32,6 +31,7 @@ from llm_barber.checkpoint.state import (
     load_activations,
     read_state,
     save_activations,
+    save_tensors,
     sync_file,
     sync_folder,
     write_durably,
@@ -78,6 +78,7 @@ class CheckpointWriter:
         self._companions: dict[str, str] = {}
         self.state = RunState(key=dict(key or {}))
         self._written: dict[str, Shard] = {}
+        self._damaged: set[str] = set()  # of those
         self._count = 0
 
     def __enter__(self) -> Self:
@@ -113,21 +114,44 @@ class CheckpointWriter:
             )
         if left is not None and self.resume:
             check_key(left, self.state.key)
-            for name, shard in left.shards.items():
-                path = self.work / name
-                if not path.is_file() or sync_file(path) != shard.sha256:
-                    raise OutputError(f"{path} is damaged or missing", START_AGAIN)
-            self.state = left
-            self._written = dict(left.shards)
+            self.state = self._whole(left)
+            self._written = dict(self.state.shards)
         named = {LOCK_NAME, STATE_NAME, *self._written, *(one.file for one in self.state.activations)}
         for path in self.work.iterdir():
-            if path.name not in named or (not self.state.layers and path.name != LOCK_NAME):
+            if path.name in named and (self.state.begun or path.name == LOCK_NAME):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
+
+    def _whole(self, left: RunState) -> RunState:
+        """What is left undamaged: shards outside the layers are copied again, of layers those from the first one on
+        whose shard is damaged are pruned again, if the activations before it are still there.
+
+        Raises:
+            OutputError: they are not.
+        """
+        outside = len(left.shards) - len(left.layers)
+        finished = len(left.layers)
+        for number, (name, shard) in enumerate(left.shards.items()):
+            path = self.work / name
+            if path.is_file() and sync_file(path) == shard.sha256:
+                continue
+            self._damaged.add(name)
+            if number >= outside:
+                finished = number - outside
+                break
+        activations = tuple(one for one in left.activations if one.layers <= finished)
+        if finished < len(left.layers) - 1 and not activations:
+            raise OutputError(f"{path} is damaged or missing", START_AGAIN)
+        shards = dict(list(left.shards.items())[: outside + finished])
+        return left.model_copy(update={"shards": shards, "layers": left.layers[:finished], "activations": activations})
 
     @property
     def resumable(self) -> bool:
         """Could another run go on from here?"""
-        return bool(self.state.layers) and self.work.exists()
+        return self.state.begun and self.work.exists()
 
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:
         """How many layers are finished, and what the streams held after them; where the file is damaged, one fewer.
@@ -145,6 +169,11 @@ class CheckpointWriter:
                 self.state = self.state.model_copy(update={"layers": self.state.layers[: kept.layers]})
                 return kept.layers, found
         raise OutputError(f"the activations in {self.work} are damaged", START_AGAIN)
+
+    def keep_sparsities(self, sparsities: Mapping[str, float]) -> None:
+        """Make an allocation durable: it can take as long as some layers."""
+        self.state = self.state.model_copy(update={"sparsities": dict(sparsities), "shards": dict(self._written)})
+        write_state(self.work, self.state)
 
     def finish_layer(
         self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], peak: int
@@ -184,7 +213,8 @@ class CheckpointWriter:
     @property
     def next_is_written(self) -> bool:
         """Has the run that this one goes on with written the next shard?"""
-        return self._name(self._count + 1) in self._written
+        name = self._name(self._count + 1)
+        return name in self._written and name not in self._damaged
 
     def skip_shard(self) -> None:
         """Leave the next shard as it is."""
@@ -209,17 +239,11 @@ class CheckpointWriter:
         self._count += 1
         name = name or self._name(self._count)
         temporary = self.work / f"{name}.tmp"
-        try:
-            save_file(
-                {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
-                temporary,
-                metadata={"format": "pt"} if metadata is None else metadata,
-            )
-        except Exception as error:
-            # safetensors wraps the operating system's error in its own.
-            if "No space left" in str(error) or "os error 28" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            raise
+        save_tensors(
+            {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
+            temporary,
+            {"format": "pt"} if metadata is None else metadata,
+        )
         digest = sync_file(temporary)
         temporary.rename(self.work / name)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -247,7 +271,11 @@ class CheckpointWriter:
         """Write the index and give the folder its name; the state goes last, so that a kill loses nothing.
 
         A single shard that has the name of a whole model needs no index.
+
+        Raises:
+            OutputError: something else has come to be in the output's place meanwhile.
         """
+        check_output(self.output, self.overwrite)
         weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
         index = {
             "metadata": {"total_size": sum(shard.bytes for shard in self._written.values())},
@@ -268,10 +296,8 @@ class CheckpointWriter:
             if replaced is not None:
                 replaced.rename(self.output)
             raise
-        clear_finished(self.output)
         sync_folder(self.output.parent)
-        for left in self.output.parent.glob(f"{glob.escape(self.output.name)}.replaced-*"):
-            shutil.rmtree(left)  # ours, and those of runs that were killed here
+        clear_finished(self.output)
 
     def _remove_parents(self) -> None:
         """Remove the folders that were made for the work folder, as far as they are empty."""
@@ -322,6 +348,9 @@ def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
 
 
 def clear_finished(output: Path) -> None:
-    """Remove what a run still has in its output folder when that is whole and has its name."""
-    for name in (LOCK_NAME, STATE_NAME):  # the state last: while it is there, a killed run can be told to do this
-        (output / name).unlink(missing_ok=True)
+    """Remove what a run still has in its output folder, and what was replaced, when that is whole and has its name."""
+    (output / LOCK_NAME).unlink(missing_ok=True)
+    for left in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
+        if left.name.rpartition("-")[2].isdecimal() and left.is_dir():
+            shutil.rmtree(left)  # ours, or of a run that was killed here
+    (output / STATE_NAME).unlink(missing_ok=True)  # last: while it is there, a killed run can be told to do this

@@ -14,6 +14,8 @@ from llm_barber.errors import BarberError
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
+INTERRUPTED_HINT = "nothing half-written was left; start again when you like, with --resume where something was kept"
+OUT_OF_MEMORY_HINT = "use fewer --samples, a shorter --seqlen, a smaller --batch-size, or a limit: prune --memory 8GiB"
 
 # In the order of --help.
 for commands in ("pruning_commands", "planning_commands", "checkpoint_commands", "measuring_commands"):
@@ -47,26 +49,28 @@ def _main(given: list[str]) -> int:
         path = error.ctx.command_path if error.ctx else "llm-barber"
         return _tell(error.format_message().replace("Value error, ", ""), f"see {path} --help", 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _tell("interrupted", "nothing half-written was left; start again when you like", INTERRUPTED)
-    except MemoryError:
-        if debug:
-            raise
-        return _tell("out of memory", "use fewer --samples, a shorter --seqlen or a smaller --batch-size", 1)
+        return _tell("interrupted", INTERRUPTED_HINT, INTERRUPTED)
     except BrokenPipeError:
         return 1
-    except OSError as error:
-        if debug:
-            raise
-        return _tell(str(error), "check the disk and the permissions", 1)
     except Exception as error:
         if debug:
             raise
+        if _of_memory(error):
+            return _tell("out of memory", OUT_OF_MEMORY_HINT, 1)
+        if isinstance(error, OSError):
+            return _tell(str(error), "check the disk and the permissions", 1)
         lines = str(error).strip().splitlines()
         return _tell(
             f"unexpected {type(error).__name__}: {lines[0] if lines else ''}",
             "this is a defect: run again with --debug and report the traceback",
             1,
         )
+
+
+def _of_memory(error: Exception) -> bool:
+    """Has the system refused memory, whoever says so?"""
+    said = "can't allocate memory" in str(error) or "Cannot allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and said)
 
 
 def _tell(message: str, hint: str, code: int) -> int:
