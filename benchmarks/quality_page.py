@@ -47,8 +47,8 @@ def write_page(
     lines += _gap(comparison)
     if any(cell.rebuilt for cell in comparison.cells):
         lines += _does_it_help(comparison)
-    if settings_of is not None and any(cell.rebuilt for cell in comparison.cells):
-        lines += [f"The settings of the rebuild are those chosen on {settings_of}.", ""]
+        if settings_of is not None:
+            lines += [f"The settings of the rebuild are those chosen on {settings_of}.", ""]
     if choice:
         lines += _choice(choice)
     if sequences:
