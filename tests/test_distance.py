@@ -23,6 +23,15 @@ def test_a_huge_token_makes_no_channel_huge() -> None:
     assert weights[2].item() == pytest.approx(HUGE * sorted(expected)[2] / expected[2], rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 513])
+def test_usual_squares_are_of_the_lower_median(dtype: torch.dtype, tokens: int) -> None:
+    targets = (torch.randn(3, tokens, 5, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    targets[:, ::2, 4] = 0
+    by_hand = targets.double().abs().sort(1).values[:, (tokens - 1) // 2].square().sum(0)
+    assert torch.equal(usual_squares(targets), by_hand)
+
+
 def test_errors_and_their_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     targets, output = (torch.randn(3, 9, 5, generator=generator) for _ in range(2))

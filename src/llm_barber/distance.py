@@ -7,6 +7,7 @@ the others; what reads the states normalises them, and scales such channels down
 
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -54,4 +55,18 @@ def usual_squares(targets: Tensor) -> Tensor:
     Returns:
         float64, (hidden,): rounded to float32, sums over batches and processes are the same in any order.
     """
-    return targets.abs().median(1).values.double().square().sum(0)
+    return _medians(targets.abs()).double().square().sum(0)
+
+
+def _medians(sizes: Tensor) -> Tensor:
+    """The lower median over tokens: (sequences, tokens, hidden), at least 0 → (sequences, hidden).
+
+    On CPUs numpy looks for it, in the bits: those of numbers from 0 up have their order, and it partitions short
+    integers nearly ten times as fast as `torch.median` works.
+    """
+    if sizes.device.type != "cpu":
+        return sizes.median(1).values
+    bits = sizes.view({2: torch.int16, 4: torch.int32}[sizes.element_size()])
+    by_channel = torch.stack([one.t().contiguous() for one in bits]).numpy()  # alone, each is turned fast
+    middle = (sizes.shape[1] - 1) // 2
+    return torch.from_numpy(numpy.partition(by_channel, middle)[..., middle].copy()).view(sizes.dtype)
