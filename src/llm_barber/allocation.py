@@ -131,8 +131,10 @@ def _layers(initial: MethodMasks, order: Iterable[int]) -> Iterator[tuple[int, D
     for index in order:
         layer, weights = job.open_layer(index, job.source.read(job.layer_tensors[index]))
         layer.select(initial.linears(index))
-        yield index, layer, weights
-        job.skeleton.release_layer(index)
+        try:
+            yield index, layer, weights
+        finally:
+            job.skeleton.release_layer(index)
 
 
 def _loss_gradient(job: Job, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -167,8 +167,8 @@ def _allocate(
     start = time.perf_counter()
     sparsities = writer.state.sparsities
     if sparsities is None:
-        with memory_said():
-            sparsities = allocate(allocation, initial, streams, initial.targets.pattern.sparsity, progress)
+        look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
+        sparsities = with_smaller_batches(look, work.job.skeleton.drop_outside, streams, progress)
         writer.keep_sparsities(sparsities)
     initial.targets = replace(initial.targets, allocated=sparsities)
     seconds["allocate"] += time.perf_counter() - start

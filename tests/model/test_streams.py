@@ -88,3 +88,24 @@ def test_memory_that_runs_out_at_the_very_end_of_a_layer(
     monkeypatch.setattr(method_module, "result_of", short)
     run(llama, tmp_path / "short", tokens)
     assert weights(tmp_path / "short") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("allocation", ["owl", "loss"])
+def test_memory_that_runs_out_while_sparsities_are_allocated(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, allocation: str
+) -> None:
+    run(llama, tmp_path / "whole", tokens, allocation=allocation)
+    read, sizes = ActivationStreams.read, []
+
+    def short(streams: ActivationStreams, name: str, batch: slice) -> Any:
+        """In the middle of a layer there is no room for more than one sequence."""
+        sizes.append(batch.stop - batch.start)
+        if len(sizes) > 1 and sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(streams, name, batch)
+
+    monkeypatch.setattr(ActivationStreams, "read", short)
+    run(llama, tmp_path / "short", tokens, allocation=allocation)
+    assert sizes[0] == 4
+    assert set(sizes[4:]) == {1}
+    assert weights(tmp_path / "short") == weights(tmp_path / "whole")

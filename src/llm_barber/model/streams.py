@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm_barber.model.ahead import BatchesAhead, SideStream
+from llm_barber.model.copies import Copies, SideStreams
 from llm_barber.ranks import Ranks
 
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
@@ -84,11 +84,11 @@ class ActivationStreams:
         self.device = device
         self._memory = memory or HostMemory()
         self._arrays: dict[str, Tensor] = {}
-        self._ahead = BatchesAhead(SideStream(device)) if self.pinned else None
+        self._copies = Copies(SideStreams(device)) if self.pinned else None
 
     @property
     def pinned(self) -> bool:
-        """Do arrays lie in memory that the device can copy from while it computes?"""
+        """Do arrays lie in memory that the device can copy from, and to, while it computes?"""
         return self.device.type == "cuda"
 
     def batches(self) -> Iterator[slice]:
@@ -111,8 +111,8 @@ class ActivationStreams:
     def read(self, name: str, batch: slice) -> Tensor:
         """A batch, on the device; the next one is already on its way."""
         array = self._arrays[name]
-        if self._ahead is not None:
-            return self._ahead.read(name, array, batch)
+        if self._copies is not None:
+            return self._copies.read(name, array, batch)
         return array[batch].contiguous().to(self.device)  # some layers take views, which scattered sequences have not
 
     def kept(self, values: Tensor) -> Tensor:
@@ -121,6 +121,7 @@ class ActivationStreams:
 
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
+        self._settle(name)
         self._put(other, self.kept(self._arrays[name]))
 
     def rename(self, old: str, new: str) -> None:
@@ -131,14 +132,15 @@ class ActivationStreams:
 
     def drop(self, name: str) -> None:
         """Forget an array."""
+        self._forget(name)
         del self._arrays[name]
-        if self._ahead is not None:
-            self._ahead.forget(name)
 
     def between_layers(self) -> dict[str, Tensor]:
         """What the next layer starts from."""
-        names = (HIDDEN, DENSE + HIDDEN)
-        return {name: self._arrays[name] for name in names if name in self._arrays}
+        names = [name for name in (HIDDEN, DENSE + HIDDEN) if name in self._arrays]
+        for name in names:
+            self._settle(name)
+        return {name: self._arrays[name] for name in names}
 
     def restore(self, arrays: Mapping[str, Tensor]) -> None:
         """Put back what `between_layers` gave."""
@@ -152,14 +154,22 @@ class ActivationStreams:
         if array is None or array.shape != shape or array.dtype != values.dtype:
             array = self._empty(shape, values.dtype)
             self._put(name, array)
-        array[batch] = values
-        if self._ahead is not None:
-            self._ahead.forget(name, batch)
+        if self._copies is not None:
+            self._copies.write(name, array, batch, values)
+        else:
+            array[batch] = values
 
     def _put(self, name: str, array: Tensor) -> None:
+        self._forget(name)
         self._arrays[name] = array
-        if self._ahead is not None:
-            self._ahead.forget(name)
+
+    def _settle(self, name: str) -> None:
+        if self._copies is not None:
+            self._copies.settle(name)
+
+    def _forget(self, name: str) -> None:
+        if self._copies is not None:
+            self._copies.forget(name)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._memory.empty(shape, dtype, self.pinned)

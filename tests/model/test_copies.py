@@ -1,0 +1,103 @@
+"""Batches that are copied before they are asked for, and results that arrive late, are what they would be otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_barber import PruneConfig, prune
+from llm_barber.model.copies import Copied, Copies
+from llm_barber.model.streams import ActivationStreams
+from tests.test_resume import weights
+
+
+class WorstMoments:
+    """Copies to the device at once, so that what is written later is not in it; back, only when it is waited for."""
+
+    def __init__(self) -> None:
+        self.started, self.waited, self.waited_back = 0, 0, 0
+        self._leaving: list[tuple[Tensor, Tensor]] = []
+
+    def start(self, values: Tensor) -> Copied:
+        self.started += 1
+        return values.clone(), None
+
+    def wait(self, copied: Copied) -> Tensor:
+        self.waited += 1
+        return copied[0]
+
+    def start_back(self, values: Tensor, place: Tensor) -> None:
+        self._leaving.append((values, place))  # no copy of them: whoever changes them meanwhile is found out
+
+    def wait_back(self) -> None:
+        self.waited_back += 1
+        for values, place in self._leaving:
+            place.copy_(values)
+        self._leaving.clear()
+
+
+def test_guesses_the_next_batch_and_forgets_what_changes() -> None:
+    copier = WorstMoments()
+    copies, array = Copies(copier), torch.arange(7.0)
+    for start in (0, 2, 4, 6):
+        batch = slice(start, min(start + 2, 7))
+        assert torch.equal(copies.read("a", array, batch), array[batch])
+    assert (copier.started, copier.waited) == (4, 4)  # each once: the guesses were right, none goes beyond the end
+    copies.read("a", array, slice(0, 2))
+    copies.write("a", array, slice(1, 2), torch.tensor([-1.0]))  # not of the rows that are coming
+    assert copies.read("a", array, slice(2, 4)).tolist() == [2, 3]
+    copies.write("a", array, slice(3, 5), torch.tensor([-3.0, -4.0]))
+    assert copies.read("a", array, slice(4, 6)).tolist() == [-4, 5]
+    copies.read("a", array, slice(0, 2))
+    other = torch.zeros(7)
+    copies.forget("a")
+    assert copies.read("a", other, slice(2, 4)).tolist() == [0, 0]
+    assert copies.read("a", other, slice(0, 1)).tolist() == [0]  # a wrong guess
+    assert copies.read("b", array, slice(1, 2)).tolist() == [-1]
+
+
+def test_results_are_waited_for_once_they_are_asked_for() -> None:
+    copier = WorstMoments()
+    copies, read, written = Copies(copier), torch.arange(6.0), torch.zeros(6)
+    for start in (0, 2, 4):
+        batch = slice(start, start + 2)
+        copies.write("to", written, batch, copies.read("from", read, batch) + 1)
+    assert copier.waited_back == 0 and not written.any()
+    assert copies.read("to", written, slice(0, 6)).tolist() == [1, 2, 3, 4, 5, 6]
+    copies.settle("to")
+    assert copier.waited_back == 1
+    copies.write("to", written, slice(0, 1), torch.tensor([-1.0]))
+    copies.forget("to")
+    assert written[0] == -1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"initial": "wanda", "rebuild_ratio": 0.5}, {"preset": "mask"}, {"preset": "best"}, {"allocation": "owl"}],
+    ids=lambda one: "-".join(map(str, one.values())),
+)
+def test_a_run_gives_the_same_bytes(
+    tmp_path: Path, llama: Path, tokens: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {
+        "model": llama,
+        "calibration": tokens,
+        "dtype": "float32",
+        "batch_size": 1,
+        "report": False,
+        **settings,
+    }
+    prune(PruneConfig(output=tmp_path / "plain", **given))
+    copier, init = WorstMoments(), ActivationStreams.__init__
+
+    def with_copies(streams: ActivationStreams, *arguments: Any, **keywords: Any) -> None:
+        init(streams, *arguments, **keywords)
+        streams._copies = Copies(copier)
+
+    monkeypatch.setattr(ActivationStreams, "__init__", with_copies)
+    prune(PruneConfig(output=tmp_path / "beside", **given))
+    assert weights(tmp_path / "beside") == weights(tmp_path / "plain")
+    assert copier.started < 1.5 * copier.waited  # most guesses are right
+    assert copier.waited_back < copier.waited / 2  # and most results are on their way while others are computed
