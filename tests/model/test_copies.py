@@ -64,7 +64,8 @@ def test_results_are_waited_for_once_they_are_asked_for() -> None:
     for start in (0, 2, 4):
         batch = slice(start, start + 2)
         copies.write("to", written, batch, copies.read("from", read, batch) + 1)
-    assert copier.waited_back == 0 and not written.any()
+    assert copier.waited_back == 0
+    assert not written.any()
     assert copies.read("to", written, slice(0, 6)).tolist() == [1, 2, 3, 4, 5, 6]
     copies.settle("to")
     assert copier.waited_back == 1
