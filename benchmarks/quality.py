@@ -56,17 +56,27 @@ CALIBRATION_ROWS = (
 )
 DEFAULT_NAME, DEFAULT_TITLE = "smollm2-135m", "SmolLM2-135M-Instruct (from a 4-bit GGUF)"
 # Beyond the paper and its peers: ADMM as a baseline, and what the presets are.
-REFINED = (Method.ALPS, Method.MASK, Method.BEST)
-STAGES = ("choice", "first", "order", "sequences", "main", "refined")
+BEYOND = (Method.ALPS, Method.MASK, Method.BEST)
+REBUILT = "+rebuild"
+STAGES = ("choice", "first", "order", "sequences", "main", "rows")
 
 
 @dataclass(frozen=True)
-class RefinedRows:
-    """Rows that are asked for by themselves: a method without rebuild at some targets with some seeds."""
+class Rows:
+    """What is asked for by itself: a method at some targets with some seeds; with `rebuild` its masks rebuilt, too."""
 
     method: Method
     targets: tuple[str, ...]
     seeds: tuple[int, ...]
+    rebuild: bool
+
+    @classmethod
+    def read(cls, given: str, seeds: tuple[int, ...]) -> "Rows":
+        """From METHOD[+rebuild]=TARGET,…[@SEED,…]."""
+        row, _, own = given.partition("@")
+        method, _, targets = row.partition("=")
+        name = method.removesuffix(REBUILT)
+        return cls(Method(name), tuple(targets.split(",")), _numbers(own) if own else seeds, name != method)
 
 
 class Quality:
@@ -81,7 +91,6 @@ class Quality:
         windows: windows of each text.
         limit: examples of each task; 0: no tasks.
         targets: sparsities and patterns.
-        seeds_of: the seeds of a target, where they are others.
         settings: of the rebuild, where they were chosen on another model.
     """
 
@@ -95,7 +104,6 @@ class Quality:
         windows: int = 16,
         limit: int = 300,
         targets: tuple[str, ...] = TARGETS,
-        seeds_of: dict[str, tuple[int, ...]] | None = None,
         settings: dict[Method, tuple[Granularity, float]] | None = None,
     ) -> None:
         self.model = model
@@ -119,8 +127,7 @@ class Quality:
         self.targets = targets
         self.counts = CALIBRATION_SEQUENCES
         self.methods: tuple[Method, ...] = PEERS
-        self.refined_rows: tuple[RefinedRows, ...] = ()
-        self.seeds_of = seeds_of or {}
+        self.asked: tuple[Rows, ...] = ()
         self.settings = settings
 
     def compare(self, config: CompareConfig, progress: Progress) -> Comparison:
@@ -171,11 +178,18 @@ class Quality:
         """All methods at all targets with the first seed: the tables, should there be no time for the others."""
         return self.main(progress, self.seeds[:1])
 
-    def refined(self, progress: Progress) -> list[Comparison]:
-        """Rows without rebuild: what goes beyond the paper, as many targets and seeds as there is time for."""
+    def rows(self, progress: Progress) -> list[Comparison]:
+        """Those that are asked for by themselves: as many targets and seeds as there is time for."""
         return [
-            self.table(progress, {}, rows.seeds, (rows.method,), rows.targets, rebuild=False)
-            for rows in self.refined_rows
+            self.table(
+                progress,
+                self.chosen(progress) if one.rebuild else {},
+                one.seeds,
+                (one.method,),
+                one.targets,
+                rebuild=one.rebuild,
+            )
+            for one in self.asked
         ]
 
     def main(self, progress: Progress, seeds: tuple[int, ...] | None = None) -> Comparison:
@@ -199,7 +213,7 @@ class Quality:
             # N:M with the released experiments' settings: chosen at 50 %, they ruin it.
             own = {**self.common, "rebuild": rebuild}
             own |= {"rebuild_settings": {} if ":" in target or not rebuild else chosen}
-            own |= {"targets": (target,), "seeds": seeds or self.seeds_of.get(target, self.seeds)}
+            own |= {"targets": (target,), "seeds": seeds or self.seeds}
             own |= {"methods": methods or self.methods}
             parts.append(self.compare(CompareConfig(**own, **(tasks if target in with_tasks else {})), progress))
         cells = [cell for part in parts for cell in part.cells]
@@ -288,13 +302,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
     parser.add_argument("--methods", default=",".join(PEERS), help="rows of the main tables; '': none")
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--seeds-of", metavar="TARGET=SEED,…", action="append", default=[], help="of one target")
     parser.add_argument(
-        "--refined",
-        metavar="METHOD=TARGET,…[@SEED,…]",
+        "--rows",
+        metavar="METHOD[+rebuild]=TARGET,…[@SEED,…]",
         action="append",
         default=[],
-        help="rows without rebuild; again for more; '': none (default: ALPS and the presets, all targets, first seed)",
+        help="more rows; again for others; '': none (default: ALPS and the presets, all targets, first seed)",
     )
     parser.add_argument("--counts", default=",".join(map(str, CALIBRATION_SEQUENCES)), help="of calibration sequences")
     parser.add_argument("--settings-of", metavar="NAME", help="take the rebuild's settings from that model's results")
@@ -308,13 +321,14 @@ def main() -> None:
     quality = Quality(
         model, name, _numbers(options.seeds), options.samples, options.seqlen,
         options.windows, options.limit, tuple(options.targets.split(",")),
-        {target: _numbers(seeds) for target, _, seeds in (one.partition("=") for one in options.seeds_of)},
         read_settings(options.settings_of) if options.settings_of else None,
     )  # fmt: skip
     quality.counts = _numbers(options.counts)
     quality.methods = tuple(Method(name) for name in options.methods.split(",") if name)
-    given = options.refined or [f"{method}={options.targets}" for method in REFINED]
-    quality.refined_rows = tuple(_refined_rows(one, quality.seeds[:1]) for one in given if one)
+    given = options.rows or [f"{method}={options.targets}" for method in BEYOND]
+    quality.asked = tuple(Rows.read(one, quality.seeds[:1]) for one in given if one)
+    if not quality.methods and not quality.asked:
+        parser.error("no --methods and no --rows: nothing to do")
     with ConsoleProgress() as progress:
         if options.only:
             getattr(quality, options.only)(progress)
@@ -328,19 +342,12 @@ def main() -> None:
             write_settings(name, quality.chosen(progress))
         if quality.methods:
             parts.append(quality.main(progress))
-        parts += quality.refined(progress)
-    cells = [cell for part in parts for cell in part.cells]
-    cells.sort(key=lambda cell: quality.targets.index(cell.target))
+        parts += quality.rows(progress)
+    each = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell for part in parts for cell in part.cells}
+    cells = sorted(each.values(), key=lambda cell: quality.targets.index(cell.target))
     comparison = parts[0].model_copy(update={"cells": tuple(cells)})
     write_page(ROOT / "docs" / "results.md", name, title, comparison, choice, sequences, order, options.settings_of)
     print(markdown(comparison.model_copy(update={"model": title})))
-
-
-def _refined_rows(given: str, seeds: tuple[int, ...]) -> RefinedRows:
-    """METHOD=TARGET,…[@SEED,…]."""
-    rows, _, own = given.partition("@")
-    method, _, targets = rows.partition("=")
-    return RefinedRows(Method(method), tuple(targets.split(",")), _numbers(own) if own else seeds)
 
 
 def _numbers(given: str) -> tuple[int, ...]:
