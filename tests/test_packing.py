@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
 from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.place import LOCK_NAME
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.writer import LOCK_NAME
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.loading import load
 from tests.conftest import make_model, save_tokens

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_calibration
+from llm_barber.checkpoint.place import check_output
 from llm_barber.checkpoint.source import CheckpointSource, Place, sharded_by
-from llm_barber.checkpoint.writer import check_output
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.model.architecture import Architecture

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from llm_barber.checkpoint.place import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME
-from llm_barber.checkpoint.writer import clear_finished
 from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import Initial, PruneConfig, RebuildConfig, rebuild_defaults
 from llm_barber.initial import MethodMasks

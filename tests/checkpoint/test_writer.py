@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llm_barber.checkpoint import state as state_module
-from llm_barber.checkpoint.writer import LOCK_NAME, CheckpointWriter, check_output
+from llm_barber.checkpoint.place import LOCK_NAME, check_output
+from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import OutputError
 
 

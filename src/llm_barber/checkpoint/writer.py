@@ -7,10 +7,8 @@ stays, with the state (`state.py`) from which the run can go on.
 
 import errno
 import fcntl
-import glob
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +19,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
+from llm_barber.checkpoint.place import LOCK_NAME, check_output, put_in_place, work_folder
 from llm_barber.checkpoint.state import (
     ACTIVATIONS_KEPT,
     START_AGAIN,
@@ -33,13 +32,10 @@ from llm_barber.checkpoint.state import (
     save_activations,
     save_tensors,
     sync_file,
-    sync_folder,
     write_durably,
     write_state,
 )
 from llm_barber.errors import NotFiniteError, OutputError
-
-LOCK_NAME = "llm-barber.lock"  # also what tells our work folder from any other
 
 
 class CheckpointWriter:
@@ -70,7 +66,7 @@ class CheckpointWriter:
         resume: bool = False,
     ) -> None:
         self.output = output
-        self.work = output.with_name(f"{output.name}.partial")
+        self.work = work_folder(output)
         self.shards = shards
         self.overwrite = overwrite
         self.needed = needed
@@ -285,72 +281,10 @@ class CheckpointWriter:
             self.write_file(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
         for path in self.work.glob("activations-*"):
             path.unlink()
-        sync_folder(self.work)
-        replaced = None
-        if self.output.exists():
-            replaced = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
-            self.output.rename(replaced)
-        try:
-            self.work.rename(self.output)
-        except OSError:
-            if replaced is not None:
-                replaced.rename(self.output)
-            raise
-        sync_folder(self.output.parent)
-        clear_finished(self.output)
+        put_in_place(self.work, self.output)
 
     def _remove_parents(self) -> None:
         """Remove the folders that were made for the work folder, as far as they are empty."""
         with suppress(OSError):
             for folder in self._made_parents:
                 folder.rmdir()
-
-
-def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
-    """Refuse a place where the output cannot be written, or where it would harm what is there.
-
-    Args:
-        output: the folder to write.
-        overwrite: replace a model folder that is there.
-        needed: bytes that it will take.
-
-    Raises:
-        OutputError: it exists and is not to be, or must not be, replaced; the disk is too small or not writable.
-    """
-    work = output.with_name(f"{output.name}.partial")
-    if work.is_symlink() or (work.exists() and not (work / LOCK_NAME).is_file()):
-        raise OutputError(
-            f"{work} is in the way: the work folder of {output} has that name", "rename it, or choose another output"
-        )
-    place = next(folder for folder in output.parents if folder.exists())
-    if not os.access(place, os.W_OK):
-        raise OutputError(f"cannot write in {place}", "choose a folder you can write")
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OutputError(
-            f"the checkpoint takes {needed / 1e9:.2f} GB, the disk of {output} has {free / 1e9:.2f} GB",
-            "free some space or choose another disk",
-        )
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise OutputError(f"{output} is a file", "choose another output folder")
-    if os.path.ismount(output):
-        raise OutputError(f"{output} is a mount point, which cannot be replaced", "choose a folder inside it")
-    if not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{output} exists", "choose another output folder, or add --overwrite")
-    if not (output / "config.json").exists():
-        raise OutputError(
-            f"{output} holds something other than a model", "--overwrite replaces model folders only; choose another"
-        )
-
-
-def clear_finished(output: Path) -> None:
-    """Remove what a run still has in its output folder, and what was replaced, when that is whole and has its name."""
-    (output / LOCK_NAME).unlink(missing_ok=True)
-    for left in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
-        if left.name.rpartition("-")[2].isdecimal() and left.is_dir():
-            shutil.rmtree(left)  # ours, or of a run that was killed here
-    (output / STATE_NAME).unlink(missing_ok=True)  # last: while it is there, a killed run can be told to do this
