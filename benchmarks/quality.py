@@ -53,6 +53,7 @@ CALIBRATION_ROWS = (
     (Method.WANDA, False),
     (Method.WANDA, True),
     (Method.MAGNITUDE, True),
+    (Method.MASK, False),
 )
 DEFAULT_NAME, DEFAULT_TITLE = "smollm2-135m", "SmolLM2-135M-Instruct (from a 4-bit GGUF)"
 # Beyond the paper and its peers: ADMM as a baseline, and what the presets are.
