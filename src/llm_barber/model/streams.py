@@ -89,7 +89,7 @@ class ActivationStreams:
     @property
     def pinned(self) -> bool:
         """Do arrays lie in memory that the device can copy from, and to, while it computes?"""
-        return self.device.type == "cuda"
+        return self.device.type != "cpu"
 
     def batches(self) -> Iterator[slice]:
         """The sequences of each batch; the last may be smaller."""

@@ -1,0 +1,177 @@
+"""A pretend GPU: tensors that say that they are on another device, and are computed on the CPU.
+
+What CUDA refuses is refused: operations on tensors of both devices, numpy arrays of the device's memory. Copies between
+the two come as early, and leave as late, as they could (`tests/model/test_copies.py`). PyTorch calls what this is built
+on experimental: it is a process of its own, that `tests/test_pretend_gpu.py` starts.
+
+    python -m tests.pretend_gpu SETTINGS…    each JSON of `PruneConfig`; prints how far the weights are from the CPU's
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from llm_barber import PruneConfig, prune
+from llm_barber.model.copies import Copied
+from tests.conftest import read_folder
+from tests.model.test_copies import WorstMoments
+
+_setup_privateuseone_for_python_backend("pretend")
+DEVICE = torch.device("pretend:0")
+# CUDA's take tensors of the CPU beside their own, the latter as places.
+COPY, PLACES = ("aten::copy_", "aten::_to_copy"), ("aten::index", "aten::index_put_", "aten::index_put")
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the device; `inner`, of the CPU, has its values."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> "OnDevice":
+        found: OnDevice = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=DEVICE
+        )
+        found.inner = inner.detach().resolve_conj()  # a wrapper does not say that it is conjugated
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, _: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
+        named = dict(named or {})
+        name = function._schema.name
+        if name == "aten::_fused_sdp_choice":
+            return SDPBackend.MATH.value
+        tensors = [one for one in tree_leaves((given, named)) if isinstance(one, torch.Tensor)]
+        beside = [one for one in tensors if not isinstance(one, OnDevice) and one.dim()]
+        if beside and name not in COPY and not (name in PLACES and isinstance(given[0], OnDevice)):
+            raise RuntimeError(f"{name}: tensors on two devices, shapes {[tuple(one.shape) for one in tensors]}")
+        device = named.pop("device", None)
+        named.pop("pin_memory", None)
+        given, named = tree_map_only(OnDevice, lambda one: one.inner, (given, named))
+        if device is not None and torch.device(device).type == "meta":
+            return function(*given, **named, device=device)
+        found = function(*given, **named)
+        if device is not None and torch.device(device).type == "cpu":
+            return found
+        known = {id(one.inner) if isinstance(one, OnDevice) else id(one): one for one in tensors}  # written in place
+        return tree_map_only(torch.Tensor, lambda one: known[id(one)] if id(one) in known else OnDevice(one), found)
+
+
+class PretendGpu(TorchFunctionMode):
+    """Meanwhile the device is there for what asks for tensors on it or copies them."""
+
+    def __torch_function__(self, function: Any, _: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
+        named = dict(named or {})
+        on_device = bool(given) and isinstance(given[0], OnDevice)
+        if function is torch.Tensor.to:
+            return _to(*given, **named)
+        if on_device and function is torch.Tensor.cpu:
+            return given[0].inner.clone()
+        if on_device and function is torch.Tensor.tolist:
+            return given[0].inner.tolist()
+        if on_device and function is torch.Tensor.numpy:
+            raise TypeError("this tensor is on another device")
+        if function == torch.Tensor.data.__set__ and isinstance(given[1], OnDevice):
+            assert on_device
+            assert given[0].shape == given[1].shape
+            given[0].inner = given[1].inner
+            return None
+        named.pop("pin_memory", None)
+        if named.get("device") is not None and torch.device(named["device"]) == DEVICE:
+            return OnDevice(function(*given, **{**named, "device": "cpu"}))
+        return function(*given, **named)
+
+
+def _to(values: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+    """`Tensor.to` with any of its arguments."""
+    device, others = None, []
+    for one in given:
+        if isinstance(one, torch.dtype):
+            others.append(one)
+        elif isinstance(one, torch.Tensor):
+            device = one.device
+            others.append(one.dtype)
+        elif one is not None:
+            device = torch.device(one)
+    device = torch.device(named.pop("device", None) or device or values.device)
+    named.pop("non_blocking", None)
+    if device.type == "meta":
+        return values.to(device, *others, **named)
+    with torch._C.DisableTorchFunctionSubclass():
+        cast = torch.Tensor.to(values, *others, **named) if others or named else values
+    if (device == DEVICE) is isinstance(cast, OnDevice):
+        return cast
+    return cast.inner.clone() if isinstance(cast, OnDevice) else OnDevice(cast.clone() if cast is values else cast)
+
+
+class WorstCopies(WorstMoments):
+    """Between the host and the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def start(self, values: torch.Tensor) -> Copied:
+        return super().start(values)[0].to(self._device), None
+
+
+def _copy(values: torch.Tensor, place: torch.Tensor, _: bool = False) -> torch.Tensor:
+    inner = [one.inner if isinstance(one, OnDevice) else one for one in (place, values)]
+    inner[0].copy_(inner[1])
+    return place
+
+
+def _register() -> None:
+    """Tell PyTorch how its own operations make tensors there."""
+    library = torch.library.Library("aten", "IMPL")
+    operations: dict[str, Callable[..., torch.Tensor]] = {
+        "empty.memory_format": lambda size, dtype=None, **_: OnDevice(torch.empty(size, dtype=dtype)),
+        "empty_strided": lambda *shape, dtype=None, **_: OnDevice(torch.empty_strided(*shape, dtype=dtype)),
+        "_copy_from": _copy,
+    }
+    for name, operation in operations.items():
+        library.impl(name, operation, "PrivateUse1")
+    globals()["_kept"] = library  # it is unregistered when it goes
+
+
+def difference(folder: Path, settings: dict[str, Any]) -> float:
+    """The largest between what a run on the device and one on the CPU leave of a weight; inf, if a mask differs."""
+    for name in ("cpu", "device"):
+        config = PruneConfig(output=folder / name, device=name, overwrite=True, report=False, **settings)
+        with sdpa_kernel(SDPBackend.MATH):
+            if name == "cpu":
+                prune(config)
+                continue
+            with (
+                PretendGpu(),
+                patch("llm_barber.job.resolve_device", lambda _: DEVICE),
+                patch("llm_barber.model.streams.SideStreams", WorstCopies),
+                patch("torch.Tensor.pin_memory", lambda values: values),
+            ):
+                prune(config)
+    there, here = read_folder(folder / "device"), read_folder(folder / "cpu")
+    assert there.keys() == here.keys()
+    if any(not torch.equal(there[name] == 0, here[name] == 0) for name in here):
+        return float("inf")
+    return max((there[name].float() - here[name].float()).abs().max().item() for name in here)
+
+
+def main() -> None:
+    _register()
+    with TemporaryDirectory() as folder:
+        for given in sys.argv[1:]:
+            print(difference(Path(folder), json.loads(given)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
