@@ -4,12 +4,15 @@ What CUDA refuses is refused: operations on tensors of both devices, numpy array
 the two come as early, and leave as late, as they could (`tests/model/test_copies.py`). PyTorch calls what this is built
 on experimental: it is a process of its own, that `tests/test_pretend_gpu.py` starts.
 
-    python -m tests.pretend_gpu SETTINGS…    each JSON of `PruneConfig`; prints how far the weights are from the CPU's
+    python -m tests.pretend_gpu SETTINGS…
+
+each JSON of `PruneConfig` or `EvaluateConfig`, prints how far results are from the CPU's.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from llm_barber import PruneConfig, prune
+from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
 from llm_barber.model.copies import Copied
 from tests.conftest import read_folder
 from tests.model.test_copies import WorstMoments
@@ -144,21 +147,25 @@ def _register() -> None:
     globals()["_kept"] = library  # it is unregistered when it goes
 
 
+@contextmanager
+def on_device() -> Iterator[None]:
+    """Every run takes the device."""
+    with (
+        PretendGpu(),
+        patch("llm_barber.job.resolve_device", lambda _: DEVICE),
+        patch("llm_barber.evaluation.evaluate.resolve_device", lambda _: DEVICE),
+        patch("llm_barber.model.streams.SideStreams", WorstCopies),
+        patch("torch.Tensor.pin_memory", lambda values: values),
+    ):
+        yield
+
+
 def difference(folder: Path, settings: dict[str, Any]) -> float:
     """The largest between what a run on the device and one on the CPU leave of a weight; inf, if a mask differs."""
-    for name in ("cpu", "device"):
-        config = PruneConfig(output=folder / name, device=name, overwrite=True, report=False, **settings)
-        with sdpa_kernel(SDPBackend.MATH):
-            if name == "cpu":
-                prune(config)
-                continue
-            with (
-                PretendGpu(),
-                patch("llm_barber.job.resolve_device", lambda _: DEVICE),
-                patch("llm_barber.model.streams.SideStreams", WorstCopies),
-                patch("torch.Tensor.pin_memory", lambda values: values),
-            ):
-                prune(config)
+    with sdpa_kernel(SDPBackend.MATH):
+        prune(PruneConfig(output=folder / "cpu", device="cpu", overwrite=True, report=False, **settings))
+        with on_device():
+            prune(PruneConfig(output=folder / "device", overwrite=True, report=False, **settings))
     there, here = read_folder(folder / "device"), read_folder(folder / "cpu")
     assert there.keys() == here.keys()
     if any(not torch.equal(there[name] == 0, here[name] == 0) for name in here):
@@ -166,11 +173,24 @@ def difference(folder: Path, settings: dict[str, Any]) -> float:
     return max((there[name].float() - here[name].float()).abs().max().item() for name in here)
 
 
+def difference_of_measures(settings: dict[str, Any]) -> float:
+    """The largest between perplexities and divergences that are measured on the device and on the CPU."""
+    with sdpa_kernel(SDPBackend.MATH):
+        here = evaluate(EvaluateConfig(device="cpu", **settings)).texts[0]
+        with on_device():
+            there = evaluate(EvaluateConfig(**settings)).texts[0]
+    assert here.against
+    assert there.against
+    return max(abs(here.perplexity - there.perplexity), abs(here.against.divergence - there.against.divergence))
+
+
 def main() -> None:
     _register()
     with TemporaryDirectory() as folder:
         for given in sys.argv[1:]:
-            print(difference(Path(folder), json.loads(given)), flush=True)
+            settings = json.loads(given)
+            found = difference_of_measures(settings) if "text" in settings else difference(Path(folder), settings)
+            print(found, flush=True)
 
 
 if __name__ == "__main__":
