@@ -26,11 +26,11 @@ from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
 from llm_barber.refine_settings import RefineSettings
 
 TARGET = "target"  # what the layer's output should be
-WEIGHT_RATE = 0.01  # of Adam, as a share of the root mean square of a linear's kept weights
+WEIGHT_RATE = 0.01  # of Adam, in steps (`step_sizes`)
 # The mean of a row's scores is 1. More of them lie near the border of a row than near that of a group of M.
 SCORE_RATE, PATTERN_SCORE_RATE = 0.02, 0.04
 MOMENTUM = (0.9, 0.95)
-SMALLEST = 1e-12  # of a gradient by a score
+SMALLEST = 1e-12  # of a gradient, so that the size of a model's states does not matter
 # What gradients of sequences are added up in: so many more bits that the order changes nothing, nor do processes.
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 PATIENCE = 2  # passes without gain on held-out windows
@@ -82,68 +82,95 @@ class _Moving:
         self._now = dict(pruned)
         self._pruned = {name: pruned_of(one.keep, one.pattern) for name, one in pruned.items()}
         self._scores: dict[str, Tensor] = {}
-        self._values: dict[str, Tensor] = {}
+        self._changes: dict[str, Tensor] = {}  # of the values, in steps
+        self._steps: dict[str, tuple[Tensor, Tensor]] = {}
+        squares = self._look(layer, streams)
         if settings.tunes_masks:
-            self._score(layer, streams)
+            self._scores = {
+                name: starting_scores(
+                    one.keep, wanda(one.values, squares[name].mean), one.pattern, one.fixed
+                ).requires_grad_()
+                for name, one in self._now.items()
+                if not one.few_tokens
+            }
         if settings.tunes_weights:
-            self._values = {name: one.values.float().clone().requires_grad_() for name, one in pruned.items()}
+            for name, one in self._now.items():
+                self._changes[name] = torch.zeros_like(one.values, dtype=torch.float32, requires_grad=True)
+                self._steps[name] = step_sizes(one.values, squares[name].mean)
 
-    def _score(self, layer: DecoderLayer, streams: ActivationStreams) -> None:
-        """The first scores: Wanda's, on what the pruned layer gives its linears."""
+    def _look(self, layer: DecoderLayer, streams: ActivationStreams) -> dict[str, InputSquares]:
+        """What the pruned layer gives its linears, and which of them hardly anything."""
         layer.set_weights({name: one.weight for name, one in self._now.items()})
         layer.forget_tokens()
         squares = collect_inputs(layer, streams, InputSquares)
         for name in with_few_tokens(layer, streams):
             if self._now[name].few_tokens is None:  # nobody has looked yet
                 self._now[name] = self._now[name].left_alone()
-        self._scores = {
-            name: starting_scores(
-                one.keep, wanda(one.values, squares[name].mean), one.pattern, one.fixed
-            ).requires_grad_()
-            for name, one in self._now.items()
-            if not one.few_tokens
-        }
+        return squares
 
     def groups(self) -> list[dict[str, object]]:
         """Of parameters, as Adam takes them."""
         found: list[dict[str, object]] = []
         for name, one in self._scores.items():
             rate = SCORE_RATE if self._now[name].pattern is None else PATTERN_SCORE_RATE
-            found.append({"params": [one], "lr": rate, "eps": SMALLEST})
-        for name, one in self._values.items():
-            linear = self._now[name]
-            size = linear.final.float().square().sum() / linear.keep.count_nonzero().clamp_min(1)
-            found.append({"params": [one], "lr": WEIGHT_RATE * size.sqrt().item()})
+            found.append({"params": [one], "lr": rate})
+        found += [{"params": [one], "lr": WEIGHT_RATE} for one in self._changes.values()]
         return found
 
     def weights(self) -> dict[str, Tensor]:
         """The layer's weights as they are now, (out, in), by linear, in tensors that are not the parameters."""
-        if not self._values:
+        if not self._changes:
             return {name: one.weight for name, one in self._now.items()}
-        return {name: apply_mask(self._values[name].detach(), one.keep) for name, one in self._now.items()}
+        return {name: apply_mask(self._values(name), one.keep) for name, one in self._now.items()}
+
+    def _values(self, name: str) -> Tensor:
+        """What a linear's weights are, where they are kept: float32, (out, in)."""
+        values = self._now[name].values.float()
+        if not self._changes:
+            return values
+        of_row, of_column = self._steps[name]
+        return values.addcmul(self._changes[name].detach() * of_row, of_column)
 
     def take(self, gradients: Mapping[str, Tensor]) -> None:
         """Give the parameters their gradients, from those by the weights, float32 (out, in)."""
         for name, one in self._scores.items():
-            values = self._values[name].detach() if self._values else self._now[name].values
-            one.grad = gradients[name] * values.float()
-        for name, one in self._values.items():
-            one.grad = gradients[name] * self._now[name].free
+            one.grad = gradients[name] * self._values(name)
+        for name, one in self._changes.items():
+            of_row, of_column = self._steps[name]
+            one.grad = (gradients[name] * of_row).mul_(of_column).mul_(self._now[name].free)
 
     def moved(self) -> None:
         """Adam has made a step."""
         for name, one in self._scores.items():
             keep = mask_of(one.detach(), self._pruned[name], self._now[name].pattern)
             now = self._now[name]  # whose weight is not looked at where values move, too
-            self._now[name] = replace(now, keep=keep) if self._values else now.with_mask(keep)
+            self._now[name] = replace(now, keep=keep) if self._changes else now.with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:
         """What they are now."""
         found = dict(self._now)
-        for name, values in self._values.items():
+        for name in self._changes:
             one = found[name]
-            found[name] = replace(one, values=values.detach().to(one.values.dtype, copy=True)).with_mask(one.keep)
+            found[name] = replace(one, values=self._values(name).to(one.values.dtype, copy=True)).with_mask(one.keep)
         return found
+
+
+def step_sizes(weight: Tensor, input_squares: Tensor) -> tuple[Tensor, Tensor]:
+    """How large a step of each weight is at a rate of 1: what changes |W| · ‖X‖ by its mean in the row.
+
+    Were it the same for all of a linear, most of what a step changes would be in the columns of huge inputs (a hundred
+    times the median, some). Inputs smaller than the median count as the median: text that is not seen may have more.
+
+    Args:
+        weight: (out, in).
+        input_squares: (in,), float32, the mean squared norm of each input channel.
+
+    Returns:
+        Two factors, float32, (out, 1) and (in,).
+    """
+    sizes = input_squares.sqrt()
+    at_least = sizes.clamp_min(sizes.median()).clamp_min(torch.finfo(torch.float32).tiny)
+    return wanda(weight, input_squares).mean(1, keepdim=True), 1 / at_least
 
 
 def _descend(
@@ -162,7 +189,7 @@ def _descend(
     total = settings.passes * len(steps)
     held_out = streams.split(settings.held_out)[1]
     elements = streams.read(TARGET, slice(0, 1)).numel()
-    optimizer = torch.optim.Adam(groups, betas=MOMENTUM, fused=True)
+    optimizer = torch.optim.Adam(groups, betas=MOMENTUM, eps=SMALLEST, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
     def held_out_error() -> float:

@@ -303,7 +303,7 @@ def _improve(recipe: Recipe, rows: int, columns: int) -> Work:
 def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
     """Adam: forward and twice as much back for the windows, forward for those held out, most passes; the targets.
 
-    For masks the inputs' mean squares, too, and a choice of what is kept at every step.
+    The inputs' mean squares before, and for masks a choice of what is kept at every step.
     """
     if recipe.refine is None or not recipe.refine.of_layers:
         return NONE
@@ -324,9 +324,9 @@ def _tune(layer: LayerShapes, recipe: Recipe) -> Work:
     a_step = Work(moved=TUNING * layer.weights * (2 if both else 1)) + _reduce(
         recipe, max(FLOAT32, 2 * recipe.itemsize) * layer.weights
     )
-    for block in layer.blocks if masks else ():
+    for block in layer.blocks:
         found += forward(block, recipe, recipe.own_tokens) + _statistics(block, recipe)
-        found += _choose(block, recipe) * (passes * recipe.tune_steps)
+        found += _choose(block, recipe) * (passes * recipe.tune_steps) if masks else NONE
     return found + a_step * (passes * recipe.tune_steps)
 
 
