@@ -77,7 +77,10 @@ class Rows:
         row, _, own = given.partition("@")
         method, _, targets = row.partition("=")
         name = method.removesuffix(REBUILT)
-        return cls(Method(name), tuple(targets.split(",")), _numbers(own) if own else seeds, name != method)
+        found = cls(Method(name), tuple(targets.split(",")), _numbers(own) if own else seeds, name != method)
+        if unknown := set(found.targets) - set(TARGETS):
+            raise ValueError(f"no target {', '.join(map(repr, sorted(unknown)))}")
+        return found
 
 
 class Quality:
@@ -128,7 +131,7 @@ class Quality:
         self.targets = targets
         self.counts = CALIBRATION_SEQUENCES
         self.methods: tuple[Method, ...] = PEERS
-        self.asked: tuple[Rows, ...] = ()
+        self.more_rows: tuple[Rows, ...] = ()
         self.settings = settings
 
     def compare(self, config: CompareConfig, progress: Progress) -> Comparison:
@@ -190,7 +193,7 @@ class Quality:
                 one.targets,
                 rebuild=one.rebuild,
             )
-            for one in self.asked
+            for one in self.more_rows
         ]
 
     def main(self, progress: Progress, seeds: tuple[int, ...] | None = None) -> Comparison:
@@ -208,9 +211,10 @@ class Quality:
     ) -> Comparison:
         """Rows at all targets, rebuilt, too, if that is wanted; tasks for the first seed, at some targets."""
         tasks = {"tasks": TASKS, "tasks_folder": Path("tasks"), "limit": self.limit, "task_seeds": 1}
-        with_tasks = [target for target in self.targets if target in TASK_TARGETS and self.limit]
+        targets = targets or self.targets
+        with_tasks = [target for target in targets if target in TASK_TARGETS and self.limit]
         parts = []
-        for target in sorted(targets or self.targets, key=lambda target: target not in with_tasks):
+        for target in sorted(targets, key=lambda target: target not in with_tasks):
             # N:M with the released experiments' settings: chosen at 50 %, they ruin it.
             own = {**self.common, "rebuild": rebuild}
             own |= {"rebuild_settings": {} if ":" in target or not rebuild else chosen}
@@ -218,7 +222,7 @@ class Quality:
             own |= {"methods": methods or self.methods}
             parts.append(self.compare(CompareConfig(**own, **(tasks if target in with_tasks else {})), progress))
         cells = [cell for part in parts for cell in part.cells]
-        cells.sort(key=lambda cell: self.targets.index(cell.target))
+        cells.sort(key=lambda cell: TARGETS.index(cell.target))
         return parts[0].model_copy(update={"cells": tuple(cells)})
 
     def sequences(self, progress: Progress) -> dict[tuple[Method, bool, int], CellResult]:
@@ -327,8 +331,11 @@ def main() -> None:
     quality.counts = _numbers(options.counts)
     quality.methods = tuple(Method(name) for name in options.methods.split(",") if name)
     given = options.rows or [f"{method}={options.targets}" for method in BEYOND]
-    quality.asked = tuple(Rows.read(one, quality.seeds[:1]) for one in given if one)
-    if not quality.methods and not quality.asked:
+    try:
+        quality.more_rows = tuple(Rows.read(one, quality.seeds[:1]) for one in given if one)
+    except ValueError as error:
+        parser.error(f"--rows: {error}")
+    if not options.only and not quality.methods and not quality.more_rows:
         parser.error("no --methods and no --rows: nothing to do")
     with ConsoleProgress() as progress:
         if options.only:
@@ -345,7 +352,7 @@ def main() -> None:
             parts.append(quality.main(progress))
         parts += quality.rows(progress)
     each = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell for part in parts for cell in part.cells}
-    cells = sorted(each.values(), key=lambda cell: quality.targets.index(cell.target))
+    cells = sorted(each.values(), key=lambda cell: TARGETS.index(cell.target))
     comparison = parts[0].model_copy(update={"cells": tuple(cells)})
     write_page(ROOT / "docs" / "results.md", name, title, comparison, choice, sequences, order, options.settings_of)
     print(markdown(comparison.model_copy(update={"model": title})))

@@ -10,6 +10,7 @@ each JSON of `PruneConfig` or `EvaluateConfig`, prints how far results are from 
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,8 +135,8 @@ def _copy(values: torch.Tensor, place: torch.Tensor, _: bool = False) -> torch.T
     return place
 
 
-def _register() -> None:
-    """Tell PyTorch how its own operations make tensors there."""
+def _register() -> torch.library.Library:
+    """Tell PyTorch how its own operations make tensors there, as long as what is returned lives."""
     library = torch.library.Library("aten", "IMPL")
     operations: dict[str, Callable[..., torch.Tensor]] = {
         "empty.memory_format": lambda size, dtype=None, **_: OnDevice(torch.empty(size, dtype=dtype)),
@@ -144,7 +145,7 @@ def _register() -> None:
     }
     for name, operation in operations.items():
         library.impl(name, operation, "PrivateUse1")
-    globals()["_kept"] = library  # it is unregistered when it goes
+    return library
 
 
 @contextmanager
@@ -165,12 +166,16 @@ def difference(folder: Path, settings: dict[str, Any]) -> float:
     with sdpa_kernel(SDPBackend.MATH):
         prune(PruneConfig(output=folder / "cpu", device="cpu", overwrite=True, report=False, **settings))
         with on_device():
-            prune(PruneConfig(output=folder / "device", overwrite=True, report=False, **settings))
+            report = prune(PruneConfig(output=folder / "device", overwrite=True, report=False, **settings))
+    assert report.device == str(DEVICE)
     there, here = read_folder(folder / "device"), read_folder(folder / "cpu")
     assert there.keys() == here.keys()
+    for name, one in here.items():
+        assert (there[name].shape, there[name].dtype) == (one.shape, one.dtype)
     if any(not torch.equal(there[name] == 0, here[name] == 0) for name in here):
-        return float("inf")
-    return max((there[name].float() - here[name].float()).abs().max().item() for name in here)
+        return math.inf
+    differences = torch.stack([(there[name].float() - here[name].float()).abs().max() for name in here])
+    return differences.max().item()  # NaN if one is
 
 
 def difference_of_measures(settings: dict[str, Any]) -> float:
@@ -178,19 +183,22 @@ def difference_of_measures(settings: dict[str, Any]) -> float:
     with sdpa_kernel(SDPBackend.MATH):
         here = evaluate(EvaluateConfig(device="cpu", **settings)).texts[0]
         with on_device():
-            there = evaluate(EvaluateConfig(**settings)).texts[0]
+            found = evaluate(EvaluateConfig(**settings))
+    assert found.device == str(DEVICE)
+    there = found.texts[0]
     assert here.against
     assert there.against
     return max(abs(here.perplexity - there.perplexity), abs(here.against.divergence - there.against.divergence))
 
 
 def main() -> None:
-    _register()
+    library = _register()
     with TemporaryDirectory() as folder:
         for given in sys.argv[1:]:
             settings = json.loads(given)
             found = difference_of_measures(settings) if "text" in settings else difference(Path(folder), settings)
             print(found, flush=True)
+    del library
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this PyTorch has no devices written in Python", allow_module_level=True)
 
 SETTINGS: tuple[dict[str, Any], ...] = (
+    {"initial": "magnitude"},
     {"initial": "sparsegpt", "keep_updates": True},
     {"initial": "wanda", "rebuild_ratio": 0.5, "prune_head": True},
     {"initial": "ria", "pattern": "2:4", "sparsity": None, "format": "packed"},

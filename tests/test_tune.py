@@ -119,7 +119,7 @@ def tuned_in_memory(
         values = {name: one.clone() for name, one in weights.items()}
         changes = {name: torch.zeros_like(one) for name, one in weights.items()}
         of_scores = Adam(scores, dict.fromkeys(scores, 0.04 if isinstance(pattern, NofM) else 0.02), 1e-12, count)
-        of_changes = Adam(changes, dict.fromkeys(changes, tune.WEIGHT_RATE), 1e-12, count)
+        of_changes = Adam(changes, dict.fromkeys(changes, 0.01), 1e-12, count)
         for number, step in enumerate(torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()):
             own = [one.weight.requires_grad_() for one in linears.values()]
             found = torch.autograd.grad(distance(range(step, training, count)), own)
@@ -436,5 +436,7 @@ def test_steps_change_saliency_by_its_mean_in_the_row() -> None:
     of_row, of_column = tune.step_sizes(weight, squares)
     mean = (2 + 1 + 30) / 3
     assert torch.allclose(of_row * of_column, torch.tensor([[mean / 2, mean / 2, mean / 10], [0, 0, 0]]))
+    of_row, of_column = tune.step_sizes(weight, torch.tensor([0.0, 0.0, 4.0]))  # the median of those that are alive
+    assert torch.equal(of_column, torch.tensor([0.5, 0.5, 0.5]))
     of_row, of_column = tune.step_sizes(weight, torch.zeros(3))  # of an expert that no token went to
     assert torch.equal(of_row * of_column, torch.zeros(2, 3))

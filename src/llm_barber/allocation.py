@@ -129,9 +129,9 @@ def _layers(initial: MethodMasks, order: Iterable[int]) -> Iterator[tuple[int, D
     """Dense decoder layers, one in memory at a time, with the linears that are pruned."""
     job = initial.job
     for index in order:
-        layer, weights = job.open_layer(index, job.source.read(job.layer_tensors[index]))
-        layer.select(initial.linears(index))
         try:
+            layer, weights = job.open_layer(index, job.source.read(job.layer_tensors[index]))
+            layer.select(initial.linears(index))
             yield index, layer, weights
         finally:
             job.skeleton.release_layer(index)

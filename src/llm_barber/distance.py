@@ -67,6 +67,7 @@ def _medians(sizes: Tensor) -> Tensor:
     if sizes.device.type != "cpu":
         return sizes.median(1).values
     bits = sizes.view({2: torch.int16, 4: torch.int32}[sizes.element_size()])
-    by_channel = torch.stack([one.t().contiguous() for one in bits]).numpy()  # alone, each is turned fast
     middle = (sizes.shape[1] - 1) // 2
-    return torch.from_numpy(numpy.partition(by_channel, middle)[..., middle].copy()).view(sizes.dtype)
+    # One by one: so they are turned fast.
+    found = [numpy.partition(one.t().contiguous().numpy(), middle)[:, middle].copy() for one in bits]
+    return torch.stack([torch.from_numpy(one) for one in found]).view(sizes.dtype)

@@ -91,8 +91,6 @@ def with_smaller_batches(
         except torch.OutOfMemoryError:
             pass  # what failed holds on to its tensors until here
         release()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         if streams.ranks.count > 1:  # the others are in the middle of it
             raise DeviceMemoryError(
                 f"the device's memory is too small for {streams.batch_size} sequences together",
@@ -103,5 +101,7 @@ def with_smaller_batches(
                 "the device's memory is too small for one sequence",
                 "use a shorter --seqlen, --dtype bfloat16, a larger device, or --device cpu",
             )
-        streams.batch_size //= 2
+        streams.halve_batches()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         progress.warn(f"the device's memory is too small: {streams.batch_size} sequences together from now on")

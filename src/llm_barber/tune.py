@@ -75,7 +75,7 @@ def tune_layer(
 class _Moving:
     """What Adam moves of a layer: scores that its masks follow from, the weights that they keep, or both.
 
-    Experts with few tokens keep their masks.
+    Experts with few tokens stay as they are.
     """
 
     def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
@@ -114,7 +114,8 @@ class _Moving:
         for name, one in self._scores.items():
             rate = SCORE_RATE if self._now[name].pattern is None else PATTERN_SCORE_RATE
             found.append({"params": [one], "lr": rate})
-        found += [{"params": [one], "lr": WEIGHT_RATE} for one in self._changes.values()]
+        if self._changes:
+            found.append({"params": list(self._changes.values()), "lr": WEIGHT_RATE})
         return found
 
     def weights(self) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ class _Moving:
         found = dict(self._now)
         for name in self._changes:
             one = found[name]
-            found[name] = replace(one, values=self._values(name).to(one.values.dtype, copy=True)).with_mask(one.keep)
+            found[name] = replace(one, values=self._values(name).to(one.values.dtype)).with_mask(one.keep)
         return found
 
 
@@ -159,7 +160,8 @@ def step_sizes(weight: Tensor, input_squares: Tensor) -> tuple[Tensor, Tensor]:
     """How large a step of each weight is at a rate of 1: what changes |W| · ‖X‖ by its mean in the row.
 
     Were it the same for all of a linear, most of what a step changes would be in the columns of huge inputs (a hundred
-    times the median, some). Inputs smaller than the median count as the median: text that is not seen may have more.
+    times the median, some). Inputs smaller than the median of those that are not zero count as that: text that is not
+    seen may have more.
 
     Args:
         weight: (out, in).
@@ -169,7 +171,8 @@ def step_sizes(weight: Tensor, input_squares: Tensor) -> tuple[Tensor, Tensor]:
         Two factors, float32, (out, 1) and (in,).
     """
     sizes = input_squares.sqrt()
-    at_least = sizes.clamp_min(sizes.median()).clamp_min(torch.finfo(torch.float32).tiny)
+    alive = sizes[sizes > 0]
+    at_least = sizes.clamp_min(alive.median()) if len(alive) else torch.ones_like(sizes)
     return wanda(weight, input_squares).mean(1, keepdim=True), 1 / at_least
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from llm_barber import PruneConfig, prune
 from llm_barber.model.copies import Copied, Copies
 from llm_barber.model.streams import ActivationStreams
+from tests.conftest import save_tokens
 from tests.test_resume import weights
 
 
@@ -38,6 +39,17 @@ class WorstMoments:
         self._leaving.clear()
 
 
+def copy_by(copier: WorstMoments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs copy their batches as on a GPU."""
+    init = ActivationStreams.__init__
+
+    def with_copies(streams: ActivationStreams, *arguments: Any, **keywords: Any) -> None:
+        init(streams, *arguments, **keywords)
+        streams._copies = Copies(copier)
+
+    monkeypatch.setattr(ActivationStreams, "__init__", with_copies)
+
+
 def test_guesses_the_next_batch_and_forgets_what_changes() -> None:
     copier = WorstMoments()
     copies, array = Copies(copier), torch.arange(7.0)
@@ -58,6 +70,19 @@ def test_guesses_the_next_batch_and_forgets_what_changes() -> None:
     assert copies.read("b", array, slice(1, 2)).tolist() == [-1]
 
 
+def test_guesses_that_the_next_batch_is_as_far_on_as_the_last() -> None:
+    copier = WorstMoments()
+    copies, array = Copies(copier), torch.arange(12.0)
+    for first in (1, 0, 2):  # each step takes every third
+        for start in range(first, 12, 3):
+            assert copies.read("a", array, slice(start, start + 1)).tolist() == [start]
+    assert copier.started == 12 + 1  # only what follows the very first was not known
+    copies.read("a", array, slice(0, 4))  # of another size: one after the other again
+    copier.started = 0
+    copies.read("a", array, slice(4, 8))
+    assert copier.started == 1
+
+
 def test_results_are_waited_for_once_they_are_asked_for() -> None:
     copier = WorstMoments()
     copies, read, written = Copies(copier), torch.arange(6.0), torch.zeros(6)
@@ -70,6 +95,8 @@ def test_results_are_waited_for_once_they_are_asked_for() -> None:
     copies.settle("to")
     assert copier.waited_back == 1
     copies.write("to", written, slice(0, 1), torch.tensor([-1.0]))
+    copies.read("to", written, slice(2, 3))  # neither these rows nor those that are taken to follow
+    assert copier.waited_back == 1
     copies.forget("to")
     assert written[0] == -1
 
@@ -80,8 +107,9 @@ def test_results_are_waited_for_once_they_are_asked_for() -> None:
     ids=lambda one: "-".join(map(str, one.values())),
 )
 def test_a_run_gives_the_same_bytes(
-    tmp_path: Path, llama: Path, tokens: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llama: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=11)
     given: dict[str, Any] = {
         "model": llama,
         "calibration": tokens,
@@ -91,13 +119,8 @@ def test_a_run_gives_the_same_bytes(
         **settings,
     }
     prune(PruneConfig(output=tmp_path / "plain", **given))
-    copier, init = WorstMoments(), ActivationStreams.__init__
-
-    def with_copies(streams: ActivationStreams, *arguments: Any, **keywords: Any) -> None:
-        init(streams, *arguments, **keywords)
-        streams._copies = Copies(copier)
-
-    monkeypatch.setattr(ActivationStreams, "__init__", with_copies)
+    copier = WorstMoments()
+    copy_by(copier, monkeypatch)
     prune(PruneConfig(output=tmp_path / "beside", **given))
     assert weights(tmp_path / "beside") == weights(tmp_path / "plain")
     assert copier.started < 1.5 * copier.waited  # most guesses are right

@@ -10,7 +10,9 @@ from llm_barber import PruneConfig, prune
 from llm_barber import method as method_module
 from llm_barber import run as run_module
 from llm_barber.embedding import DeviceMemoryError
+from llm_barber.job import Job
 from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
+from tests.model.test_copies import WorstMoments, copy_by
 from tests.test_resume import weights
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "preset": "mask", "guard": 0, "report": False}
@@ -90,22 +92,42 @@ def test_memory_that_runs_out_at_the_very_end_of_a_layer(
     assert weights(tmp_path / "short") == weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["", "copied beside"])
 @pytest.mark.parametrize("allocation", ["owl", "loss"])
 def test_memory_that_runs_out_while_sparsities_are_allocated(
-    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, allocation: str
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, allocation: str, beside: bool
 ) -> None:
     run(llama, tmp_path / "whole", tokens, allocation=allocation)
     read, sizes = ActivationStreams.read, []
 
     def short(streams: ActivationStreams, name: str, batch: slice) -> Any:
-        """In the middle of a layer there is no room for more than one sequence."""
+        """In the second layer, when the first one's results are written, there is room for one sequence only."""
         sizes.append(batch.stop - batch.start)
-        if len(sizes) > 1 and sizes[-1] > 1:
+        if len(sizes) > 2 and sizes[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return read(streams, name, batch)
 
     monkeypatch.setattr(ActivationStreams, "read", short)
+    if beside:
+        copy_by(WorstMoments(), monkeypatch)
     run(llama, tmp_path / "short", tokens, allocation=allocation)
-    assert sizes[0] == 4
+    assert sizes[:4] == [4, 4, 4, 2]
     assert set(sizes[4:]) == {1}
     assert weights(tmp_path / "short") == weights(tmp_path / "whole")
+
+
+def test_a_layer_that_does_not_fit_leaves_nothing_behind(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_layer, left = Job.open_layer, []
+
+    def short(job: Job, index: int, *given: Any) -> Any:
+        found = open_layer(job, index, *given)
+        left.append({name for name, one in job.skeleton.layers.named_parameters() if one.device.type != "meta"})
+        if len(left) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(Job, "open_layer", short)
+    run(llama, tmp_path / "out", tokens, allocation="owl")
+    assert all(name.startswith("0.") for name in left[2])

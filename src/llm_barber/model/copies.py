@@ -1,10 +1,12 @@
 """Copies between arrays in host memory and a GPU, beside what is computed: batches come early, results leave late."""
 
+from collections import deque
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+UNDER_WAY = 2  # results that leave at a time
 Copied = tuple[Tensor, torch.cuda.Event | None]
 
 
@@ -12,13 +14,16 @@ class Copier(Protocol):
     """Copies in the background."""
 
     def start(self, values: Tensor) -> Copied:
-        """Begin to copy values that lie in pinned host memory to the device."""
+        """Begin to copy values of host memory to the device; beside what is computed, if they are pinned."""
 
     def wait(self, copied: Copied) -> Tensor:
         """The copy, whole for whatever is computed from now on."""
 
     def start_back(self, values: Tensor, place: Tensor) -> None:
-        """Begin to copy values of the device to their place in host memory, once they are computed."""
+        """Begin to copy values of the device to their place in host memory, once they are computed.
+
+        They must not be changed before they are there.
+        """
 
     def wait_back(self) -> None:
         """Return when all that was copied back is there."""
@@ -31,6 +36,7 @@ class SideStreams:
         self._device = device
         self._there = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._back = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._under_way: deque[torch.cuda.Event] = deque()
 
     def start(self, values: Tensor) -> Copied:
         """Begin to copy. Nothing is waited for: whoever reads an array has waited for what was copied back to it."""
@@ -51,20 +57,25 @@ class SideStreams:
         self._back.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._back):
             place.copy_(values, non_blocking=True)
+            self._under_way.append(self._back.record_event())
         values.record_stream(self._back)
+        if len(self._under_way) > UNDER_WAY:  # the process would run ahead, and results pile up on the device
+            self._under_way.popleft().synchronize()
 
     def wait_back(self) -> None:
         """Let the process wait."""
         self._back.synchronize()
+        self._under_way.clear()
 
 
 class Copies:
-    """Reads and writes batches of arrays; of those that are read it guesses the next: as many rows, where one ends."""
+    """Reads and writes batches of arrays, and guesses which is read next: as many rows, as far on as the last time."""
 
     def __init__(self, copier: Copier) -> None:
         self._copier = copier
         self._coming: dict[str, tuple[slice, Copied]] = {}
-        self._leaving: set[str] = set()  # names of arrays
+        self._leaving: dict[str, list[slice]] = {}
+        self._latest: dict[str, tuple[slice, int]] = {}  # what was read, and how far on the next is taken to be
 
     def read(self, name: str, array: Tensor, batch: slice) -> Tensor:
         """A batch, on the device.
@@ -72,23 +83,40 @@ class Copies:
         Args:
             name: of the array.
             array: (sequences, …), in host memory.
-            batch: which sequences.
+            batch: which sequences, without gaps.
         """
-        self.settle(name)
+        following = self._following(name, batch, len(array))
+        self._settle(name, (batch, following))
         rows, copied = self._coming.pop(name, (None, None))
         if copied is None or rows != batch:
-            copied = self._copier.start(array[batch].contiguous())
-        following = slice(batch.stop, min(2 * batch.stop - batch.start, len(array)))
-        if batch.step is None and following.start < following.stop:
+            copied = self._copier.start(array[batch])
+        if following.start < following.stop:
             self._coming[name] = following, self._copier.start(array[following])
         return self._copier.wait(copied)
 
+    def _following(self, name: str, batch: slice, count: int) -> slice:
+        size = batch.stop - batch.start
+        latest, on = self._latest.get(name, (slice(0, 0), 0))
+        if size != latest.stop - latest.start:
+            on = size
+        elif batch.start > latest.start:
+            on = batch.start - latest.start
+        self._latest[name] = batch, on
+        start = batch.start + on
+        return slice(min(start, count), min(start + size, count))
+
     def write(self, name: str, array: Tensor, batch: slice, values: Tensor) -> None:
-        """Copy a batch to an array in host memory; it is there once the array has settled."""
-        rows = self._coming.get(name, (slice(0, 0), None))[0]
-        if batch.start < rows.stop and rows.start < batch.stop:
+        """Copy a batch to an array in host memory: it is there once the array has settled, and must not change before.
+
+        Args:
+            name: of the array.
+            array: (sequences, …).
+            batch: which sequences, without gaps.
+            values: on the device; the array's dtype.
+        """
+        if name in self._coming and _overlap(self._coming[name][0], batch):
             del self._coming[name]
-        self._leaving.add(name)
+        self._leaving.setdefault(name, []).append(batch)
         self._copier.start_back(values, array[batch])
 
     def settle(self, name: str) -> None:
@@ -97,7 +125,21 @@ class Copies:
             self._copier.wait_back()
             self._leaving.clear()
 
+    def _settle(self, name: str, batches: tuple[slice, ...]) -> None:
+        """The same, if any of these rows is still under way."""
+        if any(_overlap(one, batch) for one in self._leaving.get(name, ()) for batch in batches):
+            self.settle(name)
+
     def forget(self, name: str) -> None:
         """Let go of an array: it becomes another, or changes in another way."""
         self.settle(name)
         self._coming.pop(name, None)
+        self._latest.pop(name, None)
+
+    def forget_guesses(self) -> None:
+        """Let go of what is on the device and not asked for yet."""
+        self._coming.clear()
+
+
+def _overlap(one: slice, other: slice) -> bool:
+    return bool(one.start < other.stop and other.start < one.stop)

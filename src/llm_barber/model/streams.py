@@ -88,7 +88,7 @@ class ActivationStreams:
 
     @property
     def pinned(self) -> bool:
-        """Do arrays lie in memory that the device can copy from, and to, while it computes?"""
+        """Do arrays in memory lie where the device can copy from, and to, while it computes?"""
         return self.device.type != "cpu"
 
     def batches(self) -> Iterator[slice]:
@@ -108,12 +108,18 @@ class ActivationStreams:
         """Which of all processes' sequences a batch is."""
         return slice(self.first + batch.start, self.first + batch.stop)
 
+    def halve_batches(self) -> None:
+        """From now on half as many sequences together; the device is given back what was on its way."""
+        self.batch_size //= 2
+        if self._copies is not None:
+            self._copies.forget_guesses()
+
     def read(self, name: str, batch: slice) -> Tensor:
         """A batch, on the device; the next one is already on its way."""
         array = self._arrays[name]
         if self._copies is not None:
             return self._copies.read(name, array, batch)
-        return array[batch].contiguous().to(self.device)  # some layers take views, which scattered sequences have not
+        return array[batch].to(self.device)
 
     def kept(self, values: Tensor) -> Tensor:
         """A copy in an array of its own."""
@@ -148,7 +154,10 @@ class ActivationStreams:
             self._put(name, self.kept(values))
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
-        """Keep a batch; the array is made at the first one and reused by every later layer."""
+        """Keep a batch; the array is made at the first one and reused by every later layer.
+
+        On a GPU the values must not be changed afterwards: they are copied while something else is computed.
+        """
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
         if array is None or array.shape != shape or array.dtype != values.dtype:
