@@ -184,26 +184,15 @@ class Quality:
 
     def rows(self, progress: Progress) -> list[Comparison]:
         """Those that are asked for by themselves: as many targets and seeds as there is time for."""
-        return [
-            self.table(
-                progress,
-                self.chosen(progress) if one.rebuild else {},
-                one.seeds,
-                (one.method,),
-                one.targets,
-                rebuild=one.rebuild,
-            )
-            for one in self.more_rows
-        ]
+        return [self.table(progress, one.seeds, (one.method,), one.targets, one.rebuild) for one in self.more_rows]
 
     def main(self, progress: Progress, seeds: tuple[int, ...] | None = None) -> Comparison:
         """All methods at all targets, all seeds."""
-        return self.table(progress, self.chosen(progress), seeds)
+        return self.table(progress, seeds)
 
     def table(
         self,
         progress: Progress,
-        chosen: dict[Method, tuple[Granularity, float]],
         seeds: tuple[int, ...] | None,
         methods: tuple[Method, ...] | None = None,
         targets: tuple[str, ...] | None = None,
@@ -212,18 +201,17 @@ class Quality:
         """Rows at all targets, rebuilt, too, if that is wanted; tasks for the first seed, at some targets."""
         tasks = {"tasks": TASKS, "tasks_folder": Path("tasks"), "limit": self.limit, "task_seeds": 1}
         targets = targets or self.targets
+        chosen = self.chosen(progress) if rebuild else {}
         with_tasks = [target for target in targets if target in TASK_TARGETS and self.limit]
         parts = []
         for target in sorted(targets, key=lambda target: target not in with_tasks):
             # N:M with the released experiments' settings: chosen at 50 %, they ruin it.
             own = {**self.common, "rebuild": rebuild}
-            own |= {"rebuild_settings": {} if ":" in target or not rebuild else chosen}
+            own |= {"rebuild_settings": {} if ":" in target else chosen}
             own |= {"targets": (target,), "seeds": seeds or self.seeds}
             own |= {"methods": methods or self.methods}
             parts.append(self.compare(CompareConfig(**own, **(tasks if target in with_tasks else {})), progress))
-        cells = [cell for part in parts for cell in part.cells]
-        cells.sort(key=lambda cell: TARGETS.index(cell.target))
-        return parts[0].model_copy(update={"cells": tuple(cells)})
+        return parts[0].model_copy(update={"cells": tuple(cell for part in parts for cell in part.cells)})
 
     def sequences(self, progress: Progress) -> dict[tuple[Method, bool, int], CellResult]:
         """Some rows at 50 %, first seed, by the number of calibration sequences."""

@@ -135,9 +135,8 @@ def _copy(values: torch.Tensor, place: torch.Tensor, _: bool = False) -> torch.T
     return place
 
 
-def _register() -> torch.library.Library:
-    """Tell PyTorch how its own operations make tensors there, as long as what is returned lives."""
-    library = torch.library.Library("aten", "IMPL")
+def _register(library: torch.library.Library) -> None:
+    """Tell PyTorch how its own operations make tensors there, as long as the library lives."""
     operations: dict[str, Callable[..., torch.Tensor]] = {
         "empty.memory_format": lambda size, dtype=None, **_: OnDevice(torch.empty(size, dtype=dtype)),
         "empty_strided": lambda *shape, dtype=None, **_: OnDevice(torch.empty_strided(*shape, dtype=dtype)),
@@ -145,7 +144,6 @@ def _register() -> torch.library.Library:
     }
     for name, operation in operations.items():
         library.impl(name, operation, "PrivateUse1")
-    return library
 
 
 @contextmanager
@@ -192,13 +190,13 @@ def difference_of_measures(settings: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    library = _register()
+    library = torch.library.Library("aten", "IMPL")
+    _register(library)
     with TemporaryDirectory() as folder:
         for given in sys.argv[1:]:
             settings = json.loads(given)
             found = difference_of_measures(settings) if "text" in settings else difference(Path(folder), settings)
             print(found, flush=True)
-    del library
 
 
 if __name__ == "__main__":

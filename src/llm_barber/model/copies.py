@@ -86,7 +86,7 @@ class Copies:
             batch: which sequences, without gaps.
         """
         following = self._following(name, batch, len(array))
-        self._settle(name, (batch, following))
+        self.settle(name, batch, following)
         rows, copied = self._coming.pop(name, (None, None))
         if copied is None or rows != batch:
             copied = self._copier.start(array[batch])
@@ -119,16 +119,12 @@ class Copies:
         self._leaving.setdefault(name, []).append(batch)
         self._copier.start_back(values, array[batch])
 
-    def settle(self, name: str) -> None:
-        """Wait until the array is what was written to it."""
-        if name in self._leaving:
+    def settle(self, name: str, *batches: slice) -> None:
+        """Wait until the array, or these rows of it, are what was written to them."""
+        leaving = self._leaving.get(name, [])
+        if any(not batches or any(_overlap(one, batch) for batch in batches) for one in leaving):
             self._copier.wait_back()
             self._leaving.clear()
-
-    def _settle(self, name: str, batches: tuple[slice, ...]) -> None:
-        """The same, if any of these rows is still under way."""
-        if any(_overlap(one, batch) for one in self._leaving.get(name, ()) for batch in batches):
-            self.settle(name)
 
     def forget(self, name: str) -> None:
         """Let go of an array: it becomes another, or changes in another way."""
