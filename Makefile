@@ -10,7 +10,7 @@ demo: $(VENV)/demo
 	$(BIN)/llm-barber demo
 
 test: $(VENV)/dev $(VENV)/demo check
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

