@@ -1,6 +1,7 @@
 """Several processes on one run find the masks of one; a run goes on with another number of them; none waits alone."""
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from llm_barber import PruneConfig, RunReport, distance, prune
+from llm_barber import PruneConfig, RunReport, distance, prune, pulse
 from llm_barber import run as run_module
-from llm_barber.errors import BarberError
+from llm_barber.errors import BarberError, OutputError
+from llm_barber.ranks import joined
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.test_resume import weights
 
@@ -141,6 +143,59 @@ def test_one_that_dies_ends_all_and_the_run_goes_on_with_another_number(
     assert not (tmp_path / "resumed").exists()
     assert together(2, lambda _: run("resumed", **settings, resume=True)) == [0, 0]
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+
+
+@pytest.fixture
+def short_silence(monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr(pulse, "BEAT", 0.1)
+    monkeypatch.setattr(pulse, "SILENCE", 3.0)
+    return 3.0
+
+
+def test_one_that_is_silent_ends_all(
+    tmp_path: Path, run: Callable[..., RunReport], monkeypatch: pytest.MonkeyPatch, short_silence: float, capfd: Any
+) -> None:
+    """A stopped process keeps its connections, as one does whose machine vanished."""
+    run("whole")
+    prune_layer = run_module.prune_layer
+
+    def stopping(job: Any, index: int, *rest: Any) -> Any:
+        if index == 2 and job.ranks.rank == 1:
+            stopped = os.getpid()
+            if os.fork() == 0:  # by whom the test gets rid of it
+                time.sleep(4 * short_silence)
+                os.kill(stopped, signal.SIGKILL)
+                os._exit(0)
+            os.kill(stopped, signal.SIGSTOP)
+        return prune_layer(job, index, *rest)
+
+    monkeypatch.setattr(run_module, "prune_layer", stopping)
+    assert together(3, lambda _: run("resumed")) == [pulse.EXIT_CODE, -signal.SIGKILL, pulse.EXIT_CODE]
+    told = capfd.readouterr().err
+    for rank in (0, 2):
+        assert f"error: process {rank} has heard nothing of process 1 for 3 s\nhint: " in told
+    monkeypatch.setattr(run_module, "prune_layer", prune_layer)
+    assert together(2, lambda _: run("resumed", resume=True)) == [0, 0]
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_one_that_is_slow_is_waited_for(slow: int, short_silence: float) -> None:
+    def work(rank: int) -> None:
+        with joined():
+            time.sleep(2 * short_silence * (rank == slow))
+
+    assert together(2, work) == [0, 0]
+
+
+def test_one_that_fails_at_its_end_is_missed(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with joined():
+            if rank == 0:
+                raise OutputError("the disk is full", "")
+
+    assert together(2, work, tmp_path) == [REFUSED, REFUSED]
+    assert "RankError: another process of the run has ended" in (tmp_path / "1").read_text()
 
 
 def test_more_processes_than_windows_are_refused(tmp_path: Path, run: Callable[..., RunReport]) -> None:

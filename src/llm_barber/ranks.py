@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm_barber.errors import BarberError, SettingsError, first_line
+from llm_barber.pulse import watched
 
-# One process may compute for long while others wait for it; one that died is noticed at once, by its connection.
+# One process may compute for long while others wait for it. One that died is noticed at once, by its connection; one
+# that vanished, by its silence (`pulse.py`).
 TIMEOUT = timedelta(hours=2)
 AnyObject = TypeVar("AnyObject")
 
@@ -151,8 +153,11 @@ def joined() -> Iterator[Ranks]:
         raise RankError(
             f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
         ) from error
+    ranks = Ranks(dist.get_rank(), count)
     try:
-        yield Ranks(dist.get_rank(), count)
+        with watched(ranks.rank, count):
+            yield ranks
+            ranks.wait()  # whoever is done stays until all are: no one's silence is mistaken, no one's failure missed
     except (RuntimeError, ValueError) as error:  # as torch.distributed says what is wrong with a connection
         if isinstance(error, torch.OutOfMemoryError) or not _of_connection(error):
             raise
