@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from threading import Event, Thread
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not in its __all__
 
 BEAT = 5.0  # seconds between two looks
 SILENCE = 50.0  # seconds after which a process is taken for gone: with a look more, less than a minute
@@ -37,9 +37,7 @@ def _beat(rank: int, heard: dict[int, float], stopped: Event) -> None:
     """Count up, and note when the others did. If the store is gone nothing is heard any more, which `_watch` sees."""
     try:
         # A connection of its own: the group's may be waiting for something.
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=SILENCE)
-        )
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=SILENCE))
         counts: dict[int, int] = {}
         while not stopped.wait(BEAT):
             store.add(_key(rank), 1)
