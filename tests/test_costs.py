@@ -1,6 +1,7 @@
 """`llm-barber plan`: what is counted, against torch's own counter and by hand, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,20 @@ def test_the_output_head_by_hand() -> None:
     assert peak_held(MODEL, Recipe(**{**MASK.__dict__, **with_head})).host >= peak_held(MODEL, MASK).host
 
 
+def test_gram_matrices_of_all_blocks_are_held_at_once() -> None:
+    attention, mlp = BlockShapes("attention", ((64, 64), (64, 64)), 64), BlockShapes("mlp", ((128, 64), (64, 128)), 0)
+    wide = ModelShapes(64, 10, 64, 0, 0, (LayerShapes((attention, mlp), 0),))
+    small = replace(PAPER, granularity=None, sequences=1, tokens=1, batch=1)
+    streams_and_masks = 3 * 64 * 2 + (2 * 64 * 64 + 2 * 64 * 128) * 5
+    grams = 4 * (64 * 64 + 64 * 64 + 64 * 64 + 128 * 128)
+    for method, working in (
+        (Initial.SPARSEGPT, 4 * 128 * 128 + 5 * 64 * 128),
+        (Initial.ALPS, 5 * 128 * 128 + 8 * 64 * 128),
+    ):
+        held = peak_held(wide, replace(small, initial=method)).host
+        assert held == streams_and_masks + grams + 4 * working
+
+
 def test_the_allocation_looks_at_4096_tokens() -> None:
     recipe = Recipe(**{**MASK.__dict__, "allocation": Allocation.LOSS, "sequences": 128, "tokens": 2048})
     costs = run_costs(MODEL, recipe)
@@ -237,6 +252,22 @@ def test_this_machine_is_measured(llama: Path) -> None:
     assert found.runs[0].host_memory > 2**26
 
 
+def test_within_a_memory_activations_go_to_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+
+    def planned(**settings: Any) -> Any:
+        return forecast(PlanConfig(model=str(tmp_path), flops=400e12, preset="mask", **settings)).runs[0]
+
+    free, bound, plenty = planned(), planned(memory="8GiB"), planned(memory="1TiB")
+    assert free.in_files == plenty.in_files == 0
+    assert free.host_memory == plenty.host_memory > 10 * 2**30
+    assert bound.host_memory <= 8 * 2**30
+    assert bound.host_memory + bound.in_files == pytest.approx(free.host_memory, rel=0.2)
+    read = [sum(stage.bytes_read for stage in one.stages) for one in (free, bound)]
+    assert read[1] > read[0] + 32 * bound.in_files  # once a layer at least
+    assert bound.seconds > free.seconds
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -246,6 +277,7 @@ def test_this_machine_is_measured(llama: Path) -> None:
         ({"processes": "8", "samples": 4}, SettingsError, "8 processes cannot share 4 windows"),
         ({"flops": -1}, SettingsError, "flops"),
         ({"memory_bandwidth": 1e12}, SettingsError, "give flops, too"),
+        ({"memory": "1GiB", "flops": 1e12}, SettingsError, "not enough, with all calibration activations in files"),
         ({"pattern": "3:16", "sparsity": 0.5}, SettingsError, "exclude each other"),
         ({"pattern": "2:5", "flops": 1e12}, BarberError, "does not divide"),
         ({"seqlen": 10**6, "flops": 1e12}, BarberError, "beyond the model's 131072 positions"),

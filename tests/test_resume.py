@@ -231,7 +231,7 @@ def test_refuses_what_it_cannot_go_on_with(
     other = save_tokens(tmp_path / "other.safetensors", seed=7)
     with pytest.raises(OutputError, match="another calibration, calibration text"):
         run(model, out, other, resume=True)
-    monkeypatch.setattr("llm_barber.run.versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr("llm_barber.assignment.versions", lambda: {"torch": "0.1"})
     with pytest.raises(OutputError, match="another version of a library"):
         run(model, out, tokens, resume=True)
     monkeypatch.undo()

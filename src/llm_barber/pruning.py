@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from llm_barber.assignment import UNLIKE, Assignment
 from llm_barber.checkpoint.place import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.checkpoint_masks import CheckpointMasks
@@ -15,7 +16,7 @@ from llm_barber.method import RebuildSettings
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
 from llm_barber.report import RunReport
-from llm_barber.run import UNLIKE, Assignment, run
+from llm_barber.run import run
 from llm_barber.settings import RunSettings
 
 

@@ -4,83 +4,38 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from llm_barber.allocation import allocate
+from llm_barber.assignment import Assignment, kept_weights, run_key
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.follower import Follower
-from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.packed_writer import PackedWriter
-from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, source_key
+from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.checkpoint_masks import CheckpointMasks
-from llm_barber.config import PruneConfig, RebuildConfig
 from llm_barber.embedding import embed, memory_said, with_smaller_batches
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, MethodMasks
 from llm_barber.job import Job
 from llm_barber.memory import host_memory
-from llm_barber.method import RebuildSettings, prune_layer
+from llm_barber.method import prune_layer
 from llm_barber.model.empty import auto_class
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.model_card import model_card
-from llm_barber.presets import Allocation, Reconstruct
+from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
-from llm_barber.refine_settings import RefineSettings
-from llm_barber.report import PAGE_NAME, BlockResult, KeptWeights, LayerResult, RunReport
-from llm_barber.settings import Format, RunSettings
+from llm_barber.report import PAGE_NAME, BlockResult, LayerResult, RunReport
+from llm_barber.settings import Format
 from llm_barber.usage import peak_device_memory, peak_memory, versions
 
-# Settings that do not change the result.
-UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory"}
-# Settings whose effect is known by the files and tokens that they lead to.
-KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos"}
 STAGES = ("embed", "allocate", "layers", "read", "write", "total")
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a run is to do.
-
-    Args:
-        command: `prune` or `rebuild`.
-        model: the dense one, as it was named.
-        config: its settings.
-        job: opened and checked.
-        initial: gives the initial masks.
-        rebuild_settings: None: masks are not rebuilt.
-        method: of the initial mask.
-        label: the same for people.
-    """
-
-    command: str
-    model: str
-    config: RunSettings
-    job: Job
-    initial: MethodMasks | CheckpointMasks
-    rebuild_settings: RebuildSettings | None
-    method: str
-    label: str
-
-    @cached_property
-    def refine_settings(self) -> RefineSettings | None:
-        """What is done beyond the rebuild."""
-        initial = self.initial
-        pattern = initial.targets.pattern if isinstance(initial, MethodMasks) else initial.first_pattern
-        return RefineSettings.of(self.config, pattern, *self.job.tokens.input_ids.shape)
-
-    @property
-    def allocation(self) -> Allocation:
-        """How sparsity is spread over the linears."""
-        return self.config.allocated_by if isinstance(self.config, PruneConfig) else Allocation.UNIFORM
 
 
 def run(work: Assignment, progress: Progress) -> RunReport:
@@ -135,7 +90,7 @@ def _open_output(work: Assignment) -> CheckpointWriter | Follower:
         return Follower(config.output)
     kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
     shards = len(job.outside_shards) + len(job.steps)
-    return kind(config.output, shards, config.overwrite, job.bytes, _run_key(work), config.resume)
+    return kind(config.output, shards, config.overwrite, job.bytes, run_key(work), config.resume)
 
 
 def _embed(
@@ -145,8 +100,9 @@ def _embed(
     progress.stage("embedding the calibration tokens")
     start = time.perf_counter()
     job, refine_settings = work.job, work.refine_settings
+    memory = host_memory(job, work.config, work.recipe, writer)
     with memory_said():
-        streams = embed(job, _copy_outside(job, writer), refine_settings, host_memory(job, work.config, writer))
+        streams = embed(job, _copy_outside(job, writer), refine_settings, memory)
     if refine_settings is not None and refine_settings.target_mix:
         streams.copy(HIDDEN, DENSE + HIDDEN)
     seconds["embed"] += time.perf_counter() - start
@@ -207,7 +163,7 @@ def _write_rest(
         rebuild_ratio=work.rebuild_settings.ratio if work.rebuild_settings else None,
         refinement=work.refine_settings.words if work.refine_settings else None,
         allocation=work.allocation,
-        kept_weights=_kept_weights(work.config),
+        kept_weights=kept_weights(work.config),
         loaded_by=auto_class(job.skeleton.model.config).__name__,
         calibration={
             "source": job.tokens.source,
@@ -272,28 +228,6 @@ def _finished_layers(writer: CheckpointWriter | Follower) -> list[LayerResult]:
         return [LayerResult.model_validate(layer) for layer in writer.state.layers]
     except ValidationError as error:
         raise OutputError(f"{writer.work / STATE_NAME} is damaged", START_AGAIN) from error
-
-
-def _run_key(work: Assignment) -> dict[str, Any]:
-    """What a run's result depends on, each by the name that a message can say."""
-    config, job = work.config, work.job
-    settings = config.model_dump(mode="json", exclude=UNLIKE | KNOWN_BY_CONTENT)
-    key = {"command": work.command, **settings, "model's files": source_key(job.source.folder)}
-    if isinstance(config, RebuildConfig):
-        key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
-    return key | {
-        "calibration text": job.tokens.digest,
-        "device": str(job.skeleton.device),
-        "dtype": str(job.skeleton.dtype),
-        "version of a library": versions(),
-    }
-
-
-def _kept_weights(config: RunSettings) -> KeptWeights:
-    if isinstance(config, PruneConfig) and config.keep_updates:
-        return KeptWeights.UPDATED
-    none = config.reconstruction is Reconstruct.NONE
-    return KeptWeights.DENSE if none else KeptWeights(config.reconstruction.value)
 
 
 def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Tensor]:

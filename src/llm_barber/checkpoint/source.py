@@ -33,9 +33,14 @@ class TensorInfo:
     dtype: str
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return BYTES.get(self.dtype, 1)
+
+    @property
     def bytes(self) -> int:
         """Size in the file."""
-        return math.prod(self.shape) * BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * self.itemsize
 
 
 class Part(Protocol):

@@ -24,7 +24,7 @@ from llm_barber.cli.options import (
 )
 @takes(
     *shown_in(METHOD), *shown_in(REFINING), "samples", "seqlen", "batch_size", "device", "dtype", "revision",
-    "allow_dense_tail", "prune_head", "layers", "blocks",
+    "allow_dense_tail", "prune_head", "layers", "blocks", "memory",
 )  # fmt: skip
 def plan(
     model: Annotated[

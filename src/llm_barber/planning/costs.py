@@ -93,8 +93,11 @@ def _inputs(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
 
 
 def _streams(block: BlockShapes, recipe: Recipe, tokens: float, arrays: float) -> Work:
-    """Arrays of activations read from host memory, or written."""
-    return Work(copied=arrays * tokens * block.linears[-1][0] * recipe.itemsize)
+    """Arrays of activations read from host memory, or written; of those in files half is taken to be either."""
+    width = block.linears[-1][0]
+    size = arrays * tokens * width * recipe.itemsize
+    on_disk = size * recipe.in_files(width) / recipe.activations(width)
+    return Work(copied=size, read=on_disk / 2, written=on_disk / 2)
 
 
 def _reduce(recipe: Recipe, size: float) -> Work:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError
+from llm_barber.memory import left_for_activations
 from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
@@ -79,7 +80,10 @@ class StageForecast(BaseModel):
 
 
 class ProcessesForecast(BaseModel):
-    """With so many processes; memory is bytes of each of them, `device_memory` None where the host computes."""
+    """With so many processes; memory is bytes of each of them, `device_memory` None where the host computes.
+
+    `in_files`: bytes of calibration activations that `--memory` leaves no place for.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -87,6 +91,7 @@ class ProcessesForecast(BaseModel):
     stages: tuple[StageForecast, ...]
     host_memory: float
     device_memory: float | None
+    in_files: float
 
     @property
     def seconds(self) -> float:
@@ -150,8 +155,8 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     model = model_shapes(skeleton)
     _check_pattern(config, model)
     batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
-    recipe = Recipe.of(config, batch, dtype, stored, device)
     bare = current_memory() if own else int(BARE_PROCESS[device.type])
+    recipe = Recipe.of(config, batch, dtype, stored, device)
     link = config.link or LINK
     if config.flops is None:
         progress.stage("measuring this machine")
@@ -175,7 +180,9 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         dtype=str(dtype).removeprefix("torch."),
         measured=own,
         rates=asdict(rates),
-        runs=tuple(_with_processes(model, recipe.among(count), rates, bare) for count in config.processes),
+        runs=tuple(
+            _with_processes(model, recipe.among(count), rates, bare, config.memory) for count in config.processes
+        ),
     )
 
 
@@ -226,7 +233,11 @@ def _check_pattern(config: PlanConfig, model: ModelShapes) -> None:
                     )
 
 
-def _with_processes(model: ModelShapes, recipe: Recipe, rates: Rates, bare: int) -> ProcessesForecast:
+def _with_processes(
+    model: ModelShapes, recipe: Recipe, rates: Rates, bare: int, memory: int | None
+) -> ProcessesForecast:
+    if memory is not None:
+        recipe = replace(recipe, for_activations=left_for_activations(memory, bare, model, recipe))
     costs = run_costs(model, recipe)
     held = peak_held(model, recipe)
     return ProcessesForecast(
@@ -234,6 +245,7 @@ def _with_processes(model: ModelShapes, recipe: Recipe, rates: Rates, bare: int)
         stages=tuple(_stage(costs, one.name, rates) for one in fields(costs)),
         host_memory=bare + held.host,
         device_memory=None if recipe.on_cpu else held.device,
+        in_files=recipe.in_files(model.hidden),
     )
 
 

@@ -7,6 +7,7 @@ counted, and pages of the file that is being read.
 from dataclasses import dataclass, replace
 
 from llm_barber.allocation import LOGITS
+from llm_barber.config import Initial
 from llm_barber.job import OUTSIDE_SHARD_BYTES
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.swaps import CACHED_WEIGHTS
@@ -14,7 +15,6 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.presets import Allocation
 from llm_barber.refine import MOMENTS_BYTES
-from llm_barber.refine_settings import RefineSettings
 
 FLOAT32, BOOL = 4, 1
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4  # of a batch: float32 ones of the block's input, what autograd keeps of outputs
@@ -23,6 +23,8 @@ SWAPPING = 12  # float32 arrays of the rows that are swapped together
 ERROR_ARRAYS = 6  # float32 ones of a linear, when its error is computed
 SOLVING = 10  # float32 ones of a linear, in least squares
 ORDERING = 24  # bytes a weight: its cost, sorted, and the order
+# Of methods that gather Gram matrices, float32 copies of one and of its linear, while weights are updated.
+UPDATING = {Initial.SPARSEGPT: (4, 5), Initial.ALPS: (5, 8)}
 OF_A_LOGIT = 4  # float32 copies: itself, its logarithm, their gradients
 
 
@@ -45,6 +47,8 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
     streams = Held(host=_streams(model, recipe))
     layer = model.largest_layer
     resident = streams + _layer(layer, recipe)
+    if recipe.initial in UPDATING:
+        moments.append(resident + _updating(layer, recipe))
     for block in layer.blocks:
         moments.append(resident + Held(device=_batch(block, recipe)))
         if recipe.granularity is not None:
@@ -74,21 +78,16 @@ def _device(held: Held) -> float:
     return held.device
 
 
-def _array(model: ModelShapes, recipe: Recipe) -> float:
-    """An array of calibration activations."""
-    return recipe.own_tokens * model.hidden * recipe.itemsize
-
-
-def _streams(model: ModelShapes, recipe: Recipe) -> float:
-    """The arrays that go from layer to layer."""
-    return RefineSettings.arrays(recipe.refine) * _array(model, recipe)
+def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> float:
+    """Arrays of calibration activations in memory; None: those that go from layer to layer."""
+    return recipe.activations(model.hidden, arrays) - recipe.in_files(model.hidden, arrays)
 
 
 def _embedding(model: ModelShapes, recipe: Recipe) -> Held:
     """The parameters outside the layers, a shard at a time: the file's pages and the copies."""
     shard = min(model.outside * recipe.stored, max(OUTSIDE_SHARD_BYTES, model.embedding * recipe.stored))
     kept = model.embedding * recipe.stored
-    embedded = Held(host=kept + _array(model, recipe), device=model.embedding * _converted(recipe))
+    embedded = Held(host=kept + _streams(model, recipe, 1), device=model.embedding * _converted(recipe))
     return max(Held(host=2 * shard + kept), embedded, key=lambda one: one.host)
 
 
@@ -122,6 +121,18 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
     return given * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
 
 
+def _updating(layer: LayerShapes, recipe: Recipe) -> Held:
+    """Gram matrices of the whole layer with a batch, or, larger, with what one linear takes."""
+    grams = sum(FLOAT32 * group[0][1] ** 2 * block.copies for block in layer.blocks for group in block.groups)
+    matrices, arrays = UPDATING[recipe.initial]
+    working = [
+        FLOAT32 * (matrices * columns**2 + arrays * rows * columns)
+        for block in layer.blocks
+        for rows, columns in block.linears
+    ]
+    return Held(device=grams + max(*working, *(_batch(block, recipe) for block in layer.blocks)))
+
+
 def _rebuilding(block: BlockShapes, recipe: Recipe) -> Held:
     """Squares of gradients with a batch and one gradient, or, larger, with scores and their ranking."""
     weights = block.every_weight + block.beside
@@ -153,7 +164,7 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Held:
 
 def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
     """A pass over the dense model: every layer's input for some tokens, the output head, or one layer and the next."""
-    arrays = (3 if recipe.follows_dense else 2) * _array(model, recipe)
+    arrays = _streams(model, recipe, 3 if recipe.follows_dense else 2)
     layer = model.largest_layer
     size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
     batch = max(_batch(block, recipe) for block in layer.blocks)

@@ -25,6 +25,7 @@ class Recipe:
 
     `itemsize`: bytes of a number in the compute dtype, `stored` in the checkpoint. `on_cpu`: host and device memory
     are one. `refine`: None: no refining. `processes` share the sequences; the slowest has as many as any.
+    `for_activations`: bytes of host memory that calibration activations may take, None: any number; others are files.
     """
 
     sequences: int
@@ -40,6 +41,7 @@ class Recipe:
     refine: RefineSettings | None
     prunes_head: bool = False
     processes: int = 1
+    for_activations: int | None = None
 
     @classmethod
     def of(
@@ -97,6 +99,17 @@ class Recipe:
     def follows_dense(self) -> bool:
         """Do the dense model's activations go through the layers, too?"""
         return self.refine is not None and self.refine.target_mix > 0
+
+    def activations(self, width: int, arrays: int | None = None) -> float:
+        """Bytes of so many arrays of calibration activations, of `width` features; None: of all between layers."""
+        arrays = RefineSettings.arrays(self.refine) if arrays is None else arrays
+        return arrays * self.own_tokens * width * self.itemsize
+
+    def in_files(self, width: int, arrays: int | None = None) -> float:
+        """Those of the bytes that have no place in memory."""
+        if self.for_activations is None:
+            return 0
+        return max(0, self.activations(width, arrays) - self.for_activations)
 
     @property
     def swap_stages(self) -> tuple[int, ...]:

@@ -27,14 +27,17 @@ def show_forecast(found: Forecast) -> None:
     console.print(_stages(found.runs[0]))
     table = Table(title="time and memory of each process" if len(found.runs) > 1 else None)
     with_device = found.runs[0].device_memory is not None
-    headings = ["processes", "time", "speed-up", "host memory", *(["device memory"] if with_device else [])]
+    with_files = any(run.in_files for run in found.runs)
+    headings = ["processes", "time", "speed-up", "host memory", *(["in files"] if with_files else [])]
+    headings += ["device memory"] if with_device else []
     for heading in (*headings, "bottleneck"):
         table.add_column(heading, justify="left" if heading == "bottleneck" else "right")
     for run in found.runs:
         device = [] if run.device_memory is None else [f"{run.device_memory / 2**30:.1f} GiB"]
+        files = [f"{run.in_files / 2**30:.1f} GiB"] if with_files else []
         table.add_row(
             str(run.processes), duration(run.seconds), f"{found.runs[0].seconds / run.seconds:.2f}",
-            f"{run.host_memory / 2**30:.1f} GiB", *device, run.bottleneck,
+            f"{run.host_memory / 2**30:.1f} GiB", *files, *device, run.bottleneck,
         )  # fmt: skip
     console.print(table)
     rates = found.rates

@@ -1,0 +1,105 @@
+"""What a run is to do, and what its result and its memory depend on."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llm_barber.checkpoint.hub import resolve_model
+from llm_barber.checkpoint.state import source_key
+from llm_barber.checkpoint_masks import CheckpointMasks
+from llm_barber.config import Initial, PruneConfig, RebuildConfig
+from llm_barber.initial import MethodMasks
+from llm_barber.job import Job
+from llm_barber.method import RebuildSettings
+from llm_barber.planning.recipe import Recipe
+from llm_barber.presets import Allocation, Reconstruct
+from llm_barber.refine_settings import RefineSettings
+from llm_barber.report import KeptWeights
+from llm_barber.settings import RunSettings
+from llm_barber.usage import versions
+
+# Settings that do not change the result.
+UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory"}
+# Settings whose effect is known by the files and tokens that they lead to.
+KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos"}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a run is to do.
+
+    Args:
+        command: `prune` or `rebuild`.
+        model: the dense one, as it was named.
+        config: its settings.
+        job: opened and checked.
+        initial: gives the initial masks.
+        rebuild_settings: None: masks are not rebuilt.
+        method: of the initial mask.
+        label: the same for people.
+    """
+
+    command: str
+    model: str
+    config: RunSettings
+    job: Job
+    initial: MethodMasks | CheckpointMasks
+    rebuild_settings: RebuildSettings | None
+    method: str
+    label: str
+
+    @cached_property
+    def refine_settings(self) -> RefineSettings | None:
+        """What is done beyond the rebuild."""
+        initial = self.initial
+        pattern = initial.targets.pattern if isinstance(initial, MethodMasks) else initial.first_pattern
+        return RefineSettings.of(self.config, pattern, *self.job.tokens.input_ids.shape)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What its memory depends on."""
+        job, (sequences, tokens) = self.job, self.job.tokens.input_ids.shape
+        method = self.initial.method if isinstance(self.initial, MethodMasks) else Initial.MAGNITUDE  # no statistics
+        return Recipe(
+            sequences=sequences,
+            tokens=tokens,
+            batch=job.batch_size,
+            itemsize=job.skeleton.dtype.itemsize,
+            stored=max(tensor.itemsize for tensor in job.source.tensors.values()),
+            on_cpu=job.skeleton.device.type == "cpu",
+            initial=method,
+            pattern=None,
+            allocation=self.allocation,
+            granularity=self.rebuild_settings.granularity if self.rebuild_settings else None,
+            refine=self.refine_settings,
+            prunes_head=job.prunes_head,
+            processes=job.ranks.count,
+        )
+
+    @property
+    def allocation(self) -> Allocation:
+        """How sparsity is spread over the linears."""
+        return self.config.allocated_by if isinstance(self.config, PruneConfig) else Allocation.UNIFORM
+
+
+def run_key(work: Assignment) -> dict[str, Any]:
+    """What a run's result depends on, each by the name that a message can say."""
+    config, job = work.config, work.job
+    settings = config.model_dump(mode="json", exclude=UNLIKE | KNOWN_BY_CONTENT)
+    key = {"command": work.command, **settings, "model's files": source_key(job.source.folder)}
+    if isinstance(config, RebuildConfig):
+        key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
+    return key | {
+        "calibration text": job.tokens.digest,
+        "device": str(job.skeleton.device),
+        "dtype": str(job.skeleton.dtype),
+        "version of a library": versions(),
+    }
+
+
+def kept_weights(config: RunSettings) -> KeptWeights:
+    """What became of the weights that are kept."""
+    if isinstance(config, PruneConfig) and config.keep_updates:
+        return KeptWeights.UPDATED
+    none = config.reconstruction is Reconstruct.NONE
+    return KeptWeights.DENSE if none else KeptWeights(config.reconstruction.value)
