@@ -96,7 +96,8 @@ def _streams(block: BlockShapes, recipe: Recipe, tokens: float, arrays: float) -
     """Arrays of activations read from host memory, or written; of those in files half is taken to be either."""
     width = block.linears[-1][0]
     size = arrays * tokens * width * recipe.itemsize
-    on_disk = size * recipe.in_files(width) / recipe.activations(width)
+    every = recipe.activations(width)
+    on_disk = size * (1 - recipe.in_memory(every) / every)
     return Work(copied=size, read=on_disk / 2, written=on_disk / 2)
 
 

@@ -20,7 +20,7 @@ from llm_barber.opening import check_positions, make_skeleton
 from llm_barber.planning.configuration import read_configuration
 from llm_barber.planning.costs import Costs, run_costs
 from llm_barber.planning.machine import KINDS, Rates, measured_rates, named_rates
-from llm_barber.planning.memory import peak_held
+from llm_barber.planning.memory import in_files, peak_held
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.progress import Progress, Silent
@@ -245,7 +245,7 @@ def _with_processes(
         stages=tuple(_stage(costs, one.name, rates) for one in fields(costs)),
         host_memory=bare + held.host,
         device_memory=None if recipe.on_cpu else held.device,
-        in_files=recipe.in_files(model.hidden),
+        in_files=in_files(model, recipe),
     )
 
 

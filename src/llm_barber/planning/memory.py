@@ -80,7 +80,22 @@ def _device(held: Held) -> float:
 
 def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> float:
     """Arrays of calibration activations in memory; None: those that go from layer to layer."""
-    return recipe.activations(model.hidden, arrays) - recipe.in_files(model.hidden, arrays)
+    return recipe.in_memory(recipe.activations(model.hidden, arrays))
+
+
+def in_files(model: ModelShapes, recipe: Recipe) -> float:
+    """Bytes of activations that no memory is left for, where they are most: between layers, or when allocating."""
+    most = max(recipe.activations(model.hidden), sum(_allocated_from(model, recipe)))
+    return most - recipe.in_memory(most)
+
+
+def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
+    """Bytes of activations in a look at the dense model: of arrays, and of every layer's input for some tokens."""
+    if recipe.allocation is Allocation.UNIFORM:
+        return 0, 0
+    by_loss = recipe.allocation is Allocation.LOSS
+    inputs = len(model.layers) * recipe.loss_tokens * model.hidden * recipe.itemsize if by_loss else 0
+    return recipe.activations(model.hidden, 3 if recipe.follows_dense else 2), inputs
 
 
 def _embedding(model: ModelShapes, recipe: Recipe) -> Held:
@@ -164,18 +179,18 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Held:
 
 def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
     """A pass over the dense model: every layer's input for some tokens, the output head, or one layer and the next."""
-    arrays = _streams(model, recipe, 3 if recipe.follows_dense else 2)
+    of_arrays, of_inputs = _allocated_from(model, recipe)
+    arrays = recipe.in_memory(of_arrays)
+    kept = Held(host=recipe.in_memory(of_arrays + of_inputs) - arrays)
     layer = model.largest_layer
     size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
     batch = max(_batch(block, recipe) for block in layer.blocks)
     reading = Held(arrays + 3 * size, computed + (0 if recipe.on_cpu else size))
     if recipe.allocation is not Allocation.LOSS:
         return [reading + Held(device=batch)]
-    inputs = len(model.layers) * recipe.loss_tokens * model.hidden * recipe.itemsize
     outside = Held(model.outside * recipe.stored, model.outside * _converted(recipe))
     logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + OF_A_LOGIT * FLOAT32)
     ordering = ORDERING * max(block.largest for block in layer.blocks)
-    kept = Held(host=inputs)
     # The parameters are read as the file has them; on a device these are let go of at once.
     lasting = Held(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
     return [

@@ -105,11 +105,9 @@ class Recipe:
         arrays = RefineSettings.arrays(self.refine) if arrays is None else arrays
         return arrays * self.own_tokens * width * self.itemsize
 
-    def in_files(self, width: int, arrays: int | None = None) -> float:
-        """Those of the bytes that have no place in memory."""
-        if self.for_activations is None:
-            return 0
-        return max(0, self.activations(width, arrays) - self.for_activations)
+    def in_memory(self, activations: float) -> float:
+        """Bytes of so many of activations that lie in host memory; the others lie in files."""
+        return activations if self.for_activations is None else min(activations, self.for_activations)
 
     @property
     def swap_stages(self) -> tuple[int, ...]:
