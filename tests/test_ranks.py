@@ -181,9 +181,31 @@ def test_one_that_is_silent_ends_all(
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_one_that_is_slow_is_waited_for(slow: int, short_silence: float) -> None:
+    """In the run, and between two runs of one program."""
+
     def work(rank: int) -> None:
         with joined():
-            time.sleep(2 * short_silence * (rank == slow))
+            time.sleep(1.5 * short_silence * (rank == slow))
+        time.sleep(1.5 * short_silence * (rank == slow))
+        with joined() as ranks:
+            assert ranks.total(1) == [2]
+
+    assert together(2, work) == [0, 0]
+
+
+def test_those_that_are_stopped_together_go_on(short_silence: float) -> None:
+    def work(rank: int) -> None:
+        with joined() as ranks:
+            own, first = os.getpid(), ranks.from_first(os.getpid())
+            ranks.wait()
+            time.sleep(0.5)  # each has heard the other
+            if rank and os.fork() == 0:
+                for signalled, pause in ((signal.SIGSTOP, 1.5 * short_silence), (signal.SIGCONT, 0)):
+                    for process in (first, own):
+                        os.kill(process, signalled)
+                    time.sleep(pause)
+                os._exit(0)
+            time.sleep(short_silence)
 
     assert together(2, work) == [0, 0]
 

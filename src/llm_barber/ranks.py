@@ -4,9 +4,10 @@ Started by `torchrun`, which says in the environment how many there are. Sums ar
 ranks the same numbers and finds the same masks; process 0 writes. One process is the ordinary case, without a group.
 """
 
+import atexit
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,7 @@ from llm_barber.pulse import watched
 # that vanished, by its silence (`pulse.py`).
 TIMEOUT = timedelta(hours=2)
 AnyObject = TypeVar("AnyObject")
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # an array of a shape and dtype, of any content
 
 
 class RankError(BarberError):
@@ -90,8 +92,11 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def gather(self, arrays: Mapping[str, Tensor], sequences: int) -> dict[str, Tensor]:
-        """On process 0 the arrays of all sequences, (sequences, …), from each process's own; elsewhere nothing."""
+    def gather(self, arrays: Mapping[str, Tensor], sequences: int, empty: Empty) -> dict[str, Tensor]:
+        """On process 0 the arrays of all sequences, (sequences, …), from each process's own; elsewhere nothing.
+
+        `empty` makes them.
+        """
         if self.count == 1:
             return dict(arrays)
         found = {}
@@ -99,7 +104,7 @@ class Ranks:
             if not self.first:
                 dist.send(own.contiguous(), 0)
                 continue
-            whole = torch.empty(sequences, *own.shape[1:], dtype=own.dtype)
+            whole = empty((sequences, *own.shape[1:]), own.dtype)
             for rank in range(self.count):
                 part = whole[Ranks(rank, self.count).share(sequences)]
                 if rank:
@@ -109,8 +114,8 @@ class Ranks:
             found[name] = whole
         return found
 
-    def scatter(self, arrays: Mapping[str, Tensor], sequences: int) -> dict[str, Tensor]:
-        """Each process's own of process 0's arrays of all sequences."""
+    def scatter(self, arrays: Mapping[str, Tensor], sequences: int, empty: Empty) -> dict[str, Tensor]:
+        """Each process's own of process 0's arrays of all sequences; `empty` makes them."""
         if self.count == 1:
             return dict(arrays)
         kinds = self.from_first({name: (tuple(one.shape[1:]), one.dtype) for name, one in arrays.items()})
@@ -120,9 +125,10 @@ class Ranks:
             if self.first:
                 for rank in range(1, self.count):
                     dist.send(arrays[name][Ranks(rank, self.count).share(sequences)].contiguous(), rank)
-                found[name] = arrays[name][share].clone()
+            found[name] = empty((share.stop - share.start, *shape), dtype)
+            if self.first:
+                found[name].copy_(arrays[name][share])
             else:
-                found[name] = torch.empty(share.stop - share.start, *shape, dtype=dtype)
                 dist.recv(found[name], 0)
         return found
 
@@ -134,40 +140,62 @@ def local_rank() -> int:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started.
+    """Join the processes that `torchrun` started, or the group that the calling program has made of them.
 
     Raises:
         RankError: another one ended, or cannot be reached.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if dist.is_initialized():  # by the program that calls us
+    if dist.is_initialized() and not _Group.is_own:
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
     if count == 1:
         yield Ranks()
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        raise RankError(
-            f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
-        ) from error
+    if not dist.is_initialized():
+        _Group.meet()
     ranks = Ranks(dist.get_rank(), count)
     try:
         with watched(ranks.rank, count):
             yield ranks
-            ranks.wait()  # whoever is done stays until all are: no one's silence is mistaken, no one's failure missed
-    except (RuntimeError, ValueError) as error:  # as torch.distributed says what is wrong with a connection
-        if isinstance(error, torch.OutOfMemoryError) or not _of_connection(error):
+            # Whoever is done stays until all are, and a failure is missed nowhere; but what process 0 has written is
+            # there, whatever becomes of the others.
+            with suppress(RuntimeError) if ranks.first else nullcontext():
+                ranks.wait()
+    except BaseException as error:
+        _Group.leave()
+        # As torch.distributed says what is wrong with a connection.
+        of_connection = isinstance(error, RuntimeError | ValueError) and not isinstance(error, torch.OutOfMemoryError)
+        if not of_connection or not _of_connection(error):
             raise
         raise RankError(
             f"another process of the run has ended or cannot be reached: {first_line(error)}",
             "look for its message above; the run goes on with --resume, with any number of processes",
         ) from error
-    finally:
-        if dist.is_initialized():
+
+
+class _Group:
+    """The group that this module makes: one for the life of the process, since torchrun's store remembers old ones."""
+
+    is_own = False
+
+    @classmethod
+    def meet(cls) -> None:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(
+                f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
+            ) from error
+        cls.is_own = True
+        atexit.register(cls.leave)
+
+    @classmethod
+    def leave(cls) -> None:
+        if cls.is_own and dist.is_initialized():
             dist.destroy_process_group()
+        cls.is_own = False
 
 
 def _of_connection(error: Any) -> bool:

@@ -47,13 +47,12 @@ def run(work: Assignment, progress: Progress) -> RunReport:
     with _open_output(work) as writer, _told_how_to_go_on(writer, progress):
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))
-        activations = ranks.scatter(activations, sequences)
         results = _finished_layers(writer)
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
         streams = _embed(work, writer, seconds, progress)
         _allocate(work, streams, writer, seconds, progress)
-        streams.restore(activations)
+        streams.restore(ranks.scatter(activations, sequences, streams.empty))
         activations = {}  # it has copied them
         progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
         for layer in results:
@@ -73,8 +72,12 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 seconds["write"] += written - computed
                 seconds["total"] = written - began
                 results.append(LayerResult(index=index, seconds=written - start, blocks=tuple(blocks)))
-                kept = ranks.gather(streams.between_layers(), sequences)
-                writer.finish_layer(results[-1].model_dump(mode="json"), kept, seconds, peak_memory())
+                writer.finish_layer(
+                    results[-1].model_dump(mode="json"),
+                    ranks.gather(streams.between_layers(), sequences, streams.empty),  # let go of when it is written
+                    seconds,
+                    peak_memory(),
+                )
                 seconds["write"] += time.perf_counter() - written
                 progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began

@@ -123,7 +123,7 @@ class ActivationStreams:
 
     def kept(self, values: Tensor) -> Tensor:
         """A copy in an array of its own."""
-        return self._empty(tuple(values.shape), values.dtype).copy_(values)
+        return self.empty(tuple(values.shape), values.dtype).copy_(values)
 
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
@@ -161,7 +161,7 @@ class ActivationStreams:
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
         if array is None or array.shape != shape or array.dtype != values.dtype:
-            array = self._empty(shape, values.dtype)
+            array = self.empty(shape, values.dtype)
             self._put(name, array)
         if self._copies is not None:
             self._copies.write(name, array, batch, values)
@@ -180,7 +180,8 @@ class ActivationStreams:
         if self._copies is not None:
             self._copies.forget(name)
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An array of any content, where arrays lie."""
         return self._memory.empty(shape, dtype, self.pinned)
 
 
