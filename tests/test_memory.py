@@ -1,5 +1,9 @@
 """A run within less memory gives the same bytes, and says when it cannot."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from llm_barber.model import streams as streams_module
 from llm_barber.plan import plan
 from llm_barber.planning.memory import Held
 from llm_barber.usage import current_memory
+from tests.conftest import make_model, save_tokens
 from tests.test_resume import weights
 
 
@@ -37,6 +42,8 @@ def test_activations_in_files_give_the_same_bytes(
     monkeypatch.setattr(streams_module.torch, "from_file", counted)
     monkeypatch.setattr("llm_barber.memory.current_memory", lambda: 2**20)
     monkeypatch.setattr("llm_barber.memory.peak_held", lambda *_: Held())
+    monkeypatch.setattr("llm_barber.memory.COPIES_OF_A_LAYER", 0)
+    monkeypatch.setattr("llm_barber.memory.LIBRARIES", 0)
     run(llama, tmp_path / "small", tokens, memory=2**20 + 20_000)
     assert len(sizes) > 5
     assert weights(tmp_path / "small") == weights(tmp_path / "whole")
@@ -70,6 +77,71 @@ def test_the_plan_knows_the_activations(
     planned = plan(config).stream_bytes
     prune(config)
     assert kept[1].used == planned
+
+
+BOUND = """
+import json, os, re, sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from llm_barber import PruneConfig, prune
+from llm_barber import memory as memory_module
+from llm_barber.errors import SettingsError
+
+def private():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, private())
+        time.sleep(0.002)
+
+peak = 0
+memory_module.current_memory, memory_module.LIBRARIES = private, 0
+for number, settings in enumerate(json.loads(sys.argv[1])):
+    if os.fork():  # a process for each, whose memory nothing has used before
+        os.wait()
+        continue
+    settings = {"output": f"{sys.argv[2]}/{number}", "report": False, "memory": 1, **settings}
+    try:
+        prune(PruneConfig(**settings))
+    except SettingsError as error:
+        settings["memory"] = error.hint.split()[3] + "GiB"
+    threading.Thread(target=watch, daemon=True).start()
+    prune(PruneConfig(**settings))
+    print(json.dumps([peak, PruneConfig(**settings).memory]), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_the_least_memory_that_is_accepted_is_enough(tmp_path: Path) -> None:
+    """Of models whose layers are large against all else, private memory stays within it."""
+    wide = {"vocab_size": 256, "max_position_embeddings": 64, "num_hidden_layers": 3}
+    llama = {**wide, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
+    models = {
+        "gpt2": make_model(tmp_path / "gpt2", "gpt2", **{**wide, "n_embd": 640, "n_layer": 3, "n_head": 8}),
+        "llama": make_model(tmp_path / "llama", "llama", **llama),
+        "qwen3_moe": make_model(
+            tmp_path / "qwen3_moe", "qwen3_moe", **{**llama, "num_experts": 8, "moe_intermediate_size": 512}
+        ),
+    }
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=4, tokens=32, vocabulary=256)
+    runs = [
+        {"model": "gpt2", "preset": "paper", "initial": "sparsegpt", "keep_updates": True},
+        {"model": "llama", "preset": "mask", "refine": "swaps", "swaps": 2},
+        {"model": "qwen3_moe", "preset": "paper"},
+    ]
+    given = [
+        {"dtype": "float32", "calibration": str(tokens), **run, "model": str(models[str(run["model"])])} for run in runs
+    ]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "500000"}  # what is let go of is given back
+    command = [sys.executable, "-c", BOUND, json.dumps(given), str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    for run, line in zip(runs, done.stdout.splitlines(), strict=True):
+        peak, memory = json.loads(line)
+        assert 0.7 * memory < peak <= memory, run
 
 
 def test_what_is_needed_besides_activations_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run is to do, and what its result and its memory depend on."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,13 +60,14 @@ class Assignment:
     def recipe(self) -> Recipe:
         """What its memory depends on."""
         job, (sequences, tokens) = self.job, self.job.tokens.input_ids.shape
+        layers = [job.source.tensors[name] for names in job.layer_tensors for name in names]
         method = self.initial.method if isinstance(self.initial, MethodMasks) else Initial.MAGNITUDE  # no statistics
         return Recipe(
             sequences=sequences,
             tokens=tokens,
             batch=job.batch_size,
             itemsize=job.skeleton.dtype.itemsize,
-            stored=max(tensor.itemsize for tensor in job.source.tensors.values()),
+            stored=round(sum(one.bytes for one in layers) / sum(math.prod(one.shape) for one in layers)),
             on_cpu=job.skeleton.device.type == "cpu",
             initial=method,
             pattern=None,

@@ -16,7 +16,9 @@ from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.settings import RunSettings
 from llm_barber.usage import current_memory
 
-MARGIN = 1.2  # what the arithmetic of memory may be wrong by
+# What the arithmetic of memory may be wrong by; copies of the largest decoder layer, as it is stored, that are counted
+# at least (the one read ahead, computed with, pruned, turned, ranked, to write); what libraries keep for themselves.
+MARGIN, COPIES_OF_A_LAYER, LIBRARIES = 1.2, 10, 2**26
 
 
 def host_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: CheckpointWriter | Follower) -> HostMemory:
@@ -42,7 +44,9 @@ def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: 
     Raises:
         SettingsError: there are none.
     """
-    needed = process + int(MARGIN * peak_held(model, replace(recipe, for_activations=0)).host)
+    held = MARGIN * peak_held(model, replace(recipe, for_activations=0)).host
+    at_least = COPIES_OF_A_LAYER * recipe.stored * model.largest_layer.parameters
+    needed = process + LIBRARIES + int(max(held, at_least))
     if needed > memory:
         raise SettingsError(
             f"memory: {memory / 2**30:.2f} GiB are not enough, with all calibration activations in files",

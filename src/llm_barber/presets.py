@@ -58,7 +58,7 @@ PRESETS = {
     Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS),
 }
 # Raised when how a preset finds masks or weights changes, so that what `compare` has kept of it is measured again.
-REVISIONS = {Preset.PAPER: 1, Preset.MASK: 4, Preset.BEST: 5}
+REVISIONS = {Preset.PAPER: 1, Preset.MASK: 4, Preset.BEST: 6}
 SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
 TARGET_MIX, PATTERN_TARGET_MIX = 0.5, 0.75  # the latter where masks of N:M are tuned
 # Passes over the calibration text when layers are tuned: as many as these tokens take, within bounds. More text needs

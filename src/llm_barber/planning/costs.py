@@ -97,7 +97,7 @@ def _streams(block: BlockShapes, recipe: Recipe, tokens: float, arrays: float) -
     width = block.linears[-1][0]
     size = arrays * tokens * width * recipe.itemsize
     every = recipe.activations(width)
-    on_disk = size * (1 - recipe.in_memory(every) / every)
+    on_disk = size * (1 - recipe.in_memory(every, width) / every)
     return Work(copied=size, read=on_disk / 2, written=on_disk / 2)
 
 

@@ -45,23 +45,9 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
     if recipe.allocation is not Allocation.UNIFORM:
         moments += _allocating(model, recipe)
     streams = Held(host=_streams(model, recipe))
-    layer = model.largest_layer
-    resident = streams + _layer(layer, recipe)
-    if recipe.initial in UPDATING:
-        moments.append(resident + _updating(layer, recipe))
-    for block in layer.blocks:
-        moments.append(resident + Held(device=_batch(block, recipe)))
-        if recipe.granularity is not None:
-            moments.append(resident + _rebuilding(block, recipe))
-        if recipe.refine is not None and recipe.refine.of_linears:
-            moments.append(resident + _refining(block, recipe))
-    if recipe.refine is not None and recipe.refine.of_layers:
-        batch = max(_batch(block, recipe) for block in layer.blocks)
-        # Gradients, the best ones and masked copies; for scores and for values' changes, a gradient and two moments.
-        parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
-        wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # gradients' sums are float64 then
-        tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
-        moments.append(resident + Held(device=tuned + 2 * batch))
+    for layer in dict.fromkeys(model.layers):
+        resident = streams + _layer(layer, recipe)
+        moments += [resident + moment for moment in _pruning(layer, recipe)]
     if recipe.prunes_head:
         head, outside = model.head_block, Held(device=model.outside * _converted(recipe))
         own = Held(device=head.weights * (2 * recipe.stored + BOOL))
@@ -74,19 +60,40 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
     return Held(max(one.host for one in moments), max(one.device for one in moments))
 
 
+def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Held]:
+    """What is held besides the layer while its masks are chosen, rebuilt, refined and tuned."""
+    moments = [Held(device=RANKING * max((block.largest for block in layer.blocks), default=0))]
+    if recipe.initial in UPDATING and layer.blocks:
+        moments.append(_updating(layer, recipe))
+    for block in layer.blocks:
+        moments.append(Held(device=_batch(block, recipe)))
+        if recipe.granularity is not None:
+            moments.append(_rebuilding(block, recipe))
+        if recipe.refine is not None and recipe.refine.of_linears:
+            moments.append(_refining(block, recipe))
+    if recipe.refine is not None and recipe.refine.of_layers and layer.blocks:
+        batch = max(_batch(block, recipe) for block in layer.blocks)
+        # Gradients, the best ones and masked copies; for scores and for values' changes, a gradient and two moments.
+        parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
+        wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # gradients' sums are float64 then
+        tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
+        moments.append(Held(device=tuned + 2 * batch))
+    return moments
+
+
 def _device(held: Held) -> float:
     return held.device
 
 
 def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> float:
     """Arrays of calibration activations in memory; None: those that go from layer to layer."""
-    return recipe.in_memory(recipe.activations(model.hidden, arrays))
+    return recipe.in_memory(recipe.activations(model.hidden, arrays), model.hidden)
 
 
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
     """Bytes of activations that no memory is left for, where they are most: between layers, or when allocating."""
     most = max(recipe.activations(model.hidden), sum(_allocated_from(model, recipe)))
-    return most - recipe.in_memory(most)
+    return most - recipe.in_memory(most, model.hidden)
 
 
 def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
@@ -112,11 +119,14 @@ def _converted(recipe: Recipe) -> float:
 
 
 def _layer(layer: LayerShapes, recipe: Recipe) -> Held:
-    """A layer as it was read and as it is computed with, its pruned weights and masks, and those of the one before."""
+    """A layer as it was read and as it is computed with, its pruned weights and masks, and those of the one before.
+
+    The next one is read ahead meanwhile. Of methods that update weights the updated ones are there, too.
+    """
     host = layer.parameters * recipe.stored
     device = layer.parameters * _converted(recipe) + (0 if recipe.on_cpu else host)
-    pruned = layer.weights * (2 * recipe.stored + BOOL)
-    return Held(host, device + pruned)
+    copies = 3 if recipe.initial in UPDATING else 2
+    return Held(2 * host, device + layer.weights * (copies * recipe.stored + BOOL))
 
 
 def _reading(model: ModelShapes, recipe: Recipe) -> Held:
@@ -169,7 +179,7 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Held:
         largest = max(rows * columns for rows, columns in group)
         windows = 2 if recipe.refine.held_out else 1
         at_once = min(block.copies, max(1, MOMENTS_BYTES // (4 * matrix)))
-        sums = streams * matrix * (windows * at_once + 1)
+        sums = streams * matrix * windows * (at_once + 1)
         gathering = sums + max(_batch(block, recipe), 2 * streams * matrix)
         arrays = (SOLVING if recipe.refine.solve else ERROR_ARRAYS) * largest
         together = min(largest, CACHED_WEIGHTS) if recipe.on_cpu else largest
@@ -180,8 +190,8 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Held:
 def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
     """A pass over the dense model: every layer's input for some tokens, the output head, or one layer and the next."""
     of_arrays, of_inputs = _allocated_from(model, recipe)
-    arrays = recipe.in_memory(of_arrays)
-    kept = Held(host=recipe.in_memory(of_arrays + of_inputs) - arrays)
+    arrays = recipe.in_memory(of_arrays, model.hidden)
+    kept = Held(host=recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays)
     layer = model.largest_layer
     size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
     batch = max(_batch(block, recipe) for block in layer.blocks)

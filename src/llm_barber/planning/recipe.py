@@ -101,13 +101,24 @@ class Recipe:
         return self.refine is not None and self.refine.target_mix > 0
 
     def activations(self, width: int, arrays: int | None = None) -> float:
-        """Bytes of so many arrays of calibration activations, of `width` features; None: of all between layers."""
-        arrays = RefineSettings.arrays(self.refine) if arrays is None else arrays
-        return arrays * self.own_tokens * width * self.itemsize
+        """Bytes of so many arrays of calibration activations, of `width` features; None: of all between layers.
 
-    def in_memory(self, activations: float) -> float:
-        """Bytes of so many of activations that lie in host memory; the others lie in files."""
-        return activations if self.for_activations is None else min(activations, self.for_activations)
+        Of those process 0 has all processes' once a layer, to make them durable.
+        """
+        if arrays is not None:
+            return arrays * self._array(width)
+        gathered = (2 if self.follows_dense else 1) * self.sequences / self.own_sequences if self.processes > 1 else 0
+        return (RefineSettings.arrays(self.refine) + gathered) * self._array(width)
+
+    def in_memory(self, activations: float, width: int) -> float:
+        """Bytes of so many of activations that lie in host memory; the others lie in files, whole arrays of them."""
+        if self.for_activations is None:
+            return activations
+        array = self._array(width)
+        return min(activations, self.for_activations // array * array)
+
+    def _array(self, width: int) -> int:
+        return self.own_tokens * width * self.itemsize
 
     @property
     def swap_stages(self) -> tuple[int, ...]:
