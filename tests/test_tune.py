@@ -118,7 +118,8 @@ def tuned_in_memory(
         before, kept = distance(range(training, len(texts))) if held_out else 0, dict(keep)
         values = {name: one.clone() for name, one in weights.items()}
         changes = {name: torch.zeros_like(one) for name, one in weights.items()}
-        of_scores = Adam(scores, dict.fromkeys(scores, 0.04 if isinstance(pattern, NofM) else 0.02), 1e-12, count)
+        rate = 0.04 if isinstance(pattern, NofM) and not both else 0.02
+        of_scores = Adam(scores, dict.fromkeys(scores, rate), 1e-12, count)
         of_changes = Adam(changes, dict.fromkeys(changes, 0.01), 1e-12, count)
         for number, step in enumerate(torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()):
             own = [one.weight.requires_grad_() for one in linears.values()]
