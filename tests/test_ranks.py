@@ -148,8 +148,8 @@ def test_one_that_dies_ends_all_and_the_run_goes_on_with_another_number(
 @pytest.fixture
 def short_silence(monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(pulse, "BEAT", 0.1)
-    monkeypatch.setattr(pulse, "SILENCE", 3.0)
-    return 3.0
+    monkeypatch.setattr(pulse, "SILENCE", 2.0)
+    return 2.0
 
 
 def test_one_that_is_silent_ends_all(
@@ -163,7 +163,7 @@ def test_one_that_is_silent_ends_all(
         if index == 2 and job.ranks.rank == 1:
             stopped = os.getpid()
             if os.fork() == 0:  # by whom the test gets rid of it
-                time.sleep(4 * short_silence)
+                time.sleep(3 * short_silence)
                 os.kill(stopped, signal.SIGKILL)
                 os._exit(0)
             os.kill(stopped, signal.SIGSTOP)
@@ -173,7 +173,7 @@ def test_one_that_is_silent_ends_all(
     assert together(3, lambda _: run("resumed")) == [pulse.EXIT_CODE, -signal.SIGKILL, pulse.EXIT_CODE]
     told = capfd.readouterr().err
     for rank in (0, 2):
-        assert f"error: process {rank} has heard nothing of process 1 for 3 s\nhint: " in told
+        assert f"error: process {rank} has heard nothing of process 1 for 2 s\nhint: " in told
     monkeypatch.setattr(run_module, "prune_layer", prune_layer)
     assert together(2, lambda _: run("resumed", resume=True)) == [0, 0]
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
