@@ -122,11 +122,10 @@ class Ranks:
         found = {}
         for name, (shape, dtype) in kinds.items():
             share = self.share(sequences)
+            found[name] = empty((share.stop - share.start, *shape), dtype)
             if self.first:
                 for rank in range(1, self.count):
                     dist.send(arrays[name][Ranks(rank, self.count).share(sequences)].contiguous(), rank)
-            found[name] = empty((share.stop - share.start, *shape), dtype)
-            if self.first:
                 found[name].copy_(arrays[name][share])
             else:
                 dist.recv(found[name], 0)

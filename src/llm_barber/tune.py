@@ -113,8 +113,8 @@ class _Moving:
         """Of parameters, as Adam takes them."""
         found: list[dict[str, object]] = []
         for name, one in self._scores.items():
-            alone = self._now[name].pattern is not None and not self._changes
-            rate = PATTERN_SCORE_RATE if alone else SCORE_RATE
+            faster = self._now[name].pattern is not None and not self._changes
+            rate = PATTERN_SCORE_RATE if faster else SCORE_RATE
             found.append({"params": [one], "lr": rate})
         if self._changes:
             found.append({"params": list(self._changes.values()), "lr": WEIGHT_RATE})

@@ -33,14 +33,9 @@ class TensorInfo:
     dtype: str
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a number."""
-        return BYTES.get(self.dtype, 1)
-
-    @property
     def bytes(self) -> int:
         """Size in the file."""
-        return math.prod(self.shape) * self.itemsize
+        return math.prod(self.shape) * BYTES.get(self.dtype, 1)
 
 
 class Part(Protocol):
