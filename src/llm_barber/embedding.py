@@ -10,6 +10,8 @@ from torch import Tensor
 
 from llm_barber.errors import BarberError
 from llm_barber.job import Job
+from llm_barber.model.fixed_order import cannot_order
+from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
 from llm_barber.progress import Progress
 from llm_barber.refine_settings import RefineSettings
@@ -71,14 +73,22 @@ def memory_said() -> Iterator[None]:
         ) from error
 
 
-def with_smaller_batches(
-    compute: Callable[[], Found], release: Callable[[], None], streams: ActivationStreams, progress: Progress
+def computed_again(
+    compute: Callable[[], Found],
+    release: Callable[[], None],
+    skeleton: Skeleton,
+    streams: ActivationStreams,
+    progress: Progress,
 ) -> Found:
-    """What `compute` gives; where the device's memory is too small, again with half as many sequences together.
+    """What `compute` gives; where the device cannot do it as it should, again as it can.
+
+    Where its memory is too small: with half as many sequences together. Where an operation of the model has no fixed
+    order of adding up (`model/fixed_order.py`): without one.
 
     Args:
         compute: may be called again after it failed.
         release: frees what `compute` left on the device.
+        skeleton: whose layers are computed.
         streams: whose batches become smaller.
         progress: is told.
 
@@ -86,11 +96,20 @@ def with_smaller_batches(
         DeviceMemoryError: one sequence does not fit, or other processes wait for this one.
     """
     while True:
+        without_order = False
         try:
             return compute()
         except torch.OutOfMemoryError:
             pass  # what failed holds on to its tensors until here
+        except RuntimeError as error:
+            without_order = skeleton.fixed_order and cannot_order(error)
+            if not without_order:
+                raise
         release()
+        if without_order:  # in every process, at the same operation
+            skeleton.fixed_order = False
+            progress.warn("this model's gradients have no fixed order of sums here: another run may round otherwise")
+            continue
         if streams.ranks.count > 1:  # the others are in the middle of it
             raise DeviceMemoryError(
                 f"the device's memory is too small for {streams.batch_size} sequences together",

@@ -19,7 +19,7 @@ from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.embedding import embed, memory_said, with_smaller_batches
+from llm_barber.embedding import computed_again, embed, memory_said
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, MethodMasks
@@ -127,7 +127,8 @@ def _allocate(
     sparsities = writer.state.sparsities
     if sparsities is None:
         look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
-        sparsities = with_smaller_batches(look, work.job.skeleton.drop_outside, streams, progress)
+        skeleton = work.job.skeleton
+        sparsities = computed_again(look, skeleton.drop_outside, skeleton, streams, progress)
         writer.keep_sparsities(sparsities)
     initial.targets = replace(initial.targets, allocated=sparsities)
     seconds["allocate"] += time.perf_counter() - start
@@ -136,14 +137,14 @@ def _allocate(
 def _prune_step(
     work: Assignment, index: int, tensors: dict[str, Tensor], streams: ActivationStreams, progress: Progress
 ) -> tuple[dict[str, Tensor], list[BlockResult]]:
-    """Prune a decoder layer, or after the last one the output head; with smaller batches, where memory runs out."""
+    """Prune a decoder layer, or after the last one the output head."""
     job, settings = work.job, work.refine_settings
     compute = partial(prune_layer, job, index, tensors, work.initial, work.rebuild_settings, settings, streams)
     release: Callable[[], None] = partial(job.skeleton.release_layer, index)
     if index == job.layer_count:
         compute = partial(prune_head, job, tensors, work.initial, settings, streams)
         release = job.skeleton.drop_outside
-    return with_smaller_batches(compute, release, streams, progress)
+    return computed_again(compute, release, job.skeleton, streams, progress)
 
 
 def _write_rest(

@@ -244,11 +244,12 @@ def _add_gradients(
     distance: Distance,
 ) -> None:
     """Of half the distance, summed over tokens and channels of one sequence, by the weights: (out, in), by linear."""
-    output = layer.output_with(weights, streams.read(HIDDEN, sequence))
-    gradient = distance.gradient(streams.read(TARGET, sequence), output.detach())
-    scaled, scale = scaled_by_sequence(gradient, output.dtype)
+    with layer.with_gradients():
+        output = layer.output_with(weights, streams.read(HIDDEN, sequence))
+        gradient = distance.gradient(streams.read(TARGET, sequence), output.detach())
+        scaled, scale = scaled_by_sequence(gradient, output.dtype)
+        found = torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
     power = scale.item()
-    found = torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
     for name, one in zip(weights, found, strict=True):
         if one is not None:  # an expert may be given nothing
             sums[name].add_(one, alpha=power)

@@ -1,6 +1,14 @@
+import pytest
 import torch
 
-from llm_barber.masking.statistics import GradientSquares, GramMatrix, InputMoments, InputSquares, TargetMoments
+from llm_barber.masking.statistics import (
+    GradientSquares,
+    GramMatrix,
+    InputMoments,
+    InputSquares,
+    TargetMoments,
+    exact_half_products,
+)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -74,3 +82,16 @@ def test_products_of_bfloat16_inputs_are_not_rounded() -> None:
     assert ((gram.total - exact).abs().max() / exact.diagonal().mean()).item() < 5e-6  # rounded to bfloat16: 1e-3
     difference = (values - theirs).t() @ values / len(values)
     assert ((moments.difference - difference).abs().max() / exact.diagonal().mean() * len(values)).item() < 1e-5
+
+
+def test_float32_products_take_a_form_that_holds_the_values_exactly() -> None:
+    cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, gpu.fp32_precision
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        with pytest.raises(KeyError), exact_half_products(dtype):
+            found[dtype] = cpu.fp32_precision, gpu.fp32_precision
+            raise KeyError  # settings come back, whatever happens
+        assert (cpu.fp32_precision, gpu.fp32_precision) == before
+    # Bits after the first: 7 of bfloat16, 10 of float16 and TF32.
+    assert found == {torch.bfloat16: ("bf16", "tf32"), torch.float16: (before[0], "tf32"), torch.float32: before}

@@ -16,6 +16,7 @@ from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.experts import Experts
+from llm_barber.model.fixed_order import in_fixed_order
 from llm_barber.model.gradients import Ends, by_linear, by_sequence, mean_squares, scaled_by_sequence
 
 InputVisitor = Callable[[str, Tensor], None]
@@ -33,6 +34,7 @@ class DecoderLayer:
         linears: paths of the prunable linears.
         arguments: gives the keyword arguments of the layer's call for a number of sequences and of their tokens.
         transposed: linears keep their weights as (in, out).
+        fixed_order: gradients are added up in a fixed order, which CUDA does not by itself.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class DecoderLayer:
         linears: tuple[str, ...],
         arguments: Callable[[int, int], Mapping[str, Any]],
         transposed: bool = False,
+        fixed_order: bool = False,
     ) -> None:
         self.module = module
         self.linears = {name: module.get_submodule(name) for name in linears}
         self.experts = {name: one for name, one in module.named_modules() if isinstance(one, Experts)}
         self._arguments = arguments
         self._transposed = transposed
+        self._fixed_order = fixed_order
         # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
         self._output_tail: dict[str, tuple[Any, ...] | list[Any] | None] = {}
         self._flattened: dict[str, bool] = {}
@@ -214,12 +218,13 @@ class DecoderLayer:
             The block's output y, (sequences, tokens, hidden), detached, and the losses, float32 (sequences,).
         """
         found: list[Tensor] = []
-        with self._recorded(block.linears) as ends, self._stop_at(block, found, len(hidden)), self._replayed(replays):
-            self._run(hidden)
-        output = found[0]
-        difference = output.detach().float() - sparse_output.float()
-        scaled, scale = scaled_by_sequence(difference, output.dtype)
-        gradients = torch.autograd.grad(output, [end.output for end in ends], scaled, allow_unused=True)
+        with self._recorded(block.linears) as ends:
+            with self._stop_at(block, found, len(hidden)), self._replayed(replays):
+                self._run(hidden)
+            output = found[0]
+            difference = output.detach().float() - sparse_output.float()
+            scaled, scale = scaled_by_sequence(difference, output.dtype)
+            gradients = torch.autograd.grad(output, [end.output for end in ends], scaled, allow_unused=True)
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = scale * (2 / difference[0].numel())
         found_by_name = by_linear(ends, gradients, len(hidden))
@@ -243,9 +248,9 @@ class DecoderLayer:
         hidden = hidden.detach().requires_grad_()
         with self._recorded(tuple(self.linears)) as ends:
             output = self._run(hidden)
-        assert output is not None
-        scaled, scale = scaled_by_sequence(gradient, output.dtype)
-        before, *gradients = torch.autograd.grad(output, [hidden, *(end.output for end in ends)], scaled)
+            assert output is not None
+            scaled, scale = scaled_by_sequence(gradient, output.dtype)
+            before, *gradients = torch.autograd.grad(output, [hidden, *(end.output for end in ends)], scaled)
         for name, found in by_linear(ends, gradients, len(hidden)).items():
             sums[name].update(*found, scale)
         return before.float() * scale.view(-1, 1, 1)
@@ -267,8 +272,14 @@ class DecoderLayer:
         with ExitStack() as stack:
             for name in linears:
                 stack.enter_context(_removed(self.linears[name].register_forward_hook(record(name))))
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self.with_gradients())
             yield ends
+
+    @contextmanager
+    def with_gradients(self) -> Iterator[None]:
+        """Run, and take gradients, as this layer's are taken."""
+        with torch.enable_grad(), in_fixed_order(self._fixed_order):
+            yield
 
     @torch.no_grad()
     def final_output(self, hidden: Tensor, block: Block, replays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

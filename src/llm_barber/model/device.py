@@ -1,5 +1,7 @@
 """Which device and compute dtype to use, and how many sequences to compute together."""
 
+import os
+
 import torch
 from torch import nn
 
@@ -33,6 +35,8 @@ def resolve_device(name: str) -> torch.device:
         raise SettingsError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"device {name} is not there: PyTorch sees {torch.cuda.device_count()}", "use --device cpu")
+    if device.type == "cuda":  # before the first product: without it PyTorch takes cuBLAS to add up in any order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device
 
 

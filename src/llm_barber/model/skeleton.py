@@ -43,6 +43,7 @@ class Skeleton:
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
+        self.fixed_order = device.type != "cpu"  # of sums, where a GPU would have none: until one cannot be had
         self.model = model or empty_model(config, dtype)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):

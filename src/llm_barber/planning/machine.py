@@ -30,7 +30,7 @@ KINDS = {
     "read": "disk", "written": "disk",
 }  # fmt: skip
 # Of a machine that is named, where nothing else is said: shares of the rate of matrix products and of the memory's.
-ATTENTION_SHARE, FLOAT32_SHARE = 0.5, 0.125
+ATTENTION_SHARE, FLOAT32_SHARE, TF32_SHARE = 0.5, 0.125, 0.5
 SORTING_BYTES, SEARCHING_BYTES = 8, 400  # moved for an element and each halving; for a weight in a round of swaps
 LARGEST = 4096  # rows and columns of what is measured
 DISK_BYTES = 2**26
@@ -76,7 +76,8 @@ def named_rates(flops: float, float32_flops: float | None, memory: float, link: 
     exact = float32_flops or flops * FLOAT32_SHARE
     sorting = memory / SORTING_BYTES
     return Rates(
-        products=flops, gradients=flops, attention=flops * ATTENTION_SHARE, grams=exact, exact=exact,
+        products=flops, gradients=flops, attention=flops * ATTENTION_SHARE,
+        grams=max(exact, flops * TF32_SHARE), exact=exact,
         moved=memory, sorted=sorting, ordered=sorting, searched=memory / SEARCHING_BYTES,
         copied=link, reduced=link, read=disk, written=disk,
     )  # fmt: skip

@@ -1,0 +1,85 @@
+"""Gradients are taken in PyTorch's deterministic mode where a GPU would add up in any order; on CPUs it is the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_barber import PruneConfig, prune
+from llm_barber.model.fixed_order import in_fixed_order
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.progress import Silent
+from tests.test_resume import weights
+
+MESSAGE = "cumsum_cuda_kernel does not have a deterministic implementation, but you set …"
+
+
+def mode() -> tuple[bool, bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+def test_the_mode_is_as_it_was_afterwards() -> None:
+    assert mode() == (False, False, True)
+    with in_fixed_order(False):
+        assert mode() == (False, False, True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with pytest.raises(KeyError), in_fixed_order():
+            assert mode() == (True, False, False)
+            raise KeyError
+        assert mode() == (True, True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Heard(Silent):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.mark.parametrize("preset", ["paper", "best"])
+@pytest.mark.parametrize("possible", [True, False], ids=["", "an operation without order"])
+def test_every_gradient_of_a_run_on_a_device(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, preset: str, possible: bool
+) -> None:
+    settings: dict[str, Any] = {"model": llama, "calibration": tokens, "dtype": "float32", "preset": preset}
+    prune(PruneConfig(output=tmp_path / "plain", report=False, **settings))
+    grad, made, modes = torch.autograd.grad, Skeleton.__init__, []
+
+    def noted(*given: Any, **named: Any) -> Any:
+        if len(given) > 2:  # not of the loss by the last states
+            modes.append(torch.are_deterministic_algorithms_enabled())
+            if modes[-1] and not possible:
+                raise RuntimeError(MESSAGE)
+        return grad(*given, **named)
+
+    def on_device(skeleton: Skeleton, *given: Any) -> None:
+        made(skeleton, *given)
+        skeleton.fixed_order = True
+
+    monkeypatch.setattr(torch.autograd, "grad", noted)
+    monkeypatch.setattr(Skeleton, "__init__", on_device)
+    heard = Heard()
+    prune(PruneConfig(output=tmp_path / "ordered", report=False, **settings), heard)
+    assert len(modes) >= 4
+    assert modes == [True] * len(modes) if possible else [True] + [False] * (len(modes) - 1)
+    assert len([one for one in heard.warnings if "fixed order" in one]) == (0 if possible else 1)
+    assert mode() == (False, False, True)
+    assert weights(tmp_path / "ordered") == weights(tmp_path / "plain")
+
+
+def test_other_errors_are_raised(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("another error" if torch.are_deterministic_algorithms_enabled() else MESSAGE)
+
+    monkeypatch.setattr(torch.autograd, "grad", broken)
+    with pytest.raises(RuntimeError, match="deterministic implementation"):  # which nobody had asked for
+        prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, preset="paper", report=False))
