@@ -43,18 +43,29 @@ def without_times(folder: Path) -> dict[str, Any]:
     }
 
 
+def tear(path: Path) -> None:
+    """Leave half of a file in the making, as when the disk had no more of it."""
+    if path.suffix == ".tmp":
+        os.truncate(path, path.stat().st_size // 2)
+
+
 def killed_at(number: int, *arguments: Any, **settings: Any) -> bool:
-    """Run in a process that dies, as by kill -9, just before its file operation of that number; False: it finished."""
+    """Run in a process that dies, as by kill -9, just before its file operation of that number; False: it finished.
+
+    Of a file that was to become durable then, half is there.
+    """
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
-        operations = 0
+        operations, fsync = 0, os.fsync
 
         def counted(function: Any) -> Any:
             def call(*values: Any, **named: Any) -> Any:
                 nonlocal operations
                 operations += 1
                 if operations == number:
+                    if function is fsync:
+                        tear(Path(f"/proc/self/fd/{values[0]}").resolve())
                     os._exit(KILLED)
                 return function(*values, **named)
 
@@ -86,7 +97,6 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         kills += 1
         if (tmp_path / "out").exists():  # killed after the folder had its name: nothing is lost
             break
-        assert not (tmp_path / "out.partial" / "barber.json.tmp").exists() or kills
     assert kills > 5
     assert weights(tmp_path / "out").keys() - {STATE_NAME, "llm-barber.lock"} == weights(tmp_path / "whole").keys()
     assert {name: weights(tmp_path / "out")[name] for name in weights(tmp_path / "whole")} == weights(
@@ -214,7 +224,8 @@ def test_the_model_may_go_by_another_name(
     stopped(monkeypatch, model, tmp_path / "out", tokens)
     monkeypatch.chdir(model.parent)
     found = counted_layers(monkeypatch)
-    run(Path(model.name), tmp_path / "out", tokens, resume=True, bos=False)  # as the tokens say, nothing else
+    same = {"bos": False, "samples": 99, "seed": 5}  # which the tokens do not depend on
+    run(Path(model.name), tmp_path / "out", Path(os.path.relpath(tokens)), resume=True, **same)
     assert found == [2]
 
 
@@ -229,7 +240,7 @@ def test_refuses_what_it_cannot_go_on_with(
     with pytest.raises(OutputError, match="another initial, sparsity$"):
         run(model, out, tokens, resume=True, sparsity=0.6, initial="magnitude")
     other = save_tokens(tmp_path / "other.safetensors", seed=7)
-    with pytest.raises(OutputError, match="another calibration, calibration text"):
+    with pytest.raises(OutputError, match="another calibration text$"):
         run(model, out, other, resume=True)
     monkeypatch.setattr("llm_barber.assignment.versions", lambda: {"torch": "0.1"})
     with pytest.raises(OutputError, match="another version of a library"):

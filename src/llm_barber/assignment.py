@@ -22,7 +22,7 @@ from llm_barber.usage import versions
 # Settings that do not change the result.
 UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory"}
 # Settings whose effect is known by the files and tokens that they lead to.
-KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos"}
+KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos", "calibration", "samples", "seqlen", "seed"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def run_key(work: Assignment) -> dict[str, Any]:
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
     return key | {
         "calibration text": job.tokens.digest,
-        "device": str(job.skeleton.device),
+        "device": job.skeleton.device.type,
         "dtype": str(job.skeleton.dtype),
         "version of a library": versions(),
     }

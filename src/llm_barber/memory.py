@@ -1,6 +1,7 @@
 """How much memory a run may take: what is left for the calibration activations, and the device's share."""
 
 import math
+import os
 from dataclasses import replace
 
 import torch
@@ -28,14 +29,16 @@ def host_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: Checkpo
         SettingsError: what a run needs besides activations does not fit.
     """
     device = job.skeleton.device
-    if settings.device_memory is not None and device.type == "cuda":
+    if device.type == "cuda":
         every = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.device_memory / every), device)
+        share = 1.0 if settings.device_memory is None else min(1.0, settings.device_memory / every)
+        torch.cuda.set_per_process_memory_fraction(share, device)
     if settings.memory is None:
         return HostMemory()
     left = left_for_activations(settings.memory, current_memory(), model_shapes(job.skeleton), recipe)
-    folder = next(place for place in (writer.work, *writer.work.parents) if place.is_dir())
-    return HostMemory(left, folder)
+    # Beside the output; of a process that does not write it, on a machine that may lack the place, anywhere.
+    beside = (place for place in (writer.work, *writer.work.parents) if place.is_dir() and os.access(place, os.W_OK))
+    return HostMemory(left, next(beside, None))
 
 
 def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: Recipe) -> int:

@@ -214,11 +214,6 @@ class RunReport(_Result):
         """All linears of all layers."""
         return (linear for layer in self.layers for linear in layer.linears)
 
-    @property
-    def block_names(self) -> list[str]:
-        """Kinds of blocks, in the order of the decoder layers."""
-        return list(dict.fromkeys(block.name for layer in self.layers for block in layer.blocks))
-
     def error_changes(self) -> dict[str, ErrorChange]:
         """By the kind of block, where it was measured before and after."""
         pairs: dict[str, list[tuple[float, float]]] = {}

@@ -17,7 +17,8 @@ from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.packed_writer import PackedWriter
-from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME
+from llm_barber.checkpoint.place import work_folder
+from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.embedding import computed_again, embed, memory_said
 from llm_barber.errors import NotFiniteError, OutputError
@@ -33,7 +34,7 @@ from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 from llm_barber.report import PAGE_NAME, BlockResult, LayerResult, RunReport
 from llm_barber.settings import Format
-from llm_barber.usage import peak_device_memory, peak_memory, versions
+from llm_barber.usage import machine, peak_device_memory, peak_memory, versions
 
 STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 
@@ -48,6 +49,8 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))
         results = _finished_layers(writer)
+        work = _as_before(work, writer.state.used, progress)
+        job = work.job
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
         streams = _embed(work, writer, seconds, progress)
@@ -72,25 +75,50 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 seconds["write"] += written - computed
                 seconds["total"] = written - began
                 results.append(LayerResult(index=index, seconds=written - start, blocks=tuple(blocks)))
+                following = streams.between_layers() if index + 1 < len(job.steps) else {}
                 writer.finish_layer(
                     results[-1].model_dump(mode="json"),
-                    ranks.gather(streams.between_layers(), sequences, streams.empty),  # let go of when it is written
+                    ranks.gather(following, sequences, streams.empty),  # let go of when it is written
                     seconds,
-                    peak_memory(),
+                    _used(work, writer, streams),
                 )
                 seconds["write"] += time.perf_counter() - written
                 progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
-        report = _write_rest(work, writer, results, seconds)
+        report = _write_rest(work, writer, results, seconds, _used(work, writer, streams))
     _warn(work, report, progress)
     return report
+
+
+def _as_before(work: Assignment, used: Used, progress: Progress) -> Assignment:
+    """Compute as the run did that this one goes on with: results are rounded alike then."""
+    here = machine(work.job.skeleton.device)
+    if used.machine not in ("", here):
+        progress.warn(
+            f"finished layers were computed on {used.machine}: here, on {here}, others may be rounded otherwise"
+        )
+    if used.batch_size is None or work.config.batch_size is not None:
+        return work
+    return replace(work, job=replace(work.job, batch_size=used.batch_size))
+
+
+def _used(work: Assignment, writer: CheckpointWriter | Follower, streams: ActivationStreams) -> Used:
+    """By this run and the one that it goes on with."""
+    device, before = work.job.skeleton.device, writer.state.used
+    on_device = [one for one in (peak_device_memory(device), before.peak_device_memory) if one is not None]
+    return Used(
+        peak_memory=max(peak_memory(), before.peak_memory),
+        peak_device_memory=max(on_device, default=None),
+        batch_size=streams.batch_size,
+        machine=machine(device),
+    )
 
 
 def _open_output(work: Assignment) -> CheckpointWriter | Follower:
     """The first process writes, the others follow."""
     config, job = work.config, work.job
     if not job.ranks.first:
-        return Follower(config.output)
+        return Follower(work_folder(config.output))
     kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
     shards = len(job.outside_shards) + len(job.steps)
     return kind(config.output, shards, config.overwrite, job.bytes, run_key(work), config.resume)
@@ -129,7 +157,7 @@ def _allocate(
         look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
         skeleton = work.job.skeleton
         sparsities = computed_again(look, skeleton.drop_outside, skeleton, streams, progress)
-        writer.keep_sparsities(sparsities)
+        writer.keep_sparsities(sparsities, _used(work, writer, streams))
     initial.targets = replace(initial.targets, allocated=sparsities)
     seconds["allocate"] += time.perf_counter() - start
 
@@ -148,7 +176,11 @@ def _prune_step(
 
 
 def _write_rest(
-    work: Assignment, writer: CheckpointWriter | Follower, results: list[LayerResult], seconds: dict[str, float]
+    work: Assignment,
+    writer: CheckpointWriter | Follower,
+    results: list[LayerResult],
+    seconds: dict[str, float],
+    used: Used,
 ) -> RunReport:
     """Companion files, record, model card and page; the output is complete then."""
     job = work.job
@@ -182,8 +214,8 @@ def _write_rest(
         processes=job.ranks.count,
         layers=tuple(results),
         seconds=seconds,
-        peak_memory=max(peak_memory(), writer.state.peak_memory),
-        peak_device_memory=peak_device_memory(job.skeleton.device),
+        peak_memory=used.peak_memory,
+        peak_device_memory=used.peak_device_memory,
         files=writer.digests,
     )
     writer.write_file(RECORD_NAME, report.to_json().encode())

@@ -47,7 +47,9 @@ def current_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of `peak_memory`, where the system can (Linux)."""
+    """Start a new measurement of `peak_memory`, where the system can (Linux), and of `peak_device_memory`."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -55,5 +57,5 @@ def reset_peak_memory() -> None:
 
 
 def peak_device_memory(device: torch.device) -> int | None:
-    """The largest allocation on a CUDA device so far, in bytes."""
+    """The largest allocation on a CUDA device so far (since `reset_peak_memory`), in bytes."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,7 +1,9 @@
 import errno
+import fcntl
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint.place import LOCK_NAME, check_output
+from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import OutputError
 
@@ -169,7 +172,7 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         CheckpointWriter(out, shards=1, overwrite=False, needed=0) as writer,
     ):
         writer.write_shard({"a": torch.ones(1)})
-        writer.finish_layer({}, {}, {}, 0)
+        writer.finish_layer({}, {}, {}, Used())
         out.mkdir()
         (out / "precious.txt").write_text("x")
         writer.finish()
@@ -180,6 +183,38 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         writer.skip_shard()
         writer.finish()
     assert load_file(out / "model-00001-of-00001.safetensors").keys() == {"a"}
+
+
+def test_a_lock_of_a_folder_that_is_gone_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run has removed its work folder after this one opened the lock in it."""
+    flock, opened = fcntl.flock, []
+
+    def late(lock: Any, how: int) -> None:
+        if not opened:
+            shutil.rmtree(tmp_path / "out.partial")
+        opened.append(lock)
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write(tmp_path / "out")
+    assert len(opened) == 2
+    assert opened[0].closed
+
+
+def test_the_lock_is_held_until_the_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, refused = shutil.rmtree, []
+
+    def looked_at(folder: Path) -> None:
+        with pytest.raises(OutputError, match="another run is writing"):
+            write(tmp_path / "out")
+        refused.append(folder)
+        remove(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", looked_at)
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", 1, False, 0):
+        raise KeyboardInterrupt
+    assert refused == [tmp_path / "out.partial"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_folders_that_runs_replaced_are_removed(tmp_path: Path) -> None:
@@ -194,7 +229,7 @@ def test_folders_in_the_work_folder_are_no_obstacle(tmp_path: Path) -> None:
     for settings in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as writer:
             writer.write_shard({"a": torch.ones(1)})
-            writer.finish_layer({}, {"hidden": torch.ones(1)}, {}, 0)
+            writer.finish_layer({}, {"hidden": torch.ones(1)}, {}, Used())
             (writer.work / "additional_chat_templates").mkdir()
             (writer.work / "additional_chat_templates" / "tool_use.jinja").write_text("x")
             raise KeyboardInterrupt

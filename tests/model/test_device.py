@@ -64,4 +64,6 @@ def test_batches_that_fit() -> None:
 
 def test_free_memory_is_what_the_process_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 200))
-    assert [free_device_memory(CUDA, limit) for limit in (None, 150, 60)] == [100, 100, 60]
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 30)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 20)
+    assert [free_device_memory(CUDA, limit) for limit in (None, 150, 60)] == [110, 110, 60]

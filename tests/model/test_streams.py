@@ -43,6 +43,22 @@ def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Pa
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
+def test_pinned_memory_is_counted_as_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
+    memory = HostMemory(limit=4000, folder=tmp_path)
+    first = memory.empty((257,), torch.float32, pinned=True)  # 1028 bytes
+    assert memory.used == 2048
+    small = memory.empty((200,), torch.float32, pinned=True)  # 800 bytes
+    assert (len(small), memory.used) == (200, 3072)
+    del first
+    assert memory.used == 3072  # PyTorch keeps the block
+    again = memory.empty((300,), torch.float32, pinned=True)  # and gives it to this one
+    assert (len(again), memory.used) == (300, 3072)
+    memory.empty((300,), torch.float32, pinned=True)  # this one is a file
+    assert memory.used == 3072
+
+
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:
     prune(PruneConfig(model=model, output=out, calibration=tokens, **SETTINGS, **settings))
 

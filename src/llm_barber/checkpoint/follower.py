@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from llm_barber.checkpoint.state import RunState
+from llm_barber.checkpoint.state import RunState, Used
 
 
 class Follower:
@@ -39,11 +39,11 @@ class Follower:
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing."""
 
-    def keep_sparsities(self, sparsities: Mapping[str, float]) -> None:
+    def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
         """Nothing."""
 
     def finish_layer(
-        self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], peak: int
+        self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], used: Used
     ) -> None:
         """Nothing."""
 

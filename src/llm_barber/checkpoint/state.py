@@ -22,7 +22,7 @@ from torch import Tensor
 from llm_barber.errors import OutputError
 
 STATE_NAME = "state.json"
-STATE_VERSION = 2
+STATE_VERSION = 3
 ACTIVATIONS_KEPT = 2
 START_AGAIN = "start again with --overwrite"
 ACTIVATION_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # those computed in
@@ -51,6 +51,17 @@ class Activations(BaseModel):
     sha256: str
 
 
+class Used(BaseModel):
+    """What finished layers were computed with: the most memory, in bytes, sequences together, and the machine."""
+
+    model_config = ConfigDict(frozen=True)
+
+    peak_memory: int = 0
+    peak_device_memory: int | None = None
+    batch_size: int | None = None
+    machine: str = ""
+
+
 class RunState(BaseModel):
     """All that is finished. `key`: what the run's result depends on. `layers`: a record each. `seconds`: by stage.
 
@@ -65,7 +76,7 @@ class RunState(BaseModel):
     layers: tuple[dict[str, Any], ...] = ()
     sparsities: dict[str, float] | None = None
     seconds: dict[str, float] = {}
-    peak_memory: int = 0
+    used: Used = Used()
     activations: tuple[Activations, ...] = ()
 
     @property

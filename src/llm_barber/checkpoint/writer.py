@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,6 +27,7 @@ from llm_barber.checkpoint.state import (
     STATE_NAME,
     RunState,
     Shard,
+    Used,
     check_key,
     load_activations,
     read_state,
@@ -80,25 +82,41 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         check_output(self.output, self.overwrite, 0 if self.resume else self.needed)
         self._made_parents = [folder for folder in self.work.parents if not folder.exists()]
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.work / LOCK_NAME).open("w")
-        except OSError as error:
-            self._remove_parents()
-            raise OutputError(f"cannot write {self.work}: {error.strerror}", "choose a folder you can write") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise OutputError(
-                f"another run is writing {self.output}", "wait for it, or choose another output folder"
-            ) from error
+        while not self._locked():
+            pass
         try:
             self._take_up()
         except BaseException:
             self._lock.close()
             raise
         return self
+
+    def _locked(self) -> bool:
+        """Take the work folder's lock; False: it was that of a folder which another run has removed meanwhile.
+
+        Raises:
+            OutputError: another run has it, or the folder cannot be made.
+        """
+        place = self.work / LOCK_NAME
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = place.open("w")
+        except OSError as error:
+            self._remove_parents()
+            raise OutputError(f"cannot write {self.work}: {error.strerror}", "choose a folder you can write") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(self._lock.fileno()), place.stat()):
+                return True
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._lock.close()
+            raise OutputError(
+                f"another run is writing {self.output}", "wait for it, or choose another output folder"
+            ) from error
+        self._lock.close()
+        return False
 
     def _take_up(self) -> None:
         """Go on with what is in the work folder, refuse it, or clear it away."""
@@ -166,13 +184,15 @@ class CheckpointWriter:
                 return kept.layers, found
         raise OutputError(f"the activations in {self.work} are damaged", START_AGAIN)
 
-    def keep_sparsities(self, sparsities: Mapping[str, float]) -> None:
+    def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
         """Make an allocation durable: it can take as long as some layers."""
-        self.state = self.state.model_copy(update={"sparsities": dict(sparsities), "shards": dict(self._written)})
+        self.state = self.state.model_copy(
+            update={"sparsities": dict(sparsities), "shards": dict(self._written), "used": used}
+        )
         write_state(self.work, self.state)
 
     def finish_layer(
-        self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], peak: int
+        self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], used: Used
     ) -> None:
         """Make a layer durable whose shard is written: the activations for the next one, then the state."""
         layers = (*self.state.layers, dict(result))
@@ -184,7 +204,7 @@ class CheckpointWriter:
                 "shards": dict(self._written),
                 "layers": layers,
                 "seconds": dict(seconds),
-                "peak_memory": peak,
+                "used": used,
                 "activations": activations,
             }
         )
@@ -193,11 +213,11 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()
         if self.work.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
             with suppress(OSError):
                 shutil.rmtree(self.work)
             self._remove_parents()
+        self._lock.close()  # last: who has it may take what is in the folder for its own
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             again = "go on with --resume" if self.resumable else "start again; nothing half-written was left"

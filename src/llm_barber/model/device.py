@@ -71,6 +71,7 @@ def resolve_batch_size(asked: int | None, seqlen: int, sequences: int, device: t
 def free_device_memory(device: torch.device, limit: int | None) -> int:
     """Bytes that a CUDA device has left for this process, which is to take at most `limit`."""
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of runs before, and reused
     return free if limit is None else min(free, limit)
 
 

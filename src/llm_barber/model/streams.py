@@ -6,8 +6,9 @@ Arrays lie in host memory, as far as that is allowed, and beyond in files that a
 import os
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,12 +27,14 @@ DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sp
 class HostMemory:
     """Arrays in memory while together they take at most `limit` bytes (None: any number), else in files in `folder`.
 
-    `used`: bytes of those in memory that are still there.
+    `used`: bytes of those in memory that are still there. Blocks of pinned memory are kept for later arrays, when
+    theirs are not there any more: these are `spare`, by size, and still used.
     """
 
     limit: int | None = None
     folder: Path | None = None
     used: int = 0
+    spare: Counter[int] = field(default_factory=Counter)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
         """An array of any content.
@@ -40,21 +43,29 @@ class HostMemory:
             OSError: it has to be a file, and the disk is full.
         """
         size = torch.Size(shape).numel() * dtype.itemsize
-        if self.limit is None or self.used + size <= self.limit:
-            self.used += size
+        taken = block_size(size) if pinned else size
+        if self.limit is None or self.spare[taken] or self.used + taken <= self.limit:
+            if self.spare[taken]:
+                self.spare[taken] -= 1
+            else:
+                self.used += taken
             array = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-            weakref.finalize(array, self._give_back, size)
+            weakref.finalize(array, self._give_back, taken, pinned)
             return array
         descriptor, path = tempfile.mkstemp(prefix="llm-barber-", suffix=".activations", dir=self.folder)
         try:
-            os.posix_fallocate(descriptor, 0, max(1, size))  # a full disk is said here, not by a signal later
+            # A full disk is said here, not by a signal later; by systems that can (not macOS).
+            getattr(os, "posix_fallocate", _enlarge)(descriptor, 0, max(1, size))
             return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype).view(shape)
         finally:
             os.close(descriptor)
             os.unlink(path)  # it goes when it is not mapped any more, even if the process is killed
 
-    def _give_back(self, size: int) -> None:
-        self.used -= size
+    def _give_back(self, taken: int, pinned: bool) -> None:
+        if pinned:
+            self.spare[taken] += 1
+        else:
+            self.used -= taken
 
 
 class ActivationStreams:
@@ -183,6 +194,15 @@ class ActivationStreams:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An array of any content, where arrays lie."""
         return self._memory.empty(shape, dtype, self.pinned)
+
+
+def _enlarge(descriptor: int, start: int, size: int) -> None:
+    os.ftruncate(descriptor, start + size)
+
+
+def block_size(size: int) -> int:
+    """Bytes of pinned memory that PyTorch takes for an array of so many: a power of two."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def pieces(start: int, stop: int, size: int) -> list[slice]:

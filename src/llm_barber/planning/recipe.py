@@ -10,6 +10,7 @@ from llm_barber.allocation import LOSS_TOKENS
 from llm_barber.config import Initial, PruneConfig, rebuild_defaults
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
+from llm_barber.model.streams import block_size
 from llm_barber.presets import Allocation
 from llm_barber.refine_linear import SWAP_STAGES
 from llm_barber.refine_settings import RefineSettings
@@ -118,7 +119,8 @@ class Recipe:
         return min(activations, self.for_activations // array * array)
 
     def _array(self, width: int) -> int:
-        return self.own_tokens * width * self.itemsize
+        size = self.own_tokens * width * self.itemsize
+        return size if self.on_cpu else block_size(size)
 
     @property
     def swap_stages(self) -> tuple[int, ...]:
