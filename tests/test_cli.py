@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # Settings of `prune` that change nothing that `plan` says.
 PLAN_LEAVES = (
     "calibration", "bos", "seed", "initial_granularity", "keep_updates", "include", "exclude", "skip_layers",
-    "sparsities", "device_memory", "format", "overwrite", "resume", "report",
+    "sparsities", "format", "overwrite", "resume", "report",
 )  # fmt: skip
 
 

@@ -159,6 +159,7 @@ def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
     alone, shared = run_costs(MODEL, recipe), run_costs(MODEL, recipe.among(2))
     assert alone.total.reduced == 0
     assert shared.total.reduced > 0
+    assert shared.write == alone.write + Work(reduced=alone.write.written / 2 - LAYER.parameters * 2)
     assert shared.propagate.products == alone.propagate.products / 2
     assert shared.refine.grams == alone.refine.grams / 2
     for name in ("searched", "sorted", "exact"):

@@ -14,7 +14,7 @@ import torch
 from llm_barber import PruneConfig, RunReport, distance, prune, pulse
 from llm_barber import run as run_module
 from llm_barber.errors import BarberError, OutputError
-from llm_barber.ranks import joined
+from llm_barber.ranks import Ranks, joined
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.test_resume import weights
 
@@ -218,6 +218,19 @@ def test_one_that_fails_at_its_end_is_missed(tmp_path: Path) -> None:
 
     assert together(2, work, tmp_path) == [REFUSED, REFUSED]
     assert "RankError: another process of the run has ended" in (tmp_path / "1").read_text()
+
+
+@pytest.mark.parametrize(("sequences", "held_out"), [(128, 16), (16, 2), (7, 3), (5, 4), (6, 0), (3, 1)])
+def test_each_has_its_part_of_what_is_held_out_and_of_the_rest(sequences: int, held_out: int) -> None:
+    for count in range(1, min(sequences, 9)):
+        found = [Ranks(rank, count).shares(sequences, held_out) for rank in range(count)]
+        every = list(range(sequences))
+        assert [one for share, _ in found for one in every[share]] == every[: sequences - held_out]
+        assert [one for _, share in found for one in every[share]] == every[sequences - held_out :]
+        sizes = [[len(every[share]) for share in shares] for shares in found]
+        assert all(sum(one) in (sequences // count, -(-sequences // count)) for one in sizes)
+        for part, whole in zip(zip(*sizes, strict=True), (sequences - held_out, held_out), strict=True):
+            assert max(part) - min(part) <= (1 if whole % count == sequences % count == 0 else 2)
 
 
 def test_more_processes_than_windows_are_refused(tmp_path: Path, run: Callable[..., RunReport]) -> None:

@@ -77,8 +77,9 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     """What pruning each linear costs the model's loss: forward, then back through the layers (`masking/budget.py`)."""
     job, skeleton = initial.job, initial.job.skeleton
     windows = max(1, LOSS_TOKENS // job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
-    batches = pieces(0, min(max(windows - streams.first, 0), streams.sequences), streams.batch_size)
-    tokens = [job.tokens.input_ids[streams.of_all(batch)] for batch in batches]
+    batches = pieces(0, streams.among_first(windows), streams.batch_size)
+    own = streams.own(job.tokens.input_ids)
+    tokens = [own[batch] for batch in batches]
     skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))
     for size in {batch.stop - batch.start for batch in batches}:
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many

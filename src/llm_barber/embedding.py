@@ -1,7 +1,6 @@
 """The input of the first decoder layer, and how layers are called with every number of sequences that may come up."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from llm_barber.errors import BarberError
 from llm_barber.job import Job
+from llm_barber.model.device import experts_a_token, is_out_of_memory, needed_memory
 from llm_barber.model.fixed_order import cannot_order
-from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
 from llm_barber.progress import Progress
 from llm_barber.refine_settings import RefineSettings
@@ -24,7 +23,11 @@ class DeviceMemoryError(BarberError):
 
 
 def embed(
-    job: Job, weights: Mapping[str, Tensor], refine_settings: RefineSettings | None, memory: HostMemory
+    job: Job,
+    weights: Mapping[str, Tensor],
+    refine_settings: RefineSettings | None,
+    memory: HostMemory,
+    progress: Progress,
 ) -> ActivationStreams:
     """The input of the first decoder layer for this process's calibration sequences.
 
@@ -33,15 +36,25 @@ def embed(
         weights: what embeds the tokens, by the model's names.
         refine_settings: if the run refines.
         memory: where activations lie.
+        progress: is told of smaller batches.
+
+    Raises:
+        DeviceMemoryError: one sequence does not fit the device.
     """
     skeleton, tokens = job.skeleton, job.tokens.input_ids
-    streams = ActivationStreams(len(tokens), job.batch_size, skeleton.device, job.ranks, memory)
-    skeleton.fill_outside(weights)
-    for batch in streams.batches():
-        skeleton.embed(tokens[streams.of_all(batch)], partial(streams.write, HIDDEN, batch))
-    known = {batch.stop - batch.start for batch in streams.batches()}
-    for size in _batch_sizes(streams, refine_settings) - known:
-        skeleton.embed(tokens[:size], lambda _: None)  # for how layers are called with so many
+    held_out = 0 if refine_settings is None else refine_settings.held_out
+    streams = ActivationStreams(len(tokens), job.batch_size, skeleton.device, job.ranks, memory, held_out)
+    own = streams.own(tokens)
+
+    def compute() -> None:
+        skeleton.fill_outside(weights)
+        for batch in streams.batches():
+            skeleton.embed(own[batch], partial(streams.write, HIDDEN, batch))
+        known = {batch.stop - batch.start for batch in streams.batches()}
+        for size in _batch_sizes(streams, refine_settings) - known:
+            skeleton.embed(tokens[:size], lambda _: None)  # for how layers are called with so many
+
+    computed_again(compute, skeleton.drop_outside, job, streams, progress)
     skeleton.drop_outside()
     return streams
 
@@ -58,25 +71,10 @@ def _batch_sizes(streams: ActivationStreams, refine_settings: RefineSettings | N
     return sizes
 
 
-@contextmanager
-def memory_said() -> Iterator[None]:
-    """Say what to do where the device's memory is too small.
-
-    Raises:
-        DeviceMemoryError: it is.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            "the device's memory is too small", "give a smaller --batch-size or --seqlen"
-        ) from error
-
-
 def computed_again(
     compute: Callable[[], Found],
     release: Callable[[], None],
-    skeleton: Skeleton,
+    job: Job,
     streams: ActivationStreams,
     progress: Progress,
 ) -> Found:
@@ -88,22 +86,21 @@ def computed_again(
     Args:
         compute: may be called again after it failed.
         release: frees what `compute` left on the device.
-        skeleton: whose layers are computed.
+        job: the run.
         streams: whose batches become smaller.
         progress: is told.
 
     Raises:
         DeviceMemoryError: one sequence does not fit, or other processes wait for this one.
     """
+    skeleton = job.skeleton
     while True:
         without_order = False
         try:
             return compute()
-        except torch.OutOfMemoryError:
-            pass  # what failed holds on to its tensors until here
-        except RuntimeError as error:
+        except RuntimeError as error:  # which holds on to tensors until here
             without_order = skeleton.fixed_order and cannot_order(error)
-            if not without_order:
+            if not without_order and not is_out_of_memory(error):
                 raise
         release()
         if without_order:  # in every process, at the same operation
@@ -116,8 +113,11 @@ def computed_again(
                 f"go on with --resume --batch-size {max(1, streams.batch_size // 2)}",
             )
         if streams.batch_size == 1:
+            seqlen = job.tokens.input_ids.shape[1]
+            needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, experts_a_token(skeleton.model.config))
             raise DeviceMemoryError(
-                "the device's memory is too small for one sequence",
+                f"the device's memory is too small for one sequence of {seqlen} tokens, which takes about "
+                f"{needed / 2**30:.1f} GiB",
                 "use a shorter --seqlen, --dtype bfloat16, a larger device, or --device cpu",
             )
         streams.halve_batches()

@@ -101,7 +101,7 @@ def _refine(
 ) -> tuple[PrunedLinear, int]:
     """As a block's linears are, by what the head's inputs are in the sparse and in the dense model."""
     objectives: list[Objective | None] = []
-    for batches in streams.split(settings.held_out):
+    for batches in streams.split():
         moments = TargetMoments(weight.shape[1], streams.device, crossed=settings.target_mix > 0)
         for batch in batches:
             inputs, *others = (

@@ -16,6 +16,7 @@ from llm_barber.errors import ModelError, SettingsError
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import (
+    experts_a_token,
     fitting_batch,
     free_device_memory,
     resolve_batch_size,
@@ -196,6 +197,18 @@ class Job:
         return {name: shape[::-1] if self.architecture.transposed else shape for name, shape in shapes.items()}
 
 
+def sequences_together(
+    settings: RunSettings, skeleton: Skeleton, device: torch.device, sequences: int, seqlen: int
+) -> int:
+    """How many sequences are computed together: as many as are asked for, or as suit the device and its free memory."""
+    suits = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
+    if settings.batch_size is not None or device.type != "cuda":
+        return suits
+    free = free_device_memory(device, settings.device_memory)
+    chosen = experts_a_token(skeleton.model.config)
+    return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, chosen))
+
+
 def prepare(
     model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks | None = None
 ) -> Job:
@@ -247,18 +260,14 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
         settings.bos,
     )
     sequences, seqlen = tokens.input_ids.shape
-    ranks.share(sequences)  # there are enough
+    ranks.shares(sequences, 0)  # there are enough
     check_positions(text_config, seqlen)
     check_vocabulary(text_config, tokens.input_ids)
     skeleton = open_skeleton(source, config, architecture, device, dtype)
     by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
     prunes_head = isinstance(settings, PruneConfig) and settings.prune_head
     check_tensors(skeleton, source, with_head=by_loss or prunes_head)
-    batch_size = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
-    if settings.batch_size is None and device.type == "cuda":
-        free = free_device_memory(device, settings.device_memory)
-        chosen = getattr(text_config, "num_experts_per_tok", None) or 1
-        batch_size = min(batch_size, fitting_batch(skeleton.layers, seqlen, free, dtype, chosen))
+    batch_size = sequences_together(settings, skeleton, device, sequences, seqlen)
     job = Job(
         source, text_config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,
     )  # fmt: skip

@@ -166,7 +166,7 @@ def _prune_block(
         refined = refine_block(work, dense, now, refine_settings)
         if before is None:
             before = refined.errors[0]
-            measured_from = work.streams.border(refine_settings.held_out) if refine_settings.held_out else 0
+            measured_from = work.streams.border if work.streams.held_out else 0
         now, swapped, rejected = refined.linears, refined.swapped, refined.rejected
         masks = {
             name: Rebuilt(now[name].keep, mask.beneficial, mask.grown + swapped[name], mask.dropped + swapped[name])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from llm_barber.pulse import watched
 # that vanished, by its silence (`pulse.py`).
 TIMEOUT = timedelta(hours=2)
 AnyObject = TypeVar("AnyObject")
+Share: TypeAlias = "slice[int, int, None]"
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # an array of a shape and dtype, of any content
 
 
@@ -49,8 +50,10 @@ class Ranks:
         """Is this the one that writes and talks?"""
         return self.rank == 0
 
-    def share(self, sequences: int) -> "slice[int, int, None]":
-        """Which of all calibration sequences are this process's.
+    def shares(self, sequences: int, held_out: int) -> tuple[Share, Share]:
+        """Which of all calibration sequences are this process's: before the last ones, that are held out, and of these.
+
+        It has its part of both, so that none waits while others have more to do.
 
         Raises:
             SettingsError: there are more processes than sequences.
@@ -59,7 +62,19 @@ class Ranks:
             raise SettingsError(
                 f"{self.count} processes for {sequences} calibration windows", "start fewer, or give more --samples"
             )
-        return slice(sequences * self.rank // self.count, sequences * (self.rank + 1) // self.count)
+        ends = [sequences * rank // self.count for rank in (self.rank, self.rank + 1)]
+        last = [end * held_out // sequences for end in ends]
+        first = sequences - held_out
+        return slice(ends[0] - last[0], ends[1] - last[1]), slice(first + last[0], first + last[1])
+
+    def _places(self, sequences: int, held_out: int) -> Iterator[tuple[Share, Share]]:
+        """Where each of the two lies among all sequences, and among this process's own; without empty ones."""
+        start = 0
+        for share in self.shares(sequences, held_out):
+            stop = start + share.stop - share.start
+            if start < stop:
+                yield share, slice(start, stop)
+            start = stop
 
     def add(self, sums: Sums) -> None:
         """Add up, in place, what each process has counted."""
@@ -92,7 +107,7 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def gather(self, arrays: Mapping[str, Tensor], sequences: int, empty: Empty) -> dict[str, Tensor]:
+    def gather(self, arrays: Mapping[str, Tensor], sequences: int, held_out: int, empty: Empty) -> dict[str, Tensor]:
         """On process 0 the arrays of all sequences, (sequences, …), from each process's own; elsewhere nothing.
 
         `empty` makes them.
@@ -102,33 +117,36 @@ class Ranks:
         found = {}
         for name, own in arrays.items():
             if not self.first:
-                dist.send(own.contiguous(), 0)
+                for _, here in self._places(sequences, held_out):
+                    dist.send(own[here].contiguous(), 0)
                 continue
             whole = empty((sequences, *own.shape[1:]), own.dtype)
             for rank in range(self.count):
-                part = whole[Ranks(rank, self.count).share(sequences)]
-                if rank:
-                    dist.recv(part, rank)
-                else:
-                    part.copy_(own)
+                for there, here in Ranks(rank, self.count)._places(sequences, held_out):
+                    if rank:
+                        dist.recv(whole[there], rank)
+                    else:
+                        whole[there] = own[here]
             found[name] = whole
         return found
 
-    def scatter(self, arrays: Mapping[str, Tensor], sequences: int, empty: Empty) -> dict[str, Tensor]:
+    def scatter(self, arrays: Mapping[str, Tensor], sequences: int, held_out: int, empty: Empty) -> dict[str, Tensor]:
         """Each process's own of process 0's arrays of all sequences; `empty` makes them."""
         if self.count == 1:
             return dict(arrays)
         kinds = self.from_first({name: (tuple(one.shape[1:]), one.dtype) for name, one in arrays.items()})
         found = {}
         for name, (shape, dtype) in kinds.items():
-            share = self.share(sequences)
-            found[name] = empty((share.stop - share.start, *shape), dtype)
-            if self.first:
-                for rank in range(1, self.count):
-                    dist.send(arrays[name][Ranks(rank, self.count).share(sequences)].contiguous(), rank)
-                found[name].copy_(arrays[name][share])
-            else:
-                dist.recv(found[name], 0)
+            places = list(self._places(sequences, held_out))
+            found[name] = empty((places[-1][1].stop, *shape), dtype)
+            for rank in range(1, self.count) if self.first else ():
+                for there, _ in Ranks(rank, self.count)._places(sequences, held_out):
+                    dist.send(arrays[name][there].contiguous(), rank)
+            for there, here in places:
+                if self.first:
+                    found[name][here] = arrays[name][there]
+                else:
+                    dist.recv(found[name][here], 0)
         return found
 
 

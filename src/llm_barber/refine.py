@@ -92,7 +92,7 @@ def refine_block(
     if not settings.of_linears:
         return _measured(work, dense_weights, pruned, settings)
     current = {name: pruned[name].weight for name in block.linears}
-    training, held_out = streams.split(settings.held_out)
+    training, held_out = streams.split()
     refined: dict[str, PrunedLinear] = {}
     swapped: dict[str, int] = {}
     groups = layer.input_groups(block, streams.read(HIDDEN, next(streams.batches())))
@@ -153,7 +153,7 @@ def _measured(
 
 def measured_windows(settings: RefineSettings, streams: ActivationStreams) -> list[slice]:
     """Those that errors are means over: the ones that are held out, or all."""
-    training, held_out = streams.split(settings.held_out)
+    training, held_out = streams.split()
     return held_out if settings.held_out else training
 
 

@@ -123,7 +123,7 @@ class RefineSettings:
 
     def steps(self, streams: ActivationStreams) -> list["Step"]:
         """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work."""
-        training, border = streams.every - self.held_out, streams.border(self.held_out)
+        training, border = streams.every - streams.held_out, streams.border
         count = self.step_count(streams.every, streams.ranks.count)
         return [
             Step(range((step - streams.first) % count, border, count), len(range(step, training, count)))
@@ -132,7 +132,7 @@ class RefineSettings:
 
     def batch_sizes(self, streams: ActivationStreams) -> set[int]:
         """Numbers of sequences that the layers are called with; tuning takes one after the other."""
-        training, held_out = streams.split(self.held_out)
+        training, held_out = streams.split()
         return {batch.stop - batch.start for batch in (*training, *held_out)} | ({1} if self.of_layers else set())
 
 

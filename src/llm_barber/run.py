@@ -20,7 +20,7 @@ from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.place import work_folder
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.embedding import computed_again, embed, memory_said
+from llm_barber.embedding import computed_again, embed
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, MethodMasks
@@ -55,7 +55,7 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         began -= seconds["total"]
         streams = _embed(work, writer, seconds, progress)
         _allocate(work, streams, writer, seconds, progress)
-        streams.restore(ranks.scatter(activations, sequences, streams.empty))
+        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.empty))
         activations = {}  # it has copied them
         progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
         for layer in results:
@@ -78,7 +78,8 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 following = streams.between_layers() if index + 1 < len(job.steps) else {}
                 writer.finish_layer(
                     results[-1].model_dump(mode="json"),
-                    ranks.gather(following, sequences, streams.empty),  # let go of when it is written
+                    # Let go of when it is written.
+                    ranks.gather(following, sequences, streams.held_out, streams.empty),
                     seconds,
                     _used(work, writer, streams),
                 )
@@ -132,8 +133,7 @@ def _embed(
     start = time.perf_counter()
     job, refine_settings = work.job, work.refine_settings
     memory = host_memory(job, work.config, work.recipe, writer)
-    with memory_said():
-        streams = embed(job, _copy_outside(job, writer), refine_settings, memory)
+    streams = embed(job, _copy_outside(job, writer), refine_settings, memory, progress)
     if refine_settings is not None and refine_settings.target_mix:
         streams.copy(HIDDEN, DENSE + HIDDEN)
     seconds["embed"] += time.perf_counter() - start
@@ -155,8 +155,7 @@ def _allocate(
     sparsities = writer.state.sparsities
     if sparsities is None:
         look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
-        skeleton = work.job.skeleton
-        sparsities = computed_again(look, skeleton.drop_outside, skeleton, streams, progress)
+        sparsities = computed_again(look, work.job.skeleton.drop_outside, work.job, streams, progress)
         writer.keep_sparsities(sparsities, _used(work, writer, streams))
     initial.targets = replace(initial.targets, allocated=sparsities)
     seconds["allocate"] += time.perf_counter() - start
@@ -172,7 +171,7 @@ def _prune_step(
     if index == job.layer_count:
         compute = partial(prune_head, job, tensors, work.initial, settings, streams)
         release = job.skeleton.drop_outside
-    return computed_again(compute, release, job.skeleton, streams, progress)
+    return computed_again(compute, release, job, streams, progress)
 
 
 def _write_rest(

@@ -192,7 +192,7 @@ def _descend(
         return moving.linears(), False
     steps = settings.steps(streams)
     total = settings.passes * len(steps)
-    held_out = streams.split(settings.held_out)[1]
+    held_out = streams.split()[1]
     elements = streams.read(TARGET, slice(0, 1)).numel()
     optimizer = torch.optim.Adam(groups, betas=MOMENTUM, eps=SMALLEST, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)

@@ -6,6 +6,8 @@ from llm_barber.errors import SettingsError
 from llm_barber.model.device import (
     fitting_batch,
     free_device_memory,
+    is_out_of_memory,
+    needed_memory,
     resolve_batch_size,
     resolve_device,
     resolve_dtype,
@@ -60,6 +62,26 @@ def test_batches_that_fit() -> None:
         assert fitting_batch(layers, 5, free - 1, torch.bfloat16, experts_a_token=2) == max(1, sequences - 1)
     assert fitting_batch(layers, 5, 0, torch.bfloat16) == 1
     assert fitting_batch(layers, 5, 10**6, torch.bfloat16) > fitting_batch(layers, 5, 10**6, torch.float32)
+
+
+def test_memory_that_one_sequence_needs_is_what_fits_one() -> None:
+    layers = nn.ModuleList([nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8)]), nn.Linear(4, 4)])
+    needed = needed_memory(layers, 5, torch.bfloat16)
+    assert fitting_batch(layers, 5, 2 * needed, torch.bfloat16) >= 2
+    weights, token = 2 * 8 * 16 + 16 + 8, 10 * 4 * 16 + 2 * 2 * (24 + 24)
+    assert needed == 40 * weights + 5 * token
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_says_that_memory_is_out(error: RuntimeError, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
 
 
 def test_free_memory_is_what_the_process_may_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from llm_barber import method as method_module
 from llm_barber import run as run_module
 from llm_barber.embedding import DeviceMemoryError
 from llm_barber.job import Job
+from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
 from tests.model.test_copies import WorstMoments, copy_by
 from tests.test_resume import weights
@@ -86,9 +87,27 @@ def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run_module, "prune_layer", never)
-    with pytest.raises(DeviceMemoryError, match="one sequence") as caught:
+    with pytest.raises(DeviceMemoryError, match="one sequence of 24 tokens, which takes about 0.0 GiB") as caught:
         run(llama, tmp_path / "never", tokens)
     assert "--seqlen" in caught.value.hint
+
+
+def test_memory_that_runs_out_while_tokens_are_embedded_says_cublas(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llama, tmp_path / "whole", tokens)
+    embed, sizes = Skeleton.embed, []
+
+    def short(skeleton: Skeleton, given: torch.Tensor, write: Any) -> None:
+        sizes.append(len(given))
+        if sizes == [4]:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        embed(skeleton, given, write)
+
+    monkeypatch.setattr(Skeleton, "embed", short)
+    run(llama, tmp_path / "short", tokens)
+    assert sizes[:3] == [4, 2, 2]
+    assert weights(tmp_path / "short") == weights(tmp_path / "whole")
 
 
 def test_memory_that_runs_out_at_the_very_end_of_a_layer(

@@ -14,6 +14,7 @@ from llm_barber.errors import BarberError
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
+REFUSED_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED")  # who says so
 INTERRUPTED_HINT = "nothing half-written was left; start again when you like, with --resume where something was kept"
 OUT_OF_MEMORY_HINT = "use fewer --samples, a shorter --seqlen, a smaller --batch-size, or a limit: prune --memory 8GiB"
 
@@ -69,7 +70,7 @@ def _main(given: list[str]) -> int:
 
 def _of_memory(error: Exception) -> bool:
     """Has the system refused memory, whoever says so?"""
-    said = "can't allocate memory" in str(error) or "Cannot allocate memory" in str(error)
+    said = any(words in str(error) for words in REFUSED_MEMORY)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and said)
 
 

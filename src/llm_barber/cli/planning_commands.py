@@ -24,7 +24,7 @@ from llm_barber.cli.options import (
 )
 @takes(
     *shown_in(METHOD), *shown_in(REFINING), "samples", "seqlen", "batch_size", "device", "dtype", "revision",
-    "allow_dense_tail", "prune_head", "layers", "blocks", "memory",
+    "allow_dense_tail", "prune_head", "layers", "blocks", "memory", "device_memory",
 )  # fmt: skip
 def plan(
     model: Annotated[
@@ -56,7 +56,7 @@ def plan(
         typer.Option(
             "--float32-flops",
             metavar="FLOP/S",
-            help="The same in float32, for Gram matrices and swaps. (default: an eighth of --flops)",
+            help="The same in float32, for swaps and least squares. (default: an eighth of --flops)",
             rich_help_panel=MACHINE,
         ),
     ] = None,

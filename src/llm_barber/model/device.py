@@ -1,9 +1,11 @@
 """Which device and compute dtype to use, and how many sequences to compute together."""
 
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from llm_barber.errors import SettingsError
 from llm_barber.model.architecture import kind_of
@@ -88,12 +90,33 @@ def fitting_batch(layers: nn.ModuleList, seqlen: int, free: int, dtype: torch.dt
         experts_a_token: that a router chooses.
     """
     sequences = free
+    for weights, of_a_token in _needs(layers, dtype, experts_a_token):
+        sequences = min(sequences, (free - weights) // (of_a_token * seqlen))
+    return max(1, sequences)
+
+
+def needed_memory(layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_a_token: int = 1) -> int:
+    """Bytes that the largest layer takes with one sequence, about; the arguments are those of `fitting_batch`."""
+    needs = _needs(layers, dtype, experts_a_token)
+    return max((weights + of_a_token * seqlen for weights, of_a_token in needs), default=0)
+
+
+def _needs(layers: nn.ModuleList, dtype: torch.dtype, experts_a_token: int) -> Iterator[tuple[int, int]]:
+    """Bytes that each layer takes, whatever it computes, and for each token."""
     for layer in layers:
         shapes = {kind_of(name): tuple(one.shape) for name, one in layer.named_parameters() if one.dim() == 2}
         # Both sides: a matrix may be kept as (in, out), and is read from one side and written to the other.
         sides = sum(sum(shape) * (experts_a_token if "*" in kind else 1) for kind, shape in shapes.items())
         widest = max((max(shape) for shape in shapes.values()), default=1)
         token = INPUT_ARRAYS * 4 * widest + OUTPUT_ARRAYS * dtype.itemsize * sides
-        weights = sum(one.numel() for one in layer.parameters())
-        sequences = min(sequences, (free - BYTES_OF_A_WEIGHT * weights) // (token * seqlen))
-    return max(1, sequences)
+        yield BYTES_OF_A_WEIGHT * sum(one.numel() for one in layer.parameters()), token
+
+
+def experts_a_token(config: PreTrainedConfig) -> int:
+    """How many a router chooses for a token; 1 of a model without."""
+    return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Has the device no memory left, be it PyTorch or cuBLAS that says so?"""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)

@@ -77,6 +77,7 @@ class ActivationStreams:
         device: where batches go.
         ranks: the processes.
         memory: where arrays lie.
+        held_out: of all calibration sequences, the last ones. Those that are here come after `border` others.
     """
 
     def __init__(
@@ -86,11 +87,14 @@ class ActivationStreams:
         device: torch.device,
         ranks: Ranks | None = None,
         memory: HostMemory | None = None,
+        held_out: int = 0,
     ) -> None:
         self.every = every
         self.ranks = ranks or Ranks()
-        share = self.ranks.share(every)
-        self.first, self.sequences = share.start, share.stop - share.start  # which of all are here, and how many
+        self.held_out = held_out
+        self._shares = self.ranks.shares(every, held_out)  # which of all are here
+        self.border, own_held_out = (share.stop - share.start for share in self._shares)
+        self.sequences = self.border + own_held_out
         self.batch_size = batch_size
         self.device = device
         self._memory = memory or HostMemory()
@@ -106,18 +110,22 @@ class ActivationStreams:
         """The sequences of each batch; the last may be smaller."""
         yield from pieces(0, self.sequences, self.batch_size)
 
-    def split(self, held_out: int) -> tuple[list[slice], list[slice]]:
-        """The batches without the last of all sequences that are held out, and those of the latter."""
-        border = self.border(held_out)
-        return pieces(0, border, self.batch_size), pieces(border, self.sequences, self.batch_size)
+    def split(self) -> tuple[list[slice], list[slice]]:
+        """The batches without the sequences that are held out, and those of the latter."""
+        return pieces(0, self.border, self.batch_size), pieces(self.border, self.sequences, self.batch_size)
 
-    def border(self, held_out: int) -> int:
-        """How many sequences come before the last of all that are held out."""
-        return min(max(self.every - held_out - self.first, 0), self.sequences)
+    @property
+    def first(self) -> int:
+        """Which of all sequences the first one here is, if it is not held out."""
+        return self._shares[0].start
 
-    def of_all(self, batch: slice) -> slice:
-        """Which of all processes' sequences a batch is."""
-        return slice(self.first + batch.start, self.first + batch.stop)
+    def own(self, tokens: Tensor) -> Tensor:
+        """Of something for each of all sequences what belongs to those here, in their order."""
+        return torch.cat([tokens[share] for share in self._shares])
+
+    def among_first(self, count: int) -> int:
+        """How many of so many of all sequences, the first ones, are here; they are the first ones here, too."""
+        return sum(max(0, min(share.stop, count) - share.start) for share in self._shares)
 
     def halve_batches(self) -> None:
         """From now on half as many sequences together; the device is given back what was on its way."""

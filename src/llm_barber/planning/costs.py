@@ -59,7 +59,8 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
     for index, layer in enumerate(model.layers):
         last = index == len(model.layers) - 1  # nothing starts from its output
         size = layer.parameters * recipe.stored
-        kept = (2 if recipe.follows_dense else 1) * recipe.own_tokens * model.hidden * recipe.itemsize
+        # Of all processes: the first one keeps it, and is sent what the others have.
+        kept = 0 if last else (2 if recipe.follows_dense else 1) * recipe.every_token * model.hidden * recipe.itemsize
         found += Costs(
             initial=sum((_initial(layer, block, recipe) for block in layer.blocks), NONE),
             rebuild=sum((_rebuild(block, recipe) for block in layer.blocks), NONE),
@@ -67,7 +68,7 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
             tune=_tune(layer, recipe),
             propagate=_propagate(layer, recipe),
             read=Work(read=size, copied=size),
-            write=Work(written=size + (0 if last else kept), copied=size),
+            write=Work(written=size + kept, copied=size, reduced=kept * (recipe.processes - 1) / recipe.processes),
         )
     return found
 

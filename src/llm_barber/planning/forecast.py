@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError
+from llm_barber.job import sequences_together
 from llm_barber.memory import left_for_activations
 from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
@@ -154,7 +155,10 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     check_conversions(skeleton.model, architecture.layers)
     model = model_shapes(skeleton)
     _check_pattern(config, model)
-    batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
+    if own:
+        batch = sequences_together(config, skeleton, device, config.samples, config.seqlen)
+    else:
+        batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
     bare = current_memory() if own else int(BARE_PROCESS[device.type])
     recipe = Recipe.of(config, batch, dtype, stored, device)
     link = config.link or LINK

@@ -199,8 +199,9 @@ def _moved(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dt
 def _copied(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
     """Bytes/s from host memory to the device; on a CPU within its memory."""
     batch = torch.randn(recipe.batch_tokens, features, dtype=dtype)
+    batch = batch if device.type == "cpu" else batch.pin_memory()  # as activations are, and layers that are read
     there = torch.empty_like(batch, device=device)
-    return batch.numel() * recipe.itemsize / stopwatch.least(lambda: there.copy_(batch))
+    return batch.numel() * recipe.itemsize / stopwatch.least(lambda: there.copy_(batch, non_blocking=True))
 
 
 def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:

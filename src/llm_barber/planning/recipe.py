@@ -81,6 +81,11 @@ class Recipe:
         return self.own_sequences * self.tokens
 
     @property
+    def every_token(self) -> int:
+        """Tokens of all processes."""
+        return self.sequences * self.tokens
+
+    @property
     def held_out(self) -> int:
         """Tokens that are held out, of the process that has the most."""
         return 0 if self.refine is None else math.ceil(self.refine.held_out / self.processes) * self.tokens
@@ -92,9 +97,9 @@ class Recipe:
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens that the allocation takes gradients of, of the process that has the most."""
+        """Tokens that the allocation takes gradients of, of the process that has the most: they are the first ones."""
         windows = max(1, min(self.sequences, LOSS_TOKENS // self.tokens))
-        return math.ceil(windows / self.processes) * self.tokens
+        return min(windows, self.own_sequences) * self.tokens
 
     @property
     def follows_dense(self) -> bool:

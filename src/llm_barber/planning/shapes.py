@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llm_barber.model.architecture import Architecture, Block
+from llm_barber.model.device import experts_a_token
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
 
@@ -117,7 +118,7 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
 
 def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
     layer = skeleton.layers[index]
-    chosen = int(getattr(skeleton.model.config.get_text_config(), "num_experts_per_tok", 1) or 1)
+    chosen = experts_a_token(skeleton.model.config)
     blocks = [block for block in skeleton.blocks[index] if block.linears]
     return LayerShapes(
         blocks=tuple(part for block in blocks for part in _parts(layer, block, skeleton.architecture, chosen)),
