@@ -128,6 +128,22 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
         assert "magnitude 0.1" in output
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_process_of_several_that_failed_does_not_wait_for_the_others(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_barber import cli
+
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setattr(cli, "_main", lambda _: 2)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.os, "_exit", lambda code: ended.append(("at once", code)))
+    monkeypatch.setattr(cli.sys, "exit", lambda code: ended.append(("as usual", code)))
+    cli.main()
+    assert ended[0] == (("as usual", 2) if count == 1 else ("at once", 2))
+
+
 def test_every_setting_is_an_option() -> None:
     """And every option but what is shown and how is a setting, of the same default unless `--help` says otherwise."""
     from typer.main import get_command

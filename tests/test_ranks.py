@@ -220,6 +220,38 @@ def test_one_that_fails_at_its_end_is_missed(tmp_path: Path) -> None:
     assert "RankError: another process of the run has ended" in (tmp_path / "1").read_text()
 
 
+def test_one_that_fails_ends_others_that_notice_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_silence: float, capfd: Any
+) -> None:
+    """As those do that wait in a kernel of NCCL."""
+    monkeypatch.setattr(pulse, "SILENCE", 60.0)
+    monkeypatch.setattr(pulse, "GRACE", 0.5)
+
+    def work(rank: int) -> None:
+        with joined() as ranks:
+            ranks.wait()
+            if rank == 1:
+                raise OutputError("the disk is full", "")
+            time.sleep(20)
+
+    began = time.monotonic()
+    assert together(3, work, tmp_path) == [pulse.EXIT_CODE, REFUSED, pulse.EXIT_CODE]
+    assert time.monotonic() - began < 15
+    told = capfd.readouterr().err
+    for rank in (0, 2):
+        assert f"error: process {rank} cannot go on: process 1 failed\nhint: look for its message; the run goes" in told
+
+
+def test_a_group_without_the_cpu_is_refused(tmp_path: Path) -> None:
+    def work(_: int) -> None:
+        torch.distributed.init_process_group("cuda:gloo")
+        with joined():
+            pass
+
+    assert together(2, work, tmp_path) == [REFUSED, REFUSED]
+    assert "SettingsError: the program's group of processes has no backend for the CPU" in (tmp_path / "0").read_text()
+
+
 @pytest.mark.parametrize(("sequences", "held_out"), [(128, 16), (16, 2), (7, 3), (5, 4), (6, 0), (3, 1)])
 def test_each_has_its_part_of_what_is_held_out_and_of_the_rest(sequences: int, held_out: int) -> None:
     for count in range(1, min(sequences, 9)):

@@ -1,7 +1,7 @@
-"""End a process of a run whose others are silent: stopped, or on a machine that vanished with its connections open.
+"""End a process of a run when another failed, or is silent: stopped, or on a machine that vanished.
 
 Each process counts up a number of its own in the store where they met, and looks whether those of the others go up.
-A process that ends, in whatever way, closes its connections, and is noticed without this.
+The connections of a process that ends are closed, which is mostly noticed without this.
 """
 
 import os
@@ -16,73 +16,100 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 BEAT = 5.0  # seconds between two looks
 SILENCE = 50.0  # seconds after which a process is taken for gone: with a look more, less than a minute
+GRACE = 10.0  # seconds in which the failure of another is mostly noticed without this
 EXIT_CODE = 1
-LEFT = -(2**40)  # what is added to the number of a process that stops counting, whether it is done or failed
+DONE, FAILED = -(2**40), -(2**50)  # what is added to the number of a process that stops counting
 
 
 @contextmanager
 def watched(rank: int, count: int) -> Iterator[None]:
-    """End this process, from a thread, if another of the `count` is silent for `SILENCE` after it has been heard."""
-    stopped = Event()
-    heard: dict[int, float] = {}  # when, by process
-    others = [other for other in range(count) if other != rank]
-    beating = Thread(target=_beat, args=(rank, others, heard, stopped), daemon=True)
-    watching = Thread(target=_watch, args=(rank, heard, stopped), daemon=True)
+    """End this process, from a thread, if another of the `count` is silent for `SILENCE` after it has been heard.
+
+    And if another left by an exception, `GRACE` after that.
+    """
+    pulse = _Pulse(rank, [other for other in range(count) if other != rank])
+    beating = Thread(target=pulse.beat, daemon=True)
     beating.start()
-    watching.start()
+    Thread(target=pulse.watch, daemon=True).start()
     try:
         yield
+    except BaseException:
+        pulse.last_word = FAILED
+        raise
     finally:
-        stopped.set()
-        beating.join(BEAT)  # it says that this process left
+        pulse.stopped.set()
+        beating.join(BEAT)  # it says how this process left
 
 
-def _beat(rank: int, others: list[int], heard: dict[int, float], stopped: Event) -> None:
-    """Count up, and note when the others did. While the store cannot be reached nothing is heard; `_watch` sees it."""
-    counts: dict[int, int] = {}
-    while not stopped.is_set():
-        with suppress(RuntimeError, OSError):
-            # A connection of its own: the group's may be waiting for something.
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = TCPStore(*place, timeout=timedelta(seconds=SILENCE))
-            store.set(_key(rank), "0")  # a group before this one may have left a number
-            while not stopped.is_set():
-                store.add(_key(rank), 1)
-                for other in others:
-                    now = store.add(_key(other), 0)
-                    if now < 0:
-                        heard.pop(other, None)
-                    elif now != counts.get(other, now):
-                        heard[other] = time.monotonic()
-                    counts[other] = now
-                stopped.wait(BEAT)
-            store.add(_key(rank), LEFT)
-            return
-        stopped.wait(BEAT)
+class _Pulse:
+    """What the two threads of a process share."""
+
+    def __init__(self, rank: int, others: list[int]) -> None:
+        self.rank = rank
+        self.others = others
+        self.stopped = Event()
+        self.last_word = DONE
+        self._heard: dict[int, float] = {}  # when, by process
+        self._failed: dict[int, float] = {}
+
+    def beat(self) -> None:
+        """Count up, and note when the others did. While the store cannot be reached nothing is heard."""
+        counts: dict[int, int] = {}
+        while not self.stopped.is_set():
+            with suppress(RuntimeError, OSError):
+                # A connection of its own: the group's may be waiting for something.
+                place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = TCPStore(*place, timeout=timedelta(seconds=SILENCE))
+                store.set(_key(self.rank), "0")  # a group before this one may have left a number
+                while not self.stopped.is_set():
+                    store.add(_key(self.rank), 1)
+                    for other in self.others:
+                        self._note(other, store.add(_key(other), 0), counts)
+                    self.stopped.wait(BEAT)
+                store.add(_key(self.rank), self.last_word)
+                return
+            self.stopped.wait(BEAT)
+
+    def _note(self, other: int, now: int, counts: dict[int, int]) -> None:
+        if now < 0:
+            self._heard.pop(other, None)
+            if now < FAILED // 2:
+                self._failed.setdefault(other, time.monotonic())
+        elif now != counts.get(other, now):
+            self._heard[other] = time.monotonic()
+        counts[other] = now
+
+    def watch(self) -> None:
+        """End the process, whose main thread may wait in a collective operation that nothing else interrupts."""
+        last = time.monotonic()
+        while not self.stopped.wait(min(1.0, BEAT)):
+            now = time.monotonic()
+            if now - last > 2 * BEAT:  # this process itself did not run, and the others may have been stopped with it
+                self._heard.update(dict.fromkeys(list(self._heard), now))
+            last = now
+            if silent := [other for other, when in list(self._heard.items()) if now - when > SILENCE]:
+                self._end(
+                    f"has heard nothing of process {_named(silent)} for {SILENCE:.0f} s",
+                    "its machine may have vanished, or the network between",
+                )
+            if failed := [other for other, when in list(self._failed.items()) if now - when > GRACE]:
+                self._end(f"cannot go on: process {_named(failed)} failed", "look for its message")
+
+    def _end(self, message: str, hint: str) -> None:
+        try:
+            os.set_blocking(sys.stderr.fileno(), False)
+            sys.stderr.write(
+                f"error: process {self.rank} {message}\n"
+                f"hint: {hint}; the run goes on with --resume, with any number of processes\n"
+            )
+            sys.stderr.flush()
+        finally:
+            os._exit(EXIT_CODE)
+
+
+def _named(processes: list[int]) -> str:
+    return ", ".join(map(str, processes))
 
 
 def _key(rank: int) -> str:
     return f"llm-barber/pulse/{rank}"
-
-
-def _watch(rank: int, heard: dict[int, float], stopped: Event) -> None:
-    """End the process, whose main thread may wait in a collective operation that nothing else interrupts."""
-    last = time.monotonic()
-    while not stopped.wait(min(1.0, BEAT)):
-        now = time.monotonic()
-        if now - last > 2 * BEAT:  # this process itself did not run, and the others may have been stopped with it
-            heard.update(dict.fromkeys(list(heard), now))
-        last = now
-        silent = [other for other, when in list(heard.items()) if now - when > SILENCE]
-        if silent:
-            names = ", ".join(str(other) for other in silent)
-            try:
-                os.set_blocking(sys.stderr.fileno(), False)
-                sys.stderr.write(
-                    f"error: process {rank} has heard nothing of process {names} for {SILENCE:.0f} s\n"
-                    "hint: its machine may have vanished, or the network between; the run goes on with --resume, with "
-                    "any number of processes\n"
-                )
-                sys.stderr.flush()
-            finally:
-                os._exit(EXIT_CODE)

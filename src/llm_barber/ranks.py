@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from llm_barber.errors import BarberError, SettingsError, first_line
 from llm_barber.pulse import watched
 
-# One process may compute for long while others wait for it. One that died is noticed at once, by its connection; one
-# that vanished, by its silence (`pulse.py`).
-TIMEOUT = timedelta(hours=2)
+# Others wait while one process computes, or fetches a model. One that died is noticed at once, by its connection; one
+# that failed or vanished, by `pulse.py`.
+TIMEOUT, MEETING = timedelta(days=2), timedelta(minutes=10)
+LEAVING = 5.0  # seconds that leaving the group may take after a failure: NCCL may wait for the others then
 AnyObject = TypeVar("AnyObject")
 Share: TypeAlias = "slice[int, int, None]"
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # an array of a shape and dtype, of any content
@@ -40,10 +42,11 @@ class Sums(Protocol):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number, and how many there are."""
+    """This process's number, how many there are, and the group in which they talk; None: the program's usual one."""
 
     rank: int = 0
     count: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -84,14 +87,14 @@ class Ranks:
     def add_tensor(self, one: Tensor) -> None:
         """Add up a tensor, in place."""
         if self.count > 1:
-            dist.all_reduce(one)
+            dist.all_reduce(one, group=self.group)
 
     def total(self, *values: float) -> list[float]:
         """The sums of numbers over all processes."""
         if self.count == 1:
             return list(values)
         found = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(found)
+        dist.all_reduce(found, group=self.group)
         return [float(value) for value in found]
 
     def from_first(self, value: AnyObject) -> AnyObject:
@@ -99,13 +102,13 @@ class Ranks:
         if self.count == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def gather(self, arrays: Mapping[str, Tensor], sequences: int, held_out: int, empty: Empty) -> dict[str, Tensor]:
         """On process 0 the arrays of all sequences, (sequences, …), from each process's own; elsewhere nothing.
@@ -118,13 +121,13 @@ class Ranks:
         for name, own in arrays.items():
             if not self.first:
                 for _, here in self._places(sequences, held_out):
-                    dist.send(own[here].contiguous(), 0)
+                    dist.send(own[here].contiguous(), 0, self.group)
                 continue
             whole = empty((sequences, *own.shape[1:]), own.dtype)
             for rank in range(self.count):
                 for there, here in Ranks(rank, self.count)._places(sequences, held_out):
                     if rank:
-                        dist.recv(whole[there], rank)
+                        dist.recv(whole[there], rank, self.group)
                     else:
                         whole[there] = own[here]
             found[name] = whole
@@ -141,12 +144,12 @@ class Ranks:
             found[name] = empty((places[-1][1].stop, *shape), dtype)
             for rank in range(1, self.count) if self.first else ():
                 for there, _ in Ranks(rank, self.count)._places(sequences, held_out):
-                    dist.send(arrays[name][there].contiguous(), rank)
+                    dist.send(arrays[name][there].contiguous(), rank, self.group)
             for there, here in places:
                 if self.first:
                     found[name][here] = arrays[name][there]
                 else:
-                    dist.recv(found[name][here], 0)
+                    dist.recv(found[name][here], 0, self.group)
         return found
 
 
@@ -161,17 +164,22 @@ def joined() -> Iterator[Ranks]:
 
     Raises:
         RankError: another one ended, or cannot be reached.
+        SettingsError: the program's group cannot add up numbers of the CPU.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if dist.is_initialized() and not _Group.is_own:
+    if dist.is_initialized() and _Group.own is None:
+        if "cpu" not in dist.get_backend_config():
+            raise SettingsError(
+                f"the program's group of processes has no backend for the CPU, only {dist.get_backend_config()}",
+                'make it by init_process_group("cpu:gloo,cuda:nccl")',
+            )
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
     if count == 1:
         yield Ranks()
         return
-    if not dist.is_initialized():
-        _Group.meet()
-    ranks = Ranks(dist.get_rank(), count)
+    group = _Group.meet()
+    ranks = Ranks(dist.get_rank(), count, group)
     try:
         with watched(ranks.rank, count):
             yield ranks
@@ -180,7 +188,7 @@ def joined() -> Iterator[Ranks]:
             with suppress(RuntimeError) if ranks.first else nullcontext():
                 ranks.wait()
     except BaseException as error:
-        _Group.leave()
+        _Group.leave_after_failure()
         # As torch.distributed says what is wrong with a connection.
         of_connection = isinstance(error, RuntimeError | ValueError) and not isinstance(error, torch.OutOfMemoryError)
         if not of_connection or not _of_connection(error):
@@ -194,25 +202,36 @@ def joined() -> Iterator[Ranks]:
 class _Group:
     """The group that this module makes: one for the life of the process, since torchrun's store remembers old ones."""
 
-    is_own = False
+    own: dist.ProcessGroup | None = None
 
     @classmethod
-    def meet(cls) -> None:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:
-            raise RankError(
-                f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
-            ) from error
-        cls.is_own = True
-        atexit.register(cls.leave)
+    def meet(cls) -> dist.ProcessGroup:
+        if cls.own is None:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=MEETING)
+                cls.own = dist.new_group(backend=backend, timeout=TIMEOUT)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise RankError(
+                    f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
+                ) from error
+            atexit.register(cls.leave)
+        assert cls.own is not None
+        return cls.own
 
     @classmethod
     def leave(cls) -> None:
-        if cls.is_own and dist.is_initialized():
+        if cls.own is not None and dist.is_initialized():
             dist.destroy_process_group()
-        cls.is_own = False
+        cls.own = None
+
+    @classmethod
+    def leave_after_failure(cls) -> None:
+        """Leave, while the others may be in the middle of something that this process will not join."""
+        leaving = Thread(target=cls.leave, daemon=True)
+        leaving.start()
+        leaving.join(LEAVING)
+        atexit.unregister(cls.leave)
 
 
 def _of_connection(error: Any) -> bool:

@@ -30,7 +30,11 @@ def main() -> None:
     if "--quiet" in given:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(_main(given))
+    code = _main(given)
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(code)  # what is left of a group of processes may wait for the others for ever
+    sys.exit(code)
 
 
 def _main(given: list[str]) -> int:

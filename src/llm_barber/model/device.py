@@ -27,8 +27,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank()}"
+    if name == "cuda" and torch.cuda.is_available():
+        started_by_torchrun = "LOCAL_RANK" in os.environ
+        name = f"cuda:{local_rank() if started_by_torchrun else torch.cuda.current_device()}"
     try:
         device = torch.device(name)
     except RuntimeError:
