@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llm_barber import PruneConfig, RunReport, distance, prune, pulse
 from llm_barber import run as run_module
 from llm_barber.errors import BarberError, OutputError
 from llm_barber.ranks import Ranks, joined
 from tests.conftest import make_model, read_folder, save_tokens
+from tests.test_released_masks import REBUILT, make_pruned, rebuild_as_released, released_id
 from tests.test_resume import weights
 
 DIED, REFUSED = 9, 3
@@ -100,6 +104,37 @@ def test_masks_are_those_of_one_process(tmp_path: Path, run: Callable[..., RunRe
         assert record.processes == count
         errors = [[block.error_after for layer in each.layers for block in layer.blocks] for each in (alone, record)]
         assert errors[1] == (errors[0] if None in errors[0] else pytest.approx(errors[0], rel=1e-3))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_masks_are_the_released_ones(tmp_path: Path, count: int) -> None:
+    cases = REBUILT[count // 2 :: 10]
+    for path in cases:
+        make_pruned(path, tmp_path / f"{released_id(path)}-pruned")
+
+    def work(_: int) -> None:
+        for path in cases:
+            rebuild_as_released(path, tmp_path / f"{released_id(path)}-pruned", tmp_path / released_id(path))
+
+    assert together(count, work) == [0] * count
+    for path in cases:
+        written = read_folder(tmp_path / released_id(path))
+        for name, keep in load_file(path).items():
+            assert torch.equal(written[name.removesuffix(".keep") + ".weight"] != 0, keep.bool()), (path, name)
+
+
+def test_torchrun_of_the_command_line(tmp_path: Path, run: Callable[..., RunReport]) -> None:
+    run("alone", preset="paper")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m",
+        "llm_barber", "prune", str(tmp_path / "dense"), str(tmp_path / "together"), "--calibration",
+        str(tmp_path / "tokens.safetensors"), "--preset", "paper", "--dtype", "float32", "--batch-size", "2", "--quiet",
+        "--no-report", "--json",
+    ]  # fmt: skip
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert found.returncode == 0, found.stderr
+    assert RunReport.model_validate_json(found.stdout).processes == 2
+    assert weights(tmp_path / "together") == weights(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_barber import PruneConfig, RebuildConfig, prune, rebuild
+from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
 from tests.conftest import RELEASED, read_folder
 
 GRANULARITIES = {"block": "block", "layer": "linear", "output1": "output", "input1": "input"}
@@ -24,24 +24,32 @@ def test_all_cases_are_there() -> None:
     assert len(INITIAL) == 18
 
 
-@pytest.mark.parametrize("path", REBUILT, ids=released_id)
-def test_rebuild_gives_the_released_mask(path: Path, tmp_path: Path) -> None:
-    family = path.parent
-    case, granularity, *ratio = path.name.removesuffix(".rebuilt.safetensors").split(".")
-    pruned = tmp_path / "pruned"
-    shutil.copytree(family / "dense", pruned)
-    initial = load_file(family / f"{case}.initial.safetensors")
+def make_pruned(path: Path, pruned: Path) -> dict[str, torch.Tensor]:
+    """Write the pruned model that the released program started from; returns its linears."""
+    shutil.copytree(path.parent / "dense", pruned)
+    initial = load_file(path.parent / f"{path.name.split('.')[0]}.initial.safetensors")
     save_file(load_file(pruned / "model.safetensors") | initial, pruned / "model.safetensors", {"format": "pt"})
-    report = rebuild(
+    return initial
+
+
+def rebuild_as_released(path: Path, pruned: Path, out: Path) -> RunReport:
+    _, granularity, *ratio = path.name.removesuffix(".rebuilt.safetensors").split(".")
+    return rebuild(
         RebuildConfig(
-            dense=str(family / "dense"), pruned=str(pruned), output=tmp_path / "out", dtype="float32",
+            dense=str(path.parent / "dense"), pruned=str(pruned), output=out, dtype="float32",
             granularity=GRANULARITIES[granularity], rebuild_ratio=float(".".join(ratio)),
-            calibration=str(family / "calibration.safetensors"),
+            calibration=str(path.parent / "calibration.safetensors"),
         )
     )  # fmt: skip
-    pattern = case.split("-")[1]
+
+
+@pytest.mark.parametrize("path", REBUILT, ids=released_id)
+def test_rebuild_gives_the_released_mask(path: Path, tmp_path: Path) -> None:
+    initial = make_pruned(path, tmp_path / "pruned")
+    report = rebuild_as_released(path, tmp_path / "pruned", tmp_path / "out")
+    pattern = path.name.split(".")[0].split("-")[1]
     assert report.pattern == pattern.replace("of", ":")
-    written, dense = read_folder(tmp_path / "out"), load_file(family / "dense" / "model.safetensors")
+    written, dense = read_folder(tmp_path / "out"), load_file(path.parent / "dense" / "model.safetensors")
     changed = 0
     for name, keep in load_file(path).items():
         weight = name.removesuffix(".keep") + ".weight"
