@@ -70,7 +70,7 @@ def test_the_plan_knows_the_activations(
     kept: list[Any] = []
 
     def noted(*given: Any) -> Any:
-        kept.extend([embed(*given), given[-1]])
+        kept.extend([embed(*given), given[3]])
         return kept[0]
 
     monkeypatch.setattr("llm_barber.run.embed", noted)

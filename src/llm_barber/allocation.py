@@ -1,11 +1,12 @@
 """The sparsity of each linear, from a look at the dense model before anything is pruned."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.errors import ModelError, NotFiniteError, SettingsError
 from llm_barber.initial import MethodMasks, collect_inputs, with_few_tokens
 from llm_barber.job import Job
@@ -54,7 +55,7 @@ def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: flo
     shares: dict[int, float] = {}
     sizes: dict[int, int] = {}
     progress.start("looking for outliers", job.layer_count)
-    for index, layer, weights in _layers(initial, range(job.layer_count)):
+    for index, layer, weights in _layers(initial, streams, range(job.layer_count)):
         if layer.linears:
             squares = collect_inputs(layer, streams, InputSquares)
             scores = [wanda(weights[name], squares[name].mean) for name in layer.linears]
@@ -86,7 +87,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     inputs: list[list[Tensor]] = []
     progress.start("looking for what pruning costs", 2 * job.layer_count)
     little: set[str] = set()  # is known of these: hardly a token went to their experts
-    for index, layer, _ in _layers(initial, range(job.layer_count)):
+    for index, layer, _ in _layers(initial, streams, range(job.layer_count)):
         layer.forget_tokens()
         inputs.append([streams.kept(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
@@ -100,7 +101,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     skeleton.drop_outside()
     costs: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
-    for index, layer, weights in _layers(initial, reversed(range(job.layer_count))):
+    for index, layer, weights in _layers(initial, streams, range(job.layer_count)[::-1]):
         sums = {name: FisherSums(tuple(weights[name].shape), streams.device) for name in layer.linears}
         for number, hidden in enumerate(inputs.pop()):
             gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], sums)
@@ -126,16 +127,19 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     return dict.fromkeys(names, sparsity) | dict(zip(used, found, strict=True))
 
 
-def _layers(initial: MethodMasks, order: Iterable[int]) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
-    """Dense decoder layers, one in memory at a time, with the linears that are pruned."""
+def _layers(
+    initial: MethodMasks, streams: ActivationStreams, order: Sequence[int]
+) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
+    """Dense decoder layers, one computed with while the next is read, with the linears that are pruned."""
     job = initial.job
-    for index in order:
-        try:
-            layer, weights = job.open_layer(index, job.source.read(job.layer_tensors[index]))
-            layer.select(initial.linears(index))
-            yield index, layer, weights
-        finally:
-            job.skeleton.release_layer(index)
+    with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.pinned) as ahead:
+        for index in order:
+            try:
+                layer, weights = job.open_layer(index, ahead.take())
+                layer.select(initial.linears(index))
+                yield index, layer, weights
+            finally:
+                job.skeleton.release_layer(index)
 
 
 def _loss_gradient(job: Job, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -96,26 +96,29 @@ class Experts(nn.ModuleList):
             top_k_index, top_k_weights = self._routes
         self._routes = (top_k_index, top_k_weights)
         count, chosen = top_k_index.shape
-        length = count // self.sequences
         routed = top_k_index.flatten()
-        self.tokens += torch.bincount(routed, minlength=len(self)).cpu()
-        outputs, places = [], []
+        order = routed.argsort(stable=True)  # by expert, then by token, and so by sequence
+        token = order // chosen
+        sequence = token // (count // self.sequences)
+        group = routed[order] * self.sequences + sequence
+        every = torch.arange(len(self) * self.sequences, device=group.device)
+        first, after = (torch.searchsorted(group, every, right=right) for right in (False, True))
+        sizes = (after - first).view(len(self), self.sequences)
+        # Of each expert the sequences get as much room as the one with the most tokens needs.
+        room = sizes.amax(1).clamp_min(1)
+        slot = sequence * room[routed[order]] + torch.arange(len(order), device=group.device) - first[group]
+        given, rooms = torch.stack([sizes.sum(1), room]).tolist()  # the only wait for the device
+        self.tokens += torch.tensor(given, device="cpu")
+        outputs, start = [], 0
         for number, expert in enumerate(self):
-            place = (routed == number).nonzero().flatten()  # by token, and so by sequence
-            token = place // chosen
-            sequence = token // length
-            sizes = torch.bincount(sequence, minlength=self.sequences)
-            capacity = max(1, int(sizes.max()))
-            first = sizes.cumsum(0) - sizes
-            slot = sequence * capacity + torch.arange(len(place), device=place.device) - first[sequence]
-            inputs = hidden_states.new_zeros(self.sequences * capacity, hidden_states.shape[1])
-            inputs = inputs.index_copy(0, slot, hidden_states[token])
+            own = slice(start, start + given[number])
+            start = own.stop
+            inputs = hidden_states.new_zeros(self.sequences * rooms[number], hidden_states.shape[1])
+            inputs = inputs.index_copy(0, slot[own], hidden_states[token[own]])
             inner = self.combine(expert, inputs)
             if self.biased:  # what biases make of the padding is nobody's input
-                inner = torch.zeros_like(inner).index_copy(0, slot, inner[slot])
-            outputs.append(expert.get_submodule(DOWN)(inner)[slot])
-            places.append(place)
-        order = torch.cat(places)
+                inner = torch.zeros_like(inner).index_copy(0, slot[own], inner[slot[own]])
+            outputs.append(expert.get_submodule(DOWN)(inner)[slot[own]])
         weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(1)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)

@@ -207,6 +207,6 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
         kept + reading + lasting,
         outside + Held(host=arrays + outside.host),
         kept + lasting + Held(arrays, logits),
-        kept + Held(arrays + size, computed + 2 * batch + (0 if recipe.on_cpu else size)),
-        kept + Held(arrays + size, computed + ordering + (0 if recipe.on_cpu else size)),
+        kept + Held(arrays + 2 * size, computed + 2 * batch + (0 if recipe.on_cpu else size)),
+        kept + Held(arrays + 2 * size, computed + ordering + (0 if recipe.on_cpu else size)),
     ]
