@@ -327,8 +327,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_rates_and_words() -> None:
-    rates = named_rates(4e14, None, 2e12, 1e10, 2e9)
+    rates = named_rates(4e14, None, 2e12, 1e10, 2e9, torch.bfloat16)
     assert (rates.exact, rates.grams) == (5e13, 2e14)
+    assert named_rates(4e14, None, 2e12, 1e10, 2e9, torch.float32).grams == 5e13
     assert rates.seconds(Work(products=4e14, read=4e9, copied=1e10)) == {
         "compute": 1, "memory": 0, "link": 1, "disk": 2,
     }  # fmt: skip

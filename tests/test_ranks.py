@@ -277,6 +277,21 @@ def test_one_that_fails_ends_others_that_notice_nothing(
         assert f"error: process {rank} cannot go on: process 1 failed\nhint: look for its message; the run goes" in told
 
 
+def test_after_a_run_in_which_all_failed_comes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "BEAT", 0.1)
+    monkeypatch.setattr(pulse, "GRACE", 0.5)
+
+    def work(_: int) -> None:
+        with pytest.raises(OutputError), joined() as ranks:
+            ranks.wait()
+            raise OutputError("exists", "")
+        with joined() as ranks:
+            time.sleep(1.5)
+            assert ranks.total(1) == [2]
+
+    assert together(2, work, tmp_path) == [0, 0]
+
+
 def test_a_group_without_the_cpu_is_refused(tmp_path: Path) -> None:
     def work(_: int) -> None:
         torch.distributed.init_process_group("cuda:gloo")

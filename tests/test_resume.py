@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
 from llm_barber.checkpoint import state as state_module
@@ -227,6 +228,17 @@ def test_the_model_may_go_by_another_name(
     same = {"bos": False, "samples": 99, "seed": 5}  # which the tokens do not depend on
     run(Path(model.name), tmp_path / "out", Path(os.path.relpath(tokens)), resume=True, **same)
     assert found == [2]
+
+
+def test_the_same_tokens_in_other_windows_are_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=4)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    ids = load_file(tokens)["input_ids"]
+    save_file({"input_ids": ids.reshape(8, -1)}, tmp_path / "other.safetensors")
+    with pytest.raises(OutputError, match="another calibration text$"):
+        run(model, tmp_path / "out", tmp_path / "other.safetensors", resume=True)
 
 
 def test_refuses_what_it_cannot_go_on_with(

@@ -92,7 +92,7 @@ def run_key(work: Assignment) -> dict[str, Any]:
     if isinstance(config, RebuildConfig):
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
     return key | {
-        "calibration text": job.tokens.digest,
+        "calibration text": [job.tokens.digest, *job.tokens.input_ids.shape],
         "device": job.skeleton.device.type,
         "dtype": str(job.skeleton.dtype),
         "version of a library": versions(),

@@ -10,7 +10,6 @@ from torch import Tensor
 from llm_barber.errors import BarberError
 from llm_barber.job import Job
 from llm_barber.model.device import experts_a_token, is_out_of_memory, needed_memory
-from llm_barber.model.fixed_order import cannot_order
 from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
 from llm_barber.progress import Progress
 from llm_barber.refine_settings import RefineSettings
@@ -54,7 +53,7 @@ def embed(
         for size in _batch_sizes(streams, refine_settings) - known:
             skeleton.embed(tokens[:size], lambda _: None)  # for how layers are called with so many
 
-    computed_again(compute, skeleton.drop_outside, job, streams, progress)
+    with_smaller_batches(compute, skeleton.drop_outside, job, streams, progress)
     skeleton.drop_outside()
     return streams
 
@@ -71,17 +70,14 @@ def _batch_sizes(streams: ActivationStreams, refine_settings: RefineSettings | N
     return sizes
 
 
-def computed_again(
+def with_smaller_batches(
     compute: Callable[[], Found],
     release: Callable[[], None],
     job: Job,
     streams: ActivationStreams,
     progress: Progress,
 ) -> Found:
-    """What `compute` gives; where the device cannot do it as it should, again as it can.
-
-    Where its memory is too small: with half as many sequences together. Where an operation of the model has no fixed
-    order of adding up (`model/fixed_order.py`): without one.
+    """What `compute` gives; where the device's memory is too small, again with half as many sequences together.
 
     Args:
         compute: may be called again after it failed.
@@ -95,18 +91,12 @@ def computed_again(
     """
     skeleton = job.skeleton
     while True:
-        without_order = False
         try:
             return compute()
         except RuntimeError as error:  # which holds on to tensors until here
-            without_order = skeleton.fixed_order and cannot_order(error)
-            if not without_order and not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         release()
-        if without_order:  # in every process, at the same operation
-            skeleton.fixed_order = False
-            progress.warn("this model's gradients have no fixed order of sums here: another run may round otherwise")
-            continue
         if streams.ranks.count > 1:  # the others are in the middle of it
             raise DeviceMemoryError(
                 f"the device's memory is too small for {streams.batch_size} sequences together",

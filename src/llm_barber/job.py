@@ -141,7 +141,7 @@ class Job:
         module = skeleton.load_layer(index, parameters)
         arguments = partial(skeleton.arguments, index)
         names = self.linears(index)
-        layer = DecoderLayer(module, names, arguments, self.architecture.transposed, skeleton.fixed_order)
+        layer = DecoderLayer(module, names, arguments, self.architecture.transposed, skeleton.order)
         return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
 
     def _other_places(self, index: int, linear: str) -> list[Place]:

@@ -21,6 +21,8 @@ from llm_barber.usage import current_memory
 # at least (the one read ahead, computed with, pruned, turned, ranked, to write); what libraries keep for themselves.
 MARGIN, COPIES_OF_A_LAYER, LIBRARIES = 1.2, 10, 2**26
 
+LIMITED: set[torch.device] = set()  # by a run of this program, and not for those after it
+
 
 def host_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: CheckpointWriter | Follower) -> HostMemory:
     """Where activations lie, so that the process stays within `settings.memory`; sets the device's limit, too.
@@ -29,10 +31,11 @@ def host_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: Checkpo
         SettingsError: what a run needs besides activations does not fit.
     """
     device = job.skeleton.device
-    if device.type == "cuda":
+    if device.type == "cuda" and (settings.device_memory is not None or device in LIMITED):
         every = torch.cuda.get_device_properties(device).total_memory
         share = 1.0 if settings.device_memory is None else min(1.0, settings.device_memory / every)
         torch.cuda.set_per_process_memory_fraction(share, device)
+        LIMITED.add(device)
     if settings.memory is None:
         return HostMemory()
     left = left_for_activations(settings.memory, current_memory(), model_shapes(job.skeleton), recipe)

@@ -4,6 +4,7 @@ Each process counts up a number of its own in the store where they met, and look
 The connections of a process that ends are closed, which is mostly noticed without this.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ SILENCE = 50.0  # seconds after which a process is taken for gone: with a look m
 GRACE = 10.0  # seconds in which the failure of another is mostly noticed without this
 EXIT_CODE = 1
 DONE, FAILED = -(2**40), -(2**50)  # what is added to the number of a process that stops counting
+RUNS = itertools.count()  # of this program: each has numbers of its own
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def watched(rank: int, count: int) -> Iterator[None]:
 
     And if another left by an exception, `GRACE` after that.
     """
-    pulse = _Pulse(rank, [other for other in range(count) if other != rank])
+    pulse = _Pulse(next(RUNS), rank, [other for other in range(count) if other != rank])
     beating = Thread(target=pulse.beat, daemon=True)
     beating.start()
     Thread(target=pulse.watch, daemon=True).start()
@@ -44,7 +46,8 @@ def watched(rank: int, count: int) -> Iterator[None]:
 class _Pulse:
     """What the two threads of a process share."""
 
-    def __init__(self, rank: int, others: list[int]) -> None:
+    def __init__(self, run: int, rank: int, others: list[int]) -> None:
+        self.run = run
         self.rank = rank
         self.others = others
         self.stopped = Event()
@@ -60,13 +63,12 @@ class _Pulse:
                 # A connection of its own: the group's may be waiting for something.
                 place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
                 store = TCPStore(*place, timeout=timedelta(seconds=SILENCE))
-                store.set(_key(self.rank), "0")  # a group before this one may have left a number
                 while not self.stopped.is_set():
-                    store.add(_key(self.rank), 1)
+                    store.add(self._key(self.rank), 1)
                     for other in self.others:
-                        self._note(other, store.add(_key(other), 0), counts)
+                        self._note(other, store.add(self._key(other), 0), counts)
                     self.stopped.wait(BEAT)
-                store.add(_key(self.rank), self.last_word)
+                store.add(self._key(self.rank), self.last_word)
                 return
             self.stopped.wait(BEAT)
 
@@ -95,6 +97,9 @@ class _Pulse:
             if failed := [other for other, when in list(self._failed.items()) if now - when > GRACE]:
                 self._end(f"cannot go on: process {_named(failed)} failed", "look for its message")
 
+    def _key(self, rank: int) -> str:
+        return f"llm-barber/pulse/{self.run}/{rank}"
+
     def _end(self, message: str, hint: str) -> None:
         try:
             os.set_blocking(sys.stderr.fileno(), False)
@@ -109,7 +114,3 @@ class _Pulse:
 
 def _named(processes: list[int]) -> str:
     return ", ".join(map(str, processes))
-
-
-def _key(rank: int) -> str:
-    return f"llm-barber/pulse/{rank}"

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public, not in its __all__
 
 from llm_barber.errors import BarberError, SettingsError, first_line
 from llm_barber.pulse import watched
@@ -200,38 +201,49 @@ def joined() -> Iterator[Ranks]:
 
 
 class _Group:
-    """The group that this module makes: one for the life of the process, since torchrun's store remembers old ones."""
+    """The group that this module makes, for all runs of the program; after a failure another one, in the same store."""
 
     own: dist.ProcessGroup | None = None
+    _met: tuple[Any, int, int] | None = None  # where, which process this is, and of how many
+    _meetings = 0
 
     @classmethod
     def meet(cls) -> dist.ProcessGroup:
-        if cls.own is None:
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            try:
-                dist.init_process_group(backend, timeout=MEETING)
-                cls.own = dist.new_group(backend=backend, timeout=TIMEOUT)
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise RankError(
-                    f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
-                ) from error
-            atexit.register(cls.leave)
-        assert cls.own is not None
+        if cls.own is not None:
+            return cls.own
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            if cls._met is None:
+                cls._met = next(rendezvous("env://", timeout=MEETING))
+                atexit.register(cls.leave)
+            every, rank, count = cls._met
+            cls._meetings += 1
+            store = PrefixStore(f"llm-barber/{cls._meetings}", every)  # where nothing of another group is left
+            dist.init_process_group(backend, timeout=MEETING, store=store, rank=rank, world_size=count)
+            cls.own = dist.new_group(backend=backend, timeout=TIMEOUT)
+            every.set_timeout(TIMEOUT)  # NCCL's processes meet there at their first sum
+        except (KeyError, RuntimeError, ValueError) as error:
+            cls.leave()
+            raise RankError(
+                f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
+            ) from error
         return cls.own
 
     @classmethod
     def leave(cls) -> None:
-        if cls.own is not None and dist.is_initialized():
-            dist.destroy_process_group()
         cls.own = None
+        if cls._met is not None and dist.is_initialized():
+            dist.destroy_process_group()
 
     @classmethod
     def leave_after_failure(cls) -> None:
         """Leave, while the others may be in the middle of something that this process will not join."""
+        cls.own = None
         leaving = Thread(target=cls.leave, daemon=True)
         leaving.start()
         leaving.join(LEAVING)
-        atexit.unregister(cls.leave)
+        if leaving.is_alive():
+            atexit.unregister(cls.leave)
 
 
 def _of_connection(error: Any) -> bool:

@@ -20,7 +20,7 @@ from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.place import work_folder
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.embedding import computed_again, embed
+from llm_barber.embedding import embed, with_smaller_batches
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, MethodMasks
@@ -155,7 +155,7 @@ def _allocate(
     sparsities = writer.state.sparsities
     if sparsities is None:
         look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
-        sparsities = computed_again(look, work.job.skeleton.drop_outside, work.job, streams, progress)
+        sparsities = with_smaller_batches(look, work.job.skeleton.drop_outside, work.job, streams, progress)
         writer.keep_sparsities(sparsities, _used(work, writer, streams))
     initial.targets = replace(initial.targets, allocated=sparsities)
     seconds["allocate"] += time.perf_counter() - start
@@ -171,7 +171,7 @@ def _prune_step(
     if index == job.layer_count:
         compute = partial(prune_head, job, tensors, work.initial, settings, streams)
         release = job.skeleton.drop_outside
-    return computed_again(compute, release, job, streams, progress)
+    return with_smaller_batches(compute, release, job, streams, progress)
 
 
 def _write_rest(
@@ -229,6 +229,8 @@ def _write_rest(
 
 def _warn(work: Assignment, report: RunReport, progress: Progress) -> None:
     """Say what went otherwise than a user would expect."""
+    if work.job.skeleton.order.lost:
+        progress.warn("gradients were added up in no fixed order, which this model has none of: another run may differ")
     few = {
         (layer.index, one.name.rpartition(".")[0]) for layer in report.layers for one in layer.linears if one.few_tokens
     }

@@ -244,11 +244,14 @@ def _add_gradients(
     distance: Distance,
 ) -> None:
     """Of half the distance, summed over tokens and channels of one sequence, by the weights: (out, in), by linear."""
-    with layer.with_gradients():
-        output = layer.output_with(weights, streams.read(HIDDEN, sequence))
-        gradient = distance.gradient(streams.read(TARGET, sequence), output.detach())
-        scaled, scale = scaled_by_sequence(gradient, output.dtype)
-        found = torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
+    hidden, target = streams.read(HIDDEN, sequence), streams.read(TARGET, sequence)
+
+    def once() -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        output = layer.output_with(weights, hidden)
+        scaled, scale = scaled_by_sequence(distance.gradient(target, output.detach()), output.dtype)
+        return scale, torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
+
+    scale, found = layer.taking_gradients(once)
     power = scale.item()
     for name, one in zip(weights, found, strict=True):
         if one is not None:  # an expert may be given nothing

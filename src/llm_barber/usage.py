@@ -49,7 +49,8 @@ def current_memory() -> int:
 def reset_peak_memory() -> None:
     """Start a new measurement of `peak_memory`, where the system can (Linux), and of `peak_device_memory`."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.reset_peak_memory_stats()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

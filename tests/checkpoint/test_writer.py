@@ -201,6 +201,21 @@ def test_a_lock_of_a_folder_that_is_gone_is_taken_again(tmp_path: Path, monkeypa
     assert opened[0].closed
 
 
+def test_what_another_run_has_finished_before_the_lock_was_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = fcntl.flock
+
+    def late(lock: Any, how: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "out.partial")
+        write(tmp_path / "out")
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="exists"):
+        write(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_lock_is_held_until_the_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove, refused = shutil.rmtree, []
 

@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from llm_barber import PruneConfig, prune
-from llm_barber.model.fixed_order import in_fixed_order
+from llm_barber import PruneConfig, allocation, prune
+from llm_barber.model.fixed_order import FixedOrder, in_fixed_order
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.progress import Silent
+from tests.conftest import make_model, save_tokens
+from tests.test_ranks import together
 from tests.test_resume import weights
 
 MESSAGE = "cumsum_cuda_kernel does not have a deterministic implementation, but you set …"
+SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
 
 
 def mode() -> tuple[bool, bool, bool]:
@@ -25,8 +28,8 @@ def mode() -> tuple[bool, bool, bool]:
 
 def test_the_mode_is_as_it_was_afterwards() -> None:
     assert mode() == (False, False, True)
-    with in_fixed_order(False):
-        assert mode() == (False, False, True)
+    assert FixedOrder().compute(mode, lambda: None) == (False, False, True)
+    assert FixedOrder(wanted=True).compute(mode, lambda: None) == (True, False, False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with pytest.raises(KeyError), in_fixed_order():
@@ -45,13 +48,8 @@ class Heard(Silent):
         self.warnings.append(message)
 
 
-@pytest.mark.parametrize("preset", ["paper", "best"])
-@pytest.mark.parametrize("possible", [True, False], ids=["", "an operation without order"])
-def test_every_gradient_of_a_run_on_a_device(
-    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, preset: str, possible: bool
-) -> None:
-    settings: dict[str, Any] = {"model": llama, "calibration": tokens, "dtype": "float32", "preset": preset}
-    prune(PruneConfig(output=tmp_path / "plain", report=False, **settings))
+def on_device(monkeypatch: pytest.MonkeyPatch, possible: bool) -> list[bool]:
+    """Models are on a device from now on; the mode in which each gradient is taken."""
     grad, made, modes = torch.autograd.grad, Skeleton.__init__, []
 
     def noted(*given: Any, **named: Any) -> Any:
@@ -61,18 +59,41 @@ def test_every_gradient_of_a_run_on_a_device(
                 raise RuntimeError(MESSAGE)
         return grad(*given, **named)
 
-    def on_device(skeleton: Skeleton, *given: Any) -> None:
+    def make(skeleton: Skeleton, *given: Any) -> None:
         made(skeleton, *given)
-        skeleton.fixed_order = True
+        skeleton.order.wanted = True
 
     monkeypatch.setattr(torch.autograd, "grad", noted)
-    monkeypatch.setattr(Skeleton, "__init__", on_device)
-    heard = Heard()
-    prune(PruneConfig(output=tmp_path / "ordered", report=False, **settings), heard)
-    assert len(modes) >= 4
+    monkeypatch.setattr(Skeleton, "__init__", make)
+    return modes
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("preset", ["paper", "best"])
+@pytest.mark.parametrize("possible", [True, False], ids=["", "an operation without order"])
+def test_every_gradient_of_a_run_on_a_device(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, family: str, preset: str, possible: bool
+) -> None:
+    model = make_model(tmp_path / "dense", family)
+    settings: dict[str, Any] = {"model": model, "calibration": tokens, "preset": preset, **SETTINGS}
+    prune(PruneConfig(output=tmp_path / "plain", **settings))
+    modes, heard = on_device(monkeypatch, possible), Heard()
+    prune(PruneConfig(output=tmp_path / "ordered", **settings), heard)
+    assert len(modes) >= 8
     assert modes == [True] * len(modes) if possible else [True] + [False] * (len(modes) - 1)
-    assert len([one for one in heard.warnings if "fixed order" in one]) == (0 if possible else 1)
+    assert len([one for one in heard.warnings if "no fixed order" in one]) == (0 if possible else 1)
     assert mode() == (False, False, True)
+    assert weights(tmp_path / "ordered") == weights(tmp_path / "plain")
+
+
+def test_processes_find_out_by_themselves(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocation looks at windows that only the first process has."""
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=6)
+    monkeypatch.setattr(allocation, "LOSS_TOKENS", 48)
+    settings: dict[str, Any] = {"model": llama, "calibration": tokens, "preset": "best", "tune_passes": 2, **SETTINGS}
+    prune(PruneConfig(output=tmp_path / "plain", **settings))
+    on_device(monkeypatch, possible=False)
+    assert together(2, lambda _: prune(PruneConfig(output=tmp_path / "ordered", **settings)), tmp_path) == [0, 0]
     assert weights(tmp_path / "ordered") == weights(tmp_path / "plain")
 
 
@@ -83,3 +104,5 @@ def test_other_errors_are_raised(tmp_path: Path, llama: Path, tokens: Path, monk
     monkeypatch.setattr(torch.autograd, "grad", broken)
     with pytest.raises(RuntimeError, match="deterministic implementation"):  # which nobody had asked for
         prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, preset="paper", report=False))
+    with pytest.raises(RuntimeError, match="another error"):
+        FixedOrder(wanted=True).compute(broken, lambda: None)

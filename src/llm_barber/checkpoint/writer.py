@@ -39,6 +39,8 @@ from llm_barber.checkpoint.state import (
 )
 from llm_barber.errors import NotFiniteError, OutputError
 
+ATTEMPTS = 100  # to take the lock
+
 
 class CheckpointWriter:
     """An output folder in the making; a context manager that cleans up when an error leaves it before its first layer.
@@ -82,17 +84,33 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         check_output(self.output, self.overwrite, 0 if self.resume else self.needed)
         self._made_parents = [folder for folder in self.work.parents if not folder.exists()]
-        while not self._locked():
-            pass
+        if not any(self._locked() for _ in range(ATTEMPTS)):
+            raise OutputError(
+                f"cannot write {self.work}: it is removed again and again", "choose another output folder"
+            )
         try:
+            self._check_again()
             self._take_up()
         except BaseException:
             self._lock.close()
             raise
         return self
 
+    def _check_again(self) -> None:
+        """Another run may have finished the output before the lock was had.
+
+        Raises:
+            OutputError: it has.
+        """
+        try:
+            check_output(self.output, self.overwrite)
+        except OutputError:
+            if [path.name for path in self.work.iterdir()] == [LOCK_NAME]:
+                shutil.rmtree(self.work)
+            raise
+
     def _locked(self) -> bool:
-        """Take the work folder's lock; False: it was that of a folder which another run has removed meanwhile.
+        """Take the work folder's lock; False: another run has removed the folder meanwhile.
 
         Raises:
             OutputError: another run has it, or the folder cannot be made.
@@ -101,20 +119,21 @@ class CheckpointWriter:
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = place.open("w")
+        except FileNotFoundError:
+            return False
         except OSError as error:
             self._remove_parents()
             raise OutputError(f"cannot write {self.work}: {error.strerror}", "choose a folder you can write") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(self._lock.fileno()), place.stat()):
-                return True
-        except FileNotFoundError:
-            pass
         except OSError as error:
             self._lock.close()
             raise OutputError(
                 f"another run is writing {self.output}", "wait for it, or choose another output folder"
             ) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._lock.fileno()), place.stat()):
+                return True
         self._lock.close()
         return False
 

@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import traceback
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -30,9 +32,14 @@ def main() -> None:
     if "--quiet" in given:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _terminated)
-    code = _main(given)
+    code = 1
+    try:
+        code = _main(given)
+    except Exception:  # which is asked for, by --debug
+        traceback.print_exc()
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)  # what is left of a group of processes may wait for the others for ever
     sys.exit(code)
 

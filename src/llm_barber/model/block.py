@@ -16,7 +16,7 @@ from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import Block
 from llm_barber.model.experts import Experts
-from llm_barber.model.fixed_order import in_fixed_order
+from llm_barber.model.fixed_order import FixedOrder, Found
 from llm_barber.model.gradients import Ends, by_linear, by_sequence, mean_squares, scaled_by_sequence
 
 InputVisitor = Callable[[str, Tensor], None]
@@ -34,7 +34,7 @@ class DecoderLayer:
         linears: paths of the prunable linears.
         arguments: gives the keyword arguments of the layer's call for a number of sequences and of their tokens.
         transposed: linears keep their weights as (in, out).
-        fixed_order: gradients are added up in a fixed order, which CUDA does not by itself.
+        order: in which gradients are added up.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class DecoderLayer:
         linears: tuple[str, ...],
         arguments: Callable[[int, int], Mapping[str, Any]],
         transposed: bool = False,
-        fixed_order: bool = False,
+        order: FixedOrder | None = None,
     ) -> None:
         self.module = module
         self.linears = {name: module.get_submodule(name) for name in linears}
         self.experts = {name: one for name, one in module.named_modules() if isinstance(one, Experts)}
         self._arguments = arguments
         self._transposed = transposed
-        self._fixed_order = fixed_order
+        self._order = order or FixedOrder()
         # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
         self._output_tail: dict[str, tuple[Any, ...] | list[Any] | None] = {}
         self._flattened: dict[str, bool] = {}
@@ -217,14 +217,18 @@ class DecoderLayer:
         Returns:
             The block's output y, (sequences, tokens, hidden), detached, and the losses, float32 (sequences,).
         """
-        found: list[Tensor] = []
-        with self._recorded(block.linears) as ends:
-            with self._stop_at(block, found, len(hidden)), self._replayed(replays):
+
+        def once() -> tuple[list[Ends], Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+            found: list[Tensor] = []
+            recorded, stopped = self._recorded(block.linears), self._stop_at(block, found, len(hidden))
+            with recorded as ends, stopped, self._replayed(replays):
                 self._run(hidden)
-            output = found[0]
-            difference = output.detach().float() - sparse_output.float()
-            scaled, scale = scaled_by_sequence(difference, output.dtype)
-            gradients = torch.autograd.grad(output, [end.output for end in ends], scaled, allow_unused=True)
+            difference = found[0].detach().float() - sparse_output.float()
+            scaled, scale = scaled_by_sequence(difference, found[0].dtype)
+            gradients = torch.autograd.grad(found[0], [end.output for end in ends], scaled, allow_unused=True)
+            return ends, found[0].detach(), difference, scale, gradients
+
+        ends, output, difference, scale, gradients = self.taking_gradients(once)
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = scale * (2 / difference[0].numel())
         found_by_name = by_linear(ends, gradients, len(hidden))
@@ -232,7 +236,7 @@ class DecoderLayer:
             if name not in found_by_name:
                 raise ModelError(f"the output of {block.output} has no gradient by {name}", f"--exclude '{name}$'")
             squares[name].update(*found_by_name[name], factor)
-        return output.detach(), mean_squares(difference)
+        return output, mean_squares(difference)
 
     def loss_gradients(self, hidden: Tensor, gradient: Tensor, sums: Mapping[str, FisherSums]) -> Tensor:
         """Carry the gradient of a loss from the layer's output to its input, and add what it is at the linears.
@@ -246,11 +250,15 @@ class DecoderLayer:
             The gradient by `hidden`, float32, (sequences, tokens, hidden).
         """
         hidden = hidden.detach().requires_grad_()
-        with self._recorded(tuple(self.linears)) as ends:
-            output = self._run(hidden)
+
+        def once() -> tuple[list[Ends], Tensor, tuple[Tensor, ...]]:
+            with self._recorded(tuple(self.linears)) as ends:
+                output = self._run(hidden)
             assert output is not None
             scaled, scale = scaled_by_sequence(gradient, output.dtype)
-            before, *gradients = torch.autograd.grad(output, [hidden, *(end.output for end in ends)], scaled)
+            return ends, scale, torch.autograd.grad(output, [hidden, *(end.output for end in ends)], scaled)
+
+        ends, scale, (before, *gradients) = self.taking_gradients(once)
         for name, found in by_linear(ends, gradients, len(hidden)).items():
             sums[name].update(*found, scale)
         return before.float() * scale.view(-1, 1, 1)
@@ -272,14 +280,18 @@ class DecoderLayer:
         with ExitStack() as stack:
             for name in linears:
                 stack.enter_context(_removed(self.linears[name].register_forward_hook(record(name))))
-            stack.enter_context(self.with_gradients())
             yield ends
 
-    @contextmanager
-    def with_gradients(self) -> Iterator[None]:
-        """Run, and take gradients, as this layer's are taken."""
-        with torch.enable_grad(), in_fixed_order(self._fixed_order):
-            yield
+    def taking_gradients(self, once: Callable[[], Found]) -> Found:
+        """What `once` gives, which runs the layer and takes gradients, in a fixed order if that can be had."""
+        counted = {name: one.tokens.clone() for name, one in self.experts.items()}
+
+        def undo() -> None:
+            for name, one in self.experts.items():
+                one.tokens.copy_(counted[name])
+
+        with torch.enable_grad():
+            return self._order.compute(once, undo)
 
     @torch.no_grad()
     def final_output(self, hidden: Tensor, block: Block, replays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

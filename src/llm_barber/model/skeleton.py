@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.empty import beside_embedding, empty_model
+from llm_barber.model.fixed_order import FixedOrder
 from llm_barber.model.stepping import (
     Arguments,
     Stepping,
@@ -43,7 +44,7 @@ class Skeleton:
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
-        self.fixed_order = device.type != "cpu"  # of sums, where a GPU would have none: until one cannot be had
+        self.order = FixedOrder(wanted=device.type != "cpu")
         self.model = model or empty_model(config, dtype)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -141,13 +141,13 @@ class ActivationStreams:
         return array[batch].to(self.device)
 
     def kept(self, values: Tensor) -> Tensor:
-        """A copy in an array of its own."""
-        return self.empty(tuple(values.shape), values.dtype).copy_(values)
+        """A copy in an array of its own, which goes when nobody has it any more: pinned memory would stay."""
+        return self._memory.empty(tuple(values.shape), values.dtype).copy_(values)
 
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
         self._settle(name)
-        self._put(other, self.kept(self._arrays[name]))
+        self._put(other, self._copied(self._arrays[name]))
 
     def rename(self, old: str, new: str) -> None:
         """Give an array another's name, and its place to the other."""
@@ -170,7 +170,7 @@ class ActivationStreams:
     def restore(self, arrays: Mapping[str, Tensor]) -> None:
         """Put back what `between_layers` gave."""
         for name, values in arrays.items():
-            self._put(name, self.kept(values))
+            self._put(name, self._copied(values))
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
         """Keep a batch; the array is made at the first one and reused by every later layer.
@@ -190,6 +190,9 @@ class ActivationStreams:
     def _put(self, name: str, array: Tensor) -> None:
         self._forget(name)
         self._arrays[name] = array
+
+    def _copied(self, values: Tensor) -> Tensor:
+        return self.empty(tuple(values.shape), values.dtype).copy_(values)
 
     def _settle(self, name: str) -> None:
         if self._copies is not None:

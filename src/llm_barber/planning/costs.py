@@ -57,7 +57,8 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
     head = _prune_head(model, recipe) if recipe.prunes_head else NONE
     found = Costs(embed=_embed(model, recipe), allocate=_allocate(model, recipe), head=head)
     for index, layer in enumerate(model.layers):
-        last = index == len(model.layers) - 1  # nothing starts from its output
+        # Nothing starts from its output.
+        last = index == len(model.layers) - 1 and not recipe.prunes_head
         size = layer.parameters * recipe.stored
         # Of all processes: the first one keeps it, and is sent what the others have.
         kept = 0 if last else (2 if recipe.follows_dense else 1) * recipe.every_token * model.hidden * recipe.itemsize

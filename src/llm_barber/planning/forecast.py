@@ -168,7 +168,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         rates = rates if config.bandwidth is None else replace(rates, read=config.bandwidth, written=config.bandwidth)
     else:
         memory = config.memory_bandwidth or MEMORY_BANDWIDTH
-        rates = named_rates(config.flops, config.float32_flops, memory, link, config.bandwidth or DISK)
+        rates = named_rates(config.flops, config.float32_flops, memory, link, config.bandwidth or DISK, dtype)
     return Forecast(
         model=config.model,
         architecture=described.model_type,

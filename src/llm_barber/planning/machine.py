@@ -63,7 +63,9 @@ class Rates:
         return found
 
 
-def named_rates(flops: float, float32_flops: float | None, memory: float, link: float, disk: float) -> Rates:
+def named_rates(
+    flops: float, float32_flops: float | None, memory: float, link: float, disk: float, dtype: torch.dtype
+) -> Rates:
     """Those of a machine of which a few are known.
 
     Args:
@@ -72,12 +74,13 @@ def named_rates(flops: float, float32_flops: float | None, memory: float, link: 
         memory: bytes/s of the device's memory.
         link: bytes/s between host and device, and between processes.
         disk: bytes/s, reading and writing.
+        dtype: of computing; half precision is multiplied as TF32 where sums are float32.
     """
     exact = float32_flops or flops * FLOAT32_SHARE
     sorting = memory / SORTING_BYTES
     return Rates(
         products=flops, gradients=flops, attention=flops * ATTENTION_SHARE,
-        grams=max(exact, flops * TF32_SHARE), exact=exact,
+        grams=exact if dtype == torch.float32 else max(exact, flops * TF32_SHARE), exact=exact,
         moved=memory, sorted=sorting, ordered=sorting, searched=memory / SEARCHING_BYTES,
         copied=link, reduced=link, read=disk, written=disk,
     )  # fmt: skip
