@@ -1,11 +1,15 @@
 """A folder that one command owns: it is made or recognised by a marker file, and one run at a time writes in it."""
 
 import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from llm_barber.errors import OutputError
+
+ATTEMPTS = 100  # to make a folder that another run may remove
 
 
 def own_folder(folder: Path, marker: str, explanation: str) -> None:
@@ -31,22 +35,58 @@ def own_folder(folder: Path, marker: str, explanation: str) -> None:
         raise OutputError(f"cannot write {folder}: {error.strerror}", "choose another output folder") from error
 
 
+def take_lock(path: Path, output: Path) -> IO[str]:
+    """Hold a lock file until it is closed; the operating system lets go of it when the process ends, however it ends.
+
+    Args:
+        path: of the file.
+        output: what is written by who holds it, for a message.
+
+    Raises:
+        OutputError: another run holds it, or it cannot be written.
+        FileNotFoundError: its folder is gone.
+    """
+    try:
+        file = path.open("r+" if path.exists() else "w")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", "choose a folder you can write") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OutputError(f"another run is writing {output}", "wait for it, or choose another output folder") from error
+    return file
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; the operating system lets go of it when the process ends, however it ends.
+    """Hold a lock file in a folder that stays.
 
     Raises:
         OutputError: another run holds it, or it cannot be written.
     """
-    try:
-        file = path.open("r+" if path.exists() else "w")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", "choose a folder you can write") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"another run is writing {path.parent}", "wait for it, or choose another output folder"
-            ) from error
+    with take_lock(path, path.parent):
         yield
+
+
+def make_locked(folder: Path, name: str, output: Path) -> IO[str]:
+    """Make a folder that goes when its run is done, and hold the lock file in it, as `take_lock` does.
+
+    Raises:
+        OutputError: another run holds it, or the folder cannot be made.
+    """
+    for attempts_left in reversed(range(ATTEMPTS)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(folder / name, output)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempts_left:
+                continue
+            raise OutputError(f"cannot write {folder}: {error.strerror}", "choose a folder you can write") from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), (folder / name).stat()):
+                return lock
+        lock.close()  # of a folder that another run has removed meanwhile
+    raise OutputError(f"cannot write {folder}: it is removed again and again", "choose another output folder")

@@ -6,10 +6,8 @@ stays, with the state (`state.py`) from which the run can go on.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +17,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from llm_barber.checkpoint.folder import make_locked
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.place import LOCK_NAME, check_output, put_in_place, work_folder
 from llm_barber.checkpoint.state import (
@@ -38,8 +37,6 @@ from llm_barber.checkpoint.state import (
     write_state,
 )
 from llm_barber.errors import NotFiniteError, OutputError
-
-ATTEMPTS = 100  # to take the lock
 
 
 class CheckpointWriter:
@@ -84,10 +81,11 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         check_output(self.output, self.overwrite, 0 if self.resume else self.needed)
         self._made_parents = [folder for folder in self.work.parents if not folder.exists()]
-        if not any(self._locked() for _ in range(ATTEMPTS)):
-            raise OutputError(
-                f"cannot write {self.work}: it is removed again and again", "choose another output folder"
-            )
+        try:
+            self._lock = make_locked(self.work, LOCK_NAME, self.output)
+        except OutputError:
+            self._remove_parents()
+            raise
         try:
             self._check_again()
             self._take_up()
@@ -108,34 +106,6 @@ class CheckpointWriter:
             if [path.name for path in self.work.iterdir()] == [LOCK_NAME]:
                 shutil.rmtree(self.work)
             raise
-
-    def _locked(self) -> bool:
-        """Take the work folder's lock; False: another run has removed the folder meanwhile.
-
-        Raises:
-            OutputError: another run has it, or the folder cannot be made.
-        """
-        place = self.work / LOCK_NAME
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = place.open("w")
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            self._remove_parents()
-            raise OutputError(f"cannot write {self.work}: {error.strerror}", "choose a folder you can write") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise OutputError(
-                f"another run is writing {self.output}", "wait for it, or choose another output folder"
-            ) from error
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self._lock.fileno()), place.stat()):
-                return True
-        self._lock.close()
-        return False
 
     def _take_up(self) -> None:
         """Go on with what is in the work folder, refuse it, or clear it away."""
