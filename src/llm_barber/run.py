@@ -2,13 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from llm_barber.allocation import allocate
@@ -18,10 +16,9 @@ from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.place import work_folder
-from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
+from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.embedding import embed, with_smaller_batches
-from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, MethodMasks
 from llm_barber.job import Job
@@ -33,8 +30,9 @@ from llm_barber.model_card import model_card
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 from llm_barber.report import PAGE_NAME, BlockResult, LayerResult, RunReport
+from llm_barber.resuming import as_before, finished_layers, told_how_to_go_on, used_by
 from llm_barber.settings import Format
-from llm_barber.usage import machine, peak_device_memory, peak_memory, versions
+from llm_barber.usage import versions
 
 STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 
@@ -45,11 +43,11 @@ def run(work: Assignment, progress: Progress) -> RunReport:
     if work.refine_settings is not None and not work.refine_settings.held_out and work.config.guard != 0:
         progress.warn("no window can be held out of one: all of the refining is kept, unchecked; give more --samples")
     job, ranks, sequences = work.job, work.job.ranks, len(work.job.tokens.input_ids)
-    with _open_output(work) as writer, _told_how_to_go_on(writer, progress):
+    with _open_output(work) as writer, told_how_to_go_on(writer, progress):
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))
-        results = _finished_layers(writer)
-        work = _as_before(work, writer.state.used, progress)
+        results = finished_layers(writer)
+        work = as_before(work, writer.state.used, progress)
         job = work.job
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
@@ -81,38 +79,14 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                     # Let go of when it is written.
                     ranks.gather(following, sequences, streams.held_out, streams.empty),
                     seconds,
-                    _used(work, writer, streams),
+                    used_by(work, writer, streams),
                 )
                 seconds["write"] += time.perf_counter() - written
                 progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
-        report = _write_rest(work, writer, results, seconds, _used(work, writer, streams))
+        report = _write_rest(work, writer, results, seconds, used_by(work, writer, streams))
     _warn(work, report, progress)
     return report
-
-
-def _as_before(work: Assignment, used: Used, progress: Progress) -> Assignment:
-    """Compute as the run did that this one goes on with: results are rounded alike then."""
-    here = machine(work.job.skeleton.device)
-    if used.machine not in ("", here):
-        progress.warn(
-            f"finished layers were computed on {used.machine}: here, on {here}, others may be rounded otherwise"
-        )
-    if used.batch_size is None or work.config.batch_size is not None:
-        return work
-    return replace(work, job=replace(work.job, batch_size=used.batch_size))
-
-
-def _used(work: Assignment, writer: CheckpointWriter | Follower, streams: ActivationStreams) -> Used:
-    """By this run and the one that it goes on with."""
-    device, before = work.job.skeleton.device, writer.state.used
-    on_device = [one for one in (peak_device_memory(device), before.peak_device_memory) if one is not None]
-    return Used(
-        peak_memory=max(peak_memory(), before.peak_memory),
-        peak_device_memory=max(on_device, default=None),
-        batch_size=streams.batch_size,
-        machine=machine(device),
-    )
 
 
 def _open_output(work: Assignment) -> CheckpointWriter | Follower:
@@ -156,7 +130,7 @@ def _allocate(
     if sparsities is None:
         look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
         sparsities = with_smaller_batches(look, work.job.skeleton.drop_outside, work.job, streams, progress)
-        writer.keep_sparsities(sparsities, _used(work, writer, streams))
+        writer.keep_sparsities(sparsities, used_by(work, writer, streams))
     initial.targets = replace(initial.targets, allocated=sparsities)
     seconds["allocate"] += time.perf_counter() - start
 
@@ -245,26 +219,6 @@ def _warn(work: Assignment, report: RunReport, progress: Progress) -> None:
             f"the rebuild swapped nothing: in comparison groups of this size, ratio {work.rebuild_settings.ratio:g} "
             "of the beneficial pairs is less than one; try --rebuild-ratio 0.1"
         )
-
-
-@contextmanager
-def _told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        if writer.resumable and not isinstance(error, NotFiniteError):
-            count = len(writer.state.layers)
-            kept = f"{count} finished layers are" if count else "what sparsity each linear is given is"
-            progress.warn(f"{kept} kept in {writer.work}: the same command with --resume goes on")
-        raise
-
-
-def _finished_layers(writer: CheckpointWriter | Follower) -> list[LayerResult]:
-    """Those of the run that this one goes on with."""
-    try:
-        return [LayerResult.model_validate(layer) for layer in writer.state.layers]
-    except ValidationError as error:
-        raise OutputError(f"{writer.work / STATE_NAME} is damaged", START_AGAIN) from error
 
 
 def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Tensor]:

@@ -1,0 +1,62 @@
+"""What a run takes over from an unfinished one that it goes on with, and leaves for one that goes on with it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from pydantic import ValidationError
+
+from llm_barber.assignment import Assignment
+from llm_barber.checkpoint.follower import Follower
+from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
+from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.errors import NotFiniteError, OutputError
+from llm_barber.model.streams import ActivationStreams
+from llm_barber.progress import Progress
+from llm_barber.report import LayerResult
+from llm_barber.usage import machine, peak_device_memory, peak_memory
+
+
+def as_before(work: Assignment, used: Used, progress: Progress) -> Assignment:
+    """Compute as the run did that this one goes on with: results are rounded alike then."""
+    here = machine(work.job.skeleton.device)
+    if used.machine not in ("", here):
+        progress.warn(
+            f"finished layers were computed on {used.machine}: here, on {here}, others may be rounded otherwise"
+        )
+    if used.batch_size is None or work.config.batch_size is not None:
+        return work
+    return replace(work, job=replace(work.job, batch_size=used.batch_size))
+
+
+def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: ActivationStreams) -> Used:
+    """By this run and the one that it goes on with."""
+    device, before = work.job.skeleton.device, writer.state.used
+    on_device = [one for one in (peak_device_memory(device), before.peak_device_memory) if one is not None]
+    return Used(
+        peak_memory=max(peak_memory(), before.peak_memory),
+        peak_device_memory=max(on_device, default=None),
+        batch_size=streams.batch_size,
+        machine=machine(device),
+    )
+
+
+def finished_layers(writer: CheckpointWriter | Follower) -> list[LayerResult]:
+    """Those of the run that this one goes on with."""
+    try:
+        return [LayerResult.model_validate(layer) for layer in writer.state.layers]
+    except ValidationError as error:
+        raise OutputError(f"{writer.work / STATE_NAME} is damaged", START_AGAIN) from error
+
+
+@contextmanager
+def told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -> Iterator[None]:
+    """Say how to go on when an error ends the run."""
+    try:
+        yield
+    except BaseException as error:
+        if writer.resumable and not isinstance(error, NotFiniteError):
+            count = len(writer.state.layers)
+            kept = f"{count} finished layers are" if count else "what sparsity each linear is given is"
+            progress.warn(f"{kept} kept in {writer.work}: the same command with --resume goes on")
+        raise
