@@ -220,13 +220,14 @@ class _Group:
             cls._meetings += 1
             store = PrefixStore(f"llm-barber/{cls._meetings}", every)  # where nothing of another group is left
             dist.init_process_group(backend, timeout=MEETING, store=store, rank=rank, world_size=count)
-            cls.own = dist.new_group(backend=backend, timeout=TIMEOUT)
+            group: Any = dist.new_group(backend=backend, timeout=TIMEOUT)
             every.set_timeout(TIMEOUT)  # NCCL's processes meet there at their first sum
         except (KeyError, RuntimeError, ValueError) as error:
             cls.leave()
             raise RankError(
                 f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
             ) from error
+        cls.own = group
         return cls.own
 
     @classmethod

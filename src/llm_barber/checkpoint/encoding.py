@@ -237,7 +237,7 @@ def _unpack_codes(places: np.ndarray, encoding: Encoding, weights: int) -> np.nd
         codes = _codes(places, layout)
         if not tables.valid.take(codes).all():
             parts = [codes >> shift & (1 << tables.width) - 1 for shift in range(0, bits, tables.width)]
-            raise ValueError(f"code {max(int(part.max()) for part in parts)} is not one of {tables.ways}")
+            raise ValueError(f"code {max(int(np.max(part)) for part in parts)} is not one of {tables.ways}")
         mask = tables.bytes.take(codes)
     mask = mask[: -(-weights // 8)]
     if weights % 8:
