@@ -79,8 +79,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     job, skeleton = initial.job, initial.job.skeleton
     windows = max(1, LOSS_TOKENS // job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
     batches = pieces(0, streams.among_first(windows), streams.batch_size)
-    own = streams.own(job.tokens.input_ids)
-    tokens = [own[batch] for batch in batches]
+    tokens = streams.own(job.tokens.input_ids)
     skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))
     for size in {batch.stop - batch.start for batch in batches}:
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
@@ -95,9 +94,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         little |= {job.linear_name(index, name) for name in with_few_tokens(layer, streams)}
         skeleton.tails[index] = layer.tail
         progress.advance("forward")
-    gradients = [
-        _loss_gradient(job, streams.read(HIDDEN, batch), own) for batch, own in zip(batches, tokens, strict=True)
-    ]
+    gradients = [_loss_gradient(job, streams.read(HIDDEN, batch), tokens[batch]) for batch in batches]
     skeleton.drop_outside()
     costs: dict[str, Tensor] = {}
     rows: dict[str, int] = {}

@@ -42,7 +42,7 @@ def run(work: Assignment, progress: Progress) -> RunReport:
     began = time.perf_counter()
     if work.refine_settings is not None and not work.refine_settings.held_out and work.config.guard != 0:
         progress.warn("no window can be held out of one: all of the refining is kept, unchecked; give more --samples")
-    job, ranks, sequences = work.job, work.job.ranks, len(work.job.tokens.input_ids)
+    ranks, sequences = work.job.ranks, len(work.job.tokens.input_ids)
     with _open_output(work) as writer, told_how_to_go_on(writer, progress):
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))

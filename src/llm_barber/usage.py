@@ -3,6 +3,7 @@
 import platform
 import resource
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,14 +20,17 @@ def machine(device: torch.device | None = None) -> str:
     """The GPU, if that is what computes, or the processor, and the number of threads, for people."""
     if device is not None and device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    name = platform.processor() or platform.machine()
-    described = Path("/proc/cpuinfo")
-    if described.exists():
-        names = [line.partition(":")[2].strip() for line in described.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     threads = torch.get_num_threads()
-    return f"{name}{' with AMX' if amx else ''}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_processor()}{' with AMX' if amx else ''}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@cache
+def _processor() -> str:
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_memory() -> int:

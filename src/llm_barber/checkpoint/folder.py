@@ -43,15 +43,10 @@ def take_lock(path: Path, output: Path) -> IO[str]:
         output: what is written by who holds it, for a message.
 
     Raises:
-        OutputError: another run holds it, or it cannot be written.
-        FileNotFoundError: its folder is gone.
+        OutputError: another run holds it.
+        OSError: it cannot be written.
     """
-    try:
-        file = path.open("r+" if path.exists() else "w")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", "choose a folder you can write") from error
+    file = path.open("r+" if path.exists() else "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -67,7 +62,11 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         OutputError: another run holds it, or it cannot be written.
     """
-    with take_lock(path, path.parent):
+    try:
+        file = take_lock(path, path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    with file:
         yield
 
 
@@ -84,9 +83,13 @@ def make_locked(folder: Path, name: str, output: Path) -> IO[str]:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and attempts_left:
                 continue
-            raise OutputError(f"cannot write {folder}: {error.strerror}", "choose a folder you can write") from error
+            raise _cannot_write(folder, error) from error
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), (folder / name).stat()):
                 return lock
         lock.close()  # of a folder that another run has removed meanwhile
     raise OutputError(f"cannot write {folder}: it is removed again and again", "choose another output folder")
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror}", "choose a folder you can write")

@@ -265,7 +265,7 @@ class DecoderLayer:
 
     @contextmanager
     def _recorded(self, linears: tuple[str, ...]) -> Iterator[list[Ends]]:
-        """Run with gradients, and note what goes into linears and comes out of them, call by call."""
+        """Note what goes into linears and comes out of them, call by call."""
         ends: list[Ends] = []
 
         def record(name: str) -> Callable[..., Tensor]:

@@ -29,14 +29,14 @@ class FixedOrder:
             once: computes; may be called again.
             undo: takes back what `once` has done when it was in vain.
         """
-        if self.wanted:
+        if self.wanted and not self.lost:
             try:
                 with in_fixed_order():
                     return once()
             except RuntimeError as error:
                 if not any(words in str(error) for words in NONE_THERE):
                     raise
-            self.wanted, self.lost = False, True
+            self.lost = True
             undo()
         return once()
 
