@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,21 @@ def test_kept_weights_keep_their_bits(tmp_path: Path, tokens: Path, initial: str
     exact = 0.59375 if initial in ("wanda", "dsnot") else 0.6  # floor(0.6 · 32) = 19 of a row's 32 …
     assert report.sparsity == pytest.approx(exact, abs=0.005)
     assert report.sparsity <= 0.6
+
+
+@pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=["half", "2:4"])
+def test_dsnot_leaves_mlps_to_wanda(tmp_path: Path, llama: Path, tokens: Path, amount: dict[str, Any]) -> None:
+    found = {}
+    for initial in ("wanda", "dsnot"):
+        run(llama, tmp_path / initial, tokens, initial=initial, rebuild=False, **amount)
+        found[initial] = read_folder(tmp_path / initial)
+    same = {
+        name: torch.equal(found["dsnot"][name], tensor)
+        for name, tensor in found["wanda"].items()
+        if is_linear(name) and ".layers.0." in name  # later layers get other inputs
+    }
+    assert len(same) == 7
+    assert all(equal == (".mlp." in name) for name, equal in same.items())
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "16:32"])

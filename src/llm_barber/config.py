@@ -59,7 +59,7 @@ class PruneConfig(RunSettings):
     pattern: str | None = Field(None, description="N:M, N kept of every M inputs, instead of a sparsity")
     initial_granularity: Granularity | None = Field(
         default=None,
-        description="comparison group of the initial mask; None: linear for magnitude and RIA, else output",
+        description="comparison group of the initial mask; None: linear for magnitude, RIA and ALPS, else output",
     )
     keep_updates: bool = Field(
         default=False, description="keep the updated weights of SparseGPT or ALPS instead of the dense ones"

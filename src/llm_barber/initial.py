@@ -112,7 +112,7 @@ class MethodMasks:
         layer.select(targets)
         dense = {name: dense[name] for name in targets}
         layer.forget_tokens()
-        found = self._by_method(layer, dense, streams, targets)
+        found = self._by_method(index, layer, dense, streams, targets)
         if self.method is not Initial.MAGNITUDE:
             found = {name: replace(one, few_tokens=False) for name, one in found.items()}
             for name in with_few_tokens(layer, streams):
@@ -122,6 +122,7 @@ class MethodMasks:
 
     def _by_method(
         self,
+        index: int,
         layer: DecoderLayer,
         dense: Mapping[str, Tensor],
         streams: ActivationStreams,
@@ -138,7 +139,12 @@ class MethodMasks:
                 }
             case Initial.DSNOT:
                 moments = collect_inputs(layer, streams, InputMoments)
-                keeps = {name: self._dsnot(weight, moments[name], targets[name]) for name, weight in dense.items()}
+                blocks = self.job.skeleton.blocks[index]
+                mlp = [name for block in blocks if block.name == "mlp" for name in block.linears]
+                keeps = {
+                    name: self._dsnot(weight, moments[name], targets[name], left_alone=name in mlp)
+                    for name, weight in dense.items()
+                }
             case Initial.SPARSEGPT | Initial.ALPS:
                 return self._with_updates(layer, dense, streams, targets)
         return {
@@ -149,10 +155,12 @@ class MethodMasks:
     def _mask(self, scores: Tensor, target: Pattern) -> Tensor:
         return initial_mask(scores, target, self.granularity)
 
-    def _dsnot(self, weight: Tensor, moments: InputMoments, target: Pattern) -> Tensor:
-        """Wanda's mask, fine-tuned."""
+    def _dsnot(self, weight: Tensor, moments: InputMoments, target: Pattern, left_alone: bool) -> Tensor:
+        """Wanda's mask, fine-tuned; MLPs' are left alone, as the released program does unless told otherwise."""
         score = saliency.wanda(weight, moments.squares.mean)
         mask = self._mask(score, target)
+        if left_alone:
+            return mask
         return dsnot(mask, weight, score, moments.mean, moments.variance, _group_pattern(target))
 
     def _with_updates(

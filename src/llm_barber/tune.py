@@ -1,7 +1,7 @@
 """Tune a whole decoder layer against its output, by a short run of Adam: its masks, the weights they keep, or both.
 
 The loss is the mean squared distance (`distance.py`) of the layer's output, on the inputs that the pruned model gives
-it, from the dense layer's; on these same inputs (`target_mix` 0), or on those of the dense model (1, as EBFT, 2024), or
+it, from the dense layer's; on these same inputs (`target_mix` 0, as EBFT, 2024), or on those of the dense model (1), or
 between. Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows stop the run, and
 decide whether anything of it is kept.
 """

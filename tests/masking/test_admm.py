@@ -59,7 +59,7 @@ def oracle(weight: torch.Tensor, gram: torch.Tensor, keeping: int) -> torch.Tens
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_equals_the_published_iteration(seed: int) -> None:
+def test_equals_the_papers_iteration(seed: int) -> None:
     weight, gram = make(10, 12, seed)
     keep, values = admm(weight, gram, Unstructured(0.5))
     assert torch.equal(keep, oracle(weight, gram, 60))

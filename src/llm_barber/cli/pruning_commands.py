@@ -42,7 +42,7 @@ def prune(
     initial_granularity: Annotated[
         Granularity | None,
         typer.Option(
-            help="Comparison group of the initial mask. (default: magnitude and ria linear, else output)",
+            help="Comparison group of the initial mask. (default: magnitude, ria and alps linear, else output)",
             rich_help_panel=METHOD,
         ),
     ] = None,

@@ -76,14 +76,17 @@ class InputMoments(RunningSums):
     def __init__(self, features: int, device: torch.device) -> None:
         self.squares = InputSquares(features, device)
         self.total = torch.zeros(features, device=device, dtype=torch.float64)
+        self.explained = torch.zeros(features, device=device, dtype=torch.float64)
         self.tokens = _count()
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch of sequences."""
         self.squares.update(inputs)
-        for sequence in inputs:
-            self.total += sequence.float().sum(0)
-        self.tokens += int((inputs != 0).any(-1).sum())  # experts' inputs are padded with zeros
+        for sequence, tokens in zip(inputs, (inputs != 0).any(-1).sum(1).tolist(), strict=True):
+            total = sequence.float().sum(0)
+            self.total += total
+            self.explained += total.double().square() / max(tokens, 1)
+            self.tokens += tokens  # experts' inputs are padded with zeros
 
     @property
     def mean(self) -> Tensor:
@@ -92,9 +95,8 @@ class InputMoments(RunningSums):
 
     @property
     def variance(self) -> Tensor:
-        """Variance over all tokens."""
-        tokens = max(self.tokens.item(), 1)
-        return (self.squares.total / tokens - (self.total / tokens).square()).clamp_min(0).float()
+        """Variance within sequences, mean over tokens, as the released program of DSnoT has it."""
+        return ((self.squares.total - self.explained) / max(self.tokens.item(), 1)).clamp_min(0).float()
 
 
 class GramMatrix(RunningSums):
