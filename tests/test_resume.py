@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
 from llm_barber.checkpoint import state as state_module
-from llm_barber.checkpoint.state import STATE_NAME, source_key
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, source_key
 from llm_barber.errors import BarberError, ModelError, OutputError
 from tests.conftest import make_model, save_tokens
 
@@ -99,7 +99,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         if (tmp_path / "out").exists():  # killed after the folder had its name: nothing is lost
             break
     assert kills > 5
-    assert weights(tmp_path / "out").keys() - {STATE_NAME, "llm-barber.lock"} == weights(tmp_path / "whole").keys()
+    left = {STATE_NAME, STATE_BEFORE, "llm-barber.lock"}
+    assert weights(tmp_path / "out").keys() - left == weights(tmp_path / "whole").keys()
     assert {name: weights(tmp_path / "out")[name] for name in weights(tmp_path / "whole")} == weights(
         tmp_path / "whole"
     )
@@ -163,6 +164,25 @@ def test_a_damaged_file_of_activations_costs_one_layer(
     newest = max((tmp_path / "out.partial").glob("activations-*"))
     newest.write_bytes(newest.read_bytes()[:-1])
     found = counted_layers(monkeypatch)
+    run(model, tmp_path / "out", tokens, resume=True)
+    assert found == [1, 2]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", ["cut", "gone"])
+def test_a_damaged_state_costs_one_layer(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    state = tmp_path / "out.partial" / STATE_NAME
+    if lost == "cut":
+        state.write_bytes(state.read_bytes()[:-1])
+    else:
+        state.unlink()
+    found = counted_layers(monkeypatch)
+    with pytest.raises(OutputError, match="1 finished layers"):
+        run(model, tmp_path / "out", tokens)
     run(model, tmp_path / "out", tokens, resume=True)
     assert found == [1, 2]
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
@@ -269,7 +289,8 @@ def test_refuses_what_it_cannot_go_on_with(
         run(model, out, tokens, resume=True)
     shutil.rmtree(model)
     saved.rename(model)
-    (out.with_name("out.partial") / STATE_NAME).write_text("{")
+    for name in (STATE_NAME, STATE_BEFORE):
+        (out.with_name("out.partial") / name).write_text("{")
     with pytest.raises(OutputError, match="state.json is damaged"):
         run(model, out, tokens, resume=True)
     found = counted_layers(monkeypatch)
@@ -360,7 +381,7 @@ def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens
     settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
     report = prune(PruneConfig(**settings))
     before = weights(tmp_path / "out")
-    for name in ("state.json", "llm-barber.lock"):
+    for name in (STATE_NAME, STATE_BEFORE, "llm-barber.lock"):
         (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(OutputError, match="exists"):
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))  # another run

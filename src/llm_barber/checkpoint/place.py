@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from llm_barber.checkpoint.state import STATE_NAME, sync_folder
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, sync_folder
 from llm_barber.errors import OutputError
 
 LOCK_NAME = "llm-barber.lock"  # also what tells our work folder from any other
@@ -81,6 +81,7 @@ def put_in_place(work: Path, output: Path) -> None:
 def clear_finished(output: Path) -> None:
     """Remove what a run still has in its output folder, and what was replaced, when that is whole and has its name."""
     (output / LOCK_NAME).unlink(missing_ok=True)
+    (output / STATE_BEFORE).unlink(missing_ok=True)
     for left in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
         if left.name.rpartition("-")[2].isdecimal() and left.is_dir():
             shutil.rmtree(left)  # ours, or of a run that was killed here

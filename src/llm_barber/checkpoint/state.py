@@ -1,8 +1,8 @@
 """What a run has finished, kept in its work folder: enough to go on after it was killed at any moment.
 
 Order of a finished layer: its shard, then the activations that the next one starts from, then this state, each durable
-before the next. A kill in between loses one layer of work at most. Activations of the last two layers are kept, so that
-a damaged file costs one layer, too.
+before the next. A kill in between loses one layer of work at most. Activations and states of the last two layers are
+kept, so that a damaged file costs one layer, too.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm_barber.errors import OutputError
 
-STATE_NAME = "state.json"
+STATE_NAME, STATE_BEFORE = "state.json", "state-before.json"
 STATE_VERSION = 3
 ACTIVATIONS_KEPT = 2
 START_AGAIN = "start again with --overwrite"
@@ -86,25 +86,36 @@ class RunState(BaseModel):
 
 
 def read_state(folder: Path) -> RunState | None:
-    """The state in a work folder; None if there is none.
+    """The state in a work folder, or the one before it where that is damaged or gone; None if there is none.
 
     Raises:
-        OutputError: it is damaged or of another version.
+        OutputError: all there is is damaged, or of another version.
     """
-    path = folder / STATE_NAME
-    if not path.exists():
+    path, before = folder / STATE_NAME, folder / STATE_BEFORE
+    if not path.exists() and not before.exists():
         return None
-    try:
-        state = RunState.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise OutputError(f"{path} is damaged", START_AGAIN) from error
+    state = _read(path)
+    if state is None:
+        state = _read(before)
+        if state is None:
+            raise OutputError(f"{path} is damaged", START_AGAIN)
+        before.replace(path)
     if state.version != STATE_VERSION:
         raise OutputError(f"{path} has version {state.version}, this program goes on with {STATE_VERSION}", START_AGAIN)
     return state
 
 
+def _read(path: Path) -> RunState | None:
+    try:
+        return RunState.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
 def write_state(folder: Path, state: RunState) -> None:
-    """Replace the state, durably, and remove activations that it does not name."""
+    """Write the state, durably, beside the one before it, and remove activations that it does not name."""
+    if (folder / STATE_NAME).exists():
+        (folder / STATE_NAME).replace(folder / STATE_BEFORE)
     write_durably(folder / STATE_NAME, state.model_dump_json().encode())
     named = {one.file for one in state.activations}
     for path in folder.glob("activations-*"):

@@ -23,6 +23,7 @@ from llm_barber.checkpoint.place import LOCK_NAME, check_output, put_in_place, w
 from llm_barber.checkpoint.state import (
     ACTIVATIONS_KEPT,
     START_AGAIN,
+    STATE_BEFORE,
     STATE_NAME,
     RunState,
     Shard,
@@ -119,7 +120,7 @@ class CheckpointWriter:
             check_key(left, self.state.key)
             self.state = self._whole(left)
             self._written = dict(self.state.shards)
-        named = {LOCK_NAME, STATE_NAME, *self._written, *(one.file for one in self.state.activations)}
+        named = {LOCK_NAME, STATE_NAME, STATE_BEFORE, *self._written, *(one.file for one in self.state.activations)}
         for path in self.work.iterdir():
             if path.name in named and (self.state.begun or path.name == LOCK_NAME):
                 continue
