@@ -13,7 +13,15 @@ from llm_barber.errors import ModelError
 RECORD_NAME = "barber.json"
 # Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
 OURS = (RECORD_NAME, "evaluation.json")
-NO_COMPANIONS = (*OURS, STATE_NAME, STATE_BEFORE, PACKED_INDEX, INDEX_NAME, "adapter_config.json", "pytorch_model.bin.index.json")
+NO_COMPANIONS = (
+    *OURS,
+    STATE_NAME,
+    STATE_BEFORE,
+    PACKED_INDEX,
+    INDEX_NAME,
+    "adapter_config.json",
+    "pytorch_model.bin.index.json",
+)
 LICENCES = ("license", "licence", "notice", "use_policy")
 
 

@@ -3,10 +3,12 @@
 A row w with keep mask m and the Gram matrix G = Σ x xᵀ of its inputs has the squared output error p·G·p, with
 p = w(1 − m). With a target other than its own dense output on the same inputs there is a linear term: p·G·p − 2 p·l.
 With c = Gp − l, adding back weight i changes it by −2wᵢcᵢ + wᵢ²Gᵢᵢ, removing j by 2wⱼcⱼ + wⱼ²Gⱼⱼ, and both together by
-−2wᵢwⱼGᵢⱼ more. (SparseSwaps, 2025, does the same layer by layer.)
+−2wᵢwⱼGᵢⱼ more. SparseSwaps (2025) swaps the best of all pairs of a row, layer by layer.
 
-Rows work in rounds. A round takes the weights of each row that promise most, its working set, swaps among them, and
-only then brings c up to date for the others: a swap reads a few dozen numbers instead of the whole row several times.
+Rows work in rounds. A round takes the weights of each row that promise most, its working set, swaps the best of all
+pairs among them, again and again, and only then brings c up to date for the others: a swap reads a few thousand numbers
+instead of the square of the row. What a pair gains beyond its two weights' own changes lies in Gᵢⱼ; so pairs are sought
+where inputs are correlated.
 """
 
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from llm_barber.masking.pattern import NofM
 SMALLEST_GAIN = 1e-6
 # So many weights to add back, and as many to remove (or groups of M, as many weights in all), are looked at together.
 WORKING_SET = 32
+# A weight's best partner is sought in so many columns, those whose inputs are correlated most with its own.
+CORRELATED = 16
 SWAPS_A_ROUND = 16
 # Rows are taken so many at a time that what their rounds read and write stays in the processor's cache.
 CACHED_WEIGHTS = 2**20
@@ -38,9 +42,7 @@ def swap_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Refine the mask of one linear.
 
-    Each step swaps, in every row at once, one pair of its working set. With N:M it is the best of all pairs within
-    groups. Without, the better of two: the best weight to add back with the best to remove for it, and the other way
-    round.
+    Each step swaps, in every row at once, the best pair of its working set; with N:M, of those within groups of M.
 
     Args:
         keep: bool, (out, in), True survives.
@@ -56,24 +58,33 @@ def swap_pairs(
         int64 (out,).
     """
     keep, count = keep.clone(), torch.zeros(len(keep), dtype=torch.int64, device=keep.device)
+    partners = pattern or _correlated(gram)
     size = len(keep) if keep.is_cuda else max(1, CACHED_WEIGHTS // keep.shape[1])
     for start in range(0, len(keep), size):
         rows = slice(start, start + size)
         own = [None if one is None else one[rows] for one in (linear, fixed)]
-        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, swaps, own[0], pattern, own[1])
+        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, partners, swaps, own[0], own[1])
     return keep, count
+
+
+def _correlated(gram: Tensor) -> Tensor:
+    """For each column those whose inputs are correlated most with its own, (in, columns)."""
+    scale = gram.diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    size = min(CORRELATED, len(gram))
+    parts = torch.split(gram, max(1, CACHED_WEIGHTS // len(gram)))  # the factor of a row does not change its order
+    return torch.cat([(part * scale).abs_().topk(size, 1, sorted=False).indices for part in parts])
 
 
 def _swap_rows(
     keep: Tensor,
     weight: Tensor,
     gram: Tensor,
+    partners: NofM | Tensor,
     swaps: int,
     linear: Tensor | None,
-    pattern: NofM | None,
     fixed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The keep mask of some rows, and their swaps."""
+    """The keep mask of some rows, and their swaps. `partners`: N:M, or the columns to seek a weight's partner in."""
     pruned = weight.masked_fill(keep, 0)
     product = pruned @ gram
     slope = product if linear is None else product - linear  # c
@@ -84,8 +95,11 @@ def _swap_rows(
     rows = torch.arange(len(keep), device=keep.device)  # that still gain
     while len(rows):
         state = _Rows(keep[rows], weight[rows], slope[rows], square[rows], None if fixed is None else fixed[rows])
-        chosen = state.promising() if pattern is None else state.promising_groups(gram, pattern)
-        working = state.working_set(chosen, gram, pattern)
+        if isinstance(partners, NofM):
+            working = state.promising_groups(gram, partners)
+        else:
+            working = state.promising(gram, partners)
+        chosen = working.chosen
         left = swaps - count[rows]
         done = working.swap(smallest[rows], left, SWAPS_A_ROUND)
         slope[rows] += embedding_bag(chosen, gram, mode="sum", per_sample_weights=working.change)
@@ -114,13 +128,32 @@ class _Rows:
         self.grow = torch.where(self.keep | fixed, torch.inf, self.square - slope)
         self.drop = torch.where(self.keep & ~fixed, slope.add_(self.square), torch.inf)
 
-    def promising(self) -> Tensor:
-        """The weights that gain most when added back, and cost least when removed, (rows, set)."""
+    def promising(self, gram: Tensor, correlated: Tensor) -> "_WorkingSet":
+        """The weights that gain most when added back for their best partners; these, and what costs least to remove."""
+        cross = -2 * gram.gather(1, correlated)
+        cost, cheapest = self.drop.min(1, keepdim=True)  # of what goes for a weight
+        cost = cost - self.weight * (2 * self.weight.gather(1, cheapest)) * gram[cheapest.flatten()]
+        # (in, rows): what belongs to a column is read whole.
+        least, weight, drop = cost.t().contiguous(), self.weight.t().contiguous(), self.drop.t().contiguous()
+        for columns, own in zip(correlated.t(), cross.t(), strict=True):
+            found = torch.addcmul(drop[columns], weight * own.unsqueeze(1), weight[columns])
+            torch.minimum(least, found, out=least)
         size = min(WORKING_SET, self.keep.shape[1])
-        return torch.cat([one.topk(size, 1, largest=False, sorted=False).indices for one in (self.grow, self.drop)], 1)
+        coming = (least.t() + self.grow).topk(size, 1, largest=False, sorted=False).indices
+        partner = self._partners(coming, correlated[coming], cross[coming], cost.gather(1, coming), cheapest)
+        # Partners first, each once, then what costs least.
+        going = self.drop.scatter(1, partner, -torch.inf).topk(size, 1, largest=False, sorted=False).indices
+        places = torch.arange(2 * size, device=gram.device).view(2, 1, size)
+        return self._working_set(torch.cat([coming, going], 1), gram, places[0], places[1])
 
-    def promising_groups(self, gram: Tensor, pattern: NofM) -> Tensor:
-        """The weights of the groups of M whose best pair gains most, (rows, set)."""
+    def _partners(self, coming: Tensor, places: Tensor, cross: Tensor, cost: Tensor, cheapest: Tensor) -> Tensor:
+        """What costs least to remove for each weight that comes, (rows, set): at `places`, or the `cheapest` of all."""
+        weight, drop = (one.gather(1, places.flatten(1)).view(places.shape) for one in (self.weight, self.drop))
+        own, place = (cross * weight * self.weight.gather(1, coming).unsqueeze(2) + drop).min(2)
+        return torch.where(own < cost, places.gather(2, place.unsqueeze(2)).squeeze(2), cheapest)
+
+    def promising_groups(self, gram: Tensor, pattern: NofM) -> "_WorkingSet":
+        """The weights of the groups of M whose best pair gains most."""
         size = pattern.of
         rows, columns = self.weight.shape
         columns = pattern.covered(columns)
@@ -139,35 +172,41 @@ class _Rows:
         groups = gains.topk(
             min(max(1, 2 * WORKING_SET // size), columns // size), 1, largest=False, sorted=False
         ).indices
-        return (groups.unsqueeze(2) * size + torch.arange(size, device=gram.device)).flatten(1)
+        chosen = (groups.unsqueeze(2) * size + torch.arange(size, device=gram.device)).flatten(1)
+        places = torch.arange(chosen.shape[1], device=gram.device).view(-1, size)
+        return self._working_set(chosen, gram, places, places)
 
-    def working_set(self, chosen: Tensor, gram: Tensor, pattern: NofM | None) -> "_WorkingSet":
+    def _working_set(self, chosen: Tensor, gram: Tensor, coming: Tensor, going: Tensor) -> "_WorkingSet":
         """Some weights of each row, (rows, set)."""
-        weight, grow, drop = (one.gather(1, chosen) for one in (self.weight, self.grow, self.drop))
-        if pattern is None:  # a row that has too few of one kind chose some of the other kind twice
-            grow[:, chosen.shape[1] // 2 :] = torch.inf
-            drop[:, : chosen.shape[1] // 2] = torch.inf
-        return _WorkingSet(chosen, weight, grow, drop, gram, None if pattern is None else pattern.of)
+        weight, grow, drop, keep = (one.gather(1, chosen) for one in (self.weight, self.grow, self.drop, self.keep))
+        return _WorkingSet(chosen, weight, grow, drop, keep, gram, coming, going)
 
 
 class _WorkingSet:
     """Some weights of each row, their places in it first, all (rows, set); the Gram matrix, (in, in).
 
-    `size`: M, where the weights are whole groups of M and pairs lie in one group.
+    `coming`, `going`: places in the set of the weights that may come and of those that may go for them, a group each,
+    (groups, places).
     """
 
     def __init__(
-        self, chosen: Tensor, weight: Tensor, grow: Tensor, drop: Tensor, gram: Tensor, size: int | None
+        self,
+        chosen: Tensor,
+        weight: Tensor,
+        grow: Tensor,
+        drop: Tensor,
+        was_kept: Tensor,
+        gram: Tensor,
+        coming: Tensor,
+        going: Tensor,
     ) -> None:
         self.chosen, self.weight, self.grow, self.drop, self.gram = chosen, weight, grow, drop, gram
         self.moved = torch.zeros_like(weight, dtype=torch.bool)  # has changed sides
-        self._was_kept = drop.isfinite()
+        self._was_kept, self._coming, self._going = was_kept, coming, going
         self._rows = torch.arange(len(weight), device=weight.device)
-        self._within = None
-        if size is not None:
-            places, own = chosen.view(len(chosen), -1, size), weight.view(len(weight), -1, size)
-            self._within = gram[places.unsqueeze(3), places.unsqueeze(2)]  # (rows, groups, M coming, M going)
-            self._within.mul_(2 * own.unsqueeze(3)).mul_(own.unsqueeze(2))
+        # (rows, groups, coming, going)
+        self._within = gram[chosen[:, coming].unsqueeze(3), chosen[:, going].unsqueeze(2)]
+        self._within.mul_(2 * weight[:, coming].unsqueeze(3)).mul_(weight[:, going].unsqueeze(2))
 
     @property
     def change(self) -> Tensor:
@@ -182,7 +221,7 @@ class _WorkingSet:
         """
         count = torch.zeros_like(most)
         for _ in range(steps):
-            pair = self._best_of_two() if self._within is None else self._best_in_groups(self._within)
+            pair = self._best()
             active = (pair.gain < smallest) & (count < most)
             if not active.any():
                 break
@@ -195,33 +234,13 @@ class _WorkingSet:
         gram = self.gram[self.chosen[self._rows, place].unsqueeze(1), self.chosen]
         return gram.mul_(self.weight).mul_(2 * self.weight[self._rows, place].unsqueeze(1))
 
-    def _best_of_two(self) -> "_Pair":
-        """The better of the best weight to come with the best to go for it, and the other way round."""
-        gain, coming = self.grow.min(1)
-        with_coming = self._cross(coming)
-        further, going = (self.drop - with_coming).min(1)
-        other_gain, other_going = self.drop.min(1)
-        with_going = self._cross(other_going)
-        other_further, other_coming = (self.grow - with_going).min(1)
-        gain, other_gain = gain + further, other_gain + other_further
-        other = other_gain < gain
-        wide = other.unsqueeze(1)
-        second = self._cross(torch.where(other, other_coming, going))
-        return _Pair(
-            torch.where(other, other_coming, coming),
-            torch.where(other, other_going, going),
-            torch.where(other, other_gain, gain),
-            torch.where(wide, second, with_coming),
-            torch.where(wide, with_going, second),
-        )
-
-    def _best_in_groups(self, within: Tensor) -> "_Pair":
-        """The best of all pairs within groups of M."""
-        size = within.shape[2]
-        grow, drop = (one.view(len(one), -1, size) for one in (self.grow, self.drop))
-        gain, pair = (grow.unsqueeze(3) + drop.unsqueeze(2)).sub_(within).flatten(1).min(1)
-        coming, place = pair // size, pair % size
-        going = coming - coming % size + place
+    def _best(self) -> "_Pair":
+        """The best of all pairs within groups."""
+        several, size = self._within.shape[2:]
+        both = self.grow[:, self._coming].unsqueeze(3) + self.drop[:, self._going].unsqueeze(2)
+        gain, pair = both.sub_(self._within).flatten(1).min(1)
+        coming = self._coming.flatten()[pair // size]
+        going = self._going.flatten()[pair // (several * size) * size + pair % size]
         return _Pair(coming, going, gain, self._cross(coming), self._cross(going))
 
     def _exchange(self, pair: "_Pair", active: Tensor) -> None:
