@@ -7,9 +7,9 @@
     git clone https://github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning RIA
     cd .. && python benchmarks/peers.py CLONES
 
-A random LLaMA of three layers with outlier channels, float32, is pruned by both; what differs is counted: mask bits, and
-the largest difference of a kept weight as a share of the linear's largest. ALPS, whose loop wants a GPU, is run on single
-linears; there what counts is the squared error, ours over theirs. The programs are run as they are, but for CUDA
+A random LLaMA of three layers with outlier channels, float32, is pruned by both; what differs is counted: mask bits,
+and the largest difference of a kept weight as a share of the linear's largest. ALPS, whose loop wants a GPU, is run on
+single linears; there what counts is the squared error, ours over theirs. The programs are run as they are, but for CUDA
 calls and their loaders of calibration text, and with `<` where SparseGPT and RIA prune `<=` a threshold. Read them
 before you run them. Programs that are not there are left out.
 """
