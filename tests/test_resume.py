@@ -188,6 +188,44 @@ def test_a_damaged_state_costs_one_layer(
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+def test_a_kill_after_a_damaged_state_was_taken_up(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the next state is written, a whole one stays."""
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for damaged in (False, True):
+        if damaged:
+            (tmp_path / "out.partial" / STATE_NAME).write_text("{")
+        with monkeypatch.context() as patch:
+            place = "llm_barber.checkpoint.state.write_durably" if damaged else "llm_barber.run.prune_layer"
+            patch.setattr(place, killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(model, tmp_path / "out", tokens, resume=True)
+    found = counted_layers(monkeypatch)
+    run(model, tmp_path / "out", tokens, resume=True)
+    assert found == [1, 2]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_with_the_first_layer_damaged_it_starts_again(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"initial": "wanda", "rebuild": False}  # no allocation, which would stay
+    run(model, tmp_path / "whole", tokens, **settings)
+    stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
+    _, first = sorted((tmp_path / "out.partial").glob("model-*"))
+    damage(first)
+    found = counted_layers(monkeypatch)
+    run(model, tmp_path / "out", tokens, resume=True, **settings)
+    assert found == [0, 1, 2]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
 def damage(path: Path) -> None:
     """Change its last byte."""
     content = path.read_bytes()

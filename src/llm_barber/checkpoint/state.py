@@ -22,7 +22,7 @@ from torch import Tensor
 from llm_barber.errors import OutputError
 
 STATE_NAME, STATE_BEFORE = "state.json", "state-before.json"
-STATE_VERSION = 3
+STATE_VERSION = 4
 ACTIVATIONS_KEPT = 2
 START_AGAIN = "start again with --overwrite"
 ACTIVATION_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # those computed in
@@ -89,33 +89,36 @@ def read_state(folder: Path) -> RunState | None:
     """The state in a work folder, or the one before it where that is damaged or gone; None if there is none.
 
     Raises:
-        OutputError: all there is is damaged, or of another version.
+        OutputError: all there is is damaged, cannot be read, or is of another version.
     """
     path, before = folder / STATE_NAME, folder / STATE_BEFORE
     if not path.exists() and not before.exists():
         return None
-    state = _read(path)
+    newest = _read(path)
+    state = newest or _read(before)
     if state is None:
-        state = _read(before)
-        if state is None:
-            raise OutputError(f"{path} is damaged", START_AGAIN)
-        before.replace(path)
+        raise OutputError(f"{path} is damaged", START_AGAIN)
     if state.version != STATE_VERSION:
         raise OutputError(f"{path} has version {state.version}, this program goes on with {STATE_VERSION}", START_AGAIN)
+    if newest is None:  # or the next state to be written would leave the damaged one as the one before
+        before.rename(path)
     return state
 
 
 def _read(path: Path) -> RunState | None:
+    """A state; None if it is damaged or not there."""
     try:
         return RunState.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+    except (FileNotFoundError, ValidationError):
         return None
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error}", "check the disk") from error
 
 
 def write_state(folder: Path, state: RunState) -> None:
     """Write the state, durably, beside the one before it, and remove activations that it does not name."""
     if (folder / STATE_NAME).exists():
-        (folder / STATE_NAME).replace(folder / STATE_BEFORE)
+        (folder / STATE_NAME).rename(folder / STATE_BEFORE)
     write_durably(folder / STATE_NAME, state.model_dump_json().encode())
     named = {one.file for one in state.activations}
     for path in folder.glob("activations-*"):

@@ -118,8 +118,9 @@ class CheckpointWriter:
             )
         if left is not None and self.resume:
             check_key(left, self.state.key)
-            self.state = self._whole(left)
-            self._written = dict(self.state.shards)
+            whole = self._whole(left)
+            if whole.begun:  # otherwise all is made again
+                self.state, self._written = whole, dict(whole.shards)
         named = {LOCK_NAME, STATE_NAME, STATE_BEFORE, *self._written, *(one.file for one in self.state.activations)}
         for path in self.work.iterdir():
             if path.name in named and (self.state.begun or path.name == LOCK_NAME):

@@ -29,7 +29,7 @@ def dsnot(
         weight: (out, in).
         wanda_score: float32, (out, in), see `saliency.wanda`.
         input_sums: float32, (in,), mean over sequences of the sum over tokens of each input channel.
-        input_variance: float32, (in,), over all tokens.
+        input_variance: float32, (in,), see `statistics.InputMoments`.
         pattern: N:M to keep up, if any.
         cycles: most swaps a row.
         threshold: a row is left alone once its expected error is at most this (summed over a sequence's tokens).

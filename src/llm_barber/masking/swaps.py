@@ -7,8 +7,7 @@ With c = Gp − l, adding back weight i changes it by −2wᵢcᵢ + wᵢ²Gᵢ�
 
 Rows work in rounds. A round takes the weights of each row that promise most, its working set, swaps the best of all
 pairs among them, again and again, and only then brings c up to date for the others: a swap reads a few thousand numbers
-instead of the square of the row. What a pair gains beyond its two weights' own changes lies in Gᵢⱼ; so pairs are sought
-where inputs are correlated.
+instead of the square of the row.
 """
 
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from llm_barber.masking.pattern import NofM
 # A gain smaller than this share of the row's error is rounding.
 SMALLEST_GAIN = 1e-6
 # So many weights to add back, and as many to remove (or groups of M, as many weights in all), are looked at together.
-WORKING_SET = 32
-# A weight's best partner is sought in so many columns, those whose inputs are correlated most with its own.
-CORRELATED = 16
+WORKING_SET = 64
 SWAPS_A_ROUND = 16
-# Rows are taken so many at a time that what their rounds read and write stays in the processor's cache.
-CACHED_WEIGHTS = 2**20
+# Rows are taken so many weights at a time that what their rounds read and write stays in a processor's cache; on a GPU
+# so many that it is busy.
+WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU = 2**20, 2**26
 
 
 def swap_pairs(
@@ -58,33 +56,24 @@ def swap_pairs(
         int64 (out,).
     """
     keep, count = keep.clone(), torch.zeros(len(keep), dtype=torch.int64, device=keep.device)
-    partners = pattern or _correlated(gram)
-    size = len(keep) if keep.is_cuda else max(1, CACHED_WEIGHTS // keep.shape[1])
+    size = max(1, (WEIGHTS_ON_GPU if keep.is_cuda else WEIGHTS_AT_ONCE) // keep.shape[1])
     for start in range(0, len(keep), size):
         rows = slice(start, start + size)
         own = [None if one is None else one[rows] for one in (linear, fixed)]
-        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, partners, swaps, own[0], own[1])
+        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, pattern, swaps, own[0], own[1])
     return keep, count
-
-
-def _correlated(gram: Tensor) -> Tensor:
-    """For each column those whose inputs are correlated most with its own, (in, columns)."""
-    scale = gram.diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-    size = min(CORRELATED, len(gram))
-    parts = torch.split(gram, max(1, CACHED_WEIGHTS // len(gram)))  # the factor of a row does not change its order
-    return torch.cat([(part * scale).abs_().topk(size, 1, sorted=False).indices for part in parts])
 
 
 def _swap_rows(
     keep: Tensor,
     weight: Tensor,
     gram: Tensor,
-    partners: NofM | Tensor,
+    pattern: NofM | None,
     swaps: int,
     linear: Tensor | None,
     fixed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The keep mask of some rows, and their swaps. `partners`: N:M, or the columns to seek a weight's partner in."""
+    """The keep mask of some rows, and their swaps."""
     pruned = weight.masked_fill(keep, 0)
     product = pruned @ gram
     slope = product if linear is None else product - linear  # c
@@ -95,10 +84,7 @@ def _swap_rows(
     rows = torch.arange(len(keep), device=keep.device)  # that still gain
     while len(rows):
         state = _Rows(keep[rows], weight[rows], slope[rows], square[rows], None if fixed is None else fixed[rows])
-        if isinstance(partners, NofM):
-            working = state.promising_groups(gram, partners)
-        else:
-            working = state.promising(gram, partners)
+        working = state.promising(gram) if pattern is None else state.promising_groups(gram, pattern)
         chosen = working.chosen
         left = swaps - count[rows]
         done = working.swap(smallest[rows], left, SWAPS_A_ROUND)
@@ -128,29 +114,12 @@ class _Rows:
         self.grow = torch.where(self.keep | fixed, torch.inf, self.square - slope)
         self.drop = torch.where(self.keep & ~fixed, slope.add_(self.square), torch.inf)
 
-    def promising(self, gram: Tensor, correlated: Tensor) -> "_WorkingSet":
-        """The weights that gain most when added back for their best partners; these, and what costs least to remove."""
-        cross = -2 * gram.gather(1, correlated)
-        cost, cheapest = self.drop.min(1, keepdim=True)  # of what goes for a weight
-        cost = cost - self.weight * (2 * self.weight.gather(1, cheapest)) * gram[cheapest.flatten()]
-        # (in, rows): what belongs to a column is read whole.
-        least, weight, drop = cost.t().contiguous(), self.weight.t().contiguous(), self.drop.t().contiguous()
-        for columns, own in zip(correlated.t(), cross.t(), strict=True):
-            found = torch.addcmul(drop[columns], weight * own.unsqueeze(1), weight[columns])
-            torch.minimum(least, found, out=least)
+    def promising(self, gram: Tensor) -> "_WorkingSet":
+        """The weights that gain most when added back, and those that cost least when removed."""
         size = min(WORKING_SET, self.keep.shape[1])
-        coming = (least.t() + self.grow).topk(size, 1, largest=False, sorted=False).indices
-        partner = self._partners(coming, correlated[coming], cross[coming], cost.gather(1, coming), cheapest)
-        # Partners first, each once, then what costs least.
-        going = self.drop.scatter(1, partner, -torch.inf).topk(size, 1, largest=False, sorted=False).indices
+        chosen = [one.topk(size, 1, largest=False, sorted=False).indices for one in (self.grow, self.drop)]
         places = torch.arange(2 * size, device=gram.device).view(2, 1, size)
-        return self._working_set(torch.cat([coming, going], 1), gram, places[0], places[1])
-
-    def _partners(self, coming: Tensor, places: Tensor, cross: Tensor, cost: Tensor, cheapest: Tensor) -> Tensor:
-        """What costs least to remove for each weight that comes, (rows, set): at `places`, or the `cheapest` of all."""
-        weight, drop = (one.gather(1, places.flatten(1)).view(places.shape) for one in (self.weight, self.drop))
-        own, place = (cross * weight * self.weight.gather(1, coming).unsqueeze(2) + drop).min(2)
-        return torch.where(own < cost, places.gather(2, place.unsqueeze(2)).squeeze(2), cheapest)
+        return self._working_set(torch.cat(chosen, 1), gram, places[0], places[1])
 
     def promising_groups(self, gram: Tensor, pattern: NofM) -> "_WorkingSet":
         """The weights of the groups of M whose best pair gains most."""
@@ -178,8 +147,8 @@ class _Rows:
 
     def _working_set(self, chosen: Tensor, gram: Tensor, coming: Tensor, going: Tensor) -> "_WorkingSet":
         """Some weights of each row, (rows, set)."""
-        weight, grow, drop, keep = (one.gather(1, chosen) for one in (self.weight, self.grow, self.drop, self.keep))
-        return _WorkingSet(chosen, weight, grow, drop, keep, gram, coming, going)
+        weight, grow, drop = (one.gather(1, chosen) for one in (self.weight, self.grow, self.drop))
+        return _WorkingSet(chosen, weight, grow, drop, gram, coming, going)
 
 
 class _WorkingSet:
@@ -195,14 +164,13 @@ class _WorkingSet:
         weight: Tensor,
         grow: Tensor,
         drop: Tensor,
-        was_kept: Tensor,
         gram: Tensor,
         coming: Tensor,
         going: Tensor,
     ) -> None:
         self.chosen, self.weight, self.grow, self.drop, self.gram = chosen, weight, grow, drop, gram
         self.moved = torch.zeros_like(weight, dtype=torch.bool)  # has changed sides
-        self._was_kept, self._coming, self._going = was_kept, coming, going
+        self._was_kept, self._coming, self._going = drop.isfinite(), coming, going
         self._rows = torch.arange(len(weight), device=weight.device)
         # (rows, groups, coming, going)
         self._within = gram[chosen[:, coming].unsqueeze(3), chosen[:, going].unsqueeze(2)]
