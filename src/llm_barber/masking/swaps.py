@@ -26,7 +26,7 @@ WORKING_SET = 64
 SWAPS_A_ROUND = 16
 # Rows are taken so many weights at a time that what their rounds read and write stays in a processor's cache; on a GPU
 # so many that it is busy.
-WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU = 2**20, 2**26
+WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU = 2**20, 2**24
 
 
 def swap_pairs(
