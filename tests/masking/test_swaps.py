@@ -38,20 +38,18 @@ def after(keep: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
     return changed
 
 
-@pytest.mark.parametrize(
-    ("pattern", "columns"), [(None, 6), (NofM(2, 4), 8), (NofM(2, 4), 10)]
-)  # with 10 there is a tail
+@pytest.mark.parametrize("columns", [8, 10])  # with 10 there is a tail
 @pytest.mark.parametrize("with_linear", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_one_swap_is_the_best_of_all(seed: int, with_linear: bool, pattern: NofM | None, columns: int) -> None:
+def test_one_swap_within_groups_is_the_best_of_all(seed: int, with_linear: bool, columns: int) -> None:
     weight, gram, linear = make(columns=columns, seed=seed)
     term = linear if with_linear else None
-    keep = initial_mask(weight.abs(), pattern or Unstructured(0.5), Granularity.OUTPUT)
-    found, count = swap_pairs(keep, weight, gram, 1, term, pattern)
+    keep = initial_mask(weight.abs(), NofM(2, 4), Granularity.OUTPUT)
+    found, count = swap_pairs(keep, weight, gram, 1, term, NofM(2, 4))
     for row in range(len(keep)):
         before = error(keep[row : row + 1], weight[row : row + 1], gram, None if term is None else term[row : row + 1])
         candidates = {}
-        for pair in all_swaps(keep[row], columns if pattern is None else 4):
+        for pair in all_swaps(keep[row], 4):
             changed = after(keep[row], pair).unsqueeze(0)
             own = None if term is None else term[row : row + 1]
             candidates[pair] = error(changed, weight[row : row + 1], gram, own).item()
@@ -61,6 +59,35 @@ def test_one_swap_is_the_best_of_all(seed: int, with_linear: bool, pattern: NofM
             assert count[row] == 1
         else:
             assert torch.equal(found[row], keep[row])
+
+
+@pytest.mark.parametrize("with_linear", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_one_swap_of_a_row_is_the_better_of_two(seed: int, with_linear: bool) -> None:
+    """The best weight to come with the best to go for it, or the best to go with the best to come for it."""
+    weight, gram, linear = make(seed=seed)
+    term = linear if with_linear else None
+    keep = initial_mask(weight.abs(), Unstructured(0.5), Granularity.OUTPUT)
+    found, _ = swap_pairs(keep, weight, gram, 1, term)
+    for row in range(len(keep)):
+        own = None if term is None else term[row : row + 1]
+
+        def of(mask: torch.Tensor, row: int = row, own: torch.Tensor | None = own) -> float:
+            return error(mask.unsqueeze(0), weight[row : row + 1], gram, own).item()
+
+        pruned, kept = (~keep[row]).nonzero().flatten().tolist(), keep[row].nonzero().flatten().tolist()
+
+        def moved(place: int, value: bool, row: int = row) -> torch.Tensor:
+            changed = keep[row].clone()
+            changed[place] = value
+            return changed
+
+        coming = min(pruned, key=lambda place: of(moved(place, True)))
+        going = min(kept, key=lambda place: of(moved(place, False)))
+        candidates = [after(keep[row], (coming, j)) for j in kept] + [after(keep[row], (i, going)) for i in pruned]
+        best = min(candidates, key=of)
+        expected = best if of(best) < of(keep[row]) - 1e-4 else keep[row]
+        assert of(found[row]) == pytest.approx(of(expected), rel=1e-5)
 
 
 def best_pairs(keep: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, swaps: int) -> torch.Tensor:
@@ -78,7 +105,7 @@ def best_pairs(keep: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, swa
     return keep
 
 
-def test_many_swaps_are_as_good_as_the_best_pairs_of_whole_rows() -> None:
+def test_many_swaps_are_nearly_as_good_as_the_best_pairs_of_whole_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2000, 40, generator=generator) @ torch.randn(40, 192, generator=generator)
     inputs = (hidden + 2 * torch.randn(2000, 192, generator=generator)) * torch.rand(192, generator=generator).exp()
@@ -88,7 +115,7 @@ def test_many_swaps_are_as_good_as_the_best_pairs_of_whole_rows() -> None:
     best = error(best_pairs(keep, weight, gram, 60), weight, gram, None) / before
     ours = error(swap_pairs(keep, weight, gram, 60)[0], weight, gram, None) / before
     assert best.mean() < 0.5
-    assert ours.mean() < 1.005 * best.mean()
+    assert ours.mean() < 1.05 * best.mean()
 
 
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4)])

@@ -3,11 +3,10 @@
 A row w with keep mask m and the Gram matrix G = Σ x xᵀ of its inputs has the squared output error p·G·p, with
 p = w(1 − m). With a target other than its own dense output on the same inputs there is a linear term: p·G·p − 2 p·l.
 With c = Gp − l, adding back weight i changes it by −2wᵢcᵢ + wᵢ²Gᵢᵢ, removing j by 2wⱼcⱼ + wⱼ²Gⱼⱼ, and both together by
-−2wᵢwⱼGᵢⱼ more. SparseSwaps (2025) swaps the best of all pairs of a row, layer by layer.
+−2wᵢwⱼGᵢⱼ more. (SparseSwaps, 2025, takes the best of all pairs of a row, layer by layer.)
 
-Rows work in rounds. A round takes the weights of each row that promise most, its working set, swaps the best of all
-pairs among them, again and again, and only then brings c up to date for the others: a swap reads a few thousand numbers
-instead of the square of the row.
+Rows work in rounds. A round takes the weights of each row that promise most, its working set, swaps among them, and
+only then brings c up to date for the others: a swap reads a few dozen numbers instead of the whole row several times.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from llm_barber.masking.pattern import NofM
 # A gain smaller than this share of the row's error is rounding.
 SMALLEST_GAIN = 1e-6
 # So many weights to add back, and as many to remove (or groups of M, as many weights in all), are looked at together.
-WORKING_SET = 64
+WORKING_SET = 32
 SWAPS_A_ROUND = 16
 # Rows are taken so many weights at a time that what their rounds read and write stays in a processor's cache; on a GPU
 # so many that it is busy.
@@ -40,7 +39,9 @@ def swap_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Refine the mask of one linear.
 
-    Each step swaps, in every row at once, the best pair of its working set; with N:M, of those within groups of M.
+    Each step swaps, in every row at once, one pair of its working set. With N:M it is the best of all pairs within
+    groups. Without, the better of two: the best weight to add back with the best to remove for it, and the other way
+    round.
 
     Args:
         keep: bool, (out, in), True survives.
@@ -60,7 +61,7 @@ def swap_pairs(
     for start in range(0, len(keep), size):
         rows = slice(start, start + size)
         own = [None if one is None else one[rows] for one in (linear, fixed)]
-        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, pattern, swaps, own[0], own[1])
+        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, swaps, own[0], pattern, own[1])
     return keep, count
 
 
@@ -68,9 +69,9 @@ def _swap_rows(
     keep: Tensor,
     weight: Tensor,
     gram: Tensor,
-    pattern: NofM | None,
     swaps: int,
     linear: Tensor | None,
+    pattern: NofM | None,
     fixed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The keep mask of some rows, and their swaps."""
@@ -84,8 +85,8 @@ def _swap_rows(
     rows = torch.arange(len(keep), device=keep.device)  # that still gain
     while len(rows):
         state = _Rows(keep[rows], weight[rows], slope[rows], square[rows], None if fixed is None else fixed[rows])
-        working = state.promising(gram) if pattern is None else state.promising_groups(gram, pattern)
-        chosen = working.chosen
+        chosen = state.promising() if pattern is None else state.promising_groups(gram, pattern)
+        working = state.working_set(chosen, gram, pattern)
         left = swaps - count[rows]
         done = working.swap(smallest[rows], left, SWAPS_A_ROUND)
         slope[rows] += embedding_bag(chosen, gram, mode="sum", per_sample_weights=working.change)
@@ -114,15 +115,13 @@ class _Rows:
         self.grow = torch.where(self.keep | fixed, torch.inf, self.square - slope)
         self.drop = torch.where(self.keep & ~fixed, slope.add_(self.square), torch.inf)
 
-    def promising(self, gram: Tensor) -> "_WorkingSet":
-        """The weights that gain most when added back, and those that cost least when removed."""
+    def promising(self) -> Tensor:
+        """The weights that gain most when added back, and cost least when removed, (rows, set)."""
         size = min(WORKING_SET, self.keep.shape[1])
-        chosen = [one.topk(size, 1, largest=False, sorted=False).indices for one in (self.grow, self.drop)]
-        places = torch.arange(2 * size, device=gram.device).view(2, 1, size)
-        return self._working_set(torch.cat(chosen, 1), gram, places[0], places[1])
+        return torch.cat([one.topk(size, 1, largest=False, sorted=False).indices for one in (self.grow, self.drop)], 1)
 
-    def promising_groups(self, gram: Tensor, pattern: NofM) -> "_WorkingSet":
-        """The weights of the groups of M whose best pair gains most."""
+    def promising_groups(self, gram: Tensor, pattern: NofM) -> Tensor:
+        """The weights of the groups of M whose best pair gains most, (rows, set)."""
         size = pattern.of
         rows, columns = self.weight.shape
         columns = pattern.covered(columns)
@@ -141,40 +140,35 @@ class _Rows:
         groups = gains.topk(
             min(max(1, 2 * WORKING_SET // size), columns // size), 1, largest=False, sorted=False
         ).indices
-        chosen = (groups.unsqueeze(2) * size + torch.arange(size, device=gram.device)).flatten(1)
-        places = torch.arange(chosen.shape[1], device=gram.device).view(-1, size)
-        return self._working_set(chosen, gram, places, places)
+        return (groups.unsqueeze(2) * size + torch.arange(size, device=gram.device)).flatten(1)
 
-    def _working_set(self, chosen: Tensor, gram: Tensor, coming: Tensor, going: Tensor) -> "_WorkingSet":
+    def working_set(self, chosen: Tensor, gram: Tensor, pattern: NofM | None) -> "_WorkingSet":
         """Some weights of each row, (rows, set)."""
         weight, grow, drop = (one.gather(1, chosen) for one in (self.weight, self.grow, self.drop))
-        return _WorkingSet(chosen, weight, grow, drop, gram, coming, going)
+        if pattern is None:  # a row that has too few of one kind chose some of the other kind twice
+            grow[:, chosen.shape[1] // 2 :] = torch.inf
+            drop[:, : chosen.shape[1] // 2] = torch.inf
+        return _WorkingSet(chosen, weight, grow, drop, gram, None if pattern is None else pattern.of)
 
 
 class _WorkingSet:
     """Some weights of each row, their places in it first, all (rows, set); the Gram matrix, (in, in).
 
-    `coming`, `going`: places in the set of the weights that may come and of those that may go for them, a group each,
-    (groups, places).
+    `size`: M, where the weights are whole groups of M and pairs lie in one group.
     """
 
     def __init__(
-        self,
-        chosen: Tensor,
-        weight: Tensor,
-        grow: Tensor,
-        drop: Tensor,
-        gram: Tensor,
-        coming: Tensor,
-        going: Tensor,
+        self, chosen: Tensor, weight: Tensor, grow: Tensor, drop: Tensor, gram: Tensor, size: int | None
     ) -> None:
         self.chosen, self.weight, self.grow, self.drop, self.gram = chosen, weight, grow, drop, gram
         self.moved = torch.zeros_like(weight, dtype=torch.bool)  # has changed sides
-        self._was_kept, self._coming, self._going = drop.isfinite(), coming, going
+        self._was_kept = drop.isfinite()
         self._rows = torch.arange(len(weight), device=weight.device)
-        # (rows, groups, coming, going)
-        self._within = gram[chosen[:, coming].unsqueeze(3), chosen[:, going].unsqueeze(2)]
-        self._within.mul_(2 * weight[:, coming].unsqueeze(3)).mul_(weight[:, going].unsqueeze(2))
+        self._within = None
+        if size is not None:
+            places, own = chosen.view(len(chosen), -1, size), weight.view(len(weight), -1, size)
+            self._within = gram[places.unsqueeze(3), places.unsqueeze(2)]  # (rows, groups, M coming, M going)
+            self._within.mul_(2 * own.unsqueeze(3)).mul_(own.unsqueeze(2))
 
     @property
     def change(self) -> Tensor:
@@ -189,7 +183,7 @@ class _WorkingSet:
         """
         count = torch.zeros_like(most)
         for _ in range(steps):
-            pair = self._best()
+            pair = self._best_of_two() if self._within is None else self._best_in_groups(self._within)
             active = (pair.gain < smallest) & (count < most)
             if not active.any():
                 break
@@ -202,13 +196,33 @@ class _WorkingSet:
         gram = self.gram[self.chosen[self._rows, place].unsqueeze(1), self.chosen]
         return gram.mul_(self.weight).mul_(2 * self.weight[self._rows, place].unsqueeze(1))
 
-    def _best(self) -> "_Pair":
-        """The best of all pairs within groups."""
-        several, size = self._within.shape[2:]
-        both = self.grow[:, self._coming].unsqueeze(3) + self.drop[:, self._going].unsqueeze(2)
-        gain, pair = both.sub_(self._within).flatten(1).min(1)
-        coming = self._coming.flatten()[pair // size]
-        going = self._going.flatten()[pair // (several * size) * size + pair % size]
+    def _best_of_two(self) -> "_Pair":
+        """The better of the best weight to come with the best to go for it, and the other way round."""
+        gain, coming = self.grow.min(1)
+        with_coming = self._cross(coming)
+        further, going = (self.drop - with_coming).min(1)
+        other_gain, other_going = self.drop.min(1)
+        with_going = self._cross(other_going)
+        other_further, other_coming = (self.grow - with_going).min(1)
+        gain, other_gain = gain + further, other_gain + other_further
+        other = other_gain < gain
+        wide = other.unsqueeze(1)
+        second = self._cross(torch.where(other, other_coming, going))
+        return _Pair(
+            torch.where(other, other_coming, coming),
+            torch.where(other, other_going, going),
+            torch.where(other, other_gain, gain),
+            torch.where(wide, second, with_coming),
+            torch.where(wide, with_going, second),
+        )
+
+    def _best_in_groups(self, within: Tensor) -> "_Pair":
+        """The best of all pairs within groups of M."""
+        size = within.shape[2]
+        grow, drop = (one.view(len(one), -1, size) for one in (self.grow, self.drop))
+        gain, pair = (grow.unsqueeze(3) + drop.unsqueeze(2)).sub_(within).flatten(1).min(1)
+        coming, place = pair // size, pair % size
+        going = coming - coming % size + place
         return _Pair(coming, going, gain, self._cross(coming), self._cross(going))
 
     def _exchange(self, pair: "_Pair", active: Tensor) -> None:

@@ -31,7 +31,7 @@ KINDS = {
 }  # fmt: skip
 # Of a machine that is named, where nothing else is said: shares of the rate of matrix products and of the memory's.
 ATTENTION_SHARE, FLOAT32_SHARE, TF32_SHARE = 0.5, 0.125, 0.5
-SORTING_BYTES, SEARCHING_BYTES = 8, 800  # moved for an element and each halving; for a weight in a round of swaps
+SORTING_BYTES, SEARCHING_BYTES = 8, 400  # moved for an element and each halving; for a weight in a round of swaps
 LARGEST = 4096  # rows and columns of what is measured
 DISK_BYTES = 2**26
 SECONDS = 1.0  # for one measurement
@@ -209,7 +209,7 @@ def _copied(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.d
 
 def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
     """Weights a second in a round of swaps: rows long enough to make all of its swaps in one."""
-    rows, columns = 1024, 1024
+    rows, columns = 256, 1024
     inputs, weight = (torch.randn(count, columns, device=device) for count in (2 * columns, rows))
     gram = inputs.t() @ inputs / len(inputs)
     keep = weight.abs() > weight.abs().median(1, keepdim=True).values

@@ -10,7 +10,7 @@ from llm_barber.allocation import LOGITS
 from llm_barber.config import Initial
 from llm_barber.job import OUTSIDE_SHARD_BYTES
 from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU, WORKING_SET
+from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.presets import Allocation
@@ -19,7 +19,7 @@ from llm_barber.refine import MOMENTS_BYTES
 FLOAT32, BOOL = 4, 1
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4  # of a batch: float32 ones of the block's input, what autograd keeps of outputs
 RANKING = 24  # bytes a weight: two score arrays, both sorted, and masks
-SWAPPING, PAIRS = 10, 2.5 * WORKING_SET**2  # float32 numbers a weight, and a row, of those swapped together
+SWAPPING = 15  # float32 arrays of the rows that are swapped together
 ERROR_ARRAYS = 6  # float32 ones of a linear, when its error is computed
 SOLVING = 10  # float32 ones of a linear, in least squares
 ORDERING = 24  # bytes a weight: its cost, sorted, and the order
@@ -175,16 +175,15 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Held:
     refined = (block.every_weight + block.beside) * (recipe.stored + BOOL)
     found = []
     for group in block.groups:
-        largest, columns = max(rows * columns for rows, columns in group), group[0][1]
-        matrix = FLOAT32 * columns**2
+        matrix = FLOAT32 * group[0][1] ** 2
+        largest = max(rows * columns for rows, columns in group)
         windows = 2 if recipe.refine.held_out else 1
         at_once = min(block.copies, max(1, MOMENTS_BYTES // (4 * matrix)))
         sums = streams * matrix * windows * (at_once + 1)
         gathering = sums + max(_batch(block, recipe), 2 * streams * matrix)
         arrays = (SOLVING if recipe.refine.solve else ERROR_ARRAYS) * largest
         together = min(largest, WEIGHTS_AT_ONCE if recipe.on_cpu else WEIGHTS_ON_GPU)
-        swapping = (SWAPPING + PAIRS / columns) * together + 2 * largest
-        found += [gathering, sums + FLOAT32 * max(arrays, round(swapping))]
+        found += [gathering, sums + FLOAT32 * max(arrays, SWAPPING * together + 2 * largest)]
     return Held(device=refined + max(found))
 
 
