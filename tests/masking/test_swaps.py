@@ -170,3 +170,10 @@ def test_groups_larger_than_a_working_set() -> None:
     assert count.sum() > 0
     assert holds(NofM(64, 128), found)
     assert (error(found, weight, gram, None) <= error(keep, weight, gram, None)).all()
+
+
+def test_rows_shorter_than_a_group_have_nothing_to_swap() -> None:
+    weight, gram, _ = make(columns=6)
+    found, count = swap_pairs(torch.ones_like(weight, dtype=torch.bool), weight, gram, 5, pattern=NofM(4, 8))
+    assert found.all()
+    assert not count.any()

@@ -57,6 +57,8 @@ def swap_pairs(
         int64 (out,).
     """
     keep, count = keep.clone(), torch.zeros(len(keep), dtype=torch.int64, device=keep.device)
+    if pattern is not None and not pattern.covered(keep.shape[1]):
+        return keep, count
     size = max(1, (WEIGHTS_ON_GPU if keep.is_cuda else WEIGHTS_AT_ONCE) // keep.shape[1])
     for start in range(0, len(keep), size):
         rows = slice(start, start + size)
