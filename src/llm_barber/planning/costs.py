@@ -205,7 +205,7 @@ def _update(recipe: Recipe, rows: int, columns: int) -> Work:
             return Work(exact=weights * columns, moved=3 * FLOAT32 * 128 * weights)
         case Initial.ALPS:
             return Work(exact=2 * weights * columns * (ADMM_STEPS + 10), moved=ADMM_BYTES * ADMM_STEPS * weights)
-        case Initial.DSNOT:  # MLPs keep Wanda's masks
+        case Initial.DSNOT:  # counted for MLPs, too, which keep Wanda's masks
             return Work(ordered=2 * sorting(weights, columns), moved=4 * CHOOSING * weights)
     return NONE
 
