@@ -16,6 +16,7 @@ before you run them. Programs that are not there are left out.
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import re
 import sys
@@ -90,8 +91,9 @@ def main() -> None:
         for row in ROWS:
             if not (clones / row.clone).is_dir():
                 continue
+            module = program(clones / row.clone, row.file, row.exactly)
             for target in row.targets:
-                theirs = by_authors(clones, row, target, folder / "dense", tokens)
+                theirs = by_authors(module, row, target, folder / "dense", tokens)
                 ours = by_us(folder, row, target)
                 table.add_row(f"{row.clone} {row.function}", target, *compared(theirs, ours))
     console.print(table)
@@ -140,10 +142,10 @@ def program(clone: Path, file: str, exactly: bool) -> types.ModuleType:
     package = types.ModuleType(name)
     package.__path__ = []
     sys.modules[name] = package
-    sys.modules.setdefault("scipy", types.ModuleType("scipy"))  # RIA's, for channel permutation alone
-    sys.modules.setdefault("scipy.optimize", types.ModuleType("scipy.optimize")).__dict__.setdefault(
-        "linear_sum_assignment", None
-    )
+    if "scipy" not in sys.modules and importlib.util.find_spec("scipy") is None:  # RIA's, for channel permutation alone
+        optimize = types.ModuleType("scipy.optimize")
+        optimize.__dict__["linear_sum_assignment"] = None
+        sys.modules.update({"scipy": types.ModuleType("scipy"), "scipy.optimize": optimize})
     data = types.ModuleType(f"{name}.data")
     data.__dict__["get_loaders"] = None
     sys.modules[data.__name__] = data
@@ -164,9 +166,8 @@ def execute(path: Path, names: dict[str, Any], exactly: bool = False) -> None:
     exec(compile(source, str(path), "exec"), names)
 
 
-def by_authors(clones: Path, row: Row, target: str, folder: Path, tokens: Tensor) -> dict[str, Tensor]:
+def by_authors(module: types.ModuleType, row: Row, target: str, folder: Path, tokens: Tensor) -> dict[str, Tensor]:
     """The weights of the linears after the authors' program."""
-    module = program(clones / row.clone, row.file, row.exactly)
     loaded = [(sequence.unsqueeze(0), None) for sequence in tokens]
     module.__dict__["get_loaders"] = lambda *_, **__: (loaded, None)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

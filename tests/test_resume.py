@@ -141,6 +141,16 @@ def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def goes_on(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, model: Path, tokens: Path, computed: list[int], **settings: Any
+) -> None:
+    """Resume the run in `out`: these layers are computed, and the weights are those of `whole`."""
+    found = counted_layers(monkeypatch)
+    run(model, folder / "out", tokens, resume=True, **settings)
+    assert found == computed
+    assert weights(folder / "out") == weights(folder / "whole")
+
+
 def test_only_what_is_missing_is_computed(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,10 +173,7 @@ def test_a_damaged_file_of_activations_costs_one_layer(
     stopped(monkeypatch, model, tmp_path / "out", tokens)
     newest = max((tmp_path / "out.partial").glob("activations-*"))
     newest.write_bytes(newest.read_bytes()[:-1])
-    found = counted_layers(monkeypatch)
-    run(model, tmp_path / "out", tokens, resume=True)
-    assert found == [1, 2]
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    goes_on(monkeypatch, tmp_path, model, tokens, [1, 2])
 
 
 @pytest.mark.parametrize("lost", ["cut", "gone"])
@@ -180,12 +187,9 @@ def test_a_damaged_state_costs_one_layer(
         state.write_bytes(state.read_bytes()[:-1])
     else:
         state.unlink()
-    found = counted_layers(monkeypatch)
     with pytest.raises(OutputError, match="1 finished layers"):
         run(model, tmp_path / "out", tokens)
-    run(model, tmp_path / "out", tokens, resume=True)
-    assert found == [1, 2]
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    goes_on(monkeypatch, tmp_path, model, tokens, [1, 2])
 
 
 def test_a_kill_after_a_damaged_state_was_taken_up(
@@ -206,10 +210,7 @@ def test_a_kill_after_a_damaged_state_was_taken_up(
             patch.setattr(place, killed)
             with pytest.raises(KeyboardInterrupt):
                 run(model, tmp_path / "out", tokens, resume=True)
-    found = counted_layers(monkeypatch)
-    run(model, tmp_path / "out", tokens, resume=True)
-    assert found == [1, 2]
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    goes_on(monkeypatch, tmp_path, model, tokens, [1, 2])
 
 
 def test_with_the_first_layer_damaged_it_starts_again(
@@ -220,10 +221,7 @@ def test_with_the_first_layer_damaged_it_starts_again(
     stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
     _, first = sorted((tmp_path / "out.partial").glob("model-*"))
     damage(first)
-    found = counted_layers(monkeypatch)
-    run(model, tmp_path / "out", tokens, resume=True, **settings)
-    assert found == [0, 1, 2]
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    goes_on(monkeypatch, tmp_path, model, tokens, [0, 1, 2], **settings)
 
 
 def damage(path: Path) -> None:
@@ -242,10 +240,7 @@ def test_a_damaged_shard_costs_what_it_held(
     assert len(layers) == 2
     damage(outside)
     damage(layers[1])
-    found = counted_layers(monkeypatch)
-    run(model, tmp_path / "out", tokens, resume=True)
-    assert found == [1, 2]
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    goes_on(monkeypatch, tmp_path, model, tokens, [1, 2])
     monkeypatch.undo()
 
     def killed(*_: Any) -> None:

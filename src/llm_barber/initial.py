@@ -139,8 +139,7 @@ class MethodMasks:
                 }
             case Initial.DSNOT:
                 moments = collect_inputs(layer, streams, InputMoments)
-                blocks = self.job.skeleton.blocks[index] if index < self.job.layer_count else ()  # the output head
-                mlp = [name for block in blocks if block.name == "mlp" for name in block.linears]
+                mlp = [name for block in self.job.blocks(index) if block.name == "mlp" for name in block.linears]
                 keeps = {
                     name: self._dsnot(weight, moments[name], targets[name], left_alone=name in mlp)
                     for name, weight in dense.items()

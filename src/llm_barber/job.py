@@ -1,6 +1,6 @@
 """What a run needs before its first layer, all checked: checkpoint, architecture, calibration tokens, device, plan."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -13,7 +13,7 @@ from llm_barber.checkpoint.place import check_output
 from llm_barber.checkpoint.source import CheckpointSource, Place, sharded_by
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.model.architecture import Architecture
+from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import (
     experts_a_token,
@@ -119,6 +119,10 @@ class Job:
         if index == self.layer_count:
             return (self.skeleton.head_name.rpartition(".")[2],)
         return self.skeleton.linears(index)
+
+    def blocks(self, index: int) -> Sequence[Block]:
+        """The blocks of a layer; of the step after the last layer, none."""
+        return () if index == self.layer_count else self.skeleton.blocks[index]
 
     def linear_name(self, index: int, linear: str) -> str:
         """The name of a layer's linear, or of the output head, in the model."""

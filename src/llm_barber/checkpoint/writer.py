@@ -116,14 +116,15 @@ class CheckpointWriter:
                 f"{self.work} has an unfinished run with {len(left.layers)} finished layers",
                 "add --resume to go on with it, or --overwrite to start again",
             )
+        kept = {LOCK_NAME}
         if left is not None and self.resume:
             check_key(left, self.state.key)
             whole = self._whole(left)
             if whole.begun:  # otherwise all is made again
                 self.state, self._written = whole, dict(whole.shards)
-        named = {LOCK_NAME, STATE_NAME, STATE_BEFORE, *self._written, *(one.file for one in self.state.activations)}
+                kept |= {STATE_NAME, STATE_BEFORE, *whole.shards, *(one.file for one in whole.activations)}
         for path in self.work.iterdir():
-            if path.name in named and (self.state.begun or path.name == LOCK_NAME):
+            if path.name in kept:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
