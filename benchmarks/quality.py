@@ -342,7 +342,11 @@ def main() -> None:
     each = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell for part in parts for cell in part.cells}
     cells = sorted(each.values(), key=lambda cell: TARGETS.index(cell.target))
     comparison = parts[0].model_copy(update={"cells": tuple(cells)})
-    write_page(ROOT / "docs" / "results.md", name, title, comparison, choice, sequences, order, options.settings_of)
+    kept = quality.output / "llm-compressor.json"
+    elsewhere = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
+    write_page(
+        ROOT / "docs" / "results.md", name, title, comparison, choice, sequences, order, options.settings_of, elsewhere
+    )
     print(markdown(comparison.model_copy(update={"model": title})))
 
 

@@ -1,8 +1,9 @@
 """The generated part of `docs/results.md`: tables and plots of one model's quality benchmark."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llm_barber.comparison.cells import CellResult
 from llm_barber.comparison.compare import Comparison
@@ -25,11 +26,12 @@ from llm_barber.page.lines import Line, perplexity_lines
 Choice = Mapping[tuple[Method, Granularity, float], CellResult]
 Sequences = Mapping[tuple[Method, bool, int], CellResult]
 Order = Mapping[Method, tuple[CellResult, CellResult]]
+Elsewhere = Sequence[Mapping[str, Any]]  # what `llm_compressor.py` keeps
 
 
 def write_page(
     page: Path, name: str, title: str, comparison: Comparison, choice: Choice, sequences: Sequences,
-    order: Order, settings_of: str | None,
+    order: Order, settings_of: str | None, elsewhere: Elsewhere = (),
 ) -> None:  # fmt: skip
     """Replace the model's part of the page (between its markers), and write its plots beside it."""
     comparison = comparison.model_copy(update={"model": title})
@@ -45,6 +47,8 @@ def write_page(
     for block in blocks(comparison):
         lines += [f"### {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
     lines += _gap(comparison)
+    if elsewhere:
+        lines += _elsewhere(elsewhere, comparison)
     if any(cell.rebuilt for cell in comparison.cells):
         lines += _does_it_help(comparison)
         if settings_of is not None:
@@ -115,6 +119,34 @@ def _gap(comparison: Comparison) -> list[str]:
         "worse than Wanda.",
         "",
         *markdown_table(["method", *map(target_title, targets)], rows),
+        "",
+    ]
+
+
+def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
+    """Rows by llm-compressor, on the tokens of the first seed, by target."""
+    dense = math.log(comparison.dense.texts[0].perplexity)
+    wanda = {
+        cell.target: math.log(_perplexity(cell.result))
+        for cell in comparison.cells
+        if (cell.method, cell.rebuilt, cell.seed) == (Method.WANDA, False, 0) and cell.result is not None
+    }
+    rows = []
+    for one in sorted(elsewhere, key=lambda one: list(wanda).index(one["target"])):
+        before = wanda[one["target"]]
+        gap = (before - math.log(one["perplexity"])) / (before - dense)
+        cells = [f"{one['perplexity']:.2f}", f"{one['divergence']:.3f}", f"{gap:z.0%}", f"{one['seconds']:.0f}"]
+        name = TITLES[Method.SPARSEGPT_UPDATES if one["method"] == "sparsegpt" else Method(one["method"])]
+        rows.append(Row(f"{target_title(one['target'])}: {name}", tuple(cells), (False,) * len(cells)))
+    versions = " and ".join(dict.fromkeys(str(one["llm-compressor"]) for one in elsewhere))
+    machines = "; ".join(dict.fromkeys(str(one["machine"]) for one in elsewhere))
+    return [
+        f"### By llm-compressor {versions}",
+        "",
+        "On the same tokens (seed 0), in float32, measured as the rows above are; share: of the gap, as above. "
+        f"`benchmarks/llm_compressor.py`; {machines}.",
+        "",
+        *markdown_table(["", "perplexity", "KL", "share", "seconds"], rows),
         "",
     ]
 

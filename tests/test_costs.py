@@ -57,6 +57,13 @@ def shapes_of(settings: dict[str, Any], family: str = "llama") -> ModelShapes:
     return model_shapes(Skeleton(config, architecture, torch.device("cpu"), torch.float32))
 
 
+def test_dsnot_is_counted_where_it_works() -> None:
+    """MLPs keep Wanda's masks."""
+    wanda, dsnot = (run_costs(MODEL, replace(PAPER, initial=one)).initial for one in (Initial.WANDA, Initial.DSNOT))
+    # Two sorts of every weight of attention's three linears, 4 a row, in both layers.
+    assert dsnot.ordered - wanda.ordered == 2 * 2 * 3 * 16 * 2
+
+
 def test_forward_against_the_flop_counter_of_torch() -> None:
     """Eager attention computes all pairs of tokens, of which half are counted here, since kernels skip the others."""
     config = LlamaConfig(**{**FAMILIES["llama"], "attn_implementation": "eager"})

@@ -18,6 +18,7 @@ from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
+from llm_barber.model.architecture import MLP
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.targets import Targets
@@ -139,7 +140,7 @@ class MethodMasks:
                 }
             case Initial.DSNOT:
                 moments = collect_inputs(layer, streams, InputMoments)
-                mlp = [name for block in self.job.blocks(index) if block.name == "mlp" for name in block.linears]
+                mlp = [name for block in self.job.blocks(index) if block.name == MLP for name in block.linears]
                 keeps = {
                     name: self._dsnot(weight, moments[name], targets[name], left_alone=name in mlp)
                     for name, weight in dense.items()

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+ATTENTION, MLP = "attention", "mlp"  # names of blocks, in every record
+
 
 @dataclass(frozen=True)
 class Block:
@@ -99,7 +101,7 @@ def _family(
     """Decoder layers with an attention module and an MLP, and the linears of each."""
     blocks = [
         Block(name, module, tuple(f"{module}.{linear}" if module else linear for linear in linears))
-        for name, (module, linears) in (("attention", attention), ("mlp", mlp))
+        for name, (module, linears) in ((ATTENTION, attention), (MLP, mlp))
     ]
     if mlp_output is not None:
         blocks[1] = replace(blocks[1], output=mlp_output)

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from llm_barber.errors import ModelError, SettingsError, first_line
-from llm_barber.model.architecture import ARCHITECTURES, Architecture, Block, StructureOptions
+from llm_barber.model.architecture import ARCHITECTURES, ATTENTION, MLP, Architecture, Block, StructureOptions
 from llm_barber.model.decisions import check_blocks, check_flow, given_layers
 from llm_barber.model.empty import beside_embedding, empty_model
 from llm_barber.model.experts import Experts
@@ -25,9 +25,7 @@ from llm_barber.model.tracing import LayerRun, is_linear, one_of_each_kind, run_
 # Module lists with a smaller share of the largest one's parameters are no rivals of it.
 RIVAL = 0.25
 # What a block is called, by words in its path or in the name of its class.
-LINEAR_ATTENTION, ATTENTION, CONVOLUTION, STATE_SPACE, MLP = (
-    "linear attention", "attention", "convolution", "state space", "mlp"
-)  # fmt: skip
+LINEAR_ATTENTION, CONVOLUTION, STATE_SPACE = "linear attention", "convolution", "state space"
 KINDS = (
     (
         LINEAR_ATTENTION,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
+from llm_barber.model.architecture import MLP
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.planning.work import NONE, Work, sorting
@@ -193,11 +194,11 @@ def _statistics(block: BlockShapes, recipe: Recipe) -> Work:
         else:
             of_a_copy += Work(moved=SQUARING * given * columns) + _reduce(recipe, FLOAT32 * columns)
         for rows, _ in group:
-            of_a_copy += _update(recipe, rows, columns)
+            of_a_copy += _update(recipe, block, rows, columns)
     return of_a_copy * block.copies
 
 
-def _update(recipe: Recipe, rows: int, columns: int) -> Work:
+def _update(recipe: Recipe, block: BlockShapes, rows: int, columns: int) -> Work:
     """What a method does to one linear beyond a statistic and a ranking."""
     weights = rows * columns
     match recipe.initial:
@@ -205,7 +206,7 @@ def _update(recipe: Recipe, rows: int, columns: int) -> Work:
             return Work(exact=weights * columns, moved=3 * FLOAT32 * 128 * weights)
         case Initial.ALPS:
             return Work(exact=2 * weights * columns * (ADMM_STEPS + 10), moved=ADMM_BYTES * ADMM_STEPS * weights)
-        case Initial.DSNOT:  # counted for MLPs, too, which keep Wanda's masks
+        case Initial.DSNOT if block.name != MLP:  # MLPs keep Wanda's masks
             return Work(ordered=2 * sorting(weights, columns), moved=4 * CHOOSING * weights)
     return NONE
 

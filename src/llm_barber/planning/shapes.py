@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llm_barber.model.architecture import Architecture, Block
+from llm_barber.model.architecture import ATTENTION, Architecture, Block
 from llm_barber.model.device import experts_a_token
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
-
-ATTENTION = "attention"  # the name of the block that attends, in every architecture's record
 
 
 @dataclass(frozen=True)
