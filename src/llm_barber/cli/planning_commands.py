@@ -72,10 +72,19 @@ def plan(
         float | None,
         typer.Option(
             metavar="BYTES/S",
-            help="Between processes; with --flops between host and device, too. (default: 10e9)",
+            help="Between host and device, with --flops. (default: 10e9)",
             rich_help_panel=MACHINE,
         ),
     ] = None,
+    network: Annotated[
+        float,
+        typer.Option(
+            metavar="BYTES/S",
+            help="Between processes: ten times as fast between the GPUs of one machine. (default: 10e9)",
+            show_default=False,
+            rich_help_panel=MACHINE,
+        ),
+    ] = 10e9,
     bandwidth: Annotated[
         float | None,
         typer.Option(
@@ -97,8 +106,8 @@ def plan(
     from llm_barber.planning.forecast import PlanConfig, forecast
     from llm_barber.planning.table import show_forecast
 
-    settings |= {"processes": processes, "flops": flops, "float32_flops": float32_flops, "link": link}
-    config = PlanConfig(model=model, memory_bandwidth=memory_bandwidth, bandwidth=bandwidth, **settings)
+    settings |= {"processes": processes, "flops": flops, "float32_flops": float32_flops, "network": network}
+    config = PlanConfig(model=model, memory_bandwidth=memory_bandwidth, link=link, bandwidth=bandwidth, **settings)
     with ConsoleProgress(quiet) as progress:
         found = forecast(config, progress)
     if json:

@@ -29,6 +29,7 @@ from llm_barber.usage import current_memory
 
 # Of a named machine, where nothing else is said: bytes/s, and of a process that has done nothing yet, bytes.
 MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9
+NETWORK = 10e9  # between processes, of any machine: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
 
 
@@ -44,7 +45,8 @@ class PlanConfig(PruneConfig):
     flops: float | None = Field(default=None, gt=0, description="FLOP/s of another machine; None: this one, measured")
     float32_flops: float | None = Field(default=None, gt=0, description="FLOP/s of float32 products; None: an eighth")
     memory_bandwidth: float | None = Field(default=None, gt=0, description="bytes/s of the device's memory")
-    link: float | None = Field(default=None, gt=0, description="bytes/s between host, device and processes")
+    link: float | None = Field(default=None, gt=0, description="bytes/s between host and device")
+    network: float = Field(default=NETWORK, gt=0, description="bytes/s between processes")
     bandwidth: float | None = Field(default=None, gt=0, description="bytes/s of the disk")
 
     @field_validator("processes", mode="before")
@@ -60,8 +62,10 @@ class PlanConfig(PruneConfig):
 
     @model_validator(mode="after")
     def _machine_named(self) -> Self:
-        if self.flops is None and (self.float32_flops is not None or self.memory_bandwidth is not None):
-            raise ValueError("float32_flops and memory_bandwidth are of a named machine: give flops, too")
+        if self.flops is None and any(
+            one is not None for one in (self.float32_flops, self.memory_bandwidth, self.link)
+        ):
+            raise ValueError("float32_flops, memory_bandwidth and link are of a named machine: give flops, too")
         if max(self.processes) > self.samples:
             raise ValueError(f"{max(self.processes)} processes cannot share {self.samples} windows: give more samples")
         return self
@@ -101,7 +105,7 @@ class ProcessesForecast(BaseModel):
 
     @property
     def bottleneck(self) -> str:
-        """What takes the most of the time: compute, memory, link or disk."""
+        """What takes the most of the time: compute, memory, link, network or disk."""
         kinds = {kind: sum(stage.seconds_by_kind[kind] for stage in self.stages) for kind in KINDS.values()}
         return max(kinds, key=lambda kind: kinds[kind])
 
@@ -161,14 +165,14 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
     bare = current_memory() if own else int(BARE_PROCESS[device.type])
     recipe = Recipe.of(config, batch, dtype, stored, device)
-    link = config.link or LINK
     if config.flops is None:
         progress.stage("measuring this machine")
-        rates = measured_rates(model, recipe, dtype, device, link)
+        rates = measured_rates(model, recipe, dtype, device, config.network)
         rates = rates if config.bandwidth is None else replace(rates, read=config.bandwidth, written=config.bandwidth)
     else:
-        memory = config.memory_bandwidth or MEMORY_BANDWIDTH
-        rates = named_rates(config.flops, config.float32_flops, memory, link, config.bandwidth or DISK, dtype)
+        memory, link = config.memory_bandwidth or MEMORY_BANDWIDTH, config.link or LINK
+        disk = config.bandwidth or DISK
+        rates = named_rates(config.flops, config.float32_flops, memory, link, config.network, disk, dtype)
     return Forecast(
         model=config.model,
         architecture=described.model_type,

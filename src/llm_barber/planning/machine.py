@@ -26,7 +26,7 @@ from llm_barber.planning.work import Work
 KINDS = {
     "products": "compute", "gradients": "compute", "attention": "compute", "grams": "compute", "exact": "compute",
     "moved": "memory", "sorted": "memory", "ordered": "memory", "searched": "memory",
-    "copied": "link", "reduced": "link",
+    "copied": "link", "reduced": "network",
     "read": "disk", "written": "disk",
 }  # fmt: skip
 # Of a machine that is named, where nothing else is said: shares of the rate of matrix products and of the memory's.
@@ -56,7 +56,7 @@ class Rates:
     written: float
 
     def seconds(self, work: Work) -> dict[str, float]:
-        """What takes how long: compute, memory, link (between host and device, and processes), disk."""
+        """What takes how long: compute, memory, link (host and device), network (processes), disk."""
         found = dict.fromkeys(KINDS.values(), 0.0)
         for one in fields(self):
             found[KINDS[one.name]] += getattr(work, one.name) / getattr(self, one.name)
@@ -64,7 +64,13 @@ class Rates:
 
 
 def named_rates(
-    flops: float, float32_flops: float | None, memory: float, link: float, disk: float, dtype: torch.dtype
+    flops: float,
+    float32_flops: float | None,
+    memory: float,
+    link: float,
+    network: float,
+    disk: float,
+    dtype: torch.dtype,
 ) -> Rates:
     """Those of a machine of which a few are known.
 
@@ -72,7 +78,8 @@ def named_rates(
         flops: FLOP/s of matrix products in the compute dtype, as they are reached.
         float32_flops: of float32 ones; None: an eighth.
         memory: bytes/s of the device's memory.
-        link: bytes/s between host and device, and between processes.
+        link: bytes/s between host and device.
+        network: bytes/s between processes.
         disk: bytes/s, reading and writing.
         dtype: of computing; half precision is multiplied as TF32 where sums are float32.
     """
@@ -82,11 +89,13 @@ def named_rates(
         products=flops, gradients=flops, attention=flops * ATTENTION_SHARE,
         grams=exact if dtype == torch.float32 else max(exact, flops * TF32_SHARE), exact=exact,
         moved=memory, sorted=sorting, ordered=sorting, searched=memory / SEARCHING_BYTES,
-        copied=link, reduced=link, read=disk, written=disk,
+        copied=link, reduced=network, read=disk, written=disk,
     )  # fmt: skip
 
 
-def measured_rates(model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device, link: float) -> Rates:
+def measured_rates(
+    model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device, network: float
+) -> Rates:
     """Those of this machine, at the sizes of a decoder layer.
 
     Args:
@@ -94,7 +103,7 @@ def measured_rates(model: ModelShapes, recipe: Recipe, dtype: torch.dtype, devic
         recipe: the run.
         dtype: of computing.
         device: what computes.
-        link: bytes/s between processes, which are not measured.
+        network: bytes/s between processes, which are not measured.
     """
     stopwatch = _Stopwatch(device)
     layer = model.largest_layer
@@ -131,7 +140,7 @@ def measured_rates(model: ModelShapes, recipe: Recipe, dtype: torch.dtype, devic
         ordered=halvings / stopwatch.least(lambda: scores.sort(1)),
         searched=_searched(stopwatch, device),
         copied=_copied(stopwatch, recipe, into, dtype, device),
-        reduced=link,
+        reduced=network,
         read=read,
         written=written,
     )

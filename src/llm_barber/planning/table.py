@@ -41,11 +41,12 @@ def show_forecast(found: Forecast) -> None:
         )  # fmt: skip
     console.print(table)
     rates = found.rates
+    between = f", {amount(rates['reduced'])}B/s between processes" if len(found.runs) > 1 else ""
     console.print(
         f"{'this machine, as measured just now' if found.measured else 'a machine with'}: "
         f"{amount(rates['products'])}FLOP/s, {amount(rates['grams'])}FLOP/s of Gram matrices, "
         f"{amount(rates['moved'])}B/s of memory, {amount(rates['copied'])}B/s to the device, "
-        f"{amount(rates['read'])}B/s read, {amount(rates['written'])}B/s written",
+        f"{amount(rates['read'])}B/s read, {amount(rates['written'])}B/s written{between}",
         soft_wrap=True,
     )
 

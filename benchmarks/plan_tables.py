@@ -1,0 +1,103 @@
+"""The tables of large models in `docs/scale.md`: plans of a named machine, arithmetic that nobody has run.
+
+Writes them into the page, each below the command whose plan it shows; takes seconds.
+
+    python benchmarks/plan_tables.py
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llm_barber.planning.forecast import PlanConfig, ProcessesForecast, forecast
+from llm_barber.planning.table import amount, duration
+
+PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+LLAMA_70B = {
+    **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+LLAMA_405B = {
+    **LLAMA_8B, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128,
+}  # fmt: skip
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}  # fmt: skip
+MODELS = {
+    "meta-llama/Llama-3.1-8B": LLAMA_8B, "meta-llama/Llama-3.1-70B": LLAMA_70B,
+    "meta-llama/Llama-3.1-405B": LLAMA_405B, "Qwen/Qwen3-30B-A3B": QWEN3_30B,
+}  # fmt: skip
+PRESETS = ("paper", "mask")
+FAST = 100e9  # bytes/s between the GPUs of one machine
+STAGES = {
+    "embed": "embed, outside the layers", "allocate": "allocation", "initial": "initial mask", "rebuild": "rebuild",
+    "refine": "dense stream, errors before", "tune": "tuning of masks", "propagate": "propagate", "read": "read",
+    "write": "write",
+}  # fmt: skip
+HEADINGS = ("stage", "FLOPs", "read", "written", "time, 1 process", "mostly", "8 processes", "8, 100 GB/s between them")
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name, configuration in MODELS.items():
+        for preset in PRESETS:
+            command = f"    llm-barber plan {name} --flops 400e12 --processes 1,8 --preset {preset}\n\n"
+            before, found, after = text.partition(command)
+            if not found:
+                raise SystemExit(f"{PAGE} has no {command.strip()}")
+            rest = after[after.index("\n\n", after.index("process: bottleneck")) :]
+            text = before + command + table(configuration, preset) + rest
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def table(configuration: dict[str, Any], preset: str) -> str:
+    """A model's plan by one of the presets."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(configuration), encoding="utf-8")
+        settings: dict[str, Any] = {"model": str(path), "flops": 400e12, "preset": preset}
+        one, eight = forecast(PlanConfig(**settings, processes=(1, 8))).runs
+        (fast,) = forecast(PlanConfig(**settings, processes=(8,), network=FAST)).runs
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|---|---:|---:|"]
+    for alone, together, faster in zip(one.stages, eight.stages, fast.stages, strict=True):
+        if alone.seconds:
+            kinds = alone.seconds_by_kind
+            lines.append(
+                f"| {STAGES[alone.name]} | {_or_dash(alone.flops)} | {_or_dash(alone.bytes_read, 'B')} | "
+                f"{_or_dash(alone.bytes_written, 'B')} | {duration(alone.seconds)} | "
+                f"{max(kinds, key=kinds.__getitem__)} | {duration(together.seconds)} | {duration(faster.seconds)} |"
+            )
+    flops, read, written = (
+        sum(getattr(stage, what) for stage in one.stages) for what in ("flops", "bytes_read", "bytes_written")
+    )
+    lines.append(
+        f"| **all** | {amount(flops)} | {amount(read)}B | {amount(written)}B | **{duration(one.seconds)}** | "
+        f"{one.bottleneck} | **{duration(eight.seconds)}** | **{duration(fast.seconds)}** |"
+    )
+    memory = (
+        f"1 process: bottleneck **{one.bottleneck}**, {_memory(one)}; 8 processes: **{eight.bottleneck}** (100 GB/s: "
+        f"**{fast.bottleneck}**), {_memory(eight)} each (of hosts': process 0's)."
+    )
+    return "\n".join([*lines, "", memory])
+
+
+def _or_dash(value: float, unit: str = "") -> str:
+    return f"{amount(value)}{unit}" if value else "–"
+
+
+def _memory(run: ProcessesForecast) -> str:
+    assert run.device_memory is not None
+    return f"{run.host_memory / 2**30:.0f} GiB of host memory and {run.device_memory / 2**30:.0f} GiB of device memory"
+
+
+if __name__ == "__main__":
+    main()
