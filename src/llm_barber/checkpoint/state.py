@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,12 @@ def source_key(folder: Path) -> str:
 
 
 def sync_file(path: Path) -> str:
-    """Make a file durable; returns its sha256."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Make a file durable; returns its sha256, computed while the disk works."""
+    with path.open("rb") as file, ThreadPoolExecutor(1, "to disk") as pool:
+        durable = pool.submit(os.fsync, file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        durable.result()
+        return digest
 
 
 def sync_folder(folder: Path) -> None:
