@@ -210,7 +210,7 @@ def _dense_inputs(work: Pass, names: list[str], batch: slice, last: bool) -> dic
     Experts are given the tokens that the sparse model's are, so that inputs belong together.
     """
     if last and not work.layer.experts:
-        with work.layer.noted(names, batch.stop - batch.start) as found:
+        with work.layer.hooks.noted(names, batch.stop - batch.start) as found:
             work.advance_dense(batch, measured=True)
         return found
     with work.layer.same_routes():

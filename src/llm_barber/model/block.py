@@ -18,12 +18,9 @@ from llm_barber.model.architecture import Block
 from llm_barber.model.experts import Experts
 from llm_barber.model.fixed_order import FixedOrder, Found
 from llm_barber.model.gradients import Ends, by_linear, by_sequence, mean_squares, scaled_by_sequence
+from llm_barber.model.hooks import LayerHooks, Reached, removed
 
 InputVisitor = Callable[[str, Tensor], None]
-
-
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """What the run came for is there."""
 
 
 class DecoderLayer:
@@ -51,13 +48,11 @@ class DecoderLayer:
         self._arguments = arguments
         self._transposed = transposed
         self._order = order or FixedOrder()
-        # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
-        self._output_tail: dict[str, tuple[Any, ...] | list[Any] | None] = {}
-        self._flattened: dict[str, bool] = {}
         self._groups: list[list[str]] = []  # of linears that read one tensor, once inputs have been visited
         paths = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
         # Linears that are modules of several names.
         self.called_again = {name for name, one in self.linears.items() if paths[id(one)] > 1}
+        self.hooks = LayerHooks(module, self.called_again)
         # How many things follow the states in what it returns, found when it runs; None: it returns them alone.
         self.tail: int | None = None
 
@@ -104,13 +99,13 @@ class DecoderLayer:
                 visitor(name, latest[1])
                 waiting.discard(name)
                 if not waiting and not self.called_again & self.linears.keys():
-                    raise _Reached
+                    raise Reached
 
             return hook
 
         with ExitStack() as stack:
             for name, linear in self.linears.items():
-                stack.enter_context(_removed(linear.register_forward_pre_hook(visit(name))))
+                stack.enter_context(removed(linear.register_forward_pre_hook(visit(name))))
             self._run(hidden)
         if waiting:
             raise ModelError(
@@ -142,10 +137,10 @@ class DecoderLayer:
             block: what they are given after it, if they are called again, does not count.
         """
         with ExitStack() as stack:
-            found = stack.enter_context(self.noted(names, len(hidden), stop=True))
+            found = stack.enter_context(self.hooks.noted(names, len(hidden), stop=True))
             if block is not None:
-                stack.enter_context(self._stop_at(block, [], len(hidden)))
-            stack.enter_context(self._replayed(replays))
+                stack.enter_context(self.hooks.stop_at(block, [], len(hidden)))
+            stack.enter_context(self.hooks.replayed(replays))
             self._run(hidden)
         return found
 
@@ -157,28 +152,6 @@ class DecoderLayer:
                 stack.enter_context(experts.same_routes())
             yield
 
-    @contextmanager
-    def noted(self, names: Collection[str], sequences: int, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Put linears' inputs, (sequences, tokens, in), in the mapping as they run; `stop`: and end the run then.
-
-        What a linear is called with again follows as more tokens.
-        """
-        found: dict[str, Tensor] = {}
-
-        def note(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-                inputs = by_sequence(positional[0], sequences)
-                found[name] = torch.cat([found[name], inputs], 1) if name in found else inputs
-                if stop and len(found) == len(names) and not self.called_again.intersection(names):
-                    raise _Reached
-
-            return hook
-
-        with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(_removed(self.linears[name].register_forward_pre_hook(note(name))))
-            yield found
-
     @torch.no_grad()
     def block_output(self, block: Block, hidden: Tensor, replays: Mapping[str, Tensor]) -> Tensor:
         """The block's output, (sequences, tokens, hidden), on the layer's input `hidden`.
@@ -189,7 +162,7 @@ class DecoderLayer:
             replays: kept outputs of blocks that are final, by the path of their output module.
         """
         found: list[Tensor] = []
-        with self._stop_at(block, found, len(hidden)), self._replayed(replays):
+        with self.hooks.stop_at(block, found, len(hidden)), self.hooks.replayed(replays):
             self._run(hidden)
         return found[0]
 
@@ -220,8 +193,8 @@ class DecoderLayer:
 
         def once() -> tuple[list[Ends], Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
             found: list[Tensor] = []
-            recorded, stopped = self._recorded(block.linears), self._stop_at(block, found, len(hidden))
-            with recorded as ends, stopped, self._replayed(replays):
+            recorded, stopped = self.hooks.recorded(block.linears), self.hooks.stop_at(block, found, len(hidden))
+            with recorded as ends, stopped, self.hooks.replayed(replays):
                 self._run(hidden)
             difference = found[0].detach().float() - sparse_output.float()
             scaled, scale = scaled_by_sequence(difference, found[0].dtype)
@@ -252,7 +225,7 @@ class DecoderLayer:
         hidden = hidden.detach().requires_grad_()
 
         def once() -> tuple[list[Ends], Tensor, tuple[Tensor, ...]]:
-            with self._recorded(tuple(self.linears)) as ends:
+            with self.hooks.recorded(tuple(self.linears)) as ends:
                 output = self._run(hidden)
             assert output is not None
             scaled, scale = scaled_by_sequence(gradient, output.dtype)
@@ -262,25 +235,6 @@ class DecoderLayer:
         for name, found in by_linear(ends, gradients, len(hidden)).items():
             sums[name].update(*found, scale)
         return before.float() * scale.view(-1, 1, 1)
-
-    @contextmanager
-    def _recorded(self, linears: tuple[str, ...]) -> Iterator[list[Ends]]:
-        """Note what goes into linears and comes out of them, call by call."""
-        ends: list[Ends] = []
-
-        def record(name: str) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                # Weights ask for no gradient, so that autograd forms none; the graph starts at the first outputs.
-                output = output if output.requires_grad else output.requires_grad_()
-                ends.append(Ends(name, positional[0].detach(), output))
-                return output
-
-            return hook
-
-        with ExitStack() as stack:
-            for name in linears:
-                stack.enter_context(_removed(self.linears[name].register_forward_hook(record(name))))
-            yield ends
 
     def taking_gradients(self, once: Callable[[], Found]) -> Found:
         """What `once` gives, which runs the layer and takes gradients, in a fixed order if that can be had."""
@@ -297,7 +251,7 @@ class DecoderLayer:
     def final_output(self, hidden: Tensor, block: Block, replays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The output of a block and of the whole layer, both (sequences, tokens, hidden)."""
         found: list[Tensor] = []
-        with self._stop_at(block, found, len(hidden), stop=False), self._replayed(replays):
+        with self.hooks.stop_at(block, found, len(hidden), stop=False), self.hooks.replayed(replays):
             output = self._run(hidden)
         assert output is not None
         return found[0], output
@@ -337,7 +291,7 @@ class DecoderLayer:
         self._tell_experts(len(hidden))
         try:
             output = self.module(hidden, **self._arguments(hidden.shape[0], hidden.shape[1]))
-        except _Reached:
+        except Reached:
             return None
         states = output[0] if isinstance(output, tuple | list) and output else output
         if not isinstance(states, Tensor):
@@ -352,43 +306,3 @@ class DecoderLayer:
             )
         self.tail = None if isinstance(output, Tensor) else len(output) - 1
         return states
-
-    @contextmanager
-    def _stop_at(self, block: Block, found: list[Tensor], sequences: int, stop: bool = True) -> Iterator[None]:
-        """Put the block's output in `found`, and end the run there."""
-
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            tensor = output if isinstance(output, Tensor) else output[0]
-            self._output_tail[block.output] = None if isinstance(output, Tensor) else output[1:]
-            self._flattened[block.output] = tensor.dim() == 2
-            found.append(by_sequence(tensor, sequences))
-            if stop:
-                raise _Reached
-
-        with _removed(self.module.get_submodule(block.output).register_forward_hook(hook)):
-            yield
-
-    @contextmanager
-    def _replayed(self, replays: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let modules answer with kept outputs instead of computing them."""
-        modules = [self.module.get_submodule(path) for path in replays]
-        for module, (path, output) in zip(modules, replays.items(), strict=True):
-            tensor = output.flatten(0, 1) if self._flattened[path] else output
-            tail = self._output_tail[path]
-            answer: Any = tensor if tail is None else (tensor, *tail)
-            answer = list(answer) if isinstance(tail, list) else answer
-            module.forward = lambda *_, _answer=answer, **__: _answer
-        try:
-            yield
-        finally:
-            for module in modules:
-                del module.forward
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    """A hook that is taken off at the end."""
-    try:
-        yield
-    finally:
-        handle.remove()
