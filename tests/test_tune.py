@@ -282,6 +282,8 @@ def test_what_held_out_windows_reject_stays(
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4")
     assert report.rejected == 4
     assert report.swapped == plain.swapped == 0
+    assert all(layer.kept_pass == 0 and len(layer.held_out) == 3 for layer in report.layers)  # two passes gain nothing
+    assert not any(layer.held_out for layer in plain.layers)
     one, other = read_folder(tmp_path / "plain"), read_folder(tmp_path / "out")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -328,7 +330,7 @@ def test_a_block_is_rejected_if_nothing_of_it_is_kept(reject: str) -> None:
     keep = torch.ones(2, 4, dtype=torch.bool)
     linear = PrunedLinear(keep, keep.float(), keep.float(), None)
     outcome = Outcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
-    tuned = Tuned({"up": linear}, reject != "linears")
+    tuned = Tuned({"up": linear}, (1.0, 0.5 if reject == "linears" else 1.0))
     assert outcome.tuned(tuned, after_linears=True).rejected == (reject == "both")
     assert outcome.tuned(tuned, after_linears=False).rejected == tuned.rejected
 

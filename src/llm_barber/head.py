@@ -13,14 +13,13 @@ from llm_barber.initial import PrunedLinear
 from llm_barber.job import Job
 from llm_barber.masking.rebuild import Rebuilt
 from llm_barber.masking.statistics import TargetMoments
-from llm_barber.method import InitialMasks, Outcome, result_of
+from llm_barber.method import InitialMasks, Outcome, PrunedLayer, result_of
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.refine_linear import Objective, refine_linear
 from llm_barber.refine_settings import RefineSettings
-from llm_barber.report import BlockResult
 
 BLOCK = "head"
 
@@ -44,8 +43,8 @@ def prune_head(
     initial: InitialMasks,
     refine_settings: RefineSettings | None,
     streams: ActivationStreams,
-) -> tuple[dict[str, Tensor], list[BlockResult]]:
-    """Prune the output head on what the pruned decoder layers give it; its weights go by the checkpoint's name.
+) -> PrunedLayer:
+    """Prune the output head on what the pruned decoder layers give it.
 
     Args:
         job: the run.
@@ -68,7 +67,8 @@ def prune_head(
     skeleton.drop_outside()
     final = {name: pruned.final}
     outcome = Outcome({name: pruned}, {name: Rebuilt(pruned.keep, 0, swapped, swapped)})
-    return {job.head_place.tensor: final[name]}, [result_of(Block(BLOCK, name, (name,)), outcome, None, final)]
+    result = result_of(Block(BLOCK, name, (name,)), outcome, None, final)
+    return PrunedLayer({job.head_place.tensor: final[name]}, [result])
 
 
 def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:

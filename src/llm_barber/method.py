@@ -47,6 +47,15 @@ class RebuildSettings:
     pattern_granularity: Granularity | None = None
 
 
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What became of a decoder layer: weights by the checkpoint's names, its blocks, and `held_out` of `tune.Tuned`."""
+
+    weights: dict[str, Tensor]
+    blocks: list[BlockResult]
+    held_out: tuple[float, ...] = ()
+
+
 def prune_layer(
     job: Job,
     index: int,
@@ -55,8 +64,8 @@ def prune_layer(
     rebuild_settings: RebuildSettings | None,
     refine_settings: RefineSettings | None,
     streams: ActivationStreams,
-) -> tuple[dict[str, Tensor], list[BlockResult]]:
-    """Prune one decoder layer and move the stream through it; the pruned weights go by the checkpoint's names."""
+) -> PrunedLayer:
+    """Prune one decoder layer and move the stream through it."""
     skeleton = job.skeleton
     layer, every = job.open_layer(index, tensors)
     pruned = initial(index, layer, every, streams)
@@ -68,6 +77,7 @@ def prune_layer(
     # Of blocks that nothing changes before their layer is tuned, only the error is wanted.
     waits = tuning is not None and not tuning.of_linears and rebuild_settings is None
     outcomes: list[tuple[Block, Outcome, float | None]] = []
+    held_out: tuple[float, ...] = ()
     final: list[Block] = []
     for block in blocks:
         work = Pass(layer, block, final, streams, last=block is blocks[-1])
@@ -93,7 +103,7 @@ def prune_layer(
         final.append(block)
     if tuning is not None:
         tuned = tune_layer(layer, dense, pruned, tuning, streams, f"layer {index}")
-        pruned = tuned.linears
+        pruned, held_out = tuned.linears, tuned.held_out
         windows = measured_windows(tuning, streams) if rebuild_settings is None else list(streams.batches())
         errors = block_errors(layer, blocks, dense, pruned, windows, streams)
         outcomes = [
@@ -114,7 +124,7 @@ def prune_layer(
     streams.rename(DENSE_OUTPUT, HIDDEN)
     if follows_dense:
         streams.rename(DENSE + NEXT, DENSE + HIDDEN)
-    return written, results
+    return PrunedLayer(written, results, held_out)
 
 
 @dataclass(frozen=True)

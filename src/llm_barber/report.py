@@ -99,11 +99,21 @@ class BlockResult(_Result):
 
 
 class LayerResult(_Result):
-    """One decoder layer."""
+    """One decoder layer.
+
+    `held_out`: of one that was tuned, its mean distance (`distance.py`) from its target on the windows that were held
+    out, before and after each pass; what had the least is kept.
+    """
 
     index: int
     seconds: float
+    held_out: tuple[float, ...] = ()
     blocks: tuple[BlockResult, ...]
+
+    @property
+    def kept_pass(self) -> int:
+        """Which pass of tuning was kept; 0: none."""
+        return self.held_out.index(min(self.held_out)) if self.held_out else 0
 
     @property
     def linears(self) -> tuple[LinearResult, ...]:

@@ -23,13 +23,13 @@ from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, MethodMasks
 from llm_barber.job import Job
 from llm_barber.memory import host_memory
-from llm_barber.method import prune_layer
+from llm_barber.method import PrunedLayer, prune_layer
 from llm_barber.model.empty import auto_class
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.model_card import model_card
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
-from llm_barber.report import PAGE_NAME, BlockResult, LayerResult, RunReport
+from llm_barber.report import PAGE_NAME, LayerResult, RunReport
 from llm_barber.resuming import as_before, finished_layers, told_how_to_go_on, used_by
 from llm_barber.settings import Format
 from llm_barber.usage import versions
@@ -64,15 +64,15 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 start = time.perf_counter()
                 tensors = ahead.take()
                 read = time.perf_counter()
-                pruned, blocks = _prune_step(work, index, tensors, streams, progress)
+                pruned = _prune_step(work, index, tensors, streams, progress)
                 computed = time.perf_counter()
-                writer.write_shard({**tensors, **pruned})
+                writer.write_shard({**tensors, **pruned.weights})
                 written = time.perf_counter()
                 seconds["read"] += read - start
                 seconds["layers"] += computed - read
                 seconds["write"] += written - computed
                 seconds["total"] = written - began
-                results.append(LayerResult(index=index, seconds=written - start, blocks=tuple(blocks)))
+                results.append(_result(index, written - start, pruned))
                 following = streams.between_layers() if index + 1 < len(job.steps) else {}
                 writer.finish_layer(
                     results[-1].model_dump(mode="json"),
@@ -137,7 +137,7 @@ def _allocate(
 
 def _prune_step(
     work: Assignment, index: int, tensors: dict[str, Tensor], streams: ActivationStreams, progress: Progress
-) -> tuple[dict[str, Tensor], list[BlockResult]]:
+) -> PrunedLayer:
     """Prune a decoder layer, or after the last one the output head."""
     job, settings = work.job, work.refine_settings
     compute = partial(prune_layer, job, index, tensors, work.initial, work.rebuild_settings, settings, streams)
@@ -146,6 +146,10 @@ def _prune_step(
         compute = partial(prune_head, job, tensors, work.initial, settings, streams)
         release = job.skeleton.drop_outside
     return with_smaller_batches(compute, release, job, streams, progress)
+
+
+def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
+    return LayerResult(index=index, seconds=seconds, held_out=pruned.held_out, blocks=tuple(pruned.blocks))
 
 
 def _write_rest(

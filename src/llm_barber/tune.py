@@ -41,10 +41,19 @@ Linears = Mapping[str, PrunedLinear]
 
 @dataclass(frozen=True)
 class Tuned:
-    """A layer's linears; is none of it better on held-out windows?"""
+    """A layer's linears.
+
+    `held_out`: its mean distance on the windows that are held out, before and after each pass; the least is kept.
+    Empty, if there are none.
+    """
 
     linears: dict[str, PrunedLinear]
-    rejected: bool
+    held_out: tuple[float, ...]
+
+    @property
+    def rejected(self) -> bool:
+        """Has no pass gained anything on held-out windows?"""
+        return bool(self.held_out) and not any(error < self.held_out[0] for error in self.held_out[1:])
 
 
 def tune_layer(
@@ -69,8 +78,7 @@ def tune_layer(
         NotFiniteError: a gradient holds NaN or Inf.
     """
     distance = _write_targets(layer, dense, settings.target_mix, streams)
-    found, gained = _descend(_Moving(layer, pruned, settings, streams), layer, distance, settings, streams, where)
-    return Tuned(found, not gained)
+    return _descend(_Moving(layer, pruned, settings, streams), layer, distance, settings, streams, where)
 
 
 class _Moving:
@@ -185,11 +193,11 @@ def _descend(
     settings: RefineSettings,
     streams: ActivationStreams,
     where: str,
-) -> tuple[dict[str, PrunedLinear], bool]:
-    """The linears after the pass that held-out windows like best, and whether that is any."""
+) -> Tuned:
+    """The linears after the pass that held-out windows like best; after the last one, where there are none."""
     groups = moving.groups()
     if not groups:
-        return moving.linears(), False
+        return Tuned(moving.linears(), ())
     steps = settings.steps(streams)
     total = settings.passes * len(steps)
     held_out = streams.split()[1]
@@ -203,10 +211,10 @@ def _descend(
         for batch in held_out:
             output = layer.output_with(weights, streams.read(HIDDEN, batch))
             own += distance.errors(streams.read(TARGET, batch), output).tolist()
-        return streams.ranks.total(math.fsum(own))[0]
+        return streams.ranks.total(math.fsum(own))[0] / settings.held_out
 
     generator = torch.Generator().manual_seed(0)
-    best, lowest, gained, without_gain = moving.linears(), held_out_error(), False, 0
+    best, errors = moving.linears(), [held_out_error()] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
             weights = {name: one.to(layer.dtype).detach().requires_grad_() for name, one in moving.weights().items()}
@@ -225,14 +233,15 @@ def _descend(
             optimizer.step()
             schedule.step()
             moving.moved()
-        error = held_out_error()
-        if settings.held_out and not error < lowest:
-            without_gain += 1
+        if settings.held_out:
+            errors.append(held_out_error())
+            without_gain = len(errors) - 1 - errors.index(min(errors))
             if without_gain == PATIENCE:
                 break
-        else:
-            best, lowest, gained, without_gain = moving.linears(), error, True, 0
-    return best, gained
+            if without_gain:
+                continue
+        best = moving.linears()
+    return Tuned(best, tuple(errors))
 
 
 def _add_gradients(

@@ -210,6 +210,19 @@ def test_errors_that_a_log_axis_cannot_show_are_counted() -> None:
     assert log_limits([0.0, None, float("nan")]) is None
 
 
+def test_what_tuning_gained() -> None:
+    report = make_report(depth=3)
+    assert "What tuning gained" not in run_page(report)
+    for layer, errors in zip(report.layers, ((2.0, 1.0, 1.5), (), (4.0, 5.0)), strict=True):
+        object.__setattr__(layer, "held_out", errors)
+    page = run_page(report)
+    assert "(pass 1 in 1 layer, none in 1 layer)" in page
+    assert table(page, "Distance on held-out windows by layer and pass")[1:] == [
+        ["0", "2.000", "1.000", "1.500", "1"], ["2", "4.000", "5.000", "–", "none"],
+    ]  # fmt: skip
+    assert page.count("<svg") == 6
+
+
 def test_one_layer() -> None:
     page = run_page(make_report(depth=1))
     assert f"The model has one decoder layer, which took 1.500{SPACE}s." in page

@@ -1,5 +1,6 @@
 """The page of one run: what was pruned, what was swapped after that, how long it took, and how good the result is."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def run_page(report: RunReport, evaluation: "Evaluation | None" = None) -> str:
             evaluation=evaluation,
             name=model_name(report.model),
             blocks=_blocks(report),
+            tuning=_tuning(report),
             swaps=_swaps(report),
             sparsities=_sparsities(report),
             linears=list(dict.fromkeys(linear.kind for linear in report.linears)),
@@ -75,6 +77,30 @@ def _blocks(report: RunReport) -> list[dict[str, Any]]:
 
 def _errors(block: BlockResult) -> tuple[float | None, float | None]:
     return block.error_before, block.error_after
+
+
+def _tuning(report: RunReport) -> dict[str, Any] | None:
+    """What held-out windows said of each pass: as shares of the distance before, layer by layer, and which was kept."""
+    layers = [layer for layer in report.layers if layer.held_out]
+    if not layers:
+        return None
+    passes = max(len(layer.held_out) for layer in layers) - 1
+    names = [f"pass {number + 1}" for number in range(passes)]
+    shares = {
+        (name, layer.index): error / layer.held_out[0]
+        for layer in layers
+        for name, error in zip(names, layer.held_out[1:], strict=False)
+        if layer.held_out[0]
+    }
+    kept = Counter(layer.kept_pass for layer in layers)
+    return {
+        "layers": layers,
+        "passes": names,
+        "kept": [(number, kept[number]) for number in sorted(kept, reverse=True)],
+        "figure": _map("tuning", report, shares, "distance on held-out windows, by pass and decoder layer", False)
+        if shares
+        else None,
+    }
 
 
 def _swaps(report: RunReport) -> dict[str, Any]:
