@@ -80,26 +80,25 @@ def _errors(block: BlockResult) -> tuple[float | None, float | None]:
 
 
 def _tuning(report: RunReport) -> dict[str, Any] | None:
-    """What held-out windows said of each pass: as shares of the distance before, layer by layer, and which was kept."""
+    """What held-out windows said of each pass, by layer: the share of the distance that is gone; which is kept."""
     layers = [layer for layer in report.layers if layer.held_out]
     if not layers:
         return None
     passes = max(len(layer.held_out) for layer in layers) - 1
     names = [f"pass {number + 1}" for number in range(passes)]
     shares = {
-        (name, layer.index): error / layer.held_out[0]
+        (name, layer.index): 1 - error / layer.held_out[0]
         for layer in layers
         for name, error in zip(names, layer.held_out[1:], strict=False)
         if layer.held_out[0]
     }
     kept = Counter(layer.kept_pass for layer in layers)
+    label = "share of the distance on held-out windows that is gone, by pass and decoder layer"
     return {
         "layers": layers,
         "passes": names,
         "kept": [(number, kept[number]) for number in sorted(kept, reverse=True)],
-        "figure": _map("tuning", report, shares, "distance on held-out windows, by pass and decoder layer", False)
-        if shares
-        else None,
+        "figure": _map("tuning", report, shares, label, True) if shares else None,
     }
 
 
