@@ -1,8 +1,8 @@
-"""How near `plan` comes to what `prune` then takes: seconds and peak memory, three sizes, two presets.
+"""How near `plan` comes to what `prune` then takes: seconds and peak memory, three models, two presets.
 
-Synthetic LLaMA-shaped checkpoints; each plan and each run is a process of its own. `--times 2` makes each
-twice: the least of the seconds counts, since other work only adds to them; CPU seconds are shown beside them, for the
-same reason. About three minutes on one idle core.
+SmolLM2-135M and two synthetic LLaMA-shaped checkpoints; `--model` adds others. Each plan and each run is a process of
+its own. `--times 2` makes each twice: the least of the seconds counts, since other work only adds to them; CPU seconds
+are shown beside them, for the same reason. About ten minutes on one idle core.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_accuracy.py
 """
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import keep, show
+from common import keep, model_folder, show
 from safetensors.torch import save_file
 from synthetic import write_llama
 
-# Layers, hidden size, MLP; calibration sequences and tokens.
-SIZES = ((6, 256, 704, 16, 256), (3, 512, 1408, 8, 512), (2, 1024, 2816, 4, 256))
+# Layers, hidden size, MLP; of synthetic models.
+SIZES = ((8, 512, 1408), (4, 1024, 2816))
+SEQUENCES, TOKENS = 8, 512
 VOCABULARY = 4000
 STAGES = {
     "embed": ("embed",), "allocate": ("allocate",), "read": ("read",), "write": ("write",),
@@ -47,22 +48,30 @@ def call(*arguments: str) -> dict[str, Any]:
     return record
 
 
-def measure(folder: Path, size: tuple[int, ...], preset: str, dtype: str, times: int) -> list[list[str]]:
-    """Rows of the two tables."""
-    layers, hidden, mlp, sequences, tokens = size
-    model = folder / "model"
-    if not model.exists():
-        write_llama(model, layers, hidden, mlp, hidden // 64, VOCABULARY, torch.float32)
-    text = folder / "tokens.safetensors"
+def models(folder: Path, others: list[str]) -> list[tuple[str, str, str]]:
+    """Labels, places and calibration texts: real models with the text that comes with the program."""
+    found = [("SmolLM2-135M", model_folder(None), "builtin")]
+    found += [(Path(one).stem, model_folder(one), "builtin") for one in others]
     generator = torch.Generator().manual_seed(0)
-    save_file({"input_ids": torch.randint(0, VOCABULARY, (sequences, tokens), generator=generator)}, text)
+    tokens = folder / "tokens.safetensors"
+    save_file({"input_ids": torch.randint(0, VOCABULARY, (SEQUENCES, TOKENS), generator=generator)}, tokens)
+    for layers, hidden, mlp in SIZES:
+        model = write_llama(folder / str(hidden), layers, hidden, mlp, hidden // 64, VOCABULARY, torch.float32)
+        found.append((f"random, {layers} × {hidden}", str(model), str(tokens)))
+    return found
+
+
+def measure(
+    folder: Path, model: str, calibration: str, label: str, preset: str, dtype: str, times: int
+) -> list[list[str]]:
+    """Rows of the two tables."""
     plan = [
-        "-m", "llm_barber", "plan", str(model), "--samples", str(sequences), "--seqlen", str(tokens),
+        "-m", "llm_barber", "plan", model, "--samples", str(SEQUENCES), "--seqlen", str(TOKENS),
         "--preset", preset, "--dtype", dtype, "--json", "--quiet",
     ]  # fmt: skip
     settings = {
-        "model": str(model), "output": str(folder / "out"), "calibration": str(text), "preset": preset, "dtype": dtype,
-        "overwrite": True, "report": False,
+        "model": model, "output": str(folder / "out"), "calibration": calibration, "samples": SEQUENCES,
+        "seqlen": TOKENS, "preset": preset, "dtype": dtype, "overwrite": True, "report": False,
     }  # fmt: skip
     run = min((call(*plan)["runs"][0] for _ in range(times)), key=lambda one: float(one["seconds"]))
     reports = [call("-c", PRUNE, json.dumps(settings)) for _ in range(times)]
@@ -73,7 +82,6 @@ def measure(folder: Path, size: tuple[int, ...], preset: str, dtype: str, times:
         f"{sum(by_stage[name] for name in names):.1f} / {report['seconds'][stage]:.1f}"
         for stage, names in STAGES.items()
     ]
-    label = f"{layers} × {hidden}, {sequences} × {tokens}"
     return [
         [
             label, preset, f"{run['seconds']:.1f}", f"{seconds:.1f}", f"{run['seconds'] / seconds - 1:+.0%}",
@@ -88,23 +96,23 @@ def measure(folder: Path, size: tuple[int, ...], preset: str, dtype: str, times:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", default="paper,mask")
-    parser.add_argument("--sizes", default="0,1,2", help="which of the three")
+    parser.add_argument("--model", action="append", default=[], help="measure this one, too; may be repeated")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--times", type=int, default=1)
     given = parser.parse_args()
     rows, stages = [], []
-    for number in given.sizes.split(","):
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        for label, model, calibration in models(Path(folder), given.model):
             for preset in given.presets.split(","):
-                found = measure(Path(folder), SIZES[int(number)], preset, given.dtype, given.times)
+                found = measure(Path(folder), model, calibration, label, preset, given.dtype, given.times)
                 print(" | ".join(found[0]), file=sys.stderr)
                 rows.append(found[0])
                 stages.append(found[1])
-    headings = ["layers × hidden, tokens", "preset", "planned, s", "taken, s", "", "CPU s", ""]
+    headings = ["model", "preset", "planned, s", "taken, s", "", "CPU s", ""]
     headings += ["planned, GiB", "peak, GiB", "", "bottleneck"]
     keep("plan_accuracy", {"dtype": given.dtype, "times": given.times, "headings": headings, "rows": rows})
     show("plan and prune", headings, rows)
-    show("seconds, planned / taken", ["layers × hidden, tokens", "preset", *STAGES], stages)
+    show("seconds, planned / taken", ["model", "preset", *STAGES], stages)
 
 
 if __name__ == "__main__":

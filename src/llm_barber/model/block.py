@@ -264,7 +264,7 @@ class DecoderLayer:
         return output
 
     def output_with(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """The layer's output with other weights of its linears, (sequences, tokens, hidden), with its graph.
+        """The layer's output with other weights of its linears, (sequences, tokens, hidden); with its graph, if wanted.
 
         Args:
             weights: (out, in), by linear, in the compute dtype.
@@ -273,8 +273,7 @@ class DecoderLayer:
         parameters = {f"{name}.weight": self._turned(weight) for name, weight in weights.items()}
         self._tell_experts(len(hidden))
         arguments = dict(self._arguments(hidden.shape[0], hidden.shape[1]))
-        with torch.enable_grad():
-            output = torch.func.functional_call(self.module, parameters, (hidden,), arguments)
+        output = torch.func.functional_call(self.module, parameters, (hidden,), arguments)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
 
