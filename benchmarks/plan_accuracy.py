@@ -66,8 +66,8 @@ def measure(
 ) -> list[list[str]]:
     """Rows of the two tables."""
     plan = [
-        "-m", "llm_barber", "plan", model, "--samples", str(SEQUENCES), "--seqlen", str(TOKENS),
-        "--preset", preset, "--dtype", dtype, "--json", "--quiet",
+        "-m", "llm_barber", "plan", model, "--calibration", calibration, "--samples", str(SEQUENCES),
+        "--seqlen", str(TOKENS), "--preset", preset, "--dtype", dtype, "--json", "--quiet",
     ]  # fmt: skip
     settings = {
         "model": model, "output": str(folder / "out"), "calibration": calibration, "samples": SEQUENCES,

@@ -18,7 +18,7 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.planning.costs import forward, run_costs
-from llm_barber.planning.forecast import Forecast, PlanConfig, forecast
+from llm_barber.planning.forecast import TEXT_BYTES, VOCABULARY_BYTES, Forecast, PlanConfig, forecast
 from llm_barber.planning.machine import KINDS, named_rates
 from llm_barber.planning.memory import peak_held
 from llm_barber.planning.recipe import Recipe
@@ -47,6 +47,7 @@ PAPER = Recipe(
     sequences=6, tokens=10, batch=2, itemsize=2, stored=2, on_cpu=True, initial=Initial.WANDA, pattern=None,
     allocation=Allocation.UNIFORM, granularity=Granularity.OUTPUT, refine=None,
 )  # fmt: skip
+RATES = named_rates(4e14, None, 2e12, 1e10, 5e9, 2e9, torch.bfloat16)
 MASK = Recipe(**{**PAPER.__dict__, "granularity": None, "refine": RefineSettings(100, 0.5, False, held_out=2)})
 
 
@@ -250,6 +251,16 @@ def test_a_plan_of_a_folder_a_file_and_a_named_machine(tmp_path: Path, capsys: p
     assert forecast(PlanConfig(model=str(config), flops=1e18, bandwidth=1e6)).runs[0].bottleneck == "disk"
 
 
+def test_text_takes_memory_and_tokens_of_a_file_do_not(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_barber.planning.forecast.current_memory", lambda: 2**28)
+    monkeypatch.setattr("llm_barber.planning.forecast.measured_rates", lambda *_: RATES)
+    text, tokens = (
+        forecast(PlanConfig(model=str(llama), samples=4, seqlen=32, calibration=one)).runs[0].host_memory
+        for one in ("builtin", "tokens.safetensors")
+    )
+    assert text - tokens == TEXT_BYTES + VOCABULARY_BYTES * AutoConfig.from_pretrained(llama).vocab_size
+
+
 def test_this_machine_is_measured(llama: Path) -> None:
     found = forecast(PlanConfig(model=str(llama), samples=4, seqlen=32))
     assert found.measured
@@ -334,10 +345,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_rates_and_words() -> None:
-    rates = named_rates(4e14, None, 2e12, 1e10, 5e9, 2e9, torch.bfloat16)
-    assert (rates.exact, rates.grams) == (5e13, 2e14)
+    assert (RATES.exact, RATES.grams) == (5e13, 2e14)
     assert named_rates(4e14, None, 2e12, 1e10, 5e9, 2e9, torch.float32).grams == 5e13
-    assert rates.seconds(Work(products=4e14, read=4e9, copied=1e10, reduced=1.5e10)) == {
+    assert RATES.seconds(Work(products=4e14, read=4e9, copied=1e10, reduced=1.5e10)) == {
         "compute": 1, "memory": 0, "link": 1, "network": 3, "disk": 2,
     }  # fmt: skip
     assert (amount(16.1e9), amount(12)) == ("16.1 G", "12 ")

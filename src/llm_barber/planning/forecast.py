@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llm_barber.calibration import TOKEN_FILE_SUFFIX
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError
 from llm_barber.job import sequences_together
@@ -31,6 +32,9 @@ from llm_barber.usage import current_memory
 MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9
 NETWORK = 10e9  # between processes, of any machine: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
+# What reading a text and cutting it into windows leaves in memory, and for each token that the tokenizer knows; as seen
+# with vocabularies of 49,152 and 262,144.
+TEXT_BYTES, VOCABULARY_BYTES = 150 * 2**20, 350
 
 
 class PlanConfig(PruneConfig):
@@ -163,7 +167,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         batch = sequences_together(config, skeleton, device, config.samples, config.seqlen)
     else:
         batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
-    bare = current_memory() if own else int(BARE_PROCESS[device.type])
+    bare = current_memory() + _of_text(config, model) if own else int(BARE_PROCESS[device.type])
     recipe = Recipe.of(config, batch, dtype, stored, device)
     if config.flops is None:
         progress.stage("measuring this machine")
@@ -192,6 +196,13 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
             _with_processes(model, recipe.among(count), rates, bare, config.memory) for count in config.processes
         ),
     )
+
+
+def _of_text(config: PlanConfig, model: ModelShapes) -> int:
+    """Bytes that calibration text takes before anything is pruned; tokens in a file are read as they are."""
+    if config.calibration.endswith(TOKEN_FILE_SUFFIX):
+        return 0
+    return TEXT_BYTES + VOCABULARY_BYTES * model.vocabulary
 
 
 def _named_device(name: str) -> str:
