@@ -132,7 +132,8 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
         if (cell.method, cell.rebuilt, cell.seed) == (Method.WANDA, False, 0) and cell.result is not None
     }
     rows = []
-    for one in sorted(elsewhere, key=lambda one: list(wanda).index(one["target"])):
+    known = [one for one in elsewhere if one["target"] in wanda]
+    for one in sorted(known, key=lambda one: list(wanda).index(one["target"])):
         before = wanda[one["target"]]
         gap = (before - math.log(one["perplexity"])) / (before - dense)
         cells = [f"{one['perplexity']:.2f}", f"{one['divergence']:.3f}", f"{gap:z.0%}", f"{one['seconds']:.0f}"]

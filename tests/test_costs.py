@@ -296,6 +296,8 @@ def test_within_a_memory_activations_go_to_files(tmp_path: Path) -> None:
         ({"processes": "8", "samples": 4}, SettingsError, "8 processes cannot share 4 windows"),
         ({"flops": -1}, SettingsError, "flops"),
         ({"memory_bandwidth": 1e12}, SettingsError, "give flops, too"),
+        ({"link": 5e9}, SettingsError, "between processes it is network"),
+        ({"network": float("inf")}, SettingsError, "network"),
         ({"memory": "1GiB", "flops": 1e12}, SettingsError, "not enough, with all calibration activations in files"),
         ({"pattern": "3:16", "sparsity": 0.5}, SettingsError, "exclude each other"),
         ({"pattern": "2:5", "flops": 1e12}, BarberError, "does not divide"),

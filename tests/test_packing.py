@@ -14,7 +14,7 @@ from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, e
 from llm_barber.checkpoint.packed import PACKED_INDEX
 from llm_barber.checkpoint.place import LOCK_NAME
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.errors import ModelError, OutputError
+from llm_barber.errors import ModelError, OutputError, SettingsError
 from llm_barber.loading import load
 from tests.conftest import make_model, save_tokens
 from tests.evaluation.test_evaluate import add_tokenizer
@@ -111,6 +111,10 @@ def test_bad_input(tmp_path: Path, pruned: Path) -> None:
         pack(PackConfig(model=packed, output=tmp_path / "out"))
     with pytest.raises(OutputError, match="exists"):
         pack(PackConfig(model=pruned, output=packed))
+    with pytest.raises(SettingsError, match="OUT is MODEL itself"):
+        PackConfig(model=pruned, output=pruned / "." / "x" / "..", overwrite=True)
+    with pytest.raises(SettingsError, match="contains MODEL"):
+        PackConfig(model=pruned, output=pruned.parent, overwrite=True)
 
     def broken(problem: str) -> None:
         with pytest.raises(ModelError, match=problem) as caught:

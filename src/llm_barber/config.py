@@ -1,7 +1,6 @@
 """The settings of `prune` and `rebuild`, what is given for each, and what goes together."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -14,7 +13,7 @@ from llm_barber.presets import (
     Preset,
     PresetSettings,
 )
-from llm_barber.settings import RunSettings
+from llm_barber.settings import RunSettings, same_folder
 from llm_barber.targets import Targets, compile_names, parse_target, read_targets
 
 
@@ -148,7 +147,7 @@ class PruneConfig(RunSettings):
             problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
         if self.pattern is not None and self.initial_granularity is not None:
             problems.append("initial_granularity is not for patterns: N:M compares within its groups of M")
-        problems += [*self.refining_problems(), *_same_folder("MODEL", self.model, self.output)]
+        problems += [*self.refining_problems(), *same_folder("MODEL", self.model, self.output)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -223,7 +222,7 @@ class RebuildConfig(RunSettings):
         problems = self.refining_problems()
         if not self.rebuilds and not self.refines:
             problems.append("no rebuild, refine none and reconstruct none leave nothing to do")
-        problems += _same_folder("DENSE", self.dense, self.output) + _same_folder("PRUNED", self.pruned, self.output)
+        problems += same_folder("DENSE", self.dense, self.output) + same_folder("PRUNED", self.pruned, self.output)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -240,17 +239,3 @@ def rebuild_defaults(
     if isinstance(pattern, NofM):
         default_granularity = Granularity.OUTPUT
     return granularity or default_granularity, default_ratio if ratio is None else ratio
-
-
-def _same_folder(label: str, model: str, output: Path) -> list[str]:
-    try:
-        source = Path(model).expanduser().resolve()
-        if not source.exists():  # a hub id, or an error that opening it will name
-            return []
-    except (RuntimeError, OSError):
-        return []
-    if source == output:
-        return [f"OUT is {label} itself ({output}): choose another output folder"]
-    if output in source.parents:
-        return [f"OUT ({output}) contains {label}: choose another output folder"]
-    return []

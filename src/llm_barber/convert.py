@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from llm_barber.checkpoint.companions import companions
@@ -13,7 +13,7 @@ from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings import Settings
+from llm_barber.settings import Settings, same_folder
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = (
@@ -30,6 +30,12 @@ class ConvertConfig(Settings):
     output: Path = Field(description="folder to write; it appears when it is complete")
     revision: str | None = Field(None, description="of a hub id")
     overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
+
+    @model_validator(mode="after")
+    def _output_is_another(self) -> Self:
+        if problems := same_folder("MODEL", self.model, self.output):
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class ConvertReport(BaseModel):

@@ -157,8 +157,8 @@ def check_positions(config: PreTrainedConfig, seqlen: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise CalibrationError(
-            f"seqlen {seqlen} is beyond the model's {positions} positions",
-            f"use --seqlen {positions} or less",
+            f"windows of {seqlen} tokens are beyond the model's {positions} positions",
+            "use a shorter --seqlen; compare's texts have a --text-seqlen, a .safetensors file has the windows it has",
         )
 
 

@@ -111,9 +111,9 @@ class LayerResult(_Result):
     blocks: tuple[BlockResult, ...]
 
     @property
-    def kept_pass(self) -> int:
-        """Which pass of tuning was kept; 0: none."""
-        return self.held_out.index(min(self.held_out)) if self.held_out else 0
+    def kept_pass(self) -> int | None:
+        """Which pass of tuning was kept, 0: none; None: no windows were held out to say so, or nothing was tuned."""
+        return self.held_out.index(min(self.held_out)) if self.held_out else None
 
     @property
     def linears(self) -> tuple[LinearResult, ...]:

@@ -45,6 +45,21 @@ class Settings(BaseModel):
             raise SettingsError(problems, "see --help for what each setting takes") from None
 
 
+def same_folder(label: str, model: str, output: Path) -> list[str]:
+    """What is wrong with an output that would replace what it is made of."""
+    try:
+        source, place = (Path(one).expanduser().resolve() for one in (model, output))
+        if not source.exists():  # a hub id, or an error that opening it will name
+            return []
+    except (RuntimeError, OSError):
+        return []
+    if source == place:
+        return [f"OUT is {label} itself ({place}): choose another output folder"]
+    if place in source.parents:
+        return [f"OUT ({place}) contains {label}: choose another output folder"]
+    return []
+
+
 class Format(StrEnum):
     """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/packed-format.md)."""
 

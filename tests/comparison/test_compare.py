@@ -262,6 +262,8 @@ def test_a_file_of_tokens_is_named_as_it_is(settings: dict[str, Any]) -> None:
     (tokens,) = settings["output"].glob("calibration-*.safetensors")
     comparison = compare(CompareConfig(**small | {"calibration": str(tokens), "samples": 128, "seqlen": 2048}))
     assert (comparison.settings["samples"], comparison.settings["seqlen"]) == (3, 24)
+    again = compare(CompareConfig(**small | {"calibration": str(tokens), "samples": 128, "seqlen": 2048}))
+    assert again.settings == comparison.settings  # with every cell kept
     with pytest.raises(SettingsError, match="give one seed"):
         CompareConfig(**small | {"calibration": str(tokens), "seeds": (0, 1)})
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from llm_barber import EvaluateConfig, Evaluation, evaluate
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.evaluation.texts import evaluation_text
-from tests.conftest import FAMILIES, load_model, make_model
+from tests.conftest import FAMILIES, load_model, make_model, save_tokens
 
 
 def add_tokenizer(folder: Path, bos: bool = False) -> None:
@@ -100,6 +100,8 @@ def test_bad_input(tmp_path: Path, llama: Path, text: str, monkeypatch: pytest.M
     with pytest.raises(CalibrationError, match="no such text: nothing") as caught:
         run(llama, "nothing")
     assert "wikitext2, ptb, c4" in caught.value.hint
+    with pytest.raises(CalibrationError, match="holds tokens, not text"):
+        run(llama, str(save_tokens(tmp_path / "tokens.safetensors")))
     with pytest.raises(CalibrationError, match="has 53 tokens, fewer than one window of 60"):
         run(llama, text, seqlen=60)
     with pytest.raises(CalibrationError, match="beyond the model's 64 positions"):

@@ -221,6 +221,10 @@ def test_what_tuning_gained() -> None:
         ["0", "2.000", "1.000", "1.500", "1"], ["2", "4.000", "5.000", "–", "none"],
     ]  # fmt: skip
     assert page.count("<svg") == 6
+    for layer in report.layers:
+        object.__setattr__(layer, "held_out", (1.0, 2.0))
+    assert run_page(report).count("<svg") == 5  # nothing was gained: no figure
+    assert "none in 3 layers" in run_page(report)
 
 
 def test_one_layer() -> None:

@@ -161,8 +161,8 @@ OPTIONS: dict[str, Any] = {
         "builtin, c4, wikitext2 (from the hub), or a .txt, .jsonl, .parquet or .safetensors (input_ids) file.",
         metavar="NAME|FILE",
     ),
-    "samples": option(int, CALIBRATION, "Windows of text."),
-    "seqlen": option(int, CALIBRATION, "Tokens a window."),
+    "samples": option(int, CALIBRATION, "Windows of text; a .safetensors file has as many as it has."),
+    "seqlen": option(int, CALIBRATION, "Tokens a window; those of a .safetensors file are as long as they are."),
     "bos": option(
         bool,
         CALIBRATION,

@@ -80,7 +80,7 @@ def plan(
         float,
         typer.Option(
             metavar="BYTES/S",
-            help="Between processes: ten times as fast between the GPUs of one machine. (default: 10e9)",
+            help="Between --processes: ten times as fast between the GPUs of one machine. (default: 10e9)",
             show_default=False,
             rich_help_panel=MACHINE,
         ),

@@ -115,7 +115,10 @@ def compare(
         runner = make_runner(config, folder, progress, evaluator)
         cells = list(plan_cells(config))
         missing = [cell for cell in cells if not _finished(runner, config, cell)]
-        shape = (config.samples, config.seqlen)
+        shape: tuple[int, ...] = (config.samples, config.seqlen)
+        if config.calibration.endswith(TOKEN_FILE_SUFFIX):  # whose windows are as they are, computed anew or not
+            windows = load_calibration(config.calibration, lambda: None, config.samples, config.seqlen, seed=0)
+            shape = windows.input_ids.shape
         calibrations: dict[int, Path] = {}  # by seed
         for seed in dict.fromkeys(cell.seed for cell in missing):
             # Made before anything is measured: a text that is too short is told now, and no cell's time has it.

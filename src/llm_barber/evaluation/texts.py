@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llm_barber.calibration import read_text
+from llm_barber.calibration import TOKEN_FILE_SUFFIX, read_text
 from llm_barber.errors import CalibrationError, HubError
 from llm_barber.windows import TextTokenizer, windows_of
 
@@ -39,11 +39,13 @@ def evaluation_text(name: str) -> str:
 
 
 def check_text(name: str) -> None:
-    """Refuse what is neither a known name nor a file, without reading it.
+    """Refuse what is neither a known name nor a file of text, without reading it.
 
     Raises:
         CalibrationError: it is neither.
     """
+    if name.endswith(TOKEN_FILE_SUFFIX):
+        raise CalibrationError(f"{name} holds tokens, not text", "give a .txt, .jsonl or .parquet file")
     if name not in KNOWN and not Path(name).expanduser().is_file():
         raise CalibrationError(
             f"no such text: {name}", f"known are {', '.join(KNOWN)}, or a .txt, .jsonl or .parquet file"

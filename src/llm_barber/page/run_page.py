@@ -87,18 +87,18 @@ def _tuning(report: RunReport) -> dict[str, Any] | None:
     passes = max(len(layer.held_out) for layer in layers) - 1
     names = [f"pass {number + 1}" for number in range(passes)]
     shares = {
-        (name, layer.index): 1 - error / layer.held_out[0]
+        (name, layer.index): max(0.0, 1 - error / layer.held_out[0])
         for layer in layers
         for name, error in zip(names, layer.held_out[1:], strict=False)
         if layer.held_out[0]
     }
-    kept = Counter(layer.kept_pass for layer in layers)
+    kept = Counter(layer.kept_pass or 0 for layer in layers)
     label = "share of the distance on held-out windows that is gone, by pass and decoder layer"
     return {
         "layers": layers,
         "passes": names,
         "kept": [(number, kept[number]) for number in sorted(kept, reverse=True)],
-        "figure": _map("tuning", report, shares, label, True) if shares else None,
+        "figure": _map("tuning", report, shares, label, True) if any(shares.values()) else None,
     }
 
 

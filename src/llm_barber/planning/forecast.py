@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -37,8 +37,11 @@ BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
 TEXT_BYTES, VOCABULARY_BYTES = 150 * 2**20, 350
 
 
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class PlanConfig(PruneConfig):
-    """Settings of `plan`: those of `prune`, and of the machine. A rate that is named makes it another machine.
+    """Settings of `plan`: those of `prune`, and of the machine; `flops` make it another one than this.
 
     Raises:
         SettingsError: any of them is wrong; all wrong ones are named.
@@ -46,12 +49,12 @@ class PlanConfig(PruneConfig):
 
     output: Path = Field(default=Path("pruned"), description="not written")
     processes: tuple[int, ...] = Field(default=(1,), description="how many share the calibration windows")
-    flops: float | None = Field(default=None, gt=0, description="FLOP/s of another machine; None: this one, measured")
-    float32_flops: float | None = Field(default=None, gt=0, description="FLOP/s of float32 products; None: an eighth")
-    memory_bandwidth: float | None = Field(default=None, gt=0, description="bytes/s of the device's memory")
-    link: float | None = Field(default=None, gt=0, description="bytes/s between host and device")
-    network: float = Field(default=NETWORK, gt=0, description="bytes/s between processes")
-    bandwidth: float | None = Field(default=None, gt=0, description="bytes/s of the disk")
+    flops: Rate | None = Field(default=None, description="FLOP/s of another machine; None: this one, measured")
+    float32_flops: Rate | None = Field(default=None, description="FLOP/s of float32 products; None: an eighth")
+    memory_bandwidth: Rate | None = Field(default=None, description="bytes/s of the device's memory")
+    link: Rate | None = Field(default=None, description="bytes/s between host and device")
+    network: Rate = Field(default=NETWORK, description="bytes/s between processes")
+    bandwidth: Rate | None = Field(default=None, description="bytes/s of the disk")
 
     @field_validator("processes", mode="before")
     @classmethod
@@ -69,7 +72,10 @@ class PlanConfig(PruneConfig):
         if self.flops is None and any(
             one is not None for one in (self.float32_flops, self.memory_bandwidth, self.link)
         ):
-            raise ValueError("float32_flops, memory_bandwidth and link are of a named machine: give flops, too")
+            raise ValueError(
+                "float32_flops, memory_bandwidth and link (between host and device) are of a named machine: give "
+                "flops, too; between processes it is network"
+            )
         if max(self.processes) > self.samples:
             raise ValueError(f"{max(self.processes)} processes cannot share {self.samples} windows: give more samples")
         return self

@@ -41,7 +41,9 @@ def show_forecast(found: Forecast) -> None:
         )  # fmt: skip
     console.print(table)
     rates = found.rates
-    between = f", {amount(rates['reduced'])}B/s between processes" if len(found.runs) > 1 else ""
+    between = (
+        f", {amount(rates['reduced'])}B/s between processes" if any(run.processes > 1 for run in found.runs) else ""
+    )
     console.print(
         f"{'this machine, as measured just now' if found.measured else 'a machine with'}: "
         f"{amount(rates['products'])}FLOP/s, {amount(rates['grams'])}FLOP/s of Gram matrices, "
