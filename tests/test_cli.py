@@ -16,7 +16,7 @@ from tests.conftest import make_model, save_tokens
 ROOT = Path(__file__).parent.parent
 # Settings of `prune` that change nothing that `plan` says.
 PLAN_LEAVES = (
-    "calibration", "bos", "seed", "initial_granularity", "keep_updates", "include", "exclude", "skip_layers",
+    "bos", "seed", "initial_granularity", "keep_updates", "include", "exclude", "skip_layers",
     "sparsities", "format", "overwrite", "resume", "report",
 )  # fmt: skip
 
