@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from llm_barber.checkpoint.companions import companions
@@ -13,7 +13,7 @@ from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings import Settings, same_folder
+from llm_barber.settings import CopySettings
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = (
@@ -23,19 +23,11 @@ DTYPES = (
 AGAIN = "get the checkpoint again, whole"
 
 
-class ConvertConfig(Settings):
+class ConvertConfig(CopySettings):
     """Settings of `convert`."""
 
     model: str = Field(description="folder or hub id with pytorch_model*.bin")
-    output: Path = Field(description="folder to write; it appears when it is complete")
     revision: str | None = Field(None, description="of a hub id")
-    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
-
-    @model_validator(mode="after")
-    def _output_is_another(self) -> Self:
-        if problems := same_folder("MODEL", self.model, self.output):
-            raise ValueError("; ".join(problems))
-        return self
 
 
 class ConvertReport(BaseModel):

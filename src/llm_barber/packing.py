@@ -3,10 +3,8 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor
 
@@ -16,21 +14,13 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings import Settings, same_folder
+from llm_barber.settings import CopySettings
 
 
-class PackConfig(Settings):
+class PackConfig(CopySettings):
     """Settings of `pack` and `unpack`."""
 
     model: str = Field(description="folder to pack or unpack")
-    output: Path = Field(description="folder to write; it appears when it is complete")
-    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
-
-    @model_validator(mode="after")
-    def _output_is_another(self) -> Self:
-        if problems := same_folder("MODEL", self.model, self.output):
-            raise ValueError("; ".join(problems))
-        return self
 
 
 class PackReport(BaseModel):

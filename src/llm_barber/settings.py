@@ -3,9 +3,9 @@
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
@@ -58,6 +58,20 @@ def same_folder(label: str, model: str, output: Path) -> list[str]:
     if place in source.parents:
         return [f"OUT ({place}) contains {label}: choose another output folder"]
     return []
+
+
+class CopySettings(Settings):
+    """Of what writes a copy of a model in another form."""
+
+    model: str = Field(description="folder")
+    output: Path = Field(description="folder to write; it appears when it is complete")
+    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
+
+    @model_validator(mode="after")
+    def _output_is_another(self) -> Self:
+        if problems := same_folder("MODEL", self.model, self.output):
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class Format(StrEnum):

@@ -77,14 +77,13 @@ def plan(
         ),
     ] = None,
     network: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="BYTES/S",
             help="Between --processes: ten times as fast between the GPUs of one machine. (default: 10e9)",
-            show_default=False,
             rich_help_panel=MACHINE,
         ),
-    ] = 10e9,
+    ] = None,
     bandwidth: Annotated[
         float | None,
         typer.Option(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, load_calibration
@@ -123,8 +122,6 @@ def compare(
         for seed in dict.fromkeys(cell.seed for cell in missing):
             # Made before anything is measured: a text that is too short is told now, and no cell's time has it.
             calibrations[seed] = calibration_file(config, runner, folder, seed, progress)
-            with safe_open(calibrations[seed], "pt") as tokens:
-                shape = tuple(tokens.get_slice("input_ids").get_shape())
         dense = runner.dense(progress)
         results: list[ComparisonCell] = []
 

@@ -103,9 +103,7 @@ class DecoderLayer:
 
             return hook
 
-        with ExitStack() as stack:
-            for name, linear in self.linears.items():
-                stack.enter_context(removed(linear.register_forward_pre_hook(visit(name))))
+        with removed(*(linear.register_forward_pre_hook(visit(name)) for name, linear in self.linears.items())):
             self._run(hidden)
         if waiting:
             raise ModelError(

@@ -1,7 +1,7 @@
 """Look into a decoder layer while it runs: notes of what passes its modules, early ends, kept outputs for new ones."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,9 +47,7 @@ class LayerHooks:
 
             return hook
 
-        with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(removed(self._module.get_submodule(name).register_forward_pre_hook(note(name))))
+        with removed(*(self._module.get_submodule(name).register_forward_pre_hook(note(name)) for name in names)):
             yield found
 
     @contextmanager
@@ -66,9 +64,7 @@ class LayerHooks:
 
             return hook
 
-        with ExitStack() as stack:
-            for name in linears:
-                stack.enter_context(removed(self._module.get_submodule(name).register_forward_hook(record(name))))
+        with removed(*(self._module.get_submodule(name).register_forward_hook(record(name)) for name in linears)):
             yield ends
 
     @contextmanager
@@ -104,9 +100,10 @@ class LayerHooks:
 
 
 @contextmanager
-def removed(handle: Any) -> Iterator[None]:
-    """A hook that is taken off at the end."""
+def removed(*handles: Any) -> Iterator[None]:
+    """Hooks that are taken off at the end."""
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

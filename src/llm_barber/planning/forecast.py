@@ -30,7 +30,7 @@ from llm_barber.usage import current_memory
 
 # Of a named machine, where nothing else is said: bytes/s, and of a process that has done nothing yet, bytes.
 MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9
-NETWORK = 10e9  # between processes, of any machine: it is not measured
+NETWORK = 10e9  # bytes/s between processes of any machine, where nothing is said: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
 # What reading a text and cutting it into windows leaves in memory, and for each token that the tokenizer knows; as seen
 # with vocabularies of 49,152 and 262,144.
@@ -53,7 +53,7 @@ class PlanConfig(PruneConfig):
     float32_flops: Rate | None = Field(default=None, description="FLOP/s of float32 products; None: an eighth")
     memory_bandwidth: Rate | None = Field(default=None, description="bytes/s of the device's memory")
     link: Rate | None = Field(default=None, description="bytes/s between host and device")
-    network: Rate = Field(default=NETWORK, description="bytes/s between processes")
+    network: Rate | None = Field(default=None, description="bytes/s between processes")
     bandwidth: Rate | None = Field(default=None, description="bytes/s of the disk")
 
     @field_validator("processes", mode="before")
@@ -175,14 +175,15 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
     bare = current_memory() + _of_text(config, model) if own else int(BARE_PROCESS[device.type])
     recipe = Recipe.of(config, batch, dtype, stored, device)
+    network = config.network or NETWORK
     if config.flops is None:
         progress.stage("measuring this machine")
-        rates = measured_rates(model, recipe, dtype, device, config.network)
+        rates = measured_rates(model, recipe, dtype, device, network)
         rates = rates if config.bandwidth is None else replace(rates, read=config.bandwidth, written=config.bandwidth)
     else:
         memory, link = config.memory_bandwidth or MEMORY_BANDWIDTH, config.link or LINK
         disk = config.bandwidth or DISK
-        rates = named_rates(config.flops, config.float32_flops, memory, link, config.network, disk, dtype)
+        rates = named_rates(config.flops, config.float32_flops, memory, link, network, disk, dtype)
     return Forecast(
         model=config.model,
         architecture=described.model_type,
