@@ -228,19 +228,28 @@ def test_one_that_is_slow_is_waited_for(slow: int, short_silence: float) -> None
     assert together(2, work) == [0, 0]
 
 
-def test_those_that_are_stopped_together_go_on(short_silence: float) -> None:
+def test_those_that_are_stopped_together_go_on(tmp_path: Path, short_silence: float) -> None:
+    def stop_and_go_on(processes: list[int]) -> None:
+        for signalled, pause in ((signal.SIGSTOP, 1.5 * short_silence), (signal.SIGCONT, 0)):
+            for process in processes:
+                os.kill(process, signalled)
+            time.sleep(pause)
+        (tmp_path / "both went on").touch()
+
     def work(rank: int) -> None:
         with joined() as ranks:
             own, first = os.getpid(), ranks.from_first(os.getpid())
             ranks.wait()
             time.sleep(0.5)  # each has heard the other
             if rank and os.fork() == 0:
-                for signalled, pause in ((signal.SIGSTOP, 1.5 * short_silence), (signal.SIGCONT, 0)):
-                    for process in (first, own):
-                        os.kill(process, signalled)
-                    time.sleep(pause)
-                os._exit(0)
-            time.sleep(short_silence)
+                try:
+                    stop_and_go_on([first, own])
+                finally:
+                    os._exit(0)  # whatever happened: the group is not this process's to leave
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "both went on").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
     assert together(2, work) == [0, 0]
 
