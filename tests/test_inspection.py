@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,13 @@ def test_a_record_that_is_damaged_or_of_another_model(pruned: Path, llama: Path)
 def test_a_changed_configuration_is_found(pruned: Path) -> None:
     change_json(pruned / "config.json", rms_norm_eps=1.0)
     assert problems(pruned) == "config.json has changed since it was written (sha256)"
+
+
+def test_a_file_that_the_record_leaves_out_is_found(pruned: Path) -> None:
+    files = json.loads((pruned / "barber.json").read_text())["files"]
+    del files["model-00002-of-00003.safetensors"]
+    change_json(pruned / "barber.json", files=files)
+    assert problems(pruned) == "model-00002-of-00003.safetensors is in the folder, not in the record"
 
 
 def test_an_unknown_architecture_is_inspected_by_structure(pruned: Path) -> None:

@@ -98,7 +98,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         problems = _compare_names(source.tensors.keys(), dense.tensors.keys(), origins.keys())
     if record is not None:
         if not source.packed:  # the record is of the files that were packed
-            problems += _check_files(source.folder, record, progress)
+            problems += _check_files(source, record, progress)
         expected = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
         missing = expected.keys() - {(one.layer, one.name) for found in linears.values() for one in found}
         problems += [f"layer {index} {name} is in the record, not in the checkpoint" for index, name in sorted(missing)]
@@ -244,9 +244,11 @@ def _check_record(found: LinearInspection, expected: LinearResult | None, tensor
     return problems
 
 
-def _check_files(folder: Path, record: RunReport, progress: Progress) -> list[str]:
+def _check_files(source: CheckpointSource, record: RunReport, progress: Progress) -> list[str]:
+    folder = source.folder
     progress.start("checking files", len(record.files))
-    problems = []
+    loaded = {"config.json"} | {info.file for info in source.tensors.values()}
+    problems = [f"{name} is in the folder, not in the record" for name in sorted(loaded - record.files.keys())]
     for name, digest in record.files.items():
         path = folder / name
         if path.parent not in (folder, folder / CHAT_TEMPLATES) or not path.is_file():

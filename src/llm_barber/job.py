@@ -264,6 +264,12 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
         settings.bos,
     )
     sequences, seqlen = tokens.input_ids.shape
+    for name, taken in (("samples", sequences), ("seqlen", seqlen)):
+        if getattr(settings, name) not in (taken, type(settings).model_fields[name].default):
+            progress.warn(
+                f"--{name} {getattr(settings, name)} counts for nothing: {settings.calibration} has {sequences} "
+                f"windows of {seqlen} tokens, and all are taken"
+            )
     ranks.shares(sequences, 0)  # there are enough
     check_positions(text_config, seqlen)
     check_vocabulary(text_config, tokens.input_ids)

@@ -140,8 +140,9 @@ class ErrorChange:
 class RunReport(_Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
-    `initial` is the method of the initial mask, `method` and `refinement` say it in words. `seconds` are wall-clock
-    seconds by stage; `peak_memory` and `peak_device_memory` are bytes. `loaded_by`: the class of transformers.
+    `initial` is the method of the initial mask, `method` and `refinement` say it in words; `held_out` calibration
+    windows decided what of the refinement was kept. `seconds` are wall-clock seconds by stage; `peak_memory` and
+    `peak_device_memory` are bytes. `loaded_by`: the class of transformers.
     """
 
     record_version: int = RECORD_VERSION
@@ -155,6 +156,7 @@ class RunReport(_Result):
     granularity: str | None
     rebuild_ratio: float | None
     refinement: str | None = None
+    held_out: int = 0
     allocation: str = "uniform"
     kept_weights: KeptWeights = KeptWeights.DENSE
     loaded_by: str = "AutoModelForCausalLM"

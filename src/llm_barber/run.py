@@ -175,6 +175,7 @@ def _write_rest(
         granularity=work.rebuild_settings.granularity if work.rebuild_settings else None,
         rebuild_ratio=work.rebuild_settings.ratio if work.rebuild_settings else None,
         refinement=work.refine_settings.words if work.refine_settings else None,
+        held_out=work.refine_settings.held_out if work.refine_settings else 0,
         allocation=work.allocation,
         kept_weights=kept_weights(work.config),
         loaded_by=auto_class(job.skeleton.model.config).__name__,
