@@ -64,7 +64,7 @@ def shapes(report: RunReport) -> list[tuple[int, int]]:
 
 def forward_flops(report: RunReport, config: Any) -> float:
     """FLOPs of one forward of all decoder layers: linears, and causal attention (half of all pairs of tokens)."""
-    sequences, tokens = report.calibration["sequences"], report.calibration["tokens"]
+    sequences, tokens = report.calibration.sequences, report.calibration.tokens
     linears = sum(2 * rows * columns for rows, columns in shapes(report)) * sequences * tokens
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -93,9 +93,18 @@ def test_a_record_that_is_damaged_or_of_another_model(pruned: Path, llama: Path)
     change_json(pruned / "barber.json", record_version=99)
     with pytest.raises(ModelError, match="has version 99"):
         problems(pruned)
-    change_json(pruned / "barber.json", layers=3)
-    with pytest.raises(ModelError, match="is not a record of this program"):
-        problems(pruned)
+    for wrong in (
+        {"layers": 3},
+        {"calibration": {}},
+        {"seconds": {}},
+        {"versions": {}},
+        {"granularity": "row", "rebuild_ratio": None},
+        {"settings": {"include": 1}},
+    ):
+        (pruned / "barber.json").write_text(record)
+        change_json(pruned / "barber.json", **wrong)
+        with pytest.raises(ModelError, match="is not a record of this program"):
+            problems(pruned)
 
 
 def test_a_changed_configuration_is_found(pruned: Path) -> None:

@@ -143,7 +143,7 @@ def test_the_record_is_complete(tmp_path: Path, llama: Path, tokens: Path) -> No
         "sequences": 4,
         "tokens": 24,
         "first_token": None,  # random windows begin with this and that
-        "sha256": report.calibration["sha256"],
+        "sha256": report.calibration.sha256,
     }
     assert set(record["versions"]) >= {"torch", "transformers", "llm-barber", "python"}
     assert len(record["layers"]) == 2

@@ -48,8 +48,8 @@ def model_card(report: RunReport) -> str:
         f"| method | {how} |",
         f"| pattern | {report.pattern} |",
         f"| weights pruned | {report.pruned:,} of {report.weights:,} in linears ({report.sparsity:.2%}) |",
-        f"| calibration | {report.calibration['source']}, {report.calibration['sequences']} windows of "
-        f"{report.calibration['tokens']} tokens, seed {report.settings.get('seed')} |",
+        f"| calibration | {report.calibration.source}, {report.calibration.sequences} windows of "
+        f"{report.calibration.tokens} tokens, seed {report.settings.get('seed')} |",
         f"| computed in | {report.dtype} on {report.device} |",
         f"| time, peak memory | {report.seconds['total']:.1f} s, {report.peak_memory / 2**30:.2f} GiB |",
         "",

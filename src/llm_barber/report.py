@@ -4,13 +4,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from llm_barber.model.architecture import kind_of
 
 RECORD_VERSION = 1
+# Of the settings that a page shows: what they are, if they are there.
+SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
 PAGE_NAME = "report.html"
 
 
@@ -25,7 +27,7 @@ class LinearResult(_Result):
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[PositiveInt, PositiveInt]
     pruned: int
     zeros: int
     beneficial_pairs: int = 0
@@ -97,6 +99,12 @@ class BlockResult(_Result):
     rejected: bool = False
     linears: tuple[LinearResult, ...]
 
+    @model_validator(mode="after")
+    def _both_errors_or_none(self) -> Self:
+        if (self.error_before is None) != (self.error_after is None):
+            raise ValueError("an error before has one after")
+        return self
+
 
 class LayerResult(_Result):
     """One decoder layer.
@@ -137,6 +145,16 @@ class ErrorChange:
         return self.layers - self.fell - self.rose
 
 
+class CalibrationResult(_Result):
+    """The calibration text: what it was made from, its windows, `first_token` that all begin with, `sha256` of all."""
+
+    source: str
+    sequences: int
+    tokens: int
+    first_token: int | None = None
+    sha256: str
+
+
 class RunReport(_Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
@@ -160,7 +178,7 @@ class RunReport(_Result):
     allocation: str = "uniform"
     kept_weights: KeptWeights = KeptWeights.DENSE
     loaded_by: str = "AutoModelForCausalLM"
-    calibration: dict[str, Any]
+    calibration: CalibrationResult
     device: str
     dtype: str
     versions: dict[str, str]
@@ -170,6 +188,17 @@ class RunReport(_Result):
     peak_memory: int
     peak_device_memory: int | None = None
     files: dict[str, str]
+
+    @model_validator(mode="after")
+    def _can_be_shown(self) -> Self:
+        for name, kind in SHOWN.items():
+            if self.settings.get(name) is not None and not isinstance(self.settings[name], kind):
+                raise ValueError(f"settings: {name} is no {kind.__name__}")
+        if self.granularity is not None and self.rebuild_ratio is None:
+            raise ValueError("a granularity has a rebuild ratio")
+        if "total" not in self.seconds or "llm-barber" not in self.versions:
+            raise ValueError("seconds have a total, versions llm-barber's")
+        return self
 
     @property
     def pruned(self) -> int:

@@ -29,7 +29,7 @@ from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.model_card import model_card
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
-from llm_barber.report import PAGE_NAME, LayerResult, RunReport
+from llm_barber.report import PAGE_NAME, CalibrationResult, LayerResult, RunReport
 from llm_barber.resuming import as_before, finished_layers, told_how_to_go_on, used_by
 from llm_barber.settings import Format
 from llm_barber.usage import versions
@@ -164,6 +164,7 @@ def _write_rest(
     for path in job.source.companions():
         untied = job.prunes_head and path.name == "config.json"
         writer.copy(path, job.source.folder, _untied(path) if untied else None)
+    sequences, seqlen = job.tokens.input_ids.shape
     report = RunReport(
         command=work.command,
         model=work.model,
@@ -179,13 +180,13 @@ def _write_rest(
         allocation=work.allocation,
         kept_weights=kept_weights(work.config),
         loaded_by=auto_class(job.skeleton.model.config).__name__,
-        calibration={
-            "source": job.tokens.source,
-            "sequences": job.tokens.input_ids.shape[0],
-            "tokens": job.tokens.input_ids.shape[1],
-            "first_token": job.tokens.first_token,
-            "sha256": job.tokens.digest,
-        },
+        calibration=CalibrationResult(
+            source=job.tokens.source,
+            sequences=sequences,
+            tokens=seqlen,
+            first_token=job.tokens.first_token,
+            sha256=job.tokens.digest,
+        ),
         device=str(job.skeleton.device),
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         versions=versions(),
