@@ -18,8 +18,8 @@ from llm_barber.checkpoint.state import sync_file
 from llm_barber.masking.selection import sort_values
 from llm_barber.masking.statistics import exact_half_products
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
-from llm_barber.planning.costs import ROW
 from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.refining_costs import ROW
 from llm_barber.planning.shapes import ModelShapes
 from llm_barber.planning.work import Work
 
