@@ -1,8 +1,9 @@
 """How near `plan` comes to what `prune` then takes: seconds and peak memory, three models, two presets.
 
-SmolLM2-135M and two synthetic LLaMA-shaped checkpoints; `--model` adds others. Each plan and each run is a process of
-its own. `--times 2` makes each twice: the least of the seconds counts, since other work only adds to them; CPU seconds
-are shown beside them, for the same reason. About ten minutes on one idle core.
+SmolLM2-135M and two synthetic LLaMA-shaped checkpoints, or others. A plan counts every pass of tuning; real models make
+nearly all of them, random ones stop sooner unless no windows are held out to say so: none are here. Each plan and each
+run is a process of its own. `--times 2` makes each twice: the least of the seconds counts, since other work only adds
+to them; CPU seconds are shown beside them, for the same reason. About a quarter of an hour on one idle core.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_accuracy.py
 """
@@ -12,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,16 @@ print(json.dumps(json.loads(report.to_json()) | {"cpu": time.process_time() - be
 """
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A model to plan and to prune; `guard`: share of the windows held out, None: the default."""
+
+    label: str
+    model: str
+    calibration: str = "builtin"
+    guard: float | None = None
+
+
 def call(*arguments: str) -> dict[str, Any]:
     """The record that a command prints."""
     found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
@@ -48,30 +60,43 @@ def call(*arguments: str) -> dict[str, Any]:
     return record
 
 
-def models(folder: Path, others: list[str]) -> list[tuple[str, str, str]]:
-    """Labels, places and calibration texts: real models with the text that comes with the program."""
-    found = [("SmolLM2-135M", model_folder(None), "builtin")]
-    found += [(Path(one).stem, model_folder(one), "builtin") for one in others]
+def random_models(folder: Path) -> list[Subject]:
+    """Synthetic checkpoints with random tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = folder / "tokens.safetensors"
+    found = []
     save_file({"input_ids": torch.randint(0, VOCABULARY, (SEQUENCES, TOKENS), generator=generator)}, tokens)
     for layers, hidden, mlp in SIZES:
         model = write_llama(folder / str(hidden), layers, hidden, mlp, hidden // 64, VOCABULARY, torch.float32)
-        found.append((f"random, {layers} × {hidden}", str(model), str(tokens)))
+        found.append(Subject(f"random, {layers} × {hidden}", str(model), str(tokens), guard=0.0))
     return found
 
 
-def measure(
-    folder: Path, model: str, calibration: str, label: str, preset: str, dtype: str, times: int
-) -> list[list[str]]:
+def subjects(folder: Path, names: list[str]) -> list[Subject]:
+    """The models that are named, with the text that comes with the program, if they are real."""
+    found = []
+    for name in names:
+        if name == "random":
+            found += random_models(folder)
+        elif name == "smollm2":
+            found.append(Subject("SmolLM2-135M", model_folder(None)))
+        else:
+            found.append(Subject(Path(name).stem, model_folder(name)))
+    return found
+
+
+def measure(folder: Path, one: Subject, preset: str, dtype: str, times: int) -> list[list[str]]:
     """Rows of the two tables."""
+    label, model, calibration = one.label, one.model, one.calibration
+    guard = [] if one.guard is None or preset == "paper" else ["--guard", str(one.guard)]
     plan = [
         "-m", "llm_barber", "plan", model, "--calibration", calibration, "--samples", str(SEQUENCES),
-        "--seqlen", str(TOKENS), "--preset", preset, "--dtype", dtype, "--json", "--quiet",
+        "--seqlen", str(TOKENS), "--preset", preset, "--dtype", dtype, "--json", "--quiet", *guard,
     ]  # fmt: skip
     settings = {
         "model": model, "output": str(folder / "out"), "calibration": calibration, "samples": SEQUENCES,
         "seqlen": TOKENS, "preset": preset, "dtype": dtype, "overwrite": True, "report": False,
+        **({"guard": one.guard} if guard else {}),
     }  # fmt: skip
     run = min((call(*plan)["runs"][0] for _ in range(times)), key=lambda one: float(one["seconds"]))
     reports = [call("-c", PRUNE, json.dumps(settings)) for _ in range(times)]
@@ -96,15 +121,15 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", default="paper,mask")
-    parser.add_argument("--model", action="append", default=[], help="measure this one, too; may be repeated")
+    parser.add_argument("--models", default="smollm2,random", help="those, or folders, hub ids and GGUF files")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--times", type=int, default=1)
     given = parser.parse_args()
     rows, stages = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for label, model, calibration in models(Path(folder), given.model):
+        for one in subjects(Path(folder), given.models.split(",")):
             for preset in given.presets.split(","):
-                found = measure(Path(folder), model, calibration, label, preset, given.dtype, given.times)
+                found = measure(Path(folder), one, preset, given.dtype, given.times)
                 print(" | ".join(found[0]), file=sys.stderr)
                 rows.append(found[0])
                 stages.append(found[1])
