@@ -106,11 +106,13 @@ def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
 
 
 def _embedding(model: ModelShapes, recipe: Recipe) -> Held:
-    """The parameters outside the layers, a shard at a time: the file's pages and the copies."""
-    shard = min(model.outside * recipe.stored, max(OUTSIDE_SHARD_BYTES, model.embedding * recipe.stored))
-    kept = model.embedding * recipe.stored
+    """The parameters outside the layers, a shard at a time: the file's pages and the copies, and the shard before."""
+    outside, kept = model.outside * recipe.stored, model.embedding * recipe.stored
+    shard = max(OUTSIDE_SHARD_BYTES, kept)
+    first = min(outside, shard)
+    before = min(outside - first, shard)
     embedded = Held(host=kept + _streams(model, recipe, 1), device=model.embedding * _converted(recipe))
-    return max(Held(host=2 * shard + kept), embedded, key=lambda one: one.host)
+    return max(Held(host=2 * first + before), embedded, key=lambda one: one.host)
 
 
 def _converted(recipe: Recipe) -> float:
