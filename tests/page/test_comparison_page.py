@@ -48,6 +48,18 @@ def test_the_picture_is_a_file_of_its_own() -> None:
     assert "<svg" not in comparison_page(empty)
 
 
+def test_every_method_of_the_key_has_a_colour_of_its_own_in_both_schemes() -> None:
+    page = comparison_page(make_wide())
+    key = page[page.index('class="key"') :]
+    used = re.findall(r'<i style="border-color: var\((--[\w-]+)\)">', key[: key.index("</p>")])
+    assert len(set(used)) == len(used) == len(Method)
+    schemes = [
+        dict(re.findall(r"(--series-\d+): (#\w+)", part)) for part in page.split("prefers-color-scheme: dark")[:2]
+    ]
+    for scheme in schemes:
+        assert len({scheme[name] for name in used}) == len(Method)
+
+
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_nothing_overflows_in_a_browser(tmp_path: Path, dark: bool) -> None:

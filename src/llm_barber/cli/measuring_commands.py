@@ -114,7 +114,7 @@ def compare(
         str,
         typer.Option(
             metavar="NAME,…",
-            help="Rows of the table: methods, and the presets mask and best, which take longest; also alps.",
+            help="Rows of the table: methods, and the presets mask and best, which take longest; also alps, paper.",
             rich_help_panel=METHOD,
         ),
     ] = "magnitude,sparsegpt,sparsegpt-updates,wanda,ria,dsnot,mask,best",

@@ -20,7 +20,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class Method(StrEnum):
     """A row of the table; SparseGPT once with the dense weights under its mask and once with its updated ones.
 
-    `mask` and `best` are the presets of those names.
+    `mask`, `best` and `paper` are the presets of those names; `paper` rebuilds Wanda's mask as published.
     """
 
     MAGNITUDE = "magnitude"
@@ -32,6 +32,7 @@ class Method(StrEnum):
     ALPS = "alps"
     MASK = "mask"
     BEST = "best"
+    PAPER = "paper"
 
     @property
     def initial(self) -> Initial:
@@ -43,7 +44,7 @@ class Method(StrEnum):
     @property
     def preset(self) -> Preset | None:
         """The preset that it is; None: a method by itself."""
-        return Preset(self.value) if self in (Method.MASK, Method.BEST) else None
+        return Preset(self.value) if self.value in list(Preset) else None
 
     @property
     def keeps_updates(self) -> bool:
@@ -52,7 +53,7 @@ class Method(StrEnum):
 
 
 # The paper's rows and its peers'; the others are asked for.
-PEERS = tuple(method for method in Method if method not in (Method.ALPS, Method.MASK, Method.BEST))
+PEERS = tuple(method for method in Method if method.preset is None and method is not Method.ALPS)
 ROWS = (*PEERS, Method.MASK, Method.BEST)  # of a comparison, unless others are asked for
 
 

@@ -21,6 +21,7 @@ TITLES = {
     Method.ALPS: "ALPS, its weights",
     Method.MASK: "preset mask",
     Method.BEST: "preset best",
+    Method.PAPER: "preset paper",
 }
 REBUILT = " + rebuild"
 ACCURACY = "acc"
