@@ -1,9 +1,11 @@
 """A run that is killed at any moment goes on to the same bytes."""
 
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
 from llm_barber.checkpoint import state as state_module
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, source_key
+from llm_barber.checkpoint.place import REPLACED
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, source_key
+from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
-from tests.conftest import make_model, save_tokens
+from tests.conftest import Listener, make_model, save_tokens
 
 KILLED = 9
 SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
@@ -224,6 +229,45 @@ def test_with_the_first_layer_damaged_it_starts_again(
     goes_on(monkeypatch, tmp_path, model, tokens, [0, 1, 2], **settings)
 
 
+def test_what_is_written_already_needs_no_room_again(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    written = sum(path.stat().st_size for path in (tmp_path / "out.partial").glob("model*.safetensors"))
+    every = CheckpointSource(model).bytes
+    assert 0 < written < every
+    free = every - written
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    goes_on(monkeypatch, tmp_path, model, tokens, [2])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
+    with pytest.raises(OutputError, match="the disk of"):
+        run(model, tmp_path / "other", tokens)
+
+
+def test_a_model_that_was_written_since_is_told_of(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    told = Listener()
+    config = PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, resume=True, **SETTINGS)
+    prune(config, told)
+    assert [one for one in told.warnings if one.startswith("model.safetensors of the model came here since")]
+
+
+def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("llm_barber.checkpoint.writer.write_state", full)
+    with pytest.raises(OutputError, match="is full"), CheckpointWriter(tmp_path / "out", 2, False, 0) as writer:
+        writer.write_shard({"a": torch.ones(1)})
+        writer.finish_layer({}, {}, {}, Used())
+    assert not writer.resumable
+    assert not list(tmp_path.iterdir())
+
+
 def damage(path: Path) -> None:
     """Change its last byte."""
     content = path.read_bytes()
@@ -420,8 +464,9 @@ def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))  # another run
     assert prune(PruneConfig(**settings, resume=True)) == report
     assert weights(tmp_path / "out") == before
+    assert prune(PruneConfig(**settings, resume=True)) == report  # a finished job, queued again
     with pytest.raises(OutputError, match="exists"):
-        prune(PruneConfig(**settings, resume=True))
+        prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))
 
 
 def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, tokens: Path) -> None:
@@ -432,6 +477,7 @@ def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, 
         "initial": "magnitude",
     }
     prune(PruneConfig(**settings))
+    (tmp_path / "out" / REPLACED).touch()
     (tmp_path / "out").rename(tmp_path / "out.replaced-123")
     (tmp_path / "other.replaced-123").mkdir()
     prune(PruneConfig(**settings))

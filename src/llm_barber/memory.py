@@ -39,8 +39,8 @@ def host_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: Checkpo
     if settings.memory is None:
         return HostMemory()
     left = left_for_activations(settings.memory, current_memory(), model_shapes(job.skeleton), recipe)
-    # Beside the output; of a process that does not write it, on a machine that may lack the place, anywhere.
-    beside = (place for place in (writer.work, *writer.work.parents) if place.is_dir() and os.access(place, os.W_OK))
+    # Beside the output; on another machine, that may lack the place, where temporary files go (`TMPDIR`).
+    beside = (place for place in (writer.work, writer.work.parent) if place.is_dir() and os.access(place, os.W_OK))
     return HostMemory(left, next(beside, None))
 
 

@@ -26,8 +26,9 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     Raises:
         BarberError: anything that is wrong with settings, model, calibration or output; nothing is left behind.
     """
+    progress = progress or Silent()
     with joined() as ranks:
-        return _finished_before("prune", config, ranks) or _prune(config, progress or Silent(), ranks)
+        return _finished_before("prune", config, progress, ranks) or _prune(config, progress, ranks)
 
 
 def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
@@ -73,8 +74,9 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
     Raises:
         BarberError: anything that is wrong with settings, models, calibration or output; nothing is left behind.
     """
+    progress = progress or Silent()
     with joined() as ranks:
-        return _finished_before("rebuild", config, ranks) or _rebuild(config, progress or Silent(), ranks)
+        return _finished_before("rebuild", config, progress, ranks) or _rebuild(config, progress, ranks)
 
 
 def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunReport:
@@ -88,21 +90,23 @@ def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunRepo
     return run(work, progress)
 
 
-def _finished_before(command: str, config: RunSettings, ranks: Ranks) -> RunReport | None:
-    """The report of this same run, where it was killed when its output was whole and only its state was left there."""
+def _finished_before(command: str, config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:
+    """The report of this same run, where it is to go on and was finished: as a job is that is queued again."""
     if not config.resume:
         return None
-    return ranks.from_first(_finished(command, config) if ranks.first else None)
+    found = ranks.from_first(_finished(command, config) if ranks.first else None)
+    if found is not None:
+        progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
+    return found
 
 
 def _finished(command: str, config: RunSettings) -> RunReport | None:
-    if not (config.output / STATE_NAME).is_file():
-        return None
     record = read_record(config.output)
     if record is None or record.command != command:
         return None
     recorded = {name: value for name, value in record.settings.items() if name not in UNLIKE}
     if recorded != config.model_dump(mode="json", exclude=UNLIKE):
         return None
-    clear_finished(config.output)
+    if (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
+        clear_finished(config.output)
     return record

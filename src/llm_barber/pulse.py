@@ -101,14 +101,18 @@ class _Pulse:
         return f"llm-barber/pulse/{self.run}/{rank}"
 
     def _end(self, message: str, hint: str) -> None:
+        blocking = True
         try:
-            os.set_blocking(sys.stderr.fileno(), False)
+            blocking = os.get_blocking(sys.stderr.fileno())
+            os.set_blocking(sys.stderr.fileno(), False)  # nobody may be reading it
             sys.stderr.write(
                 f"error: process {self.rank} {message}\n"
                 f"hint: {hint}; the run goes on with --resume, with any number of processes\n"
             )
             sys.stderr.flush()
         finally:
+            with suppress(OSError, ValueError):
+                os.set_blocking(sys.stderr.fileno(), blocking)  # others share it: the terminal, torchrun
             os._exit(EXIT_CODE)
 
 

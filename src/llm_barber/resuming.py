@@ -24,6 +24,12 @@ def as_before(work: Assignment, used: Used, progress: Progress) -> Assignment:
         progress.warn(
             f"finished layers were computed on {used.machine}: here, on {here}, others may be rounded otherwise"
         )
+    written = work.job.source.written
+    if others := [name for name, when in used.written.items() if written.get(name) != when]:
+        progress.warn(
+            f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''} of the model came here since finished "
+            "layers were computed: if what is in it is not the same, start again with --overwrite"
+        )
     if used.batch_size is None or work.config.batch_size is not None:
         return work
     return replace(work, job=replace(work.job, batch_size=used.batch_size))
@@ -38,6 +44,7 @@ def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: Acti
         peak_device_memory=max(on_device, default=None),
         batch_size=streams.batch_size,
         machine=machine(device),
+        written=work.job.source.written,
     )
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llm_barber.checkpoint import state as state_module
-from llm_barber.checkpoint.place import LOCK_NAME, check_output
+from llm_barber.checkpoint.place import LOCK_NAME, REPLACED, check_output
 from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import OutputError
@@ -89,6 +89,15 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
         assert (first.work / "model-00001-of-00001.safetensors").exists()
         first.finish()
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(OutputError, match="cannot be locked: Function not implemented"):
+        write(tmp_path / "out")
 
 
 def test_disk_too_small(tmp_path: Path) -> None:
@@ -233,11 +242,13 @@ def test_the_lock_is_held_until_the_folder_is_gone(tmp_path: Path, monkeypatch: 
 
 
 def test_only_folders_that_runs_replaced_are_removed(tmp_path: Path) -> None:
-    for name in ("out.replaced-123", "out.replaced-mine"):
+    for name in ("out.replaced-123", "out.replaced-124", "out.replaced-mine"):
         (tmp_path / name).mkdir()
+    (tmp_path / "out.replaced-123" / REPLACED).touch()
     (tmp_path / "out.replaced-7").write_text("a file")
     write(tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.replaced-mine", "out.replaced-7"}
+    left = {"out", "out.replaced-124", "out.replaced-mine", "out.replaced-7"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def test_folders_in_the_work_folder_are_no_obstacle(tmp_path: Path) -> None:

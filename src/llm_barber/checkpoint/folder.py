@@ -43,7 +43,7 @@ def take_lock(path: Path, output: Path) -> IO[str]:
         output: what is written by who holds it, for a message.
 
     Raises:
-        OutputError: another run holds it.
+        OutputError: another run holds it, or the file system has no locks.
         OSError: it cannot be written.
     """
     file = path.open("r+" if path.exists() else "w")
@@ -51,6 +51,11 @@ def take_lock(path: Path, output: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
+        if not isinstance(error, BlockingIOError):
+            raise OutputError(
+                f"{path} cannot be locked: {error.strerror}",
+                "some shared file systems have no locks unless mounted with them (flock); choose a folder on another",
+            ) from error
         raise OutputError(f"another run is writing {output}", "wait for it, or choose another output folder") from error
     return file
 

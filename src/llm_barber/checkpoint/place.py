@@ -3,12 +3,14 @@
 import glob
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, sync_folder
 from llm_barber.errors import OutputError
 
 LOCK_NAME = "llm-barber.lock"  # also what tells our work folder from any other
+REPLACED = "llm-barber.replaced"  # what tells a folder that was replaced from any other
 
 
 def work_folder(output: Path) -> Path:
@@ -22,7 +24,7 @@ def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
     Args:
         output: the folder to write.
         overwrite: replace a model folder that is there.
-        needed: bytes that it will take.
+        needed: bytes that it will take; finished shards of its work folder count as there.
 
     Raises:
         OutputError: it exists and is not to be, or must not be, replaced; the disk is too small or not writable.
@@ -35,6 +37,7 @@ def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
     place = next(folder for folder in output.parents if folder.exists())
     if not os.access(place, os.W_OK):
         raise OutputError(f"cannot write in {place}", "choose a folder you can write")
+    needed -= sum(path.stat().st_size for path in work.glob("model*.safetensors"))
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
@@ -66,6 +69,8 @@ def put_in_place(work: Path, output: Path) -> None:
     sync_folder(work)
     replaced = None
     if output.exists():
+        with suppress(OSError):  # it may not be ours to write in: then it stays
+            (output / REPLACED).touch()
         replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
         output.rename(replaced)
     try:
@@ -73,6 +78,7 @@ def put_in_place(work: Path, output: Path) -> None:
     except OSError:
         if replaced is not None:
             replaced.rename(output)
+            (output / REPLACED).unlink(missing_ok=True)
         raise
     sync_folder(output.parent)
     clear_finished(output)
@@ -83,6 +89,16 @@ def clear_finished(output: Path) -> None:
     (output / LOCK_NAME).unlink(missing_ok=True)
     (output / STATE_BEFORE).unlink(missing_ok=True)
     for left in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
-        if left.name.rpartition("-")[2].isdecimal() and left.is_dir():
-            shutil.rmtree(left)  # ours, or of a run that was killed here
+        if (left / REPLACED).is_file():
+            _remove_replaced(left)  # ours, or of a run that was killed here
     (output / STATE_NAME).unlink(missing_ok=True)  # last: while it is there, a killed run can be told to do this
+
+
+def _remove_replaced(folder: Path) -> None:
+    """Its marker goes last, so that what a killed run leaves is known."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != REPLACED:
+            path.unlink()
+    shutil.rmtree(folder)

@@ -76,6 +76,9 @@ class CheckpointSource:
         self.places: Mapping[str, Place] = {}  # of the model's parameters, by its names; see `naming.py`
         self.configuration = self._read_configuration()
         self.tensors = self._read_headers()
+        files = {"config.json"} | {info.file for info in self.tensors.values()}
+        # When each was written, in ns: an unfinished run asks whether it is still the one that it began with.
+        self.written = {name: (self.folder / name).stat().st_mtime_ns for name in sorted(files)}
 
     @property
     def model_type(self) -> str:
@@ -245,6 +248,8 @@ class _OpenedFile:
             raise self._damaged(error) from error
 
     def _damaged(self, error: BaseException) -> ModelError:
+        if isinstance(error, FileNotFoundError):
+            return ModelError(f"{self.path} is not there any more", "put it back")
         return ModelError(
             f"{self.path.name} is truncated or not a safetensors file ({error})", "get the file again, whole"
         )

@@ -53,7 +53,10 @@ class Activations(BaseModel):
 
 
 class Used(BaseModel):
-    """What finished layers were computed with: the most memory, in bytes, sequences together, and the machine."""
+    """What finished layers were computed with: the most memory, in bytes, sequences together, and the machine.
+
+    `written`: when each file of the model was, in ns.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,6 +64,7 @@ class Used(BaseModel):
     peak_device_memory: int | None = None
     batch_size: int | None = None
     machine: str = ""
+    written: dict[str, int] = {}
 
 
 class RunState(BaseModel):

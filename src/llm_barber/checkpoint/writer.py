@@ -80,7 +80,7 @@ class CheckpointWriter:
         self._count = 0
 
     def __enter__(self) -> Self:
-        check_output(self.output, self.overwrite, 0 if self.resume else self.needed)
+        check_output(self.output, self.overwrite, self.needed)
         self._made_parents = [folder for folder in self.work.parents if not folder.exists()]
         try:
             self._lock = make_locked(self.work, LOCK_NAME, self.output)
@@ -178,10 +178,8 @@ class CheckpointWriter:
 
     def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
         """Make an allocation durable: it can take as long as some layers."""
-        self.state = self.state.model_copy(
-            update={"sparsities": dict(sparsities), "shards": dict(self._written), "used": used}
-        )
-        write_state(self.work, self.state)
+        found = {"sparsities": dict(sparsities), "shards": dict(self._written), "used": used}
+        self._keep(self.state.model_copy(update=found))
 
     def finish_layer(
         self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], used: Used
@@ -191,16 +189,18 @@ class CheckpointWriter:
         activations = tuple(one for one in self.state.activations if one.layers < len(layers))
         if self._count < self.shards:
             activations = (*activations, save_activations(self.work, len(layers), streams))[-ACTIVATIONS_KEPT:]
-        self.state = self.state.model_copy(
-            update={
-                "shards": dict(self._written),
-                "layers": layers,
-                "seconds": dict(seconds),
-                "used": used,
-                "activations": activations,
-            }
-        )
-        write_state(self.work, self.state)
+        found = {
+            "shards": dict(self._written),
+            "layers": layers,
+            "seconds": dict(seconds),
+            "used": used,
+            "activations": activations,
+        }
+        self._keep(self.state.model_copy(update=found))
+
+    def _keep(self, state: RunState) -> None:
+        write_state(self.work, state)
+        self.state = state  # what is told to be kept is
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
