@@ -10,15 +10,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from llm_barber.calibration import READ_BYTES, READING_BYTES, token_shape
 from llm_barber.cli import _main
 from llm_barber.config import Initial, PruneConfig
 from llm_barber.errors import BarberError, ModelError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
+from llm_barber.model.device import experts_a_token
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.planning.costs import forward, run_costs
-from llm_barber.planning.forecast import TEXT_BYTES, VOCABULARY_BYTES, Forecast, PlanConfig, forecast
+from llm_barber.planning.forecast import VOCABULARY_BYTES, Forecast, PlanConfig, forecast
 from llm_barber.planning.machine import KINDS, named_rates
 from llm_barber.planning.memory import peak_held
 from llm_barber.planning.recipe import Recipe
@@ -27,7 +29,7 @@ from llm_barber.planning.table import amount, duration
 from llm_barber.planning.work import Work
 from llm_barber.presets import Allocation
 from llm_barber.refine_settings import RefineSettings
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, save_tokens
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -251,14 +253,52 @@ def test_a_plan_of_a_folder_a_file_and_a_named_machine(tmp_path: Path, capsys: p
     assert forecast(PlanConfig(model=str(config), flops=1e18, bandwidth=1e6)).runs[0].bottleneck == "disk"
 
 
-def test_text_takes_memory_and_tokens_of_a_file_do_not(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_takes_memory_and_tokens_of_a_file_do_not(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llm_barber.planning.forecast.current_memory", lambda: 2**28)
     monkeypatch.setattr("llm_barber.planning.forecast.measured_rates", lambda *_: RATES)
-    text, tokens = (
-        forecast(PlanConfig(model=str(llama), samples=4, seqlen=32, calibration=one)).runs[0].host_memory
-        for one in ("builtin", "tokens.safetensors")
+    (tmp_path / "short.txt").write_text("a" * 1000)
+    (tmp_path / "long.txt").write_text("a" * 10**7)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=4)
+    seqlen = token_shape(tokens)[1]
+    none, short, long = (
+        forecast(PlanConfig(model=str(llama), samples=4, seqlen=seqlen, calibration=str(one))).runs[0].host_memory
+        for one in (tokens, tmp_path / "short.txt", tmp_path / "long.txt")
     )
-    assert text - tokens == TEXT_BYTES + VOCABULARY_BYTES * AutoConfig.from_pretrained(llama).vocab_size
+    tokenizer = VOCABULARY_BYTES * AutoConfig.from_pretrained(llama).vocab_size
+    assert short - none == tokenizer + READ_BYTES * 1000
+    assert long == 2**28 + tokenizer + READING_BYTES * 10**7  # while it is read
+
+
+def test_a_file_of_tokens_is_planned_with_the_windows_it_has(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_barber.planning.forecast.measured_rates", lambda *_: RATES)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=4)
+    found = forecast(PlanConfig(model=str(llama), calibration=str(tokens)))
+    assert (found.sequences, found.tokens) == token_shape(tokens)
+    with pytest.raises(SettingsError, match="5 processes cannot share 4 windows"):
+        forecast(PlanConfig(model=str(llama), calibration=str(tokens), processes=(5,)))
+
+
+def test_a_named_gpu_computes_as_many_windows_together_as_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    every, some = (
+        forecast(PlanConfig(model=str(tmp_path), flops=400e12, device_memory=memory)) for memory in (None, "12GiB")
+    )
+    assert 1 <= some.batch_size < every.batch_size
+    few, all_of_them = some.runs[0].device_memory, every.runs[0].device_memory
+    assert few is not None
+    assert all_of_them is not None
+    assert few < all_of_them
+
+
+@pytest.mark.parametrize("name", ["num_experts_per_tok", "moe_topk", "moe_k"])
+def test_experts_a_token_by_whatever_name(name: str) -> None:
+    assert experts_a_token(LlamaConfig(**{name: 4})) == 4
+    assert experts_a_token(LlamaConfig(moe_topk=[2, 6])) == 6
+    assert experts_a_token(LlamaConfig()) == 1
 
 
 def test_this_machine_is_measured(llama: Path) -> None:

@@ -144,6 +144,21 @@ def test_the_least_memory_that_is_accepted_is_enough(tmp_path: Path) -> None:
         assert 0.7 * memory < peak <= memory, run
 
 
+def test_a_text_that_is_too_long_to_read_is_told_of_before(tmp_path: Path, llama: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("a word " * 10**6)
+    memory = current_memory() + 500 * 10**6
+    with pytest.raises(SettingsError, match=r"not enough to read the 7.0 MB of calibration text .*long.txt") as caught:
+        run(llama, tmp_path / "out", text, memory=memory, samples=4, seqlen=24)
+    assert "0.0 MB are plenty for 4 windows of 24 tokens" in caught.value.hint
+
+
+def test_a_dry_run_says_what_memory_lacks(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    config = PruneConfig(model=str(llama), output=tmp_path / "out", calibration=str(tokens), memory="1MiB")
+    with pytest.raises(SettingsError, match="not enough, with all calibration activations in files"):
+        plan(config)
+
+
 def test_what_is_needed_besides_activations_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
     with pytest.raises(SettingsError, match="not enough, with all calibration activations in files") as caught:
         run(llama, tmp_path / "out", tokens, memory="1MiB")

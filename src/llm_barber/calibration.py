@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_barber.errors import CalibrationError, HubError
+from llm_barber.errors import CalibrationError, HubError, SettingsError
+from llm_barber.usage import current_memory
 from llm_barber.windows import TextTokenizer, windows_of
 
 BUILTIN = {
@@ -36,6 +37,9 @@ TOKEN_FILE_SUFFIX = ".safetensors"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", TOKEN_FILE_SUFFIX)
 # Characters of a streamed set to read for each token wanted: English has about 4.5, and windows should not be adjacent.
 CHARACTERS_PER_TOKEN = 12
+# Bytes of memory that a character takes while a text is made into tokens, and afterwards, until the process ends: what
+# tokenizers note of each token, as seen with vocabularies of 49,152 and 262,144.
+READING_BYTES, READ_BYTES = 150, 70
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,43 @@ def load_calibration(
         )
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
     return CalibrationTokens(windows[chosen], name)
+
+
+def text_size(name: str, tokens_wanted: int) -> int:
+    """About how many characters `read_text` gives, without reading it; 0: of a file of tokens, or one not there."""
+    if name in BUILTIN:
+        return len((files("llm_barber") / "data" / BUILTIN[name]).read_bytes())
+    if name in HUB_SETS:
+        return tokens_wanted * CHARACTERS_PER_TOKEN
+    path = Path(name).expanduser()
+    return 0 if name.endswith(TOKEN_FILE_SUFFIX) or not path.is_file() else path.stat().st_size
+
+
+def check_text_fits(name: str, samples: int, seqlen: int, memory: int) -> None:
+    """Refuse a text whose reading alone would take more than so many bytes of memory.
+
+    Raises:
+        SettingsError: it would.
+    """
+    size, wanted = text_size(name, samples * seqlen), samples * seqlen * CHARACTERS_PER_TOKEN
+    needed = current_memory() + READING_BYTES * size
+    if size and needed > memory:
+        raise SettingsError(
+            f"memory: {memory / 2**30:.2f} GiB are not enough to read the {size / 1e6:.1f} MB of calibration text "
+            f"{name}, which takes {needed / 2**30:.2f} GiB",
+            f"give a shorter text ({wanted / 1e6:.1f} MB are plenty for {samples} windows of {seqlen} tokens), a file "
+            "of tokens, or more memory",
+        )
+
+
+def token_shape(name: str) -> tuple[int, int]:
+    """(sequences, tokens) of a file of tokens.
+
+    Raises:
+        CalibrationError: as `load_calibration`.
+    """
+    sequences, tokens = _read_tokens(Path(name).expanduser()).shape
+    return sequences, tokens
 
 
 def read_text(name: str, tokens_wanted: int | None = None) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, load_calibration
+from llm_barber.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, check_text_fits, load_calibration
 from llm_barber.checkpoint.place import check_output
 from llm_barber.checkpoint.source import CheckpointSource, Place, sharded_by
 from llm_barber.config import PruneConfig
@@ -254,6 +254,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     text_config = config.get_text_config()  # of a model with images the language model's
     if not settings.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
         check_positions(text_config, settings.seqlen)
+    if settings.memory is not None:
+        check_text_fits(settings.calibration, settings.samples, settings.seqlen, settings.memory)
     progress.stage(f"reading calibration text {settings.calibration}")
     tokens = load_calibration(
         settings.calibration,

@@ -5,12 +5,15 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from llm_barber.checkpoint_masks import CheckpointMasks
-from llm_barber.config import PruneConfig, RebuildConfig, rebuild_defaults
-from llm_barber.job import prepare
-from llm_barber.masking.pattern import NofM, Pattern
-from llm_barber.presets import Allocation
+from llm_barber.config import PruneConfig, RebuildConfig
+from llm_barber.masking.pattern import NofM
+from llm_barber.memory import left_for_activations
+from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress, Silent
+from llm_barber.pruning import pruning, rebuilding
+from llm_barber.ranks import Ranks
 from llm_barber.refine_settings import RefineSettings
+from llm_barber.usage import current_memory
 
 
 class Plan(BaseModel):
@@ -69,25 +72,16 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     progress = progress or Silent()
     if isinstance(config, PruneConfig):
         target = config.target
-        job = prepare(config.model, config, config.targets, progress)
-        model, method, rebuilt = config.model, str(config.method), config.rebuilds
+        work = pruning(config, progress, Ranks())
         pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
         pattern += ", some linears their own" if config.sparsities else ""
-        settings = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, target)
-        refined: Pattern | None = target
     else:
-        job = prepare(config.dense, config, None, progress)
-        initial = CheckpointMasks(job, config.pruned, config.pattern)
-        model, method, rebuilt = config.dense, f"mask of {config.pruned}", config.rebuilds
-        pattern = str(initial.first_pattern or "unstructured")
-        refined = initial.first_pattern
-        settings = rebuild_defaults(
-            config.initial or initial.recorded_method,
-            config.granularity,
-            config.rebuild_ratio,
-            initial.first_pattern,
-        )
-    refining = RefineSettings.of(config, refined, *job.tokens.input_ids.shape)
+        work = rebuilding(config, progress, Ranks())
+        assert isinstance(work.initial, CheckpointMasks)
+        pattern = str(work.initial.first_pattern or "unstructured")
+    job, rebuilt = work.job, work.rebuild_settings
+    if config.memory is not None:
+        left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), work.recipe)
     shapes = list(job.linear_shapes(job.source).values())
     if isinstance(config, PruneConfig):
         every = [
@@ -98,21 +92,21 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         shapes = [shape for shape, one in zip(shapes, every, strict=True) if one is not None]
         shapes += [tuple(job.skeleton.head.weight.shape)] if config.prune_head else []
     sequences, tokens = job.tokens.input_ids.shape
-    arrays = RefineSettings.arrays(refining)
+    arrays = RefineSettings.arrays(work.refine_settings)
     hidden: int = job.config.hidden_size
     return Plan(
-        model=model,
+        model=work.model,
         output=str(Path(config.output)),
         architecture=job.source.model_type,
         layers=job.layer_count,
         linears=len(shapes),
         weights=sum(rows * columns for rows, columns in shapes),
-        method=method,
+        method=work.label,
         pattern=pattern,
-        granularity=settings[0] if rebuilt else None,
-        rebuild_ratio=settings[1] if rebuilt else None,
-        allocation=config.allocated_by if isinstance(config, PruneConfig) else Allocation.UNIFORM,
-        refinement=refining.words if refining else None,
+        granularity=rebuilt.granularity if rebuilt else None,
+        rebuild_ratio=rebuilt.ratio if rebuilt else None,
+        allocation=work.allocation,
+        refinement=work.refine_settings.words if work.refine_settings else None,
         calibration=job.tokens.source,
         sequences=sequences,
         tokens=tokens,

@@ -31,14 +31,23 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
         return _finished_before("prune", config, progress, ranks) or _prune(config, progress, ranks)
 
 
-def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
+def pruning(config: PruneConfig, progress: Progress, ranks: Ranks) -> Assignment:
+    """What `prune` is to do, opened and checked.
+
+    Raises:
+        BarberError: as `prune`.
+    """
     job = prepare(config.model, config, config.targets, progress, ranks)
     rebuild_settings = _rebuild_settings(config, config.method, config.target)
     initial = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
-    method = config.method
-    work = Assignment("prune", config.model, config, job, initial, rebuild_settings, method, method)
+    return Assignment("prune", config.model, config, job, initial, rebuild_settings, config.method, config.method)
+
+
+def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
+    work = pruning(config, progress, ranks)
     report = run(work, progress)
-    asked = _asked_for(report, initial)
+    assert isinstance(work.initial, MethodMasks)
+    asked = _asked_for(report, work.initial)
     if abs(report.sparsity - asked) > 0.01 * asked:
         progress.warn(
             f"sparsity {asked:.4g} was asked for, {report.sparsity:.4g} is what whole weights allow "
@@ -76,18 +85,24 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
     """
     progress = progress or Silent()
     with joined() as ranks:
-        return _finished_before("rebuild", config, progress, ranks) or _rebuild(config, progress, ranks)
+        return _finished_before("rebuild", config, progress, ranks) or run(
+            rebuilding(config, progress, ranks), progress
+        )
 
 
-def _rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> RunReport:
+def rebuilding(config: RebuildConfig, progress: Progress, ranks: Ranks) -> Assignment:
+    """What `rebuild` is to do, opened and checked.
+
+    Raises:
+        BarberError: as `rebuild`.
+    """
     job = prepare(config.dense, config, None, progress, ranks)
     initial = CheckpointMasks(job, config.pruned, config.pattern)
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method
     settings = _rebuild_settings(config, method, initial.first_pattern)
-    work = Assignment("rebuild", config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")
-    return run(work, progress)
+    return Assignment("rebuild", config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")
 
 
 def _finished_before(command: str, config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:

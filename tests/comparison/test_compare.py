@@ -227,15 +227,17 @@ def test_files(settings: dict[str, Any]) -> None:
 
 
 def test_presets_are_rows_and_alps_is_asked_for(settings: dict[str, Any]) -> None:
-    small = settings | {"methods": ("alps", "mask", "best"), "seeds": (0,), "rebuild_settings": {}}
+    small = settings | {"methods": ("alps", "mask", "best", "paper"), "seeds": (0,), "rebuild_settings": {}}
     comparison = compare(CompareConfig(**small))
     assert not comparison.failures
     rows = [(cell.method, cell.rebuilt) for cell in comparison.cells if cell.target == "0.5"]
-    assert rows == [(Method.ALPS, False), (Method.ALPS, True), (Method.MASK, False), (Method.BEST, False)]
+    assert rows[:4] == [(Method.ALPS, False), (Method.ALPS, True), (Method.MASK, False), (Method.BEST, False)]
+    published = [cell.result for cell in comparison.cells if cell.method is Method.PAPER]
+    assert [(one.granularity, one.rebuild_ratio) for one in published if one] == [("output", 0.01)] * 2
     assert [cell.result.swapped > 0 for cell in comparison.cells if cell.method is Method.MASK and cell.result] == [
         True
     ] * 2
-    assert set(Method) - set(CompareConfig(model="m", output="o").methods) == {Method.ALPS}
+    assert set(Method) - set(CompareConfig(model="m", output="o").methods) == {Method.ALPS, Method.PAPER}
 
 
 def test_keep_models(settings: dict[str, Any]) -> None:

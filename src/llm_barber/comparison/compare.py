@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 
-from llm_barber.calibration import TOKEN_FILE_SUFFIX, load_calibration
+from llm_barber.calibration import TOKEN_FILE_SUFFIX, load_calibration, token_shape
 from llm_barber.checkpoint.folder import locked, own_folder
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
@@ -116,8 +116,7 @@ def compare(
         missing = [cell for cell in cells if not _finished(runner, config, cell)]
         shape: tuple[int, ...] = (config.samples, config.seqlen)
         if config.calibration.endswith(TOKEN_FILE_SUFFIX):  # whose windows are as they are, computed anew or not
-            windows = load_calibration(config.calibration, lambda: None, config.samples, config.seqlen, seed=0)
-            shape = windows.input_ids.shape
+            shape = token_shape(config.calibration)
         calibrations: dict[int, Path] = {}  # by seed
         for seed in dict.fromkeys(cell.seed for cell in missing):
             # Made before anything is measured: a text that is too short is told now, and no cell's time has it.

@@ -17,6 +17,8 @@ GPU_BATCH_TOKENS = 16384
 # What a GPU holds at once, for an estimate; `planning/memory.py` counts it for each step.
 BYTES_OF_A_WEIGHT = 40  # of the layer: as read, as computed with, pruned, mask, statistics and their ranking
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 2  # of a batch: float32 ones of the widest, those of linears' inputs and outputs
+# What configurations call it.
+EXPERTS_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -114,8 +116,9 @@ def _needs(layers: nn.ModuleList, dtype: torch.dtype, experts_a_token: int) -> I
 
 
 def experts_a_token(config: PreTrainedConfig) -> int:
-    """How many a router chooses for a token; 1 of a model without."""
-    return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
+    """How many a router chooses for a token, in the layer where they are most; 1 of a model without."""
+    found = [getattr(config.get_text_config(), name, None) for name in EXPERTS_A_TOKEN]
+    return max((max(one) if isinstance(one, list | tuple) else int(one) for one in found if one), default=1)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from llm_barber.calibration import TOKEN_FILE_SUFFIX
+from llm_barber.calibration import READ_BYTES, READING_BYTES, TOKEN_FILE_SUFFIX, text_size, token_shape
 from llm_barber.config import PruneConfig
-from llm_barber.errors import ModelError
+from llm_barber.errors import ModelError, SettingsError
 from llm_barber.job import sequences_together
 from llm_barber.memory import left_for_activations
 from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
-from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.model.device import experts_a_token, fitting_batch, resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.naming import check_conversions
@@ -32,9 +32,7 @@ from llm_barber.usage import current_memory
 MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9
 NETWORK = 10e9  # bytes/s between processes of any machine, where nothing is said: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
-# What reading a text and cutting it into windows leaves in memory, and for each token that the tokenizer knows; as seen
-# with vocabularies of 49,152 and 262,144.
-TEXT_BYTES, VOCABULARY_BYTES = 150 * 2**20, 350
+VOCABULARY_BYTES = 350  # that a tokenizer takes for each token that it knows, as seen with 49,152 and 262,144
 
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -76,8 +74,6 @@ class PlanConfig(PruneConfig):
                 "float32_flops, memory_bandwidth and link (between host and device) are of a named machine: give "
                 "flops, too; between processes it is network"
             )
-        if max(self.processes) > self.samples:
-            raise ValueError(f"{max(self.processes)} processes cannot share {self.samples} windows: give more samples")
         return self
 
 
@@ -157,12 +153,18 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     """
     progress = progress or Silent()
     progress.stage(f"reading the configuration of {config.model}")
+    if config.calibration.endswith(TOKEN_FILE_SUFFIX):  # which has the windows it has
+        samples, seqlen = token_shape(config.calibration)
+        config = config.model_copy(update={"samples": samples, "seqlen": seqlen})
+    if max(config.processes) > config.samples:
+        raise SettingsError(f"{max(config.processes)} processes cannot share {config.samples} windows", "give more")
     own = config.flops is None
     # A named machine is taken to compute in bfloat16 on a GPU, whatever this one is.
     device = resolve_device(config.device) if own else torch.device(_named_device(config.device))
     dtype = resolve_dtype(config.dtype if own or config.dtype != "auto" else "bfloat16", device)
     described = read_configuration(config.model, config.revision)
-    stored = described.dtype or torch.float32  # before the empty model sets another
+    known = (one.dtype for one in (described, described.get_text_config()) if isinstance(one.dtype, torch.dtype))
+    stored = next(known, torch.float32)  # before the empty model sets another
     architecture = find_architecture(described, config.structure)
     check_positions(described.get_text_config(), config.seqlen)
     skeleton = make_skeleton(described, architecture, torch.device("cpu"), dtype, config.model)
@@ -173,7 +175,14 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         batch = sequences_together(config, skeleton, device, config.samples, config.seqlen)
     else:
         batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
-    bare = current_memory() + _of_text(config, model) if own else int(BARE_PROCESS[device.type])
+        if config.device_memory is not None and config.batch_size is None and device.type == "cuda":
+            chosen = experts_a_token(described.get_text_config())
+            batch = min(batch, fitting_batch(skeleton.layers, config.seqlen, config.device_memory, dtype, chosen))
+    before = current_memory() if own else int(BARE_PROCESS[device.type])
+    text = text_size(config.calibration, config.samples * config.seqlen)
+    tokenizer = VOCABULARY_BYTES * model.vocabulary if text else 0
+    bare = before + tokenizer + READ_BYTES * text
+    reading = before + tokenizer + READING_BYTES * text
     recipe = Recipe.of(config, batch, dtype, stored, device)
     network = config.network or NETWORK
     if config.flops is None:
@@ -200,16 +209,9 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         measured=own,
         rates=asdict(rates),
         runs=tuple(
-            _with_processes(model, recipe.among(count), rates, bare, config.memory) for count in config.processes
+            _with_processes(model, recipe.among(count), rates, bare, reading, config) for count in config.processes
         ),
     )
-
-
-def _of_text(config: PlanConfig, model: ModelShapes) -> int:
-    """Bytes that calibration text takes before anything is pruned; tokens in a file are read as they are."""
-    if config.calibration.endswith(TOKEN_FILE_SUFFIX):
-        return 0
-    return TEXT_BYTES + VOCABULARY_BYTES * model.vocabulary
 
 
 def _named_device(name: str) -> str:
@@ -260,16 +262,17 @@ def _check_pattern(config: PlanConfig, model: ModelShapes) -> None:
 
 
 def _with_processes(
-    model: ModelShapes, recipe: Recipe, rates: Rates, bare: int, memory: int | None
+    model: ModelShapes, recipe: Recipe, rates: Rates, bare: int, reading: int, config: PlanConfig
 ) -> ProcessesForecast:
-    if memory is not None:
-        recipe = replace(recipe, for_activations=left_for_activations(memory, bare, model, recipe))
+    """`bare`: bytes of a process that has read the text; `reading`: most of one that reads it."""
+    if config.memory is not None:
+        recipe = replace(recipe, for_activations=left_for_activations(config.memory, bare, model, recipe))
     costs = run_costs(model, recipe)
     held = peak_held(model, recipe)
     return ProcessesForecast(
         processes=recipe.processes,
         stages=tuple(_stage(costs, one.name, rates) for one in fields(costs)),
-        host_memory=bare + held.host,
+        host_memory=max(bare + held.host, reading),
         device_memory=None if recipe.on_cpu else held.device,
         in_files=in_files(model, recipe),
     )
