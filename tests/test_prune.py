@@ -463,3 +463,36 @@ def test_magnitude_by_output_row(tmp_path: Path, llama: Path, tokens: Path) -> N
     for name, tensor in read_folder(tmp_path / "out").items():
         if is_linear(name):
             assert ((tensor == 0).sum(1) == Unstructured(0.25).pruned(tensor.shape[1])).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"preset": "mask", "refine": "tune", "allocation": "loss", "target_mix": 0.5, "guard": 0.125}),
+        ({"pattern": "2:4"}, {"preset": "mask", "allocation": "uniform", "target_mix": 0.75}),
+        ({"preset": "best"}, {"preset": "best", "reconstruct": "tune", "tune_passes": 16}),
+        ({"initial": "magnitude"}, {"preset": "paper", "granularity": "block", "rebuild_ratio": 0.1}),
+        ({"rebuild": False}, {"preset": None, "rebuild": False, "refine": "none", "initial": "wanda"}),
+        ({"refine": "swaps", "pattern": "2:4"}, {"preset": None, "swaps": 400, "tune_passes": None}),
+    ],
+)
+def test_the_record_says_what_was_left_to_presets(
+    tmp_path: Path, llama: Path, tokens: Path, settings: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    report = prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings))
+    assert expected.items() <= json.loads(report.to_json())["resolved"].items()
+    assert report.resolved["samples"] == report.calibration.sequences
+    named = f"preset {expected['preset']}; " if expected["preset"] else ""
+    assert f"; {named}" in (tmp_path / "out" / "README.md").read_text()
+    assert ("preset" in report.changes) == bool(named)
+
+
+def test_what_held_out_windows_say_is_told(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    report = prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens))
+    shares = [1 - min(layer.held_out) / layer.held_out[0] for layer in report.layers]
+    kept = sum(min(layer.held_out) < layer.held_out[0] for layer in report.layers)
+    assert report.tuning is not None
+    assert f"−{sum(shares) / 2:.0%} in the mean, {kept} of 2 layers are kept as tuned" in report.tuning
+    assert ("blocks are left" in report.tuning) == bool(report.rejected)
+    assert report.tuning in (tmp_path / "out" / "README.md").read_text()
+    assert prune(PruneConfig(model=llama, output=tmp_path / "p", calibration=tokens, preset="paper")).tuning is None

@@ -1,7 +1,7 @@
 """What a run is to do, and what its result and its memory depend on."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,10 @@ from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.initial import MethodMasks
 from llm_barber.job import Job
+from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method import RebuildSettings
 from llm_barber.planning.recipe import Recipe
-from llm_barber.presets import Allocation, Reconstruct
+from llm_barber.presets import GUARD, PRESETS, Allocation, Preset, PresetSettings, Reconstruct
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import KeptWeights
 from llm_barber.settings import RunSettings
@@ -52,9 +53,7 @@ class Assignment:
     @cached_property
     def refine_settings(self) -> RefineSettings | None:
         """What is done beyond the rebuild."""
-        initial = self.initial
-        pattern = initial.targets.pattern if isinstance(initial, MethodMasks) else initial.first_pattern
-        return RefineSettings.of(self.config, pattern, *self.job.tokens.input_ids.shape)
+        return RefineSettings.of(self.config, self.pattern, *self.job.tokens.input_ids.shape)
 
     @property
     def recipe(self) -> Recipe:
@@ -77,6 +76,46 @@ class Assignment:
             prunes_head=job.prunes_head,
             processes=job.ranks.count,
         )
+
+    @property
+    def preset(self) -> Preset | None:
+        """The one whose steps are taken; None: others."""
+        config = self.config
+        steps = PresetSettings(
+            self.rebuild_settings is not None, config.refinement, config.reconstruction, self.allocation
+        )
+        free = isinstance(config, PruneConfig) and config.pattern is None and not config.sparsities
+        presets = {name: one if free else replace(one, allocation=Allocation.UNIFORM) for name, one in PRESETS.items()}
+        return next((name for name, one in presets.items() if one == steps), None)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What those settings are that were left to the preset, the method, the text or the device."""
+        rebuilt, refined, config = self.rebuild_settings, self.refine_settings, self.config
+        sequences, tokens = self.job.tokens.input_ids.shape
+        found: dict[str, Any] = {
+            "preset": self.preset, "rebuild": rebuilt is not None, "refine": config.refinement,
+            "reconstruct": config.reconstruction, "allocation": self.allocation, "samples": sequences, "seqlen": tokens,
+            "batch_size": self.job.batch_size,
+        }  # fmt: skip
+        if isinstance(config, PruneConfig):
+            found["initial"] = config.method
+            if config.pattern is None:
+                found["sparsity"] = config.target.sparsity
+        if rebuilt is not None:
+            found |= {"granularity": rebuilt.granularity, "rebuild_ratio": rebuilt.ratio}
+        if refined is not None:
+            found |= {
+                "target_mix": refined.target_mix, "guard": GUARD if config.guard is None else config.guard,
+                "swaps": refined.swaps_of(self.pattern if isinstance(self.pattern, NofM) else None) or None,
+                "tune_passes": refined.passes or None,
+            }  # fmt: skip
+        return found
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """Of most linears, or of those that were pruned before."""
+        return self.initial.targets.pattern if isinstance(self.initial, MethodMasks) else self.initial.first_pattern
 
     @property
     def allocation(self) -> Allocation:

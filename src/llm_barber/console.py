@@ -122,12 +122,15 @@ def show_run(report: RunReport) -> None:
         row = [total.name, f"{total.sparsity:.2%}", swapped, f"{total.beneficial_pairs:,}"]
         table.add_row(*row[: len(headings)])
     console.print(table)
+    console.print(f"{report.method}; {report.changes}", soft_wrap=True)
     if report.granularity or report.refinement:
         changes = [
             f"{name} {one.before:.4g} → {one.after:.4g} (fell in {one.fell} of {one.layers} layers)"
             for name, one in report.error_changes().items()
         ]
-        console.print(f"{report.changes}: mean reconstruction error {', '.join(changes)}")
+        console.print(f"mean reconstruction error: {', '.join(changes)}", soft_wrap=True)
+    if report.tuning is not None:
+        console.print(report.tuning, soft_wrap=True)
     console.print(
         f"{report.seconds['total']:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB, "
         f"{report.dtype} on {report.device}"

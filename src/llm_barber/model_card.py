@@ -46,6 +46,7 @@ def model_card(report: RunReport) -> str:
         "|---|---|",
         f"| model | {report.model} |",
         f"| method | {how} |",
+        *([f"| tuning | {report.tuning} |"] if report.tuning is not None else []),
         f"| pattern | {report.pattern} |",
         f"| weights pruned | {report.pruned:,} of {report.weights:,} in linears ({report.sparsity:.2%}) |",
         f"| calibration | {report.calibration.source}, {report.calibration.sequences} windows of "

@@ -158,6 +158,7 @@ class CalibrationResult(_Result):
 class RunReport(_Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
+    `settings` as they were given; `resolved`: what those are that were left to the preset, the method or the device.
     `initial` is the method of the initial mask, `method` and `refinement` say it in words; `held_out` calibration
     windows decided what of the refinement was kept. `seconds` are wall-clock seconds by stage; `peak_memory` and
     `peak_device_memory` are bytes. `loaded_by`: the class of transformers.
@@ -168,6 +169,7 @@ class RunReport(_Result):
     model: str
     output: str
     settings: dict[str, Any]
+    resolved: dict[str, Any] = {}
     initial: str
     method: str
     pattern: str
@@ -233,7 +235,8 @@ class RunReport(_Result):
         spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
         rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
         done = filter(None, [spread, rebuilt, self.refinement])
-        return "; ".join([*left_out, *(list(done) or ["not rebuilt"])])
+        preset = [f"preset {self.resolved['preset']}"] if self.resolved.get("preset") else []
+        return "; ".join([*preset, *left_out, *(list(done) or ["not rebuilt"])])
 
     @property
     def prunes_head(self) -> bool:
@@ -254,6 +257,22 @@ class RunReport(_Result):
     def linears(self) -> Iterable[LinearResult]:
         """All linears of all layers."""
         return (linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def tuning(self) -> str | None:
+        """What held-out windows say of tuning, and of blocks whose refining they rejected; None: nothing."""
+        layers = [layer for layer in self.layers if layer.held_out]
+        parts = []
+        if layers:
+            shares = [1 - min(layer.held_out) / layer.held_out[0] if layer.held_out[0] else 0.0 for layer in layers]
+            tuned = sum(bool(layer.kept_pass) for layer in layers)
+            parts.append(
+                f"distance from the target −{sum(shares) / len(shares):.0%} in the mean, "
+                f"{tuned} of {len(layers)} layers are kept as tuned"
+            )
+        if self.rejected:
+            parts.append(f"{self.rejected} blocks are left as they were")
+        return f"on held-out windows: {'; '.join(parts)}" if parts else None
 
     def error_changes(self) -> dict[str, ErrorChange]:
         """By the kind of block, where it was measured before and after."""

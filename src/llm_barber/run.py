@@ -170,6 +170,7 @@ def _write_rest(
         model=work.model,
         output=str(work.config.output),
         settings=work.config.model_dump(mode="json"),
+        resolved=work.resolved | {"batch_size": used.batch_size},
         initial=work.method,
         method=work.label,
         pattern=_common_pattern(results),

@@ -49,7 +49,10 @@ OPTIONS: dict[str, Any] = {
     "sparsity": option(float | None, METHOD, "Fraction of weights to remove. (default: 0.5)"),
     "pattern": option(str | None, METHOD, "Keep N of every M inputs instead, for example 2:4.", metavar="N:M"),
     "rebuild": option(
-        bool | None, METHOD, "Rebuild the initial mask. (default: the preset's)", "--rebuild/--no-rebuild"
+        bool | None,
+        METHOD,
+        "Rebuild the initial mask, or not; given, it means --preset paper, unless another is. (default: the preset's)",
+        "--rebuild/--no-rebuild",
     ),
     "granularity": option(
         Granularity | None,
@@ -140,7 +143,8 @@ OPTIONS: dict[str, Any] = {
         Reconstruct | None,
         REFINING,
         "Change kept weights to make up for pruned ones: by least squares, or by tuning each layer, after "
-        "least squares where masks are not tuned. (default: the preset's)",
+        "least squares where masks are not tuned. least-squares goes with --refine swaps or none. "
+        "(default: the preset's)",
     ),
     "tune_passes": option(
         int | None,
