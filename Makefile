@@ -30,7 +30,8 @@ package:
 	rm -rf build/package
 
 benchmark: $(VENV)/dev $(VENV)/demo
-	$(BIN)/python benchmarks/rebuild_speed.py
+	$(BIN)/python benchmarks/rebuild_speed.py --samples 32
+	$(BIN)/python benchmarks/rebuild_speed.py --samples 32 --initial sparsegpt
 	$(BIN)/python benchmarks/plain.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/out_of_core.py

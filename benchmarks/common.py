@@ -1,6 +1,8 @@
 """What the benchmarks share: the model, the machine, tables."""
 
 import json
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,14 @@ HISTORY = Path(__file__).parent / "results" / "history.jsonl"
 def model_folder(model: str | None) -> str:
     """An ordinary checkpoint folder: the one named, or SmolLM2-135M from its package."""
     return str(resolve_model(model or str(demo_model())))
+
+
+def call(command: list[str], environment: dict[str, str] | None = None) -> str:
+    """What a command prints; where it fails, the benchmark ends with its message."""
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if found.returncode:
+        sys.exit(f"{' '.join(command[:4])} … failed:\n{found.stderr[-4000:]}")
+    return found.stdout
 
 
 def machine() -> str:

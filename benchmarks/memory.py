@@ -8,13 +8,12 @@ Synthetic LLaMA-shaped float32 checkpoints of 4 to 32 layers of the same width a
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import keep, show
+from common import call, keep, show
 from safetensors.torch import save_file
 from synthetic import write_llama
 
@@ -30,7 +29,7 @@ def measure(layers: int, hidden: int, mlp: int, preset: str) -> tuple[float, flo
             sys.executable, "-m", "llm_barber", "prune", str(model), str(folder / "out"), "--json", "--quiet",
             "--calibration", str(folder / "tokens.safetensors"), "--preset", preset,
         ]  # fmt: skip
-        report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        report = json.loads(call(command))
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         return size / 2**30, report["peak_memory"] / 2**30, report["seconds"]["total"]
 

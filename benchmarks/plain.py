@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import keep, model_folder, show
+from common import call, keep, model_folder, show
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -186,8 +185,7 @@ def main() -> None:
         found = {}
         for which in (PLAIN, *DTYPES):
             command = [sys.executable, __file__, "--model", model, "--only", which, "--folder", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[which] = json.loads(done.stdout.splitlines()[-1])
+            found[which] = json.loads(call(command).splitlines()[-1])
         first, second = (load_file(folder / f"{which}.safetensors") for which in (PLAIN, DTYPES[0]))
     same = sum(int((mask == second[name]).sum()) for name, mask in first.items())
     agreement = same / sum(mask.numel() for mask in first.values())

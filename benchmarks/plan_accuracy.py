@@ -10,7 +10,6 @@ to them; CPU seconds are shown beside them, for the same reason. About a quarter
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import keep, model_folder, show
+from common import call, keep, model_folder, show
 from safetensors.torch import save_file
 from synthetic import write_llama
 
@@ -53,10 +52,9 @@ class Subject:
     guard: float | None = None
 
 
-def call(*arguments: str) -> dict[str, Any]:
+def printed(*arguments: str) -> dict[str, Any]:
     """The record that a command prints."""
-    found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
-    record: dict[str, Any] = json.loads(found.stdout)
+    record: dict[str, Any] = json.loads(call([sys.executable, *arguments]))
     return record
 
 
@@ -98,8 +96,8 @@ def measure(folder: Path, one: Subject, preset: str, dtype: str, times: int) -> 
         "seqlen": TOKENS, "preset": preset, "dtype": dtype, "overwrite": True, "report": False,
         **({"guard": one.guard} if guard else {}),
     }  # fmt: skip
-    run = min((call(*plan)["runs"][0] for _ in range(times)), key=lambda one: float(one["seconds"]))
-    reports = [call("-c", PRUNE, json.dumps(settings)) for _ in range(times)]
+    run = min((printed(*plan)["runs"][0] for _ in range(times)), key=lambda one: float(one["seconds"]))
+    reports = [printed("-c", PRUNE, json.dumps(settings)) for _ in range(times)]
     report = min(reports, key=lambda one: one["seconds"]["total"])
     seconds, peak = report["seconds"]["total"], max(one["peak_memory"] for one in reports)
     by_stage = {stage["name"]: stage["seconds"] for stage in run["stages"]}

@@ -9,13 +9,12 @@ Synthetic LLaMA-shaped float32 checkpoints; every run in processes of its own, o
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import keep, model_folder, show
+from common import call, keep, model_folder, show
 from safetensors.torch import load_file, save_file
 from synthetic import write_llama
 
@@ -32,7 +31,7 @@ def prune(model: str, out: Path, preset: str, processes: int, *calibration: str)
         *calibration,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    call(command, environment)
     record: dict = json.loads((out / "barber.json").read_text())
     return record
 
