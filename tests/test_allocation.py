@@ -112,7 +112,10 @@ def test_by_loss_in_a_streamed_run_equals_gradients_of_the_whole_model(tmp_path:
 
 
 def sparsities_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float, ends: list[str]) -> list[float]:
-    """By the whole model's gradients, each sequence's loss summed over its tokens; `ends` of names give the order."""
+    """By the whole model's gradients, each sequence's loss summed over its tokens; `ends` of names give the order.
+
+    As much of the way to what costs least as the sparsity.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     sums: dict[str, FisherSums] = {}
     linears = {
@@ -134,7 +137,22 @@ def sparsities_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float, en
             one.columns += information.sum(0)
     names = [next(name for name in linears if name.endswith(end)) for end in ends]
     costs = [removal_costs(linears[name].weight, sums[name].rows, sums[name].columns) for name in names]
-    return spread_budget(costs, [len(linears[name].weight) for name in names], sparsity)
+    return spread_budget(costs, [len(linears[name].weight) for name in names], sparsity, share=sparsity)
+
+
+@pytest.mark.parametrize(("loss_tokens", "windows"), [(95, 3), (10, 1)])  # windows have 24 tokens
+def test_by_loss_takes_gradients_of_the_first_windows_alone(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, loss_tokens: int, windows: int
+) -> None:
+    """As many as there are tokens for, one at least."""
+    monkeypatch.setattr("llm_barber.allocation.LOSS_TOKENS", loss_tokens)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=5)
+    settings = {"allocation": "loss", "sparsity": 0.6, "dtype": "float32", "batch_size": 2, "rebuild": False}
+    report = prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
+    found = {f".{layer.index}.{linear.name}": linear.sparsity for layer in report.layers for linear in layer.linears}
+    ids = load_file(tokens)["input_ids"]
+    assert list(found.values()) == pytest.approx(sparsities_in_memory(model, ids[:windows], 0.6, list(found)))
+    assert list(found.values()) != pytest.approx(sparsities_in_memory(model, ids, 0.6, list(found)))
 
 
 def test_by_loss_goes_on_with_the_sparsities_that_it_had(

@@ -87,10 +87,12 @@ def run(tmp_path: Path, model: Path) -> Callable[..., RunReport]:
         {"initial": "wanda", "granularity": "block", "rebuild_ratio": 0.1},
         {"initial": "sparsegpt", "pattern": "2:4", "rebuild_ratio": 0.1},
         {"initial": "dsnot", "rebuild": False},
+        {"initial": "magnitude", "granularity": "block", "rebuild_ratio": 0.1},
+        {"initial": "ria", "rebuild": False},
         {"preset": "mask", "refine": "swaps", "guard": 0.34},
         {"preset": "mask", "refine": "swaps", "allocation": "owl", "guard": 0},
     ],
-    ids=["rebuild", "sparsegpt", "dsnot", "swaps", "owl"],
+    ids=["rebuild", "sparsegpt", "dsnot", "magnitude", "ria", "swaps", "owl"],
 )
 def test_masks_are_those_of_one_process(tmp_path: Path, run: Callable[..., RunReport], settings: Any) -> None:
     alone = run("alone", **settings)

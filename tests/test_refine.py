@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RunReport, inspect, prune, refine
@@ -32,7 +33,7 @@ GROUPS = (
 
 
 @torch.no_grad()
-def refine_in_memory(folder: Path, tokens: torch.Tensor, pattern: Unstructured | NofM, mix: float, solve: bool) -> dict:
+def refine_in_memory(folder: Path, tokens: Tensor, pattern: Unstructured | NofM, mix: float, solve: bool) -> dict:
     """Wanda, then 5 swaps a row and least squares, layer by layer; weights by name."""
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sparse = copy.deepcopy(dense)
@@ -87,7 +88,7 @@ def test_streamed_equals_in_memory(tmp_path: Path, pattern: Unstructured | NofM,
         assert torch.allclose(written[name], values, rtol=1e-3, atol=1e-4), name
 
 
-def correlated(seed: int) -> torch.Tensor:
+def correlated(seed: int) -> Tensor:
     """Inputs of a linear, (tokens, in)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(60, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
@@ -136,6 +137,63 @@ def test_a_block_that_got_worse_on_held_out_windows_stays_as_it_was(
     assert all(torch.equal(plain[name], refined[name]) for name in plain)
 
 
+@torch.no_grad()
+def distances_in_memory(
+    folder: Path, pruned: Path, texts: Tensor, index: int, output: str, candidates: list[dict[str, Tensor]], mix: float
+) -> list[float]:
+    """Squared distances of a block from its target, with each candidate's linears; means of each text, summed.
+
+    All before the block is as in the pruned checkpoint. The target lies between the block's output with dense weights
+    there and its output in the dense model, on that model's own activations.
+    """
+    dense, sparse = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32).eval() for one in (folder, pruned))
+    layer, whole = sparse.model.layers[index], dense.model.layers[index]
+    distances = [0.0] * len(candidates)
+    for text in texts:
+        call = first_call(sparse, sparse.model.layers, index, text[None])
+        of_dense = captured(whole, output, *first_call(dense, dense.model.layers, index, text[None]))[1]
+
+        def with_weights(weights: dict[str, Tensor], call: Any = call) -> Tensor:
+            for name, values in weights.items():
+                layer.get_submodule(name).weight.copy_(values)
+            return captured(layer, output, *call)[1]
+
+        on_sparse = with_weights({name: whole.get_submodule(name).weight for name in candidates[0]})
+        target = (1 - mix) * on_sparse + mix * of_dense
+        for place, weights in enumerate(candidates):
+            distances[place] += (with_weights(weights) - target).square().mean().item()
+    return distances
+
+
+@pytest.mark.parametrize("mix", [0.75, 1.0])
+def test_the_guard_measures_held_out_windows_against_the_mixed_target(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, mix: float
+) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=8)
+    measure, measured = refine._measure, []
+
+    def noted(work: Any, dense: Any, candidates: Any, *rest: Any) -> Any:
+        weights = [{name: one[name].weight.clone() for name in dense} for one in candidates]
+        found = measure(work, dense, candidates, *rest)
+        measured.append((weights, found[1]))
+        return found
+
+    monkeypatch.setattr(refine, "_measure", noted)
+    report = run(llama, tmp_path / "out", tokens, refine="swaps", swaps=20, target_mix=mix, guard=0.25, batch_size=3)
+    places = [(layer.index, block) for layer in report.layers for block in layer.blocks]
+    held_out = load_file(tokens)["input_ids"][-2:]
+    otherwise = 0  # would be decided by errors that know nothing of the dense model's activations
+    for (index, block), (candidates, distances) in zip(places, measured, strict=True):
+        output = {"attention": "self_attn", "mlp": "mlp"}[block.name]
+        mixed, plain = (
+            distances_in_memory(llama, tmp_path / "out", held_out, index, output, candidates, one) for one in (mix, 0.0)
+        )
+        assert distances == pytest.approx(mixed, rel=1e-4)
+        assert block.rejected == (mixed[1] >= mixed[0])
+        otherwise += block.rejected != (plain[1] >= plain[0])
+    assert otherwise
+
+
 def test_tuning_lowers_the_layers_error_and_keeps_masks(tmp_path: Path, llama: Path, tokens: Path) -> None:
     run(llama, tmp_path / "solved", tokens, reconstruct="least-squares", target_mix=1.0, guard=0.25)
     report = run(llama, tmp_path / "tuned", tokens, reconstruct="tune", target_mix=1.0, tune_passes=10, guard=0.25)
@@ -174,3 +232,17 @@ def test_one_swap_a_row_is_one_swap_a_row(tmp_path: Path, llama: Path, tokens: P
     """Held-out windows are asked after parts of the swaps, each of which is at least one."""
     report = run(llama, tmp_path / "out", tokens, refine="swaps", swaps=1, guard=0.25)
     assert 0 < report.swapped <= sum(linear.shape[0] for linear in report.linears)
+
+
+@pytest.mark.parametrize(("pattern", "most"), [(None, 100), (NofM(2, 4), 400)], ids=str)
+def test_how_many_swaps_a_row_makes_by_default(pattern: NofM | None, most: int) -> None:
+    """All 600 pairs of each row gain."""
+    weight = torch.tensor([1.0, 1.0, 2.0, 2.0]).repeat(2, 300)
+    pruned = PrunedLinear(weight == 1, weight * (weight == 1), weight, pattern)
+    for given, expected in ((None, most), (7, 7), (1000, 600)):
+        config = PruneConfig(model="model", output="out", refine="swaps", swaps=given, guard=0)
+        settings = RefineSettings.of(config, pattern, 8, 64)
+        assert settings is not None
+        found, swapped = refine_linear(pruned, weight, Objective(torch.eye(1200), None), None, settings)
+        assert swapped == 2 * expected
+        assert (found.keep & (weight == 2)).sum(1).tolist() == [expected, expected]

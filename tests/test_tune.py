@@ -246,6 +246,25 @@ def test_passes(tmp_path: Path, model: Path, tokens: Path) -> None:
         assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
 
 
+@pytest.mark.parametrize(
+    ("windows", "length", "passes"),
+    [(128, 2048, 2), (64, 1024, 2), (32, 512, 4), (24, 512, 5), (16, 512, 8), (4, 64, 8)],
+)
+def test_as_many_passes_as_65536_tokens_take_within_bounds(windows: int, length: int, passes: int) -> None:
+    """Two at least and eight at most; twice as many where masks and weights are tuned."""
+    for settings, expected in (
+        ({"preset": "mask"}, passes),
+        ({"refine": "none", "reconstruct": "tune"}, passes),
+        ({"preset": "best"}, 2 * passes),
+        ({"preset": "mask", "tune_passes": 3}, 3),
+        ({"preset": "best", "tune_passes": 3}, 3),
+        ({"refine": "swaps"}, 0),
+    ):
+        found = RefineSettings.of(PruneConfig(model="model", output="out", **settings), None, windows, length)
+        assert found is not None
+        assert found.passes == expected, settings
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     """However near the output is to its target, and whatever the compute dtype: they are those of float64."""

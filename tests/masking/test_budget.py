@@ -40,3 +40,16 @@ def test_rows_of_different_number_limits_and_share() -> None:
     assert cheapest(costs, [4, 1], 0.5) == [0.625, 0.0]
     assert spread_budget(costs, [4, 1], 0.5, 1.0) == [0.625, 0.0]
     assert cheapest(costs, [1, 1], 0.1) == [0.2, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    [
+        (0.2, [0.24, 0.16]),  # a fifth of the way from 0.2 and 0.2 to 0.4 and 0.0
+        (0.5, [0.7, 0.3]),  # half-way to 0.9 and 0.1
+        (0.7, [0.84, 0.56]),  # 0.7 of the way to 0.9 and 0.5
+    ],
+)
+def test_by_default_the_share_of_the_way_is_the_sparsity(sparsity: float, expected: list[float]) -> None:
+    costs = [torch.arange(10.0), torch.full((10,), 100.0)]
+    assert spread_budget(costs, [10, 10], sparsity) == pytest.approx(expected)  # in whole weights of 100

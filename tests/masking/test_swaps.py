@@ -8,6 +8,8 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Unstructured, holds
 from llm_barber.masking.swaps import swap_pairs
 
+Mask = tuple[bool, ...]  # of one row
+
 
 def make(rows: int = 5, columns: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights, a Gram matrix of correlated inputs, and a linear term."""
@@ -15,7 +17,7 @@ def make(rows: int = 5, columns: int = 6, seed: int = 0) -> tuple[torch.Tensor, 
     weight = torch.randn(rows, columns, generator=generator)
     mixing = torch.randn(columns, columns, generator=generator)
     inputs = torch.randn(50, columns, generator=generator) @ mixing
-    linear = 3 * torch.randn(rows, columns, generator=generator)
+    linear = 100 * torch.randn(rows, columns, generator=generator)
     return weight, inputs.t() @ inputs, linear
 
 
@@ -61,33 +63,60 @@ def test_one_swap_within_groups_is_the_best_of_all(seed: int, with_linear: bool,
             assert torch.equal(found[row], keep[row])
 
 
+def any_half(weight: torch.Tensor, seed: int) -> torch.Tensor:
+    """A random half of each row, which many swaps make better."""
+    scores = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return initial_mask(scores, Unstructured(0.5), Granularity.OUTPUT)
+
+
+def errors_by_mask(weight: torch.Tensor, gram: torch.Tensor, linear: torch.Tensor | None) -> list[dict[Mask, float]]:
+    """Those of each row with every mask that there is."""
+    masks = list(itertools.product((False, True), repeat=weight.shape[1]))
+    errors = torch.stack([error(torch.tensor(one).expand(weight.shape), weight, gram, linear) for one in masks], 1)
+    return [dict(zip(masks, row, strict=True)) for row in errors.tolist()]
+
+
+def moved(mask: Mask, value: bool) -> list[Mask]:
+    """With each of the weights that can come (True) or go."""
+    return [(*mask[:place], value, *mask[place + 1 :]) for place in range(len(mask)) if mask[place] is not value]
+
+
+def best_of_two(mask: Mask, errors: dict[Mask, float]) -> Mask:
+    """The best weight to come with the best to go for it, or the best to go with the best to come for it."""
+    come, gone = (min(moved(mask, value), key=errors.__getitem__) for value in (True, False))
+    swapped = [*moved(come, False), *moved(gone, True)]
+    return min((one for one in swapped if one != mask), key=errors.__getitem__)
+
+
+def best_of_all(mask: Mask, errors: dict[Mask, float]) -> Mask:
+    """The best weight to come and the best to go, together."""
+    swapped = [one for come in moved(mask, True) for one in moved(come, False) if one != mask]
+    return min(swapped, key=errors.__getitem__)
+
+
 @pytest.mark.parametrize("with_linear", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_one_swap_of_a_row_is_the_better_of_two(seed: int, with_linear: bool) -> None:
-    """The best weight to come with the best to go for it, or the best to go with the best to come for it."""
-    weight, gram, linear = make(seed=seed)
+def test_every_swap_of_a_row_is_the_better_of_two_until_none_gains(seed: int, with_linear: bool) -> None:
+    """All four weights are found by brute force over exact errors, which therefore never rise."""
+    weight, gram, linear = make(rows=40, seed=seed)
     term = linear if with_linear else None
-    keep = initial_mask(weight.abs(), Unstructured(0.5), Granularity.OUTPUT)
-    found, _ = swap_pairs(keep, weight, gram, 1, term)
-    for row in range(len(keep)):
-        own = None if term is None else term[row : row + 1]
-
-        def of(mask: torch.Tensor, row: int = row, own: torch.Tensor | None = own) -> float:
-            return error(mask.unsqueeze(0), weight[row : row + 1], gram, own).item()
-
-        pruned, kept = (~keep[row]).nonzero().flatten().tolist(), keep[row].nonzero().flatten().tolist()
-
-        def moved(place: int, value: bool, row: int = row) -> torch.Tensor:
-            changed = keep[row].clone()
-            changed[place] = value
-            return changed
-
-        coming = min(pruned, key=lambda place: of(moved(place, True)))
-        going = min(kept, key=lambda place: of(moved(place, False)))
-        candidates = [after(keep[row], (coming, j)) for j in kept] + [after(keep[row], (i, going)) for i in pruned]
-        best = min(candidates, key=of)
-        expected = best if of(best) < of(keep[row]) - 1e-4 else keep[row]
-        assert of(found[row]) == pytest.approx(of(expected), rel=1e-5)
+    keep = start = any_half(weight, seed)
+    errors, swaps = errors_by_mask(weight, gram, term), torch.zeros(len(weight), dtype=torch.int64)
+    count = torch.ones_like(swaps)
+    while count.any():
+        found, count = swap_pairs(keep, weight, gram, 1, term)
+        for before, now, of, swapped in zip(keep.tolist(), found.tolist(), errors, count.tolist(), strict=True):
+            mask = tuple(before)
+            pair = best_of_two(mask, of)
+            gains = of[pair] < of[mask]
+            assert tuple(now) == (pair if gains else mask)
+            assert swapped == gains
+        keep = found
+        swaps += count
+    assert swaps.max() >= 2
+    together, count = swap_pairs(start, weight, gram, 50, term)
+    assert torch.equal(together, keep)
+    assert torch.equal(count, swaps)
 
 
 def best_pairs(keep: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, swaps: int) -> torch.Tensor:
@@ -103,6 +132,30 @@ def best_pairs(keep: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, swa
         own, pair = rows[gain < -1e-6], pair[gain < -1e-6]
         keep[own, pair // len(gram)], keep[own, pair % len(gram)] = True, False
     return keep
+
+
+@pytest.mark.parametrize("with_linear", [False, True])
+def test_short_rows_seldom_end_above_where_the_best_of_all_pairs_leads(with_linear: bool) -> None:
+    """About one in a hundred does, and all of them together lose 0.2 % of what rows gain."""
+    above, lost, gained = 0, 0.0, 0.0
+    for seed in range(40):
+        weight, gram, linear = make(rows=50, seed=seed)
+        term = linear if with_linear else None
+        start = any_half(weight, seed)
+        found, _ = swap_pairs(start, weight, gram, 50, term)
+        best = []
+        for first, last, of in zip(start.tolist(), found.tolist(), errors_by_mask(weight, gram, term), strict=True):
+            mask = tuple(first)
+            while of[better := best_of_all(mask, of)] < of[mask]:
+                mask = better
+            best.append(mask)
+            above += of[tuple(last)] > of[mask]
+            lost += of[tuple(last)] - of[mask]
+            gained += of[tuple(first)] - of[mask]
+        if not with_linear:
+            assert torch.equal(best_pairs(start, weight, gram, 50), torch.tensor(best))  # which has its oracle here
+    assert 0 < above < 60  # of 2000: 27, and with a linear term 16
+    assert lost < 0.004 * gained
 
 
 def test_many_swaps_are_nearly_as_good_as_the_best_pairs_of_whole_rows() -> None:
