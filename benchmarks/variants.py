@@ -1,0 +1,121 @@
+"""Variants of the steps beyond the paper, side by side: what `docs/refining.md` chooses its defaults by. Resumable.
+
+    python benchmarks/variants.py --data DATA --groups allocation,guard
+    python benchmarks/variants.py --data DATA --variant "preset=mask target_mix=0.25" --targets 0.5,2:4
+
+DATA as in `quality.py`: calibrated on C4, measured on the WikiText-2 validation text, and never on the test text.
+A variant is settings of `PruneConfig`. Finished cells are in `benchmarks/results/variants/cells`.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from common import keep, model_folder, show
+from quality import CALIBRATION, ROOT, VALIDATION
+
+from llm_barber.checkpoint.folder import locked, own_folder
+from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
+from llm_barber.comparison.settings import CompareConfig, target_settings
+from llm_barber.config import PruneConfig
+from llm_barber.console import ConsoleProgress
+from llm_barber.presets import REVISIONS
+from llm_barber.pruning import prune
+from llm_barber.report import RunReport
+
+Variant = dict[str, Any]
+WANDA: Variant = {"initial": "wanda", "rebuild": False}
+MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# By group: the variants, and the targets that they are for.
+GROUPS: dict[str, tuple[list[Variant], str]] = {
+    "allocation": ([{**WANDA, "allocation": one} for one in ("uniform", "owl", "loss")], "0.5,0.6,0.7"),
+    "guard": ([{"preset": preset, "guard": one} for preset in ("mask", "best") for one in (0.0, 0.125)], "0.5,2:4"),
+    "mix": ([{"preset": preset, "target_mix": one} for preset in ("mask", "best") for one in MIXES], "0.5,2:4"),
+    "swap-mix": ([{**WANDA, "refine": "swaps", "target_mix": one} for one in MIXES], "0.5,2:4"),
+    "least-squares-mix": (
+        [{**WANDA, "reconstruct": "least-squares", "target_mix": one} for one in MIXES],
+        "0.5,2:4",
+    ),
+    "swaps": ([{**WANDA, "refine": "swaps", "swaps": one} for one in (25, 100, 400, 1600)], "0.5,2:4"),
+    "steps": (
+        [
+            WANDA,
+            {"initial": "wanda", "granularity": "block", "rebuild_ratio": 0.1},
+            {**WANDA, "refine": "swaps"},
+            {**WANDA, "refine": "swaps", "reconstruct": "least-squares"},
+            {**WANDA, "refine": "swaps", "reconstruct": "tune"},
+            {**WANDA, "refine": "tune"},
+            {**WANDA, "refine": "tune", "reconstruct": "tune"},
+        ],
+        "0.5,2:4",
+    ),
+}
+
+
+def words(variant: Variant) -> str:
+    """A variant as it is given."""
+    return " ".join(f"{name}={value}" for name, value in variant.items())
+
+
+def read_variant(given: str) -> Variant:
+    """From NAME=VALUE NAME=VALUE …; the values are read as `PruneConfig` reads words."""
+    return dict(part.split("=", 1) for part in given.split())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/")
+    parser.add_argument("--model", help="an ordinary checkpoint (default: SmolLM2-135M from its package)")
+    parser.add_argument("--groups", default="", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument(
+        "--variant", action="append", default=[], help="NAME=VALUE …, settings of prune; again for more"
+    )
+    parser.add_argument("--targets", help="sparsities and patterns (default: 0.5, or the group's)")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if unknown := [one for one in given.groups.split(",") if one and one not in GROUPS]:
+        parser.error(f"--groups: no {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    work = [GROUPS[one] for one in given.groups.split(",") if one]
+    work += [([read_variant(one) for one in given.variant], "0.5")] if given.variant else []
+    if not work:
+        parser.error("no --groups and no --variant: nothing to do")
+    model = str(Path(model_folder(given.model)).resolve())
+    os.chdir(given.data)  # so that results name texts as they lie in DATA
+    config = CompareConfig(
+        model=model, output=ROOT / "benchmarks" / "results" / "variants", calibration=CALIBRATION, text=(VALIDATION,),
+        samples=given.samples, seqlen=given.seqlen, windows=given.windows, text_seqlen=1024, seeds=(given.seed,),
+    )  # fmt: skip
+    own_folder(config.output, MARKER, "made by benchmarks/variants.py, which keeps finished cells here and goes on")
+    rows = []
+    with ConsoleProgress() as progress, locked(config.output / MARKER):
+        runner = make_runner(config, model, progress)
+        calibration = str(calibration_file(config, runner, model, given.seed, progress))
+        dense = runner.dense(progress).texts[0].perplexity
+        for variants, targets in work:
+            for target in (given.targets or targets).split(","):
+                for variant in variants:
+                    if ":" in target and "allocation" in variant:
+                        continue
+                    settings = {**target_settings(target), **variant}
+
+                    def make(folder: Path, settings: Variant = settings) -> RunReport:
+                        own = {"model": model, "output": folder, "calibration": calibration, "report": False}
+                        return prune(PruneConfig(**own, overwrite=True, **settings), progress)
+
+                    key = {**settings, "seed": given.seed, "revisions": {name: REVISIONS[name] for name in REVISIONS}}
+                    result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
+                    found = result.evaluation.texts[0]
+                    kl = "–" if found.kl_divergence is None else f"{found.kl_divergence:.3f}"
+                    rows.append([words(variant), target, f"{found.perplexity:.2f}", kl, f"{result.seconds:.0f}"])
+    title = f"{Path(model).name}, {given.samples} × {given.seqlen} tokens, seed {given.seed}; dense {dense:.2f}"
+    headings = ["variant", "target", "perplexity", "KL", "seconds"]
+    keep("variants", {"title": title, "headings": headings, "rows": rows})
+    show(title, headings, rows)
+
+
+if __name__ == "__main__":
+    main()
