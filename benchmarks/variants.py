@@ -109,7 +109,7 @@ def main() -> None:
                     key = {**settings, "seed": given.seed, "revisions": {name: REVISIONS[name] for name in REVISIONS}}
                     result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
                     found = result.evaluation.texts[0]
-                    kl = "–" if found.kl_divergence is None else f"{found.kl_divergence:.3f}"
+                    kl = "–" if found.against is None else f"{found.against.divergence:.3f}"
                     rows.append([words(variant), target, f"{found.perplexity:.2f}", kl, f"{result.seconds:.0f}"])
     title = f"{Path(model).name}, {given.samples} × {given.seqlen} tokens, seed {given.seed}; dense {dense:.2f}"
     headings = ["variant", "target", "perplexity", "KL", "seconds"]
