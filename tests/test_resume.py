@@ -268,6 +268,29 @@ def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("settings", [{}, {"initial": "wanda"}], ids=["allocated", "published"])
+@pytest.mark.parametrize("damaged", ["model-*", "activations-*"])
+def test_where_nothing_before_the_damage_was_kept_all_layers_are_pruned_again(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, settings: dict[str, Any]
+) -> None:
+    run(model, tmp_path / "whole", tokens, **settings)
+    stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
+    files = sorted((tmp_path / "out.partial").glob(damaged))
+    lost = files[1:2] if damaged == "model-*" else files  # the first of two layers
+    for one in lost:
+        damage(one)
+    told = Listener()
+    found = counted_layers(monkeypatch)
+    config = PruneConfig(
+        model=model, output=tmp_path / "out", calibration=tokens, resume=True, **{**SETTINGS, **settings}
+    )
+    prune(config, told)
+    assert found == [0, 1, 2]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    (message,) = (one for one in told.warnings if "damaged or missing: 0 finished layers" in one)
+    assert all(one.name in message for one in lost)
+
+
 def damage(path: Path) -> None:
     """Change its last byte."""
     content = path.read_bytes()
@@ -355,11 +378,6 @@ def test_refuses_what_it_cannot_go_on_with(
     with pytest.raises(OutputError, match="another version of a library"):
         run(model, out, tokens, resume=True)
     monkeypatch.undo()
-    shard = sorted((out.with_name("out.partial")).glob("model-*"))[1]
-    damage(shard)  # of the first of two layers: nothing before it was kept
-    with pytest.raises(OutputError, match="is damaged or missing"):
-        run(model, out, tokens, resume=True)
-    damage(shard)
     saved = shutil.copytree(model, tmp_path / "saved")
     make_model(model, "llama", num_hidden_layers=3, seed=4)
     with pytest.raises(OutputError, match="another model's files"):

@@ -35,6 +35,15 @@ def as_before(work: Assignment, used: Used, progress: Progress) -> Assignment:
     return replace(work, job=replace(work.job, batch_size=used.batch_size))
 
 
+def tell_of_lost(writer: CheckpointWriter | Follower, finished: int, progress: Progress) -> None:
+    """Say what of an unfinished run is made again."""
+    if writer.lost:
+        progress.warn(
+            f"{', '.join(writer.lost)} of the unfinished run is damaged or missing: {finished} finished layers are "
+            "whole, the others are made again"
+        )
+
+
 def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: ActivationStreams) -> Used:
     """By this run and the one that it goes on with."""
     device, before = work.job.skeleton.device, writer.state.used

@@ -30,7 +30,7 @@ from llm_barber.model_card import model_card
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 from llm_barber.report import PAGE_NAME, CalibrationResult, LayerResult, RunReport
-from llm_barber.resuming import as_before, finished_layers, told_how_to_go_on, used_by
+from llm_barber.resuming import as_before, finished_layers, tell_of_lost, told_how_to_go_on, used_by
 from llm_barber.settings import Format
 from llm_barber.usage import versions
 
@@ -43,10 +43,13 @@ def run(work: Assignment, progress: Progress) -> RunReport:
     if work.refine_settings is not None and not work.refine_settings.held_out and work.config.guard != 0:
         progress.warn("no window can be held out of one: all of the refining is kept, unchecked; give more --samples")
     ranks, sequences = work.job.ranks, len(work.job.tokens.input_ids)
+    if work.config.resume:
+        progress.stage("checking what is finished")
     with _open_output(work) as writer, told_how_to_go_on(writer, progress):
         finished, activations = writer.read_activations()
         finished, writer.state = ranks.from_first((finished, writer.state))
         results = finished_layers(writer)
+        tell_of_lost(writer, finished, progress)
         work = as_before(work, writer.state.used, progress)
         job = work.job
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}

@@ -20,6 +20,7 @@ class Follower:
         self.work = work
         self.state = RunState(key={})
         self.digests: dict[str, str] = {}
+        self.lost: list[str] = []
 
     def __enter__(self) -> Self:
         return self

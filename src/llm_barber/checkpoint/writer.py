@@ -22,7 +22,6 @@ from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.place import LOCK_NAME, check_output, put_in_place, work_folder
 from llm_barber.checkpoint.state import (
     ACTIVATIONS_KEPT,
-    START_AGAIN,
     STATE_BEFORE,
     STATE_NAME,
     RunState,
@@ -77,6 +76,7 @@ class CheckpointWriter:
         self.state = RunState(key=dict(key or {}))
         self._written: dict[str, Shard] = {}
         self._damaged: set[str] = set()  # of those
+        self.lost: list[str] = []  # what an unfinished run had finished, and is damaged
         self._count = 0
 
     def __enter__(self) -> Self:
@@ -133,10 +133,7 @@ class CheckpointWriter:
 
     def _whole(self, left: RunState) -> RunState:
         """What is left undamaged: shards outside the layers are copied again, of layers those from the first one on
-        whose shard is damaged are pruned again, if the activations before it are still there.
-
-        Raises:
-            OutputError: they are not.
+        whose shard is damaged are pruned again; all of them, if the activations before it are not there any more.
         """
         outside = len(left.shards) - len(left.layers)
         finished = len(left.layers)
@@ -145,12 +142,13 @@ class CheckpointWriter:
             if path.is_file() and sync_file(path) == shard.sha256:
                 continue
             self._damaged.add(name)
+            self.lost.append(path.name)
             if number >= outside:
                 finished = number - outside
                 break
         activations = tuple(one for one in left.activations if one.layers <= finished)
-        if finished < len(left.layers) - 1 and not activations:
-            raise OutputError(f"{path} is damaged or missing", START_AGAIN)
+        if finished < len(left.layers) and not activations:
+            finished = 0
         shards = dict(list(left.shards.items())[: outside + finished])
         return left.model_copy(update={"shards": shards, "layers": left.layers[:finished], "activations": activations})
 
@@ -162,8 +160,7 @@ class CheckpointWriter:
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:
         """How many layers are finished, and what the streams held after them; where the file is damaged, one fewer.
 
-        Raises:
-            OutputError: no file is whole.
+        Where none is whole all layers are pruned again.
         """
         if not self.state.layers:
             return 0, {}
@@ -174,7 +171,11 @@ class CheckpointWriter:
             if found is not None:
                 self.state = self.state.model_copy(update={"layers": self.state.layers[: kept.layers]})
                 return kept.layers, found
-        raise OutputError(f"the activations in {self.work} are damaged", START_AGAIN)
+        self.lost += [one.file for one in self.state.activations]
+        outside = len(self._written) - len(self.state.layers)
+        self._written = dict(list(self._written.items())[:outside])
+        self.state = self.state.model_copy(update={"shards": dict(self._written), "layers": (), "activations": ()})
+        return 0, {}
 
     def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
         """Make an allocation durable: it can take as long as some layers."""
