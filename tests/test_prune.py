@@ -49,7 +49,8 @@ def test_kept_weights_keep_their_bits(tmp_path: Path, tokens: Path, initial: str
     for layer in report.layers:
         for linear in layer.linears:
             assert linear.pruned == linear.zeros
-            assert linear.grown > 0 or initial != "magnitude"
+        # Linears of a block compete: one of them may only lose.
+        assert all(any(linear.grown for linear in block.linears) for block in layer.blocks) or initial != "magnitude"
     exact = 0.59375 if initial in ("wanda", "dsnot") else 0.6  # floor(0.6 · 32) = 19 of a row's 32 …
     assert report.sparsity == pytest.approx(exact, abs=0.005)
     assert report.sparsity <= 0.6
