@@ -26,7 +26,7 @@ def call(command: list[str], environment: dict[str, str] | None = None) -> str:
     """What a command prints; where it fails, the benchmark ends with its message."""
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     if found.returncode:
-        sys.exit(f"{' '.join(command[:4])} … failed:\n{found.stderr[-4000:]}")
+        sys.exit(f"{command[0]} failed:\n{found.stderr[-4000:]}")
     return found.stdout
 
 

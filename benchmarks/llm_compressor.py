@@ -12,7 +12,6 @@ DATA is that of `quality.py`, whose settings are the defaults. It computes in fl
 import argparse
 import json
 import shutil
-import subprocess
 import tempfile
 import time
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, model_folder, show
+from common import call, machine, model_folder, show
 from quality import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TEST
 from safetensors.torch import save_file
 
@@ -64,10 +63,7 @@ print("RESULT", seconds, version("llmcompressor"), version("transformers"))
 def prune(python: Path, model: str, tokens: Path, out: Path, method: str, target: str) -> dict[str, Any]:
     """Seconds and versions; the pruned model is in `out`."""
     command = [str(python), "-c", PEER, model, str(tokens), str(out), method, target]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        raise SystemExit(found.stderr[-3000:])
-    (line,) = [line for line in found.stdout.splitlines() if line.startswith("RESULT")]
+    (line,) = [line for line in call(command).splitlines() if line.startswith("RESULT")]
     _, seconds, llm_compressor, transformers = line.split()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(Path(model) / name, out / name)

@@ -106,7 +106,7 @@ def main() -> None:
                         own = {"model": model, "output": folder, "calibration": calibration, "report": False}
                         return prune(PruneConfig(**own, overwrite=True, **settings), progress)
 
-                    key = {**settings, "seed": given.seed, "revisions": {name: REVISIONS[name] for name in REVISIONS}}
+                    key = {**settings, "seed": given.seed, "revisions": REVISIONS}
                     result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
                     found = result.evaluation.texts[0]
                     kl = "–" if found.against is None else f"{found.against.divergence:.3f}"

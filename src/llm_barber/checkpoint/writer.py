@@ -75,7 +75,6 @@ class CheckpointWriter:
         self._companions: dict[str, str] = {}
         self.state = RunState(key=dict(key or {}))
         self._written: dict[str, Shard] = {}
-        self._damaged: set[str] = set()  # of those
         self.lost: list[str] = []  # what an unfinished run had finished, and is damaged
         self._count = 0
 
@@ -141,8 +140,7 @@ class CheckpointWriter:
             path = self.work / name
             if path.is_file() and sync_file(path) == shard.sha256:
                 continue
-            self._damaged.add(name)
-            self.lost.append(path.name)
+            self.lost.append(name)
             if number >= outside:
                 finished = number - outside
                 break
@@ -223,7 +221,7 @@ class CheckpointWriter:
     def next_is_written(self) -> bool:
         """Has the run that this one goes on with written the next shard?"""
         name = self._name(self._count + 1)
-        return name in self._written and name not in self._damaged
+        return name in self._written and name not in self.lost
 
     def skip_shard(self) -> None:
         """Leave the next shard as it is."""
