@@ -4,7 +4,8 @@
     python benchmarks/variants.py --data DATA --variant "preset=mask target_mix=0.25" --targets 0.5,2:4
 
 DATA as in `quality.py`: calibrated on C4, measured on the WikiText-2 validation text, and never on the test text.
-A variant is settings of `PruneConfig`. Finished cells are in `benchmarks/results/variants/cells`.
+A variant is settings of `PruneConfig`, and `estimator` and `rounds` of `estimators.py`. Finished cells are in
+`benchmarks/results/variants/cells`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import keep, model_folder, show
+from estimators import ESTIMATORS, estimated
 from quality import CALIBRATION, ROOT, VALIDATION
 
 from llm_barber.checkpoint.folder import locked, own_folder
@@ -26,10 +28,22 @@ from llm_barber.report import RunReport
 
 Variant = dict[str, Any]
 WANDA: Variant = {"initial": "wanda", "rebuild": False}
+REBUILT: Variant = {"initial": "wanda", "granularity": "output"}
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # By group: the variants, and the targets that they are for.
 GROUPS: dict[str, tuple[list[Variant], str]] = {
     "allocation": ([{**WANDA, "allocation": one} for one in ("uniform", "owl", "loss")], "0.5,0.6,0.7"),
+    "estimators": (
+        [
+            WANDA,
+            *(
+                {**REBUILT, "rebuild_ratio": ratio, "estimator": one, "rounds": rounds}
+                for one in ESTIMATORS
+                for ratio, rounds in ((0.01, 1), (0.1, 1), (0.02, 5))
+            ),
+        ],
+        "0.5,2:4",
+    ),
     "guard": ([{"preset": preset, "guard": one} for preset in ("mask", "best") for one in (0.0, 0.125)], "0.5,2:4"),
     "mix": ([{"preset": preset, "target_mix": one} for preset in ("mask", "best") for one in MIXES], "0.5,2:4"),
     "swap-mix": ([{**WANDA, "refine": "swaps", "target_mix": one} for one in MIXES], "0.5,2:4"),
@@ -104,7 +118,8 @@ def main() -> None:
 
                     def make(folder: Path, settings: Variant = settings) -> RunReport:
                         own = {"model": model, "output": folder, "calibration": calibration, "report": False}
-                        return prune(PruneConfig(**own, overwrite=True, **settings), progress)
+                        with estimated(settings) as given:
+                            return prune(PruneConfig(**own, overwrite=True, **given), progress)
 
                     key = {**settings, "seed": given.seed, "revisions": REVISIONS}
                     result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
