@@ -61,3 +61,10 @@ def test_help_does_not_wait_for_transformers() -> None:
     code = "import sys, llm_barber.cli; print('transformers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_benchmarks_go_on_with_the_results_that_are_kept() -> None:
+    """In a fresh clone, too: a folder of cells without its marker is refused as somebody else's."""
+    kept = {path.parent for path in (PACKAGE.parents[1] / "benchmarks" / "results").glob("*/cells")}
+    assert kept
+    assert all((folder / "COMPARISON.txt").is_file() for folder in kept)
