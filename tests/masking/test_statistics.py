@@ -11,20 +11,30 @@ from llm_barber.masking.statistics import (
 )
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+def inputs(dtype: torch.dtype = torch.float32, features: int = 6) -> torch.Tensor:
+    return torch.randn(5, 7, features, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def test_input_squares_and_gram_matrix_are_their_definitions() -> None:
-    x = inputs()
-    squares, gram = InputSquares(6, x.device), GramMatrix(6, x.device)
+@pytest.mark.parametrize("features", [1, 6, 64, 65, 200, 530])  # of 530 columns are 8 panels, of 200 four
+def test_input_squares_and_gram_matrices_are_their_definitions(features: int) -> None:
+    x, others = inputs(features=features), inputs(features=features).flip(0)
+    squares, gram = InputSquares(features, x.device), GramMatrix(features, x.device)
+    moments = TargetMoments(features, x.device)
     before = x.clone()
-    squares.update(x)
-    gram.update(x)
+    for part in (slice(0, 2), slice(2, 5)):
+        squares.update(x[part])
+        gram.update(x[part])
+        moments.update(x[part], others[part])
+        # Looked at in between, they go on all the same.
+        assert torch.isfinite(gram.mean).all()
+        assert torch.isfinite(moments.difference).all()
     assert torch.equal(x, before)
-    flat = x.reshape(-1, 6).double()
+    flat, theirs = x.reshape(-1, features).double(), others.reshape(-1, features).double()
+    exact = flat.t() @ flat
     torch.testing.assert_close(squares.mean.double(), flat.square().sum(0) / 5, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gram.mean.double(), 2 * flat.t() @ flat / 5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram.mean.double(), 2 * exact / 5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.gram.double(), exact / 35, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.difference.double(), (exact - theirs.t() @ flat) / 35, rtol=1e-5, atol=1e-5)
 
 
 def test_input_moments_are_their_definitions() -> None:
@@ -56,13 +66,14 @@ def test_half_precision_products_do_not_overflow() -> None:
 
 
 def test_batches_do_not_change_a_bit() -> None:
-    x, gradient = inputs(torch.bfloat16), torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
-    for make in (lambda: InputSquares(6, x.device), lambda: GramMatrix(6, x.device)):
+    wide = inputs(torch.bfloat16, 200)
+    for make in (lambda: InputSquares(200, wide.device), lambda: GramMatrix(200, wide.device)):
         whole, parts = make(), make()
-        whole.update(x)
-        for part in (x[:2], x[2:3], x[3:]):
+        whole.update(wide)
+        for part in (wide[:2], wide[2:3], wide[3:]):
             parts.update(part)
         assert torch.equal(whole.mean, parts.mean)
+    x, gradient = inputs(torch.bfloat16), torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
     whole, parts = GradientSquares((3, 6), x.device), GradientSquares((3, 6), x.device)
     whole.update(x, gradient, torch.ones(5))
     for part in (slice(0, 2), slice(2, 5)):
@@ -87,7 +98,7 @@ def test_products_of_bfloat16_inputs_are_not_rounded() -> None:
     assert _precisions() == before
     values, theirs = inputs.double().flatten(0, 1), others.double().flatten(0, 1)
     exact = values.t() @ values
-    assert ((gram.total - exact).abs().max() / exact.diagonal().mean()).item() < 5e-6  # rounded to bfloat16: 1e-3
+    assert ((gram.mean * 1.5 - exact).abs().max() / exact.diagonal().mean()).item() < 5e-6  # rounded to bfloat16: 1e-3
     difference = (values - theirs).t() @ values / len(values)
     assert ((moments.difference - difference).abs().max() / exact.diagonal().mean() * len(values)).item() < 1e-5
 

@@ -99,6 +99,38 @@ class InputMoments(RunningSums):
         return ((self.squares.total - self.explained) / max(self.tokens.item(), 1)).clamp_min(0).float()
 
 
+# Into how many panels of rows a Gram matrix is cut, and the least of their rows.
+PANELS, LEAST_PANEL = 8, 64
+
+
+def panels(features: int) -> list[slice]:
+    """The rows of a Gram matrix, (features, features), in panels; of each only what stands from its start on is summed.
+
+    The matrix is symmetric, so that 9/16 of the products do. `mirrored` has the rest.
+    """
+    size = max(LEAST_PANEL, -(-features // PANELS))
+    return [slice(first, min(first + size, features)) for first in range(0, features, size)]
+
+
+def add_products(total: Tensor, values: Tensor) -> None:
+    """Add Σ x xᵀ over the rows x of `values`, float32 (tokens, in), to the panels of `total`, float32 (in, in)."""
+    for rows in panels(len(total)):
+        total[rows, rows.start :].addmm_(values[:, rows].t(), values[:, rows.start :])
+
+
+def gram_flops(tokens: float, features: int) -> float:
+    """FLOPs of `add_products`."""
+    places: int = sum((rows.stop - rows.start) * (features - rows.start) for rows in panels(features))
+    return 2 * tokens * places
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """A sum of `add_products`, made whole in place."""
+    for rows in panels(len(total)):
+        total[rows.stop :, rows] = total[rows, rows.stop :].t()
+    return total
+
+
 class GramMatrix(RunningSums):
     """H = 2/n · Σ x xᵀ over all tokens of n sequences (SparseGPT, arXiv 2301.00774).
 
@@ -113,14 +145,13 @@ class GramMatrix(RunningSums):
         """Add a batch of sequences: products in float32, since rounded ones are not positive definite."""
         with exact_half_products(inputs.dtype):
             for sequence in inputs:
-                values = sequence.float()
-                self.total.addmm_(values.t(), values)
+                add_products(self.total, sequence.float())
         self.sequences += len(inputs)
 
     @property
     def mean(self) -> Tensor:
         """float32, (in, in)."""
-        return self.total * (2 / self.sequences.item())
+        return mirrored(self.total * (2 / self.sequences.item()))
 
 
 class TargetMoments(RunningSums):
@@ -141,7 +172,7 @@ class TargetMoments(RunningSums):
         with exact_half_products(inputs.dtype):
             for index, sequence in enumerate(inputs):
                 values = sequence.float()
-                self._gram.addmm_(values.t(), values)
+                add_products(self._gram, values)
                 if others is not None and self._crossed is not None:
                     self._crossed.addmm_(others[index].float().t(), values)
         self.tokens += inputs.shape[0] * inputs.shape[1]
@@ -149,13 +180,14 @@ class TargetMoments(RunningSums):
     @property
     def gram(self) -> Tensor:
         """float32, (in, in)."""
-        return self._gram / self.tokens.item()
+        return mirrored(self._gram / self.tokens.item())
 
     @property
     def difference(self) -> Tensor:
         """float32, (in, in)."""
-        crossed = self._gram if self._crossed is None else self._crossed
-        return (self._gram - crossed) / self.tokens.item()
+        if self._crossed is None:
+            return torch.zeros_like(self._gram)
+        return (mirrored(self._gram) - self._crossed) / self.tokens.item()
 
 
 class GradientSquares(RunningSums):

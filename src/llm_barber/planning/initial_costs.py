@@ -1,6 +1,7 @@
 """What initial masks cost, and the allocation before them: statistics of the inputs, ranking, updates."""
 
 from llm_barber.config import Initial
+from llm_barber.masking.statistics import gram_flops
 from llm_barber.model.architecture import MLP
 from llm_barber.planning.passes import BACKWARD_ATTENTION, FLOAT32, SQUARING, forward, reduced, streamed
 from llm_barber.planning.recipe import Recipe
@@ -87,7 +88,7 @@ def statistics(block: BlockShapes, recipe: Recipe) -> Work:
     for group in block.groups:
         columns = group[0][1]
         if recipe.initial in DECOMPOSITION:
-            of_a_copy += Work(grams=2 * given * columns**2, exact=DECOMPOSITION[recipe.initial] * columns**3)
+            of_a_copy += Work(grams=gram_flops(given, columns), exact=DECOMPOSITION[recipe.initial] * columns**3)
             of_a_copy += reduced(recipe, FLOAT32 * columns**2)
         else:
             of_a_copy += Work(moved=SQUARING * given * columns) + reduced(recipe, FLOAT32 * columns)

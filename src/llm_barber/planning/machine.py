@@ -16,7 +16,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from llm_barber.checkpoint.state import sync_file
 from llm_barber.masking.selection import sort_values
-from llm_barber.masking.statistics import exact_half_products
+from llm_barber.masking.statistics import add_products, exact_half_products, gram_flops
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
 from llm_barber.model.attention import BlockedAttention
 from llm_barber.planning.recipe import Recipe
@@ -122,7 +122,7 @@ def measured_rates(
         values = torch.randn(recipe.tokens, into, dtype=dtype, device=device).float()
         total = torch.zeros(into, into, device=device)
         with exact_half_products(dtype):
-            grams.add(2 * recipe.tokens * into**2, stopwatch.least(partial(total.addmm_, values.t(), values)))
+            grams.add(gram_flops(recipe.tokens, into), stopwatch.least(partial(add_products, total, values)))
         some = torch.randn(min(into, 1024), into, device=device)
         exact.add(2 * len(some) * into**2, stopwatch.least(partial(torch.matmul, some, total)))
     into = layer.blocks[0].linears[0][1]

@@ -1,5 +1,6 @@
 """What refining costs: swaps and least squares of a block's linears, tuning of a layer."""
 
+from llm_barber.masking.statistics import gram_flops
 from llm_barber.planning.initial_costs import choose, statistics
 from llm_barber.planning.passes import BACKWARD_ATTENTION, FLOAT32, forward, inputs, reduced, streamed
 from llm_barber.planning.recipe import Recipe
@@ -37,7 +38,9 @@ def improved(block: BlockShapes, recipe: Recipe) -> Work:
     for group in block.groups:
         columns = group[0][1]
         matrices = streams * (2 if settings.held_out else 1)
-        of_a_copy += Work(grams=2 * given * columns**2 * streams, moved=streams * given * columns * FLOAT32 * 2)
+        crossed = 2 * given * columns**2 if streams == 2 else 0  # not symmetric
+        sums = gram_flops(given, columns) + crossed
+        of_a_copy += Work(grams=sums, moved=streams * given * columns * FLOAT32 * 2)
         of_a_copy += reduced(recipe, matrices * FLOAT32 * columns**2)
         for rows, _ in group:
             of_a_copy += _improve(recipe, rows, columns)
