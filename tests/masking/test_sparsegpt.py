@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_barber.masking import sparsegpt as module
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.sparsegpt import sparsegpt
 
@@ -45,7 +46,11 @@ def oracle(weight: Tensor, gram: Tensor, pattern: Pattern, block_size: int, damp
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.3), NofM(2, 4), NofM(1, 4), NofM(3, 6)])
 @pytest.mark.parametrize("block_size", [4, 12, 128])
-def test_equals_the_optimal_brain_surgeon(pattern: Pattern, block_size: int) -> None:
+@pytest.mark.parametrize("stride", [2, 5, 32])  # of columns in a block; 32 in the program
+def test_equals_the_optimal_brain_surgeon(
+    pattern: Pattern, block_size: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STRIDE", stride)
     if isinstance(pattern, NofM):
         block_size = -(-block_size // pattern.of) * pattern.of
     weight, gram = problem()

@@ -1,5 +1,6 @@
 """Attention by blocks of queries, beside softmax(scale · Q Kᵀ) V as it is written, in float64, with autograd."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llm_barber.model import attention
-from llm_barber.model.attention import BlockedAttention, CausalAttention
+from llm_barber.model.attention import BlockedAttention, CausalAttention, fast_attention
 
 SHAPES = [(1, 1), (4, 4), (4, 2), (6, 1)]  # heads, key heads
 
@@ -58,6 +59,35 @@ def test_it_is_attention_as_it_is_written(heads: int, key_heads: int, tokens: in
         assert torch.equal(found, same)
         assert found.dtype == torch.bfloat16
         assert (found.double() - wanted).norm() <= 0.01 * wanted.norm() + 1e-12
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 60.0])
+@pytest.mark.parametrize("features", [64, 96])
+def test_large_scores_are_not_rounded(offset: float, features: int) -> None:
+    """Keys that share an offset, as those of linears with a bias: scores of hundreds, whose differences count."""
+    made = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, 4, 260, features, generator=made) for _ in range(3))
+    direction = torch.randn(features, generator=made)
+    direction /= direction.norm()
+    query += 0.7 * offset * direction
+    key += offset * direction
+    key[:, :, 0] += 3 * direction  # and one on which much attention lies
+    inputs = [one.bfloat16() for one in (query, key, value)]
+    scale = features**-0.5
+    expected = with_gradients(as_written, [one.double() for one in inputs], scale)
+    found = with_gradients(CausalAttention.apply, inputs, scale)
+    kernel = with_gradients(lambda q, k, v, _: scaled_dot_product_attention(q, k, v, is_causal=True), inputs, scale)
+    for one, pytorchs, wanted in zip(found, kernel, expected, strict=True):
+        error, other = ((tensor.double() - wanted).norm() / wanted.norm() for tensor in (one, pytorchs))
+        assert error <= max(0.008, 1.5 * other.item())
+
+
+def test_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native in (True, False):
+        monkeypatch.setattr(attention, "multiplies_bfloat16", lambda device, native=native: native)
+        for device, dtype in product(("cpu", "meta"), (torch.bfloat16, torch.float32, torch.float16)):
+            wanted = native and device == "cpu" and dtype == torch.bfloat16
+            assert isinstance(fast_attention(torch.device(device), dtype), BlockedAttention) == wanted
 
 
 def test_a_sequence_has_the_same_bits_in_any_batch() -> None:

@@ -106,7 +106,7 @@ PANELS, LEAST_PANEL = 8, 64
 def panels(features: int) -> list[slice]:
     """The rows of a Gram matrix, (features, features), in panels; of each only what stands from its start on is summed.
 
-    The matrix is symmetric, so that 9/16 of the products do. `mirrored` has the rest.
+    The matrix is symmetric: with eight panels, 9/16 of its products are made, and `mirrored` has the others from them.
     """
     size = max(LEAST_PANEL, -(-features // PANELS))
     return [slice(first, min(first + size, features)) for first in range(0, features, size)]
@@ -187,7 +187,7 @@ class TargetMoments(RunningSums):
         """float32, (in, in)."""
         if self._crossed is None:
             return torch.zeros_like(self._gram)
-        return (mirrored(self._gram) - self._crossed) / self.tokens.item()
+        return mirrored(self._gram.clone()).sub_(self._crossed).div_(self.tokens.item())
 
 
 class GradientSquares(RunningSums):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import Block
-from llm_barber.model.attention import BlockedAttention
+from llm_barber.model.attention import fast_attention
 from llm_barber.model.experts import Experts
 from llm_barber.model.fixed_order import FixedOrder, Found
 from llm_barber.model.gradients import Ends, by_linear, by_sequence, mean_squares, scaled_by_sequence
@@ -272,7 +272,7 @@ class DecoderLayer:
         parameters = {f"{name}.weight": self._turned(weight) for name, weight in weights.items()}
         self._tell_experts(len(hidden))
         arguments = dict(self._arguments(hidden.shape[0], hidden.shape[1]))
-        with BlockedAttention():
+        with fast_attention(hidden.device, self.dtype):
             output = torch.func.functional_call(self.module, parameters, (hidden,), arguments)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
@@ -289,7 +289,7 @@ class DecoderLayer:
     def _run(self, hidden: Tensor) -> Tensor | None:
         self._tell_experts(len(hidden))
         try:
-            with BlockedAttention():
+            with fast_attention(hidden.device, self.dtype):
                 output = self.module(hidden, **self._arguments(hidden.shape[0], hidden.shape[1]))
         except Reached:
             return None

@@ -52,13 +52,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Does the device have instructions for it?"""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Private in torch; absent, the answer is the safe one.
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        fast = any(check() for check in checks if check is not None)
-    return torch.bfloat16 if fast else torch.float32
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Private in torch; absent, the answer is the safe one.
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
 
 
 def resolve_batch_size(asked: int | None, seqlen: int, sequences: int, device: torch.device) -> int:

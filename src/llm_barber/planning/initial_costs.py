@@ -1,6 +1,7 @@
 """What initial masks cost, and the allocation before them: statistics of the inputs, ranking, updates."""
 
 from llm_barber.config import Initial
+from llm_barber.masking.sparsegpt import STRIDE
 from llm_barber.masking.statistics import gram_flops
 from llm_barber.model.architecture import MLP
 from llm_barber.planning.passes import BACKWARD_ATTENTION, FLOAT32, SQUARING, forward, reduced, streamed
@@ -101,8 +102,8 @@ def _update(recipe: Recipe, block: BlockShapes, rows: int, columns: int) -> Work
     """What a method does to one linear beyond a statistic and a ranking."""
     weights = rows * columns
     match recipe.initial:
-        case Initial.SPARSEGPT:  # each block of columns corrects those to come, each column those of its block
-            return Work(exact=weights * columns, moved=3 * FLOAT32 * 128 * weights)
+        case Initial.SPARSEGPT:  # each stride of columns corrects those to come, each column those of its stride
+            return Work(exact=weights * columns, moved=3 * FLOAT32 * STRIDE * weights)
         case Initial.ALPS:
             return Work(exact=2 * weights * columns * (ADMM_STEPS + 10), moved=ADMM_BYTES * ADMM_STEPS * weights)
         case Initial.DSNOT if block.name != MLP:  # MLPs keep Wanda's masks

@@ -1,0 +1,77 @@
+"""How long exact swaps take beside the Gram matrix that they need, on one large linear with random weights and inputs.
+
+Goal: 100 swaps a row cost about as much as the Gram matrix. With N:M, by default, 400.
+
+    python benchmarks/swaps.py
+    python benchmarks/swaps.py --shape 4096x4096 --samples 128 --seqlen 2048 --threads 2
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from common import keep, show
+
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import NofM, Pattern, Unstructured
+from llm_barber.masking.saliency import wanda
+from llm_barber.masking.statistics import GramMatrix, gram_flops
+from llm_barber.masking.swaps import swap_pairs
+
+TARGETS: dict[str, Pattern] = {
+    "50 %": Unstructured(0.5),
+    "70 %": Unstructured(0.7),
+    "2:4": NofM(2, 4),
+    "4:8": NofM(4, 8),
+}
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="4096x4096", help="OUTxIN")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--swaps", default="100,400", help="most swaps a row")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    height, width = map(int, given.shape.split("x"))
+    made = torch.Generator().manual_seed(0)
+    weight = torch.randn(height, width, generator=made)
+    mixing = torch.randn(width // 4, width, generator=made)  # what makes inputs correlated
+    statistic = GramMatrix(width, weight.device)
+    seconds = 0.0
+    for _ in range(given.samples):
+        inputs = torch.randn(1, given.seqlen, width, generator=made)
+        inputs += torch.randn(1, given.seqlen, width // 4, generator=made) @ mixing / (width // 4) ** 0.5
+        batch = inputs.bfloat16()
+        seconds += timed(lambda: statistic.update(batch))  # noqa: B023
+    gram = statistic.mean
+    rate = gram_flops(given.samples * given.seqlen, width) / seconds / 1e9
+    rows = [["the Gram matrix", "", f"{seconds:.1f}", "", f"{rate:.0f} GFLOP/s"]]
+    for name, pattern in TARGETS.items():
+        mask = initial_mask(wanda(weight, gram.diagonal()), pattern, Granularity.OUTPUT)
+        n_of_m = pattern if isinstance(pattern, NofM) else None
+        for swaps in map(int, given.swaps.split(",")):
+            found: list[torch.Tensor] = []
+            took = timed(lambda: found.extend(swap_pairs(mask, weight, gram, swaps, pattern=n_of_m)))  # noqa: B023
+            rows.append(
+                [name, str(swaps), f"{took:.1f}", f"{took / seconds:.2f}", f"{found[1].float().mean():.0f} a row"]
+            )
+    title = f"swaps of a {given.shape} linear, {given.samples} × {given.seqlen} tokens, {given.threads} threads"
+    headings = ["", "at most", "seconds", "of the Gram matrix's", ""]
+    keep("swaps", {"title": title, "headings": headings, "rows": rows})
+    show(title, headings, rows)
+
+
+if __name__ == "__main__":
+    main()
