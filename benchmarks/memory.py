@@ -49,7 +49,7 @@ def main() -> None:
         rows.append([str(layers), f"{size:.2f}", f"{peak:.3f}", f"{peak / first - 1:+.1%}", f"{seconds:.1f}"])
     keep("memory", {"preset": given.preset, "rows": rows})
     show(
-        f"{given.preset}, hidden {given.hidden}, MLP {given.mlp}, float32, 4 × 256 tokens",
+        f"{given.preset}, hidden {given.hidden}, MLP {given.mlp}, float32 checkpoints, 4 × 256 tokens",
         ["layers", "checkpoint, GiB", "peak memory, GiB", "against the first", "seconds"],
         rows,
     )

@@ -53,17 +53,18 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.stderr)
         report = json.loads(done.stdout)
+    itemsize = getattr(torch, report["dtype"]).itemsize
     row = {
         "checkpoint, GiB": size / 2**30,
         "limit, GiB": given.limit,
-        "activations of one array, GiB": given.sequences * given.tokens * hidden * 4 / 2**30,
+        "activations of one array, GiB": given.sequences * given.tokens * hidden * itemsize / 2**30,
         "peak resident, GiB": report["peak_memory"] / 2**30,
         "seconds": report["seconds"]["total"],
         "layers": layers,
     }
     keep("out_of_core", {"preset": given.preset, **row})
     show(
-        f"preset {given.preset}, hidden {hidden}, MLP {mlp}, float32",
+        f"preset {given.preset}, hidden {hidden}, MLP {mlp}, float32 checkpoint",
         list(row),
         [[f"{one:.2f}" for one in row.values()]],
     )

@@ -19,6 +19,11 @@ LLAMA_8B = {
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "max_position_embeddings": 131072, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
+LLAMA_2_7B = {**LLAMA_8B, "vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32}
+LLAMA_2_13B = {
+    **LLAMA_2_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}  # fmt: skip
 LLAMA_70B = {
     **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
 }  # fmt: skip
@@ -33,6 +38,7 @@ QWEN3_30B = {
     "dtype": "bfloat16",
 }  # fmt: skip
 MODELS = {
+    "meta-llama/Llama-2-7b-hf": LLAMA_2_7B, "meta-llama/Llama-2-13b-hf": LLAMA_2_13B,
     "meta-llama/Llama-3.1-8B": LLAMA_8B, "meta-llama/Llama-3.1-70B": LLAMA_70B,
     "meta-llama/Llama-3.1-405B": LLAMA_405B, "Qwen/Qwen3-30B-A3B": QWEN3_30B,
 }  # fmt: skip

@@ -6,6 +6,11 @@ the rebuild), over the rate of matrix products of the layer's shapes, measured i
     python benchmarks/rebuild_speed.py
     python benchmarks/rebuild_speed.py --samples 8 --threads 1          # the setting of the released program's times
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/rebuild_speed.py --dtypes bfloat16      # without AMX
+
+LLaMA-2-7B's shapes on a GPU (not run yet); a model without a tokenizer is given random tokens:
+
+    python benchmarks/synthetic.py 7b --hidden 4096 --mlp 11008 --heads 32 --vocabulary 32000 --dtype bfloat16
+    python benchmarks/rebuild_speed.py --model 7b --samples 128 --seqlen 2048 --dtypes bfloat16 --device cuda
 """
 
 import argparse
@@ -20,10 +25,12 @@ from typing import Any
 
 import torch
 from common import keep, model_folder, show
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from llm_barber import PruneConfig, RunReport, prune
-from llm_barber.model.device import CPU_BATCH_TOKENS
+from llm_barber.model.device import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from llm_barber.opening import load_tokenizer
 
 FORWARD_EQUIVALENTS = 5
 STAGES = {
@@ -73,15 +80,17 @@ def forward_flops(report: RunReport, config: Any) -> float:
     return (linears + attention) * len(report.layers)
 
 
-def matrix_rate(report: RunReport, dtype: torch.dtype, rows: int) -> float:
+def matrix_rate(report: RunReport, dtype: torch.dtype, rows: int, device: torch.device) -> float:
     """FLOP/s of the products of a layer's linears with `rows` tokens, each shape by its share; median of 7."""
     flops = seconds = 0.0
     for out, into in shapes(report):
-        weight, inputs = torch.randn(out, into, dtype=dtype), torch.randn(rows, into, dtype=dtype)
+        weight, inputs = (torch.randn(size, into, dtype=dtype, device=device) for size in (out, rows))
         times = []
         for _ in range(8):
             began = time.perf_counter()
             torch.nn.functional.linear(inputs, weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
         flops += 2 * rows * out * into
         seconds += statistics.median(times[1:])
@@ -96,6 +105,7 @@ def main() -> None:
     parser.add_argument("--initial", default="wanda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = model_folder(arguments.model)
@@ -105,25 +115,36 @@ def main() -> None:
         times: Counter[str] = Counter()
         undo = stopwatch(times)
         with tempfile.TemporaryDirectory() as folder:
+            text = {}
+            if load_tokenizer(Path(model)) is None:
+                tokens = torch.randint(0, config.vocab_size, (arguments.samples, arguments.seqlen))
+                save_file({"input_ids": tokens}, Path(folder) / "tokens.safetensors")
+                text = {"calibration": str(Path(folder) / "tokens.safetensors")}
             report = prune(
                 PruneConfig(
                     model=model, output=Path(folder) / "out", initial=arguments.initial, samples=arguments.samples,
-                    seqlen=arguments.seqlen, dtype=name,
+                    seqlen=arguments.seqlen, dtype=name, device=arguments.device, **text,
                 )
             )  # fmt: skip
         undo()
-        batch_rows = min(arguments.samples * arguments.seqlen, CPU_BATCH_TOKENS)
-        rate = matrix_rate(report, getattr(torch, name), batch_rows)
+        device = torch.device(arguments.device)
+        most = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+        batch_rows = min(arguments.samples * arguments.seqlen, most)
+        rate = matrix_rate(report, getattr(torch, name), batch_rows, device)
         floor = FORWARD_EQUIVALENTS * forward_flops(report, config) / rate
         total = report.seconds["total"]
-        rows.append([name, f"{rate / 1e9:.0f}", f"{floor:.1f}", f"{total:.1f}", f"{total / floor:.2f}"])
+        peak = report.peak_memory if report.peak_device_memory is None else report.peak_device_memory
+        row = [name, f"{rate / 1e9:.0f}", f"{floor:.1f}", f"{total:.1f}", f"{total / floor:.2f}", f"{peak / 2**30:.2f}"]
+        rows.append(row)
         stages.append(
             times | Counter({key: value for key, value in report.seconds.items() if key in ("read", "write")})
         )
     tokens = f"{arguments.samples} × {arguments.seqlen} tokens"
     title = f"{arguments.initial} + rebuild, {Path(model).name}, {tokens}"
-    keep("rebuild_speed", {"title": title, "rows": rows})
-    show(title, ["dtype", "GFLOP/s", "floor, s", "run, s", "ratio"], rows)
+    keep("rebuild_speed", {"title": title, "device": arguments.device, "rows": rows})
+    show(title, ["dtype", "GFLOP/s", "floor, s", "run, s", "ratio", "peak memory of the device, GiB"], rows)
+    if arguments.device != "cpu":  # whose stages run behind the clock
+        return
     labels = [*STAGES, "read", "write"]
     names = arguments.dtypes.split(",")
     show("where the time goes, s", ["", *names], [[label, *(f"{t[label]:.2f}" for t in stages)] for label in labels])

@@ -1,6 +1,7 @@
 """How costs grow: seconds with tokens and with layers, and with two processes instead of one.
 
-Synthetic LLaMA-shaped float32 checkpoints; every run in processes of its own, one thread each.
+Synthetic LLaMA-shaped float32 checkpoints, computed in what suits the processor; every run in
+processes of its own, one thread each.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --real            # SmolLM2-135M in one process and in two
@@ -118,7 +119,7 @@ def main() -> None:
     found = {"efficiency of two processes": seconds / half / 2, "same mask bits": agreement}
     keep("scaling", {"preset": given.preset, "rows": rows, **found})
     show(
-        f"preset {given.preset}, hidden {HIDDEN}, MLP {MLP}, float32, windows of 256 tokens",
+        f"preset {given.preset}, hidden {HIDDEN}, MLP {MLP}, float32 checkpoints, windows of 256 tokens",
         ["layers", "windows", "processes", "seconds in layers", "ms a layer and window", "peak memory, GiB"],
         [[f"{one:.2f}" if isinstance(one, float) else str(one) for one in row] for row in rows],
     )

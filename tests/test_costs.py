@@ -29,7 +29,7 @@ from llm_barber.planning.table import amount, duration
 from llm_barber.planning.work import Work
 from llm_barber.presets import Allocation
 from llm_barber.refine_settings import RefineSettings
-from tests.conftest import FAMILIES, save_tokens
+from tests.conftest import FAMILIES, Listener, save_tokens
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -292,6 +292,9 @@ def test_a_named_gpu_computes_as_many_windows_together_as_it_holds(tmp_path: Pat
     assert few is not None
     assert all_of_them is not None
     assert few < all_of_them
+    told = Listener()
+    forecast(PlanConfig(model=str(tmp_path), flops=400e12, device_memory="4GiB"), told)
+    assert any("--device-memory 4.0 GiB will hardly do" in line for line in told.warnings)
 
 
 @pytest.mark.parametrize("name", ["num_experts_per_tok", "moe_topk", "moe_k"])

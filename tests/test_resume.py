@@ -487,6 +487,24 @@ def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))
 
 
+def test_a_finished_job_is_not_taken_for_one_of_other_files(tmp_path: Path, model: Path, tokens: Path) -> None:
+    settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(**settings))
+    again = PruneConfig(**settings, resume=True)
+    before = tokens.read_bytes()
+    save_tokens(tokens, seed=99)
+    with pytest.raises(OutputError, match="is complete, but was made with another calibration text than is there now"):
+        prune(again)
+    tokens.unlink()
+    assert prune(again) == report  # nothing to compare with
+    tokens.write_bytes(before)
+    assert prune(again) == report
+    (shard,) = model.glob("*.safetensors")
+    save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    with pytest.raises(OutputError, match="is complete, but was made with other files of .* than is there now"):
+        prune(again)
+
+
 def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, tokens: Path) -> None:
     settings: dict[str, Any] = {
         "model": model,

@@ -1,7 +1,9 @@
 """Tuning of whole layers: masks by their scores, then values."""
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -462,3 +464,23 @@ def test_steps_change_saliency_by_its_mean_in_the_row() -> None:
     assert torch.equal(of_column, torch.tensor([0.5, 0.5, 0.5]))
     of_row, of_column = tune.step_sizes(weight, torch.zeros(3))  # of an expert that no token went to
     assert torch.equal(of_row * of_column, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("held_out", [0, 3])
+def test_steps_are_the_same_for_any_number_of_processes(held_out: int) -> None:
+    settings = RefineSettings(swaps=0, target_mix=0.0, solve=False, held_out=held_out, passes=1, tunes_masks=True)
+    every = 23
+    found = []
+    for count in (1, 2, 4, 7, 20):
+        training = every - held_out
+        borders = [training * rank // count for rank in range(count + 1)]
+        steps: list[set[int]] = [set() for _ in range(settings.step_count(every))]
+        for first, last in pairwise(borders):
+            streams = SimpleNamespace(every=every, held_out=held_out, border=last - first, first=first)
+            for step, own in zip(steps, settings.steps(cast(ActivationStreams, streams)), strict=True):
+                step |= {first + place for place in own.own}
+                assert own.sequences in (3, 4)
+        found.append(steps)
+    assert all(one == found[0] for one in found)
+    assert set().union(*found[0]) == set(range(every - held_out))
+    assert {len(step) for step in found[0]} <= {3, 4}

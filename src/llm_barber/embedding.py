@@ -97,11 +97,6 @@ def with_smaller_batches(
             if not is_out_of_memory(error):
                 raise
         release()
-        if streams.ranks.count > 1:  # the others are in the middle of it
-            raise DeviceMemoryError(
-                f"the device's memory is too small for {streams.batch_size} sequences together",
-                f"go on with --resume --batch-size {max(1, streams.batch_size // 2)}",
-            )
         if streams.batch_size == 1:
             seqlen = job.tokens.input_ids.shape[1]
             needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, experts_a_token(skeleton.model.config))
@@ -109,6 +104,11 @@ def with_smaller_batches(
                 f"the device's memory is too small for one sequence of {seqlen} tokens, which takes about "
                 f"{needed / 2**30:.1f} GiB",
                 "use a shorter --seqlen, --dtype bfloat16, a larger device, or --device cpu",
+            )
+        if streams.ranks.count > 1:  # the others are in the middle of it
+            raise DeviceMemoryError(
+                f"the device's memory is too small for {streams.batch_size} sequences together",
+                f"go on with --resume --batch-size {max(1, streams.batch_size // 2)}",
             )
         streams.halve_batches()
         if torch.cuda.is_available():

@@ -244,6 +244,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     device = resolve_device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif settings.device_memory is not None:
+        progress.warn("--device-memory counts for nothing without a GPU; --memory bounds the host's")
     dtype = resolve_dtype(settings.dtype, device)
     if ranks.first:  # the others write nothing, and may see what the first one is making
         check_output(settings.output, settings.overwrite)

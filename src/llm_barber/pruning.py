@@ -1,18 +1,23 @@
 """The commands `prune` and `rebuild`: what each hands to the run (`run.py`)."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from llm_barber.assignment import UNLIKE, Assignment
+from llm_barber.calibration import HUB_SETS, load_calibration
 from llm_barber.checkpoint.place import clear_finished
-from llm_barber.checkpoint.state import STATE_NAME
+from llm_barber.checkpoint.state import STATE_NAME, source_key
 from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import Initial, PruneConfig, RebuildConfig, rebuild_defaults
+from llm_barber.errors import CalibrationError, OutputError
 from llm_barber.initial import MethodMasks
 from llm_barber.inspection import read_record
 from llm_barber.job import prepare
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method import RebuildSettings
+from llm_barber.opening import load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
 from llm_barber.report import RunReport
@@ -122,6 +127,30 @@ def _finished(command: str, config: RunSettings) -> RunReport | None:
     recorded = {name: value for name, value in record.settings.items() if name not in UNLIKE}
     if recorded != config.model_dump(mode="json", exclude=UNLIKE):
         return None
+    if changed := _changed(record, config):
+        raise OutputError(
+            f"{config.output} is complete, but was made with {changed} than is there now",
+            "choose another output folder, or prune again with --overwrite",
+        )
     if (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
         clear_finished(config.output)
     return record
+
+
+def _changed(record: RunReport, config: RunSettings) -> str:
+    """What of a finished run's input is another now, as far as that can be seen at once: local files."""
+    folder = Path(record.model).expanduser()
+    if not folder.is_dir():
+        return ""
+    if record.source not in (None, source_key(folder)):
+        return f"other files of {record.model}"
+    if config.calibration in HUB_SETS:
+        return ""
+    try:
+        tokens = load_calibration(
+            config.calibration, partial(load_tokenizer, folder),
+            config.samples, config.seqlen, config.seed, config.bos,
+        )  # fmt: skip
+    except CalibrationError:  # it is gone, or its tokenizer
+        return ""
+    return "" if tokens.digest == record.calibration.sha256 else "another calibration text"

@@ -117,14 +117,17 @@ class RefineSettings:
         windows = f"{self.held_out} window{'' if self.held_out == 1 else 's'} held out"
         return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {windows})"
 
-    def step_count(self, sequences: int, processes: int) -> int:
-        """Steps of a pass of tuning, which so many processes share."""
-        return math.ceil((sequences - self.held_out) / max(SEQUENCES_A_STEP, processes))
+    def step_count(self, sequences: int) -> int:
+        """Steps of a pass of tuning: as many for any number of processes, so that the result is the same."""
+        return math.ceil((sequences - self.held_out) / SEQUENCES_A_STEP)
 
     def steps(self, streams: ActivationStreams) -> list["Step"]:
-        """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work."""
+        """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work.
+
+        More processes than it has sequences take turns.
+        """
         training, border = streams.every - streams.held_out, streams.border
-        count = self.step_count(streams.every, streams.ranks.count)
+        count = self.step_count(streams.every)
         return [
             Step(range((step - streams.first) % count, border, count), len(range(step, training, count)))
             for step in range(count)

@@ -161,7 +161,8 @@ class RunReport(_Result):
     `settings` as they were given; `resolved`: what those are that were left to the preset, the method or the device.
     `initial` is the method of the initial mask, `method` and `refinement` say it in words; `held_out` calibration
     windows decided what of the refinement was kept. `seconds` are wall-clock seconds by stage; `peak_memory` and
-    `peak_device_memory` are bytes. `loaded_by`: the class of transformers.
+    `peak_device_memory` are bytes. `loaded_by`: the class of transformers. `source`: tells the dense model's files from
+    others (`checkpoint/state.py`).
     """
 
     record_version: int = RECORD_VERSION
@@ -190,6 +191,7 @@ class RunReport(_Result):
     peak_memory: int
     peak_device_memory: int | None = None
     files: dict[str, str]
+    source: str | None = None
 
     @model_validator(mode="after")
     def _can_be_shown(self) -> Self:

@@ -193,6 +193,15 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         memory, link = config.memory_bandwidth or MEMORY_BANDWIDTH, config.link or LINK
         disk = config.bandwidth or DISK
         rates = named_rates(config.flops, config.float32_flops, memory, link, network, disk, dtype)
+    runs = tuple(
+        _with_processes(model, recipe.among(count), rates, bare, reading, config) for count in config.processes
+    )
+    most = max((run.device_memory or 0 for run in runs), default=0)
+    if config.device_memory is not None and most > config.device_memory:
+        progress.warn(
+            f"--device-memory {config.device_memory / 2**30:.1f} GiB will hardly do: {most / 2**30:.1f} GiB are held, "
+            "however few windows are computed together"
+        )
     return Forecast(
         model=config.model,
         architecture=described.model_type,
@@ -208,9 +217,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         dtype=str(dtype).removeprefix("torch."),
         measured=own,
         rates=asdict(rates),
-        runs=tuple(
-            _with_processes(model, recipe.among(count), rates, bare, reading, config) for count in config.processes
-        ),
+        runs=runs,
     )
 
 

@@ -151,5 +151,5 @@ class Recipe:
 
     @property
     def tune_steps(self) -> int:
-        """Steps of a pass of tuning, which processes share."""
-        return 0 if self.refine is None else self.refine.step_count(self.sequences, self.processes)
+        """Steps of a pass of tuning."""
+        return 0 if self.refine is None else self.refine.step_count(self.sequences)

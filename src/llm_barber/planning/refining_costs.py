@@ -7,6 +7,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes
 from llm_barber.planning.work import NONE, Work
 from llm_barber.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
+from llm_barber.refine_settings import SEQUENCES_A_STEP
 
 TUNING = 80  # bytes a weight and step: masked copy, its gradient, Adam
 ROW = 256  # a row costs a round of swaps as much as so many weights more
@@ -74,7 +75,8 @@ def tune(layer: LayerShapes, recipe: Recipe) -> Work:
         return NONE
     passes, held_out = recipe.refine.passes, recipe.held_out
     masks, both = recipe.refine.tunes_masks, recipe.refine.tunes_masks and recipe.refine.tunes_weights
-    trained = recipe.own_tokens - held_out
+    # A step's sequences are shared by as many processes at most; the others wait for them.
+    trained = (recipe.own_tokens - held_out) * max(1, recipe.processes / SEQUENCES_A_STEP)
     found = NONE
     for block in layer.blocks:
         once = forward(block, recipe, trained)
