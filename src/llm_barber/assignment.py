@@ -55,6 +55,11 @@ class Assignment:
         """What is done beyond the rebuild."""
         return RefineSettings.of(self.config, self.pattern, *self.job.tokens.input_ids.shape)
 
+    @cached_property
+    def source(self) -> str:
+        """Tells the dense model's files, as they are when it is first asked for, from others."""
+        return source_key(self.job.source.folder)
+
     @property
     def recipe(self) -> Recipe:
         """What its memory depends on."""
@@ -127,7 +132,7 @@ def run_key(work: Assignment) -> dict[str, Any]:
     """What a run's result depends on, each by the name that a message can say."""
     config, job = work.config, work.job
     settings = config.model_dump(mode="json", exclude=UNLIKE | KNOWN_BY_CONTENT)
-    key = {"command": work.command, **settings, "model's files": source_key(job.source.folder)}
+    key = {"command": work.command, **settings, "model's files": work.source}
     if isinstance(config, RebuildConfig):
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
     return key | {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -213,6 +214,18 @@ def sequences_together(
     return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, chosen))
 
 
+def read_calibration(settings: RunSettings, folder: Path) -> CalibrationTokens:
+    """The calibration windows that a run's settings ask for, by the tokenizer of the model in `folder`.
+
+    Raises:
+        CalibrationError: unknown, unreadable or too short.
+        HubError: the hub is needed and cannot be reached.
+    """
+    find_tokenizer = partial(load_tokenizer, folder)
+    chosen = settings.samples, settings.seqlen, settings.seed, settings.bos
+    return load_calibration(settings.calibration, find_tokenizer, *chosen)
+
+
 def prepare(
     model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks | None = None
 ) -> Job:
@@ -259,14 +272,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     if settings.memory is not None:
         check_text_fits(settings.calibration, settings.samples, settings.seqlen, settings.memory)
     progress.stage(f"reading calibration text {settings.calibration}")
-    tokens = load_calibration(
-        settings.calibration,
-        partial(load_tokenizer, source.folder),
-        settings.samples,
-        settings.seqlen,
-        settings.seed,
-        settings.bos,
-    )
+    tokens = read_calibration(settings, source.folder)
     sequences, seqlen = tokens.input_ids.shape
     for name, taken in (("samples", sequences), ("seqlen", seqlen)):
         if getattr(settings, name) not in (taken, type(settings).model_fields[name].default):

@@ -1,11 +1,10 @@
 """The commands `prune` and `rebuild`: what each hands to the run (`run.py`)."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from llm_barber.assignment import UNLIKE, Assignment
-from llm_barber.calibration import HUB_SETS, load_calibration
+from llm_barber.calibration import HUB_SETS
 from llm_barber.checkpoint.place import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME, source_key
 from llm_barber.checkpoint_masks import CheckpointMasks
@@ -13,11 +12,10 @@ from llm_barber.config import Initial, PruneConfig, RebuildConfig, rebuild_defau
 from llm_barber.errors import CalibrationError, OutputError
 from llm_barber.initial import MethodMasks
 from llm_barber.inspection import read_record
-from llm_barber.job import prepare
+from llm_barber.job import prepare, read_calibration
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method import RebuildSettings
-from llm_barber.opening import load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
 from llm_barber.report import RunReport
@@ -147,10 +145,7 @@ def _changed(record: RunReport, config: RunSettings) -> str:
     if config.calibration in HUB_SETS:
         return ""
     try:
-        tokens = load_calibration(
-            config.calibration, partial(load_tokenizer, folder),
-            config.samples, config.seqlen, config.seed, config.bos,
-        )  # fmt: skip
+        tokens = read_calibration(config, folder)
     except CalibrationError:  # it is gone, or its tokenizer
         return ""
     return "" if tokens.digest == record.calibration.sha256 else "another calibration text"

@@ -16,7 +16,7 @@ from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.place import work_folder
-from llm_barber.checkpoint.state import Used, source_key
+from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.embedding import embed, with_smaller_batches
 from llm_barber.head import prune_head
@@ -200,7 +200,7 @@ def _write_rest(
         peak_memory=used.peak_memory,
         peak_device_memory=used.peak_device_memory,
         files=writer.digests,
-        source=source_key(job.source.folder),
+        source=work.source,
     )
     writer.write_file(RECORD_NAME, report.to_json().encode())
     writer.write_file("README.md", model_card(report).encode())

@@ -199,8 +199,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     most = max((run.device_memory or 0 for run in runs), default=0)
     if config.device_memory is not None and most > config.device_memory:
         progress.warn(
-            f"--device-memory {config.device_memory / 2**30:.1f} GiB will hardly do: {most / 2**30:.1f} GiB are held, "
-            "however few windows are computed together"
+            f"--device-memory {config.device_memory / 2**30:.1f} GiB will hardly do: {most / 2**30:.1f} GiB are held"
         )
     return Forecast(
         model=config.model,
