@@ -6,14 +6,15 @@ on experimental: it is a process of its own, that `tests/test_pretend_gpu.py` st
 
     python -m tests.pretend_gpu SETTINGS…
 
-each JSON of `PruneConfig` or `EvaluateConfig`, prints how far results are from the CPU's.
+each JSON of `PruneConfig` or `EvaluateConfig`, prints how far results are from the CPU's. With a `room` besides, so
+many bytes of activations stay on the device, until after a layer's work its memory is too small.
 """
 
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +27,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
+from llm_barber import method as method_module
 from llm_barber.model.copies import Copied
+from llm_barber.model.places import Places
 from tests.conftest import read_folder
 from tests.model.test_copies import WorstMoments
 
@@ -34,6 +37,9 @@ _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend:0")
 # CUDA's take tensors of the CPU beside their own, the latter as places.
 COPY, PLACES = ("aten::copy_", "aten::_to_copy"), ("aten::index", "aten::index_put_", "aten::index_put")
+
+
+FAILING = 4  # the second block of the second layer
 
 
 class OnDevice(torch.Tensor):
@@ -159,11 +165,33 @@ def on_device() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def with_room(room: int) -> Iterator[None]:
+    """So many bytes of activations stay on the device, until at the end of the second layer its memory is too small."""
+    places, result_of = Places(DEVICE, room), method_module.result_of
+    left: list[int] = []  # room, whenever a block's result is wanted
+
+    def short(*given: Any) -> Any:
+        left.append(places.room)
+        if len(left) == FAILING:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result_of(*given)
+
+    with (
+        patch("llm_barber.run.activation_places", lambda *_: places),
+        patch("llm_barber.method.result_of", short),
+    ):
+        yield
+    assert 0 <= left[FAILING - 1] < room
+    assert places.room < 0
+
+
 def difference(folder: Path, settings: dict[str, Any]) -> float:
     """The largest between what a run on the device and one on the CPU leave of a weight; inf, if a mask differs."""
+    room = settings.pop("room", 0)
     with sdpa_kernel(SDPBackend.MATH):
         prune(PruneConfig(output=folder / "cpu", device="cpu", overwrite=True, report=False, **settings))
-        with on_device():
+        with on_device(), with_room(room) if room else nullcontext():
             report = prune(PruneConfig(output=folder / "device", overwrite=True, report=False, **settings))
     assert report.device == str(DEVICE)
     there, here = read_folder(folder / "device"), read_folder(folder / "cpu")

@@ -16,6 +16,7 @@ from llm_barber.config import Initial, PruneConfig
 from llm_barber.errors import BarberError, ModelError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
+from llm_barber.memory import DEVICE_MARGIN
 from llm_barber.model.device import experts_a_token
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
@@ -294,7 +295,39 @@ def test_a_named_gpu_computes_as_many_windows_together_as_it_holds(tmp_path: Pat
     assert few < all_of_them
     told = Listener()
     forecast(PlanConfig(model=str(tmp_path), flops=400e12, device_memory="4GiB"), told)
-    assert any("--device-memory 4.0 GiB will hardly do" in line for line in told.warnings)
+    assert any("4.0 GiB of device memory (--device-memory) will hardly do" in line for line in told.warnings)
+
+
+def test_what_is_left_out_is_counted_and_told_of(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    told, silent = Listener(), Listener()
+    all_of_it = forecast(PlanConfig(model=str(tmp_path), flops=400e12), silent)
+    without = forecast(PlanConfig(model=str(tmp_path), flops=400e12, exclude=("down_proj",)), told)
+    assert without.runs == all_of_it.runs
+    assert [line for line in told.warnings if "as if every linear were pruned" in line]
+    assert not silent.warnings
+
+
+def test_activations_stay_on_a_device_that_has_room(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+
+    def planned(memory: float) -> Any:
+        settings: dict[str, Any] = {"preset": "paper", "batch_size": 1, "bandwidth": 1e18}
+        return forecast(PlanConfig(model=str(tmp_path), flops=400e12, device_memory=int(memory), **settings)).runs[0]
+
+    array = 128 * 2048 * 4096 * 2  # bytes; a power of two, so that pinned memory takes no more
+    none = planned(2**30)
+    held = none.device_memory
+    some, every = planned(DEVICE_MARGIN * held + 1.5 * array), planned(80e9)
+    assert (some.device_memory - held, every.device_memory - held) == (array, 3 * array)
+    # Off the device are copies of what a layer starts from, for as long as they are written.
+    assert none.host_memory == some.host_memory == every.host_memory + 2 * array
+    link = [
+        sum(stage.seconds_by_kind["link"] for stage in one.stages if stage.name in ("initial", "rebuild", "propagate"))
+        for one in (none, some, every)
+    ]
+    assert link[2] == 0
+    assert link[1] == pytest.approx(2 / 3 * link[0])
 
 
 @pytest.mark.parametrize("name", ["num_experts_per_tok", "moe_topk", "moe_k"])
@@ -318,7 +351,8 @@ def test_within_a_memory_activations_go_to_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
 
     def planned(**settings: Any) -> Any:
-        return forecast(PlanConfig(model=str(tmp_path), flops=400e12, preset="mask", **settings)).runs[0]
+        found = forecast(PlanConfig(model=str(tmp_path), flops=400e12, preset="mask", device_memory="8GiB", **settings))
+        return found.runs[0]
 
     free, bound, plenty = planned(), planned(memory="8GiB"), planned(memory="1TiB")
     assert free.in_files == plenty.in_files == 0

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
+from llm_barber import run as run_module
 from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint.place import REPLACED
 from llm_barber.checkpoint.source import CheckpointSource
@@ -55,10 +56,10 @@ def tear(path: Path) -> None:
         os.truncate(path, path.stat().st_size // 2)
 
 
-def killed_at(number: int, *arguments: Any, **settings: Any) -> bool:
+def killed_at(number: int, computed: Path, *arguments: Any, **settings: Any) -> bool:
     """Run in a process that dies, as by kill -9, just before its file operation of that number; False: it finished.
 
-    Of a file that was to become durable then, half is there.
+    Of a file that was to become durable then, half is there. In `computed` there are the layers that it began.
     """
     child = os.fork()
     if child == 0:
@@ -79,6 +80,15 @@ def killed_at(number: int, *arguments: Any, **settings: Any) -> bool:
 
         for name in ("fsync", "rename", "unlink"):
             setattr(os, name, counted(getattr(os, name)))
+        prune_layer = run_module.prune_layer
+
+        def noted(job: Any, index: int, *rest: Any) -> Any:
+            with computed.open("a") as file:
+                file.write(f"{index}\n")
+            return prune_layer(job, index, *rest)
+
+        run_module.prune_layer = noted
+        computed.write_text("")
         try:
             run(*arguments, **settings)
         except BaseException:
@@ -96,14 +106,21 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     tmp_path: Path, model: Path, tokens: Path, settings: dict[str, Any]
 ) -> None:
     run(model, tmp_path / "whole", tokens, **settings)
-    kills = 0
+    kills, reached = 0, 0
     for number in range(1, 200, 3):  # each on top of what the earlier ones left
-        if not killed_at(number, model, tmp_path / "out", tokens, resume=True, **settings):
+        killed = killed_at(number, tmp_path / "computed", model, tmp_path / "out", tokens, resume=True, **settings)
+        if computed := [int(line) for line in (tmp_path / "computed").read_text().split()]:
+            # Of what was computed before only the layer that was in the making, or was not durable yet, is again.
+            assert computed == list(range(computed[0], computed[-1] + 1))
+            assert computed[0] >= reached
+            reached = computed[-1]
+        if not killed:
             break
         kills += 1
         if (tmp_path / "out").exists():  # killed after the folder had its name: nothing is lost
             break
     assert kills > 5
+    assert reached == 2
     left = {STATE_NAME, STATE_BEFORE, "llm-barber.lock"}
     assert weights(tmp_path / "out").keys() - left == weights(tmp_path / "whole").keys()
     assert {name: weights(tmp_path / "out")[name] for name in weights(tmp_path / "whole")} == weights(

@@ -129,7 +129,7 @@ def _layers(
 ) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
     """Dense decoder layers, one computed with while the next is read, with the linears that are pruned."""
     job = initial.job
-    with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.pinned) as ahead:
+    with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.places.pinned) as ahead:
         for index in order:
             try:
                 layer, weights = job.open_layer(index, ahead.take())

@@ -10,7 +10,8 @@ from torch import Tensor
 from llm_barber.errors import BarberError
 from llm_barber.job import Job
 from llm_barber.model.device import experts_a_token, is_out_of_memory, needed_memory
-from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
+from llm_barber.model.places import Places
+from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.refine_settings import RefineSettings
 
@@ -25,7 +26,7 @@ def embed(
     job: Job,
     weights: Mapping[str, Tensor],
     refine_settings: RefineSettings | None,
-    memory: HostMemory,
+    places: Places,
     progress: Progress,
 ) -> ActivationStreams:
     """The input of the first decoder layer for this process's calibration sequences.
@@ -34,7 +35,7 @@ def embed(
         job: the run.
         weights: what embeds the tokens, by the model's names.
         refine_settings: if the run refines.
-        memory: where activations lie.
+        places: where activations lie.
         progress: is told of smaller batches.
 
     Raises:
@@ -42,7 +43,7 @@ def embed(
     """
     skeleton, tokens = job.skeleton, job.tokens.input_ids
     held_out = 0 if refine_settings is None else refine_settings.held_out
-    streams = ActivationStreams(len(tokens), job.batch_size, skeleton.device, job.ranks, memory, held_out)
+    streams = ActivationStreams(len(tokens), job.batch_size, places, job.ranks, held_out)
     own = streams.own(tokens)
 
     def compute() -> None:
@@ -77,13 +78,15 @@ def with_smaller_batches(
     streams: ActivationStreams,
     progress: Progress,
 ) -> Found:
-    """What `compute` gives; where the device's memory is too small, again with half as many sequences together.
+    """What `compute` gives; where the device's memory is too small, again with all activations in host memory.
+
+    Where it still is, with half as many sequences together.
 
     Args:
         compute: may be called again after it failed.
         release: frees what `compute` left on the device.
         job: the run.
-        streams: whose batches become smaller.
+        streams: whose arrays leave the device, and whose batches become smaller.
         progress: is told.
 
     Raises:
@@ -97,6 +100,10 @@ def with_smaller_batches(
             if not is_out_of_memory(error):
                 raise
         release()
+        if streams.ranks.count == 1 and streams.leave_device():
+            _empty_cache()
+            progress.warn("the device's memory is too small: activations lie in host memory from now on")
+            continue
         if streams.batch_size == 1:
             seqlen = job.tokens.input_ids.shape[1]
             needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, experts_a_token(skeleton.model.config))
@@ -111,6 +118,10 @@ def with_smaller_batches(
                 f"go on with --resume --batch-size {max(1, streams.batch_size // 2)}",
             )
         streams.halve_batches()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _empty_cache()
         progress.warn(f"the device's memory is too small: {streams.batch_size} sequences together from now on")
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

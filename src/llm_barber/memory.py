@@ -10,7 +10,8 @@ from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import SettingsError
 from llm_barber.job import Job
-from llm_barber.model.streams import HostMemory
+from llm_barber.model.device import free_device_memory
+from llm_barber.model.places import Places
 from llm_barber.planning.memory import peak_held
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
@@ -20,28 +21,41 @@ from llm_barber.usage import current_memory
 # What the arithmetic of memory may be wrong by; copies of the largest decoder layer, as it is stored, that are counted
 # at least (the one read ahead, computed with, pruned, turned, ranked, to write); what libraries keep for themselves.
 MARGIN, COPIES_OF_A_LAYER, LIBRARIES = 1.2, 10, 2**26
+# The same of a device's memory, which nobody has measured yet: of one process, and of several.
+DEVICE_MARGIN, DEVICE_MARGIN_TOGETHER = 1.3, 2.0
 
 LIMITED: set[torch.device] = set()  # by a run of this program, and not for those after it
 
 
-def host_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: CheckpointWriter | Follower) -> HostMemory:
+def activation_places(job: Job, settings: RunSettings, recipe: Recipe, writer: CheckpointWriter | Follower) -> Places:
     """Where activations lie, so that the process stays within `settings.memory`; sets the device's limit, too.
 
     Raises:
         SettingsError: what a run needs besides activations does not fit.
     """
-    device = job.skeleton.device
+    device, shapes = job.skeleton.device, model_shapes(job.skeleton)
     if device.type == "cuda" and (settings.device_memory is not None or device in LIMITED):
         every = torch.cuda.get_device_properties(device).total_memory
         share = 1.0 if settings.device_memory is None else min(1.0, settings.device_memory / every)
         torch.cuda.set_per_process_memory_fraction(share, device)
         LIMITED.add(device)
+    free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
+    places = Places(device, room=device_room(free, shapes, recipe))
     if settings.memory is None:
-        return HostMemory()
-    left = left_for_activations(settings.memory, current_memory(), model_shapes(job.skeleton), recipe)
+        return places
+    left = left_for_activations(settings.memory, current_memory(), shapes, recipe)
     # Beside the output; on another machine, that may lack the place, where temporary files go (`TMPDIR`).
     beside = (place for place in (writer.work, writer.work.parent) if place.is_dir() and os.access(place, os.W_OK))
-    return HostMemory(left, next(beside, None))
+    return replace(places, limit=left, folder=next(beside, None))
+
+
+def device_room(free: float, model: ModelShapes, recipe: Recipe) -> int:
+    """Bytes of a device's free memory in which activations may stay: what the counted peak, and more, leaves.
+
+    Where that is too much after all, they leave (`embedding.py`); of several processes none can do so alone.
+    """
+    margin = DEVICE_MARGIN if recipe.processes == 1 else DEVICE_MARGIN_TOGETHER
+    return max(0, int(free - margin * peak_held(model, recipe).device))
 
 
 def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: Recipe) -> int:

@@ -22,7 +22,7 @@ from llm_barber.embedding import embed, with_smaller_batches
 from llm_barber.head import prune_head
 from llm_barber.initial import FEW_TOKENS, MethodMasks
 from llm_barber.job import Job
-from llm_barber.memory import host_memory
+from llm_barber.memory import activation_places
 from llm_barber.method import PrunedLayer, prune_layer
 from llm_barber.model.empty import auto_class
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
@@ -56,13 +56,13 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         began -= seconds["total"]
         streams = _embed(work, writer, seconds, progress)
         _allocate(work, streams, writer, seconds, progress)
-        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.empty))
+        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.places.empty))
         activations = {}  # it has copied them
         progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
         for layer in results:
             writer.skip_shard()
             progress.advance(_summary(layer))
-        with ReadAhead(job.source, job.steps[finished:], streams.pinned) as ahead:
+        with ReadAhead(job.source, job.steps[finished:], streams.places.pinned) as ahead:
             for index in range(finished, len(job.steps)):
                 start = time.perf_counter()
                 tensors = ahead.take()
@@ -76,11 +76,13 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 seconds["write"] += written - computed
                 seconds["total"] = written - began
                 results.append(_result(index, written - start, pruned))
-                following = streams.between_layers() if index + 1 < len(job.steps) else {}
+                more = index + 1 < len(job.steps)
                 writer.finish_layer(
                     results[-1].model_dump(mode="json"),
-                    # Let go of when it is written.
-                    ranks.gather(following, sequences, streams.held_out, streams.empty),
+                    # Copies of arrays are let go of when they are written: nothing here holds them.
+                    ranks.gather(
+                        streams.between_layers() if more else {}, sequences, streams.held_out, streams.places.empty
+                    ),
                     seconds,
                     used_by(work, writer, streams),
                 )
@@ -109,8 +111,8 @@ def _embed(
     progress.stage("embedding the calibration tokens")
     start = time.perf_counter()
     job, refine_settings = work.job, work.refine_settings
-    memory = host_memory(job, work.config, work.recipe, writer)
-    streams = embed(job, _copy_outside(job, writer), refine_settings, memory, progress)
+    places = activation_places(job, work.config, work.recipe, writer)
+    streams = embed(job, _copy_outside(job, writer), refine_settings, places, progress)
     if refine_settings is not None and refine_settings.target_mix:
         streams.copy(HIDDEN, DENSE + HIDDEN)
     seconds["embed"] += time.perf_counter() - start

@@ -25,7 +25,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         (2, 512, 100, CPU, 2),
         (50, 512, 100, CPU, 4),
         (50, 512, 100, CUDA, 50),
-        (None, 2048, 100, CUDA, 8),
+        (None, 2048, 100, CUDA, 4),
     ],
 )
 def test_batch_size(asked: int | None, seqlen: int, sequences: int, device: torch.device, expected: int) -> None:

@@ -11,8 +11,9 @@ from llm_barber import method as method_module
 from llm_barber import run as run_module
 from llm_barber.embedding import DeviceMemoryError
 from llm_barber.job import Job
+from llm_barber.model.places import Places
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.model.streams import HIDDEN, ActivationStreams, HostMemory
+from llm_barber.model.streams import HIDDEN, ActivationStreams
 from tests.model.test_copies import WorstMoments, copy_by
 from tests.test_resume import weights
 
@@ -20,8 +21,8 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "preset": "mask", "guard": 0, "r
 
 
 def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Path) -> None:
-    memory = HostMemory(limit=1000, folder=tmp_path)
-    streams = ActivationStreams(4, 2, torch.device("cpu"), memory=memory)
+    memory = Places(limit=1000, folder=tmp_path)
+    streams = ActivationStreams(4, 2, memory)
     values = torch.arange(4 * 3 * 8, dtype=torch.float32).view(4, 3, 8)
     for batch in streams.batches():
         streams.write(HIDDEN, batch, values[batch])
@@ -47,7 +48,7 @@ def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Pa
 def test_pinned_memory_is_counted_as_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
-    memory = HostMemory(limit=4000, folder=tmp_path)
+    memory = Places(limit=4000, folder=tmp_path)
     first = memory.empty((257,), torch.float32, pinned=True)  # 1028 bytes
     assert memory.used == 2048
     small = memory.empty((200,), torch.float32, pinned=True)  # 800 bytes
@@ -58,6 +59,28 @@ def test_pinned_memory_is_counted_as_it_is_taken(tmp_path: Path, monkeypatch: py
     assert (len(again), memory.used) == (300, 3072)
     memory.empty((300,), torch.float32, pinned=True)  # this one is a file
     assert memory.used == 3072
+
+
+def test_room_on_the_device_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[int] = []
+    empty = torch.empty
+
+    def made(shape: tuple[int, ...], dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
+        there.extend([shape[0]] if device is not None else [])
+        return empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", made)
+    places = Places(torch.device("meta"), room=1000)
+    first = places.working((200,), torch.float32)
+    second = places.working((60,), torch.float32)  # 240 bytes, where 200 are left
+    third = places.working((50,), torch.float32)
+    assert (there, places.room, places.used) == ([200, 50], 0, 256)
+    del first, second
+    assert (places.room, len(third)) == (800, 50)
+    places.close_room()
+    del third
+    places.working((1,), torch.float32)
+    assert there == [200, 50]
 
 
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:

@@ -67,6 +67,17 @@ OPTIONS: dict[str, Any] = {
         "--rebuild-ratio",
         metavar="R",
     ),
+    "initial_granularity": option(
+        Granularity | None,
+        METHOD,
+        "Comparison group of the initial mask. (default: magnitude, ria and alps linear, else output)",
+    ),
+    "keep_updates": option(
+        bool,
+        METHOD,
+        "Keep the updated weights of sparsegpt or alps instead of the dense ones.",
+        "--keep-updates",
+    ),
     "allocation": option(
         Allocation | None,
         METHOD,
@@ -188,7 +199,12 @@ OPTIONS: dict[str, Any] = {
         "Host memory to stay within, like 8GiB: activations that do not fit lie in files beside OUT.",
         metavar="SIZE",
     ),
-    "device_memory": option(str | None, COMPUTE, "Memory of the GPU to stay within, like 8GiB.", metavar="SIZE"),
+    "device_memory": option(
+        str | None,
+        COMPUTE,
+        "Memory of the GPU to stay within, like 8GiB. (default: what is free; of a GPU that plan is told of, 80 GB)",
+        metavar="SIZE",
+    ),
     "revision": option(str | None, COMPUTE, "Revision of a hub id."),
     "windows": option(int | None, TEXT, "Windows of each text. (default: all)"),
     "tasks": option(

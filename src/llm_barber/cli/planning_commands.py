@@ -9,6 +9,7 @@ from llm_barber.cli.options import (
     MACHINE,
     METHOD,
     REFINING,
+    WHAT,
     DebugOption,
     JsonOption,
     QuietOption,
@@ -23,8 +24,8 @@ from llm_barber.cli.options import (
     "llm-barber plan ./config.json --flops 400e12 --bandwidth 2e9 --processes 1,2,4,8"
 )
 @takes(
-    *shown_in(METHOD), *shown_in(REFINING), "calibration", "samples", "seqlen", "batch_size", "device", "dtype",
-    "revision", "allow_dense_tail", "prune_head", "layers", "blocks", "memory", "device_memory",
+    *shown_in(METHOD), *shown_in(WHAT), *shown_in(REFINING), "calibration", "samples", "seqlen", "batch_size",
+    "device", "dtype", "revision", "memory", "device_memory",
 )  # fmt: skip
 def plan(
     model: Annotated[

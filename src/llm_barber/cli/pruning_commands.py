@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +26,8 @@ from llm_barber.cli.options import (
     takes,
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
-from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import Preset
+from llm_barber.progress import Silent
 
 OF_ANY_RUN = (*shown_in(CALIBRATION), *shown_in(COMPUTE), *shown_in(OUTPUT))
 
@@ -39,21 +40,6 @@ OF_ANY_RUN = (*shown_in(CALIBRATION), *shown_in(COMPUTE), *shown_in(OUTPUT))
 def prune(
     model: ModelArgument,
     out: OutArgument,
-    initial_granularity: Annotated[
-        Granularity | None,
-        typer.Option(
-            help="Comparison group of the initial mask. (default: magnitude, ria and alps linear, else output)",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    keep_updates: Annotated[
-        bool,
-        typer.Option(
-            "--keep-updates",
-            help="Keep the updated weights of sparsegpt or alps instead of the dense ones.",
-            rich_help_panel=METHOD,
-        ),
-    ] = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -67,7 +53,6 @@ def prune(
     """
     from llm_barber.pruning import prune as run
 
-    settings |= {"initial_granularity": initial_granularity, "keep_updates": keep_updates}
     _run_or_plan(run, PruneConfig(model=model, output=out, **settings), dry_run, json, quiet)
 
 
@@ -155,8 +140,8 @@ def _run_or_plan(
     from llm_barber.console import ConsoleProgress, show_plan, show_run
     from llm_barber.plan import plan
 
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
-    with ConsoleProgress(quiet or not first) as progress:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; all would say the same
+    with ConsoleProgress(quiet) if first else nullcontext(Silent()) as progress:
         result: Any = (plan if dry_run else run)(config, progress)
     if not first:
         return

@@ -13,7 +13,7 @@ from llm_barber.ranks import local_rank
 
 # Large enough for the matrix products, small enough for temporaries to stay in the caches.
 CPU_BATCH_TOKENS = 2048
-GPU_BATCH_TOKENS = 16384
+GPU_BATCH_TOKENS = 8192
 # What a GPU holds at once, for an estimate; `planning/memory.py` counts it for each step.
 BYTES_OF_A_WEIGHT = 40  # of the layer: as read, as computed with, pruned, mask, statistics and their ranking
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 2  # of a batch: float32 ones of the widest, those of linears' inputs and outputs

@@ -1,20 +1,15 @@
-"""The calibration activations, layer to layer: kept off the device, moved in batches, one array a purpose.
+"""The calibration activations, layer to layer: read and written in batches, one array a purpose.
 
-Arrays lie in host memory, as far as that is allowed, and beyond in files that are mapped into memory.
+`places.py` says where arrays lie; batches of those that are not on the device are moved there, and back.
 """
 
-import os
-import tempfile
-import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llm_barber.model.copies import Copies, SideStreams
+from llm_barber.model.places import Places
 from llm_barber.ranks import Ranks
 
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
@@ -23,60 +18,14 @@ DENSE = "dense "  # before a name: the same in the dense model
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
 
 
-@dataclass
-class HostMemory:
-    """Arrays in memory while together they take at most `limit` bytes (None: any number), else in files in `folder`.
-
-    `used`: bytes of those in memory that are still there. Blocks of pinned memory are kept for later arrays, when
-    theirs are not there any more: these are `spare`, by size, and still used.
-    """
-
-    limit: int | None = None
-    folder: Path | None = None
-    used: int = 0
-    spare: Counter[int] = field(default_factory=Counter)
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
-        """An array of any content.
-
-        Raises:
-            OSError: it has to be a file, and the disk is full.
-        """
-        size = torch.Size(shape).numel() * dtype.itemsize
-        taken = block_size(size) if pinned else size
-        if self.limit is None or self.spare[taken] or self.used + taken <= self.limit:
-            if self.spare[taken]:
-                self.spare[taken] -= 1
-            else:
-                self.used += taken
-            array = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-            weakref.finalize(array, self._give_back, taken, pinned)
-            return array
-        descriptor, path = tempfile.mkstemp(prefix="llm-barber-", suffix=".activations", dir=self.folder)
-        try:
-            # A full disk is said here, not by a signal later; by systems that can (not macOS).
-            getattr(os, "posix_fallocate", _enlarge)(descriptor, 0, max(1, size))
-            return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype).view(shape)
-        finally:
-            os.close(descriptor)
-            os.unlink(path)  # it goes when it is not mapped any more, even if the process is killed
-
-    def _give_back(self, taken: int, pinned: bool) -> None:
-        if pinned:
-            self.spare[taken] += 1
-        else:
-            self.used -= taken
-
-
 class ActivationStreams:
-    """Named arrays of shape (sequences, tokens, features) in host memory: this process's share of the sequences.
+    """Named arrays of shape (sequences, tokens, features): this process's share of the sequences.
 
     Args:
         every: calibration sequences of all processes.
         batch_size: sequences moved to the device together.
-        device: where batches go.
+        places: where arrays lie, and the device that batches are computed on.
         ranks: the processes.
-        memory: where arrays lie.
         held_out: of all calibration sequences, the last ones. Those that are here come after `border` others.
     """
 
@@ -84,9 +33,8 @@ class ActivationStreams:
         self,
         every: int,
         batch_size: int,
-        device: torch.device,
+        places: Places | None = None,
         ranks: Ranks | None = None,
-        memory: HostMemory | None = None,
         held_out: int = 0,
     ) -> None:
         self.every = every
@@ -96,15 +44,14 @@ class ActivationStreams:
         self.border, own_held_out = (share.stop - share.start for share in self._shares)
         self.sequences = self.border + own_held_out
         self.batch_size = batch_size
-        self.device = device
-        self._memory = memory or HostMemory()
+        self.places = places or Places()
         self._arrays: dict[str, Tensor] = {}
-        self._copies = Copies(SideStreams(device)) if self.pinned else None
+        self._copies = Copies(SideStreams(self.device)) if self.places.pinned else None
 
     @property
-    def pinned(self) -> bool:
-        """Do arrays in memory lie where the device can copy from, and to, while it computes?"""
-        return self.device.type != "cpu"
+    def device(self) -> torch.device:
+        """Where batches are computed."""
+        return self.places.device
 
     def batches(self) -> Iterator[slice]:
         """The sequences of each batch; the last may be smaller."""
@@ -136,13 +83,11 @@ class ActivationStreams:
     def read(self, name: str, batch: slice) -> Tensor:
         """A batch, on the device; the next one is already on its way."""
         array = self._arrays[name]
-        if self._copies is not None:
-            return self._copies.read(name, array, batch)
-        return array[batch].to(self.device)
+        return array[batch] if self._copies is None or _on_device(array) else self._copies.read(name, array, batch)
 
     def kept(self, values: Tensor) -> Tensor:
         """A copy in an array of its own, which goes when nobody has it any more: pinned memory would stay."""
-        return self._memory.empty(tuple(values.shape), values.dtype).copy_(values)
+        return self.places.empty(tuple(values.shape), values.dtype, pinned=False).copy_(values)
 
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
@@ -155,17 +100,25 @@ class ActivationStreams:
         self._put(old, self._arrays.get(new, present))
         self._put(new, present)
 
+    def leave_device(self) -> bool:
+        """Take all arrays off the device, for good, as its memory is needed; returns whether there were any."""
+        self.places.close_room()
+        there = [name for name, array in self._arrays.items() if _on_device(array)]
+        for name in there:
+            self._arrays[name] = self._off_device(self._arrays[name])
+        return bool(there)
+
     def drop(self, name: str) -> None:
         """Forget an array."""
         self._forget(name)
         del self._arrays[name]
 
     def between_layers(self) -> dict[str, Tensor]:
-        """What the next layer starts from."""
+        """What the next layer starts from, in host memory."""
         names = [name for name in (HIDDEN, DENSE + HIDDEN) if name in self._arrays]
         for name in names:
             self._settle(name)
-        return {name: self._arrays[name] for name in names}
+        return {name: self._off_device(self._arrays[name]) for name in names}
 
     def restore(self, arrays: Mapping[str, Tensor]) -> None:
         """Put back what `between_layers` gave."""
@@ -180,19 +133,22 @@ class ActivationStreams:
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
         if array is None or array.shape != shape or array.dtype != values.dtype:
-            array = self.empty(shape, values.dtype)
+            array = self.places.working(shape, values.dtype)
             self._put(name, array)
-        if self._copies is not None:
-            self._copies.write(name, array, batch, values)
-        else:
+        if self._copies is None or _on_device(array):
             array[batch] = values
+        else:
+            self._copies.write(name, array, batch, values)
 
     def _put(self, name: str, array: Tensor) -> None:
         self._forget(name)
         self._arrays[name] = array
 
     def _copied(self, values: Tensor) -> Tensor:
-        return self.empty(tuple(values.shape), values.dtype).copy_(values)
+        return self.places.working(tuple(values.shape), values.dtype).copy_(values)
+
+    def _off_device(self, array: Tensor) -> Tensor:
+        return self.places.empty(tuple(array.shape), array.dtype).copy_(array) if _on_device(array) else array
 
     def _settle(self, name: str) -> None:
         if self._copies is not None:
@@ -202,18 +158,9 @@ class ActivationStreams:
         if self._copies is not None:
             self._copies.forget(name)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An array of any content, where arrays lie."""
-        return self._memory.empty(shape, dtype, self.pinned)
 
-
-def _enlarge(descriptor: int, start: int, size: int) -> None:
-    os.ftruncate(descriptor, start + size)
-
-
-def block_size(size: int) -> int:
-    """Bytes of pinned memory that PyTorch takes for an array of so many: a power of two."""
-    return 1 << max(0, size - 1).bit_length()
+def _on_device(array: Tensor) -> bool:
+    return array.device.type != "cpu"
 
 
 def pieces(start: int, stop: int, size: int) -> list[slice]:

@@ -60,7 +60,9 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
         last = index == len(model.layers) - 1 and not recipe.prunes_head
         size = layer.parameters * recipe.stored
         # Of all processes: the first one keeps it, and is sent what the others have.
-        kept = 0 if last else (2 if recipe.follows_dense else 1) * recipe.every_token * model.hidden * recipe.itemsize
+        kept = 0 if last else recipe.durable * recipe.every_token * model.hidden * recipe.itemsize
+        # Off the device what stayed there; by the one who writes, of his own.
+        copied = size + kept / recipe.processes * (1 - recipe.moved_share(model.hidden))
         found += Costs(
             initial=sum((initial(layer, block, recipe) for block in layer.blocks), NONE),
             rebuild=sum((_rebuild(block, recipe) for block in layer.blocks), NONE),
@@ -68,7 +70,7 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
             tune=tune(layer, recipe),
             propagate=_propagate(layer, recipe),
             read=Work(read=size, copied=size),
-            write=Work(written=size + kept, copied=size, reduced=kept * (recipe.processes - 1) / recipe.processes),
+            write=Work(written=size + kept, copied=copied, reduced=kept * (recipe.processes - 1) / recipe.processes),
         )
     return found
 
@@ -76,7 +78,8 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
 def _embed(model: ModelShapes, recipe: Recipe) -> Work:
     outside = model.outside * recipe.stored
     hidden = recipe.own_tokens * model.hidden * recipe.itemsize
-    return Work(read=outside, written=outside, copied=model.embedding * recipe.itemsize + hidden, moved=2 * hidden)
+    copied = model.embedding * recipe.itemsize + hidden * recipe.moved_share(model.hidden)
+    return Work(read=outside, written=outside, copied=copied, moved=2 * hidden)
 
 
 def _rebuild(block: BlockShapes, recipe: Recipe) -> Work:
@@ -130,6 +133,6 @@ def _prune_head(model: ModelShapes, recipe: Recipe) -> Work:
     return found + Work(
         read=model.outside * recipe.stored,
         written=block.weights * recipe.stored if model.tied else 0,
-        copied=model.outside * recipe.itemsize + passes * hidden,
+        copied=model.outside * recipe.itemsize + passes * hidden * recipe.moved_share(model.hidden),
         moved=passes * INPUT_TOUCHES * hidden,
     )

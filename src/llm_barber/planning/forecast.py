@@ -12,9 +12,16 @@ from llm_barber.calibration import READ_BYTES, READING_BYTES, TOKEN_FILE_SUFFIX,
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.job import sequences_together
-from llm_barber.memory import left_for_activations
+from llm_barber.memory import device_room, left_for_activations
 from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
-from llm_barber.model.device import experts_a_token, fitting_batch, resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.model.device import (
+    experts_a_token,
+    fitting_batch,
+    free_device_memory,
+    resolve_batch_size,
+    resolve_device,
+    resolve_dtype,
+)
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.naming import check_conversions
@@ -30,6 +37,7 @@ from llm_barber.usage import current_memory
 
 # Of a named machine, where nothing else is said: bytes/s, and of a process that has done nothing yet, bytes.
 MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9
+DEVICE_MEMORY = 80e9  # bytes of a named GPU's, where nothing is said
 NETWORK = 10e9  # bytes/s between processes of any machine, where nothing is said: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
 VOCABULARY_BYTES = 350  # that a tokenizer takes for each token that it knows, as seen with 49,152 and 262,144
@@ -156,6 +164,8 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     if config.calibration.endswith(TOKEN_FILE_SUFFIX):  # which has the windows it has
         samples, seqlen = token_shape(config.calibration)
         config = config.model_copy(update={"samples": samples, "seqlen": seqlen})
+    if config.include or config.exclude or config.skip_layers or config.sparsities:
+        progress.warn("counted as if every linear were pruned: what is left out, or left dense, takes less")
     if max(config.processes) > config.samples:
         raise SettingsError(f"{max(config.processes)} processes cannot share {config.samples} windows", "give more")
     own = config.flops is None
@@ -171,13 +181,16 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     check_conversions(skeleton.model, architecture.layers)
     model = model_shapes(skeleton)
     _check_pattern(config, model)
+    free = 0.0  # of the device's memory
+    if device.type == "cuda":
+        free = free_device_memory(device, config.device_memory) if own else config.device_memory or DEVICE_MEMORY
     if own:
         batch = sequences_together(config, skeleton, device, config.samples, config.seqlen)
     else:
         batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
-        if config.device_memory is not None and config.batch_size is None and device.type == "cuda":
+        if config.batch_size is None and device.type == "cuda":
             chosen = experts_a_token(described.get_text_config())
-            batch = min(batch, fitting_batch(skeleton.layers, config.seqlen, config.device_memory, dtype, chosen))
+            batch = min(batch, fitting_batch(skeleton.layers, config.seqlen, int(free), dtype, chosen))
     before = current_memory() if own else int(BARE_PROCESS[device.type])
     text = text_size(config.calibration, config.samples * config.seqlen)
     tokenizer = VOCABULARY_BYTES * model.vocabulary if text else 0
@@ -194,12 +207,12 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
         disk = config.bandwidth or DISK
         rates = named_rates(config.flops, config.float32_flops, memory, link, network, disk, dtype)
     runs = tuple(
-        _with_processes(model, recipe.among(count), rates, bare, reading, config) for count in config.processes
+        _with_processes(model, recipe.among(count), rates, bare, reading, free, config) for count in config.processes
     )
     most = max((run.device_memory or 0 for run in runs), default=0)
-    if config.device_memory is not None and most > config.device_memory:
+    if most > free:
         progress.warn(
-            f"--device-memory {config.device_memory / 2**30:.1f} GiB will hardly do: {most / 2**30:.1f} GiB are held"
+            f"{free / 2**30:.1f} GiB of device memory (--device-memory) will hardly do: {most / 2**30:.1f} GiB are held"
         )
     return Forecast(
         model=config.model,
@@ -268,9 +281,10 @@ def _check_pattern(config: PlanConfig, model: ModelShapes) -> None:
 
 
 def _with_processes(
-    model: ModelShapes, recipe: Recipe, rates: Rates, bare: int, reading: int, config: PlanConfig
+    model: ModelShapes, recipe: Recipe, rates: Rates, bare: int, reading: int, free: float, config: PlanConfig
 ) -> ProcessesForecast:
-    """`bare`: bytes of a process that has read the text; `reading`: most of one that reads it."""
+    """`bare`: bytes of a process that has read the text; `reading`: most of one that reads it; `free`: the device's."""
+    recipe = replace(recipe, room=device_room(free, model, recipe))
     if config.memory is not None:
         recipe = replace(recipe, for_activations=left_for_activations(config.memory, bare, model, recipe))
     costs = run_costs(model, recipe)

@@ -44,7 +44,7 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
     moments = [_embedding(model, recipe), _reading(model, recipe)]
     if recipe.allocation is not Allocation.UNIFORM:
         moments += _allocating(model, recipe)
-    streams = Held(host=_streams(model, recipe))
+    streams = _streams(model, recipe)
     for layer in dict.fromkeys(model.layers):
         resident = streams + _layer(layer, recipe)
         moments += [resident + moment for moment in _pruning(layer, recipe)]
@@ -85,9 +85,10 @@ def _device(held: Held) -> float:
     return held.device
 
 
-def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> float:
+def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> Held:
     """Arrays of calibration activations in memory; None: those that go from layer to layer."""
-    return recipe.in_memory(recipe.activations(model.hidden, arrays), model.hidden)
+    host = recipe.in_memory(recipe.activations(model.hidden, arrays), model.hidden)
+    return Held(host, recipe.on_device(model.hidden, arrays))
 
 
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
@@ -102,7 +103,11 @@ def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
         return 0, 0
     by_loss = recipe.allocation is Allocation.LOSS
     inputs = len(model.layers) * recipe.loss_tokens * model.hidden * recipe.itemsize if by_loss else 0
-    return recipe.activations(model.hidden, 3 if recipe.follows_dense else 2), inputs
+    return recipe.activations(model.hidden, _allocating_arrays(recipe)), inputs
+
+
+def _allocating_arrays(recipe: Recipe) -> int:
+    return recipe.durable + 1
 
 
 def _embedding(model: ModelShapes, recipe: Recipe) -> Held:
@@ -111,7 +116,7 @@ def _embedding(model: ModelShapes, recipe: Recipe) -> Held:
     shard = max(OUTSIDE_SHARD_BYTES, kept)
     first = min(outside, shard)
     before = min(outside - first, shard)
-    embedded = Held(host=kept + _streams(model, recipe, 1), device=model.embedding * _converted(recipe))
+    embedded = Held(host=kept, device=model.embedding * _converted(recipe)) + _streams(model, recipe, 1)
     return max(Held(host=2 * first + before), embedded, key=lambda one: one.host)
 
 
@@ -136,9 +141,9 @@ def _reading(model: ModelShapes, recipe: Recipe) -> Held:
     layer = model.largest_layer
     size = layer.parameters * recipe.stored
     pruned = layer.weights * recipe.stored
-    host = _streams(model, recipe) + 3 * size + (pruned if recipe.on_cpu else 0)
     # Written from the device: pruned weights are copied.
-    return Held(max(host, _streams(model, recipe) + size + pruned), 0 if recipe.on_cpu else pruned)
+    host = 3 * size + (pruned if recipe.on_cpu else 0)
+    return _streams(model, recipe) + Held(max(host, size + pruned), 0 if recipe.on_cpu else pruned)
 
 
 def _batch(block: BlockShapes, recipe: Recipe) -> float:
@@ -193,13 +198,14 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
     """A pass over the dense model: every layer's input for some tokens, the output head, or one layer and the next."""
     of_arrays, of_inputs = _allocated_from(model, recipe)
     arrays = recipe.in_memory(of_arrays, model.hidden)
-    kept = Held(host=recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays)
+    staying = recipe.on_device(model.hidden, _allocating_arrays(recipe))
+    kept = Held(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, staying)
     layer = model.largest_layer
     size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
     batch = max(_batch(block, recipe) for block in layer.blocks)
     reading = Held(arrays + 3 * size, computed + (0 if recipe.on_cpu else size))
     if recipe.allocation is not Allocation.LOSS:
-        return [reading + Held(device=batch)]
+        return [reading + Held(device=staying + batch)]
     outside = Held(model.outside * recipe.stored, model.outside * _converted(recipe))
     logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + OF_A_LOGIT * FLOAT32)
     ordering = ORDERING * max(block.largest for block in layer.blocks)
@@ -207,7 +213,7 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
     lasting = Held(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
     return [
         kept + reading + lasting,
-        outside + Held(host=arrays + outside.host),
+        outside + Held(arrays + outside.host, staying),
         kept + lasting + Held(arrays, logits),
         kept + Held(arrays + 2 * size, computed + 2 * batch + (0 if recipe.on_cpu else size)),
         kept + Held(arrays + 2 * size, computed + ordering + (0 if recipe.on_cpu else size)),

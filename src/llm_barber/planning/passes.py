@@ -34,9 +34,9 @@ def inputs(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
 
 
 def streamed(block: BlockShapes, recipe: Recipe, tokens: float, arrays: float) -> Work:
-    """Arrays of activations read from host memory, or written; of those in files half is taken to be either."""
+    """Arrays of activations off the device that are read, or written; of those in files half is taken to be either."""
     width = block.linears[-1][0]
-    size = arrays * tokens * width * recipe.itemsize
+    size = arrays * tokens * width * recipe.itemsize * recipe.moved_share(width)
     every = recipe.activations(width)
     on_disk = size * (1 - recipe.in_memory(every, width) / every)
     return Work(copied=size, read=on_disk / 2, written=on_disk / 2)

@@ -10,7 +10,7 @@ from llm_barber.allocation import LOSS_TOKENS
 from llm_barber.config import Initial, PruneConfig, rebuild_defaults
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
-from llm_barber.model.streams import block_size
+from llm_barber.model.places import block_size
 from llm_barber.presets import Allocation
 from llm_barber.refine_linear import SWAP_STAGES
 from llm_barber.refine_settings import RefineSettings
@@ -26,7 +26,8 @@ class Recipe:
 
     `itemsize`: bytes of a number in the compute dtype, `stored` in the checkpoint. `on_cpu`: host and device memory
     are one. `refine`: None: no refining. `processes` share the sequences; the slowest has as many as any.
-    `for_activations`: bytes of host memory that calibration activations may take, None: any number; others are files.
+    `room`: bytes of the device's memory that calibration activations may take, `for_activations` of the host's, None:
+    any number; others are files.
     """
 
     sequences: int
@@ -42,6 +43,7 @@ class Recipe:
     refine: RefineSettings | None
     prunes_head: bool = False
     processes: int = 1
+    room: int = 0
     for_activations: int | None = None
 
     @classmethod
@@ -106,26 +108,47 @@ class Recipe:
         """Do the dense model's activations go through the layers, too?"""
         return self.refine is not None and self.refine.target_mix > 0
 
-    def activations(self, width: int, arrays: int | None = None) -> float:
-        """Bytes of so many arrays of calibration activations, of `width` features; None: of all between layers.
+    def on_device(self, width: int, arrays: int | None = None) -> float:
+        """Bytes of so many arrays of calibration activations that stay on the device; None: of those between layers."""
+        return self._staying(width, arrays) * self._numbers(width)
 
-        Of those process 0 has all processes' once a layer, to make them durable.
+    def moved_share(self, width: int) -> float:
+        """Of the arrays between layers the share that is moved to the device and back."""
+        return 1 - self._staying(width) / RefineSettings.arrays(self.refine)
+
+    def activations(self, width: int, arrays: int | None = None) -> float:
+        """Bytes off the device of so many arrays, of `width` features; None: of all between layers.
+
+        What the next layer starts from is copied off the device, once a layer, to make it durable; process 0 has that
+        of all processes.
         """
-        if arrays is not None:
-            return arrays * self._array(width)
-        gathered = (2 if self.follows_dense else 1) * self.sequences / self.own_sequences if self.processes > 1 else 0
-        return (RefineSettings.arrays(self.refine) + gathered) * self._array(width)
+        staying = self._staying(width, arrays)
+        count = float((RefineSettings.arrays(self.refine) if arrays is None else arrays) - staying)
+        if arrays is None:
+            count += min(staying, self.durable)
+            count += self.durable * self.sequences / self.own_sequences if self.processes > 1 else 0
+        return count * self._array(width)
+
+    @property
+    def durable(self) -> int:
+        """Arrays that a layer starts from."""
+        return 2 if self.follows_dense else 1
+
+    def _staying(self, width: int, arrays: int | None = None) -> int:
+        return min(RefineSettings.arrays(self.refine) if arrays is None else arrays, self.room // self._numbers(width))
 
     def in_memory(self, activations: float, width: int) -> float:
-        """Bytes of so many of activations that lie in host memory; the others lie in files, whole arrays of them."""
+        """Bytes of so many off the device that lie in host memory; the others lie in files, whole arrays of them."""
         if self.for_activations is None:
             return activations
         array = self._array(width)
         return min(activations, self.for_activations // array * array)
 
     def _array(self, width: int) -> int:
-        size = self.own_tokens * width * self.itemsize
-        return size if self.on_cpu else block_size(size)
+        return self._numbers(width) if self.on_cpu else block_size(self._numbers(width))
+
+    def _numbers(self, width: int) -> int:
+        return self.own_tokens * width * self.itemsize
 
     @property
     def swap_stages(self) -> tuple[int, ...]:
