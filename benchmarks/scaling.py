@@ -1,10 +1,11 @@
-"""How costs grow: seconds with tokens and with layers, and with two processes instead of one.
+"""How costs grow: seconds with tokens and with layers, and with several processes instead of one.
 
 Synthetic LLaMA-shaped float32 checkpoints, computed in what suits the processor; every run in
 processes of its own, one thread each.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --real            # SmolLM2-135M in one process and in two
+    python benchmarks/scaling.py --real --processes 1,2,4 --preset mask --dtype bfloat16
 """
 
 import argparse
@@ -48,23 +49,23 @@ def synthetic(folder: Path, layers: int, sequences: int, preset: str, processes:
     return prune(str(model), out, preset, processes, "--calibration", str(folder / "tokens.safetensors")), out
 
 
-def two_processes(model: str, preset: str, samples: int) -> None:
-    """One process against two on a real model: time, and the same masks?"""
+def on_a_real_model(model: str, preset: str, samples: int, dtype: str, counts: list[int]) -> None:
+    """Several numbers of processes on a real model: time, and the same masks?"""
+    rows = []
     with tempfile.TemporaryDirectory() as name:
-        outs = [Path(name) / str(number) for number in (1, 2)]
-        how = ("--samples", str(samples), "--seqlen", "512", "--dtype", "float32")
-        alone, together = (prune(model, out, preset, number, *how) for number, out in enumerate(outs, 1))
-        agreement = same_bits(*outs)
-    seconds = [record["seconds"]["total"] for record in (alone, together)]
-    efficiency = seconds[0] / seconds[1] / 2
-    found = {"seconds": seconds, "efficiency of two processes": efficiency, "same mask bits": agreement}
-    keep("two_processes", {"model": Path(model).name, "preset": preset, "samples": samples, **found})
-    print(f"{Path(model).name}, preset {preset}, {samples} x 512 tokens, float32, one thread a process")
-    print(
-        f"{seconds[0]:.1f} s alone, {seconds[1]:.1f} s together: {efficiency:.0%} efficient, {agreement:.4%} of the ",
-        end="",
+        how = ("--samples", str(samples), "--seqlen", "512", "--dtype", dtype)
+        outs = [Path(name) / str(count) for count in counts]
+        for count, out in zip(counts, outs, strict=True):
+            seconds = prune(model, out, preset, count, *how)["seconds"]["total"]
+            efficiency = rows[0][1] * rows[0][0] / seconds / count if rows else 1.0
+            rows.append([count, seconds, efficiency, same_bits(outs[0], out)])
+    keep("processes", {"model": Path(model).name, "preset": preset, "samples": samples, "dtype": dtype, "rows": rows})
+    show(
+        f"{Path(model).name}, preset {preset}, {samples} × 512 tokens, {dtype}, one thread a process, "
+        f"{os.cpu_count()} cores",
+        ["processes", "seconds", "efficiency", "mask bits the same"],
+        [[str(count), f"{seconds:.1f}", f"{how_well:.0%}", f"{same:.4%}"] for count, seconds, how_well, same in rows],
     )
-    print("masks' bits the same")
 
 
 def same_bits(one: Path, other: Path) -> float:
@@ -84,11 +85,14 @@ def main() -> None:
     parser.add_argument("--preset", default="paper")
     parser.add_argument("--sequences", default="8,16,32,64")
     parser.add_argument("--layers", default="2,4,8,16")
-    parser.add_argument("--real", action="store_true", help="SmolLM2-135M, one process and two, nothing else")
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M instead, in --processes")
     parser.add_argument("--samples", type=int, default=16, help="windows of 512 tokens, with --real")
+    parser.add_argument("--processes", default="1,2", help="numbers of processes, with --real")
+    parser.add_argument("--dtype", default="float32", help="of computing, with --real")
     given = parser.parse_args()
     if given.real:
-        two_processes(model_folder(None), given.preset, given.samples)
+        counts = [int(one) for one in given.processes.split(",")]
+        on_a_real_model(model_folder(None), given.preset, given.samples, given.dtype, counts)
         return
     sequences = [int(one) for one in given.sequences.split(",")]
     depths = [int(one) for one in given.layers.split(",")]

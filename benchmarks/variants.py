@@ -4,8 +4,8 @@
     python benchmarks/variants.py --data DATA --variant "preset=mask target_mix=0.25" --targets 0.5,2:4
 
 DATA as in `quality.py`: calibrated on C4, measured on the WikiText-2 validation text, and never on the test text.
-A variant is settings of `PruneConfig`, and `estimator` and `rounds` of `estimators.py`. Finished cells are in
-`benchmarks/results/variants/cells`.
+A variant is settings of `PruneConfig`, those of `estimators.py` (`estimator`, `rounds`) and of `block_aware.py`
+(`probes`, `row_groups`, `power`). Finished cells are in `benchmarks/results/variants/cells`.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from block_aware import block_aware
 from common import keep, model_folder, show
 from estimators import ESTIMATORS, estimated
 from quality import CALIBRATION, ROOT, VALIDATION
@@ -40,6 +41,17 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
                 {**REBUILT, "rebuild_ratio": ratio, "estimator": one, "rounds": rounds}
                 for one in ESTIMATORS
                 for ratio, rounds in ((0.01, 1), (0.1, 1), (0.02, 5))
+            ),
+        ],
+        "0.5,2:4",
+    ),
+    "block-aware": (
+        [
+            WANDA,
+            {**WANDA, "refine": "swaps"},
+            *(
+                {**WANDA, "refine": "swaps", "probes": probes, "row_groups": groups, "power": power}
+                for probes, groups, power in ((1, 1, 1.0), (1, 4, 1.0), (8, 4, 1.0), (8, 4, 0.5))
             ),
         ],
         "0.5,2:4",
@@ -118,7 +130,7 @@ def main() -> None:
 
                     def make(folder: Path, settings: Variant = settings) -> RunReport:
                         own = {"model": model, "output": folder, "calibration": calibration, "report": False}
-                        with estimated(settings) as given:
+                        with estimated(settings) as others, block_aware(others) as given:
                             return prune(PruneConfig(**own, overwrite=True, **given), progress)
 
                     key = {**settings, "seed": given.seed, "revisions": REVISIONS}

@@ -20,6 +20,7 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
+from llm_barber.plan import Plan, plan
 from tests.conftest import Listener, make_model, save_tokens
 
 KILLED = 9
@@ -535,3 +536,25 @@ def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, 
     (tmp_path / "other.replaced-123").mkdir()
     prune(PruneConfig(**settings))
     assert {path.name for path in tmp_path.glob("o*")} == {"out", "other.replaced-123"}
+
+
+def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    (tmp_path / "out.partial" / STATE_NAME).write_text("{")  # the state before, of one layer, is taken
+    before = weights(tmp_path / "out.partial")
+
+    def planned(**settings: Any) -> Plan:
+        given = {**SETTINGS, "model": model, "output": tmp_path / "out", "calibration": tokens, **settings}
+        return plan(PruneConfig(**given))
+
+    found = planned(resume=True)
+    assert found.finished_layers == 1
+    assert ("goes on after layer", "1 of 3") in found.rows()
+    assert planned(overwrite=True).finished_layers == 0
+    with pytest.raises(OutputError, match="unfinished run with 1 finished layers"):
+        planned()
+    with pytest.raises(OutputError, match="started with another sparsity"):
+        planned(resume=True, sparsity=0.6)
+    assert weights(tmp_path / "out.partial") == before

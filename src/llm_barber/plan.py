@@ -4,6 +4,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from llm_barber.assignment import run_key
+from llm_barber.checkpoint.place import work_folder
+from llm_barber.checkpoint.state import unfinished_run
 from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import PruneConfig, RebuildConfig
 from llm_barber.masking.pattern import NofM
@@ -17,7 +20,10 @@ from llm_barber.usage import current_memory
 
 
 class Plan(BaseModel):
-    """A checked run. Sizes in bytes; `stream_bytes` is what the calibration activations take in host memory."""
+    """A checked run. Sizes in bytes; `stream_bytes` is what the calibration activations take.
+
+    `finished_layers`: of an unfinished run that this one would go on with.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,6 +47,7 @@ class Plan(BaseModel):
     dtype: str
     output_bytes: int
     stream_bytes: int
+    finished_layers: int
 
     def to_json(self) -> str:
         """Indented JSON with a final newline."""
@@ -59,7 +66,8 @@ class Plan(BaseModel):
             ("calibration", f"{self.calibration}: {self.sequences} windows of {self.tokens} tokens"),
             ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
             ("output", f"{self.output_bytes / 1e9:.2f} GB"),
-            ("activations in host memory", f"{self.stream_bytes / 1e9:.2f} GB"),
+            ("calibration activations", f"{self.stream_bytes / 1e9:.2f} GB"),
+            *([("goes on after layer", f"{self.finished_layers} of {self.layers}")] if self.finished_layers else []),
         ]
 
 
@@ -82,6 +90,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     job, rebuilt = work.job, work.rebuild_settings
     if config.memory is not None:
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), work.recipe)
+    left = unfinished_run(work_folder(config.output), run_key(work), config.overwrite, config.resume)
     shapes = list(job.linear_shapes(job.source).values())
     if isinstance(config, PruneConfig):
         every = [
@@ -115,4 +124,5 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
         stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
+        finished_layers=len(left.layers) if left is not None else 0,
     )

@@ -99,15 +99,35 @@ def read_state(folder: Path) -> RunState | None:
     path, before = folder / STATE_NAME, folder / STATE_BEFORE
     if not path.exists() and not before.exists():
         return None
-    newest = _read(path)
-    state = newest or _read(before)
+    state = _read(path) or _read(before)
     if state is None:
         raise OutputError(f"{path} is damaged", START_AGAIN)
     if state.version != STATE_VERSION:
         raise OutputError(f"{path} has version {state.version}, this program goes on with {STATE_VERSION}", START_AGAIN)
-    if newest is None:  # or the next state to be written would leave the damaged one as the one before
-        before.rename(path)
     return state
+
+
+def mend_state(folder: Path) -> None:
+    """Put the state before in the place of a damaged one, which would else be the one before the next."""
+    if _read(folder / STATE_NAME) is None and (folder / STATE_BEFORE).exists():
+        (folder / STATE_BEFORE).rename(folder / STATE_NAME)
+
+
+def unfinished_run(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool) -> RunState | None:
+    """The state of a run in a work folder that one of this key goes on with, or clears away; None: there is none.
+
+    Raises:
+        OutputError: there is one, which is to be neither gone on with nor overwritten, or cannot be.
+    """
+    left = None if overwrite and not resume else read_state(folder)
+    if left is not None and left.layers and not resume:
+        raise OutputError(
+            f"{folder} has an unfinished run with {len(left.layers)} finished layers",
+            "add --resume to go on with it, or --overwrite to start again",
+        )
+    if left is not None and resume:
+        check_key(left, key)
+    return left
 
 
 def _read(path: Path) -> RunState | None:

@@ -27,12 +27,12 @@ from llm_barber.checkpoint.state import (
     RunState,
     Shard,
     Used,
-    check_key,
     load_activations,
-    read_state,
+    mend_state,
     save_activations,
     save_tensors,
     sync_file,
+    unfinished_run,
     write_durably,
     write_state,
 )
@@ -109,15 +109,10 @@ class CheckpointWriter:
 
     def _take_up(self) -> None:
         """Go on with what is in the work folder, refuse it, or clear it away."""
-        left = None if self.overwrite and not self.resume else read_state(self.work)
-        if left is not None and left.layers and not self.resume:
-            raise OutputError(
-                f"{self.work} has an unfinished run with {len(left.layers)} finished layers",
-                "add --resume to go on with it, or --overwrite to start again",
-            )
+        left = unfinished_run(self.work, self.state.key, self.overwrite, self.resume)
         kept = {LOCK_NAME}
         if left is not None and self.resume:
-            check_key(left, self.state.key)
+            mend_state(self.work)
             whole = self._whole(left)
             if whole.begun:  # otherwise all is made again
                 self.state, self._written = whole, dict(whole.shards)
