@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
 from llm_barber import run as run_module
 from llm_barber.checkpoint import state as state_module
+from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.place import REPLACED
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, source_key
@@ -284,6 +285,12 @@ def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: p
         writer.finish_layer({}, {}, {}, Used())
     assert not writer.resumable
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_of_by_whoever_writes_no_model(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is full, where activations go") as caught, Follower(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "--resume" in caught.value.hint
 
 
 @pytest.mark.parametrize("settings", [{}, {"initial": "wanda"}], ids=["allocated", "published"])

@@ -1,13 +1,16 @@
 """In a run of several processes, what stands in the place of the writer where nothing is written."""
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import gettempdir
 from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
 
 from llm_barber.checkpoint.state import RunState, Used
+from llm_barber.errors import OutputError
 
 
 class Follower:
@@ -28,7 +31,17 @@ class Follower:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to clean up."""
+        """Nothing to clean up.
+
+        Raises:
+            OutputError: there is no room for activations that do not fit the memory.
+        """
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"the disk of {self.work if self.work.is_dir() else gettempdir()} is full, where activations go that "
+                "--memory leaves no place for",
+                "free some space or set TMPDIR to a larger disk, and go on with --resume",
+            ) from error
 
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:
         """None; the process that writes hands them out."""
