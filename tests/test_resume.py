@@ -58,7 +58,7 @@ def tear(path: Path) -> None:
         os.truncate(path, path.stat().st_size // 2)
 
 
-def killed_at(number: int, computed: Path, *arguments: Any, **settings: Any) -> bool:
+def killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), **settings: Any) -> bool:
     """Run in a process that dies, as by kill -9, just before its file operation of that number; False: it finished.
 
     Of a file that was to become durable then, half is there. In `computed` there are the layers that it began.
@@ -110,7 +110,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     run(model, tmp_path / "whole", tokens, **settings)
     kills, reached = 0, 0
     for number in range(1, 200, 3):  # each on top of what the earlier ones left
-        killed = killed_at(number, tmp_path / "computed", model, tmp_path / "out", tokens, resume=True, **settings)
+        killed = killed_at(
+            number, model, tmp_path / "out", tokens, computed=tmp_path / "computed", resume=True, **settings
+        )
         if computed := [int(line) for line in (tmp_path / "computed").read_text().split()]:
             # Of what was computed before only the layer that was in the making, or was not durable yet, is again.
             assert computed == list(range(computed[0], computed[-1] + 1))
