@@ -67,6 +67,8 @@ def test_room_on_the_device_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def made(shape: tuple[int, ...], dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
         there.extend([shape[0]] if device is not None else [])
+        if device is not None and shape[0] == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return empty(shape, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", made)
@@ -77,10 +79,11 @@ def test_room_on_the_device_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (there, places.room, places.used) == ([200, 50], 0, 256)
     del first, second
     assert (places.room, len(third)) == (800, 50)
-    places.close_room()
+    places.working((7,), torch.float32)  # which the device has no memory for after all
     del third
     places.working((1,), torch.float32)
-    assert there == [200, 50]
+    assert there == [200, 50, 7]
+    assert places.room < 0
 
 
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:

@@ -43,12 +43,15 @@ class Places:
 
         Raises:
             OSError: as of `empty`.
-            OutOfMemoryError: the device has less memory than `room` said.
         """
         size = torch.Size(shape).numel() * dtype.itemsize
         if size > self.room:
             return self.empty(shape, dtype)
-        array = torch.empty(shape, dtype=dtype, device=self.device)
+        try:
+            array = torch.empty(shape, dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError:  # the device has less memory than `room` said
+            self.close_room()
+            return self.empty(shape, dtype)
         self.room -= size
         weakref.finalize(array, self._give_back_room, size)
         return array
