@@ -51,7 +51,7 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
             {**WANDA, "refine": "swaps"},
             *(
                 {**WANDA, "refine": "swaps", "probes": probes, "row_groups": groups, "power": power}
-                for probes, groups, power in ((1, 1, 1.0), (1, 4, 1.0), (8, 4, 1.0), (8, 4, 0.5))
+                for probes, groups, power in ((1, 1, 1.0), (1, 4, 1.0), (4, 4, 1.0), (4, 4, 0.5))
             ),
         ],
         "0.5,2:4",
