@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llm_barber.planning.forecast import PlanConfig, ProcessesForecast, forecast
+from llm_barber.planning.forecast import ProcessesForecast, forecast
+from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.table import amount, duration
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"

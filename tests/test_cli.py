@@ -149,7 +149,7 @@ def test_every_setting_is_an_option() -> None:
     from llm_barber.comparison.settings import CompareConfig
     from llm_barber.config import PruneConfig, RebuildConfig
     from llm_barber.evaluation.evaluate import EvaluateConfig
-    from llm_barber.planning.forecast import PlanConfig
+    from llm_barber.planning.plan_config import PlanConfig
     from llm_barber.settings import Settings
 
     of_python = {PlanConfig: {"output", *PLAN_LEAVES}, CompareConfig: {"rebuild_settings", "task_seeds"}}

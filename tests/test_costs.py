@@ -21,9 +21,10 @@ from llm_barber.model.device import experts_a_token
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.planning.costs import forward, run_costs
-from llm_barber.planning.forecast import VOCABULARY_BYTES, Forecast, PlanConfig, forecast
+from llm_barber.planning.forecast import VOCABULARY_BYTES, Forecast, forecast
 from llm_barber.planning.machine import KINDS, named_rates
 from llm_barber.planning.memory import peak_held
+from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes, model_shapes
 from llm_barber.planning.table import amount, duration

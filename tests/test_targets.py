@@ -11,7 +11,8 @@ from llm_barber import InspectConfig, PruneConfig, RebuildConfig, RunReport, ins
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
 from llm_barber.plan import plan
-from llm_barber.planning.forecast import PlanConfig, forecast
+from llm_barber.planning.forecast import forecast
+from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.progress import Silent
 from llm_barber.targets import EXAMPLE, Targets, parse_target, read_targets
 from tests.conftest import bits, make_model, read_folder, save_tokens

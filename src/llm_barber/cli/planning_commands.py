@@ -103,7 +103,8 @@ def plan(
     From the configuration alone, without weights. With --flops for another machine, a GPU unless --device cpu.
     """
     from llm_barber.console import ConsoleProgress
-    from llm_barber.planning.forecast import PlanConfig, forecast
+    from llm_barber.planning.forecast import forecast
+    from llm_barber.planning.plan_config import PlanConfig
     from llm_barber.planning.table import show_forecast
 
     settings |= {"processes": processes, "flops": flops, "float32_flops": float32_flops, "network": network}

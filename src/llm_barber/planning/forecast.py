@@ -2,14 +2,11 @@
 
 import json
 from dataclasses import asdict, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from llm_barber.calibration import READ_BYTES, READING_BYTES, TOKEN_FILE_SUFFIX, text_size, token_shape
-from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.job import sequences_together
 from llm_barber.memory import device_room, left_for_activations
@@ -30,6 +27,7 @@ from llm_barber.planning.configuration import read_configuration
 from llm_barber.planning.costs import Costs, run_costs
 from llm_barber.planning.machine import KINDS, Rates, measured_rates, named_rates
 from llm_barber.planning.memory import in_files, peak_held
+from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.progress import Progress, Silent
@@ -41,48 +39,6 @@ DEVICE_MEMORY = 80e9  # bytes of a named GPU's, where nothing is said
 NETWORK = 10e9  # bytes/s between processes of any machine, where nothing is said: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
 VOCABULARY_BYTES = 350  # that a tokenizer takes for each token that it knows, as seen with 49,152 and 262,144
-
-
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class PlanConfig(PruneConfig):
-    """Settings of `plan`: those of `prune`, and of the machine; `flops` make it another one than this.
-
-    Raises:
-        SettingsError: any of them is wrong; all wrong ones are named.
-    """
-
-    output: Path = Field(default=Path("pruned"), description="not written")
-    processes: tuple[int, ...] = Field(default=(1,), description="how many share the calibration windows")
-    flops: Rate | None = Field(default=None, description="FLOP/s of another machine; None: this one, measured")
-    float32_flops: Rate | None = Field(default=None, description="FLOP/s of float32 products; None: an eighth")
-    memory_bandwidth: Rate | None = Field(default=None, description="bytes/s of the device's memory")
-    link: Rate | None = Field(default=None, description="bytes/s between host and device")
-    network: Rate | None = Field(default=None, description="bytes/s between processes")
-    bandwidth: Rate | None = Field(default=None, description="bytes/s of the disk")
-
-    @field_validator("processes", mode="before")
-    @classmethod
-    def _counts_readable(cls, value: Any) -> Any:
-        try:
-            counts = tuple(int(one) for one in value.split(",")) if isinstance(value, str) else tuple(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{value!r} is not numbers with commas between them, like 1,2,4,8") from error
-        if not counts or min(counts) < 1:
-            raise ValueError(f"{value!r}: there is at least 1 process")
-        return counts
-
-    @model_validator(mode="after")
-    def _machine_named(self) -> Self:
-        if self.flops is None and any(
-            one is not None for one in (self.float32_flops, self.memory_bandwidth, self.link)
-        ):
-            raise ValueError(
-                "float32_flops, memory_bandwidth and link (between host and device) are of a named machine: give "
-                "flops, too; between processes it is network"
-            )
-        return self
 
 
 class StageForecast(BaseModel):
