@@ -169,7 +169,7 @@ def on_device() -> Iterator[None]:
 def with_room(room: int) -> Iterator[None]:
     """So many bytes of activations stay on the device, until at the end of the second layer its memory is too small."""
     places, result_of = Places(DEVICE, room), method_module.result_of
-    left: list[int] = []  # room, whenever a block's result is wanted
+    left: list[int | None] = []  # room, whenever a block's result is wanted
 
     def short(*given: Any) -> Any:
         left.append(places.room)
@@ -182,8 +182,10 @@ def with_room(room: int) -> Iterator[None]:
         patch("llm_barber.method.result_of", short),
     ):
         yield
-    assert 0 <= left[FAILING - 1] < room
-    assert places.room < 0
+    failed = left[FAILING - 1]
+    assert failed is not None
+    assert 0 <= failed < room
+    assert places.room is None
 
 
 def difference(folder: Path, settings: dict[str, Any]) -> float:

@@ -290,8 +290,11 @@ def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: p
 
 
 def test_a_full_disk_is_told_of_by_whoever_writes_no_model(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is full, where activations go") as caught, Follower(tmp_path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(OutputError, match="the disk of /any is full, where activations go") as caught,
+        Follower(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "/any")
     assert "--resume" in caught.value.hint
 
 
@@ -560,7 +563,7 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
 
     found = planned(resume=True)
     assert found.finished_layers == 1
-    assert ("goes on after layer", "1 of 3") in found.rows()
+    assert ("goes on", "after 1 of 3 layers, if their files are whole") in found.rows()
     assert planned(overwrite=True).finished_layers == 0
     with pytest.raises(OutputError, match="unfinished run with 1 finished layers"):
         planned()

@@ -274,7 +274,7 @@ def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)).to(dtype)
     weight, hidden = torch.randn(8, 8, generator=generator), 0.01 * torch.randn(1, 4096, 8, generator=generator)
     layer = DecoderLayer(module, ("0",), lambda *_: {})
-    streams = ActivationStreams(1, 1, torch.device("cpu"))
+    streams = ActivationStreams(1, 1)
     streams.write("hidden", slice(0, 1), hidden.to(dtype))
     target = hidden.to(dtype) @ weight.to(dtype).t() * (1 + 0.02 * torch.randn(8, generator=generator)).to(dtype)
     streams.write(tune.TARGET, slice(0, 1), target)

@@ -21,7 +21,7 @@ from llm_barber.settings import RunSettings
 from llm_barber.usage import versions
 
 # Settings that do not change the result.
-UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory"}
+UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory", "activations_off_device"}
 # Settings whose effect is known by the files and tokens that they lead to.
 KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos", "calibration", "samples", "seqlen", "seed"}
 

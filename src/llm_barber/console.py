@@ -33,11 +33,17 @@ PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
 
 
 class ConsoleProgress:
-    """A bar on a terminal; elsewhere a line per step, at most one every few seconds; always stderr."""
+    """A bar on a terminal; elsewhere a line per step, at most one every few seconds; always stderr.
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
-        self.live = self.console.is_terminal and not quiet
+    Args:
+        quiet: warnings only.
+        muted: not even these, as another process of the run says them.
+    """
+
+    def __init__(self, quiet: bool = False, muted: bool = False) -> None:
+        self._muted = muted
+        self.console = Console(stderr=True, quiet=quiet or muted, highlight=False, markup=False)
+        self.live = self.console.is_terminal and not (quiet or muted)
         # Takes what the terminal has left, and no more.
         detail = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._bars = Bars(
@@ -99,6 +105,8 @@ class ConsoleProgress:
 
     def warn(self, message: str) -> None:
         """Something that the user should know, quiet or not."""
+        if self._muted:
+            return
         console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
         console.print(f"warning: {message}", style="yellow", soft_wrap=True)
 

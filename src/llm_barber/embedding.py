@@ -104,6 +104,11 @@ def with_smaller_batches(
             _empty_cache()
             progress.warn("the device's memory is too small: activations lie in host memory from now on")
             continue
+        if streams.ranks.count > 1 and streams.on_device:
+            raise DeviceMemoryError(
+                "the device's memory is too small beside the activations that stay there",
+                "go on with --resume --activations-off-device",
+            )
         if streams.batch_size == 1:
             seqlen = job.tokens.input_ids.shape[1]
             needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, experts_a_token(skeleton.model.config))

@@ -21,8 +21,9 @@ from llm_barber.usage import current_memory
 # What the arithmetic of memory may be wrong by; copies of the largest decoder layer, as it is stored, that are counted
 # at least (the one read ahead, computed with, pruned, turned, ranked, to write); what libraries keep for themselves.
 MARGIN, COPIES_OF_A_LAYER, LIBRARIES = 1.2, 10, 2**26
-# The same of a device's memory, which nobody has measured yet: of one process, and of several.
-DEVICE_MARGIN, DEVICE_MARGIN_TOGETHER = 1.3, 2.0
+# The same of a device's memory, which nobody has measured yet: of one process, and of several, which talk by NCCL.
+DEVICE_MARGIN, DEVICE_LIBRARIES = 1.3, 2**30
+DEVICE_MARGIN_TOGETHER, DEVICE_LIBRARIES_TOGETHER = 2.0, 2**31
 
 LIMITED: set[torch.device] = set()  # by a run of this program, and not for those after it
 
@@ -39,8 +40,9 @@ def activation_places(job: Job, settings: RunSettings, recipe: Recipe, writer: C
         share = 1.0 if settings.device_memory is None else min(1.0, settings.device_memory / every)
         torch.cuda.set_per_process_memory_fraction(share, device)
         LIMITED.add(device)
-    free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
-    places = Places(device, room=device_room(free, shapes, recipe))
+    places = Places(device)
+    if device.type == "cuda" and not settings.activations_off_device and not writer.state.used.off_device:
+        places.room = device_room(free_device_memory(device, settings.device_memory), shapes, recipe)
     if settings.memory is None:
         return places
     left = left_for_activations(settings.memory, current_memory(), shapes, recipe)
@@ -54,8 +56,10 @@ def device_room(free: float, model: ModelShapes, recipe: Recipe) -> int:
 
     Where that is too much after all, they leave (`embedding.py`); of several processes none can do so alone.
     """
-    margin = DEVICE_MARGIN if recipe.processes == 1 else DEVICE_MARGIN_TOGETHER
-    return max(0, int(free - margin * peak_held(model, recipe).device))
+    margin, libraries = DEVICE_MARGIN, DEVICE_LIBRARIES
+    if recipe.processes > 1:
+        margin, libraries = DEVICE_MARGIN_TOGETHER, DEVICE_LIBRARIES_TOGETHER
+    return max(0, int(free - libraries - margin * peak_held(model, recipe).device))
 
 
 def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: Recipe) -> int:

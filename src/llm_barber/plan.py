@@ -55,6 +55,7 @@ class Plan(BaseModel):
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values to show."""
+        done = self.finished_layers
         rebuilt = f"within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else "no"
         return [
             ("model", f"{self.model} ({self.architecture}, {self.layers} decoder layers)"),
@@ -67,7 +68,11 @@ class Plan(BaseModel):
             ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
             ("output", f"{self.output_bytes / 1e9:.2f} GB"),
             ("calibration activations", f"{self.stream_bytes / 1e9:.2f} GB"),
-            *([("goes on after layer", f"{self.finished_layers} of {self.layers}")] if self.finished_layers else []),
+            *(
+                [("goes on", f"after {done} of {self.layers} layers, if their files are whole")]
+                if self.finished_layers
+                else []
+            ),
         ]
 
 
@@ -124,5 +129,5 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
         stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
-        finished_layers=len(left.layers) if left is not None else 0,
+        finished_layers=min(len(left.layers), job.layer_count) if left is not None else 0,
     )

@@ -53,6 +53,7 @@ def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: Acti
         peak_device_memory=max(on_device, default=None),
         batch_size=streams.batch_size,
         machine=machine(device),
+        off_device=before.off_device or streams.left_device,
         written=work.job.source.written,
     )
 

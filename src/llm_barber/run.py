@@ -56,7 +56,7 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         began -= seconds["total"]
         streams = _embed(work, writer, seconds, progress)
         _allocate(work, streams, writer, seconds, progress)
-        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.places.empty))
+        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.places.empty_off_device))
         activations = {}  # it has copied them
         progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
         for layer in results:
@@ -76,13 +76,10 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 seconds["write"] += written - computed
                 seconds["total"] = written - began
                 results.append(_result(index, written - start, pruned))
-                more = index + 1 < len(job.steps)
                 writer.finish_layer(
                     results[-1].model_dump(mode="json"),
                     # Copies of arrays are let go of when they are written: nothing here holds them.
-                    ranks.gather(
-                        streams.between_layers() if more else {}, sequences, streams.held_out, streams.places.empty
-                    ),
+                    _gathered(work, streams) if index + 1 < len(job.steps) else {},
                     seconds,
                     used_by(work, writer, streams),
                 )
@@ -151,6 +148,12 @@ def _prune_step(
         compute = partial(prune_head, job, tensors, work.initial, settings, streams)
         release = job.skeleton.drop_outside
     return with_smaller_batches(compute, release, job, streams, progress)
+
+
+def _gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:
+    """On the process that writes, what the next layer starts from, of all processes."""
+    sequences = len(work.job.tokens.input_ids)
+    return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.places.empty_off_device)
 
 
 def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:

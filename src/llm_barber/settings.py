@@ -154,6 +154,7 @@ class RunSettings(StructureSettings):
         default=None, description="bytes of host memory, or like 8GiB; activations beyond are files; None: any"
     )
     device_memory: int | None = Field(default=None, description="bytes of the GPU's memory, or like 8GiB; None: all")
+    activations_off_device: bool = Field(default=False, description="keep activations off a GPU that has room for them")
     format: Format = Field(default=Format.DENSE, description="dense, which loads everywhere, or packed: fewer bytes")
     overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
     resume: bool = Field(default=False, description="go on with an unfinished run of OUT, if there is one")

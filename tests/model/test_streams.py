@@ -1,6 +1,7 @@
 """Arrays beyond the memory that they may take lie in files that nobody has to clean up; batches shrink if need be."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from llm_barber import PruneConfig, prune
 from llm_barber import method as method_module
 from llm_barber import run as run_module
-from llm_barber.embedding import DeviceMemoryError
+from llm_barber.embedding import DeviceMemoryError, with_smaller_batches
 from llm_barber.job import Job
 from llm_barber.model.places import Places
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.progress import Silent
 from tests.model.test_copies import WorstMoments, copy_by
 from tests.test_resume import weights
 
@@ -49,15 +51,15 @@ def test_pinned_memory_is_counted_as_it_is_taken(tmp_path: Path, monkeypatch: py
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
     memory = Places(limit=4000, folder=tmp_path)
-    first = memory.empty((257,), torch.float32, pinned=True)  # 1028 bytes
+    first = memory.empty_off_device((257,), torch.float32, pinned=True)  # 1028 bytes
     assert memory.used == 2048
-    small = memory.empty((200,), torch.float32, pinned=True)  # 800 bytes
+    small = memory.empty_off_device((200,), torch.float32, pinned=True)  # 800 bytes
     assert (len(small), memory.used) == (200, 3072)
     del first
     assert memory.used == 3072  # PyTorch keeps the block
-    again = memory.empty((300,), torch.float32, pinned=True)  # and gives it to this one
+    again = memory.empty_off_device((300,), torch.float32, pinned=True)  # and gives it to this one
     assert (len(again), memory.used) == (300, 3072)
-    memory.empty((300,), torch.float32, pinned=True)  # this one is a file
+    memory.empty_off_device((300,), torch.float32, pinned=True)  # this one is a file
     assert memory.used == 3072
 
 
@@ -73,17 +75,17 @@ def test_room_on_the_device_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", made)
     places = Places(torch.device("meta"), room=1000)
-    first = places.working((200,), torch.float32)
-    second = places.working((60,), torch.float32)  # 240 bytes, where 200 are left
-    third = places.working((50,), torch.float32)
+    first = places.empty((200,), torch.float32)
+    second = places.empty((60,), torch.float32)  # 240 bytes, where 200 are left
+    third = places.empty((50,), torch.float32)
     assert (there, places.room, places.used) == ([200, 50], 0, 256)
     del first, second
     assert (places.room, len(third)) == (800, 50)
-    places.working((7,), torch.float32)  # which the device has no memory for after all
+    places.empty((7,), torch.float32)  # which the device has no memory for after all
     del third
-    places.working((1,), torch.float32)
+    places.empty((1,), torch.float32)
     assert there == [200, 50, 7]
-    assert places.room < 0
+    assert places.room is None
 
 
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:
@@ -192,3 +194,16 @@ def test_a_layer_that_does_not_fit_leaves_nothing_behind(
     monkeypatch.setattr(Job, "open_layer", short)
     run(llama, tmp_path / "out", tokens, allocation="owl")
     assert all(name.startswith("0.") for name in left[2])
+
+
+@pytest.mark.parametrize(("on_device", "hint"), [(True, "--activations-off-device"), (False, "--batch-size 2")])
+def test_several_processes_end_with_what_to_go_on_with(on_device: bool, hint: str) -> None:
+    streams = SimpleNamespace(batch_size=4, on_device=on_device, ranks=SimpleNamespace(count=2))
+
+    def short() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    job: Any = SimpleNamespace(skeleton=None)
+    with pytest.raises(DeviceMemoryError) as caught:
+        with_smaller_batches(short, lambda: None, job, streams, Silent())  # type: ignore[arg-type]
+    assert caught.value.hint == f"go on with --resume {hint}"

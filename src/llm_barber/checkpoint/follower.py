@@ -3,7 +3,6 @@
 import errno
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import gettempdir
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,9 +37,8 @@ class Follower:
         """
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"the disk of {self.work if self.work.is_dir() else gettempdir()} is full, where activations go that "
-                "--memory leaves no place for",
-                "free some space or set TMPDIR to a larger disk, and go on with --resume",
+                f"the disk of {error.filename} is full, where activations go that --memory leaves no place for",
+                "free some space there, and go on with --resume",
             ) from error
 
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:

@@ -55,7 +55,8 @@ class Activations(BaseModel):
 class Used(BaseModel):
     """What finished layers were computed with: the most memory, in bytes, sequences together, and the machine.
 
-    `written`: when each file of the model was, in ns.
+    `off_device`: activations had to leave the device, whose memory was too small. `written`: when each file of the
+    model was, in ns.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,6 +65,7 @@ class Used(BaseModel):
     peak_device_memory: int | None = None
     batch_size: int | None = None
     machine: str = ""
+    off_device: bool = False
     written: dict[str, int] = {}
 
 

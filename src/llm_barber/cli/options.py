@@ -205,6 +205,12 @@ OPTIONS: dict[str, Any] = {
         "Memory of the GPU to stay within, like 8GiB. (default: what is free; of a GPU that plan is told of, 80 GB)",
         metavar="SIZE",
     ),
+    "activations_off_device": option(
+        bool,
+        COMPUTE,
+        "Keep calibration activations in host memory, even where the GPU has room for them.",
+        "--activations-off-device",
+    ),
     "revision": option(str | None, COMPUTE, "Revision of a hub id."),
     "windows": option(int | None, TEXT, "Windows of each text. (default: all)"),
     "tasks": option(

@@ -26,6 +26,7 @@ from llm_barber.cli.options import (
 @takes(
     *shown_in(METHOD), *shown_in(WHAT), *shown_in(REFINING), "calibration", "samples", "seqlen", "batch_size",
     "device", "dtype", "revision", "memory", "device_memory",
+    "activations_off_device",
 )  # fmt: skip
 def plan(
     model: Annotated[

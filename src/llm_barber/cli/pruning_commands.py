@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,6 @@ from llm_barber.cli.options import (
 )
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.presets import Preset
-from llm_barber.progress import Silent
 
 OF_ANY_RUN = (*shown_in(CALIBRATION), *shown_in(COMPUTE), *shown_in(OUTPUT))
 
@@ -140,8 +138,8 @@ def _run_or_plan(
     from llm_barber.console import ConsoleProgress, show_plan, show_run
     from llm_barber.plan import plan
 
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; all would say the same
-    with ConsoleProgress(quiet) if first else nullcontext(Silent()) as progress:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    with ConsoleProgress(quiet, muted=not first) as progress:
         result: Any = (plan if dry_run else run)(config, progress)
     if not first:
         return

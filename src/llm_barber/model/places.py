@@ -19,7 +19,8 @@ class Places:
 
     Args:
         device: which computes.
-        room: bytes that arrays may take of its memory; what is left of them. A CPU's is host memory: 0.
+        room: bytes that arrays may take of its memory, what is left of them; None: they may not any more. A CPU's is
+            host memory: None.
         limit: bytes that they may take of host memory together, None: any number. Others are files.
         folder: where these lie.
         used: bytes in host memory of arrays that are still there. Blocks of pinned memory are kept for later arrays,
@@ -27,7 +28,7 @@ class Places:
     """
 
     device: torch.device = CPU
-    room: int = 0
+    room: int | None = None
     limit: int | None = None
     folder: Path | None = None
     used: int = 0
@@ -38,35 +39,36 @@ class Places:
         """Do arrays in memory lie where the device can copy from, and to, while it computes?"""
         return self.device.type != "cpu"
 
-    def working(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An array of any content that is computed with: on the device, if there is room.
 
         Raises:
-            OSError: as of `empty`.
+            OSError: as of `empty_off_device`.
         """
         size = torch.Size(shape).numel() * dtype.itemsize
-        if size > self.room:
-            return self.empty(shape, dtype)
+        if self.room is None or size > self.room:
+            return self.empty_off_device(shape, dtype)
         try:
             array = torch.empty(shape, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError:  # the device has less memory than `room` said
-            self.close_room()
-            return self.empty(shape, dtype)
+            self.room = None
+            return self.empty_off_device(shape, dtype)
         self.room -= size
         weakref.finalize(array, self._give_back_room, size)
         return array
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool | None = None) -> Tensor:
-        """An array of any content, not on the device; `pinned`: None: if there is a device that copies from it.
+    def empty_off_device(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool | None = None) -> Tensor:
+        """An array of any content in host memory or a file; `pinned`: None: if there is a device that copies from it.
 
         Raises:
-            OSError: it has to be a file, and the disk is full.
+            OSError: it has to be a file, and the disk of the folder that it names is full.
         """
         pinned = self.pinned if pinned is None else pinned
         size = torch.Size(shape).numel() * dtype.itemsize
         taken = block_size(size) if pinned else size
-        if self.limit is None or self.spare[taken] or self.used + taken <= self.limit:
-            if self.spare[taken]:
+        spare = pinned and self.spare[taken] > 0
+        if self.limit is None or spare or self.used + taken <= self.limit:
+            if spare:
                 self.spare[taken] -= 1
             else:
                 self.used += taken
@@ -78,13 +80,11 @@ class Places:
             # A full disk is said here, not by a signal later; by systems that can (not macOS).
             getattr(os, "posix_fallocate", _enlarge)(descriptor, 0, max(1, size))
             return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype).view(shape)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(Path(path).parent)) from error
         finally:
             os.close(descriptor)
             os.unlink(path)  # it goes when it is not mapped any more, even if the process is killed
-
-    def close_room(self) -> None:
-        """No array is given a place on the device any more."""
-        self.room = -(2**63)  # whatever is given back
 
     def _give_back(self, taken: int, pinned: bool) -> None:
         if pinned:
@@ -93,7 +93,7 @@ class Places:
             self.used -= taken
 
     def _give_back_room(self, size: int) -> None:
-        self.room += size
+        self.room = None if self.room is None else self.room + size
 
 
 def _enlarge(descriptor: int, start: int, size: int) -> None:

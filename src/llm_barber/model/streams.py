@@ -45,6 +45,7 @@ class ActivationStreams:
         self.sequences = self.border + own_held_out
         self.batch_size = batch_size
         self.places = places or Places()
+        self.left_device = False  # for its memory was too small
         self._arrays: dict[str, Tensor] = {}
         self._copies = Copies(SideStreams(self.device)) if self.places.pinned else None
 
@@ -87,7 +88,7 @@ class ActivationStreams:
 
     def kept(self, values: Tensor) -> Tensor:
         """A copy in an array of its own, which goes when nobody has it any more: pinned memory would stay."""
-        return self.places.empty(tuple(values.shape), values.dtype, pinned=False).copy_(values)
+        return self.places.empty_off_device(tuple(values.shape), values.dtype, pinned=False).copy_(values)
 
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
@@ -102,11 +103,20 @@ class ActivationStreams:
 
     def leave_device(self) -> bool:
         """Take all arrays off the device, for good, as its memory is needed; returns whether there were any."""
-        self.places.close_room()
         there = [name for name, array in self._arrays.items() if _on_device(array)]
+        if not there:
+            return False
+        self.places.room, self.left_device = None, True
+        if self._copies is not None:
+            self._copies.forget_guesses()
         for name in there:
             self._arrays[name] = self._off_device(self._arrays[name])
-        return bool(there)
+        return True
+
+    @property
+    def on_device(self) -> bool:
+        """Do arrays stay on the device?"""
+        return any(map(_on_device, self._arrays.values()))
 
     def drop(self, name: str) -> None:
         """Forget an array."""
@@ -133,7 +143,7 @@ class ActivationStreams:
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
         if array is None or array.shape != shape or array.dtype != values.dtype:
-            array = self.places.working(shape, values.dtype)
+            array = self.places.empty(shape, values.dtype)
             self._put(name, array)
         if self._copies is None or _on_device(array):
             array[batch] = values
@@ -145,10 +155,12 @@ class ActivationStreams:
         self._arrays[name] = array
 
     def _copied(self, values: Tensor) -> Tensor:
-        return self.places.working(tuple(values.shape), values.dtype).copy_(values)
+        return self.places.empty(tuple(values.shape), values.dtype).copy_(values)
 
     def _off_device(self, array: Tensor) -> Tensor:
-        return self.places.empty(tuple(array.shape), array.dtype).copy_(array) if _on_device(array) else array
+        return (
+            self.places.empty_off_device(tuple(array.shape), array.dtype).copy_(array) if _on_device(array) else array
+        )
 
     def _settle(self, name: str) -> None:
         if self._copies is not None:

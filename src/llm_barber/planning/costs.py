@@ -61,8 +61,8 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
         size = layer.parameters * recipe.stored
         # Of all processes: the first one keeps it, and is sent what the others have.
         kept = 0 if last else recipe.durable * recipe.every_token * model.hidden * recipe.itemsize
-        # Off the device what stayed there; by the one who writes, of his own.
-        copied = size + kept / recipe.processes * (1 - recipe.moved_share(model.hidden))
+        # Off the device what stayed there: arrays that layers start from are the first to.
+        copied = size + kept / recipe.processes * (1 - recipe.moved_share(model.hidden, recipe.durable))
         found += Costs(
             initial=sum((initial(layer, block, recipe) for block in layer.blocks), NONE),
             rebuild=sum((_rebuild(block, recipe) for block in layer.blocks), NONE),
@@ -78,7 +78,7 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
 def _embed(model: ModelShapes, recipe: Recipe) -> Work:
     outside = model.outside * recipe.stored
     hidden = recipe.own_tokens * model.hidden * recipe.itemsize
-    copied = model.embedding * recipe.itemsize + hidden * recipe.moved_share(model.hidden)
+    copied = model.embedding * recipe.itemsize + hidden * recipe.moved_share(model.hidden, 1)
     return Work(read=outside, written=outside, copied=copied, moved=2 * hidden)
 
 

@@ -167,8 +167,9 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     )
     most = max((run.device_memory or 0 for run in runs), default=0)
     if most > free:
+        asked = "--device-memory: " if config.device_memory is not None else ""
         progress.warn(
-            f"{free / 2**30:.1f} GiB of device memory (--device-memory) will hardly do: {most / 2**30:.1f} GiB are held"
+            f"{asked}{free / 2**30:.1f} GiB of the GPU's memory will hardly do: {most / 2**30:.1f} GiB are held"
         )
     return Forecast(
         model=config.model,
@@ -240,7 +241,8 @@ def _with_processes(
     model: ModelShapes, recipe: Recipe, rates: Rates, bare: int, reading: int, free: float, config: PlanConfig
 ) -> ProcessesForecast:
     """`bare`: bytes of a process that has read the text; `reading`: most of one that reads it; `free`: the device's."""
-    recipe = replace(recipe, room=device_room(free, model, recipe))
+    if not config.activations_off_device:
+        recipe = replace(recipe, room=device_room(free, model, recipe))
     if config.memory is not None:
         recipe = replace(recipe, for_activations=left_for_activations(config.memory, bare, model, recipe))
     costs = run_costs(model, recipe)

@@ -25,7 +25,7 @@ def allocate(model: ModelShapes, recipe: Recipe) -> Work:
     for layer in model.layers:
         size = layer.parameters * recipe.stored
         for block in layer.blocks:
-            once = forward(block, recipe, tokens) + streamed(block, recipe, tokens, 1)
+            once = forward(block, recipe, tokens) + streamed(block, recipe, tokens, 1, recipe.allocating)
             if not by_loss:
                 found += once * 2 + choose(block, recipe)
                 continue

@@ -41,7 +41,7 @@ class Held:
 
 def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
     """The peak of each, of one process, without the bare process; on a CPU all is in host memory."""
-    moments = [_embedding(model, recipe), _reading(model, recipe)]
+    moments = [*_embedding(model, recipe), _reading(model, recipe)]
     if recipe.allocation is not Allocation.UNIFORM:
         moments += _allocating(model, recipe)
     streams = _streams(model, recipe)
@@ -103,21 +103,17 @@ def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
         return 0, 0
     by_loss = recipe.allocation is Allocation.LOSS
     inputs = len(model.layers) * recipe.loss_tokens * model.hidden * recipe.itemsize if by_loss else 0
-    return recipe.activations(model.hidden, _allocating_arrays(recipe)), inputs
+    return recipe.activations(model.hidden, recipe.allocating), inputs
 
 
-def _allocating_arrays(recipe: Recipe) -> int:
-    return recipe.durable + 1
-
-
-def _embedding(model: ModelShapes, recipe: Recipe) -> Held:
+def _embedding(model: ModelShapes, recipe: Recipe) -> list[Held]:
     """The parameters outside the layers, a shard at a time: the file's pages and the copies, and the shard before."""
     outside, kept = model.outside * recipe.stored, model.embedding * recipe.stored
     shard = max(OUTSIDE_SHARD_BYTES, kept)
     first = min(outside, shard)
     before = min(outside - first, shard)
     embedded = Held(host=kept, device=model.embedding * _converted(recipe)) + _streams(model, recipe, 1)
-    return max(Held(host=2 * first + before), embedded, key=lambda one: one.host)
+    return [Held(host=2 * first + before), embedded]
 
 
 def _converted(recipe: Recipe) -> float:
@@ -198,14 +194,14 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
     """A pass over the dense model: every layer's input for some tokens, the output head, or one layer and the next."""
     of_arrays, of_inputs = _allocated_from(model, recipe)
     arrays = recipe.in_memory(of_arrays, model.hidden)
-    staying = recipe.on_device(model.hidden, _allocating_arrays(recipe))
-    kept = Held(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, staying)
+    on_device = recipe.on_device(model.hidden, recipe.allocating)
+    kept = Held(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, on_device)
     layer = model.largest_layer
     size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
     batch = max(_batch(block, recipe) for block in layer.blocks)
     reading = Held(arrays + 3 * size, computed + (0 if recipe.on_cpu else size))
     if recipe.allocation is not Allocation.LOSS:
-        return [reading + Held(device=staying + batch)]
+        return [reading + Held(device=on_device + batch)]
     outside = Held(model.outside * recipe.stored, model.outside * _converted(recipe))
     logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + OF_A_LOGIT * FLOAT32)
     ordering = ORDERING * max(block.largest for block in layer.blocks)
@@ -213,7 +209,7 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
     lasting = Held(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
     return [
         kept + reading + lasting,
-        outside + Held(arrays + outside.host, staying),
+        outside + Held(arrays + outside.host, on_device),
         kept + lasting + Held(arrays, logits),
         kept + Held(arrays + 2 * size, computed + 2 * batch + (0 if recipe.on_cpu else size)),
         kept + Held(arrays + 2 * size, computed + ordering + (0 if recipe.on_cpu else size)),

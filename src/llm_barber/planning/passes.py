@@ -33,10 +33,13 @@ def inputs(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
     return Work(moved=INPUT_TOUCHES * tokens * block.linears[0][1] * recipe.itemsize)
 
 
-def streamed(block: BlockShapes, recipe: Recipe, tokens: float, arrays: float) -> Work:
-    """Arrays of activations off the device that are read, or written; of those in files half is taken to be either."""
+def streamed(block: BlockShapes, recipe: Recipe, tokens: float, arrays: float, there: int | None = None) -> Work:
+    """Arrays of activations that are read, or written; of those in files half is taken to be either.
+
+    `there`: how many there are at that time, of which some may stay on the device; None: those between layers.
+    """
     width = block.linears[-1][0]
-    size = arrays * tokens * width * recipe.itemsize * recipe.moved_share(width)
+    size = arrays * tokens * width * recipe.itemsize * recipe.moved_share(width, there)
     every = recipe.activations(width)
     on_disk = size * (1 - recipe.in_memory(every, width) / every)
     return Work(copied=size, read=on_disk / 2, written=on_disk / 2)

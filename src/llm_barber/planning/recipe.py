@@ -110,11 +110,11 @@ class Recipe:
 
     def on_device(self, width: int, arrays: int | None = None) -> float:
         """Bytes of so many arrays of calibration activations that stay on the device; None: of those between layers."""
-        return self._staying(width, arrays) * self._numbers(width)
+        return self._staying(width, arrays) * self._array_size(width)
 
-    def moved_share(self, width: int) -> float:
-        """Of the arrays between layers the share that is moved to the device and back."""
-        return 1 - self._staying(width) / RefineSettings.arrays(self.refine)
+    def moved_share(self, width: int, arrays: int | None = None) -> float:
+        """Of so many arrays the share that is moved to the device and back; None: of those between layers."""
+        return 1 - self._staying(width, arrays) / self._count(arrays)
 
     def activations(self, width: int, arrays: int | None = None) -> float:
         """Bytes off the device of so many arrays, of `width` features; None: of all between layers.
@@ -123,7 +123,7 @@ class Recipe:
         of all processes.
         """
         staying = self._staying(width, arrays)
-        count = float((RefineSettings.arrays(self.refine) if arrays is None else arrays) - staying)
+        count = float(self._count(arrays) - staying)
         if arrays is None:
             count += min(staying, self.durable)
             count += self.durable * self.sequences / self.own_sequences if self.processes > 1 else 0
@@ -134,8 +134,17 @@ class Recipe:
         """Arrays that a layer starts from."""
         return 2 if self.follows_dense else 1
 
+    @property
+    def allocating(self) -> int:
+        """Arrays in a look at the dense model: one that moves through it, beside those."""
+        return self.durable + 1
+
     def _staying(self, width: int, arrays: int | None = None) -> int:
-        return min(RefineSettings.arrays(self.refine) if arrays is None else arrays, self.room // self._numbers(width))
+        """How many of so many arrays stay on the device."""
+        return min(self._count(arrays), self.room // self._array_size(width))
+
+    def _count(self, arrays: int | None) -> int:
+        return RefineSettings.arrays(self.refine) if arrays is None else arrays
 
     def in_memory(self, activations: float, width: int) -> float:
         """Bytes of so many off the device that lie in host memory; the others lie in files, whole arrays of them."""
@@ -145,9 +154,9 @@ class Recipe:
         return min(activations, self.for_activations // array * array)
 
     def _array(self, width: int) -> int:
-        return self._numbers(width) if self.on_cpu else block_size(self._numbers(width))
+        return self._array_size(width) if self.on_cpu else block_size(self._array_size(width))
 
-    def _numbers(self, width: int) -> int:
+    def _array_size(self, width: int) -> int:
         return self.own_tokens * width * self.itemsize
 
     @property
