@@ -4,17 +4,26 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llm_barber import PruneConfig, prune
+from llm_barber.checkpoint.follower import Follower
+from llm_barber.checkpoint.state import RunState, Used
 from llm_barber.embedding import embed
 from llm_barber.errors import SettingsError
+from llm_barber.memory import DEVICE_LIBRARIES, DEVICE_MARGIN, activation_places
 from llm_barber.model import streams as streams_module
 from llm_barber.plan import plan
-from llm_barber.planning.memory import Held
+from llm_barber.planning.memory import Held, peak_held
+from llm_barber.planning.shapes import model_shapes
+from llm_barber.progress import Silent
+from llm_barber.pruning import pruning
+from llm_barber.ranks import Ranks
 from llm_barber.usage import current_memory
 from tests.conftest import make_model, save_tokens
 from tests.test_resume import weights
@@ -179,3 +188,28 @@ def test_sizes_are_read(given: Any, size: int | None) -> None:
 def test_other_sizes_are_refused(given: str) -> None:
     with pytest.raises(SettingsError, match="is not a size, like 8GiB"):
         PruneConfig(model="model", output="out", memory=given)
+
+
+@pytest.mark.parametrize(
+    ("asked", "left_before", "stay"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_activations_stay_on_a_gpu_unless_told_otherwise_or_its_memory_ran_out(
+    tmp_path: Path,
+    llama: Path,
+    tokens: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: bool,
+    left_before: bool,
+    stay: bool,
+) -> None:
+    settings = {"dtype": "bfloat16", "activations_off_device": asked}
+    config = PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings)
+    work = pruning(config, Silent(), Ranks())
+    monkeypatch.setattr("llm_barber.memory.free_device_memory", lambda *_: 2**32)
+    work.job.skeleton.device = torch.device("cuda")
+    writer = Follower(tmp_path)
+    writer.state = RunState(key={}, used=Used(off_device=left_before))
+    recipe = replace(work.recipe, on_cpu=False)
+    places = activation_places(work.job, config, recipe, writer)
+    held = peak_held(model_shapes(work.job.skeleton), recipe).device
+    assert places.room == (int(2**32 - DEVICE_LIBRARIES - DEVICE_MARGIN * held) if stay else None)
