@@ -321,6 +321,7 @@ def test_activations_stay_on_a_device_that_has_room(tmp_path: Path) -> None:
     held = none.device_memory
     some, every = planned(DEVICE_LIBRARIES + DEVICE_MARGIN * held + 1.5 * array), planned(80e9)
     assert (some.device_memory - held, every.device_memory - held) == (array, 3 * array)
+    assert (none.on_device, some.on_device, every.on_device) == (0, array, 3 * array)
     # Off the device are copies of what a layer starts from, for as long as they are written.
     assert none.host_memory == some.host_memory == every.host_memory + 2 * array
     link = [

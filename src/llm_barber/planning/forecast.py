@@ -57,7 +57,8 @@ class StageForecast(BaseModel):
 class ProcessesForecast(BaseModel):
     """With so many processes; memory is bytes of each of them, `device_memory` None where the host computes.
 
-    `in_files`: bytes of calibration activations that `--memory` leaves no place for.
+    `on_device`: bytes of the latter that calibration activations take, which stay there; `in_files`: of those that
+    `--memory` leaves no place for.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,6 +67,7 @@ class ProcessesForecast(BaseModel):
     stages: tuple[StageForecast, ...]
     host_memory: float
     device_memory: float | None
+    on_device: float
     in_files: float
 
     @property
@@ -252,6 +254,7 @@ def _with_processes(
         stages=tuple(_stage(costs, one.name, rates) for one in fields(costs)),
         host_memory=max(bare + held.host, reading),
         device_memory=None if recipe.on_cpu else held.device,
+        on_device=recipe.on_device(model.hidden),
         in_files=in_files(model, recipe),
     )
 

@@ -40,6 +40,9 @@ def show_forecast(found: Forecast) -> None:
             f"{run.host_memory / 2**30:.1f} GiB", *files, *device, run.bottleneck,
         )  # fmt: skip
     console.print(table)
+    if with_device:
+        sizes = ", ".join(f"{run.on_device / 2**30:.1f}" for run in found.runs)
+        console.print(f"activations that stay on the device are counted there: {sizes} GiB", soft_wrap=True)
     rates = found.rates
     between = (
         f", {amount(rates['reduced'])}B/s between processes" if any(run.processes > 1 for run in found.runs) else ""
