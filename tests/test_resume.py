@@ -570,3 +570,7 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
     with pytest.raises(OutputError, match="started with another sparsity"):
         planned(resume=True, sparsity=0.6)
     assert weights(tmp_path / "out.partial") == before
+    run(model, tmp_path / "out", tokens, resume=True)
+    assert planned(resume=True).finished_layers == 3
+    with pytest.raises(OutputError, match="exists"):
+        planned()

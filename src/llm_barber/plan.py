@@ -13,7 +13,7 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.memory import left_for_activations
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress, Silent
-from llm_barber.pruning import pruning, rebuilding
+from llm_barber.pruning import finished_run, pruning, rebuilding
 from llm_barber.ranks import Ranks
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.usage import current_memory
@@ -83,6 +83,11 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         BarberError: as `prune` and `rebuild`.
     """
     progress = progress or Silent()
+    command = "prune" if isinstance(config, PruneConfig) else "rebuild"
+    complete = config.resume and finished_run(command, config) is not None
+    if complete:
+        progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
+        config = config.model_copy(update={"overwrite": True})  # or it would be in the way
     if isinstance(config, PruneConfig):
         target = config.target
         work = pruning(config, progress, Ranks())
@@ -129,5 +134,5 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
         stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
-        finished_layers=min(len(left.layers), job.layer_count) if left is not None else 0,
+        finished_layers=job.layer_count if complete else min(len(left.layers), job.layer_count) if left else 0,
     )

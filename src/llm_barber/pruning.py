@@ -112,13 +112,20 @@ def _finished_before(command: str, config: RunSettings, progress: Progress, rank
     """The report of this same run, where it is to go on and was finished: as a job is that is queued again."""
     if not config.resume:
         return None
-    found = ranks.from_first(_finished(command, config) if ranks.first else None)
+    found = ranks.from_first(finished_run(command, config) if ranks.first else None)
     if found is not None:
+        if ranks.first and (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
+            clear_finished(config.output)
         progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
     return found
 
 
-def _finished(command: str, config: RunSettings) -> RunReport | None:
+def finished_run(command: str, config: RunSettings) -> RunReport | None:
+    """The report of this same run, if it is what is in the output.
+
+    Raises:
+        OutputError: its model or its calibration text are others now.
+    """
     record = read_record(config.output)
     if record is None or record.command != command:
         return None
@@ -130,8 +137,6 @@ def _finished(command: str, config: RunSettings) -> RunReport | None:
             f"{config.output} is complete, but was made with {changed} than is there now",
             "choose another output folder, or prune again with --overwrite",
         )
-    if (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
-        clear_finished(config.output)
     return record
 
 
