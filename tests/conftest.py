@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Silent
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself, and so have the processes that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
 DATA = Path(__file__).parent / "data"
