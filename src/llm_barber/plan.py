@@ -68,11 +68,7 @@ class Plan(BaseModel):
             ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
             ("output", f"{self.output_bytes / 1e9:.2f} GB"),
             ("calibration activations", f"{self.stream_bytes / 1e9:.2f} GB"),
-            *(
-                [("goes on", f"after {done} of {self.layers} layers, if their files are whole")]
-                if self.finished_layers
-                else []
-            ),
+            *([("goes on", f"after {done} of {self.layers} layers, if their files are whole")] if done else []),
         ]
 
 
