@@ -110,7 +110,7 @@ class BlockAware:
         return Refined(refined, swapped, False, (errors[0], errors[1]))
 
     def _weights(self, work: Pass, names: list[str], batch: slice) -> dict[str, Tensor]:
-        """Of each token of a batch, (sequences, tokens, groups), by linear; about 1 in the mean of the model's text."""
+        """Of each token of a batch, (sequences, tokens, groups), by linear."""
         hidden, replays = work.streams.read(HIDDEN, batch), work.replays(batch)
         found = {name: TokenWeights(self._groups) for name in work.block.linears}
         output = work.layer.block_output(work.block, hidden, replays).float()

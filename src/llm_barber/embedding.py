@@ -100,15 +100,16 @@ def with_smaller_batches(
             if not is_out_of_memory(error):
                 raise
         release()
-        if streams.ranks.count == 1 and streams.leave_device():
+        if streams.on_device:
+            if streams.ranks.count > 1:
+                raise DeviceMemoryError(
+                    "the device's memory is too small beside the activations that stay there",
+                    "go on with --resume --activations-off-device",
+                )
+            streams.leave_device()
             _empty_cache()
             progress.warn("the device's memory is too small: activations lie in host memory from now on")
             continue
-        if streams.ranks.count > 1 and streams.on_device:
-            raise DeviceMemoryError(
-                "the device's memory is too small beside the activations that stay there",
-                "go on with --resume --activations-off-device",
-            )
         if streams.batch_size == 1:
             seqlen = job.tokens.input_ids.shape[1]
             needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, experts_a_token(skeleton.model.config))

@@ -203,13 +203,15 @@ class Job:
 
 
 def sequences_together(
-    settings: RunSettings, skeleton: Skeleton, device: torch.device, sequences: int, seqlen: int
+    settings: RunSettings, skeleton: Skeleton, device: torch.device, sequences: int, seqlen: int, free: int
 ) -> int:
-    """How many sequences are computed together: as many as are asked for, or as suit the device and its free memory."""
+    """How many sequences are computed together: as many as are asked for, or as suit the device.
+
+    `free`: bytes of memory that it has left, which is asked of a GPU only.
+    """
     suits = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
     if settings.batch_size is not None or device.type != "cuda":
         return suits
-    free = free_device_memory(device, settings.device_memory)
     chosen = experts_a_token(skeleton.model.config)
     return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, chosen))
 
@@ -287,7 +289,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
     prunes_head = isinstance(settings, PruneConfig) and settings.prune_head
     check_tensors(skeleton, source, with_head=by_loss or prunes_head)
-    batch_size = sequences_together(settings, skeleton, device, sequences, seqlen)
+    free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
+    batch_size = sequences_together(settings, skeleton, device, sequences, seqlen, free)
     job = Job(
         source, text_config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.memory import left_for_activations
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress, Silent
-from llm_barber.pruning import finished_run, pruning, rebuilding
+from llm_barber.pruning import finished_run, pruning, rebuilding, tell_of_finished
 from llm_barber.ranks import Ranks
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.usage import current_memory
@@ -80,9 +80,9 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     """
     progress = progress or Silent()
     command = "prune" if isinstance(config, PruneConfig) else "rebuild"
-    complete = config.resume and finished_run(command, config) is not None
+    complete = finished_run(command, config) is not None
     if complete:
-        progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
+        tell_of_finished(config, progress)
         config = config.model_copy(update={"overwrite": True})  # or it would be in the way
     if isinstance(config, PruneConfig):
         target = config.target

@@ -110,23 +110,21 @@ def rebuilding(config: RebuildConfig, progress: Progress, ranks: Ranks) -> Assig
 
 def _finished_before(command: str, config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:
     """The report of this same run, where it is to go on and was finished: as a job is that is queued again."""
-    if not config.resume:
-        return None
     found = ranks.from_first(finished_run(command, config) if ranks.first else None)
     if found is not None:
         if ranks.first and (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
             clear_finished(config.output)
-        progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
+        tell_of_finished(config, progress)
     return found
 
 
 def finished_run(command: str, config: RunSettings) -> RunReport | None:
-    """The report of this same run, if it is what is in the output.
+    """The report of this same run, if it is to go on and is what is in the output.
 
     Raises:
         OutputError: its model or its calibration text are others now.
     """
-    record = read_record(config.output)
+    record = read_record(config.output) if config.resume else None
     if record is None or record.command != command:
         return None
     recorded = {name: value for name, value in record.settings.items() if name not in UNLIKE}
@@ -138,6 +136,11 @@ def finished_run(command: str, config: RunSettings) -> RunReport | None:
             "choose another output folder, or prune again with --overwrite",
         )
     return record
+
+
+def tell_of_finished(config: RunSettings, progress: Progress) -> None:
+    """Say that the output is what this run would make."""
+    progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
 
 
 def _changed(record: RunReport, config: RunSettings) -> str:

@@ -1,6 +1,5 @@
 """In a run of several processes, what stands in the place of the writer where nothing is written."""
 
-import errno
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -8,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from llm_barber.checkpoint.state import RunState, Used
+from llm_barber.checkpoint.state import RunState, Used, is_full
 from llm_barber.errors import OutputError
 
 
@@ -35,7 +34,7 @@ class Follower:
         Raises:
             OutputError: there is no room for activations that do not fit the memory.
         """
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and is_full(error):
             raise OutputError(
                 f"the disk of {error.filename} is full, where activations go that --memory leaves no place for",
                 "free some space there, and go on with --resume",

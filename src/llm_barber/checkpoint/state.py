@@ -5,6 +5,7 @@ before the next. A kill in between loses one layer of work at most. Activations 
 kept, so that a damaged file costs one layer, too.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -238,6 +239,11 @@ def source_key(folder: Path) -> str:
                 file.seek(max(0, (size - SAMPLE_BYTES) * sample // (SAMPLES - 1)))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def is_full(error: OSError) -> bool:
+    """Has a disk no room left, or the user none on it?"""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_file(path: Path) -> str:

@@ -5,7 +5,6 @@ early leaves at most `NAME.partial`, without an index, which no program takes fo
 stays, with the state (`state.py`) from which the run can go on.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -27,6 +26,7 @@ from llm_barber.checkpoint.state import (
     RunState,
     Shard,
     Used,
+    is_full,
     load_activations,
     mend_state,
     save_activations,
@@ -205,7 +205,7 @@ class CheckpointWriter:
             self._remove_parents()
         self._lock.close()  # last: who has it may take what is in the folder for its own
         if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = is_full(error)
             again = "go on with --resume" if self.resumable else "start again; nothing half-written was left"
             raise OutputError(
                 f"the disk of {self.output} is full" if full else f"cannot write {self.output}: {error}",

@@ -6,6 +6,7 @@ import typer
 
 from llm_barber.cli.app import app
 from llm_barber.cli.options import (
+    COMPUTE,
     MACHINE,
     METHOD,
     REFINING,
@@ -23,11 +24,7 @@ from llm_barber.cli.options import (
     "llm-barber plan ./model --preset paper --samples 32 --seqlen 512 --json\n\n"
     "llm-barber plan ./config.json --flops 400e12 --bandwidth 2e9 --processes 1,2,4,8"
 )
-@takes(
-    *shown_in(METHOD), *shown_in(WHAT), *shown_in(REFINING), "calibration", "samples", "seqlen", "batch_size",
-    "device", "dtype", "revision", "memory", "device_memory",
-    "activations_off_device",
-)  # fmt: skip
+@takes(*shown_in(METHOD), *shown_in(WHAT), *shown_in(REFINING), "calibration", "samples", "seqlen", *shown_in(COMPUTE))
 def plan(
     model: Annotated[
         str,

@@ -101,17 +101,13 @@ class ActivationStreams:
         self._put(old, self._arrays.get(new, present))
         self._put(new, present)
 
-    def leave_device(self) -> bool:
-        """Take all arrays off the device, for good, as its memory is needed; returns whether there were any."""
-        there = [name for name, array in self._arrays.items() if _on_device(array)]
-        if not there:
-            return False
+    def leave_device(self) -> None:
+        """Take all arrays off the device, for good, as its memory is needed."""
         self.places.room, self.left_device = None, True
         if self._copies is not None:
             self._copies.forget_guesses()
-        for name in there:
-            self._arrays[name] = self._off_device(self._arrays[name])
-        return True
+        for name, array in self._arrays.items():
+            self._arrays[name] = self._off_device(array)
 
     @property
     def on_device(self) -> bool:
@@ -158,9 +154,9 @@ class ActivationStreams:
         return self.places.empty(tuple(values.shape), values.dtype).copy_(values)
 
     def _off_device(self, array: Tensor) -> Tensor:
-        return (
-            self.places.empty_off_device(tuple(array.shape), array.dtype).copy_(array) if _on_device(array) else array
-        )
+        if not _on_device(array):
+            return array
+        return self.places.empty_off_device(tuple(array.shape), array.dtype).copy_(array)
 
     def _settle(self, name: str) -> None:
         if self._copies is not None:

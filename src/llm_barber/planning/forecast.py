@@ -11,14 +11,7 @@ from llm_barber.errors import ModelError, SettingsError
 from llm_barber.job import sequences_together
 from llm_barber.memory import device_room, left_for_activations
 from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
-from llm_barber.model.device import (
-    experts_a_token,
-    fitting_batch,
-    free_device_memory,
-    resolve_batch_size,
-    resolve_device,
-    resolve_dtype,
-)
+from llm_barber.model.device import free_device_memory, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.naming import check_conversions
@@ -142,13 +135,7 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     free = 0.0  # of the device's memory
     if device.type == "cuda":
         free = free_device_memory(device, config.device_memory) if own else config.device_memory or DEVICE_MEMORY
-    if own:
-        batch = sequences_together(config, skeleton, device, config.samples, config.seqlen)
-    else:
-        batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
-        if config.batch_size is None and device.type == "cuda":
-            chosen = experts_a_token(described.get_text_config())
-            batch = min(batch, fitting_batch(skeleton.layers, config.seqlen, int(free), dtype, chosen))
+    batch = sequences_together(config, skeleton, device, config.samples, config.seqlen, int(free))
     before = current_memory() if own else int(BARE_PROCESS[device.type])
     text = text_size(config.calibration, config.samples * config.seqlen)
     tokenizer = VOCABULARY_BYTES * model.vocabulary if text else 0
