@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llm_barber.planning.forecast import ProcessesForecast, forecast
+from llm_barber.planning.forecast import ProcessesForecast, StageForecast, forecast
 from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.table import amount, duration
 
@@ -48,7 +48,7 @@ FAST = 100e9  # bytes/s between the GPUs of one machine
 STAGES = {
     "embed": "embed, outside the layers", "allocate": "allocation", "initial": "initial mask", "rebuild": "rebuild",
     "refine": "dense stream, errors before", "tune": "tuning of masks", "propagate": "propagate", "read": "read",
-    "write": "write",
+    "write": "write", "keep": "keep activations for `--resume`, meanwhile",
 }  # fmt: skip
 HEADINGS = ("stage", "FLOPs", "read", "written", "time, 1 process", "mostly", "8 processes", "8, 100 GB/s between them")
 
@@ -76,12 +76,13 @@ def table(configuration: dict[str, Any], preset: str) -> str:
         (fast,) = forecast(PlanConfig(**settings, processes=(8,), network=FAST)).runs
     lines = [f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|---|---:|---:|"]
     for alone, together, faster in zip(one.stages, eight.stages, fast.stages, strict=True):
-        if alone.seconds:
+        if alone.seconds or alone.bytes_written:
             kinds = alone.seconds_by_kind
+            mostly = max(kinds, key=kinds.__getitem__) if alone.seconds else "–"
             lines.append(
                 f"| {STAGES[alone.name]} | {_or_dash(alone.flops)} | {_or_dash(alone.bytes_read, 'B')} | "
-                f"{_or_dash(alone.bytes_written, 'B')} | {duration(alone.seconds)} | "
-                f"{max(kinds, key=kinds.__getitem__)} | {duration(together.seconds)} | {duration(faster.seconds)} |"
+                f"{_or_dash(alone.bytes_written, 'B')} | {_time(alone)} | "
+                f"{mostly} | {_time(together)} | {_time(faster)} |"
             )
     flops, read, written = (
         sum(getattr(stage, what) for stage in one.stages) for what in ("flops", "bytes_read", "bytes_written")
@@ -95,6 +96,10 @@ def table(configuration: dict[str, Any], preset: str) -> str:
         f"**{fast.bottleneck}**), {_memory(eight)} each (of hosts': process 0's)."
     )
     return "\n".join([*lines, "", memory])
+
+
+def _time(stage: StageForecast) -> str:
+    return duration(stage.seconds) if stage.seconds else "–"
 
 
 def _or_dash(value: float, unit: str = "") -> str:

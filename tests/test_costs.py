@@ -99,8 +99,9 @@ def test_the_passes_of_the_paper_by_hand() -> None:
     assert costs.propagate.products == 2 * (2 * tokens * 112)
     assert costs.refine == costs.tune == costs.allocate == Work()
     assert costs.read.read == 2 * 117 * 2
-    # Both layers, and what the second starts from: 60 tokens of 4 features in 2 bytes.
-    assert costs.write.written == 2 * 117 * 2 + 60 * 4 * 2
+    assert costs.write.written == 2 * 117 * 2
+    # What the second layer starts from: 60 tokens of 4 features in 2 bytes.
+    assert costs.keep == Work(written=60 * 4 * 2)
     assert costs.embed.read == costs.embed.written == 84 * 2
     # Both sorts of the rebuild: elements times log2 of the row: rows of 4 but for down's 8, counted as the block's 4.
     assert costs.rebuild.sorted == 2 * 2 * 112 * 2
@@ -118,7 +119,7 @@ def test_refining_by_hand() -> None:
     assert MASK.rounds(4096) == pytest.approx(3 + 100 / 14)
     assert MASK.rounds(160) == pytest.approx(2 + 10 / 14)
     # What the next layer starts from, of the dense model, too.
-    assert costs.write.written == 2 * 117 * 2 + 2 * 60 * 4 * 2
+    assert costs.keep.written == 2 * 60 * 4 * 2
 
 
 def test_tuning_counts_three_forwards_a_pass() -> None:
@@ -171,7 +172,8 @@ def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
     alone, shared = run_costs(MODEL, recipe), run_costs(MODEL, recipe.among(2))
     assert alone.total.reduced == 0
     assert shared.total.reduced > 0
-    assert shared.write == alone.write + Work(reduced=alone.write.written / 2 - LAYER.parameters * 2)
+    assert shared.write == alone.write + Work(reduced=alone.keep.written / 2)
+    assert shared.keep == alone.keep
     assert shared.propagate.products == alone.propagate.products / 2
     assert shared.refine.grams == alone.refine.grams / 2
     for name in ("searched", "sorted", "exact"):
@@ -253,6 +255,19 @@ def test_a_plan_of_a_folder_a_file_and_a_named_machine(tmp_path: Path, capsys: p
     assert reads[0] == pytest.approx(2 * reads[1])
     assert forecast(PlanConfig(model=str(config), flops=1e9, preset="paper")).runs[0].bottleneck == "compute"
     assert forecast(PlanConfig(model=str(config), flops=1e18, bandwidth=1e6)).runs[0].bottleneck == "disk"
+
+
+def test_what_is_kept_while_layers_are_computed_takes_time_where_the_disk_is_slower(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    # 31 layers' inputs of 128 × 2048 tokens, 4096 features in 2 bytes.
+    kept = 31 * 128 * 2048 * 4096 * 2
+    for bandwidth in (2e9, 2e8):
+        (run,) = forecast(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=bandwidth, preset="paper")).runs
+        stages = {one.name: one for one in run.stages}
+        layers = sum(stages[name].seconds for name in ("initial", "rebuild", "propagate"))
+        assert stages["keep"].bytes_written == kept
+        assert stages["keep"].seconds == pytest.approx(max(0, kept / bandwidth - layers))
+        assert run.seconds == pytest.approx(sum(one.seconds for one in run.stages))
 
 
 def test_text_takes_memory_and_tokens_of_a_file_do_not(

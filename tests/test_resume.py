@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
 from llm_barber import run as run_module
 from llm_barber.checkpoint import state as state_module
+from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.place import REPLACED
 from llm_barber.checkpoint.source import CheckpointSource
@@ -61,7 +65,8 @@ def tear(path: Path) -> None:
 def killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), **settings: Any) -> bool:
     """Run in a process that dies, as by kill -9, just before its file operation of that number; False: it finished.
 
-    Of a file that was to become durable then, half is there. In `computed` there are the layers that it began.
+    Of a file that was to become durable then, half is there. In `computed` there are the layers that it began, with a
+    minus those that it went through once more.
     """
     child = os.fork()
     if child == 0:
@@ -82,14 +87,19 @@ def killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), *
 
         for name in ("fsync", "rename", "unlink"):
             setattr(os, name, counted(getattr(os, name)))
-        prune_layer = run_module.prune_layer
+        prune_layer, pass_layer = run_module.prune_layer, run_module.pass_layer
 
         def noted(job: Any, index: int, *rest: Any) -> Any:
             with computed.open("a") as file:
                 file.write(f"{index}\n")
             return prune_layer(job, index, *rest)
 
-        run_module.prune_layer = noted
+        def noted_pass(job: Any, result: Any, *rest: Any) -> Any:
+            with computed.open("a") as file:
+                file.write(f"-{result.index}\n")
+            return pass_layer(job, result, *rest)
+
+        run_module.prune_layer, run_module.pass_layer = noted, noted_pass
         computed.write_text("")
         try:
             run(*arguments, **settings)
@@ -108,12 +118,16 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     tmp_path: Path, model: Path, tokens: Path, settings: dict[str, Any]
 ) -> None:
     run(model, tmp_path / "whole", tokens, **settings)
-    kills, reached = 0, 0
+    kills, reached, passes = 0, 0, 0
     for number in range(1, 200, 3):  # each on top of what the earlier ones left
         killed = killed_at(
             number, model, tmp_path / "out", tokens, computed=tmp_path / "computed", resume=True, **settings
         )
-        if computed := [int(line) for line in (tmp_path / "computed").read_text().split()]:
+        lines = (tmp_path / "computed").read_text().split()
+        passed = [line for line in lines if line.startswith("-")]
+        assert len(passed) <= 1
+        passes += len(passed)
+        if computed := [int(line) for line in lines if line not in passed]:
             # Of what was computed before only the layer that was in the making, or was not durable yet, is again.
             assert computed == list(range(computed[0], computed[-1] + 1))
             assert computed[0] >= reached
@@ -124,6 +138,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         if (tmp_path / "out").exists():  # killed after the folder had its name: nothing is lost
             break
     assert kills > 5
+    assert passes > 0
     assert reached == 2
     left = {STATE_NAME, STATE_BEFORE, "llm-barber.lock"}
     assert weights(tmp_path / "out").keys() - left == weights(tmp_path / "whole").keys()
@@ -167,13 +182,33 @@ def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def passed_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The finished layers that the streams go through once more from now on."""
+    whole = run_module.pass_layer
+    found: list[int] = []
+
+    def count(job: Any, result: Any, *values: Any) -> Any:
+        found.append(result.index)
+        return whole(job, result, *values)
+
+    monkeypatch.setattr(run_module, "pass_layer", count)
+    return found
+
+
 def goes_on(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, model: Path, tokens: Path, computed: list[int], **settings: Any
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    model: Path,
+    tokens: Path,
+    computed: list[int],
+    passed: Sequence[int] = (),
+    **settings: Any,
 ) -> None:
-    """Resume the run in `out`: these layers are computed, and the weights are those of `whole`."""
-    found = counted_layers(monkeypatch)
+    """Resume the run in `out`: these layers are computed, through those the streams go, the weights are `whole`'s."""
+    found, through = counted_layers(monkeypatch), passed_layers(monkeypatch)
     run(model, folder / "out", tokens, resume=True, **settings)
     assert found == computed
+    assert through == list(passed)
     assert weights(folder / "out") == weights(folder / "whole")
 
 
@@ -192,18 +227,21 @@ def test_only_what_is_missing_is_computed(
     assert weights(tmp_path / "fresh") == weights(tmp_path / "whole")
 
 
-def test_a_damaged_file_of_activations_costs_one_layer(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "settings", [{}, {"initial": "wanda"}, {"format": "packed"}], ids=["mask", "published", "packed"]
+)
+def test_a_damaged_file_of_activations_costs_one_pass_through_a_layer(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run(model, tmp_path / "whole", tokens, **settings)
+    stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
     newest = max((tmp_path / "out.partial").glob("activations-*"))
     newest.write_bytes(newest.read_bytes()[:-1])
-    goes_on(monkeypatch, tmp_path, model, tokens, [1, 2])
+    goes_on(monkeypatch, tmp_path, model, tokens, [2], [1], **settings)
 
 
 @pytest.mark.parametrize("lost", ["cut", "gone"])
-def test_a_damaged_state_costs_one_layer(
+def test_a_damaged_state_costs_one_pass_through_a_layer(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     run(model, tmp_path / "whole", tokens)
@@ -213,9 +251,9 @@ def test_a_damaged_state_costs_one_layer(
         state.write_bytes(state.read_bytes()[:-1])
     else:
         state.unlink()
-    with pytest.raises(OutputError, match="1 finished layers"):
+    with pytest.raises(OutputError, match="2 finished layers"):
         run(model, tmp_path / "out", tokens)
-    goes_on(monkeypatch, tmp_path, model, tokens, [1, 2])
+    goes_on(monkeypatch, tmp_path, model, tokens, [2], [1])
 
 
 def test_a_kill_after_a_damaged_state_was_taken_up(
@@ -236,7 +274,7 @@ def test_a_kill_after_a_damaged_state_was_taken_up(
             patch.setattr(place, killed)
             with pytest.raises(KeyboardInterrupt):
                 run(model, tmp_path / "out", tokens, resume=True)
-    goes_on(monkeypatch, tmp_path, model, tokens, [1, 2])
+    goes_on(monkeypatch, tmp_path, model, tokens, [2], [1])
 
 
 def test_with_the_first_layer_damaged_it_starts_again(
@@ -299,32 +337,74 @@ def test_a_full_disk_is_told_of_by_whoever_writes_no_model(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("settings", [{}, {"initial": "wanda"}], ids=["allocated", "published"])
-@pytest.mark.parametrize("damaged", ["model-*", "activations-*"])
-def test_where_nothing_before_the_damage_was_kept_all_layers_are_pruned_again(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, settings: dict[str, Any]
+@pytest.mark.parametrize(
+    ("damaged", "finished"),
+    [(["model-00002"], 0), (["activations"], 2), (["model-00003", "activations"], 1)],
+    ids=["first layer", "activations", "second layer and activations"],
+)
+def test_only_layers_from_the_damage_on_are_pruned_again(
+    tmp_path: Path,
+    model: Path,
+    tokens: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damaged: list[str],
+    finished: int,
+    settings: dict[str, Any],
 ) -> None:
+    """To what is before it, and whole, the streams go from the first layer on."""
     run(model, tmp_path / "whole", tokens, **settings)
     stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
-    files = sorted((tmp_path / "out.partial").glob(damaged))
-    lost = files[1:2] if damaged == "model-*" else files  # the first of two layers
+    lost = [one for start in damaged for one in sorted((tmp_path / "out.partial").glob(f"{start}*"))]
     for one in lost:
         damage(one)
     told = Listener()
-    found = counted_layers(monkeypatch)
+    found, through = counted_layers(monkeypatch), passed_layers(monkeypatch)
     config = PruneConfig(
         model=model, output=tmp_path / "out", calibration=tokens, resume=True, **{**SETTINGS, **settings}
     )
     prune(config, told)
-    assert found == [0, 1, 2]
+    assert found == list(range(finished, 3))
+    assert through == list(range(finished))
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-    (message,) = (one for one in told.warnings if "damaged or missing: 0 finished layers" in one)
-    assert all(one.name in message for one in lost)
+    (message,) = (one for one in told.warnings if f"damaged or missing: {finished} finished layers" in one)
+    assert lost[0].name in message
 
 
 def damage(path: Path) -> None:
     """Change its last byte."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_activations_are_written_while_the_next_layer_is_computed(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes, they are kept as they were."""
+    run(model, tmp_path / "whole", tokens)
+    save, prune_layer = writer_module.save_activations, run_module.prune_layer
+    begun = [threading.Event() for _ in range(3)]
+    kept: dict[int, bytes] = {}
+
+    def slow(folder: Path, layers: int, streams: Any) -> Any:
+        assert begun[layers].wait(60)
+        time.sleep(0.3)
+        saved = save(folder, layers, streams)
+        kept[layers] = (folder / saved.file).read_bytes()
+        return saved
+
+    def noted(job: Any, index: int, *rest: Any) -> Any:
+        begun[index].set()
+        return prune_layer(job, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "save_activations", slow)
+        patch.setattr(run_module, "prune_layer", noted)
+        run(model, tmp_path / "out", tokens)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    stopped(monkeypatch, model, tmp_path / "again", tokens)
+    for layers, content in kept.items():
+        assert (tmp_path / "again.partial" / f"activations-{layers:05d}.safetensors").read_bytes() == content
+    assert kept.keys() == {1, 2}
 
 
 def test_a_damaged_shard_costs_what_it_held(
@@ -428,24 +508,19 @@ def test_a_full_disk_and_a_lost_source_leave_what_is_finished(
 ) -> None:
     out = tmp_path / "out"
     run(model, tmp_path / "whole", tokens)
-    save, calls = state_module.save_file, 0
+    save = state_module.save_file
 
-    def full(*arguments: Any, **settings: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 5:  # the second layer's activations
+    def full(tensors: Any, path: Path, *rest: Any) -> None:
+        if path.name.startswith("activations-00002"):  # while the last layer is computed
             raise OSError(28, "No space left on device")
-        save(*arguments, **settings)
+        save(tensors, path, *rest)
 
     monkeypatch.setattr(state_module, "save_file", full)
     with pytest.raises(OutputError, match="disk of .* is full") as caught:
         run(model, out, tokens)
     assert "--resume" in caught.value.hint
     monkeypatch.undo()
-    found = counted_layers(monkeypatch)
-    run(model, out, tokens, resume=True)
-    assert found == [1, 2]
-    assert weights(out) == weights(tmp_path / "whole")
+    goes_on(monkeypatch, tmp_path, model, tokens, [2], [1])
     monkeypatch.undo()
 
     from llm_barber.checkpoint.source import CheckpointSource
@@ -554,7 +629,7 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(monkeypatch, model, tmp_path / "out", tokens)
-    (tmp_path / "out.partial" / STATE_NAME).write_text("{")  # the state before, of one layer, is taken
+    (tmp_path / "out.partial" / STATE_NAME).write_text("{")  # the state before is taken
     before = weights(tmp_path / "out.partial")
 
     def planned(**settings: Any) -> Plan:
@@ -562,10 +637,10 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
         return plan(PruneConfig(**given))
 
     found = planned(resume=True)
-    assert found.finished_layers == 1
-    assert ("goes on", "after 1 of 3 layers, if their files are whole") in found.rows()
+    assert found.finished_layers == 2
+    assert ("goes on", "after 2 of 3 layers, if their files are whole") in found.rows()
     assert planned(overwrite=True).finished_layers == 0
-    with pytest.raises(OutputError, match="unfinished run with 1 finished layers"):
+    with pytest.raises(OutputError, match="unfinished run with 2 finished layers"):
         planned()
     with pytest.raises(OutputError, match="started with another sparsity"):
         planned(resume=True, sparsity=0.6)

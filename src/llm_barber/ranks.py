@@ -106,6 +106,17 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def tensors_from_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that process 0 has, of the CPU."""
+        if self.count == 1:
+            return dict(tensors)
+        kinds = self.from_first({name: (tuple(one.shape), one.dtype) for name, one in tensors.items()})
+        found = {}
+        for name, (shape, dtype) in kinds.items():
+            found[name] = tensors[name].contiguous() if self.first else torch.empty(shape, dtype=dtype)
+            dist.broadcast(found[name].reshape(-1).view(torch.uint8), 0, self.group)
+        return found
+
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:

@@ -1,17 +1,19 @@
 """What a run takes over from an unfinished one that it goes on with, and leaves for one that goes on with it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from llm_barber.assignment import Assignment
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import NotFiniteError, OutputError
-from llm_barber.model.streams import ActivationStreams
+from llm_barber.job import Job
+from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.report import LayerResult
 from llm_barber.usage import machine, peak_device_memory, peak_memory
@@ -40,8 +42,43 @@ def tell_of_lost(writer: CheckpointWriter | Follower, finished: int, progress: P
     if writer.lost:
         progress.warn(
             f"{', '.join(writer.lost)} of the unfinished run is damaged or missing: {finished} finished layers are "
-            "whole, the others are made again"
+            "whole, what else there was is made again"
         )
+
+
+def pass_layer(
+    job: Job,
+    result: LayerResult,
+    tensors: Mapping[str, Tensor],
+    written: Mapping[str, Tensor],
+    follows_dense: bool,
+    streams: ActivationStreams,
+) -> None:
+    """Move the streams through a finished layer, as `prune_layer` did.
+
+    Args:
+        job: the run.
+        result: the layer's record.
+        tensors: dense, by the checkpoint's names.
+        written: as they were written.
+        follows_dense: do the dense model's activations go through the layers, too?
+        streams: what the layer starts from; then what the next one does.
+    """
+    index, skeleton = result.index, job.skeleton
+    if follows_dense:
+        layer, _ = job.open_layer(index, tensors)
+        for batch in streams.batches():
+            streams.write(DENSE + NEXT, batch, layer.output(streams.read(DENSE + HIDDEN, batch)))
+    layer, weights = job.open_layer(index, {**tensors, **written})
+    # Laid out as they were when they were computed with: products of other layouts may be rounded otherwise.
+    layer.set_weights({one.name: weights[one.name].contiguous() for one in result.linears if one.pruned})
+    for batch in streams.batches():
+        streams.write(DENSE_OUTPUT, batch, layer.output(streams.read(HIDDEN, batch)))
+    skeleton.tails[index] = layer.tail
+    skeleton.release_layer(index)
+    streams.rename(DENSE_OUTPUT, HIDDEN)
+    if follows_dense:
+        streams.rename(DENSE + NEXT, DENSE + HIDDEN)
 
 
 def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: ActivationStreams) -> Used:

@@ -30,7 +30,7 @@ from llm_barber.model_card import model_card
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
 from llm_barber.report import PAGE_NAME, CalibrationResult, LayerResult, RunReport
-from llm_barber.resuming import as_before, finished_layers, tell_of_lost, told_how_to_go_on, used_by
+from llm_barber.resuming import as_before, finished_layers, pass_layer, tell_of_lost, told_how_to_go_on, used_by
 from llm_barber.settings import Format
 from llm_barber.usage import versions
 
@@ -46,10 +46,10 @@ def run(work: Assignment, progress: Progress) -> RunReport:
     if work.config.resume:
         progress.stage("checking what is finished")
     with _open_output(work) as writer, told_how_to_go_on(writer, progress):
-        finished, activations = writer.read_activations()
-        finished, writer.state = ranks.from_first((finished, writer.state))
+        reached, activations = writer.read_activations()
+        reached, writer.state = ranks.from_first((reached, writer.state))
         results = finished_layers(writer)
-        tell_of_lost(writer, finished, progress)
+        tell_of_lost(writer, len(results), progress)
         work = as_before(work, writer.state.used, progress)
         job = work.job
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
@@ -62,8 +62,10 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         for layer in results:
             writer.skip_shard()
             progress.advance(_summary(layer))
-        with ReadAhead(job.source, job.steps[finished:], streams.places.pinned) as ahead:
-            for index in range(finished, len(job.steps)):
+        with ReadAhead(job.source, job.steps[reached:], streams.places.pinned) as ahead:
+            if finished := results[reached:]:
+                _pass_layers(work, finished, ahead, writer, streams, progress)
+            for index in range(len(results), len(job.steps)):
                 start = time.perf_counter()
                 tensors = ahead.take()
                 read = time.perf_counter()
@@ -78,7 +80,7 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 results.append(_result(index, written - start, pruned))
                 writer.finish_layer(
                     results[-1].model_dump(mode="json"),
-                    # Copies of arrays are let go of when they are written: nothing here holds them.
+                    # Written while the next layer is computed, which reads them, and changes others.
                     _gathered(work, streams) if index + 1 < len(job.steps) else {},
                     seconds,
                     used_by(work, writer, streams),
@@ -148,6 +150,25 @@ def _prune_step(
         compute = partial(prune_head, job, tensors, work.initial, settings, streams)
         release = job.skeleton.drop_outside
     return with_smaller_batches(compute, release, job, streams, progress)
+
+
+def _pass_layers(
+    work: Assignment,
+    finished: list[LayerResult],
+    ahead: ReadAhead,
+    writer: CheckpointWriter | Follower,
+    streams: ActivationStreams,
+    progress: Progress,
+) -> None:
+    """Move the streams through finished layers whose output was not durable yet, or is damaged."""
+    job, settings = work.job, work.refine_settings
+    follows_dense = settings is not None and settings.target_mix > 0
+    for result in finished:
+        progress.stage(f"through layer {result.index}, which is finished, once more")
+        written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
+        compute = partial(pass_layer, job, result, ahead.take(), written, follows_dense, streams)
+        with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
+    writer.keep_activations(_gathered(work, streams))
 
 
 def _gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:

@@ -44,6 +44,10 @@ class Follower:
         """None; the process that writes hands them out."""
         return 0, {}
 
+    def read_shard(self, number: int) -> dict[str, Tensor]:
+        """None; the process that writes hands them out."""
+        return {}
+
     def skip_shard(self) -> None:
         """Nothing."""
 
@@ -56,6 +60,9 @@ class Follower:
     def finish_layer(
         self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], used: Used
     ) -> None:
+        """Nothing."""
+
+    def keep_activations(self, streams: Mapping[str, Tensor]) -> None:
         """Nothing."""
 
     def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:

@@ -3,11 +3,22 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
+from llm_barber.checkpoint.packed import (
+    FORMAT_VERSION,
+    PACKED_INDEX,
+    PLACES,
+    TABLE_KEY,
+    VALUES,
+    Table,
+    pack_tensors,
+    packed_name,
+    unpack_tensor,
+)
 from llm_barber.checkpoint.writer import CheckpointWriter
 
 METADATA = {"format": "pt"}
@@ -37,6 +48,14 @@ class PackedWriter(CheckpointWriter):
         super().write_shard(stored, packed, {TABLE_KEY: table.model_dump_json()})
         unpacked = {"tensors": tuple(dense), "file": file, "file_sha256": digest}
         self._written[packed] = self._written[packed].model_copy(update=unpacked)
+
+    def _tensors(self, handle: Any) -> dict[str, Tensor]:
+        table = Table.model_validate_json(handle.metadata()[TABLE_KEY])
+        found = super()._tensors(handle)
+        for name, entry in table.packed.items():
+            found[name] = unpack_tensor(name, entry, handle, table.file)
+            del found[name + VALUES], found[name + PLACES]
+        return found
 
     @property
     def digests(self) -> dict[str, str]:

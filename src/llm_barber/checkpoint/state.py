@@ -1,8 +1,8 @@
 """What a run has finished, kept in its work folder: enough to go on after it was killed at any moment.
 
-Order of a finished layer: its shard, then the activations that the next one starts from, then this state, each durable
-before the next. A kill in between loses one layer of work at most. Activations and states of the last two layers are
-kept, so that a damaged file costs one layer, too.
+A finished layer is durable once its shard is, and then this state. The activations that the next layer starts from
+become so while that one is computed: a run that was killed before makes them from those before, in one pass through the
+finished layer. The last two files of activations, and states, are kept.
 """
 
 import errno

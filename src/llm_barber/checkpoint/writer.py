@@ -2,18 +2,21 @@
 
 Each shard: temporary file → fsync → rename. The index is written last, then the folder is renamed. A run that ends
 early leaves at most `NAME.partial`, without an index, which no program takes for a model; once a layer is finished it
-stays, with the state (`state.py`) from which the run can go on.
+stays, with the state (`state.py`) from which the run can go on. Activations are written while the next layer is
+computed.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from safetensors import safe_open
 from torch import Tensor
 
 from llm_barber.checkpoint.folder import make_locked
@@ -77,6 +80,8 @@ class CheckpointWriter:
         self._written: dict[str, Shard] = {}
         self.lost: list[str] = []  # what an unfinished run had finished, and is damaged
         self._count = 0
+        self._pool = ThreadPoolExecutor(1, "activations")
+        self._saving: Future[None] | None = None
 
     def __enter__(self) -> Self:
         check_output(self.output, self.overwrite, self.needed)
@@ -127,7 +132,7 @@ class CheckpointWriter:
 
     def _whole(self, left: RunState) -> RunState:
         """What is left undamaged: shards outside the layers are copied again, of layers those from the first one on
-        whose shard is damaged are pruned again; all of them, if the activations before it are not there any more.
+        whose shard is damaged are pruned again.
         """
         outside = len(left.shards) - len(left.layers)
         finished = len(left.layers)
@@ -140,8 +145,6 @@ class CheckpointWriter:
                 finished = number - outside
                 break
         activations = tuple(one for one in left.activations if one.layers <= finished)
-        if finished < len(left.layers) and not activations:
-            finished = 0
         shards = dict(list(left.shards.items())[: outside + finished])
         return left.model_copy(update={"shards": shards, "layers": left.layers[:finished], "activations": activations})
 
@@ -151,24 +154,25 @@ class CheckpointWriter:
         return self.state.begun and self.work.exists()
 
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:
-        """How many layers are finished, and what the streams held after them; where the file is damaged, one fewer.
-
-        Where none is whole all layers are pruned again.
-        """
-        if not self.state.layers:
-            return 0, {}
-        if len(self._written) == self.shards:  # all that is left is to finish; they may be gone already
+        """What the streams held after the most finished layers, and after how many; 0: no file of them is whole."""
+        if self.state.layers and len(self._written) == self.shards:  # only to finish; they may be gone already
             return len(self.state.layers), {}
         for kept in reversed(self.state.activations):
             found = load_activations(self.work, kept)
             if found is not None:
-                self.state = self.state.model_copy(update={"layers": self.state.layers[: kept.layers]})
                 return kept.layers, found
-        self.lost += [one.file for one in self.state.activations]
-        outside = len(self._written) - len(self.state.layers)
-        self._written = dict(list(self._written.items())[:outside])
-        self.state = self.state.model_copy(update={"shards": dict(self._written), "layers": (), "activations": ()})
+            self.lost.append(kept.file)
         return 0, {}
+
+    def read_shard(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a shard that is written, the first is 0, by their names in the checkpoint."""
+        path = self.work / self._name(number + 1)
+        with safe_open(str(path), framework="pt") as handle:  # type: ignore[no-untyped-call]
+            return self._tensors(handle)
+
+    def _tensors(self, handle: Any) -> dict[str, Tensor]:
+        """Those of an opened shard, as copies: no file stays mapped."""
+        return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 - a handle
 
     def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
         """Make an allocation durable: it can take as long as some layers."""
@@ -178,11 +182,13 @@ class CheckpointWriter:
     def finish_layer(
         self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], used: Used
     ) -> None:
-        """Make a layer durable whose shard is written: the activations for the next one, then the state."""
+        """Make a layer durable whose shard is written, by the state, and begin to write the activations for the next.
+
+        These must stay as they are until that one is finished.
+        """
+        self._wait_for_activations()
         layers = (*self.state.layers, dict(result))
         activations = tuple(one for one in self.state.activations if one.layers < len(layers))
-        if self._count < self.shards:
-            activations = (*activations, save_activations(self.work, len(layers), streams))[-ACTIVATIONS_KEPT:]
         found = {
             "shards": dict(self._written),
             "layers": layers,
@@ -191,6 +197,27 @@ class CheckpointWriter:
             "activations": activations,
         }
         self._keep(self.state.model_copy(update=found))
+        if self._count < self.shards:
+            self.keep_activations(streams)
+
+    def keep_activations(self, streams: Mapping[str, Tensor]) -> None:
+        """Begin to write what the layer starts from that follows the finished ones."""
+        self._saving = self._pool.submit(self._save, streams)
+
+    def _save(self, streams: Mapping[str, Tensor]) -> None:
+        saved = save_activations(self.work, len(self.state.layers), streams)
+        kept = (*self.state.activations, saved)[-ACTIVATIONS_KEPT:]
+        self._keep(self.state.model_copy(update={"activations": kept}))
+
+    def _wait_for_activations(self) -> None:
+        """Until those that are being written are durable.
+
+        Raises:
+            OSError: they could not be.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def _keep(self, state: RunState) -> None:
         write_state(self.work, state)
@@ -199,6 +226,9 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(Exception):  # that of the run is told
+            self._wait_for_activations()
+        self._pool.shutdown()
         if self.work.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
             with suppress(OSError):
                 shutil.rmtree(self.work)

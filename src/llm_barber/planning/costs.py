@@ -29,7 +29,7 @@ REBUILDING = 150  # bytes a weight, of scores, comparisons and masks
 
 @dataclass(frozen=True)
 class Costs:
-    """What a process does, by stage; layers by what is done in them."""
+    """What a process does, by stage; layers by what is done in them. `keep`: meanwhile."""
 
     embed: Work = NONE
     allocate: Work = NONE
@@ -40,6 +40,7 @@ class Costs:
     propagate: Work = NONE
     read: Work = NONE
     write: Work = NONE
+    keep: Work = NONE
     head: Work = NONE
 
     def __add__(self, other: "Costs") -> "Costs":
@@ -70,7 +71,8 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
             tune=tune(layer, recipe),
             propagate=_propagate(layer, recipe),
             read=Work(read=size, copied=size),
-            write=Work(written=size + kept, copied=copied, reduced=kept * (recipe.processes - 1) / recipe.processes),
+            write=Work(written=size, copied=copied, reduced=kept * (recipe.processes - 1) / recipe.processes),
+            keep=Work(written=kept),
         )
     return found
 

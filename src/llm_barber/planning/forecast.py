@@ -29,13 +29,17 @@ from llm_barber.usage import current_memory
 # Of a named machine, where nothing else is said: bytes/s, and of a process that has done nothing yet, bytes.
 MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9
 DEVICE_MEMORY = 80e9  # bytes of a named GPU's, where nothing is said
+IN_LAYERS = ("initial", "rebuild", "refine", "tune", "propagate")  # stages
 NETWORK = 10e9  # bytes/s between processes of any machine, where nothing is said: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}
 VOCABULARY_BYTES = 350  # that a tokenizer takes for each token that it knows, as seen with 49,152 and 262,144
 
 
 class StageForecast(BaseModel):
-    """A stage's work in the process that has the most of it, and its seconds by what sets the pace."""
+    """A stage's work in the process that has the most of it, and its seconds by what sets the pace.
+
+    Of what is done while layers are computed (`keep`) the seconds are those by which it takes longer.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -238,7 +242,7 @@ def _with_processes(
     held = peak_held(model, recipe)
     return ProcessesForecast(
         processes=recipe.processes,
-        stages=tuple(_stage(costs, one.name, rates) for one in fields(costs)),
+        stages=_stages(costs, rates),
         host_memory=max(bare + held.host, reading),
         device_memory=None if recipe.on_cpu else held.device,
         on_device=recipe.on_device(model.hidden),
@@ -246,16 +250,22 @@ def _with_processes(
     )
 
 
-def _stage(costs: Costs, name: str, rates: Rates) -> StageForecast:
-    work = getattr(costs, name)
-    seconds = rates.seconds(work)
-    return StageForecast(
-        name=name,
-        flops=work.flops,
-        bytes_read=work.read,
-        bytes_written=work.written,
-        seconds=sum(seconds.values()),
-        seconds_by_kind=seconds,
+def _stages(costs: Costs, rates: Rates) -> tuple[StageForecast, ...]:
+    seconds = {one.name: rates.seconds(getattr(costs, one.name)) for one in fields(costs)}
+    meanwhile = sum(sum(seconds[name].values()) for name in IN_LAYERS)
+    kept = sum(seconds["keep"].values())
+    longer = max(0.0, kept - meanwhile) / kept if kept else 0.0
+    seconds["keep"] = {kind: longer * value for kind, value in seconds["keep"].items()}
+    return tuple(
+        StageForecast(
+            name=name,
+            flops=getattr(costs, name).flops,
+            bytes_read=getattr(costs, name).read,
+            bytes_written=getattr(costs, name).written,
+            seconds=sum(by_kind.values()),
+            seconds_by_kind=by_kind,
+        )
+        for name, by_kind in seconds.items()
     )
 
 

@@ -8,7 +8,7 @@ from llm_barber.planning.forecast import Forecast, ProcessesForecast
 PHRASES = {
     "embed": "embed, copy what is outside the layers", "allocate": "allocate the sparsity", "initial": "initial mask",
     "rebuild": "rebuild", "refine": "refine", "tune": "tune", "propagate": "propagate", "read": "read",
-    "write": "write", "head": "output head",
+    "write": "write", "keep": "keep activations for --resume, meanwhile", "head": "output head",
 }  # fmt: skip
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -62,15 +62,15 @@ def _stages(run: ProcessesForecast) -> Table:
     for heading in ("stage", "FLOPs", "read", "written", "time", "mostly"):
         table.add_column(heading, justify="left" if heading in ("stage", "mostly") else "right")
     for stage in run.stages:
-        if not stage.seconds:
+        if not (stage.seconds or stage.bytes_written):
             continue
         table.add_row(
             PHRASES[stage.name],
             amount(stage.flops) if stage.flops else "–",
             f"{amount(stage.bytes_read)}B" if stage.bytes_read else "–",
             f"{amount(stage.bytes_written)}B" if stage.bytes_written else "–",
-            duration(stage.seconds),
-            max(stage.seconds_by_kind, key=lambda kind: stage.seconds_by_kind[kind]),
+            duration(stage.seconds) if stage.seconds else "–",
+            max(stage.seconds_by_kind, key=lambda kind: stage.seconds_by_kind[kind]) if stage.seconds else "–",
         )
     table.add_section()
     stages = run.stages
