@@ -7,14 +7,15 @@ on experimental: it is a process of its own, that `tests/test_pretend_gpu.py` st
     python -m tests.pretend_gpu SETTINGS…
 
 each JSON of `PruneConfig` or `EvaluateConfig`, prints how far results are from the CPU's. With a `room` besides, so
-many bytes of activations stay on the device, until after a layer's work its memory is too small.
+many bytes of activations stay on the device, until after a layer's work its memory is too small. With `interrupted` the
+run goes on after its first layer, whose output is lost.
 """
 
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
 from llm_barber import method as method_module
+from llm_barber.method import prune_layer
 from llm_barber.model.copies import Copied
 from llm_barber.model.places import Places
 from tests.conftest import read_folder
@@ -188,13 +190,30 @@ def with_room(room: int) -> Iterator[None]:
     assert places.room is None
 
 
+def interrupted(config: PruneConfig) -> None:
+    """Run until the second layer, and forget the first one's output."""
+
+    def stop(job: Any, index: int, *given: Any) -> Any:
+        if index:
+            raise KeyboardInterrupt
+        return prune_layer(job, index, *given)
+
+    with patch("llm_barber.run.prune_layer", stop), suppress(KeyboardInterrupt):
+        prune(config)
+    (lost,) = config.output.with_name(f"{config.output.name}.partial").glob("activations-*")
+    lost.unlink()
+
+
 def difference(folder: Path, settings: dict[str, Any]) -> float:
     """The largest between what a run on the device and one on the CPU leave of a weight; inf, if a mask differs."""
-    room = settings.pop("room", 0)
+    room, stops = settings.pop("room", 0), settings.pop("interrupted", False)
     with sdpa_kernel(SDPBackend.MATH):
         prune(PruneConfig(output=folder / "cpu", device="cpu", overwrite=True, report=False, **settings))
         with on_device(), with_room(room) if room else nullcontext():
-            report = prune(PruneConfig(output=folder / "device", overwrite=True, report=False, **settings))
+            config = PruneConfig(output=folder / "device", overwrite=True, resume=stops, report=False, **settings)
+            if stops:
+                interrupted(config)
+            report = prune(config)
     assert report.device == str(DEVICE)
     there, here = read_folder(folder / "device"), read_folder(folder / "cpu")
     assert there.keys() == here.keys()

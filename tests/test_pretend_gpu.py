@@ -24,6 +24,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"initial": "alps", "rebuild": False},
     {"preset": "mask"},
     {"preset": "mask", "allocation": "owl", "refine": "swaps", "reconstruct": "least-squares"},
+    {"preset": "mask", "interrupted": True},
     {"initial": "wanda", "rebuild_ratio": 0.5, "room": 20_000},
     {"preset": "mask", "room": 10**9},
     {"preset": "mask", "allocation": "owl", "refine": "swaps", "reconstruct": "least-squares", "room": 60_000},
