@@ -17,7 +17,7 @@ from llm_barber import method
 from llm_barber.initial import PrunedLinear
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.model.streams import HIDDEN
-from llm_barber.refine import Pass, Refined, _dense_inputs, _fitting, _levels, _measure
+from llm_barber.refine import Pass, Refined, _dense_inputs, _fitting, _levels, guarded
 from llm_barber.refine_linear import Objective, refine_linear
 from llm_barber.refine_settings import RefineSettings
 
@@ -103,11 +103,7 @@ class BlockAware:
                     pruned[name], dense[name], moments[0][name], moments[1][name], settings
                 )
                 current[name] = refined[name].weight
-        errors, distances = _measure(work, dense_weights, (pruned, refined), held_out, settings.target_mix)
-        if distances[1] >= distances[0]:
-            kept = {name: pruned[name] for name in block.linears}
-            return Refined(kept, dict.fromkeys(block.linears, 0), True, (errors[0], errors[0]))
-        return Refined(refined, swapped, False, (errors[0], errors[1]))
+        return guarded(work, dense_weights, pruned, refined, swapped, settings)
 
     def _weights(self, work: Pass, names: list[str], batch: slice) -> dict[str, Tensor]:
         """Of each token of a batch, (sequences, tokens, groups), by linear."""

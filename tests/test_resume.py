@@ -19,8 +19,9 @@ from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
 from llm_barber import run as run_module
 from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint import writer as writer_module
+from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.follower import Follower
-from llm_barber.checkpoint.place import REPLACED
+from llm_barber.checkpoint.place import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
@@ -640,6 +641,8 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
     assert found.finished_layers == 2
     assert ("goes on", "after 2 of 3 layers, if their files are whole") in found.rows()
     assert planned(overwrite=True).finished_layers == 0
+    with locked(tmp_path / "out.partial" / LOCK_NAME), pytest.raises(OutputError, match="another run is writing"):
+        planned(resume=True)
     with pytest.raises(OutputError, match="unfinished run with 2 finished layers"):
         planned()
     with pytest.raises(OutputError, match="started with another sparsity"):

@@ -1,11 +1,13 @@
 """What a run would do, without doing it (`--dry-run`)."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from llm_barber.assignment import run_key
-from llm_barber.checkpoint.place import work_folder
+from llm_barber.checkpoint.folder import locked
+from llm_barber.checkpoint.place import LOCK_NAME, work_folder
 from llm_barber.checkpoint.state import unfinished_run
 from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import PruneConfig, RebuildConfig
@@ -96,7 +98,9 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     job, rebuilt = work.job, work.rebuild_settings
     if config.memory is not None:
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), work.recipe)
-    left = unfinished_run(work_folder(config.output), run_key(work), config.overwrite, config.resume)
+    lock = work_folder(config.output) / LOCK_NAME
+    with locked(lock) if lock.is_file() else nullcontext():  # not while another run writes it
+        left = unfinished_run(lock.parent, run_key(work), config.overwrite, config.resume)
     shapes = list(job.linear_shapes(job.source).values())
     if isinstance(config, PruneConfig):
         every = [

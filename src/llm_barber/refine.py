@@ -129,12 +129,24 @@ def refine_block(
                     pruned[name], dense[name], training_error, held_out_error, settings
                 )
                 current[name] = refined[name].weight
-    measured = held_out if settings.held_out else training
-    errors, distances = _measure(work, dense_weights, (pruned, refined), measured, settings.target_mix)
+    return guarded(work, dense_weights, pruned, refined, swapped, settings)
+
+
+def guarded(
+    work: Pass,
+    dense_weights: Mapping[str, Tensor],
+    pruned: Mapping[str, PrunedLinear],
+    refined: Mapping[str, PrunedLinear],
+    swapped: Mapping[str, int],
+    settings: RefineSettings,
+) -> Refined:
+    """A block as it was refined, or, if held-out windows are no nearer to the target with that, as it was."""
+    windows = measured_windows(settings, work.streams)
+    errors, distances = _measure(work, dense_weights, (pruned, refined), windows, settings.target_mix)
     if settings.held_out and distances[1] >= distances[0]:
-        kept = {name: pruned[name] for name in block.linears}
-        return Refined(kept, dict.fromkeys(block.linears, 0), True, (errors[0], errors[0]))
-    return Refined(refined, swapped, False, (errors[0], errors[1]))
+        kept = {name: pruned[name] for name in work.block.linears}
+        return Refined(kept, dict.fromkeys(kept, 0), True, (errors[0], errors[0]))
+    return Refined(dict(refined), dict(swapped), False, (errors[0], errors[1]))
 
 
 def _measured(
