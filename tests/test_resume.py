@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
+from llm_barber import resuming as resuming_module
 from llm_barber import run as run_module
 from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint import writer as writer_module
@@ -88,7 +89,7 @@ def killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), *
 
         for name in ("fsync", "rename", "unlink"):
             setattr(os, name, counted(getattr(os, name)))
-        prune_layer, pass_layer = run_module.prune_layer, run_module.pass_layer
+        prune_layer, pass_layer = run_module.prune_layer, resuming_module.pass_layer
 
         def noted(job: Any, index: int, *rest: Any) -> Any:
             with computed.open("a") as file:
@@ -100,7 +101,7 @@ def killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), *
                 file.write(f"-{result.index}\n")
             return pass_layer(job, result, *rest)
 
-        run_module.prune_layer, run_module.pass_layer = noted, noted_pass
+        run_module.prune_layer, resuming_module.pass_layer = noted, noted_pass
         computed.write_text("")
         try:
             run(*arguments, **settings)
@@ -185,14 +186,14 @@ def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def passed_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The finished layers that the streams go through once more from now on."""
-    whole = run_module.pass_layer
+    whole = resuming_module.pass_layer
     found: list[int] = []
 
     def count(job: Any, result: Any, *values: Any) -> Any:
         found.append(result.index)
         return whole(job, result, *values)
 
-    monkeypatch.setattr(run_module, "pass_layer", count)
+    monkeypatch.setattr(resuming_module, "pass_layer", count)
     return found
 
 
@@ -424,7 +425,7 @@ def test_a_damaged_shard_costs_what_it_held(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llm_barber.run._write_rest", killed)
+    monkeypatch.setattr("llm_barber.run.finish_output", killed)
     last = "model-00004-of-00004.safetensors"
     for damaged, computed in ((outside.name, []), (layers[1].name, [1, 2]), (last, [2])):
         with pytest.raises(KeyboardInterrupt):

@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from llm_barber.assignment import Assignment
+from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.embedding import with_smaller_batches
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.job import Job
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
@@ -79,6 +82,31 @@ def pass_layer(
     streams.rename(DENSE_OUTPUT, HIDDEN)
     if follows_dense:
         streams.rename(DENSE + NEXT, DENSE + HIDDEN)
+
+
+def pass_layers(
+    work: Assignment,
+    finished: list[LayerResult],
+    ahead: ReadAhead,
+    writer: CheckpointWriter | Follower,
+    streams: ActivationStreams,
+    progress: Progress,
+) -> None:
+    """Move the streams through finished layers whose output was not durable yet, or is damaged."""
+    job, settings = work.job, work.refine_settings
+    follows_dense = settings is not None and settings.target_mix > 0
+    for result in finished:
+        progress.stage(f"through layer {result.index}, which is finished, once more")
+        written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
+        compute = partial(pass_layer, job, result, ahead.take(), written, follows_dense, streams)
+        with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
+    writer.keep_activations(gathered(work, streams))
+
+
+def gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:
+    """On the process that writes, what the next layer starts from, of all processes."""
+    sequences = len(work.job.tokens.input_ids)
+    return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.places.empty_off_device)
 
 
 def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: ActivationStreams) -> Used:

@@ -133,6 +133,28 @@ def unfinished_run(folder: Path, key: Mapping[str, Any], overwrite: bool, resume
     return left
 
 
+def undamaged(folder: Path, left: RunState) -> tuple[RunState, list[str]]:
+    """What of a state is there, whole, and the names of shards that are not.
+
+    Those outside the layers are copied again; of layers those from the first one on whose shard is damaged are pruned
+    again.
+    """
+    lost = []
+    outside, finished = len(left.shards) - len(left.layers), len(left.layers)
+    for number, (name, shard) in enumerate(left.shards.items()):
+        path = folder / name
+        if path.is_file() and sync_file(path) == shard.sha256:
+            continue
+        lost.append(name)
+        if number >= outside:
+            finished = number - outside
+            break
+    shards = dict(list(left.shards.items())[: outside + finished])
+    activations = tuple(one for one in left.activations if one.layers <= finished)
+    found = {"shards": shards, "layers": left.layers[:finished], "activations": activations}
+    return left.model_copy(update=found), lost
+
+
 def _read(path: Path) -> RunState | None:
     """A state; None if it is damaged or not there."""
     try:

@@ -35,6 +35,7 @@ from llm_barber.checkpoint.state import (
     save_activations,
     save_tensors,
     sync_file,
+    undamaged,
     unfinished_run,
     write_durably,
     write_state,
@@ -118,7 +119,7 @@ class CheckpointWriter:
         kept = {LOCK_NAME}
         if left is not None and self.resume:
             mend_state(self.work)
-            whole = self._whole(left)
+            whole, self.lost = undamaged(self.work, left)
             if whole.begun:  # otherwise all is made again
                 self.state, self._written = whole, dict(whole.shards)
                 kept |= {STATE_NAME, STATE_BEFORE, *whole.shards, *(one.file for one in whole.activations)}
@@ -129,24 +130,6 @@ class CheckpointWriter:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-    def _whole(self, left: RunState) -> RunState:
-        """What is left undamaged: shards outside the layers are copied again, of layers those from the first one on
-        whose shard is damaged are pruned again.
-        """
-        outside = len(left.shards) - len(left.layers)
-        finished = len(left.layers)
-        for number, (name, shard) in enumerate(left.shards.items()):
-            path = self.work / name
-            if path.is_file() and sync_file(path) == shard.sha256:
-                continue
-            self.lost.append(name)
-            if number >= outside:
-                finished = number - outside
-                break
-        activations = tuple(one for one in left.activations if one.layers <= finished)
-        shards = dict(list(left.shards.items())[: outside + finished])
-        return left.model_copy(update={"shards": shards, "layers": left.layers[:finished], "activations": activations})
 
     @property
     def resumable(self) -> bool:
