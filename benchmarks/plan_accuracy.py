@@ -26,7 +26,7 @@ SIZES = ((8, 512, 1408), (4, 1024, 2816))
 SEQUENCES, TOKENS = 8, 512
 VOCABULARY = 4000
 STAGES = {
-    "embed": ("embed",), "allocate": ("allocate",), "read": ("read",), "write": ("write",),
+    "embed": ("embed",), "allocate": ("allocate",), "read": ("read",), "write": ("write", "keep"),
     "layers": ("initial", "rebuild", "refine", "tune", "propagate"),
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ FAST = 100e9  # bytes/s between the GPUs of one machine
 STAGES = {
     "embed": "embed, outside the layers", "allocate": "allocation", "initial": "initial mask", "rebuild": "rebuild",
     "refine": "dense stream, errors before", "tune": "tuning of masks", "propagate": "propagate", "read": "read",
-    "write": "write", "keep": "keep activations for `--resume`, meanwhile",
+    "write": "write", "keep": "keep activations for `--resume`",
 }  # fmt: skip
 HEADINGS = ("stage", "FLOPs", "read", "written", "time, 1 process", "mostly", "8 processes", "8, 100 GB/s between them")
 

@@ -100,7 +100,7 @@ def pass_layers(
         written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
         compute = partial(pass_layer, job, result, ahead.take(), written, follows_dense, streams)
         with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
-    writer.keep_activations(gathered(work, streams))
+    writer.keep_activations(finished[-1].index + 1, gathered(work, streams))
 
 
 def gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:
@@ -141,4 +141,6 @@ def told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -
             count = len(writer.state.layers)
             kept = f"{count} finished layers are" if count else "what sparsity each linear is given is"
             progress.warn(f"{kept} kept in {writer.work}: the same command with --resume goes on")
+        if writer.saving:
+            progress.warn("what the next layer starts from is still being written: this waits for it")
         raise

@@ -80,13 +80,7 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 seconds["write"] += written - computed
                 seconds["total"] = written - began
                 results.append(_result(index, written - start, pruned))
-                writer.finish_layer(
-                    results[-1].model_dump(mode="json"),
-                    # Written while the next layer is computed, which reads them, and changes others.
-                    gathered(work, streams) if index + 1 < len(job.steps) else {},
-                    seconds,
-                    used_by(work, writer, streams),
-                )
+                _make_durable(work, results, seconds, writer, streams)
                 seconds["write"] += time.perf_counter() - written
                 progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
@@ -102,7 +96,8 @@ def _open_output(work: Assignment) -> CheckpointWriter | Follower:
         return Follower(work_folder(config.output))
     kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
     shards = len(job.outside_shards) + len(job.steps)
-    return kind(config.output, shards, config.overwrite, job.bytes, run_key(work), config.resume)
+    key, repeatable = run_key(work), work.runs_what_it_writes
+    return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable)
 
 
 def _embed(
@@ -152,6 +147,27 @@ def _prune_step(
         compute = partial(prune_head, job, tensors, work.initial, settings, streams)
         release = job.skeleton.drop_outside
     return with_smaller_batches(compute, release, job, streams, progress)
+
+
+def _make_durable(
+    work: Assignment,
+    results: list[LayerResult],
+    seconds: dict[str, float],
+    writer: CheckpointWriter | Follower,
+    streams: ActivationStreams,
+) -> None:
+    """The last layer, whose shard is written, and what the next one starts from, while that reads it."""
+
+    def keep() -> None:
+        if len(results) < len(work.job.steps):
+            writer.wait_for_activations()  # before others are gathered
+            writer.keep_activations(len(results), gathered(work, streams))
+
+    if not work.runs_what_it_writes:
+        keep()
+    writer.finish_layer(results[-1].model_dump(mode="json"), seconds, used_by(work, writer, streams))
+    if work.runs_what_it_writes:
+        keep()
 
 
 def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:

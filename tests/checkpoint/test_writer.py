@@ -2,6 +2,8 @@ import errno
 import fcntl
 import json
 import shutil
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llm_barber.checkpoint import state as state_module
+from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.place import LOCK_NAME, REPLACED, check_output
 from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
@@ -181,7 +184,7 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         CheckpointWriter(out, shards=1, overwrite=False, needed=0) as writer,
     ):
         writer.write_shard({"a": torch.ones(1)})
-        writer.finish_layer({}, {}, {}, Used())
+        writer.finish_layer({}, {}, Used())
         out.mkdir()
         (out / "precious.txt").write_text("x")
         writer.finish()
@@ -192,6 +195,56 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         writer.skip_shard()
         writer.finish()
     assert load_file(out / "model-00001-of-00001.safetensors").keys() == {"a"}
+
+
+def test_a_shard_that_went_meanwhile_is_missed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="model-00001-of-00001.safetensors is not in .*out.partial any more"),
+        CheckpointWriter(tmp_path / "out", shards=1, overwrite=False, needed=0) as writer,
+    ):
+        writer.write_shard({"a": torch.ones(1)})
+        writer.finish_layer({}, {}, Used())
+        (writer.work / "model-00001-of-00001.safetensors").unlink()
+        writer.finish()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_work_folder_is_taken(tmp_path: Path) -> None:
+    """As a kill leaves it between making it and making the lock in it, or between removing the lock and it."""
+    (tmp_path / "out.partial").mkdir()
+    write(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_whoever_does_not_wait_for_activations_leaves_the_lock_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a second interruption, which ends the waiting, nothing else writes in the folder before they are there."""
+    goes_on, save = threading.Event(), writer_module.save_activations
+
+    def slow(*given: Any) -> Any:
+        assert goes_on.wait(60)
+        return save(*given)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer_module, "save_activations", slow)
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", 2, False, 0) as writer:
+        writer.write_shard({"a": torch.ones(1)})
+        writer.finish_layer({}, {}, Used())
+        writer.keep_activations(1, {"hidden": torch.ones(1)})
+        monkeypatch.setattr(Future, "result", interrupted)  # the second one, while it waits
+        raise KeyboardInterrupt
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="another run is writing"):
+        write(tmp_path / "out")
+    goes_on.set()
+    writer._pool.shutdown(wait=True)
+    with CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as again:
+        reached, found = again.read_activations()
+        assert reached == 1
+        assert found.keys() == {"hidden"}
 
 
 def test_a_lock_of_a_folder_that_is_gone_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +308,8 @@ def test_folders_in_the_work_folder_are_no_obstacle(tmp_path: Path) -> None:
     for settings in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as writer:
             writer.write_shard({"a": torch.ones(1)})
-            writer.finish_layer({}, {"hidden": torch.ones(1)}, {}, Used())
+            writer.finish_layer({}, {}, Used())
+            writer.keep_activations(1, {"hidden": torch.ones(1)})
             (writer.work / "additional_chat_templates").mkdir()
             (writer.work / "additional_chat_templates" / "tool_use.jinja").write_text("x")
             raise KeyboardInterrupt

@@ -16,6 +16,7 @@ class Follower:
 
     next_is_written = True
     resumable = False
+    saving = False
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -57,12 +58,13 @@ class Follower:
     def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
         """Nothing."""
 
-    def finish_layer(
-        self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], used: Used
-    ) -> None:
+    def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
         """Nothing."""
 
-    def keep_activations(self, streams: Mapping[str, Tensor]) -> None:
+    def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
+        """Nothing."""
+
+    def wait_for_activations(self) -> None:
         """Nothing."""
 
     def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:

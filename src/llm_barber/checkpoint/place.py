@@ -30,7 +30,8 @@ def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
         OutputError: it exists and is not to be, or must not be, replaced; the disk is too small or not writable.
     """
     work = work_folder(output)
-    if work.is_symlink() or (work.exists() and not (work / LOCK_NAME).is_file()):
+    ours = (work / LOCK_NAME).is_file() or (work.is_dir() and not any(work.iterdir()))
+    if work.is_symlink() or (work.exists() and not ours):
         raise OutputError(
             f"{work} is in the way: the work folder of {output} has that name", "rename it, or choose another output"
         )
@@ -90,15 +91,20 @@ def clear_finished(output: Path) -> None:
     (output / STATE_BEFORE).unlink(missing_ok=True)
     for left in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
         if (left / REPLACED).is_file():
-            _remove_replaced(left)  # ours, or of a run that was killed here
+            _remove(left, REPLACED)  # ours, or of a run that was killed here
     (output / STATE_NAME).unlink(missing_ok=True)  # last: while it is there, a killed run can be told to do this
 
 
-def _remove_replaced(folder: Path) -> None:
+def remove_work_folder(work: Path) -> None:
+    """With all that is in it."""
+    _remove(work, LOCK_NAME)
+
+
+def _remove(folder: Path, marker: str) -> None:
     """Its marker goes last, so that what a killed run leaves is known."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != REPLACED:
+        elif path.name != marker:
             path.unlink()
     shutil.rmtree(folder)

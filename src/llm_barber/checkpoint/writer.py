@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.folder import make_locked
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
-from llm_barber.checkpoint.place import LOCK_NAME, check_output, put_in_place, work_folder
+from llm_barber.checkpoint.place import LOCK_NAME, check_output, put_in_place, remove_work_folder, work_folder
 from llm_barber.checkpoint.state import (
     ACTIVATIONS_KEPT,
     STATE_BEFORE,
@@ -55,6 +56,8 @@ class CheckpointWriter:
         needed: bytes that the checkpoint will take, checked against the free disk space.
         key: what the result depends on; a run goes on only with the same.
         resume: go on with an unfinished run, if there is one.
+        repeatable: what the next layer starts from can be made again from what is written, and so need not be durable
+            before a layer is finished.
 
     Raises:
         OutputError: the folder exists, another run is writing it, an unfinished one is there, or differs, or is
@@ -69,6 +72,7 @@ class CheckpointWriter:
         needed: int,
         key: Mapping[str, Any] | None = None,
         resume: bool = False,
+        repeatable: bool = True,
     ) -> None:
         self.output = output
         self.work = work_folder(output)
@@ -76,6 +80,7 @@ class CheckpointWriter:
         self.overwrite = overwrite
         self.needed = needed
         self.resume = resume
+        self.repeatable = repeatable
         self._companions: dict[str, str] = {}
         self.state = RunState(key=dict(key or {}))
         self._written: dict[str, Shard] = {}
@@ -83,6 +88,7 @@ class CheckpointWriter:
         self._count = 0
         self._pool = ThreadPoolExecutor(1, "activations")
         self._saving: Future[None] | None = None
+        self._updating = Lock()  # the state
 
     def __enter__(self) -> Self:
         check_output(self.output, self.overwrite, self.needed)
@@ -110,7 +116,7 @@ class CheckpointWriter:
             check_output(self.output, self.overwrite)
         except OutputError:
             if [path.name for path in self.work.iterdir()] == [LOCK_NAME]:
-                shutil.rmtree(self.work)
+                remove_work_folder(self.work)
             raise
 
     def _take_up(self) -> None:
@@ -137,15 +143,29 @@ class CheckpointWriter:
         return self.state.begun and self.work.exists()
 
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:
-        """What the streams held after the most finished layers, and after how many; 0: no file of them is whole."""
+        """What the streams held after the most finished layers, and after how many; 0: no file of them is whole.
+
+        Later layers, if what they gave cannot be made again, are pruned again.
+        """
         if self.state.layers and len(self._written) == self.shards:  # only to finish; they may be gone already
             return len(self.state.layers), {}
+        reached, found = 0, None
         for kept in reversed(self.state.activations):
-            found = load_activations(self.work, kept)
+            reached, found = kept.layers, load_activations(self.work, kept)
             if found is not None:
-                return kept.layers, found
+                break
             self.lost.append(kept.file)
-        return 0, {}
+        reached = 0 if found is None else reached
+        if not self.repeatable:
+            self._forget_layers(reached)
+        return reached, found or {}
+
+    def _forget_layers(self, reached: int) -> None:
+        """Those after so many."""
+        outside = len(self._written) - len(self.state.layers)
+        self._written = dict(list(self._written.items())[: outside + reached])
+        found = {"shards": dict(self._written), "layers": self.state.layers[:reached]}
+        self.state = self.state.model_copy(update=found)
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard that is written, the first is 0, by their names in the checkpoint."""
@@ -159,64 +179,65 @@ class CheckpointWriter:
 
     def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
         """Make an allocation durable: it can take as long as some layers."""
-        found = {"sparsities": dict(sparsities), "shards": dict(self._written), "used": used}
-        self._keep(self.state.model_copy(update=found))
+        self._update_state(sparsities=dict(sparsities), shards=dict(self._written), used=used)
 
-    def finish_layer(
-        self, result: Mapping[str, Any], streams: Mapping[str, Tensor], seconds: Mapping[str, float], used: Used
-    ) -> None:
-        """Make a layer durable whose shard is written, by the state, and begin to write the activations for the next.
-
-        These must stay as they are until that one is finished.
-        """
-        self._wait_for_activations()
+    def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
+        """Make a layer durable whose shard is written."""
         layers = (*self.state.layers, dict(result))
-        activations = tuple(one for one in self.state.activations if one.layers < len(layers))
-        found = {
-            "shards": dict(self._written),
-            "layers": layers,
-            "seconds": dict(seconds),
-            "used": used,
-            "activations": activations,
-        }
-        self._keep(self.state.model_copy(update=found))
-        if self._count < self.shards:
-            self.keep_activations(streams)
+        self._update_state(shards=dict(self._written), layers=layers, seconds=dict(seconds), used=used)
 
-    def keep_activations(self, streams: Mapping[str, Tensor]) -> None:
-        """Begin to write what the layer starts from that follows the finished ones."""
-        self._saving = self._pool.submit(self._save, streams)
+    def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
+        """Make durable what the layer after so many starts from: meanwhile, if it could be made again.
 
-    def _save(self, streams: Mapping[str, Tensor]) -> None:
-        saved = save_activations(self.work, len(self.state.layers), streams)
-        kept = (*self.state.activations, saved)[-ACTIVATIONS_KEPT:]
-        self._keep(self.state.model_copy(update={"activations": kept}))
+        The arrays must not change until `wait_for_activations`.
+        """
+        self._saving = self._pool.submit(self._save, layers, streams)
+        if not self.repeatable:
+            self.wait_for_activations()
 
-    def _wait_for_activations(self) -> None:
+    def _save(self, layers: int, streams: Mapping[str, Tensor]) -> None:
+        saved = save_activations(self.work, layers, streams)
+        before = (one for one in self.state.activations if one.layers < layers)
+        self._update_state(activations=(*before, saved)[-ACTIVATIONS_KEPT:])
+
+    @property
+    def saving(self) -> bool:
+        """Are activations being written?"""
+        return self._saving is not None and not self._saving.done()
+
+    def wait_for_activations(self) -> None:
         """Until those that are being written are durable.
 
         Raises:
             OSError: they could not be.
         """
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            try:
+                saving.result()
+            except KeyboardInterrupt:
+                self._saving = saving
+                raise
 
-    def _keep(self, state: RunState) -> None:
-        write_state(self.work, state)
-        self.state = state  # what is told to be kept is
+    def _update_state(self, **changes: Any) -> None:
+        with self._updating:
+            state = self.state.model_copy(update=changes)
+            write_state(self.work, state)
+            self.state = state  # what is told to be kept is
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(Exception):  # that of the run is told
-            self._wait_for_activations()
-        self._pool.shutdown()
-        if self.work.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
-            with suppress(OSError):
-                shutil.rmtree(self.work)
-            self._remove_parents()
-        self._lock.close()  # last: who has it may take what is in the folder for its own
+        try:
+            with suppress(Exception):  # that of the run is told
+                self.wait_for_activations()
+            if self.work.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
+                with suppress(OSError):
+                    remove_work_folder(self.work)
+                self._remove_parents()
+        finally:  # last: who has the lock may take what is in the folder for its own
+            self._pool.submit(self._lock.close)
+            self._pool.shutdown(wait=not self.saving)
         if isinstance(error, OSError):
             full = is_full(error)
             again = "go on with --resume" if self.resumable else "start again; nothing half-written was left"
@@ -288,9 +309,14 @@ class CheckpointWriter:
         A single shard that has the name of a whole model needs no index.
 
         Raises:
-            OutputError: something else has come to be in the output's place meanwhile.
+            OutputError: something else has come to be in the output's place meanwhile, or a shard is gone.
         """
+        with suppress(OSError):  # the layer that started from them is finished
+            self.wait_for_activations()
         check_output(self.output, self.overwrite)
+        for name in self._written:
+            if not (self.work / name).is_file():
+                raise OutputError(f"{name} is not in {self.work} any more", "go on with --resume, which makes it again")
         weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
         index = {
             "metadata": {"total_size": sum(shard.bytes for shard in self._written.values())},

@@ -38,7 +38,7 @@ VOCABULARY_BYTES = 350  # that a tokenizer takes for each token that it knows, a
 class StageForecast(BaseModel):
     """A stage's work in the process that has the most of it, and its seconds by what sets the pace.
 
-    Of what is done while layers are computed (`keep`) the seconds are those by which it takes longer.
+    Of what is done while a GPU computes layers (`keep`) the seconds are those by which it takes longer.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -122,7 +122,10 @@ def forecast(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     if config.include or config.exclude or config.skip_layers or config.sparsities:
         progress.warn("counted as if every linear were pruned: what is left out, or left dense, takes less")
     if max(config.processes) > config.samples:
-        raise SettingsError(f"{max(config.processes)} processes cannot share {config.samples} windows", "give more")
+        raise SettingsError(
+            f"{max(config.processes)} processes cannot share {config.samples} windows",
+            "plan fewer, or give more --samples",
+        )
     own = config.flops is None
     # A named machine is taken to compute in bfloat16 on a GPU, whatever this one is.
     device = resolve_device(config.device) if own else torch.device(_named_device(config.device))
@@ -242,7 +245,7 @@ def _with_processes(
     held = peak_held(model, recipe)
     return ProcessesForecast(
         processes=recipe.processes,
-        stages=_stages(costs, rates),
+        stages=_stages(costs, rates, recipe.on_cpu),
         host_memory=max(bare + held.host, reading),
         device_memory=None if recipe.on_cpu else held.device,
         on_device=recipe.on_device(model.hidden),
@@ -250,9 +253,10 @@ def _with_processes(
     )
 
 
-def _stages(costs: Costs, rates: Rates) -> tuple[StageForecast, ...]:
+def _stages(costs: Costs, rates: Rates, on_cpu: bool) -> tuple[StageForecast, ...]:
     seconds = {one.name: rates.seconds(getattr(costs, one.name)) for one in fields(costs)}
-    meanwhile = sum(sum(seconds[name].values()) for name in IN_LAYERS)
+    # Hashing, and copying to the system's pages, take a CPU that computes as long as if it did nothing else.
+    meanwhile = 0.0 if on_cpu else sum(sum(seconds[name].values()) for name in IN_LAYERS)
     kept = sum(seconds["keep"].values())
     longer = max(0.0, kept - meanwhile) / kept if kept else 0.0
     seconds["keep"] = {kind: longer * value for kind, value in seconds["keep"].items()}

@@ -8,7 +8,7 @@ from llm_barber.planning.forecast import Forecast, ProcessesForecast
 PHRASES = {
     "embed": "embed, copy what is outside the layers", "allocate": "allocate the sparsity", "initial": "initial mask",
     "rebuild": "rebuild", "refine": "refine", "tune": "tune", "propagate": "propagate", "read": "read",
-    "write": "write", "keep": "keep activations for --resume, meanwhile", "head": "output head",
+    "write": "write", "keep": "keep activations for --resume", "head": "output head",
 }  # fmt: skip
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
