@@ -412,6 +412,8 @@ def test_what_is_refused(tmp_path: Path, settings: dict[str, Any], error: type[B
         ('{"model_type": "nothing"}', "cannot be used"),
         ('{"model_type": "bert"}', "bert is an encoder"),
         ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "is quantised"),
+        ('{"model_type": "llama", "hidden_size": 0}', "says hidden_size: 0"),
+        ('{"model_type": "llama", "vocab_size": 0}', "says vocab_size: 0"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -12,6 +12,7 @@ from llm_barber.errors import ModelError
 from llm_barber.opening import unusable_configuration
 
 NOT_FOUND_HINT = "give a folder with config.json, a config.json, a GGUF file or a hub id"
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
 def read_configuration(model: str, revision: str | None = None) -> PreTrainedConfig:
@@ -30,6 +31,12 @@ def read_configuration(model: str, revision: str | None = None) -> PreTrainedCon
         )
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
         raise unusable_configuration(model, error) from error
+    for size in SIZES:
+        given = getattr(config.get_text_config(), size, 1)
+        if isinstance(given, int) and given < 1:
+            raise ModelError(
+                f"the configuration of {model} says {size}: {given}", "get it again; nothing has that size"
+            )
     if options:
         config.dtype = GGUF_DTYPE  # what its weights become
     return config
