@@ -311,6 +311,19 @@ def test_a_kill_after_a_damaged_state_was_taken_up(
     goes_on(monkeypatch, tmp_path, model, tokens, [2], [1])
 
 
+def test_without_any_state_it_starts_again_and_says_so(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    for name in (STATE_NAME, STATE_BEFORE):
+        (tmp_path / "out.partial" / name).unlink()
+    told = Listener()
+    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, resume=True, **SETTINGS), told)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert [one for one in told.warnings if one.startswith("state.json of the unfinished run is damaged or missing: 0")]
+
+
 def test_with_the_first_layer_damaged_it_starts_again(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,8 @@ class CheckpointWriter:
         """Go on with what is in the work folder, refuse it, or clear it away."""
         left = unfinished_run(self.work, self.state.key, self.overwrite, self.resume)
         kept = {LOCK_NAME}
+        if left is None and self.resume and any(self.work.glob("*.safetensors")):
+            self.lost.append(STATE_NAME)
         if left is not None and self.resume:
             mend_state(self.work)
             whole, self.lost = undamaged(self.work, left)
