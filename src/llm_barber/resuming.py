@@ -95,11 +95,12 @@ def pass_layers(
     """Move the streams through finished layers whose output was not durable yet, or is damaged."""
     job, settings = work.job, work.refine_settings
     follows_dense = settings is not None and settings.target_mix > 0
+    progress.start("once more through finished layers", len(finished))
     for result in finished:
-        progress.stage(f"through layer {result.index}, which is finished, once more")
         written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
         compute = partial(pass_layer, job, result, ahead.take(), written, follows_dense, streams)
         with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
+        progress.advance("")
     writer.keep_activations(finished[-1].index + 1, gathered(work, streams))
 
 

@@ -60,13 +60,13 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         _allocate(work, streams, writer, seconds, progress)
         streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.places.empty_off_device))
         activations = {}  # it has copied them
-        progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
-        for layer in results:
-            writer.skip_shard()
-            progress.advance(_summary(layer))
         with ReadAhead(job.source, job.steps[reached:], streams.places.pinned) as ahead:
             if finished := results[reached:]:
                 pass_layers(work, finished, ahead, writer, streams, progress)
+            progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
+            for layer in results:
+                writer.skip_shard()
+                progress.advance(_summary(layer))
             for index in range(len(results), len(job.steps)):
                 start = time.perf_counter()
                 tensors = ahead.take()
