@@ -108,6 +108,23 @@ def test_cells_are_what_prune_and_evaluate_give(settings: dict[str, Any], tmp_pa
     assert not (settings["output"] / "work").exists() or not any((settings["output"] / "work").iterdir())
 
 
+def test_a_cell_that_was_measured_on_tasks_serves_without_them(settings: dict[str, Any], counter: Counter) -> None:
+    own = {**settings, "methods": ("wanda",), "targets": ("0.5",)}
+    alone = compare(CompareConfig(**{**own, "seeds": (1,)}))
+    assert counter.calls == 2
+    both = compare(CompareConfig(**own))
+    assert counter.calls == 4
+    before = {cell.rebuilt: cell.result for cell in alone.cells}
+    for cell in both.cells:
+        assert cell.result is not None
+        assert bool(cell.result.evaluation.tasks) is (cell.seed == 0)
+        if cell.seed == 1:
+            with_tasks = before[cell.rebuilt]
+            assert with_tasks is not None
+            assert with_tasks.evaluation.tasks
+            assert cell.result.evaluation.texts == with_tasks.evaluation.texts
+
+
 def test_an_interrupted_comparison_goes_on(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

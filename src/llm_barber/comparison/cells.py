@@ -105,12 +105,16 @@ class CellRunner:
         return kept.evaluation
 
     def finished(self, name: str, settings: Mapping[str, Any], with_tasks: bool = True) -> CellResult | None:
-        """A kept cell."""
-        path, key = self._place(name, settings, with_tasks)
-        result = _read(path, CellResult)
-        if self.keep_models and not (self.folder / MODELS / path.stem).is_dir():
-            return None  # its model is asked for, and was not kept
-        return result if result is not None and result.key == key else None
+        """A kept cell; one that was measured on tasks, too, serves without them."""
+        for measured in dict.fromkeys((with_tasks, True)):
+            path, key = self._place(name, settings, measured)
+            if self.keep_models and not (self.folder / MODELS / path.stem).is_dir():
+                continue  # its model is asked for, and was not kept
+            result = _read(path, CellResult)
+            if result is not None and result.key == key:
+                tasks = result.evaluation.tasks if with_tasks else ()
+                return result.model_copy(update={"evaluation": result.evaluation.model_copy(update={"tasks": tasks})})
+        return None
 
     def run(
         self,
