@@ -268,6 +268,10 @@ def test_what_is_kept_while_layers_are_computed_takes_time_where_the_disk_is_slo
         assert stages["keep"].bytes_written == kept
         assert stages["keep"].seconds == pytest.approx(max(0, kept / bandwidth - layers))
         assert run.seconds == pytest.approx(sum(one.seconds for one in run.stages))
+    alone: dict[str, Any] = {"initial": "sparsegpt", "rebuild": False}  # waits for it: nobody writes what it ran
+    for settings, waited in ((alone, kept / 2e9), ({**alone, "keep_updates": True}, 0)):
+        (run,) = forecast(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=2e9, **settings)).runs
+        assert next(one for one in run.stages if one.name == "keep").seconds == pytest.approx(waited)
 
 
 def test_text_takes_memory_and_tokens_of_a_file_do_not(

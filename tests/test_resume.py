@@ -136,7 +136,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         )
         lines = (tmp_path / "computed").read_text().split()
         passed = [line for line in lines if line.startswith("-")]
-        assert len(passed) <= 1
+        assert len(passed) <= 2  # two where writing took longer than the next layer
         passes += len(passed)
         if computed := [int(line) for line in lines if line not in passed]:
             # Of what was computed before only the layer that was in the making, or was not durable yet, is again.
@@ -252,6 +252,21 @@ def test_a_damaged_file_of_activations_costs_one_pass_through_a_layer(
     goes_on(monkeypatch, tmp_path, model, tokens, [2], [1], **settings)
 
 
+def test_the_dense_stream_goes_through_a_finished_layer_in_the_same_batches(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where linears are refined, held-out windows are apart; this model's layers round otherwise by batch size."""
+    settings = {"initial": "wanda", "refine": "swaps", "reconstruct": "least-squares"}
+    jamba = make_model(tmp_path / "jamba", "jamba")
+    run(jamba, tmp_path / "whole", tokens, **settings)
+    stopped(monkeypatch, jamba, tmp_path / "out", tokens, layers=1, **settings)
+    next((tmp_path / "out.partial").glob("activations-*")).unlink()
+    found = passed_layers(monkeypatch)
+    run(jamba, tmp_path / "out", tokens, resume=True, **settings)
+    assert found == [0]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("initial", ["sparsegpt", "alps"])
 def test_layers_whose_output_cannot_be_made_again_are_pruned_again(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, initial: str
@@ -264,7 +279,7 @@ def test_layers_whose_output_cannot_be_made_again_are_pruned_again(
     newest.unlink()
     goes_on(monkeypatch, tmp_path, model, tokens, [1, 2], **settings)
     monkeypatch.undo()
-    for kept in ({"keep_updates": True}, {"rebuild": True}):
+    for kept in ({"keep_updates": True}, {"rebuild": True}, {"refine": "swaps"}):
         shutil.rmtree(tmp_path / "whole")
         run(model, tmp_path / "whole", tokens, **{**settings, **kept})
         shutil.rmtree(tmp_path / "out")
@@ -452,6 +467,34 @@ def test_activations_are_written_while_the_next_layer_is_computed(
     for layers, content in kept.items():
         assert (tmp_path / "again.partial" / f"activations-{layers:05d}.safetensors").read_bytes() == content
     assert kept.keys() == {1, 2}
+
+
+def test_activations_may_take_longer_to_write_than_the_next_layer_to_compute(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer is finished meanwhile; then its own wait."""
+    run(model, tmp_path / "whole", tokens)
+    finished, sync, finish = (
+        [threading.Event() for _ in range(4)],
+        state_module.sync_file,
+        CheckpointWriter.finish_layer,
+    )
+
+    def slow(path: Path) -> str:
+        if path.name.startswith("activations-"):
+            after = int(path.name[12:17])
+            assert finished[after + 1].wait(60)
+        return sync(path)
+
+    def noted(self: CheckpointWriter, result: Any, *rest: Any) -> None:
+        finish(self, result, *rest)
+        finished[len(self.state.layers)].set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "sync_file", slow)
+        patch.setattr(CheckpointWriter, "finish_layer", noted)
+        run(model, tmp_path / "out", tokens)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def test_a_damaged_shard_costs_what_it_held(

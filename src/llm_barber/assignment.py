@@ -9,7 +9,7 @@ from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.state import source_key
 from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
-from llm_barber.initial import UPDATING, MethodMasks
+from llm_barber.initial import MethodMasks
 from llm_barber.job import Job
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method import RebuildSettings
@@ -62,14 +62,8 @@ class Assignment:
 
     @property
     def runs_what_it_writes(self) -> bool:
-        """Does a finished layer's output come from the weights that are written?
-
-        SparseGPT's and ALPS' own masks are those of a stream that goes through their updated weights, while, without
-        `keep_updates`, the dense ones are written.
-        """
-        updates = isinstance(self.initial, MethodMasks) and self.initial.method in UPDATING
-        kept = updates and isinstance(self.config, PruneConfig) and self.config.keep_updates
-        return not updates or kept or self.rebuild_settings is not None or self.refine_settings is not None
+        """Does a finished layer's output come from the weights that are written?"""
+        return not isinstance(self.config, PruneConfig) or self.config.runs_what_it_writes
 
     @property
     def recipe(self) -> Recipe:

@@ -175,6 +175,15 @@ class PruneConfig(RunSettings):
         return Allocation.UNIFORM if self.pattern is not None or self.sparsities else self.defaults.allocation
 
     @property
+    def runs_what_it_writes(self) -> bool:
+        """Does a finished layer's output come from the weights that are written?
+
+        SparseGPT's and ALPS' own masks are those of a stream that goes through their updated weights, while, without
+        `keep_updates`, the dense ones are written.
+        """
+        return not self.method.has_updates or self.keep_updates or self.rebuilds or self.refines
+
+    @property
     def targets(self) -> Targets:
         """How much of each linear goes."""
         return Targets(

@@ -74,7 +74,6 @@ class Statistic(Protocol):
         """The statistic over all sequences."""
 
 
-UPDATING = (Initial.SPARSEGPT, Initial.ALPS)  # methods that change the weights that they keep
 FEW_TOKENS = 64  # the inputs of an expert with fewer say too little
 AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 

@@ -22,7 +22,7 @@ from llm_barber.model.architecture import Block, only
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
-from llm_barber.refine import Pass, block_errors, measured_windows, refine_block
+from llm_barber.refine import Pass, block_errors, dense_batches, measured_windows, refine_block
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import BlockResult, LinearResult
 from llm_barber.tune import Tuned, tune_layer
@@ -81,8 +81,8 @@ def prune_layer(
     final: list[Block] = []
     for block in blocks:
         work = Pass(layer, block, final, streams, last=block is blocks[-1])
-        if follows_dense and not block.linears:
-            for batch in streams.batches():
+        if refine_settings is not None and follows_dense and not block.linears:
+            for batch in dense_batches(refine_settings, streams):
                 work.advance_dense(batch)
         outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, index)
         unchanged = all(torch.equal(one.weight, pruned[name].weight) for name, one in outcome.linears.items())

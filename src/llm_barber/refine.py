@@ -156,7 +156,7 @@ def _measured(
     streams = work.streams
     work.layer.set_weights(dense_weights)
     if settings.target_mix:
-        for batch in streams.batches():
+        for batch in dense_batches(settings, streams):
             work.advance_dense(batch)
     ((error,), _) = _measure(work, dense_weights, (pruned,), measured_windows(settings, streams), 0.0)
     kept = {name: pruned[name] for name in work.block.linears}
@@ -167,6 +167,12 @@ def measured_windows(settings: RefineSettings, streams: ActivationStreams) -> li
     """Those that errors are means over: the ones that are held out, or all."""
     training, held_out = streams.split()
     return held_out if settings.held_out else training
+
+
+def dense_batches(settings: RefineSettings, streams: ActivationStreams) -> list[slice]:
+    """Those in which the dense stream moves: where linears are refined, held-out windows are apart from others."""
+    training, held_out = streams.split()
+    return [*training, *held_out] if settings.of_linears else list(streams.batches())
 
 
 def block_errors(

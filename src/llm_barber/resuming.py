@@ -18,6 +18,8 @@ from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.job import Job
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
+from llm_barber.refine import dense_batches
+from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import LayerResult
 from llm_barber.usage import machine, peak_device_memory, peak_memory
 
@@ -54,7 +56,7 @@ def pass_layer(
     result: LayerResult,
     tensors: Mapping[str, Tensor],
     written: Mapping[str, Tensor],
-    follows_dense: bool,
+    settings: RefineSettings | None,
     streams: ActivationStreams,
 ) -> None:
     """Move the streams through a finished layer, as `prune_layer` did.
@@ -64,13 +66,14 @@ def pass_layer(
         result: the layer's record.
         tensors: dense, by the checkpoint's names.
         written: as they were written.
-        follows_dense: do the dense model's activations go through the layers, too?
+        settings: of the run's refining, which may move the dense model's activations, too.
         streams: what the layer starts from; then what the next one does.
     """
     index, skeleton = result.index, job.skeleton
-    if follows_dense:
+    follows_dense = settings is not None and settings.target_mix > 0
+    if settings is not None and follows_dense:
         layer, _ = job.open_layer(index, tensors)
-        for batch in streams.batches():
+        for batch in dense_batches(settings, streams):
             streams.write(DENSE + NEXT, batch, layer.output(streams.read(DENSE + HIDDEN, batch)))
     layer, weights = job.open_layer(index, {**tensors, **written})
     # Laid out as they were when they were computed with: products of other layouts may be rounded otherwise.
@@ -94,11 +97,10 @@ def pass_layers(
 ) -> None:
     """Move the streams through finished layers whose output was not durable yet, or is damaged."""
     job, settings = work.job, work.refine_settings
-    follows_dense = settings is not None and settings.target_mix > 0
     progress.start("once more through finished layers", len(finished))
     for result in finished:
         written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
-        compute = partial(pass_layer, job, result, ahead.take(), written, follows_dense, streams)
+        compute = partial(pass_layer, job, result, ahead.take(), written, settings, streams)
         with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
         progress.advance("")
     writer.keep_activations(finished[-1].index + 1, gathered(work, streams))

@@ -240,7 +240,8 @@ def test_whoever_does_not_wait_for_activations_leaves_the_lock_to_them(
     with pytest.raises(OutputError, match="another run is writing"):
         write(tmp_path / "out")
     goes_on.set()
-    writer._pool.shutdown(wait=True)
+    assert writer._saving is not None
+    writer._saving.result(60)
     with CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as again:
         reached, found = again.read_activations()
         assert reached == 1

@@ -166,14 +166,10 @@ def _read(path: Path) -> RunState | None:
 
 
 def write_state(folder: Path, state: RunState) -> None:
-    """Write the state, durably, beside the one before it, and remove activations that it does not name."""
+    """Write the state, durably, beside the one before it."""
     if (folder / STATE_NAME).exists():
         (folder / STATE_NAME).rename(folder / STATE_BEFORE)
     write_durably(folder / STATE_NAME, state.model_dump_json().encode())
-    named = {one.file for one in state.activations}
-    for path in folder.glob("activations-*"):
-        if path.name not in named:
-            path.unlink()
 
 
 def check_key(state: RunState, key: Mapping[str, Any]) -> None:

@@ -10,10 +10,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -86,7 +86,6 @@ class CheckpointWriter:
         self._written: dict[str, Shard] = {}
         self.lost: list[str] = []  # what an unfinished run had finished, and is damaged
         self._count = 0
-        self._pool = ThreadPoolExecutor(1, "activations")
         self._saving: Future[None] | None = None
         self._updating = Lock()  # the state
 
@@ -193,14 +192,24 @@ class CheckpointWriter:
 
         The arrays must not change until `wait_for_activations`.
         """
-        self._saving = self._pool.submit(self._save, layers, streams)
+        self._saving = Future()
+        # One that does not keep a program from ending that has been interrupted twice.
+        Thread(target=self._save, args=(self._saving, layers, streams), name="activations", daemon=True).start()
         if not self.repeatable:
             self.wait_for_activations()
 
-    def _save(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        saved = save_activations(self.work, layers, streams)
-        before = (one for one in self.state.activations if one.layers < layers)
-        self._update_state(activations=(*before, saved)[-ACTIVATIONS_KEPT:])
+    def _save(self, saving: "Future[None]", layers: int, streams: Mapping[str, Tensor]) -> None:
+        try:
+            saved = save_activations(self.work, layers, streams)
+            before = (one for one in self.state.activations if one.layers < layers)
+            kept = (*before, saved)[-ACTIVATIONS_KEPT:]
+            self._update_state(activations=kept)
+            for path in set(self.work.glob("activations-*")) - {self.work / one.file for one in kept}:
+                path.unlink()
+        except BaseException as error:
+            saving.set_exception(error)
+        else:
+            saving.set_result(None)
 
     @property
     def saving(self) -> bool:
@@ -238,8 +247,10 @@ class CheckpointWriter:
                     remove_work_folder(self.work)
                 self._remove_parents()
         finally:  # last: who has the lock may take what is in the folder for its own
-            self._pool.submit(self._lock.close)
-            self._pool.shutdown(wait=not self.saving)
+            if self._saving is None:
+                self._lock.close()
+            else:
+                self._saving.add_done_callback(lambda _: self._lock.close())
         if isinstance(error, OSError):
             full = is_full(error)
             again = "go on with --resume" if self.resumable else "start again; nothing half-written was left"
@@ -313,7 +324,7 @@ class CheckpointWriter:
         Raises:
             OutputError: something else has come to be in the output's place meanwhile, or a shard is gone.
         """
-        with suppress(OSError):  # the layer that started from them is finished
+        with suppress(Exception):  # the layer that started from them is finished
             self.wait_for_activations()
         check_output(self.output, self.overwrite)
         for name in self._written:

@@ -245,7 +245,7 @@ def _with_processes(
     held = peak_held(model, recipe)
     return ProcessesForecast(
         processes=recipe.processes,
-        stages=_stages(costs, rates, recipe.on_cpu),
+        stages=_stages(costs, rates, recipe),
         host_memory=max(bare + held.host, reading),
         device_memory=None if recipe.on_cpu else held.device,
         on_device=recipe.on_device(model.hidden),
@@ -253,10 +253,11 @@ def _with_processes(
     )
 
 
-def _stages(costs: Costs, rates: Rates, on_cpu: bool) -> tuple[StageForecast, ...]:
+def _stages(costs: Costs, rates: Rates, recipe: Recipe) -> tuple[StageForecast, ...]:
     seconds = {one.name: rates.seconds(getattr(costs, one.name)) for one in fields(costs)}
     # Hashing, and copying to the system's pages, take a CPU that computes as long as if it did nothing else.
-    meanwhile = 0.0 if on_cpu else sum(sum(seconds[name].values()) for name in IN_LAYERS)
+    waits = recipe.on_cpu or not recipe.repeatable
+    meanwhile = 0.0 if waits else sum(sum(seconds[name].values()) for name in IN_LAYERS)
     kept = sum(seconds["keep"].values())
     longer = max(0.0, kept - meanwhile) / kept if kept else 0.0
     seconds["keep"] = {kind: longer * value for kind, value in seconds["keep"].items()}

@@ -25,7 +25,8 @@ class Recipe:
     """A run's settings.
 
     `itemsize`: bytes of a number in the compute dtype, `stored` in the checkpoint. `on_cpu`: host and device memory
-    are one. `refine`: None: no refining. `processes` share the sequences; the slowest has as many as any.
+    are one. `refine`: None: no refining. `repeatable`: a layer need not wait until what the one before gave is durable.
+    `processes` share the sequences; the slowest has as many as any.
     `room`: bytes of the device's memory that calibration activations may take, `for_activations` of the host's, None:
     any number; others are files.
     """
@@ -42,6 +43,7 @@ class Recipe:
     granularity: Granularity | None  # of the rebuild; None: no rebuild
     refine: RefineSettings | None
     prunes_head: bool = False
+    repeatable: bool = True
     processes: int = 1
     room: int = 0
     for_activations: int | None = None
@@ -66,6 +68,7 @@ class Recipe:
             granularity=granularity if config.rebuilds else None,
             refine=RefineSettings.of(config, config.target, config.samples, config.seqlen),
             prunes_head=config.prune_head,
+            repeatable=config.runs_what_it_writes,
         )
 
     def among(self, processes: int) -> "Recipe":
