@@ -3,6 +3,7 @@ import fcntl
 import json
 import shutil
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -240,8 +241,9 @@ def test_whoever_does_not_wait_for_activations_leaves_the_lock_to_them(
     with pytest.raises(OutputError, match="another run is writing"):
         write(tmp_path / "out")
     goes_on.set()
-    assert writer._saving is not None
-    writer._saving.result(60)
+    deadline = time.monotonic() + 60
+    while not writer._lock.closed and time.monotonic() < deadline:
+        time.sleep(0.01)
     with CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as again:
         reached, found = again.read_activations()
         assert reached == 1
