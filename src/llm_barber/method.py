@@ -81,9 +81,8 @@ def prune_layer(
     final: list[Block] = []
     for block in blocks:
         work = Pass(layer, block, final, streams, last=block is blocks[-1])
-        if refine_settings is not None and follows_dense and not block.linears:
-            for batch in dense_batches(refine_settings, streams):
-                work.advance_dense(batch)
+        for batch in () if block.linears else dense_batches(refine_settings, streams):
+            work.advance_dense(batch)
         outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, index)
         unchanged = all(torch.equal(one.weight, pruned[name].weight) for name, one in outcome.linears.items())
         pruned.update(outcome.linears)

@@ -155,9 +155,8 @@ def _measured(
     """A block whose linears are left to what tunes the layer: its error; the dense stream moves on."""
     streams = work.streams
     work.layer.set_weights(dense_weights)
-    if settings.target_mix:
-        for batch in dense_batches(settings, streams):
-            work.advance_dense(batch)
+    for batch in dense_batches(settings, streams):
+        work.advance_dense(batch)
     ((error,), _) = _measure(work, dense_weights, (pruned,), measured_windows(settings, streams), 0.0)
     kept = {name: pruned[name] for name in work.block.linears}
     return Refined(kept, dict.fromkeys(kept, 0), False, (error, error))
@@ -169,8 +168,13 @@ def measured_windows(settings: RefineSettings, streams: ActivationStreams) -> li
     return held_out if settings.held_out else training
 
 
-def dense_batches(settings: RefineSettings, streams: ActivationStreams) -> list[slice]:
-    """Those in which the dense stream moves: where linears are refined, held-out windows are apart from others."""
+def dense_batches(settings: RefineSettings | None, streams: ActivationStreams) -> list[slice]:
+    """Those in which the dense stream moves: where linears are refined, held-out windows are apart from others.
+
+    None, where it is not followed.
+    """
+    if settings is None or not settings.target_mix:
+        return []
     training, held_out = streams.split()
     return [*training, *held_out] if settings.of_linears else list(streams.batches())
 

@@ -70,10 +70,10 @@ def pass_layer(
         streams: what the layer starts from; then what the next one does.
     """
     index, skeleton = result.index, job.skeleton
-    follows_dense = settings is not None and settings.target_mix > 0
-    if settings is not None and follows_dense:
+    dense = dense_batches(settings, streams)
+    if dense:
         layer, _ = job.open_layer(index, tensors)
-        for batch in dense_batches(settings, streams):
+        for batch in dense:
             streams.write(DENSE + NEXT, batch, layer.output(streams.read(DENSE + HIDDEN, batch)))
     layer, weights = job.open_layer(index, {**tensors, **written})
     # Laid out as they were when they were computed with: products of other layouts may be rounded otherwise.
@@ -83,7 +83,7 @@ def pass_layer(
     skeleton.tails[index] = layer.tail
     skeleton.release_layer(index)
     streams.rename(DENSE_OUTPUT, HIDDEN)
-    if follows_dense:
+    if dense:
         streams.rename(DENSE + NEXT, DENSE + HIDDEN)
 
 

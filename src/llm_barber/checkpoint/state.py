@@ -92,6 +92,14 @@ class RunState(BaseModel):
         """Is there anything to go on with?"""
         return bool(self.layers) or self.sparsities is not None
 
+    def of_first_layers(self, count: int) -> "RunState":
+        """As it was when so many layers were finished; their shards come after those outside the layers."""
+        outside = len(self.shards) - len(self.layers)
+        shards = dict(list(self.shards.items())[: outside + count])
+        activations = tuple(one for one in self.activations if one.layers <= count)
+        found = {"shards": shards, "layers": self.layers[:count], "activations": activations}
+        return self.model_copy(update=found)
+
 
 def read_state(folder: Path) -> RunState | None:
     """The state in a work folder, or the one before it where that is damaged or gone; None if there is none.
@@ -149,10 +157,7 @@ def undamaged(folder: Path, left: RunState) -> tuple[RunState, list[str]]:
         if number >= outside:
             finished = number - outside
             break
-    shards = dict(list(left.shards.items())[: outside + finished])
-    activations = tuple(one for one in left.activations if one.layers <= finished)
-    found = {"shards": shards, "layers": left.layers[:finished], "activations": activations}
-    return left.model_copy(update=found), lost
+    return left.of_first_layers(finished), lost
 
 
 def _read(path: Path) -> RunState | None:

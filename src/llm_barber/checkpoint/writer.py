@@ -150,23 +150,19 @@ class CheckpointWriter:
         """
         if self.state.layers and len(self._written) == self.shards:  # only to finish; they may be gone already
             return len(self.state.layers), {}
-        reached, found = 0, None
-        for kept in reversed(self.state.activations):
-            reached, found = kept.layers, load_activations(self.work, kept)
-            if found is not None:
-                break
-            self.lost.append(kept.file)
-        reached = 0 if found is None else reached
+        reached, found = self._newest_activations()
         if not self.repeatable:
-            self._forget_layers(reached)
-        return reached, found or {}
+            self.state = self.state.of_first_layers(reached)
+            self._written = dict(self.state.shards)
+        return reached, found
 
-    def _forget_layers(self, reached: int) -> None:
-        """Those after so many."""
-        outside = len(self._written) - len(self.state.layers)
-        self._written = dict(list(self._written.items())[: outside + reached])
-        found = {"shards": dict(self._written), "layers": self.state.layers[:reached]}
-        self.state = self.state.model_copy(update=found)
+    def _newest_activations(self) -> tuple[int, dict[str, Tensor]]:
+        for kept in reversed(self.state.activations):
+            found = load_activations(self.work, kept)
+            if found is not None:
+                return kept.layers, found
+            self.lost.append(kept.file)
+        return 0, {}
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard that is written, the first is 0, by their names in the checkpoint."""
