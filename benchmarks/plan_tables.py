@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llm_barber.planning.forecast import ProcessesForecast, StageForecast, forecast
+from llm_barber.planning.forecast import ProcessesForecast, forecast
 from llm_barber.planning.plan_config import PlanConfig
-from llm_barber.planning.table import amount, duration
+from llm_barber.planning.table import amount, duration, stage_cells
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 LLAMA_8B = {
@@ -50,6 +50,7 @@ STAGES = {
     "refine": "dense stream, errors before", "tune": "tuning of masks", "propagate": "propagate", "read": "read",
     "write": "write", "keep": "keep activations for `--resume`",
 }  # fmt: skip
+TIME = 3  # of a stage's cells
 HEADINGS = ("stage", "FLOPs", "read", "written", "time, 1 process", "mostly", "8 processes", "8, 100 GB/s between them")
 
 
@@ -77,13 +78,8 @@ def table(configuration: dict[str, Any], preset: str) -> str:
     lines = [f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|---|---:|---:|"]
     for alone, together, faster in zip(one.stages, eight.stages, fast.stages, strict=True):
         if alone.seconds or alone.bytes_written:
-            kinds = alone.seconds_by_kind
-            mostly = max(kinds, key=kinds.__getitem__) if alone.seconds else "–"
-            lines.append(
-                f"| {STAGES[alone.name]} | {_or_dash(alone.flops)} | {_or_dash(alone.bytes_read, 'B')} | "
-                f"{_or_dash(alone.bytes_written, 'B')} | {_time(alone)} | "
-                f"{mostly} | {_time(together)} | {_time(faster)} |"
-            )
+            others = (stage_cells(one)[TIME] for one in (together, faster))
+            lines.append(f"| {' | '.join([STAGES[alone.name], *stage_cells(alone), *others])} |")
     flops, read, written = (
         sum(getattr(stage, what) for stage in one.stages) for what in ("flops", "bytes_read", "bytes_written")
     )
@@ -96,14 +92,6 @@ def table(configuration: dict[str, Any], preset: str) -> str:
         f"**{fast.bottleneck}**), {_memory(eight)} each (of hosts': process 0's)."
     )
     return "\n".join([*lines, "", memory])
-
-
-def _time(stage: StageForecast) -> str:
-    return duration(stage.seconds) if stage.seconds else "–"
-
-
-def _or_dash(value: float, unit: str = "") -> str:
-    return f"{amount(value)}{unit}" if value else "–"
 
 
 def _memory(run: ProcessesForecast) -> str:

@@ -333,10 +333,9 @@ def test_without_any_state_it_starts_again_and_says_so(
     stopped(monkeypatch, model, tmp_path / "out", tokens)
     for name in (STATE_NAME, STATE_BEFORE):
         (tmp_path / "out.partial" / name).unlink()
-    told = Listener()
-    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, resume=True, **SETTINGS), told)
+    warnings = warnings_of_resumed(model, tmp_path / "out", tokens)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-    assert [one for one in told.warnings if one.startswith("state.json of the unfinished run is damaged or missing: 0")]
+    assert [one for one in warnings if one.startswith("state.json of the unfinished run is damaged or missing: 0")]
 
 
 def test_with_the_first_layer_damaged_it_starts_again(
@@ -371,10 +370,8 @@ def test_a_model_that_was_written_since_is_told_of(
 ) -> None:
     stopped(monkeypatch, model, tmp_path / "out", tokens)
     os.utime(model / "model.safetensors", ns=(1, 1))
-    told = Listener()
-    config = PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, resume=True, **SETTINGS)
-    prune(config, told)
-    assert [one for one in told.warnings if one.startswith("model.safetensors of the model came here since")]
+    warnings = warnings_of_resumed(model, tmp_path / "out", tokens)
+    assert [one for one in warnings if one.startswith("model.safetensors of the model came here since")]
 
 
 def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,17 +416,21 @@ def test_only_layers_from_the_damage_on_are_pruned_again(
     lost = [one for start in damaged for one in sorted((tmp_path / "out.partial").glob(f"{start}*"))]
     for one in lost:
         damage(one)
-    told = Listener()
     found, through = counted_layers(monkeypatch), passed_layers(monkeypatch)
-    config = PruneConfig(
-        model=model, output=tmp_path / "out", calibration=tokens, resume=True, **{**SETTINGS, **settings}
-    )
-    prune(config, told)
+    warnings = warnings_of_resumed(model, tmp_path / "out", tokens, **settings)
     assert found == list(range(finished, 3))
     assert through == list(range(finished))
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-    (message,) = (one for one in told.warnings if f"damaged or missing: {finished} finished layers" in one)
+    (message,) = (one for one in warnings if f"damaged or missing: {finished} finished layers" in one)
     assert lost[0].name in message
+
+
+def warnings_of_resumed(model: Path, out: Path, tokens: Path, **settings: Any) -> list[str]:
+    """What a run that goes on warns of."""
+    told = Listener()
+    config = PruneConfig(model=model, output=out, calibration=tokens, resume=True, **{**SETTINGS, **settings})
+    prune(config, told)
+    return told.warnings
 
 
 def damage(path: Path) -> None:

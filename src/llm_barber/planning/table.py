@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from llm_barber.planning.forecast import Forecast, ProcessesForecast
+from llm_barber.planning.forecast import Forecast, ProcessesForecast, StageForecast
 
 PHRASES = {
     "embed": "embed, copy what is outside the layers", "allocate": "allocate the sparsity", "initial": "initial mask",
@@ -64,14 +64,7 @@ def _stages(run: ProcessesForecast) -> Table:
     for stage in run.stages:
         if not (stage.seconds or stage.bytes_written):
             continue
-        table.add_row(
-            PHRASES[stage.name],
-            amount(stage.flops) if stage.flops else "–",
-            f"{amount(stage.bytes_read)}B" if stage.bytes_read else "–",
-            f"{amount(stage.bytes_written)}B" if stage.bytes_written else "–",
-            duration(stage.seconds) if stage.seconds else "–",
-            max(stage.seconds_by_kind, key=lambda kind: stage.seconds_by_kind[kind]) if stage.seconds else "–",
-        )
+        table.add_row(PHRASES[stage.name], *stage_cells(stage))
     table.add_section()
     stages = run.stages
     table.add_row(
@@ -83,6 +76,18 @@ def _stages(run: ProcessesForecast) -> Table:
         run.bottleneck,
     )
     return table
+
+
+def stage_cells(stage: StageForecast) -> tuple[str, str, str, str, str]:
+    """FLOPs, bytes read and written, time, and what most of it goes to; a dash for nothing."""
+    kinds = stage.seconds_by_kind
+    return (
+        amount(stage.flops) if stage.flops else "–",
+        f"{amount(stage.bytes_read)}B" if stage.bytes_read else "–",
+        f"{amount(stage.bytes_written)}B" if stage.bytes_written else "–",
+        duration(stage.seconds) if stage.seconds else "–",
+        max(kinds, key=kinds.__getitem__) if stage.seconds else "–",
+    )
 
 
 def amount(value: float) -> str:
