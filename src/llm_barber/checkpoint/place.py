@@ -3,6 +3,7 @@
 import glob
 import os
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -102,9 +103,16 @@ def remove_work_folder(work: Path) -> None:
 
 def _remove(folder: Path, marker: str) -> None:
     """Its marker goes last, so that what a killed run leaves is known."""
+    clear(folder, {marker})
+    shutil.rmtree(folder)
+
+
+def clear(folder: Path, kept: Collection[str]) -> None:
+    """Remove all that is in a folder but what has these names."""
     for path in folder.iterdir():
+        if path.name in kept:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != marker:
+        else:
             path.unlink()
-    shutil.rmtree(folder)

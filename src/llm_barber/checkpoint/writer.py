@@ -8,21 +8,28 @@ computed.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
 from safetensors import safe_open
 from torch import Tensor
 
+from llm_barber.checkpoint.behind import WriteBehind
 from llm_barber.checkpoint.folder import make_locked
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
-from llm_barber.checkpoint.place import LOCK_NAME, check_output, put_in_place, remove_work_folder, work_folder
+from llm_barber.checkpoint.place import (
+    LOCK_NAME,
+    check_output,
+    clear,
+    put_in_place,
+    remove_work_folder,
+    work_folder,
+)
 from llm_barber.checkpoint.state import (
     ACTIVATIONS_KEPT,
     STATE_BEFORE,
@@ -86,7 +93,7 @@ class CheckpointWriter:
         self._written: dict[str, Shard] = {}
         self.lost: list[str] = []  # what an unfinished run had finished, and is damaged
         self._count = 0
-        self._saving: Future[None] | None = None
+        self._behind = WriteBehind()
         self._updating = Lock()  # the state
 
     def __enter__(self) -> Self:
@@ -130,13 +137,7 @@ class CheckpointWriter:
             if whole.begun:  # otherwise all is made again
                 self.state, self._written = whole, dict(whole.shards)
                 kept |= {STATE_NAME, STATE_BEFORE, *whole.shards, *(one.file for one in whole.activations)}
-        for path in self.work.iterdir():
-            if path.name in kept:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        clear(self.work, kept)
 
     @property
     def resumable(self) -> bool:
@@ -188,29 +189,22 @@ class CheckpointWriter:
 
         The arrays must not change until `wait_for_activations`.
         """
-        self._saving = Future()
-        # One that does not keep a program from ending that has been interrupted twice.
-        Thread(target=self._save, args=(self._saving, layers, streams), name="activations", daemon=True).start()
+        self._behind.start(partial(self._save, layers, streams))
         if not self.repeatable:
             self.wait_for_activations()
 
-    def _save(self, saving: "Future[None]", layers: int, streams: Mapping[str, Tensor]) -> None:
-        try:
-            saved = save_activations(self.work, layers, streams)
-            before = (one for one in self.state.activations if one.layers < layers)
-            kept = (*before, saved)[-ACTIVATIONS_KEPT:]
-            self._update_state(activations=kept)
-            for path in set(self.work.glob("activations-*")) - {self.work / one.file for one in kept}:
-                path.unlink()
-        except BaseException as error:
-            saving.set_exception(error)
-        else:
-            saving.set_result(None)
+    def _save(self, layers: int, streams: Mapping[str, Tensor]) -> None:
+        saved = save_activations(self.work, layers, streams)
+        before = (one for one in self.state.activations if one.layers < layers)
+        kept = (*before, saved)[-ACTIVATIONS_KEPT:]
+        self._update_state(activations=kept)
+        for path in set(self.work.glob("activations-*")) - {self.work / one.file for one in kept}:
+            path.unlink()
 
     @property
     def saving(self) -> bool:
         """Are activations being written?"""
-        return self._saving is not None and not self._saving.done()
+        return self._behind.busy
 
     def wait_for_activations(self) -> None:
         """Until those that are being written are durable.
@@ -218,13 +212,7 @@ class CheckpointWriter:
         Raises:
             OSError: they could not be.
         """
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            try:
-                saving.result()
-            except KeyboardInterrupt:
-                self._saving = saving
-                raise
+        self._behind.wait()
 
     def _update_state(self, **changes: Any) -> None:
         with self._updating:
@@ -243,10 +231,7 @@ class CheckpointWriter:
                     remove_work_folder(self.work)
                 self._remove_parents()
         finally:  # last: who has the lock may take what is in the folder for its own
-            if self._saving is None:
-                self._lock.close()
-            else:
-                self._saving.add_done_callback(lambda _: self._lock.close())
+            self._behind.when_done(self._lock.close)
         if isinstance(error, OSError):
             full = is_full(error)
             again = "go on with --resume" if self.resumable else "start again; nothing half-written was left"

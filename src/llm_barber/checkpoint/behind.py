@@ -1,0 +1,54 @@
+"""Write what need not be durable yet while the next decoder layer is computed."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+
+
+class WriteBehind:
+    """One thing at a time is being written, by a thread that does not keep an interrupted program from ending."""
+
+    def __init__(self) -> None:
+        self._writing: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin to write, when what was written before is done with (`wait`)."""
+        assert self._writing is None, "wait for what is being written"
+        self._writing = Future()
+        Thread(target=_fulfil, args=(self._writing, write), name="write behind", daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Is something being written?"""
+        return self._writing is not None and not self._writing.done()
+
+    def wait(self) -> None:
+        """Until all is written. An interruption ends the waiting, and not the writing.
+
+        Raises:
+            OSError: it could not be.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except KeyboardInterrupt:
+            self._writing = writing
+            raise
+
+    def when_done(self, then: Callable[[], None]) -> None:
+        """Do something once nothing is being written: now, or, where nobody waits, by the thread that writes."""
+        if self._writing is None:
+            then()
+        else:
+            self._writing.add_done_callback(lambda _: then())
+
+
+def _fulfil(writing: "Future[None]", write: Callable[[], None]) -> None:
+    try:
+        write()
+    except BaseException as error:
+        writing.set_exception(error)
+    else:
+        writing.set_result(None)
