@@ -63,6 +63,8 @@ def estimated(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The settings without `estimator` and `rounds`; within, the rebuild works by them, if they are given."""
     given = dict(settings)
     estimator, rounds = given.pop("estimator", None), int(given.pop("rounds", 1))
+    if rounds != 1 and estimator is None:
+        raise SystemExit("rounds: of an estimator; add estimator=published")
     before = method._rebuild_block
     if estimator is not None:
         method._rebuild_block = rebuild_by(estimator, rounds)

@@ -6,9 +6,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,9 +162,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 
 def stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, **settings: Any) -> None:
     """Run until some layers are finished, then fail."""
-    import llm_barber.run as module
-
-    whole, done = module.prune_layer, 0
+    whole, done = run_module.prune_layer, 0
 
     def stop(*values: Any) -> Any:
         nonlocal done
@@ -173,38 +171,33 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, *
             raise KeyboardInterrupt
         return whole(*values)
 
-    monkeypatch.setattr(module, "prune_layer", stop)
+    monkeypatch.setattr(run_module, "prune_layer", stop)
     with pytest.raises(KeyboardInterrupt):
         run(*arguments, **settings)
     monkeypatch.undo()
 
 
-def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The layers that are computed from now on."""
-    import llm_barber.run as module
-
-    whole = module.prune_layer
+def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, index: Callable[[Any], int]) -> list[int]:
+    """The layers that a function is called for from now on, by its second argument."""
+    whole = getattr(module, name)
     found: list[int] = []
 
-    def count(job: Any, index: int, *values: Any) -> Any:
-        found.append(index)
-        return whole(job, index, *values)
+    def count(job: Any, layer: Any, *values: Any) -> Any:
+        found.append(index(layer))
+        return whole(job, layer, *values)
 
-    monkeypatch.setattr(module, "prune_layer", count)
+    monkeypatch.setattr(module, name, count)
     return found
+
+
+def counted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers that are computed from now on."""
+    return counted(monkeypatch, run_module, "prune_layer", lambda index: index)
 
 
 def passed_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The finished layers that the streams go through once more from now on."""
-    whole = resuming_module.pass_layer
-    found: list[int] = []
-
-    def count(job: Any, result: Any, *values: Any) -> Any:
-        found.append(result.index)
-        return whole(job, result, *values)
-
-    monkeypatch.setattr(resuming_module, "pass_layer", count)
-    return found
+    return counted(monkeypatch, resuming_module, "pass_layer", lambda result: result.index)
 
 
 def goes_on(
@@ -641,11 +634,9 @@ def test_rebuild_goes_on_too_and_notices_another_pruned_model(
     run(model, tmp_path / "pruned", tokens, rebuild=False)
     settings = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens, "rebuild_ratio": 0.5, **SETTINGS}
     rebuild(RebuildConfig(output=tmp_path / "whole", **settings))
-    import llm_barber.run as module
-
-    whole = module.prune_layer
+    whole = run_module.prune_layer
     monkeypatch.setattr(
-        module, "prune_layer", lambda job, index, *rest: whole(job, index, *rest) if index < 1 else 1 / 0
+        run_module, "prune_layer", lambda job, index, *rest: whole(job, index, *rest) if index < 1 else 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         rebuild(RebuildConfig(output=tmp_path / "out", **settings))
