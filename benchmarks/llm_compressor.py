@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from common import call, machine, model_folder, show
-from quality import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TEST
+from quality import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TASK_TARGETS, TASKS, TEST
 from safetensors.torch import save_file
 
 from llm_barber.calibration import load_calibration
+from llm_barber.comparison.tables import ACCURACY
 from llm_barber.console import ConsoleProgress
 from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluator
 from llm_barber.opening import load_tokenizer
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
     parser.add_argument("--methods", default="sparsegpt,wanda")
     parser.add_argument("--targets", default=",".join(TARGETS))
     given = parser.parse_args()
@@ -86,8 +88,9 @@ def main() -> None:
     kept = ROOT / "benchmarks" / "results" / given.name / "llm-compressor.json"
     results = json.loads(kept.read_text()) if kept.exists() else []
     with ConsoleProgress() as progress, tempfile.TemporaryDirectory() as work:
+        tasks = {"tasks": TASKS, "tasks_folder": given.data / "tasks", "limit": given.limit} if given.limit else {}
         evaluation = EvaluateConfig(
-            model=model, text=(str(given.data / TEST),), windows=given.windows, seqlen=1024, against=model
+            model=model, text=(str(given.data / TEST),), windows=given.windows, seqlen=1024, against=model, **tasks
         )
         evaluator: Evaluator | None = None
         calibration = load_calibration(
@@ -99,17 +102,22 @@ def main() -> None:
             for method in given.methods.split(","):
                 row = {"method": method, "target": target, "samples": given.samples, "seqlen": given.seqlen}
                 row |= {"windows": given.windows, "calibration": calibration.digest}
-                if any(row.items() <= one.items() for one in results):
+                limit = given.limit if target in TASK_TARGETS else 0
+                alike = [one for one in results if row.items() <= one.items()]
+                if any(not limit or one.get("limit") == limit for one in alike):
                     continue
                 progress.stage(f"{method} {target}")
                 out = Path(work) / "out"
                 found = prune(given.python, model, tokens, out, method, target)
                 evaluator = evaluator or Evaluator(evaluation, progress)
-                (text,) = evaluator.measure(str(out), progress).texts
+                measured = evaluator.measure(str(out), progress, with_tasks=bool(limit))
+                (text,) = measured.texts
                 shutil.rmtree(out)
+                results = [one for one in results if one not in alike]
                 results.append(
                     row | found | {
-                        "perplexity": text.perplexity, "divergence": text.against.divergence,
+                        "perplexity": text.perplexity, "divergence": text.against.divergence, "limit": limit,
+                        "tasks": {one.task: one.value for one in measured.tasks if one.metric == ACCURACY},
                         "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "machine": machine(),
                     }
                 )  # fmt: skip

@@ -133,12 +133,20 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
     }
     rows = []
     known = [one for one in elsewhere if one["target"] in wanda]
+    tasks = list(dict.fromkeys(name for one in known for name in one.get("tasks", {})))
     for one in sorted(known, key=lambda one: list(wanda).index(one["target"])):
         before = wanda[one["target"]]
         gap = (before - math.log(one["perplexity"])) / (before - dense)
-        cells = [f"{one['perplexity']:.2f}", f"{one['divergence']:.3f}", f"{gap:z.0%}", f"{one['seconds']:.0f}"]
+        found = [one.get("tasks", {}).get(name) for name in tasks]
+        values = [value for value in found if value is not None]
+        means = [*found, sum(values) / len(values) if values else None] if tasks else []
+        cells = [
+            f"{one['perplexity']:.2f}", f"{one['divergence']:.3f}", f"{gap:z.0%}",
+            *("–" if value is None else f"{100 * value:.1f}" for value in means), f"{one['seconds']:.0f}",
+        ]  # fmt: skip
         name = TITLES[Method.SPARSEGPT_UPDATES if one["method"] == "sparsegpt" else Method(one["method"])]
         rows.append(Row(f"{target_title(one['target'])}: {name}", tuple(cells), (False,) * len(cells)))
+    accuracies = [f"{name} %" for name in (*tasks, "mean")] if tasks else []
     versions = " and ".join(dict.fromkeys(str(one["llm-compressor"]) for one in elsewhere))
     machines = "; ".join(dict.fromkeys(str(one["machine"]) for one in elsewhere))
     return [
@@ -147,7 +155,7 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
         "On the same tokens (seed 0), in float32, measured as the rows above are; share: of the gap, as above. "
         f"`benchmarks/llm_compressor.py`; {machines}.",
         "",
-        *markdown_table(["", "perplexity", "KL", "share", "seconds"], rows),
+        *markdown_table(["", "perplexity", "KL", "share", *accuracies, "seconds"], rows),
         "",
     ]
 
