@@ -346,6 +346,21 @@ def test_the_head_is_swapped_towards_its_own_target(given: float | None, of_head
     assert settings.of_head.target_mix == of_head
 
 
+def test_the_target_is_that_of_most_weights(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """Sparsities of linears' own can make most of a model N:M, or all but a few."""
+    own: dict[str, dict[str, Any]] = {
+        "all": {"sparsities": {".*": "2:4"}},
+        "most": {"sparsities": {"mlp": "2:4"}},
+        "few": {"sparsities": {"k_proj": "2:4"}},
+        "others": {"sparsities": {".*": 0.5}, "pattern": "2:4"},
+    }
+    found = {}
+    for name, settings in own.items():
+        report = run(model, tmp_path / name, tokens, preset="mask", tune_passes=1, **settings)
+        found[name] = report.resolved["target_mix"]
+    assert found == {"all": 0.75, "most": 0.75, "few": 0.5, "others": 0.5}
+
+
 @pytest.mark.parametrize("reject", ["both", "linears", "layer"])
 def test_a_block_is_rejected_if_nothing_of_it_is_kept(reject: str) -> None:
     keep = torch.ones(2, 4, dtype=torch.bool)

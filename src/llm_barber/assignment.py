@@ -11,7 +11,7 @@ from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import Initial, PruneConfig, RebuildConfig
 from llm_barber.initial import MethodMasks
 from llm_barber.job import Job
-from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.masking.pattern import NofM
 from llm_barber.method import RebuildSettings
 from llm_barber.planning.recipe import Recipe
 from llm_barber.presets import GUARD, PRESETS, Allocation, Preset, PresetSettings, Reconstruct
@@ -117,15 +117,15 @@ class Assignment:
         if refined is not None:
             found |= {
                 "target_mix": refined.target_mix, "guard": GUARD if config.guard is None else config.guard,
-                "swaps": refined.swaps_of(self.pattern if isinstance(self.pattern, NofM) else None) or None,
+                "swaps": refined.swaps_of(self.pattern) or None,
                 "tune_passes": refined.passes or None,
             }  # fmt: skip
         return found
 
     @property
-    def pattern(self) -> Pattern | None:
-        """Of most linears, or of those that were pruned before."""
-        return self.initial.targets.pattern if isinstance(self.initial, MethodMasks) else self.initial.first_pattern
+    def pattern(self) -> NofM | None:
+        """N:M of most weights that are pruned, or of the first layer of those that were pruned before."""
+        return self.initial.main_pattern if isinstance(self.initial, MethodMasks) else self.initial.first_pattern
 
     @property
     def allocation(self) -> Allocation:

@@ -1,7 +1,10 @@
 """Initial masks of a decoder layer: by a method from the calibration stream, or read off a pruned checkpoint."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -98,6 +101,16 @@ class MethodMasks:
             for name in self.job.linears(index)
         }
         return {name: target for name, target in found.items() if target is not None}
+
+    @cached_property
+    def main_pattern(self) -> NofM | None:
+        """That of most weights of the decoder layers that are pruned, if it is N:M."""
+        shapes = self.job.linear_shapes(self.job.source)
+        weights: Counter[NofM | None] = Counter()
+        for index in range(self.job.layer_count):
+            for name, target in self.targets_of(index).items():
+                weights[_group_pattern(target)] += math.prod(shapes[f"{self.job.linear_name(index, name)}.weight"])
+        return max(weights, key=weights.__getitem__, default=None)
 
     def linears(self, index: int) -> tuple[str, ...]:
         """Those of a layer that are pruned."""

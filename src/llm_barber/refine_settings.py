@@ -24,8 +24,9 @@ SEQUENCES_A_STEP = 4  # of tuning
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """`swaps`: most swaps a row; None: the default, 0: none. `target_mix`: see above. `solve`: least squares.
+    """`swaps`: most swaps a row; None: the default, 0: none. `solve`: least squares.
 
+    `target_mix`: 0: the dense linears on the pruned model's activations, 1: on the dense model's (`docs/refining.md`).
     `passes`: over the windows, at most, that tune layers, their masks, kept weights or both (`tune.py`). `held_out`:
     calibration windows, the last ones. `head_mix`: the target mix of the output head, whose mask is swapped, not tuned.
     """
@@ -45,7 +46,7 @@ class RefineSettings:
 
         Args:
             config: of the run.
-            pattern: of most linears, or of those that were pruned before.
+            pattern: of most weights that are pruned, or of those that were pruned before.
             sequences: calibration windows.
             seqlen: their tokens.
         """

@@ -119,6 +119,27 @@ def test_every_swap_of_a_row_is_the_better_of_two_until_none_gains(seed: int, wi
     assert torch.equal(count, swaps)
 
 
+@pytest.mark.parametrize("with_linear", [False, True])
+@pytest.mark.parametrize("pattern", [NofM(2, 4), NofM(1, 4), NofM(4, 8)], ids=str)
+def test_every_swap_within_groups_is_the_best_of_all_until_none_gains(pattern: NofM, with_linear: bool) -> None:
+    weight, gram, linear = make(rows=40, columns=8)
+    term = linear if with_linear else None
+    keep = initial_mask(any_half(weight, 0) + weight.abs() / 10, pattern, Granularity.OUTPUT)
+    found, count = swap_pairs(keep, weight, gram, 50, term, pattern)
+    assert count.max() >= 2
+    errors = errors_by_mask(weight, gram, term)
+    for before, now, of, swaps in zip(keep, found, errors, count.tolist(), strict=True):
+        for _ in range(swaps):
+            before = min((after(before, pair) for pair in all_swaps(before, pattern.of)), key=lambda one: of[mask(one)])
+        assert torch.equal(before, now)
+        assert all(of[mask(after(now, pair))] >= of[mask(now)] for pair in all_swaps(now, pattern.of))
+
+
+def mask(keep: torch.Tensor) -> Mask:
+    """Of a row."""
+    return tuple(map(bool, keep))
+
+
 def best_pairs(keep: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, swaps: int) -> torch.Tensor:
     """The best of all pairs of each row, one after the other: what SparseSwaps does."""
     keep, weight, gram = keep.clone(), weight.double(), gram.double()

@@ -62,8 +62,8 @@ def swap_pairs(
     size = max(1, (WEIGHTS_ON_GPU if keep.is_cuda else WEIGHTS_AT_ONCE) // keep.shape[1])
     for start in range(0, len(keep), size):
         rows = slice(start, start + size)
-        own = [None if one is None else one[rows] for one in (linear, fixed)]
-        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, swaps, own[0], pattern, own[1])
+        term, still = (None if one is None else one[rows] for one in (linear, fixed))
+        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, swaps, term, pattern, still)
     return keep, count
 
 
