@@ -80,6 +80,8 @@ class Rows:
         found = cls(Method(name), tuple(targets.split(",")), _numbers(own) if own else seeds, name != method)
         if unknown := set(found.targets) - set(TARGETS):
             raise ValueError(f"no target {', '.join(map(repr, sorted(unknown)))}")
+        if found.rebuild and found.method.preset is not None:
+            raise ValueError(f"{found.method} is a preset, which rebuilds or does not")
         return found
 
 
@@ -341,7 +343,9 @@ def main() -> None:
         parts += quality.rows(progress)
     each = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell for part in parts for cell in part.cells}
     cells = sorted(each.values(), key=lambda cell: TARGETS.index(cell.target))
-    comparison = parts[0].model_copy(update={"cells": tuple(cells)})
+    seeds = sorted(set().union(*(part.settings["seeds"] for part in parts)))
+    settings = {**parts[0].settings, "seeds": seeds, "task_seeds": 1}
+    comparison = parts[0].model_copy(update={"cells": tuple(cells), "settings": settings})
     kept = quality.output / "llm-compressor.json"
     elsewhere = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
     write_page(

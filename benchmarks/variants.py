@@ -23,17 +23,26 @@ from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
 from llm_barber.comparison.settings import CompareConfig, target_settings
 from llm_barber.config import PruneConfig
 from llm_barber.console import ConsoleProgress
-from llm_barber.presets import REVISIONS
+from llm_barber.presets import GUARD, PATTERN_TARGET_MIX, REVISIONS, TARGET_MIX
 from llm_barber.pruning import prune
 from llm_barber.report import RunReport
 
 Variant = dict[str, Any]
 WANDA: Variant = {"initial": "wanda", "rebuild": False}
 REBUILT: Variant = {"initial": "wanda", "granularity": "output"}
+UPDATED: Variant = {"rebuild": False, "keep_updates": True}
+SPREAD = ("uniform", "loss")
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # By group: the variants, and the targets that they are for.
 GROUPS: dict[str, tuple[list[Variant], str]] = {
     "allocation": ([{**WANDA, "allocation": one} for one in ("uniform", "owl", "loss")], "0.5,0.6,0.7"),
+    "allocated": (
+        [
+            *({"initial": one, **UPDATED, "allocation": how} for one in ("sparsegpt", "alps") for how in SPREAD),
+            *({"preset": preset, "allocation": how} for preset in ("mask", "best") for how in SPREAD),
+        ],
+        "0.5,0.6,0.7",
+    ),
     "estimators": (
         [
             WANDA,
@@ -79,6 +88,14 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
 }
 
 
+def as_it_differs(variant: Variant, target: str) -> Variant:
+    """Without settings that are the program's own: a variant that has no others is the one without them."""
+    tunes = "preset" in variant or variant.get("refine") == "tune"
+    own = {"guard": GUARD, "target_mix": PATTERN_TARGET_MIX if tunes and ":" in target else TARGET_MIX}
+    own["allocation"] = "loss" if "preset" in variant else "uniform"
+    return {name: value for name, value in variant.items() if name not in own or value != own[name]}
+
+
 def words(variant: Variant) -> str:
     """A variant as it is given."""
     return " ".join(f"{name}={value}" for name, value in variant.items())
@@ -86,6 +103,8 @@ def words(variant: Variant) -> str:
 
 def read_variant(given: str) -> Variant:
     """From NAME=VALUE NAME=VALUE …; the values are read as `PruneConfig` reads words."""
+    if wrong := [part for part in given.split() if "=" not in part]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not NAME=VALUE")
     return dict(part.split("=", 1) for part in given.split())
 
 
@@ -95,7 +114,11 @@ def main() -> None:
     parser.add_argument("--model", help="an ordinary checkpoint (default: SmolLM2-135M from its package)")
     parser.add_argument("--groups", default="", help=f"of {', '.join(GROUPS)}")
     parser.add_argument(
-        "--variant", action="append", default=[], help="NAME=VALUE …, settings of prune; again for more"
+        "--variant",
+        type=read_variant,
+        action="append",
+        default=[],
+        help="NAME=VALUE …, settings of prune; again for more",
     )
     parser.add_argument("--targets", help="sparsities and patterns (default: 0.5, or the group's)")
     parser.add_argument("--samples", type=int, default=16)
@@ -106,7 +129,7 @@ def main() -> None:
     if unknown := [one for one in given.groups.split(",") if one and one not in GROUPS]:
         parser.error(f"--groups: no {', '.join(unknown)}; there are {', '.join(GROUPS)}")
     work = [GROUPS[one] for one in given.groups.split(",") if one]
-    work += [([read_variant(one) for one in given.variant], "0.5")] if given.variant else []
+    work += [(given.variant, "0.5")] if given.variant else []
     if not work:
         parser.error("no --groups and no --variant: nothing to do")
     model = str(Path(model_folder(given.model)).resolve())
@@ -126,7 +149,7 @@ def main() -> None:
                 for variant in variants:
                     if ":" in target and "allocation" in variant:
                         continue
-                    settings = {**target_settings(target), **variant}
+                    settings = {**target_settings(target), **as_it_differs(variant, target)}
 
                     def make(folder: Path, settings: Variant = settings) -> RunReport:
                         own = {"model": model, "output": folder, "calibration": calibration, "report": False}

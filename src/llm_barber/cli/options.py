@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_barber.config import Initial, PruneConfig
+from llm_barber.config import RELEASED_REBUILD, Initial, PruneConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.presets import (
     GUARD,
@@ -44,6 +44,13 @@ def option(kind: Any, panel: str, text: str, *names: str, metavar: str | None = 
     return Annotated[kind, typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)]
 
 
+def _by_method(part: int) -> str:
+    """The released experiments' granularities (0) or ratios (1), for people; wanda's is what is said last."""
+    usual = RELEASED_REBUILD[Initial.WANDA][part]
+    others = [f"{method} {found[part]}" for method, found in RELEASED_REBUILD.items() if found[part] != usual]
+    return ", ".join([*others, f"else {usual}"])
+
+
 OPTIONS: dict[str, Any] = {
     "initial": option(Initial | None, METHOD, "Method of the initial mask. (default: wanda)"),
     "sparsity": option(float | None, METHOD, "Fraction of weights to remove. (default: 0.5)"),
@@ -58,12 +65,12 @@ OPTIONS: dict[str, Any] = {
         Granularity | None,
         METHOD,
         "What competes with what: output row, input column, linear, or all linears of a block. "
-        "(default: magnitude block, sparsegpt linear, else output)",
+        f"(default: {_by_method(0)}; with N:M output)",
     ),
     "rebuild_ratio": option(
         float | None,
         METHOD,
-        "Share of the beneficial pairs to swap, 0 to 1. (default: magnitude 0.1, sparsegpt 0.1, else 0.01)",
+        f"Share of the beneficial pairs to swap, 0 to 1. (default: {_by_method(1)})",
         "--rebuild-ratio",
         metavar="R",
     ),
