@@ -25,7 +25,8 @@ FIRST_PENALTY = 0.1
 LARGEST_PENALTY = 1e6
 STEPS = 300
 STEPS_BETWEEN_PENALTIES = 3
-# Share of the kept weights that changed → factor of the penalty; below the last, the mask is settled (ALPS, 3.2).
+# Share of the kept weights that changed → factor of the penalty; below the last, the mask is settled. As in ALPS'
+# released program, which settles for the last one only from its 33rd step on.
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0003, 1.1))
 SOLVING_STEPS = 10
 

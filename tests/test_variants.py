@@ -1,0 +1,118 @@
+"""The benchmarks that replace a step of the program: where they ask for nothing else, they find what it finds."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_barber import PruneConfig, prune
+from llm_barber.comparison.settings import target_settings
+from llm_barber.masking.saliency import weight_gradient
+from llm_barber.refine_settings import RefineSettings
+from tests.conftest import make_model, read_folder, save_tokens
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SWAPS = {"initial": "wanda", "rebuild": False, "refine": "swaps"}
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import variants
+
+    return variants
+
+
+def masks(variants: ModuleType, folder: Path, **variant: Any) -> dict[str, Tensor]:
+    """Of all linears, pruned as a variant says."""
+    model, tokens = folder / "dense", folder / "tokens.safetensors"
+    if not model.exists():
+        make_model(model, "llama", num_hidden_layers=2)
+        save_tokens(tokens, sequences=8)
+    with variants.estimated(variant) as others, variants.block_aware(others) as given:
+        own = {"model": model, "output": folder / "out", "calibration": tokens, "overwrite": True, "report": False}
+        prune(PruneConfig(**own, dtype="float32", **given))
+    return {name: tensor != 0 for name, tensor in read_folder(folder / "out").items() if "_proj" in name}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_published_estimator_is_the_programs(tmp_path: Path, variants: ModuleType) -> None:
+    settings = {"initial": "wanda", "granularity": "block", "rebuild_ratio": 0.3}
+    expected = masks(variants, tmp_path, **settings)
+    assert same(masks(variants, tmp_path, **settings, estimator="published"), expected)
+    assert not same(masks(variants, tmp_path, **settings, estimator="signed"), expected)
+    assert same(masks(variants, tmp_path, **settings), expected)  # it is the program's again
+
+
+def test_swaps_with_tokens_of_one_weight_are_the_programs(tmp_path: Path, variants: ModuleType) -> None:
+    expected = masks(variants, tmp_path, **SWAPS)
+    assert same(masks(variants, tmp_path, **SWAPS, probes=1, row_groups=2, power=0.0), expected)
+    assert not same(masks(variants, tmp_path, **SWAPS, probes=1), expected)
+    assert same(masks(variants, tmp_path, **SWAPS), expected)
+
+
+def test_what_a_swap_of_one_weight_does_is_estimated_to_second_order(variants: ModuleType) -> None:
+    """A linear by itself: its squared error is quadratic, so that signed gradient and diagonal say all."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(3, 5, generator=generator), torch.randn(40, 5, generator=generator)
+    keep = torch.rand(3, 5, generator=generator) > 0.5
+
+    def error(mask: Tensor) -> Tensor:
+        return ((weight * ~mask) @ inputs.t()).square().sum()
+
+    sparse = (weight * keep).requires_grad_()
+    ((weight - sparse) @ inputs.t()).square().sum().backward()
+    assert sparse.grad is not None
+    found = variants.ESTIMATORS["second-order"][1](
+        weight, keep, SignedGradients(sparse.grad), 2 * inputs.square().sum(0).expand(3, 5)
+    )
+    for row in range(3):
+        for column in range(5):
+            changed = keep.clone()
+            changed[row, column] = ~changed[row, column]
+            lost = (error(keep) - error(changed)) * (1 if changed[row, column] else -1)
+            assert found[row, column].item() == pytest.approx(lost.item(), rel=1e-4)
+    assert torch.equal(
+        variants.ESTIMATORS["sparse"][1](weight, keep, SignedGradients(sparse.grad), found),
+        weight_gradient(weight, sparse.grad.square()),
+    )
+
+
+class SignedGradients:
+    """What `estimators.Gradients` has of one sequence."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.signed, self.mean = gradient, gradient.square()
+
+
+@pytest.mark.parametrize(
+    ("variant", "target", "expected"),
+    [
+        ({"preset": "mask", "guard": 0.125}, "0.5", {"preset": "mask"}),
+        ({"preset": "mask", "target_mix": 0.5}, "0.5", {"preset": "mask"}),
+        ({"preset": "mask", "target_mix": 0.5}, "2:4", {"preset": "mask", "target_mix": 0.5}),
+        ({"preset": "best", "target_mix": 0.75}, "2:4", {"preset": "best"}),
+        ({**SWAPS, "target_mix": 0.5}, "2:4", SWAPS),
+        ({"initial": "wanda", "allocation": "uniform"}, "0.5", {"initial": "wanda"}),
+        ({"preset": "mask", "allocation": "uniform"}, "0.5", {"preset": "mask", "allocation": "uniform"}),
+    ],
+)
+def test_settings_that_are_the_programs_own_make_no_other_variant(
+    variants: ModuleType, variant: dict[str, Any], target: str, expected: dict[str, Any]
+) -> None:
+    assert variants.as_it_differs(variant, target) == expected
+    assert resolved(variant, target) == resolved(expected, target)
+
+
+def resolved(variant: dict[str, Any], target: str) -> dict[str, Any]:
+    """What a run makes of the settings that are left out."""
+    config = PruneConfig(model="model", output="out", **target_settings(target), **variant)
+    refined = RefineSettings.of(config, config.target, 16, 64)
+    mix, held_out = (refined.target_mix, refined.held_out) if refined else (None, None)
+    return {"target_mix": mix, "guard": held_out, "allocation": config.allocated_by}
