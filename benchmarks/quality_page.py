@@ -149,11 +149,12 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
     accuracies = [f"{name} %" for name in (*tasks, "mean")] if tasks else []
     versions = " and ".join(dict.fromkeys(str(one["llm-compressor"]) for one in elsewhere))
     machines = "; ".join(dict.fromkeys(str(one["machine"]) for one in elsewhere))
+    pruned_under = " and ".join(dict.fromkeys(str(one["transformers"]) for one in elsewhere))
     return [
         f"### By llm-compressor {versions}",
         "",
-        "On the same tokens (seed 0), in float32, measured as the rows above are; share: of the gap, as above. "
-        f"`benchmarks/llm_compressor.py`; {machines}.",
+        f"On the same tokens (seed 0), in float32, under transformers {pruned_under}; measured as the rows above are, "
+        f"on {machines}; share: of the gap, as above. `benchmarks/llm_compressor.py`.",
         "",
         *markdown_table(["", "perplexity", "KL", "share", *accuracies, "seconds"], rows),
         "",

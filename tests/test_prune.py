@@ -494,6 +494,6 @@ def test_what_held_out_windows_say_is_told(tmp_path: Path, llama: Path, tokens: 
     kept = sum(min(layer.held_out) < layer.held_out[0] for layer in report.layers)
     assert report.tuning is not None
     assert f"−{sum(shares) / 2:.0%} in the mean, {kept} of 2 layers are kept as tuned" in report.tuning
-    assert ("blocks are left" in report.tuning) == bool(report.rejected)
+    assert ("blocks left as they were" in report.tuning) == bool(report.rejected)
     assert report.tuning in (tmp_path / "out" / "README.md").read_text()
     assert prune(PruneConfig(model=llama, output=tmp_path / "p", calibration=tokens, preset="paper")).tuning is None

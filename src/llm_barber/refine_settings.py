@@ -113,7 +113,9 @@ class RefineSettings:
         parts = [
             f"at most {most} exact swaps a row" if self.swaps != 0 else "",
             "least squares of the kept weights" if self.solve else "",
-            f"at most {self.passes} passes that tune {' and '.join(tuned)}" if tuned else "",
+            f"at most {self.passes} pass{'es that tune' if self.passes > 1 else ' that tunes'} {' and '.join(tuned)}"
+            if tuned
+            else "",
         ]
         windows = f"{self.held_out} window{'' if self.held_out == 1 else 's'} held out"
         return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {windows})"

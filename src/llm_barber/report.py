@@ -273,7 +273,7 @@ class RunReport(_Result):
                 f"{tuned} of {len(layers)} layers are kept as tuned"
             )
         if self.rejected:
-            parts.append(f"{self.rejected} blocks are left as they were")
+            parts.append(f"blocks left as they were: {self.rejected}")
         return f"on held-out windows: {'; '.join(parts)}" if parts else None
 
     def error_changes(self) -> dict[str, ErrorChange]:
