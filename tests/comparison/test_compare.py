@@ -254,7 +254,21 @@ def test_presets_are_rows_and_alps_is_asked_for(settings: dict[str, Any]) -> Non
     assert [cell.result.swapped > 0 for cell in comparison.cells if cell.method is Method.MASK and cell.result] == [
         True
     ] * 2
-    assert set(Method) - set(CompareConfig(model="m", output="o").methods) == {Method.ALPS, Method.PAPER}
+    others = {Method.ALPS, Method.PAPER, Method.SPARSEGPT_ALLOCATED, Method.ALPS_ALLOCATED}
+    assert set(Method) - set(CompareConfig(model="m", output="o").methods) == others
+
+
+def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None:
+    small = settings | {"methods": ("alps", "alps-allocated"), "seeds": (0,), "rebuild": False, "rebuild_settings": {}}
+    comparison = compare(CompareConfig(**small))
+    assert not comparison.failures
+    found = {(cell.method, cell.target): cell.result for cell in comparison.cells}
+    assert found.keys() == {(Method.ALPS, "0.5"), (Method.ALPS, "2:4"), (Method.ALPS_ALLOCATED, "0.5")}
+    plain, spread = found[Method.ALPS, "0.5"], found[Method.ALPS_ALLOCATED, "0.5"]
+    assert plain is not None
+    assert spread is not None
+    assert spread.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
+    assert spread.evaluation.texts[0].perplexity != plain.evaluation.texts[0].perplexity
 
 
 def test_keep_models(settings: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import check_text
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.opening import load_tokenizer
-from llm_barber.presets import PRESETS, REVISIONS
+from llm_barber.presets import PRESETS, REVISIONS, Allocation, Preset
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.usage import versions
@@ -158,6 +158,8 @@ def plan_cells(config: CompareConfig) -> Iterator[Cell]:
     for seed in config.seeds:
         for target in config.targets:
             for method in config.methods:
+                if method.allocated and ":" in target:
+                    continue
                 for rebuilt in (False, True) if config.rebuild and method.preset is None else (False,):
                     if rebuilt or method is not Method.MAGNITUDE or seed == config.seeds[0]:
                         yield Cell(method, rebuilt, target, seed)
@@ -170,6 +172,8 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     settings["keep_updates"] = cell.method.keeps_updates
     if cell.method.preset is None:
         settings["rebuild"] = cell.rebuilt
+    if cell.method.allocated:
+        settings["allocation"] = Allocation.LOSS.value
     settings["seed"] = cell.seed
     if cell.method.preset is not None:
         settings["preset"] = cell.method.preset.value
@@ -267,7 +271,7 @@ def _run_cell(
 
 def _key(settings: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
     """What decides a cell's result."""
-    preset = cell.method.preset
+    preset = Preset.MASK if cell.method.allocated else cell.method.preset  # whose allocation it has
     return {**settings, **({} if preset is None else {"revision": REVISIONS[preset]})}
 
 

@@ -14,13 +14,15 @@ from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.presets import Preset
 from llm_barber.settings import DTYPES, StructureSettings
 
+ALLOCATED = "-allocated"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Method(StrEnum):
     """A row of the table; SparseGPT once with the dense weights under its mask and once with its updated ones.
 
-    `mask`, `best` and `paper` are the presets of those names; `paper` rebuilds Wanda's mask as published.
+    `mask`, `best` and `paper` are the presets of those names; `paper` rebuilds Wanda's mask as published. What ends in
+    `-allocated` is a method with its own weights, and with sparsity spread over linears as the other presets spread it.
     """
 
     MAGNITUDE = "magnitude"
@@ -33,13 +35,15 @@ class Method(StrEnum):
     MASK = "mask"
     BEST = "best"
     PAPER = "paper"
+    SPARSEGPT_ALLOCATED = "sparsegpt-allocated"
+    ALPS_ALLOCATED = "alps-allocated"
 
     @property
     def initial(self) -> Initial:
         """Where its initial mask is from."""
         if self.preset is not None:
             return Initial.WANDA
-        return Initial.SPARSEGPT if self is Method.SPARSEGPT_UPDATES else Initial(self.value)
+        return Initial.SPARSEGPT if self is Method.SPARSEGPT_UPDATES else Initial(self.value.removesuffix(ALLOCATED))
 
     @property
     def preset(self) -> Preset | None:
@@ -49,11 +53,18 @@ class Method(StrEnum):
     @property
     def keeps_updates(self) -> bool:
         """Are kept weights those that the method updated?"""
-        return self in (Method.SPARSEGPT_UPDATES, Method.ALPS)
+        return self in (Method.SPARSEGPT_UPDATES, Method.ALPS) or self.allocated
+
+    @property
+    def allocated(self) -> bool:
+        """Is sparsity spread by the loss? Not for N:M, which has one sparsity everywhere."""
+        return self.value.endswith(ALLOCATED)
 
 
 # The paper's rows and its peers'; the others are asked for.
-PEERS = tuple(method for method in Method if method.preset is None and method is not Method.ALPS)
+PEERS = (
+    Method.MAGNITUDE, Method.SPARSEGPT, Method.SPARSEGPT_UPDATES, Method.WANDA, Method.RIA, Method.DSNOT,
+)  # fmt: skip
 ROWS = (*PEERS, Method.MASK, Method.BEST)  # of a comparison, unless others are asked for
 
 

@@ -27,7 +27,7 @@ UNITS_PER_INCH = 72  # of matplotlib's SVG
 WIDTH = 928  # of the page's column; a panel is half of it
 PANEL_WIDTH = 448
 TEXT, RULE, BEFORE, AFTER, HEAT, BAR, PAGE = (f"#0102{number:02x}" for number in range(7))
-SERIES = [f"#0103{number:02x}" for number in range(10)]  # of methods
+SERIES = [f"#0103{number:02x}" for number in range(12)]  # of methods
 CSS_COLOURS = {
     **{stand_in: f"var(--series-{number})" for number, stand_in in enumerate(SERIES)},
     TEXT: "currentColor",
