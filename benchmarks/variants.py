@@ -73,6 +73,7 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
         "0.5,2:4",
     ),
     "swaps": ([{**WANDA, "refine": "swaps", "swaps": one} for one in (25, 100, 400, 1600)], "0.5,2:4"),
+    "text": ([{"preset": "mask", **one} for one in ({}, {"calibration": "builtin"})], "0.5,2:4"),
     "steps": (
         [
             WANDA,
@@ -152,9 +153,11 @@ def main() -> None:
                     settings = {**target_settings(target), **as_it_differs(variant, target)}
 
                     def make(folder: Path, settings: Variant = settings) -> RunReport:
-                        own = {"model": model, "output": folder, "calibration": calibration, "report": False}
-                        with estimated(settings) as others, block_aware(others) as given:
-                            return prune(PruneConfig(**own, overwrite=True, **given), progress)
+                        own = {"model": model, "output": folder, "overwrite": True, "report": False}
+                        text = {"samples": given.samples, "seqlen": given.seqlen, "seed": given.seed}
+                        own |= text if "calibration" in settings else {"calibration": calibration}
+                        with estimated(settings) as others, block_aware(others) as asked:
+                            return prune(PruneConfig(**own, **asked), progress)
 
                     key = {**settings, "seed": given.seed, "revisions": REVISIONS}
                     result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
