@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
     "allocated": (
         [
             *({"initial": one, **UPDATED, "allocation": how} for one in ("sparsegpt", "alps") for how in SPREAD),
-            *({"preset": preset, "allocation": how} for preset in ("mask", "best") for how in SPREAD),
+            *({"preset": "mask", "allocation": how} for how in SPREAD),
         ],
         "0.5,0.6,0.7",
     ),
