@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import EvaluateConfig, evaluate
 from llm_barber.errors import CalibrationError, HubError, SettingsError, TaskError
+from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import (
     PAPER_TASKS,
     TaskResult,
@@ -121,6 +122,23 @@ def test_against_itself_and_limit(model: Path, folder: Path, tmp_path: Path) -> 
     assert acc.against is not None
     assert (acc.examples, acc.against.difference, acc.against.standard_error) == (3, 0.0, 0.0)
     assert acc.against.value == acc.value
+
+
+def test_a_model_against_itself_is_computed_once(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, passes = StreamedModel.hidden_states, []
+
+    def counted(self: StreamedModel, *given: Any) -> Any:
+        passes.append(self.source.folder)
+        return whole(self, *given)
+
+    monkeypatch.setattr(StreamedModel, "hidden_states", counted)
+    (folder / "text.txt").write_text("a word " * 50)
+    texts = {"text": (str(folder / "text.txt"),), "seqlen": 16, "windows": 2}
+    found = evaluate(settings(model, folder, tasks=("arc_easy",), limit=2, against=model, **texts))
+    assert len(passes) == 2  # one of the text, one of the task
+    plain = evaluate(settings(model, folder, tasks=("arc_easy",), limit=2, **texts))
+    assert [one.value for one in found.tasks] == [one.value for one in plain.tasks]
+    assert found.texts[0].perplexity == plain.texts[0].perplexity
 
 
 def test_differences_are_paired_by_example() -> None:

@@ -181,7 +181,8 @@ class Evaluator:
         if self.tasks and with_tasks:
             if self.other is not None and self._other_tasks is None:
                 self._other_tasks = self._run_tasks(self.other, progress)
-            tasks = compare_tasks(self._run_tasks(streamed, progress), self._other_tasks)
+            known = self._other_tasks if self._is_other(streamed) else None
+            tasks = compare_tasks(known or self._run_tasks(streamed, progress), self._other_tasks)
         return Evaluation(
             model=model,
             against=self.config.against,
@@ -216,7 +217,8 @@ class Evaluator:
             if text.name not in self._other_states:
                 self._other_states[text.name] = self._states(self.other, text.windows, progress)
             others = self._other_states[text.name]
-        states = self._states(model, text.windows, progress)
+        known = others if self._is_other(model) else None
+        states = known or self._states(model, text.windows, progress)
         loss = other_loss = divergence = agreement = 0.0
         progress.start("measuring predictions", len(states))
         for index, window in enumerate(text.windows.to(self.device)):
@@ -260,6 +262,10 @@ class Evaluator:
             sha256=text.sha256,
             against=compared,
         )
+
+    def _is_other(self, model: StreamedModel) -> bool:
+        """Is it the model that it is compared with, of which all is known?"""
+        return self.other is not None and model.source.folder == self.other.source.folder
 
     def _run_tasks(self, model: StreamedModel, progress: Progress) -> TaskRun:
         from llm_barber.evaluation.harness import run_tasks  # lm-eval is optional, and slow to import
