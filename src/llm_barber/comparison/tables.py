@@ -22,8 +22,8 @@ TITLES = {
     Method.MASK: "preset mask",
     Method.BEST: "preset best",
     Method.PAPER: "preset paper",
-    Method.SPARSEGPT_ALLOCATED: "SparseGPT, its updates, allocated by the loss",
-    Method.ALPS_ALLOCATED: "ALPS, its weights, allocated by the loss",
+    Method.SPARSEGPT_ALLOCATED: "SparseGPT, its updates, allocated",
+    Method.ALPS_ALLOCATED: "ALPS, its weights, allocated",
 }
 REBUILT = " + rebuild"
 ACCURACY = "acc"
