@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from llm_barber.comparison.cells import CellResult
@@ -133,20 +134,17 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
     }
     rows = []
     known = [one for one in elsewhere if one["target"] in wanda]
-    tasks = list(dict.fromkeys(name for one in known for name in one.get("tasks", {})))
+    tasks = next((one["tasks"] for one in known if one.get("tasks")), {})
+    accuracies = [f"{name} %" for name in (*tasks, "mean")] if tasks else []
     for one in sorted(known, key=lambda one: list(wanda).index(one["target"])):
         before = wanda[one["target"]]
         gap = (before - math.log(one["perplexity"])) / (before - dense)
-        found = [one.get("tasks", {}).get(name) for name in tasks]
-        values = [value for value in found if value is not None]
-        means = [*found, sum(values) / len(values) if values else None] if tasks else []
-        cells = [
-            f"{one['perplexity']:.2f}", f"{one['divergence']:.3f}", f"{gap:z.0%}",
-            *("–" if value is None else f"{100 * value:.1f}" for value in means), f"{one['seconds']:.0f}",
-        ]  # fmt: skip
+        values = list(one.get("tasks", {}).values())
+        measured = [f"{100 * value:.1f}" for value in (*values, fmean(values))] if values else ["–"] * len(accuracies)
+        cells = [f"{one['perplexity']:.2f}", f"{one['divergence']:.3f}", f"{gap:z.0%}", *measured]
+        cells.append(f"{one['seconds']:.0f}")
         name = TITLES[Method.SPARSEGPT_UPDATES if one["method"] == "sparsegpt" else Method(one["method"])]
         rows.append(Row(f"{target_title(one['target'])}: {name}", tuple(cells), (False,) * len(cells)))
-    accuracies = [f"{name} %" for name in (*tasks, "mean")] if tasks else []
     versions = " and ".join(dict.fromkeys(str(one["llm-compressor"]) for one in elsewhere))
     machines = "; ".join(dict.fromkeys(str(one["machine"]) for one in elsewhere))
     pruned_under = " and ".join(dict.fromkeys(str(one["transformers"]) for one in elsewhere))

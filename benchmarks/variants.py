@@ -10,6 +10,7 @@ A variant is settings of `PruneConfig`, those of `estimators.py` (`estimator`, `
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
 from llm_barber.comparison.settings import CompareConfig, target_settings
 from llm_barber.config import PruneConfig
 from llm_barber.console import ConsoleProgress
-from llm_barber.presets import GUARD, PATTERN_TARGET_MIX, REVISIONS, TARGET_MIX
+from llm_barber.presets import REVISIONS, Allocation
 from llm_barber.pruning import prune
+from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import RunReport
 
 Variant = dict[str, Any]
@@ -89,12 +91,23 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
 }
 
 
-def as_it_differs(variant: Variant, target: str) -> Variant:
+def as_it_differs(variant: Variant, target: str, windows: int, seqlen: int) -> Variant:
     """Without settings that are the program's own: a variant that has no others is the one without them."""
-    tunes = "preset" in variant or variant.get("refine") == "tune"
-    own = {"guard": GUARD, "target_mix": PATTERN_TARGET_MIX if tunes and ":" in target else TARGET_MIX}
-    own["allocation"] = "loss" if "preset" in variant else "uniform"
-    return {name: value for name, value in variant.items() if name not in own or value != own[name]}
+    for name in {"guard", "target_mix", "allocation"} & variant.keys():
+        others = {one: value for one, value in variant.items() if one != name}
+        if resolved(others, target, windows, seqlen) == resolved(variant, target, windows, seqlen):
+            variant = others
+    return variant
+
+
+def resolved(variant: Variant, target: str, windows: int, seqlen: int) -> tuple[RefineSettings | None, Allocation]:
+    """What the program makes of a variant's settings, and of those that it leaves out."""
+    with estimated(variant) as others, block_aware(others) as given:
+        config = PruneConfig(model="model", output=Path("out"), **target_settings(target), **given)
+    refined = RefineSettings.of(config, config.target, windows, seqlen)
+    if refined is not None and not config.prune_head:
+        refined = replace(refined, head_mix=0)  # of nothing
+    return refined, config.allocated_by
 
 
 def words(variant: Variant) -> str:
@@ -150,7 +163,8 @@ def main() -> None:
                 for variant in variants:
                     if ":" in target and "allocation" in variant:
                         continue
-                    settings = {**target_settings(target), **as_it_differs(variant, target)}
+                    differing = as_it_differs(variant, target, given.samples, given.seqlen)
+                    settings = {**target_settings(target), **differing}
 
                     def make(folder: Path, settings: Variant = settings) -> RunReport:
                         own = {"model": model, "output": folder, "overwrite": True, "report": False}

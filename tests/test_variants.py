@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_barber import PruneConfig, prune
-from llm_barber.comparison.settings import target_settings
 from llm_barber.masking.saliency import weight_gradient
-from llm_barber.refine_settings import RefineSettings
 from tests.conftest import make_model, read_folder, save_tokens
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -106,13 +104,5 @@ class SignedGradients:
 def test_settings_that_are_the_programs_own_make_no_other_variant(
     variants: ModuleType, variant: dict[str, Any], target: str, expected: dict[str, Any]
 ) -> None:
-    assert variants.as_it_differs(variant, target) == expected
-    assert resolved(variant, target) == resolved(expected, target)
-
-
-def resolved(variant: dict[str, Any], target: str) -> dict[str, Any]:
-    """What a run makes of the settings that are left out."""
-    config = PruneConfig(model="model", output="out", **target_settings(target), **variant)
-    refined = RefineSettings.of(config, config.target, 16, 64)
-    mix, held_out = (refined.target_mix, refined.held_out) if refined else (None, None)
-    return {"target_mix": mix, "guard": held_out, "allocation": config.allocated_by}
+    assert variants.as_it_differs(variant, target, 16, 64) == expected
+    assert variants.resolved(variant, target, 16, 64) == variants.resolved(expected, target, 16, 64)

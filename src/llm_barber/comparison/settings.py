@@ -53,7 +53,7 @@ class Method(StrEnum):
     @property
     def keeps_updates(self) -> bool:
         """Are kept weights those that the method updated?"""
-        return self in (Method.SPARSEGPT_UPDATES, Method.ALPS) or self.allocated
+        return self.initial.has_updates and self is not Method.SPARSEGPT
 
     @property
     def allocated(self) -> bool:
@@ -62,9 +62,7 @@ class Method(StrEnum):
 
 
 # The paper's rows and its peers'; the others are asked for.
-PEERS = (
-    Method.MAGNITUDE, Method.SPARSEGPT, Method.SPARSEGPT_UPDATES, Method.WANDA, Method.RIA, Method.DSNOT,
-)  # fmt: skip
+PEERS = tuple(one for one in Method if one.preset is None and one is not Method.ALPS and not one.allocated)
 ROWS = (*PEERS, Method.MASK, Method.BEST)  # of a comparison, unless others are asked for
 
 
