@@ -11,6 +11,7 @@ from llm_barber.checkpoint.place import LOCK_NAME, work_folder
 from llm_barber.checkpoint.state import unfinished_run
 from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import PruneConfig, RebuildConfig
+from llm_barber.initial import MethodMasks
 from llm_barber.masking.pattern import NofM
 from llm_barber.memory import left_for_activations
 from llm_barber.planning.shapes import model_shapes
@@ -101,15 +102,13 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     lock = work_folder(config.output) / LOCK_NAME
     with locked(lock) if lock.is_file() else nullcontext():  # not while another run writes it
         left = unfinished_run(lock.parent, run_key(work), config.overwrite, config.resume)
-    shapes = list(job.linear_shapes(job.source).values())
-    if isinstance(config, PruneConfig):
-        every = [
-            config.targets.of(index, job.linear_name(index, name), job.layer_count)
-            for index in range(job.layer_count)
-            for name in job.linears(index)
-        ]
-        shapes = [shape for shape, one in zip(shapes, every, strict=True) if one is not None]
-        shapes += [tuple(job.skeleton.head.weight.shape)] if config.prune_head else []
+    of_linears = job.linear_shapes(job.source)
+    shapes = list(of_linears.values())
+    if isinstance(work.initial, MethodMasks):
+        every = [(index, name) for index in range(job.layer_count) for name in work.initial.linears(index)]
+        shapes = [of_linears[f"{job.linear_name(index, name)}.weight"] for index, name in every]
+    if isinstance(config, PruneConfig) and config.prune_head:
+        shapes.append(tuple(job.skeleton.head.weight.shape))
     sequences, tokens = job.tokens.input_ids.shape
     arrays = RefineSettings.arrays(work.refine_settings)
     hidden: int = job.config.hidden_size

@@ -269,6 +269,8 @@ def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None
     assert spread is not None
     assert spread.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
     assert spread.evaluation.texts[0].perplexity != plain.evaluation.texts[0].perplexity
+    with pytest.raises(SettingsError, match="alps-allocated spreads sparsity over linears.*no cell is left"):
+        CompareConfig(**small | {"methods": ("alps-allocated",), "targets": ("2:4",)})
 
 
 def test_keep_models(settings: dict[str, Any]) -> None:

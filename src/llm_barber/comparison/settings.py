@@ -130,6 +130,10 @@ class CompareConfig(StructureSettings):
             raise ValueError("granularity and rebuild_ratio are of the rebuild, which is switched off")
         if len(self.seeds) > 1 and self.calibration.endswith(TOKEN_FILE_SUFFIX):
             raise ValueError("a file of tokens is taken as it is, whatever the seed: give one seed")
+        if all(one.allocated for one in self.methods) and all(":" in one for one in self.targets):
+            raise ValueError(
+                f"{self.methods[0]} spreads sparsity over linears, and N:M is the same in all of them: no cell is left"
+            )
         return self
 
     def evaluation(self, folder: str) -> EvaluateConfig:
