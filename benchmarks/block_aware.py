@@ -73,7 +73,6 @@ class BlockAware:
         current = {name: pruned[name].weight for name in block.linears}
         training, held_out = streams.split()
         refined: dict[str, PrunedLinear] = {}
-        swapped: dict[str, int] = {}
         levels = _levels(layer.input_groups(block, streams.read(HIDDEN, next(streams.batches()))))
         steps = [step for level in levels for step in _fitting(level, dense)]
         for step in steps:
@@ -99,11 +98,9 @@ class BlockAware:
                                 one.update(x * root, other * root)
                 moments.append(found)
             for name in names:
-                refined[name], swapped[name] = self._refined(
-                    pruned[name], dense[name], moments[0][name], moments[1][name], settings
-                )
+                refined[name] = self._refined(pruned[name], dense[name], moments[0][name], moments[1][name], settings)
                 current[name] = refined[name].weight
-        return guarded(work, dense_weights, pruned, refined, swapped, settings)
+        return guarded(work, dense_weights, pruned, refined, settings)
 
     def _weights(self, work: Pass, names: list[str], batch: slice) -> dict[str, Tensor]:
         """Of each token of a batch, (sequences, tokens, groups), by linear."""
@@ -124,15 +121,13 @@ class BlockAware:
         training: list[TargetMoments],
         held_out: list[TargetMoments],
         settings: RefineSettings,
-    ) -> tuple[PrunedLinear, int]:
-        parts, count = [], 0
+    ) -> PrunedLinear:
+        parts = []
         for rows, one, other in zip(torch.arange(len(dense)).chunk(self._groups), training, held_out, strict=True):
             here = replace(
                 pruned, keep=pruned.keep[rows], weight=pruned.weight[rows], values=pruned.values[rows],
                 fixed=None if pruned.fixed is None else pruned.fixed[rows],
             )  # fmt: skip
             objectives = (Objective.of(found, settings.target_mix) for found in (one, other))
-            part, swaps = refine_linear(here, dense[rows], *objectives, settings)
-            parts.append(part.keep)
-            count += swaps
-        return pruned.with_mask(torch.cat(parts)), count
+            parts.append(refine_linear(here, dense[rows], *objectives, settings).keep)
+        return pruned.with_mask(torch.cat(parts))

@@ -361,14 +361,32 @@ def test_the_target_is_that_of_most_weights(tmp_path: Path, model: Path, tokens:
     assert found == {"all": 0.75, "most": 0.75, "few": 0.5, "others": 0.5}
 
 
+@pytest.mark.parametrize("granularity", ["output", "block"])
+@pytest.mark.parametrize("refine", ["none", "swaps", "tune"])
+def test_what_was_swapped_is_told_from_the_initial_masks(
+    tmp_path: Path, model: Path, tokens: Path, refine: str, granularity: str
+) -> None:
+    """A weight that the rebuild brings back, and a later step drops again, was not swapped."""
+    run(model, tmp_path / "first", tokens, initial="magnitude", rebuild=False)
+    settings = {"rebuild": True, "granularity": granularity, "rebuild_ratio": 1.0, "refine": refine}
+    report = run(model, tmp_path / "out", tokens, initial="magnitude", **settings)
+    before, after = read_folder(tmp_path / "first"), read_folder(tmp_path / "out")
+    for layer in report.layers:
+        for linear in layer.linears:
+            name = f"model.layers.{layer.index}.{linear.name}.weight"
+            came, went = (before[name] == 0) & (after[name] != 0), (before[name] != 0) & (after[name] == 0)
+            assert (linear.grown, linear.dropped) == (int(came.sum()), int(went.sum()))
+    assert report.swapped > 0
+
+
 @pytest.mark.parametrize("reject", ["both", "linears", "layer"])
 def test_a_block_is_rejected_if_nothing_of_it_is_kept(reject: str) -> None:
     keep = torch.ones(2, 4, dtype=torch.bool)
     linear = PrunedLinear(keep, keep.float(), keep.float(), None)
     outcome = Outcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
     tuned = Tuned({"up": linear}, (1.0, 0.5 if reject == "linears" else 1.0))
-    assert outcome.tuned(tuned, after_linears=True).rejected == (reject == "both")
-    assert outcome.tuned(tuned, after_linears=False).rejected == tuned.rejected
+    assert outcome.tuned(tuned, {"up": keep}, after_linears=True).rejected == (reject == "both")
+    assert outcome.tuned(tuned, {"up": keep}, after_linears=False).rejected == tuned.rejected
 
 
 def test_rebuild_by_a_preset(tmp_path: Path, model: Path, tokens: Path) -> None:

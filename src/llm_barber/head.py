@@ -60,13 +60,13 @@ def prune_head(
     weight = _fill_outside(job, tensors)
     layer = DecoderLayer(_End(skeleton, name), (name,), lambda *_: {})
     pruned = initial(job.layer_count, layer, {name: weight}, streams)[name]
-    swapped = 0
+    first = pruned.keep
     if refine_settings is not None:
         own = refine_settings.of_head
-        pruned, swapped = _refine(layer, name, pruned.with_mask(pruned.keep), weight, own, streams)
+        pruned = _refine(layer, name, pruned.with_mask(pruned.keep), weight, own, streams)
     skeleton.drop_outside()
     final = {name: pruned.final}
-    outcome = Outcome({name: pruned}, {name: Rebuilt(pruned.keep, 0, swapped, swapped)})
+    outcome = Outcome({name: pruned}, {name: Rebuilt.between(first, pruned.keep)})
     result = result_of(Block(BLOCK, name, (name,)), outcome, None, final)
     return PrunedLayer({job.head_place.tensor: final[name]}, [result])
 
@@ -98,7 +98,7 @@ def _refine(
     weight: Tensor,
     settings: RefineSettings,
     streams: ActivationStreams,
-) -> tuple[PrunedLinear, int]:
+) -> PrunedLinear:
     """As a block's linears are, by what the head's inputs are in the sparse and in the dense model."""
     objectives: list[Objective | None] = []
     for batches in streams.split():

@@ -76,6 +76,7 @@ def prune_layer(
     tuning = refine_settings if pruned and refine_settings is not None and refine_settings.of_layers else None
     # Of blocks that nothing changes before their layer is tuned, only the error is wanted.
     waits = tuning is not None and not tuning.of_linears and rebuild_settings is None
+    first = {name: one.keep for name, one in pruned.items()} if tuning is not None else {}
     outcomes: list[tuple[Block, Outcome, float | None]] = []
     held_out: tuple[float, ...] = ()
     final: list[Block] = []
@@ -106,7 +107,7 @@ def prune_layer(
         windows = measured_windows(tuning, streams) if rebuild_settings is None else list(streams.batches())
         errors = block_errors(layer, blocks, dense, pruned, windows, streams)
         outcomes = [
-            (block, outcome.tuned(tuned, tuning.of_linears), error)
+            (block, outcome.tuned(tuned, first, tuning.of_linears), error)
             for (block, outcome, _), error in zip(outcomes, errors, strict=True)
         ]
         if math.isnan(_propagate(Pass(layer, blocks[-1], [], streams, last=True), None) or 0):
@@ -140,13 +141,18 @@ class Outcome:
     output_kept: bool = False
     rejected: bool = False
 
-    def tuned(self, tuned: Tuned, after_linears: bool) -> "Outcome":
-        """After the layer was tuned; `after_linears`: its linears had been refined one by one before."""
+    def tuned(self, tuned: Tuned, first: Mapping[str, Tensor], after_linears: bool) -> "Outcome":
+        """After the layer was tuned.
+
+        Args:
+            tuned: what became of it.
+            first: the initial keep masks.
+            after_linears: its linears had been refined one by one before.
+        """
         linears = {name: tuned.linears[name] for name in self.linears}
-        masks = {}
-        for name, mask in self.masks.items():
-            came = int((linears[name].keep & ~mask.keep).sum())
-            masks[name] = Rebuilt(linears[name].keep, mask.beneficial, mask.grown + came, mask.dropped + came)
+        masks = {
+            name: Rebuilt.between(first[name], linears[name].keep, mask.beneficial) for name, mask in self.masks.items()
+        }
         rejected = bool(linears) and tuned.rejected and (self.rejected or not after_linears)
         return replace(self, linears=linears, masks=masks, rejected=rejected)
 
@@ -164,11 +170,12 @@ def _prune_block(
     if not block.linears:
         return Outcome({}, {})
     now = {name: initial[name] for name in block.linears}
-    masks = {name: Rebuilt(now[name].keep, 0, 0, 0) for name in block.linears}
     before, measured_from, rejected = None, None, False
+    beneficial: dict[str, int] = {}
     where = f"layer {index} {block.name}"
     if rebuild_settings is not None:
-        now, masks, before = _rebuild_block(work, dense, now, rebuild_settings, where)
+        now, found, before = _rebuild_block(work, dense, now, rebuild_settings, where)
+        beneficial = {name: one.beneficial for name, one in found.items()}
         measured_from = 0
     if refine_settings is not None:
         now = {name: one.with_mask(one.keep) for name, one in now.items()}
@@ -176,11 +183,8 @@ def _prune_block(
         if before is None:
             before = refined.errors[0]
             measured_from = work.streams.border if work.streams.held_out else 0
-        now, swapped, rejected = refined.linears, refined.swapped, refined.rejected
-        masks = {
-            name: Rebuilt(now[name].keep, mask.beneficial, mask.grown + swapped[name], mask.dropped + swapped[name])
-            for name, mask in masks.items()
-        }
+        now, rejected = refined.linears, refined.rejected
+    masks = {name: Rebuilt.between(initial[name].keep, one.keep, beneficial.get(name, 0)) for name, one in now.items()}
     output_kept = rebuild_settings is not None and not work.last
     return Outcome(now, masks, before, measured_from, output_kept, rejected)
 

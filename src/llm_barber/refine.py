@@ -27,13 +27,12 @@ MOMENTS_BYTES = 2**32  # of experts' moments at a time
 
 @dataclass(frozen=True)
 class Refined:
-    """A block's linears; how many weights of each were swapped; whether held-out windows rejected the change.
+    """A block's linears; whether held-out windows rejected the change.
 
     `errors`: mean reconstruction errors before and after, on the windows that are held out, if any are, or on all.
     """
 
     linears: dict[str, PrunedLinear]
-    swapped: dict[str, int]
     rejected: bool
     errors: tuple[float, float]
 
@@ -94,7 +93,6 @@ def refine_block(
     current = {name: pruned[name].weight for name in block.linears}
     training, held_out = streams.split()
     refined: dict[str, PrunedLinear] = {}
-    swapped: dict[str, int] = {}
     groups = layer.input_groups(block, streams.read(HIDDEN, next(streams.batches())))
     steps = [step for level in _levels(groups) for step in _fitting(level, dense)]
     for step in steps:
@@ -123,13 +121,11 @@ def refine_block(
             )
             for name in group:
                 if pruned[name].few_tokens:
-                    refined[name], swapped[name] = pruned[name], 0
+                    refined[name] = pruned[name]
                     continue
-                refined[name], swapped[name] = refine_linear(
-                    pruned[name], dense[name], training_error, held_out_error, settings
-                )
+                refined[name] = refine_linear(pruned[name], dense[name], training_error, held_out_error, settings)
                 current[name] = refined[name].weight
-    return guarded(work, dense_weights, pruned, refined, swapped, settings)
+    return guarded(work, dense_weights, pruned, refined, settings)
 
 
 def guarded(
@@ -137,7 +133,6 @@ def guarded(
     dense_weights: Mapping[str, Tensor],
     pruned: Mapping[str, PrunedLinear],
     refined: Mapping[str, PrunedLinear],
-    swapped: Mapping[str, int],
     settings: RefineSettings,
 ) -> Refined:
     """A block as it was refined, or, if held-out windows are no nearer to the target with that, as it was."""
@@ -145,8 +140,8 @@ def guarded(
     errors, distances = _measure(work, dense_weights, (pruned, refined), windows, settings.target_mix)
     if settings.held_out and distances[1] >= distances[0]:
         kept = {name: pruned[name] for name in work.block.linears}
-        return Refined(kept, dict.fromkeys(kept, 0), True, (errors[0], errors[0]))
-    return Refined(dict(refined), dict(swapped), False, (errors[0], errors[1]))
+        return Refined(kept, True, (errors[0], errors[0]))
+    return Refined(dict(refined), False, (errors[0], errors[1]))
 
 
 def _measured(
@@ -159,7 +154,7 @@ def _measured(
         work.advance_dense(batch)
     ((error,), _) = _measure(work, dense_weights, (pruned,), measured_windows(settings, streams), 0.0)
     kept = {name: pruned[name] for name in work.block.linears}
-    return Refined(kept, dict.fromkeys(kept, 0), False, (error, error))
+    return Refined(kept, False, (error, error))
 
 
 def measured_windows(settings: RefineSettings, streams: ActivationStreams) -> list[slice]:

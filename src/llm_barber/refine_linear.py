@@ -48,7 +48,7 @@ def refine_linear(
     training: Objective | None,
     held_out: Objective | None,
     settings: RefineSettings,
-) -> tuple[PrunedLinear, int]:
+) -> PrunedLinear:
     """Swaps, then least squares."""
     assert training is not None
     linear = training.linear(weight)
@@ -60,8 +60,7 @@ def refine_linear(
     if settings.solve:
         free = replace(pruned, keep=keep).free
         values = _solve(free, weight, training.gram, linear, held_out).to(pruned.values.dtype)
-    swapped = int((keep & ~pruned.keep).sum())
-    return replace(pruned, values=values).with_mask(keep), swapped
+    return replace(pruned, values=values).with_mask(keep)
 
 
 def _swap(

@@ -30,6 +30,11 @@ class Rebuilt:
     grown: int
     dropped: int
 
+    @classmethod
+    def between(cls, before: Tensor, keep: Tensor, beneficial: int = 0) -> "Rebuilt":
+        """What became of a mask in all steps: a weight that one brings back and a later one drops is neither."""
+        return cls(keep, beneficial, int((keep & ~before).sum()), int((before & ~keep).sum()))
+
 
 def rebuild_masks(
     keep: Sequence[Tensor],
