@@ -84,6 +84,20 @@ class Rows:
             raise ValueError(f"{found.method} is a preset, which rebuilds or does not")
         return found
 
+    def __str__(self) -> str:
+        method = f"{self.method}{REBUILT * self.rebuild}"
+        return f"{method}={','.join(self.targets)}@{','.join(map(str, self.seeds))}"
+
+
+def with_kept_rows(path: Path, asked: tuple[Rows, ...]) -> tuple[Rows, ...]:
+    """Those that a model's part of the page has already, and those that are asked for now; all are kept in the file."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    every = list(dict.fromkeys([*kept, *map(str, asked)]))
+    if every:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+    return tuple(Rows.read(one, ()) for one in every)
+
 
 class Quality:
     """The settings of one model's benchmark, and its stages.
@@ -302,7 +316,8 @@ def main() -> None:
         metavar="METHOD[+rebuild]=TARGET,…[@SEED,…]",
         action="append",
         default=[],
-        help="more rows; again for others; '': none (default: ALPS and the presets, all targets, first seed)",
+        help="more rows, beside those that the page has already; again for others; '': none (default: ALPS and the "
+        "presets, all targets, first seed)",
     )
     parser.add_argument("--counts", default=",".join(map(str, CALIBRATION_SEQUENCES)), help="of calibration sequences")
     parser.add_argument("--settings-of", metavar="NAME", help="take the rebuild's settings from that model's results")
@@ -325,6 +340,8 @@ def main() -> None:
         quality.more_rows = tuple(Rows.read(one, quality.seeds[:1]) for one in given if one)
     except ValueError as error:
         parser.error(f"--rows: {error}")
+    if not options.only:
+        quality.more_rows = with_kept_rows(quality.output / "rows.json", quality.more_rows)
     if not options.only and not quality.methods and not quality.more_rows:
         parser.error("no --methods and no --rows: nothing to do")
     with ConsoleProgress() as progress:

@@ -1,4 +1,4 @@
-"""The benchmarks that replace a step of the program: where they ask for nothing else, they find what it finds."""
+"""The benchmarks: those that replace a step of the program find what it finds, where they ask for nothing else."""
 
 from pathlib import Path
 from types import ModuleType
@@ -106,3 +106,15 @@ def test_settings_that_are_the_programs_own_make_no_other_variant(
 ) -> None:
     assert variants.as_it_differs(variant, target, 16, 64) == expected
     assert variants.resolved(variant, target, 16, 64) == variants.resolved(expected, target, 16, 64)
+
+
+def test_rows_of_a_page_stay_on_it(tmp_path: Path, variants: ModuleType) -> None:
+    import quality
+
+    path = tmp_path / "results" / "rows.json"
+    assert quality.with_kept_rows(path, ()) == ()
+    assert not path.exists()
+    first, second = quality.Rows.read("wanda+rebuild=0.5,2:4@0,1", ()), quality.Rows.read("mask=0.5", (0,))
+    assert quality.with_kept_rows(path, (first,)) == (first,)
+    assert quality.with_kept_rows(path, (second, first)) == (first, second)
+    assert quality.with_kept_rows(path, ()) == (first, second)
