@@ -269,7 +269,7 @@ def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None
     assert spread is not None
     assert spread.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
     assert spread.evaluation.texts[0].perplexity != plain.evaluation.texts[0].perplexity
-    with pytest.raises(SettingsError, match="alps-allocated spreads sparsity over linears.*no cell is left"):
+    with pytest.raises(SettingsError, match="alps-allocated: for sparsities, which they spread"):
         CompareConfig(**small | {"methods": ("alps-allocated",), "targets": ("2:4",)})
 
 
@@ -314,6 +314,8 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
         CompareConfig(**settings | {"seeds": (-1,)})
     once = CompareConfig(**settings | {"targets": ("0.5", "0.50", "2:4"), "seeds": (0, 0), "methods": ("ria", "ria")})
     assert (once.targets, once.seeds, once.methods) == (("0.5", "2:4"), (0,), (Method.RIA,))
+    with pytest.raises(SettingsError, match="presets have their own"):
+        CompareConfig(model="m", output="o", methods=("mask", "paper"), rebuild_ratio=0.5)
     with pytest.raises(SettingsError, match="switched off"):
         CompareConfig(**settings | {"rebuild": False})
     with pytest.raises(CalibrationError, match="no such text"):

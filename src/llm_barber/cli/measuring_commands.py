@@ -114,7 +114,8 @@ def compare(
         str,
         typer.Option(
             metavar="NAME,…",
-            help="Rows of the table: methods, and the presets mask and best, which take longest; also alps, paper.",
+            help="Rows of the table: methods, and the presets mask and best, which take longest; also paper, alps, and "
+            "sparsegpt-allocated and alps-allocated, whose sparsity is spread over linears as the presets spread it.",
             rich_help_panel=METHOD,
         ),
     ] = "magnitude,sparsegpt,sparsegpt-updates,wanda,ria,dsnot,mask,best",

@@ -80,7 +80,9 @@ class CompareConfig(StructureSettings):
         ("0.5", "0.6", "0.7", "2:4", "4:8"), min_length=1, description="sparsities and N:M patterns: blocks of rows"
     )
     rebuild: bool = Field(True, description="each method also with rebuild")
-    granularity: Granularity | None = Field(None, description="of the rebuild; None: the released experiments'")
+    granularity: Granularity | None = Field(
+        None, description="of the rebuild, not of presets; None: the released experiments'"
+    )
     rebuild_ratio: float | None = Field(None, gt=0, le=1, description="None: the released experiments'")
     rebuild_settings: dict[Method, tuple[Granularity, float]] = Field(
         default_factory=dict, description="granularity and ratio by method, before the two above"
@@ -128,11 +130,13 @@ class CompareConfig(StructureSettings):
     def _consistent(self) -> Self:
         if not self.rebuild and (self.granularity or self.rebuild_ratio or self.rebuild_settings):
             raise ValueError("granularity and rebuild_ratio are of the rebuild, which is switched off")
+        if (self.granularity or self.rebuild_ratio) and all(one.preset for one in self.methods):
+            raise ValueError("granularity and rebuild_ratio are of methods that are rebuilt; presets have their own")
         if len(self.seeds) > 1 and self.calibration.endswith(TOKEN_FILE_SUFFIX):
             raise ValueError("a file of tokens is taken as it is, whatever the seed: give one seed")
         if all(one.allocated for one in self.methods) and all(":" in one for one in self.targets):
             raise ValueError(
-                f"{self.methods[0]} spreads sparsity over linears, and N:M is the same in all of them: no cell is left"
+                f"{', '.join(self.methods)}: for sparsities, which they spread over linears; N:M is the same in all"
             )
         return self
 
