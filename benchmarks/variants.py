@@ -4,8 +4,8 @@
     python benchmarks/variants.py --data DATA --variant "preset=mask target_mix=0.25" --targets 0.5,2:4
 
 DATA as in `quality.py`: calibrated on C4, measured on the WikiText-2 validation text, and never on the test text.
-A variant is settings of `PruneConfig`, those of `estimators.py` (`estimator`, `rounds`) and of `block_aware.py`
-(`probes`, `row_groups`, `power`). Finished cells are in `benchmarks/results/variants/cells`.
+A variant is settings of `PruneConfig`, and those of `estimators.py` (`estimator`, `rounds`). Finished cells are in
+`benchmarks/results/variants/cells`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from block_aware import block_aware
 from common import keep, model_folder, show
 from estimators import ESTIMATORS, estimated
 from quality import CALIBRATION, ROOT, VALIDATION
@@ -56,17 +55,6 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
         ],
         "0.5,2:4",
     ),
-    "block-aware": (
-        [
-            WANDA,
-            {**WANDA, "refine": "swaps"},
-            *(
-                {**WANDA, "refine": "swaps", "probes": probes, "row_groups": groups, "power": power}
-                for probes, groups, power in ((1, 1, 1.0), (1, 4, 1.0), (4, 4, 1.0), (4, 4, 0.5))
-            ),
-        ],
-        "0.5,2:4",
-    ),
     "guard": ([{"preset": preset, "guard": one} for preset in ("mask", "best") for one in (0.0, 0.125)], "0.5,2:4"),
     "mix": ([{"preset": preset, "target_mix": one} for preset in ("mask", "best") for one in MIXES], "0.5,2:4"),
     "swap-mix": ([{**WANDA, "refine": "swaps", "target_mix": one} for one in MIXES], "0.5,2:4"),
@@ -102,7 +90,7 @@ def as_it_differs(variant: Variant, target: str, windows: int, seqlen: int) -> V
 
 def resolved(variant: Variant, target: str, windows: int, seqlen: int) -> tuple[RefineSettings | None, Allocation]:
     """What the program makes of a variant's settings, and of those that it leaves out."""
-    with estimated(variant) as others, block_aware(others) as given:
+    with estimated(variant) as given:
         config = PruneConfig(model="model", output=Path("out"), **target_settings(target), **given)
     refined = RefineSettings.of(config, config.target, windows, seqlen)
     if refined is not None and not config.prune_head:
@@ -170,7 +158,7 @@ def main() -> None:
                         own = {"model": model, "output": folder, "overwrite": True, "report": False}
                         text = {"samples": given.samples, "seqlen": given.seqlen, "seed": given.seed}
                         own |= text if "calibration" in settings else {"calibration": calibration}
-                        with estimated(settings) as others, block_aware(others) as asked:
+                        with estimated(settings) as asked:
                             return prune(PruneConfig(**own, **asked), progress)
 
                     key = {**settings, "seed": given.seed, "revisions": REVISIONS}

@@ -125,10 +125,10 @@ def refine_block(
                     continue
                 refined[name] = refine_linear(pruned[name], dense[name], training_error, held_out_error, settings)
                 current[name] = refined[name].weight
-    return guarded(work, dense_weights, pruned, refined, settings)
+    return _guarded(work, dense_weights, pruned, refined, settings)
 
 
-def guarded(
+def _guarded(
     work: Pass,
     dense_weights: Mapping[str, Tensor],
     pruned: Mapping[str, PrunedLinear],
