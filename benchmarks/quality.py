@@ -152,7 +152,7 @@ class Quality:
 
     def compare(self, config: CompareConfig, progress: Progress) -> Comparison:
         """A part of the work, with what other parts of it have already computed."""
-        return compare(config, progress, write=False, evaluator=self.evaluator(config, progress))
+        return compare(config, progress, write=False, evaluator=lambda: self.evaluator(config, progress))
 
     def evaluator(self, config: CompareConfig, progress: Progress) -> Evaluator:
         """One for all parts that measure alike."""
@@ -265,7 +265,7 @@ class Quality:
     def _run_both(
         self, config: CompareConfig, method: Method, chosen: tuple[Granularity, float], progress: Progress
     ) -> CellResult:
-        runner = make_runner(config, self.model, progress, self.evaluator(config, progress))
+        runner = make_runner(config, self.model, progress, lambda: self.evaluator(config, progress))
         seed = self.seeds[0]
         calibration = str(calibration_file(config, runner, self.model, seed, progress))
         cell = Cell(method, True, "0.5", seed)

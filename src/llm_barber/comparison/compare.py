@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def compare(
     config: CompareConfig,
     progress: Progress | None = None,
     write: bool = True,
-    evaluator: Evaluator | None = None,
+    evaluator: Callable[[], Evaluator] | None = None,
 ) -> Comparison:
     """Prune and measure every cell, or take it up from an earlier run; writes tables, plot and page to `config.output`.
 
@@ -94,7 +94,8 @@ def compare(
         config: the settings.
         progress: told of each stage.
         write: write tables, plot and page, too; cells are kept in any case.
-        evaluator: one of `config.evaluation(folder)`, for what it has already computed; None: a new one, if needed.
+        evaluator: gives one of `config.evaluation(folder)`, for what it has already computed; asked if it is needed.
+            None: a new one.
 
     Raises:
         BarberError: model, text, tasks or output are wrong. A single cell that cannot be done is noted in the result.
@@ -188,7 +189,7 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
 
 
 def make_runner(
-    config: CompareConfig, folder: str, progress: Progress, evaluator: Evaluator | None = None
+    config: CompareConfig, folder: str, progress: Progress, evaluator: Callable[[], Evaluator] | None = None
 ) -> CellRunner:
     """The runner of a comparison's cells; what they all depend on is in its keys.
 
@@ -222,7 +223,7 @@ def make_runner(
     if config.layers or config.blocks:
         common["structure"] = [config.layers, [asdict(block) for block in config.blocks]]
     return CellRunner(
-        config.output, lambda: evaluator or Evaluator(evaluation, progress), common, tasks, config.keep_models
+        config.output, evaluator or (lambda: Evaluator(evaluation, progress)), common, tasks, config.keep_models
     )
 
 
