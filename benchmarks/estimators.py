@@ -88,7 +88,6 @@ def rebuild_by(estimator: str, rounds: int) -> Callable[..., tuple[dict[str, Pru
         names, error = work.block.linears, 0.0
         dense_weights = {name: dense[name] for name in names}
         now = {name: pruned[name] for name in names}
-        grown = dict.fromkeys(names, 0)
         for index in range(rounds):
             sparse_weights = {name: one.weight for name, one in now.items()}
             points = (dense_weights, sparse_weights) if place == "dense" else (sparse_weights, dense_weights)
@@ -108,9 +107,9 @@ def rebuild_by(estimator: str, rounds: int) -> Callable[..., tuple[dict[str, Pru
                 pattern_granularity=settings.pattern_granularity,
             )
             for name, one in zip(names, rebuilt, strict=True):
-                now[name], grown[name] = now[name].with_mask(one.keep), grown[name] + one.grown
+                now[name] = now[name].with_mask(one.keep)
         _keep_outputs(work, dense_weights, {name: pruned[name].weight for name in names})
-        masks = {name: Rebuilt(now[name].keep, grown[name], grown[name], grown[name]) for name in names}
+        masks = {name: Rebuilt.between(pruned[name].keep, now[name].keep) for name in names}
         return now, masks, error / work.streams.every
 
     return rebuild

@@ -342,8 +342,8 @@ def main() -> None:
         parser.error(f"--rows: {error}")
     if not options.only:
         quality.more_rows = with_kept_rows(quality.output / "rows.json", quality.more_rows)
-    if not options.only and not quality.methods and not quality.more_rows:
-        parser.error("no --methods and no --rows: nothing to do")
+        if not quality.methods and not quality.more_rows:
+            parser.error("no --methods and no --rows: nothing to do")
     with ConsoleProgress() as progress:
         if options.only:
             getattr(quality, options.only)(progress)

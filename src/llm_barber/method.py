@@ -171,11 +171,10 @@ def _prune_block(
         return Outcome({}, {})
     now = {name: initial[name] for name in block.linears}
     before, measured_from, rejected = None, None, False
-    beneficial: dict[str, int] = {}
+    masks = {name: Rebuilt(one.keep, 0, 0, 0) for name, one in now.items()}
     where = f"layer {index} {block.name}"
     if rebuild_settings is not None:
-        now, found, before = _rebuild_block(work, dense, now, rebuild_settings, where)
-        beneficial = {name: one.beneficial for name, one in found.items()}
+        now, masks, before = _rebuild_block(work, dense, now, rebuild_settings, where)
         measured_from = 0
     if refine_settings is not None:
         now = {name: one.with_mask(one.keep) for name, one in now.items()}
@@ -184,7 +183,9 @@ def _prune_block(
             before = refined.errors[0]
             measured_from = work.streams.border if work.streams.held_out else 0
         now, rejected = refined.linears, refined.rejected
-    masks = {name: Rebuilt.between(initial[name].keep, one.keep, beneficial.get(name, 0)) for name, one in now.items()}
+        masks = {
+            name: Rebuilt.between(initial[name].keep, now[name].keep, mask.beneficial) for name, mask in masks.items()
+        }
     output_kept = rebuild_settings is not None and not work.last
     return Outcome(now, masks, before, measured_from, output_kept, rejected)
 

@@ -87,14 +87,7 @@ def rebuild_masks(
         pattern = patterns[index] if patterns is not None else None
         if pattern is not None:
             grow, drop = _within_pattern(droppable[index], saliency[index], grow, pattern)
-        results.append(
-            Rebuilt(
-                keep=(mask | grow) & ~drop,
-                beneficial=int(pair_masks[index].count_nonzero()),
-                grown=int(grow.count_nonzero()),
-                dropped=int(drop.count_nonzero()),
-            )
-        )
+        results.append(Rebuilt.between(mask, (mask | grow) & ~drop, beneficial=int(pair_masks[index].count_nonzero())))
     return results
 
 
