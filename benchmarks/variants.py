@@ -55,7 +55,10 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
         ],
         "0.5,2:4",
     ),
-    "guard": ([{"preset": preset, "guard": one} for preset in ("mask", "best") for one in (0.0, 0.125)], "0.5,2:4"),
+    "guard": (
+        [{"preset": preset, "guard": one} for preset in ("mask", "best") for one in (0.0, 1 / 32, 1 / 8)],
+        "0.5,2:4",
+    ),
     "mix": ([{"preset": preset, "target_mix": one} for preset in ("mask", "best") for one in MIXES], "0.5,2:4"),
     "swap-mix": ([{**WANDA, "refine": "swaps", "target_mix": one} for one in MIXES], "0.5,2:4"),
     "least-squares-mix": (

@@ -85,7 +85,7 @@ class SignedGradients:
 @pytest.mark.parametrize(
     ("variant", "target", "expected"),
     [
-        ({"preset": "mask", "guard": 0.125}, "0.5", {"preset": "mask"}),
+        ({"preset": "mask", "guard": 0.03125}, "0.5", {"preset": "mask"}),
         ({"preset": "mask", "target_mix": 0.5}, "0.5", {"preset": "mask"}),
         ({"preset": "mask", "target_mix": 0.5}, "2:4", {"preset": "mask", "target_mix": 0.5}),
         ({"preset": "best", "target_mix": 0.75}, "2:4", {"preset": "best"}),

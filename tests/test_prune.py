@@ -469,7 +469,7 @@ def test_magnitude_by_output_row(tmp_path: Path, llama: Path, tokens: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, {"preset": "mask", "refine": "tune", "allocation": "loss", "target_mix": 0.5, "guard": 0.125}),
+        ({}, {"preset": "mask", "refine": "tune", "allocation": "loss", "target_mix": 0.5, "guard": 0.03125}),
         ({"pattern": "2:4"}, {"preset": "mask", "allocation": "uniform", "target_mix": 0.75}),
         ({"preset": "best"}, {"preset": "best", "reconstruct": "tune", "tune_passes": 16}),
         ({"initial": "magnitude"}, {"preset": "paper", "granularity": "block", "rebuild_ratio": 0.1}),

@@ -14,7 +14,7 @@ from llm_barber.job import Job
 from llm_barber.masking.pattern import NofM
 from llm_barber.method import RebuildSettings
 from llm_barber.planning.recipe import Recipe
-from llm_barber.presets import GUARD, PRESETS, Allocation, Preset, PresetSettings, Reconstruct
+from llm_barber.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import KeptWeights
 from llm_barber.settings import RunSettings
@@ -116,7 +116,7 @@ class Assignment:
             found |= {"granularity": rebuilt.granularity, "rebuild_ratio": rebuilt.ratio}
         if refined is not None:
             found |= {
-                "target_mix": refined.target_mix, "guard": GUARD if config.guard is None else config.guard,
+                "target_mix": refined.target_mix, "guard": config.held_out_share,
                 "swaps": refined.swaps_of(self.pattern) or None,
                 "tune_passes": refined.passes or None,
             }  # fmt: skip

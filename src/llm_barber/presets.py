@@ -58,10 +58,12 @@ PRESETS = {
     Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS),
 }
 # Raised when how a preset finds masks or weights changes, so that what `compare` has kept of it is measured again.
-REVISIONS = {Preset.PAPER: 1, Preset.MASK: 4, Preset.BEST: 6}
+REVISIONS = {Preset.PAPER: 1, Preset.MASK: 5, Preset.BEST: 7}
 SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
 TARGET_MIX, PATTERN_TARGET_MIX = 0.5, 0.75  # the latter where masks of N:M are tuned
 # Passes over the calibration text when layers are tuned: as many as these tokens take, within bounds. More text needs
 # fewer passes, and wins more than they do.
 TUNE_TOKENS, FEWEST_PASSES, MOST_PASSES = 2**16, 2, 8
-GUARD = 0.125
+# Shares of the windows that are held out. Of tuned layers they only tell whether they are better for it, and windows
+# that are not learnt from cost more than that is worth; with swaps, how many of each row are kept.
+GUARD, TUNING_GUARD = 1 / 8, 1 / 32

@@ -7,7 +7,6 @@ from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.presets import (
     FEWEST_PASSES,
-    GUARD,
     MOST_PASSES,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
@@ -27,7 +26,7 @@ class RefineSettings:
     """`swaps`: most swaps a row; None: the default, 0: none. `solve`: least squares.
 
     `target_mix`: 0: the dense linears on the pruned model's activations, 1: on the dense model's (`docs/refining.md`).
-    `passes`: over the windows, at most, that tune layers, their masks, kept weights or both (`tune.py`). `held_out`:
+    `passes`: over the windows that tune layers, their masks, kept weights or both (`tune.py`). `held_out`:
     calibration windows, the last ones. `head_mix`: the target mix of the output head, whose mask is swapped, not tuned.
     """
 
@@ -63,7 +62,7 @@ class RefineSettings:
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,
             solve=solve and not masks,  # which moves masks after linears are solved
-            held_out=min(math.ceil((GUARD if config.guard is None else config.guard) * sequences), sequences - 1),
+            held_out=min(math.ceil(config.held_out_share * sequences), sequences - 1),
             passes=(config.tune_passes or passes) if masks or weights else 0,
             tunes_masks=masks,
             tunes_weights=weights,
@@ -113,7 +112,7 @@ class RefineSettings:
         parts = [
             f"at most {most} exact swaps a row" if self.swaps != 0 else "",
             "least squares of the kept weights" if self.solve else "",
-            f"at most {self.passes} pass{'es that tune' if self.passes > 1 else ' that tunes'} {' and '.join(tuned)}"
+            f"{self.passes} pass{'es that tune' if self.passes > 1 else ' that tunes'} {' and '.join(tuned)}"
             if tuned
             else "",
         ]

@@ -110,7 +110,7 @@ class LayerResult(_Result):
     """One decoder layer.
 
     `held_out`: of one that was tuned, its mean distance (`distance.py`) from its target on the windows that were held
-    out, before and after each pass; what had the least is kept.
+    out, before and after each pass; the last pass that was nearer than before is kept.
     """
 
     index: int
@@ -121,7 +121,9 @@ class LayerResult(_Result):
     @property
     def kept_pass(self) -> int | None:
         """Which pass of tuning was kept, 0: none; None: no windows were held out to say so, or nothing was tuned."""
-        return self.held_out.index(min(self.held_out)) if self.held_out else None
+        if not self.held_out:
+            return None
+        return max((number for number, error in enumerate(self.held_out) if error < self.held_out[0]), default=0)
 
     @property
     def linears(self) -> tuple[LinearResult, ...]:
@@ -266,7 +268,8 @@ class RunReport(_Result):
         layers = [layer for layer in self.layers if layer.held_out]
         parts = []
         if layers:
-            shares = [1 - min(layer.held_out) / layer.held_out[0] if layer.held_out[0] else 0.0 for layer in layers]
+            kept = [(layer.held_out[layer.kept_pass or 0], layer.held_out[0]) for layer in layers]
+            shares = [1 - after / before if before else 0.0 for after, before in kept]
             tuned = sum(bool(layer.kept_pass) for layer in layers)
             parts.append(
                 f"distance from the target −{sum(shares) / len(shares):.0%} in the mean, "

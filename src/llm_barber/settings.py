@@ -17,6 +17,7 @@ from llm_barber.presets import (
     PRESETS,
     SWAPS,
     TARGET_MIX,
+    TUNING_GUARD,
     Preset,
     PresetSettings,
     Reconstruct,
@@ -133,14 +134,15 @@ class RunSettings(StructureSettings):
     tune_passes: int | None = Field(
         default=None,
         ge=1,
-        description="passes over the windows when layers are tuned, at most; None: 2 to 8, the fewer the more text, "
+        description="passes over the windows when layers are tuned; None: 2 to 8, the fewer the more text, "
         "and twice as many where masks and weights are",
     )
     guard: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description=f"share of the windows held out to decide what refining keeps; 0: all is kept; None: {GUARD}",
+        description="share of the windows held out to decide what refining keeps; 0: all is kept; None: "
+        f"{GUARD}, and {TUNING_GUARD} where masks are tuned",
     )
     calibration: str = Field(default="builtin", description="builtin, c4, wikitext2, or a file")
     samples: int = Field(128, ge=1, description="calibration windows")
@@ -208,6 +210,13 @@ class RunSettings(StructureSettings):
     def reconstruction(self) -> Reconstruct:
         """What becomes of the kept weights."""
         return self.reconstruct or self.defaults.reconstruct
+
+    @property
+    def held_out_share(self) -> float:
+        """Of the windows: as asked, or by what they decide."""
+        if self.guard is not None:
+            return self.guard
+        return TUNING_GUARD if self.refinement is Refine.TUNE else GUARD
 
     @field_validator("memory", "device_memory", mode="before")
     @classmethod

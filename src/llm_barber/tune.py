@@ -2,8 +2,8 @@
 
 The loss is the mean squared distance (`distance.py`) of the layer's output, on the inputs that the pruned model gives
 it, from the dense layer's; on these same inputs (`target_mix` 0, as EBFT, 2024), or on those of the dense model (1), or
-between. Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows stop the run, and
-decide whether anything of it is kept.
+between. Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows decide whether
+anything of it is kept.
 """
 
 import math
@@ -34,7 +34,6 @@ MOMENTUM = (0.9, 0.95)
 SMALLEST = 1e-12  # of a gradient, so that the size of a model's states does not matter
 # What gradients of sequences are added up in: so many more bits that the order changes nothing, nor do processes.
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-PATIENCE = 2  # passes without gain on held-out windows
 
 Linears = Mapping[str, PrunedLinear]
 
@@ -43,8 +42,8 @@ Linears = Mapping[str, PrunedLinear]
 class Tuned:
     """A layer's linears.
 
-    `held_out`: its mean distance on the windows that are held out, before and after each pass; the least is kept.
-    Empty, if there are none.
+    `held_out`: its mean distance on the windows that are held out, before and after each pass; the last pass that is
+    nearer than before is kept. Empty, if there are none.
     """
 
     linears: dict[str, PrunedLinear]
@@ -194,7 +193,10 @@ def _descend(
     streams: ActivationStreams,
     where: str,
 ) -> Tuned:
-    """The linears after the pass that held-out windows like best; after the last one, where there are none."""
+    """The linears after the last pass that held-out windows like better than none; after the last, without them.
+
+    Not after the pass that they like best: steps get smaller, and early passes seem better by chance (one huge token).
+    """
     groups = moving.groups()
     if not groups:
         return Tuned(moving.linears(), ())
@@ -235,10 +237,7 @@ def _descend(
             moving.moved()
         if settings.held_out:
             errors.append(held_out_error())
-            without_gain = len(errors) - 1 - errors.index(min(errors))
-            if without_gain == PATIENCE:
-                break
-            if without_gain:
+            if errors[-1] >= errors[0]:
                 continue
         best = moving.linears()
     return Tuned(best, tuple(errors))

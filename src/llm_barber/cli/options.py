@@ -16,6 +16,7 @@ from llm_barber.presets import (
     PATTERN_TARGET_MIX,
     SWAPS,
     TARGET_MIX,
+    TUNING_GUARD,
     Allocation,
     Preset,
     Reconstruct,
@@ -167,14 +168,15 @@ OPTIONS: dict[str, Any] = {
     "tune_passes": option(
         int | None,
         REFINING,
-        "Passes over the windows when masks or weights are tuned, at most. (default: 2 to 8, the fewer the more "
+        "Passes over the windows when masks or weights are tuned. (default: 2 to 8, the fewer the more "
         "text; twice as many where both are)",
         metavar="N",
     ),
     "guard": option(
         float | None,
         REFINING,
-        f"Share of the windows held out to decide what of the refining is kept; 0: all. (default: {GUARD:g})",
+        "Share of the windows held out to decide what of the refining is kept; 0: all. "
+        f"(default: {GUARD:g}, and {TUNING_GUARD:g} where masks are tuned)",
         metavar="SHARE",
     ),
     "calibration": option(
