@@ -44,12 +44,11 @@ print(json.dumps(json.loads(report.to_json()) | {"cpu": time.process_time() - be
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to plan and to prune; `guard`: share of the windows held out, None: the default."""
+    """A model to plan and to prune."""
 
     label: str
     model: str
     calibration: str = "builtin"
-    guard: float | None = None
 
 
 def printed(*arguments: str) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def random_models(folder: Path) -> list[Subject]:
     save_file({"input_ids": torch.randint(0, VOCABULARY, (SEQUENCES, TOKENS), generator=generator)}, tokens)
     for layers, hidden, mlp in SIZES:
         model = write_llama(folder / str(hidden), layers, hidden, mlp, hidden // 64, VOCABULARY, torch.float32)
-        found.append(Subject(f"random, {layers} × {hidden}", str(model), str(tokens), guard=0.0))
+        found.append(Subject(f"random, {layers} × {hidden}", str(model), str(tokens)))
     return found
 
 
@@ -86,15 +85,13 @@ def subjects(folder: Path, names: list[str]) -> list[Subject]:
 def measure(folder: Path, one: Subject, preset: str, dtype: str, times: int) -> list[list[str]]:
     """Rows of the two tables."""
     label, model, calibration = one.label, one.model, one.calibration
-    guard = [] if one.guard is None or preset == "paper" else ["--guard", str(one.guard)]
     plan = [
         "-m", "llm_barber", "plan", model, "--calibration", calibration, "--samples", str(SEQUENCES),
-        "--seqlen", str(TOKENS), "--preset", preset, "--dtype", dtype, "--json", "--quiet", *guard,
+        "--seqlen", str(TOKENS), "--preset", preset, "--dtype", dtype, "--json", "--quiet",
     ]  # fmt: skip
     settings = {
         "model": model, "output": str(folder / "out"), "calibration": calibration, "samples": SEQUENCES,
         "seqlen": TOKENS, "preset": preset, "dtype": dtype, "overwrite": True, "report": False,
-        **({"guard": one.guard} if guard else {}),
     }  # fmt: skip
     run = min((printed(*plan)["runs"][0] for _ in range(times)), key=lambda one: float(one["seconds"]))
     reports = [printed("-c", PRUNE, json.dumps(settings)) for _ in range(times)]
