@@ -1,9 +1,8 @@
 """How near `plan` comes to what `prune` then takes: seconds and peak memory, three models, two presets.
 
-SmolLM2-135M and two synthetic LLaMA-shaped checkpoints, or others. A plan counts every pass of tuning; real models make
-nearly all of them, random ones stop sooner unless no windows are held out to say so: none are here. Each plan and each
-run is a process of its own. `--times 2` makes each twice: the least of the seconds counts, since other work only adds
-to them; CPU seconds are shown beside them, for the same reason. About a quarter of an hour on one idle core.
+SmolLM2-135M and two synthetic LLaMA-shaped checkpoints, or others. Each plan and each run is a process of its own.
+`--times 2` makes each twice: the least of the seconds counts, since other work only adds to them; CPU seconds are shown
+beside them, for the same reason. About a quarter of an hour on one idle core.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_accuracy.py
 """

@@ -309,11 +309,12 @@ def test_what_held_out_windows_reject_stays(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("last", [6.0, torch.nan])
 def test_the_last_pass_that_held_out_windows_like_better_than_none_is_kept(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, last: float
 ) -> None:
     """Not the one that they like best: by chance, an early one may seem so."""
-    said = cycle([5.0, 2.0, 4.0, 6.0])  # before, and after each pass, layer by layer
+    said = cycle([5.0, 2.0, 4.0, last])  # before, and after each pass, layer by layer
     after_steps: list[Tensor] = []
     moved = tune._Moving.moved
 

@@ -69,7 +69,7 @@ def tune_layer(
         layer: any weights.
         dense: dense weights, (out, in), by linear.
         pruned: masks and values to start from, by linear.
-        settings: target mix; windows held out, if none all passes are made; most passes over the others.
+        settings: target mix; windows held out; passes over the others.
         streams: the layer's input; for a mix, the dense model's output of it (`DENSE + NEXT`), too.
         where: which layer, for a message.
 
@@ -216,7 +216,7 @@ def _descend(
         return streams.ranks.total(math.fsum(own))[0] / settings.held_out
 
     generator = torch.Generator().manual_seed(0)
-    best, errors = moving.linears(), [held_out_error()] if settings.held_out else []
+    kept, errors = moving.linears(), [held_out_error()] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
             weights = {name: one.to(layer.dtype).detach().requires_grad_() for name, one in moving.weights().items()}
@@ -237,10 +237,10 @@ def _descend(
             moving.moved()
         if settings.held_out:
             errors.append(held_out_error())
-            if errors[-1] >= errors[0]:
+            if not errors[-1] < errors[0]:  # nor, if it is NaN
                 continue
-        best = moving.linears()
-    return Tuned(best, tuple(errors))
+        kept = moving.linears()
+    return Tuned(kept, tuple(errors))
 
 
 def _add_gradients(

@@ -216,9 +216,9 @@ def test_what_tuning_gained() -> None:
     for layer, errors in zip(report.layers, ((2.0, 1.0, 1.5), (), (4.0, 5.0)), strict=True):
         object.__setattr__(layer, "held_out", errors)
     page = run_page(report)
-    assert "(pass 1 in 1 layer, none in 1 layer)" in page
+    assert "(pass 2 in 1 layer, none in 1 layer)" in page
     assert table(page, "Distance on held-out windows by layer and pass")[1:] == [
-        ["0", "2.000", "1.000", "1.500", "1"], ["2", "4.000", "5.000", "–", "none"],
+        ["0", "2.000", "1.000", "1.500", "2"], ["2", "4.000", "5.000", "–", "none"],
     ]  # fmt: skip
     assert page.count("<svg") == 6
     for layer in report.layers:

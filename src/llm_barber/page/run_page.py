@@ -84,11 +84,12 @@ def _tuning(report: RunReport) -> dict[str, Any] | None:
     layers = [layer for layer in report.layers if layer.held_out]
     if not layers:
         return None
-    names = [f"pass {number + 1}" for number in range(len(layers[0].held_out) - 1)]
+    passes = max(len(layer.held_out) for layer in layers) - 1  # of earlier versions' layers some ended sooner
+    names = [f"pass {number + 1}" for number in range(passes)]
     shares = {
         (name, layer.index): max(0.0, 1 - error / layer.held_out[0])
         for layer in layers
-        for name, error in zip(names, layer.held_out[1:], strict=True)
+        for name, error in zip(names, layer.held_out[1:], strict=False)
         if layer.held_out[0]
     }
     kept = Counter(layer.kept_pass or 0 for layer in layers)

@@ -78,7 +78,7 @@ def choose(block: BlockShapes, recipe: Recipe) -> Work:
 
 
 def within_groups(recipe: Recipe, weights: float) -> float:
-    """Bytes moved to rank weights within groups of M: M comparisons with all."""
+    """Bytes moved to rank weights within groups of M: M(M - 1)/2 comparisons of an Mth of them each, and copies."""
     return 0 if recipe.pattern is None else 8 * recipe.pattern.of * weights
 
 

@@ -73,7 +73,7 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Held]:
             moments.append(_refining(block, recipe))
     if recipe.refine is not None and recipe.refine.of_layers and layer.blocks:
         batch = max(_batch(block, recipe) for block in layer.blocks)
-        # Gradients, the best ones and masked copies; for scores and for values' changes, a gradient and two moments.
+        # Gradients, the kept ones and masked copies; for scores and for values' changes, a gradient and two moments.
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
         wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # gradients' sums are float64 then
         tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights

@@ -67,7 +67,7 @@ def _improve(recipe: Recipe, rows: int, columns: int) -> Work:
 
 
 def tune(layer: LayerShapes, recipe: Recipe) -> Work:
-    """Adam: forward and twice as much back for the windows, forward for those held out, most passes; the targets.
+    """Adam: forward and twice as much back for the windows; those held out before and after each pass; the targets.
 
     The inputs' mean squares before, and for masks a choice of what is kept at every step.
     """
