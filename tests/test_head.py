@@ -121,6 +121,13 @@ def test_resumed_with_the_head_alone(tmp_path: Path, tokens: Path, tied: bool, m
     assert all(torch.equal(bits(tensor), bits(resumed[name])) for name, tensor in whole.items())
 
 
+def test_nothing_is_spread_where_the_head_alone_is_pruned(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "llama")
+    report = run(model, tmp_path / "out", tokens, prune_head=True, skip_layers=(0, 1))
+    assert (report.allocation, report.resolved["preset"]) == ("uniform", "mask")
+    assert [sum(one.pruned for one in layer.linears) > 0 for layer in report.layers] == [False, False, True]
+
+
 def test_packed_and_back(tmp_path: Path, tokens: Path) -> None:
     model = make_model(tmp_path / "dense", "llama")
     run(model, tmp_path / "plain", tokens, prune_head=True)

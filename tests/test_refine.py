@@ -1,6 +1,7 @@
 """Refining in a streamed run equals refining on whole models in memory, with plain hooks."""
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,18 +117,28 @@ def test_held_out_windows_decide_row_by_row_and_about_damping(pattern: NofM | No
     assert training.error(alike.final, weight).sum() < 0.5 * training.error(found.final, weight).sum()
 
 
+def test_values_of_unknown_held_out_error_are_not_kept() -> None:
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(6))
+    keep = initial_mask(weight.abs(), Unstructured(0.5), Granularity.OUTPUT)
+    pruned, inputs = PrunedLinear(keep, weight * keep, weight, None), correlated(1)[:, :8]
+    training, unknown = Objective(inputs.t() @ inputs, None), Objective(torch.full((8, 8), math.nan), None)
+    settings = RefineSettings(swaps=0, target_mix=0.0, solve=True, held_out=1)
+    assert torch.equal(refine_linear(pruned, weight, training, unknown, settings).final, weight * keep)
+
+
 def run(folder: Path, out: Path, tokens: Path, **settings: Any) -> RunReport:
     return prune(
         PruneConfig(model=folder, output=out, calibration=tokens, dtype="float32", **{"rebuild": False, **settings})
     )
 
 
+@pytest.mark.parametrize("distance", [2.0, math.nan])
 def test_a_block_that_got_worse_on_held_out_windows_stays_as_it_was(
-    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, distance: float
 ) -> None:
     run(llama, tmp_path / "plain", tokens)
     measure = refine._measure
-    monkeypatch.setattr(refine, "_measure", lambda *given: (measure(*given)[0], (1.0, 2.0)))
+    monkeypatch.setattr(refine, "_measure", lambda *given: (measure(*given)[0], (1.0, distance)))
     report = run(llama, tmp_path / "refined", tokens, refine="swaps", reconstruct="least-squares")
     blocks = [block for layer in report.layers for block in layer.blocks]
     assert all(block.rejected for block in blocks)

@@ -28,6 +28,7 @@ from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, source_k
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
 from llm_barber.plan import Plan, plan
+from llm_barber.presets import REVISIONS, Preset
 from tests.conftest import Listener, make_model, save_tokens
 
 KILLED = 9
@@ -572,6 +573,10 @@ def test_refuses_what_it_cannot_go_on_with(
     with pytest.raises(OutputError, match="another version of a library"):
         run(model, out, tokens, resume=True)
     monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setitem(REVISIONS, Preset.BEST, 0)
+        with pytest.raises(OutputError, match="another revision of a preset$"):
+            run(model, out, tokens, resume=True)
     saved = shutil.copytree(model, tmp_path / "saved")
     make_model(model, "llama", num_hidden_layers=3, seed=4)
     with pytest.raises(OutputError, match="another model's files"):

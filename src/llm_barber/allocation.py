@@ -37,8 +37,6 @@ def allocate(
         ModelError: the model's gradients are all zero.
         NotFiniteError: they are NaN or Inf.
     """
-    if not any(initial.linears(index) for index in range(initial.job.layer_count)):
-        return {}  # the output head alone is pruned
     streams.copy(HIDDEN, START)
     try:
         if allocation is Allocation.OWL:

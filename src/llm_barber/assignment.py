@@ -14,7 +14,7 @@ from llm_barber.job import Job
 from llm_barber.masking.pattern import NofM
 from llm_barber.method import RebuildSettings
 from llm_barber.planning.recipe import Recipe
-from llm_barber.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
+from llm_barber.presets import PRESETS, REVISIONS, Allocation, Preset, PresetSettings, Reconstruct
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import KeptWeights
 from llm_barber.settings import RunSettings
@@ -94,9 +94,10 @@ class Assignment:
         steps = PresetSettings(
             self.rebuild_settings is not None, config.refinement, config.reconstruction, self.allocation
         )
-        free = isinstance(config, PruneConfig) and config.pattern is None and not config.sparsities
-        presets = {name: one if free else replace(one, allocation=Allocation.UNIFORM) for name, one in PRESETS.items()}
-        return next((name for name, one in presets.items() if one == steps), None)
+        for name, one in PRESETS.items():
+            if steps == (one if self._has_budget else replace(one, allocation=Allocation.UNIFORM)):
+                return name
+        return None
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -130,7 +131,17 @@ class Assignment:
     @property
     def allocation(self) -> Allocation:
         """How sparsity is spread over the linears."""
-        return self.config.allocated_by if isinstance(self.config, PruneConfig) else Allocation.UNIFORM
+        config = self.config
+        return config.allocated_by if isinstance(config, PruneConfig) and self._has_budget else Allocation.UNIFORM
+
+    @cached_property
+    def _has_budget(self) -> bool:
+        """Is there a sparsity that linears of the decoder layers can share in more than one way?"""
+        config, initial = self.config, self.initial
+        if not isinstance(config, PruneConfig) or not isinstance(initial, MethodMasks):
+            return False
+        pruned = any(initial.linears(index) for index in range(self.job.layer_count))
+        return pruned and config.pattern is None and not config.sparsities
 
 
 def run_key(work: Assignment) -> dict[str, Any]:
@@ -145,6 +156,7 @@ def run_key(work: Assignment) -> dict[str, Any]:
         "device": job.skeleton.device.type,
         "dtype": str(job.skeleton.dtype),
         "version of a library": versions(),
+        "revision of a preset": REVISIONS,
     }
 
 

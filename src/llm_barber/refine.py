@@ -138,7 +138,7 @@ def _guarded(
     """A block as it was refined, or, if held-out windows are no nearer to the target with that, as it was."""
     windows = measured_windows(settings, work.streams)
     errors, distances = _measure(work, dense_weights, (pruned, refined), windows, settings.target_mix)
-    if settings.held_out and distances[1] >= distances[0]:
+    if settings.held_out and not distances[1] < distances[0]:  # NaN is not nearer
         kept = {name: pruned[name] for name in work.block.linears}
         return Refined(kept, True, (errors[0], errors[0]))
     return Refined(dict(refined), False, (errors[0], errors[1]))

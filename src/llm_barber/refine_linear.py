@@ -101,7 +101,7 @@ def _solve(keep: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None, he
     for damping in DAMPINGS:
         values = least_squares(keep, weight, gram, linear, STEPS_A_DAMPING, damping, values)
         error = held_out.error(values, weight).sum()
-        if error >= lowest:
+        if not error < lowest:  # NaN is not better
             break
         best, lowest = values, error
     return best
