@@ -30,7 +30,7 @@ def pruned(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.html"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_the_files_come_back_and_packed_ones_can_be_read(tmp_path: Path, pruned: Path) -> None:
@@ -40,6 +40,10 @@ def test_the_files_come_back_and_packed_ones_can_be_read(tmp_path: Path, pruned:
     assert not list((tmp_path / "packed").glob("model*"))  # nothing that another program takes for a model
     unpack(PackConfig(model=tmp_path / "packed", output=tmp_path / "unpacked"))
     assert contents(tmp_path / "unpacked") == contents(pruned)
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "stored without their zeros" in card
+    assert 'model = llm_barber.load("THIS_FOLDER")' in card
+    assert "the format is dense" not in card
     assert not inspect(InspectConfig(model=tmp_path / "unpacked")).problems
     seen = inspect(InspectConfig(model=tmp_path / "packed", dense=tmp_path / "dense"))
     assert seen.problems == ()

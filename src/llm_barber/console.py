@@ -184,6 +184,13 @@ def show_inspection(inspection: Inspection) -> None:
     elif not inspection.problems:
         against = [*(["its record"] if inspection.record else []), *filter(None, [inspection.compared_with])]
         console.print(f"all as {' and '.join(against)} {'says' if len(against) == 1 else 'say'}", soft_wrap=True)
+    if inspection.updated is not None:
+        kept = sum(linear.weights - linear.zeros for linear in inspection.linears)
+        console.print(
+            f"kept weights that are not those of {inspection.compared_with}: {inspection.updated:,} of {kept:,}; by the "
+            "record they were changed, so only zeros, shapes and what is not pruned could be checked",
+            soft_wrap=True,
+        )
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
@@ -264,7 +271,7 @@ def show_comparison(comparison: Comparison, folder: Path) -> None:
 
 def show_packing(report: PackReport) -> None:
     """Print what packing did to the bytes."""
-    packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none"
+    packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none, is it pruned?"
     Console(highlight=False, markup=False).print(
         f"{report.output}: {report.bytes_after / 1e9:.3f} GB, {report.bytes_after / report.bytes_before:.1%} of "
         f"{report.bytes_before / 1e9:.3f} GB; packed matrices: {packed}; dense ones: {report.left_dense}",

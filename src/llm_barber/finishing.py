@@ -10,7 +10,7 @@ from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.initial import FEW_TOKENS
 from llm_barber.model.empty import auto_class
-from llm_barber.model_card import model_card
+from llm_barber.model_card import CARD_NAME, model_card
 from llm_barber.progress import Progress
 from llm_barber.report import PAGE_NAME, CalibrationResult, LayerResult, RunReport
 from llm_barber.usage import versions
@@ -64,7 +64,7 @@ def finish_output(
         source=work.source,
     )
     writer.write_file(RECORD_NAME, report.to_json().encode())
-    writer.write_file("README.md", model_card(report).encode())
+    writer.write_file(CARD_NAME, model_card(report).encode())
     if work.config.report:
         from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
 

@@ -51,7 +51,10 @@ class LinearInspection(BaseModel):
 
 
 class Inspection(BaseModel):
-    """Linears of a checkpoint, and `problems`: what is not as its record or the dense model says."""
+    """Linears of a checkpoint, and `problems`: what is not as its record or the dense model says.
+
+    `updated`: kept weights that are not the dense model's, where the record has them changed; None: not compared.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,6 +63,7 @@ class Inspection(BaseModel):
     compared_with: str | None
     linears: tuple[LinearInspection, ...]
     problems: tuple[str, ...]
+    updated: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -105,6 +109,8 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     names = list(source.tensors if dense is not None else linears)
     progress.start("inspecting", len(names))
     inspected = []
+    updates = record is not None and record.kept_weights is not KeptWeights.DENSE
+    updated = 0 if updates and dense is not None else None
     for name in names:
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
@@ -116,8 +122,12 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
             if record is not None:
                 problems += _check_record(inspected[-1], expected.get((linear.layer, linear.name)), weight)
         if original is not None:
-            updated = record is not None and record.kept_weights is not KeptWeights.DENSE and name in linears
-            problems += _compare_bits(name, tensor, original, may_be_zero=name in linears, may_be_updated=updated)
+            found, differing = _compare_bits(name, tensor, original, may_be_zero=name in linears)
+            problems += found
+            if updated is not None and name in linears:
+                updated += differing
+            elif differing:
+                problems.append(f"{name} differs from the dense model in {differing} kept weights")
         progress.advance(name)
     return Inspection(
         model=config.model,
@@ -125,6 +135,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         compared_with=config.dense,
         linears=tuple(sorted(inspected, key=lambda linear: linear.layer)),
         problems=tuple(problems),
+        updated=updated,
     )
 
 
@@ -272,20 +283,17 @@ def _compare_names(names: Set[str], dense: Set[str], known: Set[str]) -> list[st
     return problems
 
 
-def _compare_bits(name: str, tensor: Tensor, dense: Tensor, may_be_zero: bool, may_be_updated: bool) -> list[str]:
-    """Every element equals the dense one bit for bit; of a linear it may be +0.0 instead."""
+def _compare_bits(name: str, tensor: Tensor, dense: Tensor, may_be_zero: bool) -> tuple[list[str], int]:
+    """What is wrong, and how many elements are not the dense one bit for bit; of a linear it may be +0.0 instead."""
     if tensor.shape != dense.shape or tensor.dtype != dense.dtype:
         return [
             f"{name} is {tuple(tensor.shape)} {tensor.dtype}, in the dense model {tuple(dense.shape)} {dense.dtype}"
-        ]
+        ], 0
     bits, dense_bits = (one.contiguous().view(INTEGERS[one.element_size()]) for one in (tensor, dense))
     differs = bits != dense_bits
     if may_be_zero:
         differs &= bits != 0
         negative_zero = int((differs & (tensor == 0)).sum())
         if negative_zero:
-            return [f"{name} has {negative_zero} pruned weights that are -0.0, not +0.0"]
-    count = int(differs.sum())
-    if count and not may_be_updated:
-        return [f"{name} differs from the dense model in {count} kept weights"]
-    return []
+            return [f"{name} has {negative_zero} pruned weights that are -0.0, not +0.0"], 0
+    return [], int(differs.sum())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llm_barber.report import RunReport
 
+CARD_NAME = "README.md"
 CITATION = """@article{su2024llmbarber,
   title={LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large Language Models},
   author={Su, Yupeng and Guan, Ziyi and Liu, Xiaoqun and Jin, Tianlai and Wu, Dongkuan and Chen, Zhengfei and
@@ -18,11 +19,17 @@ USE = {
         'model = {kind}.from_pretrained("THIS_FOLDER")',
     ),
     "packed": (
-        "import llm_barber.loading  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE",
+        "import llm_barber  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE",
         "from transformers import AutoTokenizer",
         "",
-        'model = llm_barber.loading.load("THIS_FOLDER")',
+        'model = llm_barber.load("THIS_FOLDER")',
     ),
+}
+STORED = {
+    "dense": "The numbers of zeros are real, the format is dense: the file is no smaller and runs no faster than the "
+    "original by itself.",
+    "packed": "Pruned linears are stored without their zeros (`llm-barber unpack` brings the dense files back): the file "
+    "is smaller, and the model runs no faster than the original by itself.",
 }
 
 
@@ -54,8 +61,7 @@ def model_card(report: RunReport) -> str:
         f"| computed in | {report.dtype} on {report.device} |",
         f"| time, peak memory | {report.seconds['total']:.1f} s, {report.peak_memory / 2**30:.2f} GiB |",
         "",
-        "The numbers of zeros are real, the format is dense: the file is no smaller and runs no faster than the "
-        "original by itself.",
+        STORED[_format(report)],
         "",
         "## By linear",
         "",
@@ -86,7 +92,7 @@ def model_card(report: RunReport) -> str:
         "## Use",
         "",
         "```python",
-        *(line.format(kind=report.loaded_by) for line in USE[str(report.settings.get("format", "dense"))]),
+        _use(report, _format(report)),
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         "```",
         "",
@@ -100,3 +106,19 @@ def model_card(report: RunReport) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def card_of_format(card: str, report: RunReport, stored: str) -> str:
+    """A card's text with what it says of the format, "dense" or "packed", as it is now; all else stays."""
+    for other in STORED.keys() - {stored}:
+        card = card.replace(STORED[other], STORED[stored]).replace(_use(report, other), _use(report, stored))
+    return card
+
+
+def _format(report: RunReport) -> str:
+    return str(report.settings.get("format", "dense"))
+
+
+def _use(report: RunReport, stored: str) -> str:
+    """How the model is loaded: lines of Python."""
+    return "\n".join(USE[stored]).format(kind=report.loaded_by)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
@@ -13,7 +14,10 @@ from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
+from llm_barber.inspection import read_record
+from llm_barber.model_card import CARD_NAME, card_of_format
 from llm_barber.progress import Progress, Silent
+from llm_barber.report import PAGE_NAME
 from llm_barber.settings import CopySettings
 
 
@@ -99,9 +103,10 @@ def _convert(
             progress.advance(name)
         for path in source.companions():
             writer.copy(path, source.folder)
-        for own in (*OURS, "README.md"):
+        for own in (*OURS, PAGE_NAME):
             if (source.folder / own).is_file():
                 writer.copy(source.folder / own, source.folder)
+        _copy_card(source.folder, "dense" if index is None else "packed", writer)
         if index is not None:
             weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
             content = {"version": FORMAT_VERSION, "weight_map": dict(sorted(weight_map.items()))}
@@ -112,3 +117,14 @@ def _convert(
         model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=dict(counts),
         left_dense=sum(len(info.shape) in (2, 3) for info in source.tensors.values()) - counts.total(),
     )  # fmt: skip
+
+
+def _copy_card(folder: Path, stored: str, writer: CheckpointWriter) -> None:
+    """Copy the model card; what it says of the format is changed, if we wrote it."""
+    card, report = folder / CARD_NAME, read_record(folder)
+    if not card.is_file():
+        return
+    if report is None:
+        writer.copy(card, folder)
+    else:
+        writer.write_file(CARD_NAME, card_of_format(card.read_text(encoding="utf-8"), report, stored).encode())

@@ -238,7 +238,8 @@ class RunReport(_Result):
             left_out.append("with the output head")
         spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
         rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
-        done = filter(None, [spread, rebuilt, self.refinement])
+        updated = "kept weights updated by the method" if self.kept_weights is KeptWeights.UPDATED else None
+        done = filter(None, [spread, rebuilt, self.refinement, updated])
         preset = [f"preset {self.resolved['preset']}"] if self.resolved.get("preset") else []
         return "; ".join([*preset, *left_out, *(list(done) or ["not rebuilt"])])
 

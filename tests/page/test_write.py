@@ -9,6 +9,7 @@ from llm_barber.evaluation.record import read_evaluation
 from llm_barber.inspection import InspectConfig
 from llm_barber.page.write import keep_with_model, write_page
 from llm_barber.progress import Silent
+from tests.conftest import Listener
 from tests.evaluation.test_evaluate import add_tokenizer
 
 
@@ -42,11 +43,27 @@ def test_evaluations_are_kept_and_shown(pruned: Path, llama: Path, tmp_path: Pat
     assert kept is not None
     assert [text.text for text in kept.texts] == texts
     assert 'id="evaluation"' in (pruned / "report.html").read_text()
+    # A comparison comes to it, and stays when the text is measured again without, or the model has another path.
+    compared = evaluate(EvaluateConfig(model=pruned, against=llama, text=(texts[0],), seqlen=16))
+    said = Listener()
+    for again in (compared, evaluate(EvaluateConfig(model=pruned, text=(texts[0],), seqlen=16))):
+        keep_with_model(again, said)
+        kept = read_evaluation(pruned)
+        assert kept is not None
+        assert (kept.texts, kept.against) == ((*compared.texts, kept.texts[1]), str(llama))
+    other = str(llama / ".." / llama.name)
+    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=other, text=(texts[1],), seqlen=16)), said)
+    kept = read_evaluation(pruned)
+    assert kept is not None
+    assert [text.against is not None for text in kept.texts] == [True, True]
+    assert not said.warnings
     # Measured against another model it is another evaluation.
-    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=llama, text=(texts[0],), seqlen=16)), Silent())
+    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=pruned, text=(texts[0],), seqlen=16)), said)
     kept = read_evaluation(pruned)
     assert kept is not None
     assert [text.text for text in kept.texts] == texts[:1]
+    assert len(said.warnings) == 1
+    assert "was measured otherwise" in said.warnings[0]
     assert inspect(InspectConfig(model=pruned, dense=llama)).problems == ()
     # A model that is not ours is left alone.
     keep_with_model(evaluate(EvaluateConfig(model=llama, text=(texts[0],), seqlen=16)), Silent())

@@ -248,7 +248,9 @@ class _OpenedFile:
             raise self._damaged(error) from error
 
     def _damaged(self, error: BaseException) -> ModelError:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError):  # which safetensors also says of what may not be read
+            if self.path.exists():
+                return ModelError(f"{self.path} may not be read", "check its permissions: ls -l, chmod")
             return ModelError(f"{self.path} is not there any more", "put it back")
         return ModelError(
             f"{self.path.name} is truncated or not a safetensors file ({error})", "get the file again, whole"

@@ -204,13 +204,17 @@ def save_activations(folder: Path, layers: int, tensors: Mapping[str, Tensor]) -
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, for whom the user's other files are: safetensors makes it the owner's alone.
 
     Raises:
         OSError: the disk is full, or whatever else the operating system says; safetensors wraps that in its own error.
     """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, metadata)
+        if path.stat().st_mode != mode:
+            path.chmod(mode)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import save_file
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, load_calibration, token_shape
 from llm_barber.checkpoint.folder import locked, own_folder
 from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.checkpoint.state import save_tensors
 from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.settings import CompareConfig, Method, target_settings
 from llm_barber.config import PruneConfig
@@ -304,6 +304,6 @@ def calibration_file(config: CompareConfig, runner: CellRunner, folder: str, see
             config.calibration, lambda: load_tokenizer(Path(folder)), config.samples, config.seqlen, seed, config.bos
         )
         temporary = path.with_name(f"{path.name}.tmp")
-        save_file({"input_ids": tokens.input_ids}, temporary)
+        save_tensors({"input_ids": tokens.input_ids}, temporary)
         temporary.rename(path)
     return path

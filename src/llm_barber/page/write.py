@@ -6,7 +6,7 @@ from pathlib import Path
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.evaluate import Evaluation
-from llm_barber.evaluation.record import keep_evaluation, read_evaluation
+from llm_barber.evaluation.record import EVALUATION_NAME, keep_evaluation, read_evaluation
 from llm_barber.inspection import read_record
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
@@ -45,7 +45,10 @@ def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
     if not (folder / RECORD_NAME).is_file():
         return
     try:
-        keep_evaluation(folder, evaluation)
-        write_page(folder)
+        if keep_evaluation(folder, evaluation):
+            progress.warn(f"the evaluation kept in {folder} before was measured otherwise, and is replaced")
+        page = write_page(folder)
     except (OSError, OutputError, ModelError) as error:
         progress.warn(f"the evaluation could not be kept in {folder}: {error}")
+    else:
+        progress.stage(f"kept in {folder / EVALUATION_NAME}, shown in {page}")
