@@ -78,7 +78,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, llama: Path, tokens: Path, capsy
         (["--sparsity", "0.5", "--pattern", "2:4"], 2, "exclude each other"),
         (["--pattern", "4:2"], 2, "pattern 4:2 must keep"),
         (["--initial", "best"], 2, "'best' is not one of"),
-        (["--rebuild-ratio", "0"], 2, "rebuild_ratio"),
+        (["--rebuild-ratio", "0"], 2, "--rebuild-ratio"),
         (["--samples", "0", "--seqlen", "1"], 2, "samples: Input should be greater than or equal to 1"),
         (["--device", "tpu"], 2, "unknown device 'tpu'"),
         (["--what"], 2, "No such option"),

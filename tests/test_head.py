@@ -125,6 +125,12 @@ def test_nothing_is_spread_where_the_head_alone_is_pruned(tmp_path: Path, tokens
     model = make_model(tmp_path / "dense", "llama")
     report = run(model, tmp_path / "out", tokens, prune_head=True, skip_layers=(0, 1))
     assert (report.allocation, report.resolved["preset"]) == ("uniform", "mask")
+    assert report.refinement is not None
+    assert report.refinement.startswith("the output head: at most 100 (with N:M 400) exact swaps a row (target mix 0.5")
+    both = run(model, tmp_path / "both", tokens, prune_head=True).refinement
+    assert both is not None
+    assert "that tune masks (target mix 0.5" in both
+    assert both.endswith(report.refinement)
     assert [sum(one.pruned for one in layer.linears) > 0 for layer in report.layers] == [False, False, True]
 
 

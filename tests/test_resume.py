@@ -545,6 +545,15 @@ def test_the_model_may_go_by_another_name(
     assert found == [2]
 
 
+def test_what_the_preset_says_may_be_given(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    found = counted_layers(monkeypatch)
+    run(model, tmp_path / "out", tokens, resume=True, preset="mask", refine="tune", initial="wanda", allocation="loss")
+    assert found == [2]
+
+
 def test_the_same_tokens_in_other_windows_are_refused(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,8 +583,8 @@ def test_refuses_what_it_cannot_go_on_with(
         run(model, out, tokens, resume=True)
     monkeypatch.undo()
     with monkeypatch.context() as patch:
-        patch.setitem(REVISIONS, Preset.BEST, 0)
-        with pytest.raises(OutputError, match="another revision of a preset$"):
+        patch.setitem(REVISIONS, Preset.PAPER, 0)
+        with pytest.raises(OutputError, match="another revision of the methods$"):
             run(model, out, tokens, resume=True)
     saved = shutil.copytree(model, tmp_path / "saved")
     make_model(model, "llama", num_hidden_layers=3, seed=4)

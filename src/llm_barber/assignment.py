@@ -15,6 +15,7 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.method import RebuildSettings
 from llm_barber.planning.recipe import Recipe
 from llm_barber.presets import PRESETS, REVISIONS, Allocation, Preset, PresetSettings, Reconstruct
+from llm_barber.progress import Progress
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import KeptWeights
 from llm_barber.settings import RunSettings
@@ -24,6 +25,11 @@ from llm_barber.usage import versions
 UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory", "activations_off_device"}
 # Settings whose effect is known by the files and tokens that they lead to.
 KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos", "calibration", "samples", "seqlen", "seed"}
+# Settings that lead to the same whether they are given or the preset says so.
+LEFT_TO_PRESET = {
+    "rebuild", "refine", "reconstruct", "allocation", "initial", "sparsity", "granularity", "rebuild_ratio", "guard",
+    "tune_passes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,12 @@ class Assignment:
 
     @property
     def preset(self) -> Preset | None:
-        """The one whose steps are taken; None: others."""
+        """The one whose steps are taken; None: others, or a tuning preset's with settings of one's own."""
         config = self.config
+        own = (config.guard, config.target_mix, config.tune_passes, config.swaps)
+        method = config.method if isinstance(config, PruneConfig) else Initial.WANDA
+        if config.refines and (method is not Initial.WANDA or any(one is not None for one in own)):
+            return None
         steps = PresetSettings(
             self.rebuild_settings is not None, config.refinement, config.reconstruction, self.allocation
         )
@@ -134,21 +144,56 @@ class Assignment:
         config = self.config
         return config.allocated_by if isinstance(config, PruneConfig) and self._has_budget else Allocation.UNIFORM
 
+    def warn_of_settings(self, progress: Progress) -> None:
+        """Say what they lead to that a user would not expect."""
+        if self.refine_settings is not None and not self.refine_settings.held_out and self.config.guard != 0:
+            progress.warn(
+                "no window can be held out of one: all of the refining is kept, unchecked; give more --samples"
+            )
+
+    @property
+    def refinement(self) -> str | None:
+        """What is done beyond the rebuild, for people; None: nothing."""
+        settings, head = self.refine_settings, self.job.prunes_head
+        if settings is None:
+            return None
+        parts = [settings.words] if self._prunes_layers else []
+        if head and (settings.of_layers or not parts):  # else what is done to it is what is done to linears
+            parts.append(settings.words_of_head)
+        return "; ".join(parts)
+
     @cached_property
+    def _prunes_layers(self) -> bool:
+        """Is any linear of the decoder layers pruned, not the output head alone?"""
+        initial = self.initial
+        if not isinstance(initial, MethodMasks):
+            return True
+        return any(initial.linears(index) for index in range(self.job.layer_count))
+
+    @property
     def _has_budget(self) -> bool:
         """Is there a sparsity that linears of the decoder layers can share in more than one way?"""
-        config, initial = self.config, self.initial
-        if not isinstance(config, PruneConfig) or not isinstance(initial, MethodMasks):
+        config = self.config
+        if not isinstance(config, PruneConfig) or config.pattern is not None or config.sparsities:
             return False
-        pruned = any(initial.linears(index) for index in range(self.job.layer_count))
-        return pruned and config.pattern is None and not config.sparsities
+        return self._prunes_layers
 
 
 def run_key(work: Assignment) -> dict[str, Any]:
-    """What a run's result depends on, each by the name that a message can say."""
+    """What a run's result depends on, each by the name that a message can say.
+
+    `settings` as they are for it, `given` as the user has them, who is told of these.
+    """
     config, job = work.config, work.job
-    settings = config.model_dump(mode="json", exclude=UNLIKE | KNOWN_BY_CONTENT)
-    key = {"command": work.command, **settings, "model's files": work.source}
+    given = config.model_dump(mode="json", exclude=UNLIKE | KNOWN_BY_CONTENT)
+    resolved = {name: one for name, one in work.resolved.items() if name in LEFT_TO_PRESET}
+    methods = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
+    key = {
+        "command": work.command,
+        "given": given,
+        "settings": given | resolved | methods | {"preset": config.preset_name},
+        "model's files": work.source,
+    }
     if isinstance(config, RebuildConfig):
         key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
     return key | {
@@ -156,7 +201,6 @@ def run_key(work: Assignment) -> dict[str, Any]:
         "device": job.skeleton.device.type,
         "dtype": str(job.skeleton.dtype),
         "version of a library": versions(),
-        "revision of a preset": REVISIONS,
     }
 
 

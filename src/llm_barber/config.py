@@ -8,10 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
 from llm_barber.presets import (
-    PRESETS,
     Allocation,
     Preset,
-    PresetSettings,
 )
 from llm_barber.settings import RunSettings, same_folder
 from llm_barber.targets import Targets, compile_names, parse_target, read_targets
@@ -31,6 +29,11 @@ class Initial(StrEnum):
     def has_updates(self) -> bool:
         """Does it give new values to kept weights?"""
         return self in (Initial.SPARSEGPT, Initial.ALPS)
+
+    @property
+    def compares_in_linear(self) -> bool:
+        """Does its released program compare the weights of a whole linear, not those of each row?"""
+        return self in (Initial.MAGNITUDE, Initial.RIA, Initial.ALPS)
 
 
 # The released experiments' granularity and rebuild ratio for each initial method; those that they do not have are given
@@ -134,6 +137,8 @@ class PruneConfig(RunSettings):
             problems.append("sparsity and pattern exclude each other: a pattern has its own sparsity")
         if self.keep_updates and not self.method.has_updates:
             problems.append(f"keep_updates needs initial sparsegpt or alps: {self.method} updates no weights")
+        elif self.keep_updates and self.refines:
+            problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
         asked = self.allocation not in (None, Allocation.UNIFORM)
         if asked and self.pattern is not None:
             problems.append("allocation is not for patterns: N:M has one sparsity everywhere")
@@ -143,8 +148,6 @@ class PruneConfig(RunSettings):
             problems.append("initial_granularity block is not defined: choose output, input or linear")
         if self.initial_granularity is not None and self.method is Initial.SPARSEGPT:
             problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
-        if self.keep_updates and self.refines:
-            problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
         if self.pattern is not None and self.initial_granularity is not None:
             problems.append("initial_granularity is not for patterns: N:M compares within its groups of M")
         problems += [*self.refining_problems(), *same_folder("MODEL", self.model, self.output)]
@@ -158,14 +161,14 @@ class PruneConfig(RunSettings):
         return self.initial or Initial.WANDA
 
     @property
-    def defaults(self) -> PresetSettings:
-        """What the preset says; where none was given, the best mask's, or the published method's if one was asked for.
+    def preset_name(self) -> Preset:
+        """Where none was given, the best mask's, or the published method's if one was asked for.
 
         Whoever names a method, or a setting of the rebuild, wants that and nothing else.
         """
         named = (self.initial, self.rebuild, self.granularity, self.rebuild_ratio)
         asked = any(one is not None for one in named)
-        return PRESETS[self.preset or (Preset.PAPER if asked else Preset.MASK)]
+        return self.preset or (Preset.PAPER if asked else Preset.MASK)
 
     @property
     def allocated_by(self) -> Allocation:
@@ -193,7 +196,7 @@ class PruneConfig(RunSettings):
             self.skip_layers,
             self.sparsities,
             allow_dense_tail=self.allow_dense_tail,
-            over_linear=self.defaults is not PRESETS[Preset.PAPER],
+            over_linear=self.preset_name is not Preset.PAPER,
         )
 
     @property

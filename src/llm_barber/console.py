@@ -131,12 +131,13 @@ def show_run(report: RunReport) -> None:
         table.add_row(*row[: len(headings)])
     console.print(table)
     console.print(f"{report.method}; {report.changes}", soft_wrap=True)
-    if report.granularity or report.refinement:
-        changes = [
-            f"{name} {one.before:.4g} → {one.after:.4g} (fell in {one.fell} of {one.layers} layers)"
-            for name, one in report.error_changes().items()
-        ]
-        console.print(f"mean reconstruction error: {', '.join(changes)}", soft_wrap=True)
+    changes = [
+        f"{name} {one.before:.4g} → {one.after:.4g} (fell in {one.fell} of {one.layers} layers)"
+        for name, one in report.error_changes().items()
+    ]
+    if changes and (report.granularity or report.refinement):
+        beside = ", from the dense block on the pruned model's activations" if report.tuning else ""
+        console.print(f"mean reconstruction error{beside}: {', '.join(changes)}", soft_wrap=True)
     if report.tuning is not None:
         console.print(report.tuning, soft_wrap=True)
     console.print(
@@ -187,8 +188,8 @@ def show_inspection(inspection: Inspection) -> None:
     if inspection.updated is not None:
         kept = sum(linear.weights - linear.zeros for linear in inspection.linears)
         console.print(
-            f"kept weights that are not those of {inspection.compared_with}: {inspection.updated:,} of {kept:,}; by the "
-            "record they were changed, so only zeros, shapes and what is not pruned could be checked",
+            f"kept weights that are not those of {inspection.compared_with}: {inspection.updated:,} of {kept:,}; the "
+            "record has them changed, so that only zeros, shapes and what is not pruned could be checked",
             soft_wrap=True,
         )
 

@@ -40,7 +40,7 @@ def finish_output(
         pattern=_common_pattern(results),
         granularity=work.rebuild_settings.granularity if work.rebuild_settings else None,
         rebuild_ratio=work.rebuild_settings.ratio if work.rebuild_settings else None,
-        refinement=work.refine_settings.words if work.refine_settings else None,
+        refinement=work.refinement,
         held_out=work.refine_settings.held_out if work.refine_settings else 0,
         allocation=work.allocation,
         kept_weights=kept_weights(work.config),

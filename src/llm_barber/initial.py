@@ -77,6 +77,7 @@ class Statistic(Protocol):
         """The statistic over all sequences."""
 
 
+SCORES = {Initial.WANDA: saliency.wanda, Initial.RIA: saliency.relative_importance}  # of inputs' squares
 FEW_TOKENS = 64  # the inputs of an expert with fewer say too little
 AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 
@@ -90,8 +91,7 @@ class MethodMasks:
         self.job = job
         self.method = method
         self.targets = targets
-        by_linear = method in (Initial.MAGNITUDE, Initial.RIA, Initial.ALPS)  # as their released programs compare
-        self.granularity = granularity or (Granularity.LINEAR if by_linear else Granularity.OUTPUT)
+        self.granularity = granularity or (Granularity.LINEAR if method.compares_in_linear else Granularity.OUTPUT)
         self.keep_updates = keep_updates
 
     def targets_of(self, index: int) -> dict[str, Pattern]:
@@ -146,7 +146,7 @@ class MethodMasks:
             case Initial.MAGNITUDE:
                 keeps = {name: self._mask(saliency.magnitude(weight), targets[name]) for name, weight in dense.items()}
             case Initial.WANDA | Initial.RIA:
-                score = saliency.wanda if self.method is Initial.WANDA else saliency.relative_importance
+                score = SCORES[self.method]
                 squares = collect_inputs(layer, streams, InputSquares)
                 keeps = {
                     name: self._mask(score(weight, squares[name].mean), targets[name]) for name, weight in dense.items()

@@ -28,8 +28,8 @@ USE = {
 STORED = {
     "dense": "The numbers of zeros are real, the format is dense: the file is no smaller and runs no faster than the "
     "original by itself.",
-    "packed": "Pruned linears are stored without their zeros (`llm-barber unpack` brings the dense files back): the file "
-    "is smaller, and the model runs no faster than the original by itself.",
+    "packed": "Pruned linears are stored without their zeros (`llm-barber unpack` brings the dense files back): the "
+    "file is smaller, and the model runs no faster than the original by itself.",
 }
 
 

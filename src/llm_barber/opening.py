@@ -158,7 +158,7 @@ def check_positions(config: PreTrainedConfig, seqlen: int) -> None:
     if positions is not None and seqlen > positions:
         raise CalibrationError(
             f"windows of {seqlen} tokens are beyond the model's {positions} positions",
-            f"give --seqlen {positions} or less; compare's texts have a --text-seqlen, a .safetensors file its own windows",
+            f"give --seqlen {positions} or less; compare's texts have a --text-seqlen, a .safetensors file its windows",
         )
 
 

@@ -96,6 +96,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         work = rebuilding(config, progress, Ranks())
         assert isinstance(work.initial, CheckpointMasks)
         pattern = str(work.initial.first_pattern or "unstructured")
+    work.warn_of_settings(progress)
     job, rebuilt = work.job, work.rebuild_settings
     if config.memory is not None:
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), work.recipe)
@@ -124,7 +125,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         granularity=rebuilt.granularity if rebuilt else None,
         rebuild_ratio=rebuilt.ratio if rebuilt else None,
         allocation=work.allocation,
-        refinement=work.refine_settings.words if work.refine_settings else None,
+        refinement=work.refinement,
         calibration=job.tokens.source,
         sequences=sequences,
         tokens=tokens,

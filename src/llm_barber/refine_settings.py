@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.masking.pattern import NofM, Pattern, as_fraction
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.presets import (
     FEWEST_PASSES,
@@ -62,7 +62,7 @@ class RefineSettings:
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,
             solve=solve and not masks,  # which moves masks after linears are solved
-            held_out=min(math.ceil(config.held_out_share * sequences), sequences - 1),
+            held_out=min(math.ceil(as_fraction(config.held_out_share) * sequences), sequences - 1),
             passes=(config.tune_passes or passes) if masks or weights else 0,
             tunes_masks=masks,
             tunes_weights=weights,
@@ -105,8 +105,13 @@ class RefineSettings:
         return self.swaps
 
     @property
+    def words_of_head(self) -> str:
+        """What is done to the output head, for people."""
+        return f"the output head: {replace(self.of_head, passes=0, tunes_masks=False, tunes_weights=False).words}"
+
+    @property
     def words(self) -> str:
-        """For people."""
+        """What is done to decoder layers, for people."""
         most = f"{SWAPS} (with N:M {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
         tuned = ["masks"] * self.tunes_masks + ["weights"] * self.tunes_weights
         parts = [

@@ -42,8 +42,7 @@ STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 def run(work: Assignment, progress: Progress) -> RunReport:
     """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
     began = time.perf_counter()
-    if work.refine_settings is not None and not work.refine_settings.held_out and work.config.guard != 0:
-        progress.warn("no window can be held out of one: all of the refining is kept, unchecked; give more --samples")
+    work.warn_of_settings(progress)
     ranks, sequences = work.job.ranks, len(work.job.tokens.input_ids)
     if work.config.resume:
         progress.stage("checking what is finished")

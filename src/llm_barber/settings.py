@@ -164,9 +164,14 @@ class RunSettings(StructureSettings):
     revision: str | None = Field(None, description="of a hub id")
 
     @property
+    def preset_name(self) -> Preset:
+        """The preset that says what is not given; none was: the published method's."""
+        return self.preset or Preset.PAPER
+
+    @property
     def defaults(self) -> PresetSettings:
-        """What the preset says; none was given: the published method's."""
-        return PRESETS[self.preset or Preset.PAPER]
+        """What the preset says."""
+        return PRESETS[self.preset_name]
 
     @property
     def rebuilds(self) -> bool:
@@ -194,7 +199,10 @@ class RunSettings(StructureSettings):
         if not self.refines:
             for name in ("target_mix", "guard"):
                 if getattr(self, name) is not None:
-                    problems.append(f"{name} is of refine and reconstruct: give one of them, too")
+                    problems.append(
+                        f"{name} is of refine and reconstruct, and preset {self.preset_name} has neither: give one of "
+                        "them, or preset mask, too"
+                    )
         if self.swaps is not None and self.refinement is not Refine.SWAPS:
             problems.append("swaps are of refine swaps: give it, too")
         if self.tune_passes is not None and not tunes and self.reconstruction is not Reconstruct.TUNE:

@@ -24,7 +24,7 @@ from torch import Tensor
 from llm_barber.errors import OutputError
 
 STATE_NAME, STATE_BEFORE = "state.json", "state-before.json"
-STATE_VERSION = 4
+STATE_VERSION = 5
 ACTIVATIONS_KEPT = 2
 START_AGAIN = "start again with --overwrite"
 ACTIVATION_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # those computed in
@@ -184,12 +184,21 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
         OutputError: something differs; all that does is named.
     """
     wanted = json.loads(json.dumps(key))
-    differing = [name for name in sorted(wanted.keys() | state.key.keys()) if wanted.get(name) != state.key.get(name)]
+    given = _differing(wanted.pop("given", {}), state.key.get("given", {}))
+    differing = _differing(wanted, {name: value for name, value in state.key.items() if name != "given"})
+    if "settings" in differing:
+        differing.remove("settings")
+        differing = sorted({*differing, *(given or _differing(wanted["settings"], state.key["settings"]))})
     if differing:
         raise OutputError(
             f"the unfinished run was started with another {', '.join(differing)}",
             f"give what it was started with, or {START_AGAIN}",
         )
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of what is not the same in both, in order."""
+    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
 
 
 def save_activations(folder: Path, layers: int, tensors: Mapping[str, Tensor]) -> Activations:

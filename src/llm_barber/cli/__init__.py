@@ -1,6 +1,7 @@
 """The command line: parse → config → call → render. Data goes to stdout, progress and errors to stderr."""
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -11,7 +12,8 @@ from typing import Any
 import typer
 
 from llm_barber.cli.app import app
-from llm_barber.errors import BarberError
+from llm_barber.cli.options import OPTIONS
+from llm_barber.errors import BarberError, SettingsError
 
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -54,7 +56,8 @@ def _main(given: list[str]) -> int:
     except BarberError as error:
         if debug:
             raise
-        return _tell(str(error), error.hint, error.exit_code)
+        message = _with_options(str(error)) if isinstance(error, SettingsError) else str(error)
+        return _tell(message, error.hint, error.exit_code)
     except UsageError as error:
         if not error.format_message():  # no arguments at all: the help was shown
             return 2
@@ -88,6 +91,12 @@ def _of_memory(error: Exception) -> bool:
 def _tell(message: str, hint: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}\nhint: {hint}", file=sys.stderr)
     return code
+
+
+def _with_options(message: str) -> str:
+    """A message with settings by the names that they have here: `--rebuild-ratio` for rebuild_ratio."""
+    names = "|".join(name for name in OPTIONS if "_" in name)
+    return re.sub(rf"\b(?:{names})\b", lambda name: f"--{name[0].replace('_', '-')}", message)
 
 
 def _terminated(_signal: int, _frame: Any) -> None:

@@ -59,7 +59,8 @@ OPTIONS: dict[str, Any] = {
     "rebuild": option(
         bool | None,
         METHOD,
-        "Rebuild the initial mask, or not; given, it means --preset paper, unless another is. (default: the preset's)",
+        "Rebuild the initial mask, or not; prune: given, it means --preset paper, unless another is. "
+        "(default: the preset's)",
         "--rebuild/--no-rebuild",
     ),
     "granularity": option(
@@ -175,7 +176,7 @@ OPTIONS: dict[str, Any] = {
     "guard": option(
         float | None,
         REFINING,
-        "Share of the windows held out to decide what of the refining is kept; 0: all. "
+        "Share of the windows held out to decide what of the refining is kept; 0: none are, and all of it is kept. "
         f"(default: {GUARD:g}, and {TUNING_GUARD:g} where masks are tuned)",
         metavar="SHARE",
     ),

@@ -72,8 +72,8 @@ def choose(block: BlockShapes, recipe: Recipe) -> Work:
         if recipe.pattern is not None:
             found += Work(moved=moved + within_groups(recipe, rows * columns))
             continue
-        by_linear = recipe.initial in (Initial.MAGNITUDE, Initial.RIA, Initial.ALPS)
-        found += Work(moved=moved, sorted=sorting(rows * columns, rows * columns if by_linear else columns))
+        members = rows * columns if recipe.initial.compares_in_linear else columns
+        found += Work(moved=moved, sorted=sorting(rows * columns, members))
     return found * block.copies
 
 
