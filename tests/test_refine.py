@@ -233,7 +233,10 @@ def test_every_preset_runs_and_says_what_kept_weights_are(tmp_path: Path, llama:
         kept[preset] = report.kept_weights
         assert (report.granularity is not None) is (preset is Preset.PAPER)
         assert report.sparsity == pytest.approx(0.5, abs=0.003)
-        assert not inspect(InspectConfig(model=tmp_path / preset, dense=llama)).problems
+        inspection = inspect(InspectConfig(model=tmp_path / preset, dense=llama))
+        assert not inspection.problems
+        assert (inspection.updated is not None) is (preset is Preset.BEST)
+        assert inspection.updated is None or 0 < inspection.updated <= report.weights - report.pruned
     assert kept == {"paper": "dense", "mask": "dense", "best": "tune"}
     with pytest.raises(SettingsError, match="keep_updates goes with neither"):
         PruneConfig(model=llama, output=tmp_path / "no", preset="mask", initial="sparsegpt", keep_updates=True)

@@ -24,6 +24,7 @@ from llm_barber.masking.saliency import wanda
 from llm_barber.method import Outcome
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
+from llm_barber.plan import plan
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import RunReport
 from llm_barber.tune import Tuned
@@ -439,6 +440,24 @@ def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
     (message,) = (one for one in told.warnings if "held out" in one)
     assert message == told.warnings[0]
     assert message.startswith("no window can be held out of one")
+    planned = Listener()
+    plan(PruneConfig(model=model, output=tmp_path / "other", calibration=tokens), planned)
+    assert message in planned.warnings
+
+
+@pytest.mark.parametrize(("share", "sequences", "held_out"), [(0.07, 100, 7), (0.28, 25, 7), (0.29, 25, 8), (0.9, 1, 0)])
+def test_the_share_that_is_held_out_is_read_as_it_is_written(share: float, sequences: int, held_out: int) -> None:
+    config = PruneConfig(model="model", output="out", guard=share)
+    settings = RefineSettings.of(config, None, sequences, 16)
+    assert settings is not None
+    assert settings.held_out == held_out
+
+
+def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, model: Path, tokens: Path) -> None:
+    common = {"model": model, "calibration": tokens, "report": False, "overwrite": True, "output": tmp_path / "out"}
+    assert prune(PruneConfig(**common, preset="mask", refine="tune")).resolved["preset"] == "mask"
+    for own in ({"guard": 0.0}, {"target_mix": 1.0}, {"tune_passes": 1}, {"preset": "mask", "initial": "magnitude"}):
+        assert prune(PruneConfig(**common, **own)).resolved["preset"] is None
 
 
 def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> None:
