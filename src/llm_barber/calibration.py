@@ -161,7 +161,8 @@ def read_text(name: str, tokens_wanted: int | None = None) -> str:
         return _read_hub(name, tokens_wanted)
     path = Path(name).expanduser()
     if not path.is_file():
-        raise CalibrationError(f"no such calibration text: {name}", f"known are {known_calibrations()}")
+        of_files = "check the path: there is no such file" if path.suffix or len(path.parts) > 1 else ""
+        raise CalibrationError(f"no such calibration text: {name}", of_files or f"known are {known_calibrations()}")
     try:
         match path.suffix:
             case ".jsonl":

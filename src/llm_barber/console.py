@@ -1,5 +1,6 @@
 """What the commands show: progress with an ETA on stderr, tables on stdout."""
 
+import shlex
 import time
 from pathlib import Path
 from types import TracebackType
@@ -144,7 +145,7 @@ def show_run(report: RunReport) -> None:
         f"{report.seconds['total']:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB, "
         f"{report.dtype} on {report.device}"
     )
-    console.print(f"check it: llm-barber inspect {report.output}", soft_wrap=True)
+    console.print(f"check it: llm-barber inspect {shlex.quote(str(report.output))}", soft_wrap=True)
     if report.settings.get("report"):
         console.print(f"look at it: {Path(report.output) / PAGE_NAME}", soft_wrap=True)
 

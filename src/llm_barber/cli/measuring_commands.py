@@ -155,7 +155,7 @@ def compare(
     debug: DebugOption = False,
     **settings: Any,
 ) -> None:
-    """Prune MODEL with every method, without and with rebuild, measure each, and print one table.
+    """Prune MODEL with the usual methods, or --methods, without and with rebuild; measure each, and print one table.
 
     OUT gets the tables (comparison.md, .csv, .json), a plot of perplexity against sparsity (.svg) and a page (.html).
     Finished cells are kept: started again after an interruption, or with more methods, it does what is missing.

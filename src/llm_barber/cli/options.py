@@ -28,7 +28,9 @@ METHOD, WHAT, REFINING, CALIBRATION, TEXT, TASKS = "Method", "What to prune", "R
 COMPUTE, OUTPUT, MACHINE = "Compute", "Output", "Machine"
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; appears when it is complete.")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or GGUF file.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, hub id (org/name, or org/name@revision) or GGUF file.")
+]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.", rich_help_panel=OUTPUT),
