@@ -161,8 +161,9 @@ def read_text(name: str, tokens_wanted: int | None = None) -> str:
         return _read_hub(name, tokens_wanted)
     path = Path(name).expanduser()
     if not path.is_file():
-        of_files = "check the path: there is no such file" if path.suffix or len(path.parts) > 1 else ""
-        raise CalibrationError(f"no such calibration text: {name}", of_files or f"known are {known_calibrations()}")
+        is_file_name = path.suffix or len(path.parts) > 1
+        hint = "check the path: there is no such file" if is_file_name else f"known are {known_calibrations()}"
+        raise CalibrationError(f"no such calibration text: {name}", hint)
     try:
         match path.suffix:
             case ".jsonl":
