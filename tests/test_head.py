@@ -37,7 +37,8 @@ def tokens(tmp_path: Path) -> Path:
 
 
 def run(model: Path, output: Path, tokens: Path, **settings: Any) -> Any:
-    return prune(PruneConfig(model=model, output=output, calibration=tokens, dtype="float32", **settings))
+    config = {"dtype": "float32", "report": False, **settings}
+    return prune(PruneConfig(model=model, output=output, calibration=tokens, **config))
 
 
 def head_inputs(folder: Path, tokens: Path, head: str) -> torch.Tensor:

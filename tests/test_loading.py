@@ -19,7 +19,7 @@ def pruned(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     tied = {"tie_word_embeddings": request.param == "tied"} if family == "llama" else {}
     model = make_model(tmp_path / "dense", family, dtype=torch.bfloat16, **tied)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
-    prune(PruneConfig(model=model, output=tmp_path / "pruned", calibration=tokens, sparsity=0.6))
+    prune(PruneConfig(model=model, output=tmp_path / "pruned", calibration=tokens, sparsity=0.6, report=False))
     return tmp_path / "pruned"
 
 

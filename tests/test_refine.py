@@ -78,6 +78,7 @@ def test_streamed_equals_in_memory(tmp_path: Path, pattern: Unstructured | NofM,
             model=folder, output=tmp_path / "out", pattern="2:4" if isinstance(pattern, NofM) else None, rebuild=False,
             refine="swaps", swaps=5, target_mix=mix, guard=0,
             reconstruct="least-squares" if solve else None, calibration=tokens, dtype="float32", batch_size=2,
+            report=False,
         )
     )  # fmt: skip
     expected = refine_in_memory(folder, load_file(tokens)["input_ids"], pattern, mix, solve)
@@ -127,9 +128,8 @@ def test_values_of_unknown_held_out_error_are_not_kept() -> None:
 
 
 def run(folder: Path, out: Path, tokens: Path, **settings: Any) -> RunReport:
-    return prune(
-        PruneConfig(model=folder, output=out, calibration=tokens, dtype="float32", **{"rebuild": False, **settings})
-    )
+    config = {"dtype": "float32", "rebuild": False, "report": False, **settings}
+    return prune(PruneConfig(model=folder, output=out, calibration=tokens, **config))
 
 
 @pytest.mark.parametrize("distance", [2.0, math.nan])

@@ -31,7 +31,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(model: Path, output: Path, tokens: Path, **settings: object) -> RunReport:
-    return prune(PruneConfig(model=model, output=output, calibration=tokens, dtype="float32", **settings))
+    config = {"dtype": "float32", "report": False, **settings}
+    return prune(PruneConfig(model=model, output=output, calibration=tokens, **config))
 
 
 def test_each_part_by_hand() -> None:
@@ -79,7 +80,7 @@ def test_each_part_by_hand() -> None:
 def test_a_budget_is_met_to_a_weight_of_each_linear(
     tmp_path: Path, model: Path, tokens: Path, settings: dict[str, object]
 ) -> None:
-    report = run(model, tmp_path / "out", tokens, sparsity=0.613, report=False, **settings)
+    report = run(model, tmp_path / "out", tokens, sparsity=0.613, **settings)
     own = settings.get("sparsities", {})
     assert isinstance(own, dict)
     linears = {f"layers.{layer.index}.{one.name}": one for layer in report.layers for one in layer.linears}
@@ -94,7 +95,7 @@ def test_a_budget_is_met_to_a_weight_of_each_linear(
 
 
 def test_the_published_methods_meet_it_in_each_row(tmp_path: Path, model: Path, tokens: Path) -> None:
-    report = run(model, tmp_path / "out", tokens, sparsity=0.613, preset="paper", report=False)
+    report = run(model, tmp_path / "out", tokens, sparsity=0.613, preset="paper")
     assert all(one.pruned == int(0.613 * one.shape[1]) * one.shape[0] for one in report.linears)
 
 

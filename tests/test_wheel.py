@@ -8,35 +8,33 @@ import venv
 import zipfile
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import make_model, save_tokens
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("source")
+def build(folder: Path) -> Path:
+    """The wheel of the sources as they are."""
+    source = folder / "source"
+    source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "src" / "llm_barber", source / "src" / "llm_barber")
-    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     subprocess.run(command, check=True)
     return next(folder.glob("*.whl"))
 
 
-def test_wheel_holds_texts_licences_and_types(wheel: Path) -> None:
+def test_wheel_is_whole_and_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    """A new environment with the wheel; its dependencies are borrowed from this one, which has them installed."""
+    wheel = build(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("py.typed", "data/wikipedia-leads.txt", "data/wikitext2-raw-test.txt", "data/LICENSES.md"):
         assert f"llm_barber/{name}" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert not any("tests" in name for name in names)
-
-
-def test_wheel_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
-    """A new environment with the wheel; its dependencies are borrowed from this one, which has them installed."""
+    if shutil.which("cc"):  # the wheel is whole without a C compiler
+        assert any(name.startswith("llm_barber/native/_packed") for name in names)
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     own = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
@@ -52,8 +50,3 @@ def test_wheel_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -
     command = [python, "-m", "llm_barber", "prune", str(model), str(tmp_path / "out"), "--calibration", str(tokens)]
     subprocess.run(command, check=True, cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here; the wheel is whole without one")
-def test_wheel_holds_the_c_extension(wheel: Path) -> None:
-    assert any(name.startswith("llm_barber/native/_packed") for name in zipfile.ZipFile(wheel).namelist())

@@ -47,7 +47,7 @@ def test_streamed_equals_in_memory(
     prune(
         PruneConfig(
             model=str(folder), output=tmp_path / "out", granularity=granularity, rebuild_ratio=0.5,
-            calibration=str(tokens), dtype="float32", batch_size=2,
+            calibration=str(tokens), dtype="float32", batch_size=2, report=False,
         )
     )  # fmt: skip
     architecture = find_architecture(make_config(family))

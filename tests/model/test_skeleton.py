@@ -87,9 +87,8 @@ def test_layers_whose_tuples_differ_in_length(
     for name, tails in (("alike", [None] * 3), ("differing", [1, 2, None])):
         monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", answering(tails))
         output = tmp_path / name
-        prune(
-            PruneConfig(model=folder, output=output, calibration=tokens, dtype="float32", prune_head=True, **settings)
-        )
+        common: dict[str, Any] = {"calibration": tokens, "dtype": "float32", "report": False}
+        prune(PruneConfig(model=folder, output=output, prune_head=True, **common, **settings))
         states = StreamedModel(str(output), torch.device("cpu"), torch.float32).hidden_states(
             [load_file(tokens)["input_ids"]], Silent()
         )

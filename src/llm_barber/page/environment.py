@@ -1,6 +1,7 @@
 """What all pages share: the templates, and how numbers are written for people."""
 
 import math
+from functools import cache
 from pathlib import PurePath
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,6 +12,7 @@ MISSING = "–"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+@cache  # it keeps what it has compiled
 def environment() -> Environment:
     """The templates of all pages, with the filters that write numbers for people; everything else is escaped."""
     made = Environment(
