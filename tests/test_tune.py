@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild, tune
 from llm_barber import distance as distances
+from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.distance import Distance
 from llm_barber.errors import NotFiniteError, SettingsError
 from llm_barber.initial import PrunedLinear
@@ -328,6 +329,9 @@ def test_the_last_pass_that_held_out_windows_like_better_than_none_is_kept(
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4", tune_passes=3)
     assert (report.held_out, [layer.kept_pass for layer in report.layers]) == (1, [2, 2])
     assert "distance from the target −20% in the mean, 2 of 2 layers are kept as tuned" in (report.tuning or "")
+    record = (tmp_path / "out" / RECORD_NAME).read_text()
+    assert "NaN" not in record
+    assert RunReport.model_validate_json(record).to_json() == record
     steps = len(after_steps) // 2 // 3  # of two layers, three passes each
     found = masks(tmp_path / "out")
     for index in range(2):

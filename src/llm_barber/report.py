@@ -1,12 +1,13 @@
 """Results of a run, per layer, block and linear → JSON record."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, model_validator
 
 from llm_barber.model.architecture import kind_of
 
@@ -14,6 +15,12 @@ RECORD_VERSION = 1
 # Of the settings that a page shows: what they are, if they are there.
 SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
 PAGE_NAME = "report.html"
+# A number that may be none of the finite ones; JSON has null for those.
+Unsure = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+]
 
 
 class _Result(BaseModel):
@@ -110,12 +117,12 @@ class LayerResult(_Result):
     """One decoder layer.
 
     `held_out`: of one that was tuned, its mean distance (`distance.py`) from its target on the windows that were held
-    out, before and after each pass; the last pass that was nearer than before is kept.
+    out, before and after each pass (NaN: one that overflowed); the last pass that was nearer than before is kept.
     """
 
     index: int
     seconds: float
-    held_out: tuple[float, ...] = ()
+    held_out: tuple[Unsure, ...] = ()
     blocks: tuple[BlockResult, ...]
 
     @property
