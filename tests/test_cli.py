@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llm_barber.cli import _main
 from tests.conftest import make_model, save_tokens
@@ -183,6 +185,39 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
                 for option in re.findall(r"--[a-z-]+", match[2]):
                     assert option in help_text, (path, option)
     assert seen >= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--no-rebuild", "--rebuild-ratio", 1, "--granularity", "block"),
+            "--granularity and --rebuild-ratio are of the",
+        ),
+        (("--swaps", 3), "--swaps are of --refine swaps: give it, too"),
+        (("--refine", "swaps", "--swaps", 10**20), "--swaps: Input should be less than or equal to 1000000"),
+        (("--tune-passes", 10**20), "--tune-passes: Input should be less than or equal to 1000"),
+        (("--guard", 1), "--guard: Input should be less than 1"),
+        (("--target-mix", "nan"), "--target-mix: Input should be a finite number"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(
+    tmp_path: Path, llama: Path, options: tuple[object, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("prune", llama, tmp_path / "out", *options) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_nobody_is_told_to_go_on_with_a_damaged_checkpoint(
+    tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--preset", "paper") == 1
+    said = capsys.readouterr().err
+    assert "holds NaN or Inf" in said
+    assert "--resume" not in said
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, llama: Path) -> None:

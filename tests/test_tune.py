@@ -28,6 +28,7 @@ from llm_barber.model.streams import ActivationStreams
 from llm_barber.plan import plan
 from llm_barber.refine_settings import RefineSettings
 from llm_barber.report import RunReport
+from llm_barber.run import _summary
 from llm_barber.tune import Tuned
 from tests.conftest import Listener, make_model, read_folder, save_tokens
 from tests.model.reference import captured, first_call, layer_call
@@ -329,6 +330,7 @@ def test_the_last_pass_that_held_out_windows_like_better_than_none_is_kept(
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4", tune_passes=3)
     assert (report.held_out, [layer.kept_pass for layer in report.layers]) == (1, [2, 2])
     assert "distance from the target −20% in the mean, 2 of 2 layers are kept as tuned" in (report.tuning or "")
+    assert _summary(report.layers[0]).endswith(" swapped, held-out distance from the target 5 → 4")
     record = (tmp_path / "out" / RECORD_NAME).read_text()
     assert "NaN" not in record
     assert RunReport.model_validate_json(record).to_json() == record

@@ -28,7 +28,7 @@ class ModelError(BarberError):
 
 
 class NotFiniteError(ModelError):
-    """Computed values that are NaN or Inf: the same run would find them again."""
+    """Values that are NaN or Inf, of a checkpoint or computed: the same run would find them again."""
 
 
 class CalibrationError(BarberError):

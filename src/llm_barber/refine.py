@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llm_barber.initial import PrunedLinear
+from llm_barber.initial import PrunedLinear, with_few_tokens
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
@@ -90,6 +90,7 @@ def refine_block(
     dense_weights = {name: dense[name] for name in block.linears}
     if not settings.of_linears:
         return _measured(work, dense_weights, pruned, settings)
+    pruned = _with_few_tokens_left_alone(work, pruned)
     current = {name: pruned[name].weight for name in block.linears}
     training, held_out = streams.split()
     refined: dict[str, PrunedLinear] = {}
@@ -126,6 +127,22 @@ def refine_block(
                 refined[name] = refine_linear(pruned[name], dense[name], training_error, held_out_error, settings)
                 current[name] = refined[name].weight
     return _guarded(work, dense_weights, pruned, refined, settings)
+
+
+def _with_few_tokens_left_alone(work: Pass, pruned: Mapping[str, PrunedLinear]) -> dict[str, PrunedLinear]:
+    """The block's linears; where no tokens were counted yet, it is run for that."""
+    layer, found = work.layer, {name: pruned[name] for name in work.block.linears}
+    if not layer.experts or all(one.few_tokens is not None for one in found.values()):
+        return found
+    layer.set_weights({name: one.weight for name, one in found.items()})
+    layer.forget_tokens()
+    for batches in work.streams.split():
+        for batch in batches:
+            work.output(batch)
+    for name in with_few_tokens(layer, work.streams):
+        if name in found and found[name].few_tokens is None:
+            found[name] = found[name].left_alone()
+    return found
 
 
 def _guarded(

@@ -142,7 +142,11 @@ def told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -
     except BaseException as error:
         if writer.resumable and not isinstance(error, NotFiniteError):
             count = len(writer.state.layers)
-            kept = f"{count} finished layers are" if count else "what sparsity each linear is given is"
+            kept = (
+                f"{count} finished layer{'s are' if count > 1 else ' is'}"
+                if count
+                else "what sparsity each linear is given is"
+            )
             progress.warn(f"{kept} kept in {writer.work}: the same command with --resume goes on")
         if writer.saving:
             progress.warn("what the next layer starts from is still being written: this waits for it")

@@ -194,6 +194,9 @@ def _summary(layer: LayerResult) -> str:
         for block in layer.blocks
         if block.error_before is not None
     ]
+    if layer.kept_pass is not None:  # tuning aims at another target than the blocks' own output
+        before, after = layer.held_out[0], layer.held_out[layer.kept_pass]
+        errors = [f"held-out distance from the target {before:.3g} → {after:.3g}"]
     swapped = sum(linear.grown for linear in layer.linears)
     weights = sum(linear.weights for linear in layer.linears)
     sparsity = sum(linear.pruned for linear in layer.linears) / max(1, weights)  # a layer may have no linears

@@ -31,7 +31,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Settings(BaseModel):
     """A frozen set of settings; wrong ones raise one `SettingsError` that names them all."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("model", "dense", "pruned", "against", "calibration", mode="before", check_fields=False)
     @classmethod
@@ -119,7 +119,7 @@ class RunSettings(StructureSettings):
     )
     refine: Refine | None = Field(default=None, description="how the mask is refined; None: the preset's")
     swaps: int | None = Field(
-        default=None, ge=1, description=f"exact swaps a row, at most; None: {SWAPS}, with N:M {PATTERN_SWAPS}"
+        default=None, ge=1, le=10**6, description=f"exact swaps a row, at most; None: {SWAPS}, with N:M {PATTERN_SWAPS}"
     )
     target_mix: float | None = Field(
         None,
@@ -134,6 +134,7 @@ class RunSettings(StructureSettings):
     tune_passes: int | None = Field(
         default=None,
         ge=1,
+        le=1000,
         description="passes over the windows when layers are tuned; None: 2 to 8, the fewer the more text, "
         "and twice as many where masks and weights are",
     )

@@ -53,3 +53,17 @@ def test_rows_of_different_number_limits_and_share() -> None:
 def test_by_default_the_share_of_the_way_is_the_sparsity(sparsity: float, expected: list[float]) -> None:
     costs = [torch.arange(10.0), torch.full((10,), 100.0)]
     assert spread_budget(costs, [10, 10], sparsity) == pytest.approx(expected)  # in whole weights of 100
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_linear_at_its_limit_cannot_give_others_do(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [16, 16, 16, 40]
+    costs = [torch.rand(count, generator=generator).sort().values for count in (6, 33, 33, 16)]
+    sizes = [len(cost) * count for cost, count in zip(costs, rows, strict=True)]
+    for share in (0.0, 0.5, 1.0):
+        found = spread_budget(costs, rows, 0.95, share)
+        assert all(one <= 1 - count / size for one, count, size in zip(found, rows, sizes, strict=True))
+        least_left = sum(rows) / sum(sizes)  # a weight of each row stays
+        wanted = min(0.95, 1 - least_left) * sum(sizes)
+        assert sum(one * size for one, size in zip(found, sizes, strict=True)) == pytest.approx(wanted, abs=1)

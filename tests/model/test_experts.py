@@ -120,12 +120,18 @@ def test_records_pages_and_packing_take_experts_together(tmp_path: Path, mixture
         assert torch.equal(load(tmp_path / "packed")(ids).logits, expected)
 
 
-def test_a_pruned_mixture_can_be_rebuilt(tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{"granularity": "block", "rebuild_ratio": 0.1}, {"rebuild": False, "refine": "swaps", "guard": 0.25}],
+    ids=["rebuild", "swaps"],
+)
+def test_a_pruned_mixture_can_be_rebuilt(
+    tmp_path: Path, mixture: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By `rebuild`, and at once: experts with few tokens keep the masks that they have."""
     monkeypatch.setattr("llm_barber.initial.FEW_TOKENS", 6)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     settings = {"calibration": tokens, "dtype": "float32", "report": False}
-    how = {"granularity": "block", "rebuild_ratio": 0.1}
     prune(PruneConfig(model=mixture, output=tmp_path / "pruned", initial="magnitude", rebuild=False, **settings))
     reports: list[RunReport] = [
         rebuild(

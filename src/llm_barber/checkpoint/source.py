@@ -18,7 +18,7 @@ from torch import Tensor
 from llm_barber.checkpoint.companions import companions, read_json, refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME, resolve_model
 from llm_barber.checkpoint.packed import PACKED_INDEX, PLACES, VALUES, Table, read_index, read_table, unpack_tensor
-from llm_barber.errors import ModelError
+from llm_barber.errors import ModelError, NotFiniteError
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -124,7 +124,7 @@ class CheckpointSource:
                     else:
                         tensor = handle.get_tensor(name).clone()
                     if self.tensors[name].dtype in FLOAT_DTYPES and not _all_finite(tensor):
-                        raise ModelError(
+                        raise NotFiniteError(
                             f"{name} in {file} holds NaN or Inf",
                             "the checkpoint is damaged or overflowed when it was converted; get it again",
                         )

@@ -14,6 +14,7 @@ import typer
 from llm_barber.cli.app import app
 from llm_barber.cli.options import OPTIONS
 from llm_barber.errors import BarberError, SettingsError
+from llm_barber.presets import Allocation, Preset, Reconstruct, Refine
 
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -94,9 +95,13 @@ def _tell(message: str, hint: str, code: int) -> int:
 
 
 def _with_options(message: str) -> str:
-    """A message with settings by the names that they have here: `--rebuild-ratio` for rebuild_ratio."""
-    names = "|".join(name for name in OPTIONS if "_" in name)
-    return re.sub(rf"\b(?:{names})\b", lambda name: f"--{name[0].replace('_', '-')}", message)
+    """A message with settings as they are typed here: `--rebuild-ratio`, `--refine tune`, `--guard: …`."""
+    of_several_words = "|".join(name for name in OPTIONS if "_" in name)
+    kinds = {"refine": Refine, "reconstruct": Reconstruct, "allocation": Allocation, "preset": Preset}
+    with_a_value = "|".join(f"{name} (?:{'|'.join(kind)})" for name, kind in kinds.items())
+    at_the_start = rf"(?:^|(?<=; ))(?:{'|'.join(OPTIONS)})(?=:| is | are | and )"
+    found = rf"{at_the_start}|\b(?:{of_several_words}|{with_a_value})\b"
+    return re.sub(found, lambda name: f"--{name[0].replace('_', '-')}", message)
 
 
 def _terminated(_signal: int, _frame: Any) -> None:

@@ -152,7 +152,10 @@ OPTIONS: dict[str, Any] = {
         "layer against its output. (default: the preset's)",
     ),
     "swaps": option(
-        int | None, REFINING, f"Swaps a row, at most. (default: {SWAPS}, with N:M {PATTERN_SWAPS})", metavar="N"
+        int | None,
+        REFINING,
+        f"With --refine swaps: swaps a row, at most. (default: {SWAPS}, with N:M {PATTERN_SWAPS})",
+        metavar="N",
     ),
     "target_mix": option(
         float | None,

@@ -32,6 +32,7 @@ OF_ANY_RUN = (*shown_in(CALIBRATION), *shown_in(COMPUTE), *shown_in(OUTPUT))
 
 @app.command(
     epilog="Examples:\n\nllm-barber prune meta-llama/Llama-3.2-1B pruned --calibration c4\n\n"
+    "llm-barber prune ./model pruned --preset best --pattern 2:4\n\n"
     "llm-barber prune ./model pruned --initial magnitude --pattern 2:4 --samples 32 --seqlen 512"
 )
 @takes(*shown_in(METHOD), *shown_in(WHAT), *shown_in(REFINING), *OF_ANY_RUN)

@@ -35,20 +35,24 @@ def spread_budget(
     Args:
         costs: of each linear, (in,), ascending; see `removal_costs`.
         rows: of each linear.
-        sparsity: of all together; whole weights miss it by less than one.
+        sparsity: of all together; whole weights miss it by less than one, where not every row is down to its last one.
         share: of the way from the same sparsity for all, 0, to what costs least, 1. None: as much as the sparsity; the
             prices are rough, and this was found to do well (docs/refining.md).
     """
     share = sparsity if share is None else share
+    sizes = [len(cost) * count for cost, count in zip(costs, rows, strict=True)]
+    limits = [size - count for size, count in zip(sizes, rows, strict=True)]
     found = []
-    left = 0.0  # weights that rounding to whole ones owes to the next linear
-    for cost, count, least in zip(costs, rows, cheapest(costs, rows, sparsity), strict=True):
-        size = len(cost) * count
+    left = 0.0  # weights that rounding to whole ones, or a limit, owes to the next linear
+    for least, size, limit in zip(cheapest(costs, rows, sparsity), sizes, limits, strict=True):
         wanted = (sparsity + share * (least - sparsity)) * size + left
-        weights = min(round(wanted), size - count)
-        left = wanted - weights
-        found.append(weights / size)
-    return found
+        found.append(min(round(wanted), limit))
+        left = wanted - found[-1]
+    for place, limit in reversed(list(enumerate(limits))):  # what the last ones have no room for
+        more = min(round(left), limit - found[place])
+        found[place] += more
+        left -= more
+    return [weights / size for weights, size in zip(found, sizes, strict=True)]
 
 
 def cheapest(costs: Sequence[Tensor], rows: Sequence[int], sparsity: float) -> list[float]:
