@@ -72,12 +72,15 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
             WANDA,
             {"initial": "wanda", "granularity": "block", "rebuild_ratio": 0.1},
             {**WANDA, "refine": "swaps"},
+            {**WANDA, "reconstruct": "least-squares"},
+            {"initial": "sparsegpt", **UPDATED},
             {**WANDA, "refine": "swaps", "reconstruct": "least-squares"},
+            {"initial": "alps", **UPDATED},
             {**WANDA, "refine": "swaps", "reconstruct": "tune"},
             {**WANDA, "refine": "tune"},
             {**WANDA, "refine": "tune", "reconstruct": "tune"},
         ],
-        "0.5,2:4",
+        "0.5,0.6,2:4",
     ),
 }
 
