@@ -220,6 +220,14 @@ def with_few_tokens(layer: DecoderLayer, streams: ActivationStreams, calls: int 
     return found
 
 
+def few_left_alone(
+    linears: Mapping[str, PrunedLinear], layer: DecoderLayer, streams: ActivationStreams, calls: int = 1
+) -> dict[str, PrunedLinear]:
+    """Linears of which those of experts with few tokens take no part any more; where it was known before, as it was."""
+    few = set(with_few_tokens(layer, streams, calls))
+    return {name: one.left_alone() if name in few and one.few_tokens is None else one for name, one in linears.items()}
+
+
 def collect_inputs(
     layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
 ) -> dict[str, AnyStatistic]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_barber.errors import NotFiniteError
-from llm_barber.initial import PrunedLinear, with_few_tokens
+from llm_barber.initial import PrunedLinear, few_left_alone
 from llm_barber.job import Job
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
@@ -256,9 +256,7 @@ def _rebuild_block(
     for name, statistic in squares.items():
         if not torch.isfinite(statistic.total.max()):  # a NaN is a maximum too
             raise _not_finite(f"a gradient of {where}, {name},")
-    few = with_few_tokens(layer, streams, calls=2)
-    now = {name: pruned[name] for name in block.linears}
-    now |= {name: now[name].left_alone() for name in few if name in now and now[name].few_tokens is None}
+    now = few_left_alone({name: pruned[name] for name in block.linears}, layer, streams, calls=2)
     linears = list(now.values())
     found = rebuild_masks(
         keep=[linear.keep for linear in linears],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llm_barber.initial import PrunedLinear, with_few_tokens
+from llm_barber.initial import PrunedLinear, few_left_alone
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
@@ -139,10 +139,7 @@ def _with_few_tokens_left_alone(work: Pass, pruned: Mapping[str, PrunedLinear]) 
     for batches in work.streams.split():
         for batch in batches:
             work.output(batch)
-    for name in with_few_tokens(layer, work.streams):
-        if name in found and found[name].few_tokens is None:
-            found[name] = found[name].left_alone()
-    return found
+    return few_left_alone(found, layer, work.streams)
 
 
 def _guarded(
