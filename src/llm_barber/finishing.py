@@ -9,10 +9,11 @@ from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.initial import FEW_TOKENS
+from llm_barber.layer_report import LayerResult
 from llm_barber.model.empty import auto_class
 from llm_barber.model_card import CARD_NAME, model_card
 from llm_barber.progress import Progress
-from llm_barber.report import PAGE_NAME, CalibrationResult, LayerResult, RunReport
+from llm_barber.report import PAGE_NAME, CalibrationResult, RunReport
 from llm_barber.usage import versions
 
 

@@ -15,12 +15,13 @@ from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES
 from llm_barber.checkpoint.source import CheckpointSource, Place
 from llm_barber.errors import BarberError, ModelError
+from llm_barber.layer_report import LinearResult
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
 from llm_barber.model.architecture import Block, StructureOptions
 from llm_barber.model.structure import find_architecture
 from llm_barber.opening import load_config, open_skeleton
 from llm_barber.progress import Progress, Silent
-from llm_barber.report import RECORD_VERSION, KeptWeights, LinearResult, RunReport
+from llm_barber.report import RECORD_VERSION, KeptWeights, RunReport
 from llm_barber.settings import Settings
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from llm_barber.errors import NotFiniteError
 from llm_barber.initial import PrunedLinear, few_left_alone
 from llm_barber.job import Job
+from llm_barber.layer_report import BlockResult, LinearResult
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
@@ -24,7 +25,6 @@ from llm_barber.model.gradients import reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.refine import Pass, block_errors, dense_batches, measured_windows, refine_block
 from llm_barber.refine_settings import RefineSettings
-from llm_barber.report import BlockResult, LinearResult
 from llm_barber.tune import Tuned, tune_layer
 
 

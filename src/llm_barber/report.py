@@ -1,62 +1,18 @@
-"""Results of a run, per layer, block and linear → JSON record."""
+"""The record of a run: its settings, and the results of all layers, as JSON."""
 
 import json
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from llm_barber.model.architecture import kind_of
+from llm_barber.layer_report import ErrorChange, LayerResult, LinearResult, LinearTotals, Result
 
 RECORD_VERSION = 1
 # Of the settings that a page shows: what they are, if they are there.
 SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
 PAGE_NAME = "report.html"
-# A number that may be none of the finite ones; JSON has null for those.
-Unsure = Annotated[
-    float,
-    BeforeValidator(lambda value: math.nan if value is None else value),
-    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
-]
-
-
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class LinearResult(_Result):
-    """One linear: counts of weights. `zeros` also counts weights that are zero in the dense model and kept.
-
-    `pattern` is the N:M that it holds, if it was pruned to one.
-    """
-
-    name: str
-    shape: tuple[PositiveInt, PositiveInt]
-    pruned: int
-    zeros: int
-    beneficial_pairs: int = 0
-    grown: int = 0
-    dropped: int = 0
-    pattern: str | None = None
-    few_tokens: bool = False
-
-    @property
-    def kind(self) -> str:
-        """Its name, the same for all experts."""
-        return kind_of(self.name)
-
-    @property
-    def weights(self) -> int:
-        """Weights of the linear."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction removed by the mask."""
-        return self.pruned / self.weights
 
 
 class KeptWeights(StrEnum):
@@ -78,83 +34,7 @@ class KeptWeights(StrEnum):
         }[self]
 
 
-class LinearTotals(_Result):
-    """A linear's counts, summed over all decoder layers."""
-
-    name: str
-    weights: int
-    pruned: int
-    beneficial_pairs: int
-    grown: int
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction removed by the masks."""
-        return self.pruned / self.weights
-
-
-class BlockResult(_Result):
-    """One block: the mean over calibration sequences of mean((y_dense − y)²), before and after.
-
-    Of a block that was refined and not rebuilt: over the sequences that were held out, if any were.
-    `rejected`: the refined block was worse on held-out windows, so that it stayed as it was.
-    """
-
-    name: str
-    error_before: float | None
-    error_after: float | None
-    rejected: bool = False
-    linears: tuple[LinearResult, ...]
-
-    @model_validator(mode="after")
-    def _both_errors_or_none(self) -> Self:
-        if (self.error_before is None) != (self.error_after is None):
-            raise ValueError("an error before has one after")
-        return self
-
-
-class LayerResult(_Result):
-    """One decoder layer.
-
-    `held_out`: of one that was tuned, its mean distance (`distance.py`) from its target on the windows that were held
-    out, before and after each pass (NaN: one that overflowed); the last pass that was nearer than before is kept.
-    """
-
-    index: int
-    seconds: float
-    held_out: tuple[Unsure, ...] = ()
-    blocks: tuple[BlockResult, ...]
-
-    @property
-    def kept_pass(self) -> int | None:
-        """Which pass of tuning was kept, 0: none; None: no windows were held out to say so, or nothing was tuned."""
-        if not self.held_out:
-            return None
-        return max((number for number, error in enumerate(self.held_out) if error < self.held_out[0]), default=0)
-
-    @property
-    def linears(self) -> tuple[LinearResult, ...]:
-        """All linears, block after block."""
-        return tuple(linear for block in self.blocks for linear in block.linears)
-
-
-@dataclass(frozen=True)
-class ErrorChange:
-    """A kind of block's mean reconstruction errors over `layers`, and in how many of them it fell, rose, or stayed."""
-
-    layers: int
-    before: float
-    after: float
-    fell: int
-    rose: int
-
-    @property
-    def stayed(self) -> int:
-        """In so many layers."""
-        return self.layers - self.fell - self.rose
-
-
-class CalibrationResult(_Result):
+class CalibrationResult(Result):
     """The calibration text: what it was made from, its windows, `first_token` that all begin with, `sha256` of all."""
 
     source: str
@@ -164,7 +44,7 @@ class CalibrationResult(_Result):
     sha256: str
 
 
-class RunReport(_Result):
+class RunReport(Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
     `settings` as they were given; `resolved`: what those are that were left to the preset, the method or the device.
@@ -179,7 +59,7 @@ class RunReport(_Result):
     model: str
     output: str
     settings: dict[str, Any]
-    resolved: dict[str, Any] = {}
+    resolved: dict[str, Any] = Field(default_factory=dict)
     initial: str
     method: str
     pattern: str

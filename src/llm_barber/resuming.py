@@ -16,11 +16,11 @@ from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.embedding import with_smaller_batches
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.job import Job
+from llm_barber.layer_report import LayerResult
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.refine import dense_batches
 from llm_barber.refine_settings import RefineSettings
-from llm_barber.report import LayerResult
 from llm_barber.usage import machine, peak_device_memory, peak_memory
 
 

@@ -19,12 +19,13 @@ from llm_barber.finishing import finish_output, warn_of_results
 from llm_barber.head import prune_head
 from llm_barber.initial import MethodMasks
 from llm_barber.job import Job
+from llm_barber.layer_report import LayerResult
 from llm_barber.memory import activation_places
 from llm_barber.method import PrunedLayer, prune_layer
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.presets import Allocation
 from llm_barber.progress import Progress
-from llm_barber.report import LayerResult, RunReport
+from llm_barber.report import RunReport
 from llm_barber.resuming import (
     as_before,
     finished_layers,
