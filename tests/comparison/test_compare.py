@@ -14,7 +14,7 @@ from llm_barber.comparison.settings import Method
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.usage import machine
-from tests.conftest import make_model
+from tests.conftest import Listener, make_model
 from tests.evaluation.test_evaluate import add_tokenizer
 from tests.evaluation.test_tasks import QUESTIONS
 
@@ -241,6 +241,19 @@ def test_files(settings: dict[str, Any]) -> None:
     assert found == [expected]
     assert (folder / "comparison.svg").read_text().startswith("<svg")
     assert "<!DOCTYPE html>" in (folder / "comparison.html").read_text()
+
+
+def test_cells_that_the_tables_leave_out_are_told(settings: dict[str, Any]) -> None:
+    own = settings | {"seeds": (0,), "targets": ("0.5",), "rebuild": False, "rebuild_settings": {}}
+    told = Listener()
+    compare(CompareConfig(**own), told)
+    compare(CompareConfig(**own), told)
+    assert told.warnings == []
+    compare(CompareConfig(**own | {"methods": ("ria",)}), told)
+    assert [warning.partition(", and")[0] for warning in told.warnings] == [
+        f"{settings['output']} keeps cells of other calls, too (2)"
+    ]
+    assert "Wanda" not in (settings["output"] / "comparison.md").read_text()
 
 
 def test_presets_are_rows_and_alps_is_asked_for(settings: dict[str, Any]) -> None:

@@ -9,8 +9,7 @@ import torch
 from llm_barber import PruneConfig, allocation, prune
 from llm_barber.model.fixed_order import FixedOrder, in_fixed_order
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.progress import Silent
-from tests.conftest import make_model, save_tokens
+from tests.conftest import Listener, make_model, save_tokens
 from tests.test_ranks import together
 from tests.test_resume import weights
 
@@ -38,14 +37,6 @@ def test_the_mode_is_as_it_was_afterwards() -> None:
         assert mode() == (True, True, True)
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def on_device(monkeypatch: pytest.MonkeyPatch, possible: bool) -> list[bool]:
@@ -77,7 +68,7 @@ def test_every_gradient_of_a_run_on_a_device(
     model = make_model(tmp_path / "dense", family)
     settings: dict[str, Any] = {"model": model, "calibration": tokens, "preset": preset, **SETTINGS}
     prune(PruneConfig(output=tmp_path / "plain", **settings))
-    modes, heard = on_device(monkeypatch, possible), Heard()
+    modes, heard = on_device(monkeypatch, possible), Listener()
     prune(PruneConfig(output=tmp_path / "ordered", **settings), heard)
     assert len(modes) >= 8
     assert modes == [True] * len(modes) if possible else [True] + [False] * (len(modes) - 1)

@@ -93,6 +93,11 @@ class CellRunner:
             self._evaluator = self._make_evaluator()
         return self._evaluator
 
+    @property
+    def count(self) -> int:
+        """Cells that are kept, of any settings."""
+        return sum(1 for path in (self.folder / CELLS).glob("*.json") if not path.name.startswith(f"{DENSE}-"))
+
     def dense(self, progress: Progress) -> Evaluation:
         """The dense model's evaluation, kept like a cell."""
         path, key = self._place(DENSE, {CALIBRATION: None}, True)  # it has none

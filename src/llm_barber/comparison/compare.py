@@ -151,6 +151,12 @@ def compare(
         finally:
             if write and results:  # stopped before the first cell: older tables stay
                 write_files(comparison(), config.output)
+        others = runner.count - sum(one.result is not None for one in results)
+        if write and others:
+            progress.warn(
+                f"{config.output} keeps cells of other calls, too ({others}), and its tables have this call's: "
+                "name all methods and targets in one call to see them together; finished cells are not done again"
+            )
     return comparison()
 
 
