@@ -417,6 +417,18 @@ def test_activations_that_overflow_are_named(tmp_path: Path, llama: Path, tokens
         assert "--dtype" in error.hint
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_inputs_of_a_linear_that_overflow_are_named(tmp_path: Path, llama: Path, tokens: Path, method: str) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 3e38
+    tensors["model.layers.1.mlp.up_proj.weight"].clamp_(-3e38, 3e38)
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    expect_failure(
+        "the input of layer 1 mlp.down_proj holds NaN or Inf", ModelError, tmp_path,
+        model=str(llama), calibration=str(tokens), initial=method,
+    )  # fmt: skip
+
+
 def test_pruned_of_another_shape(tmp_path: Path, llama: Path, tokens: Path) -> None:
     other = make_model(tmp_path / "other", "llama", intermediate_size=48)
     mistral = make_model(tmp_path / "mistral", "mistral")

@@ -180,6 +180,7 @@ def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
         ({"sparsities": {"q_proj": 1.5}}, "sparsity 1.5 is not between 0 and 1"),
         ({"sparsities": {"q_proj": "4:2"}}, "must keep at least 1"),
         ({"sparsities": {"q_proj": True}}, "q_proj: True is neither a sparsity"),
+        ({"sparsities": {0: 1.5}}, "0: sparsity 1.5 is not between 0 and 1"),
         ({"sparsities": tmp_path / "none.yaml"}, "cannot be read"),
         ({"skip_layers": ("x",)}, "skip_layers"),
     ):

@@ -72,9 +72,9 @@ class Adam:
 
 
 def tuned_in_memory(
-    folder: Path, texts: Tensor, pattern: Pattern, mix: float, held_out: int, both: bool = False
+    folder: Path, texts: Tensor, pattern: Pattern, mix: float, held_out: int, passes: int, both: bool = False
 ) -> dict[str, Tensor]:
-    """One pass over masks, with autograd of the whole layer, and sorting row by row; over `both`, kept weights, too.
+    """Passes over masks, with autograd of the whole layer, and sorting row by row; over `both`, kept weights, too.
 
     Gives the pruned weights.
     """
@@ -120,13 +120,16 @@ def tuned_in_memory(
 
         training = len(texts) - held_out
         count = -(-training // 4)
-        before, kept = distance(range(training, len(texts))) if held_out else 0, dict(keep)
+        before = distance(range(training, len(texts))) if held_out else 0
+        final = {name: one.weight.clone() for name, one in linears.items()}
         values = {name: one.clone() for name, one in weights.items()}
         changes = {name: torch.zeros_like(one) for name, one in weights.items()}
         rate = 0.04 if isinstance(pattern, NofM) and not both else 0.02
-        of_scores = Adam(scores, dict.fromkeys(scores, rate), 1e-12, count)
-        of_changes = Adam(changes, dict.fromkeys(changes, 0.01), 1e-12, count)
-        for number, step in enumerate(torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()):
+        of_scores = Adam(scores, dict.fromkeys(scores, rate), 1e-12, passes * count)
+        of_changes = Adam(changes, dict.fromkeys(changes, 0.01), 1e-12, passes * count)
+        order = torch.Generator().manual_seed(0)
+        chosen = [step for _ in range(passes) for step in torch.randperm(count, generator=order).tolist()]
+        for number, step in enumerate(chosen):
             own = [one.weight.requires_grad_() for one in linears.values()]
             found = torch.autograd.grad(distance(range(step, training, count)), own)
             for (name, one), gradient in zip(linears.items(), found, strict=True):
@@ -138,9 +141,11 @@ def tuned_in_memory(
                 rows = zip(scores[name], keep[name], strict=True)
                 keep[name] = torch.stack([highest(*row, pattern) for row in rows])
                 one.weight.copy_(values[name] * keep[name])
-        if held_out and distance(range(training, len(texts))) >= before:
-            for name, one in linears.items():
-                one.weight.copy_(weights[name] * kept[name])
+            ends_pass = (number + 1) % count == 0
+            if ends_pass and not (held_out and distance(range(training, len(texts))) >= before):
+                final = {name: one.weight.clone() for name, one in linears.items()}
+        for name, one in linears.items():
+            one.weight.copy_(final[name])
         written |= {f"model.layers.{index}.{name}.weight": one.weight.clone() for name, one in linears.items()}
     return written
 
@@ -184,9 +189,9 @@ def test_masks_equal_those_tuned_in_memory(
 ) -> None:
     monkeypatch.setattr(distances, "HUGE", huge)  # at 1, half of the channels count for less
     how = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
-    settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "tune_passes": 1, "guard": guard}
+    settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "tune_passes": 2, "guard": guard}
     report = run(model, tmp_path / "out", tokens, target_mix=mix, **settings, **how)
-    expected = tuned_in_memory(model, load_file(tokens)["input_ids"], pattern, mix, round(guard * SEQUENCES))
+    expected = tuned_in_memory(model, load_file(tokens)["input_ids"], pattern, mix, round(guard * SEQUENCES), 2)
     written, dense = read_folder(tmp_path / "out"), read_folder(model)
     assert report.swapped > 0
     for name, one in expected.items():
@@ -201,9 +206,11 @@ def test_masks_and_weights_equal_those_tuned_in_memory(
     tmp_path: Path, model: Path, tokens: Path, pattern: Pattern
 ) -> None:
     how = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
-    settings = {"rebuild": False, "refine": "tune", "reconstruct": "tune", "tune_passes": 1, "guard": 0.2}
+    settings = {"rebuild": False, "refine": "tune", "reconstruct": "tune", "tune_passes": 2, "guard": 0.2}
     report = run(model, tmp_path / "out", tokens, target_mix=0.5, **settings, **how)
-    expected = tuned_in_memory(model, load_file(tokens)["input_ids"], pattern, 0.5, round(0.2 * SEQUENCES), both=True)
+    expected = tuned_in_memory(
+        model, load_file(tokens)["input_ids"], pattern, 0.5, round(0.2 * SEQUENCES), 2, both=True
+    )
     written, dense = read_folder(tmp_path / "out"), read_folder(model)
     assert report.kept_weights == "tune"
     for name, one in expected.items():
@@ -507,6 +514,29 @@ def test_zeros_of_the_dense_model(
         assert int(keep.sum()) == int(after[name].sum())
         assert not (after[name] & (tensors[name] == 0)).any()
     assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
+
+
+@pytest.mark.parametrize("preset", ["mask", "best"])
+def test_what_another_tool_pruned_after_the_last_whole_group_stays_pruned(
+    tmp_path: Path, model: Path, tokens: Path, preset: str
+) -> None:
+    run(model, tmp_path / "pruned", tokens, pattern="3:5", allow_dense_tail=True, initial="wanda", rebuild=False)
+    (tmp_path / "pruned" / RECORD_NAME).unlink()
+    for path in (tmp_path / "pruned").glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, one in tensors.items():
+            if "_proj" in name:
+                one[:, one.shape[1] // 5 * 5 :: 2] = 0
+        save_file(tensors, path, {"format": "pt"})
+    how = {"pattern": "3:5", "preset": preset, "guard": 0, "dtype": "float32"}
+    rebuild(RebuildConfig(dense=model, pruned=tmp_path / "pruned", output=tmp_path / "out", calibration=tokens, **how))
+    before, after = masks(tmp_path / "pruned"), masks(tmp_path / "out")
+    for name in before:
+        tail = before[name].shape[1] // 5 * 5
+        assert not before[name][:, tail:].all()
+        assert torch.equal(before[name][:, tail:], after[name][:, tail:])
+        assert torch.equal(before[name].sum(1), after[name].sum(1))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("settings", [{"initial": "wanda"}, {"initial": "magnitude"}, {"preset": "best"}], ids=str)

@@ -31,6 +31,14 @@ class NotFiniteError(ModelError):
     """Values that are NaN or Inf, of a checkpoint or computed: the same run would find them again."""
 
 
+def overflowed(what: str) -> NotFiniteError:
+    """The error of what was computed, for example "the output of layer 3"."""
+    return NotFiniteError(
+        f"{what} holds NaN or Inf on the calibration text",
+        "compute with a wider range: --dtype bfloat16 or float32; if it was, the model itself overflows",
+    )
+
+
 class CalibrationError(BarberError):
     """Calibration text that is missing, unreadable or too short."""
 

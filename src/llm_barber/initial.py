@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_barber.config import Initial
+from llm_barber.errors import overflowed
 from llm_barber.job import Job
 from llm_barber.masking import saliency
 from llm_barber.masking.admm import admm, scaled_gram
@@ -159,7 +160,7 @@ class MethodMasks:
                     for name, weight in dense.items()
                 }
             case Initial.SPARSEGPT | Initial.ALPS:
-                return self._with_updates(layer, dense, streams, targets)
+                return self._with_updates(index, layer, dense, streams, targets)
         return {
             name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], _group_pattern(targets[name]))
             for name, keep in keeps.items()
@@ -178,6 +179,7 @@ class MethodMasks:
 
     def _with_updates(
         self,
+        index: int,
         layer: DecoderLayer,
         dense: Mapping[str, Tensor],
         streams: ActivationStreams,
@@ -191,6 +193,8 @@ class MethodMasks:
             if grams[name] is not prepared:  # q, k and v share one, gate and up another
                 prepared = grams[name]
                 gram = prepared.mean
+                if not gram.diagonal().isfinite().all():
+                    raise overflowed(f"the input of layer {index} {name}")
                 if self.method is Initial.ALPS:
                     scaled = scaled_gram(gram)
                 else:
@@ -225,7 +229,11 @@ def few_left_alone(
 ) -> dict[str, PrunedLinear]:
     """Linears of which those of experts with few tokens take no part any more; where it was known before, as it was."""
     few = set(with_few_tokens(layer, streams, calls))
-    return {name: one.left_alone() if name in few and one.few_tokens is None else one for name, one in linears.items()}
+    found = dict(linears)
+    for name, one in linears.items():
+        if one.few_tokens is None:
+            found[name] = one.left_alone() if name in few else replace(one, few_tokens=False)
+    return found
 
 
 def collect_inputs(

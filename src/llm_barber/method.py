@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llm_barber.errors import NotFiniteError
+from llm_barber.errors import overflowed
 from llm_barber.initial import PrunedLinear, few_left_alone
 from llm_barber.job import Job
 from llm_barber.layer_report import BlockResult, LinearResult
@@ -98,7 +98,7 @@ def prune_layer(
         if not (outcome.output_kept and unchanged) or work.last:
             after = _propagate(work, outcome.measured_from)
         if after is not None and not math.isfinite(after):
-            raise _not_finite(f"the output of layer {index} {block.name}")
+            raise overflowed(f"the output of layer {index} {block.name}")
         outcomes.append((block, outcome, after))
         final.append(block)
     if tuning is not None:
@@ -111,7 +111,7 @@ def prune_layer(
             for (block, outcome, _), error in zip(outcomes, errors, strict=True)
         ]
         if math.isnan(_propagate(Pass(layer, blocks[-1], [], streams, last=True), None) or 0):
-            raise _not_finite(f"the output of layer {index}")
+            raise overflowed(f"the output of layer {index}")
     weights = {name: one.final for name, one in pruned.items()}
     results = [
         result_of(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
@@ -250,12 +250,12 @@ def _rebuild_block(
         total += losses.double().sum().item()
     (total,) = streams.ranks.total(total)
     if not math.isfinite(total):
-        raise _not_finite(f"the output of {where}")
+        raise overflowed(f"the output of {where}")
     for statistic in squares.values():
         streams.ranks.add(statistic)
     for name, statistic in squares.items():
         if not torch.isfinite(statistic.total.max()):  # a NaN is a maximum too
-            raise _not_finite(f"a gradient of {where}, {name},")
+            raise overflowed(f"a gradient of {where}, {name},")
     now = few_left_alone({name: pruned[name] for name in block.linears}, layer, streams, calls=2)
     linears = list(now.values())
     found = rebuild_masks(
@@ -301,10 +301,3 @@ def _propagate(work: Pass, measured_from: int | None) -> float | None:
     if broken:
         return float("nan")
     return total / all_compared if all_compared else None
-
-
-def _not_finite(what: str) -> NotFiniteError:
-    return NotFiniteError(
-        f"{what} holds NaN or Inf on the calibration text",
-        "compute with a wider range: --dtype bfloat16 or float32; if it was, the model itself overflows",
-    )

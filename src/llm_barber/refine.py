@@ -132,7 +132,7 @@ def refine_block(
 def _with_few_tokens_left_alone(work: Pass, pruned: Mapping[str, PrunedLinear]) -> dict[str, PrunedLinear]:
     """The block's linears; where no tokens were counted yet, it is run for that."""
     layer, found = work.layer, {name: pruned[name] for name in work.block.linears}
-    if not layer.experts or all(one.few_tokens is not None for one in found.values()):
+    if not any(one.few_tokens is None and layer.of_expert(name) for name, one in found.items()):
         return found
     layer.set_weights({name: one.weight for name, one in found.items()})
     layer.forget_tokens()

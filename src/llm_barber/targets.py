@@ -53,11 +53,13 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 def read_targets(value: Any) -> Any:
-    """A file's mapping of regular expressions to sparsities; what is no path is handed back.
+    """A mapping of regular expressions, or numbers of layers, to sparsities, in a file or as it is.
 
     Raises:
         ValueError: it cannot be read.
     """
+    if isinstance(value, dict):
+        return {str(name): one for name, one in value.items()}
     if not isinstance(value, str | Path):
         return value
     found = _read_yaml(value)

@@ -32,7 +32,8 @@ WEIGHT_RATE = 0.01  # of Adam, in steps (`step_sizes`)
 SCORE_RATE, PATTERN_SCORE_RATE = 0.02, 0.04
 MOMENTUM = (0.9, 0.95)
 SMALLEST = 1e-12  # of a gradient, so that the size of a model's states does not matter
-# What gradients of sequences are added up in: so many more bits that the order changes nothing, nor do processes.
+# What gradients of sequences are added up in: so many more bits that the order, and how many processes
+# there are, hardly ever shows.
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 Linears = Mapping[str, PrunedLinear]
@@ -140,18 +141,18 @@ class _Moving:
         return values.addcmul(self._changes[name].detach() * of_row, of_column)
 
     def take(self, gradients: Mapping[str, Tensor]) -> None:
-        """Give the parameters their gradients, from those by the weights, float32 (out, in)."""
+        """Give the parameters their gradients, float32, from those by the weights, (out, in), in `WIDER`."""
         for name, one in self._scores.items():
-            one.grad = gradients[name] * self._values(name)
+            one.grad = gradients[name].float() * self._values(name)
         for name, one in self._changes.items():
             of_row, of_column = self._steps[name]
-            one.grad = (gradients[name] * of_row).mul_(of_column).mul_(self._now[name].free)
+            one.grad = (gradients[name].float() * of_row).mul_(of_column).mul_(self._now[name].free)
 
     def moved(self) -> None:
         """Adam has made a step."""
         for name, one in self._scores.items():
-            keep = mask_of(one.detach(), self._pruned[name], self._now[name].pattern)
             now = self._now[name]  # whose weight is not looked at where values move, too
+            keep = mask_of(one.detach(), now.keep, self._pruned[name], now.pattern)
             self._now[name] = replace(now, keep=keep) if self._changes else now.with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:
@@ -229,8 +230,9 @@ def _descend(
                         f"a gradient of {where}, {name}, holds NaN or Inf on the calibration text",
                         "compute with a wider range: --dtype bfloat16 or float32; or --refine swaps, or none",
                     )
-            moving.take({name: one.float() for name, one in sums.items()})
+            moving.take(sums)
             optimizer.step()
+            optimizer.zero_grad()  # the next step's activations need the memory
             schedule.step()
             moving.moved()
         if settings.held_out:

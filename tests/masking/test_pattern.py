@@ -38,6 +38,10 @@ def test_a_sparsity_over_the_linear_by_hand() -> None:
         )
 
 
+def test_nearly_everything_leaves_one_of_a_group() -> None:
+    assert Unstructured(1 - 1e-13).pruned(6) == Unstructured(1 - 1e-13).counts(2, 6) == 5
+
+
 def test_pattern_is_n_kept_of_m() -> None:
     assert parse_pattern("1:4") == NofM(kept=1, of=4)
     assert NofM(1, 4).sparsity == 0.75

@@ -31,9 +31,9 @@ def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bo
     other = saliency if same else torch.randint(0, 5, (20, 42), generator=generator).float()
     keep = initial_mask(other, pattern or Unstructured(0.6, over_linear=True), Granularity.OUTPUT)
     scores = starting_scores(keep, saliency, pattern)
-    assert torch.equal(mask_of(scores, pruned_of(keep, pattern), pattern), keep)
+    assert torch.equal(mask_of(scores, keep, pruned_of(keep, pattern), pattern), keep)
     # Whatever the scores, as many are kept of each row and group.
-    moved = mask_of(scores + torch.randn(scores.shape, generator=generator), pruned_of(keep, pattern), pattern)
+    moved = mask_of(scores + torch.randn(scores.shape, generator=generator), keep, pruned_of(keep, pattern), pattern)
     assert torch.equal(moved.sum(1), keep.sum(1))
     if pattern is not None:
         covered = pattern.covered(42)
@@ -41,14 +41,24 @@ def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bo
         assert moved[:, covered:].all()
 
 
+def test_the_tail_stays_as_it_was() -> None:
+    """Also where another tool has pruned it."""
+    keep = torch.tensor([[True, False, False, True, False]])
+    scores = starting_scores(keep, torch.tensor([[1.0, 2, 3, 0, 9]]), NofM(2, 4))
+    for moved in (scores, scores + torch.tensor([[-9.0, 9, 0, 0, 9]])):
+        found = mask_of(moved, keep, pruned_of(keep, NofM(2, 4)), NofM(2, 4))
+        assert not found[0, 4]
+        assert found[0, :4].sum() == 2
+
+
 def test_what_is_fixed_stays_and_rows_may_be_empty_or_full() -> None:
     keep = torch.tensor([[True, False, True, False], [True, True, True, True], [False, False, False, False]])
     fixed = torch.zeros_like(keep)
     fixed[0, 2] = True
     scores = starting_scores(keep, torch.zeros(3, 4), None, fixed)
-    assert torch.equal(mask_of(scores, pruned_of(keep, None), None), keep)
+    assert torch.equal(mask_of(scores, keep, pruned_of(keep, None), None), keep)
     scores -= torch.tensor([9.0, 0, 9, 0])
-    assert mask_of(scores, pruned_of(keep, None), None)[0].tolist() == [False, False, True, True]
+    assert mask_of(scores, keep, pruned_of(keep, None), None)[0].tolist() == [False, False, True, True]
 
 
 def test_zeros_of_the_dense_model_count_as_kept_and_stay() -> None:
@@ -59,9 +69,9 @@ def test_zeros_of_the_dense_model_count_as_kept_and_stay() -> None:
     pattern = NofM(2, 4)
     scores = starting_scores(keep, saliency, pattern, fixed)
     assert pruned_of(keep, pattern).tolist() == [[1, 2, 0]]
-    assert torch.equal(mask_of(scores, pruned_of(keep, pattern), pattern), keep)
+    assert torch.equal(mask_of(scores, keep, pruned_of(keep, pattern), pattern), keep)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        moved = mask_of(scores + 5 * torch.randn(1, 12, generator=generator), pruned_of(keep, pattern), pattern)
+        moved = mask_of(scores + 5 * torch.randn(1, 12, generator=generator), keep, pruned_of(keep, pattern), pattern)
         assert torch.equal(pruned_of(moved, pattern), pruned_of(keep, pattern))
         assert moved[fixed].all()

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_barber.masking.selection import apply_mask, lowest, rank_within
+from llm_barber.masking.selection import apply_mask, counted, lowest, rank_within
 from tests.conftest import bits
 
 rows = st.integers(1, 9).flatmap(
@@ -37,3 +37,9 @@ def test_masked_weights_are_positive_zero_and_the_others_keep_their_bits() -> No
         assert masked.dtype == dtype
         assert torch.equal(bits(masked)[keep], bits(weight)[keep])
         assert torch.equal(bits(masked)[~keep], torch.zeros(3, dtype=bits(masked).dtype))
+
+
+def test_more_members_than_32_bits_count() -> None:
+    """All experts of a large layer may be one group. (It is one byte, seen so many times.)"""
+    assert counted(torch.ones(1, 1, dtype=torch.bool).expand(1, 2**31 + 3)).tolist() == [2**31 + 3]
+    assert counted(torch.tensor([[True, False, True], [False, False, False]])).tolist() == [2, 0]

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llm_barber.errors import ModelError
-from llm_barber.masking.statistics import GradientSquares
+from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import reconstruction_errors
+from llm_barber.model.hooks import removed
 from tests.conftest import make_model
 from tests.model.reference import first_call
 
@@ -105,6 +106,21 @@ def test_half_precision_does_not_underflow(case: Case) -> None:
     for name in block.linears:
         ratio = 1000 * found[name].sqrt().norm() / exact[name].sqrt().norm()
         assert 0.98 < ratio < 1.02, (name, ratio)
+
+
+def test_a_linear_that_the_output_does_not_depend_on_is_told(case: Case) -> None:
+    module, architecture, hidden, arguments = case
+    layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
+    sums = {name: FisherSums(tuple(one.weight.shape), hidden.device) for name, one in layer.linears.items()}
+    layer.loss_gradients(hidden, torch.ones_like(hidden), sums)
+    (activation,) = (one for name, one in module.named_modules() if name.endswith(("act_fn", "activation_fn")))
+    before = "gate_proj" if architecture is LLAMA else "fc1"
+    with (
+        removed(activation.register_forward_hook(lambda _, __, output: torch.zeros_like(output))),
+        pytest.raises(ModelError, match=f"no gradient by .*{before}") as told,
+    ):
+        layer.loss_gradients(hidden, torch.ones_like(hidden), sums)
+    assert "--exclude" in told.value.hint
 
 
 def test_replay_gives_the_layer_the_kept_output(case: Case) -> None:

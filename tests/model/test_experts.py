@@ -13,6 +13,7 @@ from llm_barber.loading import load
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import Unstructured
+from llm_barber.model.block import DecoderLayer
 from llm_barber.model.experts import Experts, is_fused, split_experts
 from llm_barber.report import RunReport
 from tests.conftest import FAMILIES, make_model, read_folder, save_tokens
@@ -146,6 +147,20 @@ def test_a_pruned_mixture_can_be_rebuilt(
         assert 0 < len(few) < 0.7 * len(list(report.linears))
         assert all(one.grown == one.dropped == 0 for one in few)
         assert any(one.grown for one in report.linears if ".experts." in one.name and not one.few_tokens)
+
+
+@pytest.mark.parametrize(("rebuild", "passes"), [(False, 2), (True, 3)])
+def test_tokens_are_counted_once_and_where_experts_are(
+    tmp_path: Path, mixture: Path, rebuild: bool, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the initial mask, which magnitude needs none for; and in each block's rebuild, or in the MLP's swaps."""
+    counts = []
+    forget = DecoderLayer.forget_tokens
+    monkeypatch.setattr(DecoderLayer, "forget_tokens", lambda layer: counts.append(forget(layer)))
+    how = {"initial": "magnitude", "rebuild": rebuild, "refine": "swaps", "report": False, "dtype": "float32"}
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    report = prune(PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, **how))
+    assert len(counts) == passes * len(report.layers)
 
 
 def test_padding_does_not_show_in_means_and_variances(tmp_path: Path, mixture: Path) -> None:

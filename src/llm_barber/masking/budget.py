@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llm_barber.masking.selection import sort_values
+
 
 def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """What the first, second, … weight to go costs, mean over the rows, float32 (in,), ascending.
@@ -24,7 +26,7 @@ def removal_costs(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     total = columns.sum().clamp_min(torch.finfo(torch.float32).tiny)
     half_curvature = torch.outer(rows / (2 * total), columns)
-    return half_curvature.mul_(weight.float().square()).sort(1).values.mean(0)
+    return sort_values(half_curvature.mul_(weight.float().square())).mean(0)
 
 
 def spread_budget(

@@ -42,8 +42,8 @@ class Unstructured:
             raise ValueError(f"sparsity {self.sparsity} is not between 0 and 1 (0.5 prunes half of the weights)")
 
     def pruned(self, members: int) -> int:
-        """Weights to prune in a comparison group of `members`: never more than the fraction asked for."""
-        return exact_floor(self.sparsity, members)
+        """Weights to prune in a comparison group of `members`: never more than the fraction asked for, nor all."""
+        return min(exact_floor(self.sparsity, members), members - 1)
 
     def counts(self, groups: int, members: int) -> int | Tensor:
         """Weights to prune in each comparison group: one number, or int64 (groups,). No group loses all of them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from llm_barber.masking.granularity import Granularity, from_groups, to_groups
 from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM, as_fraction
-from llm_barber.masking.selection import EXCLUDED, lowest, rank_within, sort_values
+from llm_barber.masking.selection import EXCLUDED, counted, lowest, rank_within, sort_values
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _choose_pairs(growable: Tensor, droppable: Tensor, saliency: Tensor, ratio: 
     pruned_downwards = (~growable).float().mul_(EXCLUDED).sub_(saliency)
     kept_upwards = (~droppable).float().mul_(EXCLUDED).add_(saliency)
     pruned_ordered, kept_ordered = sort_values(pruned_downwards), sort_values(kept_upwards)
-    pairs = (-pruned_ordered > kept_ordered).sum(1, dtype=torch.int32).long()
+    pairs = counted(-pruned_ordered > kept_ordered)
     share = as_fraction(ratio)
     swaps = pairs * share.numerator // share.denominator
     return (

@@ -58,20 +58,21 @@ def _groups(tensor: Tensor, pattern: NofM | None) -> Tensor:
     return tensor.unsqueeze(1) if pattern is None else by_pattern_group(tensor, pattern)
 
 
-def mask_of(scores: Tensor, pruned: Tensor, pattern: NofM | None) -> Tensor:
+def mask_of(scores: Tensor, keep: Tensor, pruned: Tensor, pattern: NofM | None) -> Tensor:
     """The mask that scores give: the lowest go, equal ones from the left.
 
     Args:
         scores: float32, (out, in).
+        keep: bool, (out, in), the mask until now: N:M has no scores compete in the tail of its rows, which stays.
         pruned: how many go of each row or group of M, int64 (out, groups); see `pruned_of`.
-        pattern: N:M, if the mask has one; the tail of its rows is kept.
+        pattern: N:M, if the mask has one.
 
     Returns:
         bool, (out, in), True survives.
     """
     if pattern is None:
         return ~lowest(scores, pruned[:, 0])
-    keep = torch.ones_like(scores, dtype=torch.bool)
+    keep = keep.clone()
     ranks = rank_within(by_pattern_group(scores, pattern))
     by_pattern_group(keep, pattern).copy_(ranks >= pruned.unsqueeze(-1))
     return keep

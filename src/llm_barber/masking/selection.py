@@ -34,6 +34,16 @@ def apply_mask(weight: Tensor, keep: Tensor) -> Tensor:
     return (weight.contiguous().view(bits) * keep).view(weight.dtype)
 
 
+def counted(mask: Tensor) -> Tensor:
+    """How many members of each group are True, int64 (groups,), of bool (groups, members)."""
+    return mask.sum(1, dtype=_counter(mask)).long()
+
+
+def _counter(mask: Tensor) -> torch.dtype:
+    """What members of a group are counted in: all experts of a large layer may be one group."""
+    return torch.int32 if mask.shape[1] < 2**31 else torch.int64
+
+
 def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -> Tensor:
     """Mark the `count` lowest scores of each group; equal scores at the border are taken from the left.
 
@@ -53,7 +63,7 @@ def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -
     border = ordered.gather(1, (counts - 1).clamp(0, members - 1).unsqueeze(1))
     border = border.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
     chosen = scores <= border
-    surplus = chosen.sum(1, dtype=torch.int32) != counts
+    surplus = counted(chosen) != counts
     if surplus.any():
         chosen[surplus] = _break_ties(scores[surplus], border[surplus], counts[surplus])
     return chosen
@@ -64,7 +74,7 @@ def _break_ties(scores: Tensor, border: Tensor, counts: Tensor) -> Tensor:
     below = scores < border
     tied = scores == border
     room = (counts - below.sum(1)).unsqueeze(1)
-    return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
+    return below | (tied & (tied.cumsum(1, dtype=_counter(tied)) <= room))
 
 
 def rank_within(scores: Tensor) -> Tensor:

@@ -62,6 +62,10 @@ class DecoderLayer:
         self._groups = [[name for name in group if name in linears] for group in self._groups]
         self.linears = {name: linear for name, linear in self.linears.items() if name in linears}
 
+    def of_expert(self, name: str) -> bool:
+        """Is a linear an expert's, which some tokens only go to?"""
+        return name.rpartition(".")[0].rpartition(".")[0] in self.experts
+
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
@@ -188,6 +192,9 @@ class DecoderLayer:
 
         Returns:
             The block's output y, (sequences, tokens, hidden), detached, and the losses, float32 (sequences,).
+
+        Raises:
+            ModelError: y does not depend on a linear.
         """
 
         def once() -> tuple[list[Ends], Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
@@ -203,11 +210,8 @@ class DecoderLayer:
         ends, output, difference, scale, gradients = self.taking_gradients(once)
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = scale * (2 / difference[0].numel())
-        found_by_name = by_linear(ends, gradients, len(hidden))
-        for name in dict.fromkeys(end.name for end in ends):
-            if name not in found_by_name:
-                raise ModelError(f"the output of {block.output} has no gradient by {name}", f"--exclude '{name}$'")
-            squares[name].update(*found_by_name[name], factor)
+        for name, both in by_linear(ends, gradients, len(hidden), block.output).items():
+            squares[name].update(*both, factor)
         return output, mean_squares(difference)
 
     def loss_gradients(self, hidden: Tensor, gradient: Tensor, sums: Mapping[str, FisherSums]) -> Tensor:
@@ -220,19 +224,24 @@ class DecoderLayer:
 
         Returns:
             The gradient by `hidden`, float32, (sequences, tokens, hidden).
+
+        Raises:
+            ModelError: the output does not depend on a linear.
         """
         hidden = hidden.detach().requires_grad_()
 
-        def once() -> tuple[list[Ends], Tensor, tuple[Tensor, ...]]:
+        def once() -> tuple[list[Ends], Tensor, tuple[Tensor | None, ...]]:
             with self.hooks.recorded(tuple(self.linears)) as ends:
                 output = self._run(hidden)
             assert output is not None
             scaled, scale = scaled_by_sequence(gradient, output.dtype)
-            return ends, scale, torch.autograd.grad(output, [hidden, *(end.output for end in ends)], scaled)
+            wanted = [hidden, *(end.output for end in ends)]
+            return ends, scale, torch.autograd.grad(output, wanted, scaled, allow_unused=True)
 
         ends, scale, (before, *gradients) = self.taking_gradients(once)
-        for name, found in by_linear(ends, gradients, len(hidden)).items():
+        for name, found in by_linear(ends, gradients, len(hidden), "the decoder layer").items():
             sums[name].update(*found, scale)
+        assert before is not None
         return before.float() * scale.view(-1, 1, 1)
 
     def taking_gradients(self, once: Callable[[], Found]) -> Found:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm_barber.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Ends:
@@ -24,16 +26,24 @@ def reconstruction_errors(dense: Tensor, other: Tensor) -> Tensor:
     return mean_squares(dense.float() - other.float())
 
 
-def by_linear(ends: list[Ends], gradients: Sequence[Tensor | None], sequences: int) -> dict[str, tuple[Tensor, Tensor]]:
+def by_linear(
+    ends: list[Ends], gradients: Sequence[Tensor | None], sequences: int, of: str
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs, and gradients of the outputs, (sequences, tokens, features), by linear.
 
     Of several calls they follow each other as tokens; a call whose output has no gradient is left out.
+
+    Raises:
+        ModelError: no call of a linear has one; `of` is whose output that is.
     """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for end, gradient in zip(ends, gradients, strict=True):
         if gradient is not None:
             both = by_sequence(end.inputs, sequences), by_sequence(gradient, sequences)
             calls.setdefault(end.name, []).append(both)
+    for end in ends:
+        if end.name not in calls:
+            raise ModelError(f"the output of {of} has no gradient by {end.name}", f"--exclude '{end.name}$'")
     return {name: _joined(found) for name, found in calls.items()}
 
 
