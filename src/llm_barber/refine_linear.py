@@ -33,13 +33,13 @@ class Objective:
         """From the moments of all its windows."""
         return cls(moments.gram, mix * moments.difference if mix else None)
 
-    def linear(self, weight: Tensor) -> Tensor | None:
+    def linear_term(self, weight: Tensor) -> Tensor | None:
         """The linear term of `swap_pairs` and `least_squares`."""
         return None if self.difference is None else weight.float() @ self.difference
 
     def error(self, values: Tensor, weight: Tensor) -> Tensor:
         """Of each row, float32 (out,), less that of the dense weights."""
-        return squared_distance(values, weight, self.gram, self.linear(weight))
+        return squared_distance(values, weight, self.gram, self.linear_term(weight))
 
 
 def refine_linear(
@@ -51,15 +51,15 @@ def refine_linear(
 ) -> PrunedLinear:
     """Swaps, then least squares."""
     assert training is not None
-    linear = training.linear(weight)
+    linear_term = training.linear_term(weight)
     keep = pruned.keep
     swaps = settings.swaps_of(pruned.pattern)
     if swaps:
-        keep = _swap(pruned, weight, training.gram, linear, held_out, swaps)
+        keep = _swap(pruned, weight, training.gram, linear_term, held_out, swaps)
     values = pruned.values
     if settings.solve:
         free = replace(pruned, keep=keep).free
-        values = _solve(free, weight, training.gram, linear, held_out).to(pruned.values.dtype)
+        values = _solve(free, weight, training.gram, linear_term, held_out).to(pruned.values.dtype)
     return replace(pruned, values=values).with_mask(keep)
 
 
@@ -67,21 +67,21 @@ def _swap(
     pruned: PrunedLinear,
     weight: Tensor,
     gram: Tensor,
-    linear: Tensor | None,
+    linear_term: Tensor | None,
     held_out: Objective | None,
     swaps: int,
 ) -> Tensor:
     """The keep mask after as many swaps as held-out windows like best, row by row."""
     keep = best = pruned.keep
     if held_out is None:
-        return swap_pairs(keep, weight, gram, swaps, linear, pruned.pattern, pruned.fixed)[0]
+        return swap_pairs(keep, weight, gram, swaps, linear_term, pruned.pattern, pruned.fixed)[0]
     lowest = held_out.error(apply_mask(weight, keep), weight)
     done = 0
     for share in SWAP_STAGES:
         more = math.ceil(share * swaps) - done
         if not more:
             continue
-        keep, count = swap_pairs(keep, weight, gram, more, linear, pruned.pattern, pruned.fixed)
+        keep, count = swap_pairs(keep, weight, gram, more, linear_term, pruned.pattern, pruned.fixed)
         done += more
         error = held_out.error(apply_mask(weight, keep), weight)
         better = error < lowest
@@ -92,14 +92,16 @@ def _swap(
     return best
 
 
-def _solve(keep: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None, held_out: Objective | None) -> Tensor:
+def _solve(
+    keep: Tensor, weight: Tensor, gram: Tensor, linear_term: Tensor | None, held_out: Objective | None
+) -> Tensor:
     """The values with the damping that held-out windows like best."""
     if held_out is None:
-        return least_squares(keep, weight, gram, linear, UNGUARDED_STEPS, UNGUARDED_DAMPING)
+        return least_squares(keep, weight, gram, linear_term, UNGUARDED_STEPS, UNGUARDED_DAMPING)
     best = values = weight.float() * keep
     lowest = held_out.error(values, weight).sum()
     for damping in DAMPINGS:
-        values = least_squares(keep, weight, gram, linear, STEPS_A_DAMPING, damping, values)
+        values = least_squares(keep, weight, gram, linear_term, STEPS_A_DAMPING, damping, values)
         error = held_out.error(values, weight).sum()
         if not error < lowest:  # NaN is not better
             break

@@ -13,7 +13,7 @@ def least_squares(
     keep: Tensor,
     weight: Tensor,
     gram: Tensor,
-    linear: Tensor | None = None,
+    linear_term: Tensor | None = None,
     steps: int = 30,
     damping: float = 0.01,
     start: Tensor | None = None,
@@ -24,7 +24,7 @@ def least_squares(
         keep: bool, (out, in), True survives.
         weight: (out, in), the dense weights, which damping holds the values to.
         gram: float32, (in, in), symmetric, positive semidefinite; any scale.
-        linear: float32, (out, in), L in the scale of `gram`; None: zero.
+        linear_term: float32, (out, in), L in the scale of `gram`; None: zero.
         steps: of conjugate gradient.
         damping: λ, as a share of the mean diagonal of `gram`.
         start: float32, (out, in), where the search starts; None: at the dense weights.
@@ -41,7 +41,7 @@ def least_squares(
     # The gradient of half the objective, negated: (WG − L + λW) − (VG + λV), where a weight may move.
     missing = dense - values
     target = torch.addcmul(missing @ gram, missing, strength)
-    residual = (target if linear is None else target - linear) * kept
+    residual = (target if linear_term is None else target - linear_term) * kept
     prepared = residual * preconditioner
     direction = prepared.clone()
     size = (residual * prepared).sum(1, keepdim=True)
@@ -58,18 +58,18 @@ def least_squares(
     return values
 
 
-def squared_distance(values: Tensor, weight: Tensor, gram: Tensor, linear: Tensor | None = None) -> Tensor:
+def squared_distance(values: Tensor, weight: Tensor, gram: Tensor, linear_term: Tensor | None = None) -> Tensor:
     """p·G·p − 2 p·L with p = W − V: each row's squared distance from its target, less that of the dense weights.
 
     Args:
         values: (out, in), zero where pruned.
         weight: (out, in), the dense weights.
         gram: float32, (in, in).
-        linear: float32, (out, in), L in the scale of `gram`; None: zero.
+        linear_term: float32, (out, in), L in the scale of `gram`; None: zero.
 
     Returns:
         float32, (out,), in the scale of `gram`.
     """
     missing = weight.float() - values.float()
     moment = missing @ gram
-    return (missing * (moment if linear is None else moment - 2 * linear)).sum(1)
+    return (missing * (moment if linear_term is None else moment - 2 * linear_term)).sum(1)

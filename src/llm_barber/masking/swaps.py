@@ -33,7 +33,7 @@ def swap_pairs(
     weight: Tensor,
     gram: Tensor,
     swaps: int,
-    linear: Tensor | None = None,
+    linear_term: Tensor | None = None,
     pattern: NofM | None = None,
     fixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def swap_pairs(
         weight: (out, in), the dense weights.
         gram: float32, (in, in), symmetric; any scale.
         swaps: most swaps a row.
-        linear: float32, (out, in), l in the scale of `gram`; None: zero.
+        linear_term: float32, (out, in), l in the scale of `gram`; None: zero.
         pattern: N:M to keep up, if any.
         fixed: bool, (out, in), True where a weight neither comes nor goes.
 
@@ -62,7 +62,7 @@ def swap_pairs(
     size = max(1, (WEIGHTS_ON_GPU if keep.is_cuda else WEIGHTS_AT_ONCE) // keep.shape[1])
     for start in range(0, len(keep), size):
         rows = slice(start, start + size)
-        term, still = (None if one is None else one[rows] for one in (linear, fixed))
+        term, still = (None if one is None else one[rows] for one in (linear_term, fixed))
         keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, swaps, term, pattern, still)
     return keep, count
 
@@ -72,15 +72,15 @@ def _swap_rows(
     weight: Tensor,
     gram: Tensor,
     swaps: int,
-    linear: Tensor | None,
+    linear_term: Tensor | None,
     pattern: NofM | None,
     fixed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The keep mask of some rows, and their swaps."""
     pruned = weight.masked_fill(keep, 0)
     product = pruned @ gram
-    slope = product if linear is None else product - linear  # c
-    error = (pruned * (product if linear is None else product - 2 * linear)).sum(1).abs()
+    slope = product if linear_term is None else product - linear_term  # c
+    error = (pruned * (product if linear_term is None else product - 2 * linear_term)).sum(1).abs()
     smallest = -SMALLEST_GAIN * error.clamp_min(torch.finfo(torch.float32).tiny)
     square = weight.square() * gram.diagonal()
     count = torch.zeros(len(keep), dtype=torch.int64, device=keep.device)

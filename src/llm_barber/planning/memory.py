@@ -22,7 +22,7 @@ RANKING = 24  # bytes a weight: two score arrays, both sorted, and masks
 SWAPPING = 15  # float32 arrays of the rows that are swapped together
 ERROR_ARRAYS = 6  # float32 ones of a linear, when its error is computed
 SOLVING = 10  # float32 ones of a linear, in least squares
-ORDERING = 24  # bytes a weight: its cost, sorted, and the order
+ORDERING = 24  # bytes a weight: its cost, sorted, and the order, on a GPU; half of that on CPUs
 # Of methods that gather Gram matrices, float32 copies of one and of its linear, while weights are updated.
 UPDATING = {Initial.SPARSEGPT: (4, 5), Initial.ALPS: (5, 8)}
 OF_A_LOGIT = 4  # float32 copies: itself, its logarithm, their gradients
