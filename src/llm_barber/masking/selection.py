@@ -16,7 +16,7 @@ def sort_values(scores: Tensor) -> Tensor:
     nothing here needs.
     """
     if scores.device.type == "cpu":
-        return torch.from_numpy(numpy.sort(scores.numpy(), axis=-1))
+        return torch.from_numpy(numpy.sort(scores.detach().numpy(), axis=-1))
     return scores.sort(dim=-1).values
 
 
