@@ -19,15 +19,8 @@ from quality_page import write_page
 
 from llm_barber.checkpoint.folder import locked
 from llm_barber.comparison.cells import CellResult
-from llm_barber.comparison.compare import (
-    MARKER,
-    Cell,
-    Comparison,
-    calibration_file,
-    cell_settings,
-    compare,
-    make_runner,
-)
+from llm_barber.comparison.compare import MARKER, Comparison, calibration_file, compare, make_runner
+from llm_barber.comparison.planned import Cell, cell_settings
 from llm_barber.comparison.settings import PEERS, CompareConfig, Method
 from llm_barber.comparison.tables import markdown
 from llm_barber.config import PruneConfig, RebuildConfig

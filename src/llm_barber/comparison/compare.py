@@ -3,8 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from llm_barber.checkpoint.folder import locked, own_folder
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import save_tensors
 from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
-from llm_barber.comparison.settings import CompareConfig, Method, target_settings
+from llm_barber.comparison.planned import Cell, cell_key, cell_settings, plan_cells, with_tasks
+from llm_barber.comparison.settings import CompareConfig, Method
 from llm_barber.config import PruneConfig
 from llm_barber.errors import BarberError, SettingsError
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
@@ -23,28 +24,12 @@ from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import check_text
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.opening import load_tokenizer
-from llm_barber.presets import PRESETS, REVISIONS, Allocation, Preset
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
 from llm_barber.usage import versions
 from llm_barber.windows import beginning_of_texts
 
 MARKER = "COMPARISON.txt"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A row at a target, with a calibration seed."""
-
-    method: Method
-    rebuilt: bool
-    target: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """For people, and for its file."""
-        return f"{self.method}{'-rebuilt' if self.rebuilt else ''}-{self.target.replace(':', 'of')}-seed{self.seed}"
 
 
 class ComparisonCell(BaseModel):
@@ -139,7 +124,6 @@ def compare(
         began, done_here = time.monotonic(), 0
         try:
             for number, cell in enumerate(cells, 1):
-                settings = cell_settings(config, cell)
                 if cell in missing:
                     left = ""
                     if done_here:
@@ -147,7 +131,7 @@ def compare(
                         left = f", ETA {seconds / 60:.0f} min"
                     progress.stage(f"cell {number} of {len(cells)}: {cell.name}{left}")
                     done_here += 1
-                results.append(_run_cell(runner, config, folder, cell, settings, calibrations.get(cell.seed), progress))
+                results.append(_run_cell(runner, config, folder, cell, calibrations.get(cell.seed), progress))
         finally:
             if write and results:  # stopped before the first cell: older tables stay
                 write_files(comparison(), config.output)
@@ -158,40 +142,6 @@ def compare(
                 "name all methods and targets in one call to see them together; finished cells are not done again"
             )
     return comparison()
-
-
-def plan_cells(config: CompareConfig) -> Iterator[Cell]:
-    """All cells, seed after seed; magnitude without rebuild looks at no text and is done for one seed."""
-    for seed in config.seeds:
-        for target in config.targets:
-            for method in config.methods:
-                if method.allocated and ":" in target:
-                    continue
-                for rebuilt in (False, True) if config.rebuild and method.preset is None else (False,):
-                    if rebuilt or method is not Method.MAGNITUDE or seed == config.seeds[0]:
-                        yield Cell(method, rebuilt, target, seed)
-
-
-def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
-    """What `PruneConfig` is given for a cell, except model, output, calibration and device."""
-    granularity, ratio = config.rebuild_settings.get(cell.method, (config.granularity, config.rebuild_ratio))
-    settings: dict[str, Any] = {"initial": cell.method.initial.value, **target_settings(cell.target)}
-    settings["keep_updates"] = cell.method.keeps_updates
-    if cell.method.preset is None:
-        settings["rebuild"] = cell.rebuilt
-    if cell.method.allocated:
-        settings["allocation"] = Allocation.LOSS.value
-    settings["seed"] = cell.seed
-    if cell.method.preset is not None:
-        settings["preset"] = cell.method.preset.value
-        settings |= asdict(PRESETS[cell.method.preset])  # should a preset change, its cells are done again
-        if "pattern" in settings:
-            del settings["allocation"]
-    if config.allow_dense_tail and "pattern" in settings:
-        settings["allow_dense_tail"] = True
-    if cell.rebuilt:
-        settings |= {"granularity": granularity.value if granularity else None, "rebuild_ratio": ratio}
-    return settings
 
 
 def make_runner(
@@ -238,7 +188,6 @@ def _run_cell(
     config: CompareConfig,
     folder: str,
     cell: Cell,
-    settings: Mapping[str, Any],
     calibration: Path | None,
     progress: Progress,
 ) -> ComparisonCell:
@@ -260,14 +209,14 @@ def _run_cell(
                 layers=config.layers,
                 blocks=config.blocks,
                 bos=config.bos,
-                **settings,
+                **cell_settings(config, cell),
             ),
             progress,
         )
 
     try:
         return ComparisonCell(
-            **values, result=runner.run(cell.name, _key(settings, cell), make, progress, _with_tasks(config, cell))
+            **values, result=runner.run(cell.name, cell_key(config, cell), make, progress, with_tasks(config, cell))
         )
     except SettingsError:
         raise
@@ -276,18 +225,8 @@ def _run_cell(
         return ComparisonCell(**values, failure=str(error))
 
 
-def _key(settings: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
-    """What decides a cell's result."""
-    preset = Preset.MASK if cell.method.allocated else cell.method.preset  # whose allocation it has
-    return {**settings, **({} if preset is None else {"revision": REVISIONS[preset]})}
-
-
 def _finished(runner: CellRunner, config: CompareConfig, cell: Cell) -> bool:
-    return runner.finished(cell.name, _key(cell_settings(config, cell), cell), _with_tasks(config, cell)) is not None
-
-
-def _with_tasks(config: CompareConfig, cell: Cell) -> bool:
-    return config.task_seeds is None or cell.seed in config.seeds[: config.task_seeds]
+    return runner.finished(cell.name, cell_key(config, cell), with_tasks(config, cell)) is not None
 
 
 def _begins_texts(folder: str) -> bool:
