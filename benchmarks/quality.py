@@ -339,7 +339,9 @@ def main() -> None:
             parser.error("no --methods and no --rows: nothing to do")
     with ConsoleProgress() as progress:
         if options.only:
-            getattr(quality, options.only)(progress)
+            found = getattr(quality, options.only)(progress)
+            if options.only == "rows":
+                print(markdown(together(found).model_copy(update={"model": title})))
             return
         parts: list[Comparison] = []
         choice, sequences, order = {}, {}, {}
@@ -351,17 +353,22 @@ def main() -> None:
         if quality.methods:
             parts.append(quality.main(progress))
         parts += quality.rows(progress)
-    each = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell for part in parts for cell in part.cells}
-    cells = sorted(each.values(), key=lambda cell: TARGETS.index(cell.target))
-    seeds = sorted(set().union(*(part.settings["seeds"] for part in parts)))
-    settings = {**parts[0].settings, "seeds": seeds, "task_seeds": 1}
-    comparison = parts[0].model_copy(update={"cells": tuple(cells), "settings": settings})
+    comparison = together(parts)
     kept = quality.output / "llm-compressor.json"
     elsewhere = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
     write_page(
         ROOT / "docs" / "results.md", name, title, comparison, choice, sequences, order, options.settings_of, elsewhere
     )
     print(markdown(comparison.model_copy(update={"model": title})))
+
+
+def together(parts: list[Comparison]) -> Comparison:
+    """As one: its cells by target, each once."""
+    each = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell for part in parts for cell in part.cells}
+    cells = sorted(each.values(), key=lambda cell: TARGETS.index(cell.target))
+    seeds = sorted(set().union(*(part.settings["seeds"] for part in parts)))
+    settings = {**parts[0].settings, "seeds": seeds, "task_seeds": 1}
+    return parts[0].model_copy(update={"cells": tuple(cells), "settings": settings})
 
 
 def _numbers(given: str) -> tuple[int, ...]:
