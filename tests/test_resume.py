@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -176,6 +177,33 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, *
     with pytest.raises(KeyboardInterrupt):
         run(*arguments, **settings)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("settings", "written_out", "same"),
+    [
+        ({"pattern": "2:4"}, {"target_mix": 0.75}, True),
+        ({"pattern": "2:4", "prune_head": True}, {"target_mix": 0.75}, False),  # the head's is 0.5, unless one is given
+        ({"refine": "swaps"}, {"swaps": 100}, True),
+        ({"refine": "swaps", "sparsities": {"0": "2:4"}}, {"swaps": 100}, False),  # with N:M 400
+    ],
+)
+def test_what_a_default_says_may_be_given(
+    tmp_path: Path,
+    model: Path,
+    tokens: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    written_out: dict[str, Any],
+    same: bool,
+) -> None:
+    stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
+    (other,) = written_out
+    with nullcontext() if same else pytest.raises(OutputError, match=f"started with another {other}"):
+        run(model, tmp_path / "out", tokens, resume=True, **settings, **written_out)
+    if same:
+        run(model, tmp_path / "whole", tokens, **settings)
+        assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, index: Callable[[Any], int]) -> list[int]:
@@ -742,6 +770,9 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
         planned()
     with pytest.raises(OutputError, match="started with another sparsity"):
         planned(resume=True, sparsity=0.6)
+    with pytest.raises(OutputError, match="started with another target_mix"):
+        planned(resume=True, target_mix=0.75)
+    assert planned(resume=True, target_mix=0.5).finished_layers == 2
     assert weights(tmp_path / "out.partial") == before
     run(model, tmp_path / "out", tokens, resume=True)
     assert planned(resume=True).finished_layers == 3

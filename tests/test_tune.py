@@ -459,7 +459,7 @@ def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "sequences", "held_out"), [(0.07, 100, 7), (0.28, 25, 7), (0.29, 25, 8), (0.9, 1, 0)]
+    ("share", "sequences", "held_out"), [(0.07, 100, 7), (0.28, 25, 7), (0.29, 25, 8), (0.9, 1, 0), (1e-20, 4, 1)]
 )
 def test_the_share_that_is_held_out_is_read_as_it_is_written(share: float, sequences: int, held_out: int) -> None:
     config = PruneConfig(model="model", output="out", guard=share)

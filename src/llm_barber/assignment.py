@@ -186,7 +186,12 @@ def run_key(work: Assignment) -> dict[str, Any]:
     """
     config, job = work.config, work.job
     given = config.model_dump(mode="json", exclude=UNLIKE | KNOWN_BY_CONTENT)
-    resolved = {name: one for name, one in work.resolved.items() if name in LEFT_TO_PRESET}
+    left = set(LEFT_TO_PRESET)
+    if not job.prunes_head:  # which has a mix of its own, unless one is given
+        left.add("target_mix")
+    if isinstance(config, PruneConfig) and not config.sparsities:  # else one that is given is for every pattern
+        left.add("swaps")
+    resolved = {name: one for name, one in work.resolved.items() if name in left}
     methods = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
     key = {
         "command": work.command,

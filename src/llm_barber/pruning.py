@@ -54,7 +54,7 @@ def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
     if abs(report.sparsity - asked) > 0.01 * asked:
         progress.warn(
             f"sparsity {asked:.4g} was asked for, {report.sparsity:.4g} is what whole weights allow "
-            "in comparison groups of this size"
+            "in comparison groups of this size, of which each keeps a weight"
         )
     return report
 

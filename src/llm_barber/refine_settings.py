@@ -56,13 +56,14 @@ class RefineSettings:
         if mix is None:
             tuned = config.refinement is Refine.TUNE and isinstance(pattern, NofM)
             mix = PATTERN_TARGET_MIX if tuned else TARGET_MIX
+        share = config.held_out_share
         masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
         passes = min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES) * (masks + weights)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,
             solve=solve and not masks,  # which moves masks after linears are solved
-            held_out=min(math.ceil(as_fraction(config.held_out_share) * sequences), sequences - 1),
+            held_out=min(max(math.ceil(as_fraction(share) * sequences), share > 0), sequences - 1),
             passes=(config.tune_passes or passes) if masks or weights else 0,
             tunes_masks=masks,
             tunes_weights=weights,

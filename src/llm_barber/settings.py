@@ -115,7 +115,7 @@ class RunSettings(StructureSettings):
     preset: Preset | None = Field(
         default=None,
         description="paper, mask or best: what the settings below are by default; None: mask, or paper where a method "
-        "or a setting of the rebuild is given",
+        "or a setting of the rebuild is given, and of a rebuild paper",
     )
     refine: Refine | None = Field(default=None, description="how the mask is refined; None: the preset's")
     swaps: int | None = Field(

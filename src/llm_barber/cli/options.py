@@ -128,8 +128,8 @@ OPTIONS: dict[str, Any] = {
     "prune_head": option(
         bool,
         WHAT,
-        "Prune the output head, too, by the initial method (and --refine); one that is tied to the embedding gets "
-        "weights of its own.",
+        "Prune the output head, too, by the initial method, then, where layers' masks are refined, by swaps, and where "
+        "weights are changed, by least squares. One that is tied to the embedding gets weights of its own.",
         "--prune-head",
     ),
     "layers": option(

@@ -62,8 +62,8 @@ def swap_pairs(
     size = max(1, (WEIGHTS_ON_GPU if keep.is_cuda else WEIGHTS_AT_ONCE) // keep.shape[1])
     for start in range(0, len(keep), size):
         rows = slice(start, start + size)
-        term, still = (None if one is None else one[rows] for one in (linear_term, fixed))
-        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, swaps, term, pattern, still)
+        term, unmoved = (None if one is None else one[rows] for one in (linear_term, fixed))
+        keep[rows], count[rows] = _swap_rows(keep[rows], weight[rows].float(), gram, swaps, term, pattern, unmoved)
     return keep, count
 
 
@@ -234,9 +234,9 @@ class _WorkingSet:
         # What is not pruned any more costs nothing to remove again but what the slope says, and the other way round;
         # the moved weights' own numbers are those before, negated, moved by the other one alone.
         undo_come, undo_go = both - self.grow[rows, coming], both - self.drop[rows, going]
-        moment = pair.with_going.sub_(pair.with_coming).mul_(active.unsqueeze(1))
-        self.grow.sub_(moment)
-        self.drop.add_(moment)
+        to_others = pair.with_going.sub_(pair.with_coming).mul_(active.unsqueeze(1))
+        self.grow.sub_(to_others)
+        self.drop.add_(to_others)
         rows, coming, going = rows[active], coming[active], going[active]
         self.grow[rows, coming] = torch.inf
         self.drop[rows, going] = torch.inf
