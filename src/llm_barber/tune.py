@@ -84,7 +84,7 @@ def tune_layer(
 class _Moving:
     """What Adam moves of a layer: scores that its masks follow from, the weights that they keep, or both.
 
-    Experts with few tokens stay as they are.
+    Experts with few tokens stay as they are: they have no scores, and none of their weights is free to move.
     """
 
     def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
