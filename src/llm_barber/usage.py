@@ -13,7 +13,12 @@ import torch
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
     packages = ("llm-barber", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
+
+
+@cache
+def _version(package: str) -> str:
+    return version(package)  # reads files
 
 
 def machine(device: torch.device | None = None) -> str:

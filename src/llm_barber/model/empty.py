@@ -21,6 +21,7 @@ from llm_barber.errors import ModelError
 from llm_barber.model.experts import split_experts
 
 HUGE = 2**27  # numbers
+INITIALISING = ("torch.nn.init", "transformers.initialization")
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -32,7 +33,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """
     kind = auto_class(config)
     # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
-    with init_empty_weights(include_buffers=False), _HugeOnMeta():
+    with init_empty_weights(include_buffers=False), _OnMeta():
         try:
             model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError:  # a family whose attention is written out
@@ -65,13 +66,19 @@ def auto_class(config: PreTrainedConfig) -> Any:
     )
 
 
-class _HugeOnMeta(TorchFunctionMode):
-    """Tensors that no buffer is as large as are made on `meta` at once: stacks of experts may be larger than memory."""
+class _OnMeta(TorchFunctionMode):
+    """Tensors that no buffer is as large as are made on `meta` at once: stacks of experts may be larger than memory.
+
+    Those that are there are not initialised, which takes a millisecond each and changes nothing.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), settings: dict[str, Any] | None = None
     ) -> Any:
         settings = settings or {}
+        made = settings.get("tensor") if getattr(function, "__module__", None) in INITIALISING else None
+        if made is not None and made.is_meta:
+            return made
         if function in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
             size = arguments[0] if arguments and isinstance(arguments[0], tuple | list) else arguments
             if all(isinstance(one, int) for one in size) and math.prod(size) > HUGE:
