@@ -388,6 +388,22 @@ def test_the_head_is_swapped_towards_its_own_target(given: float | None, of_head
     assert settings.of_head.target_mix == of_head
 
 
+@pytest.mark.parametrize(
+    ("settings", "mix"),
+    [
+        ({"reconstruct": "least-squares"}, 0.25),
+        ({"reconstruct": "least-squares", "target_mix": 0.5}, 0.5),
+        ({"refine": "swaps", "reconstruct": "least-squares"}, 0.5),
+        ({"reconstruct": "tune"}, 0.5),
+    ],
+)
+def test_least_squares_alone_has_its_own_target(settings: dict[str, Any], mix: float) -> None:
+    config = PruneConfig(model="model", output="out", **{"refine": "none", "prune_head": True, **settings})
+    found = RefineSettings.of(config, None, 8, 64)
+    assert found is not None
+    assert (found.target_mix, found.of_head.target_mix) == (mix, mix)
+
+
 def test_the_target_is_that_of_most_weights(tmp_path: Path, model: Path, tokens: Path) -> None:
     """Sparsities of linears' own can make most of a model N:M, or all but a few."""
     own: dict[str, dict[str, Any]] = {

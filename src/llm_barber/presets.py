@@ -60,7 +60,9 @@ PRESETS = {
 # Raised when how a preset finds masks or weights changes, so that what `compare` has kept of it is measured again.
 REVISIONS = {Preset.PAPER: 1, Preset.MASK: 5, Preset.BEST: 7}
 SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
-TARGET_MIX, PATTERN_TARGET_MIX = 0.5, 0.75  # the latter where masks of N:M are tuned
+TARGET_MIX = 0.5
+PATTERN_TARGET_MIX = 0.75  # where masks of N:M are tuned
+SOLVED_TARGET_MIX = 0.25  # where all that is done is least squares
 # Passes over the calibration text when layers are tuned: as many as these tokens take, within bounds. More text needs
 # fewer passes, and wins more than they do.
 TUNE_TOKENS, FEWEST_PASSES, MOST_PASSES = 2**16, 2, 8

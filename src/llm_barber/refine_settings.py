@@ -10,6 +10,7 @@ from llm_barber.presets import (
     MOST_PASSES,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
+    SOLVED_TARGET_MIX,
     SWAPS,
     TARGET_MIX,
     TUNE_TOKENS,
@@ -52,10 +53,7 @@ class RefineSettings:
         solve = config.reconstruction is not Reconstruct.NONE
         if not config.refines:
             return None
-        mix = config.target_mix
-        if mix is None:
-            tuned = config.refinement is Refine.TUNE and isinstance(pattern, NofM)
-            mix = PATTERN_TARGET_MIX if tuned else TARGET_MIX
+        mix = _default_mix(config, pattern) if config.target_mix is None else config.target_mix
         share = config.held_out_share
         masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
         passes = min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES) * (masks + weights)
@@ -67,7 +65,7 @@ class RefineSettings:
             passes=(config.tune_passes or passes) if masks or weights else 0,
             tunes_masks=masks,
             tunes_weights=weights,
-            head_mix=TARGET_MIX if config.target_mix is None else config.target_mix,
+            head_mix=TARGET_MIX if config.target_mix is None and masks else mix,
         )
 
     @property
@@ -153,3 +151,10 @@ class Step:
 
     own: range
     sequences: int
+
+
+def _default_mix(config: RunSettings, pattern: Pattern | None) -> float:
+    if config.refinement is Refine.TUNE:
+        return PATTERN_TARGET_MIX if isinstance(pattern, NofM) else TARGET_MIX
+    solved = config.refinement is Refine.NONE and config.reconstruction is Reconstruct.LEAST_SQUARES
+    return SOLVED_TARGET_MIX if solved else TARGET_MIX

@@ -15,6 +15,7 @@ from llm_barber.presets import (
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     PRESETS,
+    SOLVED_TARGET_MIX,
     SWAPS,
     TARGET_MIX,
     TUNING_GUARD,
@@ -126,7 +127,8 @@ class RunSettings(StructureSettings):
         ge=0,
         le=1,
         description="target of refining: outputs on the sparse model's inputs, 0, the dense's, 1; "
-        f"None: {TARGET_MIX}, or {PATTERN_TARGET_MIX} where masks of N:M are tuned",
+        f"None: {TARGET_MIX}; {PATTERN_TARGET_MIX} where masks of N:M are tuned, {SOLVED_TARGET_MIX} for least squares "
+        "alone",
     )
     reconstruct: Reconstruct | None = Field(
         default=None, description="what becomes of kept weights; None: the preset's"

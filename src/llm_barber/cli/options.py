@@ -14,6 +14,7 @@ from llm_barber.presets import (
     GUARD,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
+    SOLVED_TARGET_MIX,
     SWAPS,
     TARGET_MIX,
     TUNING_GUARD,
@@ -161,7 +162,8 @@ OPTIONS: dict[str, Any] = {
         float | None,
         REFINING,
         "What refining aims at: dense outputs on the pruned model's inputs, 0, or on the dense model's, 1. "
-        f"(default: {TARGET_MIX}, or {PATTERN_TARGET_MIX} where masks of N:M are tuned)",
+        f"(default: {TARGET_MIX}; {PATTERN_TARGET_MIX} where masks of N:M are tuned, {SOLVED_TARGET_MIX} for least "
+        "squares alone)",
         metavar="0…1",
     ),
     "reconstruct": option(
