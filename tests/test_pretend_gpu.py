@@ -24,9 +24,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"initial": "alps", "rebuild": False},
     {"preset": "mask"},
     {"preset": "mask", "allocation": "owl", "refine": "swaps", "reconstruct": "least-squares"},
-    {"preset": "mask", "tune_passes": 2, "interrupted": True},
+    {"preset": "mask", "interrupted": True},
     {"initial": "wanda", "rebuild_ratio": 0.5, "room": 20_000},
-    {"preset": "mask", "tune_passes": 2, "room": 10**9},
+    {"preset": "mask", "room": 10**9},
     {"preset": "mask", "allocation": "owl", "refine": "swaps", "reconstruct": "least-squares", "room": 60_000},
 )
 # Weights as (in, out); experts, apart and stacked; state spaces; positions by ALiBi; complex rotations.
