@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
+from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.packed import PACKED_INDEX
-from llm_barber.checkpoint.place import LOCK_NAME
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError, SettingsError
 from llm_barber.loading import load

@@ -21,9 +21,9 @@ from llm_barber import resuming as resuming_module
 from llm_barber import run as run_module
 from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint import writer as writer_module
+from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.follower import Follower
-from llm_barber.checkpoint.place import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, source_key
 from llm_barber.checkpoint.writer import CheckpointWriter

@@ -20,6 +20,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
+from llm_barber.checkpoint.companions import PAGE_NAME
 from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.tables import blocks, headings, notes
 from llm_barber.demo import DemoRow
@@ -28,7 +29,8 @@ from llm_barber.inspection import Inspection, LinearInspection
 from llm_barber.model.architecture import kind_of
 from llm_barber.packing import PackReport
 from llm_barber.plan import Plan
-from llm_barber.report import PAGE_NAME, RunReport
+from llm_barber.report import RunReport
+from llm_barber.usage import readable_bytes
 
 PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
 
@@ -275,8 +277,8 @@ def show_packing(report: PackReport) -> None:
     """Print what packing did to the bytes."""
     packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none, is it pruned?"
     Console(highlight=False, markup=False).print(
-        f"{report.output}: {report.bytes_after / 1e9:.3f} GB, {report.bytes_after / report.bytes_before:.1%} of "
-        f"{report.bytes_before / 1e9:.3f} GB; packed matrices: {packed}; dense ones: {report.left_dense}",
+        f"{report.output}: {readable_bytes(report.bytes_after)}, {report.bytes_after / report.bytes_before:.1%} of "
+        f"{readable_bytes(report.bytes_before)}; packed matrices: {packed}; dense ones: {report.left_dense}",
         soft_wrap=True,
     )
 

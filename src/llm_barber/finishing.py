@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 
 from llm_barber.assignment import Assignment, kept_weights
-from llm_barber.checkpoint.companions import RECORD_NAME
+from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.initial import FEW_TOKENS
 from llm_barber.layer_report import LayerResult
 from llm_barber.model.empty import auto_class
-from llm_barber.model_card import CARD_NAME, model_card
+from llm_barber.model_card import model_card
 from llm_barber.progress import Progress
-from llm_barber.report import PAGE_NAME, CalibrationResult, RunReport
+from llm_barber.report import CalibrationResult, RunReport
 from llm_barber.usage import versions
 
 

@@ -300,7 +300,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
             "save it again with transformers' save_pretrained, or leave out --prune-head",
         )
     if ranks.first:
-        check_output(settings.output, settings.overwrite, job.bytes)
+        check_output(settings.output, settings.overwrite, job.bytes, settings.resume)
     shapes = job.linear_shapes(source)
     if targets is not None:
         of_layers = [

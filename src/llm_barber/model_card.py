@@ -4,7 +4,6 @@ from pathlib import Path
 
 from llm_barber.report import RunReport
 
-CARD_NAME = "README.md"
 CITATION = """@article{su2024llmbarber,
   title={LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large Language Models},
   author={Su, Yupeng and Guan, Ziyi and Liu, Xiaoqun and Jin, Tianlai and Wu, Dongkuan and Chen, Zhengfei and

@@ -9,15 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.companions import OURS
+from llm_barber.checkpoint.companions import CARD_NAME, OURS, PAGE_NAME
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.inspection import read_record
-from llm_barber.model_card import CARD_NAME, card_of_format
+from llm_barber.model_card import card_of_format
 from llm_barber.progress import Progress, Silent
-from llm_barber.report import PAGE_NAME
 from llm_barber.settings import CopySettings
 
 

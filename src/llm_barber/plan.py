@@ -6,8 +6,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from llm_barber.assignment import run_key
+from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import locked
-from llm_barber.checkpoint.place import LOCK_NAME, work_folder
+from llm_barber.checkpoint.place import work_folder
 from llm_barber.checkpoint.state import unfinished_run
 from llm_barber.checkpoint_masks import CheckpointMasks
 from llm_barber.config import PruneConfig, RebuildConfig
@@ -19,7 +20,7 @@ from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import finished_run, pruning, rebuilding, tell_of_finished
 from llm_barber.ranks import Ranks
 from llm_barber.refine_settings import RefineSettings
-from llm_barber.usage import current_memory
+from llm_barber.usage import current_memory, readable_bytes
 
 
 class Plan(BaseModel):
@@ -69,8 +70,8 @@ class Plan(BaseModel):
             ("refining", self.refinement or "no"),
             ("calibration", f"{self.calibration}: {self.sequences} windows of {self.tokens} tokens"),
             ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
-            ("output", f"{self.output_bytes / 1e9:.2f} GB"),
-            ("calibration activations", f"{self.stream_bytes / 1e9:.2f} GB"),
+            ("output", readable_bytes(self.output_bytes)),
+            ("calibration activations", readable_bytes(self.stream_bytes)),
             *([("goes on", f"after {done} of {self.layers} layers, if their files are whole")] if done else []),
         ]
 

@@ -12,7 +12,6 @@ from llm_barber.layer_report import ErrorChange, LayerResult, LinearResult, Line
 RECORD_VERSION = 1
 # Of the settings that a page shows: what they are, if they are there.
 SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
-PAGE_NAME = "report.html"
 
 
 class KeptWeights(StrEnum):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from llm_barber.checkpoint.replacing import folder_in_use
 from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.model.architecture import Block, StructureOptions
@@ -48,25 +49,46 @@ class Settings(BaseModel):
 
 
 def same_folder(label: str, model: str, output: Path) -> list[str]:
-    """What is wrong with an output that would replace what it is made of."""
+    """Problems of an output that is, contains or lies in a folder that it is made from."""
     try:
-        source, place = (Path(one).expanduser().resolve() for one in (model, output))
+        source = Path(model).expanduser().resolve()
         if not source.exists():  # a hub id, or an error that opening it will name
             return []
     except (RuntimeError, OSError):
         return []
-    if source == place:
-        return [f"OUT is {label} itself ({place}): choose another output folder"]
-    if place in source.parents:
-        return [f"OUT ({place}) contains {label}: choose another output folder"]
+    if source == output:
+        return [f"OUT is {label} itself ({output}): choose another output folder"]
+    if output in source.parents:
+        return [f"OUT ({output}) contains {label}: choose another output folder"]
+    if source in output.parents:
+        return [f"OUT ({output}) lies inside {label}: choose another output folder"]
     return []
+
+
+def _output_folder(value: Any) -> Path:
+    """An absolute path that an output may have."""
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise ValueError("is not a folder's name")
+    try:
+        output = Path(value).expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"cannot be a folder: {error}") from error
+    if use := folder_in_use(output):
+        raise ValueError(
+            f"{str(value)!r} is {use} ({output}): name a folder to write (the value of an unset variable is empty, "
+            "and means the current folder)"
+        )
+    return output
+
+
+OutputFolder = Annotated[Path, BeforeValidator(_output_folder)]
 
 
 class CopySettings(Settings):
     """Of what writes a copy of a model in another form."""
 
     model: str = Field(description="folder")
-    output: Path = Field(description="folder to write; it appears when it is complete")
+    output: OutputFolder = Field(description="folder to write; it appears when it is complete")
     overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
 
     @model_validator(mode="after")
@@ -107,7 +129,7 @@ class StructureSettings(Settings):
 class RunSettings(StructureSettings):
     """What `prune` and `rebuild` share."""
 
-    output: Path = Field(description="folder to write; it appears when it is complete")
+    output: OutputFolder = Field(description="folder to write; it appears when it is complete")
     rebuild: bool | None = Field(default=None, description="rebuild the initial mask; None: the preset's")
     granularity: Granularity | None = Field(None, description="comparison group; None: the released experiments'")
     rebuild_ratio: float | None = Field(
@@ -246,16 +268,6 @@ class RunSettings(StructureSettings):
         if value not in DTYPES:
             raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
         return value
-
-    @field_validator("output", mode="before")
-    @classmethod
-    def _output_named(cls, value: Any) -> Any:
-        if not isinstance(value, str | Path) or not str(value).strip():
-            raise ValueError("is not a folder's name")
-        try:
-            return Path(value).expanduser().resolve()
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"cannot be a folder: {error}") from error
 
 
 def _problem(detail: Any) -> str:

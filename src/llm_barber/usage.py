@@ -21,6 +21,20 @@ def _version(package: str) -> str:
     return version(package)  # reads files
 
 
+def readable_bytes(size: float) -> str:
+    """A number of bytes with three digits and a decimal unit.
+
+    Example: 0 -> "0 bytes", 1234 -> "1.23 kB", 45_600_000 -> "45.6 MB", 999_999 -> "1 MB".
+    """
+    if abs(size) < 1000:
+        return f"{size:.0f} bytes"
+    for unit in ("kB", "MB", "GB", "TB", "PB", "EB"):
+        size /= 1000
+        if abs(float(f"{size:.3g}")) < 1000 or unit == "EB":
+            break
+    return f"{float(f'{size:.3g}'):g} {unit}"
+
+
 def machine(device: torch.device | None = None) -> str:
     """The GPU, if that is what computes, or the processor, and the number of threads, for people."""
     if device is not None and device.type == "cuda":

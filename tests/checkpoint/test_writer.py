@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint import writer as writer_module
-from llm_barber.checkpoint.place import LOCK_NAME, REPLACED, check_output
+from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
+from llm_barber.checkpoint.place import check_output
 from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import OutputError
@@ -106,7 +107,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pyt
 
 def test_disk_too_small(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match=r"takes 1000000000.00 GB, the disk of .* has") as caught,
+        pytest.raises(OutputError, match=r"takes 1 EB, the disk of .* has") as caught,
         CheckpointWriter(tmp_path / "out", shards=1, overwrite=False, needed=10**18),
     ):
         pass

@@ -11,6 +11,10 @@ from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import ModelError
 
 RECORD_NAME = "barber.json"
+CARD_NAME = "README.md"
+PAGE_NAME = "report.html"
+LOCK_NAME = "llm-barber.lock"  # marks a work folder of this program
+REPLACED = "llm-barber.replaced"  # marks a folder that a finished output has replaced
 # Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
 OURS = (RECORD_NAME, "evaluation.json")
 NO_COMPANIONS = (

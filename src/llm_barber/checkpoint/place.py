@@ -7,11 +7,11 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, sync_folder
+from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
+from llm_barber.checkpoint.replacing import check_replaceable, folder_in_use
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state, sync_folder
 from llm_barber.errors import OutputError
-
-LOCK_NAME = "llm-barber.lock"  # also what tells our work folder from any other
-REPLACED = "llm-barber.replaced"  # what tells a folder that was replaced from any other
+from llm_barber.usage import readable_bytes
 
 
 def work_folder(output: Path) -> Path:
@@ -19,33 +19,30 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
-def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
-    """Refuse a place where the output cannot be written, or where it would harm what is there.
+def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = False) -> None:
+    """Refuse a folder where the output cannot be written, or where it would harm other files.
 
     Args:
         output: the folder to write.
-        overwrite: replace a model folder that is there.
-        needed: bytes that it will take; finished shards of its work folder count as there.
+        overwrite: replace a model folder of that name.
+        needed: bytes of the whole checkpoint, unpacked.
+        resume: an unfinished run is continued, so that its finished shards need no room again.
 
     Raises:
-        OutputError: it exists and is not to be, or must not be, replaced; the disk is too small or not writable.
+        OutputError: the folder is in use, exists and may not be replaced, or is not writable; the disk is too small.
     """
+    if use := folder_in_use(output):
+        raise OutputError(f"OUT is {use} ({output})", "choose another output folder")
     work = work_folder(output)
     ours = (work / LOCK_NAME).is_file() or (work.is_dir() and not any(work.iterdir()))
     if work.is_symlink() or (work.exists() and not ours):
         raise OutputError(
             f"{work} is in the way: the work folder of {output} has that name", "rename it, or choose another output"
         )
-    place = next(folder for folder in output.parents if folder.exists())
-    if not os.access(place, os.W_OK):
-        raise OutputError(f"cannot write in {place}", "choose a folder you can write")
-    needed -= sum(path.stat().st_size for path in work.glob("model*.safetensors"))
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OutputError(
-            f"the checkpoint takes {needed / 1e9:.2f} GB, the disk of {output} has {free / 1e9:.2f} GB",
-            "free some space or choose another disk",
-        )
+    parent = next(folder for folder in output.parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write in {parent}", "choose a folder you can write")
+    _check_room(output, parent, needed - _bytes_not_needed(work, resume))
     if not output.exists():
         return
     if not output.is_dir():
@@ -56,10 +53,31 @@ def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
         return
     if not overwrite:
         raise OutputError(f"{output} exists", "choose another output folder, or add --overwrite")
-    if not (output / "config.json").exists():
+    check_replaceable(output)
+
+
+def _check_room(output: Path, parent: Path, needed: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if free < needed:
         raise OutputError(
-            f"{output} holds something other than a model", "--overwrite replaces model folders only; choose another"
+            f"the checkpoint takes {readable_bytes(needed)}, the disk of {output} has {readable_bytes(free)}",
+            "free some space or choose another disk",
         )
+
+
+def _bytes_not_needed(work: Path, resume: bool) -> int:
+    """Bytes of the checkpoint for which a work folder has the room already.
+
+    A resumed run keeps the finished shards: each stands for its unpacked bytes. Any other run deletes all files first.
+    """
+    try:
+        state = read_state(work) if resume else None
+    except OutputError:  # damaged; the writer says so
+        state = None
+    if state is None:
+        return sum(path.stat().st_size for path in work.glob("*") if path.is_file())
+    paths = {work / name: shard.bytes for name, shard in state.shards.items()}
+    return sum(max(size, path.stat().st_size) for path, size in paths.items() if path.is_file())
 
 
 def put_in_place(work: Path, output: Path) -> None:

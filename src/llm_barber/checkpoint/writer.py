@@ -20,10 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llm_barber.checkpoint.behind import WriteBehind
+from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import make_locked
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.place import (
-    LOCK_NAME,
     check_output,
     clear,
     put_in_place,
@@ -97,7 +97,7 @@ class CheckpointWriter:
         self._updating = Lock()  # the state
 
     def __enter__(self) -> Self:
-        check_output(self.output, self.overwrite, self.needed)
+        check_output(self.output, self.overwrite, self.needed, self.resume)
         self._made_parents = [folder for folder in self.work.parents if not folder.exists()]
         try:
             self._lock = make_locked(self.work, LOCK_NAME, self.output)

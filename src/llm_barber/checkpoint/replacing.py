@@ -1,0 +1,106 @@
+"""What `--overwrite` may replace: a folder that holds a model and nothing else."""
+
+import re
+from pathlib import Path
+
+from llm_barber.checkpoint.companions import CARD_NAME, LOCK_NAME, OURS, PAGE_NAME, RECORD_NAME, REPLACED, read_json
+from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
+from llm_barber.checkpoint.packed import PACKED_INDEX, packed_name
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.errors import ModelError, OutputError
+
+PROGRAM_FILES = {*OURS, CARD_NAME, PAGE_NAME, INDEX_NAME, PACKED_INDEX, STATE_NAME, STATE_BEFORE, LOCK_NAME, REPLACED}
+# Files that Hugging Face tools and this program write for a checkpoint, by their whole names.
+CHECKPOINT_FILE = re.compile(
+    r"(model|packed-model)(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|packed\.index\.json"
+    r"|pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"
+    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
+    r"|processor_config|preprocessor_config|image_processor_config|video_preprocessor_config|params|tekken)\.json"
+    r"|(vocab|merges)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model(\.v\d+)?|[\w.-]+\.tiktoken|chat_template\.jinja"
+    r"|(licen[cs]e|notice|use_policy)([.-][\w.-]+)?|\.gitattributes",
+    re.IGNORECASE,
+)
+SHOWN = 5
+
+
+def folder_in_use(output: Path) -> str | None:
+    """Name the part that a folder plays for its user, if no output may ever replace it.
+
+    Args:
+        output: absolute path, resolved.
+
+    Returns:
+        For example "the current folder"; None: it is a folder like any other.
+    """
+    try:
+        current = Path.cwd().resolve()
+    except OSError:  # it was removed
+        current = Path("/")
+    if output == current:
+        return "the current folder"
+    if output in current.parents:
+        return "a folder above the current folder"
+    try:
+        home = Path.home().resolve()
+    except (OSError, RuntimeError):  # nobody knows where it is
+        return None
+    if output == home:
+        return "the home folder"
+    return "a folder above the home folder" if output in home.parents else None
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse to replace a folder that is no model, or that holds any other file.
+
+    With a record (`barber.json`), the folder may hold the files that the record or this program names; without one,
+    files that belong to a checkpoint by their names.
+
+    Raises:
+        OutputError: the folder is no model, or holds other files, which are named.
+    """
+    if not (output / "config.json").exists():
+        raise OutputError(
+            f"{output} holds something other than a model", "--overwrite replaces model folders only; choose another"
+        )
+    recorded = _recorded_files(output)
+    others = sorted(
+        f"{path.relative_to(output)}{'/' if path.is_dir() and not path.is_symlink() else ''}"
+        for path in _entries(output)
+        if not _belongs(path, output, recorded)
+    )
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        known = "this program and the folder's record know nothing of" if recorded else "no checkpoint has"
+        raise OutputError(
+            f"{output} holds files that {known}: {', '.join(others[:SHOWN])}{more}",
+            "--overwrite would delete them: move them elsewhere, or choose another output folder",
+        )
+
+
+def _entries(output: Path) -> list[Path]:
+    """All that a folder holds; of its chat templates each file, of any other folder inside only itself."""
+    entries = list(output.iterdir())
+    templates = output / CHAT_TEMPLATES
+    if templates.is_dir() and not templates.is_symlink():
+        entries = [path for path in entries if path != templates] + list(templates.iterdir())
+    return entries
+
+
+def _recorded_files(output: Path) -> set[str] | None:
+    """The files that a folder's record names, packed or not; None: it has no record that can be read."""
+    try:
+        files = read_json(output / RECORD_NAME).get("files")
+    except ModelError:
+        return None
+    return {*files, *map(packed_name, files)} if isinstance(files, dict) else None
+
+
+def _belongs(path: Path, output: Path, recorded: set[str] | None) -> bool:
+    if path.is_dir() and not path.is_symlink():
+        return False
+    if path.parent != output:
+        return path.suffix == ".jinja"
+    name = path.name.removesuffix(".tmp") if path.name.removesuffix(".tmp") in PROGRAM_FILES else path.name
+    if name in PROGRAM_FILES:
+        return True
+    return name in recorded if recorded is not None else CHECKPOINT_FILE.fullmatch(name) is not None
