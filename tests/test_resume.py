@@ -22,10 +22,11 @@ from llm_barber import run as run_module
 from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
+from llm_barber.checkpoint.digests import with_digest
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, source_key
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, read_state, source_key
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
 from llm_barber.plan import Plan, plan
@@ -327,6 +328,44 @@ def test_a_damaged_state_costs_one_pass_through_a_layer(
     goes_on(monkeypatch, tmp_path, model, tokens, [2], [1])
 
 
+def edit_sparsity(state: Path) -> None:
+    """Change a digit of an allocated sparsity; the file stays valid JSON."""
+    content = json.loads(state.read_text())
+    name, value = next(iter(content["sparsities"].items()))
+    content["sparsities"][name] = value * 0.9
+    state.write_text(json.dumps(content))
+
+
+def test_a_changed_digit_in_the_state_is_noticed(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    edit_sparsity(tmp_path / "out.partial" / STATE_NAME)
+    edit_both = tmp_path / "both.partial"
+    shutil.copytree(tmp_path / "out.partial", edit_both)
+    goes_on(monkeypatch, tmp_path, model, tokens, [2], [1])  # from the state before
+    monkeypatch.undo()
+    edit_sparsity(edit_both / STATE_BEFORE)
+    with pytest.raises(OutputError, match=r"state\.json is damaged"):
+        run(model, tmp_path / "both", tokens, resume=True)
+
+
+def test_a_shard_that_the_state_miscounts_is_noticed(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    work = tmp_path / "out.partial"
+    for state in (work / STATE_NAME, work / STATE_BEFORE):
+        content = json.loads(state.read_text())
+        content["layers"][0]["blocks"][0]["linears"][0]["zeros"] += 1
+        state.write_text(json.dumps(with_digest(content)))
+    for activations in work.glob("activations-*"):
+        activations.unlink()  # so that the shard is read again
+    with pytest.raises(OutputError, match=r"layer 0 self_attn\.q_proj .* has \d+ zeros, state\.json says"):
+        run(model, tmp_path / "out", tokens, resume=True)
+
+
 def test_a_kill_after_a_damaged_state_was_taken_up(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,17 +410,22 @@ def test_with_the_first_layer_damaged_it_starts_again(
     goes_on(monkeypatch, tmp_path, model, tokens, [0, 1, 2], **settings)
 
 
+@pytest.mark.parametrize("format", ["dense", "packed"])
 def test_what_is_written_already_needs_no_room_again(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
-    written = sum(path.stat().st_size for path in (tmp_path / "out.partial").glob("model*.safetensors"))
+    """A packed shard stands for its unpacked bytes: the rest is counted unpacked."""
+    run(model, tmp_path / "whole", tokens, format=format)
+    stopped(monkeypatch, model, tmp_path / "out", tokens, format=format)
+    written = sum(path.stat().st_size for path in (tmp_path / "out.partial").glob("*model*.safetensors"))
+    if format == "packed":
+        packed, written = written, sum(shard.bytes for shard in read_state(tmp_path / "out.partial").shards.values())
+        assert packed < written
     every = CheckpointSource(model).bytes
     assert 0 < written < every
     free = every - written
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    goes_on(monkeypatch, tmp_path, model, tokens, [2])
+    goes_on(monkeypatch, tmp_path, model, tokens, [2], format=format)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
     with pytest.raises(OutputError, match="the disk of"):
         run(model, tmp_path / "other", tokens)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -76,6 +77,7 @@ def pass_layer(
         for batch in dense:
             streams.write(DENSE + NEXT, batch, layer.output(streams.read(DENSE + HIDDEN, batch)))
     layer, weights = job.open_layer(index, {**tensors, **written})
+    _check_counts(result, weights)
     # Laid out as they were when they were computed with: products of other layouts may be rounded otherwise.
     layer.set_weights({one.name: weights[one.name].contiguous() for one in result.linears if one.pruned})
     for batch in streams.batches():
@@ -85,6 +87,23 @@ def pass_layer(
     streams.rename(DENSE_OUTPUT, HIDDEN)
     if dense:
         streams.rename(DENSE + NEXT, DENSE + HIDDEN)
+
+
+def _check_counts(result: LayerResult, weights: Mapping[str, Tensor]) -> None:
+    """Compare a finished layer's shard with the counts that the state keeps of it.
+
+    Raises:
+        OutputError: a linear has another number of zeros.
+    """
+    for linear in result.linears:
+        weight = weights[linear.name]
+        zeros = weight.numel() - int(torch.count_nonzero(weight))
+        if zeros != linear.zeros:
+            raise OutputError(
+                f"layer {result.index} {linear.name} of the unfinished run has {zeros} zeros, {STATE_NAME} says "
+                f"{linear.zeros}",
+                START_AGAIN,
+            )
 
 
 def pass_layers(

@@ -46,7 +46,8 @@ class PackedWriter(CheckpointWriter):
         packed, file = self._name(self._count + 1), super()._name(self._count + 1)
         table = Table(version=FORMAT_VERSION, file=file, metadata=METADATA, packed=entries)
         super().write_shard(stored, packed, {TABLE_KEY: table.model_dump_json()})
-        unpacked = {"tensors": tuple(dense), "file": file, "file_sha256": digest}
+        size = sum(tensor.nbytes for tensor in dense.values())
+        unpacked = {"tensors": tuple(dense), "bytes": size, "file": file, "file_sha256": digest}
         self._written[packed] = self._written[packed].model_copy(update=unpacked)
 
     def _tensors(self, handle: Any) -> dict[str, Tensor]:

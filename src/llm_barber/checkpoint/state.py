@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llm_barber.checkpoint.digests import has_its_digest, with_digest
 from llm_barber.errors import OutputError
 
 STATE_NAME, STATE_BEFORE = "state.json", "state-before.json"
-STATE_VERSION = 5
+STATE_VERSION = 6
 ACTIVATIONS_KEPT = 2
 START_AGAIN = "start again with --overwrite"
 ACTIVATION_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # those computed in
@@ -32,7 +33,7 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 class Shard(BaseModel):
-    """A written shard: its sha256, its tensors' names, their bytes; of a packed one the file that it unpacks to."""
+    """A written shard: its sha256, its tensors' names, their bytes unpacked; of a packed one the file it unpacks to."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -161,10 +162,13 @@ def undamaged(folder: Path, left: RunState) -> tuple[RunState, list[str]]:
 
 
 def _read(path: Path) -> RunState | None:
-    """A state; None if it is damaged or not there."""
+    """A state; None if it is damaged, changed since it was written, or not there."""
     try:
-        return RunState.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+        content = json.loads(path.read_bytes())
+        if content.get("version") == STATE_VERSION and not has_its_digest(content):
+            return None
+        return RunState.model_validate(content)
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):  # pydantic's errors are ValueErrors
         return None
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error}", "check the disk") from error
@@ -174,7 +178,8 @@ def write_state(folder: Path, state: RunState) -> None:
     """Write the state, durably, beside the one before it."""
     if (folder / STATE_NAME).exists():
         (folder / STATE_NAME).rename(folder / STATE_BEFORE)
-    write_durably(folder / STATE_NAME, state.model_dump_json().encode())
+    content = with_digest(json.loads(state.model_dump_json()))
+    write_durably(folder / STATE_NAME, json.dumps(content).encode())
 
 
 def check_key(state: RunState, key: Mapping[str, Any]) -> None:
