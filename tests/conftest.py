@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from llm_barber.checkpoint.digests import DIGEST, with_digest
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Silent
 
@@ -209,14 +210,14 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def change_json(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON file; None removes."""
+    """Set keys of a JSON file; None removes. A digest in it is made to fit."""
     content = json.loads(path.read_text())
     for key, value in changes.items():
         if value is None:
             content.pop(key, None)
         else:
             content[key] = value
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(with_digest(content) if DIGEST in content else content))
 
 
 class Listener(Silent):

@@ -26,7 +26,7 @@ from llm_barber.checkpoint.digests import with_digest
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, read_state, source_key
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, files_key, read_state
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
 from llm_barber.plan import Plan, plan
@@ -57,7 +57,9 @@ def without_times(folder: Path) -> dict[str, Any]:
     for layer in record["layers"]:
         layer.pop("seconds")
     return {
-        name: value for name, value in record.items() if name not in ("seconds", "peak_memory", "output", "settings")
+        name: value
+        for name, value in record.items()
+        if name not in ("seconds", "peak_memory", "output", "settings", "digest")
     }
 
 
@@ -736,12 +738,12 @@ def test_rebuild_goes_on_too_and_notices_another_pruned_model(
 
 def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 2000)
-    first = source_key(tmp_path)
-    assert source_key(tmp_path) == first
+    first = files_key(tmp_path.iterdir())
+    assert files_key(tmp_path.iterdir()) == first
     (tmp_path / "model.safetensors").write_bytes(bytes(range(255, -1, -1)) * 2000)
-    assert source_key(tmp_path) != first
+    assert files_key(tmp_path.iterdir()) != first
     (tmp_path / "notes.txt").write_text("no part of the model")
-    assert source_key(tmp_path) != first
+    assert files_key(tmp_path.iterdir()) != first
 
 
 def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens: Path) -> None:

@@ -5,10 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from llm_barber.checkpoint.hub import resolve_model
-from llm_barber.checkpoint.state import source_key
 from llm_barber.checkpoint_masks import CheckpointMasks
-from llm_barber.config import Initial, PruneConfig, RebuildConfig
+from llm_barber.config import Initial, PruneConfig
 from llm_barber.initial import MethodMasks
 from llm_barber.job import Job
 from llm_barber.masking.pattern import NofM
@@ -17,7 +15,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.presets import PRESETS, REVISIONS, Allocation, Preset, PresetSettings, Reconstruct
 from llm_barber.progress import Progress
 from llm_barber.refine_settings import RefineSettings
-from llm_barber.report import KeptWeights
+from llm_barber.report import KeptWeights, SourceFiles
 from llm_barber.settings import RunSettings
 from llm_barber.usage import versions
 
@@ -62,9 +60,14 @@ class Assignment:
         return RefineSettings.of(self.config, self.pattern, *self.job.tokens.input_ids.shape)
 
     @cached_property
-    def source(self) -> str:
-        """Tells the dense model's files, as they are when it is first asked for, from others."""
-        return source_key(self.job.source.folder)
+    def source_files(self) -> SourceFiles:
+        """The dense model's files, as they are when this is first asked for."""
+        return SourceFiles(key=self.job.source.key, written=self.job.source.written)
+
+    @cached_property
+    def pruned_files(self) -> SourceFiles | None:
+        """The files of the pruned model of a rebuild, as they are when this is first asked for."""
+        return self.initial.source_files if isinstance(self.initial, CheckpointMasks) else None
 
     @property
     def runs_what_it_writes(self) -> bool:
@@ -197,10 +200,10 @@ def run_key(work: Assignment) -> dict[str, Any]:
         "command": work.command,
         "given": given,
         "settings": given | resolved | methods | {"preset": config.preset_name},
-        "model's files": work.source,
+        "model's files": work.source_files.key,
     }
-    if isinstance(config, RebuildConfig):
-        key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
+    if work.pruned_files is not None:
+        key["pruned model's files"] = work.pruned_files.key
     return key | {
         "calibration text": [job.tokens.digest, *job.tokens.input_ids.shape],
         "device": job.skeleton.device.type,

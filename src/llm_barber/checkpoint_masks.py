@@ -4,16 +4,19 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.checkpoint.state import files_key
 from llm_barber.config import Initial
 from llm_barber.errors import ModelError
 from llm_barber.initial import PrunedLinear
-from llm_barber.inspection import read_record
 from llm_barber.job import Job
 from llm_barber.masking.pattern import NofM, find_pattern, holds, parse_pattern
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.naming import find_places
+from llm_barber.record_file import read_record
+from llm_barber.report import SourceFiles
 
 CHANCE = 0.01  # of an output head's weights: more zeros than that have been pruned
 
@@ -56,6 +59,11 @@ class CheckpointMasks:
             for linear in layer.linears
         }
         self.first_pattern = self._look_at_first_layer()
+
+    @property
+    def source_files(self) -> SourceFiles:
+        """The files of the pruned checkpoint that a rebuild reads, its record among them."""
+        return SourceFiles(key=pruned_key(self.source), written=self.source.written)
 
     def _has_pruned_head(self) -> bool:
         """Has its output head, of its own, zeros that DENSE's has not, and more than come by chance?"""
@@ -143,3 +151,9 @@ class CheckpointMasks:
                 "leave out --pattern to have it found, or give the one that the model was pruned to",
             )
         return asked
+
+
+def pruned_key(source: CheckpointSource) -> str:
+    """sha256 that tells the files that a rebuild reads of a pruned checkpoint, its record among them, from others."""
+    record = source.folder / RECORD_NAME
+    return files_key({*source.weight_files, *([record] if record.is_file() else [])})

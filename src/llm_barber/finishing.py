@@ -62,7 +62,8 @@ def finish_output(
         peak_memory=used.peak_memory,
         peak_device_memory=used.peak_device_memory,
         files=writer.digests,
-        source=work.source,
+        source=work.source_files,
+        pruned_source=work.pruned_files,
     )
     writer.write_file(RECORD_NAME, report.to_json().encode())
     writer.write_file(CARD_NAME, model_card(report).encode())

@@ -1,28 +1,26 @@
 """What is pruned in a checkpoint, and is it what its record, and the dense model, say?"""
 
-import hashlib
 import re
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
-from llm_barber.checkpoint.companions import RECORD_NAME
-from llm_barber.checkpoint.hub import CHAT_TEMPLATES
 from llm_barber.checkpoint.source import CheckpointSource, Place
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.layer_report import LinearResult
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
-from llm_barber.model.architecture import Block, StructureOptions
+from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.structure import find_architecture
 from llm_barber.opening import load_config, open_skeleton
 from llm_barber.progress import Progress, Silent
-from llm_barber.report import RECORD_VERSION, KeptWeights, RunReport
+from llm_barber.record_file import read_record, recorded_structure
+from llm_barber.report import KeptWeights
 from llm_barber.settings import Settings
+from llm_barber.verification import changed_files, unknown_files
 
 
 class InspectConfig(Settings):
@@ -102,8 +100,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         origins = {name: made.get(name, name) for name in source.tensors if made.get(name, name) in own}
         problems = _compare_names(source.tensors.keys(), dense.tensors.keys(), origins.keys())
     if record is not None:
-        if not source.packed:  # the record is of the files that were packed
-            problems += _check_files(source, record, progress)
+        problems += [*changed_files(source, record, progress), *unknown_files(source, record)]
         expected = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
         missing = expected.keys() - {(one.layer, one.name) for found in linears.values() for one in found}
         problems += [f"layer {index} {name} is in the record, not in the checkpoint" for index, name in sorted(missing)]
@@ -121,7 +118,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
             comparable = before is not None and before.shape == weight.shape
             inspected.append(_inspect_linear(linear, weight, before if comparable else None))
             if record is not None:
-                problems += _check_record(inspected[-1], expected.get((linear.layer, linear.name)), weight)
+                problems += _check_record(inspected[-1], expected.get((linear.layer, linear.name)), weight, updates)
         if original is not None:
             found, differing = _compare_bits(name, tensor, original, may_be_zero=name in linears)
             problems += found
@@ -138,27 +135,6 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         problems=tuple(problems),
         updated=updated,
     )
-
-
-def read_record(folder: Path) -> RunReport | None:
-    """The checkpoint's own `barber.json`; None if there is none.
-
-    Raises:
-        ModelError: it is damaged.
-    """
-    path = folder / RECORD_NAME
-    if not path.exists():
-        return None
-    try:
-        record = RunReport.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        count = f"{error.error_count()} wrong fields" if isinstance(error, ValidationError) else str(error)
-        raise ModelError(f"{path} is not a record of this program ({count})", "remove it, or write it again") from error
-    if record.record_version != RECORD_VERSION:
-        raise ModelError(
-            f"{path} has version {record.record_version}, this program reads {RECORD_VERSION}", "update llm-barber"
-        )
-    return record
 
 
 @dataclass(frozen=True)
@@ -180,14 +156,6 @@ class FoundLinear:
         """Its matrix, (out, in), in the tensor that it lies in."""
         found = self.place.of(tensor)
         return found.t() if self.turned else found
-
-
-def recorded_structure(record: RunReport | None) -> StructureOptions:
-    """What of the structure its user decided."""
-    if record is None:
-        return StructureOptions()
-    blocks = [Block(one["name"], one["output"], tuple(one["linears"])) for one in record.settings.get("blocks", ())]
-    return StructureOptions(record.settings.get("layers"), tuple(blocks))
 
 
 def find_linears(
@@ -221,13 +189,18 @@ def find_linears(
             found[place.tensor] = [FoundLinear(len(skeleton.layers), name, place, made_of=source.place(tied).tensor)]
         return found
     except BarberError:
-        pass
+        return _matrices_of_numbered_layers(source)
+
+
+def _matrices_of_numbered_layers(source: CheckpointSource) -> dict[str, list[FoundLinear]]:
+    """Every matrix inside a numbered layer, by its tensor."""
     expression = re.compile(r"(?:.*?\.)??(\d+)\.(.+)\.weight")
+    matrices = {}
     for name, info in source.tensors.items():
         match = expression.fullmatch(name)
         if match and len(info.shape) == 2 and 0 not in info.shape:
-            found[name] = [FoundLinear(int(match[1]), match[2], Place(name))]
-    return found
+            matrices[name] = [FoundLinear(int(match[1]), match[2], Place(name))]
+    return matrices
 
 
 def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -> LinearInspection:
@@ -242,34 +215,20 @@ def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -
     )
 
 
-def _check_record(found: LinearInspection, expected: LinearResult | None, tensor: Tensor) -> list[str]:
+def _check_record(found: LinearInspection, expected: LinearResult | None, tensor: Tensor, updates: bool) -> list[str]:
     where = f"layer {found.layer} {found.name}"
     if expected is None:
         return [f"{where} is not in the record"]
     problems = []
+    unexplained = expected.zeros - expected.pruned
+    if not updates and found.zero_in_dense is not None and unexplained > found.zero_in_dense:
+        problems.append(f"{where} has {unexplained} zeros that neither its mask nor the dense model has")
     if found.shape != expected.shape:
         problems.append(f"{where} has shape {found.shape}, the record says {expected.shape}")
     elif found.zeros != expected.zeros:
         problems.append(f"{where} has {found.zeros} zeros, the record says {expected.zeros}")
     if expected.pattern is not None and not holds(parse_pattern(expected.pattern), tensor != 0):
         problems.append(f"{where} does not hold {expected.pattern}, as the record says")
-    return problems
-
-
-def _check_files(source: CheckpointSource, record: RunReport, progress: Progress) -> list[str]:
-    folder = source.folder
-    progress.start("checking files", len(record.files))
-    loaded = {"config.json"} | {info.file for info in source.tensors.values()}
-    problems = [f"{name} is in the folder, not in the record" for name in sorted(loaded - record.files.keys())]
-    for name, digest in record.files.items():
-        path = folder / name
-        if path.parent not in (folder, folder / CHAT_TEMPLATES) or not path.is_file():
-            problems.append(f"{name} is in the record, not in the folder")
-        else:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    problems.append(f"{name} has changed since it was written (sha256)")
-        progress.advance(name)
     return problems
 
 

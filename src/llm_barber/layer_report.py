@@ -17,7 +17,7 @@ Unsure = Annotated[
 
 
 class Result(BaseModel):
-    """Cannot be changed; what a newer program adds to it is left out."""
+    """Frozen."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -37,6 +37,14 @@ class LinearResult(Result):
     dropped: int = 0
     pattern: str | None = None
     few_tokens: bool = False
+
+    @model_validator(mode="after")
+    def _counts_possible(self) -> Self:
+        if not 0 <= self.pruned <= self.zeros <= self.weights:
+            raise ValueError("pruned weights are zeros, and zeros are weights")
+        if not all(0 <= count <= self.weights for count in (self.beneficial_pairs, self.grown, self.dropped)):
+            raise ValueError("pairs and swapped weights are weights")
+        return self
 
     @property
     def kind(self) -> str:

@@ -1,6 +1,5 @@
 """Pack a pruned checkpoint into fewer bytes, and unpack it, shard by shard; both bit for bit."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,14 +9,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llm_barber.checkpoint.companions import CARD_NAME, OURS, PAGE_NAME
+from llm_barber.checkpoint.index import packed_index
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
-from llm_barber.inspection import read_record
 from llm_barber.model_card import card_of_format
 from llm_barber.progress import Progress, Silent
+from llm_barber.record_file import read_record
+from llm_barber.report import RunReport
 from llm_barber.settings import CopySettings
+from llm_barber.verification import changed_files, refuse, unknown_files, written_otherwise
 
 
 class PackConfig(CopySettings):
@@ -44,6 +46,7 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
 
     Raises:
         ModelError: it cannot be read, or is packed already.
+        VerificationError: it is not what its record says.
         OutputError: the output cannot be written.
     """
     source = CheckpointSource(config.model)
@@ -62,10 +65,11 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
 
 
 def unpack(config: PackConfig, progress: Progress | None = None) -> PackReport:
-    """Write the dense copy of a packed checkpoint: the files that were packed.
+    """Write the dense copy of a packed checkpoint: the files that were packed, verified by its record if it has one.
 
     Raises:
         ModelError: it is not packed, or damaged.
+        VerificationError: what it unpacks to is not what its record says.
         OutputError: the output cannot be written.
     """
     source = CheckpointSource(config.model)
@@ -93,6 +97,9 @@ def _convert(
     files = list(dict.fromkeys(info.file for info in source.tensors.values()))
     before = sum((source.folder / file).stat().st_size for file in files)
     needed = source.bytes if index is None else before
+    record = read_record(source.folder)
+    if record is not None and index is not None:
+        refuse(source.model, [*changed_files(source, record, progress), *unknown_files(source, record)])
     with CheckpointWriter(config.output, len(files), config.overwrite, needed) as writer:
         progress.start(what, len(files))
         for file in files:
@@ -105,11 +112,12 @@ def _convert(
         for own in (*OURS, PAGE_NAME):
             if (source.folder / own).is_file():
                 writer.copy(source.folder / own, source.folder)
-        _copy_card(source.folder, "dense" if index is None else "packed", writer)
+        if record is not None and index is None:
+            refuse(source.model, written_otherwise(writer.digests, record))
+        _copy_card(source.folder, record, "dense" if index is None else "packed", writer)
         if index is not None:
             weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
-            content = {"version": FORMAT_VERSION, "weight_map": dict(sorted(weight_map.items()))}
-            writer.write_file(index, (json.dumps(content, indent=2) + "\n").encode())
+            writer.write_file(index, packed_index(weight_map))
         after = sum((writer.work / shard).stat().st_size for shard in writer.shard_names)
         writer.finish(with_index=index is None)
     return PackReport(
@@ -118,12 +126,12 @@ def _convert(
     )  # fmt: skip
 
 
-def _copy_card(folder: Path, stored: str, writer: CheckpointWriter) -> None:
-    """Copy the model card; what it says of the format is changed, if we wrote it."""
-    card, report = folder / CARD_NAME, read_record(folder)
+def _copy_card(folder: Path, record: RunReport | None, stored: str, writer: CheckpointWriter) -> None:
+    """Copy the model card; a card of this program, which a record proves, is told the new format."""
+    card = folder / CARD_NAME
     if not card.is_file():
         return
-    if report is None:
+    if record is None:
         writer.copy(card, folder)
     else:
-        writer.write_file(CARD_NAME, card_of_format(card.read_text(encoding="utf-8"), report, stored).encode())
+        writer.write_file(CARD_NAME, card_of_format(card.read_text(encoding="utf-8"), record, stored).encode())

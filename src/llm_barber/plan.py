@@ -84,7 +84,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     """
     progress = progress or Silent()
     command = "prune" if isinstance(config, PruneConfig) else "rebuild"
-    complete = finished_run(command, config) is not None
+    complete = finished_run(command, config, progress) is not None
     if complete:
         tell_of_finished(config, progress)
         config = config.model_copy(update={"overwrite": True})  # or it would be in the way

@@ -6,21 +6,26 @@ from pathlib import Path
 from llm_barber.assignment import UNLIKE, Assignment
 from llm_barber.calibration import HUB_SETS
 from llm_barber.checkpoint.place import clear_finished
-from llm_barber.checkpoint.state import STATE_NAME, source_key
-from llm_barber.checkpoint_masks import CheckpointMasks
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.checkpoint.state import STATE_NAME
+from llm_barber.checkpoint_masks import CheckpointMasks, pruned_key
 from llm_barber.config import Initial, PruneConfig, RebuildConfig, rebuild_defaults
-from llm_barber.errors import CalibrationError, OutputError
+from llm_barber.errors import CalibrationError, ModelError, OutputError
 from llm_barber.initial import MethodMasks
-from llm_barber.inspection import read_record
 from llm_barber.job import prepare, read_calibration
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method import RebuildSettings
 from llm_barber.progress import Progress, Silent
 from llm_barber.ranks import Ranks, joined
-from llm_barber.report import RunReport
+from llm_barber.record_file import read_record
+from llm_barber.report import RunReport, SourceFiles
+from llm_barber.resuming import warn_of_written
 from llm_barber.run import run
 from llm_barber.settings import RunSettings
+from llm_barber.verification import changed_files
+
+PRUNE_AGAIN = "prune again with --overwrite"
 
 
 def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
@@ -109,31 +114,43 @@ def rebuilding(config: RebuildConfig, progress: Progress, ranks: Ranks) -> Assig
 
 
 def _finished_before(command: str, config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:
-    """The report of this same run, where it is to go on and was finished: as a job is that is queued again."""
-    found = ranks.from_first(finished_run(command, config) if ranks.first else None)
-    if found is not None:
+    """The report of this same run, where it is to be resumed and was finished: as when a job is queued again."""
+    report = ranks.from_first(finished_run(command, config, progress) if ranks.first else None)
+    if report is not None:
         if ranks.first and (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
             clear_finished(config.output)
         tell_of_finished(config, progress)
-    return found
+    return report
 
 
-def finished_run(command: str, config: RunSettings) -> RunReport | None:
-    """The report of this same run, if it is to go on and is what is in the output.
+def finished_run(command: str, config: RunSettings, progress: Progress) -> RunReport | None:
+    """The report of this same run, if it is to be resumed and its output is complete; every file is read.
+
+    Returns:
+        None: there is no such output, or it is not whole and may be overwritten.
 
     Raises:
-        OutputError: its model or its calibration text are others now.
+        OutputError: a file of the output is missing or changed; the models or the calibration text are others now.
     """
-    record = read_record(config.output) if config.resume else None
+    try:
+        record = read_record(config.output) if config.resume else None
+    except ModelError as error:
+        if config.overwrite:
+            return None
+        raise OutputError(str(error), f"choose another output folder, or {PRUNE_AGAIN}") from error
     if record is None or record.command != command:
         return None
     recorded = {name: value for name, value in record.settings.items() if name not in UNLIKE}
     if recorded != config.model_dump(mode="json", exclude=UNLIKE):
         return None
-    if changed := _changed(record, config):
+    if damage := _damage(config.output, record, progress):
+        if config.overwrite:
+            return None
+        raise OutputError(f"{config.output} was complete, but {damage}", f"{PRUNE_AGAIN}, or get the file back")
+    if changed := _changed(record, config, progress):
         raise OutputError(
             f"{config.output} is complete, but was made with {changed} than is there now",
-            "choose another output folder, or prune again with --overwrite",
+            f"choose another output folder, or {PRUNE_AGAIN}",
         )
     return record
 
@@ -143,17 +160,43 @@ def tell_of_finished(config: RunSettings, progress: Progress) -> None:
     progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
 
 
-def _changed(record: RunReport, config: RunSettings) -> str:
-    """What of a finished run's input is another now, as far as that can be seen at once: local files."""
+def _damage(output: Path, record: RunReport, progress: Progress) -> str:
+    """The first file of a finished output that is missing or changed, as the end of a sentence."""
+    try:
+        problems = changed_files(CheckpointSource(output), record, progress)
+    except ModelError as error:
+        return str(error)
+    return problems[0] if problems else ""
+
+
+def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
+    """The input of a finished run that is another one now, as far as local files show."""
+    revision = config.revision
+    changed = _changed_model(record.model, revision, record.source, progress)
+    if not changed and isinstance(config, RebuildConfig):
+        changed = _changed_model(config.pruned, revision, record.pruned_source, progress, of_pruned=True)
     folder = Path(record.model).expanduser()
-    if not folder.is_dir():
-        return ""
-    if record.source not in (None, source_key(folder)):
-        return f"other files of {record.model}"
-    if config.calibration in HUB_SETS:
-        return ""
+    if changed or not folder.is_dir() or config.calibration in HUB_SETS:
+        return changed
     try:
         tokens = read_calibration(config, folder)
     except CalibrationError:  # it is gone, or its tokenizer
         return ""
     return "" if tokens.digest == record.calibration.sha256 else "another calibration text"
+
+
+def _changed_model(
+    model: str, revision: str | None, recorded: SourceFiles | None, progress: Progress, of_pruned: bool = False
+) -> str:
+    """Compare a local model with the files that a finished run read; warn if they were only written anew."""
+    if recorded is None or not Path(model).expanduser().is_dir():
+        return ""
+    try:
+        source = CheckpointSource(model, revision)
+        key = pruned_key(source) if of_pruned else source.key
+    except ModelError:
+        return f"other files of {model}"
+    if key != recorded.key:
+        return f"other files of {model}"
+    warn_of_written(source.written, recorded.written, progress)
+    return ""

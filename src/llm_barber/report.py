@@ -7,9 +7,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from llm_barber.checkpoint.digests import with_digest
 from llm_barber.layer_report import ErrorChange, LayerResult, LinearResult, LinearTotals, Result
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 # Of the settings that a page shows: what they are, if they are there.
 SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
 
@@ -43,14 +44,25 @@ class CalibrationResult(Result):
     sha256: str
 
 
+class SourceFiles(Result):
+    """Files of a model that a run read: a key of their content (`checkpoint/state.py`), and when each was written, ns.
+
+    `written`: of the dense model's configuration and shards.
+    """
+
+    key: str
+    written: dict[str, int] = Field(default_factory=dict)
+
+
 class RunReport(Result):
     """Everything about a finished run; what `OUT/barber.json` holds.
 
     `settings` as they were given; `resolved`: what those are that were left to the preset, the method or the device.
     `initial` is the method of the initial mask, `method` and `refinement` say it in words; `held_out` calibration
     windows decided what of the refinement was kept. `seconds` are wall-clock seconds by stage; `peak_memory` and
-    `peak_device_memory` are bytes. `loaded_by`: the class of transformers. `source`: tells the dense model's files from
-    others (`checkpoint/state.py`).
+    `peak_device_memory` are bytes. `loaded_by`: the class of transformers. `files`: sha256 of every file
+    that a loaded model depends on, unpacked. `source`: the dense model's files; `pruned_source`: those of the pruned
+    model of a rebuild.
     """
 
     record_version: int = RECORD_VERSION
@@ -79,7 +91,8 @@ class RunReport(Result):
     peak_memory: int
     peak_device_memory: int | None = None
     files: dict[str, str]
-    source: str | None = None
+    source: SourceFiles | None = None
+    pruned_source: SourceFiles | None = None
 
     @model_validator(mode="after")
     def _can_be_shown(self) -> Self:
@@ -201,7 +214,7 @@ class RunReport(Result):
         ]
 
     def to_json(self) -> str:
-        """The record, with sparsities spelled out for readers that do not count."""
+        """The record, with sparsities spelled out for readers that do not count, and its digest."""
         record = self.model_dump(mode="json")
         record["sparsity"] = self.sparsity
         for layer, result in zip(record["layers"], self.layers, strict=True):
@@ -209,4 +222,4 @@ class RunReport(Result):
                 for linear, linear_result in zip(block["linears"], block_result.linears, strict=True):
                     linear["sparsity"] = linear_result.sparsity
                     linear["swaps"] = linear_result.grown
-        return json.dumps(record, indent=1) + "\n"
+        return json.dumps(with_digest(record), indent=1) + "\n"

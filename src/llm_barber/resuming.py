@@ -32,15 +32,25 @@ def as_before(work: Assignment, used: Used, progress: Progress) -> Assignment:
         progress.warn(
             f"finished layers were computed on {used.machine}: here, on {here}, others may be rounded otherwise"
         )
-    written = work.job.source.written
-    if others := [name for name, when in used.written.items() if written.get(name) != when]:
+    warn_of_written(work.job.source.written, used.written, progress)
+    if used.batch_size is None or work.config.batch_size is not None:
+        return work
+    return replace(work, job=replace(work.job, batch_size=used.batch_size))
+
+
+def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progress: Progress) -> None:
+    """Warn of files of a model that were written since finished layers were computed.
+
+    Args:
+        written: when each file was written, ns.
+        before: the same, when layers were computed.
+        progress: is told.
+    """
+    if others := [name for name, when in before.items() if written.get(name) != when]:
         progress.warn(
             f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''} of the model came here since finished "
             "layers were computed: if what is in it is not the same, start again with --overwrite"
         )
-    if used.batch_size is None or work.config.batch_size is not None:
-        return work
-    return replace(work, job=replace(work.job, batch_size=used.batch_size))
 
 
 def tell_of_lost(writer: CheckpointWriter | Follower, finished: int, progress: Progress) -> None:

@@ -23,8 +23,8 @@ def make_linear(name: str, layer: int, rebuilt: bool, equal: bool) -> LinearResu
     return LinearResult(
         name=name,
         shape=(40, 50),
-        pruned=1000 if equal else 1000 + 12 * layer,
-        zeros=1000 if equal else 1000 + 12 * layer,
+        pruned=1000 if equal else 1000 + 12 * layer % 1000,
+        zeros=1000 if equal else 1000 + 12 * layer % 1000,
         beneficial_pairs=700 * rebuilt,
         grown=(37 + 6 * layer) * rebuilt,
         dropped=(30 + 6 * layer) * rebuilt,

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from llm_barber.evaluation.record import read_evaluation
 from llm_barber.inspection import InspectConfig
 from llm_barber.page.write import keep_with_model, write_page
 from llm_barber.progress import Silent
-from tests.conftest import Listener
+from tests.conftest import Listener, change_json
 from tests.evaluation.test_evaluate import add_tokenizer
 
 
@@ -81,7 +80,6 @@ def test_bad_input(pruned: Path, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="evaluation.json is damaged"):
         write_page(pruned)
     (pruned / "evaluation.json").unlink()
-    record = json.loads((pruned / "barber.json").read_text())
-    (pruned / "barber.json").write_text(json.dumps({**record, "layers": []}))
+    change_json(pruned / "barber.json", layers=[])
     with pytest.raises(ModelError, match="is not a record of this program"):
         write_page(pruned)

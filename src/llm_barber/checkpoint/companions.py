@@ -16,7 +16,8 @@ PAGE_NAME = "report.html"
 LOCK_NAME = "llm-barber.lock"  # marks a work folder of this program
 REPLACED = "llm-barber.replaced"  # marks a folder that a finished output has replaced
 # Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
-OURS = (RECORD_NAME, "evaluation.json")
+EVALUATION_NAME = "evaluation.json"
+OURS = (RECORD_NAME, EVALUATION_NAME)
 NO_COMPANIONS = (
     *OURS,
     STATE_NAME,

@@ -1,13 +1,13 @@
 """Write a packed checkpoint at once: the shards that `pack` would make of those that the plain writer writes."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from llm_barber.checkpoint.index import packed_index
 from llm_barber.checkpoint.packed import (
     FORMAT_VERSION,
     PACKED_INDEX,
@@ -58,14 +58,8 @@ class PackedWriter(CheckpointWriter):
             del found[name + VALUES], found[name + PLACES]
         return found
 
-    @property
-    def digests(self) -> dict[str, str]:
-        """sha256 of every shard, as it is when it is unpacked, and of every companion."""
-        return {**{shard.file: shard.file_sha256 for shard in self._written.values()}, **self._companions}
-
     def finish(self, with_index: bool = True) -> None:
         """Write the packed index and give the folder its name."""
         weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
-        content = {"version": FORMAT_VERSION, "weight_map": dict(sorted(weight_map.items()))}
-        self.write_file(PACKED_INDEX, (json.dumps(content, indent=2) + "\n").encode())
+        self.write_file(PACKED_INDEX, packed_index(weight_map))
         super().finish(with_index=False)

@@ -9,7 +9,8 @@ from llm_barber.checkpoint.packed import PACKED_INDEX, packed_name
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import ModelError, OutputError
 
-PROGRAM_FILES = {*OURS, CARD_NAME, PAGE_NAME, INDEX_NAME, PACKED_INDEX, STATE_NAME, STATE_BEFORE, LOCK_NAME, REPLACED}
+PROGRAM_FILES = {*OURS, CARD_NAME, PAGE_NAME, STATE_NAME, STATE_BEFORE, LOCK_NAME, REPLACED}
+INDEX_FILES = {INDEX_NAME, PACKED_INDEX}
 # Files that Hugging Face tools and this program write for a checkpoint, by their whole names.
 CHECKPOINT_FILE = re.compile(
     r"(model|packed-model)(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|packed\.index\.json"
@@ -65,7 +66,7 @@ def check_replaceable(output: Path) -> None:
     recorded = _recorded_files(output)
     others = sorted(
         f"{path.relative_to(output)}{'/' if path.is_dir() and not path.is_symlink() else ''}"
-        for path in _entries(output)
+        for path in folder_entries(output)
         if not _belongs(path, output, recorded)
     )
     if others:
@@ -77,7 +78,7 @@ def check_replaceable(output: Path) -> None:
         )
 
 
-def _entries(output: Path) -> list[Path]:
+def folder_entries(output: Path) -> list[Path]:
     """All that a folder holds; of its chat templates each file, of any other folder inside only itself."""
     entries = list(output.iterdir())
     templates = output / CHAT_TEMPLATES
@@ -100,7 +101,11 @@ def _belongs(path: Path, output: Path, recorded: set[str] | None) -> bool:
         return False
     if path.parent != output:
         return path.suffix == ".jinja"
-    name = path.name.removesuffix(".tmp") if path.name.removesuffix(".tmp") in PROGRAM_FILES else path.name
-    if name in PROGRAM_FILES:
+    if is_program_file(path.name) or path.name in INDEX_FILES:
         return True
-    return name in recorded if recorded is not None else CHECKPOINT_FILE.fullmatch(name) is not None
+    return path.name in recorded if recorded is not None else CHECKPOINT_FILE.fullmatch(path.name) is not None
+
+
+def is_program_file(name: str) -> bool:
+    """Does this program write a file of that name beside a model, on which no loaded model depends?"""
+    return name.removesuffix(".tmp") in PROGRAM_FILES

@@ -18,6 +18,7 @@ from torch import Tensor
 from llm_barber.checkpoint.companions import companions, read_json, refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME, resolve_model
 from llm_barber.checkpoint.packed import PACKED_INDEX, PLACES, VALUES, Table, read_index, read_table, unpack_tensor
+from llm_barber.checkpoint.state import files_key
 from llm_barber.errors import ModelError, NotFiniteError
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -76,7 +77,7 @@ class CheckpointSource:
         self.places: Mapping[str, Place] = {}  # of the model's parameters, by its names; see `naming.py`
         self.configuration = self._read_configuration()
         self.tensors = self._read_headers()
-        files = {"config.json"} | {info.file for info in self.tensors.values()}
+        files = {"config.json"} | self._shards
         # When each was written, in ns: an unfinished run asks whether it is still the one that it began with.
         self.written = {name: (self.folder / name).stat().st_mtime_ns for name in sorted(files)}
 
@@ -143,6 +144,21 @@ class CheckpointSource:
     def companions(self) -> list[Path]:
         """Configuration, tokenizer, generation and licence files that travel with the weights."""
         return companions(self.folder)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The configuration, the index if there is one, and the shards."""
+        indices = (name for name in (INDEX_NAME, PACKED_INDEX) if (self.folder / name).is_file())
+        return [self.folder / name for name in sorted({"config.json", *indices, *self._shards})]
+
+    @property
+    def key(self) -> str:
+        """sha256 that tells the files from which a run makes its output from other files."""
+        return files_key({*self.weight_files, *self.companions()})
+
+    @property
+    def _shards(self) -> set[str]:
+        return {info.file for info in self.tensors.values()}
 
     def _read_configuration(self) -> dict[str, Any]:
         refuse_adapter(self.folder, self.model)

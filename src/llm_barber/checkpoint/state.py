@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -264,15 +264,13 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def source_key(folder: Path) -> str:
-    """sha256 that tells a model folder from another: names, sizes, and samples spread over each weight file.
+def files_key(paths: Iterable[Path]) -> str:
+    """sha256 that tells the files of a model from other files: names, sizes, and samples spread over each file.
 
     Weights are not read whole: a run should not read them twice.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".safetensors", ".json") or not path.is_file():
-            continue
+    for path in sorted(paths):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:

@@ -7,7 +7,6 @@ computed.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -23,6 +22,7 @@ from llm_barber.checkpoint.behind import WriteBehind
 from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import make_locked
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
+from llm_barber.checkpoint.index import dense_index
 from llm_barber.checkpoint.place import (
     check_output,
     clear,
@@ -294,8 +294,17 @@ class CheckpointWriter:
 
     @property
     def digests(self) -> dict[str, str]:
-        """sha256 of every shard and companion."""
-        return {**{name: shard.sha256 for name, shard in self._written.items()}, **self._companions}
+        """sha256 of every shard, of the index and of every companion; of a packed checkpoint as it is unpacked."""
+        shards = {shard.file or name: shard.file_sha256 or shard.sha256 for name, shard in self._written.items()}
+        index = {} if [*shards] == [SINGLE_NAME] else {INDEX_NAME: hashlib.sha256(self._index).hexdigest()}
+        return {**shards, **index, **self._companions}
+
+    @property
+    def _index(self) -> bytes:
+        """Content of the index; of a packed checkpoint as it is unpacked."""
+        shards = self._written.items()
+        weight_map = {tensor: shard.file or name for name, shard in shards for tensor in shard.tensors}
+        return dense_index(weight_map, sum(shard.bytes for _, shard in shards))
 
     def finish(self, with_index: bool = True) -> None:
         """Write the index and give the folder its name; the state goes last, so that a kill loses nothing.
@@ -311,13 +320,8 @@ class CheckpointWriter:
         for name in self._written:
             if not (self.work / name).is_file():
                 raise OutputError(f"{name} is not in {self.work} any more", "go on with --resume, which makes it again")
-        weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
-        index = {
-            "metadata": {"total_size": sum(shard.bytes for shard in self._written.values())},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
         if with_index and self.shard_names != [SINGLE_NAME]:
-            self.write_file(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+            self.write_file(INDEX_NAME, self._index)
         for path in self.work.glob("activations-*"):
             path.unlink()
         put_in_place(self.work, self.output)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.checkpoint.state import write_durably
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.progress import Progress
@@ -185,7 +186,8 @@ def fingerprint(path: Path) -> str:
     """sha256 of a file, or of a model folder's files with their names: any other byte is another model or text."""
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+        names = (file for file in path.iterdir() if file.suffix in MODEL_FILES and file.name != EVALUATION_NAME)
+        files = sorted(file for file in names if file.is_file())
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:

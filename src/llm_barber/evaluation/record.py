@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.evaluate import Evaluation, TextResult
 from llm_barber.evaluation.tasks import TaskResult
 
-EVALUATION_NAME = "evaluation.json"
 Result = TypeVar("Result", TextResult, TaskResult)
 
 

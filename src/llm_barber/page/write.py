@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from llm_barber.checkpoint.companions import PAGE_NAME, RECORD_NAME
+from llm_barber.checkpoint.companions import EVALUATION_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.evaluate import Evaluation
-from llm_barber.evaluation.record import EVALUATION_NAME, keep_evaluation, read_evaluation
-from llm_barber.inspection import read_record
+from llm_barber.evaluation.record import keep_evaluation, read_evaluation
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
+from llm_barber.record_file import read_record
 
 
 def write_page(folder: Path, output: Path | None = None) -> Path:

@@ -1,0 +1,23 @@
+"""The index files of a checkpoint, dense and packed: tensor → shard."""
+
+import json
+from collections.abc import Mapping
+
+from llm_barber.checkpoint.packed import FORMAT_VERSION
+
+
+def dense_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """Content of `model.safetensors.index.json`.
+
+    Args:
+        weight_map: the shard of each tensor.
+        total_size: bytes of all tensors.
+    """
+    content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def packed_index(weight_map: Mapping[str, str]) -> bytes:
+    """Content of `packed.index.json`; `weight_map`: the packed shard of each tensor."""
+    content = {"version": FORMAT_VERSION, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,55 @@
+"""Read the record of a run, `barber.json`, and refuse one that was changed."""
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from llm_barber.checkpoint.companions import RECORD_NAME, read_json
+from llm_barber.checkpoint.digests import has_its_digest
+from llm_barber.errors import ModelError
+from llm_barber.model.architecture import Block, StructureOptions
+from llm_barber.report import RECORD_VERSION, RunReport
+
+AGAIN = "get the folder again, or prune again; without barber.json nothing in the folder can be verified"
+
+
+def read_record(folder: Path) -> RunReport | None:
+    """The record of a checkpoint folder; None: it has none.
+
+    A record is what the program wrote: its digest fits, and writing it again gives the same content, so that no field
+    is unknown and no sum disagrees with its parts.
+
+    Raises:
+        ModelError: the record is damaged, was changed, or is of another version.
+    """
+    path = folder / RECORD_NAME
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if (version := content.get("record_version")) != RECORD_VERSION:
+        raise ModelError(
+            f"{path} has version {version!r}, this program reads {RECORD_VERSION}",
+            "use the version of llm-barber that wrote it, or prune again",
+        )
+    if not has_its_digest(content):
+        raise ModelError(f"{path} was changed since it was written (its digest does not fit)", AGAIN)
+    try:
+        record = RunReport.model_validate(content)
+    except ValidationError as error:
+        raise ModelError(
+            f"{path} is not a record of this program ({error.error_count()} wrong fields)", AGAIN
+        ) from error
+    if json.loads(record.to_json()) != content:
+        raise ModelError(f"{path} is not a record of this program (fields that are unknown or disagree)", AGAIN)
+    return record
+
+
+def recorded_structure(record: RunReport | None) -> StructureOptions:
+    """What the user decided about the model's structure."""
+    if record is None:
+        return StructureOptions()
+    blocks = [
+        Block(block["name"], block["output"], tuple(block["linears"])) for block in record.settings.get("blocks", ())
+    ]
+    return StructureOptions(record.settings.get("layers"), tuple(blocks))
