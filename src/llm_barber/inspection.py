@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from llm_barber.checked_settings import Settings
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES
@@ -22,7 +23,6 @@ from llm_barber.model.structure import find_architecture
 from llm_barber.opening import load_config, open_skeleton
 from llm_barber.progress import Progress, Silent
 from llm_barber.report import RECORD_VERSION, KeptWeights, RunReport
-from llm_barber.settings import Settings
 
 
 class InspectConfig(Settings):

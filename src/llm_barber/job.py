@@ -14,6 +14,7 @@ from llm_barber.checkpoint.place import check_output
 from llm_barber.checkpoint.source import CheckpointSource, Place, sharded_by
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError, SettingsError
+from llm_barber.messages import message
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import (
@@ -255,7 +256,8 @@ def prepare(
 
 def _prepare(model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks) -> Job:
     if ranks.count > 1 and settings.device.startswith("cuda:"):
-        raise SettingsError(f"{ranks.count} processes cannot share {settings.device}", "leave out --device")
+        shared = message("{count} processes cannot share {device}", count=ranks.count, device=settings.device)
+        raise SettingsError(shared, "leave out --device")
     device = resolve_device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
