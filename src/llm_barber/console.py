@@ -61,7 +61,7 @@ class ConsoleProgress:
             disable=not self.live,
         )
         self._task: TaskID | None = None
-        self._title, self._total, self._done = "", 0, 0
+        self._title, self._total, self._done, self._finished = "", 0, 0, 0
         self._began = self._told = 0.0
 
     def __enter__(self) -> Self:
@@ -81,13 +81,13 @@ class ConsoleProgress:
         self._clear()
         self.console.print(title, style="dim", soft_wrap=True)
 
-    def start(self, title: str, total: int) -> None:
-        """A stage of `total` steps begins."""
+    def start(self, title: str, total: int, finished: int = 0) -> None:
+        """A stage of `total` steps begins, of which an earlier run finished some; the ETA is by the others."""
         self._clear()
-        self._title, self._total, self._done = title, total, 0
+        self._title, self._total, self._done, self._finished = title, total, finished, finished
         self._began = self._told = time.monotonic()
         if self.live:
-            self._task = self._bars.add_task(title, total=total, detail="")
+            self._task = self._bars.add_task(title, total=total, completed=finished, detail="")
 
     def advance(self, detail: str) -> None:
         """A step is done."""
@@ -98,7 +98,7 @@ class ConsoleProgress:
         now = time.monotonic()
         if now - self._told >= PLAIN_INTERVAL or (self._done == self._total and now - self._began >= PLAIN_INTERVAL):
             self._told = now
-            left = (now - self._began) / self._done * (self._total - self._done)
+            left = (now - self._began) / (self._done - self._finished) * (self._total - self._done)
             self.console.print(
                 f"{self._title} {self._done}/{self._total}, ETA {left:.0f} s{': ' if detail else ''}{detail}",
                 soft_wrap=True,
