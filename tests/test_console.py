@@ -5,6 +5,7 @@ import time
 import pytest
 
 from llm_barber.console import ConsoleProgress
+from llm_barber.messages import message
 
 
 class Clock:
@@ -26,6 +27,16 @@ def test_the_eta_is_by_the_steps_of_this_run(
     clock.seconds += 10
     progress.advance("50.0% pruned")
     assert capsys.readouterr().err == f"pruning {finished + 1}/8, ETA {eta} s: 50.0% pruned\n"
+
+
+def test_a_warning_names_settings_as_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    for text in (message("{device_memory} is of {path}: {refine:none}", path="/a/target_mix"), "target_mix: as it is"):
+        ConsoleProgress(quiet=True).warn(text)
+    said = "warning: --device-memory is of /a/target_mix: --refine none\nwarning: target_mix: as it is\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_bar_begins_after_finished_steps(

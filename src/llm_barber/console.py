@@ -25,6 +25,7 @@ from llm_barber.comparison.tables import blocks, headings, notes
 from llm_barber.demo import DemoRow
 from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.inspection import Inspection, LinearInspection
+from llm_barber.messages import Message
 from llm_barber.model.architecture import kind_of
 from llm_barber.packing import PackReport
 from llm_barber.plan import Plan
@@ -109,7 +110,8 @@ class ConsoleProgress:
         if self._muted:
             return
         console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
-        console.print(f"warning: {message}", style="yellow", soft_wrap=True)
+        shown = message.as_options if isinstance(message, Message) else message
+        console.print(f"warning: {shown}", style="yellow", soft_wrap=True)
 
     def _clear(self) -> None:
         if self._task is not None:

@@ -34,9 +34,19 @@ class Message(str):
         made.parts = tuple(flat)
         return made
 
+    @property
+    def as_options(self) -> str:
+        """The text with each setting's name as the option of that name: `--rebuild-ratio`."""
+        return self.rendered(_as_option)
+
     def rendered(self, render: Callable[[SettingName], str]) -> str:
         """The text with each setting's name as `render` shows it; all else stays as it is."""
         return "".join(render(part) if isinstance(part, SettingName) else part for part in self.parts)
+
+
+def _as_option(setting: SettingName) -> str:
+    option = f"--{setting.name.replace('_', '-')}"
+    return option if setting.value is None else f"{option} {setting.value}"
 
 
 def message(template: str, **values: object) -> Message:

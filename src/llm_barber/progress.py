@@ -16,7 +16,7 @@ class Progress(Protocol):
         """A step is done."""
 
     def warn(self, message: str) -> None:
-        """Something that the user should know, and that does not stop the run."""
+        """Something that the user should know, and that does not stop the run; a `Message` where it names settings."""
 
 
 class Silent:

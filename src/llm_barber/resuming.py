@@ -17,6 +17,7 @@ from llm_barber.embedding import with_smaller_batches
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.job import Job
 from llm_barber.layer_report import LayerResult
+from llm_barber.messages import message
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.refine import dense_batches
@@ -34,8 +35,11 @@ def as_before(work: Assignment, used: Used, progress: Progress) -> Assignment:
     written = work.job.source.written
     if others := [name for name, when in used.written.items() if written.get(name) != when]:
         progress.warn(
-            f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''} of the model came here since finished "
-            "layers were computed: if what is in it is not the same, start again with --overwrite"
+            message(
+                "{files} of the model came here since finished layers were computed: if what is in it is not the "
+                "same, start again with {overwrite}",
+                files=f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''}",
+            )
         )
     if used.batch_size is None or work.config.batch_size is not None:
         return work
@@ -147,7 +151,8 @@ def told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -
                 if count
                 else "what sparsity each linear is given is"
             )
-            progress.warn(f"{kept} kept in {writer.work}: the same command with --resume goes on")
+            goes_on = "{kept} kept in {work}: the same command with {resume} goes on"
+            progress.warn(message(goes_on, kept=kept, work=writer.work))
         if writer.saving:
             progress.warn("what the next layer starts from is still being written: this waits for it")
         raise
