@@ -59,6 +59,13 @@ def test_an_output_that_is_its_source_is_told_beside_a_wrong_value(tmp_path: Pat
     assert "output is model itself" in said
 
 
+def test_a_plan_of_any_folder_writes_nothing_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = PlanConfig.model_fields["output"].default
+    folder.mkdir()
+    assert PlanConfig(model=folder).model == str(folder)
+
+
 @pytest.mark.parametrize(
     "values",
     [

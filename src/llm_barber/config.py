@@ -1,6 +1,6 @@
 """The settings of `prune` and `rebuild`, what is given for each, and what goes together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -137,7 +137,10 @@ class PruneConfig(RunSettings):
     def rules(self) -> list[Rule]:
         """What goes together in how the initial mask is chosen, and the rules of all runs."""
         chosen = (self._target_is_clear, self._updates_are_there, self._sparsity_can_be_spread, self._groups_are_free)
-        return [*chosen, *super().rules(), partial(same_folder, "model", self.model, self.output)]
+        return [*chosen, *super().rules(), self._output_is_another]
+
+    def _output_is_another(self) -> Iterable[Message]:
+        return same_folder("model", self.model, self.output)
 
     def _target_is_clear(self) -> Iterator[Message]:
         if self.sparsity is not None and self.pattern is not None:

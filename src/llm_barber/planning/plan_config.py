@@ -1,6 +1,6 @@
 """Settings of `llm-barber plan`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +43,9 @@ class PlanConfig(PruneConfig):
     def rules(self) -> list[Rule]:
         """Rates are of a named machine, and the rules of `prune`."""
         return [*super().rules(), self._machine_is_named]
+
+    def _output_is_another(self) -> Iterable[Message]:
+        return ()  # nothing is written
 
     def _machine_is_named(self) -> Iterator[Message]:
         rates = (self.float32_flops, self.memory_bandwidth, self.link)
