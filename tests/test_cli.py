@@ -147,22 +147,21 @@ def test_every_setting_is_an_option() -> None:
     """And every option but what is shown and how is a setting, of the same default unless `--help` says otherwise."""
     from typer.main import get_command
 
+    from llm_barber.checked_settings import Settings
     from llm_barber.cli import app
     from llm_barber.comparison.settings import CompareConfig
     from llm_barber.config import PruneConfig, RebuildConfig
     from llm_barber.evaluation.evaluate import EvaluateConfig
     from llm_barber.planning.plan_config import PlanConfig
-    from llm_barber.settings import Settings
 
     of_python = {PlanConfig: {"output", *PLAN_LEAVES}, CompareConfig: {"rebuild_settings", "task_seeds"}}
-    of_commands = {"out": "output"}
     configs: dict[str, type[Settings]] = {
         "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "evaluate": EvaluateConfig,
         "compare": CompareConfig,
     }  # fmt: skip
     for command, config in configs.items():
         parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
-        options = {of_commands.get(one.name, one.name): one for one in parameters}
+        options = {one.name: one for one in parameters}
         shown = {"json", "quiet", "debug", "dry_run", "keep"}
         assert options.keys() - shown == config.model_fields.keys() - of_python.get(config, set()), command
         for name, field in config.model_fields.items():
@@ -218,11 +217,6 @@ def test_nobody_is_told_to_go_on_with_a_damaged_checkpoint(
     said = capsys.readouterr().err
     assert "holds NaN or Inf" in said
     assert "--resume" not in said
-
-
-def test_debug_shows_the_traceback(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(Exception, match="no such calibration"):
-        call("prune", llama, tmp_path / "out", "--calibration", "nothing", "--seqlen", "8", "--debug")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])

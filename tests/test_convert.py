@@ -119,7 +119,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, llama: Path, plain: bool) -
 def test_damaged_and_missing_files(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(ModelError, match=f"has no {PICKLED}"):
         convert(ConvertConfig(model=str(llama), output=tmp_path / "out"))
-    with pytest.raises(SettingsError, match="OUT is MODEL itself"):
+    with pytest.raises(SettingsError, match="output is model itself"):
         ConvertConfig(model=str(llama), output=llama, overwrite=True)
     pickled(llama, {"x": torch.zeros(100)})
     (llama / PICKLED).write_bytes((llama / PICKLED).read_bytes()[:300])

@@ -396,7 +396,7 @@ def test_odd_outputs(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pyt
     assert run(llama, tmp_path / "dangling", tokens).output == str(tmp_path / "later")
     assert (tmp_path / "link").is_symlink()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError, match="contains MODEL"):
+    with pytest.raises(SettingsError, match="contains model"):
         run(llama, Path("."), tokens)
     shutil.copytree(llama, tmp_path / "x.partial")
     expect_failure("is in the way", OutputError, tmp_path, model=tmp_path / "x.partial", output=tmp_path / "x")
@@ -446,7 +446,7 @@ def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
     for part in ("sparsity 1.5", "samples", "int8", "4:2", "rebuild_ratio"):
         assert part in str(caught.value)
     assert caught.value.exit_code == 2
-    with pytest.raises(SettingsError, match="OUT is MODEL itself"):
+    with pytest.raises(SettingsError, match="output is model itself"):
         PruneConfig(model=str(tmp_path), output=tmp_path / "." / "x" / "..")
     with pytest.raises(SettingsError, match="the rebuild, which is switched off"):
         PruneConfig(model="m", output=tmp_path, rebuild=False, granularity="block")
@@ -457,7 +457,7 @@ def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="keep_updates needs initial sparsegpt"):
         PruneConfig(model="m", output=tmp_path, keep_updates=True)
     (tmp_path / "a").mkdir()
-    with pytest.raises(SettingsError, match="contains DENSE"):
+    with pytest.raises(SettingsError, match="contains dense"):
         RebuildConfig(dense=str(tmp_path / "a"), pruned="p", output=tmp_path)
 
 

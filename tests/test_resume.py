@@ -31,6 +31,7 @@ from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
 from llm_barber.plan import Plan, plan
 from llm_barber.presets import REVISIONS, Preset
+from llm_barber.progress import Silent
 from tests.conftest import Listener, make_model, save_tokens
 
 KILLED = 9
@@ -262,6 +263,49 @@ def test_only_what_is_missing_is_computed(
     assert not (tmp_path / "out.partial").exists()
     run(model, tmp_path / "fresh", tokens, resume=True)  # nothing to go on with: it starts
     assert weights(tmp_path / "fresh") == weights(tmp_path / "whole")
+
+
+def test_the_seconds_of_an_allocation_are_kept_before_the_first_layer_is_finished(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_module.allocate
+
+    def slow(*values: Any) -> Any:
+        time.sleep(0.5)
+        return whole(*values)
+
+    monkeypatch.setattr(run_module, "allocate", slow)
+    stopped(monkeypatch, model, tmp_path / "out", tokens, layers=0)
+    kept = json.loads((tmp_path / "out.partial" / STATE_NAME).read_text())["seconds"]
+    assert kept["total"] >= kept["allocate"] >= 0.5
+    seconds = run(model, tmp_path / "out", tokens, resume=True).seconds
+    assert seconds["allocate"] == kept["allocate"]
+    assert seconds["total"] >= kept["total"] + seconds["layers"]
+
+
+class Steps(Silent):
+    """Keeps the stages that have steps, and how many of these are told."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int, int]] = []
+        self.steps: dict[str, int] = {}
+
+    def start(self, title: str, total: int, finished: int = 0) -> None:
+        self.stages.append((title, total, finished))
+
+    def advance(self, detail: str) -> None:
+        title = self.stages[-1][0]
+        self.steps[title] = self.steps.get(title, 0) + 1
+
+
+def test_finished_layers_are_no_steps_of_the_run_that_goes_on(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    told = Steps()
+    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **SETTINGS, resume=True), told)
+    assert told.stages[-1] == ("pruning", 3, 2)
+    assert told.steps["pruning"] == 1
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from llm_barber.masking.budget import removal_costs, spread_budget
 from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import FisherSums, InputSquares
+from llm_barber.messages import message
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.presets import Allocation
@@ -66,7 +67,8 @@ def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: flo
         found = layer_sparsities(list(shares.values()), list(sizes.values()), sparsity)
     except ValueError as error:
         raise SettingsError(
-            f"allocation owl: {error}", "choose a sparsity nearer to 0.5, or allocation uniform"
+            message("{allocation:owl}: {error}", error=error),
+            message("choose a sparsity nearer to 0.5, or {allocation:uniform}"),
         ) from error
     of_layers = zip(shares, found, strict=True)
     return {job.linear_name(index, name): one for index, one in of_layers for name in initial.linears(index)}

@@ -10,6 +10,7 @@ from llm_barber.config import Initial, PruneConfig
 from llm_barber.initial import MethodMasks
 from llm_barber.job import Job
 from llm_barber.masking.pattern import NofM
+from llm_barber.messages import message
 from llm_barber.method import RebuildSettings
 from llm_barber.planning.recipe import Recipe
 from llm_barber.presets import PRESETS, REVISIONS, Allocation, Preset, PresetSettings, Reconstruct
@@ -151,7 +152,7 @@ class Assignment:
         """Say what they lead to that a user would not expect."""
         if self.refine_settings is not None and not self.refine_settings.held_out and self.config.guard != 0:
             progress.warn(
-                "no window can be held out of one: all of the refining is kept, unchecked; give more --samples"
+                message("no window can be held out of one: all of the refining is kept, unchecked; give more {samples}")
             )
 
     @property

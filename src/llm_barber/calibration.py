@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm_barber.errors import CalibrationError, HubError, SettingsError
+from llm_barber.messages import message
 from llm_barber.usage import current_memory
 from llm_barber.windows import TextTokenizer, windows_of
 
@@ -131,8 +132,14 @@ def check_text_fits(name: str, samples: int, seqlen: int, memory: int) -> None:
     needed = current_memory() + READING_BYTES * size
     if size and needed > memory:
         raise SettingsError(
-            f"memory: {memory / 2**30:.2f} GiB are not enough to read the {size / 1e6:.1f} MB of calibration text "
-            f"{name}, which takes {needed / 2**30:.2f} GiB",
+            message(
+                "{memory}: {given:.2f} GiB are not enough to read the {size:.1f} MB of calibration text {name}, which "
+                "takes {needed:.2f} GiB",
+                given=memory / 2**30,
+                size=size / 1e6,
+                name=name,
+                needed=needed / 2**30,
+            ),
             f"give a shorter text ({wanted / 1e6:.1f} MB are plenty for {samples} windows of {seqlen} tokens), a file "
             "of tokens, or more memory",
         )

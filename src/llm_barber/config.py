@@ -1,12 +1,16 @@
 """The settings of `prune` and `rebuild`, what is given for each, and what goes together."""
 
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from llm_barber.checked_settings import Rule
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
+from llm_barber.messages import Message, SettingName, message
 from llm_barber.presets import (
     Allocation,
     Preset,
@@ -130,30 +134,41 @@ class PruneConfig(RunSettings):
                     raise ValueError(f"{expression}: {error}") from error
         return found
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        problems = []
+    def rules(self) -> list[Rule]:
+        """What goes together in how the initial mask is chosen, and the rules of all runs."""
+        chosen = (self._target_is_clear, self._updates_are_there, self._sparsity_can_be_spread, self._groups_are_free)
+        return [*chosen, *super().rules(), self._output_is_another]
+
+    def _output_is_another(self) -> Iterable[Message]:
+        return same_folder("model", self.model, self.output)
+
+    def _target_is_clear(self) -> Iterator[Message]:
         if self.sparsity is not None and self.pattern is not None:
-            problems.append("sparsity and pattern exclude each other: a pattern has its own sparsity")
+            yield message("{sparsity} and {pattern} exclude each other: a pattern has its own sparsity")
+
+    def _updates_are_there(self) -> Iterator[Message]:
         if self.keep_updates and not self.method.has_updates:
-            problems.append(f"keep_updates needs initial sparsegpt or alps: {self.method} updates no weights")
+            needs = "{keep_updates} needs {initial:sparsegpt} or alps: {method} updates no weights"
+            yield message(needs, method=self.method)
         elif self.keep_updates and self.refines:
-            problems.append("keep_updates goes with neither refine nor reconstruct: these start from the dense weights")
+            yield message(
+                "{keep_updates} goes with neither {refine} nor {reconstruct}: these start from the dense weights"
+            )
+
+    def _sparsity_can_be_spread(self) -> Iterator[Message]:
         asked = self.allocation not in (None, Allocation.UNIFORM)
         if asked and self.pattern is not None:
-            problems.append("allocation is not for patterns: N:M has one sparsity everywhere")
+            yield message("{allocation} is not for patterns: N:M has one sparsity everywhere")
         if asked and self.sparsities:
-            problems.append("allocation and sparsities exclude each other: both say how much of each linear goes")
+            yield message("{allocation} and {sparsities} exclude each other: both say how much of each linear goes")
+
+    def _groups_are_free(self) -> Iterator[Message]:
         if self.initial_granularity is Granularity.BLOCK:
-            problems.append("initial_granularity block is not defined: choose output, input or linear")
+            yield message("{initial_granularity:block} is not defined: choose output, input or linear")
+        if self.initial_granularity is not None and self.pattern is not None:
+            yield message("{initial_granularity} is not for patterns: N:M compares within its groups of M")
         if self.initial_granularity is not None and self.method is Initial.SPARSEGPT:
-            problems.append("initial_granularity is not for sparsegpt: it compares within its blocks of columns")
-        if self.pattern is not None and self.initial_granularity is not None:
-            problems.append("initial_granularity is not for patterns: N:M compares within its groups of M")
-        problems += [*self.refining_problems(), *same_folder("MODEL", self.model, self.output)]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield message("{initial_granularity} is not for sparsegpt: it compares within its blocks of columns")
 
     @property
     def method(self) -> Initial:
@@ -229,15 +244,15 @@ class RebuildConfig(RunSettings):
             parse_pattern(value)
         return value
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        problems = self.refining_problems()
+    def rules(self) -> list[Rule]:
+        """Something is to be done, to another folder, and the rules of all runs."""
+        others = [partial(same_folder, name, getattr(self, name), self.output) for name in ("dense", "pruned")]
+        return [*super().rules(), self._something_is_to_do, *others]
+
+    def _something_is_to_do(self) -> Iterator[Message]:
         if not self.rebuilds and not self.refines:
-            problems.append("no rebuild, refine none and reconstruct none leave nothing to do")
-        problems += same_folder("DENSE", self.dense, self.output) + same_folder("PRUNED", self.pruned, self.output)
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            nothing = "{no_rebuild}, {refine:none} and {reconstruct:none} leave nothing to do"
+            yield message(nothing, no_rebuild=SettingName("rebuild", False))
 
 
 def rebuild_defaults(

@@ -26,6 +26,7 @@ from llm_barber.comparison.tables import blocks, headings, notes
 from llm_barber.demo import DemoRow
 from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.inspection import Inspection, LinearInspection
+from llm_barber.messages import Message
 from llm_barber.model.architecture import kind_of
 from llm_barber.packing import PackReport
 from llm_barber.plan import Plan
@@ -63,7 +64,7 @@ class ConsoleProgress:
             disable=not self.live,
         )
         self._task: TaskID | None = None
-        self._title, self._total, self._done = "", 0, 0
+        self._title, self._total, self._done, self._finished = "", 0, 0, 0
         self._began = self._told = 0.0
 
     def __enter__(self) -> Self:
@@ -83,13 +84,13 @@ class ConsoleProgress:
         self._clear()
         self.console.print(title, style="dim", soft_wrap=True)
 
-    def start(self, title: str, total: int) -> None:
-        """A stage of `total` steps begins."""
+    def start(self, title: str, total: int, finished: int = 0) -> None:
+        """A stage of `total` steps begins, of which an earlier run finished some; the ETA is by the others."""
         self._clear()
-        self._title, self._total, self._done = title, total, 0
+        self._title, self._total, self._done, self._finished = title, total, finished, finished
         self._began = self._told = time.monotonic()
         if self.live:
-            self._task = self._bars.add_task(title, total=total, detail="")
+            self._task = self._bars.add_task(title, total=total, completed=finished, detail="")
 
     def advance(self, detail: str) -> None:
         """A step is done."""
@@ -100,7 +101,7 @@ class ConsoleProgress:
         now = time.monotonic()
         if now - self._told >= PLAIN_INTERVAL or (self._done == self._total and now - self._began >= PLAIN_INTERVAL):
             self._told = now
-            left = (now - self._began) / self._done * (self._total - self._done)
+            left = (now - self._began) / (self._done - self._finished) * (self._total - self._done)
             self.console.print(
                 f"{self._title} {self._done}/{self._total}, ETA {left:.0f} s{': ' if detail else ''}{detail}",
                 soft_wrap=True,
@@ -111,7 +112,8 @@ class ConsoleProgress:
         if self._muted:
             return
         console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
-        console.print(f"warning: {message}", style="yellow", soft_wrap=True)
+        shown = message.as_options if isinstance(message, Message) else message
+        console.print(f"warning: {shown}", style="yellow", soft_wrap=True)
 
     def _clear(self) -> None:
         if self._task is not None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig
 
 from llm_barber.calibration import read_text
+from llm_barber.checked_settings import Settings
 from llm_barber.checkpoint.folder import own_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.config import Initial, PruneConfig
@@ -23,7 +24,6 @@ from llm_barber.model.empty import auto_class
 from llm_barber.opening import load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.pruning import prune
-from llm_barber.settings import Settings
 from llm_barber.usage import reset_peak_memory
 
 MARKER = "DEMO.txt"

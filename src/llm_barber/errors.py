@@ -2,12 +2,16 @@
 
 
 class BarberError(Exception):
-    """Anything that a user can mend; `str(error)` is one line, `hint` says how, `exit_code` is the command's."""
+    """Anything that a user can mend; `str(error)` is one line, `hint` says how, `exit_code` is the command's.
+
+    `message` and `hint` may be `Message`s (`messages.py`), whose settings the command line shows as they are typed.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
+        self.message = message
         self.hint = hint
 
 

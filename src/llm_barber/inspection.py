@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from llm_barber.checked_settings import Settings
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.source import CheckpointSource, Place
 from llm_barber.errors import BarberError, ModelError
@@ -19,7 +20,6 @@ from llm_barber.opening import load_config, open_skeleton
 from llm_barber.progress import Progress, Silent
 from llm_barber.record_file import read_record, recorded_structure
 from llm_barber.report import KeptWeights
-from llm_barber.settings import Settings
 from llm_barber.verification import changed_files, unknown_files
 
 

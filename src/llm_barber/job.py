@@ -14,6 +14,7 @@ from llm_barber.checkpoint.place import check_output
 from llm_barber.checkpoint.source import CheckpointSource, Place, sharded_by
 from llm_barber.config import PruneConfig
 from llm_barber.errors import ModelError, SettingsError
+from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import (
@@ -255,12 +256,13 @@ def prepare(
 
 def _prepare(model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks) -> Job:
     if ranks.count > 1 and settings.device.startswith("cuda:"):
-        raise SettingsError(f"{ranks.count} processes cannot share {settings.device}", "leave out --device")
+        shared = message("{count} processes cannot share {device}", count=ranks.count, device=settings.device)
+        raise SettingsError(shared, "leave out --device")
     device = resolve_device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif settings.device_memory is not None:
-        progress.warn("--device-memory counts for nothing without a GPU; --memory bounds the host's")
+        progress.warn(message("{device_memory} counts for nothing without a GPU; {memory} bounds the host's"))
     dtype = resolve_dtype(settings.dtype, device)
     if ranks.first:  # the others write nothing, and may see what the first one is making
         check_output(settings.output, settings.overwrite)
@@ -278,10 +280,11 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     sequences, seqlen = tokens.input_ids.shape
     for name, taken in (("samples", sequences), ("seqlen", seqlen)):
         if getattr(settings, name) not in (taken, type(settings).model_fields[name].default):
-            progress.warn(
-                f"--{name} {getattr(settings, name)} counts for nothing: {settings.calibration} has {sequences} "
-                f"windows of {seqlen} tokens, and all are taken"
+            unused = (
+                "{setting} counts for nothing: {text} has {sequences} windows of {seqlen} tokens, and all are taken"
             )
+            setting, text = SettingName(name, str(getattr(settings, name))), settings.calibration
+            progress.warn(message(unused, setting=setting, text=text, sequences=sequences, seqlen=seqlen))
     ranks.shares(sequences, 0)  # there are enough
     check_positions(text_config, seqlen)
     check_vocabulary(text_config, tokens.input_ids)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
+from llm_barber.messages import message
 from llm_barber.model.device import resolve_device
 from llm_barber.model.empty import auto_class, empty_model, join_tied_linears, untie_head
 from llm_barber.model.experts import Experts
@@ -48,7 +49,7 @@ def load(
     place = resolve_device(device)
     if semi_structured:
         if keep_packed:
-            raise SettingsError("keep_packed and semi_structured exclude each other", "choose one of them")
+            raise SettingsError(message("{keep_packed} and {semi_structured} exclude each other"), "choose one of them")
         check_device(place, torch.cuda.get_device_capability(place) if place.type == "cuda" else None)
     if keep_packed and place.type == "cuda" and find_spec("triton") is None:
         warnings.warn("without Triton every product unpacks its weight: pip install 'llm-barber[gpu]'", stacklevel=2)

@@ -10,6 +10,7 @@ from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import SettingsError
 from llm_barber.job import Job
+from llm_barber.messages import message
 from llm_barber.model.device import free_device_memory
 from llm_barber.model.places import Places
 from llm_barber.planning.memory import peak_held
@@ -73,7 +74,10 @@ def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: 
     needed = process + LIBRARIES + int(max(held, at_least))
     if needed > memory:
         raise SettingsError(
-            f"memory: {memory / 2**30:.2f} GiB are not enough, with all calibration activations in files",
+            message(
+                "{memory}: {given:.2f} GiB are not enough, with all calibration activations in files",
+                given=memory / 2**30,
+            ),
             f"give at least {math.ceil(100 * needed / 2**30) / 100:.2f} GiB; a smaller --batch-size or --seqlen needs "
             "less",
         )

@@ -9,14 +9,14 @@ class Progress(Protocol):
     def stage(self, title: str) -> None:
         """A stage of unknown length begins ("reading calibration text")."""
 
-    def start(self, title: str, total: int) -> None:
-        """A stage of `total` steps begins."""
+    def start(self, title: str, total: int, finished: int = 0) -> None:
+        """A stage of `total` steps begins, of which an earlier run finished some: these take no time now."""
 
     def advance(self, detail: str) -> None:
         """A step is done."""
 
     def warn(self, message: str) -> None:
-        """Something that the user should know, and that does not stop the run."""
+        """Something that the user should know, and that does not stop the run; a `Message` where it names settings."""
 
 
 class Silent:
@@ -25,7 +25,7 @@ class Silent:
     def stage(self, title: str) -> None:
         """Say nothing."""
 
-    def start(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int, finished: int = 0) -> None:
         """Say nothing."""
 
     def advance(self, detail: str) -> None:

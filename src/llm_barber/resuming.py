@@ -18,6 +18,7 @@ from llm_barber.embedding import with_smaller_batches
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.job import Job
 from llm_barber.layer_report import LayerResult
+from llm_barber.messages import message
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.refine import dense_batches
@@ -48,8 +49,11 @@ def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progr
     """
     if others := [name for name, when in before.items() if written.get(name) != when]:
         progress.warn(
-            f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''} of the model came here since finished "
-            "layers were computed: if what is in it is not the same, start again with --overwrite"
+            message(
+                "{files} of the model came here since finished layers were computed: if what is in it is not the "
+                "same, start again with {overwrite}",
+                files=f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''}",
+            )
         )
 
 
@@ -176,7 +180,8 @@ def told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -
                 if count
                 else "what sparsity each linear is given is"
             )
-            progress.warn(f"{kept} kept in {writer.work}: the same command with --resume goes on")
+            goes_on = "{kept} kept in {work}: the same command with {resume} goes on"
+            progress.warn(message(goes_on, kept=kept, work=writer.work))
         if writer.saving:
             progress.warn("what the next layer starts from is still being written: this waits for it")
         raise

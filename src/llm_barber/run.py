@@ -57,16 +57,16 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
         streams = _embed(work, writer, seconds, progress)
-        _allocate(work, streams, writer, seconds, progress)
+        _allocate(work, streams, writer, seconds, began, progress)
         streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.places.empty_off_device))
         activations = {}  # it has copied them
         with ReadAhead(job.source, job.steps[reached:], streams.places.pinned) as ahead:
             if finished := results[reached:]:
                 pass_layers(work, finished, ahead, writer, streams, progress)
-            progress.start("pruning" if work.command == "prune" else "rebuilding", len(job.steps))
-            for layer in results:
+            title = "pruning" if work.command == "prune" else "rebuilding"
+            progress.start(title, len(job.steps), finished=len(results))
+            for _ in results:
                 writer.skip_shard()
-                progress.advance(_summary(layer))
             for index in range(len(results), len(job.steps)):
                 start = time.perf_counter()
                 tensors = ahead.take()
@@ -120,20 +120,27 @@ def _allocate(
     streams: ActivationStreams,
     writer: CheckpointWriter | Follower,
     seconds: dict[str, float],
+    began: float,
     progress: Progress,
 ) -> None:
-    """Give each linear its sparsity: the one that an unfinished run found, or from a look at the dense model."""
+    """Give each linear its sparsity: the one that an unfinished run found, or from a look at the dense model.
+
+    `began`: the clock when the run would have begun had it not been interrupted; a new allocation is kept with its
+    seconds and the run's total until then.
+    """
     initial, allocation = work.initial, work.allocation
     if not isinstance(initial, MethodMasks) or allocation is Allocation.UNIFORM:
         return
-    start = time.perf_counter()
     sparsities = writer.state.sparsities
     if sparsities is None:
+        start = time.perf_counter()
         look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
         sparsities = with_smaller_batches(look, work.job.skeleton.drop_outside, work.job, streams, progress)
-        writer.keep_sparsities(sparsities, used_by(work, writer, streams))
+        allocated = time.perf_counter()
+        seconds["allocate"] += allocated - start
+        seconds["total"] = allocated - began
+        writer.keep_sparsities(sparsities, seconds, used_by(work, writer, streams))
     initial.targets = replace(initial.targets, allocated=sparsities)
-    seconds["allocate"] += time.perf_counter() - start
 
 
 def _prune_step(

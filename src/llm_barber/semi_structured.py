@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, holds
+from llm_barber.messages import message
 
 # What rows and columns must be multiples of: both of PyTorch's backends, CUTLASS and cuSPARSELt, take these.
 MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}
@@ -60,11 +61,13 @@ def check_device(device: torch.device, capability: tuple[int, int] | None) -> No
     """
     if device.type != "cuda":
         raise SettingsError(
-            f"semi_structured needs CUDA, not {device}", f"give device='cuda' where there is one; else {HINT}"
+            message("{semi_structured} needs CUDA, not {device}", device=device),
+            f"give device='cuda' where there is one; else {HINT}",
         )
     if capability is None or capability < CAPABILITY:
         found = "unknown" if capability is None else ".".join(map(str, capability))
-        raise SettingsError(f"semi_structured needs a GPU of compute capability 8.0 or newer, not {found}", HINT)
+        older = "{semi_structured} needs a GPU of compute capability 8.0 or newer, not {found}"
+        raise SettingsError(message(older, found=found), HINT)
 
 
 def convert(model: nn.Module, convert_one: Callable[[Tensor], Tensor] | None = None) -> SemiStructured:

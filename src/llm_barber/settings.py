@@ -1,15 +1,18 @@
-"""The settings that runs share, and how settings are checked: frozen; every wrong one is reported at once."""
+"""The settings that runs share."""
 
 import re
+from collections.abc import Iterator
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
+from llm_barber.checked_settings import Rule, Settings
 from llm_barber.checkpoint.replacing import folder_in_use
-from llm_barber.errors import SettingsError
 from llm_barber.masking.granularity import Granularity
+from llm_barber.messages import Message, SettingName, message
 from llm_barber.model.architecture import Block, StructureOptions
 from llm_barber.presets import (
     GUARD,
@@ -30,38 +33,30 @@ from llm_barber.targets import read_blocks
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Settings(BaseModel):
-    """A frozen set of settings; wrong ones raise one `SettingsError` that names them all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("model", "dense", "pruned", "against", "calibration", mode="before", check_fields=False)
-    @classmethod
-    def _path_as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            problems = "; ".join(_problem(detail) for detail in error.errors())
-            raise SettingsError(problems, "see --help for what each setting takes") from None
+def _known_dtype(value: str) -> str:
+    if value not in DTYPES:
+        raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
+    return value
 
 
-def same_folder(label: str, model: str, output: Path) -> list[str]:
-    """Problems of an output that is, contains or lies in a folder that it is made from."""
+Dtype = Annotated[str, AfterValidator(_known_dtype)]
+
+
+def same_folder(setting: str, model: str, output: Path) -> list[Message]:
+    """Problems of an output that is, contains or lies in the folder of the model that `setting` names."""
     try:
         source = Path(model).expanduser().resolve()
         if not source.exists():  # a hub id, or an error that opening it will name
             return []
     except (RuntimeError, OSError):
         return []
+    shown = {"made_of": SettingName(setting), "folder": output}
     if source == output:
-        return [f"OUT is {label} itself ({output}): choose another output folder"]
+        return [message("{output} is {made_of} itself ({folder}): choose another output folder", **shown)]
     if output in source.parents:
-        return [f"OUT ({output}) contains {label}: choose another output folder"]
+        return [message("{output} ({folder}) contains {made_of}: choose another output folder", **shown)]
     if source in output.parents:
-        return [f"OUT ({output}) lies inside {label}: choose another output folder"]
+        return [message("{output} ({folder}) lies inside {made_of}: choose another output folder", **shown)]
     return []
 
 
@@ -91,11 +86,9 @@ class CopySettings(Settings):
     output: OutputFolder = Field(description="folder to write; it appears when it is complete")
     overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
 
-    @model_validator(mode="after")
-    def _output_is_another(self) -> Self:
-        if problems := same_folder("MODEL", self.model, self.output):
-            raise ValueError("; ".join(problems))
-        return self
+    def rules(self) -> list[Rule]:
+        """The output is another folder."""
+        return [*super().rules(), partial(same_folder, "model", self.model, self.output)]
 
 
 class Format(StrEnum):
@@ -176,7 +169,7 @@ class RunSettings(StructureSettings):
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the choice of windows")
     batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: str = Field("auto", description="compute dtype; auto: the fastest that the device has")
+    dtype: Dtype = Field("auto", description="compute dtype; auto: the fastest that the device has")
     memory: int | None = Field(
         default=None, description="bytes of host memory, or like 8GiB; activations beyond are files; None: any"
     )
@@ -210,29 +203,37 @@ class RunSettings(StructureSettings):
         """Is anything done to masks or weights beyond the rebuild?"""
         return self.refinement is not Refine.NONE or self.reconstruction is not Reconstruct.NONE
 
-    def refining_problems(self) -> list[str]:
-        """What does not go together in how masks and weights are refined."""
-        tunes = self.refinement is Refine.TUNE
-        problems = []
+    def rules(self) -> list[Rule]:
+        """What goes together in how masks and weights are refined."""
+        refining = (self._rebuild_is_on, self._weights_fit_masks, self._targets_are_used, self._swaps_are_used)
+        return [*super().rules(), *refining, self._passes_are_used]
+
+    def _rebuild_is_on(self) -> Iterator[Message]:
         if self.rebuild is False and (self.granularity is not None or self.rebuild_ratio is not None):
-            problems.append("granularity and rebuild_ratio are of the rebuild, which is switched off")
-        if tunes and self.reconstruction is Reconstruct.LEAST_SQUARES:
-            problems.append(
-                "reconstruct least-squares does not go with refine tune, which "
-                + ("was asked for" if self.refine else "is the preset's: give refine swaps or none, too")
-            )
-        if not self.refines:
-            for name in ("target_mix", "guard"):
-                if getattr(self, name) is not None:
-                    problems.append(
-                        f"{name} is of refine and reconstruct, and preset {self.preset_name} has neither: give one of "
-                        "them, or preset mask, too"
-                    )
+            yield message("{granularity} and {rebuild_ratio} are of the rebuild, which is switched off")
+
+    def _weights_fit_masks(self) -> Iterator[Message]:
+        if self.refinement is Refine.TUNE and self.reconstruction is Reconstruct.LEAST_SQUARES:
+            why = "which was asked for" if self.refine else "which is the preset's: give {refine:swaps} or none, too"
+            yield message("{reconstruct:least-squares} does not go with {refine:tune}, " + why)
+
+    def _targets_are_used(self) -> Iterator[Message]:
+        unused = (
+            "{setting} is of {refine} and {reconstruct}, and {preset} has neither: give one of them, or {mask}, too"
+        )
+        preset, mask = (SettingName("preset", value) for value in (self.preset_name, Preset.MASK))
+        for name in ("target_mix", "guard"):
+            if getattr(self, name) is not None and not self.refines:
+                yield message(unused, setting=SettingName(name), preset=preset, mask=mask)
+
+    def _swaps_are_used(self) -> Iterator[Message]:
         if self.swaps is not None and self.refinement is not Refine.SWAPS:
-            problems.append("swaps are of refine swaps: give it, too")
-        if self.tune_passes is not None and not tunes and self.reconstruction is not Reconstruct.TUNE:
-            problems.append("tune_passes are of refine tune and reconstruct tune: give one of them, too")
-        return problems
+            yield message("{swaps} are of {refine:swaps}: give it, too")
+
+    def _passes_are_used(self) -> Iterator[Message]:
+        tunes = self.refinement is Refine.TUNE or self.reconstruction is Reconstruct.TUNE
+        if self.tune_passes is not None and not tunes:
+            yield message("{tune_passes} are of {refine:tune} and {reconstruct:tune}: give one of them, too")
 
     @property
     def refinement(self) -> Refine:
@@ -261,19 +262,3 @@ class RunSettings(StructureSettings):
             raise ValueError(f"{value!r} is not a size, like 8GiB")
         unit = found[2] or ""
         return int(float(found[1]) * (1024 if unit.endswith("i") else 1000) ** (" KMGT".index(unit[0]) if unit else 0))
-
-    @field_validator("dtype")
-    @classmethod
-    def _known_dtype(cls, value: str) -> str:
-        if value not in DTYPES:
-            raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
-        return value
-
-
-def _problem(detail: Any) -> str:
-    location = ".".join(str(part) for part in detail["loc"])
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if not location:
-        return message
-    given = detail.get("input")
-    return f"{location}: {message}" + ("" if detail["type"] == "value_error" else f" (given: {given!r})")

@@ -10,6 +10,7 @@ import yaml
 
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
+from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Block
 
 EXAMPLE = r"'mlp\.down_proj$': 0.4"
@@ -191,13 +192,14 @@ class Targets:
         kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".0.", name) for name in names)
         example = f"names look like {', '.join(list(kinds)[:12])}"
         without_head = example if head else f"{example}; the output head is pruned with --prune-head only"
-        for option, expressions in (("include", self.include), ("exclude", self.exclude), ("sparsities", self.own)):
+        for setting, expressions in (("include", self.include), ("exclude", self.exclude), ("sparsities", self.own)):
             for expression in expressions:
-                if option == "sparsities" and _is_number(expression):
-                    self._check_layer(option, int(expression), layers)
+                if setting == "sparsities" and _is_number(expression):
+                    self._check_layer(setting, int(expression), layers)
                 elif not any(re.search(expression, name) for name in names):
                     hint = without_head if "head" in expression else example
-                    raise SettingsError(f"{option}: {expression!r} is found in no linear's name", hint)
+                    missing = "{setting}: {expression!r} is found in no linear's name"
+                    raise SettingsError(message(missing, setting=SettingName(setting), expression=expression), hint)
         for name in head:
             if self.of(layers, name, layers) is None or any(re.search(one, name) for one in self.exclude):
                 raise SettingsError(
@@ -205,7 +207,7 @@ class Targets:
                 )
         numbers = [int(one) % layers for one in self.own if _is_number(one)]
         if len(numbers) > len(set(numbers)):
-            raise SettingsError("sparsities: two numbers are of one layer", f"-1 is layer {layers - 1}")
+            raise SettingsError(message("{sparsities}: two numbers are of one layer"), f"-1 is layer {layers - 1}")
         for index in self.skip_layers:
             self._check_layer("skip_layers", index, layers)
         selected = 0
@@ -217,14 +219,14 @@ class Targets:
                     otherwise = "leave out --prune-head" if index == layers else "leave it out with --exclude"
                     self._check_groups(name, shape[1], target, otherwise)
         if not selected:
-            raise SettingsError("include, exclude, skip_layers and sparsities leave nothing to prune", example)
+            nothing = "{include}, {exclude}, {skip_layers} and {sparsities} leave nothing to prune"
+            raise SettingsError(message(nothing), example)
 
     @staticmethod
-    def _check_layer(option: str, index: int, layers: int) -> None:
+    def _check_layer(setting: str, index: int, layers: int) -> None:
         if not -layers <= index < layers:
-            raise SettingsError(
-                f"{option}: there is no decoder layer {index}", f"there are {layers}, 0 to {layers - 1}"
-            )
+            missing = message("{setting}: there is no decoder layer {index}", setting=SettingName(setting), index=index)
+            raise SettingsError(missing, f"there are {layers}, 0 to {layers - 1}")
 
     def _check_groups(self, name: str, columns: int, pattern: NofM, otherwise: str) -> None:
         """Refuse rows that are no whole number of groups; `otherwise` says how the linear is not pruned."""

@@ -34,7 +34,7 @@ def test_an_output_is_never_a_folder_in_use(
         prune(PruneConfig(model=llama, output=Path(output), calibration=tokens, overwrite=True))
     with pytest.raises(SettingsError, match="the current folder|the home folder|not a folder's name"):
         pack(PackConfig(model=llama, output=Path(output), overwrite=True))
-    with pytest.raises(OutputError, match="OUT is"):
+    with pytest.raises(OutputError, match="is the current folder|is a folder above|is the home folder"):
         check_output(Path(output).expanduser().resolve(), overwrite=True)
     assert files(tmp_path) == before
 
@@ -108,12 +108,12 @@ def test_many_files_are_counted(model: Path) -> None:
 
 def test_an_output_inside_its_model_is_refused(model: Path, tokens: Path) -> None:
     for output in (model, model / "pruned", model.parent):
-        with pytest.raises(SettingsError, match=r"OUT .*MODEL"):
+        with pytest.raises(SettingsError, match=r"output .*model"):
             PruneConfig(model=model, output=output, calibration=tokens)
-        with pytest.raises(SettingsError, match=r"OUT .*MODEL"):
+        with pytest.raises(SettingsError, match=r"output .*model"):
             PackConfig(model=model, output=output)
     os.symlink(model, model.parent / "link")
-    with pytest.raises(SettingsError, match="lies inside MODEL"):
+    with pytest.raises(SettingsError, match="lies inside model"):
         PruneConfig(model=model, output=model.parent / "link" / "pruned", calibration=tokens)
 
 

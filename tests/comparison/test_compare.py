@@ -2,6 +2,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from llm_barber.comparison.compare import MARKER
 from llm_barber.comparison.settings import Method
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
+from llm_barber.progress import Silent
 from llm_barber.usage import machine
 from tests.conftest import Listener, make_model
 from tests.evaluation.test_evaluate import add_tokenizer
@@ -284,6 +286,32 @@ def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None
     assert spread.evaluation.texts[0].perplexity != plain.evaluation.texts[0].perplexity
     with pytest.raises(SettingsError, match="alps-allocated: for sparsities, which they spread"):
         CompareConfig(**small | {"methods": ("alps-allocated",), "targets": ("2:4",)})
+
+
+class Stages(Silent):
+    """Keeps what a comparison says of its cells."""
+
+    def __init__(self) -> None:
+        self.cells: list[str] = []
+
+    def stage(self, title: str) -> None:
+        if title.startswith("cell "):
+            self.cells.append(title)
+
+
+def test_the_eta_counts_no_cells_that_are_kept(
+    settings: dict[str, Any], counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 600.0 * counter.calls))  # 10 min a cell
+    small = settings | {"targets": ("0.5",), "seeds": (0,), "rebuild": False, "rebuild_settings": {}}
+    compare(CompareConfig(**small))  # magnitude and wanda
+    told = Stages()
+    compare(CompareConfig(**small | {"methods": ("ria", "magnitude", "dsnot", "sparsegpt", "wanda")}), told)
+    assert told.cells == [
+        "cell 1 of 5: ria-0.5-seed0",
+        "cell 3 of 5: dsnot-0.5-seed0, ETA 20 min",
+        "cell 4 of 5: sparsegpt-0.5-seed0, ETA 10 min",
+    ]
 
 
 def test_keep_models(settings: dict[str, Any]) -> None:

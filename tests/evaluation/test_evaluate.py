@@ -106,7 +106,7 @@ def test_bad_input(tmp_path: Path, llama: Path, text: str, monkeypatch: pytest.M
         run(llama, text, seqlen=60)
     with pytest.raises(CalibrationError, match="beyond the model's 64 positions"):
         run(llama, text, seqlen=65)
-    with pytest.raises(SettingsError, match="dtype 'int8'"):
+    with pytest.raises(SettingsError, match="dtype: 'int8'"):
         run(llama, text, dtype="int8")
     small = make_model(tmp_path / "small", "llama", vocab_size=20)
     with pytest.raises(ModelError, match="has a vocabulary of 128, .* one of 20"):

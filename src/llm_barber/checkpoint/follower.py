@@ -55,7 +55,7 @@ class Follower:
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing."""
 
-    def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
+    def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
         """Nothing."""
 
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:

@@ -32,7 +32,7 @@ def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = 
         OutputError: the folder is in use, exists and may not be replaced, or is not writable; the disk is too small.
     """
     if use := folder_in_use(output):
-        raise OutputError(f"OUT is {use} ({output})", "choose another output folder")
+        raise OutputError(f"{output} is {use}", "choose another output folder")
     work = work_folder(output)
     ours = (work / LOCK_NAME).is_file() or (work.is_dir() and not any(work.iterdir()))
     if work.is_symlink() or (work.exists() and not ours):

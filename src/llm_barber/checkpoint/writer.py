@@ -175,9 +175,10 @@ class CheckpointWriter:
         """Those of an opened shard, as copies: no file stays mapped."""
         return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 - a handle
 
-    def keep_sparsities(self, sparsities: Mapping[str, float], used: Used) -> None:
-        """Make an allocation durable: it can take as long as some layers."""
-        self._update_state(sparsities=dict(sparsities), shards=dict(self._written), used=used)
+    def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
+        """Make an allocation durable, and the seconds so far: it can take as long as some layers."""
+        changes = {"sparsities": dict(sparsities), "seconds": dict(seconds)}
+        self._update_state(shards=dict(self._written), used=used, **changes)
 
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
         """Make a layer durable whose shard is written."""

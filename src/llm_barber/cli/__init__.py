@@ -1,7 +1,6 @@
 """The command line: parse → config → call → render. Data goes to stdout, progress and errors to stderr."""
 
 import os
-import re
 import signal
 import sys
 import traceback
@@ -12,9 +11,9 @@ from typing import Any
 import typer
 
 from llm_barber.cli.app import app
-from llm_barber.cli.options import OPTIONS
-from llm_barber.errors import BarberError, SettingsError
-from llm_barber.presets import Allocation, Preset, Reconstruct, Refine
+from llm_barber.cli.typed import as_typed
+from llm_barber.errors import BarberError
+from llm_barber.messages import Message
 
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -35,11 +34,7 @@ def main() -> None:
     if "--quiet" in given:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _terminated)
-    code = 1
-    try:
-        code = _main(given)
-    except Exception:  # which is asked for, by --debug
-        traceback.print_exc()
+    code = _main(given)
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         with suppress(OSError):
             sys.stdout.flush()
@@ -48,6 +43,7 @@ def main() -> None:
 
 
 def _main(given: list[str]) -> int:
+    """Run a command; with --debug the traceback of an error comes before what is said of it in any case."""
     debug = "--debug" in given
     try:
         code = app(given, standalone_mode=False)
@@ -56,21 +52,21 @@ def _main(given: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except BarberError as error:
         if debug:
-            raise
-        message = _with_options(str(error)) if isinstance(error, SettingsError) else str(error)
-        return _tell(message, error.hint, error.exit_code)
+            traceback.print_exc()
+        message, hint = (_shown(text, given) for text in (error.message, error.hint))
+        return _tell(message, hint, error.exit_code)
     except UsageError as error:
         if not error.format_message():  # no arguments at all: the help was shown
             return 2
         path = error.ctx.command_path if error.ctx else "llm-barber"
-        return _tell(error.format_message().replace("Value error, ", ""), f"see {path} --help", 2)
+        return _tell(error.format_message(), f"see {path} --help", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _tell("interrupted", INTERRUPTED_HINT, INTERRUPTED)
     except BrokenPipeError:
         return 1
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         if _of_memory(error):
             return _tell("out of memory", OUT_OF_MEMORY_HINT, 1)
         if isinstance(error, OSError):
@@ -94,14 +90,9 @@ def _tell(message: str, hint: str, code: int) -> int:
     return code
 
 
-def _with_options(message: str) -> str:
-    """A message with settings as they are typed here: `--rebuild-ratio`, `--refine tune`, `--guard: …`."""
-    of_several_words = "|".join(name for name in OPTIONS if "_" in name)
-    kinds = {"refine": Refine, "reconstruct": Reconstruct, "allocation": Allocation, "preset": Preset}
-    with_a_value = "|".join(f"{name} (?:{'|'.join(kind)})" for name, kind in kinds.items())
-    at_the_start = rf"(?:^|(?<=; ))(?:{'|'.join(OPTIONS)})(?=:| is | are | and )"
-    found = rf"{at_the_start}|\b(?:{of_several_words}|{with_a_value})\b"
-    return re.sub(found, lambda name: f"--{name[0].replace('_', '-')}", message)
+def _shown(text: str, given: list[str]) -> str:
+    """A text with the settings that it names as they are typed."""
+    return text.rendered(as_typed(given)) if isinstance(text, Message) else text
 
 
 def _terminated(_signal: int, _frame: Any) -> None:

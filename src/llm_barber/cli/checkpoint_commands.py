@@ -54,7 +54,7 @@ def inspect(
 @takes("overwrite")
 def pack(
     model: Annotated[str, typer.Argument(metavar="OUT", help="The folder of a pruned model.")],
-    packed: Annotated[Path, typer.Argument(metavar="PACKED", help="Folder to write; appears when it is complete.")],
+    output: Annotated[Path, typer.Argument(metavar="PACKED", help="Folder to write; appears when it is complete.")],
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -67,14 +67,14 @@ def pack(
     from llm_barber.packing import PackConfig
     from llm_barber.packing import pack as run
 
-    _run_packing(run, PackConfig(model=model, output=packed, **settings), json, quiet)
+    _run_packing(run, PackConfig(model=model, output=output, **settings), json, quiet)
 
 
 @app.command(epilog="Example:\n\nllm-barber unpack packed unpacked")
 @takes("overwrite")
 def unpack(
-    packed: Annotated[str, typer.Argument(metavar="PACKED", help="A folder that pack wrote.")],
-    out: OutArgument,
+    model: Annotated[str, typer.Argument(metavar="PACKED", help="A folder that pack wrote.")],
+    output: OutArgument,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -84,14 +84,14 @@ def unpack(
     from llm_barber.packing import PackConfig
     from llm_barber.packing import unpack as run
 
-    _run_packing(run, PackConfig(model=packed, output=out, **settings), json, quiet)
+    _run_packing(run, PackConfig(model=model, output=output, **settings), json, quiet)
 
 
 @app.command(epilog="Example:\n\nllm-barber convert ./model-with-pytorch_model.bin converted")
 @takes("revision", "overwrite")
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id with pytorch_model*.bin.")],
-    out: OutArgument,
+    output: OutArgument,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -106,7 +106,7 @@ def convert(
     from llm_barber.convert import convert as run
 
     with ConsoleProgress(quiet) as progress:
-        report = run(ConvertConfig(model=model, output=out, **settings), progress)
+        report = run(ConvertConfig(model=model, output=output, **settings), progress)
     if json:
         print_json(report.model_dump(mode="json"))
     else:

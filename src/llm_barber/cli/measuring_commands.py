@@ -106,7 +106,7 @@ def evaluate(
 )  # fmt: skip
 def compare(
     model: ModelArgument,
-    out: Annotated[
+    output: Annotated[
         Path,
         typer.Argument(metavar="OUT", help="Folder for results; a comparison that is there goes on where it stopped."),
     ],
@@ -168,7 +168,7 @@ def compare(
     settings |= {"text": text or None, "tasks": names(settings.get("tasks"))}
     settings |= {"methods": names(methods), "targets": names(targets), "seeds": names(seeds)}
     config = CompareConfig(
-        model=model, output=out, rebuild=rebuild, text_seqlen=text_seqlen, keep_models=keep_models, **settings
+        model=model, output=output, rebuild=rebuild, text_seqlen=text_seqlen, keep_models=keep_models, **settings
     )
     with ConsoleProgress(quiet) as progress:
         comparison = run(config, progress)

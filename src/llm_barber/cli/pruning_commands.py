@@ -38,7 +38,7 @@ OF_ANY_RUN = (*shown_in(CALIBRATION), *shown_in(COMPUTE), *shown_in(OUTPUT))
 @takes(*shown_in(METHOD), *shown_in(WHAT), *shown_in(REFINING), *OF_ANY_RUN)
 def prune(
     model: ModelArgument,
-    out: OutArgument,
+    output: OutArgument,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -52,7 +52,7 @@ def prune(
     """
     from llm_barber.pruning import prune as run
 
-    _run_or_plan(run, PruneConfig(model=model, output=out, **settings), dry_run, json, quiet)
+    _run_or_plan(run, PruneConfig(model=model, output=output, **settings), dry_run, json, quiet)
 
 
 @app.command(
@@ -63,7 +63,7 @@ def prune(
 def rebuild(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model: folder, hub id or GGUF file.")],
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The same model, pruned by any tool.")],
-    out: OutArgument,
+    output: OutArgument,
     initial: Annotated[
         Initial | None,
         typer.Option(
@@ -100,7 +100,7 @@ def rebuild(
     from llm_barber.pruning import rebuild as run
 
     settings |= {"initial": initial, "pattern": pattern, "preset": preset}
-    config = RebuildConfig(dense=dense, pruned=pruned, output=out, **settings)
+    config = RebuildConfig(dense=dense, pruned=pruned, output=output, **settings)
     _run_or_plan(run, config, dry_run, json, quiet)
 
 

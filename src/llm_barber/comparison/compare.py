@@ -121,16 +121,16 @@ def compare(
                 cells=tuple(results),
             )
 
-        began, done_here = time.monotonic(), 0
+        began, measured = time.monotonic(), 0
         try:
             for number, cell in enumerate(cells, 1):
                 if cell in missing:
                     left = ""
-                    if done_here:
-                        seconds = (time.monotonic() - began) / done_here * (len(cells) - number + 1)
+                    if measured:  # kept cells take no time
+                        seconds = (time.monotonic() - began) / measured * (len(missing) - measured)
                         left = f", ETA {seconds / 60:.0f} min"
                     progress.stage(f"cell {number} of {len(cells)}: {cell.name}{left}")
-                    done_here += 1
+                    measured += 1
                 results.append(_run_cell(runner, config, folder, cell, calibrations.get(cell.seed), progress))
         finally:
             if write and results:  # stopped before the first cell: older tables stay

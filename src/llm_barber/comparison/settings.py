@@ -1,18 +1,21 @@
 """Settings of a comparison: which rows, at which targets, measured how."""
 
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX
+from llm_barber.checked_settings import Rule
 from llm_barber.config import Initial
 from llm_barber.evaluation.evaluate import EvaluateConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
+from llm_barber.messages import Message, message
 from llm_barber.presets import Preset
-from llm_barber.settings import DTYPES, StructureSettings
+from llm_barber.settings import DTYPES, Dtype, StructureSettings
 
 ALLOCATED = "-allocated"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -103,7 +106,7 @@ class CompareConfig(StructureSettings):
     task_seeds: int | None = Field(None, ge=0, description="how many of the seeds are measured on tasks; None: all")
     batch_size: int | None = Field(None, ge=1, description="windows computed together")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
+    dtype: Dtype = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
     revision: str | None = Field(None, description="of a hub id")
     allow_dense_tail: bool = Field(
         False, description="where M does not divide a row, leave the inputs after its last whole group dense"
@@ -126,19 +129,25 @@ class CompareConfig(StructureSettings):
     def _once_each(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(value))
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not self.rebuild and (self.granularity or self.rebuild_ratio or self.rebuild_settings):
-            raise ValueError("granularity and rebuild_ratio are of the rebuild, which is switched off")
-        if (self.granularity or self.rebuild_ratio) and all(one.preset for one in self.methods):
-            raise ValueError("granularity and rebuild_ratio are of methods that are rebuilt; presets have their own")
+    def rules(self) -> list[Rule]:
+        """What goes together in rows, targets and seeds."""
+        return [*super().rules(), self._rebuild_is_done, self._seeds_choose_windows, self._sparsity_can_be_spread]
+
+    def _rebuild_is_done(self) -> Iterator[Message]:
+        given = self.granularity is not None or self.rebuild_ratio is not None
+        if not self.rebuild and (given or self.rebuild_settings):
+            yield message("{granularity} and {rebuild_ratio} are of the rebuild, which is switched off")
+        elif given and all(one.preset for one in self.methods):
+            yield message("{granularity} and {rebuild_ratio} are of methods that are rebuilt; presets have their own")
+
+    def _seeds_choose_windows(self) -> Iterator[Message]:
         if len(self.seeds) > 1 and self.calibration.endswith(TOKEN_FILE_SUFFIX):
-            raise ValueError("a file of tokens is taken as it is, whatever the seed: give one seed")
+            yield message("{seeds}: a file of tokens is taken as it is, whatever the seed: give one seed")
+
+    def _sparsity_can_be_spread(self) -> Iterator[Message]:
         if all(one.allocated for one in self.methods) and all(":" in one for one in self.targets):
-            raise ValueError(
-                f"{', '.join(self.methods)}: for sparsities, which they spread over linears; N:M is the same in all"
-            )
-        return self
+            spread = "{methods}: for sparsities, which they spread over linears; N:M is the same in all"
+            yield message(spread, methods=", ".join(self.methods))
 
     def evaluation(self, folder: str) -> EvaluateConfig:
         """How each model is measured; `folder` has the dense one."""

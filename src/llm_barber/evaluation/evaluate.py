@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llm_barber.calibration import read_text
-from llm_barber.errors import ModelError, SettingsError
+from llm_barber.errors import ModelError
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskResult, TaskRun, compare_tasks, find_tasks
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings import DTYPES, StructureSettings
+from llm_barber.settings import DTYPES, Dtype, StructureSettings
 from llm_barber.usage import versions
 from llm_barber.windows import beginning_of_texts
 
@@ -41,7 +41,7 @@ class EvaluateConfig(StructureSettings):
     limit: int | None = Field(None, ge=2, description="examples of each task, at most")
     batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: str = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
+    dtype: Dtype = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -138,8 +138,6 @@ class Evaluator:
     """
 
     def __init__(self, config: EvaluateConfig, progress: Progress) -> None:
-        if config.dtype not in DTYPES:
-            raise SettingsError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}", "see --help")
         self.config = config
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)

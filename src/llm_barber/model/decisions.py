@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from llm_barber.errors import SettingsError
+from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.tracing import is_linear, one_of_each_kind, run_layer
@@ -21,24 +22,35 @@ def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
     every = [block for layer in layers for block in record.blocks_of(layer)]
     for block in blocks:
         if block.output not in {one.output for one in every}:
-            raise SettingsError(f"blocks: no layer has a module {block.output!r}", _paths_hint(layers[0]))
+            raise SettingsError(
+                message("{blocks}: no layer has a module {output!r}", output=block.output), _paths_hint(layers[0])
+            )
         for linear in block.linears:
             pattern = linear.split(".*.")
             if not any(_stands_for(pattern, name) for one in every for name in one.linears):
-                raise SettingsError(f"blocks: no layer has a linear {linear!r}", _paths_hint(layers[0]))
+                raise SettingsError(
+                    message("{blocks}: no layer has a linear {linear!r}", linear=linear), _paths_hint(layers[0])
+                )
         _check_block(block, layers)
     names = [linear for block in blocks for linear in block.linears]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise SettingsError(f"blocks: {twice[0]!r} is there twice", "each linear belongs to one block")
+        raise SettingsError(
+            message("{blocks}: {linear!r} is there twice", linear=twice[0]), "each linear belongs to one block"
+        )
     outputs = [block.output for block in blocks]
     for one in outputs:
         inside = [other for other in outputs if other.startswith(f"{one}.")]
         if inside:
-            raise SettingsError(f"blocks: {inside[0]!r} is inside {one!r}", "one block follows another")
+            raise SettingsError(
+                message("{blocks}: {inner!r} is inside {outer!r}", inner=inside[0], outer=one),
+                "one block follows another",
+            )
     shared = sorted({output for output in outputs if outputs.count(output) > 1})
     if shared:
-        raise SettingsError(f"blocks: {shared[0]!r} is the output of two blocks", "put their linears into one")
+        raise SettingsError(
+            message("{blocks}: {output!r} is the output of two blocks", output=shared[0]), "put their linears into one"
+        )
 
 
 def _check_block(block: Block, layers: nn.ModuleList) -> None:
@@ -47,15 +59,16 @@ def _check_block(block: Block, layers: nn.ModuleList) -> None:
         for one in Architecture("", (block,)).blocks_of(layer):
             for linear in one.linears:
                 if not is_linear(layer.get_submodule(linear)):
-                    raise SettingsError(f"blocks: {linear!r} is not a linear", _paths_hint(layer))
+                    raise SettingsError(
+                        message("{blocks}: {linear!r} is not a linear", linear=linear), _paths_hint(layer)
+                    )
                 if is_linear(layer.get_submodule(one.output)):
                     inside = one.output in one.linears
                 else:
                     inside = linear.startswith(f"{one.output}.")
                 if not inside:
-                    raise SettingsError(
-                        f"blocks: {linear!r} is not inside {one.output!r}, the output of its block", OUTPUT_HINT
-                    )
+                    outside = "{blocks}: {linear!r} is not inside {output!r}, the output of its block"
+                    raise SettingsError(message(outside, linear=linear, output=one.output), OUTPUT_HINT)
 
 
 def _stands_for(pattern: list[str], name: str) -> bool:
@@ -79,7 +92,8 @@ def given_layers(model: nn.Module, path: str) -> str:
     if not isinstance(found, nn.ModuleList):
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise SettingsError(
-            f"--layers {path} is not a list of layers", f"lists are: {', '.join(lists[:20])}" if lists else ""
+            message("{layers} is not a list of layers", layers=SettingName("layers", path)),
+            f"lists are: {', '.join(lists[:20])}" if lists else "",
         )
     return path
 
@@ -100,8 +114,10 @@ def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
         computed = sorted(outputs, key=lambda output: run.order.get(output, -1))
         if computed != outputs:
             raise SettingsError(
-                f"blocks: layer {index} computes {', then '.join(computed)}", "give the blocks in this order"
+                message("{blocks}: layer {index} computes {order}", index=index, order=", then ".join(computed)),
+                "give the blocks in this order",
             )
         for block in skeleton.blocks[index]:
             for linear in run.without_effect(block.linears, run.states.get(block.output)):
-                raise SettingsError(f"blocks: {block.output!r} does not depend on {linear!r}", OUTPUT_HINT)
+                unused = "{blocks}: {output!r} does not depend on {linear!r}"
+                raise SettingsError(message(unused, output=block.output, linear=linear), OUTPUT_HINT)

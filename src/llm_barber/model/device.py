@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from llm_barber.errors import SettingsError
+from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import kind_of
 from llm_barber.ranks import local_rank
 
@@ -37,9 +38,11 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise SettingsError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:N")
+        raise SettingsError(message("{device}: unknown device {name!r}", name=name), "use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(f"device {name} is not there: PyTorch sees {torch.cuda.device_count()}", "use --device cpu")
+        missing = "{device} is not there: PyTorch sees {count}"
+        shown = message(missing, device=SettingName("device", name), count=torch.cuda.device_count())
+        raise SettingsError(shown, "use --device cpu")
     if device.type == "cuda":  # before the first product: without it PyTorch takes cuBLAS to add up in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device

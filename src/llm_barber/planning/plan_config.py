@@ -1,11 +1,14 @@
 """Settings of `llm-barber plan`."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from llm_barber.checked_settings import Rule
 from llm_barber.config import PruneConfig
+from llm_barber.messages import Message, message
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -37,13 +40,17 @@ class PlanConfig(PruneConfig):
             raise ValueError(f"{value!r}: there is at least 1 process")
         return counts
 
-    @model_validator(mode="after")
-    def _machine_named(self) -> Self:
-        if self.flops is None and any(
-            one is not None for one in (self.float32_flops, self.memory_bandwidth, self.link)
-        ):
-            raise ValueError(
-                "float32_flops, memory_bandwidth and link (between host and device) are of a named machine: give "
-                "flops, too; between processes it is network"
+    def rules(self) -> list[Rule]:
+        """Rates are of a named machine, and the rules of `prune`."""
+        return [*super().rules(), self._machine_is_named]
+
+    def _output_is_another(self) -> Iterable[Message]:
+        return ()  # nothing is written
+
+    def _machine_is_named(self) -> Iterator[Message]:
+        rates = (self.float32_flops, self.memory_bandwidth, self.link)
+        if self.flops is None and any(rate is not None for rate in rates):
+            yield message(
+                "{float32_flops}, {memory_bandwidth} and {link} (between host and device) are of a named machine: give "
+                "{flops}, too; between processes it is {network}"
             )
-        return self

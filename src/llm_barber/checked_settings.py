@@ -1,0 +1,87 @@
+"""How settings are checked: each by itself, and with the others; every problem is reported at once."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Never, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+
+from llm_barber.errors import SettingsError
+from llm_barber.messages import Message, SettingName, joined, message
+
+Rule = Callable[[], Iterable[Message]]  # says what does not go together
+
+
+class WrongValueError(Exception):
+    """A rule depends on a value that is wrong by itself."""
+
+
+class WrongValue:
+    """Stand-in for a wrong value: it was given, and so is not None; any look at the value raises `WrongValueError`."""
+
+    def _refuse(self, *_: Any) -> Never:
+        raise WrongValueError
+
+    def __getattr__(self, name: str) -> Never:
+        raise WrongValueError
+
+    __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
+    __str__ = __format__ = __fspath__ = _refuse
+
+
+WRONG = WrongValue()
+
+
+class Settings(BaseModel):
+    """A frozen set of settings; wrong ones raise one `SettingsError` that names them all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("model", "dense", "pruned", "against", "calibration", mode="before", check_fields=False)
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    def __init__(self, **values: Any) -> None:
+        problems: list[Message] = []
+        checked = self
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            details = error.errors()
+            problems = [_problem(detail) for detail in details]
+            checked = self._without_wrong_values(values, {detail["loc"][0] for detail in details})
+        for rule in checked.rules():
+            with suppress(WrongValueError):  # no telling before that value is right
+                for problem in rule():
+                    problems.append(problem)
+        if problems:
+            raise SettingsError(joined("; ", problems), "see --help for what each setting takes")
+
+    @classmethod
+    def _without_wrong_values(cls, values: Mapping[str, Any], wrong: set[int | str]) -> Self:
+        """The settings with `WRONG` for each wrong or missing value, so that the others' rules can be checked."""
+        fields: dict[str, Any] = {
+            name: (Any, Field(default_factory=lambda: WRONG)) for name in cls.model_fields if name in wrong
+        }
+        kind = create_model(cls.__name__, __base__=cls, **fields)
+        checked = kind.__new__(kind)
+        BaseModel.__init__(checked, **{name: value for name, value in values.items() if name not in wrong})
+        return checked
+
+    def rules(self) -> list[Rule]:
+        """Checks of what goes together; each is made if the values that it depends on are right by themselves."""
+        return []
+
+
+def _problem(detail: Any) -> Message:
+    """What pydantic says of one value, with the setting's name as data."""
+    name, *inside = detail["loc"]
+    setting = SettingName(str(name), inside=tuple(inside))
+    if detail["type"] == "value_error":  # of a validator here, which says what was given
+        return message("{setting}: {error}", setting=setting, error=detail["ctx"]["error"])
+    if detail["type"] == "missing":
+        return message("{setting}: {said}", setting=setting, said=detail["msg"])
+    return message("{setting}: {said} (given: {given!r})", setting=setting, said=detail["msg"], given=detail["input"])
