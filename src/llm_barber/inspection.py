@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES
-from llm_barber.checkpoint.source import CheckpointSource, Place
+from llm_barber.checkpoint.source import CheckpointSource, Place, shape_of
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.layer_report import LinearResult
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
@@ -90,6 +90,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     dense = CheckpointSource(config.dense, config.revision) if config.dense is not None else None
     record = read_record(source.folder)
     linears = find_linears(source, recorded_structure(record), with_head=record is not None and record.prunes_head)
+    _check_shapes(source, linears)
     if not linears:
         raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
     problems = []
@@ -116,10 +117,10 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
         for linear in (one for one in linears.get(name, []) if not one.again):
-            weight, before = (None if one is None else linear.weight(one) for one in (tensor, original))
-            assert weight is not None
-            comparable = before is not None and before.shape == weight.shape
-            inspected.append(_inspect_linear(linear, weight, before if comparable else None))
+            weight = linear.weight(tensor)
+            comparable = original is not None and original.shape == tensor.shape
+            before = linear.weight(original) if original is not None and comparable else None
+            inspected.append(_inspect_linear(linear, weight, before))
             if record is not None:
                 problems += _check_record(inspected[-1], expected.get((linear.layer, linear.name)), weight)
         if original is not None:
@@ -151,7 +152,8 @@ def read_record(folder: Path) -> RunReport | None:
         return None
     try:
         record = RunReport.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
+        _check_recorded(record)
+    except (ValueError, OSError) as error:
         count = f"{error.error_count()} wrong fields" if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{path} is not a record of this program ({count})", "remove it, or write it again") from error
     if record.record_version != RECORD_VERSION:
@@ -159,6 +161,22 @@ def read_record(folder: Path) -> RunReport | None:
             f"{path} has version {record.record_version}, this program reads {RECORD_VERSION}", "update llm-barber"
         )
     return record
+
+
+def _check_recorded(record: RunReport) -> None:
+    """Raise `ValueError` where a record has no linears, or says patterns or structure in a way that nobody can read."""
+    if not record.weights:
+        raise ValueError("no linears")
+    if not isinstance(record.settings.get("layers"), str | None):
+        raise ValueError("settings: layers is no text")
+    for layer in record.layers:
+        for linear in layer.linears:
+            if linear.pattern is not None:
+                parse_pattern(linear.pattern)
+    try:
+        recorded_structure(record)
+    except (KeyError, TypeError) as error:
+        raise ValueError("settings: blocks are not described") from error
 
 
 @dataclass(frozen=True)
@@ -228,6 +246,19 @@ def find_linears(
         if match and len(info.shape) == 2 and 0 not in info.shape:
             found[name] = [FoundLinear(int(match[1]), match[2], Place(name))]
     return found
+
+
+def _check_shapes(source: CheckpointSource, linears: Mapping[str, list[FoundLinear]]) -> None:
+    """Refuse tensors whose shape is that of no linear, which is (out, in), neither of them 0."""
+    for name, members in linears.items():
+        for linear in members:
+            shape = source.tensors[name].shape
+            part = shape_of(linear.place, shape)
+            if part is None or len(part) != 2 or 0 in part:
+                raise ModelError(
+                    f"{name} of {source.model} has shape {shape}, which is not that of the linear {linear.name}",
+                    "config.json and the weights do not belong together, or the file is damaged; get them again",
+                )
 
 
 def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -> LinearInspection:

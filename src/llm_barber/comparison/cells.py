@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,5 +196,5 @@ def fingerprint(path: Path) -> str:
 
 def source_fingerprint(name: str) -> str | None:
     """`fingerprint` of a text that is a file; None for names, whose content is known or the hub's."""
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     return fingerprint(path) if path.is_file() else None

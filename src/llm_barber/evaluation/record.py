@@ -60,7 +60,7 @@ def _are_alike(kept: Evaluation, new: Evaluation) -> bool:
         return False
     if kept.against is None or new.against is None:
         return True
-    one, other = (Path(against).expanduser() for against in (kept.against, new.against))
+    one, other = (Path(os.path.expanduser(against)) for against in (kept.against, new.against))
     return kept.against == new.against or (one.exists() and other.exists() and one.resolve() == other.resolve())
 
 
