@@ -14,6 +14,7 @@ from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES
 from llm_barber.checkpoint.source import CheckpointSource, Place, shape_of
+from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.layer_report import LinearResult
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
@@ -151,7 +152,7 @@ def read_record(folder: Path) -> RunReport | None:
     if not path.exists():
         return None
     try:
-        record = RunReport.model_validate_json(path.read_bytes())
+        record = read_result(path, RunReport)
         _check_recorded(record)
     except (ValueError, OSError) as error:
         count = f"{error.error_count()} wrong fields" if isinstance(error, ValidationError) else str(error)

@@ -3,13 +3,16 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from llm_barber.errors import ModelError
 
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 LONGEST_NAME = 255  # bytes of a file's name
 DAMAGED = "the file is damaged; get it again"
+Result = TypeVar("Result", bound=BaseModel)
 HALF_OF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # escaped, and perhaps with its other half
 
 
@@ -48,6 +51,27 @@ def read_json(path: Path, distinct_keys: bool = False, hint: str = DAMAGED) -> d
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object", hint)
     return content
+
+
+def read_result(path: Path, kind: type[Result]) -> Result:
+    """What this program wrote of a run, a cell or an evaluation.
+
+    Raises:
+        ValueError: the file is damaged, or has whole numbers beyond 64 bits, with which nobody can compute.
+        OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        json.loads(content.decode("utf-8"), parse_int=_of_64_bits)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return kind.model_validate_json(content)
+
+
+def _of_64_bits(digits: str) -> int:
+    if len(digits) > len(str(-(2**63))) or abs(int(digits)) >= 2**63:
+        raise ValueError(f"it has the number {digits[:30]}, beyond 64 bits")
+    return int(digits)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from llm_barber.checkpoint.state import write_durably
+from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.progress import Progress
 from llm_barber.report import RunReport
@@ -177,8 +178,8 @@ class CellRunner:
 def _read(path: Path, kind: type[Kept]) -> Kept | None:
     """What a file holds; None if it is not there or damaged, so that it is done again."""
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError):
+        return read_result(path, kind)
+    except (OSError, ValueError):
         return None
 
 

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
+from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.evaluate import Evaluation, TextResult
 from llm_barber.evaluation.tasks import TaskResult
@@ -25,8 +24,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     if not path.exists():
         return None
     try:
-        return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        return read_result(path, Evaluation)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is damaged", "remove it, and evaluate again") from error
 
 
