@@ -24,7 +24,9 @@ from llm_barber.usage import versions
 # Settings that do not change the result.
 UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory", "activations_off_device"}
 # Settings whose effect is known by the files and tokens that they lead to.
-KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos", "calibration", "samples", "seqlen", "seed"}
+KNOWN_BY_CONTENT = {
+    "model", "dense", "pruned", "revision", "pruned_revision", "bos", "calibration", "samples", "seqlen", "seed",
+}  # fmt: skip
 # Settings that lead to the same whether they are given or the preset says so.
 LEFT_TO_PRESET = {
     "rebuild", "refine", "reconstruct", "allocation", "initial", "sparsity", "granularity", "rebuild_ratio", "guard",
@@ -200,7 +202,7 @@ def run_key(work: Assignment) -> dict[str, Any]:
         "model's files": work.source,
     }
     if isinstance(config, RebuildConfig):
-        key["pruned model's files"] = source_key(resolve_model(config.pruned, config.revision))
+        key["pruned model's files"] = source_key(resolve_model(config.pruned, config.pruned_revision))
     return key | {
         "calibration text": [job.tokens.digest, *job.tokens.input_ids.shape],
         "device": job.skeleton.device.type,

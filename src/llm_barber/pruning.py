@@ -100,7 +100,7 @@ def rebuilding(config: RebuildConfig, progress: Progress, ranks: Ranks) -> Assig
         BarberError: as `rebuild`.
     """
     job = prepare(config.dense, config, None, progress, ranks)
-    initial = CheckpointMasks(job, config.pruned, config.pattern)
+    initial = CheckpointMasks(job, config.pruned, config.pattern, config.pruned_revision)
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from llm_barber.errors import CalibrationError, first_line
 
-
 TOKENIZER_HINT = "get tokenizer.json and tokenizer_config.json again, or give --calibration a file with input_ids"
 
 

@@ -188,7 +188,9 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
     differing = _differing(wanted, {name: value for name, value in state.key.items() if name != "given"})
     if "settings" in differing:
         differing.remove("settings")
-        differing = sorted({*differing, *(given or _differing(wanted["settings"], _mapping(state.key.get("settings"))))})
+        differing = sorted(
+            {*differing, *(given or _differing(wanted["settings"], _mapping(state.key.get("settings"))))}
+        )
     if differing:
         raise OutputError(
             f"the unfinished run was started with another {', '.join(differing)}",

@@ -50,6 +50,7 @@ def main() -> None:
 def _main(given: list[str]) -> int:
     debug = "--debug" in given
     try:
+        _refuse_empty(given)
         code = app(given, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
@@ -81,6 +82,19 @@ def _main(given: list[str]) -> int:
             "this is a defect: run again with --debug and report the traceback",
             1,
         )
+
+
+def _refuse_empty(given: list[str]) -> None:
+    """Raise `SettingsError` where an argument is empty, which a path would take for the current folder."""
+    for before, argument in zip(["", *given], given, strict=False):
+        name, equals, value = argument.partition("=")
+        if equals and not value and name.startswith("--"):
+            before, argument = name, value
+        if not argument.strip():
+            named = before if before.startswith("--") else "an argument"
+            raise SettingsError(
+                f"{named} is empty", "leave it out, or give it a value; is a variable of the shell not set?"
+            )
 
 
 def _of_memory(error: Exception) -> bool:
