@@ -544,6 +544,12 @@ def test_numbers_of_a_configuration_are_finite(
         expect_failure(f"config.json of .* says {re.escape(says)}", ModelError, tmp_path, **good)
 
 
+def test_more_layers_than_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    change_json(llama / "config.json", num_hidden_layers=10**9)
+    good = {"model": str(llama), "calibration": str(tokens)}
+    expect_failure("says that there are 1000000000 decoder layers", ModelError, tmp_path, **good)
+
+
 @pytest.mark.parametrize(
     "settings", [{"layers": ""}, {"include": ("",)}, {"exclude": ["q_proj", " "]}, {"calibration": ""}, {"model": ""}]
 )
