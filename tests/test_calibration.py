@@ -78,6 +78,8 @@ def test_jsonl_and_parquet_are_joined_documents(tmp_path: Path) -> None:
         ("a.jsonl", b"nonsense\n", "line 1"),
         ("a.jsonl", b"[1]\n", "line 1"),
         ("a.jsonl", b'{"text": 3}\n', "line 1"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2 is not JSON: it holds a lone surrogate"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 is not JSON: it is nested too deeply"),
         ("a.parquet", b"nonsense", "not a parquet file"),
         ("a.txt", b"\xff\xfe\xff", "not UTF-8"),
         ("a.safetensors", b"nonsense", "not a safetensors file"),

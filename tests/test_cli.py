@@ -258,3 +258,19 @@ def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
         assert subprocess.run([*command, "--quiet", "--resume"], check=False).returncode == 0
         assert out.exists()
         assert not list(tmp_path.glob("out.partial"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["prune", "m", "out", "--layers", ""], "--layers is empty"),
+        (["prune", "m", "out", "--layers="], "--layers is empty"),
+        (["prune", "m", ""], "an argument is empty"),
+        (["rebuild", "d", "", "out"], "an argument is empty"),
+        (["evaluate", "m", "--tasks-folder", ""], "--tasks-folder is empty"),
+        (["compare", "m", "out", "--tasks", " "], "--tasks is empty"),
+    ],
+)
+def test_empty_arguments_are_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}\nhint: leave it out")

@@ -125,3 +125,9 @@ def test_damaged_and_missing_files(tmp_path: Path, llama: Path) -> None:
     (llama / PICKLED).write_bytes((llama / PICKLED).read_bytes()[:300])
     with pytest.raises(ModelError, match="cannot be read safely"):
         convert(ConvertConfig(model=str(llama), output=tmp_path / "out"))
+
+
+def test_index_nested_too_deeply(llama: Path, tmp_path: Path) -> None:
+    (llama / PICKLED_INDEX).write_text('{"weight_map": ' + "[" * 100_000)
+    with pytest.raises(ModelError, match="cannot be read: it is nested too deeply"):
+        convert(ConvertConfig(model=str(llama), output=tmp_path / "out"))

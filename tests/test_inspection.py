@@ -125,3 +125,26 @@ def test_an_unknown_architecture_is_inspected_by_structure(pruned: Path) -> None
     inspection = inspect(InspectConfig(model=str(pruned)))
     assert len(inspection.linears) == 14
     assert inspection.sparsity == 0.5
+
+
+@pytest.mark.parametrize("shape", [(2048,), (64, 0), (0, 32), (64, 32, 1)])
+def test_a_linear_of_an_odd_shape(llama: Path, shape: tuple[int, ...]) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    save_file({**tensors, NAME: torch.zeros(shape)}, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=f"{NAME} of .* has shape .*, which is not that of the linear mlp.up_proj"
+    ) as caught:
+        inspect(InspectConfig(model=str(llama)))
+    assert "do not belong together" in caught.value.hint
+
+
+def test_a_record_that_cannot_be_read(pruned: Path) -> None:
+    record = json.loads((pruned / "barber.json").read_text())
+    linear = record["layers"][0]["blocks"][0]["linears"][0]
+    for key, value, words in (("pattern", "4:2", "must keep"), ("pruned", 10**400, "beyond 64 bits")):
+        before = linear[key]
+        linear[key] = value
+        (pruned / "barber.json").write_text(json.dumps(record))
+        with pytest.raises(ModelError, match=f"is not a record of this program .*{words}"):
+            problems(pruned)
+        linear[key] = before

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
 from llm_barber.checkpoint.companions import LOCK_NAME
-from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.packed import PACKED_INDEX, TABLE_KEY
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError, SettingsError
 from llm_barber.loading import load
@@ -148,6 +149,11 @@ def test_bad_input(tmp_path: Path, pruned: Path) -> None:
     tensors = load_file(shard)
     save_file(tensors, shard)
     broken("no table of packed weights")
+    shutil.copytree(packed, copy)
+    with safe_open(shard, "pt") as handle:
+        table = json.loads(handle.metadata()[TABLE_KEY])
+    save_file(load_file(shard), shard, {TABLE_KEY: json.dumps({**table, "file": "a\0.safetensors"})})
+    broken("which is not a file of its folder")
 
 
 def test_fuzzed_files_are_refused_or_read(tmp_path: Path) -> None:

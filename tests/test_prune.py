@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber import BarberError, InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
+from llm_barber.checkpoint import hub
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.loading import load
 from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
 from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.opening import load_config
 from tests.checkpoint.test_source import shard
 from tests.conftest import FAMILIES, Listener, bits, change_json, load_model, make_model, read_folder, save_tokens
 
@@ -514,3 +517,55 @@ def test_what_held_out_windows_say_is_told(tmp_path: Path, llama: Path, tokens: 
     assert ("blocks left as they were" in report.tuning) == bool(report.rejected)
     assert report.tuning in (tmp_path / "out" / "README.md").read_text()
     assert prune(PruneConfig(model=llama, output=tmp_path / "p", calibration=tokens, preset="paper")).tuning is None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps: inf"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_parameters: "),
+        (
+            "gemma3",
+            {"text_config": {**FAMILIES["gemma3"]["text_config"], "rms_norm_eps": float("-inf")}},
+            "text_config.rms",
+        ),
+        ("bamba", {"time_step_limit": [0.0, float("inf")]}, None),  # its default
+    ],
+)
+def test_numbers_of_a_configuration_are_finite(
+    tmp_path: Path, tokens: Path, family: str, changes: dict[str, Any], says: str | None
+) -> None:
+    model = make_model(tmp_path / "model", family)
+    change_json(model / "config.json", **changes)
+    if says is None:
+        load_config(CheckpointSource(model))
+    else:
+        good = {"model": str(model), "calibration": str(tokens)}
+        expect_failure(f"config.json of .* says {re.escape(says)}", ModelError, tmp_path, **good)
+
+
+def test_more_layers_than_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    change_json(llama / "config.json", num_hidden_layers=10**9)
+    good = {"model": str(llama), "calibration": str(tokens)}
+    expect_failure("says that there are 1000000000 decoder layers", ModelError, tmp_path, **good)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"layers": ""}, {"include": ("",)}, {"exclude": ["q_proj", " "]}, {"calibration": ""}, {"model": ""}]
+)
+def test_empty_settings_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=rf"{next(iter(settings))}: is empty"):
+        PruneConfig(**{"model": "m", "output": tmp_path, **settings})
+
+
+def test_revisions_of_both_models(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`revision` is DENSE's, `pruned_revision` PRUNED's; the run is keyed by what each of them leads to."""
+    run(llama, tmp_path / "pruned", tokens)
+    folders = {("o/dense", "d1"): llama, ("o/pruned", "p1"): tmp_path / "pruned"}
+    monkeypatch.setattr(hub, "_download", lambda name, revision, _: folders[name, revision])
+    files = {"output": tmp_path / "out", "calibration": str(tokens), "report": False}
+    names = {"dense": "o/dense", "pruned": "o/pruned", "revision": "d1", "pruned_revision": "p1"}
+    rebuild(RebuildConfig(**names, **files))
+    rebuild(RebuildConfig(dense="o/dense@d1", pruned="o/pruned@p1", **files, overwrite=True))
+    with pytest.raises(KeyError):
+        rebuild(RebuildConfig(**{**names, "pruned_revision": None}, **files, overwrite=True))

@@ -422,3 +422,23 @@ def test_templates_of_a_folder_travel(tmp_path: Path, tokens: Path, model: Path)
     (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ other }}")
     (problem,) = inspect(InspectConfig(model=tmp_path / "out")).problems
     assert problem.startswith("additional_chat_templates/tool_use.jinja has changed")
+
+
+def test_files_that_yaml_cannot_read_safely(tmp_path: Path) -> None:
+    good = {"model": "m", "output": tmp_path / "out"}
+    path = tmp_path / "bad.yaml"
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{two}: &{two} [*{one}, *{one}]\n" for one, two in zip("abcd", "bcde", strict=True)
+    )
+    for content, words in (
+        ("[" * 5000, "bad.yaml cannot be read: it is nested too deeply"),
+        ('a: "\\ud800"', "bad.yaml|sparsities"),
+        (bomb, "a is given a list or a mapping, not a sparsity"),
+        ("'a{99999999999999}': 0.5", "is not a regular expression"),
+        (f"{'9' * 5000}: 1.5", "cannot be read"),
+    ):
+        path.write_text(content)
+        with pytest.raises(SettingsError, match=words):
+            PruneConfig(**good, sparsities=path)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        PruneConfig(**good, sparsities="~nobody-here/x.yaml")

@@ -23,7 +23,9 @@ from llm_barber.usage import versions
 # Settings that do not change the result.
 UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory", "activations_off_device"}
 # Settings whose effect is known by the files and tokens that they lead to.
-KNOWN_BY_CONTENT = {"model", "dense", "pruned", "revision", "bos", "calibration", "samples", "seqlen", "seed"}
+KNOWN_BY_CONTENT = {
+    "model", "dense", "pruned", "revision", "pruned_revision", "bos", "calibration", "samples", "seqlen", "seed",
+}  # fmt: skip
 # Settings that lead to the same whether they are given or the preset says so.
 LEFT_TO_PRESET = {
     "rebuild", "refine", "reconstruct", "allocation", "initial", "sparsity", "granularity", "rebuild_ratio", "guard",

@@ -5,10 +5,10 @@ which and in which order. Files with documents (jsonl, parquet, the hub's sets) 
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_barber.errors import CalibrationError, HubError, SettingsError
+from llm_barber.checkpoint.untrusted import check_header, parse_json
+from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.messages import message
 from llm_barber.usage import current_memory
 from llm_barber.windows import TextTokenizer, windows_of
@@ -36,6 +37,7 @@ HUB_SETS: dict[str, dict[str, Any]] = {
 }
 TOKEN_FILE_SUFFIX = ".safetensors"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", TOKEN_FILE_SUFFIX)
+JSON_LINE = 'each line: {"text": "…"}'
 # Characters of a streamed set to read for each token wanted: English has about 4.5, and windows should not be adjacent.
 CHARACTERS_PER_TOKEN = 12
 # Bytes of memory that a character takes while a text is made into tokens, and afterwards, until the process ends: what
@@ -91,7 +93,7 @@ def load_calibration(
         HubError: the hub is needed and cannot be reached.
     """
     if name.endswith(TOKEN_FILE_SUFFIX):
-        return CalibrationTokens(_read_tokens(Path(name).expanduser()), name)
+        return CalibrationTokens(_read_tokens(Path(expanduser(name))), name)
     text = read_text(name, samples * seqlen)
     tokenizer = find_tokenizer()
     if tokenizer is None:
@@ -118,7 +120,7 @@ def text_size(name: str, tokens_wanted: int) -> int:
         return len((files("llm_barber") / "data" / BUILTIN[name]).read_bytes())
     if name in HUB_SETS:
         return tokens_wanted * CHARACTERS_PER_TOKEN
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     return 0 if name.endswith(TOKEN_FILE_SUFFIX) or not path.is_file() else path.stat().st_size
 
 
@@ -151,7 +153,7 @@ def token_shape(name: str) -> tuple[int, int]:
     Raises:
         CalibrationError: as `load_calibration`.
     """
-    sequences, tokens = _read_tokens(Path(name).expanduser()).shape
+    sequences, tokens = _read_tokens(Path(expanduser(name))).shape
     return sequences, tokens
 
 
@@ -166,7 +168,7 @@ def read_text(name: str, tokens_wanted: int | None = None) -> str:
         return (files("llm_barber") / "data" / BUILTIN[name]).read_text(encoding="utf-8")
     if name in HUB_SETS:
         return _read_hub(name, tokens_wanted)
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     if not path.is_file():
         is_file_name = path.suffix or len(path.parts) > 1
         hint = "check the path: there is no such file" if is_file_name else f"known are {known_calibrations()}"
@@ -191,13 +193,12 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                document = json.loads(line)["text"]
-                if not isinstance(document, str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError) as error:
-                raise CalibrationError(
-                    f"{path} line {number} is not an object with a string `text`", 'each line: {"text": "…"}'
-                ) from error
+                content = parse_json(line)
+            except ValueError as error:
+                raise CalibrationError(f"{path} line {number} is not JSON: {error}", JSON_LINE) from error
+            document = content.get("text") if isinstance(content, dict) else None
+            if not isinstance(document, str):
+                raise CalibrationError(f"{path} line {number} is not an object with a string `text`", JSON_LINE)
             yield document
 
 
@@ -207,11 +208,10 @@ def _parquet_documents(path: Path) -> Iterator[str]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise CalibrationError(
-                    f"{path} has no column `text` but {', '.join(file.schema_arrow.names)}",
-                    "rename the column",
-                )
+            names = file.schema_arrow.names
+            if names.count("text") != 1:
+                problem = f"no column `text` but {', '.join(names)}" if "text" not in names else "two columns `text`"
+                raise CalibrationError(f"{path} has {problem}", "rename the column")
             for batch in file.iter_batches(columns=["text"]):
                 documents = batch["text"].to_pylist()
                 if not all(isinstance(document, str | None) for document in documents):
@@ -248,10 +248,11 @@ def _read_tokens(path: Path) -> Tensor:
         raise CalibrationError(f"no such calibration file: {path}", hint)
     try:
         with safe_open(path, framework="pt") as file:
+            check_header(path)
             if "input_ids" not in file.keys():  # noqa: SIM118 - a handle, not a dict
                 raise CalibrationError(f"{path} has no input_ids", hint)
             tokens: Tensor = file.get_tensor("input_ids").clone()
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ModelError) as error:
         raise CalibrationError(f"{path} is not a safetensors file ({error})", hint) from error
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
         raise CalibrationError(f"input_ids in {path} is {tokens.dtype} of shape {tuple(tokens.shape)}", hint)

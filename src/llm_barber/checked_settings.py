@@ -39,6 +39,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        texts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise ValueError("is empty: leave it out, or give it a value (is a variable of the shell not set?)")
+        return value
+
     @field_validator("model", "dense", "pruned", "against", "calibration", mode="before", check_fields=False)
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:

@@ -30,9 +30,9 @@ class CheckpointMasks:
         ModelError: the pruned checkpoint is of another shape or architecture, or is not pruned.
     """
 
-    def __init__(self, job: Job, pruned: str, pattern: str | None) -> None:
+    def __init__(self, job: Job, pruned: str, pattern: str | None, revision: str | None = None) -> None:
         self.job = job
-        self.source = CheckpointSource(pruned)
+        self.source = CheckpointSource(pruned, revision)
         self.source.places = find_places(job.skeleton.model, self.source.tensors)
         if self.source.model_type != job.source.model_type:
             raise ModelError(

@@ -231,6 +231,7 @@ class RebuildConfig(RunSettings):
 
     dense: str = Field(description="the dense model: folder, hub id or GGUF file")
     pruned: str = Field(description="the pruned model: folder or hub id")
+    pruned_revision: str | None = Field(None, description="of the pruned model's hub id; `revision` is the dense one's")
     initial: Initial | None = Field(
         None,
         description="the method that pruned it, for the default granularity and ratio; None: from its record",

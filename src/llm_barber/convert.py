@@ -1,6 +1,5 @@
 """Make safetensors of pickled weights (`pytorch_model*.bin`), file by file, without running what is in them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from llm_barber.checkpoint.companions import companions
 from llm_barber.checkpoint.hub import resolve_model
+from llm_barber.checkpoint.untrusted import check_file_name, parse_json
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
@@ -91,20 +91,23 @@ def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
                 "what has safetensors needs no converting" if has_safetensors else "save it with save_pretrained()",
             )
         return {PICKLED: None}
-    files: dict[str, set[str] | None] = {}
     try:
-        for tensor, file in sorted(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()):
-            files[file] = (files.get(file) or set()) | {tensor}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{PICKLED_INDEX} of {model} has no weight_map", AGAIN) from error
-    if not files:
+        content = parse_json(index.read_bytes(), distinct_keys=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{PICKLED_INDEX} of {model} cannot be read: {error}", AGAIN) from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{PICKLED_INDEX} of {model} has no weight_map", AGAIN)
+    if not weight_map:
         raise ModelError(f"{PICKLED_INDEX} of {model} names no tensors", AGAIN)
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise ModelError(f"{PICKLED_INDEX} names {name!r}, which is not a file of its folder", "do not trust it")
+    by_file: dict[str, set[str]] = {}
+    for tensor, file in sorted(weight_map.items()):
+        check_file_name(file, PICKLED_INDEX)
+        by_file.setdefault(file, set()).add(tensor)
+    for name in by_file:
         if not (folder / name).is_file():
             raise ModelError(f"shard {name} of {model} is missing", AGAIN)
-    return files
+    return dict(by_file)
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

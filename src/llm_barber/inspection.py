@@ -1,7 +1,7 @@
 """What is pruned in a checkpoint, and is it what its record, and the dense model, say?"""
 
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_barber.checked_settings import Settings
 from llm_barber.checkpoint.bits import INTEGERS
-from llm_barber.checkpoint.source import CheckpointSource, Place
+from llm_barber.checkpoint.source import CheckpointSource, Place, shape_of
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.layer_report import LinearResult
 from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
@@ -88,6 +88,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     dense = CheckpointSource(config.dense, config.revision) if config.dense is not None else None
     record = read_record(source.folder)
     linears = find_linears(source, recorded_structure(record), with_head=record is not None and record.prunes_head)
+    _check_shapes(source, linears)
     if not linears:
         raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
     problems = []
@@ -113,10 +114,10 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
         for linear in (one for one in linears.get(name, []) if not one.again):
-            weight, before = (None if one is None else linear.weight(one) for one in (tensor, original))
-            assert weight is not None
-            comparable = before is not None and before.shape == weight.shape
-            inspected.append(_inspect_linear(linear, weight, before if comparable else None))
+            weight = linear.weight(tensor)
+            comparable = original is not None and original.shape == tensor.shape
+            before = linear.weight(original) if original is not None and comparable else None
+            inspected.append(_inspect_linear(linear, weight, before))
             if record is not None:
                 problems += _check_record(inspected[-1], expected.get((linear.layer, linear.name)), weight, updates)
         if original is not None:
@@ -201,6 +202,19 @@ def _matrices_of_numbered_layers(source: CheckpointSource) -> dict[str, list[Fou
         if match and len(info.shape) == 2 and 0 not in info.shape:
             matrices[name] = [FoundLinear(int(match[1]), match[2], Place(name))]
     return matrices
+
+
+def _check_shapes(source: CheckpointSource, linears: Mapping[str, list[FoundLinear]]) -> None:
+    """Refuse tensors whose shape is that of no linear, which is (out, in), neither of them 0."""
+    for name, members in linears.items():
+        for linear in members:
+            shape = source.tensors[name].shape
+            part = shape_of(linear.place, shape)
+            if part is None or len(part) != 2 or 0 in part:
+                raise ModelError(
+                    f"{name} of {source.model} has shape {shape}, which is not that of the linear {linear.name}",
+                    "config.json and the weights do not belong together, or the file is damaged; get them again",
+                )
 
 
 def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -> LinearInspection:

@@ -1,5 +1,7 @@
 """Opening a checkpoint: configuration, tokenizer, empty model, and whether all of them belong together."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from llm_barber.model.architecture import Architecture
 from llm_barber.model.empty import untie_head
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.naming import find_places
+from llm_barber.windows import beginning_of_texts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -117,12 +120,60 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
     """The checkpoint's configuration.
 
     Raises:
-        ModelError: transformers cannot use it.
+        ModelError: transformers cannot use it, a number in it is not finite, or it has more layers than tensors.
     """
     try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
         raise unusable_configuration(source.model, error) from error
+    check_finite(source.configuration, config, source.model)
+    layers, tensors = getattr(config.get_text_config(), "num_hidden_layers", None), len(source.tensors)
+    if isinstance(layers, int) and layers > tensors:  # making so many, empty, might take for ever
+        raise ModelError(
+            f"config.json of {source.model} says that there are {layers} decoder layers, and its files have {tensors} "
+            "tensors",
+            "config.json and the weights do not belong together",
+        )
+    return config
+
+
+def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, model: str) -> None:
+    """Refuse numbers that are NaN or infinite, but in settings that transformers itself has so by default.
+
+    Args:
+        configuration: as config.json has it.
+        config: what transformers made of it; `time_step_limit` of Mamba 2 is (0, infinity) by default.
+        model: as it was named.
+
+    Raises:
+        ModelError: there is one.
+    """
+    waiting: list[tuple[str, Mapping[str, Any], PreTrainedConfig]] = [("", configuration, config)]
+    while waiting:
+        path, settings, described = waiting.pop()
+        for name, value in settings.items():
+            inner = getattr(described, name, None)
+            if isinstance(value, Mapping) and isinstance(inner, PreTrainedConfig):
+                waiting.append((f"{path}{name}.", value, inner))
+            elif _is_finite(getattr(type(described), name, None)) and not _is_finite(value):
+                raise ModelError(
+                    f"config.json of {model} says {path}{name}: {value}, which is not a finite number",
+                    "get the file again, or write the number that the model was trained with",
+                )
+
+
+def _is_finite(value: Any) -> bool:
+    """Are all numbers finite, in lists and mappings, too?"""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, float) and not math.isfinite(part):
+            return False
+        if isinstance(part, Mapping):
+            waiting.extend(part.values())
+        elif isinstance(part, list | tuple):
+            waiting.extend(part)
+    return True
 
 
 def unusable_configuration(model: str, error: Exception) -> ModelError:
@@ -139,13 +190,17 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The model's tokenizer; None if the folder has none.
 
     Raises:
-        CalibrationError: there is one, and it cannot be loaded.
+        CalibrationError: there is one, and it cannot be loaded, or cannot make tokens of a short text.
     """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None  # some tokenizers would come up empty instead of complaining
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # each tokenizer complains in its own way
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        beginning_of_texts(tokenizer)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit, MemoryError, CalibrationError):
+        raise
+    except BaseException as error:  # each tokenizer complains in its own way; those in Rust by a BaseException
         raise CalibrationError(
             f"the tokenizer in {folder} cannot be loaded: {first_line(error)}",
             "mend it, or give --calibration a safetensors file with input_ids",

@@ -105,7 +105,7 @@ def rebuilding(config: RebuildConfig, progress: Progress, ranks: Ranks) -> Assig
         BarberError: as `rebuild`.
     """
     job = prepare(config.dense, config, None, progress, ranks)
-    initial = CheckpointMasks(job, config.pruned, config.pattern)
+    initial = CheckpointMasks(job, config.pruned, config.pattern, config.pruned_revision)
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method
@@ -171,10 +171,9 @@ def _damage(output: Path, record: RunReport, progress: Progress) -> str:
 
 def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
     """The input of a finished run that is another one now, as far as local files show."""
-    revision = config.revision
-    changed = _changed_model(record.model, revision, record.source, progress)
+    changed = _changed_model(record.model, record.source, progress)
     if not changed and isinstance(config, RebuildConfig):
-        changed = _changed_model(config.pruned, revision, record.pruned_source, progress, of_pruned=True)
+        changed = _changed_model(config.pruned, record.pruned_source, progress, of_pruned=True)
     folder = Path(record.model).expanduser()
     if changed or not folder.is_dir() or config.calibration in HUB_SETS:
         return changed
@@ -185,14 +184,12 @@ def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
     return "" if tokens.digest == record.calibration.sha256 else "another calibration text"
 
 
-def _changed_model(
-    model: str, revision: str | None, recorded: SourceFiles | None, progress: Progress, of_pruned: bool = False
-) -> str:
+def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress, of_pruned: bool = False) -> str:
     """Compare a local model with the files that a finished run read; warn if they were only written anew."""
     if recorded is None or not Path(model).expanduser().is_dir():
         return ""
     try:
-        source = CheckpointSource(model, revision)
+        source = CheckpointSource(model)
         key = pruned_key(source) if of_pruned else source.key
     except ModelError:
         return f"other files of {model}"

@@ -1,8 +1,10 @@
 """What is pruned, and how much of it: one target for all, linears and layers left out, targets of their own; blocks."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,9 @@ class _OneOfEach(yaml.BaseLoader):
     """All scalars as they are written: others read 2:4 as a number of base 60; a key that is there twice is refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [one.value for one, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
+        for key, count in Counter(keys).items():
+            if count > 1:
                 raise yaml.YAMLError(f"{key} is there twice")
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
@@ -48,9 +50,11 @@ def _read_yaml(path: str | Path) -> Any:
         ValueError: it cannot be read, or a key is there twice.
     """
     try:
-        return yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=_OneOfEach)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return yaml.load(Path(expanduser(path)).read_text(encoding="utf-8"), Loader=_OneOfEach)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} cannot be read: it is nested too deeply") from error
 
 
 def read_targets(value: Any) -> Any:
@@ -66,6 +70,9 @@ def read_targets(value: Any) -> Any:
     found = _read_yaml(value)
     if not isinstance(found, dict):
         raise ValueError(f"{value} is not a mapping of names to sparsities, a line each like {EXAMPLE}")
+    for name, one in found.items():
+        if not isinstance(one, str):
+            raise ValueError(f"{value}: {name} is given a list or a mapping, not a sparsity, as in {EXAMPLE}")
     return {str(name): _number(one) for name, one in found.items()}
 
 
@@ -98,7 +105,7 @@ def _number(value: Any) -> Any:
 
 
 def _is_number(expression: str) -> bool:
-    return re.fullmatch(r"0|-?[1-9]\d*", expression) is not None
+    return re.fullmatch(r"0|-?[1-9]\d{0,8}", expression) is not None
 
 
 def _means(expression: str, index: int, name: str, layers: int) -> bool:
@@ -118,7 +125,7 @@ def compile_names(expressions: Sequence[str]) -> list[re.Pattern[str]]:
     for expression in expressions:
         try:
             found.append(re.compile(expression))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
     return found
 

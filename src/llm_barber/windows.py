@@ -6,6 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llm_barber.errors import CalibrationError, first_line
+
+TOKENIZER_HINT = "get tokenizer.json and tokenizer_config.json again, or give --calibration a file with input_ids"
+
 
 class TextTokenizer(Protocol):
     """What is needed of a tokenizer."""
@@ -23,8 +27,26 @@ def windows_of(text: str, tokenizer: TextTokenizer, seqlen: int, bos: bool) -> t
         seqlen: tokens a window.
         bos: let each begin as the tokenizer has texts begin, with a BOS token most often; else only the text does.
     """
-    tokens = tokenizer(text).input_ids
+    tokens = tokens_of(text, tokenizer)
     return cut(tokens, seqlen, beginning_of_texts(tokenizer) if bos else ()), len(tokens)
+
+
+def tokens_of(text: str, tokenizer: TextTokenizer, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a text.
+
+    Raises:
+        CalibrationError: the tokenizer cannot make them, because its files are damaged.
+    """
+    try:
+        tokens = list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+        torch.tensor(tokens, dtype=torch.int64)
+        return tokens
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # each tokenizer complains in its own way; those in Rust by a BaseException
+        raise CalibrationError(
+            f"the model's tokenizer cannot make tokens of text: {first_line(error)}", TOKENIZER_HINT
+        ) from error
 
 
 def beginning_of_texts(tokenizer: TextTokenizer) -> tuple[int, ...]:
@@ -33,7 +55,7 @@ def beginning_of_texts(tokenizer: TextTokenizer) -> tuple[int, ...]:
     A model that has always seen them there can be lost without: Gemma 3 270M has perplexity 33 with BOS and 59 in
     windows from the middle of a text. They are there when the model is used, so windows are to have them.
     """
-    whole, own = (list(tokenizer("A", add_special_tokens=one).input_ids) for one in (True, False))
+    whole, own = (tokens_of("A", tokenizer, one) for one in (True, False))
     starts = (start for start in range(len(whole)) if whole[start : start + len(own)] == own)
     return tuple(whole[: next(starts, 0)])
 

@@ -159,3 +159,46 @@ def test_base_prefix_may_be_missing(tmp_path: Path) -> None:
     assert source.place(name) == Place("decoder.layers.0.fc1.weight")
     with pytest.raises(ModelError, match="has no tensor 'model.nothing'"):
         source.place("model.nothing")
+
+
+def test_index_nested_too_deeply(llama: Path) -> None:
+    shard(llama)
+    (llama / INDEX_NAME).write_text('{"weight_map": ' + "[" * 100_000)
+    expect(llama, "nested too deeply", "damaged")
+
+
+def test_a_lone_surrogate_in_the_configuration(llama: Path) -> None:
+    change_json(llama / "config.json", note="\ud800")
+    expect(llama, "config.json cannot be read: it holds a lone surrogate", "damaged")
+    change_json(llama / "config.json", note="\U0001f600")  # json writes it as a pair
+    CheckpointSource(llama)
+
+
+def test_a_tensor_twice_in_a_file(llama: Path) -> None:
+    path = llama / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip()
+    header = (
+        header[:-1] + b',"model.norm.weight":' + json.dumps(json.loads(header)["model.norm.weight"]).encode() + b"}"
+    )
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    expect(llama, "header of model.safetensors is damaged: 'model.norm.weight' is there twice", "again")
+
+
+def test_a_tensor_twice_in_the_folder(llama: Path) -> None:
+    _, second = shard(llama)
+    save_file(load_file(second) | {"model.embed_tokens.weight": torch.zeros(128, 32)}, second, {"format": "pt"})
+    expect(llama, "has model.embed_tokens.weight twice, in a.safetensors and in b.safetensors", "again")
+    index = (llama / INDEX_NAME).read_text()
+    (llama / INDEX_NAME).write_text(index.replace('{"weight_map": {', '{"weight_map": {"model.norm.weight": "a", '))
+    expect(llama, "'model.norm.weight' is there twice", "damaged")
+
+
+@pytest.mark.parametrize("name", ["a\0.safetensors", "", "\ud800", "x" * 300])
+def test_index_with_a_name_that_no_file_has(llama: Path, name: str) -> None:
+    shard(llama)
+    index = json.loads((llama / INDEX_NAME).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (llama / INDEX_NAME).write_text(json.dumps(index))
+    expect(llama, "not a file of its folder|lone surrogate", "")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from llm_barber import EvaluateConfig, Evaluation, evaluate
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.evaluation.texts import evaluation_text
-from tests.conftest import FAMILIES, load_model, make_model, save_tokens
+from tests.conftest import FAMILIES, change_json, load_model, make_model, save_tokens
 
 
 def add_tokenizer(folder: Path, bos: bool = False) -> None:
@@ -143,3 +143,17 @@ def test_texts_are_joined_as_released_programs_join_them(monkeypatch: pytest.Mon
     monkeypatch.setattr("datasets.load_dataset", lambda **_: {"sentence": ["a b", "c"], "text": ["x"] * 2000})
     assert evaluation_text("ptb") == "a b c"
     assert evaluation_text("c4") == " ".join(["x"] * 1100)
+
+
+def test_a_damaged_tokenizer(llama: Path, text: str) -> None:
+    add_tokenizer(llama)
+    change_json(llama / "tokenizer_config.json", model_max_length="x")
+    with pytest.raises(CalibrationError, match="tokenizer cannot make tokens of text") as caught:
+        run(llama, text)
+    assert "tokenizer_config.json" in caught.value.hint
+
+
+def test_a_text_of_a_user_who_is_not_there(llama: Path) -> None:
+    add_tokenizer(llama)
+    with pytest.raises(CalibrationError, match="no such text: ~nobody-here/x.txt"):
+        run(llama, "~nobody-here/x.txt")

@@ -1,6 +1,5 @@
 """What lies beside a checkpoint's weights: its configuration, and the files that travel with them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,6 @@ NO_COMPANIONS = (
     "pytorch_model.bin.index.json",
 )
 LICENCES = ("license", "licence", "notice", "use_policy")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ModelError: it does not, or cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "the file is damaged; get it again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object", "the file is damaged; get it again")
-    return content
 
 
 def refuse_adapter(folder: Path, model: str) -> None:

@@ -4,7 +4,6 @@ A packed weight is two tensors, its kept values and their places (`encoding.py`)
 the shape and encoding of each. The names are such that no other program takes the folder for a model.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from llm_barber.checkpoint.encoding import Encoding, Packed, pack, places_bytes, unpack
+from llm_barber.checkpoint.untrusted import check_file_name, read_json
 from llm_barber.errors import ModelError
 
 PACKED_INDEX = "packed.index.json"
@@ -76,22 +76,17 @@ def read_index(folder: Path) -> dict[str, str]:
         ModelError: the index is damaged, of a newer version, or names something outside the folder.
     """
     path = folder / PACKED_INDEX
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, weight_map = content["version"], content["weight_map"]
-        if not isinstance(version, int) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read", DAMAGED) from error
+    content = read_json(path, distinct_keys=True, hint=DAMAGED)
+    version, weight_map = content.get("version"), content.get("weight_map")
+    if not isinstance(version, int) or not isinstance(weight_map, dict):
+        raise ModelError(f"{path} cannot be read: it has no version, or no weight_map", DAMAGED)
     if version != FORMAT_VERSION:
         raise ModelError(
             f"{path} has format version {version}, this program reads {FORMAT_VERSION}", "update llm-barber"
         )
-    for file in set(weight_map.values()):
-        if Path(file).name != file or file in (".", ".."):
-            raise ModelError(f"{PACKED_INDEX} names {file!r}, which is not a file of its folder", "do not trust it")
-    found: dict[str, str] = weight_map
-    return found
+    for file in weight_map.values():
+        check_file_name(file, PACKED_INDEX)
+    return weight_map
 
 
 def read_table(
@@ -113,7 +108,8 @@ def read_table(
         raise ModelError(f"{file} has no table of packed weights, or a damaged one", DAMAGED) from error
     if table.version != FORMAT_VERSION:
         raise ModelError(f"{file} has format version {table.version}", "update llm-barber")
-    if Path(table.file).name != table.file or not table.file.endswith(".safetensors"):
+    check_file_name(table.file, f"the table of {file}")
+    if not table.file.endswith(".safetensors"):
         raise ModelError(f"{file} names {table.file!r} as the file it was", "do not trust it")
     for name, entry in table.packed.items():
         parts = [shapes.get(name + suffix) for suffix in (VALUES, PLACES)]

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from llm_barber.checkpoint.companions import CARD_NAME, LOCK_NAME, OURS, PAGE_NAME, RECORD_NAME, REPLACED, read_json
+from llm_barber.checkpoint.companions import CARD_NAME, LOCK_NAME, OURS, PAGE_NAME, RECORD_NAME, REPLACED
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
 from llm_barber.checkpoint.packed import PACKED_INDEX, packed_name
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, OutputError
 
 PROGRAM_FILES = {*OURS, CARD_NAME, PAGE_NAME, STATE_NAME, STATE_BEFORE, LOCK_NAME, REPLACED}

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.companions import companions, read_json, refuse_adapter, refuse_quantised
+from llm_barber.checkpoint.companions import companions, refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME, resolve_model
 from llm_barber.checkpoint.packed import PACKED_INDEX, PLACES, VALUES, Table, read_index, read_table, unpack_tensor
 from llm_barber.checkpoint.state import files_key
+from llm_barber.checkpoint.untrusted import check_file_name, check_header, read_json
 from llm_barber.errors import ModelError, NotFiniteError
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -56,6 +57,14 @@ class Place:
     def of(self, tensor: Tensor) -> Tensor:
         """The parameter, a view of the tensor."""
         return tensor if self.part is None else self.part.of(tensor)
+
+
+def shape_of(place: Place, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the parameter at a place of a tensor of some shape; None: the tensor has no such part."""
+    try:
+        return tuple(place.of(torch.empty(shape, device="meta")).shape)
+    except (IndexError, RuntimeError, ValueError):
+        return None
 
 
 class CheckpointSource:
@@ -100,9 +109,20 @@ class CheckpointSource:
         return self.places[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, by the model's name."""
+        """The shape of a parameter, by the model's name.
+
+        Raises:
+            ModelError: the checkpoint does not have it, or has a tensor there that has no such part.
+        """
         place = self.place(name)
-        return tuple(place.of(torch.empty(self.tensors[place.tensor].shape, device="meta")).shape)
+        info = self.tensors[place.tensor]
+        shape = shape_of(place, info.shape)
+        if shape is None:
+            raise ModelError(
+                f"{place.tensor} has shape {info.shape}, and no part of it is {name}",
+                "config.json and the weights do not belong together",
+            )
+        return shape
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by the checkpoint's names, each file opened once.
@@ -186,9 +206,12 @@ class CheckpointSource:
             if not (self.folder / file).is_file():
                 raise ModelError(f"shard {file} of {self.model} is missing", "get the checkpoint again, whole")
             with _OpenedFile(self.folder / file) as handle:
+                check_header(self.folder / file)
                 slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - a handle
                 found = {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
                 table = self.packed[file] = read_table(file, handle.metadata(), found)
+            for name in (*found, *table.packed):
+                self._refuse_repeated(name, tensors, file)
             for name, (dtype, shape) in found.items():
                 if not name.endswith((VALUES, PLACES)):
                     tensors[name] = TensorInfo(file, shape, dtype)
@@ -205,7 +228,7 @@ class CheckpointSource:
         if (self.folder / PACKED_INDEX).exists():
             return self._read_packed_headers()
         if (self.folder / INDEX_NAME).exists():
-            weight_map = read_json(self.folder / INDEX_NAME).get("weight_map")
+            weight_map = read_json(self.folder / INDEX_NAME, distinct_keys=True).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise ModelError(f"{INDEX_NAME} has no weight_map", "the index is damaged; get it again")
             files = sorted(set(weight_map.values()))
@@ -215,15 +238,13 @@ class CheckpointSource:
             raise ModelError(f"{self.model} has no safetensors weights", self._hint_without_safetensors())
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            if Path(file).name != file or file in (".", ".."):
-                raise ModelError(
-                    f"{INDEX_NAME} names {file!r}, which is not a file of its folder",
-                    "do not trust this checkpoint",
-                )
+            check_file_name(file, INDEX_NAME)
             if not (self.folder / file).exists():
                 raise ModelError(f"shard {file} of {self.model} is missing", "get the checkpoint again, whole")
             with _OpenedFile(self.folder / file) as handle:
+                check_header(self.folder / file)
                 for name in handle.keys():  # noqa: SIM118 - a handle, not a dict
+                    self._refuse_repeated(name, tensors, file)
                     part = handle.get_slice(name)
                     tensors[name] = TensorInfo(file, tuple(part.get_shape()), str(part.get_dtype()))
         for name, file in weight_map.items():
@@ -233,6 +254,14 @@ class CheckpointSource:
                     "the checkpoint is damaged; get it again",
                 )
         return tensors
+
+    def _refuse_repeated(self, name: str, tensors: Mapping[str, TensorInfo], file: str) -> None:
+        """Raise `ModelError` where a tensor is in a file that was read before, too."""
+        if name in tensors:
+            raise ModelError(
+                f"{self.model} has {name} twice, in {tensors[name].file} and in {file}",
+                "it is not known which is the right one: get the checkpoint again, whole",
+            )
 
     def _hint_without_safetensors(self) -> str:
         if any(self.folder.glob("pytorch_model*.bin")):

@@ -189,16 +189,23 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
         OutputError: something differs; all that does is named.
     """
     wanted = json.loads(json.dumps(key))
-    given = _differing(wanted.pop("given", {}), state.key.get("given", {}))
+    given = _differing(wanted.pop("given", {}), _mapping(state.key.get("given")))
     differing = _differing(wanted, {name: value for name, value in state.key.items() if name != "given"})
     if "settings" in differing:
         differing.remove("settings")
-        differing = sorted({*differing, *(given or _differing(wanted["settings"], state.key["settings"]))})
+        differing = sorted(
+            {*differing, *(given or _differing(wanted["settings"], _mapping(state.key.get("settings"))))}
+        )
     if differing:
         raise OutputError(
             f"the unfinished run was started with another {', '.join(differing)}",
             f"give what it was started with, or {START_AGAIN}",
         )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A part of a key; a damaged state may have something else there, which is like nothing."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

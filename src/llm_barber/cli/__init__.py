@@ -12,7 +12,7 @@ import typer
 
 from llm_barber.cli.app import app
 from llm_barber.cli.typed import as_typed
-from llm_barber.errors import BarberError
+from llm_barber.errors import BarberError, SettingsError
 from llm_barber.messages import Message
 
 # The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
@@ -46,6 +46,7 @@ def _main(given: list[str]) -> int:
     """Run a command; with --debug the traceback of an error comes before what is said of it in any case."""
     debug = "--debug" in given
     try:
+        _refuse_empty(given)
         code = app(given, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
@@ -77,6 +78,19 @@ def _main(given: list[str]) -> int:
             "this is a defect: run again with --debug and report the traceback",
             1,
         )
+
+
+def _refuse_empty(given: list[str]) -> None:
+    """Raise `SettingsError` where an argument is empty, which a path would take for the current folder."""
+    for before, argument in zip(["", *given], given, strict=False):
+        name, equals, value = argument.partition("=")
+        if equals and not value and name.startswith("--"):
+            before, argument = name, value
+        if not argument.strip():
+            named = before if before.startswith("--") else "an argument"
+            raise SettingsError(
+                f"{named} is empty", "leave it out, or give it a value; is a variable of the shell not set?"
+            )
 
 
 def _of_memory(error: Exception) -> bool:

@@ -64,6 +64,10 @@ def rebuild(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model: folder, hub id or GGUF file.")],
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The same model, pruned by any tool.")],
     output: OutArgument,
+    pruned_revision: Annotated[
+        str | None,
+        typer.Option(help="Revision of PRUNED, if it is a hub id; --revision is DENSE's.", rich_help_panel=COMPUTE),
+    ] = None,
     initial: Annotated[
         Initial | None,
         typer.Option(
@@ -99,7 +103,7 @@ def rebuild(
     """
     from llm_barber.pruning import rebuild as run
 
-    settings |= {"initial": initial, "pattern": pattern, "preset": preset}
+    settings |= {"initial": initial, "pattern": pattern, "preset": preset, "pruned_revision": pruned_revision}
     config = RebuildConfig(dense=dense, pruned=pruned, output=output, **settings)
     _run_or_plan(run, config, dry_run, json, quiet)
 

@@ -4,13 +4,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.checkpoint.state import write_durably
+from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.progress import Progress
 from llm_barber.report import RunReport
@@ -177,8 +179,8 @@ class CellRunner:
 def _read(path: Path, kind: type[Kept]) -> Kept | None:
     """What a file holds; None if it is not there or damaged, so that it is done again."""
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError):
+        return read_result(path, kind)
+    except (OSError, ValueError):
         return None
 
 
@@ -197,5 +199,5 @@ def fingerprint(path: Path) -> str:
 
 def source_fingerprint(name: str) -> str | None:
     """`fingerprint` of a text that is a file; None for names, whose content is known or the hub's."""
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     return fingerprint(path) if path.is_file() else None

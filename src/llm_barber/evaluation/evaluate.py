@@ -20,7 +20,7 @@ from llm_barber.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings import DTYPES, Dtype, StructureSettings
 from llm_barber.usage import versions
-from llm_barber.windows import beginning_of_texts
+from llm_barber.windows import beginning_of_texts, tokens_of
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 
@@ -295,7 +295,7 @@ def _check_same_tokens(tokenizer: Any, other: StreamedModel) -> None:
     """Refuse another model whose tokenizer cuts a text otherwise: ids that mean different words cannot be compared."""
     theirs = load_tokenizer(other.source.folder)
     sample = read_text("builtin")[:SAMPLE_CHARACTERS]
-    if theirs is not None and list(tokenizer(sample).input_ids) != list(theirs(sample).input_ids):
+    if theirs is not None and tokens_of(sample, tokenizer) != tokens_of(sample, theirs):
         raise ModelError(f"{other.source.model} has another tokenizer", "compare models with the same tokenizer")
 
 

@@ -17,6 +17,7 @@ from llm_barber.evaluation.tasks import CONTINUED, PAPER_TASKS, Task, TaskResult
 from llm_barber.model.device import resolve_batch_size
 from llm_barber.opening import check_vocabulary
 from llm_barber.progress import Progress
+from llm_barber.windows import tokens_of
 
 try:
     import lm_eval.api.task
@@ -49,13 +50,19 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """What ends a text."""
-        return int(self.tokenizer.eos_token_id)
+        end = self.tokenizer.eos_token_id
+        if not isinstance(end, int):
+            raise TaskError(
+                "the model's tokenizer has no token that ends a text, which tasks need",
+                "add eos_token to tokenizer_config.json",
+            )
+        return end
 
     @cached_property
     def prefix_token_id(self) -> int:
         """What a text without context begins with."""
         begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else int(begin)
+        return begin if isinstance(begin, int) else self.eot_token_id
 
     @cached_property
     def max_length(self) -> int:
@@ -65,7 +72,7 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; special tokens as the tokenizer adds them, unless told."""
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **special))
+        return tokens_of(string, self.tokenizer, **special)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is what greedy decoding gives."""

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from llm_barber.checkpoint.companions import EVALUATION_NAME
+from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.evaluate import Evaluation, TextResult
 from llm_barber.evaluation.tasks import TaskResult
@@ -25,8 +24,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     if not path.exists():
         return None
     try:
-        return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        return read_result(path, Evaluation)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is damaged", "remove it, and evaluate again") from error
 
 
@@ -60,7 +59,7 @@ def _are_alike(kept: Evaluation, new: Evaluation) -> bool:
         return False
     if kept.against is None or new.against is None:
         return True
-    one, other = (Path(against).expanduser() for against in (kept.against, new.against))
+    one, other = (Path(os.path.expanduser(against)) for against in (kept.against, new.against))
     return kept.against == new.against or (one.exists() and other.exists() and one.resolve() == other.resolve())
 
 

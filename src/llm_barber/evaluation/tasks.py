@@ -4,7 +4,6 @@ The tasks are run by lm-eval (`harness.py`); what is here does not need it.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from llm_barber.checkpoint.untrusted import parse_json
 from llm_barber.errors import TaskError
 
 # The seven of arXiv 2408.10631, as lm-eval names them.
@@ -137,7 +137,7 @@ def _read_task(path: Path, limit: int | None) -> Task:
         if not line.strip():
             continue
         try:
-            example = json.loads(line)
+            example = parse_json(line)
         except ValueError as error:
             raise TaskError(f"{path} line {number} is not JSON: {error}", "each line is one JSON object") from error
         if fields is None:

@@ -1,5 +1,6 @@
 """Evaluation texts, joined as the released programs join them, so that numbers compare with published ones."""
 
+from os.path import expanduser
 from pathlib import Path
 
 from torch import Tensor
@@ -46,7 +47,7 @@ def check_text(name: str) -> None:
     """
     if name.endswith(TOKEN_FILE_SUFFIX):
         raise CalibrationError(f"{name} holds tokens, not text", "give a .txt, .jsonl or .parquet file")
-    if name not in KNOWN and not Path(name).expanduser().is_file():
+    if name not in KNOWN and not Path(expanduser(name)).is_file():
         raise CalibrationError(
             f"no such text: {name}", f"known are {', '.join(KNOWN)}, or a .txt, .jsonl or .parquet file"
         )

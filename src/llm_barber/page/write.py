@@ -40,7 +40,7 @@ def write_page(folder: Path, output: Path | None = None) -> Path:
 
 def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
     """Keep an evaluation beside the record of its model, and show it on the page; other models are left alone."""
-    folder = Path(evaluation.model).expanduser()
+    folder = Path(os.path.expanduser(evaluation.model))
     if not (folder / RECORD_NAME).is_file():
         return
     try:

@@ -5,11 +5,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from llm_barber.checkpoint.companions import read_json, refuse_adapter, refuse_quantised
+from llm_barber.checkpoint.companions import refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.gguf import DTYPE as GGUF_DTYPE
 from llm_barber.checkpoint.hub import hub_configuration
+from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError
-from llm_barber.opening import unusable_configuration
+from llm_barber.opening import check_finite, unusable_configuration
 
 NOT_FOUND_HINT = "give a folder with config.json, a config.json, a GGUF file or a hub id"
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -23,14 +24,15 @@ def read_configuration(model: str, revision: str | None = None) -> PreTrainedCon
         HubError: the hub cannot be reached or does not have it.
     """
     place, options = _find(model, revision)
-    if not options:
-        refuse_quantised(read_json(place), model)
+    content = {} if options else read_json(place)
+    refuse_quantised(content, model)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             place, trust_remote_code=False, local_files_only=True, **options
         )
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
         raise unusable_configuration(model, error) from error
+    check_finite(content, config, model)
     for size in SIZES:
         given = getattr(config.get_text_config(), size, 1)
         if isinstance(given, int) and given < 1:
