@@ -64,6 +64,10 @@ FOUND: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
     },
+    "modernbert-decoder": {  # a dense layer and a norm before the output head, which is tied and has a bias
+        **LLAMA_LIKE, "layer_types": MIXED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "cls_token_id": 1, "sep_token_id": 2,
+    },
     "nemotron_h": {  # one block a layer, experts without gates
         **LLAMA_LIKE, "layers_block_type": ["mamba", "moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16,
         "ssm_state_size": 8, "n_groups": 1, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,

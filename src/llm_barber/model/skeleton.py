@@ -20,6 +20,7 @@ from llm_barber.model.stepping import (
     different_tensors,
     how_to_step_over,
 )
+from llm_barber.model.text_parameters import TextParameters, find_text_parameters
 
 
 class Skeleton:
@@ -64,22 +65,30 @@ class Skeleton:
 
     @property
     def outside_names(self) -> list[str]:
-        """Parameters outside the decoder layers that text may need: those beside the embedding, not the output head."""
+        """Parameters outside the decoder layers that embed text: those beside the embedding, and what else is used.
+
+        The output head's are not among them, unless it is the embedding.
+        """
         head = self._parameters_of_head
         embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
         parameters, beside = dict(self.model.named_parameters()), beside_embedding(self.model)
+        used = self._text_parameters.embedding
         return [
             name
             for name in self.every_outside_name
-            if name.startswith(beside) and id(parameters[name]) not in head - embedding
+            if (name.startswith(beside) or name in used) and id(parameters[name]) not in head - embedding
         ]
 
     @property
     def outside_names_and_head(self) -> list[str]:
-        """`outside_names` and the output head's parameters; tied ones once."""
-        parameters, others = dict(self.model.named_parameters()), set(self.outside_names)
+        """`outside_names`, the output head's parameters and what lies between layers and head; tied ones once."""
+        parameters, others = dict(self.model.named_parameters()), {*self.outside_names, *self._text_parameters.logits}
         head = self._parameters_of_head
         return [name for name in self.every_outside_name if name in others or id(parameters[name]) in head]
+
+    @cached_property
+    def _text_parameters(self) -> TextParameters:
+        return find_text_parameters(self.model, self.layers, self.layers_prefix, self.device)
 
     @property
     def _parameters_of_head(self) -> set[int]:
