@@ -20,10 +20,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prunes_half_of_the_linears_and_of_the_head(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llm_barber.initial.FEW_TOKENS", 1)  # a few tokens must do for an expert here
+def test_prunes_half_of_the_linears_and_of_the_head(tmp_path: Path, family: str) -> None:
     model = make_model(tmp_path / "dense", family)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=2, tokens=8)
     for way, settings in WAYS.items():
