@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import CalibrationError, HubError, SettingsError
 from llm_barber.usage import current_memory
 from llm_barber.windows import TextTokenizer, windows_of
@@ -160,6 +161,7 @@ def read_text(name: str, tokens_wanted: int | None = None) -> str:
     if name in HUB_SETS:
         return _read_hub(name, tokens_wanted)
     path = Path(name).expanduser()
+    check_regular(path, CalibrationError)
     if not path.is_file():
         is_file_name = path.suffix or len(path.parts) > 1
         hint = "check the path: there is no such file" if is_file_name else f"known are {known_calibrations()}"
@@ -237,6 +239,7 @@ def _read_hub(name: str, tokens_wanted: int | None) -> str:
 
 def _read_tokens(path: Path) -> Tensor:
     hint = "it must hold int64 `input_ids` of shape (sequences, tokens), two tokens or more"
+    check_regular(path, CalibrationError)
     if not path.is_file():
         raise CalibrationError(f"no such calibration file: {path}", hint)
     try:

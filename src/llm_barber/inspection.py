@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.source import CheckpointSource, Place
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.layer_report import LinearResult
@@ -149,6 +150,7 @@ def read_record(folder: Path) -> RunReport | None:
     path = folder / RECORD_NAME
     if not path.exists():
         return None
+    check_regular(path)
     try:
         record = RunReport.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
 from llm_barber.model.architecture import Block
@@ -45,8 +46,10 @@ def _read_yaml(path: str | Path) -> Any:
 
     Raises:
         ValueError: it cannot be read, or a key is there twice.
+        SettingsError: it is no regular file.
     """
     try:
+        check_regular(Path(path).expanduser(), SettingsError)
         return yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=_OneOfEach)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
