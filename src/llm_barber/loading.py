@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
+from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.device import resolve_device
 from llm_barber.model.empty import auto_class, empty_model, join_tied_linears, untie_head
 from llm_barber.model.experts import Experts
@@ -79,11 +80,9 @@ def load(
         else:
             parent, _, last = path.rpartition(".")
             setattr(empty.get_submodule(parent), last, PackedLinear(packed, owner.bias))
-    for path, module in empty.named_modules():
-        for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
-            name = f"{path}.{leaf}"
-            if name in source.places:
-                setattr(module, leaf, source.read_parameters([name])[name])
+    for name in stored_buffer_names(empty):
+        if name in source.places:
+            set_buffer(empty, name, source.read_parameters([name])[name], place)
     empty.tie_weights()
     if (source.folder / "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(source.folder)

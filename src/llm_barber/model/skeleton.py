@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
+from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import beside_embedding, empty_model
 from llm_barber.model.fixed_order import FixedOrder
 from llm_barber.model.stepping import (
@@ -129,13 +130,8 @@ class Skeleton:
         return [name for name, _ in self.layers[index].named_parameters()]
 
     def buffer_names(self, index: int) -> list[str]:
-        """Names of a layer's buffers that checkpoints have, such as what a router adds to its scores."""
-        return [
-            f"{path}.{name}" if path else name
-            for path, module in self.layers[index].named_modules()
-            for name in module._buffers
-            if name not in module._non_persistent_buffers_set
-        ]
+        """Names of a layer's buffers that checkpoints have, inside the layer."""
+        return stored_buffer_names(self.layers[index])
 
     def linears(self, index: int) -> tuple[str, ...]:
         """The prunable linears of a layer, block after block."""
@@ -234,9 +230,7 @@ class Skeleton:
         buffers = set(self.buffer_names(index))
         self._assign(layer, {name: tensor for name, tensor in weights.items() if name not in buffers})
         for name in buffers & weights.keys():
-            path, _, leaf = name.rpartition(".")
-            owner = layer.get_submodule(path)  # which keeps its own dtype: routers choose in float32
-            setattr(owner, leaf, weights[name].to(self.device, getattr(owner, leaf).dtype))
+            set_buffer(layer, name, weights[name], self.device)
         return layer
 
     def release_layer(self, index: int) -> None:
