@@ -1,16 +1,17 @@
 """Models loaded by us equal those that transformers loads."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llm_barber import PackConfig, PruneConfig, load, pack, prune
 from llm_barber.errors import ModelError
 from llm_barber.packed_linear import PackedLinear
-from tests.conftest import change_json, make_model, save_tokens
+from tests.conftest import change_json, load_model, make_model, save_tokens
 
 
 @pytest.fixture(params=["tied", "untied", "qwen2", "gpt_neox"])
@@ -62,3 +63,32 @@ def test_dtype_and_bad_input(tmp_path: Path, llama: Path) -> None:
     change_json(llama / "config.json", hidden_size=16)
     with pytest.raises(ModelError, match="the configuration says"):
         load(llama)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "lfm2_moe"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_buffers_have_the_dtype_that_transformers_gives_them(tmp_path: Path, family: str, stored: torch.dtype) -> None:
+    folder = make_model(tmp_path / "model", family)
+    tensors = {name: tensor.to(stored) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    expected = dict(load_model(folder, dtype=torch.float32).named_buffers())
+    found = dict(load(folder, dtype=torch.float32).named_buffers())
+    names = [name for name in expected if name.endswith(("score_correction_bias", "expert_bias"))]
+    assert names
+    for name in names:
+        assert found[name].dtype == expected[name].dtype
+        assert torch.equal(found[name], expected[name])
+
+
+def test_a_buffer_of_the_model_itself_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LlamaForCausalLM.__init__
+
+    def with_buffer(model: LlamaForCausalLM, config: Any) -> None:
+        plain(model, config)
+        model.register_buffer("scale", torch.ones(3))
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", with_buffer)
+    folder = make_model(tmp_path / "model", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "scale": torch.tensor([1.0, 2.0, 3.0])}, folder / "model.safetensors", {"format": "pt"})
+    assert load(folder).get_buffer("scale").tolist() == [1, 2, 3]

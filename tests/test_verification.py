@@ -17,6 +17,7 @@ from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, in
 from llm_barber.checkpoint.digests import content_digest, has_its_digest, with_digest
 from llm_barber.checkpoint.packed import PLACES, VALUES
 from llm_barber.errors import BarberError, ModelError, OutputError, VerificationError
+from llm_barber.loading import load
 from tests.conftest import Listener, change_json, make_model, save_tokens
 from tests.evaluation.test_evaluate import add_tokenizer
 
@@ -132,6 +133,17 @@ def test_every_file_counts(folders: Path, kind: str, change: Callable[[Path], An
     with suppress(BarberError):
         unpack(PackConfig(model=folders / kind, output=folders / "other"))
         assert contents(folders / "other") == contents(folders / "pruned")  # what was added does not travel
+
+
+def test_load_verifies_on_request(folders: Path) -> None:
+    for kind in ("pruned", "packed"):
+        load(folders / kind, verify=True)
+        change_json(folders / kind / "generation_config.json", pad_token_id=7)
+        load(folders / kind)
+        with pytest.raises(VerificationError, match="generation_config.json has changed since it was written"):
+            load(folders / kind, verify=True)
+    with pytest.raises(ModelError, match=r"has no barber\.json"):
+        load(folders / "dense", verify=True)
 
 
 def test_an_edited_total_size_is_found(folders: Path) -> None:

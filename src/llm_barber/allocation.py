@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.errors import ModelError, NotFiniteError, SettingsError
-from llm_barber.initial import MethodMasks, collect_inputs, with_few_tokens
+from llm_barber.initial import MethodMasks, collect_inputs, linears_with_few_tokens, total_token_counts
 from llm_barber.job import Job
 from llm_barber.masking.budget import removal_costs, spread_budget
 from llm_barber.masking.owl import layer_sparsities, outlier_share
@@ -44,7 +44,7 @@ def allocate(
             return _by_outliers(initial, streams, sparsity, progress)
         return _by_loss(initial, streams, sparsity, progress)
     finally:
-        streams.rename(START, HIDDEN)
+        streams.swap(START, HIDDEN)
         streams.drop(START)
 
 
@@ -91,7 +91,8 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
         inputs.append([streams.kept(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
-        little |= {job.linear_name(index, name) for name in with_few_tokens(layer, streams)}
+        few = linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks))
+        little |= {job.linear_name(index, name) for name in few}
         skeleton.tails[index] = layer.tail
         progress.advance("forward")
     gradients = [_loss_gradient(job, streams.read(HIDDEN, batch), tokens[batch]) for batch in batches]

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_header, parse_json
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.messages import message
@@ -169,6 +170,7 @@ def read_text(name: str, tokens_wanted: int | None = None) -> str:
     if name in HUB_SETS:
         return _read_hub(name, tokens_wanted)
     path = Path(expanduser(name))
+    check_regular(path, CalibrationError)
     if not path.is_file():
         is_file_name = path.suffix or len(path.parts) > 1
         hint = "check the path: there is no such file" if is_file_name else f"known are {known_calibrations()}"
@@ -244,6 +246,7 @@ def _read_hub(name: str, tokens_wanted: int | None) -> str:
 
 def _read_tokens(path: Path) -> Tensor:
     hint = "it must hold int64 `input_ids` of shape (sequences, tokens), two tokens or more"
+    check_regular(path, CalibrationError)
     if not path.is_file():
         raise CalibrationError(f"no such calibration file: {path}", hint)
     try:

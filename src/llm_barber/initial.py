@@ -25,6 +25,7 @@ from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
 from llm_barber.model.architecture import MLP
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.ranks import Ranks
 from llm_barber.targets import Targets
 
 
@@ -130,7 +131,7 @@ class MethodMasks:
         found = self._by_method(index, layer, dense, streams, targets)
         if self.method is not Initial.MAGNITUDE:
             found = {name: replace(one, few_tokens=False) for name, one in found.items()}
-            for name in with_few_tokens(layer, streams):
+            for name in linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks)):
                 keep = self._mask(saliency.magnitude(dense[name]), targets[name])
                 found[name] = replace(found[name], values=dense[name]).with_mask(keep).left_alone()
         return found
@@ -214,25 +215,41 @@ def _group_pattern(target: Pattern) -> NofM | None:
     return target if isinstance(target, NofM) else None
 
 
-def with_few_tokens(layer: DecoderLayer, streams: ActivationStreams, calls: int = 1) -> list[str]:
-    """The linears of experts that were given fewer than `FEW_TOKENS` tokens in each of so many calls for a sequence."""
+def total_token_counts(layer: DecoderLayer, ranks: Ranks) -> dict[str, Tensor]:
+    """How many tokens each expert was given in all processes, int64 (experts,), by the path of the experts.
+
+    The layer's own counts stay those of this process.
+    """
+    totals = {path: experts.tokens.clone() for path, experts in layer.experts.items()}
+    for tokens in totals.values():
+        ranks.add_tensor(tokens)
+    return totals
+
+
+def linears_with_few_tokens(layer: DecoderLayer, totals: Mapping[str, Tensor], calls: int = 1) -> list[str]:
+    """The linears of experts that were given fewer than `FEW_TOKENS` tokens a call.
+
+    Args:
+        layer: has the experts.
+        totals: `total_token_counts`.
+        calls: of the layer for each sequence.
+    """
     found = []
-    for path, experts in layer.experts.items():
-        streams.ranks.add_tensor(experts.tokens)
-        few = {f"{path}.{number}" for number in (experts.tokens < calls * FEW_TOKENS).nonzero().flatten().tolist()}
+    for path, tokens in totals.items():
+        few = {f"{path}.{number}" for number in (tokens < calls * FEW_TOKENS).nonzero().flatten().tolist()}
         found += [name for name in layer.linears if name.rpartition(".")[0] in few]
     return found
 
 
-def few_left_alone(
-    linears: Mapping[str, PrunedLinear], layer: DecoderLayer, streams: ActivationStreams, calls: int = 1
+def freeze_linears_with_few_tokens(
+    linears: Mapping[str, PrunedLinear], layer: DecoderLayer, ranks: Ranks, calls: int = 1
 ) -> dict[str, PrunedLinear]:
-    """Linears of which those of experts with few tokens take no part any more; where it was known before, as it was."""
-    few = set(with_few_tokens(layer, streams, calls))
+    """Freeze the linears of experts that were given too few tokens; linears whose tokens were counted before stay."""
+    few = set(linears_with_few_tokens(layer, total_token_counts(layer, ranks), calls))
     found = dict(linears)
-    for name, one in linears.items():
-        if one.few_tokens is None:
-            found[name] = one.left_alone() if name in few else replace(one, few_tokens=False)
+    for name, linear in linears.items():
+        if linear.few_tokens is None:
+            found[name] = linear.left_alone() if name in few else replace(linear, few_tokens=False)
     return found
 
 

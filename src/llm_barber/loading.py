@@ -14,13 +14,16 @@ from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.messages import message
+from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.device import resolve_device
 from llm_barber.model.empty import auto_class, empty_model, join_tied_linears, untie_head
 from llm_barber.model.experts import Experts
 from llm_barber.naming import find_places
 from llm_barber.opening import load_config
 from llm_barber.packed_linear import PackedLinear
+from llm_barber.progress import Silent
 from llm_barber.semi_structured import check_device, convert
+from llm_barber.verification import verify_folder
 
 
 def load(
@@ -29,6 +32,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     semi_structured: bool = False,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """A transformers model with the weights of a checkpoint folder, one tensor after the other.
 
@@ -40,10 +44,12 @@ def load(
         device: as in `prune`.
         semi_structured: convert linears that hold 2:4 with PyTorch's `to_sparse_semi_structured`, where dtype and shape
             allow; `model.semi_structured` and a warning say which stay dense and why. Untested on a real GPU.
+        verify: compare every file with the record of the run first, which reads the folder once more.
 
     Raises:
         ModelError: the checkpoint is damaged, or does not have what its configuration says; no linear can be
             semi-structured.
+        VerificationError: with `verify`, the folder is not what its record says.
         SettingsError: an unknown device; `semi_structured` without a GPU for it, or with `keep_packed`.
     """
     place = resolve_device(device)
@@ -54,6 +60,8 @@ def load(
     if keep_packed and place.type == "cuda" and find_spec("triton") is None:
         warnings.warn("without Triton every product unpacks its weight: pip install 'llm-barber[gpu]'", stacklevel=2)
     source = CheckpointSource(str(model))
+    if verify:
+        verify_folder(source, Silent())
     config = load_config(source)
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
@@ -80,11 +88,9 @@ def load(
         else:
             parent, _, last = path.rpartition(".")
             setattr(empty.get_submodule(parent), last, PackedLinear(packed, owner.bias))
-    for path, module in empty.named_modules():
-        for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
-            name = f"{path}.{leaf}"
-            if name in source.places:
-                setattr(module, leaf, source.read_parameters([name])[name])
+    for name in stored_buffer_names(empty):
+        if name in source.places:
+            set_buffer(empty, name, source.read_parameters([name])[name], place)
     empty.tie_weights()
     if (source.folder / "generation_config.json").exists():
         empty.generation_config = GenerationConfig.from_pretrained(source.folder)

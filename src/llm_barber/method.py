@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_barber.errors import overflowed
-from llm_barber.initial import PrunedLinear, few_left_alone
+from llm_barber.initial import PrunedLinear, freeze_linears_with_few_tokens
 from llm_barber.job import Job
 from llm_barber.layer_report import BlockResult, LinearResult
 from llm_barber.masking.granularity import Granularity
@@ -121,9 +121,9 @@ def prune_layer(
     skeleton.tails[index] = layer.tail
     skeleton.release_layer(index)
     # Last of all: until here the layer can be pruned again, if memory runs out.
-    streams.rename(DENSE_OUTPUT, HIDDEN)
+    streams.swap(DENSE_OUTPUT, HIDDEN)
     if follows_dense:
-        streams.rename(DENSE + NEXT, DENSE + HIDDEN)
+        streams.swap(DENSE + NEXT, DENSE + HIDDEN)
     return PrunedLayer(written, results, held_out)
 
 
@@ -256,7 +256,7 @@ def _rebuild_block(
     for name, statistic in squares.items():
         if not torch.isfinite(statistic.total.max()):  # a NaN is a maximum too
             raise overflowed(f"a gradient of {where}, {name},")
-    now = few_left_alone({name: pruned[name] for name in block.linears}, layer, streams, calls=2)
+    now = freeze_linears_with_few_tokens({name: pruned[name] for name in block.linears}, layer, streams.ranks, calls=2)
     linears = list(now.values())
     found = rebuild_masks(
         keep=[linear.keep for linear in linears],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llm_barber.initial import PrunedLinear, few_left_alone
+from llm_barber.initial import PrunedLinear, freeze_linears_with_few_tokens
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
@@ -90,7 +90,7 @@ def refine_block(
     dense_weights = {name: dense[name] for name in block.linears}
     if not settings.of_linears:
         return _measured(work, dense_weights, pruned, settings)
-    pruned = _with_few_tokens_left_alone(work, pruned)
+    pruned = _freeze_linears_with_few_tokens(work, pruned)
     current = {name: pruned[name].weight for name in block.linears}
     training, held_out = streams.split()
     refined: dict[str, PrunedLinear] = {}
@@ -129,7 +129,7 @@ def refine_block(
     return _guarded(work, dense_weights, pruned, refined, settings)
 
 
-def _with_few_tokens_left_alone(work: Pass, pruned: Mapping[str, PrunedLinear]) -> dict[str, PrunedLinear]:
+def _freeze_linears_with_few_tokens(work: Pass, pruned: Mapping[str, PrunedLinear]) -> dict[str, PrunedLinear]:
     """The block's linears; where no tokens were counted yet, it is run for that."""
     layer, found = work.layer, {name: pruned[name] for name in work.block.linears}
     if not any(one.few_tokens is None and layer.of_expert(name) for name, one in found.items()):
@@ -139,7 +139,7 @@ def _with_few_tokens_left_alone(work: Pass, pruned: Mapping[str, PrunedLinear]) 
     for batches in work.streams.split():
         for batch in batches:
             work.output(batch)
-    return few_left_alone(found, layer, work.streams)
+    return freeze_linears_with_few_tokens(found, layer, work.streams.ranks)
 
 
 def _guarded(

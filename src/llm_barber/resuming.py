@@ -98,9 +98,9 @@ def pass_layer(
         streams.write(DENSE_OUTPUT, batch, layer.output(streams.read(HIDDEN, batch)))
     skeleton.tails[index] = layer.tail
     skeleton.release_layer(index)
-    streams.rename(DENSE_OUTPUT, HIDDEN)
+    streams.swap(DENSE_OUTPUT, HIDDEN)
     if dense:
-        streams.rename(DENSE + NEXT, DENSE + HIDDEN)
+        streams.swap(DENSE + NEXT, DENSE + HIDDEN)
 
 
 def _check_counts(result: LayerResult, weights: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
 from llm_barber.messages import SettingName, message
@@ -48,8 +49,10 @@ def _read_yaml(path: str | Path) -> Any:
 
     Raises:
         ValueError: it cannot be read, or a key is there twice.
+        SettingsError: it is no regular file.
     """
     try:
+        check_regular(Path(expanduser(path)), SettingsError)
         return yaml.load(Path(expanduser(path)).read_text(encoding="utf-8"), Loader=_OneOfEach)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_barber.distance import Distance, usual_squares
 from llm_barber.errors import NotFiniteError
-from llm_barber.initial import PrunedLinear, collect_inputs, few_left_alone
+from llm_barber.initial import PrunedLinear, collect_inputs, freeze_linears_with_few_tokens
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.scores import mask_of, pruned_of, starting_scores
 from llm_barber.masking.selection import apply_mask
@@ -112,7 +112,7 @@ class _Moving:
         layer.set_weights({name: one.weight for name, one in self._now.items()})
         layer.forget_tokens()
         squares = collect_inputs(layer, streams, InputSquares)
-        self._now = few_left_alone(self._now, layer, streams)
+        self._now = freeze_linears_with_few_tokens(self._now, layer, streams.ranks)
         return squares
 
     def groups(self) -> list[dict[str, object]]:

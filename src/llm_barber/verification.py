@@ -73,7 +73,7 @@ def unknown_files(source: CheckpointSource, record: RunReport) -> list[str]:
     return problems
 
 
-def verify(source: CheckpointSource, progress: Progress) -> None:
+def verify_folder(source: CheckpointSource, progress: Progress) -> None:
     """Refuse a folder that is not what its record says, or that has none.
 
     Raises:

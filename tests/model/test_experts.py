@@ -9,14 +9,18 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, pack, prune, rebuild
+from llm_barber.initial import linears_with_few_tokens, total_token_counts
 from llm_barber.loading import load
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import Unstructured
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.experts import Experts, is_fused, split_experts
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.structure import find_architecture
+from llm_barber.ranks import Ranks
 from llm_barber.report import RunReport
-from tests.conftest import FAMILIES, make_model, read_folder, save_tokens
+from tests.conftest import FAMILIES, make_config, make_model, read_folder, save_tokens
 
 
 def fused_experts() -> torch.nn.Module:
@@ -102,6 +106,28 @@ def test_experts_with_few_tokens_are_pruned_by_magnitude(
     assert report.sparsity == pytest.approx(settings.get("sparsity", 0.5), abs=0.02)
     assert all(tensor.isfinite().all() for tensor in written.values())
     assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(mixture))).problems == ()
+
+
+class TwoAlike(Ranks):
+    """Stands for two processes that count the same."""
+
+    def add_tensor(self, one: torch.Tensor) -> None:
+        one *= 2
+
+
+def test_counting_tokens_of_all_processes_twice_counts_them_once() -> None:
+    config = make_config("mixtral")
+    skeleton = Skeleton(config, find_architecture(config), torch.device("cpu"), torch.float32)
+    layer = DecoderLayer(skeleton.layers[0], skeleton.linears(0), lambda *_: {})
+    (experts,) = layer.experts.values()
+    experts.tokens += torch.tensor([5, 40, 31, 32])
+    for _ in range(2):
+        (totals,) = total_token_counts(layer, TwoAlike()).values()
+        assert totals.tolist() == [10, 80, 62, 64]
+        few = linears_with_few_tokens(layer, dict.fromkeys(layer.experts, totals))
+        assert {name.split(".")[2] for name in few} == {"0", "2"}
+        assert len(few) == 6
+    assert experts.tokens.tolist() == [5, 40, 31, 32]
 
 
 def test_records_pages_and_packing_take_experts_together(tmp_path: Path, mixture: Path) -> None:

@@ -22,6 +22,20 @@ from tests.test_resume import weights
 SETTINGS: dict[str, Any] = {"dtype": "float32", "preset": "mask", "guard": 0, "report": False}
 
 
+def test_swapped_arrays_are_read_by_each_others_names() -> None:
+    streams = ActivationStreams(2, batch_size=2)
+    both = slice(0, 2)
+    for name, value in (("one", 1.0), ("other", 2.0)):
+        streams.write(name, both, torch.full((2, 3, 4), value))
+    streams.swap("one", "other")
+    assert (streams.read("one", both) == 2).all()
+    assert (streams.read("other", both) == 1).all()
+    with pytest.raises(KeyError):
+        streams.swap("one", "absent")
+    streams.write("other", both, torch.full((2, 3, 4), 3.0))
+    assert (streams.read("one", both) == 2).all()  # no two names are of one array
+
+
 def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Path) -> None:
     memory = Places(limit=1000, folder=tmp_path)
     streams = ActivationStreams(4, 2, memory)

@@ -37,6 +37,7 @@ EXPECTED = {
     "granitemoe": [{"attention": 4, "mlp": 12}] * 2,
     "granitemoehybrid": [{"state space": 2, "mlp": 12, "shared_mlp": 2}, {"attention": 4, "mlp": 12, "shared_mlp": 2}],
     "jamba": [{"state space": 3, "mlp": 3}, {"attention": 4, "mlp": 12}],
+    "modernbert-decoder": [{"attention": 4, "mlp": 2}] * 2,
     "nemotron_h": [{"mixer": 2}, {"mixer": 10}, {"mixer": 4}],
     "qwen3_next": [{"linear attention": 3, "mlp": 15}, {"attention": 4, "mlp": 15}],
     **dict.fromkeys(WITH_IMAGES, [{"attention": 4, "mlp": 3}] * 2),

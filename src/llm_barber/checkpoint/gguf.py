@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from llm_barber.checkpoint.counts import check_counts
 from llm_barber.errors import ModelError, OutputError, first_line
 
 DTYPE = torch.bfloat16
@@ -57,12 +58,15 @@ def converted_gguf(path: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source, name = str(path.parent), path.name
     try:
+        check_counts(AutoConfig.from_pretrained(source, gguf_file=name).to_dict(), str(path))
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=DTYPE)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    except ModelError:
+        raise
     except Exception as error:  # the reader raises whatever its parts raise
         raise ModelError(
             f"{path} cannot be read as GGUF: {first_line(error)}",

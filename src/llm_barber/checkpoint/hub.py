@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm_barber.checkpoint.gguf import converted_gguf
+from llm_barber.checkpoint.regular import check_all_regular, check_regular
 from llm_barber.errors import HubError, ModelError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -21,6 +22,7 @@ HUB_PATTERNS = [
 ]
 CHAT_TEMPLATES = "additional_chat_templates"  # the only folder that travels
 PICKLED_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+READ_SUFFIXES = (*COMPANIONS, ".safetensors", ".bin")  # of files that are opened, here or by transformers
 HUB_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights in other layouts
 
 
@@ -33,7 +35,7 @@ def resolve_model(model: str, revision: str | None = None, pickled: bool = False
         pickled: of the hub's files take pickled weights, too.
 
     Raises:
-        ModelError: there is no such folder, and it cannot be a hub id.
+        ModelError: there is no such folder, and it cannot be a hub id; or a file in it is no regular file.
         HubError: the hub cannot be reached or does not have it.
     """
     try:
@@ -42,7 +44,10 @@ def resolve_model(model: str, revision: str | None = None, pickled: bool = False
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"no such model: {model} ({error})", "give a folder, a GGUF file or a hub id") from error
     if is_folder:
+        check_folder(path)
         return path
+    if model:  # "" would be this folder
+        check_regular(path)
     if is_file:
         if path.suffix == ".gguf":
             return converted_gguf(path)
@@ -51,6 +56,17 @@ def resolve_model(model: str, revision: str | None = None, pickled: bool = False
         raise ModelError(f"no such model: {model}", "give the folder of a checkpoint, a GGUF file or a hub id")
     name, _, pinned = model.partition("@")
     return _download(name, pinned or revision, HUB_PATTERNS + (PICKLED_PATTERNS if pickled else []))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a checkpoint's folder with named pipes, sockets or devices for files that are going to be opened.
+
+    Raises:
+        ModelError: there is one.
+    """
+    check_all_regular(folder, READ_SUFFIXES)
+    if (folder / CHAT_TEMPLATES).is_dir():
+        check_all_regular(folder / CHAT_TEMPLATES, READ_SUFFIXES)
 
 
 def hub_configuration(model: str, revision: str | None = None) -> Path:

@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm_barber.checkpoint.companions import companions, refuse_adapter, refuse_quantised
+from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME, resolve_model
 from llm_barber.checkpoint.packed import PACKED_INDEX, PLACES, VALUES, Table, read_index, read_table, unpack_tensor
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.state import files_key
 from llm_barber.checkpoint.untrusted import check_file_name, check_header, read_json
 from llm_barber.errors import ModelError, NotFiniteError
@@ -75,7 +77,8 @@ class CheckpointSource:
         revision: of the hub id, which may also stand behind it: `org/name@revision`.
 
     Raises:
-        ModelError: missing, damaged, not safetensors, quantised, an adapter.
+        ModelError: missing, damaged, not safetensors, quantised, an adapter; larger by its configuration than by its
+            weights.
         HubError: the hub cannot be reached or does not have it.
     """
 
@@ -86,6 +89,7 @@ class CheckpointSource:
         self.places: Mapping[str, Place] = {}  # of the model's parameters, by its names; see `naming.py`
         self.configuration = self._read_configuration()
         self.tensors = self._read_headers()
+        check_counts(self.configuration, self.model, (info.shape for info in self.tensors.values()))
         files = {"config.json"} | self._shards
         # When each was written, in ns: an unfinished run asks whether it is still the one that it began with.
         self.written = {name: (self.folder / name).stat().st_mtime_ns for name in sorted(files)}
@@ -280,6 +284,7 @@ class _OpenedFile:
         self.path = path
 
     def __enter__(self) -> Any:
+        check_regular(self.path)
         try:
             self.handle: Any = safe_open(os.fspath(self.path), framework="pt")
             return self.handle.__enter__()  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import ModelError
 
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
@@ -44,6 +45,7 @@ def read_json(path: Path, distinct_keys: bool = False, hint: str = DAMAGED) -> d
     Raises:
         ModelError: it does not, or cannot be read.
     """
+    check_regular(path)
     try:
         content = parse_json(path.read_bytes(), distinct_keys)
     except (OSError, ValueError) as error:
@@ -57,9 +59,11 @@ def read_result(path: Path, kind: type[Result]) -> Result:
     """What this program wrote of a run, a cell or an evaluation.
 
     Raises:
+        ModelError: it is no regular file.
         ValueError: the file is damaged, or has whole numbers beyond 64 bits, with which nobody can compute.
         OSError: it cannot be read.
     """
+    check_regular(path)
     content = path.read_bytes()
     try:
         json.loads(content.decode("utf-8"), parse_int=_of_64_bits)

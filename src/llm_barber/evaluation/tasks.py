@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import parse_json
 from llm_barber.errors import TaskError
 
@@ -128,6 +129,7 @@ def _plain(name: str) -> str:
 def _read_task(path: Path, limit: int | None) -> Task:
     examples: list[dict[str, Any]] = []
     fields: dict[str, type] | None = None
+    check_regular(path, TaskError)
     try:
         content = path.read_bytes()
         lines = content.decode("utf-8-sig").split("\n")  # other line ends may stand in a text

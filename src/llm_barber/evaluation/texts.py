@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llm_barber.calibration import TOKEN_FILE_SUFFIX, read_text
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import CalibrationError, HubError
 from llm_barber.windows import TextTokenizer, windows_of
 
@@ -47,6 +48,8 @@ def check_text(name: str) -> None:
     """
     if name.endswith(TOKEN_FILE_SUFFIX):
         raise CalibrationError(f"{name} holds tokens, not text", "give a .txt, .jsonl or .parquet file")
+    if name not in KNOWN:
+        check_regular(Path(expanduser(name)), CalibrationError)
     if name not in KNOWN and not Path(expanduser(name)).is_file():
         raise CalibrationError(
             f"no such text: {name}", f"known are {', '.join(KNOWN)}, or a .txt, .jsonl or .parquet file"

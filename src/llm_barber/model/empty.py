@@ -1,12 +1,14 @@
 """The empty model of a configuration: the module tree that transformers builds, with parameters on `meta`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,6 +23,7 @@ from llm_barber.errors import ModelError
 from llm_barber.model.experts import split_experts
 
 HUGE = 2**27  # numbers
+MOST_MODULES = 2**18  # of a model before its experts get linears of their own
 INITIALISING = ("torch.nn.init", "transformers.initialization")
 
 
@@ -28,12 +31,12 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """The module tree that transformers builds, parameters on `meta`, experts with linears of their own.
 
     Raises:
-        ModelError: it is no language model.
+        ModelError: it is no language model, or it has more modules or larger buffers than any.
         whatever transformers does.
     """
     kind = auto_class(config)
     # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
-    with init_empty_weights(include_buffers=False), _OnMeta():
+    with init_empty_weights(include_buffers=False), _OnMeta(), _bounded():
         try:
             model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError:  # a family whose attention is written out
@@ -66,6 +69,27 @@ def auto_class(config: PreTrainedConfig) -> Any:
     )
 
 
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Stop transformers from making modules without end, whatever the setting that asks for them."""
+    count = 0
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_MODULES:
+            raise ModelError(
+                f"config.json describes a model of more than {MOST_MODULES:,} modules, which no model has",
+                "get config.json again",
+            )
+
+    hook = register_module_module_registration_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class _OnMeta(TorchFunctionMode):
     """Tensors that no buffer is as large as are made on `meta` at once: stacks of experts may be larger than memory.
 
@@ -79,6 +103,8 @@ class _OnMeta(TorchFunctionMode):
         made = settings.get("tensor") if getattr(function, "__module__", None) in INITIALISING else None
         if made is not None and made.is_meta:
             return made
+        if function is torch.arange and any(isinstance(one, int | float) and one > HUGE for one in arguments):
+            raise ModelError("config.json describes a buffer of more numbers than any model has", "get it again")
         if function in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
             size = arguments[0] if arguments and isinstance(arguments[0], tuple | list) else arguments
             if all(isinstance(one, int) for one in size) and math.prod(size) > HUGE:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
+from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import beside_embedding, empty_model
 from llm_barber.model.fixed_order import FixedOrder
 from llm_barber.model.stepping import (
@@ -20,6 +21,7 @@ from llm_barber.model.stepping import (
     different_tensors,
     how_to_step_over,
 )
+from llm_barber.model.text_parameters import TextParameters, find_text_parameters
 
 
 class Skeleton:
@@ -64,22 +66,30 @@ class Skeleton:
 
     @property
     def outside_names(self) -> list[str]:
-        """Parameters outside the decoder layers that text may need: those beside the embedding, not the output head."""
+        """Parameters outside the decoder layers that embed text: those beside the embedding, and what else is used.
+
+        The output head's are not among them, unless it is the embedding.
+        """
         head = self._parameters_of_head
         embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
         parameters, beside = dict(self.model.named_parameters()), beside_embedding(self.model)
+        used = self._text_parameters.embedding
         return [
             name
             for name in self.every_outside_name
-            if name.startswith(beside) and id(parameters[name]) not in head - embedding
+            if (name.startswith(beside) or name in used) and id(parameters[name]) not in head - embedding
         ]
 
     @property
     def outside_names_and_head(self) -> list[str]:
-        """`outside_names` and the output head's parameters; tied ones once."""
-        parameters, others = dict(self.model.named_parameters()), set(self.outside_names)
+        """`outside_names`, the output head's parameters and what lies between layers and head; tied ones once."""
+        parameters, others = dict(self.model.named_parameters()), {*self.outside_names, *self._text_parameters.logits}
         head = self._parameters_of_head
         return [name for name in self.every_outside_name if name in others or id(parameters[name]) in head]
+
+    @cached_property
+    def _text_parameters(self) -> TextParameters:
+        return find_text_parameters(self.model, self.layers, self.layers_prefix, self.device)
 
     @property
     def _parameters_of_head(self) -> set[int]:
@@ -120,13 +130,8 @@ class Skeleton:
         return [name for name, _ in self.layers[index].named_parameters()]
 
     def buffer_names(self, index: int) -> list[str]:
-        """Names of a layer's buffers that checkpoints have, such as what a router adds to its scores."""
-        return [
-            f"{path}.{name}" if path else name
-            for path, module in self.layers[index].named_modules()
-            for name in module._buffers
-            if name not in module._non_persistent_buffers_set
-        ]
+        """Names of a layer's buffers that checkpoints have, inside the layer."""
+        return stored_buffer_names(self.layers[index])
 
     def linears(self, index: int) -> tuple[str, ...]:
         """The prunable linears of a layer, block after block."""
@@ -225,9 +230,7 @@ class Skeleton:
         buffers = set(self.buffer_names(index))
         self._assign(layer, {name: tensor for name, tensor in weights.items() if name not in buffers})
         for name in buffers & weights.keys():
-            path, _, leaf = name.rpartition(".")
-            owner = layer.get_submodule(path)  # which keeps its own dtype: routers choose in float32
-            setattr(owner, leaf, weights[name].to(self.device, getattr(owner, leaf).dtype))
+            set_buffer(layer, name, weights[name], self.device)
         return layer
 
     def release_layer(self, index: int) -> None:

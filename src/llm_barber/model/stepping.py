@@ -83,7 +83,7 @@ def how_to_step_over(model: PreTrainedModel, layers: nn.ModuleList, device: torc
                 with (
                     calls.noted(),
                     _of_tokens(model, tokens),
-                    _stepped_over(layers, tail, marked),
+                    stepped_over(layers, tail, marked),
                     torch.enable_grad(),
                 ):
                     model.base_model(input_ids=tokens.to(device), use_cache=False)
@@ -123,7 +123,7 @@ def capture(
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        stack.enter_context(_stepped_over(layers, tail))
+        stack.enter_context(stepped_over(layers, tail))
         stack.enter_context(torch.no_grad())
         stack.enter_context(suppress(_LayersReached))
         model.base_model(input_ids=tokens, use_cache=False)
@@ -135,7 +135,7 @@ def different_tensors(one: Arguments, other: Arguments) -> list[str]:
     return [
         name
         for name in one
-        if any(not torch.equal(a, b) for a, b in zip(_tensors(one[name]), _tensors(other.get(name)), strict=False))
+        if any(not torch.equal(a, b) for a, b in zip(tensors_in(one[name]), tensors_in(other.get(name)), strict=False))
     ]
 
 
@@ -196,7 +196,7 @@ class _Calls:
         self._count += 1
         for name, value in others.items():
             self.handed_on |= {one.place: name for one in _leaves(value) if isinstance(one, _Beside)}
-            if any(one.requires_grad for one in _tensors(value)):
+            if any(one.requires_grad for one in tensors_in(value)):
                 self._problem = self._problem or depends_on_tokens(self._model, name)
 
 
@@ -218,7 +218,7 @@ def _of_tokens(model: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _stepped_over(layers: nn.ModuleList, tail: int | None, marked: bool = False) -> Iterator[None]:
+def stepped_over(layers: nn.ModuleList, tail: int | None, marked: bool = False) -> Iterator[None]:
     """Let layers do nothing but `answer`."""
     for layer in layers:
         layer.forward = lambda hidden_states, *_, **__: answer(tail, hidden_states, marked)
@@ -248,5 +248,6 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and mappings."""
     return [one for one in _leaves(value) if isinstance(one, Tensor)]

@@ -95,11 +95,15 @@ class ActivationStreams:
         self._settle(name)
         self._put(other, self._copied(self._arrays[name]))
 
-    def rename(self, old: str, new: str) -> None:
-        """Give an array another's name, and its place to the other."""
-        present = self._arrays[old]
-        self._put(old, self._arrays.get(new, present))
-        self._put(new, present)
+    def swap(self, name: str, other: str) -> None:
+        """Exchange the names of two arrays; what was read by one name is then read, or overwritten, by the other.
+
+        Raises:
+            KeyError: either is not there.
+        """
+        first, second = self._arrays[name], self._arrays[other]
+        self._put(name, second)
+        self._put(other, first)
 
     def leave_device(self) -> None:
         """Take all arrays off the device, for good, as its memory is needed."""

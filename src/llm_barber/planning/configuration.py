@@ -6,8 +6,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from llm_barber.checkpoint.companions import refuse_adapter, refuse_quantised
+from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.gguf import DTYPE as GGUF_DTYPE
-from llm_barber.checkpoint.hub import hub_configuration
+from llm_barber.checkpoint.hub import check_folder, hub_configuration
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError
 from llm_barber.opening import check_finite, unusable_configuration
@@ -20,12 +22,13 @@ def read_configuration(model: str, revision: str | None = None) -> PreTrainedCon
     """The configuration of what a user calls a model.
 
     Raises:
-        ModelError: there is none, or transformers cannot use it, or it is of a quantised model.
+        ModelError: there is none, or transformers cannot use it, or it is of a quantised or an absurd model.
         HubError: the hub cannot be reached or does not have it.
     """
     place, options = _find(model, revision)
     content = {} if options else read_json(place)
     refuse_quantised(content, model)
+    check_counts(content, model)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             place, trust_remote_code=False, local_files_only=True, **options
@@ -40,6 +43,7 @@ def read_configuration(model: str, revision: str | None = None) -> PreTrainedCon
                 f"the configuration of {model} says {size}: {given}", "get it again; nothing has that size"
             )
     if options:
+        check_counts(config.to_dict(), model)
         config.dtype = GGUF_DTYPE  # what its weights become
     return config
 
@@ -52,10 +56,13 @@ def _find(model: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"no such model: {model} ({error})", NOT_FOUND_HINT) from error
     if is_folder:
+        check_folder(path)
         refuse_adapter(path, model)
         if not (path / "config.json").is_file():
             raise ModelError(f"{model} has no config.json", NOT_FOUND_HINT)
         return path / "config.json", {}
+    if model:  # "" would be this folder
+        check_regular(path)
     if is_file and path.suffix == ".gguf":
         return path.parent, {"gguf_file": path.name}
     if is_file and path.suffix == ".json":
