@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
+from llm_barber.checkpoint.digests import with_digest
 from llm_barber.errors import ModelError
 from tests.conftest import change_json, make_model
 
@@ -144,7 +145,7 @@ def test_a_record_that_cannot_be_read(pruned: Path) -> None:
     for key, value, words in (("pattern", "4:2", "must keep"), ("pruned", 10**400, "beyond 64 bits")):
         before = linear[key]
         linear[key] = value
-        (pruned / "barber.json").write_text(json.dumps(record))
+        (pruned / "barber.json").write_text(json.dumps(with_digest(record)))
         with pytest.raises(ModelError, match=f"is not a record of this program .*{words}"):
             problems(pruned)
         linear[key] = before

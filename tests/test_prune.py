@@ -399,8 +399,11 @@ def test_odd_outputs(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pyt
     assert run(llama, tmp_path / "dangling", tokens).output == str(tmp_path / "later")
     assert (tmp_path / "link").is_symlink()
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "models").mkdir()
     with pytest.raises(SettingsError, match="contains model"):
-        run(llama, Path("."), tokens)
+        run(shutil.copytree(llama, tmp_path / "models" / "a"), tmp_path / "models", tokens)
     shutil.copytree(llama, tmp_path / "x.partial")
     expect_failure("is in the way", OutputError, tmp_path, model=tmp_path / "x.partial", output=tmp_path / "x")
     with pytest.raises(SettingsError, match="output"):
@@ -547,7 +550,7 @@ def test_numbers_of_a_configuration_are_finite(
 def test_more_layers_than_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
     change_json(llama / "config.json", num_hidden_layers=10**9)
     good = {"model": str(llama), "calibration": str(tokens)}
-    expect_failure("says that there are 1000000000 decoder layers", ModelError, tmp_path, **good)
+    expect_failure("says num_hidden_layers: 1,000,000,000, but its weights are", ModelError, tmp_path, **good)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, pack, prune, rebuild, unpack
+from llm_barber import run as run_module
 from llm_barber.checkpoint.digests import content_digest, has_its_digest, with_digest
 from llm_barber.checkpoint.packed import PLACES, VALUES
+from llm_barber.comparison.cells import fingerprint
 from llm_barber.errors import BarberError, ModelError, OutputError, VerificationError
 from llm_barber.loading import load
 from tests.conftest import Listener, change_json, make_model, save_tokens
@@ -303,6 +305,27 @@ def rebuilt(folder: Path, progress: Listener | None = None) -> None:
         calibration=folder / "tokens.safetensors", dtype="float32",
     )  # fmt: skip
     rebuild(config, progress)
+
+
+def test_an_evaluation_beside_the_pruned_model_breaks_no_killed_rebuild(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`evaluate PRUNED` writes one between the kill and `--resume`."""
+    prune_layer = run_module.prune_layer
+
+    def stop(job: Any, index: int, *rest: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return prune_layer(job, index, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "prune_layer", stop)
+        rebuilt(finished)
+    before = fingerprint(finished / "pruned")
+    (finished / "pruned" / "evaluation.json").write_text("{}")
+    assert fingerprint(finished / "pruned") == before  # by which `compare` knows a model
+    rebuilt(finished)
+    assert problems(finished / "rebuilt") == ""
 
 
 def test_a_finished_rebuild_checks_the_pruned_model(finished: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -131,7 +132,8 @@ def _copy_card(folder: Path, record: RunReport | None, stored: str, writer: Chec
     card = folder / CARD_NAME
     if not card.is_file():
         return
-    if record is None:
-        writer.copy(card, folder)
-    else:
-        writer.write_file(CARD_NAME, card_of_format(card.read_text(encoding="utf-8"), record, stored).encode())
+    content = card.read_bytes()
+    if record is not None:
+        with suppress(UnicodeDecodeError):  # a card that the user wrote otherwise travels as it is
+            content = card_of_format(content.decode("utf-8"), record, stored).encode()
+    writer.write_file(CARD_NAME, content)

@@ -70,7 +70,7 @@ def _largest(settings: Mapping[str, Any], names: re.Pattern[str]) -> tuple[str, 
     """The setting with the largest number whose name ends so, and that number; at least 1."""
     largest = ("", 1)
     for name, value in settings.items():
-        if names.search(name):
+        if names.search(str(name)):  # transformers' own mappings, of labels, have numbers as names
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and not isinstance(number, bool) and number > largest[1]:
                     largest = name, math.ceil(min(number, 1e18))

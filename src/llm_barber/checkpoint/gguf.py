@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -63,7 +65,10 @@ def _convert(path: Path, folder: Path) -> None:
     source, name = str(path.parent), path.name
     try:
         check_counts(AutoConfig.from_pretrained(source, gguf_file=name).to_dict(), str(path))
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=DTYPE)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=name, dtype=DTYPE, output_loading_info=True
+        )
+        _refuse_missing(path, loading)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     except ModelError:
         raise
@@ -83,6 +88,21 @@ def _convert(path: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _add_rope_theta(folder / "config.json")
+
+
+def _refuse_missing(path: Path, loading: Mapping[str, Any]) -> None:
+    """Refuse a file without some weights: transformers would make them up.
+
+    Raises:
+        ModelError: a parameter is missing, or has another shape.
+    """
+    missing = [*sorted(loading["missing_keys"]), *map(str, loading.get("mismatched_keys", ()))]
+    if missing:
+        raise ModelError(
+            f"{path} has no weights, or others, for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            "the file is incomplete; get it again, whole",
+        )
 
 
 def _add_rope_theta(path: Path) -> None:
