@@ -265,12 +265,15 @@ def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
     [
         (["prune", "m", "out", "--layers", ""], "--layers is empty"),
         (["prune", "m", "out", "--layers="], "--layers is empty"),
-        (["prune", "m", ""], "an argument is empty"),
-        (["rebuild", "d", "", "out"], "an argument is empty"),
+        (["prune", "m", ""], "OUT is empty"),
+        (["prune", "m", "--overwrite", ""], "OUT is empty"),
+        (["prune", "--samples", "4", "", "out"], "MODEL is empty"),
+        (["pack", "m", "--quiet", ""], "PACKED is empty"),
+        (["rebuild", "d", "", "out"], "PRUNED is empty"),
         (["evaluate", "m", "--tasks-folder", ""], "--tasks-folder is empty"),
         (["compare", "m", "out", "--tasks", " "], "--tasks is empty"),
     ],
 )
 def test_empty_arguments_are_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments) == 2
-    assert capsys.readouterr().err.startswith(f"error: {says}\nhint: leave it out")
+    assert capsys.readouterr().err.startswith(f"error: {says}\nhint: give it a value")

@@ -131,7 +131,7 @@ def test_arguments_are_named_as_the_help_names_them(
         (("--layers", "nothing.there"), "--layers nothing.there is not a list of layers"),
         (("--keep-updates",), "--keep-updates needs --initial sparsegpt or alps: wanda updates no weights"),
         (("--preset", "paper", "--guard", "0.5"), "--guard is of --refine and --reconstruct, and --preset paper has"),
-        (("--memory", "1MiB"), "--memory: 0.00 GiB are not enough"),
+        (("--memory", "1MiB"), "--memory: 1 MiB are not enough"),
     ],
 )
 def test_settings_that_do_not_fit_are_named_as_they_are_typed(

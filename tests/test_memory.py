@@ -157,9 +157,9 @@ def test_a_text_that_is_too_long_to_read_is_told_of_before(tmp_path: Path, llama
     text = tmp_path / "long.txt"
     text.write_text("a word " * 10**6)
     memory = current_memory() + 500 * 10**6
-    with pytest.raises(SettingsError, match=r"not enough to read the 7.0 MB of calibration text .*long.txt") as caught:
+    with pytest.raises(SettingsError, match=r"not enough to read the 7 MB of calibration text .*long.txt") as caught:
         run(llama, tmp_path / "out", text, memory=memory, samples=4, seqlen=24)
-    assert "0.0 MB are plenty for 4 windows of 24 tokens" in caught.value.hint
+    assert "1.15 kB are plenty for 4 windows of 24 tokens" in caught.value.hint
 
 
 def test_a_dry_run_says_what_memory_lacks(tmp_path: Path, llama: Path, tokens: Path) -> None:

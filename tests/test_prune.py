@@ -547,6 +547,12 @@ def test_numbers_of_a_configuration_are_finite(
         expect_failure(f"config.json of .* says {re.escape(says)}", ModelError, tmp_path, **good)
 
 
+def test_positions_that_are_not_numbers(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """An absurd frequency makes NaN, which equals no NaN, and is not what depends on the tokens."""
+    change_json(llama / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 0})
+    expect_failure("holds NaN or Inf", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
+
+
 def test_more_layers_than_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
     change_json(llama / "config.json", num_hidden_layers=10**9)
     good = {"model": str(llama), "calibration": str(tokens)}

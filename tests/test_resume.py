@@ -397,6 +397,33 @@ def test_a_changed_digit_in_the_state_is_noticed(
         run(model, tmp_path / "both", tokens, resume=True)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+@pytest.mark.parametrize("name", [STATE_NAME, STATE_BEFORE, "activations-00002.safetensors"])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_counts_as_damaged(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    path = tmp_path / "out.partial" / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    goes_on(monkeypatch, tmp_path, model, tokens, [2], [] if name == STATE_BEFORE else [1])
+
+
+def test_an_edited_version_of_the_state_is_noticed(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    state = tmp_path / "out.partial" / STATE_NAME
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps({**content, "version": 5}))
+    goes_on(monkeypatch, tmp_path, model, tokens, [2], [1])
+
+
 def test_a_shard_that_the_state_miscounts_is_noticed(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

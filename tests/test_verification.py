@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, pack, prune, rebuild, unpack
 from llm_barber import run as run_module
+from llm_barber.checkpoint import hub
 from llm_barber.checkpoint.digests import content_digest, has_its_digest, with_digest
 from llm_barber.checkpoint.packed import PLACES, VALUES
 from llm_barber.comparison.cells import fingerprint
@@ -340,3 +341,29 @@ def test_a_finished_rebuild_checks_the_pruned_model(finished: Path) -> None:
     save_file(tensors, shard, {"format": "pt"})
     with pytest.raises(OutputError, match=r"was made with other files of .*pruned than"):
         rebuilt(finished)
+
+
+def test_a_finished_output_with_other_files_is_told_of(finished: Path) -> None:
+    (finished / "pruned" / "modeling.py").write_text("")
+    (finished / "tokens.safetensors").rename(finished / "elsewhere")
+    listener = Listener()
+    run(finished, listener)
+    assert [warning for warning in listener.warnings if "modeling.py is in the folder, not in the record" in warning]
+    assert [warning for warning in listener.warnings if "calibration text of" in warning]
+    (finished / "dense").rename(finished / "moved")
+    listener = Listener()
+    run(finished, listener)
+    assert [warning for warning in listener.warnings if "dense is not there any more" in warning]
+
+
+def test_inspect_opens_each_model_at_its_revision(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {("o/pruned", "p"): made / "pruned", ("o/dense", "d"): made / "dense"}
+    monkeypatch.setattr(hub, "_download", lambda name, revision, _: folders[name, revision])
+    config = InspectConfig(model="o/pruned", revision="p", dense="o/dense", dense_revision="d")
+    assert inspect(config).problems == ()
+
+
+def test_a_licence_that_is_a_pipe_is_refused(folders: Path) -> None:
+    os.mkfifo(folders / "packed" / "LICENSE")
+    with pytest.raises(ModelError, match="LICENSE is a named pipe"):
+        unpack(PackConfig(model=folders / "packed", output=folders / "unpacked"))

@@ -20,7 +20,7 @@ from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_header, parse_json
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.messages import message
-from llm_barber.usage import current_memory
+from llm_barber.usage import current_memory, readable_bytes
 from llm_barber.windows import TextTokenizer, windows_of
 
 BUILTIN = {
@@ -136,15 +136,14 @@ def check_text_fits(name: str, samples: int, seqlen: int, memory: int) -> None:
     if size and needed > memory:
         raise SettingsError(
             message(
-                "{memory}: {given:.2f} GiB are not enough to read the {size:.1f} MB of calibration text {name}, which "
-                "takes {needed:.2f} GiB",
-                given=memory / 2**30,
-                size=size / 1e6,
+                "{memory}: {given} are not enough to read the {size} of calibration text {name}, which takes {needed}",
+                given=readable_bytes(memory, 1024),
+                size=readable_bytes(size),
                 name=name,
-                needed=needed / 2**30,
+                needed=readable_bytes(needed, 1024),
             ),
-            f"give a shorter text ({wanted / 1e6:.1f} MB are plenty for {samples} windows of {seqlen} tokens), a file "
-            "of tokens, or more memory",
+            f"give a shorter text ({readable_bytes(wanted)} are plenty for {samples} windows of {seqlen} tokens), "
+            "a file of tokens, or more memory",
         )
 
 

@@ -20,7 +20,7 @@ from llm_barber.opening import load_config, open_skeleton
 from llm_barber.progress import Progress, Silent
 from llm_barber.record_file import read_record, recorded_structure
 from llm_barber.report import KeptWeights
-from llm_barber.verification import changed_files, unknown_files
+from llm_barber.verification import folder_problems
 
 
 class InspectConfig(Settings):
@@ -28,7 +28,8 @@ class InspectConfig(Settings):
 
     model: str = Field(description="folder, hub id or GGUF file")
     dense: str | None = Field(None, description="the dense model, to compare bit by bit")
-    revision: str | None = Field(None, description="of a hub id")
+    revision: str | None = Field(None, description="of MODEL, if it is a hub id")
+    dense_revision: str | None = Field(None, description="of DENSE, if it is a hub id")
 
 
 class LinearInspection(BaseModel):
@@ -85,7 +86,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     """
     progress = progress or Silent()
     source = CheckpointSource(config.model, config.revision)
-    dense = CheckpointSource(config.dense, config.revision) if config.dense is not None else None
+    dense = CheckpointSource(config.dense, config.dense_revision) if config.dense is not None else None
     record = read_record(source.folder)
     linears = find_linears(source, recorded_structure(record), with_head=record is not None and record.prunes_head)
     _check_shapes(source, linears)
@@ -101,7 +102,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         origins = {name: made.get(name, name) for name in source.tensors if made.get(name, name) in own}
         problems = _compare_names(source.tensors.keys(), dense.tensors.keys(), origins.keys())
     if record is not None:
-        problems += [*changed_files(source, record, progress), *unknown_files(source, record)]
+        problems += folder_problems(source, record, progress)
         expected = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
         missing = expected.keys() - {(one.layer, one.name) for found in linears.values() for one in found}
         problems += [f"layer {index} {name} is in the record, not in the checkpoint" for index, name in sorted(missing)]

@@ -17,7 +17,7 @@ from llm_barber.planning.memory import peak_held
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.settings import RunSettings
-from llm_barber.usage import current_memory
+from llm_barber.usage import current_memory, readable_bytes
 
 # What the arithmetic of memory may be wrong by; copies of the largest decoder layer, as it is stored, that are counted
 # at least (the one read ahead, computed with, pruned, turned, ranked, to write); what libraries keep for themselves.
@@ -75,8 +75,8 @@ def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: 
     if needed > memory:
         raise SettingsError(
             message(
-                "{memory}: {given:.2f} GiB are not enough, with all calibration activations in files",
-                given=memory / 2**30,
+                "{memory}: {given} are not enough, with all calibration activations in files",
+                given=readable_bytes(memory, 1024),
             ),
             f"give at least {math.ceil(100 * needed / 2**30) / 100:.2f} GiB; a smaller --batch-size or --seqlen needs "
             "less",

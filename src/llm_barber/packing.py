@@ -20,7 +20,7 @@ from llm_barber.progress import Progress, Silent
 from llm_barber.record_file import read_record
 from llm_barber.report import RunReport
 from llm_barber.settings import CopySettings
-from llm_barber.verification import changed_files, refuse, unknown_files, written_otherwise
+from llm_barber.verification import folder_problems, refuse, written_otherwise
 
 
 class PackConfig(CopySettings):
@@ -100,7 +100,7 @@ def _convert(
     needed = source.bytes if index is None else before
     record = read_record(source.folder)
     if record is not None and index is not None:
-        refuse(source.model, [*changed_files(source, record, progress), *unknown_files(source, record)])
+        refuse(source.model, folder_problems(source, record, progress))
     with CheckpointWriter(config.output, len(files), config.overwrite, needed) as writer:
         progress.start(what, len(files))
         for file in files:

@@ -1,6 +1,7 @@
 """The commands `prune` and `rebuild`: what each hands to the run (`run.py`)."""
 
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 
 from llm_barber.assignment import UNLIKE, Assignment
@@ -23,7 +24,7 @@ from llm_barber.report import RunReport, SourceFiles
 from llm_barber.resuming import warn_of_written
 from llm_barber.run import run
 from llm_barber.settings import RunSettings
-from llm_barber.verification import changed_files
+from llm_barber.verification import changed_files, unknown_files
 
 PRUNE_AGAIN = "prune again with --overwrite"
 
@@ -156,7 +157,10 @@ def finished_run(command: str, config: RunSettings, progress: Progress) -> RunRe
 
 
 def tell_of_finished(config: RunSettings, progress: Progress) -> None:
-    """Say that the output is what this run would make."""
+    """Say that the output is what this run would make, and which files in it are no part of that."""
+    record = read_record(config.output)
+    if record is not None and (unknown := unknown_files(CheckpointSource(config.output), record)):
+        progress.warn(f"{config.output} is not as it was written: {'; '.join(unknown[:3])}")
     progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
 
 
@@ -174,19 +178,23 @@ def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
     changed = _changed_model(record.model, record.source, progress)
     if not changed and isinstance(config, RebuildConfig):
         changed = _changed_model(config.pruned, record.pruned_source, progress, of_pruned=True)
-    folder = Path(record.model).expanduser()
+    folder = Path(expanduser(record.model))
     if changed or not folder.is_dir() or config.calibration in HUB_SETS:
         return changed
     try:
         tokens = read_calibration(config, folder)
-    except CalibrationError:  # it is gone, or its tokenizer
+    except CalibrationError as error:
+        progress.warn(f"the calibration text of {config.output} cannot be compared: {error}")
         return ""
     return "" if tokens.digest == record.calibration.sha256 else "another calibration text"
 
 
 def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress, of_pruned: bool = False) -> str:
     """Compare a local model with the files that a finished run read; warn if they were only written anew."""
-    if recorded is None or not Path(model).expanduser().is_dir():
+    folder = Path(expanduser(model))
+    if recorded is None or not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")):  # else a hub id, or a GGUF file of the cache
+            progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
         return ""
     try:
         source = CheckpointSource(model)

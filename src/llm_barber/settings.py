@@ -60,19 +60,29 @@ def same_folder(setting: str, model: str, output: Path) -> list[Message]:
     return []
 
 
-def _output_folder(value: Any) -> Path:
-    """An absolute path that an output may have."""
+def absolute_folder(value: Any) -> Path:
+    """The absolute path of a folder, links and `~` resolved.
+
+    Raises:
+        ValueError: it is empty, or no path.
+    """
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError("is not a folder's name")
     try:
-        output = Path(value).expanduser().resolve()
+        return Path(value).expanduser().resolve()
     except (RuntimeError, OSError) as error:
         raise ValueError(f"cannot be a folder: {error}") from error
+
+
+def _output_folder(value: Any) -> Path:
+    """An absolute path that an output may have.
+
+    Raises:
+        ValueError: it is no path, or a folder in use.
+    """
+    output = absolute_folder(value)
     if use := folder_in_use(output):
-        raise ValueError(
-            f"{str(value)!r} is {use} ({output}): name a folder to write (the value of an unset variable is empty, "
-            "and means the current folder)"
-        )
+        raise ValueError(f"{str(value)!r} is {use} ({output}): name a folder to write")
     return output
 
 

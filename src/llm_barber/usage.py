@@ -21,16 +21,17 @@ def _version(package: str) -> str:
     return version(package)  # reads files
 
 
-def readable_bytes(size: float) -> str:
-    """A number of bytes with three digits and a decimal unit.
+def readable_bytes(size: float, base: int = 1000) -> str:
+    """A number of bytes with three digits and a unit, decimal or, with `base` 1024, binary.
 
-    Example: 0 -> "0 bytes", 1234 -> "1.23 kB", 45_600_000 -> "45.6 MB", 999_999 -> "1 MB".
+    Example: 0 -> "0 bytes", 1234 -> "1.23 kB", 45_600_000 -> "45.6 MB", 1536, base=1024 -> "1.5 KiB".
     """
-    if abs(size) < 1000:
+    if abs(size) < base:
         return f"{size:.0f} bytes"
-    for unit in ("kB", "MB", "GB", "TB", "PB", "EB"):
-        size /= 1000
-        if abs(float(f"{size:.3g}")) < 1000 or unit == "EB":
+    units = ("kB", "MB", "GB", "TB", "PB", "EB") if base == 1000 else ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    for unit in units:
+        size /= base
+        if max(abs(size), abs(float(f"{size:.3g}"))) < base or unit == units[-1]:
             break
     return f"{float(f'{size:.3g}'):g} {unit}"
 

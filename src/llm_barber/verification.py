@@ -83,7 +83,12 @@ def verify_folder(source: CheckpointSource, progress: Progress) -> None:
     record = read_record(source.folder)
     if record is None:
         raise ModelError(f"{source.model} has no {RECORD_NAME}, so that nothing can be verified", "load it unverified")
-    refuse(source.model, [*changed_files(source, record, progress), *unknown_files(source, record)])
+    refuse(source.model, folder_problems(source, record, progress))
+
+
+def folder_problems(source: CheckpointSource, record: RunReport, progress: Progress) -> list[str]:
+    """Files that are missing, changed or unknown, a sentence each."""
+    return [*changed_files(source, record, progress), *unknown_files(source, record)]
 
 
 def refuse(model: str, problems: list[str]) -> None:

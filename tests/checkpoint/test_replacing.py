@@ -126,3 +126,10 @@ def test_an_output_inside_its_model_is_refused(model: Path, tokens: Path) -> Non
 )  # fmt: skip
 def test_sizes_are_never_shown_as_nothing(size: int, words: str) -> None:
     assert readable_bytes(size) == words
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(1023, "1023 bytes"), (1536, "1.5 KiB"), (2**20, "1 MiB"), (3 * 2**30, "3 GiB")]
+)
+def test_sizes_in_binary_units(size: int, words: str) -> None:
+    assert readable_bytes(size, 1024) == words

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,14 @@ def test_bad_input(pruned: Path, llama: Path, tmp_path: Path) -> None:
     change_json(pruned / "barber.json", layers=[])
     with pytest.raises(ModelError, match="is not a record of this program"):
         write_page(pruned)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "barber.json", "config.json", ".", "a-pipe"])
+def test_a_page_replaces_nothing_but_a_page(tmp_path: Path, llama: Path, tokens: Path, name: str) -> None:
+    prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, initial="wanda", rebuild=False))
+    os.mkfifo(tmp_path / "out" / "a-pipe")
+    whole = (tmp_path / "out" / name).read_bytes() if name[0] in "mbc" else b""
+    with pytest.raises(OutputError, match="is not a page of this program|not a regular file"):
+        write_page(tmp_path / "out", tmp_path / "out" / name)
+    assert not whole or (tmp_path / "out" / name).read_bytes() == whole
+    write_page(tmp_path / "out")  # over its own

@@ -47,7 +47,29 @@ def overwrite(path: Path, chance: random.Random) -> str:
     return f"{length} bytes of {path.name} overwritten from {start}"
 
 
-DAMAGES: tuple[Callable[[Path, random.Random], str], ...] = (flip_bit, truncate, extend, remove, overwrite)
+def make_pipe(path: Path, chance: random.Random) -> str:
+    """Put a named pipe in the place of a file: whoever opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+    return f"{path.name} is a pipe"
+
+
+def make_folder(path: Path, chance: random.Random) -> str:
+    """Put a folder in the place of a file."""
+    path.unlink()
+    path.mkdir()
+    return f"{path.name} is a folder"
+
+
+DAMAGES: tuple[Callable[[Path, random.Random], str], ...] = (
+    flip_bit,
+    truncate,
+    extend,
+    remove,
+    overwrite,
+    make_pipe,
+    make_folder,
+)
 
 
 def damage(path: Path, chance: random.Random) -> str:

@@ -65,23 +65,26 @@ class Soak:
 def killed_run(soak: Soak, work: Path, chance: random.Random) -> str:
     """Kill a run up to three times, damage what it left, and resume: the same bytes, or a refusal."""
     name = chance.choice(list(RUNS))
-    output, notes = work / "out", [name]
+    output, notes, damages, fallback = work / "out", [name], [], True
     for _ in range(chance.randint(1, 3)):
         number = chance.randint(1, OPERATIONS)
         outcome = run(lambda listener: soak.prune(name, output, listener, resume=True), kill_at=number)
         notes.append(f"operation {number}: {outcome.kind}")
-        left = sorted(path for path in work.glob("out.partial/*") if path.suffix in (".json", ".safetensors"))
-        if outcome.done or not left:
+        left = sorted(path for path in work.glob("out.partial/*.*") if path.is_file() and path.suffix != ".lock")
+        if not left or chance.random() < 0.3:
             continue
-        if chance.random() < 0.6:
-            states = [path for path in left if path.name == "state.json"]
-            if states and chance.random() < 0.6:
-                notes.append(edit_json(states[0], chance) if _is_json(states[0]) else damage(states[0], chance))
-            else:
-                notes.append(damage(chance.choice(left), chance))
+        state = output.with_name("out.partial") / "state.json"
+        fallback = state.with_name("state-before.json") in left
+        if state in left and chance.random() < 0.7:
+            damages.append(edit_json(state, chance) if _is_json(state) else damage(state, chance))
+        else:
+            damages.append(damage(chance.choice(left), chance))
+        notes.append(damages[-1])
     outcome = run(lambda listener: soak.prune(name, output, listener, resume=True))
     if not outcome.done:
         notes.append(f"refused: {outcome.words}")
+        if len(damages) < 2 and (fallback or "is damaged" not in outcome.words):
+            raise Fault(f"{', '.join(notes)}: one damaged file is no reason")
         _expect_done(run(lambda listener: soak.prune(name, output, listener, overwrite=True)), notes)
     _expect_same(soak.folder / name, output, notes)
     _expect_whole(output, notes)
@@ -95,7 +98,7 @@ def finished_output(soak: Soak, work: Path, chance: random.Random) -> str:
     path = chance.choice(sorted(path for path in output.iterdir() if path.name not in EXEMPT))
     before = path.read_bytes()
     notes = [name, damage(path, chance)]
-    if path.exists() and path.read_bytes() == before:
+    if path.is_file() and path.read_bytes() == before:
         return "nothing was changed"
     noticed = _noticed(output)
     outcome = run(lambda listener: soak.prune(name, output, listener, resume=True))
@@ -128,8 +131,9 @@ def packed_folder(soak: Soak, work: Path, chance: random.Random) -> str:
     others = sorted(path for path in output.iterdir() if path.name not in EXEMPT and path not in shards)
     path = chance.choice(shards if chance.random() < 0.7 else others)
     notes = [name, damage(path, chance)]
-    _noticed(output)
-    _expect_unpacked(soak, name, output, work, notes)
+    noticed = _noticed(output)
+    if not _expect_unpacked(soak, name, output, work, notes) and not noticed:
+        raise Fault(f"{', '.join(notes)}: it cannot be unpacked, and inspect has not noticed")
     return ", ".join(notes)
 
 
@@ -156,7 +160,7 @@ def changed_input(soak: Soak, work: Path, chance: random.Random) -> str:
     before = path.read_bytes()
     notes = [damage(path, chance)]
     outcome = run(lambda listener: soak.rebuild(pruned, output, listener, resume=True))
-    if outcome.done and not (path.exists() and path.read_bytes() == before):
+    if outcome.done and not (path.is_file() and path.read_bytes() == before):
         raise Fault(f"{', '.join(notes)}: a rebuild of it was said to be complete")
     return ", ".join(notes)
 
@@ -197,7 +201,7 @@ def _noticed(output: Path) -> bool:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in TIMED}
 
 
 def _expect_done(outcome: Outcome, notes: list[str] | None = None) -> None:
@@ -218,8 +222,8 @@ def _expect_whole(output: Path, notes: list[str]) -> None:
         raise Fault(f"{', '.join(notes)}: {output} is not whole: {outcome.words or outcome.value}")
 
 
-def _expect_unpacked(soak: Soak, name: str, output: Path, work: Path, notes: list[str]) -> None:
-    """A folder that was called whole, or that may be: its weights are those of the soak's, or it is refused."""
+def _expect_unpacked(soak: Soak, name: str, output: Path, work: Path, notes: list[str]) -> bool:
+    """A folder that may be whole: it unpacks to the files of the soak's folder (True), or is refused (False)."""
     unpacked = {}
     for label, folder in (("expected", soak.folder / name), ("actual", output)):
         if not (folder / "packed.index.json").exists():
@@ -227,10 +231,11 @@ def _expect_unpacked(soak: Soak, name: str, output: Path, work: Path, notes: lis
             continue
         outcome = run(lambda _, one=folder, to=work / label: unpack(PackConfig(model=one, output=to)) and None)
         if not outcome.done:
-            return
+            return False
         unpacked[label] = _contents(work / label)
     if unpacked["actual"] != unpacked["expected"]:
         raise Fault(f"{', '.join(notes)}: it was called whole, and has other bytes")
+    return True
 
 
 def free(work: Path) -> None:

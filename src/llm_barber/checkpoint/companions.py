@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, COMPANIONS, INDEX_NAME
 from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import ModelError
 
@@ -50,10 +51,17 @@ def refuse_quantised(configuration: Mapping[str, Any], model: str) -> None:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a checkpoint's folder that travel with its weights."""
+    """The files of a checkpoint's folder that travel with its weights.
+
+    Raises:
+        ModelError: one of them is a pipe, a device or a broken link.
+    """
     own = (
         path
         for path in folder.iterdir()
         if (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES)) and path.name not in NO_COMPANIONS
     )
-    return sorted(path for path in (*own, *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")) if path.is_file())
+    files = sorted(path for path in (*own, *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")) if not path.is_dir())
+    for path in files:
+        check_regular(path)
+    return files

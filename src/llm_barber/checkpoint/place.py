@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.replacing import check_replaceable, folder_in_use
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state, sync_folder
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state, remove, sync_folder
 from llm_barber.errors import OutputError
 from llm_barber.usage import readable_bytes
 
@@ -128,9 +128,5 @@ def _remove(folder: Path, marker: str) -> None:
 def clear(folder: Path, kept: Collection[str]) -> None:
     """Remove all that is in a folder but what has these names."""
     for path in folder.iterdir():
-        if path.name in kept:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name not in kept:
+            remove(path)

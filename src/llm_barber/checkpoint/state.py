@@ -10,18 +10,19 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_barber.checkpoint.digests import has_its_digest, with_digest
+from llm_barber.checkpoint.digests import DIGEST, has_its_digest, with_digest
 from llm_barber.errors import OutputError
 
 STATE_NAME, STATE_BEFORE = "state.json", "state-before.json"
@@ -65,7 +66,7 @@ class Used(BaseModel):
 
     peak_memory: int = 0
     peak_device_memory: int | None = None
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
     machine: str = ""
     off_device: bool = False
     written: dict[str, int] = {}
@@ -121,7 +122,8 @@ def read_state(folder: Path) -> RunState | None:
 
 def mend_state(folder: Path) -> None:
     """Put the state before in the place of a damaged one, which would else be the one before the next."""
-    if _read(folder / STATE_NAME) is None and (folder / STATE_BEFORE).exists():
+    if _read(folder / STATE_NAME) is None and _read(folder / STATE_BEFORE) is not None:
+        remove(folder / STATE_NAME)
         (folder / STATE_BEFORE).rename(folder / STATE_NAME)
 
 
@@ -162,13 +164,15 @@ def undamaged(folder: Path, left: RunState) -> tuple[RunState, list[str]]:
 
 
 def _read(path: Path) -> RunState | None:
-    """A state; None if it is damaged, changed since it was written, or not there."""
+    """A state; None if it is damaged, changed since it was written, no file, or not there."""
+    if not path.is_file():
+        return None
     try:
         content = json.loads(path.read_bytes())
-        if content.get("version") == STATE_VERSION and not has_its_digest(content):
+        if (DIGEST in content or content.get("version") == STATE_VERSION) and not has_its_digest(content):
             return None
         return RunState.model_validate(content)
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError):  # pydantic's errors are ValueErrors
+    except (ValueError, TypeError, AttributeError, RecursionError):  # pydantic's errors are ValueErrors
         return None
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error}", "check the disk") from error
@@ -249,6 +253,8 @@ def load_activations(folder: Path, kept: Activations) -> dict[str, Tensor] | Non
     Not `load_file`: it takes as much private memory as the file is large, which a run within a limit may not have.
     """
     path = folder / kept.file
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != kept.sha256:
@@ -299,6 +305,14 @@ def sync_file(path: Path) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         durable.result()
         return digest
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -137,7 +137,7 @@ class CheckpointWriter:
             if whole.begun:  # otherwise all is made again
                 self.state, self._written = whole, dict(whole.shards)
                 kept |= {STATE_NAME, STATE_BEFORE, *whole.shards, *(one.file for one in whole.activations)}
-        clear(self.work, kept)
+        clear(self.work, {name for name in kept if (self.work / name).is_file()})
 
     @property
     def resumable(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from llm_barber.cli.app import app
-from llm_barber.cli.typed import as_typed
+from llm_barber.cli.typed import as_typed, empty_argument
 from llm_barber.errors import BarberError, SettingsError
 from llm_barber.messages import Message
 
@@ -46,7 +46,8 @@ def _main(given: list[str]) -> int:
     """Run a command; with --debug the traceback of an error comes before what is said of it in any case."""
     debug = "--debug" in given
     try:
-        _refuse_empty(given)
+        if empty := empty_argument(given):
+            raise SettingsError(f"{empty} is empty", "give it a value; is a variable of the shell not set?")
         code = app(given, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
@@ -80,19 +81,6 @@ def _main(given: list[str]) -> int:
         )
 
 
-def _refuse_empty(given: list[str]) -> None:
-    """Raise `SettingsError` where an argument is empty, which a path would take for the current folder."""
-    for before, argument in zip(["", *given], given, strict=False):
-        name, equals, value = argument.partition("=")
-        if equals and not value and name.startswith("--"):
-            before, argument = name, value
-        if not argument.strip():
-            named = before if before.startswith("--") else "an argument"
-            raise SettingsError(
-                f"{named} is empty", "leave it out, or give it a value; is a variable of the shell not set?"
-            )
-
-
 def _of_memory(error: Exception) -> bool:
     """Has the system refused memory, whoever says so?"""
     said = any(words in str(error) for words in REFUSED_MEMORY)
@@ -100,7 +88,7 @@ def _of_memory(error: Exception) -> bool:
 
 
 def _tell(message: str, hint: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}\nhint: {hint}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}\nhint: {hint}", file=sys.stderr)
     return code
 
 

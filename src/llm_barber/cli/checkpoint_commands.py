@@ -20,6 +20,9 @@ def inspect(
         str | None,
         typer.Option(metavar="DENSE", help="Verify that every kept weight equals this model's, bit for bit."),
     ] = None,
+    dense_revision: Annotated[
+        str | None, typer.Option(help="Revision of DENSE, if it is a hub id; --revision is MODEL's.")
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -35,7 +38,7 @@ def inspect(
     from llm_barber.inspection import inspect as run
 
     with ConsoleProgress(quiet) as progress:
-        inspection = run(InspectConfig(model=model, dense=dense, **settings), progress)
+        inspection = run(InspectConfig(model=model, dense=dense, dense_revision=dense_revision, **settings), progress)
     if json:
         record = inspection.model_dump(mode="json")
         print_json({**record, "sparsity": inspection.sparsity, "patterns": inspection.patterns})
@@ -46,7 +49,7 @@ def inspect(
         more = len(inspection.problems) - 5
         raise VerificationError(
             shown + (f"; and {more} more" if more > 0 else ""),
-            "the folder was changed, or is not of that dense model",
+            f"the folder was changed{'' if dense is None else ', or is not of that dense model'}",
         )
 
 

@@ -27,3 +27,37 @@ def as_typed(given: Sequence[str]) -> Callable[[SettingName], str]:
         return option if setting.value is None else f"{option} {setting.value}"
 
     return render
+
+
+def empty_argument(given: Sequence[str]) -> str | None:
+    """The first option or argument that is given an empty value, as it is typed; a path would be the current folder.
+
+    Example: ["prune", "model", "--overwrite", ""] -> "OUT", ["prune", "model", "out", "--layers="] -> "--layers".
+    """
+    commands: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    command = next((word for word in given if word in commands), None)
+    parameters = [] if command is None else commands[command].params
+    takes_value = {
+        name: not parameter.is_flag
+        for parameter in parameters
+        if parameter.param_type_name == "option"
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    arguments = iter([parameter.metavar for parameter in parameters if parameter.param_type_name == "argument"])
+    option = None
+    for word in given[given.index(command) + 1 :] if command is not None else []:
+        name, equals, value = word.partition("=")
+        if option is not None:
+            named, content, option = option, word, None
+        elif name.startswith("--") and equals:
+            named, content = name, value
+        elif takes_value.get(word):
+            option = word
+            continue
+        elif word in takes_value:
+            continue
+        else:
+            named, content = next(arguments, "an argument"), word
+        if not content.strip():
+            return str(named)
+    return None

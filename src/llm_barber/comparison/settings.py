@@ -15,7 +15,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.messages import Message, message
 from llm_barber.presets import Preset
-from llm_barber.settings import DTYPES, Dtype, StructureSettings
+from llm_barber.settings import DTYPES, Dtype, StructureSettings, absolute_folder
 
 ALLOCATED = "-allocated"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -116,7 +116,7 @@ class CompareConfig(StructureSettings):
     @field_validator("output", mode="after")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+        return absolute_folder(value)
 
     @field_validator("targets", mode="after")
     @classmethod

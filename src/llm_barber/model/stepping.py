@@ -131,12 +131,19 @@ def capture(
 
 
 def different_tensors(one: Arguments, other: Arguments) -> list[str]:
-    """The arguments of two calls that hold tensors which differ."""
+    """The arguments of two calls that hold tensors which differ; NaN equals NaN, which layers' outputs show."""
     return [
         name
         for name in one
-        if any(not torch.equal(a, b) for a, b in zip(tensors_in(one[name]), tensors_in(other.get(name)), strict=False))
+        if any(not _same(a, b) for a, b in zip(tensors_in(one[name]), tensors_in(other.get(name)), strict=False))
     ]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Are two tensors equal, if NaN equals NaN?"""
+    if torch.equal(one, other) or not (one.is_floating_point() and one.shape == other.shape):
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def answer(tail: int | None, hidden: Tensor, marked: bool = False) -> Any:

@@ -4,12 +4,16 @@ import os
 from pathlib import Path
 
 from llm_barber.checkpoint.companions import EVALUATION_NAME, PAGE_NAME, RECORD_NAME
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.evaluation.record import keep_evaluation, read_evaluation
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
 from llm_barber.record_file import read_record
+
+PAGE_MARK = b'<meta name="generator" content="LLM-Barber">'
+PAGE_BEGINNING = 1000  # bytes in which a page has its mark
 
 
 def write_page(folder: Path, output: Path | None = None) -> Path:
@@ -29,6 +33,7 @@ def write_page(folder: Path, output: Path | None = None) -> Path:
     if report is None:
         raise ModelError(f"{folder} has no record (barber.json)", "only what llm-barber wrote has one")
     path = output or folder / PAGE_NAME
+    _check_replaceable(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_text(run_page(report, read_evaluation(folder)), encoding="utf-8")
@@ -36,6 +41,21 @@ def write_page(folder: Path, output: Path | None = None) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}", "choose another file with --output") from error
     return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to write a page where anything but a page of this program is.
+
+    Raises:
+        OutputError: the path is a folder, a device or a file of another kind.
+    """
+    another = "choose another file with --output"
+    try:
+        check_regular(path, OutputError)
+        if path.exists() and PAGE_MARK not in path.read_bytes()[:PAGE_BEGINNING]:
+            raise OutputError(f"{path} is not a page of this program, and would be replaced", another)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", another) from error
 
 
 def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
