@@ -550,7 +550,7 @@ def test_numbers_of_a_configuration_are_finite(
 def test_positions_that_are_not_numbers(tmp_path: Path, llama: Path, tokens: Path) -> None:
     """An absurd frequency makes NaN, which equals no NaN, and is not what depends on the tokens."""
     change_json(llama / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 0})
-    expect_failure("holds NaN or Inf", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
+    expect_failure("NaN or Inf", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
 
 
 def test_more_layers_than_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
