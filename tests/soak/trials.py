@@ -74,7 +74,7 @@ def killed_run(soak: Soak, work: Path, chance: random.Random) -> str:
         if not left or chance.random() < 0.3:
             continue
         state = output.with_name("out.partial") / "state.json"
-        fallback = state.with_name("state-before.json") in left
+        fallback = {state, state.with_name("state-before.json")} <= set(left)
         if state in left and chance.random() < 0.7:
             damages.append(edit_json(state, chance) if _is_json(state) else damage(state, chance))
         else:
