@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.checkpoint.digests import with_digest
 from llm_barber.errors import ModelError
-from tests.conftest import change_json, make_model
+from tests.conftest import Listener, change_json, make_model
 
 
 @pytest.fixture
@@ -149,3 +149,13 @@ def test_a_record_that_cannot_be_read(pruned: Path) -> None:
         with pytest.raises(ModelError, match=f"is not a record of this program .*{words}"):
             problems(pruned)
         linear[key] = before
+
+
+def test_a_model_that_prune_does_not_take_is_told_of(llama: Path) -> None:
+    change_json(llama / "config.json", rms_norm_eps=float("inf"))
+    listener = Listener()
+    inspection = inspect(InspectConfig(model=str(llama)), listener)
+    assert len(inspection.linears) == 14
+    (warning,) = listener.warnings
+    assert warning.startswith("every matrix of a numbered layer is counted")
+    assert "rms_norm_eps" in warning

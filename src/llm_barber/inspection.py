@@ -88,7 +88,8 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     source = CheckpointSource(config.model, config.revision)
     dense = CheckpointSource(config.dense, config.dense_revision) if config.dense is not None else None
     record = read_record(source.folder)
-    linears = find_linears(source, recorded_structure(record), with_head=record is not None and record.prunes_head)
+    with_head = record is not None and record.prunes_head
+    linears = find_linears(source, recorded_structure(record), with_head, progress)
     _check_shapes(source, linears)
     if not linears:
         raise ModelError(f"{config.model} has no linears in numbered layers", "is it a decoder model?")
@@ -161,11 +162,11 @@ class FoundLinear:
 
 
 def find_linears(
-    source: CheckpointSource, options: StructureOptions, with_head: bool = False
+    source: CheckpointSource, options: StructureOptions, with_head: bool, progress: Progress
 ) -> dict[str, list[FoundLinear]]:
     """The prunable linears by the tensors that they lie in.
 
-    As `prune` finds them; of a model that it does not take, every matrix inside a numbered layer.
+    As `prune` finds them; of a model that it does not take, every matrix inside a numbered layer, with a warning.
     """
     found: dict[str, list[FoundLinear]] = {}
     try:
@@ -190,7 +191,8 @@ def find_linears(
             name = skeleton.head_name.rpartition(".")[2]
             found[place.tensor] = [FoundLinear(len(skeleton.layers), name, place, made_of=source.place(tied).tensor)]
         return found
-    except BarberError:
+    except BarberError as error:
+        progress.warn(f"every matrix of a numbered layer is counted, since this is no model that prune takes: {error}")
         return _matrices_of_numbered_layers(source)
 
 
