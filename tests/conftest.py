@@ -22,6 +22,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself, and s
 DATA = Path(__file__).parent / "data"
 RELEASED = DATA / "released-masks"
 
+# Files with tests of more than ten seconds: they start first, so that no processor waits for the last one.
+LONG = ("test_wheel.py", "test_demo.py", "test_pretend_gpu.py", "test_memory.py", "test_cli.py")
+
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 64}
 LLAMA_LIKE = {**COMMON, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 GPT_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
@@ -164,6 +167,11 @@ def _disks_are_not_waited_for() -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of `LONG` first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def make_config(family: str, **changes: Any) -> PreTrainedConfig:
     """The configuration of a family's tiny model."""
     settings = {**FAMILIES[family], **changes}
@@ -184,6 +192,25 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
                 buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def make_gguf(path: Path) -> Path:
+    """Save a GGUF file with one tensor of a model of one layer, and no tokenizer."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(16)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_vocab_size(95)
+    writer.add_tensor("token_embd.weight", torch.zeros(95, 8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def load_model(folder: Path, **settings: Any) -> PreTrainedModel:

@@ -16,7 +16,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -39,7 +38,7 @@ from llm_barber.page.write import write_page
 from llm_barber.planning.configuration import read_configuration
 from llm_barber.windows import windows_of
 from tests.checkpoint.test_source import shard
-from tests.conftest import make_model, save_tokens
+from tests.conftest import make_gguf, make_model, save_tokens
 from tests.evaluation.test_evaluate import add_tokenizer
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
@@ -234,18 +233,7 @@ def results(folder: Path, pruned: Path) -> dict[str, Reader]:
 
 def gguf_file(path: Path) -> Reader:
     """A GGUF file without a tokenizer, which is refused after most of it was read."""
-    writer = GGUFWriter(str(path), "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(16)
-    writer.add_embedding_length(8)
-    writer.add_feed_forward_length(16)
-    writer.add_head_count(2)
-    writer.add_vocab_size(95)
-    writer.add_tensor("token_embd.weight", torch.zeros(95, 8).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    make_gguf(path)
     return Reader(path, lambda: CheckpointSource(path), share=0.2)
 
 

@@ -33,8 +33,8 @@ from llm_barber.plan import Plan, plan
 from llm_barber.presets import REVISIONS, Preset
 from llm_barber.progress import Silent
 from tests.conftest import Listener, make_model, save_tokens
+from tests.soak.children import KILLED, die_at
 
-KILLED = 9
 SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
 
 
@@ -64,12 +64,6 @@ def without_times(folder: Path) -> dict[str, Any]:
     }
 
 
-def tear(path: Path) -> None:
-    """Leave half of a file in the making, as when the disk had no more of it."""
-    if path.suffix == ".tmp":
-        os.truncate(path, path.stat().st_size // 2)
-
-
 def killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), **settings: Any) -> bool:
     """Run in a process that dies, as by kill -9, just before its file operation of that number; False: it finished.
 
@@ -79,22 +73,7 @@ def killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), *
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
-        operations, fsync = 0, os.fsync
-
-        def counted(function: Any) -> Any:
-            def call(*values: Any, **named: Any) -> Any:
-                nonlocal operations
-                operations += 1
-                if operations == number:
-                    if function is fsync:
-                        tear(Path(f"/proc/self/fd/{values[0]}").resolve())
-                    os._exit(KILLED)
-                return function(*values, **named)
-
-            return call
-
-        for name in ("fsync", "rename", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
+        die_at(number)
         prune_layer, pass_layer = run_module.prune_layer, resuming_module.pass_layer
 
         def noted(job: Any, index: int, *rest: Any) -> Any:

@@ -79,7 +79,7 @@ def _call(function: Callable[[Listener], Any], kill_at: int | None, writing: int
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     if kill_at is not None:
-        _die_at(kill_at)
+        die_at(kill_at)
     listener = Listener()
     try:
         value = function(listener)
@@ -92,7 +92,7 @@ def _call(function: Callable[[Listener], Any], kill_at: int | None, writing: int
     os._exit(0)
 
 
-def _die_at(number: int) -> None:
+def die_at(number: int) -> None:
     """Die before a file operation; of a temporary file that was to become durable then, half is there."""
     operations, fsync = 0, os.fsync
 
