@@ -22,9 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself, and s
 DATA = Path(__file__).parent / "data"
 RELEASED = DATA / "released-masks"
 
-# Files with tests of more than ten seconds: they start first, so that no processor waits for the last one.
-LONG = ("test_wheel.py", "test_demo.py", "test_pretend_gpu.py", "test_memory.py", "test_cli.py")
-
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 64}
 LLAMA_LIKE = {**COMMON, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 GPT_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
@@ -165,11 +162,6 @@ def _disks_are_not_waited_for() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of `LONG` first."""
-    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def make_config(family: str, **changes: Any) -> PreTrainedConfig:
