@@ -84,9 +84,9 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     """
     progress = progress or Silent()
     command = "prune" if isinstance(config, PruneConfig) else "rebuild"
-    complete = finished_run(command, config, progress) is not None
-    if complete:
-        tell_of_finished(config, progress)
+    complete = finished_run(command, config, progress)
+    if complete is not None:
+        tell_of_finished(config, complete, progress)
         config = config.model_copy(update={"overwrite": True})  # or it would be in the way
     if isinstance(config, PruneConfig):
         target = config.target
@@ -135,5 +135,9 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
         stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
-        finished_layers=job.layer_count if complete else min(len(left.layers), job.layer_count) if left else 0,
+        finished_layers=job.layer_count
+        if complete is not None
+        else min(len(left.layers), job.layer_count)
+        if left
+        else 0,
     )

@@ -120,7 +120,7 @@ def _finished_before(command: str, config: RunSettings, progress: Progress, rank
     if report is not None:
         if ranks.first and (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
             clear_finished(config.output)
-        tell_of_finished(config, progress)
+        tell_of_finished(config, report, progress)
     return report
 
 
@@ -156,10 +156,9 @@ def finished_run(command: str, config: RunSettings, progress: Progress) -> RunRe
     return record
 
 
-def tell_of_finished(config: RunSettings, progress: Progress) -> None:
+def tell_of_finished(config: RunSettings, record: RunReport, progress: Progress) -> None:
     """Say that the output is what this run would make, and which files in it are no part of that."""
-    record = read_record(config.output)
-    if record is not None and (unknown := unknown_files(CheckpointSource(config.output), record)):
+    if unknown := unknown_files(CheckpointSource(config.output), record):
         progress.warn(f"{config.output} is not as it was written: {'; '.join(unknown[:3])}")
     progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
 
@@ -193,7 +192,8 @@ def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress,
     """Compare a local model with the files that a finished run read; warn if they were only written anew."""
     folder = Path(expanduser(model))
     if recorded is None or not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")):  # else a hub id, or a GGUF file of the cache
+        is_path = folder.is_absolute() or model.startswith((".", "~"))  # else it is a hub id
+        if is_path and not folder.exists():  # a GGUF file is there
             progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
         return ""
     try:
