@@ -36,7 +36,7 @@ package:
 	cd build/package && venv/bin/llm-barber prune ../../tests/data/released-masks/llama/dense pruned \
 		--calibration ../../tests/data/released-masks/llama/calibration.safetensors
 	cd build/package && venv/bin/llm-barber inspect pruned --dense ../../tests/data/released-masks/llama/dense
-	cd build/package && venv/bin/python -c "from llm_barber.calibration import read_text; assert len(read_text('builtin')) > 2e6"
+	cd build/package && venv/bin/python -c "from llm_barber.text.calibration import read_text; assert len(read_text('builtin')) > 2e6"
 	rm -rf build/package
 
 benchmark: $(VENV)/dev $(VENV)/demo

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from llm_barber import usage
 from llm_barber.checkpoint.hub import resolve_model
-from llm_barber.demo import demo_model
+from llm_barber.tools.demo import demo_model
 
 HISTORY = Path(__file__).parent / "results" / "history.jsonl"
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_barber import PruneConfig, prune
-from llm_barber.calibration import read_text
 from llm_barber.evaluation.perplexity import perplexity
 from llm_barber.evaluation.texts import evaluation_windows
+from llm_barber.text.calibration import read_text
 
 METHODS = {
     "magnitude, rebuilt (block, 0.1)": {"initial": "magnitude"},

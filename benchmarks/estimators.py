@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_barber import method
-from llm_barber.initial import PrunedLinear
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
 from llm_barber.masking.statistics import GradientSquares
-from llm_barber.method import RebuildSettings
+from llm_barber.method import layer as method
+from llm_barber.method.initial import PrunedLinear
+from llm_barber.method.layer import RebuildSettings
+from llm_barber.method.refine import Pass
 from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN
-from llm_barber.refine import Pass
 
 SEED = 20250101  # of the second-order estimator's probes
 

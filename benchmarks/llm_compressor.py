@@ -23,11 +23,11 @@ from common import call, machine, model_folder, show
 from quality import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TASK_TARGETS, TASKS, TEST
 from safetensors.torch import save_file
 
-from llm_barber.calibration import load_calibration
+from llm_barber.cli.console import ConsoleProgress
 from llm_barber.comparison.tables import ACCURACY
-from llm_barber.console import ConsoleProgress
 from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluator
-from llm_barber.opening import load_tokenizer
+from llm_barber.loading.opening import load_tokenizer
+from llm_barber.text.calibration import load_calibration
 
 # What runs in its environment: prunes and saves an ordinary checkpoint in the dense one's dtype, prints seconds.
 PEER = """

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llm_barber import PackConfig, PruneConfig, load, native, pack, prune
-from llm_barber.packed_linear import PackedLinear
+from llm_barber.runtime.packed_linear import PackedLinear
 
 HEADINGS = [
     "pruned", "dtype", "disk: dense MB", "packed MB", "share", "linears: dense MB", "kept packed MB", "share",

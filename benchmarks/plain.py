@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llm_barber.calibration import load_calibration
-from llm_barber.opening import load_tokenizer
+from llm_barber.loading.opening import load_tokenizer
+from llm_barber.text.calibration import load_calibration
 
 SPARSITY, RATIO = 0.5, 0.1
 PLAIN = "plain"

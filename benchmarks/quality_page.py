@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_barber.comparison.cells import CellResult
 from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.page import comparison_picture
 from llm_barber.comparison.settings import Method
 from llm_barber.comparison.tables import (
     REBUILT,
@@ -20,7 +21,6 @@ from llm_barber.comparison.tables import (
     target_title,
 )
 from llm_barber.masking.granularity import Granularity
-from llm_barber.page.comparison_page import comparison_picture
 from llm_barber.page.figures import standalone
 from llm_barber.page.lines import Line, perplexity_lines
 

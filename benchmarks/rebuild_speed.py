@@ -29,18 +29,18 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from llm_barber import PruneConfig, RunReport, prune
+from llm_barber.loading.opening import load_tokenizer
 from llm_barber.model.device import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
-from llm_barber.opening import load_tokenizer
 
 FORWARD_EQUIVALENTS = 5
 STAGES = {
     "initial mask: inputs' statistics": ("llm_barber.model.block", "DecoderLayer", "visit_inputs"),
-    "initial mask: ranking": ("llm_barber.initial", None, "initial_mask"),
+    "initial mask: ranking": ("llm_barber.method.initial", None, "initial_mask"),
     "y_sparse, and block outputs after the rebuild": ("llm_barber.model.block", "DecoderLayer", "block_output"),
     "y_dense and gradients": ("llm_barber.model.block", "DecoderLayer", "block_gradients"),
     "  of which backward": ("torch.autograd", None, "grad"),
     "  of which per-sequence gradients, squared": ("llm_barber.masking.statistics", "GradientSquares", "update"),
-    "rebuild: ranking and swapping": ("llm_barber.method", None, "rebuild_masks"),
+    "rebuild: ranking and swapping": ("llm_barber.method.layer", None, "rebuild_masks"),
     "layer output after the rebuild": ("llm_barber.model.block", "DecoderLayer", "final_output"),
 }
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llm_barber import load
-from llm_barber.distance import Distance, usual_squares
-from llm_barber.windows import windows_of
+from llm_barber.method.distance import Distance, usual_squares
+from llm_barber.text.windows import windows_of
 
 NORMS = ["after layer", "largest token", "its norm / median", "its share of squares", "largest channel's share"]
 DIFFERENCES = ["of the difference", "… channels capped", "its relative error", "median token's"]

@@ -19,14 +19,14 @@ from estimators import ESTIMATORS, estimated
 from quality import CALIBRATION, ROOT, VALIDATION
 
 from llm_barber.checkpoint.folder import locked, own_folder
+from llm_barber.cli.console import ConsoleProgress
 from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
 from llm_barber.comparison.settings import CompareConfig, target_settings
-from llm_barber.config import PruneConfig
-from llm_barber.console import ConsoleProgress
-from llm_barber.presets import REVISIONS, Allocation
-from llm_barber.pruning import prune
-from llm_barber.refine_settings import RefineSettings
-from llm_barber.report import RunReport
+from llm_barber.record.report import RunReport
+from llm_barber.run.commands import prune
+from llm_barber.settings.presets import REVISIONS, Allocation
+from llm_barber.settings.prune import PruneConfig
+from llm_barber.settings.refining import RefineSettings
 
 Variant = dict[str, Any]
 WANDA: Variant = {"initial": "wanda", "rebuild": False}

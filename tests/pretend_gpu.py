@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
-from llm_barber import method as method_module
-from llm_barber.method import prune_layer
+from llm_barber.method import layer as method_module
+from llm_barber.method.layer import prune_layer
 from llm_barber.model.copies import Copied
 from llm_barber.model.places import Places
 from tests.conftest import read_folder
@@ -159,7 +159,7 @@ def on_device() -> Iterator[None]:
     """Every run takes the device."""
     with (
         PretendGpu(),
-        patch("llm_barber.job.resolve_device", lambda _: DEVICE),
+        patch("llm_barber.loading.job.resolve_device", lambda _: DEVICE),
         patch("llm_barber.evaluation.evaluate.resolve_device", lambda _: DEVICE),
         patch("llm_barber.model.streams.SideStreams", WorstCopies),
         patch("torch.Tensor.pin_memory", lambda values: values),
@@ -180,8 +180,8 @@ def with_room(room: int) -> Iterator[None]:
         return result_of(*given)
 
     with (
-        patch("llm_barber.run.activation_places", lambda *_: places),
-        patch("llm_barber.method.result_of", short),
+        patch("llm_barber.run.stream.activation_places", lambda *_: places),
+        patch("llm_barber.method.layer.result_of", short),
     ):
         yield
     failed = left[FAILING - 1]
@@ -198,7 +198,7 @@ def interrupted(config: PruneConfig) -> None:
             raise KeyboardInterrupt
         return prune_layer(job, index, *given)
 
-    with patch("llm_barber.run.prune_layer", stop), suppress(KeyboardInterrupt):
+    with patch("llm_barber.run.stream.prune_layer", stop), suppress(KeyboardInterrupt):
         prune(config)
     (lost,) = config.output.with_name(f"{config.output.name}.partial").glob("activations-*")
     lost.unlink()

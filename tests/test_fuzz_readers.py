@@ -21,22 +21,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
-from llm_barber.calibration import read_text, token_shape
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.packed import PACKED_INDEX
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_NAME, RunState, check_key, read_state, write_state
 from llm_barber.comparison.cells import DenseResult, _read
-from llm_barber.convert import PICKLED, PICKLED_INDEX, pickled_files, read_pickled
 from llm_barber.errors import BarberError
 from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, TextResult
 from llm_barber.evaluation.record import EVALUATION_NAME
 from llm_barber.evaluation.tasks import find_tasks
-from llm_barber.opening import load_config, load_tokenizer
-from llm_barber.packing import PackConfig, pack, unpack
+from llm_barber.loading.opening import load_config, load_tokenizer
 from llm_barber.page.write import write_page
 from llm_barber.planning.configuration import read_configuration
-from llm_barber.windows import windows_of
+from llm_barber.text.calibration import read_text, token_shape
+from llm_barber.text.windows import windows_of
+from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, pickled_files, read_pickled
+from llm_barber.tools.packing import PackConfig, pack, unpack
 from tests.checkpoint.test_source import shard
 from tests.conftest import make_gguf, make_model, save_tokens
 from tests.evaluation.test_evaluate import add_tokenizer

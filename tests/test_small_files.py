@@ -14,13 +14,13 @@ import torch
 
 from llm_barber import InspectConfig, PackConfig, PruneConfig, inspect, load, pack, prune
 from llm_barber.checkpoint.counts import check_counts
-from llm_barber.convert import ConvertConfig, convert
 from llm_barber.errors import BarberError, CalibrationError, ModelError, SettingsError, TaskError
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import evaluation_text
 from llm_barber.model.empty import empty_model
 from llm_barber.planning.forecast import forecast
 from llm_barber.planning.plan_config import PlanConfig
+from llm_barber.tools.convert import ConvertConfig, convert
 from tests.conftest import change_json, make_config, make_model
 
 AT_ONCE = 10  # seconds, on a busy machine

@@ -1,51 +1,83 @@
-"""What the layout promises: masking is pure, checkpoint knows no masks, files stay small."""
+"""The layout: the order of rooms, what a pure room may import, what the package makes public."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import llm_barber
 
 PACKAGE = Path(llm_barber.__file__).parent
+# A room imports from the rooms before it, from itself and from the root.
+ROOMS = (
+    "native", "masking", "checkpoint", "parallel", "text", "model", "settings", "record", "loading", "evaluation",
+    "page", "method", "planning", "run", "runtime", "comparison", "tools", "cli",
+)  # fmt: skip
+ROOT_MODULES = {"__init__", "__main__", "errors", "messages", "progress", "usage"}
+# Rooms without mathematics or without files import none of these.
+FORBIDDEN = {
+    "checkpoint": ("llm_barber.masking",),
+    "model": ("llm_barber.checkpoint", "safetensors"),
+}
+ALLOWED_IN_MASKING = {
+    "torch", "torch.nn.functional", "numpy", "collections.abc", "dataclasses", "enum", "fractions", "contextlib",
+    "typing",
+}  # fmt: skip
 
 
-def imports(folder: str) -> set[str]:
-    found = set()
-    for path in (PACKAGE / folder).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+def imported_names(path: Path) -> set[str]:
+    """Dotted names that a module imports, each with the imported attribute (which may be a module)."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imported_modules(room: str) -> set[str]:
+    """Dotted names of the modules that a room's modules import."""
+    modules = set()
+    for path in (PACKAGE / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
+                modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0
-                found.add(node.module or "")
-    return found
+                modules.add(node.module or "")
+    return modules
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_from_the_rooms_before_it(room: str) -> None:
+    later = set(ROOMS[ROOMS.index(room) + 1 :])
+    for path in (PACKAGE / room).rglob("*.py"):
+        for name in imported_names(path):
+            package, *rest = name.split(".")
+            if package == "llm_barber" and rest:
+                assert rest[0] not in later, f"{path.relative_to(PACKAGE)} imports {name}"
+                assert rest[0] in {*ROOMS, *ROOT_MODULES, "__version__"}, (
+                    f"{path.relative_to(PACKAGE)} imports {name} by its public name"
+                )
+
+
+def test_the_root_has_no_other_modules() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_MODULES
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
 
 
 def test_masking_imports_torch_and_itself() -> None:
-    allowed = {
-        "torch",
-        "torch.nn.functional",
-        "numpy",
-        "collections.abc",
-        "dataclasses",
-        "enum",
-        "fractions",
-        "contextlib",
-        "typing",
-    }
-    others = {name for name in imports("masking") if not name.startswith("llm_barber.masking.")}
-    assert others <= allowed
+    others = {name for name in imported_modules("masking") if not name.startswith("llm_barber.masking")}
+    assert others <= ALLOWED_IN_MASKING
 
 
-def test_checkpoint_knows_no_masks_and_no_modules() -> None:
-    names = imports("checkpoint")
-    assert not any(name.startswith(("llm_barber.masking", "llm_barber.model")) for name in names)
-
-
-def test_model_reads_no_files() -> None:
-    names = imports("model")
-    assert not any(name.startswith(("llm_barber.checkpoint", "safetensors")) for name in names)
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_a_pure_room_stays_pure(room: str) -> None:
+    assert not any(name.startswith(FORBIDDEN[room]) for name in imported_modules(room))
 
 
 def test_public_names() -> None:

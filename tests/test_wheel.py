@@ -42,7 +42,7 @@ def test_wheel_is_whole_and_works_in_an_environment_of_its_own(tmp_path: Path) -
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(own), str(wheel)], check=True
     )
     (own / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    code = "import llm_barber.calibration as c; print(c.__file__, len(c.read_text('builtin')))"
+    code = "import llm_barber.text.calibration as c; print(c.__file__, len(c.read_text('builtin')))"
     output = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert str(own) in output
     model = make_model(tmp_path / "model", "llama")

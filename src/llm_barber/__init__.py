@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_barber.comparison.compare import Comparison, compare
     from llm_barber.comparison.settings import CompareConfig
-    from llm_barber.config import PruneConfig, RebuildConfig
     from llm_barber.errors import BarberError
     from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
-    from llm_barber.inspection import InspectConfig, Inspection, inspect
-    from llm_barber.loading import load
-    from llm_barber.packing import PackConfig, PackReport, pack, unpack
-    from llm_barber.pruning import prune, rebuild
-    from llm_barber.report import RunReport
+    from llm_barber.record.report import RunReport
+    from llm_barber.run.commands import prune, rebuild
+    from llm_barber.runtime.load import load
+    from llm_barber.settings.prune import PruneConfig, RebuildConfig
+    from llm_barber.tools.inspection import InspectConfig, Inspection, inspect
+    from llm_barber.tools.packing import PackConfig, PackReport, pack, unpack
 
 __version__ = version("llm-barber")
 __all__ = [
@@ -47,21 +47,21 @@ _MODULES = {
     "Comparison": "comparison.compare",
     "EvaluateConfig": "evaluation.evaluate",
     "Evaluation": "evaluation.evaluate",
-    "InspectConfig": "inspection",
-    "Inspection": "inspection",
-    "PackConfig": "packing",
-    "PackReport": "packing",
-    "PruneConfig": "config",
-    "RebuildConfig": "config",
-    "RunReport": "report",
+    "InspectConfig": "tools.inspection",
+    "Inspection": "tools.inspection",
+    "PackConfig": "tools.packing",
+    "PackReport": "tools.packing",
+    "PruneConfig": "settings.prune",
+    "RebuildConfig": "settings.prune",
+    "RunReport": "record.report",
     "compare": "comparison.compare",
     "evaluate": "evaluation.evaluate",
-    "inspect": "inspection",
-    "load": "loading",
-    "pack": "packing",
-    "prune": "pruning",
-    "rebuild": "pruning",
-    "unpack": "packing",
+    "inspect": "tools.inspection",
+    "load": "runtime.load",
+    "pack": "tools.packing",
+    "prune": "run.commands",
+    "rebuild": "run.commands",
+    "unpack": "tools.packing",
 }
 
 

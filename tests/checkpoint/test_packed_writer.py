@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from llm_barber import InspectConfig, PackConfig, PruneConfig, inspect, pack, prune, unpack
-from llm_barber.loading import load
+from llm_barber.runtime.load import load
 from tests.conftest import make_model, read_folder, save_tokens
-from tests.test_resume import killed_at, run, weights
+from tests.run.test_resume import killed_at, run, weights
 
 
 @pytest.fixture

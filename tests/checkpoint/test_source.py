@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.source import CheckpointSource, Place, TensorInfo, sharded_by
 from llm_barber.errors import HubError, ModelError
+from llm_barber.loading.naming import find_places
 from llm_barber.model.empty import empty_model
-from llm_barber.naming import find_places
 from tests.conftest import change_json, make_config, make_model
 
 

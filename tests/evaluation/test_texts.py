@@ -2,7 +2,7 @@ import pytest
 
 from llm_barber.errors import CalibrationError
 from llm_barber.evaluation.texts import evaluation_windows
-from tests.test_calibration import characters
+from tests.text.test_calibration import characters
 
 
 def test_windows_follow_each_other() -> None:

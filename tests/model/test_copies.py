@@ -11,7 +11,7 @@ from llm_barber import PruneConfig, prune
 from llm_barber.model.copies import Copied, Copies
 from llm_barber.model.streams import ActivationStreams
 from tests.conftest import save_tokens
-from tests.test_resume import weights
+from tests.run.test_resume import weights
 
 
 class WorstMoments:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from llm_barber import PruneConfig, allocation, prune
+from llm_barber import PruneConfig, prune
+from llm_barber.method import allocation
 from llm_barber.model.fixed_order import FixedOrder, in_fixed_order
 from llm_barber.model.skeleton import Skeleton
 from tests.conftest import Listener, make_model, save_tokens
-from tests.test_ranks import together
-from tests.test_resume import weights
+from tests.parallel.test_ranks import together
+from tests.run.test_resume import weights
 
 MESSAGE = "cumsum_cuda_kernel does not have a deterministic implementation, but you set …"
 SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}

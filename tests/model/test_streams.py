@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from llm_barber import PruneConfig, prune
-from llm_barber import method as method_module
-from llm_barber import run as run_module
-from llm_barber.embedding import DeviceMemoryError, with_smaller_batches
-from llm_barber.job import Job
+from llm_barber.loading.job import Job
+from llm_barber.method import layer as method_module
 from llm_barber.model.places import Places
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Silent
+from llm_barber.run import stream as run_module
+from llm_barber.run.embedding import DeviceMemoryError, with_smaller_batches
 from tests.model.test_copies import WorstMoments, copy_by
-from tests.test_resume import weights
+from tests.run.test_resume import weights
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "preset": "mask", "guard": 0, "report": False}
 

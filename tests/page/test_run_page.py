@@ -11,11 +11,11 @@ import matplotlib
 import pytest
 
 from llm_barber.evaluation.evaluate import Evaluation
-from llm_barber.layer_report import BlockResult, LayerResult, LinearResult
 from llm_barber.page.environment import SPACE, duration, memory, model_name, number, percent, with_error
 from llm_barber.page.figures import CSS_COLOURS, log_limits
 from llm_barber.page.run_page import run_page
-from llm_barber.report import RunReport
+from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
+from llm_barber.record.report import RunReport
 from tests.page.browser import measure, needs_browser
 
 

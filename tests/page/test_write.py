@@ -6,9 +6,9 @@ import pytest
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, inspect, prune
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.record import read_evaluation
-from llm_barber.inspection import InspectConfig
 from llm_barber.page.write import keep_with_model, write_page
 from llm_barber.progress import Silent
+from llm_barber.tools.inspection import InspectConfig
 from tests.conftest import Listener, change_json
 from tests.evaluation.test_evaluate import add_tokenizer
 

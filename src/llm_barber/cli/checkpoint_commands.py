@@ -32,10 +32,10 @@ def inspect(
 
     Exits with 1 when something is not.
     """
-    from llm_barber.console import ConsoleProgress, show_inspection
+    from llm_barber.cli.console import ConsoleProgress, show_inspection
     from llm_barber.errors import VerificationError
-    from llm_barber.inspection import InspectConfig
-    from llm_barber.inspection import inspect as run
+    from llm_barber.tools.inspection import InspectConfig
+    from llm_barber.tools.inspection import inspect as run
 
     with ConsoleProgress(quiet) as progress:
         inspection = run(InspectConfig(model=model, dense=dense, dense_revision=dense_revision, **settings), progress)
@@ -67,8 +67,8 @@ def pack(
 
     inspect and evaluate read PACKED; other programs need it unpacked.
     """
-    from llm_barber.packing import PackConfig
-    from llm_barber.packing import pack as run
+    from llm_barber.tools.packing import PackConfig
+    from llm_barber.tools.packing import pack as run
 
     _run_packing(run, PackConfig(model=model, output=output, **settings), json, quiet)
 
@@ -84,8 +84,8 @@ def unpack(
     **settings: Any,
 ) -> None:
     """Write the files that were packed, bit for bit."""
-    from llm_barber.packing import PackConfig
-    from llm_barber.packing import unpack as run
+    from llm_barber.tools.packing import PackConfig
+    from llm_barber.tools.packing import unpack as run
 
     _run_packing(run, PackConfig(model=model, output=output, **settings), json, quiet)
 
@@ -104,9 +104,9 @@ def convert(
 
     The other commands do not read pickles.
     """
-    from llm_barber.console import ConsoleProgress
-    from llm_barber.convert import ConvertConfig
-    from llm_barber.convert import convert as run
+    from llm_barber.cli.console import ConsoleProgress
+    from llm_barber.tools.convert import ConvertConfig
+    from llm_barber.tools.convert import convert as run
 
     with ConsoleProgress(quiet) as progress:
         report = run(ConvertConfig(model=model, output=output, **settings), progress)
@@ -117,7 +117,7 @@ def convert(
 
 
 def _run_packing(run: Callable[..., Any], config: Any, json: bool, quiet: bool) -> None:
-    from llm_barber.console import ConsoleProgress, show_packing
+    from llm_barber.cli.console import ConsoleProgress, show_packing
 
     with ConsoleProgress(quiet) as progress:
         report = run(config, progress)

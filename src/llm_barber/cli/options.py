@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_barber.config import RELEASED_REBUILD, Initial, PruneConfig
 from llm_barber.masking.granularity import Granularity
-from llm_barber.presets import (
+from llm_barber.settings.base import Format
+from llm_barber.settings.presets import (
     GUARD,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
@@ -23,7 +23,7 @@ from llm_barber.presets import (
     Reconstruct,
     Refine,
 )
-from llm_barber.settings import Format
+from llm_barber.settings.prune import RELEASED_REBUILD, Initial, PruneConfig
 
 METHOD, WHAT, REFINING, CALIBRATION, TEXT, TASKS = "Method", "What to prune", "Refining", "Calibration", "Text", "Tasks"
 COMPUTE, OUTPUT, MACHINE = "Compute", "Output", "Machine"

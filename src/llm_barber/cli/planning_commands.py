@@ -100,7 +100,7 @@ def plan(
 
     From the configuration alone, without weights. With --flops for another machine, a GPU unless --device cpu.
     """
-    from llm_barber.console import ConsoleProgress
+    from llm_barber.cli.console import ConsoleProgress
     from llm_barber.planning.forecast import forecast
     from llm_barber.planning.plan_config import PlanConfig
     from llm_barber.planning.table import show_forecast

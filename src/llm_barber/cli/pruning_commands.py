@@ -24,8 +24,8 @@ from llm_barber.cli.options import (
     shown_in,
     takes,
 )
-from llm_barber.config import Initial, PruneConfig, RebuildConfig
-from llm_barber.presets import Preset
+from llm_barber.settings.presets import Preset
+from llm_barber.settings.prune import Initial, PruneConfig, RebuildConfig
 
 OF_ANY_RUN = (*shown_in(CALIBRATION), *shown_in(COMPUTE), *shown_in(OUTPUT))
 
@@ -50,7 +50,7 @@ def prune(
     Kept weights are the dense model's, bit for bit, unless --reconstruct, --preset best or --keep-updates. OUT loads
     as MODEL does.
     """
-    from llm_barber.pruning import prune as run
+    from llm_barber.run.commands import prune as run
 
     _run_or_plan(run, PruneConfig(model=model, output=output, **settings), dry_run, json, quiet)
 
@@ -101,7 +101,7 @@ def rebuild(
 
     The sparsity of PRUNED, and its N:M pattern if it has one, is kept. --preset mask tunes its mask instead.
     """
-    from llm_barber.pruning import rebuild as run
+    from llm_barber.run.commands import rebuild as run
 
     settings |= {"initial": initial, "pattern": pattern, "preset": preset, "pruned_revision": pruned_revision}
     config = RebuildConfig(dense=dense, pruned=pruned, output=output, **settings)
@@ -124,9 +124,9 @@ def demo(
     **settings: Any,
 ) -> None:
     """Prune a real model of 135M weights to 50 % in four ways, and show what each does to it."""
-    from llm_barber.console import ConsoleProgress, show_demo
-    from llm_barber.demo import DemoConfig
-    from llm_barber.demo import demo as run
+    from llm_barber.cli.console import ConsoleProgress, show_demo
+    from llm_barber.tools.demo import DemoConfig
+    from llm_barber.tools.demo import demo as run
 
     config = DemoConfig(output=output, model=model, windows=windows, prompt=prompt, **settings)
     with ConsoleProgress(quiet) as progress:
@@ -140,8 +140,8 @@ def demo(
 def _run_or_plan(
     run: Callable[..., Any], config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool
 ) -> None:
-    from llm_barber.console import ConsoleProgress, show_plan, show_run
-    from llm_barber.plan import plan
+    from llm_barber.cli.console import ConsoleProgress, show_plan, show_run
+    from llm_barber.run.dry_run import plan
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     with ConsoleProgress(quiet, muted=not first) as progress:

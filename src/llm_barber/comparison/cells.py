@@ -15,7 +15,7 @@ from llm_barber.checkpoint.state import write_durably
 from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.progress import Progress
-from llm_barber.report import RunReport
+from llm_barber.record.report import RunReport
 from llm_barber.usage import machine, reset_peak_memory
 
 CELLS = "cells"

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llm_barber.comparison.settings import CompareConfig, Method, target_settings
-from llm_barber.presets import PRESETS, REVISIONS, Allocation, Preset
+from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset
 
 
 @dataclass(frozen=True)

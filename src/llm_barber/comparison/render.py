@@ -4,8 +4,8 @@ from pathlib import Path
 
 from llm_barber.checkpoint.state import write_durably
 from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.page import comparison_page, comparison_picture
 from llm_barber.comparison.tables import comma_separated, markdown
-from llm_barber.page.comparison_page import comparison_page, comparison_picture
 
 NAME = "comparison"
 

@@ -10,17 +10,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from llm_barber.calibration import read_text
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskResult, TaskRun, compare_tasks, find_tasks
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
+from llm_barber.loading.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
-from llm_barber.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings import DTYPES, Dtype, StructureSettings
+from llm_barber.settings.base import DTYPES, Dtype, StructureSettings
+from llm_barber.text.calibration import read_text
+from llm_barber.text.windows import beginning_of_texts, tokens_of
 from llm_barber.usage import versions
-from llm_barber.windows import beginning_of_texts, tokens_of
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from llm_barber.errors import HubError, TaskError, first_line
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import CONTINUED, PAPER_TASKS, Task, TaskResult, TaskRun, mean_and_standard_error
+from llm_barber.loading.opening import check_vocabulary
 from llm_barber.model.device import resolve_batch_size
-from llm_barber.opening import check_vocabulary
 from llm_barber.progress import Progress
-from llm_barber.windows import tokens_of
+from llm_barber.text.windows import tokens_of
 
 try:
     import lm_eval.api.task

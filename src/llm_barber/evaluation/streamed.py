@@ -8,13 +8,13 @@ from torch import Tensor
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
+from llm_barber.loading.opening import check_tensors, layer_places, load_config, open_skeleton
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
-from llm_barber.opening import check_tensors, layer_places, load_config, open_skeleton
 from llm_barber.progress import Progress
-from llm_barber.record_file import read_record, recorded_structure
+from llm_barber.record.file import read_record, recorded_structure
 
 CPU_LOGITS_BYTES = 24 * 2**20
 GPU_LOGITS_BYTES = 512 * 2**20

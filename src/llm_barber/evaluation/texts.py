@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llm_barber.calibration import TOKEN_FILE_SUFFIX, read_text
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import CalibrationError, HubError
-from llm_barber.windows import TextTokenizer, windows_of
+from llm_barber.text.calibration import TOKEN_FILE_SUFFIX, read_text
+from llm_barber.text.windows import TextTokenizer, windows_of
 
 KNOWN = ("wikitext2", "ptb", "c4")
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from llm_barber.errors import SettingsError
 from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import kind_of
-from llm_barber.ranks import local_rank
+from llm_barber.parallel.ranks import local_rank
 
 # Large enough for the matrix products, small enough for temporaries to stay in the caches.
 CPU_BATCH_TOKENS = 2048

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_barber.model.copies import Copies, SideStreams
 from llm_barber.model.places import Places
-from llm_barber.ranks import Ranks
+from llm_barber.parallel.ranks import Ranks
 
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
 NEXT = "next"  # the array that will be HIDDEN of the layer after this one

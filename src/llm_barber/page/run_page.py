@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from llm_barber.layer_report import BlockResult, LinearResult
 from llm_barber.page.environment import environment, model_name, percent
 from llm_barber.page.figures import drawable, error_panel, heat_map, layer_bars, log_limits
-from llm_barber.report import RunReport
+from llm_barber.record.layers import BlockResult, LinearResult
+from llm_barber.record.report import RunReport
 
 if TYPE_CHECKING:  # the page of a run that nobody evaluated does not wait for what evaluating imports
     from llm_barber.evaluation.evaluate import Evaluation

@@ -10,7 +10,7 @@ from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.evaluation.record import keep_evaluation, read_evaluation
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
-from llm_barber.record_file import read_record
+from llm_barber.record.file import read_record
 
 PAGE_MARK = b'<meta name="generator" content="LLM-Barber">'
 PAGE_BEGINNING = 1000  # bytes in which a page has its mark

@@ -6,7 +6,6 @@ calibration sequences are divided, what every process repeats (ranking, swaps, l
 
 from dataclasses import dataclass, fields, replace
 
-from llm_barber.config import Initial
 from llm_barber.masking.granularity import Granularity
 from llm_barber.planning.initial_costs import allocate, choose, initial, statistics, within_groups
 from llm_barber.planning.passes import (
@@ -23,6 +22,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import improved, refine, tune
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.planning.work import NONE, Work, sorting
+from llm_barber.settings.prune import Initial
 
 REBUILDING = 150  # bytes a weight, of scores, comparisons and masks
 

@@ -6,24 +6,24 @@ from dataclasses import asdict, fields, replace
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from llm_barber.calibration import READ_BYTES, READING_BYTES, TOKEN_FILE_SUFFIX, text_size, token_shape
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.job import sequences_together
-from llm_barber.memory import device_room, left_for_activations
+from llm_barber.loading.job import sequences_together
+from llm_barber.loading.naming import check_conversions
+from llm_barber.loading.opening import check_positions, make_skeleton
 from llm_barber.model.architecture import ARCHITECTURES, Block, kind_of
 from llm_barber.model.device import free_device_memory, resolve_device, resolve_dtype
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
-from llm_barber.naming import check_conversions
-from llm_barber.opening import check_positions, make_skeleton
 from llm_barber.planning.configuration import read_configuration
 from llm_barber.planning.costs import Costs, run_costs
+from llm_barber.planning.limits import device_room, left_for_activations
 from llm_barber.planning.machine import KINDS, Rates, measured_rates, named_rates
 from llm_barber.planning.memory import in_files, peak_held
 from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.progress import Progress, Silent
+from llm_barber.text.calibration import READ_BYTES, READING_BYTES, TOKEN_FILE_SUFFIX, text_size, token_shape
 from llm_barber.usage import current_memory
 
 # Of a named machine, where nothing else is said: bytes/s, and of a process that has done nothing yet, bytes.

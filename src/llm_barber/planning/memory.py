@@ -6,15 +6,15 @@ counted, and pages of the file that is being read.
 
 from dataclasses import dataclass, replace
 
-from llm_barber.allocation import LOGITS
-from llm_barber.config import Initial
-from llm_barber.job import OUTSIDE_SHARD_BYTES
+from llm_barber.loading.job import OUTSIDE_SHARD_BYTES
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
+from llm_barber.method.allocation import LOGITS
+from llm_barber.method.refine import MOMENTS_BYTES
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
-from llm_barber.presets import Allocation
-from llm_barber.refine import MOMENTS_BYTES
+from llm_barber.settings.presets import Allocation
+from llm_barber.settings.prune import Initial
 
 FLOAT32, BOOL = 4, 1
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4  # of a batch: float32 ones of the block's input, what autograd keeps of outputs

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from llm_barber.checked_settings import Rule
-from llm_barber.config import PruneConfig
 from llm_barber.messages import Message, message
+from llm_barber.settings.checked import Rule
+from llm_barber.settings.prune import PruneConfig
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

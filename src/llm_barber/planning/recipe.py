@@ -6,14 +6,14 @@ from itertools import pairwise
 
 import torch
 
-from llm_barber.allocation import LOSS_TOKENS
-from llm_barber.config import Initial, PruneConfig, rebuild_defaults
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
+from llm_barber.method.allocation import LOSS_TOKENS
+from llm_barber.method.refine_linear import SWAP_STAGES
 from llm_barber.model.places import block_size
-from llm_barber.presets import Allocation
-from llm_barber.refine_linear import SWAP_STAGES
-from llm_barber.refine_settings import RefineSettings
+from llm_barber.settings.presets import Allocation
+from llm_barber.settings.prune import Initial, PruneConfig, rebuild_defaults
+from llm_barber.settings.refining import RefineSettings
 
 # Looked at in runs (benchmarks/plan_accuracy.py's models): a row's swaps that gain, as a share of its weights, and how
 # many a round makes after its first.

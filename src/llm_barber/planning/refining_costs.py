@@ -1,13 +1,13 @@
 """What refining costs: swaps and least squares of a block's linears, tuning of a layer."""
 
 from llm_barber.masking.statistics import gram_flops
+from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
 from llm_barber.planning.initial_costs import choose, statistics
 from llm_barber.planning.passes import BACKWARD_ATTENTION, FLOAT32, forward, inputs, reduced, streamed
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes
 from llm_barber.planning.work import NONE, Work
-from llm_barber.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
-from llm_barber.refine_settings import SEQUENCES_A_STEP
+from llm_barber.settings.refining import SEQUENCES_A_STEP
 
 TUNING = 80  # bytes a weight and step: masked copy, its gradient, Adam
 ROW = 256  # a row costs a round of swaps as much as so many weights more

@@ -1,0 +1,316 @@
+"""What the commands show: progress with an ETA on stderr, tables on stdout."""
+
+import shlex
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Column, Table
+from transformers.utils import logging as transformers_logging
+
+from llm_barber.checkpoint.companions import PAGE_NAME
+from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.tables import blocks, headings, notes
+from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.messages import Message
+from llm_barber.model.architecture import kind_of
+from llm_barber.record.report import RunReport
+from llm_barber.run.dry_run import Plan
+from llm_barber.tools.demo import DemoRow
+from llm_barber.tools.inspection import Inspection, LinearInspection
+from llm_barber.tools.packing import PackReport
+from llm_barber.usage import readable_bytes
+
+PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
+
+
+class ConsoleProgress:
+    """A bar on a terminal; elsewhere a line per step, at most one every few seconds; always stderr.
+
+    Args:
+        quiet: warnings only.
+        muted: not even these, as another process of the run says them.
+    """
+
+    def __init__(self, quiet: bool = False, muted: bool = False) -> None:
+        self._muted = muted
+        self.console = Console(stderr=True, quiet=quiet or muted, highlight=False, markup=False)
+        self.live = self.console.is_terminal and not (quiet or muted)
+        # Takes what the terminal has left, and no more.
+        detail = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        self._bars = Bars(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", "dim", markup=False, table_column=detail),
+            console=self.console,
+            transient=True,
+            expand=True,
+            disable=not self.live,
+        )
+        self._task: TaskID | None = None
+        self._title, self._total, self._done, self._finished = "", 0, 0, 0
+        self._began = self._told = 0.0
+
+    def __enter__(self) -> Self:
+        # The libraries' own bars and notes would cut through ours.
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def stage(self, title: str) -> None:
+        """A stage of unknown length begins."""
+        self._clear()
+        self.console.print(title, style="dim", soft_wrap=True)
+
+    def start(self, title: str, total: int, finished: int = 0) -> None:
+        """A stage of `total` steps begins, of which an earlier run finished some; the ETA is by the others."""
+        self._clear()
+        self._title, self._total, self._done, self._finished = title, total, finished, finished
+        self._began = self._told = time.monotonic()
+        if self.live:
+            self._task = self._bars.add_task(title, total=total, completed=finished, detail="")
+
+    def advance(self, detail: str) -> None:
+        """A step is done."""
+        self._done += 1
+        if self._task is not None:
+            self._bars.update(self._task, advance=1, detail=detail)
+            return
+        now = time.monotonic()
+        if now - self._told >= PLAIN_INTERVAL or (self._done == self._total and now - self._began >= PLAIN_INTERVAL):
+            self._told = now
+            left = (now - self._began) / (self._done - self._finished) * (self._total - self._done)
+            self.console.print(
+                f"{self._title} {self._done}/{self._total}, ETA {left:.0f} s{': ' if detail else ''}{detail}",
+                soft_wrap=True,
+            )
+
+    def warn(self, message: str) -> None:
+        """Something that the user should know, quiet or not."""
+        if self._muted:
+            return
+        console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
+        shown = message.as_options if isinstance(message, Message) else message
+        console.print(f"warning: {shown}", style="yellow", soft_wrap=True)
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+def show_run(report: RunReport) -> None:
+    """Print what a run did, by block kind and linear."""
+    console = Console(highlight=False, markup=False)
+    counts = f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})"
+    console.print(f"{report.output}: {counts}", soft_wrap=True)
+    table = Table()
+    headings = ["linear", "sparsity", "swapped", *(["of beneficial pairs"] if report.granularity else [])]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "linear" else "right")
+    for total in report.by_linear():
+        swapped = f"{total.grown:,}" if report.granularity or report.refinement else "–"
+        row = [total.name, f"{total.sparsity:.2%}", swapped, f"{total.beneficial_pairs:,}"]
+        table.add_row(*row[: len(headings)])
+    console.print(table)
+    console.print(f"{report.method}; {report.changes}", soft_wrap=True)
+    changes = [
+        f"{name} {one.before:.4g} → {one.after:.4g} (fell in {one.fell} of {one.layers} layers)"
+        for name, one in report.error_changes().items()
+    ]
+    if changes and (report.granularity or report.refinement):
+        beside = ", from the dense block on the pruned model's activations" if report.tuning else ""
+        console.print(f"mean reconstruction error{beside}: {', '.join(changes)}", soft_wrap=True)
+    if report.tuning is not None:
+        console.print(report.tuning, soft_wrap=True)
+    console.print(
+        f"{report.seconds['total']:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB, "
+        f"{report.dtype} on {report.device}"
+    )
+    console.print(f"check it: llm-barber inspect {shlex.quote(str(report.output))}", soft_wrap=True)
+    if report.settings.get("report"):
+        console.print(f"look at it: {Path(report.output) / PAGE_NAME}", soft_wrap=True)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what a run would do."""
+    console = Console(highlight=False, markup=False)
+    table = Table(title=f"would write {plan.output}; nothing was written", show_header=False)
+    for key, value in plan.rows():
+        table.add_row(key, value)
+    console.print(table)
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """Print sparsity by layer and linear, patterns, and the verdict."""
+    console = Console(highlight=False, markup=False)
+    names = list(dict.fromkeys(kind_of(linear.name) for linear in inspection.linears))
+    table = Table(title=f"{inspection.model}: share of zeros in linears {inspection.sparsity:.4%}")
+    table.add_column("layer", justify="right")
+    for name in names:
+        table.add_column(_short(name), justify="right")
+    table.add_column("patterns")
+    for index in dict.fromkeys(linear.layer for linear in inspection.linears):
+        layer = [linear for linear in inspection.linears if linear.layer == index]
+        common = set.intersection(*(set(linear.patterns) for linear in layer))
+        table.add_row(
+            str(index),
+            *(_share_of_zeros([linear for linear in layer if kind_of(linear.name) == name]) for name in names),
+            " ".join(sorted(common)) or "–",
+        )
+    console.print(table)
+    console.print(f"N:M that hold in every linear (N kept of M): {', '.join(inspection.patterns) or 'none'}")
+    if inspection.compared_with is not None:
+        natural = sum(linear.zero_in_dense or 0 for linear in inspection.linears)
+        console.print(f"weights that are zero in {inspection.compared_with} too: {natural:,}", soft_wrap=True)
+    if not inspection.record and inspection.compared_with is None:
+        console.print("no record (barber.json) and no --dense: nothing to check against")
+    elif not inspection.problems:
+        against = [*(["its record"] if inspection.record else []), *filter(None, [inspection.compared_with])]
+        console.print(f"all as {' and '.join(against)} {'says' if len(against) == 1 else 'say'}", soft_wrap=True)
+    if inspection.updated is not None:
+        kept = sum(linear.weights - linear.zeros for linear in inspection.linears)
+        console.print(
+            f"kept weights that are not those of {inspection.compared_with}: {inspection.updated:,} of {kept:,}; the "
+            "record has them changed, so that only zeros, shapes and what is not pruned could be checked",
+            soft_wrap=True,
+        )
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print perplexities, and what they depend on."""
+    console = Console(highlight=False, markup=False)
+    table = Table(title=f"perplexity of {evaluation.model} (lower is better)")
+    headings = ["text", "perplexity"]
+    if evaluation.against is not None:
+        headings += ["of the other", "ratio", "KL divergence", "same next token"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for result in evaluation.texts:
+        cells = [result.text, f"{result.perplexity:.3f}"]
+        if result.against is not None:
+            compared = result.against
+            cells += [
+                f"{compared.perplexity:.3f}",
+                f"{compared.perplexity_ratio:.4f}",
+                f"{compared.divergence:.4f}",
+                f"{compared.top_agreement:.2%}",
+            ]
+        table.add_row(*cells)
+    if evaluation.texts:
+        console.print(table)
+    if evaluation.against is not None:
+        console.print(f"the other: {evaluation.against}", soft_wrap=True)
+    _show_tasks(console, evaluation)
+    for result in evaluation.texts:
+        console.print(
+            f"{result.text}: {result.windows} windows of {result.seqlen} tokens, "
+            f"{'each with' if result.begins_with_bos else 'without'} BOS, {evaluation.dtype} on {evaluation.device}, "
+            f"sha256 {result.sha256[:16]}",
+            soft_wrap=True,
+        )
+
+
+def _show_tasks(console: Console, evaluation: Evaluation) -> None:
+    if not evaluation.tasks:
+        return
+    table = Table(title=f"accuracy of {evaluation.model} (higher is better, ± standard error)")
+    headings = ["task", "metric", "value", "examples"]
+    if evaluation.against is not None:
+        headings += ["of the other", "difference"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for task in evaluation.tasks:
+        cells = [task.task, task.metric, f"{task.value:.3f} ± {task.standard_error:.3f}", str(task.examples)]
+        if task.against is not None:
+            compared = task.against
+            cells += [f"{compared.value:.3f}", f"{compared.difference:+.3f} ± {compared.standard_error:.3f}"]
+        table.add_row(*cells)
+    console.print(table)
+    for source in dict.fromkeys(
+        f"{task.task}: {task.source}, {task.shots} shots"
+        + (f", sha256 {task.sha256[:16]}" if task.sha256 else "")
+        + f", {evaluation.dtype} on {evaluation.device}"
+        for task in evaluation.tasks
+    ):
+        console.print(source, soft_wrap=True)
+
+
+def show_comparison(comparison: Comparison, folder: Path) -> None:
+    """Print the tables of a comparison, the notes, and where the files are."""
+    console = Console(highlight=False)
+    for block in blocks(comparison):
+        table = Table(title=escape(f"{block.title}: {comparison.model}"))
+        table.add_column("method")
+        for heading in headings(comparison):
+            table.add_column(escape(heading), justify="right")
+        for row in block.rows:
+            cells = [f"[bold]{cell}[/]" if best else cell for cell, best in zip(row.cells, row.best, strict=True)]
+            table.add_row(row.title, *cells)
+        console.print(table)
+    for note in notes(comparison):
+        console.print(note, soft_wrap=True, markup=False)
+    console.print(f"tables, plot and page: {folder / 'comparison.html'}", soft_wrap=True, markup=False)
+
+
+def show_packing(report: PackReport) -> None:
+    """Print what packing did to the bytes."""
+    packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none, is it pruned?"
+    Console(highlight=False, markup=False).print(
+        f"{report.output}: {readable_bytes(report.bytes_after)}, {report.bytes_after / report.bytes_before:.1%} of "
+        f"{readable_bytes(report.bytes_before)}; packed matrices: {packed}; dense ones: {report.left_dense}",
+        soft_wrap=True,
+    )
+
+
+def show_demo(rows: list[DemoRow]) -> None:
+    """Print the table of the demonstration, and what each model writes."""
+    console = Console(highlight=False, markup=False)
+    table = Table(title="perplexity on held-out WikiText-2 windows (lower is better)")
+    for heading in ("model", "perplexity", "sparsity", "seconds", "peak memory"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.perplexity:.2f}",
+            f"{row.sparsity:.1%}",
+            "–" if row.seconds is None else f"{row.seconds:.1f}",
+            "–" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f} GiB",
+        )
+    console.print(table)
+    for row in rows:
+        console.print(f"{row.name} ({row.folder})", style="bold", soft_wrap=True)
+        console.print(f"  {row.sentence}", soft_wrap=True)
+
+
+def _share_of_zeros(linears: list[LinearInspection]) -> str:
+    weights = sum(linear.weights for linear in linears)
+    return f"{sum(linear.zeros for linear in linears) / weights:.2%}" if weights else "–"
+
+
+def _short(linear: str) -> str:
+    """A heading for a linear: q for self_attn.q_proj, but c_attn and mlp.c_proj, which say nothing without the rest."""
+    last = linear.rpartition(".")[2]
+    return last.removesuffix("_proj") if last != "c_proj" else linear

@@ -1,0 +1,1 @@
+"""An opened model with everything that pruning needs to know of it."""

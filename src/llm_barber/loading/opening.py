@@ -1,0 +1,220 @@
+"""Opening a checkpoint: configuration, tokenizer, empty model, and whether all of them belong together."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, Place
+from llm_barber.errors import CalibrationError, ModelError, first_line
+from llm_barber.loading.naming import find_places
+from llm_barber.model.architecture import Architecture
+from llm_barber.model.empty import untie_head
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.text.windows import beginning_of_texts
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def make_skeleton(
+    config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype, model: str
+) -> Skeleton:
+    """The empty model.
+
+    Raises:
+        ModelError: the configuration does not describe one.
+    """
+    try:
+        skeleton = Skeleton(config, architecture, device, dtype)
+        _check_layers(skeleton)
+        return skeleton
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises whatever odd settings make it raise
+        reason = first_line(error)
+    raise ModelError(f"config.json of {model} does not describe a model: {reason}", "get the file again")
+
+
+def _check_layers(skeleton: Skeleton) -> None:
+    if not len(skeleton.layers):
+        raise ValueError("it has no decoder layers")
+    for name, other in skeleton.names_in_other_layers():
+        raise ModelError(
+            f"{skeleton.layers_prefix}{name} and {skeleton.layers_prefix}{other} are one weight",
+            "models whose layers share weights cannot be pruned yet: open an issue that names it",
+        )
+
+
+def open_skeleton(
+    source: CheckpointSource,
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Skeleton:
+    """The empty model of a checkpoint, which knows then where it keeps each parameter (`source.places`).
+
+    Raises:
+        ModelError: the configuration does not describe a model.
+    """
+    skeleton = make_skeleton(config, architecture, device, dtype, source.model)
+    source.places = find_places(skeleton.model, source.tensors)
+    untie_head(skeleton.model, {name: place.tensor for name, place in source.places.items()})
+    return skeleton
+
+
+def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool) -> None:
+    """Every parameter that a run needs is there, in its shape and a plain float dtype, and no layer is left over.
+
+    Args:
+        skeleton: the empty model.
+        source: the checkpoint.
+        with_head: the output head is needed, too.
+
+    Raises:
+        ModelError: one is not.
+    """
+    needed = list(skeleton.outside_names_and_head if with_head else skeleton.outside_names)
+    count = len(skeleton.layers)
+    for index in range(count):
+        needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]
+    for name in needed:
+        info, shape = source.tensors[source.place(name).tensor], source.shape(name)
+        expected = tuple(skeleton.model.get_parameter(name).shape)
+        if shape != expected:
+            raise ModelError(
+                f"{name} has shape {shape}, the configuration says {expected}",
+                "config.json and the weights do not belong together",
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise ModelError(
+                f"{name} is {info.dtype}; {', '.join(FLOAT_DTYPES)} are understood",
+                "start from the checkpoint before it was quantised",
+            )
+    last = source.place(needed[-1]).tensor
+    layers = last[: last.index(f".{count - 1}.") + 1]
+    beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
+    text_config = skeleton.model.config.get_text_config()
+    more = getattr(text_config, "num_nextn_predict_layers", None) or 0  # that transformers does not know
+    left = sorted(beyond - {str(index) for index in range(count + more)})
+    if left:
+        raise ModelError(
+            f"{source.model} has decoder layer {left[0]}, config.json says that there are {count}",
+            "config.json and the weights do not belong together",
+        )
+
+
+def layer_places(skeleton: Skeleton, source: CheckpointSource, index: int) -> dict[str, Place]:
+    """Where a checkpoint keeps a layer's parameters, and those buffers that it has, by their names in the layer."""
+    prefix = skeleton.layer_prefix(index)
+    found = {name: source.place(prefix + name) for name in skeleton.layer_names(index)}
+    buffers = {name: source.places.get(prefix + name) for name in skeleton.buffer_names(index)}
+    return found | {name: place for name, place in buffers.items() if place is not None}
+
+
+def load_config(source: CheckpointSource) -> PreTrainedConfig:
+    """The checkpoint's configuration.
+
+    Raises:
+        ModelError: transformers cannot use it, or a number in it is not finite.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises whatever a damaged file makes it raise
+        raise unusable_configuration(source.model, error) from error
+    check_finite(source.configuration, config, source.model)
+    return config
+
+
+def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, model: str) -> None:
+    """Refuse numbers that are NaN or infinite, but in settings that transformers itself has so by default.
+
+    Args:
+        configuration: as config.json has it.
+        config: what transformers made of it; `time_step_limit` of Mamba 2 is (0, infinity) by default.
+        model: as it was named.
+
+    Raises:
+        ModelError: there is one.
+    """
+    waiting: list[tuple[str, Mapping[str, Any], PreTrainedConfig]] = [("", configuration, config)]
+    while waiting:
+        path, settings, described = waiting.pop()
+        for name, value in settings.items():
+            inner = getattr(described, name, None)
+            if isinstance(value, Mapping) and isinstance(inner, PreTrainedConfig):
+                waiting.append((f"{path}{name}.", value, inner))
+            elif _is_finite(getattr(type(described), name, None)) and not _is_finite(value):
+                raise ModelError(
+                    f"config.json of {model} says {path}{name}: {value}, which is not a finite number",
+                    "get the file again, or write the number that the model was trained with",
+                )
+
+
+def _is_finite(value: Any) -> bool:
+    """Are all numbers finite, in lists and mappings, too?"""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, float) and not math.isfinite(part):
+            return False
+        if isinstance(part, Mapping):
+            waiting.extend(part.values())
+        elif isinstance(part, list | tuple):
+            waiting.extend(part)
+    return True
+
+
+def unusable_configuration(model: str, error: Exception) -> ModelError:
+    """What to tell of a configuration that transformers does not take."""
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"the code of {model} comes with the checkpoint, and is not run",
+            "architectures that transformers has itself are pruned",
+        )
+    return ModelError(f"config.json of {model} cannot be used: {first_line(error)}", "get the file again")
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The model's tokenizer; None if the folder has none.
+
+    Raises:
+        CalibrationError: there is one, and it cannot be loaded, or cannot make tokens of a short text.
+    """
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None  # some tokenizers would come up empty instead of complaining
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        beginning_of_texts(tokenizer)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit, MemoryError, CalibrationError):
+        raise
+    except BaseException as error:  # each tokenizer complains in its own way; those in Rust by a BaseException
+        raise CalibrationError(
+            f"the tokenizer in {folder} cannot be loaded: {first_line(error)}",
+            "mend it, or give --calibration a safetensors file with input_ids",
+        ) from error
+
+
+def check_positions(config: PreTrainedConfig, seqlen: int) -> None:
+    """Refuse windows longer than the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seqlen > positions:
+        raise CalibrationError(
+            f"windows of {seqlen} tokens are beyond the model's {positions} positions",
+            f"give --seqlen {positions} or less; compare's texts have a --text-seqlen, a .safetensors file its windows",
+        )
+
+
+def check_vocabulary(config: PreTrainedConfig, tokens: Tensor) -> None:
+    """Refuse token ids, int64, that the model does not know."""
+    low, high = (int(value) for value in torch.aminmax(tokens))
+    if low < 0 or high >= config.vocab_size:
+        raise CalibrationError(
+            f"token {high if low >= 0 else low} is outside the model's vocabulary of {config.vocab_size}",
+            "the tokenizer, or the token file, belongs to another model",
+        )

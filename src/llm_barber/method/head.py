@@ -1,0 +1,114 @@
+"""The output head, pruned on request: the step after the last decoder layer.
+
+Its mask is the initial method's, refined if the run refines; it is not rebuilt, since no block of a decoder layer ends
+in it. A head that is tied to the embedding gets weights of its own: the embedding, which tokens are looked up in, stays
+dense.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from llm_barber.loading.job import Job
+from llm_barber.masking.rebuild import Rebuilt
+from llm_barber.masking.statistics import TargetMoments
+from llm_barber.method.initial import PrunedLinear
+from llm_barber.method.layer import InitialMasks, Outcome, PrunedLayer, result_of
+from llm_barber.method.refine_linear import Objective, refine_linear
+from llm_barber.model.architecture import Block
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
+from llm_barber.settings.refining import RefineSettings
+
+BLOCK = "head"
+
+
+class _End(nn.Module):
+    """What comes after the decoder layers, as a layer: states (sequences, tokens, hidden) in, logits out."""
+
+    def __init__(self, skeleton: Skeleton, name: str) -> None:
+        super().__init__()
+        self.add_module(name, skeleton.head)
+        self._finish = skeleton.finish
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The model's own end."""
+        return self._finish(hidden)
+
+
+def prune_head(
+    job: Job,
+    tensors: Mapping[str, Tensor],
+    initial: InitialMasks,
+    refine_settings: RefineSettings | None,
+    streams: ActivationStreams,
+) -> PrunedLayer:
+    """Prune the output head on what the pruned decoder layers give it.
+
+    Args:
+        job: the run.
+        tensors: the head's, by the checkpoint's names; none if it has the embedding only.
+        initial: gives its mask.
+        refine_settings: if the run refines.
+        streams: the last decoder layer's output; the dense model's, too, for a target mix.
+    """
+    skeleton = job.skeleton
+    (name,) = job.linears(job.layer_count)
+    if not skeleton.tails:
+        _learn_what_layers_return(job, streams)
+    weight = _fill_outside(job, tensors)
+    layer = DecoderLayer(_End(skeleton, name), (name,), lambda *_: {})
+    pruned = initial(job.layer_count, layer, {name: weight}, streams)[name]
+    first = pruned.keep
+    if refine_settings is not None:
+        own = refine_settings.of_head
+        pruned = _refine(layer, name, pruned.with_mask(pruned.keep), weight, own, streams)
+    skeleton.drop_outside()
+    final = {name: pruned.final}
+    outcome = Outcome({name: pruned}, {name: Rebuilt.between(first, pruned.keep)})
+    result = result_of(Block(BLOCK, name, (name,)), outcome, None, final)
+    return PrunedLayer({job.head_place.tensor: final[name]}, [result])
+
+
+def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Give the model its parameters outside the layers; returns the output head's weight as stored, on the device."""
+    skeleton = job.skeleton
+    places = {name: job.source.place(name) for name in skeleton.outside_names_and_head}
+    parameters = {name: place.of(tensors[place.tensor]) for name, place in places.items() if place.tensor in tensors}
+    parameters |= job.source.read_parameters(name for name in places if name not in parameters)
+    own = next(name for name in places if job.is_head(name))
+    skeleton.fill_outside(parameters)
+    return parameters[own].to(skeleton.device)
+
+
+def _learn_what_layers_return(job: Job, streams: ActivationStreams) -> None:
+    """Run a layer: a run that goes on with the head alone has run none."""
+    last = job.layer_count - 1
+    layer, _ = job.open_layer(last, job.source.read(job.layer_tensors[last]))
+    layer.output(streams.read(HIDDEN, next(streams.batches())))
+    job.skeleton.tails[last] = layer.tail
+    job.skeleton.release_layer(last)
+
+
+def _refine(
+    layer: DecoderLayer,
+    name: str,
+    pruned: PrunedLinear,
+    weight: Tensor,
+    settings: RefineSettings,
+    streams: ActivationStreams,
+) -> PrunedLinear:
+    """As a block's linears are, by what the head's inputs are in the sparse and in the dense model."""
+    objectives: list[Objective | None] = []
+    for batches in streams.split():
+        moments = TargetMoments(weight.shape[1], streams.device, crossed=settings.target_mix > 0)
+        for batch in batches:
+            inputs, *others = (
+                layer.inputs_of([name], streams.read(stream + HIDDEN, batch), {})[name]
+                for stream in ("", *([DENSE] if settings.target_mix else []))
+            )
+            moments.update(inputs, others[0] if others else None)
+        streams.ranks.add(moments)
+        objectives.append(Objective.of(moments, settings.target_mix) if moments.tokens else None)
+    return refine_linear(pruned, weight, objectives[0], objectives[1], settings)

@@ -1,0 +1,283 @@
+"""Initial masks of a decoder layer: by a method from the calibration stream, or read off a pruned checkpoint."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from llm_barber.errors import overflowed
+from llm_barber.loading.job import Job
+from llm_barber.masking import saliency
+from llm_barber.masking.admm import admm, scaled_gram
+from llm_barber.masking.dsnot import dsnot
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.masking.selection import apply_mask
+from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
+from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
+from llm_barber.model.architecture import MLP
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.parallel.ranks import Ranks
+from llm_barber.settings.prune import Initial
+from llm_barber.settings.targets import Targets
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """A pruned linear before its mask is rebuilt; all tensors (out, in).
+
+    `keep`: bool. `weight`: the pruned weights, zero where pruned (SparseGPT updates the others). `values`: what a
+    weight is where the final mask keeps it. `fixed`: True where a weight takes no part in the rebuild.
+    `few_tokens`: so little was routed to its expert that its mask is magnitude's, or a checkpoint's, and stays; None:
+    no tokens were counted yet.
+    """
+
+    keep: Tensor
+    weight: Tensor
+    values: Tensor
+    pattern: NofM | None
+    fixed: Tensor | None = None
+    few_tokens: bool | None = None
+
+    def with_mask(self, keep: Tensor) -> "PrunedLinear":
+        """The same linear with another mask."""
+        return replace(self, keep=keep, weight=apply_mask(self.values, keep))
+
+    def left_alone(self) -> "PrunedLinear":
+        """The same linear of an expert with few tokens: nothing is swapped."""
+        return replace(self, fixed=torch.ones_like(self.keep), few_tokens=True)
+
+    @property
+    def free(self) -> Tensor:
+        """Kept weights that may change, bool (out, in): neither zero in the dense model, nor of an idle expert."""
+        return self.keep if self.fixed is None else self.keep & ~self.fixed
+
+    @property
+    def final(self) -> Tensor:
+        """What is written: its values under its mask."""
+        return apply_mask(self.values, self.keep)
+
+
+class Statistic(Protocol):
+    """A running statistic of a linear's inputs."""
+
+    def update(self, inputs: Tensor) -> None:
+        """Add a batch, (sequences, tokens, in)."""
+
+    def parts(self) -> list[Tensor]:
+        """What processes add up."""
+
+    @property
+    def mean(self) -> Tensor:
+        """The statistic over all sequences."""
+
+
+SCORES = {Initial.WANDA: saliency.wanda, Initial.RIA: saliency.relative_importance}  # of inputs' squares
+FEW_TOKENS = 64  # the inputs of an expert with fewer say too little
+AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
+
+
+class MethodMasks:
+    """Initial masks by a method, all linears of a decoder layer from one pass of its dense weights."""
+
+    def __init__(
+        self, job: Job, method: Initial, targets: Targets, granularity: Granularity | None, keep_updates: bool
+    ) -> None:
+        self.job = job
+        self.method = method
+        self.targets = targets
+        self.granularity = granularity or (Granularity.LINEAR if method.compares_in_linear else Granularity.OUTPUT)
+        self.keep_updates = keep_updates
+
+    def targets_of(self, index: int) -> dict[str, Pattern]:
+        """How many weights of a layer's linears go; those that are not pruned are not there."""
+        found = {
+            name: self.targets.of(index, self.job.linear_name(index, name), self.job.layer_count)
+            for name in self.job.linears(index)
+        }
+        return {name: target for name, target in found.items() if target is not None}
+
+    @cached_property
+    def main_pattern(self) -> NofM | None:
+        """That of most weights of the decoder layers that are pruned, if it is N:M."""
+        shapes = self.job.linear_shapes(self.job.source)
+        weights: Counter[NofM | None] = Counter()
+        for index in range(self.job.layer_count):
+            for name, target in self.targets_of(index).items():
+                weights[_group_pattern(target)] += math.prod(shapes[f"{self.job.linear_name(index, name)}.weight"])
+        return max(weights, key=weights.__getitem__, default=None)
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """Those of a layer that are pruned."""
+        return tuple(self.targets_of(index))
+
+    def __call__(
+        self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
+    ) -> dict[str, PrunedLinear]:
+        """One `PrunedLinear` for each linear in `dense` that has a target."""
+        targets = self.targets_of(index)
+        if not targets:
+            return {}
+        layer.select(targets)
+        dense = {name: dense[name] for name in targets}
+        layer.forget_tokens()
+        found = self._by_method(index, layer, dense, streams, targets)
+        if self.method is not Initial.MAGNITUDE:
+            found = {name: replace(one, few_tokens=False) for name, one in found.items()}
+            for name in linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks)):
+                keep = self._mask(saliency.magnitude(dense[name]), targets[name])
+                found[name] = replace(found[name], values=dense[name]).with_mask(keep).left_alone()
+        return found
+
+    def _by_method(
+        self,
+        index: int,
+        layer: DecoderLayer,
+        dense: Mapping[str, Tensor],
+        streams: ActivationStreams,
+        targets: Mapping[str, Pattern],
+    ) -> dict[str, PrunedLinear]:
+        match self.method:
+            case Initial.MAGNITUDE:
+                keeps = {name: self._mask(saliency.magnitude(weight), targets[name]) for name, weight in dense.items()}
+            case Initial.WANDA | Initial.RIA:
+                score = SCORES[self.method]
+                squares = collect_inputs(layer, streams, InputSquares)
+                keeps = {
+                    name: self._mask(score(weight, squares[name].mean), targets[name]) for name, weight in dense.items()
+                }
+            case Initial.DSNOT:
+                moments = collect_inputs(layer, streams, InputMoments)
+                mlp = [name for block in self.job.blocks(index) if block.name == MLP for name in block.linears]
+                keeps = {
+                    name: self._dsnot(weight, moments[name], targets[name], left_alone=name in mlp)
+                    for name, weight in dense.items()
+                }
+            case Initial.SPARSEGPT | Initial.ALPS:
+                return self._with_updates(index, layer, dense, streams, targets)
+        return {
+            name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], _group_pattern(targets[name]))
+            for name, keep in keeps.items()
+        }
+
+    def _mask(self, scores: Tensor, target: Pattern) -> Tensor:
+        return initial_mask(scores, target, self.granularity)
+
+    def _dsnot(self, weight: Tensor, moments: InputMoments, target: Pattern, left_alone: bool) -> Tensor:
+        """Wanda's mask, fine-tuned; MLPs' are left alone, as the released program does unless told otherwise."""
+        score = saliency.wanda(weight, moments.squares.mean)
+        mask = self._mask(score, target)
+        if left_alone:
+            return mask
+        return dsnot(mask, weight, score, moments.mean, moments.variance, _group_pattern(target))
+
+    def _with_updates(
+        self,
+        index: int,
+        layer: DecoderLayer,
+        dense: Mapping[str, Tensor],
+        streams: ActivationStreams,
+        targets: Mapping[str, Pattern],
+    ) -> dict[str, PrunedLinear]:
+        """Masks of methods that update the weights that they keep."""
+        grams = collect_inputs(layer, streams, GramMatrix)
+        result = {}
+        prepared: GramMatrix | None = None
+        for name, weight in dense.items():
+            if grams[name] is not prepared:  # q, k and v share one, gate and up another
+                prepared = grams[name]
+                gram = prepared.mean
+                if not gram.diagonal().isfinite().all():
+                    raise overflowed(f"the input of layer {index} {name}")
+                if self.method is Initial.ALPS:
+                    scaled = scaled_gram(gram)
+                else:
+                    factor = inverse_factor(gram)
+            if self.method is Initial.ALPS:
+                keep, updated = admm(weight, gram, targets[name], self.granularity, scaled=scaled)
+            else:
+                keep, updated = sparsegpt(weight, gram, targets[name], factor=factor)
+            updated = updated.to(weight.dtype)
+            values = torch.where(keep, updated, weight) if self.keep_updates else weight
+            result[name] = PrunedLinear(keep, apply_mask(updated, keep), values, _group_pattern(targets[name]))
+        return result
+
+
+def _group_pattern(target: Pattern) -> NofM | None:
+    """The N:M to keep up, if any."""
+    return target if isinstance(target, NofM) else None
+
+
+def total_token_counts(layer: DecoderLayer, ranks: Ranks) -> dict[str, Tensor]:
+    """How many tokens each expert was given in all processes, int64 (experts,), by the path of the experts.
+
+    The layer's own counts stay those of this process.
+    """
+    totals = {path: experts.tokens.clone() for path, experts in layer.experts.items()}
+    for tokens in totals.values():
+        ranks.add_tensor(tokens)
+    return totals
+
+
+def linears_with_few_tokens(layer: DecoderLayer, totals: Mapping[str, Tensor], calls: int = 1) -> list[str]:
+    """The linears of experts that were given fewer than `FEW_TOKENS` tokens a call.
+
+    Args:
+        layer: has the experts.
+        totals: `total_token_counts`.
+        calls: of the layer for each sequence.
+    """
+    found = []
+    for path, tokens in totals.items():
+        few = {f"{path}.{number}" for number in (tokens < calls * FEW_TOKENS).nonzero().flatten().tolist()}
+        found += [name for name in layer.linears if name.rpartition(".")[0] in few]
+    return found
+
+
+def freeze_linears_with_few_tokens(
+    linears: Mapping[str, PrunedLinear], layer: DecoderLayer, ranks: Ranks, calls: int = 1
+) -> dict[str, PrunedLinear]:
+    """Freeze the linears of experts that were given too few tokens; linears whose tokens were counted before stay."""
+    few = set(linears_with_few_tokens(layer, total_token_counts(layer, ranks), calls))
+    found = dict(linears)
+    for name, linear in linears.items():
+        if linear.few_tokens is None:
+            found[name] = linear.left_alone() if name in few else replace(linear, few_tokens=False)
+    return found
+
+
+def collect_inputs(
+    layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
+) -> dict[str, AnyStatistic]:
+    """A running statistic of the inputs of every linear, over all calibration sequences of all processes.
+
+    Linears that read the same tensor (q, k, v; gate, up) share one.
+    """
+    found: dict[str, AnyStatistic] = {}
+    for batch in streams.batches():
+        seen: list[Tensor] = []
+        updated: list[AnyStatistic] = []
+
+        def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[AnyStatistic] = updated) -> None:
+            alone = name in layer.called_again  # it is going to have more inputs than its neighbours
+            if not alone and seen and seen[-1] is inputs:
+                found[name] = updated[-1]
+                return
+            if name not in found:
+                found[name] = statistic(inputs.shape[-1], inputs.device)
+            found[name].update(inputs)
+            if not alone:
+                seen[:] = [inputs]
+                updated[:] = [found[name]]
+
+        layer.visit_inputs(streams.read(HIDDEN, batch), visit)
+    for one in {id(one): one for one in found.values()}.values():
+        streams.ranks.add(one)
+    return found

@@ -1,0 +1,109 @@
+"""Refine the mask and the weights of one linear: exact swaps, then least squares; held-out windows say how much."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llm_barber.masking.least_squares import least_squares, squared_distance
+from llm_barber.masking.selection import apply_mask
+from llm_barber.masking.statistics import TargetMoments
+from llm_barber.masking.swaps import swap_pairs
+from llm_barber.method.initial import PrunedLinear
+from llm_barber.settings.refining import RefineSettings
+
+# Parts of the most swaps after which held-out windows are asked.
+SWAP_STAGES = (0.25, 0.5, 1.0)
+# From strong to weak: each goes on from the solution of the one before, until held-out windows get worse.
+DAMPINGS = (0.3, 0.1, 0.03, 0.01)
+STEPS_A_DAMPING = 10
+UNGUARDED_DAMPING, UNGUARDED_STEPS = 0.03, 30
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Gram matrix, (in, in), and mix · (x − x′)xᵀ, (in, in), from which a weight's linear term follows."""
+
+    gram: Tensor
+    difference: Tensor | None
+
+    @classmethod
+    def of(cls, moments: TargetMoments, mix: float) -> "Objective":
+        """From the moments of all its windows."""
+        return cls(moments.gram, mix * moments.difference if mix else None)
+
+    def linear_term(self, weight: Tensor) -> Tensor | None:
+        """The linear term of `swap_pairs` and `least_squares`."""
+        return None if self.difference is None else weight.float() @ self.difference
+
+    def error(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Of each row, float32 (out,), less that of the dense weights."""
+        return squared_distance(values, weight, self.gram, self.linear_term(weight))
+
+
+def refine_linear(
+    pruned: PrunedLinear,
+    weight: Tensor,
+    training: Objective | None,
+    held_out: Objective | None,
+    settings: RefineSettings,
+) -> PrunedLinear:
+    """Swaps, then least squares."""
+    assert training is not None
+    linear_term = training.linear_term(weight)
+    keep = pruned.keep
+    swaps = settings.swaps_of(pruned.pattern)
+    if swaps:
+        keep = _swap(pruned, weight, training.gram, linear_term, held_out, swaps)
+    values = pruned.values
+    if settings.solve:
+        free = replace(pruned, keep=keep).free
+        values = _solve(free, weight, training.gram, linear_term, held_out).to(pruned.values.dtype)
+    return replace(pruned, values=values).with_mask(keep)
+
+
+def _swap(
+    pruned: PrunedLinear,
+    weight: Tensor,
+    gram: Tensor,
+    linear_term: Tensor | None,
+    held_out: Objective | None,
+    swaps: int,
+) -> Tensor:
+    """The keep mask after as many swaps as held-out windows like best, row by row."""
+    keep = best = pruned.keep
+    if held_out is None:
+        return swap_pairs(keep, weight, gram, swaps, linear_term, pruned.pattern, pruned.fixed)[0]
+    lowest = held_out.error(apply_mask(weight, keep), weight)
+    done = 0
+    for share in SWAP_STAGES:
+        more = math.ceil(share * swaps) - done
+        if not more:
+            continue
+        keep, count = swap_pairs(keep, weight, gram, more, linear_term, pruned.pattern, pruned.fixed)
+        done += more
+        error = held_out.error(apply_mask(weight, keep), weight)
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
+        best = torch.where(better.unsqueeze(1), keep, best)
+        if not count.any():
+            break
+    return best
+
+
+def _solve(
+    keep: Tensor, weight: Tensor, gram: Tensor, linear_term: Tensor | None, held_out: Objective | None
+) -> Tensor:
+    """The values with the damping that held-out windows like best."""
+    if held_out is None:
+        return least_squares(keep, weight, gram, linear_term, UNGUARDED_STEPS, UNGUARDED_DAMPING)
+    best = values = weight.float() * keep
+    lowest = held_out.error(values, weight).sum()
+    for damping in DAMPINGS:
+        values = least_squares(keep, weight, gram, linear_term, STEPS_A_DAMPING, damping, values)
+        error = held_out.error(values, weight).sum()
+        if not error < lowest:  # NaN is not better
+            break
+        best, lowest = values, error
+    return best

@@ -1,0 +1,225 @@
+"""The record of a run: its settings, and the results of all layers, as JSON."""
+
+import json
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from llm_barber.checkpoint.digests import with_digest
+from llm_barber.record.layers import ErrorChange, LayerResult, LinearResult, LinearTotals, Result
+
+RECORD_VERSION = 2
+# Of the settings that a page shows: what they are, if they are there.
+SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
+
+
+class KeptWeights(StrEnum):
+    """What a kept weight is."""
+
+    DENSE = "dense"
+    UPDATED = "updated"
+    LEAST_SQUARES = "least-squares"
+    TUNED = "tune"
+
+    @property
+    def words(self) -> str:
+        """For a sentence."""
+        return {
+            KeptWeights.DENSE: "the dense model's, bit for bit",
+            KeptWeights.UPDATED: "those that the method updated",
+            KeptWeights.LEAST_SQUARES: "new ones, from least squares on the calibration text",
+            KeptWeights.TUNED: "new ones, from tuning of each layer on the calibration text",
+        }[self]
+
+
+class CalibrationResult(Result):
+    """The calibration text: what it was made from, its windows, `first_token` that all begin with, `sha256` of all."""
+
+    source: str
+    sequences: int
+    tokens: int
+    first_token: int | None = None
+    sha256: str
+
+
+class SourceFiles(Result):
+    """Files of a model that a run read: a key of their content (`checkpoint/state.py`), and when each was written, ns.
+
+    `written`: of the dense model's configuration and shards.
+    """
+
+    key: str
+    written: dict[str, int] = Field(default_factory=dict)
+
+
+class RunReport(Result):
+    """Everything about a finished run; what `OUT/barber.json` holds.
+
+    `settings` as they were given; `resolved`: what those are that were left to the preset, the method or the device.
+    `initial` is the method of the initial mask, `method` and `refinement` say it in words; `held_out` calibration
+    windows decided what of the refinement was kept. `seconds` are wall-clock seconds by stage; `peak_memory` and
+    `peak_device_memory` are bytes. `loaded_by`: the class of transformers. `files`: sha256 of every file
+    that a loaded model depends on, unpacked. `source`: the dense model's files; `pruned_source`: those of the pruned
+    model of a rebuild.
+    """
+
+    record_version: int = RECORD_VERSION
+    command: str
+    model: str
+    output: str
+    settings: dict[str, Any]
+    resolved: dict[str, Any] = Field(default_factory=dict)
+    initial: str
+    method: str
+    pattern: str
+    granularity: str | None
+    rebuild_ratio: float | None
+    refinement: str | None = None
+    held_out: int = 0
+    allocation: str = "uniform"
+    kept_weights: KeptWeights = KeptWeights.DENSE
+    loaded_by: str = "AutoModelForCausalLM"
+    calibration: CalibrationResult
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    processes: int = 1
+    layers: tuple[LayerResult, ...] = Field(min_length=1)
+    seconds: dict[str, float]
+    peak_memory: int
+    peak_device_memory: int | None = None
+    files: dict[str, str]
+    source: SourceFiles | None = None
+    pruned_source: SourceFiles | None = None
+
+    @model_validator(mode="after")
+    def _can_be_shown(self) -> Self:
+        for name, kind in SHOWN.items():
+            if self.settings.get(name) is not None and not isinstance(self.settings[name], kind):
+                raise ValueError(f"settings: {name} is no {kind.__name__}")
+        if self.granularity is not None and self.rebuild_ratio is None:
+            raise ValueError("a granularity has a rebuild ratio")
+        if "total" not in self.seconds or "llm-barber" not in self.versions:
+            raise ValueError("seconds have a total, versions llm-barber's")
+        return self
+
+    @property
+    def pruned(self) -> int:
+        """Weights removed, over all linears."""
+        return sum(linear.pruned for linear in self.linears)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all prunable linears."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed of all prunable linears."""
+        return self.pruned / self.weights
+
+    @property
+    def changes(self) -> str:
+        """What was done to the initial mask and the weights, in words."""
+        left_out = [
+            f"{name.replace('_', ' ')} {', '.join(map(str, self.settings[name]))}"
+            for name in ("include", "exclude", "skip_layers")
+            if self.settings.get(name)
+        ]
+        own = self.settings.get("sparsities") or {}
+        if own:
+            left_out.append("sparsities " + ", ".join(f"{name} {value}" for name, value in own.items()))
+        if self.settings.get("allow_dense_tail"):
+            left_out.append("inputs after the last whole group of M dense")
+        if self.prunes_head:
+            left_out.append("with the output head")
+        spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
+        rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
+        updated = "kept weights updated by the method" if self.kept_weights is KeptWeights.UPDATED else None
+        done = filter(None, [spread, rebuilt, self.refinement, updated])
+        preset = [f"preset {self.resolved['preset']}"] if self.resolved.get("preset") else []
+        return "; ".join([*preset, *left_out, *(list(done) or ["not rebuilt"])])
+
+    @property
+    def prunes_head(self) -> bool:
+        """Is the output head pruned? Its result is that of a layer after the last."""
+        return bool(self.settings.get("prune_head"))
+
+    @property
+    def rejected(self) -> int:
+        """Blocks that refining would have made worse on held-out windows."""
+        return sum(block.rejected for layer in self.layers for block in layer.blocks)
+
+    @property
+    def swapped(self) -> int:
+        """Pruned weights that came back for kept ones that went."""
+        return sum(linear.grown for linear in self.linears)
+
+    @property
+    def linears(self) -> Iterable[LinearResult]:
+        """All linears of all layers."""
+        return (linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def tuning(self) -> str | None:
+        """What held-out windows say of tuning, and of blocks whose refining they rejected; None: nothing."""
+        layers = [layer for layer in self.layers if layer.held_out]
+        parts = []
+        if layers:
+            kept = [(layer.held_out[layer.kept_pass or 0], layer.held_out[0]) for layer in layers]
+            shares = [1 - after / before if before else 0.0 for after, before in kept]
+            tuned = sum(bool(layer.kept_pass) for layer in layers)
+            parts.append(
+                f"distance from the target −{sum(shares) / len(shares):.0%} in the mean, "
+                f"{tuned} of {len(layers)} layers are kept as tuned"
+            )
+        if self.rejected:
+            parts.append(f"blocks left as they were: {self.rejected}")
+        return f"on held-out windows: {'; '.join(parts)}" if parts else None
+
+    def error_changes(self) -> dict[str, ErrorChange]:
+        """By the kind of block, where it was measured before and after."""
+        pairs: dict[str, list[tuple[float, float]]] = {}
+        for layer in self.layers:
+            for block in layer.blocks:
+                if block.error_before is not None and block.error_after is not None:
+                    pairs.setdefault(block.name, []).append((block.error_before, block.error_after))
+        return {
+            name: ErrorChange(
+                layers=len(own),
+                before=sum(before for before, _ in own) / len(own),
+                after=sum(after for _, after in own) / len(own),
+                fell=sum(after < before for before, after in own),
+                rose=sum(after > before for before, after in own),
+            )
+            for name, own in pairs.items()
+        }
+
+    def by_linear(self) -> list[LinearTotals]:
+        """Totals of each linear, experts' together, in the order of a decoder layer."""
+        groups: dict[str, list[LinearResult]] = {}
+        for linear in self.linears:
+            groups.setdefault(linear.kind, []).append(linear)
+        return [
+            LinearTotals(
+                name=name,
+                weights=sum(linear.weights for linear in group),
+                pruned=sum(linear.pruned for linear in group),
+                beneficial_pairs=sum(linear.beneficial_pairs for linear in group),
+                grown=sum(linear.grown for linear in group),
+            )
+            for name, group in groups.items()
+        ]
+
+    def to_json(self) -> str:
+        """The record, with sparsities spelled out for readers that do not count, and its digest."""
+        record = self.model_dump(mode="json")
+        record["sparsity"] = self.sparsity
+        for layer, result in zip(record["layers"], self.layers, strict=True):
+            for block, block_result in zip(layer["blocks"], result.blocks, strict=True):
+                for linear, linear_result in zip(block["linears"], block_result.linears, strict=True):
+                    linear["sparsity"] = linear_result.sparsity
+                    linear["swaps"] = linear_result.grown
+        return json.dumps(with_digest(record), indent=1) + "\n"

@@ -1,0 +1,138 @@
+"""Is a folder what its record says? Every file that a loaded model depends on, by its digest."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+
+from llm_barber.checkpoint.companions import RECORD_NAME
+from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
+from llm_barber.checkpoint.index import dense_index, packed_index
+from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.replacing import folder_entries, is_program_file
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.errors import ModelError, VerificationError
+from llm_barber.progress import Progress
+from llm_barber.record.file import read_record
+from llm_barber.record.report import RunReport
+
+# What version control and the hub's client leave in a folder; no program loads a model from it.
+HUB_ENTRIES = {".gitattributes", ".git", ".cache"}
+
+
+def changed_files(source: CheckpointSource, record: RunReport, progress: Progress) -> list[str]:
+    """Files that the record names and that are missing or changed, a sentence each.
+
+    Of a packed checkpoint its shards are unpacked in memory, one at a time: the record has the digests of what they
+    unpack to.
+
+    Raises:
+        ModelError: a packed shard cannot be unpacked.
+    """
+    progress.start("checking files", len(record.files))
+    packed = {table.file: file for file, table in source.packed.items()}
+    problems = []
+    if len(packed) < len(source.packed):
+        problems.append(f"shards of {PACKED_INDEX} say that they were the same file")
+    for name, digest in record.files.items():
+        actual = _unpacked_digest(source, name, packed) if source.packed else None
+        if actual is None:
+            actual = _file_digest(source.folder, name)
+        if actual is None:
+            problems.append(f"{name} is in the record, not in the folder")
+        elif actual != digest:
+            problems.append(f"{name} has changed since it was written (sha256)")
+        progress.advance(name)
+    return problems
+
+
+def unknown_files(source: CheckpointSource, record: RunReport) -> list[str]:
+    """Files of the folder that neither the record nor the program knows, a sentence each.
+
+    The model card, the page, the evaluation and the record itself may be there: no loaded model depends on them.
+    """
+    known = {*record.files, *source.packed, *([PACKED_INDEX] if source.packed else [])}
+    problems = [
+        f"{name} is in the folder, not in the record"
+        for name in sorted(path.relative_to(source.folder).as_posix() for path in folder_entries(source.folder))
+        if name not in known and name not in HUB_ENTRIES and not is_program_file(name)
+    ]
+    index = source.folder / PACKED_INDEX
+    if index.exists():
+        expected = packed_index({name: info.file for name, info in source.tensors.items()})
+        if index.read_bytes() != expected:
+            problems.append(f"{PACKED_INDEX} has changed since it was written")
+        problems += [
+            f"{file} was packed from {table.file}, which is not in the record"
+            for file, table in source.packed.items()
+            if table.file not in record.files
+        ]
+        if (source.folder / INDEX_NAME).exists():
+            problems.append(f"{INDEX_NAME} is in the folder of a packed model")
+    return problems
+
+
+def verify_folder(source: CheckpointSource, progress: Progress) -> None:
+    """Refuse a folder that is not what its record says, or that has none.
+
+    Raises:
+        ModelError: the record is missing or was changed.
+        VerificationError: a file is missing, changed or unknown.
+    """
+    record = read_record(source.folder)
+    if record is None:
+        raise ModelError(f"{source.model} has no {RECORD_NAME}, so that nothing can be verified", "load it unverified")
+    refuse(source.model, folder_problems(source, record, progress))
+
+
+def folder_problems(source: CheckpointSource, record: RunReport, progress: Progress) -> list[str]:
+    """Files that are missing, changed or unknown, a sentence each."""
+    return [*changed_files(source, record, progress), *unknown_files(source, record)]
+
+
+def refuse(model: str, problems: list[str]) -> None:
+    """Raise `VerificationError` that names the first problems of a folder, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise VerificationError(
+            f"{model} is not what {RECORD_NAME} says: {'; '.join(problems[:3])}{more}",
+            f"get it again; if you changed it on purpose, remove {RECORD_NAME}, which does not fit any more",
+        )
+
+
+def written_otherwise(written: Mapping[str, str], record: RunReport) -> list[str]:
+    """Differences between files that were written, by their sha256, and those that the record names."""
+    missing = [f"{name} is in the record, not in the folder" for name in record.files.keys() - written.keys()]
+    others = [
+        f"{name} is in the folder, not in the record"
+        for name in written.keys() - record.files.keys()
+        if not is_program_file(name)
+    ]
+    changed = [
+        f"{name} has changed since it was packed (sha256)"
+        for name, digest in record.files.items()
+        if written.get(name, digest) != digest
+    ]
+    return [*sorted(changed), *sorted(missing), *sorted(others)]
+
+
+def _file_digest(folder: Path, name: str) -> str | None:
+    """sha256 of a file of the folder; None: it is not there, or outside."""
+    path = folder / name
+    if path.parent not in (folder, folder / CHAT_TEMPLATES) or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unpacked_digest(source: CheckpointSource, name: str, packed: Mapping[str, str]) -> str | None:
+    """sha256 of what a packed checkpoint unpacks to under this name; None: it has the file as it is, or not."""
+    if name == INDEX_NAME:
+        weight_map = {tensor: source.packed[info.file].file for tensor, info in source.tensors.items()}
+        return hashlib.sha256(dense_index(weight_map, source.bytes)).hexdigest()
+    if name not in packed:
+        return None
+    file = packed[name]
+    tensors = source.read([tensor for tensor, info in source.tensors.items() if info.file == file])
+    return hashlib.sha256(save(tensors, source.packed[file].metadata)).hexdigest()

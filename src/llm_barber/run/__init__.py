@@ -1,0 +1,1 @@
+"""A run: decoder layers streamed from disk to disk around the method."""

@@ -1,0 +1,143 @@
+"""What a run would do, without doing it (`--dry-run`)."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from llm_barber.checkpoint.companions import LOCK_NAME
+from llm_barber.checkpoint.folder import locked
+from llm_barber.checkpoint.place import work_folder
+from llm_barber.checkpoint.state import unfinished_run
+from llm_barber.masking.pattern import NofM
+from llm_barber.method.checkpoint_masks import CheckpointMasks
+from llm_barber.method.initial import MethodMasks
+from llm_barber.parallel.ranks import Ranks
+from llm_barber.planning.limits import left_for_activations
+from llm_barber.planning.shapes import model_shapes
+from llm_barber.progress import Progress, Silent
+from llm_barber.run.assignment import run_key
+from llm_barber.run.commands import finished_run, pruning, rebuilding, tell_of_finished
+from llm_barber.settings.prune import PruneConfig, RebuildConfig
+from llm_barber.settings.refining import RefineSettings
+from llm_barber.usage import current_memory, readable_bytes
+
+
+class Plan(BaseModel):
+    """A checked run. Sizes in bytes; `stream_bytes` is what the calibration activations take.
+
+    `finished_layers`: of an unfinished run that this one would go on with.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    output: str
+    architecture: str
+    layers: int
+    linears: int
+    weights: int
+    method: str
+    pattern: str
+    granularity: str | None
+    rebuild_ratio: float | None
+    allocation: str
+    refinement: str | None
+    calibration: str
+    sequences: int
+    tokens: int
+    batch_size: int
+    device: str
+    dtype: str
+    output_bytes: int
+    stream_bytes: int
+    finished_layers: int
+
+    def to_json(self) -> str:
+        """Indented JSON with a final newline."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values to show."""
+        done = self.finished_layers
+        rebuilt = f"within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else "no"
+        return [
+            ("model", f"{self.model} ({self.architecture}, {self.layers} decoder layers)"),
+            ("to prune", f"{self.linears} linears with {self.weights:,} weights, {self.pattern}"),
+            ("initial mask", self.method),
+            ("sparsity of linears", "the same" if self.allocation == "uniform" else f"by {self.allocation}"),
+            ("rebuild", rebuilt),
+            ("refining", self.refinement or "no"),
+            ("calibration", f"{self.calibration}: {self.sequences} windows of {self.tokens} tokens"),
+            ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
+            ("output", readable_bytes(self.output_bytes)),
+            ("calibration activations", readable_bytes(self.stream_bytes)),
+            *([("goes on", f"after {done} of {self.layers} layers, if their files are whole")] if done else []),
+        ]
+
+
+def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) -> Plan:
+    """Check everything that `prune` or `rebuild` checks before its first layer; writes nothing.
+
+    Raises:
+        BarberError: as `prune` and `rebuild`.
+    """
+    progress = progress or Silent()
+    command = "prune" if isinstance(config, PruneConfig) else "rebuild"
+    complete = finished_run(command, config, progress)
+    if complete is not None:
+        tell_of_finished(config, complete, progress)
+        config = config.model_copy(update={"overwrite": True})  # or it would be in the way
+    if isinstance(config, PruneConfig):
+        target = config.target
+        work = pruning(config, progress, Ranks())
+        pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
+        pattern += ", some linears their own" if config.sparsities else ""
+    else:
+        work = rebuilding(config, progress, Ranks())
+        assert isinstance(work.initial, CheckpointMasks)
+        pattern = str(work.initial.first_pattern or "unstructured")
+    work.warn_of_settings(progress)
+    job, rebuilt = work.job, work.rebuild_settings
+    if config.memory is not None:
+        left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), work.recipe)
+    lock = work_folder(config.output) / LOCK_NAME
+    with locked(lock) if lock.is_file() else nullcontext():  # not while another run writes it
+        left = unfinished_run(lock.parent, run_key(work), config.overwrite, config.resume)
+    of_linears = job.linear_shapes(job.source)
+    shapes = list(of_linears.values())
+    if isinstance(work.initial, MethodMasks):
+        every = [(index, name) for index in range(job.layer_count) for name in work.initial.linears(index)]
+        shapes = [of_linears[f"{job.linear_name(index, name)}.weight"] for index, name in every]
+    if isinstance(config, PruneConfig) and config.prune_head:
+        shapes.append(tuple(job.skeleton.head.weight.shape))
+    sequences, tokens = job.tokens.input_ids.shape
+    arrays = RefineSettings.arrays(work.refine_settings)
+    hidden: int = job.config.hidden_size
+    return Plan(
+        model=work.model,
+        output=str(Path(config.output)),
+        architecture=job.source.model_type,
+        layers=job.layer_count,
+        linears=len(shapes),
+        weights=sum(rows * columns for rows, columns in shapes),
+        method=work.label,
+        pattern=pattern,
+        granularity=rebuilt.granularity if rebuilt else None,
+        rebuild_ratio=rebuilt.ratio if rebuilt else None,
+        allocation=work.allocation,
+        refinement=work.refinement,
+        calibration=job.tokens.source,
+        sequences=sequences,
+        tokens=tokens,
+        batch_size=job.batch_size,
+        device=str(job.skeleton.device),
+        dtype=str(job.skeleton.dtype).removeprefix("torch."),
+        output_bytes=job.bytes,
+        stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
+        finished_layers=job.layer_count
+        if complete is not None
+        else min(len(left.layers), job.layer_count)
+        if left
+        else 0,
+    )

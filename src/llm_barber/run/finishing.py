@@ -1,0 +1,107 @@
+"""What a finished run leaves besides the weights: companion files, record, model card, page; and what it warns of."""
+
+import json
+from pathlib import Path
+
+from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
+from llm_barber.checkpoint.follower import Follower
+from llm_barber.checkpoint.state import Used
+from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.method.initial import FEW_TOKENS
+from llm_barber.model.empty import auto_class
+from llm_barber.progress import Progress
+from llm_barber.record.card import model_card
+from llm_barber.record.layers import LayerResult
+from llm_barber.record.report import CalibrationResult, RunReport
+from llm_barber.run.assignment import Assignment, kept_weights
+from llm_barber.usage import versions
+
+
+def finish_output(
+    work: Assignment,
+    writer: CheckpointWriter | Follower,
+    results: list[LayerResult],
+    seconds: dict[str, float],
+    used: Used,
+) -> RunReport:
+    """Companion files, record, model card and page; the output is complete then."""
+    job = work.job
+    for path in job.source.companions():
+        untied = job.prunes_head and path.name == "config.json"
+        writer.copy(path, job.source.folder, _untied(path) if untied else None)
+    sequences, seqlen = job.tokens.input_ids.shape
+    report = RunReport(
+        command=work.command,
+        model=work.model,
+        output=str(work.config.output),
+        settings=work.config.model_dump(mode="json"),
+        resolved=work.resolved | {"batch_size": used.batch_size},
+        initial=work.method,
+        method=work.label,
+        pattern=_common_pattern(results),
+        granularity=work.rebuild_settings.granularity if work.rebuild_settings else None,
+        rebuild_ratio=work.rebuild_settings.ratio if work.rebuild_settings else None,
+        refinement=work.refinement,
+        held_out=work.refine_settings.held_out if work.refine_settings else 0,
+        allocation=work.allocation,
+        kept_weights=kept_weights(work.config),
+        loaded_by=auto_class(job.skeleton.model.config).__name__,
+        calibration=CalibrationResult(
+            source=job.tokens.source,
+            sequences=sequences,
+            tokens=seqlen,
+            first_token=job.tokens.first_token,
+            sha256=job.tokens.digest,
+        ),
+        device=str(job.skeleton.device),
+        dtype=str(job.skeleton.dtype).removeprefix("torch."),
+        versions=versions(),
+        processes=job.ranks.count,
+        layers=tuple(results),
+        seconds=seconds,
+        peak_memory=used.peak_memory,
+        peak_device_memory=used.peak_device_memory,
+        files=writer.digests,
+        source=work.source_files,
+        pruned_source=work.pruned_files,
+    )
+    writer.write_file(RECORD_NAME, report.to_json().encode())
+    writer.write_file(CARD_NAME, model_card(report).encode())
+    if work.config.report:
+        from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
+
+        writer.write_file(PAGE_NAME, run_page(report).encode())
+    writer.finish()
+    return report
+
+
+def warn_of_results(work: Assignment, report: RunReport, progress: Progress) -> None:
+    """Say what went otherwise than a user would expect."""
+    if work.job.skeleton.order.lost:
+        progress.warn("gradients were added up in no fixed order, which this model has none of: another run may differ")
+    few = {
+        (layer.index, one.name.rpartition(".")[0]) for layer in report.layers for one in layer.linears if one.few_tokens
+    }
+    if few:
+        left = "those of magnitude" if work.command == "prune" else "left as they were"
+        progress.warn(
+            f"{len(few)} experts were given fewer than {FEW_TOKENS} calibration tokens: their masks are "
+            f"{left}; more --samples reach more of them"
+        )
+    if work.rebuild_settings is not None and report.swapped == 0:
+        progress.warn(
+            f"the rebuild swapped nothing: in comparison groups of this size, ratio {work.rebuild_settings.ratio:g} "
+            "of the beneficial pairs is less than one; try --rebuild-ratio 0.1"
+        )
+
+
+def _untied(path: Path) -> bytes:
+    """A configuration whose output head has weights of its own."""
+    content = json.loads(path.read_bytes())
+    return (json.dumps({**content, "tie_word_embeddings": False}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _common_pattern(layers: list[LayerResult]) -> str:
+    """The N:M of all pruned linears, "unstructured", or "mixed"."""
+    patterns = {linear.pattern or "unstructured" for layer in layers for linear in layer.linears if linear.pruned}
+    return patterns.pop() if len(patterns) == 1 else "mixed"

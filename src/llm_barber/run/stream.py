@@ -1,0 +1,212 @@
+"""The run: decoder layer after decoder layer, streamed from disk to disk; what happens in a layer is `method.py`."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from llm_barber.checkpoint.ahead import ReadAhead
+from llm_barber.checkpoint.follower import Follower
+from llm_barber.checkpoint.packed_writer import PackedWriter
+from llm_barber.checkpoint.place import work_folder
+from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.loading.job import Job
+from llm_barber.method.allocation import allocate
+from llm_barber.method.head import prune_head
+from llm_barber.method.initial import MethodMasks
+from llm_barber.method.layer import PrunedLayer, prune_layer
+from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
+from llm_barber.planning.limits import activation_places
+from llm_barber.progress import Progress
+from llm_barber.record.layers import LayerResult
+from llm_barber.record.report import RunReport
+from llm_barber.run.assignment import Assignment, run_key
+from llm_barber.run.embedding import embed, with_smaller_batches
+from llm_barber.run.finishing import finish_output, warn_of_results
+from llm_barber.run.resuming import (
+    as_before,
+    finished_layers,
+    gathered,
+    pass_layers,
+    tell_of_lost,
+    told_how_to_go_on,
+    used_by,
+)
+from llm_barber.settings.base import Format
+from llm_barber.settings.presets import Allocation
+
+STAGES = ("embed", "allocate", "layers", "read", "write", "total")
+
+
+def run(work: Assignment, progress: Progress) -> RunReport:
+    """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
+    began = time.perf_counter()
+    work.warn_of_settings(progress)
+    ranks, sequences = work.job.ranks, len(work.job.tokens.input_ids)
+    if work.config.resume:
+        progress.stage("checking what is finished")
+    with _open_output(work) as writer, told_how_to_go_on(writer, progress):
+        reached, activations = writer.read_activations()
+        reached, writer.state = ranks.from_first((reached, writer.state))
+        results = finished_layers(writer)
+        tell_of_lost(writer, len(results), progress)
+        work = as_before(work, writer.state.used, progress)
+        job = work.job
+        seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
+        began -= seconds["total"]
+        streams = _embed(work, writer, seconds, progress)
+        _allocate(work, streams, writer, seconds, began, progress)
+        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.places.empty_off_device))
+        activations = {}  # it has copied them
+        with ReadAhead(job.source, job.steps[reached:], streams.places.pinned) as ahead:
+            if finished := results[reached:]:
+                pass_layers(work, finished, ahead, writer, streams, progress)
+            title = "pruning" if work.command == "prune" else "rebuilding"
+            progress.start(title, len(job.steps), finished=len(results))
+            for _ in results:
+                writer.skip_shard()
+            for index in range(len(results), len(job.steps)):
+                start = time.perf_counter()
+                tensors = ahead.take()
+                read = time.perf_counter()
+                pruned = _prune_step(work, index, tensors, streams, progress)
+                computed = time.perf_counter()
+                writer.write_shard({**tensors, **pruned.weights})
+                written = time.perf_counter()
+                seconds["read"] += read - start
+                seconds["layers"] += computed - read
+                seconds["write"] += written - computed
+                seconds["total"] = written - began
+                results.append(_result(index, written - start, pruned))
+                _make_durable(work, results, seconds, writer, streams)
+                seconds["write"] += time.perf_counter() - written
+                progress.advance(_summary(results[-1]))
+        seconds["total"] = time.perf_counter() - began
+        report = finish_output(work, writer, results, seconds, used_by(work, writer, streams))
+    warn_of_results(work, report, progress)
+    return report
+
+
+def _open_output(work: Assignment) -> CheckpointWriter | Follower:
+    """The first process writes, the others follow."""
+    config, job = work.config, work.job
+    if not job.ranks.first:
+        return Follower(work_folder(config.output))
+    kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
+    shards = len(job.outside_shards) + len(job.steps)
+    key, repeatable = run_key(work), work.runs_what_it_writes
+    return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable)
+
+
+def _embed(
+    work: Assignment, writer: CheckpointWriter | Follower, seconds: dict[str, float], progress: Progress
+) -> ActivationStreams:
+    """The first layer's input; what is outside the layers is copied on the way."""
+    progress.stage("embedding the calibration tokens")
+    start = time.perf_counter()
+    job, refine_settings = work.job, work.refine_settings
+    places = activation_places(job, work.config, work.recipe, writer)
+    streams = embed(job, _copy_outside(job, writer), refine_settings, places, progress)
+    if refine_settings is not None and refine_settings.target_mix:
+        streams.copy(HIDDEN, DENSE + HIDDEN)
+    seconds["embed"] += time.perf_counter() - start
+    return streams
+
+
+def _allocate(
+    work: Assignment,
+    streams: ActivationStreams,
+    writer: CheckpointWriter | Follower,
+    seconds: dict[str, float],
+    began: float,
+    progress: Progress,
+) -> None:
+    """Give each linear its sparsity: the one that an unfinished run found, or from a look at the dense model.
+
+    `began`: the clock when the run would have begun had it not been interrupted; a new allocation is kept with its
+    seconds and the run's total until then.
+    """
+    initial, allocation = work.initial, work.allocation
+    if not isinstance(initial, MethodMasks) or allocation is Allocation.UNIFORM:
+        return
+    sparsities = writer.state.sparsities
+    if sparsities is None:
+        start = time.perf_counter()
+        look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
+        sparsities = with_smaller_batches(look, work.job.skeleton.drop_outside, work.job, streams, progress)
+        allocated = time.perf_counter()
+        seconds["allocate"] += allocated - start
+        seconds["total"] = allocated - began
+        writer.keep_sparsities(sparsities, seconds, used_by(work, writer, streams))
+    initial.targets = replace(initial.targets, allocated=sparsities)
+
+
+def _prune_step(
+    work: Assignment, index: int, tensors: dict[str, Tensor], streams: ActivationStreams, progress: Progress
+) -> PrunedLayer:
+    """Prune a decoder layer, or after the last one the output head."""
+    job, settings = work.job, work.refine_settings
+    compute = partial(prune_layer, job, index, tensors, work.initial, work.rebuild_settings, settings, streams)
+    release: Callable[[], None] = partial(job.skeleton.release_layer, index)
+    if index == job.layer_count:
+        compute = partial(prune_head, job, tensors, work.initial, settings, streams)
+        release = job.skeleton.drop_outside
+    return with_smaller_batches(compute, release, job, streams, progress)
+
+
+def _make_durable(
+    work: Assignment,
+    results: list[LayerResult],
+    seconds: dict[str, float],
+    writer: CheckpointWriter | Follower,
+    streams: ActivationStreams,
+) -> None:
+    """The last layer, whose shard is written, and what the next one starts from, while that reads it."""
+
+    def keep() -> None:
+        if len(results) < len(work.job.steps):
+            writer.wait_for_activations()  # before others are gathered
+            writer.keep_activations(len(results), gathered(work, streams))
+
+    if not work.runs_what_it_writes:
+        keep()
+    writer.finish_layer(results[-1].model_dump(mode="json"), seconds, used_by(work, writer, streams))
+    if work.runs_what_it_writes:
+        keep()
+
+
+def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
+    return LayerResult(index=index, seconds=seconds, held_out=pruned.held_out, blocks=tuple(pruned.blocks))
+
+
+def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Tensor]:
+    """Copy what is outside the decoder layers; returns what embeds the tokens, by the model's names."""
+    wanted = {job.source.place(name).tensor: name for name in job.skeleton.outside_names}
+    kept: dict[str, Tensor] = {}
+    for names in job.outside_shards:
+        tensors = job.source.read(names)
+        if writer.next_is_written:
+            writer.skip_shard()
+        else:
+            writer.write_shard(tensors)
+        kept |= {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}
+    return kept
+
+
+def _summary(layer: LayerResult) -> str:
+    """What the progress line says of a finished layer."""
+    errors = [
+        f"{block.name} error {block.error_before:.3g} → {block.error_after:.3g}"
+        for block in layer.blocks
+        if block.error_before is not None
+    ]
+    if layer.kept_pass is not None:  # tuning aims at another target than the blocks' own output
+        before, after = layer.held_out[0], layer.held_out[layer.kept_pass]
+        errors = [f"held-out distance from the target {before:.3g} → {after:.3g}"]
+    swapped = sum(linear.grown for linear in layer.linears)
+    weights = sum(linear.weights for linear in layer.linears)
+    sparsity = sum(linear.pruned for linear in layer.linears) / max(1, weights)  # a layer may have no linears
+    parts = [f"{sparsity:.1%} pruned", *([f"{swapped:,} swapped"] if errors else []), *errors]
+    return ", ".join(parts)

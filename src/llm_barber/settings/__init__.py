@@ -1,0 +1,1 @@
+"""Settings of every command, checked before anything runs."""

@@ -1,0 +1,160 @@
+"""What a run does beyond the initial mask and its rebuild, resolved to numbers; and the steps of tuning."""
+
+import math
+from dataclasses import dataclass, replace
+
+from llm_barber.masking.pattern import NofM, Pattern, as_fraction
+from llm_barber.model.streams import ActivationStreams
+from llm_barber.settings.base import RunSettings
+from llm_barber.settings.presets import (
+    FEWEST_PASSES,
+    MOST_PASSES,
+    PATTERN_SWAPS,
+    PATTERN_TARGET_MIX,
+    SOLVED_TARGET_MIX,
+    SWAPS,
+    TARGET_MIX,
+    TUNE_TOKENS,
+    Reconstruct,
+    Refine,
+)
+
+SEQUENCES_A_STEP = 4  # of tuning
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """`swaps`: most swaps a row; None: the default, 0: none. `solve`: least squares.
+
+    `target_mix`: 0: the dense linears on the pruned model's activations, 1: on the dense model's (`docs/refining.md`).
+    `passes`: over the windows that tune layers, their masks, kept weights or both (`tune.py`). `held_out`:
+    calibration windows, the last ones. `head_mix`: the target mix of the output head, whose mask is swapped, not tuned.
+    """
+
+    swaps: int | None
+    target_mix: float
+    solve: bool
+    held_out: int
+    passes: int = 0
+    tunes_masks: bool = False
+    tunes_weights: bool = False
+    head_mix: float = TARGET_MIX
+
+    @classmethod
+    def of(cls, config: RunSettings, pattern: Pattern | None, sequences: int, seqlen: int) -> "RefineSettings | None":
+        """What a run asks for; None: no refining.
+
+        Args:
+            config: of the run.
+            pattern: of most weights that are pruned, or of those that were pruned before.
+            sequences: calibration windows.
+            seqlen: their tokens.
+        """
+        solve = config.reconstruction is not Reconstruct.NONE
+        if not config.refines:
+            return None
+        mix = _default_mix(config, pattern) if config.target_mix is None else config.target_mix
+        share = config.held_out_share
+        masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
+        passes = min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES) * (masks + weights)
+        return cls(
+            swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
+            target_mix=mix,
+            solve=solve and not masks,  # which moves masks after linears are solved
+            held_out=min(max(math.ceil(as_fraction(share) * sequences), share > 0), sequences - 1),
+            passes=(config.tune_passes or passes) if masks or weights else 0,
+            tunes_masks=masks,
+            tunes_weights=weights,
+            head_mix=TARGET_MIX if config.target_mix is None and masks else mix,
+        )
+
+    @property
+    def of_linears(self) -> bool:
+        """Is anything done to linears one by one, not to layers?"""
+        return self.swaps != 0 or self.solve
+
+    @property
+    def of_layers(self) -> bool:
+        """Are layers tuned?"""
+        return self.tunes_masks or self.tunes_weights
+
+    @property
+    def of_head(self) -> "RefineSettings":
+        """For the output head, which is no layer that could be tuned: by swaps, and least squares."""
+        swaps, solve = None if self.tunes_masks else self.swaps, self.solve or self.tunes_weights
+        return replace(self, swaps=swaps, solve=solve, target_mix=self.head_mix)
+
+    @classmethod
+    def arrays(cls, settings: "RefineSettings | None") -> int:
+        """Arrays of all calibration activations that are there at once (`model/streams.py`).
+
+        The layer's input, the first block's output, that of the dense block or the next layer's input; where dense
+        activations are followed, the same of them, and what swaps compare the last block's output with; what a layer is
+        tuned towards.
+        """
+        if settings is None:
+            return 3
+        followed = (4 if settings.of_linears else 3) if settings.target_mix else 0
+        return 3 + followed + (1 if settings.of_layers else 0)
+
+    def swaps_of(self, pattern: NofM | None) -> int:
+        """Most swaps of a row."""
+        if self.swaps is None:
+            return SWAPS if pattern is None else PATTERN_SWAPS
+        return self.swaps
+
+    @property
+    def words_of_head(self) -> str:
+        """What is done to the output head, for people."""
+        return f"the output head: {replace(self.of_head, passes=0, tunes_masks=False, tunes_weights=False).words}"
+
+    @property
+    def words(self) -> str:
+        """What is done to decoder layers, for people."""
+        most = f"{SWAPS} (with N:M {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
+        tuned = ["masks"] * self.tunes_masks + ["weights"] * self.tunes_weights
+        parts = [
+            f"at most {most} exact swaps a row" if self.swaps != 0 else "",
+            "least squares of the kept weights" if self.solve else "",
+            f"{self.passes} pass{'es that tune' if self.passes > 1 else ' that tunes'} {' and '.join(tuned)}"
+            if tuned
+            else "",
+        ]
+        windows = f"{self.held_out} window{'' if self.held_out == 1 else 's'} held out"
+        return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {windows})"
+
+    def step_count(self, sequences: int) -> int:
+        """Steps of a pass of tuning: as many for any number of processes, so that the result is the same."""
+        return math.ceil((sequences - self.held_out) / SEQUENCES_A_STEP)
+
+    def steps(self, streams: ActivationStreams) -> list["Step"]:
+        """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work.
+
+        More processes than it has sequences take turns.
+        """
+        training, border = streams.every - streams.held_out, streams.border
+        count = self.step_count(streams.every)
+        return [
+            Step(range((step - streams.first) % count, border, count), len(range(step, training, count)))
+            for step in range(count)
+        ]
+
+    def batch_sizes(self, streams: ActivationStreams) -> set[int]:
+        """Numbers of sequences that the layers are called with; tuning takes one after the other."""
+        training, held_out = streams.split()
+        return {batch.stop - batch.start for batch in (*training, *held_out)} | ({1} if self.of_layers else set())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of tuning: this process's sequences, and how many there are in all processes."""
+
+    own: range
+    sequences: int
+
+
+def _default_mix(config: RunSettings, pattern: Pattern | None) -> float:
+    if config.refinement is Refine.TUNE:
+        return PATTERN_TARGET_MIX if isinstance(pattern, NofM) else TARGET_MIX
+    solved = config.refinement is Refine.NONE and config.reconstruction is Reconstruct.LEAST_SQUARES
+    return SOLVED_TARGET_MIX if solved else TARGET_MIX

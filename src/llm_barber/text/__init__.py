@@ -1,0 +1,1 @@
+"""Calibration text and its windows of tokens."""

@@ -1,0 +1,1 @@
+"""Commands that work on finished checkpoints, and the demonstration."""

@@ -1,0 +1,145 @@
+"""Make safetensors of pickled weights (`pytorch_model*.bin`), file by file, without running what is in them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from llm_barber.checkpoint.companions import companions
+from llm_barber.checkpoint.hub import resolve_model
+from llm_barber.checkpoint.untrusted import check_file_name, parse_json
+from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.errors import ModelError
+from llm_barber.progress import Progress, Silent
+from llm_barber.settings.base import CopySettings
+
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+)  # fmt: skip
+AGAIN = "get the checkpoint again, whole"
+
+
+class ConvertConfig(CopySettings):
+    """Settings of `convert`."""
+
+    model: str = Field(description="folder or hub id with pytorch_model*.bin")
+    revision: str | None = Field(None, description="of a hub id")
+
+
+class ConvertReport(BaseModel):
+    """Files read, and the tensors and bytes in them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    output: str
+    files: int
+    tensors: int
+    bytes: int
+
+
+def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertReport:
+    """Write a copy of a checkpoint with safetensors for its pickled weights; one file is in memory at a time.
+
+    PyTorch's `weights_only` loader reads them: of a pickle it makes tensors and containers and calls nothing else.
+
+    Raises:
+        ModelError: no pickled weights, a damaged file, or one that holds more than tensors.
+        OutputError: the output cannot be written.
+        HubError: the hub cannot be reached or does not have it.
+    """
+    progress = progress or Silent()
+    folder = resolve_model(config.model, config.revision, pickled=True)
+    files = pickled_files(folder, config.model)
+    count, size = 0, 0
+    needed = sum((folder / file).stat().st_size for file in files)
+    with CheckpointWriter(config.output, len(files), config.overwrite, needed) as writer:
+        progress.start("converting", len(files))
+        for file, expected in files.items():
+            tensors = read_pickled(folder / file)
+            if expected is not None and expected != tensors.keys():
+                name = min(expected ^ tensors.keys())
+                raise ModelError(f"{PICKLED_INDEX} and {file} do not agree on {name!r}", AGAIN)
+            writer.write_shard(tensors)
+            count += len(tensors)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+            progress.advance(file)
+        for path in companions(folder):
+            writer.copy(path, folder)
+        writer.finish()
+    return ConvertReport(model=config.model, output=str(config.output), files=len(files), tensors=count, bytes=size)
+
+
+def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
+    """A checkpoint's pickled files, all of them inside its folder, and the tensors of each; None: no index says.
+
+    Raises:
+        ModelError: there are none, one is missing, or the index is damaged.
+    """
+    index = folder / PICKLED_INDEX
+    if not index.is_file():
+        if any(folder.glob("pytorch_model-*.bin")):
+            raise ModelError(f"{model} has no {PICKLED_INDEX}, which says what belongs to it", AGAIN)
+        if not (folder / PICKLED).is_file():
+            has_safetensors = any(folder.glob("*.safetensors"))
+            raise ModelError(
+                f"{model} has no {PICKLED}",
+                "what has safetensors needs no converting" if has_safetensors else "save it with save_pretrained()",
+            )
+        return {PICKLED: None}
+    try:
+        content = parse_json(index.read_bytes(), distinct_keys=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{PICKLED_INDEX} of {model} cannot be read: {error}", AGAIN) from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{PICKLED_INDEX} of {model} has no weight_map", AGAIN)
+    if not weight_map:
+        raise ModelError(f"{PICKLED_INDEX} of {model} names no tensors", AGAIN)
+    by_file: dict[str, set[str]] = {}
+    for tensor, file in sorted(weight_map.items()):
+        check_file_name(file, PICKLED_INDEX)
+        by_file.setdefault(file, set()).add(tensor)
+    for name in by_file:
+        if not (folder / name).is_file():
+            raise ModelError(f"shard {name} of {model} is missing", AGAIN)
+    return dict(by_file)
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, each with memory of its own.
+
+    Raises:
+        ModelError: it cannot be read without running what is in it, or holds something else.
+    """
+    try:
+        try:
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader raises whatever a damaged file makes it raise, and gives unsafe advice
+        raise ModelError(
+            f"{path.name} cannot be read safely", "it is damaged, or holds more than weights: do not open it otherwise"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise ModelError(f"{path.name} holds no mapping of names to tensors", AGAIN)
+    for name, tensor in content.items():
+        if not isinstance(name, str) or name == "__metadata__" or not _is_plain(tensor):
+            raise ModelError(f"{path.name} holds {name!r}, which is not a plain tensor", "only weights are converted")
+    # Tied ones share their memory, which safetensors cannot; others are views of more.
+    return {name: tensor.detach().contiguous().clone() for name, tensor in content.items()}
+
+
+def _is_plain(tensor: Any) -> bool:
+    """A dense tensor of a dtype that safetensors has, no larger than the memory that it claims to fill."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in DTYPES
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )

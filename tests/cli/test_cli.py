@@ -1,0 +1,279 @@
+"""The command line as a user meets it: exit codes, messages, stdout and stderr."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_barber.cli import _main
+from tests.conftest import make_model, save_tokens
+
+ROOT = Path(__file__).parents[2]
+# Settings of `prune` that change nothing that `plan` says.
+PLAN_LEAVES = ("bos", "seed", "format", "overwrite", "resume", "report")
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+def call(*arguments: object) -> int:
+    return _main([str(argument) for argument in arguments])
+
+
+def test_prune_inspect_rebuild(tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert call("prune", llama, out, "--calibration", tokens, "--pattern", "2:4") == 0
+    captured = capsys.readouterr()
+    assert "9,216 of 18,432 weights pruned (50.00%)" in captured.out
+    assert "reading calibration text" in captured.err
+    assert call("inspect", out, "--dense", llama) == 0
+    assert "2:4" in capsys.readouterr().out
+    assert (
+        call("rebuild", llama, out, tmp_path / "again", "--calibration", tokens, "--json", "--rebuild-ratio", "0.5")
+        == 0
+    )
+    record = json.loads(capsys.readouterr().out)
+    assert record["pattern"] == "2:4"
+    assert record["sparsity"] == 0.5
+
+
+def test_inspect_exits_with_1_when_something_is_wrong(
+    tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    other = make_model(tmp_path / "other", "llama", seed=5)
+    assert call("inspect", tmp_path / "out", "--dense", other, "--json") == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["problems"]
+    assert "differs from the dense model" in captured.err
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned = tmp_path / "pruned"
+    assert call("prune", llama, pruned, "--calibration", tokens, "--quiet") == 0
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    for command in (["prune", llama], ["rebuild", llama, pruned]):
+        assert call(*command, tmp_path / "out", "--calibration", tokens, "--dry-run") == 0
+        assert "nothing was written" in capsys.readouterr().out
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == 18432
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--sparsity", "1.5"], 2, "sparsity 1.5 is not between 0 and 1"),
+        (["--sparsity", "half"], 2, "Invalid value for '--sparsity'"),
+        (["--sparsity", "0.5", "--pattern", "2:4"], 2, "exclude each other"),
+        (["--pattern", "4:2"], 2, "pattern 4:2 must keep"),
+        (["--initial", "best"], 2, "'best' is not one of"),
+        (["--rebuild-ratio", "0"], 2, "--rebuild-ratio"),
+        (["--samples", "0", "--seqlen", "1"], 2, "samples: Input should be greater than or equal to 1"),
+        (["--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["--what"], 2, "No such option"),
+        (["--pattern", "2:5"], 1, "does not divide"),
+        (["--calibration", "nothing", "--seqlen", "8"], 1, "no such calibration text: nothing"),
+        (["--calibration", "builtin", "--seqlen", "8"], 1, "no tokenizer"),
+    ],
+)
+def test_errors_are_two_lines(
+    tmp_path: Path,
+    llama: Path,
+    tokens: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    message: str,
+) -> None:
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--quiet", *options) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    error, hint = captured.err.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint.startswith("hint: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_argument_and_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("prune", "model") == 2
+    assert "Missing argument 'OUT'" in capsys.readouterr().err
+    assert call("inspect", "/nothing/here", "--quiet") == 1
+    assert capsys.readouterr().err.startswith("error: no such model: /nothing/here\nhint: ")
+
+
+@pytest.mark.parametrize("command", ["prune", "rebuild", "plan", "inspect", "evaluate", "demo"])
+def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command, "--help") == 0
+    output = capsys.readouterr().out
+    assert "Examples:" in output
+    assert output.partition("Examples:")[2].count("llm-barber ") >= 2
+    if command in ("prune", "rebuild", "plan"):
+        for group in ("Method", "Calibration", "Compute", "Output"):
+            assert f"─ {group} ─" in output or f"{group} -" in output
+        assert "magnitude 0.1" in output
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_process_of_several_that_failed_does_not_wait_for_the_others(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_barber import cli
+
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setattr(cli, "_main", lambda _: 2)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.os, "_exit", lambda code: ended.append(("at once", code)))
+    monkeypatch.setattr(cli.sys, "exit", lambda code: ended.append(("as usual", code)))
+    cli.main()
+    assert ended[0] == (("as usual", 2) if count == 1 else ("at once", 2))
+
+
+def test_every_setting_is_an_option() -> None:
+    """And every option but what is shown and how is a setting, of the same default unless `--help` says otherwise."""
+    from typer.main import get_command
+
+    from llm_barber.cli import app
+    from llm_barber.comparison.settings import CompareConfig
+    from llm_barber.evaluation.evaluate import EvaluateConfig
+    from llm_barber.planning.plan_config import PlanConfig
+    from llm_barber.settings.checked import Settings
+    from llm_barber.settings.prune import PruneConfig, RebuildConfig
+
+    of_python = {PlanConfig: {"output", *PLAN_LEAVES}, CompareConfig: {"rebuild_settings", "task_seeds"}}
+    configs: dict[str, type[Settings]] = {
+        "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "evaluate": EvaluateConfig,
+        "compare": CompareConfig,
+    }  # fmt: skip
+    for command, config in configs.items():
+        parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
+        options = {one.name: one for one in parameters}
+        shown = {"json", "quiet", "debug", "dry_run", "keep"}
+        assert options.keys() - shown == config.model_fields.keys() - of_python.get(config, set()), command
+        for name, field in config.model_fields.items():
+            if name in options and isinstance(field.default, int | float) and not isinstance(field.default, bool):
+                assert options[name].default == field.default, (command, name)
+
+
+def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every long option that the README or the docs give to a command is one of its options."""
+    import re
+
+    seen = 0
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for line in path.read_text().splitlines():
+            match = re.match(r"\s*(?:\$ )?llm-barber (prune|rebuild|plan|inspect|evaluate|demo)\b(.*)", line)
+            if match:
+                call(match[1], "--help")
+                help_text = capsys.readouterr().out
+                seen += 1
+                for option in re.findall(r"--[a-z-]+", match[2]):
+                    assert option in help_text, (path, option)
+    assert seen >= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--no-rebuild", "--rebuild-ratio", 1, "--granularity", "block"),
+            "--granularity and --rebuild-ratio are of the",
+        ),
+        (("--swaps", 3), "--swaps are of --refine swaps: give it, too"),
+        (("--refine", "swaps", "--swaps", 10**20), "--swaps: Input should be less than or equal to 1000000"),
+        (("--tune-passes", 10**20), "--tune-passes: Input should be less than or equal to 1000"),
+        (("--guard", 1), "--guard: Input should be less than 1"),
+        (("--target-mix", "nan"), "--target-mix: Input should be a finite number"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(
+    tmp_path: Path, llama: Path, options: tuple[object, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("prune", llama, tmp_path / "out", *options) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_nobody_is_told_to_go_on_with_a_damaged_checkpoint(
+    tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--preset", "paper") == 1
+    said = capsys.readouterr().err
+    assert "holds NaN or Inf" in said
+    assert "--resume" not in said
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    model = make_model(tmp_path / "dense", "llama", num_hidden_layers=12)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=64, tokens=64)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llm_barber", "prune", str(model), str(out), "--calibration", str(tokens)]
+    command += ["--preset", "paper"]  # no look at the whole model first
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs in the background ignores
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.partial/*-00004-of-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sent)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+    assert stdout == ""
+    assert not out.exists()
+    assert not list(tmp_path.glob("out.partial/*index.json"))
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out.partial")
+    if sent != signal.SIGKILL:
+        assert stderr.splitlines()[-2] == "error: interrupted"
+        assert "the same command with --resume goes on" in " ".join(stderr.split())
+    again = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "hint: add --resume to go on with it" in again.stderr
+    if sent != signal.SIGTERM:  # the others take their time
+        assert subprocess.run([*command, "--quiet", "--resume"], check=False).returncode == 0
+        assert out.exists()
+        assert not list(tmp_path.glob("out.partial"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["prune", "m", "out", "--layers", ""], "--layers is empty"),
+        (["prune", "m", "out", "--layers="], "--layers is empty"),
+        (["prune", "m", ""], "OUT is empty"),
+        (["prune", "m", "--overwrite", ""], "OUT is empty"),
+        (["prune", "--samples", "4", "", "out"], "MODEL is empty"),
+        (["pack", "m", "--quiet", ""], "PACKED is empty"),
+        (["rebuild", "d", "", "out"], "PRUNED is empty"),
+        (["evaluate", "m", "--tasks-folder", ""], "--tasks-folder is empty"),
+        (["compare", "m", "out", "--tasks", " "], "--tasks is empty"),
+    ],
+)
+def test_empty_arguments_are_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}\nhint: give it a value")

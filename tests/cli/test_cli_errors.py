@@ -1,0 +1,177 @@
+"""Errors as the command line tells them: settings as they are typed, all problems at once, the same with --debug."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from annotated_types import Ge, Gt, Lt
+from typer.main import get_command
+
+from llm_barber.cli import _main
+from llm_barber.cli.app import app
+from llm_barber.cli.typed import as_typed
+from llm_barber.comparison.settings import CompareConfig
+from llm_barber.errors import SettingsError
+from llm_barber.evaluation.evaluate import EvaluateConfig
+from llm_barber.messages import Message
+from llm_barber.planning.plan_config import PlanConfig
+from llm_barber.settings.checked import Settings
+from llm_barber.settings.prune import PruneConfig, RebuildConfig
+from llm_barber.tools.convert import ConvertConfig
+from llm_barber.tools.demo import DemoConfig
+from llm_barber.tools.inspection import InspectConfig
+from llm_barber.tools.packing import PackConfig
+
+CONFIGS: dict[str, type[Settings]] = {
+    "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "inspect": InspectConfig, "pack": PackConfig,
+    "unpack": PackConfig, "convert": ConvertConfig, "evaluate": EvaluateConfig, "compare": CompareConfig,
+    "demo": DemoConfig,
+}  # fmt: skip
+ARGUMENTS = {
+    "prune": {"model": "MODEL", "output": "OUT"},
+    "rebuild": {"dense": "DENSE", "pruned": "PRUNED", "output": "OUT"},
+    "plan": {"model": "MODEL_OR_CONFIG"},
+    "inspect": {"model": "MODEL"},
+    "pack": {"model": "OUT", "output": "PACKED"},
+    "unpack": {"model": "PACKED", "output": "OUT"},
+    "convert": {"model": "MODEL", "output": "OUT"},
+    "evaluate": {"model": "MODEL"},
+    "compare": {"model": "MODEL", "output": "OUT"},
+    "demo": {},
+}
+
+
+def call(*arguments: object) -> int:
+    return _main([str(argument) for argument in arguments])
+
+
+def parameters(command: str) -> dict[str, Any]:
+    return {one.name: one for one in get_command(app).commands[command].params}  # type: ignore[attr-defined]
+
+
+def wrong_numbers() -> list[tuple[str, str, str]]:
+    """Every option with a bound, and a number beyond it."""
+    cases = []
+    for command, config in CONFIGS.items():
+        for name, field in config.model_fields.items():
+            bounds = [bound for bound in field.metadata if isinstance(bound, Ge | Gt | Lt)]
+            option = parameters(command).get(name)
+            if bounds and option is not None:
+                bound = bounds[0]
+                number: Any = bound.ge - 1 if isinstance(bound, Ge) else bound.gt if isinstance(bound, Gt) else bound.lt
+                cases.append((command, name, str(number)))
+    return cases
+
+
+@pytest.mark.parametrize(("command", "name", "number"), wrong_numbers())
+def test_a_number_beyond_its_bound_names_the_option(
+    tmp_path: Path, command: str, name: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [tmp_path / f"no-{argument}" for argument in ARGUMENTS[command]]
+    option = f"--{name.replace('_', '-')}"
+    assert call(command, *places, f"{option}={number}") == 2
+    assert capsys.readouterr().err.startswith(f"error: {option}: Input should be ")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [(command, name) for command, config in CONFIGS.items() for name in config.model_fields]
+)
+def test_every_setting_is_named_as_it_is_typed(command: str, name: str) -> None:
+    """By its argument or option; what the command does not take, by its name."""
+    given = dict.fromkeys(("model", "dense", "pruned", "output"), "somewhere")
+    fields = CONFIGS[command].model_fields
+    values: dict[str, Any] = {key: value for key, value in given.items() if key in fields} | {name: object()}
+    with pytest.raises(SettingsError) as caught:
+        CONFIGS[command](**values)
+    option = f"--{name.replace('_', '-')}" if name in parameters(command) else name
+    assert isinstance(caught.value.message, Message)
+    shown = caught.value.message.rendered(as_typed([command]))
+    assert shown.startswith(f"{ARGUMENTS[command].get(name, option)}: ")
+    assert str(caught.value).startswith(name)
+
+
+def test_what_was_typed_is_shown_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "target_mix"
+    folder.mkdir()
+    assert call("prune", folder, folder) == 2
+    assert capsys.readouterr().err.startswith(f"error: OUT is MODEL itself ({folder}): ")
+    assert call("prune", folder, "out", "--pattern", "tune_passes: refine tune") == 2
+    assert "pattern 'tune_passes: refine tune' is not N:M" in capsys.readouterr().err
+    assert call("compare", folder, tmp_path / "out", "--methods", "target_mix") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --methods: Input should be ")
+    assert "(given: 'target_mix')" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("prune", "OUT is MODEL itself"), ("convert", "OUT is MODEL itself"), ("pack", "PACKED is OUT itself"),
+        ("unpack", "OUT is PACKED itself"),
+    ],
+)  # fmt: skip
+def test_arguments_are_named_as_the_help_names_them(
+    tmp_path: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(command, tmp_path, tmp_path) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said} ({tmp_path}): ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--include", "q_proj", "--exclude", "q_proj"),
+            "--include, --exclude, --skip-layers and --sparsities leave nothing to prune",
+        ),
+        (("--exclude", "target_mix"), "--exclude: 'target_mix' is found in no linear's name"),
+        (("--skip-layers", "7"), "--skip-layers: there is no decoder layer 7"),
+        (("--device", "tpu"), "--device: unknown device 'tpu'"),
+        (("--dtype", "int8"), "--dtype: 'int8' is not one of auto, "),
+        (("--layers", "nothing.there"), "--layers nothing.there is not a list of layers"),
+        (("--keep-updates",), "--keep-updates needs --initial sparsegpt or alps: wanda updates no weights"),
+        (("--preset", "paper", "--guard", "0.5"), "--guard is of --refine and --reconstruct, and --preset paper has"),
+        (("--memory", "1MiB"), "--memory: 1 MiB are not enough"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named_as_they_are_typed(
+    tmp_path: Path, llama: Path, tokens: Path, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--quiet", *options) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_a_switch_that_is_off_is_named_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("rebuild", "dense", "pruned", tmp_path / "out", "--no-rebuild") == 2
+    said = "error: --no-rebuild, --refine none and --reconstruct none leave nothing to do\n"
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "code"), [(("--sparsity", "1.5"), 2), (("--calibration", "nothing"), 1), (("--what",), 2)]
+)
+def test_debug_adds_a_traceback_and_changes_nothing_else(
+    tmp_path: Path, llama: Path, options: tuple[str, ...], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("prune", llama, tmp_path / "out", "--quiet", *options)
+    assert call(*arguments) == code
+    without = capsys.readouterr().err
+    assert without.startswith("error: ")
+    assert "\nhint: " in without
+    assert call(*arguments, "--debug") == code
+    debugged = capsys.readouterr().err
+    assert debugged.endswith(without)
+    assert debugged.startswith("Traceback ") is (options != ("--what",))  # an option's error is raised by no code here
+
+
+def test_debug_of_a_defect(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("this is new")
+
+    monkeypatch.setattr("llm_barber.run.commands.prune", broken)
+    assert call("prune", llama, tmp_path / "out", "--debug") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback ")
+    assert "\nerror: unexpected RuntimeError: this is new\nhint: this is a defect" in said

@@ -1,0 +1,59 @@
+"""What the commands show of a run's progress."""
+
+import time
+
+import pytest
+
+from llm_barber.cli.console import ConsoleProgress
+from llm_barber.messages import message
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.seconds)
+
+
+@pytest.mark.parametrize(("finished", "eta"), [(0, 70), (4, 30)])
+def test_the_eta_is_by_the_steps_of_this_run(
+    finished: int, eta: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    clock = Clock(monkeypatch)
+    progress = ConsoleProgress()
+    progress.start("pruning", 8, finished)
+    clock.seconds += 10
+    progress.advance("50.0% pruned")
+    assert capsys.readouterr().err == f"pruning {finished + 1}/8, ETA {eta} s: 50.0% pruned\n"
+
+
+def test_a_warning_names_settings_as_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    for text in (message("{device_memory} is of {path}: {refine:none}", path="/a/target_mix"), "target_mix: as it is"):
+        ConsoleProgress(quiet=True).warn(text)
+    said = "warning: --device-memory is of /a/target_mix: --refine none\nwarning: target_mix: as it is\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_bar_begins_after_finished_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "COLUMNS": "120", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    clock = Clock(monkeypatch)
+    progress = ConsoleProgress()
+    assert progress.live
+    progress._bars.get_time = time.monotonic
+    progress._bars.start()
+    progress.start("pruning", 8, finished=4)
+    for _ in range(3):  # the rate is that between steps
+        clock.seconds += 10
+        progress.advance("")
+    progress._bars.refresh()
+    (task,) = progress._bars.tasks
+    progress._bars.stop()
+    assert (task.completed, task.time_remaining) == (7, 10)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from llm_barber.method.distance import HUGE, Distance, usual_squares
+
+
+def test_channels_count_as_if_none_were_huge() -> None:
+    squares = torch.tensor([0.0, 1.0, 2.0, 2.0, 2.0, 2 * HUGE, 4 * HUGE, 200 * HUGE, 0.5], dtype=torch.float64)
+    assert Distance.of(squares).weights.tolist() == pytest.approx([1, 1, 1, 1, 1, 1, 0.5, 0.01, 1])
+    assert Distance.of(torch.tensor([0.0, 0.0, 7.0])).weights.tolist() == pytest.approx([1, 1, 1e-6])
+    assert Distance.of(torch.zeros(3)).weights.tolist() == [1, 1, 1]  # nothing to compare with
+
+
+def test_a_huge_token_makes_no_channel_huge() -> None:
+    targets = torch.rand(3, 9, 5, generator=torch.Generator().manual_seed(0)) + 1
+    targets[:, 0] = 1e4
+    targets[..., 2] *= 1e3
+    squares = usual_squares(targets)
+    expected = [sum(sorted(targets[n, :, c].tolist())[4] ** 2 for n in range(3)) for c in range(5)]
+    assert squares.tolist() == pytest.approx(expected, rel=1e-6)
+    weights = Distance.of(squares).weights
+    assert weights[[0, 1, 3, 4]].tolist() == [1, 1, 1, 1]
+    assert weights[2].item() == pytest.approx(HUGE * sorted(expected)[2] / expected[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 513])
+def test_usual_squares_are_of_the_lower_median(dtype: torch.dtype, tokens: int) -> None:
+    targets = (torch.randn(3, tokens, 5, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    targets[:, ::2, 4] = 0
+    by_hand = targets.double().abs().sort(1).values[:, (tokens - 1) // 2].square().sum(0)
+    assert torch.equal(usual_squares(targets), by_hand)
+
+
+def test_errors_and_their_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets, output = (torch.randn(3, 9, 5, generator=generator) for _ in range(2))
+    found = Distance(torch.tensor([1.0, 1.0, 0.25, 1.0, 0.01]))
+    output.requires_grad_()
+    errors = ((output - targets) ** 2 * found.weights).mean((1, 2))
+    assert found.errors(targets, output.detach()).tolist() == pytest.approx(errors.tolist(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(errors.sum() * targets[0].numel() / 2, output)
+    torch.testing.assert_close(found.gradient(targets, output.detach()), gradient)

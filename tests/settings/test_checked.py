@@ -1,0 +1,82 @@
+"""All problems of settings are told at once: those of a value, and those of values together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_barber.comparison.settings import CompareConfig
+from llm_barber.errors import SettingsError
+from llm_barber.planning.plan_config import PlanConfig
+from llm_barber.settings.checked import Settings
+from llm_barber.settings.prune import PruneConfig, RebuildConfig
+from llm_barber.tools.convert import ConvertConfig
+
+PRUNE = {"model": "m", "output": "o"}
+REBUILD = {"dense": "d", "pruned": "p", "output": "o"}
+
+
+def problems(kind: type[Settings], **values: Any) -> str:
+    with pytest.raises(SettingsError) as caught:
+        kind(**values)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "parts"),
+    [
+        (PruneConfig, {**PRUNE, "sparsity": 1.5, "pattern": "2:4"}, ("sparsity 1.5 is", "and pattern exclude")),
+        (PruneConfig, {**PRUNE, "sparsity": 0.5, "pattern": "4:2"}, ("pattern 4:2 must", "and pattern exclude")),
+        (PruneConfig, {**PRUNE, "samples": 0, "keep_updates": True}, ("samples: ", "keep_updates needs initial")),
+        (PruneConfig, {"model": "m", "pattern": "2:4", "sparsity": 0.5}, ("output: Field requ", "exclude each")),
+        (PruneConfig, {**PRUNE, "what": 1, "pattern": "2:4", "sparsity": 0.5}, ("what: Extra", "exclude each other")),
+        (
+            PruneConfig,
+            {**PRUNE, "sparsities": 1, "allocation": "owl", "pattern": "2:4"},
+            ("sparsities: ", "allocation is not for patterns"),
+        ),
+        (RebuildConfig, {**REBUILD, "rebuild": False, "rebuild_ratio": 2}, ("rebuild_ratio: ", "is switched off")),
+        (RebuildConfig, {**REBUILD, "swaps": 0, "preset": "mask"}, ("swaps: ", "swaps are of refine swaps")),
+        (RebuildConfig, {**REBUILD, "seed": -1, "rebuild": False}, ("seed: ", "leave nothing to do")),
+        (PlanConfig, {"model": "m", "link": -1}, ("link: ", "are of a named machine")),
+        (
+            CompareConfig,
+            {**PRUNE, "granularity": "row", "rebuild": False, "calibration": "a.safetensors", "seeds": (0, 1)},
+            ("granularity: ", "which is switched off", "give one seed"),
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_values_and_what_does_not_go_together(
+    kind: type[Settings], values: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    said = problems(kind, **values)
+    assert all(part in said for part in parts), said
+
+
+def test_an_output_that_is_its_source_is_told_beside_a_wrong_value(tmp_path: Path) -> None:
+    said = problems(ConvertConfig, model=tmp_path, output=tmp_path, revision=1)
+    assert "revision: " in said
+    assert "output is model itself" in said
+
+
+def test_a_plan_of_any_folder_writes_nothing_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = PlanConfig.model_fields["output"].default
+    folder.mkdir()
+    assert PlanConfig(model=folder).model == str(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"preset": "worst", "guard": 0.5}, {"refine": "twice", "reconstruct": "least-squares"}, {"sparsity": "half"},
+        {"initial": "best", "keep_updates": True}, {"allocation": "none", "pattern": "2:4"}, {"output": ""},
+        {"keep_updates": "perhaps"}, {"model": 3}, {"initial_granularity": "row", "initial": "sparsegpt"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_is_said_of_what_a_wrong_value_would_decide(values: dict[str, Any]) -> None:
+    expected = "initial_granularity" if "initial_granularity" in values else next(iter(values))
+    said = problems(PruneConfig, **{**PRUNE, **values})
+    assert said.startswith(f"{expected}: ")
+    assert "; " not in said or expected == "initial_granularity"
