@@ -26,7 +26,7 @@ from llm_barber.run.dry_run import plan
 from llm_barber.run.embedding import embed
 from llm_barber.usage import current_memory
 from tests.conftest import make_model, save_tokens
-from tests.run.test_resume import weights
+from tests.helpers.runs import read_untimed_files
 
 
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:
@@ -55,7 +55,7 @@ def test_activations_in_files_give_the_same_bytes(
     monkeypatch.setattr("llm_barber.planning.limits.LIBRARIES", 0)
     run(llama, tmp_path / "small", tokens, memory=2**20 + 20_000)
     assert len(sizes) > 5
-    assert weights(tmp_path / "small") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "small") == read_untimed_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
