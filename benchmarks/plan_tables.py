@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llm_barber.planning.forecast import ProcessesForecast, forecast
+from llm_barber.planning.forecast import ProcessesForecast
+from llm_barber.planning.plan import plan
 from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.table import amount, duration, stage_cells
 
@@ -73,8 +74,8 @@ def table(configuration: dict[str, Any], preset: str) -> str:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(configuration), encoding="utf-8")
         settings: dict[str, Any] = {"model": str(path), "flops": 400e12, "preset": preset}
-        one, eight = forecast(PlanConfig(**settings, processes=(1, 8))).runs
-        (fast,) = forecast(PlanConfig(**settings, processes=(8,), network=FAST)).runs
+        one, eight = plan(PlanConfig(**settings, processes=(1, 8))).runs
+        (fast,) = plan(PlanConfig(**settings, processes=(8,), network=FAST)).runs
     lines = [f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|---|---:|---:|"]
     for alone, together, faster in zip(one.stages, eight.stages, fast.stages, strict=True):
         if alone.seconds or alone.bytes_written:
