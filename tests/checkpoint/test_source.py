@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.checkpoint.source import CheckpointSource, Place, TensorInfo, sharded_by
+from llm_barber.checkpoint.source import CheckpointSource, Location, TensorInfo, sharded_by
 from llm_barber.errors import HubError, ModelError
-from llm_barber.loading.naming import find_places
+from llm_barber.loading.naming import find_locations
 from llm_barber.model.empty import empty_model
 from tests.conftest import change_json, make_config, make_model
 
@@ -154,11 +154,11 @@ def test_base_prefix_may_be_missing(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): one for name, one in tensors.items()}, folder / "model.safetensors")
     source = CheckpointSource(folder)
-    source.places = find_places(empty_model(make_config("opt"), torch.float32), source.tensors)
+    source.locations = find_locations(empty_model(make_config("opt"), torch.float32), source.tensors)
     name = "model.decoder.layers.0.fc1.weight"
-    assert source.place(name) == Place("decoder.layers.0.fc1.weight")
+    assert source.location(name) == Location("decoder.layers.0.fc1.weight")
     with pytest.raises(ModelError, match="has no tensor 'model.nothing'"):
-        source.place("model.nothing")
+        source.location("model.nothing")
 
 
 def test_index_nested_too_deeply(llama: Path) -> None:

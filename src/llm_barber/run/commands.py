@@ -4,7 +4,7 @@ from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 
-from llm_barber.checkpoint.place import clear_finished
+from llm_barber.checkpoint.output import clear_finished
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import CalibrationError, ModelError, OutputError

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.follower import Follower
+from llm_barber.checkpoint.output import work_folder
 from llm_barber.checkpoint.packed_writer import PackedWriter
-from llm_barber.checkpoint.place import work_folder
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.loading.job import Job
 from llm_barber.method.allocation import allocate
@@ -183,7 +183,7 @@ def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
 
 def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Tensor]:
     """Copy what is outside the decoder layers; returns what embeds the tokens, by the model's names."""
-    wanted = {job.source.place(name).tensor: name for name in job.skeleton.outside_names}
+    wanted = {job.source.location(name).tensor: name for name in job.skeleton.outside_names}
     kept: dict[str, Tensor] = {}
     for names in job.outside_shards:
         tensors = job.source.read(names)

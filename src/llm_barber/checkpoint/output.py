@@ -1,4 +1,4 @@
-"""The place of an output: what may be there, what lies beside it meanwhile, and how the finished folder comes to it."""
+"""The output folder: what may be there, what lies beside it meanwhile, and how the finished folder gets its name."""
 
 import glob
 import os
