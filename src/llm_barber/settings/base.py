@@ -102,7 +102,7 @@ class CopySettings(Settings):
 
 
 class Format(StrEnum):
-    """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/packed-format.md)."""
+    """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/reference/packed-format.md)."""
 
     DENSE = "dense"
     PACKED = "packed"
