@@ -1,4 +1,4 @@
-"""Held-out quality of every method on real models: makes `docs/results.md`, its tables and plots. Resumable.
+"""Held-out quality of every method on real models: makes `docs/results/index.md`, its tables and plots. Resumable.
 
     python benchmarks/quality.py --data DATA [--model FOLDER --name NAME] [--seeds 0,1,2]
 

@@ -1,4 +1,4 @@
-"""The generated part of `docs/results.md`: tables and plots of one model's quality benchmark."""
+"""The generated part of `docs/results/index.md`: tables and plots of one model's quality benchmark."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Variants of the steps beyond the paper, side by side: what `docs/refining.md` chooses its defaults by. Resumable.
+"""Variants of the steps beyond the paper, side by side: what chose the defaults of `docs/method/tuning.md`. Resumable.
 
     python benchmarks/variants.py --data DATA --groups allocation,guard
     python benchmarks/variants.py --data DATA --variant "preset=mask target_mix=0.25" --targets 0.5,2:4

@@ -17,8 +17,8 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Silent
 from llm_barber.usage import machine
 from tests.conftest import Listener, make_model
-from tests.evaluation.test_evaluate import add_tokenizer
-from tests.evaluation.test_tasks import QUESTIONS
+from tests.helpers.tasks import QUESTIONS
+from tests.helpers.text import add_tokenizer
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from llm_barber.run.embedding import embed
 from llm_barber.run.places import activation_places
 from llm_barber.usage import current_memory
 from tests.conftest import make_model, save_tokens
-from tests.run.test_resume import weights
+from tests.helpers.runs import read_untimed_files
 
 
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:
@@ -56,7 +56,7 @@ def test_activations_in_files_give_the_same_bytes(
     monkeypatch.setattr("llm_barber.planning.limits.LIBRARIES", 0)
     run(llama, tmp_path / "small", tokens, memory=2**20 + 20_000)
     assert len(sizes) > 5
-    assert weights(tmp_path / "small") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "small") == read_untimed_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

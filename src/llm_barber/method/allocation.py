@@ -30,6 +30,11 @@ Sparsities = dict[str, float]  # by the linear's name in the model
 Found = TypeVar("Found")
 
 
+def loss_windows(tokens: int) -> int:
+    """Number of windows of `tokens` tokens that gradients of the loss are taken of, at most."""
+    return max(1, LOSS_TOKENS // tokens)
+
+
 def allocate(
     allocation: Allocation, initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress
 ) -> Sparsities:
@@ -79,7 +84,7 @@ def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: flo
 def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
     """What pruning each linear costs the model's loss: forward, then back through the layers (`masking/budget.py`)."""
     job, skeleton = initial.job, initial.job.skeleton
-    windows = max(1, LOSS_TOKENS // job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
+    windows = loss_windows(job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
     batches = pieces(0, streams.among_first(windows), streams.batch_size)
     tokens = streams.own(job.tokens.input_ids)
     skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))

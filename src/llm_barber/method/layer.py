@@ -1,6 +1,6 @@
 """The method (arXiv 2408.10631) on one decoder layer: initial masks, then each block's mask rebuilt in turn.
 
-`_rebuild_block` reads like the paper; `docs/algorithm.md` has the passes and what they cost.
+`_rebuild_block` reads like the paper; `docs/method/paper.md` has the passes and what they cost.
 """
 
 import math

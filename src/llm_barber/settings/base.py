@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from llm_barber.checkpoint.replacing import folder_in_use
+from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.masking.granularity import Granularity
 from llm_barber.messages import Message, SettingName, message
 from llm_barber.model.architecture import Block, StructureOptions
@@ -102,7 +102,7 @@ class CopySettings(Settings):
 
 
 class Format(StrEnum):
-    """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/packed-format.md)."""
+    """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/reference/packed-format.md)."""
 
     DENSE = "dense"
     PACKED = "packed"
