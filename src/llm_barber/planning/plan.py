@@ -19,12 +19,13 @@ from llm_barber.planning.forecast import Forecast, ProcessesForecast, StageForec
 from llm_barber.planning.limits import device_room, left_for_activations
 from llm_barber.planning.measured_rates import measured_rates
 from llm_barber.planning.memory import in_files, peak_footprint
-from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.rates import Rates, named_rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.progress import Progress, Silent
-from llm_barber.text.calibration import READ_BYTES, READING_BYTES, TOKEN_FILE_SUFFIX, text_size, token_shape
+from llm_barber.settings.plan import PlanConfig
+from llm_barber.text.calibration import READ_BYTES, READING_BYTES, text_size, token_shape
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.usage import current_memory
 
 # Defaults of a named machine: bytes/s of the device's memory, between host and device, and of the disk.
