@@ -15,7 +15,8 @@ from llm_barber.checkpoint import hub
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.loading.opening import load_config
-from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
+from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.pattern import NofM, Unstructured, parse_pattern
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.runtime.load import load
 from tests.conftest import FAMILIES, Listener, bits, change_json, load_model, make_model, read_folder, save_tokens

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
+from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.pattern import NofM, Unstructured, parse_pattern
 from llm_barber.planning.forecast import forecast
 from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.progress import Silent

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from llm_barber.checkpoint.replacing import folder_in_use
+from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.masking.granularity import Granularity
 from llm_barber.messages import Message, SettingName, message
 from llm_barber.model.architecture import Block, StructureOptions

@@ -12,7 +12,8 @@ from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.source import CheckpointSource, Location, shape_of
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.loading.opening import load_config, open_skeleton
-from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
+from llm_barber.masking.held_patterns import held_patterns, holds
+from llm_barber.masking.pattern import parse_pattern
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.structure import find_architecture
 from llm_barber.progress import Progress, Silent
