@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_barber.planning.forecast import ProcessesForecast, forecast
-from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.table import amount, duration, stage_cells
+from llm_barber.settings.plan import PlanConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "forecasts.md"
 LLAMA_8B = {

@@ -21,9 +21,9 @@ from quality import CALIBRATION, ROOT, VALIDATION
 from llm_barber.checkpoint.folder import locked, own_folder
 from llm_barber.cli.console import ConsoleProgress
 from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
-from llm_barber.comparison.settings import CompareConfig, target_settings
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune
+from llm_barber.settings.compare import CompareConfig, target_settings
 from llm_barber.settings.presets import REVISIONS, Allocation
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings

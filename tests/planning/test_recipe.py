@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_barber.masking.pattern import NofM
 from llm_barber.method import allocation, refine_linear
-from llm_barber.method.initial import PrunedLinear
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine_linear import Objective
 from llm_barber.planning.recipe import Recipe
 from llm_barber.settings.prune import PruneConfig

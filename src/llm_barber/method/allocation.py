@@ -14,7 +14,9 @@ from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import FisherSums, InputSquares
 from llm_barber.messages import message
-from llm_barber.method.initial import MethodMasks, collect_inputs, linears_with_few_tokens, total_token_counts
+from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
+from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.progress import Progress

@@ -11,7 +11,7 @@ from llm_barber.masking.least_squares import least_squares, squared_distance
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
-from llm_barber.method.initial import PrunedLinear
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.settings.refining import RefineSettings
 
 # Shares of the most swaps after which the held-out windows measure each row's error.

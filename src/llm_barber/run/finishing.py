@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.state import Used
-from llm_barber.method.initial import FEW_TOKENS
+from llm_barber.method.few_tokens import FEW_TOKENS
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress
 from llm_barber.record.card import model_card

@@ -15,8 +15,8 @@ from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.loading.job import Job
 from llm_barber.method.allocation import allocate
 from llm_barber.method.head import prune_head
-from llm_barber.method.initial import MethodMasks
 from llm_barber.method.layer import PrunedLayer, prune_layer
+from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
