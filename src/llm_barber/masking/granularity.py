@@ -1,10 +1,12 @@
-"""What competes with what: linears (out, in) reshaped to comparison groups (groups, members), and back.
+"""Comparison groups: reshape linears (out, in) to (groups, members), and back.
 
-granularity   groups of a block with linears of 4 × 6 and 2 × 6
-output        4 groups of 6, 2 groups of 6     one output row
-input         6 groups of 4, 6 groups of 2     one input column
-linear        1 group of 24, 1 group of 12     one linear
-block         1 group of 36                    all linears of the block together
+A block with linears of 4 × 6 and 2 × 6 has these groups:
+
+granularity   a group is                             groups
+output        an output row                          4 of 6 weights, 2 of 6
+input         an input column                        6 of 4 weights, 6 of 2
+linear        a linear                               1 of 24 weights, 1 of 12
+block         all linears of the block together      1 of 36 weights
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ class Granularity(StrEnum):
 def to_groups(linears: Sequence[Tensor], granularity: Granularity) -> list[Tensor]:
     """Reshape tensors of shape (out, in), any dtype, to tensors of shape (groups, members).
 
-    One tensor per linear; with `block`, one tensor for all of them.
+    Returns a tensor for each linear; with `block`, one tensor for all linears.
     """
     match granularity:
         case Granularity.OUTPUT:
