@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from llm_barber.checkpoint import state as state_module
 from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
-from llm_barber.checkpoint.place import check_output
+from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.state import Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import OutputError

@@ -4,7 +4,7 @@ import torch
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.masking.scores import MARGIN, mask_from_scores, pruned_counts, starting_scores
+from llm_barber.masking.scores import MARGIN, count_pruned, mask_from_scores, starting_scores
 
 SALIENCY = torch.tensor([[4.0, 1.0, 2.0, 1.0], [8.0, 8.0, 0.0, 0.0]])
 
@@ -31,10 +31,10 @@ def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bo
     other = saliency if same else torch.randint(0, 5, (20, 42), generator=generator).float()
     keep = initial_mask(other, pattern or Unstructured(0.6, over_linear=True), Granularity.OUTPUT)
     scores = starting_scores(keep, saliency, pattern)
-    assert torch.equal(mask_from_scores(scores, keep, pruned_counts(keep, pattern), pattern), keep)
+    assert torch.equal(mask_from_scores(scores, keep, count_pruned(keep, pattern), pattern), keep)
     # Whatever the scores, as many are kept of each row and group.
     moved = mask_from_scores(
-        scores + torch.randn(scores.shape, generator=generator), keep, pruned_counts(keep, pattern), pattern
+        scores + torch.randn(scores.shape, generator=generator), keep, count_pruned(keep, pattern), pattern
     )
     assert torch.equal(moved.sum(1), keep.sum(1))
     if pattern is not None:
@@ -48,7 +48,7 @@ def test_the_tail_stays_as_it_was() -> None:
     keep = torch.tensor([[True, False, False, True, False]])
     scores = starting_scores(keep, torch.tensor([[1.0, 2, 3, 0, 9]]), NofM(2, 4))
     for moved in (scores, scores + torch.tensor([[-9.0, 9, 0, 0, 9]])):
-        found = mask_from_scores(moved, keep, pruned_counts(keep, NofM(2, 4)), NofM(2, 4))
+        found = mask_from_scores(moved, keep, count_pruned(keep, NofM(2, 4)), NofM(2, 4))
         assert not found[0, 4]
         assert found[0, :4].sum() == 2
 
@@ -58,9 +58,9 @@ def test_what_is_fixed_stays_and_rows_may_be_empty_or_full() -> None:
     fixed = torch.zeros_like(keep)
     fixed[0, 2] = True
     scores = starting_scores(keep, torch.zeros(3, 4), None, fixed)
-    assert torch.equal(mask_from_scores(scores, keep, pruned_counts(keep, None), None), keep)
+    assert torch.equal(mask_from_scores(scores, keep, count_pruned(keep, None), None), keep)
     scores -= torch.tensor([9.0, 0, 9, 0])
-    assert mask_from_scores(scores, keep, pruned_counts(keep, None), None)[0].tolist() == [False, False, True, True]
+    assert mask_from_scores(scores, keep, count_pruned(keep, None), None)[0].tolist() == [False, False, True, True]
 
 
 def test_zeros_of_the_dense_model_count_as_kept_and_stay() -> None:
@@ -70,12 +70,12 @@ def test_zeros_of_the_dense_model_count_as_kept_and_stay() -> None:
     saliency = torch.tensor([[0.0, 1, 2, 3, 4, 0, 6, 5, 0, 0, 7, 8]])
     pattern = NofM(2, 4)
     scores = starting_scores(keep, saliency, pattern, fixed)
-    assert pruned_counts(keep, pattern).tolist() == [[1, 2, 0]]
-    assert torch.equal(mask_from_scores(scores, keep, pruned_counts(keep, pattern), pattern), keep)
+    assert count_pruned(keep, pattern).tolist() == [[1, 2, 0]]
+    assert torch.equal(mask_from_scores(scores, keep, count_pruned(keep, pattern), pattern), keep)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         moved = mask_from_scores(
-            scores + 5 * torch.randn(1, 12, generator=generator), keep, pruned_counts(keep, pattern), pattern
+            scores + 5 * torch.randn(1, 12, generator=generator), keep, count_pruned(keep, pattern), pattern
         )
-        assert torch.equal(pruned_counts(moved, pattern), pruned_counts(keep, pattern))
+        assert torch.equal(count_pruned(moved, pattern), count_pruned(keep, pattern))
         assert moved[fixed].all()

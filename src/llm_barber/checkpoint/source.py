@@ -50,7 +50,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """The tensor in which a parameter of the model lies, and which part of it it is, if not all."""
 
     tensor: str
@@ -61,10 +61,10 @@ class Place:
         return tensor if self.part is None else self.part.of(tensor)
 
 
-def shape_of(place: Place, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the parameter at a place of a tensor of some shape; None: the tensor has no such part."""
+def shape_of(location: Location, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the parameter at a location of a tensor of some shape; None: the tensor has no such part."""
     try:
-        return tuple(place.of(torch.empty(shape, device="meta")).shape)
+        return tuple(location.of(torch.empty(shape, device="meta")).shape)
     except (IndexError, RuntimeError, ValueError):
         return None
 
@@ -86,7 +86,7 @@ class CheckpointSource:
         self.model = str(model)
         self.folder = resolve_model(self.model, revision)
         self.packed: dict[str, Table] = {}  # of each shard, if it is a packed checkpoint
-        self.places: Mapping[str, Place] = {}  # of the model's parameters, by its names; see `naming.py`
+        self.locations: Mapping[str, Location] = {}  # of the model's parameters, by its names; see `naming.py`
         self.configuration = self._read_configuration()
         self.tensors = self._read_headers()
         check_counts(self.configuration, self.model, (info.shape for info in self.tensors.values()))
@@ -99,18 +99,18 @@ class CheckpointSource:
         """The configuration's `model_type`."""
         return str(self.configuration.get("model_type", "unknown"))
 
-    def place(self, name: str) -> Place:
+    def location(self, name: str) -> Location:
         """Where a parameter lies, by the model's name.
 
         Raises:
             ModelError: the checkpoint does not have it.
         """
-        if name not in self.places:
+        if name not in self.locations:
             raise ModelError(
                 f"{self.model} has no tensor {name!r}",
                 "the checkpoint is incomplete or of another architecture than its config.json says",
             )
-        return self.places[name]
+        return self.locations[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, by the model's name.
@@ -118,12 +118,12 @@ class CheckpointSource:
         Raises:
             ModelError: the checkpoint does not have it, or has a tensor there that has no such part.
         """
-        place = self.place(name)
-        info = self.tensors[place.tensor]
-        shape = shape_of(place, info.shape)
+        location = self.location(name)
+        info = self.tensors[location.tensor]
+        shape = shape_of(location, info.shape)
         if shape is None:
             raise ModelError(
-                f"{place.tensor} has shape {info.shape}, and no part of it is {name}",
+                f"{location.tensor} has shape {info.shape}, and no part of it is {name}",
                 "config.json and the weights do not belong together",
             )
         return shape
@@ -158,12 +158,12 @@ class CheckpointSource:
 
     def read_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """As `read`, by the model's names of parameters."""
-        return self.read_places({name: self.place(name) for name in names})
+        return self.read_locations({name: self.location(name) for name in names})
 
-    def read_places(self, places: Mapping[str, Place]) -> dict[str, Tensor]:
-        """As `read`, what lies at some places, by their names in the mapping."""
-        tensors = self.read(dict.fromkeys(place.tensor for place in places.values()))
-        return {name: place.of(tensors[place.tensor]) for name, place in places.items()}
+    def read_locations(self, locations: Mapping[str, Location]) -> dict[str, Tensor]:
+        """As `read`, what lies at some locations, by their names in the mapping."""
+        tensors = self.read(dict.fromkeys(location.tensor for location in locations.values()))
+        return {name: location.of(tensors[location.tensor]) for name, location in locations.items()}
 
     def companions(self) -> list[Path]:
         """Configuration, tokenizer, generation and licence files that travel with the weights."""

@@ -23,7 +23,7 @@ from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import make_locked
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.index import dense_index
-from llm_barber.checkpoint.place import (
+from llm_barber.checkpoint.output import (
     check_output,
     clear,
     put_in_place,

@@ -42,7 +42,7 @@ def spread_budget(
         sparsity: the sparsity of all linears together. Whole weights miss it by less than one weight, unless every
             row is down to its last weight.
         share: how far to go from the same sparsity for every linear (0) to the cheapest sparsities (1). None: the
-            value of `sparsity`, since the costs are rough and this value did well (docs/refining.md).
+            value of `sparsity`, since the costs are rough and this value did well (docs/method/tuning.md).
     """
     share = sparsity if share is None else share
     sizes = [len(cost) * count for cost, count in zip(costs, rows, strict=True)]

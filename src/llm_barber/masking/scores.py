@@ -35,7 +35,7 @@ def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed:
     scores = saliency / saliency.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     stays = torch.zeros_like(keep) if fixed is None else fixed & keep
     ordered = _groups(scores.masked_fill(stays, torch.inf), pattern).sort(-1).values
-    first_kept = pruned_counts(keep, pattern).unsqueeze(-1)
+    first_kept = count_pruned(keep, pattern).unsqueeze(-1)
     below, above = (ordered.gather(-1, index.clamp(0, ordered.shape[-1] - 1)) for index in (first_kept - 1, first_kept))
     border = torch.zeros_like(scores)
     # `above` is infinite if every weight that may be dropped is pruned.
@@ -46,8 +46,8 @@ def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed:
     return torch.where(keep, up, down).masked_fill(stays, torch.inf)
 
 
-def pruned_counts(keep: Tensor, pattern: NofM | None) -> Tensor:
-    """Number of pruned weights in each row, or group of M, of a mask, bool (out, in): int64 (out, groups).
+def count_pruned(keep: Tensor, pattern: NofM | None) -> Tensor:
+    """Count the pruned weights of each row, or group of M, of a mask, (out, in): int64 (out, groups).
 
     With N:M it may be less than M − N, since zeros of the dense model count as kept.
     """
@@ -65,7 +65,7 @@ def mask_from_scores(scores: Tensor, keep: Tensor, pruned: Tensor, pattern: NofM
     Args:
         scores: float32, (out, in).
         keep: bool, (out, in), the previous mask; with N:M the tails of its rows stay as they are.
-        pruned: number of weights to prune in each row or group of M, int64 (out, groups); see `pruned_counts`.
+        pruned: number of weights to prune in each row or group of M, int64 (out, groups); see `count_pruned`.
         pattern: the mask's N:M, if it has one.
 
     Returns:

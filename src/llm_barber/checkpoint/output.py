@@ -1,4 +1,4 @@
-"""The place of an output: what may be there, what lies beside it meanwhile, and how the finished folder comes to it."""
+"""The output folder: what may be there, what lies beside it meanwhile, and how the finished folder gets its name."""
 
 import glob
 import os
@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
-from llm_barber.checkpoint.replacing import check_replaceable, folder_in_use
+from llm_barber.checkpoint.in_use import folder_in_use
+from llm_barber.checkpoint.replacing import check_replaceable
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state, remove, sync_folder
 from llm_barber.errors import OutputError
 from llm_barber.usage import readable_bytes
