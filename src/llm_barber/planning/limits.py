@@ -48,7 +48,7 @@ def activation_places(job: Job, settings: RunSettings, recipe: Recipe, writer: C
         return places
     left = left_for_activations(settings.memory, current_memory(), shapes, recipe)
     # Beside the output; on another machine, that may lack the place, where temporary files go (`TMPDIR`).
-    beside = (place for place in (writer.work, writer.work.parent) if place.is_dir() and os.access(place, os.W_OK))
+    beside = (place for place in (writer.folder, writer.folder.parent) if place.is_dir() and os.access(place, os.W_OK))
     return replace(places, limit=left, folder=next(beside, None))
 
 

@@ -45,7 +45,7 @@ class CalibrationResult(Result):
 
 
 class SourceFiles(Result):
-    """Files of a model that a run read: a key of their content (`checkpoint/state.py`), and when each was written, ns.
+    """Files of a model that a run read: a key of their content (`checkpoint/digests.py`), and when each was written, ns.
 
     `written`: of the dense model's configuration and shards.
     """
