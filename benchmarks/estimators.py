@@ -16,8 +16,8 @@ from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.method import layer as method
-from llm_barber.method.initial import PrunedLinear
 from llm_barber.method.layer import RebuildSettings
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine import Pass
 from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN
 

@@ -1,4 +1,4 @@
-"""The tables of large models in `docs/scale.md`: plans of a named machine, arithmetic that nobody has run.
+"""The tables of large models in `docs/results/forecasts.md`: plans of a named machine, arithmetic that nobody has run.
 
 Writes them into the page, each below the command whose plan it shows; takes seconds.
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_barber.planning.forecast import ProcessesForecast, forecast
-from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.table import amount, duration, stage_cells
+from llm_barber.settings.plan import PlanConfig
 
-PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "forecasts.md"
 LLAMA_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,

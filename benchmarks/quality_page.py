@@ -1,4 +1,4 @@
-"""The generated part of `docs/results.md`: tables and plots of one model's quality benchmark."""
+"""The generated part of `docs/results/index.md`: tables and plots of one model's quality benchmark."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,6 @@ from typing import Any
 from llm_barber.comparison.cells import CellResult
 from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.page import comparison_picture
-from llm_barber.comparison.settings import Method
 from llm_barber.comparison.tables import (
     REBUILT,
     TITLES,
@@ -23,6 +22,7 @@ from llm_barber.comparison.tables import (
 from llm_barber.masking.granularity import Granularity
 from llm_barber.page.figures import standalone
 from llm_barber.page.lines import Line, perplexity_lines
+from llm_barber.settings.compare import Method
 
 Choice = Mapping[tuple[Method, Granularity, float], CellResult]
 Sequences = Mapping[tuple[Method, bool, int], CellResult]

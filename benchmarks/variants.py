@@ -1,4 +1,4 @@
-"""Variants of the steps beyond the paper, side by side: what `docs/refining.md` chooses its defaults by. Resumable.
+"""Variants of the steps beyond the paper, side by side: what chose the defaults of `docs/method/tuning.md`. Resumable.
 
     python benchmarks/variants.py --data DATA --groups allocation,guard
     python benchmarks/variants.py --data DATA --variant "preset=mask target_mix=0.25" --targets 0.5,2:4
@@ -21,9 +21,9 @@ from quality import CALIBRATION, ROOT, VALIDATION
 from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.cli.console import ConsoleProgress
 from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
-from llm_barber.comparison.settings import CompareConfig, target_settings
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune
+from llm_barber.settings.compare import CompareConfig, target_settings
 from llm_barber.settings.presets import REVISIONS, Allocation
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings

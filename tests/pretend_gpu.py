@@ -33,7 +33,7 @@ from llm_barber.method.layer import prune_layer
 from llm_barber.model.copies import Copied
 from llm_barber.model.places import Places
 from tests.conftest import read_folder
-from tests.model.test_copies import WorstMoments
+from tests.helpers.copies import LateCopier
 
 _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend:0")
@@ -126,7 +126,7 @@ def _to(values: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
     return cast.inner.clone() if isinstance(cast, OnDevice) else OnDevice(cast.clone() if cast is values else cast)
 
 
-class WorstCopies(WorstMoments):
+class WorstCopies(LateCopier):
     """Between the host and the device."""
 
     def __init__(self, device: torch.device) -> None:

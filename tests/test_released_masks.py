@@ -1,46 +1,21 @@
 """Bit for bit what the paper's released program gives (tests/data/released-masks/README.md)."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
+from llm_barber import PruneConfig, prune
 from tests.conftest import RELEASED, read_folder
+from tests.helpers.released import REBUILT, make_pruned, rebuild_as_released, released_id
 
-GRANULARITIES = {"block": "block", "layer": "linear", "output1": "output", "input1": "input"}
-REBUILT = sorted(RELEASED.glob("*/*.rebuilt.safetensors"))
 INITIAL = sorted(RELEASED.glob("*/*.initial.safetensors"))
-
-
-def released_id(path: Path) -> str:
-    return f"{path.parent.name}-{path.name.removesuffix('.safetensors')}"
 
 
 def test_all_cases_are_there() -> None:
     assert len(REBUILT) == 72
     assert len(INITIAL) == 18
-
-
-def make_pruned(path: Path, pruned: Path) -> dict[str, torch.Tensor]:
-    """Write the pruned model that the released program started from; returns its linears."""
-    shutil.copytree(path.parent / "dense", pruned)
-    initial = load_file(path.parent / f"{path.name.split('.')[0]}.initial.safetensors")
-    save_file(load_file(pruned / "model.safetensors") | initial, pruned / "model.safetensors", {"format": "pt"})
-    return initial
-
-
-def rebuild_as_released(path: Path, pruned: Path, out: Path) -> RunReport:
-    _, granularity, *ratio = path.name.removesuffix(".rebuilt.safetensors").split(".")
-    return rebuild(
-        RebuildConfig(
-            dense=str(path.parent / "dense"), pruned=str(pruned), output=out, dtype="float32",
-            granularity=GRANULARITIES[granularity], rebuild_ratio=float(".".join(ratio)),
-            calibration=str(path.parent / "calibration.safetensors"),
-        )
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("path", REBUILT, ids=released_id)

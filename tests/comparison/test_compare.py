@@ -11,14 +11,14 @@ import llm_barber.comparison.compare as module
 from llm_barber import CompareConfig, Comparison, EvaluateConfig, PruneConfig, compare, evaluate, prune
 from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.comparison.compare import MARKER
-from llm_barber.comparison.settings import Method
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Silent
+from llm_barber.settings.compare import Method
 from llm_barber.usage import machine
 from tests.conftest import Listener, make_model
-from tests.evaluation.test_evaluate import add_tokenizer
-from tests.evaluation.test_tasks import QUESTIONS
+from tests.helpers.tasks import QUESTIONS
+from tests.helpers.text import add_tokenizer
 
 
 @pytest.fixture

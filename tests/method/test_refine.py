@@ -21,7 +21,7 @@ from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.method import refine
-from llm_barber.method.initial import PrunedLinear
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine_linear import UNGUARDED_DAMPING, UNGUARDED_STEPS, Objective, refine_linear
 from llm_barber.settings.presets import Preset
 from llm_barber.settings.refining import RefineSettings

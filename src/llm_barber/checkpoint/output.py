@@ -9,7 +9,8 @@ from pathlib import Path
 
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.durable import remove, sync_folder
-from llm_barber.checkpoint.replacing import check_replaceable, folder_in_use
+from llm_barber.checkpoint.in_use import folder_in_use
+from llm_barber.checkpoint.replacing import check_replaceable
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state
 from llm_barber.errors import OutputError
 from llm_barber.usage import readable_bytes

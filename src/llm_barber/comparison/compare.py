@@ -15,7 +15,6 @@ from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.planned import Cell, cell_key, cell_settings, plan_cells, with_tasks
-from llm_barber.comparison.settings import CompareConfig, Method
 from llm_barber.errors import BarberError, SettingsError
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.evaluation.tasks import find_tasks
@@ -24,8 +23,10 @@ from llm_barber.loading.opening import load_tokenizer
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
+from llm_barber.settings.compare import CompareConfig, Method
 from llm_barber.settings.prune import PruneConfig
-from llm_barber.text.calibration import TOKEN_FILE_SUFFIX, load_calibration, token_shape
+from llm_barber.text.calibration import load_calibration, token_shape
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import beginning_of_texts
 from llm_barber.usage import versions
 

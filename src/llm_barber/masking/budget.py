@@ -39,7 +39,7 @@ def spread_budget(
         rows: of each linear.
         sparsity: of all together; whole weights miss it by less than one, where not every row is down to its last one.
         share: of the way from the same sparsity for all, 0, to what costs least, 1. None: as much as the sparsity; the
-            prices are rough, and this was found to do well (docs/refining.md).
+            prices are rough, and this was found to do well (docs/method/tuning.md).
     """
     share = sparsity if share is None else share
     sizes = [len(cost) * count for cost, count in zip(costs, rows, strict=True)]

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from llm_barber.masking.granularity import Granularity, from_groups, to_groups
-from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.groups import from_groups, to_groups
+from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.selection import lowest, rank_within
 
 
@@ -17,8 +18,8 @@ def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -
         granularity: `output` (Wanda) or `linear` (magnitude) or `input`.
 
     Returns:
-        bool, (out, in), True survives. Exactly `pattern.counts(groups, members)` weights of each group are pruned, or
-        M - N of each whole group of M.
+        bool, (out, in), True survives. Exactly `pruned_counts(pattern, groups, members)` weights of each group are
+        pruned, or M - N of each whole group of M.
     """
     if isinstance(pattern, NofM):
         keep = torch.ones_like(saliency, dtype=torch.bool)
@@ -26,9 +27,17 @@ def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -
         by_pattern_group(keep, pattern).copy_(ranks >= pattern.of - pattern.kept)
         return keep
     (groups,) = to_groups([saliency], granularity)
-    pruned = lowest(groups, pattern.counts(*groups.shape))
+    pruned = lowest(groups, pruned_counts(pattern, *groups.shape))
     (pruned,) = from_groups([pruned], [tuple(saliency.shape)], granularity)
     return ~pruned
+
+
+def pruned_counts(pattern: Unstructured, groups: int, members: int) -> int | Tensor:
+    """Weights to prune in each comparison group: one number, or int64 (groups,). No group loses all of them."""
+    if not pattern.over_linear:
+        return pattern.pruned(members)
+    count = min(pattern.nearest(groups * members), groups * (members - 1))
+    return count // groups + (torch.arange(groups) < count % groups)
 
 
 def by_pattern_group(tensor: Tensor, pattern: NofM) -> Tensor:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_barber.masking.granularity import Granularity, from_groups, to_groups
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.groups import from_groups, to_groups
 from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM, as_fraction
 from llm_barber.masking.selection import EXCLUDED, counted, lowest, rank_within, sort_values

@@ -10,8 +10,9 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.job import Job
 from llm_barber.loading.naming import find_locations
-from llm_barber.masking.pattern import NofM, find_pattern, holds, parse_pattern
-from llm_barber.method.initial import PrunedLinear
+from llm_barber.masking.held_patterns import find_pattern, holds
+from llm_barber.masking.pattern import NofM, parse_pattern
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.file import read_record

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from llm_barber.loading.job import Job
 from llm_barber.masking.rebuild import Rebuilt
 from llm_barber.masking.statistics import TargetMoments
-from llm_barber.method.initial import PrunedLinear
 from llm_barber.method.layer import InitialMasks, Outcome, PrunedLayer, result_of
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine_linear import Objective, refine_linear
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer

@@ -1,6 +1,6 @@
 """The method (arXiv 2408.10631) on one decoder layer: initial masks, then each block's mask rebuilt in turn.
 
-`_rebuild_block` reads like the paper; `docs/algorithm.md` has the passes and what they cost.
+`_rebuild_block` reads like the paper; `docs/method/paper.md` has the passes and what they cost.
 """
 
 import math
@@ -17,7 +17,8 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
 from llm_barber.masking.statistics import GradientSquares
-from llm_barber.method.initial import PrunedLinear, freeze_linears_with_few_tokens
+from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine import Pass, block_errors, dense_batches, measured_windows, refine_block
 from llm_barber.method.tune import Tuned, tune_layer
 from llm_barber.model.architecture import Block, only

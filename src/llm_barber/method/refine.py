@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llm_barber.masking.statistics import TargetMoments
-from llm_barber.method.initial import PrunedLinear, freeze_linears_with_few_tokens
+from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine_linear import Objective, refine_linear
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer

@@ -19,7 +19,9 @@ from llm_barber.masking.scores import mask_of, pruned_of, starting_scores
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.method.distance import Distance, usual_squares
-from llm_barber.method.initial import PrunedLinear, collect_inputs, freeze_linears_with_few_tokens
+from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
+from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import scaled_by_sequence
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams

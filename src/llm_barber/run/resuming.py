@@ -10,9 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llm_barber.checkpoint.ahead import ReadAhead
-from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
-from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.loading.job import Job
 from llm_barber.messages import message
@@ -22,6 +20,7 @@ from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
 from llm_barber.run.assignment import Assignment
 from llm_barber.run.embedding import with_smaller_batches
+from llm_barber.run.writer import Writer
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.usage import machine, peak_device_memory, peak_memory
 
@@ -57,7 +56,7 @@ def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progr
         )
 
 
-def tell_of_lost(writer: CheckpointWriter | Follower, finished: int, progress: Progress) -> None:
+def tell_of_lost(writer: Writer, finished: int, progress: Progress) -> None:
     """Say what of an unfinished run is made again."""
     if writer.lost:
         progress.warn(
@@ -124,7 +123,7 @@ def pass_layers(
     work: Assignment,
     finished: list[LayerResult],
     ahead: ReadAhead,
-    writer: CheckpointWriter | Follower,
+    writer: Writer,
     streams: ActivationStreams,
     progress: Progress,
 ) -> None:
@@ -145,7 +144,7 @@ def gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:
     return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.places.empty_off_device)
 
 
-def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: ActivationStreams) -> Used:
+def used_by(work: Assignment, writer: Writer, streams: ActivationStreams) -> Used:
     """By this run and the one that it goes on with."""
     device, before = work.job.skeleton.device, writer.state.used
     on_device = [one for one in (peak_device_memory(device), before.peak_device_memory) if one is not None]
@@ -159,7 +158,7 @@ def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: Acti
     )
 
 
-def finished_layers(writer: CheckpointWriter | Follower) -> list[LayerResult]:
+def finished_layers(writer: Writer) -> list[LayerResult]:
     """Those of the run that this one goes on with."""
     try:
         return [LayerResult.model_validate(layer) for layer in writer.state.layers]
@@ -168,7 +167,7 @@ def finished_layers(writer: CheckpointWriter | Follower) -> list[LayerResult]:
 
 
 @contextmanager
-def told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -> Iterator[None]:
+def told_how_to_go_on(writer: Writer, progress: Progress) -> Iterator[None]:
     """Say how to go on when an error ends the run."""
     try:
         yield

@@ -39,7 +39,7 @@ def load(
     Args:
         model: folder (packed or not), hub id or GGUF file.
         keep_packed: keep the matrices of linears that shrink packed in memory, and unpack each when it is used: less
-            memory, and slower (docs/payoff.md). On CUDA it is untested on a real GPU.
+            memory, and slower (docs/guide/packed.md). On CUDA it is untested on a real GPU.
         dtype: of the weights; None: the checkpoint's.
         device: as in `prune`.
         semi_structured: convert linears that hold 2:4 with PyTorch's `to_sparse_semi_structured`, where dtype and shape

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,13 +20,7 @@ from llm_barber.record.card import card_of_format
 from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport
 from llm_barber.record.verification import folder_problems, refuse, written_otherwise
-from llm_barber.settings.base import CopySettings
-
-
-class PackConfig(CopySettings):
-    """Settings of `pack` and `unpack`."""
-
-    model: str = Field(description="folder to pack or unpack")
+from llm_barber.settings.copies import PackConfig
 
 
 class PackReport(BaseModel):
