@@ -24,19 +24,22 @@ from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.packed import PACKED_INDEX
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import STATE_NAME, RunState, check_key, read_state, write_state
+from llm_barber.checkpoint.state import STATE_NAME, RunState, read_state, write_state
+from llm_barber.checkpoint.unfinished import check_key
 from llm_barber.comparison.cells import DenseResult, _read
 from llm_barber.errors import BarberError
-from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, TextResult
+from llm_barber.evaluation.evaluate import Evaluation, TextResult
 from llm_barber.evaluation.record import EVALUATION_NAME
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.loading.opening import load_config, load_tokenizer
 from llm_barber.page.write import write_page
 from llm_barber.planning.configuration import read_configuration
+from llm_barber.settings.copies import PackConfig
+from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.calibration import read_text, token_shape
 from llm_barber.text.windows import windows_of
 from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, pickled_files, read_pickled
-from llm_barber.tools.packing import PackConfig, pack, unpack
+from llm_barber.tools.packing import pack, unpack
 from tests.conftest import make_gguf, make_model, save_tokens
 from tests.helpers.shards import split_in_two_shards
 from tests.helpers.text import add_tokenizer

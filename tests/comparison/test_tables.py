@@ -3,8 +3,8 @@ import io
 
 import pytest
 
-from llm_barber.comparison.settings import Method
 from llm_barber.comparison.tables import blocks, comma_separated, markdown, perplexities
+from llm_barber.settings.compare import Method
 from tests.helpers.comparisons import make_cell, make_comparison
 
 

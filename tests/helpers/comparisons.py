@@ -4,8 +4,8 @@ from typing import Any
 
 from llm_barber.comparison.cells import CellResult
 from llm_barber.comparison.compare import Comparison, ComparisonCell
-from llm_barber.comparison.settings import Method
 from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.settings.compare import Method
 
 
 def make_evaluation(perplexity: float, accuracy: float | None) -> Evaluation:

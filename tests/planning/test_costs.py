@@ -22,11 +22,11 @@ from llm_barber.planning.forecast import VOCABULARY_BYTES, Forecast, forecast
 from llm_barber.planning.limits import DEVICE_LIBRARIES, DEVICE_MARGIN
 from llm_barber.planning.machine import KINDS, named_rates
 from llm_barber.planning.memory import peak_held
-from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes, model_shapes
 from llm_barber.planning.table import amount, duration
 from llm_barber.planning.work import Work
+from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import Initial, PruneConfig
 from llm_barber.settings.refining import RefineSettings

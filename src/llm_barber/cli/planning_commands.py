@@ -102,8 +102,8 @@ def plan(
     """
     from llm_barber.cli.console import ConsoleProgress
     from llm_barber.planning.forecast import forecast
-    from llm_barber.planning.plan_config import PlanConfig
     from llm_barber.planning.table import show_forecast
+    from llm_barber.settings.plan import PlanConfig
 
     settings |= {"processes": processes, "flops": flops, "float32_flops": float32_flops, "network": network}
     config = PlanConfig(model=model, memory_bandwidth=memory_bandwidth, link=link, bandwidth=bandwidth, **settings)

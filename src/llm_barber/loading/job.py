@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from llm_barber.checkpoint.locations import Location, sharded_by
 from llm_barber.checkpoint.output import check_output
-from llm_barber.checkpoint.source import CheckpointSource, Location, sharded_by
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.loading.opening import (
     check_positions,
@@ -40,7 +41,8 @@ from llm_barber.settings.base import RunSettings
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.targets import Targets
-from llm_barber.text.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, check_text_fits, load_calibration
+from llm_barber.text.calibration import CalibrationTokens, check_text_fits, load_calibration
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 OUTSIDE_SHARD_BYTES = 2**30
 

@@ -19,11 +19,12 @@ from llm_barber.planning.costs import Costs, run_costs
 from llm_barber.planning.limits import device_room, left_for_activations
 from llm_barber.planning.machine import KINDS, Rates, measured_rates, named_rates
 from llm_barber.planning.memory import in_files, peak_held
-from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.progress import Progress, Silent
-from llm_barber.text.calibration import READ_BYTES, READING_BYTES, TOKEN_FILE_SUFFIX, text_size, token_shape
+from llm_barber.settings.plan import PlanConfig
+from llm_barber.text.calibration import READ_BYTES, READING_BYTES, text_size, token_shape
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.usage import current_memory
 
 # Of a named machine, where nothing else is said: bytes/s, and of a process that has done nothing yet, bytes.

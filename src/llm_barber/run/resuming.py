@@ -160,7 +160,7 @@ def finished_layers(writer: Writer) -> list[LayerResult]:
     try:
         return [LayerResult.model_validate(layer) for layer in writer.state.layers]
     except ValidationError as error:
-        raise OutputError(f"{writer.work / STATE_NAME} is damaged", START_AGAIN) from error
+        raise OutputError(f"{writer.folder / STATE_NAME} is damaged", START_AGAIN) from error
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def told_how_to_go_on(writer: Writer, progress: Progress) -> Iterator[None]:
                 else "what sparsity each linear is given is"
             )
             goes_on = "{kept} kept in {work}: the same command with {resume} goes on"
-            progress.warn(message(goes_on, kept=kept, work=writer.work))
+            progress.warn(message(goes_on, kept=kept, work=writer.folder))
         if writer.saving:
             progress.warn("what the next layer starts from is still being written: this waits for it")
         raise

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,18 +86,6 @@ def _output_folder(value: Any) -> Path:
 
 
 OutputFolder = Annotated[Path, BeforeValidator(_output_folder)]
-
-
-class CopySettings(Settings):
-    """Of what writes a copy of a model in another form."""
-
-    model: str = Field(description="folder")
-    output: OutputFolder = Field(description="folder to write; it appears when it is complete")
-    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
-
-    def rules(self) -> list[Rule]:
-        """The output is another folder."""
-        return [*super().rules(), partial(same_folder, "model", self.model, self.output)]
 
 
 class Format(StrEnum):

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
-from llm_barber.checkpoint.source import CheckpointSource, Location, shape_of
+from llm_barber.checkpoint.locations import Location, shape_of
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.loading.opening import load_config, open_skeleton
 from llm_barber.masking.held_patterns import held_patterns, holds
@@ -21,16 +22,7 @@ from llm_barber.record.file import read_record, recorded_structure
 from llm_barber.record.layers import LinearResult
 from llm_barber.record.report import KeptWeights
 from llm_barber.record.verification import folder_problems
-from llm_barber.settings.checked import Settings
-
-
-class InspectConfig(Settings):
-    """Settings of `inspect`."""
-
-    model: str = Field(description="folder, hub id or GGUF file")
-    dense: str | None = Field(None, description="the dense model, to compare bit by bit")
-    revision: str | None = Field(None, description="of MODEL, if it is a hub id")
-    dense_revision: str | None = Field(None, description="of DENSE, if it is a hub id")
+from llm_barber.settings.inspect import InspectConfig
 
 
 class LinearInspection(BaseModel):
