@@ -24,7 +24,7 @@ from llm_barber.model.architecture import Block, only
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
-from llm_barber.record.layers import BlockResult, LinearResult
+from llm_barber.record.layers import BlockResult, Concentration, LinearResult
 from llm_barber.settings.refining import RefineSettings
 
 
@@ -49,11 +49,12 @@ class RebuildSettings:
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """What became of a decoder layer: weights by the checkpoint's names, its blocks, and `held_out` of `tune.Tuned`."""
+    """A pruned decoder layer: weights by the checkpoint's names, its blocks, and what `tune.Tuned` says of tuning."""
 
     weights: dict[str, Tensor]
     blocks: list[BlockResult]
     held_out: tuple[float, ...] = ()
+    concentration: Concentration | None = None
 
 
 def prune_layer(
@@ -78,7 +79,7 @@ def prune_layer(
     waits = tuning is not None and not tuning.of_linears and rebuild_settings is None
     first = {name: one.keep for name, one in pruned.items()} if tuning is not None else {}
     outcomes: list[tuple[Block, Outcome, float | None]] = []
-    held_out: tuple[float, ...] = ()
+    tuned: Tuned | None = None
     final: list[Block] = []
     for block in blocks:
         work = Pass(layer, block, final, streams, last=block is blocks[-1])
@@ -103,7 +104,7 @@ def prune_layer(
         final.append(block)
     if tuning is not None:
         tuned = tune_layer(layer, dense, pruned, tuning, streams, f"layer {index}")
-        pruned, held_out = tuned.linears, tuned.held_out
+        pruned = tuned.linears
         windows = measured_windows(tuning, streams) if rebuild_settings is None else list(streams.batches())
         errors = block_errors(layer, blocks, dense, pruned, windows, streams)
         outcomes = [
@@ -124,7 +125,9 @@ def prune_layer(
     streams.swap(DENSE_OUTPUT, HIDDEN)
     if follows_dense:
         streams.swap(DENSE + NEXT, DENSE + HIDDEN)
-    return PrunedLayer(written, results, held_out)
+    if tuned is None:
+        return PrunedLayer(written, results)
+    return PrunedLayer(written, results, tuned.held_out, tuned.concentration)
 
 
 @dataclass(frozen=True)
