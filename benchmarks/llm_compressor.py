@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 
 from llm_barber.cli.console import ConsoleProgress
 from llm_barber.comparison.tables import ACCURACY
-from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluator
+from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.loading.opening import load_tokenizer
+from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.calibration import load_calibration
 
 # What runs in its environment: prunes and saves an ordinary checkpoint in the dense one's dtype, prints seconds.

@@ -1,4 +1,4 @@
-"""Held-out quality of every method on real models: makes `docs/results.md`, its tables and plots. Resumable.
+"""Held-out quality of every method on real models: makes the generated pages of `docs/results`. Resumable.
 
     python benchmarks/quality.py --data DATA [--model FOLDER --name NAME] [--seeds 0,1,2]
 
@@ -22,13 +22,14 @@ from llm_barber.cli.console import ConsoleProgress
 from llm_barber.comparison.cells import CellResult
 from llm_barber.comparison.compare import MARKER, Comparison, calibration_file, compare, make_runner
 from llm_barber.comparison.planned import Cell, cell_settings
-from llm_barber.comparison.settings import PEERS, CompareConfig, Method
 from llm_barber.comparison.tables import markdown
-from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluator
+from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Progress
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune, rebuild
+from llm_barber.settings.compare import PEERS, CompareConfig, Method
+from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 
 ROOT = Path(__file__).parent.parent
@@ -357,7 +358,7 @@ def main() -> None:
     kept = quality.output / "llm-compressor.json"
     elsewhere = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
     write_page(
-        ROOT / "docs" / "results.md", name, title, comparison, choice, sequences, order, options.settings_of, elsewhere
+        ROOT / "docs" / "results", name, title, comparison, choice, sequences, order, options.settings_of, elsewhere
     )
     print(markdown(comparison.model_copy(update={"model": title})))
 

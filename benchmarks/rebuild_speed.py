@@ -35,12 +35,12 @@ from llm_barber.model.device import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 FORWARD_EQUIVALENTS = 5
 STAGES = {
     "initial mask: inputs' statistics": ("llm_barber.model.block", "DecoderLayer", "visit_inputs"),
-    "initial mask: ranking": ("llm_barber.method.initial", None, "initial_mask"),
+    "initial mask: ranking": ("llm_barber.method.method_masks", None, "initial_mask"),
     "y_sparse, and block outputs after the rebuild": ("llm_barber.model.block", "DecoderLayer", "block_output"),
     "y_dense and gradients": ("llm_barber.model.block", "DecoderLayer", "block_gradients"),
     "  of which backward": ("torch.autograd", None, "grad"),
     "  of which per-sequence gradients, squared": ("llm_barber.masking.statistics", "GradientSquares", "update"),
-    "rebuild: ranking and swapping": ("llm_barber.method.layer", None, "rebuild_masks"),
+    "rebuild: ranking and swapping": ("llm_barber.method.rebuild", None, "rebuild_masks"),
     "layer output after the rebuild": ("llm_barber.model.block", "DecoderLayer", "final_output"),
 }
 

@@ -24,22 +24,25 @@ from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.packed import PACKED_INDEX
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import STATE_NAME, RunState, check_key, read_state, write_state
+from llm_barber.checkpoint.state import STATE_NAME, RunState, read_state, write_state
+from llm_barber.checkpoint.unfinished import check_key
 from llm_barber.comparison.cells import DenseResult, _read
 from llm_barber.errors import BarberError
-from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, TextResult
+from llm_barber.evaluation.evaluate import Evaluation, TextResult
 from llm_barber.evaluation.record import EVALUATION_NAME
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.loading.opening import load_config, load_tokenizer
 from llm_barber.page.write import write_page
 from llm_barber.planning.configuration import read_configuration
+from llm_barber.settings.copies import PackConfig
+from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.calibration import read_text, token_shape
 from llm_barber.text.windows import windows_of
 from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, pickled_files, read_pickled
-from llm_barber.tools.packing import PackConfig, pack, unpack
-from tests.checkpoint.test_source import shard
+from llm_barber.tools.packing import pack, unpack
 from tests.conftest import make_gguf, make_model, save_tokens
-from tests.evaluation.test_evaluate import add_tokenizer
+from tests.helpers.shards import split_in_two_shards
+from tests.helpers.text import add_tokenizer
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 SMALL = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 95, "num_attention_heads": 2}
@@ -261,7 +264,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     tokens = save_tokens(folder / "tokens.safetensors", 2, 8, 95)
     pruned = folder / "pruned"
     prune(PruneConfig(model=str(dense), output=pruned, calibration=str(tokens), preset="paper", pattern="2:4"))
-    shard(sharded)
+    split_in_two_shards(sharded)
     (folder / "state").mkdir()
     (folder / "texts").mkdir()
     return {

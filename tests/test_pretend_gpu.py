@@ -10,7 +10,7 @@ import pytest
 from torch.utils import backend_registration
 
 from tests.conftest import make_model
-from tests.evaluation.test_evaluate import add_tokenizer
+from tests.helpers.text import add_tokenizer
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this PyTorch has no devices written in Python", allow_module_level=True)

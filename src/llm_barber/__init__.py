@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_barber.comparison.compare import Comparison, compare
-    from llm_barber.comparison.settings import CompareConfig
     from llm_barber.errors import BarberError
-    from llm_barber.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate
+    from llm_barber.evaluation.evaluate import Evaluation, evaluate
     from llm_barber.record.report import RunReport
     from llm_barber.run.commands import prune, rebuild
     from llm_barber.runtime.load import load
+    from llm_barber.settings.compare import CompareConfig
+    from llm_barber.settings.copies import PackConfig
+    from llm_barber.settings.evaluate import EvaluateConfig
+    from llm_barber.settings.inspect import InspectConfig
     from llm_barber.settings.prune import PruneConfig, RebuildConfig
-    from llm_barber.tools.inspection import InspectConfig, Inspection, inspect
-    from llm_barber.tools.packing import PackConfig, PackReport, pack, unpack
+    from llm_barber.tools.inspection import Inspection, inspect
+    from llm_barber.tools.packing import PackReport, pack, unpack
 
 __version__ = version("llm-barber")
 __all__ = [
@@ -43,13 +46,13 @@ __all__ = [
 # Imported when first asked for: `--help` should not wait for transformers.
 _MODULES = {
     "BarberError": "errors",
-    "CompareConfig": "comparison.settings",
+    "CompareConfig": "settings.compare",
     "Comparison": "comparison.compare",
-    "EvaluateConfig": "evaluation.evaluate",
+    "EvaluateConfig": "settings.evaluate",
     "Evaluation": "evaluation.evaluate",
-    "InspectConfig": "tools.inspection",
+    "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",
-    "PackConfig": "tools.packing",
+    "PackConfig": "settings.copies",
     "PackReport": "tools.packing",
     "PruneConfig": "settings.prune",
     "RebuildConfig": "settings.prune",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from llm_barber import InspectConfig, PackConfig, PruneConfig, inspect, pack, prune, unpack
 from llm_barber.runtime.load import load
 from tests.conftest import make_model, read_folder, save_tokens
-from tests.run.test_resume import killed_at, run, weights
+from tests.helpers.runs import read_untimed_files, run, run_killed_at
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_it_is_what_pack_makes_of_the_dense_output(tmp_path: Path, model: Path) 
     prune(PruneConfig(output=tmp_path / "plain", report=False, **settings))
     pack(PackConfig(model=str(tmp_path / "plain"), output=tmp_path / "packed"))
     prune(PruneConfig(output=tmp_path / "direct", report=False, format="packed", **settings))
-    expected, found = weights(tmp_path / "packed"), weights(tmp_path / "direct")
+    expected, found = read_untimed_files(tmp_path / "packed"), read_untimed_files(tmp_path / "direct")
     assert expected == found
     assert "load(" in (tmp_path / "direct" / "README.md").read_text()
     assert inspect(InspectConfig(model=str(tmp_path / "direct"), dense=str(model))).problems == ()
@@ -43,10 +43,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, model
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     run(model, tmp_path / "whole", tokens, format="packed")
     kills = 0
-    while killed_at(3 + 7 * kills, model, tmp_path / "out", tokens, format="packed", resume=True):
+    while run_killed_at(3 + 7 * kills, model, tmp_path / "out", tokens, format="packed", resume=True):
         kills += 1
         if (tmp_path / "out").exists():
             break
     assert kills > 3
-    found = weights(tmp_path / "out")
-    assert {name: found[name] for name in weights(tmp_path / "whole")} == weights(tmp_path / "whole")
+    whole, resumed = read_untimed_files(tmp_path / "whole"), read_untimed_files(tmp_path / "out")
+    assert {name: resumed[name] for name in whole} == whole

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from llm_barber import PackConfig, PruneConfig, pack, prune
-from llm_barber.checkpoint.place import check_output
-from llm_barber.checkpoint.replacing import check_replaceable, folder_in_use
+from llm_barber.checkpoint.in_use import folder_in_use
+from llm_barber.checkpoint.output import check_output
+from llm_barber.checkpoint.replacing import check_replaceable
 from llm_barber.errors import OutputError, SettingsError
 from llm_barber.usage import readable_bytes
 from tests.conftest import make_model

@@ -6,29 +6,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.checkpoint.source import CheckpointSource, Place, TensorInfo, sharded_by
+from llm_barber.checkpoint.locations import Location, TensorInfo, sharded_by
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import HubError, ModelError
-from llm_barber.loading.naming import find_places
+from llm_barber.loading.naming import find_locations
 from llm_barber.model.empty import empty_model
 from tests.conftest import change_json, make_config, make_model
-
-
-def shard(folder: Path) -> list[Path]:
-    """Split a checkpoint's single file in two, with an index."""
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    files = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
-    for file, members in files.items():
-        save_file({name: tensors[name] for name in members}, folder / file, {"format": "pt"})
-    index = {"weight_map": {name: file for file, members in files.items() for name in members}}
-    (folder / INDEX_NAME).write_text(json.dumps(index))
-    (folder / "model.safetensors").unlink()
-    return [folder / file for file in files]
+from tests.helpers.shards import split_in_two_shards
 
 
 def test_single_and_sharded_read_the_same(llama: Path) -> None:
     single = CheckpointSource(llama).read(CheckpointSource(llama).tensors)
-    shard(llama)
+    split_in_two_shards(llama)
     source = CheckpointSource(llama)
     sharded = source.read(source.tensors)
     assert sharded.keys() == single.keys()
@@ -57,7 +46,7 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_shard(llama: Path) -> None:
-    shard(llama)[1].unlink()
+    split_in_two_shards(llama)[1].unlink()
     expect(llama, "shard b.safetensors of .* is missing", "whole")
 
 
@@ -79,7 +68,7 @@ def test_not_finite(llama: Path, value: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["../b.safetensors", "/etc/passwd", "sub/b.safetensors", ".."])
 def test_index_that_leaves_the_folder(llama: Path, name: str) -> None:
-    shard(llama)
+    split_in_two_shards(llama)
     (llama.parent / "b.safetensors").write_bytes((llama / "b.safetensors").read_bytes())
     index = json.loads((llama / INDEX_NAME).read_text())
     index["weight_map"]["model.norm.weight"] = name
@@ -88,7 +77,7 @@ def test_index_that_leaves_the_folder(llama: Path, name: str) -> None:
 
 
 def test_index_that_does_not_fit(llama: Path) -> None:
-    shard(llama)
+    split_in_two_shards(llama)
     index = json.loads((llama / INDEX_NAME).read_text())
     index["weight_map"]["model.norm.weight"] = "a.safetensors"
     (llama / INDEX_NAME).write_text(json.dumps(index))
@@ -154,15 +143,15 @@ def test_base_prefix_may_be_missing(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): one for name, one in tensors.items()}, folder / "model.safetensors")
     source = CheckpointSource(folder)
-    source.places = find_places(empty_model(make_config("opt"), torch.float32), source.tensors)
+    source.locations = find_locations(empty_model(make_config("opt"), torch.float32), source.tensors)
     name = "model.decoder.layers.0.fc1.weight"
-    assert source.place(name) == Place("decoder.layers.0.fc1.weight")
+    assert source.location(name) == Location("decoder.layers.0.fc1.weight")
     with pytest.raises(ModelError, match="has no tensor 'model.nothing'"):
-        source.place("model.nothing")
+        source.location("model.nothing")
 
 
 def test_index_nested_too_deeply(llama: Path) -> None:
-    shard(llama)
+    split_in_two_shards(llama)
     (llama / INDEX_NAME).write_text('{"weight_map": ' + "[" * 100_000)
     expect(llama, "nested too deeply", "damaged")
 
@@ -187,7 +176,7 @@ def test_a_tensor_twice_in_a_file(llama: Path) -> None:
 
 
 def test_a_tensor_twice_in_the_folder(llama: Path) -> None:
-    _, second = shard(llama)
+    _, second = split_in_two_shards(llama)
     save_file(load_file(second) | {"model.embed_tokens.weight": torch.zeros(128, 32)}, second, {"format": "pt"})
     expect(llama, "has model.embed_tokens.weight twice, in a.safetensors and in b.safetensors", "again")
     index = (llama / INDEX_NAME).read_text()
@@ -197,7 +186,7 @@ def test_a_tensor_twice_in_the_folder(llama: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\0.safetensors", "", "\ud800", "x" * 300])
 def test_index_with_a_name_that_no_file_has(llama: Path, name: str) -> None:
-    shard(llama)
+    split_in_two_shards(llama)
     index = json.loads((llama / INDEX_NAME).read_text())
     index["weight_map"]["model.norm.weight"] = name
     (llama / INDEX_NAME).write_text(json.dumps(index))

@@ -148,10 +148,10 @@ def test_every_setting_is_an_option() -> None:
     from typer.main import get_command
 
     from llm_barber.cli import app
-    from llm_barber.comparison.settings import CompareConfig
-    from llm_barber.evaluation.evaluate import EvaluateConfig
-    from llm_barber.planning.plan_config import PlanConfig
     from llm_barber.settings.checked import Settings
+    from llm_barber.settings.compare import CompareConfig
+    from llm_barber.settings.evaluate import EvaluateConfig
+    from llm_barber.settings.plan import PlanConfig
     from llm_barber.settings.prune import PruneConfig, RebuildConfig
 
     of_python = {PlanConfig: {"output", *PLAN_LEAVES}, CompareConfig: {"rebuild_settings", "task_seeds"}}

@@ -10,17 +10,16 @@ from typer.main import get_command
 from llm_barber.cli import _main
 from llm_barber.cli.app import app
 from llm_barber.cli.typed import as_typed
-from llm_barber.comparison.settings import CompareConfig
 from llm_barber.errors import SettingsError
-from llm_barber.evaluation.evaluate import EvaluateConfig
 from llm_barber.messages import Message
-from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.settings.checked import Settings
+from llm_barber.settings.compare import CompareConfig
+from llm_barber.settings.copies import ConvertConfig, PackConfig
+from llm_barber.settings.demo import DemoConfig
+from llm_barber.settings.evaluate import EvaluateConfig
+from llm_barber.settings.inspect import InspectConfig
+from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
-from llm_barber.tools.convert import ConvertConfig
-from llm_barber.tools.demo import DemoConfig
-from llm_barber.tools.inspection import InspectConfig
-from llm_barber.tools.packing import PackConfig
 
 CONFIGS: dict[str, type[Settings]] = {
     "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "inspect": InspectConfig, "pack": PackConfig,

@@ -4,24 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from llm_barber import EvaluateConfig, Evaluation, evaluate
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.evaluation.texts import evaluation_text
 from tests.conftest import FAMILIES, change_json, load_model, make_model, save_tokens
-
-
-def add_tokenizer(folder: Path, bos: bool = False) -> None:
-    """A tokenizer with one token a character; `bos`: that puts "~", 94, in front of each text."""
-    tokenizer = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(95)}, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="~ $A", special_tokens=[("~", 94)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ", bos_token="~" if bos else None).save_pretrained(
-        folder
-    )
+from tests.helpers.text import add_tokenizer
 
 
 @pytest.fixture

@@ -20,14 +20,9 @@ from llm_barber.evaluation.tasks import (
     mean_and_standard_error,
 )
 from tests.conftest import make_model
-from tests.evaluation.test_evaluate import add_tokenizer
+from tests.helpers.tasks import QUESTIONS
+from tests.helpers.text import add_tokenizer
 
-QUESTIONS = [
-    {"query": "one", "choices": ["abc", "d"], "gold": 0},
-    {"query": "two and more", "choices": ["ab", "ac", "x y z"], "gold": 2},
-    {"query": "three", "choices": ["a", "b"], "gold": 1},
-    {"query": "four!", "choices": ["q", "qq"], "gold": 0},
-]
 BEGINNINGS = [
     {"context_options": ["Ann saw Ben so Ann", "Ann saw Ben so Ben"], "continuation": "ran", "gold": 1},
     {"context_options": ["a", "bb"], "continuation": "c d", "gold": 0},

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from llm_barber.masking.granularity import Granularity, from_groups, to_groups
-from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.groups import from_groups, to_groups
+from llm_barber.masking.initial import initial_mask, pruned_counts
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.saliency import magnitude, relative_importance, wanda, weight_gradient
 
@@ -69,3 +70,19 @@ def test_groups_come_back(granularity: Granularity) -> None:
     assert all(torch.equal(one, other) for one, other in zip(linears, back, strict=True))
     count = {"output": [(4, 6), (2, 6)], "input": [(6, 4), (6, 2)], "linear": [(1, 24), (1, 12)], "block": [(1, 36)]}
     assert [tuple(group.shape) for group in groups] == count[granularity]
+
+
+def test_a_sparsity_over_the_linear_by_hand() -> None:
+    half = Unstructured(0.5, over_linear=True)
+    assert pruned_counts(half, 5, 15).tolist() == [8, 8, 8, 7, 7]  # 37.5: 38, the even one
+    assert pruned_counts(Unstructured(0.5), 5, 15) == 7
+    assert pruned_counts(Unstructured(1 - 1e-9, over_linear=True), 2, 3).tolist() == [2, 2]  # each keeps one
+    for weights, columns in ((576 * 1536 - 5, 576), (53248 * 16384 - 3, 16384)):
+        rows = -(-weights // columns)
+        assert int(
+            pruned_counts(Unstructured(weights / (rows * columns), over_linear=True), rows, columns).sum()
+        ) == min(weights, rows * (columns - 1))
+
+
+def test_nearly_everything_leaves_one_of_a_group() -> None:
+    assert Unstructured(1 - 1e-13).pruned(6) == pruned_counts(Unstructured(1 - 1e-13), 2, 6) == 5

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.held_patterns import holds
 from llm_barber.masking.initial import initial_mask
-from llm_barber.masking.pattern import NofM, Unstructured, holds
+from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.swaps import swap_pairs
 
 Mask = tuple[bool, ...]  # of one row

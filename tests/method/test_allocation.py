@@ -12,8 +12,8 @@ from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import FisherSums
 from tests.conftest import make_model, read_folder, save_tokens
+from tests.helpers.runs import read_untimed_files, run_stopped
 from tests.model.reference import captured, first_call
-from tests.run.test_resume import stopped, weights
 
 
 @torch.no_grad()
@@ -61,12 +61,12 @@ def test_owl_in_a_streamed_run_equals_owl_in_memory(
     written = read_folder(tmp_path / "out")
     assert (written["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() > 0.6
     # It goes on with the sparsities that it had, without another pass over the dense model.
-    stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="owl", sparsity=0.6)
+    run_stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="owl", sparsity=0.6)
     monkeypatch.setattr("llm_barber.run.stream.allocate", None)
     prune(
         PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, rebuild=False, resume=True, **settings)
     )
-    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
 
 
 def test_bad_input(tmp_path: Path, model: Path) -> None:
@@ -103,7 +103,7 @@ def test_by_loss_in_a_streamed_run_equals_gradients_of_the_whole_model(tmp_path:
     outputs = [tmp_path / f"out{size}" for size in (1, 3)]
     for size, output in zip((1, 3), outputs, strict=True):
         report = prune(PruneConfig(output=output, batch_size=size, report=False, sparsity=0.6, **settings))
-    assert weights(outputs[0]) == weights(outputs[1])
+    assert read_untimed_files(outputs[0]) == read_untimed_files(outputs[1])
     found = {f".{layer.index}.{linear.name}": linear.sparsity for layer in report.layers for linear in layer.linears}
     expected = sparsities_in_memory(folder, load_file(tokens)["input_ids"], 0.6, list(found))
     assert list(found.values()) == pytest.approx(expected)
@@ -161,10 +161,10 @@ def test_by_loss_goes_on_with_the_sparsities_that_it_had(
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     settings = {"dtype": "float32", "batch_size": 2, "report": False, "allocation": "loss", "rebuild": False}
     prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
-    stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="loss")
+    run_stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="loss")
     monkeypatch.setattr("llm_barber.run.stream.allocate", None)
     prune(PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, resume=True, **settings))
-    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("factor", "error"), [(0.0, ModelError), (3e38, NotFiniteError)])

@@ -22,8 +22,8 @@ from llm_barber.masking.saliency import wanda
 from llm_barber.method import distance as distances
 from llm_barber.method import tune
 from llm_barber.method.distance import Distance
-from llm_barber.method.initial import PrunedLinear
-from llm_barber.method.layer import Outcome
+from llm_barber.method.outcome import BlockOutcome
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.tune import Tuned
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
@@ -367,7 +367,7 @@ def test_batches_change_little(tmp_path: Path, model: Path, tokens: Path) -> Non
 @pytest.mark.parametrize(("family", "few_tokens"), [("qwen3_moe", 110), ("gpt_oss", 90), ("gpt2", 0), ("lfm2", 0)])
 def test_families(tmp_path: Path, family: str, few_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts, weights as (in, out), layers without attention; those with few tokens stay as they are."""
-    monkeypatch.setattr("llm_barber.method.initial.FEW_TOKENS", few_tokens)
+    monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", few_tokens)
     model, tokens = make_model(tmp_path / "dense", family), save_tokens(tmp_path / "tokens.safetensors", sequences=8)
     plain = run(model, tmp_path / "plain", tokens, preset="mask", refine="none", pattern="2:4")
     report = run(model, tmp_path / "out", tokens, preset="mask", reconstruct="none", pattern="2:4")
@@ -442,7 +442,7 @@ def test_what_was_swapped_is_told_from_the_initial_masks(
 def test_a_block_is_rejected_if_nothing_of_it_is_kept(reject: str) -> None:
     keep = torch.ones(2, 4, dtype=torch.bool)
     linear = PrunedLinear(keep, keep.float(), keep.float(), None)
-    outcome = Outcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
+    outcome = BlockOutcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
     tuned = Tuned({"up": linear}, (1.0, 0.5 if reject == "linears" else 1.0))
     assert outcome.tuned(tuned, {"up": keep}, after_linears=True).rejected == (reject == "both")
     assert outcome.tuned(tuned, {"up": keep}, after_linears=False).rejected == tuned.rejected
@@ -560,7 +560,7 @@ def test_what_another_tool_pruned_after_the_last_whole_group_stays_pruned(
 def test_layers_with_nothing_but_idle_experts(
     tmp_path: Path, tokens: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_barber.method.initial.FEW_TOKENS", 10**6)
+    monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 10**6)
     model = make_model(tmp_path / "dense", "mixtral")
     how = {"rebuild": False, "refine": "tune", "include": ("experts",), **settings}
     report = run(model, tmp_path / "out", tokens, **how)

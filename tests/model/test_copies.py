@@ -5,53 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from llm_barber import PruneConfig, prune
-from llm_barber.model.copies import Copied, Copies
-from llm_barber.model.streams import ActivationStreams
+from llm_barber.model.copies import Copies
 from tests.conftest import save_tokens
-from tests.run.test_resume import weights
-
-
-class WorstMoments:
-    """Copies to the device at once, so that what is written later is not in it; back, only when it is waited for."""
-
-    def __init__(self) -> None:
-        self.started, self.waited, self.waited_back = 0, 0, 0
-        self._leaving: list[tuple[Tensor, Tensor]] = []
-
-    def start(self, values: Tensor) -> Copied:
-        self.started += 1
-        return values.clone(), None
-
-    def wait(self, copied: Copied) -> Tensor:
-        self.waited += 1
-        return copied[0]
-
-    def start_back(self, values: Tensor, place: Tensor) -> None:
-        self._leaving.append((values, place))  # no copy of them: whoever changes them meanwhile is found out
-
-    def wait_back(self) -> None:
-        self.waited_back += 1
-        for values, place in self._leaving:
-            place.copy_(values)
-        self._leaving.clear()
-
-
-def copy_by(copier: WorstMoments, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs copy their batches as on a GPU."""
-    init = ActivationStreams.__init__
-
-    def with_copies(streams: ActivationStreams, *arguments: Any, **keywords: Any) -> None:
-        init(streams, *arguments, **keywords)
-        streams._copies = Copies(copier)
-
-    monkeypatch.setattr(ActivationStreams, "__init__", with_copies)
+from tests.helpers.copies import LateCopier, use_copier
+from tests.helpers.runs import read_untimed_files
 
 
 def test_guesses_the_next_batch_and_forgets_what_changes() -> None:
-    copier = WorstMoments()
+    copier = LateCopier()
     copies, array = Copies(copier), torch.arange(7.0)
     for start in (0, 2, 4, 6):
         batch = slice(start, min(start + 2, 7))
@@ -71,7 +34,7 @@ def test_guesses_the_next_batch_and_forgets_what_changes() -> None:
 
 
 def test_guesses_that_the_next_batch_is_as_far_on_as_the_last() -> None:
-    copier = WorstMoments()
+    copier = LateCopier()
     copies, array = Copies(copier), torch.arange(12.0)
     for first in (1, 0, 2):  # each step takes every third
         for start in range(first, 12, 3):
@@ -84,7 +47,7 @@ def test_guesses_that_the_next_batch_is_as_far_on_as_the_last() -> None:
 
 
 def test_results_are_waited_for_once_they_are_asked_for() -> None:
-    copier = WorstMoments()
+    copier = LateCopier()
     copies, read, written = Copies(copier), torch.arange(6.0), torch.zeros(6)
     for start in (0, 2, 4):
         batch = slice(start, start + 2)
@@ -119,9 +82,9 @@ def test_a_run_gives_the_same_bytes(
         **settings,
     }
     prune(PruneConfig(output=tmp_path / "plain", **given))
-    copier = WorstMoments()
-    copy_by(copier, monkeypatch)
+    copier = LateCopier()
+    use_copier(copier, monkeypatch)
     prune(PruneConfig(output=tmp_path / "beside", **given))
-    assert weights(tmp_path / "beside") == weights(tmp_path / "plain")
+    assert read_untimed_files(tmp_path / "beside") == read_untimed_files(tmp_path / "plain")
     assert copier.started < 1.5 * copier.waited  # most guesses are right
     assert copier.waited_back < copier.waited / 2  # and most results are on their way while others are computed

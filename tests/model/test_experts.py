@@ -12,7 +12,7 @@ from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, in
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import Unstructured
-from llm_barber.method.initial import linears_with_few_tokens, total_token_counts
+from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.experts import Experts, is_fused, split_experts
 from llm_barber.model.skeleton import Skeleton
@@ -88,7 +88,7 @@ def mixture(tmp_path: Path) -> Path:
 def test_experts_with_few_tokens_are_pruned_by_magnitude(
     tmp_path: Path, mixture: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_barber.method.initial.FEW_TOKENS", 6)
+    monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 6)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     report = prune(PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, dtype="float32", **settings))
     few = [(layer.index, one) for layer in report.layers for one in layer.linears if one.few_tokens]
@@ -156,7 +156,7 @@ def test_a_pruned_mixture_can_be_rebuilt(
     tmp_path: Path, mixture: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `rebuild`, and at once: experts with few tokens keep the masks that they have."""
-    monkeypatch.setattr("llm_barber.method.initial.FEW_TOKENS", 6)
+    monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 6)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     settings = {"calibration": tokens, "dtype": "float32", "report": False}
     prune(PruneConfig(model=mixture, output=tmp_path / "pruned", initial="magnitude", rebuild=False, **settings))

@@ -11,11 +11,10 @@ from llm_barber.method import allocation
 from llm_barber.model.fixed_order import FixedOrder, in_fixed_order
 from llm_barber.model.skeleton import Skeleton
 from tests.conftest import Listener, make_model, save_tokens
-from tests.parallel.test_ranks import together
-from tests.run.test_resume import weights
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import SETTINGS, read_untimed_files
 
 MESSAGE = "cumsum_cuda_kernel does not have a deterministic implementation, but you set …"
-SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
 
 
 def mode() -> tuple[bool, bool, bool]:
@@ -75,7 +74,7 @@ def test_every_gradient_of_a_run_on_a_device(
     assert modes == [True] * len(modes) if possible else [True] + [False] * (len(modes) - 1)
     assert len([one for one in heard.warnings if "no fixed order" in one]) == (0 if possible else 1)
     assert mode() == (False, False, True)
-    assert weights(tmp_path / "ordered") == weights(tmp_path / "plain")
+    assert read_untimed_files(tmp_path / "ordered") == read_untimed_files(tmp_path / "plain")
 
 
 def test_processes_find_out_by_themselves(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +84,8 @@ def test_processes_find_out_by_themselves(tmp_path: Path, llama: Path, monkeypat
     settings: dict[str, Any] = {"model": llama, "calibration": tokens, "preset": "best", "tune_passes": 2, **SETTINGS}
     prune(PruneConfig(output=tmp_path / "plain", **settings))
     on_device(monkeypatch, possible=False)
-    assert together(2, lambda _: prune(PruneConfig(output=tmp_path / "ordered", **settings)), tmp_path) == [0, 0]
-    assert weights(tmp_path / "ordered") == weights(tmp_path / "plain")
+    assert run_ranks(2, lambda _: prune(PruneConfig(output=tmp_path / "ordered", **settings)), tmp_path) == [0, 0]
+    assert read_untimed_files(tmp_path / "ordered") == read_untimed_files(tmp_path / "plain")
 
 
 def test_other_errors_are_raised(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:

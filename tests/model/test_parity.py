@@ -41,7 +41,7 @@ def test_records_name_every_matrix_of_a_layer(family: str) -> None:
 def test_streamed_equals_in_memory(
     tmp_path: Path, family: str, granularity: Granularity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_barber.method.initial.FEW_TOKENS", 0)  # a hundred tokens must do for all experts here
+    monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 0)  # a hundred tokens must do for all experts here
     folder = make_model(tmp_path / "dense", family)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=5)
     prune(

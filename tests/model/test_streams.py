@@ -9,15 +9,15 @@ import torch
 
 from llm_barber import PruneConfig, prune
 from llm_barber.loading.job import Job
-from llm_barber.method import layer as method_module
+from llm_barber.method import layer as layer_module
 from llm_barber.model.places import Places
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Silent
 from llm_barber.run import stream as run_module
 from llm_barber.run.embedding import DeviceMemoryError, with_smaller_batches
-from tests.model.test_copies import WorstMoments, copy_by
-from tests.run.test_resume import weights
+from tests.helpers.copies import LateCopier, use_copier
+from tests.helpers.runs import read_untimed_files
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "preset": "mask", "guard": 0, "report": False}
 
@@ -123,7 +123,7 @@ def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
     monkeypatch.setattr(run_module, "prune_layer", short)
     run(llama, tmp_path / "short", tokens)
     assert sizes == [4, 4, 2, 1]
-    assert weights(tmp_path / "short") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "short") == read_untimed_files(tmp_path / "whole")
 
     def never(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -149,14 +149,14 @@ def test_memory_that_runs_out_while_tokens_are_embedded_says_cublas(
     monkeypatch.setattr(Skeleton, "embed", short)
     run(llama, tmp_path / "short", tokens)
     assert sizes[:3] == [4, 2, 2]
-    assert weights(tmp_path / "short") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "short") == read_untimed_files(tmp_path / "whole")
 
 
 def test_memory_that_runs_out_at_the_very_end_of_a_layer(
     tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(llama, tmp_path / "whole", tokens)
-    result, failed = method_module.result_of, []
+    result, failed = layer_module.block_result, []
 
     def short(*given: Any) -> Any:
         if not failed:
@@ -164,9 +164,9 @@ def test_memory_that_runs_out_at_the_very_end_of_a_layer(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result(*given)
 
-    monkeypatch.setattr(method_module, "result_of", short)
+    monkeypatch.setattr(layer_module, "block_result", short)
     run(llama, tmp_path / "short", tokens)
-    assert weights(tmp_path / "short") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "short") == read_untimed_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["", "copied beside"])
@@ -186,11 +186,11 @@ def test_memory_that_runs_out_while_sparsities_are_allocated(
 
     monkeypatch.setattr(ActivationStreams, "read", short)
     if beside:
-        copy_by(WorstMoments(), monkeypatch)
+        use_copier(LateCopier(), monkeypatch)
     run(llama, tmp_path / "short", tokens, allocation=allocation)
     assert sizes[:4] == [4, 4, 4, 2]
     assert set(sizes[4:]) == {1}
-    assert weights(tmp_path / "short") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "short") == read_untimed_files(tmp_path / "whole")
 
 
 def test_a_layer_that_does_not_fit_leaves_nothing_behind(

@@ -8,9 +8,9 @@ from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.record import read_evaluation
 from llm_barber.page.write import keep_with_model, write_page
 from llm_barber.progress import Silent
-from llm_barber.tools.inspection import InspectConfig
+from llm_barber.settings.inspect import InspectConfig
 from tests.conftest import Listener, change_json
-from tests.evaluation.test_evaluate import add_tokenizer
+from tests.helpers.text import add_tokenizer
 
 
 @pytest.fixture

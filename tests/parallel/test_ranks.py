@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,57 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from llm_barber import PruneConfig, RunReport, prune
-from llm_barber.errors import BarberError, OutputError
+from llm_barber.errors import OutputError
 from llm_barber.method import distance
 from llm_barber.parallel import pulse
 from llm_barber.parallel.ranks import Ranks, joined
 from llm_barber.run import stream as run_module
 from tests.conftest import make_model, read_folder, save_tokens
-from tests.run.test_resume import weights
-from tests.test_released_masks import REBUILT, make_pruned, rebuild_as_released, released_id
+from tests.helpers.ranks import REFUSED, free_port, run_ranks
+from tests.helpers.released import REBUILT, make_pruned, rebuild_as_released, released_id
+from tests.helpers.runs import SETTINGS, read_untimed_files
 
-DIED, REFUSED = 9, 3
-SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
-
-
-def free_port() -> int:
-    """A port that nothing listens on, and that no other socket of these tests is going to be given meanwhile.
-
-    Each worker that runs tests has its own, below those that systems hand out.
-    """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for port in range(21000 + 100 * worker, 21100 + 100 * worker):
-        with socket.socket() as one:
-            try:
-                one.bind(("localhost", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no port is free")
-
-
-def together(count: int, work: Callable[[int], Any], messages: Path | None = None) -> list[int]:
-    """Exit codes of processes that do some work together, as torchrun would start them."""
-    port = free_port()
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost")
-            code = 1
-            try:
-                work(rank)
-                code = 0
-            except BarberError as error:
-                if messages is not None:
-                    (messages / f"{rank}").write_text(f"{type(error).__name__}: {error}")
-                code = REFUSED
-            finally:
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+DIED = 9
 
 
 @pytest.fixture
@@ -100,7 +59,7 @@ def test_masks_are_those_of_one_process(tmp_path: Path, run: Callable[..., RunRe
     alone = run("alone", **settings)
     one = read_folder(tmp_path / "alone")
     for count in (2, 4):
-        assert together(count, lambda _, count=count: run(f"by{count}", **settings)) == [0] * count
+        assert run_ranks(count, lambda _, count=count: run(f"by{count}", **settings)) == [0] * count
         several = read_folder(tmp_path / f"by{count}")
         other = {name: int((one[name] != several[name]).sum()) for name in one}
         assert not any(other.values()), {name: number for name, number in other.items() if number}
@@ -120,7 +79,7 @@ def test_masks_are_the_released_ones(tmp_path: Path, count: int) -> None:
         for path in cases:
             rebuild_as_released(path, tmp_path / f"{released_id(path)}-pruned", tmp_path / released_id(path))
 
-    assert together(count, work) == [0] * count
+    assert run_ranks(count, work) == [0] * count
     for path in cases:
         written = read_folder(tmp_path / released_id(path))
         for name, keep in load_file(path).items():
@@ -138,7 +97,7 @@ def test_torchrun_of_the_command_line(tmp_path: Path, run: Callable[..., RunRepo
     found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert found.returncode == 0, found.stderr
     assert RunReport.model_validate_json(found.stdout).processes == 2
-    assert weights(tmp_path / "together") == weights(tmp_path / "alone")
+    assert read_untimed_files(tmp_path / "together") == read_untimed_files(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -152,7 +111,7 @@ def test_tuning_together(
     alone = run("alone", **settings)
     one = read_folder(tmp_path / "alone")
     for count in (2, 4):
-        assert together(count, lambda _, count=count: run(f"by{count}", **settings)) == [0] * count
+        assert run_ranks(count, lambda _, count=count: run(f"by{count}", **settings)) == [0] * count
         several = read_folder(tmp_path / f"by{count}")
         assert all(torch.equal(one[name], several[name]) for name in one)
         record = RunReport.model_validate_json((tmp_path / f"by{count}" / "barber.json").read_bytes())
@@ -176,7 +135,7 @@ def test_one_that_dies_ends_all_and_the_run_goes_on_with_another_number(
 
     monkeypatch.setattr(run_module, "prune_layer", dying)
     began = time.monotonic()
-    codes = together(3, lambda _: run("resumed", **settings), tmp_path)
+    codes = run_ranks(3, lambda _: run("resumed", **settings), tmp_path)
     assert codes == [REFUSED, DIED, REFUSED]
     assert time.monotonic() - began < 60
     assert "RankError: another process of the run has ended" in (tmp_path / "0").read_text()
@@ -184,8 +143,8 @@ def test_one_that_dies_ends_all_and_the_run_goes_on_with_another_number(
     assert not (tmp_path / "resumed").exists()
     for kept in (tmp_path / "resumed.partial").glob("activations-*") if lost else ():
         kept.unlink()
-    assert together(2, lambda _: run("resumed", **settings, resume=True)) == [0, 0]
-    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+    assert run_ranks(2, lambda _: run("resumed", **settings, resume=True)) == [0, 0]
+    assert read_untimed_files(tmp_path / "resumed") == read_untimed_files(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -213,13 +172,13 @@ def test_one_that_is_silent_ends_all(
         return prune_layer(job, index, *rest)
 
     monkeypatch.setattr(run_module, "prune_layer", stopping)
-    assert together(3, lambda _: run("resumed")) == [pulse.EXIT_CODE, -signal.SIGKILL, pulse.EXIT_CODE]
+    assert run_ranks(3, lambda _: run("resumed")) == [pulse.EXIT_CODE, -signal.SIGKILL, pulse.EXIT_CODE]
     told = capfd.readouterr().err
     for rank in (0, 2):
         assert f"error: process {rank} has heard nothing of process 1 for 2 s\nhint: " in told
     monkeypatch.setattr(run_module, "prune_layer", prune_layer)
-    assert together(2, lambda _: run("resumed", resume=True)) == [0, 0]
-    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+    assert run_ranks(2, lambda _: run("resumed", resume=True)) == [0, 0]
+    assert read_untimed_files(tmp_path / "resumed") == read_untimed_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("slow", [0, 1])
@@ -233,7 +192,7 @@ def test_one_that_is_slow_is_waited_for(slow: int, short_silence: float) -> None
         with joined() as ranks:
             assert ranks.total(1) == [2]
 
-    assert together(2, work) == [0, 0]
+    assert run_ranks(2, work) == [0, 0]
 
 
 def test_those_that_are_stopped_together_go_on(tmp_path: Path, short_silence: float) -> None:
@@ -259,7 +218,7 @@ def test_those_that_are_stopped_together_go_on(tmp_path: Path, short_silence: fl
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
 
-    assert together(2, work) == [0, 0]
+    assert run_ranks(2, work) == [0, 0]
 
 
 def test_one_that_fails_at_its_end_is_missed(tmp_path: Path) -> None:
@@ -268,7 +227,7 @@ def test_one_that_fails_at_its_end_is_missed(tmp_path: Path) -> None:
             if rank == 0:
                 raise OutputError("the disk is full", "")
 
-    assert together(2, work, tmp_path) == [REFUSED, REFUSED]
+    assert run_ranks(2, work, tmp_path) == [REFUSED, REFUSED]
     assert "RankError: another process of the run has ended" in (tmp_path / "1").read_text()
 
 
@@ -287,7 +246,7 @@ def test_one_that_fails_ends_others_that_notice_nothing(
             time.sleep(20)
 
     began = time.monotonic()
-    assert together(3, work, tmp_path) == [pulse.EXIT_CODE, REFUSED, pulse.EXIT_CODE]
+    assert run_ranks(3, work, tmp_path) == [pulse.EXIT_CODE, REFUSED, pulse.EXIT_CODE]
     assert time.monotonic() - began < 15
     told = capfd.readouterr().err
     for rank in (0, 2):
@@ -306,7 +265,7 @@ def test_after_a_run_in_which_all_failed_comes_another(tmp_path: Path, monkeypat
             time.sleep(1.5)
             assert ranks.total(1) == [2]
 
-    assert together(2, work, tmp_path) == [0, 0]
+    assert run_ranks(2, work, tmp_path) == [0, 0]
 
 
 def test_a_group_without_the_cpu_is_refused(tmp_path: Path) -> None:
@@ -315,7 +274,7 @@ def test_a_group_without_the_cpu_is_refused(tmp_path: Path) -> None:
         with joined():
             pass
 
-    assert together(2, work, tmp_path) == [REFUSED, REFUSED]
+    assert run_ranks(2, work, tmp_path) == [REFUSED, REFUSED]
     assert "SettingsError: the program's group of processes has no backend for the CPU" in (tmp_path / "0").read_text()
 
 
@@ -333,6 +292,6 @@ def test_each_has_its_part_of_what_is_held_out_and_of_the_rest(sequences: int, h
 
 
 def test_more_processes_than_windows_are_refused(tmp_path: Path, run: Callable[..., RunReport]) -> None:
-    assert set(together(7, lambda _: run("out"), tmp_path)) == {REFUSED}
+    assert set(run_ranks(7, lambda _: run("out"), tmp_path)) == {REFUSED}
     assert (tmp_path / "0").read_text() == "SettingsError: 7 processes for 6 calibration windows"
     assert not (tmp_path / "out").exists()

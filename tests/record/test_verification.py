@@ -22,7 +22,7 @@ from llm_barber.errors import BarberError, ModelError, OutputError, Verification
 from llm_barber.run import stream as run_module
 from llm_barber.runtime.load import load
 from tests.conftest import Listener, change_json, make_model, save_tokens
-from tests.evaluation.test_evaluate import add_tokenizer
+from tests.helpers.text import add_tokenizer
 
 SETTINGS: dict[str, Any] = {"initial": "wanda", "report": False, "dtype": "float32"}
 

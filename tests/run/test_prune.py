@@ -15,11 +15,12 @@ from llm_barber.checkpoint import hub
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.loading.opening import load_config
-from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
+from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.pattern import NofM, Unstructured, parse_pattern
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.runtime.load import load
-from tests.checkpoint.test_source import shard
 from tests.conftest import FAMILIES, Listener, bits, change_json, load_model, make_model, read_folder, save_tokens
+from tests.helpers.shards import split_in_two_shards
 
 LINEARS = {linear for architecture in ARCHITECTURES.values() for linear in architecture.linears}
 
@@ -115,7 +116,7 @@ def test_loads_everywhere_with_the_same_logits(tmp_path: Path, tokens: Path, fam
 def test_sharded_and_unprefixed_checkpoints_give_the_same_weights(tmp_path: Path, tokens: Path) -> None:
     model = make_model(tmp_path / "dense", "opt")
     run(model, tmp_path / "one", tokens, rebuild_ratio=0.5)
-    shard(model)
+    split_in_two_shards(model)
     run(model, tmp_path / "two", tokens, rebuild_ratio=0.5)
     tensors = read_folder(model)
     for path in (*model.glob("*.safetensors"), model / "model.safetensors.index.json"):

@@ -16,15 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_barber import PruneConfig, RebuildConfig, RunReport, prune, rebuild
-from llm_barber.checkpoint import state as state_module
+from llm_barber import PruneConfig, RebuildConfig, prune, rebuild
+from llm_barber.checkpoint import activations as activations_module
+from llm_barber.checkpoint import durable as durable_module
 from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
-from llm_barber.checkpoint.digests import with_digest
+from llm_barber.checkpoint.digests import files_key, with_digest
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, files_key, read_state
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, read_state
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
 from llm_barber.progress import Silent
@@ -33,69 +34,12 @@ from llm_barber.run import stream as run_module
 from llm_barber.run.dry_run import Plan, plan
 from llm_barber.settings.presets import REVISIONS, Preset
 from tests.conftest import Listener, make_model, save_tokens
-from tests.soak.children import KILLED, die_at
-
-SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
+from tests.helpers.runs import SETTINGS, read_untimed_files, read_untimed_record, run, run_killed_at, run_stopped
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return make_model(tmp_path / "dense", "llama", num_hidden_layers=3)
-
-
-def run(model: Path, out: Path, tokens: Path, **settings: Any) -> RunReport:
-    return prune(PruneConfig(model=model, output=out, calibration=tokens, **{**SETTINGS, **settings}))
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    """Every file but those with times in them."""
-    timed = ("barber.json", "README.md")
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in timed}
-
-
-def without_times(folder: Path) -> dict[str, Any]:
-    record = json.loads((folder / "barber.json").read_text())
-    for layer in record["layers"]:
-        layer.pop("seconds")
-    return {
-        name: value
-        for name, value in record.items()
-        if name not in ("seconds", "peak_memory", "output", "settings", "digest")
-    }
-
-
-def killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), **settings: Any) -> bool:
-    """Run in a process that dies, as by kill -9, just before its file operation of that number; False: it finished.
-
-    Of a file that was to become durable then, half is there. In `computed` there are the layers that it began, with a
-    minus those that it went through once more.
-    """
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        die_at(number)
-        prune_layer, pass_layer = run_module.prune_layer, resuming_module.pass_layer
-
-        def noted(job: Any, index: int, *rest: Any) -> Any:
-            with computed.open("a") as file:
-                file.write(f"{index}\n")
-            return prune_layer(job, index, *rest)
-
-        def noted_pass(job: Any, result: Any, *rest: Any) -> Any:
-            with computed.open("a") as file:
-                file.write(f"-{result.index}\n")
-            return pass_layer(job, result, *rest)
-
-        run_module.prune_layer, resuming_module.pass_layer = noted, noted_pass
-        computed.write_text("")
-        try:
-            run(*arguments, **settings)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, KILLED)
-    return status == KILLED
 
 
 MASK_ALONE: dict[str, Any] = {"initial": "sparsegpt", "rebuild": False, "pattern": "2:4"}
@@ -116,7 +60,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     run(model, tmp_path / "whole", tokens, **settings)
     kills, reached, passes = 0, 0, 0
     for number in range(1, 200, 3):  # each on top of what the earlier ones left
-        killed = killed_at(
+        killed = run_killed_at(
             number, model, tmp_path / "out", tokens, computed=tmp_path / "computed", resume=True, **settings
         )
         lines = (tmp_path / "computed").read_text().split()
@@ -138,28 +82,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert (passes > 0) is ("rebuild" not in settings)
     assert reached == 2
     left = {STATE_NAME, STATE_BEFORE, "llm-barber.lock"}
-    assert weights(tmp_path / "out").keys() - left == weights(tmp_path / "whole").keys()
-    assert {name: weights(tmp_path / "out")[name] for name in weights(tmp_path / "whole")} == weights(
-        tmp_path / "whole"
-    )
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
-
-
-def stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, **settings: Any) -> None:
-    """Run until some layers are finished, then fail."""
-    whole, done = run_module.prune_layer, 0
-
-    def stop(*values: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done > layers:
-            raise KeyboardInterrupt
-        return whole(*values)
-
-    monkeypatch.setattr(run_module, "prune_layer", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(*arguments, **settings)
-    monkeypatch.undo()
+    whole, resumed = read_untimed_files(tmp_path / "whole"), read_untimed_files(tmp_path / "out")
+    assert resumed.keys() - left == whole.keys()
+    assert {name: resumed[name] for name in whole} == whole
+    assert read_untimed_record(tmp_path / "out") == read_untimed_record(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -180,13 +106,13 @@ def test_what_a_default_says_may_be_given(
     written_out: dict[str, Any],
     same: bool,
 ) -> None:
-    stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
     (other,) = written_out
     with nullcontext() if same else pytest.raises(OutputError, match=f"started with another {other}"):
         run(model, tmp_path / "out", tokens, resume=True, **settings, **written_out)
     if same:
         run(model, tmp_path / "whole", tokens, **settings)
-        assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+        assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, index: Callable[[Any], int]) -> list[int]:
@@ -226,22 +152,22 @@ def goes_on(
     run(model, folder / "out", tokens, resume=True, **settings)
     assert found == computed
     assert through == list(passed)
-    assert weights(folder / "out") == weights(folder / "whole")
+    assert read_untimed_files(folder / "out") == read_untimed_files(folder / "whole")
 
 
 def test_only_what_is_missing_is_computed(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     found = counted_layers(monkeypatch)
     report = run(model, tmp_path / "out", tokens, resume=True)
     assert found == [2]
     assert report.seconds["total"] >= sum(layer.seconds for layer in report.layers) > 0
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
     run(model, tmp_path / "fresh", tokens, resume=True)  # nothing to go on with: it starts
-    assert weights(tmp_path / "fresh") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "fresh") == read_untimed_files(tmp_path / "whole")
 
 
 def test_the_seconds_of_an_allocation_are_kept_before_the_first_layer_is_finished(
@@ -254,7 +180,7 @@ def test_the_seconds_of_an_allocation_are_kept_before_the_first_layer_is_finishe
         return whole(*values)
 
     monkeypatch.setattr(run_module, "allocate", slow)
-    stopped(monkeypatch, model, tmp_path / "out", tokens, layers=0)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=0)
     kept = json.loads((tmp_path / "out.partial" / STATE_NAME).read_text())["seconds"]
     assert kept["total"] >= kept["allocate"] >= 0.5
     seconds = run(model, tmp_path / "out", tokens, resume=True).seconds
@@ -280,7 +206,7 @@ class Steps(Silent):
 def test_finished_layers_are_no_steps_of_the_run_that_goes_on(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     told = Steps()
     prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **SETTINGS, resume=True), told)
     assert told.stages[-1] == ("pruning", 3, 2)
@@ -294,7 +220,7 @@ def test_a_damaged_file_of_activations_costs_one_pass_through_a_layer(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     run(model, tmp_path / "whole", tokens, **settings)
-    stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
     newest = max((tmp_path / "out.partial").glob("activations-*"))
     newest.write_bytes(newest.read_bytes()[:-1])
     goes_on(monkeypatch, tmp_path, model, tokens, [2], [1], **settings)
@@ -307,12 +233,12 @@ def test_the_dense_stream_goes_through_a_finished_layer_in_the_same_batches(
     settings = {"initial": "wanda", "refine": "swaps", "reconstruct": "least-squares"}
     jamba = make_model(tmp_path / "jamba", "jamba")
     run(jamba, tmp_path / "whole", tokens, **settings)
-    stopped(monkeypatch, jamba, tmp_path / "out", tokens, layers=1, **settings)
+    run_stopped(monkeypatch, jamba, tmp_path / "out", tokens, layers=1, **settings)
     next((tmp_path / "out.partial").glob("activations-*")).unlink()
     found = passed_layers(monkeypatch)
     run(jamba, tmp_path / "out", tokens, resume=True, **settings)
     assert found == [0]
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("initial", ["sparsegpt", "alps"])
@@ -322,7 +248,7 @@ def test_layers_whose_output_cannot_be_made_again_are_pruned_again(
     """Updated weights made it, and dense ones are written."""
     settings = {**MASK_ALONE, "initial": initial}
     run(model, tmp_path / "whole", tokens, **settings)
-    stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
     newest = max((tmp_path / "out.partial").glob("activations-*"))
     newest.unlink()
     goes_on(monkeypatch, tmp_path, model, tokens, [1, 2], **settings)
@@ -331,7 +257,7 @@ def test_layers_whose_output_cannot_be_made_again_are_pruned_again(
         shutil.rmtree(tmp_path / "whole")
         run(model, tmp_path / "whole", tokens, **{**settings, **kept})
         shutil.rmtree(tmp_path / "out")
-        stopped(monkeypatch, model, tmp_path / "out", tokens, **{**settings, **kept})
+        run_stopped(monkeypatch, model, tmp_path / "out", tokens, **{**settings, **kept})
         max((tmp_path / "out.partial").glob("activations-*")).unlink()
         goes_on(monkeypatch, tmp_path, model, tokens, [2], [1], **{**settings, **kept})
         monkeypatch.undo()
@@ -342,7 +268,7 @@ def test_a_damaged_state_costs_one_pass_through_a_layer(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     state = tmp_path / "out.partial" / STATE_NAME
     if lost == "cut":
         state.write_bytes(state.read_bytes()[:-1])
@@ -365,7 +291,7 @@ def test_a_changed_digit_in_the_state_is_noticed(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     edit_sparsity(tmp_path / "out.partial" / STATE_NAME)
     edit_both = tmp_path / "both.partial"
     shutil.copytree(tmp_path / "out.partial", edit_both)
@@ -382,7 +308,7 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_counts_as_damaged(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
     run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     path = tmp_path / "out.partial" / name
     path.unlink()
     if kind == "pipe":
@@ -396,7 +322,7 @@ def test_an_edited_version_of_the_state_is_noticed(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     state = tmp_path / "out.partial" / STATE_NAME
     content = json.loads(state.read_text())
     state.write_text(json.dumps({**content, "version": 5}))
@@ -406,7 +332,7 @@ def test_an_edited_version_of_the_state_is_noticed(
 def test_a_shard_that_the_state_miscounts_is_noticed(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     work = tmp_path / "out.partial"
     for state in (work / STATE_NAME, work / STATE_BEFORE):
         content = json.loads(state.read_text())
@@ -423,7 +349,7 @@ def test_a_kill_after_a_damaged_state_was_taken_up(
 ) -> None:
     """Whenever the next state is written, a whole one stays."""
     run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -443,11 +369,11 @@ def test_without_any_state_it_starts_again_and_says_so(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     for name in (STATE_NAME, STATE_BEFORE):
         (tmp_path / "out.partial" / name).unlink()
     warnings = warnings_of_resumed(model, tmp_path / "out", tokens)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
     assert [one for one in warnings if one.startswith("state.json of the unfinished run is damaged or missing: 0")]
 
 
@@ -456,7 +382,7 @@ def test_with_the_first_layer_damaged_it_starts_again(
 ) -> None:
     settings: dict[str, Any] = {"initial": "wanda", "rebuild": False}  # no allocation, which would stay
     run(model, tmp_path / "whole", tokens, **settings)
-    stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
     _, first = sorted((tmp_path / "out.partial").glob("model-*"))
     damage(first)
     goes_on(monkeypatch, tmp_path, model, tokens, [0, 1, 2], **settings)
@@ -468,7 +394,7 @@ def test_what_is_written_already_needs_no_room_again(
 ) -> None:
     """A packed shard stands for its unpacked bytes: the rest is counted unpacked."""
     run(model, tmp_path / "whole", tokens, format=format)
-    stopped(monkeypatch, model, tmp_path / "out", tokens, format=format)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, format=format)
     written = sum(path.stat().st_size for path in (tmp_path / "out.partial").glob("*model*.safetensors"))
     if format == "packed":
         packed, written = written, sum(shard.bytes for shard in read_state(tmp_path / "out.partial").shards.values())
@@ -486,7 +412,7 @@ def test_what_is_written_already_needs_no_room_again(
 def test_a_model_that_was_written_since_is_told_of(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     os.utime(model / "model.safetensors", ns=(1, 1))
     warnings = warnings_of_resumed(model, tmp_path / "out", tokens)
     assert [one for one in warnings if one.startswith("model.safetensors of the model came here since")]
@@ -506,7 +432,7 @@ def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: p
 
 def test_a_full_disk_is_told_of_by_whoever_writes_no_model(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match="the disk of /any is full, where activations go") as caught,
+        pytest.raises(OutputError, match="the disk of /any is full; activations") as caught,
         Follower(tmp_path),
     ):
         raise OSError(errno.ENOSPC, "No space left on device", "/any")
@@ -530,7 +456,7 @@ def test_only_layers_from_the_damage_on_are_pruned_again(
 ) -> None:
     """To what is before it, and whole, the streams go from the first layer on."""
     run(model, tmp_path / "whole", tokens, **settings)
-    stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
     lost = [one for start in damaged for one in sorted((tmp_path / "out.partial").glob(f"{start}*"))]
     for one in lost:
         damage(one)
@@ -538,7 +464,7 @@ def test_only_layers_from_the_damage_on_are_pruned_again(
     warnings = warnings_of_resumed(model, tmp_path / "out", tokens, **settings)
     assert found == list(range(finished, 3))
     assert through == list(range(finished))
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
     (message,) = (one for one in warnings if f"damaged or missing: {finished} finished layers" in one)
     assert lost[0].name in message
 
@@ -581,8 +507,8 @@ def test_activations_are_written_while_the_next_layer_is_computed(
         patch.setattr(writer_module, "save_activations", slow)
         patch.setattr(run_module, "prune_layer", noted)
         run(model, tmp_path / "out", tokens)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-    stopped(monkeypatch, model, tmp_path / "again", tokens)
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
+    run_stopped(monkeypatch, model, tmp_path / "again", tokens)
     for layers, content in kept.items():
         assert (tmp_path / "again.partial" / f"activations-{layers:05d}.safetensors").read_bytes() == content
     assert kept.keys() == {1, 2}
@@ -595,7 +521,7 @@ def test_activations_may_take_longer_to_write_than_the_next_layer_to_compute(
     run(model, tmp_path / "whole", tokens)
     finished, sync, finish = (
         [threading.Event() for _ in range(4)],
-        state_module.sync_file,
+        activations_module.sync_file,
         CheckpointWriter.finish_layer,
     )
 
@@ -610,10 +536,10 @@ def test_activations_may_take_longer_to_write_than_the_next_layer_to_compute(
         finished[len(self.state.layers)].set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(state_module, "sync_file", slow)
+        patch.setattr(activations_module, "sync_file", slow)
         patch.setattr(CheckpointWriter, "finish_layer", noted)
         run(model, tmp_path / "out", tokens)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
 
 
 def test_a_damaged_shard_costs_what_it_held(
@@ -621,7 +547,7 @@ def test_a_damaged_shard_costs_what_it_held(
 ) -> None:
     """The last layer's is pruned again; what is outside the layers is copied again, even with all layers finished."""
     run(model, tmp_path / "whole", tokens)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     outside, *layers = sorted((tmp_path / "out.partial").glob("model-*"))
     assert len(layers) == 2
     damage(outside)
@@ -644,7 +570,7 @@ def test_a_damaged_shard_costs_what_it_held(
         assert again == computed
     monkeypatch.undo()
     run(model, tmp_path / "late", tokens, resume=True)
-    assert weights(tmp_path / "late") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "late") == read_untimed_files(tmp_path / "whole")
 
 
 def test_an_allocation_is_not_made_twice(
@@ -652,16 +578,16 @@ def test_an_allocation_is_not_made_twice(
 ) -> None:
     settings: dict[str, Any] = {"preset": "mask"}
     run(model, tmp_path / "whole", tokens, **settings)
-    stopped(monkeypatch, model, tmp_path / "out", tokens, layers=0, **settings)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=0, **settings)
     monkeypatch.setattr("llm_barber.run.stream.allocate", None)
     run(model, tmp_path / "out", tokens, resume=True, **settings)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
 
 
 def test_the_model_may_go_by_another_name(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     monkeypatch.chdir(model.parent)
     found = counted_layers(monkeypatch)
     same = {"bos": False, "samples": 99, "seed": 5}  # which the tokens do not depend on
@@ -672,7 +598,7 @@ def test_the_model_may_go_by_another_name(
 def test_what_the_preset_says_may_be_given(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     found = counted_layers(monkeypatch)
     run(model, tmp_path / "out", tokens, resume=True, preset="mask", refine="tune", initial="wanda", allocation="loss")
     assert found == [2]
@@ -682,7 +608,7 @@ def test_the_same_tokens_in_other_windows_are_refused(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=4)
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     ids = load_file(tokens)["input_ids"]
     save_file({"input_ids": ids.reshape(8, -1)}, tmp_path / "other.safetensors")
     with pytest.raises(OutputError, match="another calibration text$"):
@@ -693,7 +619,7 @@ def test_refuses_what_it_cannot_go_on_with(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    stopped(monkeypatch, model, out, tokens)
+    run_stopped(monkeypatch, model, out, tokens)
     with pytest.raises(OutputError, match="unfinished run with 2 finished layers") as caught:
         run(model, out, tokens)
     assert "--resume" in caught.value.hint
@@ -730,14 +656,14 @@ def test_a_full_disk_and_a_lost_source_leave_what_is_finished(
 ) -> None:
     out = tmp_path / "out"
     run(model, tmp_path / "whole", tokens)
-    save = state_module.save_file
+    save = durable_module.save_file
 
     def full(tensors: Any, path: Path, *rest: Any) -> None:
         if path.name.startswith("activations-00001"):  # while the second layer is computed
             raise OSError(28, "No space left on device")
         save(tensors, path, *rest)
 
-    monkeypatch.setattr(state_module, "save_file", full)
+    monkeypatch.setattr(durable_module, "save_file", full)
     with pytest.raises(OutputError, match="disk of .* is full") as caught:
         run(model, out, tokens)
     assert "--resume" in caught.value.hint
@@ -763,7 +689,7 @@ def test_a_full_disk_and_a_lost_source_leave_what_is_finished(
     monkeypatch.undo()
     (tmp_path / "elsewhere").rename(model / "model.safetensors")
     run(model, tmp_path / "again", tokens, resume=True)
-    assert weights(tmp_path / "again") == weights(out)
+    assert read_untimed_files(tmp_path / "again") == read_untimed_files(out)
 
 
 def test_rebuild_goes_on_too_and_notices_another_pruned_model(
@@ -783,7 +709,7 @@ def test_rebuild_goes_on_too_and_notices_another_pruned_model(
     with pytest.raises(OutputError, match="another pruned model's files"):
         rebuild(RebuildConfig(output=tmp_path / "out", resume=True, **settings | {"pruned": tmp_path / "other"}))
     rebuild(RebuildConfig(output=tmp_path / "out", resume=True, **settings))
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
 
 
 def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:
@@ -800,13 +726,13 @@ def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens
     """All that was left to do is to remove the state and the lock."""
     settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
     report = prune(PruneConfig(**settings))
-    before = weights(tmp_path / "out")
+    before = read_untimed_files(tmp_path / "out")
     for name in (STATE_NAME, STATE_BEFORE, "llm-barber.lock"):
         (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(OutputError, match="exists"):
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))  # another run
     assert prune(PruneConfig(**settings, resume=True)) == report
-    assert weights(tmp_path / "out") == before
+    assert read_untimed_files(tmp_path / "out") == before
     assert prune(PruneConfig(**settings, resume=True)) == report  # a finished job, queued again
     with pytest.raises(OutputError, match="exists"):
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))
@@ -848,9 +774,9 @@ def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, 
 def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(monkeypatch, model, tmp_path / "out", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     (tmp_path / "out.partial" / STATE_NAME).write_text("{")  # the state before is taken
-    before = weights(tmp_path / "out.partial")
+    before = read_untimed_files(tmp_path / "out.partial")
 
     def planned(**settings: Any) -> Plan:
         given = {**SETTINGS, "model": model, "output": tmp_path / "out", "calibration": tokens, **settings}
@@ -869,7 +795,7 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
     with pytest.raises(OutputError, match="started with another target_mix"):
         planned(resume=True, target_mix=0.75)
     assert planned(resume=True, target_mix=0.5).finished_layers == 2
-    assert weights(tmp_path / "out.partial") == before
+    assert read_untimed_files(tmp_path / "out.partial") == before
     run(model, tmp_path / "out", tokens, resume=True)
     assert planned(resume=True).finished_layers == 3
     with pytest.raises(OutputError, match="exists"):

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from llm_barber.comparison.settings import CompareConfig
 from llm_barber.errors import SettingsError
-from llm_barber.planning.plan_config import PlanConfig
 from llm_barber.settings.checked import Settings
+from llm_barber.settings.compare import CompareConfig
+from llm_barber.settings.copies import ConvertConfig
+from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
-from llm_barber.tools.convert import ConvertConfig
 
 PRUNE = {"model": "m", "output": "o"}
 REBUILD = {"dense": "d", "pruned": "p", "output": "o"}

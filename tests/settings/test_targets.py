@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, RunReport, inspect, prune, rebuild
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.masking.pattern import NofM, Unstructured, holds, parse_pattern
-from llm_barber.planning.forecast import forecast
-from llm_barber.planning.plan_config import PlanConfig
+from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.pattern import NofM, Unstructured, parse_pattern
+from llm_barber.planning.plan import plan as forecast
 from llm_barber.progress import Silent
 from llm_barber.run.dry_run import plan
+from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.targets import EXAMPLE, Targets, parse_target, read_targets
 from tests.conftest import bits, make_model, read_folder, save_tokens
 

@@ -13,7 +13,7 @@ import torch
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, pack, prune, rebuild, unpack
 from llm_barber.checkpoint.digests import with_digest
 from tests.conftest import Listener, make_model, save_tokens
-from tests.evaluation.test_evaluate import add_tokenizer
+from tests.helpers.text import add_tokenizer
 from tests.soak.children import Fault, Outcome, run
 from tests.soak.damage import damage, edit_json
 

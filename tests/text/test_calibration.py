@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -10,12 +9,7 @@ from safetensors.torch import save_file
 
 from llm_barber.errors import CalibrationError, HubError
 from llm_barber.text.calibration import load_calibration, read_text
-from tests.text.test_windows import WithBos
-
-
-def characters(text: str, add_special_tokens: bool = True) -> SimpleNamespace:
-    """A tokenizer with one token a character."""
-    return SimpleNamespace(input_ids=[ord(character) for character in text])
+from tests.helpers.text import CharacterTokenizer, tokenize_characters
 
 
 @pytest.fixture
@@ -26,39 +20,39 @@ def text(tmp_path: Path) -> str:
 
 
 def test_windows_are_seeded_distinct_and_contiguous(text: str) -> None:
-    one = load_calibration(text, lambda: characters, samples=6, seqlen=7, seed=0).input_ids
+    one = load_calibration(text, lambda: tokenize_characters, samples=6, seqlen=7, seed=0).input_ids
     assert one.shape == (6, 7)
     assert one.dtype == torch.int64
     assert (one.diff(dim=1) == 1).all()
     assert sorted((one[:, 0] - 65).tolist()) == sorted(set((one[:, 0] - 65).tolist()))
     assert all(start % 7 == 0 for start in (one[:, 0] - 65).tolist())
-    assert torch.equal(one, load_calibration(text, lambda: characters, 6, 7, 0).input_ids)
-    assert not torch.equal(one, load_calibration(text, lambda: characters, 6, 7, 1).input_ids)
+    assert torch.equal(one, load_calibration(text, lambda: tokenize_characters, 6, 7, 0).input_ids)
+    assert not torch.equal(one, load_calibration(text, lambda: tokenize_characters, 6, 7, 1).input_ids)
 
 
 def test_windows_begin_with_bos_where_texts_do(text: str) -> None:
-    windows = load_calibration(text, WithBos, 6, 7, 0).input_ids
+    windows = load_calibration(text, lambda: CharacterTokenizer((1,)), 6, 7, 0).input_ids
     assert windows.shape == (6, 7)
     assert (windows[:, 0] == 1).all()
     assert (windows[:, 1:].diff(dim=1) == 1).all()
-    without = load_calibration(text, WithBos, 7, 7, 0, bos=False).input_ids
+    without = load_calibration(text, lambda: CharacterTokenizer((1,)), 7, 7, 0, bos=False).input_ids
     assert (without == 1).sum() == 1  # the text's
-    assert load_calibration(text, WithBos, 6, 7, 0).first_token == 1
-    assert load_calibration(text, WithBos, 7, 7, 0, bos=False).first_token is None
+    assert load_calibration(text, lambda: CharacterTokenizer((1,)), 6, 7, 0).first_token == 1
+    assert load_calibration(text, lambda: CharacterTokenizer((1,)), 7, 7, 0, bos=False).first_token is None
 
 
 def test_digest_is_of_the_tokens(text: str) -> None:
-    tokens = load_calibration(text, lambda: characters, 6, 7, 0)
-    assert tokens.digest == load_calibration(text, lambda: characters, 6, 7, 0).digest
-    assert tokens.digest != load_calibration(text, lambda: characters, 6, 7, 1).digest
+    tokens = load_calibration(text, lambda: tokenize_characters, 6, 7, 0)
+    assert tokens.digest == load_calibration(text, lambda: tokenize_characters, 6, 7, 0).digest
+    assert tokens.digest != load_calibration(text, lambda: tokenize_characters, 6, 7, 1).digest
 
 
 def test_too_short_says_how_much_there_is(text: str) -> None:
     with pytest.raises(CalibrationError, match="has 50 tokens, 7 windows of 7; 8 are needed") as caught:
-        load_calibration(text, lambda: characters, 8, 7, 0)
+        load_calibration(text, lambda: tokenize_characters, 8, 7, 0)
     assert "--samples 7" in caught.value.hint
     with pytest.raises(CalibrationError, match="0 windows of 51") as caught:
-        load_calibration(text, lambda: characters, 1, 51, 0)
+        load_calibration(text, lambda: tokenize_characters, 1, 51, 0)
     assert "--seqlen of 50" in caught.value.hint
 
 
@@ -89,7 +83,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(CalibrationError, match=message):
-        load_calibration(str(path), lambda: characters, 1, 1, 0)
+        load_calibration(str(path), lambda: tokenize_characters, 1, 1, 0)
 
 
 def test_parquet_without_text(tmp_path: Path) -> None:
@@ -162,7 +156,7 @@ def test_hub_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_text_and_parquet_of_numbers(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(CalibrationError, match="has 0 tokens") as caught:
-        load_calibration(str(tmp_path / "empty.txt"), lambda: characters, 1, 4, 0)
+        load_calibration(str(tmp_path / "empty.txt"), lambda: tokenize_characters, 1, 4, 0)
     assert caught.value.hint == "use a longer text"
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "n.parquet")
     with pytest.raises(CalibrationError, match="not of strings"):

@@ -1,26 +1,14 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from llm_barber.text.windows import beginning_of_texts, cut, windows_of
-
-
-class WithBos:
-    """A tokenizer with one token a character, that puts some in front of texts, and one behind."""
-
-    def __init__(self, beginning: tuple[int, ...] = (1,), end: tuple[int, ...] = ()) -> None:
-        self.beginning, self.end = beginning, end
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
-        own = [ord(character) for character in text]
-        return SimpleNamespace(input_ids=[*self.beginning, *own, *self.end] if add_special_tokens else own)
+from tests.helpers.text import CharacterTokenizer
 
 
 @pytest.mark.parametrize("beginning", [(), (1,), (1, 7)])
 @pytest.mark.parametrize("end", [(), (1,)])
 def test_what_texts_begin_with(beginning: tuple[int, ...], end: tuple[int, ...]) -> None:
-    assert beginning_of_texts(WithBos(beginning, end)) == beginning
+    assert beginning_of_texts(CharacterTokenizer(beginning, end)) == beginning
 
 
 @pytest.mark.parametrize(
@@ -43,7 +31,7 @@ def test_too_short_a_text_has_none() -> None:
 
 
 def test_windows_of_a_text() -> None:
-    windows, tokens = windows_of("ABCD", WithBos(), 3, bos=True)
+    windows, tokens = windows_of("ABCD", CharacterTokenizer((1,)), 3, bos=True)
     assert (windows.tolist(), tokens) == ([[1, 65, 66], [1, 67, 68]], 5)
-    windows, tokens = windows_of("ABCD", WithBos(), 3, bos=False)
+    windows, tokens = windows_of("ABCD", CharacterTokenizer((1,)), 3, bos=False)
     assert (windows.tolist(), tokens) == ([[1, 65, 66]], 5)

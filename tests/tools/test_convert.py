@@ -10,7 +10,8 @@ import torch
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, ConvertConfig, convert
+from llm_barber.settings.copies import ConvertConfig
+from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, convert
 from tests.conftest import read_folder
 
 

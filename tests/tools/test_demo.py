@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_barber import PruneConfig, prune
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError
-from llm_barber.tools.demo import METHODS, PACKAGE_REQUIREMENT, DemoConfig, demo, demo_model
+from llm_barber.settings.demo import DemoConfig
+from llm_barber.tools.demo import METHODS, PACKAGE_REQUIREMENT, demo, demo_model
 
 try:
     GGUF = demo_model()

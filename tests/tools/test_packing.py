@@ -18,7 +18,7 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError, SettingsError
 from llm_barber.runtime.load import load
 from tests.conftest import make_model, save_tokens
-from tests.evaluation.test_evaluate import add_tokenizer
+from tests.helpers.text import add_tokenizer
 
 
 @pytest.fixture

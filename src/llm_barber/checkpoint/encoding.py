@@ -2,7 +2,7 @@
 
 `bitmask`: one bit a weight says whether it is kept. `2:4` and `4:8`: every group of M consecutive weights keeps exactly
 N (one that kept fewer keeps zeros, too), and a number says which: 3 bits for the 6 ways to keep 2 of 4, 7 bits for the
-70 ways to keep 4 of 8. Kept is what is not +0.0. docs/packed-format.md has it for other readers.
+70 ways to keep 4 of 8. Kept is what is not +0.0. docs/reference/packed-format.md has it for other readers.
 """
 
 import itertools

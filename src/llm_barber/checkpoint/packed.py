@@ -1,4 +1,6 @@
-"""A packed checkpoint on disk (docs/packed-format.md): shards with packed weights, and an index. Read as hostile input.
+"""A packed checkpoint on disk (docs/reference/packed-format.md): shards with packed weights, and an index.
+
+It is read as hostile input.
 
 A packed weight is two tensors, its kept values and their places (`encoding.py`); the shard's metadata has a table with
 the shape and encoding of each. The names are such that no other program takes the folder for a model.

@@ -34,7 +34,7 @@ def inspect(
     """
     from llm_barber.cli.console import ConsoleProgress, show_inspection
     from llm_barber.errors import VerificationError
-    from llm_barber.tools.inspection import InspectConfig
+    from llm_barber.settings.inspect import InspectConfig
     from llm_barber.tools.inspection import inspect as run
 
     with ConsoleProgress(quiet) as progress:
@@ -67,7 +67,7 @@ def pack(
 
     inspect and evaluate read PACKED; other programs need it unpacked.
     """
-    from llm_barber.tools.packing import PackConfig
+    from llm_barber.settings.copies import PackConfig
     from llm_barber.tools.packing import pack as run
 
     _run_packing(run, PackConfig(model=model, output=output, **settings), json, quiet)
@@ -84,7 +84,7 @@ def unpack(
     **settings: Any,
 ) -> None:
     """Write the files that were packed, bit for bit."""
-    from llm_barber.tools.packing import PackConfig
+    from llm_barber.settings.copies import PackConfig
     from llm_barber.tools.packing import unpack as run
 
     _run_packing(run, PackConfig(model=model, output=output, **settings), json, quiet)
@@ -105,7 +105,7 @@ def convert(
     The other commands do not read pickles.
     """
     from llm_barber.cli.console import ConsoleProgress
-    from llm_barber.tools.convert import ConvertConfig
+    from llm_barber.settings.copies import ConvertConfig
     from llm_barber.tools.convert import convert as run
 
     with ConsoleProgress(quiet) as progress:

@@ -80,9 +80,9 @@ def evaluate(
     'llm-barber\\[eval]'). Both are computed one decoder layer at a time.
     """
     from llm_barber.cli.console import ConsoleProgress, show_evaluation
-    from llm_barber.evaluation.evaluate import EvaluateConfig
     from llm_barber.evaluation.evaluate import evaluate as run
     from llm_barber.page.write import keep_with_model
+    from llm_barber.settings.evaluate import EvaluateConfig
 
     settings |= {"text": text or None, "tasks": names(settings.get("tasks"))}
     config = EvaluateConfig(model=model, against=against, seqlen=seqlen, bos=bos, **settings)
@@ -162,8 +162,8 @@ def compare(
     """
     from llm_barber.cli.console import ConsoleProgress, show_comparison
     from llm_barber.comparison.compare import compare as run
-    from llm_barber.comparison.settings import CompareConfig
     from llm_barber.errors import ModelError
+    from llm_barber.settings.compare import CompareConfig
 
     settings |= {"text": text or None, "tasks": names(settings.get("tasks"))}
     settings |= {"methods": names(methods), "targets": names(targets), "seeds": names(seeds)}

@@ -125,7 +125,7 @@ def demo(
 ) -> None:
     """Prune a real model of 135M weights to 50 % in four ways, and show what each does to it."""
     from llm_barber.cli.console import ConsoleProgress, show_demo
-    from llm_barber.tools.demo import DemoConfig
+    from llm_barber.settings.demo import DemoConfig
     from llm_barber.tools.demo import demo as run
 
     config = DemoConfig(output=output, model=model, windows=windows, prompt=prompt, **settings)

@@ -10,12 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from llm_barber.checkpoint.folder import locked, own_folder
+from llm_barber.checkpoint.durable import save_tensors
+from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import save_tensors
 from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.planned import Cell, cell_key, cell_settings, plan_cells, with_tasks
-from llm_barber.comparison.settings import CompareConfig, Method
 from llm_barber.errors import BarberError, SettingsError
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.evaluation.tasks import find_tasks
@@ -24,8 +23,10 @@ from llm_barber.loading.opening import load_tokenizer
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
+from llm_barber.settings.compare import CompareConfig, Method
 from llm_barber.settings.prune import PruneConfig
-from llm_barber.text.calibration import TOKEN_FILE_SUFFIX, load_calibration, token_shape
+from llm_barber.text.calibration import load_calibration, token_shape
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import beginning_of_texts
 from llm_barber.usage import versions
 
@@ -95,7 +96,7 @@ def compare(
     find_tasks(config.tasks, config.tasks_folder, config.limit)
     for name in config.evaluation(folder).texts:
         check_text(name)
-    own_folder(config.output, MARKER, "made by `llm-barber compare`, which keeps finished cells here and goes on")
+    claim_folder(config.output, MARKER, "made by `llm-barber compare`, which keeps finished cells here and goes on")
     with locked(config.output / MARKER):
         runner = make_runner(config, folder, progress, evaluator)
         cells = list(plan_cells(config))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llm_barber.comparison.settings import CompareConfig, Method, target_settings
+from llm_barber.settings.compare import CompareConfig, Method, target_settings
 from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from llm_barber.comparison.compare import Comparison, ComparisonCell
-from llm_barber.comparison.settings import Method
 from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.settings.compare import Method
 
 TITLES = {
     Method.MAGNITUDE: "magnitude",

@@ -3,11 +3,10 @@
 import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llm_barber.errors import ModelError
@@ -17,38 +16,12 @@ from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.loading.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings.base import DTYPES, Dtype, StructureSettings
+from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.calibration import read_text
 from llm_barber.text.windows import beginning_of_texts, tokens_of
 from llm_barber.usage import versions
 
 SAMPLE_CHARACTERS = 5000  # of a text that both tokenizers are tried on
-
-
-class EvaluateConfig(StructureSettings):
-    """Settings of `evaluate`."""
-
-    model: str = Field(description="folder, hub id or GGUF file")
-    against: str | None = Field(None, description="another model, usually the dense one, to compare with")
-    text: tuple[str, ...] | None = Field(
-        None, description="wikitext2, ptb, c4, or files; None: wikitext2, or no text if there are tasks"
-    )
-    windows: int | None = Field(None, ge=1, description="windows of each text; None: all")
-    seqlen: int = Field(2048, ge=2, description="tokens a window")
-    bos: bool = Field(True, description="let windows begin as the tokenizer has texts begin, with BOS")
-    tasks: tuple[str, ...] = Field((), description="lm-eval's names, paper (the paper's seven), or the folder's files")
-    tasks_folder: Path | None = Field(None, description="folder with a .jsonl file a task, read instead of the hub")
-    limit: int | None = Field(None, ge=2, description="examples of each task, at most")
-    batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: Dtype = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The texts to measure."""
-        if self.text is not None:
-            return self.text
-        return () if self.tasks or self.tasks_folder else ("wikitext2",)
 
 
 class TextComparison(BaseModel):

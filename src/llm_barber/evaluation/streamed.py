@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.loading.opening import check_tensors, layer_places, load_config, open_skeleton
+from llm_barber.loading.opening import check_tensors, layer_locations, load_config, open_skeleton
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
@@ -60,7 +60,7 @@ class StreamedModel:
             skeleton.embed(tokens, lambda hidden: states.append(hidden.cpu()))
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
-            weights = self.source.read_places(layer_places(skeleton, self.source, index))
+            weights = self.source.read_locations(layer_locations(skeleton, self.source, index))
             module = skeleton.load_layer(index, weights)
             layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
             for number, hidden in enumerate(states):

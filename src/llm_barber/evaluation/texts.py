@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import CalibrationError, HubError
-from llm_barber.text.calibration import TOKEN_FILE_SUFFIX, read_text
+from llm_barber.text.calibration import read_text
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import TextTokenizer, windows_of
 
 KNOWN = ("wikitext2", "ptb", "c4")

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from llm_barber.checkpoint.place import check_output
-from llm_barber.checkpoint.source import CheckpointSource, Place, sharded_by
+from llm_barber.checkpoint.locations import Location, sharded_by
+from llm_barber.checkpoint.output import check_output
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.loading.opening import (
     check_positions,
     check_tensors,
     check_vocabulary,
-    layer_places,
+    layer_locations,
     load_config,
     load_tokenizer,
     open_skeleton,
@@ -40,7 +41,8 @@ from llm_barber.settings.base import RunSettings
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.targets import Targets
-from llm_barber.text.calibration import TOKEN_FILE_SUFFIX, CalibrationTokens, check_text_fits, load_calibration
+from llm_barber.text.calibration import CalibrationTokens, check_text_fits, load_calibration
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 OUTSIDE_SHARD_BYTES = 2**30
 
@@ -84,19 +86,19 @@ class Job:
     @cached_property
     def steps(self) -> list[list[str]]:
         """What the run prunes together: the tensors of each decoder layer, then those of the output head, if asked."""
-        own = [self.head_place.tensor] if self.prunes_head and not self.head_is_made else []
+        own = [self.head_location.tensor] if self.prunes_head and not self.head_is_made else []
         return [*self.layer_tensors, *([own] if self.prunes_head else [])]
 
     @property
-    def head_place(self) -> Place:
+    def head_location(self) -> Location:
         """Where the checkpoint keeps the output head, or is going to."""
         name = f"{self.skeleton.head_name}.weight"
-        return self.source.places.get(name, Place(name))
+        return self.source.locations.get(name, Location(name))
 
     @property
     def head_is_made(self) -> bool:
         """Does the checkpoint have the output head only as the embedding?"""
-        return self.head_place.tensor not in self.source.tensors
+        return self.head_location.tensor not in self.source.tensors
 
     @property
     def bytes(self) -> int:
@@ -104,7 +106,7 @@ class Job:
         made = 0
         if self.prunes_head and self.head_is_made:
             embedding = next(name for name in self.skeleton.every_outside_name if self.is_head(name))
-            made = self.source.tensors[self.source.place(embedding).tensor].bytes
+            made = self.source.tensors[self.source.location(embedding).tensor].bytes
         return self.source.bytes + made
 
     def is_head(self, name: str) -> bool:
@@ -113,7 +115,7 @@ class Job:
 
     def layer_prefix(self, index: int) -> str:
         """What stands before a layer's names in the checkpoint."""
-        found = self.source.place(self.skeleton.layer_prefix(index) + self.skeleton.layer_names(index)[0]).tensor
+        found = self.source.location(self.skeleton.layer_prefix(index) + self.skeleton.layer_names(index)[0]).tensor
         return found[: found.index(f".{index}.") + len(f".{index}.")]
 
     def linears(self, index: int) -> tuple[str, ...]:
@@ -142,25 +144,29 @@ class Job:
         skeleton = self.skeleton
         self._check_shared(index, tensors)
         on_device = {key: tensor.to(skeleton.device, non_blocking=True) for key, tensor in tensors.items()}
-        places = layer_places(skeleton, self.source, index)
-        parameters = {name: place.of(on_device[place.tensor]) for name, place in places.items()}
+        locations = layer_locations(skeleton, self.source, index)
+        parameters = {name: location.of(on_device[location.tensor]) for name, location in locations.items()}
         module = skeleton.load_layer(index, parameters)
         arguments = partial(skeleton.arguments, index)
         names = self.linears(index)
         layer = DecoderLayer(module, names, arguments, self.architecture.transposed, skeleton.order)
         return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
 
-    def _other_places(self, index: int, linear: str) -> list[Place]:
+    def _other_locations(self, index: int, linear: str) -> list[Location]:
         """Where else the checkpoint keeps a linear of several names."""
         names = [self.linear_name(index, other) for other in self.skeleton.other_names(index, linear)]
-        found = [self.source.places[f"{name}.weight"] for name in names if f"{name}.weight" in self.source.places]
-        return [place for place in found if place != self.source.place(f"{self.linear_name(index, linear)}.weight")]
+        found = [self.source.locations[f"{name}.weight"] for name in names if f"{name}.weight" in self.source.locations]
+        return [
+            location
+            for location in found
+            if location != self.source.location(f"{self.linear_name(index, linear)}.weight")
+        ]
 
     def _check_shared(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a linear of several names that is stored under two of them with different values."""
         for name in self.linears(index) if index < self.layer_count else ():
-            first = self.source.place(f"{self.linear_name(index, name)}.weight")
-            for also in self._other_places(index, name):
+            first = self.source.location(f"{self.linear_name(index, name)}.weight")
+            for also in self._other_locations(index, name):
                 if not torch.equal(first.of(tensors[first.tensor]), also.of(tensors[also.tensor])):
                     raise ModelError(
                         f"{first.tensor} and {also.tensor} differ, and are one weight in the model",
@@ -177,15 +183,15 @@ class Job:
         """
         found = {}
         for name, weight in weights.items():
-            place = self.source.place(f"{self.linear_name(index, name)}.weight")
+            location = self.source.location(f"{self.linear_name(index, name)}.weight")
             weight = self.architecture.turned(weight)
-            if place.part is None:
-                found[place.tensor] = weight
-                for also in self._other_places(index, name):
+            if location.part is None:
+                found[location.tensor] = weight
+                for also in self._other_locations(index, name):
                     found[also.tensor] = weight.clone()  # a file holds no memory twice
             else:
-                place.of(tensors[place.tensor]).copy_(weight)
-                found[place.tensor] = tensors[place.tensor]
+                location.of(tensors[location.tensor]).copy_(weight)
+                found[location.tensor] = tensors[location.tensor]
         return found
 
     def linear_shapes(self, source: CheckpointSource) -> dict[str, tuple[int, ...]]:
@@ -297,9 +303,9 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     job = Job(
         source, text_config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,
     )  # fmt: skip
-    if prunes_head and any(source.place(one).tensor == job.head_place.tensor for one in skeleton.outside_names):
+    if prunes_head and any(source.location(one).tensor == job.head_location.tensor for one in skeleton.outside_names):
         raise ModelError(
-            f"{model} keeps its embedding as {job.head_place.tensor}, which the pruned output head would be",
+            f"{model} keeps its embedding as {job.head_location.tensor}, which the pruned output head would be",
             "save it again with transformers' save_pretrained, or leave out --prune-head",
         )
     if ranks.first:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from llm_barber.checkpoint.source import Place
+from llm_barber.checkpoint.locations import Location
 from llm_barber.errors import ModelError
 from llm_barber.model.empty import beside_embedding
 from llm_barber.model.experts import DOWN, GATE, GATE_UP, UP, Experts
@@ -18,7 +18,7 @@ MEMBERS = {GATE_UP: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}
 MERGES = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
-def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Place]:
+def find_locations(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Location]:
     """Parameters and buffers by the model's names, experts one by one, and where they lie.
 
     Args:
@@ -34,7 +34,7 @@ def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Plac
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     experts = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
     base, beside = f"{model.base_model_prefix}.", beside_embedding(model)
-    places: dict[str, Place] = {}
+    locations: dict[str, Location] = {}
     for key in stored:
         renamed, pattern = rename_source_key(key, renamings, converters)
         names = [one for one in (renamed, base + renamed, renamed.removeprefix(base)) if _known(one, own, experts)]
@@ -43,27 +43,27 @@ def find_places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Plac
         converter = next((one for one in converters if pattern in one.source_patterns), None)
         if names[0] in own:
             if converter is None:
-                places.setdefault(names[0], Place(key))
+                locations.setdefault(names[0], Location(key))
             elif names[0].startswith(beside):  # of images: it is written as it was read
                 raise _converted(converter, key)
             continue
         path, _, leaf = names[0].rpartition(".")
         if converter is None or pattern is None:
             for part in experts[path].parts(leaf):
-                places[f"{path}.{part.name}"] = Place(key, part)
+                locations[f"{path}.{part.name}"] = Location(key, part)
         else:
             number = re.findall(r"\.(\d+)(?=\.)", key)[-1]
             linear = _member(converter, pattern, leaf, experts[path], key)
-            places[f"{path}.{number}.{linear}.weight"] = Place(key)
+            locations[f"{path}.{number}.{linear}.weight"] = Location(key)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in places:  # tied parameters may be there under the other name only
-            places.setdefault(first[id(parameter)], places[name])
-    return places
+        if name in locations:  # tied parameters may be there under the other name only
+            locations.setdefault(first[id(parameter)], locations[name])
+    return locations
 
 
 def check_conversions(model: PreTrainedModel, layers: str) -> None:
-    """Refuse what `find_places` would, before a checkpoint is there: conversions that cannot be turned back.
+    """Refuse what `find_locations` would, before a checkpoint is there: conversions that cannot be turned back.
 
     Args:
         model: its experts have linears of their own.

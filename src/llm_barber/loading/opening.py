@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, Place
+from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, first_line
-from llm_barber.loading.naming import find_places
+from llm_barber.loading.naming import find_locations
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.empty import untie_head
 from llm_barber.model.skeleton import Skeleton
@@ -56,14 +57,14 @@ def open_skeleton(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Skeleton:
-    """The empty model of a checkpoint, which knows then where it keeps each parameter (`source.places`).
+    """The empty model of a checkpoint, which knows then where it keeps each parameter (`source.locations`).
 
     Raises:
         ModelError: the configuration does not describe a model.
     """
     skeleton = make_skeleton(config, architecture, device, dtype, source.model)
-    source.places = find_places(skeleton.model, source.tensors)
-    untie_head(skeleton.model, {name: place.tensor for name, place in source.places.items()})
+    source.locations = find_locations(skeleton.model, source.tensors)
+    untie_head(skeleton.model, {name: location.tensor for name, location in source.locations.items()})
     return skeleton
 
 
@@ -83,7 +84,7 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     for index in range(count):
         needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]
     for name in needed:
-        info, shape = source.tensors[source.place(name).tensor], source.shape(name)
+        info, shape = source.tensors[source.location(name).tensor], source.shape(name)
         expected = tuple(skeleton.model.get_parameter(name).shape)
         if shape != expected:
             raise ModelError(
@@ -95,7 +96,7 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
                 f"{name} is {info.dtype}; {', '.join(FLOAT_DTYPES)} are understood",
                 "start from the checkpoint before it was quantised",
             )
-    last = source.place(needed[-1]).tensor
+    last = source.location(needed[-1]).tensor
     layers = last[: last.index(f".{count - 1}.") + 1]
     beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
     text_config = skeleton.model.config.get_text_config()
@@ -108,12 +109,12 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
         )
 
 
-def layer_places(skeleton: Skeleton, source: CheckpointSource, index: int) -> dict[str, Place]:
+def layer_locations(skeleton: Skeleton, source: CheckpointSource, index: int) -> dict[str, Location]:
     """Where a checkpoint keeps a layer's parameters, and those buffers that it has, by their names in the layer."""
     prefix = skeleton.layer_prefix(index)
-    found = {name: source.place(prefix + name) for name in skeleton.layer_names(index)}
-    buffers = {name: source.places.get(prefix + name) for name in skeleton.buffer_names(index)}
-    return found | {name: place for name, place in buffers.items() if place is not None}
+    found = {name: source.location(prefix + name) for name in skeleton.layer_names(index)}
+    buffers = {name: source.locations.get(prefix + name) for name in skeleton.buffer_names(index)}
+    return found | {name: location for name, location in buffers.items() if location is not None}
 
 
 def load_config(source: CheckpointSource) -> PreTrainedConfig:

@@ -1,23 +1,25 @@
-"""How many weights go: an unstructured fraction, or N kept of every M consecutive inputs of a row."""
+"""Patterns of sparsity: an unstructured fraction, or N kept of every M consecutive inputs of a row.
+
+Imports no torch, so that the command line starts fast; `held_patterns.py` finds the patterns of tensors.
+"""
 
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-from torch import Tensor
-
-GROUP_SIZES = (2, 4, 8, 16, 32)
-
 
 def as_fraction(value: float) -> Fraction:
-    """The decimal that prints as `value`, as a fraction whose denominator leaves room to multiply by int64 counts."""
+    """Fraction of the decimal that `value` prints as, with a denominator of at most 10⁹.
+
+    An int64 count can be multiplied by its numerator without overflow.
+    """
     return Fraction(repr(float(value))).limit_denominator(10**9)
 
 
 def exact_floor(fraction: float, count: int) -> int:
-    """floor(fraction · count) with `fraction` read as what was meant: 0.29 of 100 is 29, not 28, 1/3 of 576 is 192.
+    """floor(fraction · count), with `fraction` read as the decimal that the user wrote.
 
-    Binary floating point makes 0.29 · 100 = 28.999…; a user who asks for 0.29 means 29/100.
+    Example: fraction=0.29, count=100 -> 29, since 0.29 means 29/100; in binary floating point 0.29 · 100 is 28.999….
+    Likewise 1/3 of 576 is 192.
     """
     return int(Fraction(repr(float(fraction))).limit_denominator(10**11) * count)
 
@@ -27,8 +29,8 @@ class Unstructured:
     """A fraction of the weights is pruned, wherever they lie.
 
     Example: `Unstructured(0.5)` prunes `floor(0.5 · members)` weights of each comparison group, as the published
-    programs do: 7 of 15. `Unstructured(0.5, over_linear=True)` prunes half of the linear's weights, to the nearest
-    whole one: of 5 groups of 15 the first three lose 8, the others 7.
+    programs do: 7 of 15. `Unstructured(0.5, over_linear=True)` prunes half of the linear's weights, rounded to the
+    nearest whole number: of 5 groups of 15, the first three lose 8 and the last two 7.
 
     Raises:
         ValueError: sparsity is not inside (0, 1).
@@ -42,18 +44,11 @@ class Unstructured:
             raise ValueError(f"sparsity {self.sparsity} is not between 0 and 1 (0.5 prunes half of the weights)")
 
     def pruned(self, members: int) -> int:
-        """Weights to prune in a comparison group of `members`: never more than the fraction asked for, nor all."""
+        """Number of weights to prune in a comparison group of `members`, rounded down; never all of them."""
         return min(exact_floor(self.sparsity, members), members - 1)
 
-    def counts(self, groups: int, members: int) -> int | Tensor:
-        """Weights to prune in each comparison group: one number, or int64 (groups,). No group loses all of them."""
-        if not self.over_linear:
-            return self.pruned(members)
-        count = min(self.nearest(groups * members), groups * (members - 1))
-        return count // groups + (torch.arange(groups) < count % groups)
-
     def nearest(self, weights: int) -> int:
-        """The whole number next to the fraction of so many weights."""
+        """Nearest whole number to the fraction of `weights`."""
         return round(as_fraction(self.sparsity) * weights)
 
     def __str__(self) -> str:
@@ -64,8 +59,8 @@ class Unstructured:
 class NofM:
     """N weights are **kept** of every M consecutive inputs of an output row.
 
-    Example: `NofM(2, 4)` on a row of shape (8,) keeps 2 of inputs 0…3 and 2 of inputs 4…7. Of a row of 10 it keeps the
-    last two, too: inputs after the last whole group, the tail, stay dense.
+    Example: `NofM(2, 4)` on a row of 8 inputs keeps 2 of inputs 0…3 and 2 of inputs 4…7. In a row of 10, the last two
+    inputs stay dense: they are the tail, the inputs after the last whole group.
 
     Raises:
         ValueError: not 1 ≤ kept < of.
@@ -84,7 +79,7 @@ class NofM:
         return 1 - self.kept / self.of
 
     def covered(self, columns: int) -> int:
-        """How many inputs of a row of so many are in whole groups; the others are its tail."""
+        """Number of the `columns` inputs of a row that lie in whole groups; the rest is its tail."""
         return columns // self.of * self.of
 
     def __str__(self) -> str:
@@ -95,7 +90,7 @@ Pattern = Unstructured | NofM
 
 
 def parse_pattern(text: str) -> NofM:
-    """Read "N:M", N kept of M.
+    """Read "N:M": N kept of every M.
 
     Raises:
         ValueError: not two whole numbers with a colon between them, or not 1 ≤ N < M.
@@ -104,55 +99,3 @@ def parse_pattern(text: str) -> NofM:
     if not (separator and kept.isdecimal() and of.isdecimal()):
         raise ValueError(f"pattern {text!r} is not N:M (for example 2:4, which keeps 2 of every 4)")
     return NofM(int(kept), int(of))
-
-
-def fullest_group(nonzero: Tensor, size: int) -> int:
-    """The most weights that any whole group of `size` consecutive inputs has; `nonzero` is bool, (out, in)."""
-    covered = nonzero.shape[1] // size * size
-    return int(nonzero[:, :covered].reshape(-1, size).sum(1, dtype=torch.int32).max())
-
-
-def holds(pattern: NofM, nonzero: Tensor) -> bool:
-    """Whether no whole group of M has more than N weights, and there is one; `nonzero` is bool, (out, in)."""
-    return nonzero.shape[1] >= pattern.of and fullest_group(nonzero, pattern.of) <= pattern.kept
-
-
-def held_patterns(nonzero: Tensor, zero_in_dense: Tensor | None = None) -> list[NofM]:
-    """For each of some group sizes M the smallest N for which N:M holds, where that is less than M.
-
-    Where M does not divide the row, the inputs after its last whole group have to be dense.
-
-    Args:
-        nonzero: bool, (out, in).
-        zero_in_dense: bool, (out, in), zero before anything was pruned; None: not known, nothing.
-    """
-    columns = nonzero.shape[1]
-    there = nonzero if zero_in_dense is None else nonzero | zero_in_dense
-    held = []
-    for size in GROUP_SIZES:
-        # One group a row is a row, not a pattern.
-        if columns > size and there[:, columns // size * size :].all():
-            most = fullest_group(nonzero, size)
-            if 1 <= most < size:
-                held.append(NofM(most, size))
-    return held
-
-
-def find_pattern(nonzero: Tensor, zero_in_dense: Tensor) -> NofM | None:
-    """The N:M that a linear was pruned to: the smallest M whose groups are all filled; None if it is unstructured.
-
-    M is a power of two from 2 to 32.
-
-    A sparse enough unstructured linear holds some N:M by chance, but leaves groups unfilled.
-
-    Args:
-        nonzero: bool, (out, in), the weights that are there.
-        zero_in_dense: bool, (out, in); such a weight may have been kept.
-    """
-    rows, columns = nonzero.shape
-    for pattern in held_patterns(nonzero, zero_in_dense):
-        covered = pattern.covered(columns)
-        kept_at_most = int(nonzero[:, :covered].sum()) + int(zero_in_dense[:, :covered].sum())
-        if kept_at_most >= pattern.kept * (rows * covered // pattern.of):
-            return pattern
-    return None

@@ -14,7 +14,9 @@ from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import FisherSums, InputSquares
 from llm_barber.messages import message
-from llm_barber.method.initial import MethodMasks, collect_inputs, linears_with_few_tokens, total_token_counts
+from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
+from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.progress import Progress
@@ -26,6 +28,11 @@ LOGITS = 2**24  # computed at once
 
 Sparsities = dict[str, float]  # by the linear's name in the model
 Found = TypeVar("Found")
+
+
+def loss_windows(tokens: int) -> int:
+    """Number of windows of `tokens` tokens that gradients of the loss are taken of, at most."""
+    return max(1, LOSS_TOKENS // tokens)
 
 
 def allocate(
@@ -77,7 +84,7 @@ def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: flo
 def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
     """What pruning each linear costs the model's loss: forward, then back through the layers (`masking/budget.py`)."""
     job, skeleton = initial.job, initial.job.skeleton
-    windows = max(1, LOSS_TOKENS // job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
+    windows = loss_windows(job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
     batches = pieces(0, streams.among_first(windows), streams.batch_size)
     tokens = streams.own(job.tokens.input_ids)
     skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from llm_barber.checkpoint.companions import RECORD_NAME
+from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import files_key
 from llm_barber.errors import ModelError
 from llm_barber.loading.job import Job
-from llm_barber.loading.naming import find_places
-from llm_barber.masking.pattern import NofM, find_pattern, holds, parse_pattern
-from llm_barber.method.initial import PrunedLinear
+from llm_barber.loading.naming import find_locations
+from llm_barber.masking.held_patterns import find_pattern, holds
+from llm_barber.masking.pattern import NofM, parse_pattern
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.file import read_record
@@ -33,7 +34,7 @@ class CheckpointMasks:
     def __init__(self, job: Job, pruned: str, pattern: str | None, revision: str | None = None) -> None:
         self.job = job
         self.source = CheckpointSource(pruned, revision)
-        self.source.places = find_places(job.skeleton.model, self.source.tensors)
+        self.source.locations = find_locations(job.skeleton.model, self.source.tensors)
         if self.source.model_type != job.source.model_type:
             raise ModelError(
                 f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}", "they must be one model"
@@ -71,8 +72,8 @@ class CheckpointMasks:
         if not isinstance(model.get_output_embeddings(), nn.Linear):
             return False
         names = [name for name, _ in model.named_parameters(remove_duplicate=False) if self.job.is_head(name)]
-        places = [source.places for source in (self.job.source, self.source)]
-        dense, own = (next((of[name] for name in reversed(names) if name in of), None) for of in places)
+        locations = [source.locations for source in (self.job.source, self.source)]
+        dense, own = (next((of[name] for name in reversed(names) if name in of), None) for of in locations)
         if (
             dense is None
             or own is None

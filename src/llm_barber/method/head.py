@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from llm_barber.loading.job import Job
 from llm_barber.masking.rebuild import Rebuilt
 from llm_barber.masking.statistics import TargetMoments
-from llm_barber.method.initial import PrunedLinear
-from llm_barber.method.layer import InitialMasks, Outcome, PrunedLayer, result_of
+from llm_barber.method.initial_masks import InitialMasks
+from llm_barber.method.layer import PrunedLayer
+from llm_barber.method.outcome import BlockOutcome, block_result
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine_linear import Objective, refine_linear
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
@@ -66,18 +68,22 @@ def prune_head(
         pruned = _refine(layer, name, pruned.with_mask(pruned.keep), weight, own, streams)
     skeleton.drop_outside()
     final = {name: pruned.final}
-    outcome = Outcome({name: pruned}, {name: Rebuilt.between(first, pruned.keep)})
-    result = result_of(Block(BLOCK, name, (name,)), outcome, None, final)
-    return PrunedLayer({job.head_place.tensor: final[name]}, [result])
+    outcome = BlockOutcome({name: pruned}, {name: Rebuilt.between(first, pruned.keep)})
+    result = block_result(Block(BLOCK, name, (name,)), outcome, final)
+    return PrunedLayer({job.head_location.tensor: final[name]}, [result])
 
 
 def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
     """Give the model its parameters outside the layers; returns the output head's weight as stored, on the device."""
     skeleton = job.skeleton
-    places = {name: job.source.place(name) for name in skeleton.outside_names_and_head}
-    parameters = {name: place.of(tensors[place.tensor]) for name, place in places.items() if place.tensor in tensors}
-    parameters |= job.source.read_parameters(name for name in places if name not in parameters)
-    own = next(name for name in places if job.is_head(name))
+    locations = {name: job.source.location(name) for name in skeleton.outside_names_and_head}
+    parameters = {
+        name: location.of(tensors[location.tensor])
+        for name, location in locations.items()
+        if location.tensor in tensors
+    }
+    parameters |= job.source.read_parameters(name for name in locations if name not in parameters)
+    own = next(name for name in locations if job.is_head(name))
     skeleton.fill_outside(parameters)
     return parameters[own].to(skeleton.device)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from llm_barber.masking.least_squares import least_squares, squared_distance
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
-from llm_barber.method.initial import PrunedLinear
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.settings.refining import RefineSettings
 
-# Parts of the most swaps after which held-out windows are asked.
-SWAP_STAGES = (0.25, 0.5, 1.0)
+# Shares of the most swaps after which the held-out windows measure each row's error.
+CHECKPOINTS = (0.25, 0.5, 1.0)
 # From strong to weak: each goes on from the solution of the one before, until held-out windows get worse.
 DAMPINGS = (0.3, 0.1, 0.03, 0.01)
 STEPS_A_DAMPING = 10
@@ -40,6 +41,19 @@ class Objective:
     def error(self, values: Tensor, weight: Tensor) -> Tensor:
         """Of each row, float32 (out,), less that of the dense weights."""
         return squared_distance(values, weight, self.gram, self.linear_term(weight))
+
+
+def swap_stages(swaps: int, guarded: bool) -> tuple[int, ...]:
+    """Most swaps of a row in each stage; with held-out windows (`guarded`) a stage ends where they measure the errors.
+
+    Example: swaps=100, guarded -> (25, 25, 50); swaps=2, guarded -> (1, 1), since a stage has at least one swap.
+    """
+    if not swaps:
+        return ()
+    if not guarded:
+        return (swaps,)
+    ends = [math.ceil(share * swaps) for share in CHECKPOINTS]
+    return tuple(end - start for start, end in pairwise([0, *ends]) if end > start)
 
 
 def refine_linear(
@@ -76,13 +90,8 @@ def _swap(
     if held_out is None:
         return swap_pairs(keep, weight, gram, swaps, linear_term, pruned.pattern, pruned.fixed)[0]
     lowest = held_out.error(apply_mask(weight, keep), weight)
-    done = 0
-    for share in SWAP_STAGES:
-        more = math.ceil(share * swaps) - done
-        if not more:
-            continue
-        keep, count = swap_pairs(keep, weight, gram, more, linear_term, pruned.pattern, pruned.fixed)
-        done += more
+    for most in swap_stages(swaps, guarded=True):
+        keep, count = swap_pairs(keep, weight, gram, most, linear_term, pruned.pattern, pruned.fixed)
         error = held_out.error(apply_mask(weight, keep), weight)
         better = error < lowest
         lowest = torch.where(better, error, lowest)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from llm_barber.errors import NotFiniteError
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.scores import mask_of, pruned_of, starting_scores
+from llm_barber.masking.scores import count_pruned, mask_from_scores, starting_scores
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.method.distance import Distance, usual_squares
+from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.held_out import Judgement, judge
-from llm_barber.method.initial import PrunedLinear, collect_inputs, freeze_linears_with_few_tokens
+from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import scaled_by_sequence
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, TARGET, ActivationStreams
@@ -90,7 +92,7 @@ class _Moving:
 
     def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
         self._now = dict(pruned)
-        self._pruned = {name: pruned_of(one.keep, one.pattern) for name, one in pruned.items()}
+        self._pruned = {name: count_pruned(one.keep, one.pattern) for name, one in pruned.items()}
         self._scores: dict[str, Tensor] = {}
         self._changes: dict[str, Tensor] = {}  # of the values, in steps
         self._steps: dict[str, tuple[Tensor, Tensor]] = {}
@@ -153,7 +155,7 @@ class _Moving:
         """Adam has made a step."""
         for name, one in self._scores.items():
             now = self._now[name]  # whose weight is not looked at where values move, too
-            keep = mask_of(one.detach(), now.keep, self._pruned[name], now.pattern)
+            keep = mask_from_scores(one.detach(), now.keep, self._pruned[name], now.pattern)
             self._now[name] = replace(now, keep=keep) if self._changes else now.with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:

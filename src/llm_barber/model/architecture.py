@@ -6,8 +6,10 @@ To add a family, add a record to `ARCHITECTURES` and its name to the parity test
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # settings import this file, and the command line starts before torch is loaded
+    from torch import Tensor, nn
 
 ATTENTION, MLP = "attention", "mlp"  # names of blocks, in every record
 
@@ -42,7 +44,7 @@ class Architecture:
         """All that a layer may have, block after block."""
         return tuple(name for block in self.blocks for name in block.linears)
 
-    def blocks_of(self, layer: nn.Module) -> tuple[Block, ...]:
+    def blocks_of(self, layer: "nn.Module") -> tuple[Block, ...]:
         """The blocks that a decoder layer has, with the linears that it has."""
         modules = {name for name, module in layer.named_modules() if getattr(module, "weight", None) is not None}
         found = []
@@ -52,7 +54,7 @@ class Architecture:
                 found.append(replace(block, linears=tuple(names)))
         return tuple(found)
 
-    def turned(self, weight: Tensor) -> Tensor:
+    def turned(self, weight: "Tensor") -> "Tensor":
         """A linear's weight as (out, in) from how the family keeps it, or the other way round."""
         return weight.t().contiguous() if self.transposed else weight
 
@@ -75,7 +77,7 @@ def only(blocks: Iterable[Block], linears: Collection[str]) -> tuple[Block, ...]
     return tuple(replace(block, linears=tuple(name for name in block.linears if name in linears)) for block in blocks)
 
 
-def _has(layer: nn.Module, path: str) -> bool:
+def _has(layer: "nn.Module", path: str) -> bool:
     try:
         layer.get_submodule(path)
     except AttributeError:
@@ -83,7 +85,7 @@ def _has(layer: nn.Module, path: str) -> bool:
     return True
 
 
-def _expanded(linear: str, layer: nn.Module) -> list[str]:
+def _expanded(linear: str, layer: "nn.Module") -> list[str]:
     """The names that a linear with `*` for the expert's number stands for."""
     experts, star, rest = linear.partition(".*.")
     if not star:

@@ -148,7 +148,7 @@ def _blocks(skeleton: Skeleton, index: int, run: LayerRun, routers: set[str], wi
     if sum(sizes[name] for name in stacked) > STACKED * sum(sizes.values()):
         raise ModelError(
             f"layer {index} keeps weights stacked in {stacked[0]}, which this program does not know how to prune",
-            "name what can be pruned with --blocks FILE (docs/architectures.md), or open an issue that names the model",
+            "name its blocks with --blocks FILE (docs/reference/families.md), or open an issue that names the model",
         )
     outputs, loose = _parts(layer, "", run)
     found = []

@@ -1,6 +1,6 @@
 """How much each stage of a run computes, moves, reads and writes: arithmetic on shapes and settings, nothing else.
 
-The passes are those of the code: docs/algorithm.md and docs/refining.md have them. One process's share is counted:
+docs/method/paper.md and docs/method/tuning.md describe the passes. One process's share is counted:
 calibration sequences are divided, what every process repeats (ranking, swaps, least squares) is not.
 """
 

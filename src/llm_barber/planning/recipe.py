@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
-from llm_barber.method.allocation import LOSS_TOKENS
-from llm_barber.method.refine_linear import SWAP_STAGES
+from llm_barber.method.allocation import loss_windows
+from llm_barber.method.refine_linear import swap_stages
 from llm_barber.model.places import block_size
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import Initial, PruneConfig, rebuild_defaults
@@ -103,8 +102,7 @@ class Recipe:
     @property
     def loss_tokens(self) -> int:
         """Tokens that the allocation takes gradients of, of the process that has the most: they are the first ones."""
-        windows = max(1, min(self.sequences, LOSS_TOKENS // self.tokens))
-        return min(windows, self.own_sequences) * self.tokens
+        return min(loss_windows(self.tokens), self.own_sequences) * self.tokens
 
     @property
     def follows_dense(self) -> bool:
@@ -164,14 +162,10 @@ class Recipe:
 
     @property
     def swap_stages(self) -> tuple[int, ...]:
-        """The most swaps a row between one look at held-out windows and the next."""
-        swaps = 0 if self.refine is None else self.refine.swaps_of(self.pattern)
-        if self.refine is None or not swaps:
+        """Most swaps of a row in each stage, as `refine_linear` makes them."""
+        if self.refine is None:
             return ()
-        if not self.refine.held_out:
-            return (swaps,)
-        ends = [0, *(round(share * swaps) for share in SWAP_STAGES)]
-        return tuple(stop - start for start, stop in pairwise(ends))
+        return swap_stages(self.refine.swaps_of(self.pattern), guarded=self.refine.held_out > 0)
 
     def rounds(self, columns: int) -> float:
         """Rounds of swaps of a row: each stage begins one, until the row gains no more."""

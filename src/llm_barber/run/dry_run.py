@@ -7,11 +7,11 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import locked
-from llm_barber.checkpoint.place import work_folder
-from llm_barber.checkpoint.state import unfinished_run
+from llm_barber.checkpoint.output import work_folder
+from llm_barber.checkpoint.unfinished import unfinished_run
 from llm_barber.masking.pattern import NofM
 from llm_barber.method.checkpoint_masks import CheckpointMasks
-from llm_barber.method.initial import MethodMasks
+from llm_barber.method.method_masks import MethodMasks
 from llm_barber.parallel.ranks import Ranks
 from llm_barber.planning.limits import left_for_activations
 from llm_barber.planning.shapes import model_shapes

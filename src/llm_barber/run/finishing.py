@@ -4,17 +4,16 @@ import json
 from pathlib import Path
 
 from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
-from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.state import Used
-from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.method.distance import HUGE_TOKEN
-from llm_barber.method.initial import FEW_TOKENS
+from llm_barber.method.few_tokens import FEW_TOKENS
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress
 from llm_barber.record.card import model_card
 from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import CalibrationResult, RunReport
 from llm_barber.run.assignment import Assignment, kept_weights
+from llm_barber.run.writer import Writer
 from llm_barber.usage import versions
 
 LEAST_TOKENS_WITH_SINKS = 32  # in a window: in shorter ones the largest token's share says nothing
@@ -22,7 +21,7 @@ LEAST_TOKENS_WITH_SINKS = 32  # in a window: in shorter ones the largest token's
 
 def finish_output(
     work: Assignment,
-    writer: CheckpointWriter | Follower,
+    writer: Writer,
     results: list[LayerResult],
     seconds: dict[str, float],
     used: Used,

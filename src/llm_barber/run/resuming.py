@@ -10,18 +10,18 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llm_barber.checkpoint.ahead import ReadAhead
-from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
-from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.loading.job import Job
 from llm_barber.messages import message
-from llm_barber.method.refine import dense_batches
+from llm_barber.method.block_pass import dense_batches
+from llm_barber.method.layer import move_on
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
 from llm_barber.run.assignment import Assignment
 from llm_barber.run.embedding import with_smaller_batches
+from llm_barber.run.writer import Writer
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.usage import machine, peak_device_memory, peak_memory
 
@@ -57,7 +57,7 @@ def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progr
         )
 
 
-def tell_of_lost(writer: CheckpointWriter | Follower, finished: int, progress: Progress) -> None:
+def tell_of_lost(writer: Writer, finished: int, progress: Progress) -> None:
     """Say what of an unfinished run is made again."""
     if writer.lost:
         progress.warn(
@@ -84,7 +84,7 @@ def pass_layer(
         settings: of the run's refining, which may move the dense model's activations, too.
         streams: what the layer starts from; then what the next one does.
     """
-    index, skeleton = result.index, job.skeleton
+    index = result.index
     dense = dense_batches(settings, streams)
     if dense:
         layer, _ = job.open_layer(index, tensors)
@@ -96,11 +96,7 @@ def pass_layer(
     layer.set_weights({one.name: weights[one.name].contiguous() for one in result.linears if one.pruned})
     for batch in streams.batches():
         streams.write(DENSE_OUTPUT, batch, layer.output(streams.read(HIDDEN, batch)))
-    skeleton.tails[index] = layer.tail
-    skeleton.release_layer(index)
-    streams.swap(DENSE_OUTPUT, HIDDEN)
-    if dense:
-        streams.swap(DENSE + NEXT, DENSE + HIDDEN)
+    move_on(job, index, layer, streams, bool(dense))
 
 
 def _check_counts(result: LayerResult, weights: Mapping[str, Tensor]) -> None:
@@ -124,7 +120,7 @@ def pass_layers(
     work: Assignment,
     finished: list[LayerResult],
     ahead: ReadAhead,
-    writer: CheckpointWriter | Follower,
+    writer: Writer,
     streams: ActivationStreams,
     progress: Progress,
 ) -> None:
@@ -145,7 +141,7 @@ def gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:
     return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.places.empty_off_device)
 
 
-def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: ActivationStreams) -> Used:
+def used_by(work: Assignment, writer: Writer, streams: ActivationStreams) -> Used:
     """By this run and the one that it goes on with."""
     device, before = work.job.skeleton.device, writer.state.used
     on_device = [one for one in (peak_device_memory(device), before.peak_device_memory) if one is not None]
@@ -159,16 +155,16 @@ def used_by(work: Assignment, writer: CheckpointWriter | Follower, streams: Acti
     )
 
 
-def finished_layers(writer: CheckpointWriter | Follower) -> list[LayerResult]:
+def finished_layers(writer: Writer) -> list[LayerResult]:
     """Those of the run that this one goes on with."""
     try:
         return [LayerResult.model_validate(layer) for layer in writer.state.layers]
     except ValidationError as error:
-        raise OutputError(f"{writer.work / STATE_NAME} is damaged", START_AGAIN) from error
+        raise OutputError(f"{writer.folder / STATE_NAME} is damaged", START_AGAIN) from error
 
 
 @contextmanager
-def told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -> Iterator[None]:
+def told_how_to_go_on(writer: Writer, progress: Progress) -> Iterator[None]:
     """Say how to go on when an error ends the run."""
     try:
         yield
@@ -181,7 +177,7 @@ def told_how_to_go_on(writer: CheckpointWriter | Follower, progress: Progress) -
                 else "what sparsity each linear is given is"
             )
             goes_on = "{kept} kept in {work}: the same command with {resume} goes on"
-            progress.warn(message(goes_on, kept=kept, work=writer.work))
+            progress.warn(message(goes_on, kept=kept, work=writer.folder))
         if writer.saving:
             progress.warn("what the next layer starts from is still being written: this waits for it")
         raise

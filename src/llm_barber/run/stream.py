@@ -9,22 +9,22 @@ from torch import Tensor
 
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.follower import Follower
+from llm_barber.checkpoint.output import work_folder
 from llm_barber.checkpoint.packed_writer import PackedWriter
-from llm_barber.checkpoint.place import work_folder
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.loading.job import Job
 from llm_barber.method.allocation import allocate
 from llm_barber.method.head import prune_head
-from llm_barber.method.initial import MethodMasks
 from llm_barber.method.layer import PrunedLayer, prune_layer
+from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
-from llm_barber.planning.limits import activation_places
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import RunReport
 from llm_barber.run.assignment import Assignment, run_key
 from llm_barber.run.embedding import embed, with_smaller_batches
 from llm_barber.run.finishing import finish_output, warn_of_results
+from llm_barber.run.places import activation_places
 from llm_barber.run.resuming import (
     as_before,
     finished_layers,
@@ -34,6 +34,7 @@ from llm_barber.run.resuming import (
     told_how_to_go_on,
     used_by,
 )
+from llm_barber.run.writer import Writer
 from llm_barber.settings.base import Format
 from llm_barber.settings.presets import Allocation
 
@@ -89,7 +90,7 @@ def run(work: Assignment, progress: Progress) -> RunReport:
     return report
 
 
-def _open_output(work: Assignment) -> CheckpointWriter | Follower:
+def _open_output(work: Assignment) -> Writer:
     """The first process writes, the others follow."""
     config, job = work.config, work.job
     if not job.ranks.first:
@@ -100,9 +101,7 @@ def _open_output(work: Assignment) -> CheckpointWriter | Follower:
     return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable)
 
 
-def _embed(
-    work: Assignment, writer: CheckpointWriter | Follower, seconds: dict[str, float], progress: Progress
-) -> ActivationStreams:
+def _embed(work: Assignment, writer: Writer, seconds: dict[str, float], progress: Progress) -> ActivationStreams:
     """The first layer's input; what is outside the layers is copied on the way."""
     progress.stage("embedding the calibration tokens")
     start = time.perf_counter()
@@ -118,7 +117,7 @@ def _embed(
 def _allocate(
     work: Assignment,
     streams: ActivationStreams,
-    writer: CheckpointWriter | Follower,
+    writer: Writer,
     seconds: dict[str, float],
     began: float,
     progress: Progress,
@@ -160,7 +159,7 @@ def _make_durable(
     work: Assignment,
     results: list[LayerResult],
     seconds: dict[str, float],
-    writer: CheckpointWriter | Follower,
+    writer: Writer,
     streams: ActivationStreams,
 ) -> None:
     """The last layer, whose shard is written, and what the next one starts from, while that reads it."""
@@ -187,9 +186,9 @@ def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
     )
 
 
-def _copy_outside(job: Job, writer: CheckpointWriter | Follower) -> dict[str, Tensor]:
+def _copy_outside(job: Job, writer: Writer) -> dict[str, Tensor]:
     """Copy what is outside the decoder layers; returns what embeds the tokens, by the model's names."""
-    wanted = {job.source.place(name).tensor: name for name in job.skeleton.outside_names}
+    wanted = {job.source.location(name).tensor: name for name in job.skeleton.outside_names}
     kept: dict[str, Tensor] = {}
     for names in job.outside_shards:
         tensors = job.source.read(names)

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.loading.naming import find_places
+from llm_barber.loading.naming import find_locations
 from llm_barber.loading.opening import load_config
 from llm_barber.messages import message
 from llm_barber.model.buffers import set_buffer, stored_buffer_names
@@ -39,7 +39,7 @@ def load(
     Args:
         model: folder (packed or not), hub id or GGUF file.
         keep_packed: keep the matrices of linears that shrink packed in memory, and unpack each when it is used: less
-            memory, and slower (docs/payoff.md). On CUDA it is untested on a real GPU.
+            memory, and slower (docs/guide/packed.md). On CUDA it is untested on a real GPU.
         dtype: of the weights; None: the checkpoint's.
         device: as in `prune`.
         semi_structured: convert linears that hold 2:4 with PyTorch's `to_sparse_semi_structured`, where dtype and shape
@@ -69,8 +69,8 @@ def load(
     empty.tie_weights()
     join_tied_linears(empty)
     split = empty_model(config, dtype)
-    source.places = find_places(split, source.tensors)
-    untie_head(empty, {name: place.tensor for name, place in source.places.items()})
+    source.locations = find_locations(split, source.tensors)
+    untie_head(empty, {name: location.tensor for name, location in source.locations.items()})
     names_of = Counter(id(one) for _, one in empty.named_modules(remove_duplicate=False))
     for name in [name for name, _ in empty.named_parameters()]:  # of tied ones the first
         tensor = _read(source, name, tuple(empty.get_parameter(name).shape), split)
@@ -89,7 +89,7 @@ def load(
             parent, _, last = path.rpartition(".")
             setattr(empty.get_submodule(parent), last, PackedLinear(packed, owner.bias))
     for name in stored_buffer_names(empty):
-        if name in source.places:
+        if name in source.locations:
             set_buffer(empty, name, source.read_parameters([name])[name], place)
     empty.tie_weights()
     if (source.folder / "generation_config.json").exists():

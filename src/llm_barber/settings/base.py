@@ -3,13 +3,12 @@
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from llm_barber.checkpoint.replacing import folder_in_use
+from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.masking.granularity import Granularity
 from llm_barber.messages import Message, SettingName, message
 from llm_barber.model.architecture import Block, StructureOptions
@@ -89,20 +88,8 @@ def _output_folder(value: Any) -> Path:
 OutputFolder = Annotated[Path, BeforeValidator(_output_folder)]
 
 
-class CopySettings(Settings):
-    """Of what writes a copy of a model in another form."""
-
-    model: str = Field(description="folder")
-    output: OutputFolder = Field(description="folder to write; it appears when it is complete")
-    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
-
-    def rules(self) -> list[Rule]:
-        """The output is another folder."""
-        return [*super().rules(), partial(same_folder, "model", self.model, self.output)]
-
-
 class Format(StrEnum):
-    """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/packed-format.md)."""
+    """How the checkpoint is written: `packed` is what `pack` makes of `dense` (docs/reference/packed-format.md)."""
 
     DENSE = "dense"
     PACKED = "packed"

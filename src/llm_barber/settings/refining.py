@@ -26,7 +26,7 @@ SEQUENCES_A_STEP = 4  # of tuning
 class RefineSettings:
     """`swaps`: most swaps a row; None: the default, 0: none. `solve`: least squares.
 
-    `target_mix`: 0: the dense linears on the pruned model's activations, 1: on the dense model's (`docs/refining.md`).
+    `target_mix`: 0: dense linears on the pruned model's activations, 1: on the dense model's (`docs/method/tuning.md`).
     `passes`: over the windows that tune layers, their masks, kept weights or both (`tune.py`). `held_out`:
     calibration windows, the last ones. `head_mix`: the target mix of the output head, whose mask is swapped, not tuned.
     """

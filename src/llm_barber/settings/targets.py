@@ -1,16 +1,11 @@
 """What is pruned, and how much of it: one target for all, linears and layers left out, targets of their own; blocks."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
 from llm_barber.messages import SettingName, message
@@ -32,34 +27,6 @@ def parse_target(value: Any, over_linear: bool = False) -> Pattern | None:
     return Unstructured(value, over_linear) if value else None
 
 
-class _OneOfEach(yaml.BaseLoader):
-    """All scalars as they are written: others read 2:4 as a number of base 60; a key that is there twice is refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
-        for key, count in Counter(keys).items():
-            if count > 1:
-                raise yaml.YAMLError(f"{key} is there twice")
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
-
-
-def _read_yaml(path: str | Path) -> Any:
-    """A YAML file's content; all scalars are text.
-
-    Raises:
-        ValueError: it cannot be read, or a key is there twice.
-        SettingsError: it is no regular file.
-    """
-    try:
-        check_regular(Path(expanduser(path)), SettingsError)
-        return yaml.load(Path(expanduser(path)).read_text(encoding="utf-8"), Loader=_OneOfEach)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} cannot be read: it is nested too deeply") from error
-
-
 def read_targets(value: Any) -> Any:
     """A mapping of regular expressions, or numbers of layers, to sparsities, in a file or as it is.
 
@@ -70,7 +37,9 @@ def read_targets(value: Any) -> Any:
         return {str(name): one for name, one in value.items()}
     if not isinstance(value, str | Path):
         return value
-    found = _read_yaml(value)
+    from llm_barber.settings.yaml_file import read_yaml  # most runs read no YAML: the command line starts faster
+
+    found = read_yaml(value)
     if not isinstance(found, dict):
         raise ValueError(f"{value} is not a mapping of names to sparsities, a line each like {EXAMPLE}")
     for name, one in found.items():
@@ -86,7 +55,9 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
         ValueError: it does not hold that.
     """
     how = "write for each block, in the order of computation: NAME: {output: PATH, linears: [PATH, …]}"
-    content = _read_yaml(path)
+    from llm_barber.settings.yaml_file import read_yaml
+
+    content = read_yaml(path)
     if not isinstance(content, dict) or not content or not all(map(_is_block, content.values())):
         raise ValueError(f"{path} does not describe blocks: {how}")
     return tuple(Block(str(name), one["output"], tuple(one["linears"])) for name, one in content.items())

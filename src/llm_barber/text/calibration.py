@@ -20,6 +20,7 @@ from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_header, parse_json
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.messages import message
+from llm_barber.text.suffixes import SUFFIXES, TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import TextTokenizer, windows_of
 from llm_barber.usage import current_memory, readable_bytes
 
@@ -36,8 +37,6 @@ HUB_SETS: dict[str, dict[str, Any]] = {
     },
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
 }
-TOKEN_FILE_SUFFIX = ".safetensors"
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", TOKEN_FILE_SUFFIX)
 JSON_LINE = 'each line: {"text": "…"}'
 # Characters of a streamed set to read for each token wanted: English has about 4.5, and windows should not be adjacent.
 CHARACTERS_PER_TOKEN = 12

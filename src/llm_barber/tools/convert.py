@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from llm_barber.checkpoint.companions import companions
@@ -13,7 +13,7 @@ from llm_barber.checkpoint.untrusted import check_file_name, parse_json
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings.base import CopySettings
+from llm_barber.settings.copies import ConvertConfig
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = (
@@ -21,13 +21,6 @@ DTYPES = (
     torch.uint8, torch.bool,
 )  # fmt: skip
 AGAIN = "get the checkpoint again, whole"
-
-
-class ConvertConfig(CopySettings):
-    """Settings of `convert`."""
-
-    model: str = Field(description="folder or hub id with pytorch_model*.bin")
-    revision: str | None = Field(None, description="of a hub id")
 
 
 class ConvertReport(BaseModel):

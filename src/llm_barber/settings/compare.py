@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from llm_barber.evaluation.evaluate import EvaluateConfig
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.messages import Message, message
 from llm_barber.settings.base import DTYPES, Dtype, StructureSettings, absolute_folder
 from llm_barber.settings.checked import Rule
+from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.settings.presets import Preset
 from llm_barber.settings.prune import Initial
-from llm_barber.text.calibration import TOKEN_FILE_SUFFIX
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 ALLOCATED = "-allocated"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

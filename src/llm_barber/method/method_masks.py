@@ -1,11 +1,10 @@
-"""Initial masks of a decoder layer: by a method from the calibration stream, or read off a pruned checkpoint."""
+"""Initial masks of a decoder layer by a pruning method, from one pass of its dense weights."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,67 +20,16 @@ from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
+from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
+from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.architecture import MLP
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.streams import HIDDEN, ActivationStreams
-from llm_barber.parallel.ranks import Ranks
+from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.prune import Initial
 from llm_barber.settings.targets import Targets
 
-
-@dataclass(frozen=True)
-class PrunedLinear:
-    """A pruned linear before its mask is rebuilt; all tensors (out, in).
-
-    `keep`: bool. `weight`: the pruned weights, zero where pruned (SparseGPT updates the others). `values`: what a
-    weight is where the final mask keeps it. `fixed`: True where a weight takes no part in the rebuild.
-    `few_tokens`: so little was routed to its expert that its mask is magnitude's, or a checkpoint's, and stays; None:
-    no tokens were counted yet.
-    """
-
-    keep: Tensor
-    weight: Tensor
-    values: Tensor
-    pattern: NofM | None
-    fixed: Tensor | None = None
-    few_tokens: bool | None = None
-
-    def with_mask(self, keep: Tensor) -> "PrunedLinear":
-        """The same linear with another mask."""
-        return replace(self, keep=keep, weight=apply_mask(self.values, keep))
-
-    def left_alone(self) -> "PrunedLinear":
-        """The same linear of an expert with few tokens: nothing is swapped."""
-        return replace(self, fixed=torch.ones_like(self.keep), few_tokens=True)
-
-    @property
-    def free(self) -> Tensor:
-        """Kept weights that may change, bool (out, in): neither zero in the dense model, nor of an idle expert."""
-        return self.keep if self.fixed is None else self.keep & ~self.fixed
-
-    @property
-    def final(self) -> Tensor:
-        """What is written: its values under its mask."""
-        return apply_mask(self.values, self.keep)
-
-
-class Statistic(Protocol):
-    """A running statistic of a linear's inputs."""
-
-    def update(self, inputs: Tensor) -> None:
-        """Add a batch, (sequences, tokens, in)."""
-
-    def parts(self) -> list[Tensor]:
-        """What processes add up."""
-
-    @property
-    def mean(self) -> Tensor:
-        """The statistic over all sequences."""
-
-
 SCORES = {Initial.WANDA: saliency.wanda, Initial.RIA: saliency.relative_importance}  # of inputs' squares
-FEW_TOKENS = 64  # the inputs of an expert with fewer say too little
-AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 
 
 class MethodMasks:
@@ -213,71 +161,3 @@ class MethodMasks:
 def _group_pattern(target: Pattern) -> NofM | None:
     """The N:M to keep up, if any."""
     return target if isinstance(target, NofM) else None
-
-
-def total_token_counts(layer: DecoderLayer, ranks: Ranks) -> dict[str, Tensor]:
-    """How many tokens each expert was given in all processes, int64 (experts,), by the path of the experts.
-
-    The layer's own counts stay those of this process.
-    """
-    totals = {path: experts.tokens.clone() for path, experts in layer.experts.items()}
-    for tokens in totals.values():
-        ranks.add_tensor(tokens)
-    return totals
-
-
-def linears_with_few_tokens(layer: DecoderLayer, totals: Mapping[str, Tensor], calls: int = 1) -> list[str]:
-    """The linears of experts that were given fewer than `FEW_TOKENS` tokens a call.
-
-    Args:
-        layer: has the experts.
-        totals: `total_token_counts`.
-        calls: of the layer for each sequence.
-    """
-    found = []
-    for path, tokens in totals.items():
-        few = {f"{path}.{number}" for number in (tokens < calls * FEW_TOKENS).nonzero().flatten().tolist()}
-        found += [name for name in layer.linears if name.rpartition(".")[0] in few]
-    return found
-
-
-def freeze_linears_with_few_tokens(
-    linears: Mapping[str, PrunedLinear], layer: DecoderLayer, ranks: Ranks, calls: int = 1
-) -> dict[str, PrunedLinear]:
-    """Freeze the linears of experts that were given too few tokens; linears whose tokens were counted before stay."""
-    few = set(linears_with_few_tokens(layer, total_token_counts(layer, ranks), calls))
-    found = dict(linears)
-    for name, linear in linears.items():
-        if linear.few_tokens is None:
-            found[name] = linear.left_alone() if name in few else replace(linear, few_tokens=False)
-    return found
-
-
-def collect_inputs(
-    layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
-) -> dict[str, AnyStatistic]:
-    """A running statistic of the inputs of every linear, over all calibration sequences of all processes.
-
-    Linears that read the same tensor (q, k, v; gate, up) share one.
-    """
-    found: dict[str, AnyStatistic] = {}
-    for batch in streams.batches():
-        seen: list[Tensor] = []
-        updated: list[AnyStatistic] = []
-
-        def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[AnyStatistic] = updated) -> None:
-            alone = name in layer.called_again  # it is going to have more inputs than its neighbours
-            if not alone and seen and seen[-1] is inputs:
-                found[name] = updated[-1]
-                return
-            if name not in found:
-                found[name] = statistic(inputs.shape[-1], inputs.device)
-            found[name].update(inputs)
-            if not alone:
-                seen[:] = [inputs]
-                updated[:] = [found[name]]
-
-        layer.visit_inputs(streams.read(HIDDEN, batch), visit)
-    for one in {id(one): one for one in found.values()}.values():
-        streams.ranks.add(one)
-    return found

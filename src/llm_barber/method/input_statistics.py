@@ -1,0 +1,57 @@
+"""Running statistics of the inputs of a layer's linears."""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.streams import HIDDEN, ActivationStreams
+
+
+class Statistic(Protocol):
+    """A running statistic of a linear's inputs."""
+
+    def update(self, inputs: Tensor) -> None:
+        """Add a batch, (sequences, tokens, in)."""
+
+    def parts(self) -> list[Tensor]:
+        """What processes add up."""
+
+    @property
+    def mean(self) -> Tensor:
+        """The statistic over all sequences."""
+
+
+AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
+
+
+def collect_inputs(
+    layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
+) -> dict[str, AnyStatistic]:
+    """A running statistic of the inputs of every linear, over all calibration sequences of all processes.
+
+    Linears that read the same tensor (q, k, v; gate, up) share one.
+    """
+    found: dict[str, AnyStatistic] = {}
+    for batch in streams.batches():
+        seen: list[Tensor] = []
+        updated: list[AnyStatistic] = []
+
+        def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[AnyStatistic] = updated) -> None:
+            alone = name in layer.called_again  # it is going to have more inputs than its neighbours
+            if not alone and seen and seen[-1] is inputs:
+                found[name] = updated[-1]
+                return
+            if name not in found:
+                found[name] = statistic(inputs.shape[-1], inputs.device)
+            found[name].update(inputs)
+            if not alone:
+                seen[:] = [inputs]
+                updated[:] = [found[name]]
+
+        layer.visit_inputs(streams.read(HIDDEN, batch), visit)
+    for one in {id(one): one for one in found.values()}.values():
+        streams.ranks.add(one)
+    return found

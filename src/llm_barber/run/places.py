@@ -1,0 +1,48 @@
+"""Where the calibration activations lie: on the device, in host memory, or in files."""
+
+import os
+from dataclasses import replace
+
+import torch
+
+from llm_barber.loading.job import Job
+from llm_barber.model.device import free_device_memory
+from llm_barber.model.places import Places
+from llm_barber.planning.limits import device_room, left_for_activations
+from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.shapes import model_shapes
+from llm_barber.run.writer import Writer
+from llm_barber.settings.base import RunSettings
+from llm_barber.usage import current_memory
+
+LIMITED: set[torch.device] = set()  # by a run of this process; the next run without --device-memory lifts the limit
+
+
+def activation_places(job: Job, settings: RunSettings, recipe: Recipe, writer: Writer) -> Places:
+    """Choose where activations lie, so that the process stays within `settings.memory`; limit the device, too.
+
+    Raises:
+        SettingsError: what a run needs besides activations does not fit.
+    """
+    device, shapes = job.skeleton.device, model_shapes(job.skeleton)
+    if device.type == "cuda" and (settings.device_memory is not None or device in LIMITED):
+        _limit_device(device, settings.device_memory)
+    places = Places(device)
+    if device.type == "cuda" and not settings.activations_off_device and not writer.state.used.off_device:
+        places.room = device_room(free_device_memory(device, settings.device_memory), shapes, recipe)
+    if settings.memory is None:
+        return places
+    left = left_for_activations(settings.memory, current_memory(), shapes, recipe)
+    # Beside the output. Another machine may lack that folder: there, where temporary files go (`TMPDIR`).
+    beside = (
+        folder for folder in (writer.folder, writer.folder.parent) if folder.is_dir() and os.access(folder, os.W_OK)
+    )
+    return replace(places, limit=left, folder=next(beside, None))
+
+
+def _limit_device(device: torch.device, device_memory: int | None) -> None:
+    """Let this process take `device_memory` bytes of a GPU; None: all of it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = 1.0 if device_memory is None else min(1.0, device_memory / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    LIMITED.add(device)

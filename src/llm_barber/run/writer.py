@@ -1,0 +1,95 @@
+"""The writer as the run sees it: on the first process it writes the output, on the others it does nothing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from llm_barber.checkpoint.state import RunState, Used
+
+
+class Writer(Protocol):
+    """An output in the making: `CheckpointWriter` and `PackedWriter` on the first process, `Follower` on the others.
+
+    `state`: what is finished. `lost`: files of an unfinished run that are damaged or missing.
+    """
+
+    folder: Path
+    state: RunState
+    lost: list[str]
+
+    def __enter__(self) -> Self:
+        """Take over what an unfinished run left in the work folder, or clear it."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Keep finished layers for a run that resumes this one, or remove the work folder."""
+        ...
+
+    @property
+    def resumable(self) -> bool:
+        """Could another run resume from here?"""
+        ...
+
+    @property
+    def saving(self) -> bool:
+        """Are activations being written?"""
+        ...
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of each file of the output, by name."""
+        ...
+
+    @property
+    def next_is_written(self) -> bool:
+        """Has the run that this one resumes written the next shard?"""
+        ...
+
+    def read_activations(self) -> tuple[int, dict[str, Tensor]]:
+        """Activations after the last layer for which they are whole, and the number of layers before them."""
+        ...
+
+    def read_shard(self, number: int) -> dict[str, Tensor]:
+        """Tensors of a written shard (counted from 0), by their names in the checkpoint."""
+        ...
+
+    def skip_shard(self) -> None:
+        """Leave the next shard as it is."""
+        ...
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the next shard, durably."""
+        ...
+
+    def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
+        """Make an allocation durable."""
+        ...
+
+    def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
+        """Make a layer durable whose shard is written."""
+        ...
+
+    def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
+        """Write the activations after `layers` layers; they must not change until `wait_for_activations`."""
+        ...
+
+    def wait_for_activations(self) -> None:
+        """Wait until the activations that are being written are durable."""
+        ...
+
+    def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:
+        """Copy a companion file of `folder`; `content` replaces what it holds."""
+        ...
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file, durably."""
+        ...
+
+    def finish(self) -> None:
+        """Write the index and give the folder its name."""
+        ...

@@ -1,0 +1,4 @@
+"""Suffixes of the files that calibration and evaluation read. Imports no torch, so that settings can check names."""
+
+TOKEN_FILE_SUFFIX = ".safetensors"  # has `input_ids`: windows of tokens, taken as they are
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", TOKEN_FILE_SUFFIX)
