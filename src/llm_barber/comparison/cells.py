@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from llm_barber.checkpoint.companions import EVALUATION_NAME
-from llm_barber.checkpoint.state import write_durably
+from llm_barber.checkpoint.durable import write_durably
 from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.evaluation.evaluate import Evaluation, Evaluator
 from llm_barber.progress import Progress

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from llm_barber.checkpoint.folder import locked, own_folder
+from llm_barber.checkpoint.durable import save_tensors
+from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import save_tensors
 from llm_barber.comparison.cells import CALIBRATION, CellResult, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.planned import Cell, cell_key, cell_settings, plan_cells, with_tasks
 from llm_barber.errors import BarberError, SettingsError
@@ -96,7 +96,7 @@ def compare(
     find_tasks(config.tasks, config.tasks_folder, config.limit)
     for name in config.evaluation(folder).texts:
         check_text(name)
-    own_folder(config.output, MARKER, "made by `llm-barber compare`, which keeps finished cells here and goes on")
+    claim_folder(config.output, MARKER, "made by `llm-barber compare`, which keeps finished cells here and goes on")
     with locked(config.output / MARKER):
         runner = make_runner(config, folder, progress, evaluator)
         cells = list(plan_cells(config))

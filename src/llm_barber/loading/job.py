@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from llm_barber.checkpoint.locations import Location, sharded_by
 from llm_barber.checkpoint.output import check_output
-from llm_barber.checkpoint.source import CheckpointSource, Location, sharded_by
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.loading.opening import (
     check_positions,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from llm_barber.checkpoint.source import Location
+from llm_barber.checkpoint.locations import Location
 from llm_barber.errors import ModelError
 from llm_barber.model.empty import beside_embedding
 from llm_barber.model.experts import DOWN, GATE, GATE_UP, UP, Experts

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from llm_barber.checkpoint.companions import RECORD_NAME
+from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import files_key
 from llm_barber.errors import ModelError
 from llm_barber.loading.job import Job
 from llm_barber.loading.naming import find_locations

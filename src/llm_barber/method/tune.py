@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_barber.errors import NotFiniteError
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.scores import mask_of, pruned_of, starting_scores
+from llm_barber.masking.scores import count_pruned, mask_from_scores, starting_scores
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.method.distance import Distance, usual_squares
@@ -91,7 +91,7 @@ class _Moving:
 
     def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
         self._now = dict(pruned)
-        self._pruned = {name: pruned_of(one.keep, one.pattern) for name, one in pruned.items()}
+        self._pruned = {name: count_pruned(one.keep, one.pattern) for name, one in pruned.items()}
         self._scores: dict[str, Tensor] = {}
         self._changes: dict[str, Tensor] = {}  # of the values, in steps
         self._steps: dict[str, tuple[Tensor, Tensor]] = {}
@@ -154,7 +154,7 @@ class _Moving:
         """Adam has made a step."""
         for name, one in self._scores.items():
             now = self._now[name]  # whose weight is not looked at where values move, too
-            keep = mask_of(one.detach(), now.keep, self._pruned[name], now.pattern)
+            keep = mask_from_scores(one.detach(), now.keep, self._pruned[name], now.pattern)
             self._now[name] = replace(now, keep=keep) if self._changes else now.with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:

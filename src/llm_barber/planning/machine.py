@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from llm_barber.checkpoint.state import sync_file
+from llm_barber.checkpoint.durable import sync_file
 from llm_barber.masking.selection import sort_values
 from llm_barber.masking.statistics import add_products, exact_half_products, gram_flops
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.output import work_folder
-from llm_barber.checkpoint.state import unfinished_run
+from llm_barber.checkpoint.unfinished import unfinished_run
 from llm_barber.masking.pattern import NofM
 from llm_barber.method.checkpoint_masks import CheckpointMasks
 from llm_barber.method.method_masks import MethodMasks

@@ -34,7 +34,9 @@ def activation_places(job: Job, settings: RunSettings, recipe: Recipe, writer: W
         return places
     left = left_for_activations(settings.memory, current_memory(), shapes, recipe)
     # Beside the output. Another machine may lack that folder: there, where temporary files go (`TMPDIR`).
-    beside = (folder for folder in (writer.work, writer.work.parent) if folder.is_dir() and os.access(folder, os.W_OK))
+    beside = (
+        folder for folder in (writer.folder, writer.folder.parent) if folder.is_dir() and os.access(folder, os.W_OK)
+    )
     return replace(places, limit=left, folder=next(beside, None))
 
 

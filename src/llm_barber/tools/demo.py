@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig
 
-from llm_barber.checkpoint.folder import own_folder
+from llm_barber.checkpoint.folder import claim_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import perplexity
@@ -67,7 +67,7 @@ def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
     progress = progress or Silent()
     source = config.model or str(demo_model())
     progress.stage("turning the model into an ordinary checkpoint")
-    own_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
+    claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     if config.model is None:
         source = str(_ordinary_checkpoint(source, config.output / "dense"))
     tokenizer = load_tokenizer(resolve_model(source))

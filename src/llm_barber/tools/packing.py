@@ -113,7 +113,7 @@ def _convert(
         if index is not None:
             weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
             writer.write_file(index, packed_index(weight_map))
-        after = sum((writer.work / shard).stat().st_size for shard in writer.shard_names)
+        after = sum((writer.folder / shard).stat().st_size for shard in writer.shard_names)
         writer.finish(with_index=index is None)
     return PackReport(
         model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=dict(counts),
