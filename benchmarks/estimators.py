@@ -110,7 +110,7 @@ def rebuild_by(estimator: str, rounds: int) -> Callable[..., tuple[dict[str, Pru
                 now[name] = now[name].with_mask(one.keep)
         _keep_outputs(work, dense_weights, {name: pruned[name].weight for name in names})
         masks = {name: Rebuilt.between(pruned[name].keep, now[name].keep) for name in names}
-        return now, masks, error / work.streams.every
+        return now, masks, error / work.streams.all_sequences
 
     return rebuild
 

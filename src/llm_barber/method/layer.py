@@ -21,7 +21,7 @@ from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine import Pass, block_errors, dense_batches, measured_windows, refine_block
 from llm_barber.method.tune import Tuned, tune_layer
-from llm_barber.model.architecture import Block, only
+from llm_barber.model.architecture import Block, select_linears
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
@@ -72,7 +72,7 @@ def prune_layer(
     pruned = initial(index, layer, every, streams)
     layer.select(pruned)
     dense = {name: every[name] for name in pruned}
-    blocks = only(skeleton.blocks[index], pruned)
+    blocks = select_linears(skeleton.blocks[index], pruned)
     follows_dense = refine_settings is not None and refine_settings.target_mix > 0
     tuning = refine_settings if pruned and refine_settings is not None and refine_settings.of_layers else None
     # Of blocks that nothing changes before their layer is tuned, only the error is wanted.
@@ -182,7 +182,7 @@ def _prune_block(
         refined = refine_block(work, dense, now, refine_settings)
         if before is None:
             before = refined.errors[0]
-            measured_from = work.streams.border if work.streams.held_out else 0
+            measured_from = work.streams.held_out_start if work.streams.held_out else 0
         now, rejected = refined.linears, refined.rejected
         masks = {
             name: Rebuilt.between(initial[name].keep, now[name].keep, mask.beneficial) for name, mask in masks.items()
@@ -271,7 +271,7 @@ def _rebuild_block(
         pattern_granularity=settings.pattern_granularity,
     )
     masks = dict(zip(block.linears, found, strict=True))
-    return {name: one.with_mask(masks[name].keep) for name, one in now.items()}, masks, total / streams.every
+    return {name: one.with_mask(masks[name].keep) for name, one in now.items()}, masks, total / streams.all_sequences
 
 
 def _propagate(work: Pass, measured_from: int | None) -> float | None:

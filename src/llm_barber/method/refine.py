@@ -133,7 +133,7 @@ def refine_block(
 def _freeze_linears_with_few_tokens(work: Pass, pruned: Mapping[str, PrunedLinear]) -> dict[str, PrunedLinear]:
     """The block's linears; where no tokens were counted yet, it is run for that."""
     layer, found = work.layer, {name: pruned[name] for name in work.block.linears}
-    if not any(one.few_tokens is None and layer.of_expert(name) for name, one in found.items()):
+    if not any(one.few_tokens is None and layer.belongs_to_expert(name) for name, one in found.items()):
         return found
     layer.set_weights({name: one.weight for name, one in found.items()})
     layer.forget_tokens()

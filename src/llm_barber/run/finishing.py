@@ -76,7 +76,7 @@ def finish_output(
 
 def warn_of_results(work: Assignment, report: RunReport, progress: Progress) -> None:
     """Say what went otherwise than a user would expect."""
-    if work.job.skeleton.order.lost:
+    if work.job.skeleton.order.unavailable:
         progress.warn("gradients were added up in no fixed order, which this model has none of: another run may differ")
     few = {
         (layer.index, one.name.rpartition(".")[0]) for layer in report.layers for one in layer.linears if one.few_tokens
