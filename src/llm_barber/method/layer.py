@@ -28,7 +28,7 @@ from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.rebuild import RebuildSettings, rebuild_block
 from llm_barber.method.refine import refine_block
 from llm_barber.method.tune import tune_layer
-from llm_barber.model.architecture import Block
+from llm_barber.model.architecture import Block, select_linears
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.record.layers import BlockResult
