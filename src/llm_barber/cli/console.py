@@ -21,9 +21,9 @@ from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from llm_barber.checkpoint.companions import PAGE_NAME
-from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.result import Comparison
 from llm_barber.comparison.tables import blocks, headings, notes
-from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.messages import Message
 from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport
