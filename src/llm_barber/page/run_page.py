@@ -96,6 +96,7 @@ def _tuning(report: RunReport) -> dict[str, Any] | None:
     return {
         "layers": layers,
         "passes": names,
+        "concentrated": [layer for layer in layers if layer.concentration is not None],
         "kept": [(number, kept[number]) for number in sorted(kept, reverse=True)],
         "figure": _map("tuning", report, shares, label, True) if any(shares.values()) else None,
     }

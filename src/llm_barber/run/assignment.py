@@ -9,8 +9,8 @@ from llm_barber.loading.job import Job
 from llm_barber.masking.pattern import NofM
 from llm_barber.messages import message
 from llm_barber.method.checkpoint_masks import CheckpointMasks
-from llm_barber.method.layer import RebuildSettings
 from llm_barber.method.method_masks import MethodMasks
+from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.planning.recipe import Recipe
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles

@@ -12,8 +12,8 @@ from llm_barber.loading.job import prepare, read_calibration
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method.checkpoint_masks import CheckpointMasks, pruned_key
-from llm_barber.method.layer import RebuildSettings
 from llm_barber.method.method_masks import MethodMasks
+from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.parallel.ranks import Ranks, joined
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.file import read_record

@@ -177,7 +177,13 @@ def _make_durable(
 
 
 def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
-    return LayerResult(index=index, seconds=seconds, held_out=pruned.held_out, blocks=tuple(pruned.blocks))
+    return LayerResult(
+        index=index,
+        seconds=seconds,
+        held_out=pruned.held_out,
+        concentration=pruned.concentration,
+        blocks=tuple(pruned.blocks),
+    )
 
 
 def _copy_outside(job: Job, writer: Writer) -> dict[str, Tensor]:
