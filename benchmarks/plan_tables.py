@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llm_barber.planning.forecast import ProcessesForecast, forecast
+from llm_barber.planning.forecast import ProcessesForecast
+from llm_barber.planning.plan import plan
 from llm_barber.planning.table import PHRASES, amount, duration, stage_cells
 from llm_barber.settings.plan import PlanConfig
 
@@ -71,13 +72,14 @@ def section(name: str, configuration: dict[str, Any], preset: str, with_size: bo
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(configuration), encoding="utf-8")
         settings: dict[str, Any] = {"model": str(path), "flops": 400e12, "preset": preset}
-        plan = forecast(PlanConfig(**settings, processes=(1, 8)))
-        (fast,) = forecast(PlanConfig(**settings, processes=(8,), network=FAST)).runs
-    alone, together = plan.runs
+        forecast = plan(PlanConfig(**settings, processes=(1, 8)))
+        (fast,) = plan(PlanConfig(**settings, processes=(8,), network=FAST)).runs
+    alone, together = forecast.runs
     lines = []
     if with_size:
         lines = [
-            f"{plan.parameters:,} parameters, {plan.weights:,} of them in the linears of {plan.layers} decoder layers.",
+            f"{forecast.parameters:,} parameters, {forecast.weights:,} of them in the linears of {forecast.layers} "
+            "decoder layers.",
             "",
         ]
     lines += [f"    llm-barber plan {name} --flops 400e12 --processes 1,8 --preset {preset}", ""]

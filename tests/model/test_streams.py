@@ -9,7 +9,7 @@ import torch
 
 from llm_barber import PruneConfig, prune
 from llm_barber.loading.job import Job
-from llm_barber.method import layer as method_module
+from llm_barber.method import layer as layer_module
 from llm_barber.model.places import Places
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams
@@ -156,7 +156,7 @@ def test_memory_that_runs_out_at_the_very_end_of_a_layer(
     tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(llama, tmp_path / "whole", tokens)
-    result, failed = method_module.result_of, []
+    result, failed = layer_module.block_result, []
 
     def short(*given: Any) -> Any:
         if not failed:
@@ -164,7 +164,7 @@ def test_memory_that_runs_out_at_the_very_end_of_a_layer(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result(*given)
 
-    monkeypatch.setattr(method_module, "result_of", short)
+    monkeypatch.setattr(layer_module, "block_result", short)
     run(llama, tmp_path / "short", tokens)
     assert read_untimed_files(tmp_path / "short") == read_untimed_files(tmp_path / "whole")
 

@@ -18,7 +18,7 @@ from llm_barber.errors import SettingsError
 from llm_barber.model import streams as streams_module
 from llm_barber.parallel.ranks import Ranks
 from llm_barber.planning.limits import DEVICE_LIBRARIES, DEVICE_MARGIN
-from llm_barber.planning.memory import Held, peak_held
+from llm_barber.planning.memory import Footprint, peak_footprint
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Silent
 from llm_barber.run.commands import pruning
@@ -51,7 +51,7 @@ def test_activations_in_files_give_the_same_bytes(
 
     monkeypatch.setattr(streams_module.torch, "from_file", counted)
     monkeypatch.setattr("llm_barber.run.places.current_memory", lambda: 2**20)
-    monkeypatch.setattr("llm_barber.planning.limits.peak_held", lambda *_: Held())
+    monkeypatch.setattr("llm_barber.planning.limits.peak_footprint", lambda *_: Footprint())
     monkeypatch.setattr("llm_barber.planning.limits.COPIES_OF_A_LAYER", 0)
     monkeypatch.setattr("llm_barber.planning.limits.LIBRARIES", 0)
     run(llama, tmp_path / "small", tokens, memory=2**20 + 20_000)
@@ -213,5 +213,5 @@ def test_activations_stay_on_a_gpu_unless_told_otherwise_or_its_memory_ran_out(
     writer.state = RunState(key={}, used=Used(off_device=left_before))
     recipe = replace(work.recipe, on_cpu=False)
     places = activation_places(work.job, config, recipe, writer)
-    held = peak_held(model_shapes(work.job.skeleton), recipe).device
+    held = peak_footprint(model_shapes(work.job.skeleton), recipe).device
     assert places.room == (int(2**32 - DEVICE_LIBRARIES - DEVICE_MARGIN * held) if stay else None)

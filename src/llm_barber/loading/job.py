@@ -39,7 +39,6 @@ from llm_barber.parallel.ranks import Ranks, local_rank
 from llm_barber.progress import Progress
 from llm_barber.settings.base import RunSettings
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.targets import Targets
 from llm_barber.text.calibration import CalibrationTokens, check_text_fits, load_calibration
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
@@ -295,9 +294,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     check_positions(text_config, seqlen)
     check_vocabulary(text_config, tokens.input_ids)
     skeleton = open_skeleton(source, config, architecture, device, dtype)
-    by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
-    prunes_head = isinstance(settings, PruneConfig) and settings.prune_head
-    check_tensors(skeleton, source, with_head=by_loss or prunes_head)
+    prunes_head = settings.prunes_head
+    check_tensors(skeleton, source, with_head=settings.allocated_by is Allocation.LOSS or prunes_head)
     free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
     batch_size = sequences_together(settings, skeleton, device, sequences, seqlen, free)
     job = Job(

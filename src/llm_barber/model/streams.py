@@ -13,6 +13,7 @@ from llm_barber.model.places import Places
 from llm_barber.parallel.ranks import Ranks
 
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
+TARGET = "target"  # the array with what the output of a layer that is tuned should be
 NEXT = "next"  # the array that will be HIDDEN of the layer after this one
 DENSE = "dense "  # before a name: the same in the dense model
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream

@@ -14,7 +14,8 @@ from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.loading.job import Job
 from llm_barber.messages import message
-from llm_barber.method.refine import dense_batches
+from llm_barber.method.block_pass import dense_batches
+from llm_barber.method.layer import move_on
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
@@ -83,7 +84,7 @@ def pass_layer(
         settings: of the run's refining, which may move the dense model's activations, too.
         streams: what the layer starts from; then what the next one does.
     """
-    index, skeleton = result.index, job.skeleton
+    index = result.index
     dense = dense_batches(settings, streams)
     if dense:
         layer, _ = job.open_layer(index, tensors)
@@ -95,11 +96,7 @@ def pass_layer(
     layer.set_weights({one.name: weights[one.name].contiguous() for one in result.linears if one.pruned})
     for batch in streams.batches():
         streams.write(DENSE_OUTPUT, batch, layer.output(streams.read(HIDDEN, batch)))
-    skeleton.tails[index] = layer.tail
-    skeleton.release_layer(index)
-    streams.swap(DENSE_OUTPUT, HIDDEN)
-    if dense:
-        streams.swap(DENSE + NEXT, DENSE + HIDDEN)
+    move_on(job, index, layer, streams, bool(dense))
 
 
 def _check_counts(result: LayerResult, weights: Mapping[str, Tensor]) -> None:

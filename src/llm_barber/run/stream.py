@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -16,7 +15,6 @@ from llm_barber.loading.job import Job
 from llm_barber.method.allocation import allocate
 from llm_barber.method.head import prune_head
 from llm_barber.method.layer import PrunedLayer, prune_layer
-from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
@@ -97,7 +95,7 @@ def _open_output(work: Assignment) -> Writer:
         return Follower(work_folder(config.output))
     kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
     shards = len(job.outside_shards) + len(job.steps)
-    key, repeatable = run_key(work), work.runs_what_it_writes
+    key, repeatable = run_key(work), work.config.runs_what_it_writes
     return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable)
 
 
@@ -128,18 +126,18 @@ def _allocate(
     seconds and the run's total until then.
     """
     initial, allocation = work.initial, work.allocation
-    if not isinstance(initial, MethodMasks) or allocation is Allocation.UNIFORM:
+    if initial.budget is None or allocation is Allocation.UNIFORM:
         return
     sparsities = writer.state.sparsities
     if sparsities is None:
         start = time.perf_counter()
-        look = partial(allocate, allocation, initial, streams, initial.targets.pattern.sparsity, progress)
+        look = partial(allocate, allocation, initial, streams, initial.budget, progress)
         sparsities = with_smaller_batches(look, work.job.skeleton.drop_outside, work.job, streams, progress)
         allocated = time.perf_counter()
         seconds["allocate"] += allocated - start
         seconds["total"] = allocated - began
         writer.keep_sparsities(sparsities, seconds, used_by(work, writer, streams))
-    initial.targets = replace(initial.targets, allocated=sparsities)
+    initial.set_sparsities(sparsities)
 
 
 def _prune_step(
@@ -169,15 +167,21 @@ def _make_durable(
             writer.wait_for_activations()  # before others are gathered
             writer.keep_activations(len(results), gathered(work, streams))
 
-    if not work.runs_what_it_writes:
+    if not work.config.runs_what_it_writes:
         keep()
     writer.finish_layer(results[-1].model_dump(mode="json"), seconds, used_by(work, writer, streams))
-    if work.runs_what_it_writes:
+    if work.config.runs_what_it_writes:
         keep()
 
 
 def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
-    return LayerResult(index=index, seconds=seconds, held_out=pruned.held_out, blocks=tuple(pruned.blocks))
+    return LayerResult(
+        index=index,
+        seconds=seconds,
+        held_out=pruned.held_out,
+        concentration=pruned.concentration,
+        blocks=tuple(pruned.blocks),
+    )
 
 
 def _copy_outside(job: Job, writer: Writer) -> dict[str, Tensor]:
