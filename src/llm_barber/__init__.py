@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from llm_barber.comparison.compare import Comparison, compare
+    from llm_barber.comparison.compare import compare
+    from llm_barber.comparison.result import Comparison
     from llm_barber.errors import BarberError
-    from llm_barber.evaluation.evaluate import Evaluation, evaluate
+    from llm_barber.evaluation.evaluate import evaluate
+    from llm_barber.evaluation.result import Evaluation
     from llm_barber.record.report import RunReport
     from llm_barber.run.commands import prune, rebuild
     from llm_barber.runtime.load import load
@@ -47,9 +49,9 @@ __all__ = [
 _MODULES = {
     "BarberError": "errors",
     "CompareConfig": "settings.compare",
-    "Comparison": "comparison.compare",
+    "Comparison": "comparison.result",
     "EvaluateConfig": "settings.evaluate",
-    "Evaluation": "evaluation.evaluate",
+    "Evaluation": "evaluation.result",
     "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",
     "PackConfig": "settings.copies",

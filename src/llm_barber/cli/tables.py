@@ -8,9 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm_barber.checkpoint.companions import PAGE_NAME
-from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.result import Comparison
 from llm_barber.comparison.tables import blocks, headings, notes
-from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport
 from llm_barber.run.dry_run import Plan
