@@ -19,7 +19,7 @@ from estimators import ESTIMATORS, estimated
 from quality import CALIBRATION, ROOT, VALIDATION
 
 from llm_barber.checkpoint.folder import claim_folder, locked
-from llm_barber.cli.console import ConsoleProgress
+from llm_barber.cli.progress import ConsoleProgress
 from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune

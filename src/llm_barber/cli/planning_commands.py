@@ -100,7 +100,7 @@ def plan(
 
     From the configuration alone, without weights. With --flops for another machine, a GPU unless --device cpu.
     """
-    from llm_barber.cli.console import ConsoleProgress
+    from llm_barber.cli.progress import ConsoleProgress
     from llm_barber.planning.plan import plan as run
     from llm_barber.planning.table import show_forecast
     from llm_barber.settings.plan import PlanConfig

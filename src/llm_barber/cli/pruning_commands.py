@@ -124,7 +124,8 @@ def demo(
     **settings: Any,
 ) -> None:
     """Prune a real model of 135M weights to 50 % in four ways, and show what each does to it."""
-    from llm_barber.cli.console import ConsoleProgress, show_demo
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.cli.tables import show_demo
     from llm_barber.settings.demo import DemoConfig
     from llm_barber.tools.demo import demo as run
 
@@ -140,7 +141,8 @@ def demo(
 def _run_or_plan(
     run: Callable[..., Any], config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool
 ) -> None:
-    from llm_barber.cli.console import ConsoleProgress, show_plan, show_run
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.cli.tables import show_plan, show_run
     from llm_barber.run.dry_run import plan
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started

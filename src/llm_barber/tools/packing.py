@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.companions import CARD_NAME, OURS, PAGE_NAME
+from llm_barber.checkpoint.companions import CARD_NAME, OWN_JSON, PAGE_NAME
 from llm_barber.checkpoint.index import packed_index
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
 from llm_barber.checkpoint.source import CheckpointSource
@@ -108,7 +108,7 @@ def _convert(
             progress.advance(name)
         for path in source.companions():
             writer.copy(path, source.folder)
-        for name in (*OURS, PAGE_NAME):
+        for name in (*OWN_JSON, PAGE_NAME):
             if (source.folder / name).is_file():
                 writer.copy(source.folder / name, source.folder)
         if record is not None and index is None:
