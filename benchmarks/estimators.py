@@ -16,9 +16,10 @@ from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
 from llm_barber.masking.statistics import GradientSquares
 from llm_barber.method import layer as method
-from llm_barber.method.layer import RebuildSettings
+from llm_barber.method.block_pass import BlockPass
+from llm_barber.method.outcome import BlockOutcome
 from llm_barber.method.pruned_linear import PrunedLinear
-from llm_barber.method.refine import Pass
+from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN
 
 SEED = 20250101  # of the second-order estimator's probes
@@ -65,33 +66,33 @@ def estimated(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     estimator, rounds = given.pop("estimator", None), int(given.pop("rounds", 1))
     if rounds != 1 and estimator is None:
         raise SystemExit("rounds: of an estimator; add estimator=published")
-    before = method._rebuild_block
+    before = method.rebuild_block
     if estimator is not None:
-        method._rebuild_block = rebuild_by(estimator, rounds)
+        method.rebuild_block = rebuild_by(estimator, rounds)
     try:
         yield given
     finally:
-        method._rebuild_block = before
+        method.rebuild_block = before
 
 
-def rebuild_by(estimator: str, rounds: int) -> Callable[..., tuple[dict[str, PrunedLinear], dict[str, Rebuilt], float]]:
-    """A `method._rebuild_block` with another estimator, which swaps in rounds; one process, no experts."""
+def rebuild_by(estimator: str, rounds: int) -> Callable[..., BlockOutcome]:
+    """A `method.rebuild_block` with another estimator, which swaps in rounds; one process, no experts."""
     place, score = ESTIMATORS[estimator]
 
     def rebuild(
-        work: Pass,
+        block_pass: BlockPass,
         dense: Mapping[str, Tensor],
         pruned: Mapping[str, PrunedLinear],
         settings: RebuildSettings,
         where: str,
-    ) -> tuple[dict[str, PrunedLinear], dict[str, Rebuilt], float]:
-        names, error = work.block.linears, 0.0
+    ) -> BlockOutcome:
+        names, error = block_pass.block.linears, 0.0
         dense_weights = {name: dense[name] for name in names}
         now = {name: pruned[name] for name in names}
         for index in range(rounds):
             sparse_weights = {name: one.weight for name, one in now.items()}
             points = (dense_weights, sparse_weights) if place == "dense" else (sparse_weights, dense_weights)
-            found, seconds, total = _gradients(work, *points, second=estimator == "second-order")
+            found, seconds, total = _gradients(block_pass, *points, second=estimator == "second-order")
             if index == 0:
                 error = total
             rebuilt = rebuild_masks(
@@ -108,23 +109,24 @@ def rebuild_by(estimator: str, rounds: int) -> Callable[..., tuple[dict[str, Pru
             )
             for name, one in zip(names, rebuilt, strict=True):
                 now[name] = now[name].with_mask(one.keep)
-        _keep_outputs(work, dense_weights, {name: pruned[name].weight for name in names})
+        _keep_outputs(block_pass, dense_weights, {name: pruned[name].weight for name in names})
         masks = {name: Rebuilt.between(pruned[name].keep, now[name].keep) for name in names}
-        return now, masks, error / work.streams.every
+        error /= block_pass.streams.all_sequences
+        return BlockOutcome(now, masks, error, measured_from=0, output_kept=not block_pass.last)
 
     return rebuild
 
 
 def _gradients(
-    work: Pass, here: Mapping[str, Tensor], there: Mapping[str, Tensor], second: bool
+    block_pass: BlockPass, here: Mapping[str, Tensor], there: Mapping[str, Tensor], second: bool
 ) -> tuple[dict[str, Gradients], dict[str, Tensor], float]:
     """Of the squared distance of the block's outputs with both weights, by those `here`; second derivatives; Σ."""
-    layer, block, streams = work.layer, work.block, work.streams
+    layer, block, streams = block_pass.layer, block_pass.block, block_pass.streams
     made = torch.Generator().manual_seed(SEED)
     found, probed = ({name: Gradients(tuple(w.shape), w.device) for name, w in here.items()} for _ in range(2))
     total, size = 0.0, 0
     for batch in streams.batches():
-        hidden, replays = streams.read(HIDDEN, batch), work.replays(batch)
+        hidden, replays = streams.read(HIDDEN, batch), block_pass.replays(batch)
         layer.set_weights(there)
         other = layer.block_output(block, hidden, replays)
         layer.set_weights(here)
@@ -137,11 +139,13 @@ def _gradients(
     return found, {name: one.mean * (size / 2) for name, one in probed.items()} if second else {}, total
 
 
-def _keep_outputs(work: Pass, dense_weights: Mapping[str, Tensor], sparse_weights: Mapping[str, Tensor]) -> None:
+def _keep_outputs(
+    block_pass: BlockPass, dense_weights: Mapping[str, Tensor], sparse_weights: Mapping[str, Tensor]
+) -> None:
     """What `method` reads afterwards: the dense output, and that with the mask before, if nothing was swapped."""
-    for batch in work.streams.batches():
-        work.layer.set_weights(dense_weights)
-        work.streams.write(DENSE_OUTPUT, batch, work.output(batch))
-        if not work.last:
-            work.layer.set_weights(sparse_weights)
-            work.streams.write(work.block.output, batch, work.output(batch))
+    for batch in block_pass.streams.batches():
+        block_pass.layer.set_weights(dense_weights)
+        block_pass.streams.write(DENSE_OUTPUT, batch, block_pass.output(batch))
+        if not block_pass.last:
+            block_pass.layer.set_weights(sparse_weights)
+            block_pass.streams.write(block_pass.block.output, batch, block_pass.output(batch))

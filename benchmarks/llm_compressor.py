@@ -23,7 +23,7 @@ from common import call, machine, model_folder, show
 from quality import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TASK_TARGETS, TASKS, TEST
 from safetensors.torch import save_file
 
-from llm_barber.cli.console import ConsoleProgress
+from llm_barber.cli.progress import ConsoleProgress
 from llm_barber.comparison.tables import ACCURACY
 from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.loading.opening import load_tokenizer

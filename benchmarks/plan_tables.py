@@ -1,6 +1,6 @@
-"""The tables of large models in `docs/results/forecasts.md`: plans of a named machine, arithmetic that nobody has run.
+"""The page `docs/results/forecast-tables.md`: plans of large models on a named machine, arithmetic that nobody has run.
 
-Writes them into the page, each below the command whose plan it shows; takes seconds.
+Takes seconds.
 
     python benchmarks/plan_tables.py
 """
@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llm_barber.planning.forecast import ProcessesForecast, forecast
-from llm_barber.planning.table import amount, duration, stage_cells
+from llm_barber.planning.forecast import ProcessesForecast
+from llm_barber.planning.plan import plan
+from llm_barber.planning.table import PHRASES, amount, duration, stage_cells
 from llm_barber.settings.plan import PlanConfig
 
-PAGE = Path(__file__).parent.parent / "docs" / "results" / "forecasts.md"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "forecast-tables.md"
 LLAMA_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -45,53 +46,62 @@ MODELS = {
 }  # fmt: skip
 PRESETS = ("paper", "mask")
 FAST = 100e9  # bytes/s between the GPUs of one machine
-STAGES = {
-    "embed": "embed, outside the layers", "allocate": "allocation", "initial": "initial mask", "rebuild": "rebuild",
-    "refine": "dense stream, errors before", "tune": "tuning of masks", "propagate": "propagate", "read": "read",
-    "write": "write", "keep": "keep activations for `--resume`",
-}  # fmt: skip
-TIME = 3  # of a stage's cells
+TIME = 3  # its number among a stage's cells
 HEADINGS = ("stage", "FLOPs", "read", "written", "time, 1 process", "mostly", "8 processes", "8, 100 GB/s between them")
 
 
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    lines = [
+        "<!-- written by benchmarks/plan_tables.py -->",
+        "# Tables of the forecasts",
+        "",
+        "[What these plans assume and say](forecasts.md). Memory of several processes is each process's, and",
+        "host memory process 0's, which has most.",
+        "",
+    ]
     for name, configuration in MODELS.items():
-        for preset in PRESETS:
-            command = f"    llm-barber plan {name} --flops 400e12 --processes 1,8 --preset {preset}\n\n"
-            before, found, after = text.partition(command)
-            if not found:
-                raise SystemExit(f"{PAGE} has no {command.strip()}")
-            rest = after[after.index("\n\n", after.index("process: bottleneck")) :]
-            text = before + command + table(configuration, preset) + rest
-    PAGE.write_text(text, encoding="utf-8")
+        lines += [f"## {name.partition('/')[2]}", ""]
+        for number, preset in enumerate(PRESETS):
+            lines += section(name, configuration, preset, with_size=number == 0)
+    PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def table(configuration: dict[str, Any], preset: str) -> str:
-    """A model's plan by one of the presets."""
+def section(name: str, configuration: dict[str, Any], preset: str, with_size: bool) -> list[str]:
+    """Lines of a model's plan by a preset: the command, work and time by stage, and memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(configuration), encoding="utf-8")
         settings: dict[str, Any] = {"model": str(path), "flops": 400e12, "preset": preset}
-        one, eight = forecast(PlanConfig(**settings, processes=(1, 8))).runs
-        (fast,) = forecast(PlanConfig(**settings, processes=(8,), network=FAST)).runs
-    lines = [f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|---|---:|---:|"]
-    for alone, together, faster in zip(one.stages, eight.stages, fast.stages, strict=True):
-        if alone.seconds or alone.bytes_written:
-            others = (stage_cells(one)[TIME] for one in (together, faster))
-            lines.append(f"| {' | '.join([STAGES[alone.name], *stage_cells(alone), *others])} |")
+        forecast = plan(PlanConfig(**settings, processes=(1, 8)))
+        (fast,) = plan(PlanConfig(**settings, processes=(8,), network=FAST)).runs
+    alone, together = forecast.runs
+    lines = []
+    if with_size:
+        lines = [
+            f"{forecast.parameters:,} parameters, {forecast.weights:,} of them in the linears of {forecast.layers} "
+            "decoder layers.",
+            "",
+        ]
+    lines += [f"    llm-barber plan {name} --flops 400e12 --processes 1,8 --preset {preset}", ""]
+    lines += [f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|---|---:|---:|"]
+    for stage, shared, faster in zip(alone.stages, together.stages, fast.stages, strict=True):
+        if stage.seconds or stage.bytes_written:
+            times = (stage_cells(other)[TIME] for other in (shared, faster))
+            lines.append(f"| {' | '.join([PHRASES[stage.name], *stage_cells(stage), *times])} |")
     flops, read, written = (
-        sum(getattr(stage, what) for stage in one.stages) for what in ("flops", "bytes_read", "bytes_written")
+        sum(getattr(stage, kind) for stage in alone.stages) for kind in ("flops", "bytes_read", "bytes_written")
     )
     lines.append(
-        f"| **all** | {amount(flops)} | {amount(read)}B | {amount(written)}B | **{duration(one.seconds)}** | "
-        f"{one.bottleneck} | **{duration(eight.seconds)}** | **{duration(fast.seconds)}** |"
+        f"| **all** | {amount(flops)} | {amount(read)}B | {amount(written)}B | **{duration(alone.seconds)}** | "
+        f"{alone.bottleneck} | **{duration(together.seconds)}** | **{duration(fast.seconds)}** |"
     )
-    memory = (
-        f"1 process: bottleneck **{one.bottleneck}**, {_memory(one)}; 8 processes: **{eight.bottleneck}** (100 GB/s: "
-        f"**{fast.bottleneck}**), {_memory(eight)} each (of hosts': process 0's)."
-    )
-    return "\n".join([*lines, "", memory])
+    return [
+        *lines,
+        "",
+        f"- 1 process: bottleneck {alone.bottleneck}; {_memory(alone)}.",
+        f"- 8 processes: bottleneck {together.bottleneck}, at 100 GB/s {fast.bottleneck}; {_memory(together)}.",
+        "",
+    ]
 
 
 def _memory(run: ProcessesForecast) -> str:

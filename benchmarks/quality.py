@@ -1,4 +1,4 @@
-"""Held-out quality of every method on real models: makes `docs/results/index.md`, its tables and plots. Resumable.
+"""Held-out quality of every method on real models: makes the generated pages of `docs/results`. Resumable.
 
     python benchmarks/quality.py --data DATA [--model FOLDER --name NAME] [--seeds 0,1,2]
 
@@ -18,10 +18,10 @@ from common import model_folder
 from quality_page import write_page
 
 from llm_barber.checkpoint.folder import locked
-from llm_barber.cli.console import ConsoleProgress
-from llm_barber.comparison.cells import CellResult
-from llm_barber.comparison.compare import MARKER, Comparison, calibration_file, compare, make_runner
+from llm_barber.cli.progress import ConsoleProgress
+from llm_barber.comparison.compare import MARKER, calibration_file, compare, make_runner
 from llm_barber.comparison.planned import Cell, cell_settings
+from llm_barber.comparison.result import CellResult, Comparison
 from llm_barber.comparison.tables import markdown
 from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.masking.granularity import Granularity
@@ -358,7 +358,7 @@ def main() -> None:
     kept = quality.output / "llm-compressor.json"
     elsewhere = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
     write_page(
-        ROOT / "docs" / "results.md", name, title, comparison, choice, sequences, order, options.settings_of, elsewhere
+        ROOT / "docs" / "results", name, title, comparison, choice, sequences, order, options.settings_of, elsewhere
     )
     print(markdown(comparison.model_copy(update={"model": title})))
 

@@ -1,14 +1,14 @@
-"""The generated part of `docs/results/index.md`: tables and plots of one model's quality benchmark."""
+"""A model's page in `docs/results`: the tables and plots of its quality benchmark."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llm_barber.comparison.cells import CellResult
-from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.page import comparison_picture
+from llm_barber.comparison.result import CellResult, Comparison
 from llm_barber.comparison.tables import (
     REBUILT,
     TITLES,
@@ -30,23 +30,24 @@ Order = Mapping[Method, tuple[CellResult, CellResult]]
 Elsewhere = Sequence[Mapping[str, Any]]  # what `llm_compressor.py` keeps
 
 
+WIDTH = 100  # of prose
+
+
 def write_page(
-    page: Path, name: str, title: str, comparison: Comparison, choice: Choice, sequences: Sequences,
+    folder: Path, name: str, title: str, comparison: Comparison, choice: Choice, sequences: Sequences,
     order: Order, settings_of: str | None, elsewhere: Elsewhere = (),
 ) -> None:  # fmt: skip
-    """Replace the model's part of the page (between its markers), and write its plots beside it."""
+    """Write the model's page, `folder/name.md`, and its plots beside it."""
     comparison = comparison.model_copy(update={"model": title})
-    plots = page.with_suffix("")
-    plots.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     picture = comparison_picture(comparison)
     if picture is not None:
-        (plots / f"{name}.svg").write_text(picture, encoding="utf-8")
-    lines = [f"## {title}", ""]
-    lines += [f"- {note}" for note in notes(comparison)]
-    lines += _fewer_seeds(comparison)
-    lines += ["", f"![Perplexity by sparsity](results/{name}.svg)", ""]
+        (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
+    lines = ["<!-- written by benchmarks/quality.py -->", f"# {title}", ""]
+    lines += [_wrapped(f"- {note}", "  ") for note in [*notes(comparison), *_other_seeds(comparison)]]
+    lines += ["", f"![Perplexity by sparsity]({name}.svg)", ""]
     for block in blocks(comparison):
-        lines += [f"### {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
+        lines += [f"## {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
     lines += _gap(comparison)
     if elsewhere:
         lines += _elsewhere(elsewhere, comparison)
@@ -57,35 +58,31 @@ def write_page(
     if choice:
         lines += _choice(choice)
     if sequences:
-        (plots / f"{name}-sequences.svg").write_text(_sequences_picture(sequences, comparison), encoding="utf-8")
+        (folder / f"{name}-sequences.svg").write_text(_sequences_picture(sequences, comparison), encoding="utf-8")
         lines += _sequences(sequences, name)
     if order:
         lines += _order(order)
-    begin, end = f"<!-- {name}: written by benchmarks/quality.py -->", f"<!-- end of {name} -->"
-    part = "\n".join([begin, *lines, end])
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
-    if begin in text:
-        before, _, rest = text.partition(begin)
-        text = before + part + rest.partition(end)[2]
-    else:
-        text = f"{text.rstrip()}\n\n{part}\n"
-    page.write_text(text, encoding="utf-8")
+    (folder / f"{name}.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def _fewer_seeds(comparison: Comparison) -> list[str]:
-    """Which rows have other seeds than the tables, by target."""
-    found: dict[tuple[str, str], list[int]] = {}
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _other_seeds(comparison: Comparison) -> list[str]:
+    """Sentences that name the rows with other calibration seeds than the page's, by target."""
+    row_seeds: dict[tuple[str, str], list[int]] = {}
     for cell in comparison.cells:
         title = TITLES[cell.method] + REBUILT * cell.rebuilt
-        found.setdefault((title, target_title(cell.target)), []).append(cell.seed)
-    usual = sorted(set().union(*found.values()))
+        row_seeds.setdefault((title, target_title(cell.target)), []).append(cell.seed)
+    usual = sorted(set().union(*row_seeds.values()))
     others: dict[tuple[int, ...], dict[str, list[str]]] = {}
-    for (title, target), seeds in found.items():
+    for (title, target), seeds in row_seeds.items():
         # Magnitude looks at no text: it is the same for every seed.
         if sorted(seeds) != usual and title != TITLES[Method.MAGNITUDE]:
             others.setdefault(tuple(sorted(seeds)), {}).setdefault(title, []).append(target)
     return [
-        f"- Seeds {', '.join(map(str, seeds))}: "
+        f"Seeds {', '.join(map(str, seeds))}: "
         + "; ".join(f"{title} at {', '.join(targets)}" for title, targets in rows.items())
         + "."
         for seeds, rows in others.items()
@@ -93,31 +90,33 @@ def _fewer_seeds(comparison: Comparison) -> list[str]:
 
 
 def _gap(comparison: Comparison) -> list[str]:
-    """How much of the gap in log perplexity between Wanda and the dense model each row closes."""
+    """The share of the gap in log perplexity between Wanda and the dense model that each row closes."""
     targets = list(dict.fromkeys(cell.target for cell in comparison.cells))
     dense = math.log(comparison.dense.texts[0].perplexity)
-    found = {
+    logarithms = {
         (cell.method, cell.rebuilt, cell.target, cell.seed): math.log(_perplexity(cell.result))
         for cell in comparison.cells
         if cell.result is not None
     }
     rows = []
-    for method, rebuilt in dict.fromkeys(key[:2] for key in found):
+    for method, rebuilt in dict.fromkeys(key[:2] for key in logarithms):
         cells = []
         for target in targets:
             gaps = []
-            for (one, was_rebuilt, at, seed), value in found.items():
-                wanda = found.get((Method.WANDA, False, at, seed))
-                if (one, was_rebuilt, at) == (method, rebuilt, target) and wanda is not None:
+            for (other, was_rebuilt, at, seed), value in logarithms.items():
+                wanda = logarithms.get((Method.WANDA, False, at, seed))
+                if (other, was_rebuilt, at) == (method, rebuilt, target) and wanda is not None:
                     gaps.append((wanda - value) / (wanda - dense))
             cells.append(f"{sum(gaps) / len(gaps):z.0%}" if gaps else "–")
         if (method, rebuilt) != (Method.WANDA, False):
             rows.append(Row(TITLES[method] + REBUILT * rebuilt, tuple(cells), (False,) * len(cells)))
     return [
-        "### How much of what Wanda loses each method wins back",
+        "## How much of what Wanda loses each method wins back",
         "",
-        "Share of the gap in log perplexity between Wanda and the dense model, mean over its seeds; below 0 it is "
-        "worse than Wanda.",
+        _wrapped(
+            "Share of the gap in log perplexity between Wanda and the dense model, mean over its seeds; below 0 it is "
+            "worse than Wanda."
+        ),
         "",
         *markdown_table(["method", *map(target_title, targets)], rows),
         "",
@@ -125,55 +124,57 @@ def _gap(comparison: Comparison) -> list[str]:
 
 
 def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
-    """Rows by llm-compressor, on the tokens of the first seed, by target."""
+    """The table of llm-compressor's results, on the tokens of the first seed, by target."""
     dense = math.log(comparison.dense.texts[0].perplexity)
     wanda = {
         cell.target: math.log(_perplexity(cell.result))
         for cell in comparison.cells
         if (cell.method, cell.rebuilt, cell.seed) == (Method.WANDA, False, 0) and cell.result is not None
     }
-    rows = []
-    known = [one for one in elsewhere if one["target"] in wanda]
-    tasks = next((one["tasks"] for one in known if one.get("tasks")), {})
+    table = []
+    known = [row for row in elsewhere if row["target"] in wanda]
+    tasks = next((row["tasks"] for row in known if row.get("tasks")), {})
     accuracies = [f"{name} %" for name in (*tasks, "mean")] if tasks else []
-    for one in sorted(known, key=lambda one: list(wanda).index(one["target"])):
-        before = wanda[one["target"]]
-        gap = (before - math.log(one["perplexity"])) / (before - dense)
-        values = list(one.get("tasks", {}).values())
+    for row in sorted(known, key=lambda row: list(wanda).index(row["target"])):
+        before = wanda[row["target"]]
+        gap = (before - math.log(row["perplexity"])) / (before - dense)
+        values = list(row.get("tasks", {}).values())
         measured = [f"{100 * value:.1f}" for value in (*values, fmean(values))] if values else ["–"] * len(accuracies)
-        cells = [f"{one['perplexity']:.2f}", f"{one['divergence']:.3f}", f"{gap:z.0%}", *measured]
-        cells.append(f"{one['seconds']:.0f}")
-        name = TITLES[Method.SPARSEGPT_UPDATES if one["method"] == "sparsegpt" else Method(one["method"])]
-        rows.append(Row(f"{target_title(one['target'])}: {name}", tuple(cells), (False,) * len(cells)))
-    versions = " and ".join(dict.fromkeys(str(one["llm-compressor"]) for one in elsewhere))
-    machines = "; ".join(dict.fromkeys(str(one["machine"]) for one in elsewhere))
-    pruned_under = " and ".join(dict.fromkeys(str(one["transformers"]) for one in elsewhere))
+        cells = [f"{row['perplexity']:.2f}", f"{row['divergence']:.3f}", f"{gap:z.0%}", *measured]
+        cells.append(f"{row['seconds']:.0f}")
+        name = TITLES[Method.SPARSEGPT_UPDATES if row["method"] == "sparsegpt" else Method(row["method"])]
+        table.append(Row(f"{target_title(row['target'])}: {name}", tuple(cells), (False,) * len(cells)))
+    versions = " and ".join(dict.fromkeys(str(row["llm-compressor"]) for row in elsewhere))
+    machines = "; ".join(dict.fromkeys(str(row["machine"]) for row in elsewhere))
+    pruned_under = " and ".join(dict.fromkeys(str(row["transformers"]) for row in elsewhere))
     return [
-        f"### By llm-compressor {versions}",
+        f"## By llm-compressor {versions}",
         "",
-        f"On the same tokens (seed 0), in float32, under transformers {pruned_under}; measured as the rows above are, "
-        f"on {machines}; share: of the gap, as above. `benchmarks/llm_compressor.py`.",
+        _wrapped(
+            f"On the same tokens (seed 0), in float32, under transformers {pruned_under}; measured as the rows above "
+            f"are, on {machines}; share: of the gap, as above. `benchmarks/llm_compressor.py`."
+        ),
         "",
-        *markdown_table(["", "perplexity", "KL", "share", *accuracies, "seconds"], rows),
+        *markdown_table(["", "perplexity", "KL", "share", *accuracies, "seconds"], table),
         "",
     ]
 
 
 def _does_it_help(comparison: Comparison) -> list[str]:
-    """Perplexity with rebuild over perplexity without, by method and target; the geometric mean over seeds."""
+    """The table of perplexity with rebuild over perplexity without; geometric means over seeds."""
     targets = list(dict.fromkeys(cell.target for cell in comparison.cells))
-    found = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell.result for cell in comparison.cells}
+    results = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell.result for cell in comparison.cells}
     rows = []
     for method in dict.fromkeys(cell.method for cell in comparison.cells if cell.rebuilt):
         cells = []
         for target in targets:
             ratios = []
-            for (one, rebuilt, at, seed), result in found.items():
-                if (one, rebuilt, at) != (method, True, target) or result is None:
+            for (other, rebuilt, at, seed), result in results.items():
+                if (other, rebuilt, at) != (method, True, target) or result is None:
                     continue
                 # Magnitude looks at no text: it is the same for every seed.
-                plain = found.get((method, False, target, seed)) or next(
-                    other for key, other in found.items() if key[:3] == (method, False, target)
+                plain = results.get((method, False, target, seed)) or next(
+                    value for key, value in results.items() if key[:3] == (method, False, target)
                 )
                 if plain is not None:
                     ratios.append(math.log(_perplexity(result) / _perplexity(plain)))
@@ -184,10 +185,12 @@ def _does_it_help(comparison: Comparison) -> list[str]:
             cells.append(f"{math.exp(sum(ratios) / len(ratios)):.3f} ({lower} of {len(ratios)})")
         rows.append(Row(TITLES[method], tuple(cells), (False,) * len(cells)))
     return [
-        "### Does rebuilding help?",
+        "## Does rebuilding help?",
         "",
-        "Perplexity with rebuild divided by perplexity without (below 1: it helps; geometric mean over seeds), and in "
-        "how many of the seeds it is lower.",
+        _wrapped(
+            "Perplexity with rebuild divided by perplexity without (below 1: it helps; geometric mean over seeds), and "
+            "in how many of the seeds it is lower."
+        ),
         "",
         *markdown_table(["method", *map(target_title, targets)], rows),
         "",
@@ -195,7 +198,7 @@ def _does_it_help(comparison: Comparison) -> list[str]:
 
 
 def _choice(choice: Choice) -> list[str]:
-    """Every setting of the rebuild that was tried, and which one the tables use."""
+    """The table of all settings of the rebuild that were tried; the tables above use the bold ones."""
     best = {}
     for method in dict.fromkeys(key[0] for key in choice):
         best[method] = min(
@@ -220,10 +223,12 @@ def _choice(choice: Choice) -> list[str]:
         )  # fmt: skip
     names = list(next(iter(choice.values())).errors)
     return [
-        "### Granularity and ratio of the rebuild",
+        "## Granularity and ratio of the rebuild",
         "",
-        "At 50 %, first seed. Bold: the best on the validation text, which the tables above use. Error: mean "
-        "reconstruction error of the blocks after the rebuild against before.",
+        _wrapped(
+            "At 50 %, first seed. Bold: the best on the validation text, which the tables above use. Error: mean "
+            "reconstruction error of the blocks after the rebuild against before."
+        ),
         "",
         *markdown_table(
             ["method", "granularity", "ratio", "swapped", *(f"{name} error" for name in names), "validation", "test"],
@@ -234,7 +239,7 @@ def _choice(choice: Choice) -> list[str]:
 
 
 def _sequences(sequences: Sequences, name: str) -> list[str]:
-    """Perplexity by number of calibration sequences."""
+    """The table of perplexity by number of calibration sequences."""
     counts = list(dict.fromkeys(key[2] for key in sequences))
     rows = []
     for method, rebuilt in dict.fromkeys(key[:2] for key in sequences):
@@ -243,13 +248,13 @@ def _sequences(sequences: Sequences, name: str) -> list[str]:
             Row(TITLES[method] + REBUILT * rebuilt, tuple(f"{value:.2f}" for value in values), (False,) * len(values))
         )
     return [
-        "### Number of calibration sequences",
+        "## Number of calibration sequences",
         "",
         "Perplexity at 50 %, first seed.",
         "",
         *markdown_table(["method", *map(str, counts)], rows),
         "",
-        f"![Perplexity by number of calibration sequences](results/{name}-sequences.svg)",
+        f"![Perplexity by number of calibration sequences]({name}-sequences.svg)",
         "",
     ]
 
@@ -287,10 +292,12 @@ def _order(order: Order) -> list[str]:
         for method, (fused, apart) in order.items()
     ]
     return [
-        "### One pass, or one after the other",
+        "## One pass, or one after the other",
         "",
-        "Perplexity at 50 %, first seed: `prune` chooses a layer's initial mask and rebuilds it before it goes on to "
-        "the next layer; `prune --no-rebuild` followed by `rebuild` is the released program's order.",
+        _wrapped(
+            "Perplexity at 50 %, first seed: `prune` chooses a layer's initial mask and rebuilds it before it goes on "
+            "to the next layer; `prune --no-rebuild` followed by `rebuild` is the released program's order."
+        ),
         "",
         *markdown_table(["method", "one pass", "one after the other", "swapped", "swapped, one after the other"], rows),
         "",

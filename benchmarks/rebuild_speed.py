@@ -40,7 +40,7 @@ STAGES = {
     "y_dense and gradients": ("llm_barber.model.block", "DecoderLayer", "block_gradients"),
     "  of which backward": ("torch.autograd", None, "grad"),
     "  of which per-sequence gradients, squared": ("llm_barber.masking.statistics", "GradientSquares", "update"),
-    "rebuild: ranking and swapping": ("llm_barber.method.layer", None, "rebuild_masks"),
+    "rebuild: ranking and swapping": ("llm_barber.method.rebuild", None, "rebuild_masks"),
     "layer output after the rebuild": ("llm_barber.model.block", "DecoderLayer", "final_output"),
 }
 

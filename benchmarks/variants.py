@@ -18,8 +18,8 @@ from common import keep, model_folder, show
 from estimators import ESTIMATORS, estimated
 from quality import CALIBRATION, ROOT, VALIDATION
 
-from llm_barber.checkpoint.folder import locked, own_folder
-from llm_barber.cli.console import ConsoleProgress
+from llm_barber.checkpoint.folder import claim_folder, locked
+from llm_barber.cli.progress import ConsoleProgress
 from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune
@@ -146,7 +146,7 @@ def main() -> None:
         model=model, output=ROOT / "benchmarks" / "results" / "variants", calibration=CALIBRATION, text=(VALIDATION,),
         samples=given.samples, seqlen=given.seqlen, windows=given.windows, text_seqlen=1024, seeds=(given.seed,),
     )  # fmt: skip
-    own_folder(config.output, MARKER, "made by benchmarks/variants.py, which keeps finished cells here and goes on")
+    claim_folder(config.output, MARKER, "made by benchmarks/variants.py, which keeps finished cells here and goes on")
     rows = []
     with ConsoleProgress() as progress, locked(config.output / MARKER):
         runner = make_runner(config, model, progress)

@@ -18,7 +18,7 @@ from llm_barber.errors import BarberError, CalibrationError, ModelError, Setting
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import evaluation_text
 from llm_barber.model.empty import empty_model
-from llm_barber.planning.forecast import forecast
+from llm_barber.planning.plan import plan
 from llm_barber.settings.copies import ConvertConfig
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.tools.convert import convert
@@ -40,7 +40,7 @@ def _ends_at_once() -> Iterator[None]:
 
 
 def run_plan(model: Path, tokens: Path, output: Path) -> None:
-    forecast(PlanConfig(model=model, calibration=tokens, flops=1e12))
+    plan(PlanConfig(model=model, calibration=tokens, flops=1e12))
 
 
 def run_prune(model: Path, tokens: Path, output: Path) -> None:
@@ -210,8 +210,8 @@ def test_what_is_no_file_by_another_path(tmp_path: Path, llama: Path, tokens: Pa
     use(SettingsError, "blocks.yaml", lambda path: settings(blocks=path))
     use(TaskError, "tasks/own.jsonl", lambda path: find_tasks(("own",), path.parent, None))
     use(ModelError, "model.gguf", lambda path: prune(settings(model=path)))
-    use(ModelError, "other.gguf", lambda path: forecast(PlanConfig(model=path)))
-    use(ModelError, "config.json", lambda path: forecast(PlanConfig(model=path)))
+    use(ModelError, "other.gguf", lambda path: plan(PlanConfig(model=path)))
+    use(ModelError, "config.json", lambda path: plan(PlanConfig(model=path)))
 
 
 def test_links_to_files_are_files(tmp_path: Path, llama: Path, tokens: Path) -> None:

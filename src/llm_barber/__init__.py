@@ -1,13 +1,16 @@
 """LLM-Barber: prune a large language model in one shot, then rebuild its mask block by block (arXiv 2408.10631)."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_barber.comparison.compare import Comparison, compare
+    __version__: str
+
+    from llm_barber.comparison.compare import compare
+    from llm_barber.comparison.result import Comparison
     from llm_barber.errors import BarberError
-    from llm_barber.evaluation.evaluate import Evaluation, evaluate
+    from llm_barber.evaluation.evaluate import evaluate
+    from llm_barber.evaluation.result import Evaluation
     from llm_barber.record.report import RunReport
     from llm_barber.run.commands import prune, rebuild
     from llm_barber.runtime.load import load
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from llm_barber.tools.inspection import Inspection, inspect
     from llm_barber.tools.packing import PackReport, pack, unpack
 
-__version__ = version("llm-barber")
 __all__ = [
     "BarberError",
     "CompareConfig",
@@ -47,9 +49,9 @@ __all__ = [
 _MODULES = {
     "BarberError": "errors",
     "CompareConfig": "settings.compare",
-    "Comparison": "comparison.compare",
+    "Comparison": "comparison.result",
     "EvaluateConfig": "settings.evaluate",
-    "Evaluation": "evaluation.evaluate",
+    "Evaluation": "evaluation.result",
     "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",
     "PackConfig": "settings.copies",
@@ -69,6 +71,10 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("llm-barber")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

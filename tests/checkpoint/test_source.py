@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.checkpoint.source import CheckpointSource, Location, TensorInfo, sharded_by
+from llm_barber.checkpoint.locations import Location, TensorInfo, sharded_by
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import HubError, ModelError
 from llm_barber.loading.naming import find_locations
 from llm_barber.model.empty import empty_model

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from llm_barber.checkpoint import state as state_module
+from llm_barber.checkpoint import durable as durable_module
 from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.output import check_output
@@ -91,7 +91,7 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
         first.write_shard({"a": torch.ones(1)})
         with pytest.raises(OutputError, match="another run is writing"):
             write(tmp_path / "out")
-        assert (first.work / "model-00001-of-00001.safetensors").exists()
+        assert (first.folder / "model-00001-of-00001.safetensors").exists()
         first.finish()
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
@@ -123,7 +123,7 @@ def test_disk_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state_module, "save_file", full)
+    monkeypatch.setattr(durable_module, "save_file", full)
     with pytest.raises(OutputError, match="disk of .* is full"):
         write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +206,7 @@ def test_a_shard_that_went_meanwhile_is_missed(tmp_path: Path) -> None:
     ):
         writer.write_shard({"a": torch.ones(1)})
         writer.finish_layer({}, {}, Used())
-        (writer.work / "model-00001-of-00001.safetensors").unlink()
+        (writer.folder / "model-00001-of-00001.safetensors").unlink()
         writer.finish()
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +243,7 @@ def test_whoever_does_not_wait_for_activations_leaves_the_lock_to_them(
         write(tmp_path / "out")
     goes_on.set()
     deadline = time.monotonic() + 60
-    while not writer._lock.closed and time.monotonic() < deadline:
+    while not writer._work_folder.lock.closed and time.monotonic() < deadline:
         time.sleep(0.01)
     with CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as again:
         reached, found = again.read_activations()
@@ -314,10 +314,10 @@ def test_folders_in_the_work_folder_are_no_obstacle(tmp_path: Path) -> None:
             writer.write_shard({"a": torch.ones(1)})
             writer.finish_layer({}, {}, Used())
             writer.keep_activations(1, {"hidden": torch.ones(1)})
-            (writer.work / "additional_chat_templates").mkdir()
-            (writer.work / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+            (writer.folder / "additional_chat_templates").mkdir()
+            (writer.folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
             raise KeyboardInterrupt
         with CheckpointWriter(tmp_path / "out", 2, **{"overwrite": False, **settings}, needed=0) as writer:
             assert writer.next_is_written is (settings == {"resume": True})
-            assert not (writer.work / "additional_chat_templates").exists()
+            assert not (writer.folder / "additional_chat_templates").exists()
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)

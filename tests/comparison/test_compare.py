@@ -9,7 +9,7 @@ import pytest
 
 import llm_barber.comparison.compare as module
 from llm_barber import CompareConfig, Comparison, EvaluateConfig, PruneConfig, compare, evaluate, prune
-from llm_barber.checkpoint.folder import locked, own_folder
+from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.comparison.compare import MARKER
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
@@ -369,7 +369,7 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
     (other / "mine").touch()
     with pytest.raises(OutputError, match=f"exists and has no {MARKER}"):
         compare(CompareConfig(**settings | {"output": other}))
-    own_folder(settings["output"], MARKER, "")
+    claim_folder(settings["output"], MARKER, "")
     with locked(settings["output"] / MARKER), pytest.raises(OutputError, match="another run is writing"):
         compare(CompareConfig(**settings))
 

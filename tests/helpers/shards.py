@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from llm_barber.checkpoint.source import INDEX_NAME
+from llm_barber.checkpoint.hub import INDEX_NAME
 
 
 def split_in_two_shards(folder: Path) -> list[Path]:

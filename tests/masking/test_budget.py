@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from llm_barber.masking.budget import cheapest, removal_costs, spread_budget
+from llm_barber.masking.budget import cheapest_sparsities, removal_costs, spread_budget
 
 
 def test_removal_costs_by_hand() -> None:
@@ -26,20 +26,20 @@ def test_no_other_choice_within_the_budget_costs_less(seed: int, sparsity: float
     choices = [one for one in itertools.product(*(range(count) for count in columns)) if sum(one) == budget]
     best = min(choices, key=lambda one: sum(cost[:n].sum().item() for cost, n in zip(costs, one, strict=True)))
     expected = [n / count for n, count in zip(best, columns, strict=True)]
-    assert cheapest(costs, [1, 1, 1], sparsity) == expected
+    assert cheapest_sparsities(costs, [1, 1, 1], sparsity) == expected
     assert spread_budget(costs, [1, 1, 1], sparsity, 1.0) == pytest.approx(expected)
 
 
 def test_rows_of_different_number_limits_and_share() -> None:
     costs = [torch.arange(10.0), torch.full((10,), 100.0)]
-    assert cheapest(costs, [1, 1], 0.5) == [0.9, 0.1]  # none loses all
+    assert cheapest_sparsities(costs, [1, 1], 0.5) == [0.9, 0.1]  # none loses all
     assert spread_budget(costs, [1, 1], 0.5, 0.25) == [0.6, 0.4]
     assert spread_budget(costs, [1, 1], 0.5, 0.2) == [0.6, 0.4]  # 5.8 and 4.2 of ten, in whole weights
     assert spread_budget(costs, [1, 1], 0.5, 0.0) == [0.5, 0.5]
     # A linear with four times the rows: six of its columns are 24 of the 25 to go; of the seventh one row goes, too.
-    assert cheapest(costs, [4, 1], 0.5) == [0.625, 0.0]
+    assert cheapest_sparsities(costs, [4, 1], 0.5) == [0.625, 0.0]
     assert spread_budget(costs, [4, 1], 0.5, 1.0) == [0.625, 0.0]
-    assert cheapest(costs, [1, 1], 0.1) == [0.2, 0.0]
+    assert cheapest_sparsities(costs, [1, 1], 0.1) == [0.2, 0.0]
 
 
 @pytest.mark.parametrize(

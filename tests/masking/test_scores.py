@@ -4,7 +4,7 @@ import torch
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.masking.scores import AHEAD, mask_of, pruned_of, starting_scores
+from llm_barber.masking.scores import MARGIN, count_pruned, mask_from_scores, starting_scores
 
 SALIENCY = torch.tensor([[4.0, 1.0, 2.0, 1.0], [8.0, 8.0, 0.0, 0.0]])
 
@@ -13,14 +13,14 @@ def test_scores_by_hand() -> None:
     """The row's mean is 2; its own mask keeps the first and the third; the border lies between 2 / 2 and 1 / 2."""
     own = torch.tensor([[True, False, True, False], [True, True, False, False]])
     found = starting_scores(own, SALIENCY, None)
-    assert found[0].tolist() == pytest.approx([2 + AHEAD, 0.5 - AHEAD, 1 + AHEAD, 0.5 - AHEAD])
-    assert found[1].tolist() == pytest.approx([2 + AHEAD, 2 + AHEAD, -AHEAD, -AHEAD])
+    assert found[0].tolist() == pytest.approx([2 + MARGIN, 0.5 - MARGIN, 1 + MARGIN, 0.5 - MARGIN])
+    assert found[1].tolist() == pytest.approx([2 + MARGIN, 2 + MARGIN, -MARGIN, -MARGIN])
     other = torch.tensor([[False, True, True, False], [True, False, True, False]])
     found = starting_scores(other, SALIENCY, NofM(1, 2))
     # Groups of two: the borders are (4 + 1) / 2 / 2 and (2 + 1) / 2 / 2; 8 / 4 and 0.
     # The first two have the wrong order: 0.75 on either side of the border.
-    assert found[0].tolist() == pytest.approx([1.25 - AHEAD / 1.75, 1.25 + AHEAD / 1.75, 1 + AHEAD, 0.5 - AHEAD])
-    assert found[1].tolist() == pytest.approx([2 + AHEAD, 2 - AHEAD, AHEAD, -AHEAD])
+    assert found[0].tolist() == pytest.approx([1.25 - MARGIN / 1.75, 1.25 + MARGIN / 1.75, 1 + MARGIN, 0.5 - MARGIN])
+    assert found[1].tolist() == pytest.approx([2 + MARGIN, 2 - MARGIN, MARGIN, -MARGIN])
 
 
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4), NofM(1, 4), NofM(3, 8)], ids=str)
@@ -31,9 +31,11 @@ def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bo
     other = saliency if same else torch.randint(0, 5, (20, 42), generator=generator).float()
     keep = initial_mask(other, pattern or Unstructured(0.6, over_linear=True), Granularity.OUTPUT)
     scores = starting_scores(keep, saliency, pattern)
-    assert torch.equal(mask_of(scores, keep, pruned_of(keep, pattern), pattern), keep)
+    assert torch.equal(mask_from_scores(scores, keep, count_pruned(keep, pattern), pattern), keep)
     # Whatever the scores, as many are kept of each row and group.
-    moved = mask_of(scores + torch.randn(scores.shape, generator=generator), keep, pruned_of(keep, pattern), pattern)
+    moved = mask_from_scores(
+        scores + torch.randn(scores.shape, generator=generator), keep, count_pruned(keep, pattern), pattern
+    )
     assert torch.equal(moved.sum(1), keep.sum(1))
     if pattern is not None:
         covered = pattern.covered(42)
@@ -46,7 +48,7 @@ def test_the_tail_stays_as_it_was() -> None:
     keep = torch.tensor([[True, False, False, True, False]])
     scores = starting_scores(keep, torch.tensor([[1.0, 2, 3, 0, 9]]), NofM(2, 4))
     for moved in (scores, scores + torch.tensor([[-9.0, 9, 0, 0, 9]])):
-        found = mask_of(moved, keep, pruned_of(keep, NofM(2, 4)), NofM(2, 4))
+        found = mask_from_scores(moved, keep, count_pruned(keep, NofM(2, 4)), NofM(2, 4))
         assert not found[0, 4]
         assert found[0, :4].sum() == 2
 
@@ -56,9 +58,9 @@ def test_what_is_fixed_stays_and_rows_may_be_empty_or_full() -> None:
     fixed = torch.zeros_like(keep)
     fixed[0, 2] = True
     scores = starting_scores(keep, torch.zeros(3, 4), None, fixed)
-    assert torch.equal(mask_of(scores, keep, pruned_of(keep, None), None), keep)
+    assert torch.equal(mask_from_scores(scores, keep, count_pruned(keep, None), None), keep)
     scores -= torch.tensor([9.0, 0, 9, 0])
-    assert mask_of(scores, keep, pruned_of(keep, None), None)[0].tolist() == [False, False, True, True]
+    assert mask_from_scores(scores, keep, count_pruned(keep, None), None)[0].tolist() == [False, False, True, True]
 
 
 def test_zeros_of_the_dense_model_count_as_kept_and_stay() -> None:
@@ -68,10 +70,12 @@ def test_zeros_of_the_dense_model_count_as_kept_and_stay() -> None:
     saliency = torch.tensor([[0.0, 1, 2, 3, 4, 0, 6, 5, 0, 0, 7, 8]])
     pattern = NofM(2, 4)
     scores = starting_scores(keep, saliency, pattern, fixed)
-    assert pruned_of(keep, pattern).tolist() == [[1, 2, 0]]
-    assert torch.equal(mask_of(scores, keep, pruned_of(keep, pattern), pattern), keep)
+    assert count_pruned(keep, pattern).tolist() == [[1, 2, 0]]
+    assert torch.equal(mask_from_scores(scores, keep, count_pruned(keep, pattern), pattern), keep)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        moved = mask_of(scores + 5 * torch.randn(1, 12, generator=generator), keep, pruned_of(keep, pattern), pattern)
-        assert torch.equal(pruned_of(moved, pattern), pruned_of(keep, pattern))
+        moved = mask_from_scores(
+            scores + 5 * torch.randn(1, 12, generator=generator), keep, count_pruned(keep, pattern), pattern
+        )
+        assert torch.equal(count_pruned(moved, pattern), count_pruned(keep, pattern))
         assert moved[fixed].all()

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_barber.masking import selection
-from llm_barber.masking.selection import apply_mask, counted, lowest, rank_within
+from llm_barber.masking.selection import apply_mask, count_true, lowest, rank_within
 from tests.conftest import bits
 
 rows = st.integers(1, 9).flatmap(
@@ -43,10 +43,10 @@ def test_masked_weights_are_positive_zero_and_the_others_keep_their_bits() -> No
 
 def test_more_members_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """All experts of a large layer may be one group. (To count two thousand million takes half a minute.)"""
-    assert counted(torch.tensor([[True, False, True], [False, False, False]])).tolist() == [2, 0]
+    assert count_true(torch.tensor([[True, False, True], [False, False, False]])).tolist() == [2, 0]
     member = torch.ones(1, 1, dtype=torch.bool)
-    assert selection.counter(member.expand(2, 2**31 - 1)) == torch.int32
-    assert selection.counter(member.expand(2, 2**31)) == torch.int64
-    monkeypatch.setattr(selection, "counter", lambda _: torch.int8)  # is what members are counted in
-    assert counted(member.expand(1, 2**7 + 3)).tolist() == [-(2**7) + 3]
-    assert counted(member.expand(1, 2**7 - 1)).tolist() == [2**7 - 1]
+    assert selection.count_dtype(member.expand(2, 2**31 - 1)) == torch.int32
+    assert selection.count_dtype(member.expand(2, 2**31)) == torch.int64
+    monkeypatch.setattr(selection, "count_dtype", lambda _: torch.int8)  # is what members are counted in
+    assert count_true(member.expand(1, 2**7 + 3)).tolist() == [-(2**7) + 3]
+    assert count_true(member.expand(1, 2**7 - 1)).tolist() == [2**7 - 1]

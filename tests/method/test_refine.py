@@ -138,8 +138,8 @@ def test_a_block_that_got_worse_on_held_out_windows_stays_as_it_was(
     tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, distance: float
 ) -> None:
     run(llama, tmp_path / "plain", tokens)
-    measure = refine._measure
-    monkeypatch.setattr(refine, "_measure", lambda *given: (measure(*given)[0], (1.0, distance)))
+    measure = refine.measure_candidates
+    monkeypatch.setattr(refine, "measure_candidates", lambda *given: (measure(*given)[0], (1.0, distance)))
     report = run(llama, tmp_path / "refined", tokens, refine="swaps", reconstruct="least-squares")
     blocks = [block for layer in report.layers for block in layer.blocks]
     assert all(block.rejected for block in blocks)
@@ -182,7 +182,7 @@ def test_the_guard_measures_held_out_windows_against_the_mixed_target(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, mix: float
 ) -> None:
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=8)
-    measure, measured = refine._measure, []
+    measure, measured = refine.measure_candidates, []
 
     def noted(work: Any, dense: Any, candidates: Any, *rest: Any) -> Any:
         weights = [{name: one[name].weight.clone() for name in dense} for one in candidates]
@@ -190,7 +190,7 @@ def test_the_guard_measures_held_out_windows_against_the_mixed_target(
         measured.append((weights, found[1]))
         return found
 
-    monkeypatch.setattr(refine, "_measure", noted)
+    monkeypatch.setattr(refine, "measure_candidates", noted)
     report = run(llama, tmp_path / "out", tokens, refine="swaps", swaps=20, target_mix=mix, guard=0.25, batch_size=3)
     places = [(layer.index, block) for layer in report.layers for block in layer.blocks]
     held_out = load_file(tokens)["input_ids"][-2:]

@@ -22,7 +22,7 @@ from llm_barber.masking.saliency import wanda
 from llm_barber.method import distance as distances
 from llm_barber.method import tune
 from llm_barber.method.distance import Distance
-from llm_barber.method.layer import Outcome
+from llm_barber.method.outcome import BlockOutcome
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.tune import Tuned
 from llm_barber.model.block import DecoderLayer
@@ -442,7 +442,7 @@ def test_what_was_swapped_is_told_from_the_initial_masks(
 def test_a_block_is_rejected_if_nothing_of_it_is_kept(reject: str) -> None:
     keep = torch.ones(2, 4, dtype=torch.bool)
     linear = PrunedLinear(keep, keep.float(), keep.float(), None)
-    outcome = Outcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
+    outcome = BlockOutcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
     tuned = Tuned({"up": linear}, (1.0, 0.5 if reject == "linears" else 1.0))
     assert outcome.tuned(tuned, {"up": keep}, after_linears=True).rejected == (reject == "both")
     assert outcome.tuned(tuned, {"up": keep}, after_linears=False).rejected == tuned.rejected
@@ -611,7 +611,9 @@ def test_steps_are_the_same_for_any_number_of_processes(held_out: int) -> None:
         borders = [training * rank // count for rank in range(count + 1)]
         steps: list[set[int]] = [set() for _ in range(settings.step_count(every))]
         for first, last in pairwise(borders):
-            streams = SimpleNamespace(every=every, held_out=held_out, border=last - first, first=first)
+            streams = SimpleNamespace(
+                all_sequences=every, held_out=held_out, held_out_start=last - first, first_sequence=first
+            )
             for step, own in zip(steps, settings.steps(cast(ActivationStreams, streams)), strict=True):
                 step |= {first + place for place in own.own}
                 assert own.sequences in (3, 4)

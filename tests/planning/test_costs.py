@@ -14,14 +14,15 @@ from llm_barber.cli import _main
 from llm_barber.errors import BarberError, ModelError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
-from llm_barber.model.device import experts_a_token
+from llm_barber.model.device import experts_per_token
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.planning.costs import forward, run_costs
-from llm_barber.planning.forecast import VOCABULARY_BYTES, Forecast, forecast
+from llm_barber.planning.forecast import Forecast
 from llm_barber.planning.limits import DEVICE_LIBRARIES, DEVICE_MARGIN
-from llm_barber.planning.machine import KINDS, named_rates
-from llm_barber.planning.memory import peak_held
+from llm_barber.planning.memory import peak_footprint
+from llm_barber.planning.plan import VOCABULARY_BYTES, plan
+from llm_barber.planning.rates import KINDS, named_rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes, model_shapes
 from llm_barber.planning.table import amount, duration
@@ -142,7 +143,7 @@ def test_the_output_head_by_hand() -> None:
     assert refined.head.grams == 2 * 60 * 4**2 * 2
     assert refined.head.copied == 2 * 84 + 3 * 60 * 4 * 2
     assert refined.refine == run_costs(MODEL, MASK).refine
-    assert peak_held(MODEL, Recipe(**{**MASK.__dict__, **with_head})).host >= peak_held(MODEL, MASK).host
+    assert peak_footprint(MODEL, Recipe(**{**MASK.__dict__, **with_head})).host >= peak_footprint(MODEL, MASK).host
 
 
 def test_gram_matrices_of_all_blocks_are_held_at_once() -> None:
@@ -155,7 +156,7 @@ def test_gram_matrices_of_all_blocks_are_held_at_once() -> None:
         (Initial.SPARSEGPT, 4 * 128 * 128 + 5 * 64 * 128),
         (Initial.ALPS, 5 * 128 * 128 + 8 * 64 * 128),
     ):
-        held = peak_held(wide, replace(small, initial=method)).host
+        held = peak_footprint(wide, replace(small, initial=method)).host
         assert held == streams_and_masks + grams + 4 * working
 
 
@@ -179,7 +180,7 @@ def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
     for name in ("searched", "sorted", "exact"):
         assert getattr(shared.total, name) == getattr(alone.total, name)
     assert recipe.among(4).own_sequences == 2  # of six: the busiest has two
-    assert peak_held(MODEL, recipe.among(2)).host < peak_held(MODEL, recipe).host
+    assert peak_footprint(MODEL, recipe.among(2)).host < peak_footprint(MODEL, recipe).host
 
 
 def test_a_pattern_is_ranked_without_sorting() -> None:
@@ -198,7 +199,7 @@ def test_llama_3_to_the_digit(settings: dict[str, Any], parameters: int, weights
     recipe = Recipe(**{**PAPER.__dict__, "sequences": 128, "tokens": 2048})
     # 128 · 2048 tokens through all linears: 2 FLOPs a weight and token.
     assert run_costs(found, recipe).propagate.products == 2 * 128 * 2048 * weights
-    peak = peak_held(found, Recipe(**{**recipe.__dict__, "on_cpu": False, "batch": 8}))
+    peak = peak_footprint(found, Recipe(**{**recipe.__dict__, "on_cpu": False, "batch": 8}))
     stream = 128 * 2048 * found.hidden * 2
     assert 3 * stream < peak.host < 3 * stream + 4 * found.layers[0].parameters * 2 + 3 * 2**30
     # Weights and pruned ones in two bytes, masks, squares of gradients in four.
@@ -221,7 +222,7 @@ def test_experts_are_given_their_share_of_the_tokens() -> None:
     active = attention.weights + 2 * experts.weights + shared.weights
     assert run_costs(found, PAPER).propagate.products == 2 * tokens * (dense.weights + active)
     assert run_costs(found, MASK).total.flops > run_costs(found, PAPER).total.flops
-    assert peak_held(found, PAPER).host > 0
+    assert peak_footprint(found, PAPER).host > 0
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -239,7 +240,7 @@ def test_a_plan_of_a_folder_a_file_and_a_named_machine(tmp_path: Path, capsys: p
     config = tmp_path / "config.json"
     config.write_text(json.dumps(LLAMA_8B))
     found: list[Forecast] = [
-        forecast(PlanConfig(model=str(place), flops=400e12, processes="1,2,4,8", preset="paper"))
+        plan(PlanConfig(model=str(place), flops=400e12, processes="1,2,4,8", preset="paper"))
         for place in (tmp_path, config)
     ]
     assert found[0].runs == found[1].runs
@@ -249,12 +250,12 @@ def test_a_plan_of_a_folder_a_file_and_a_named_machine(tmp_path: Path, capsys: p
     assert found[0].device == "cuda"
     assert not found[0].measured
     # Twice the disk's bandwidth: half the time to read.
-    fast = forecast(PlanConfig(model=str(config), flops=400e12, bandwidth=4e9, link=1e18, preset="paper"))
-    slow = forecast(PlanConfig(model=str(config), flops=400e12, bandwidth=2e9, link=1e18, preset="paper"))
+    fast = plan(PlanConfig(model=str(config), flops=400e12, bandwidth=4e9, link=1e18, preset="paper"))
+    slow = plan(PlanConfig(model=str(config), flops=400e12, bandwidth=2e9, link=1e18, preset="paper"))
     reads = [next(stage for stage in one.runs[0].stages if stage.name == "read").seconds for one in (slow, fast)]
     assert reads[0] == pytest.approx(2 * reads[1])
-    assert forecast(PlanConfig(model=str(config), flops=1e9, preset="paper")).runs[0].bottleneck == "compute"
-    assert forecast(PlanConfig(model=str(config), flops=1e18, bandwidth=1e6)).runs[0].bottleneck == "disk"
+    assert plan(PlanConfig(model=str(config), flops=1e9, preset="paper")).runs[0].bottleneck == "compute"
+    assert plan(PlanConfig(model=str(config), flops=1e18, bandwidth=1e6)).runs[0].bottleneck == "disk"
 
 
 def test_what_is_kept_while_layers_are_computed_takes_time_where_the_disk_is_slower(tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_what_is_kept_while_layers_are_computed_takes_time_where_the_disk_is_slo
     # 31 layers' inputs of 128 × 2048 tokens, 4096 features in 2 bytes.
     kept = 31 * 128 * 2048 * 4096 * 2
     for bandwidth in (2e9, 2e8):
-        (run,) = forecast(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=bandwidth, preset="paper")).runs
+        (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=bandwidth, preset="paper")).runs
         stages = {one.name: one for one in run.stages}
         layers = sum(stages[name].seconds for name in ("initial", "rebuild", "propagate"))
         assert stages["keep"].bytes_written == kept
@@ -270,21 +271,21 @@ def test_what_is_kept_while_layers_are_computed_takes_time_where_the_disk_is_slo
         assert run.seconds == pytest.approx(sum(one.seconds for one in run.stages))
     alone: dict[str, Any] = {"initial": "sparsegpt", "rebuild": False}  # waits for it: nobody writes what it ran
     for settings, waited in ((alone, kept / 2e9), ({**alone, "keep_updates": True}, 0)):
-        (run,) = forecast(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=2e9, **settings)).runs
+        (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=2e9, **settings)).runs
         assert next(one for one in run.stages if one.name == "keep").seconds == pytest.approx(waited)
 
 
 def test_text_takes_memory_and_tokens_of_a_file_do_not(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_barber.planning.forecast.current_memory", lambda: 2**28)
-    monkeypatch.setattr("llm_barber.planning.forecast.measured_rates", lambda *_: RATES)
+    monkeypatch.setattr("llm_barber.planning.plan.current_memory", lambda: 2**28)
+    monkeypatch.setattr("llm_barber.planning.plan.measured_rates", lambda *_: RATES)
     (tmp_path / "short.txt").write_text("a" * 1000)
     (tmp_path / "long.txt").write_text("a" * 10**7)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=4)
     seqlen = token_shape(tokens)[1]
     none, short, long = (
-        forecast(PlanConfig(model=str(llama), samples=4, seqlen=seqlen, calibration=str(one))).runs[0].host_memory
+        plan(PlanConfig(model=str(llama), samples=4, seqlen=seqlen, calibration=str(one))).runs[0].host_memory
         for one in (tokens, tmp_path / "short.txt", tmp_path / "long.txt")
     )
     tokenizer = VOCABULARY_BYTES * AutoConfig.from_pretrained(llama).vocab_size
@@ -295,18 +296,18 @@ def test_text_takes_memory_and_tokens_of_a_file_do_not(
 def test_a_file_of_tokens_is_planned_with_the_windows_it_has(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_barber.planning.forecast.measured_rates", lambda *_: RATES)
+    monkeypatch.setattr("llm_barber.planning.plan.measured_rates", lambda *_: RATES)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=4)
-    found = forecast(PlanConfig(model=str(llama), calibration=str(tokens)))
+    found = plan(PlanConfig(model=str(llama), calibration=str(tokens)))
     assert (found.sequences, found.tokens) == token_shape(tokens)
     with pytest.raises(SettingsError, match="5 processes cannot share 4 windows"):
-        forecast(PlanConfig(model=str(llama), calibration=str(tokens), processes=(5,)))
+        plan(PlanConfig(model=str(llama), calibration=str(tokens), processes=(5,)))
 
 
 def test_a_named_gpu_computes_as_many_windows_together_as_it_holds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     every, some = (
-        forecast(PlanConfig(model=str(tmp_path), flops=400e12, device_memory=memory)) for memory in (None, "12GiB")
+        plan(PlanConfig(model=str(tmp_path), flops=400e12, device_memory=memory)) for memory in (None, "12GiB")
     )
     assert 1 <= some.batch_size < every.batch_size
     few, all_of_them = some.runs[0].device_memory, every.runs[0].device_memory
@@ -314,15 +315,15 @@ def test_a_named_gpu_computes_as_many_windows_together_as_it_holds(tmp_path: Pat
     assert all_of_them is not None
     assert few < all_of_them
     told = Listener()
-    forecast(PlanConfig(model=str(tmp_path), flops=400e12, device_memory="4GiB"), told)
+    plan(PlanConfig(model=str(tmp_path), flops=400e12, device_memory="4GiB"), told)
     assert any("--device-memory: 4.0 GiB of the GPU's memory will hardly do" in line for line in told.warnings)
 
 
 def test_what_is_left_out_is_counted_and_told_of(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     told, silent = Listener(), Listener()
-    all_of_it = forecast(PlanConfig(model=str(tmp_path), flops=400e12), silent)
-    without = forecast(PlanConfig(model=str(tmp_path), flops=400e12, exclude=("down_proj",)), told)
+    all_of_it = plan(PlanConfig(model=str(tmp_path), flops=400e12), silent)
+    without = plan(PlanConfig(model=str(tmp_path), flops=400e12, exclude=("down_proj",)), told)
     assert without.runs == all_of_it.runs
     assert [line for line in told.warnings if "as if every linear were pruned" in line]
     assert not silent.warnings
@@ -333,7 +334,7 @@ def test_activations_stay_on_a_device_that_has_room(tmp_path: Path) -> None:
 
     def planned(memory: float) -> Any:
         settings: dict[str, Any] = {"preset": "paper", "batch_size": 1, "bandwidth": 1e18}
-        return forecast(PlanConfig(model=str(tmp_path), flops=400e12, device_memory=int(memory), **settings)).runs[0]
+        return plan(PlanConfig(model=str(tmp_path), flops=400e12, device_memory=int(memory), **settings)).runs[0]
 
     array = 128 * 2048 * 4096 * 2  # bytes; a power of two, so that pinned memory takes no more
     none = planned(2**30)
@@ -353,13 +354,13 @@ def test_activations_stay_on_a_device_that_has_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["num_experts_per_tok", "moe_topk", "moe_k"])
 def test_experts_a_token_by_whatever_name(name: str) -> None:
-    assert experts_a_token(LlamaConfig(**{name: 4})) == 4
-    assert experts_a_token(LlamaConfig(moe_topk=[2, 6])) == 6
-    assert experts_a_token(LlamaConfig()) == 1
+    assert experts_per_token(LlamaConfig(**{name: 4})) == 4
+    assert experts_per_token(LlamaConfig(moe_topk=[2, 6])) == 6
+    assert experts_per_token(LlamaConfig()) == 1
 
 
 def test_this_machine_is_measured(llama: Path) -> None:
-    found = forecast(PlanConfig(model=str(llama), samples=4, seqlen=32))
+    found = plan(PlanConfig(model=str(llama), samples=4, seqlen=32))
     assert found.measured
     assert found.dtype in ("float32", "bfloat16")
     assert set(found.rates) == set(KINDS)
@@ -372,7 +373,7 @@ def test_within_a_memory_activations_go_to_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
 
     def planned(**settings: Any) -> Any:
-        found = forecast(PlanConfig(model=str(tmp_path), flops=400e12, preset="mask", device_memory="8GiB", **settings))
+        found = plan(PlanConfig(model=str(tmp_path), flops=400e12, preset="mask", device_memory="8GiB", **settings))
         return found.runs[0]
 
     free, bound, plenty = planned(), planned(memory="8GiB"), planned(memory="1TiB")
@@ -405,7 +406,7 @@ def test_within_a_memory_activations_go_to_files(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path, settings: dict[str, Any], error: type[BarberError], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     with pytest.raises(error, match=message) as caught:
-        forecast(PlanConfig(**{"model": str(tmp_path), **settings}))
+        plan(PlanConfig(**{"model": str(tmp_path), **settings}))
     assert caught.value.hint
 
 
@@ -424,10 +425,10 @@ def test_configurations_that_are_refused(tmp_path: Path, content: str, message: 
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(ModelError, match=message):
-        forecast(PlanConfig(model=str(path)))
+        plan(PlanConfig(model=str(path)))
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="neither a config.json nor a GGUF file"):
-        forecast(PlanConfig(model=str(tmp_path / "weights.bin")))
+        plan(PlanConfig(model=str(tmp_path / "weights.bin")))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

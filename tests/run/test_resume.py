@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber import PruneConfig, RebuildConfig, prune, rebuild
-from llm_barber.checkpoint import state as state_module
+from llm_barber.checkpoint import activations as activations_module
+from llm_barber.checkpoint import durable as durable_module
 from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
-from llm_barber.checkpoint.digests import with_digest
+from llm_barber.checkpoint.digests import files_key, with_digest
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, files_key, read_state
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, Used, read_state
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
 from llm_barber.progress import Silent
@@ -431,7 +432,7 @@ def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: p
 
 def test_a_full_disk_is_told_of_by_whoever_writes_no_model(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match="the disk of /any is full, where activations go") as caught,
+        pytest.raises(OutputError, match="the disk of /any is full; activations") as caught,
         Follower(tmp_path),
     ):
         raise OSError(errno.ENOSPC, "No space left on device", "/any")
@@ -520,7 +521,7 @@ def test_activations_may_take_longer_to_write_than_the_next_layer_to_compute(
     run(model, tmp_path / "whole", tokens)
     finished, sync, finish = (
         [threading.Event() for _ in range(4)],
-        state_module.sync_file,
+        activations_module.sync_file,
         CheckpointWriter.finish_layer,
     )
 
@@ -535,7 +536,7 @@ def test_activations_may_take_longer_to_write_than_the_next_layer_to_compute(
         finished[len(self.state.layers)].set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(state_module, "sync_file", slow)
+        patch.setattr(activations_module, "sync_file", slow)
         patch.setattr(CheckpointWriter, "finish_layer", noted)
         run(model, tmp_path / "out", tokens)
     assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
@@ -655,14 +656,14 @@ def test_a_full_disk_and_a_lost_source_leave_what_is_finished(
 ) -> None:
     out = tmp_path / "out"
     run(model, tmp_path / "whole", tokens)
-    save = state_module.save_file
+    save = durable_module.save_file
 
     def full(tensors: Any, path: Path, *rest: Any) -> None:
         if path.name.startswith("activations-00001"):  # while the second layer is computed
             raise OSError(28, "No space left on device")
         save(tensors, path, *rest)
 
-    monkeypatch.setattr(state_module, "save_file", full)
+    monkeypatch.setattr(durable_module, "save_file", full)
     with pytest.raises(OutputError, match="disk of .* is full") as caught:
         run(model, out, tokens)
     assert "--resume" in caught.value.hint

@@ -11,7 +11,7 @@ from llm_barber import InspectConfig, PruneConfig, RebuildConfig, RunReport, ins
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.held_patterns import holds
 from llm_barber.masking.pattern import NofM, Unstructured, parse_pattern
-from llm_barber.planning.forecast import forecast
+from llm_barber.planning.plan import plan as forecast
 from llm_barber.progress import Silent
 from llm_barber.run.dry_run import plan
 from llm_barber.settings.plan import PlanConfig

@@ -1,4 +1,4 @@
-"""A folder that one command owns: it is made or recognised by a marker file, and one run at a time writes in it."""
+"""A folder that belongs to one command: marked by a file, and locked for one run at a time."""
 
 import fcntl
 import os
@@ -9,19 +9,19 @@ from typing import IO
 
 from llm_barber.errors import OutputError
 
-ATTEMPTS = 100  # to make a folder that another run may remove
+ATTEMPTS = 100  # to make a folder that another run may remove meanwhile
 
 
-def own_folder(folder: Path, marker: str, explanation: str) -> None:
-    """Make the folder, or recognise it by its marker; other people's folders are left alone.
+def claim_folder(folder: Path, marker: str, explanation: str) -> None:
+    """Make the folder and its marker file, or recognise the marker; a folder of other files is refused.
 
     Args:
         folder: the folder.
         marker: name of the marker file.
-        explanation: what the marker file says.
+        explanation: content of the marker file.
 
     Raises:
-        OutputError: it is there and not ours, or cannot be written.
+        OutputError: the folder exists without the marker, or cannot be written.
     """
     path = folder / marker
     if path.is_file():
@@ -36,15 +36,18 @@ def own_folder(folder: Path, marker: str, explanation: str) -> None:
 
 
 def take_lock(path: Path, output: Path) -> IO[str]:
-    """Hold a lock file until it is closed; the operating system lets go of it when the process ends, however it ends.
+    """Hold a lock file until it is closed.
+
+    The operating system releases the lock when the process ends, however it ends. The file keeps its content: it may be
+    the marker of a folder.
 
     Args:
-        path: of the file.
-        output: what is written by who holds it, for a message.
+        path: the lock file.
+        output: the folder that the holder writes, for messages.
 
     Raises:
-        OutputError: another run holds it, or the file system has no locks.
-        OSError: it cannot be written.
+        OutputError: another run holds the lock, or the file system has no locks.
+        OSError: the file cannot be written.
     """
     file = path.open("r+" if path.exists() else "w")
     try:
@@ -65,7 +68,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold a lock file in a folder that stays.
 
     Raises:
-        OutputError: another run holds it, or it cannot be written.
+        OutputError: another run holds the lock, or the file cannot be written.
     """
     try:
         file = take_lock(path, path.parent)
@@ -76,10 +79,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_locked(folder: Path, name: str, output: Path) -> IO[str]:
-    """Make a folder that goes when its run is done, and hold the lock file in it, as `take_lock` does.
+    """Make a folder that its run removes in the end, and hold the lock file `name` in it.
 
     Raises:
-        OutputError: another run holds it, or the folder cannot be made.
+        OutputError: another run holds the lock, or the folder cannot be made.
     """
     for attempts_left in reversed(range(ATTEMPTS)):
         try:
@@ -92,7 +95,7 @@ def make_locked(folder: Path, name: str, output: Path) -> IO[str]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), (folder / name).stat()):
                 return lock
-        lock.close()  # of a folder that another run has removed meanwhile
+        lock.close()  # the locked file is of a folder that another run has removed meanwhile
     raise OutputError(f"cannot write {folder}: it is removed again and again", "choose another output folder")
 
 

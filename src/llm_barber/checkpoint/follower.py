@@ -1,4 +1,4 @@
-"""In a run of several processes, what stands in the place of the writer where nothing is written."""
+"""The writer's counterpart in the processes of a run that write nothing."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,19 +7,20 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from llm_barber.checkpoint.state import RunState, Used, is_full
+from llm_barber.checkpoint.durable import is_full
+from llm_barber.checkpoint.state import RunState, Used
 from llm_barber.errors import OutputError
 
 
 class Follower:
-    """Answers as a writer does, and keeps nothing; `state` comes from the process that writes."""
+    """A writer that writes nothing; `state` comes from the process that writes."""
 
     next_is_written = True
     resumable = False
     saving = False
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.state = RunState(key={})
         self.digests: dict[str, str] = {}
         self.lost: list[str] = []
@@ -30,48 +31,48 @@ class Follower:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to clean up.
+        """Explain a full disk; there is nothing to clean up.
 
         Raises:
-            OutputError: there is no room for activations that do not fit the memory.
+            OutputError: the disk is too small for activations that do not fit the memory.
         """
         if isinstance(error, OSError) and is_full(error):
             raise OutputError(
-                f"the disk of {error.filename} is full, where activations go that --memory leaves no place for",
+                f"the disk of {error.filename} is full; activations that do not fit into --memory go there",
                 "free some space there, and go on with --resume",
             ) from error
 
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:
-        """None; the process that writes hands them out."""
+        """Return no activations: the process that writes hands them out."""
         return 0, {}
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
-        """None; the process that writes hands them out."""
+        """Return no tensors: the process that writes hands them out."""
         return {}
 
     def skip_shard(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def wait_for_activations(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def write_file(self, name: str, content: bytes) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""The output folder: what may be there, what lies beside it meanwhile, and how the finished folder gets its name."""
+"""The output folder: checks before it is written, and its name once it is finished."""
 
 import glob
 import os
@@ -8,15 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
+from llm_barber.checkpoint.durable import remove, sync_folder
 from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.checkpoint.replacing import check_replaceable
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state, remove, sync_folder
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state
 from llm_barber.errors import OutputError
 from llm_barber.usage import readable_bytes
 
 
 def work_folder(output: Path) -> Path:
-    """Where an output is made, beside it."""
+    """Path of the folder beside an output in which a run writes it."""
     return output.with_name(f"{output.name}.partial")
 
 
@@ -34,16 +35,17 @@ def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = 
     """
     if use := folder_in_use(output):
         raise OutputError(f"{output} is {use}", "choose another output folder")
-    work = work_folder(output)
-    ours = (work / LOCK_NAME).is_file() or (work.is_dir() and not any(work.iterdir()))
-    if work.is_symlink() or (work.exists() and not ours):
+    partial = work_folder(output)
+    is_work_folder = (partial / LOCK_NAME).is_file() or (partial.is_dir() and not any(partial.iterdir()))
+    if partial.is_symlink() or (partial.exists() and not is_work_folder):
         raise OutputError(
-            f"{work} is in the way: the work folder of {output} has that name", "rename it, or choose another output"
+            f"{partial} is in the way: the work folder of {output} has that name",
+            "rename it, or choose another output",
         )
     parent = next(folder for folder in output.parents if folder.exists())
     if not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write in {parent}", "choose a folder you can write")
-    _check_room(output, parent, needed - _bytes_not_needed(work, resume))
+    _check_room(output, parent, needed - _bytes_not_needed(partial, resume))
     if not output.exists():
         return
     if not output.is_dir():
@@ -66,36 +68,38 @@ def _check_room(output: Path, parent: Path, needed: int) -> None:
         )
 
 
-def _bytes_not_needed(work: Path, resume: bool) -> int:
-    """Bytes of the checkpoint for which a work folder has the room already.
+def _bytes_not_needed(partial: Path, resume: bool) -> int:
+    """Bytes of the checkpoint that the files of a work folder already take.
 
     A resumed run keeps the finished shards: each stands for its unpacked bytes. Any other run deletes all files first.
     """
     try:
-        state = read_state(work) if resume else None
-    except OutputError:  # damaged; the writer says so
+        state = read_state(partial) if resume else None
+    except OutputError:  # the state is damaged; the writer says so
         state = None
     if state is None:
-        return sum(path.stat().st_size for path in work.glob("*") if path.is_file())
-    paths = {work / name: shard.bytes for name, shard in state.shards.items()}
+        return sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
+    paths = {partial / name: shard.bytes for name, shard in state.shards.items()}
     return sum(max(size, path.stat().st_size) for path, size in paths.items() if path.is_file())
 
 
-def put_in_place(work: Path, output: Path) -> None:
-    """Give the finished work folder its name; what has it goes first, and comes back if that fails.
+def give_name(partial: Path, output: Path) -> None:
+    """Rename the finished work folder to the output.
+
+    A folder that has this name is renamed first, and gets its name back if the work folder cannot be renamed.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: a folder cannot be renamed.
     """
-    sync_folder(work)
+    sync_folder(partial)
     replaced = None
     if output.exists():
-        with suppress(OSError):  # it may not be ours to write in: then it stays
+        with suppress(OSError):  # without permission to write in it, the replaced folder is kept
             (output / REPLACED).touch()
         replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
         output.rename(replaced)
     try:
-        work.rename(output)
+        partial.rename(output)
     except OSError:
         if replaced is not None:
             replaced.rename(output)
@@ -106,28 +110,26 @@ def put_in_place(work: Path, output: Path) -> None:
 
 
 def clear_finished(output: Path) -> None:
-    """Remove what a run still has in its output folder, and what was replaced, when that is whole and has its name."""
+    """Remove the run's files from a finished output folder, and the folders that it replaced."""
     (output / LOCK_NAME).unlink(missing_ok=True)
     (output / STATE_BEFORE).unlink(missing_ok=True)
-    for left in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
-        if (left / REPLACED).is_file():
-            _remove(left, REPLACED)  # ours, or of a run that was killed here
-    (output / STATE_NAME).unlink(missing_ok=True)  # last: while it is there, a killed run can be told to do this
+    for replaced in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
+        if (replaced / REPLACED).is_file():  # marked by this run, or by a run that was killed here
+            remove_marked(replaced, REPLACED)
+    (output / STATE_NAME).unlink(missing_ok=True)  # last: while it exists, `--resume` of a killed run comes here again
 
 
-def remove_work_folder(work: Path) -> None:
-    """With all that is in it."""
-    _remove(work, LOCK_NAME)
+def remove_marked(folder: Path, marker: str) -> None:
+    """Remove a folder, its marker file last.
 
-
-def _remove(folder: Path, marker: str) -> None:
-    """Its marker goes last, so that what a killed run leaves is known."""
+    If the removal is killed, the rest of the folder is recognised by the marker.
+    """
     clear(folder, {marker})
     shutil.rmtree(folder)
 
 
-def clear(folder: Path, kept: Collection[str]) -> None:
-    """Remove all that is in a folder but what has these names."""
+def clear(folder: Path, kept_names: Collection[str]) -> None:
+    """Remove everything in a folder except the entries of these names."""
     for path in folder.iterdir():
-        if path.name not in kept:
+        if path.name not in kept_names:
             remove(path)

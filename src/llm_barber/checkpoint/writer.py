@@ -1,4 +1,4 @@
-"""Write a checkpoint shard by shard into a work folder beside the output, which appears under its name only when whole.
+"""Write a checkpoint shard by shard into a work folder; only the whole checkpoint gets its name.
 
 Each shard: temporary file → fsync → rename. The index is written last, then the folder is renamed. A run that ends
 early leaves at most `NAME.partial`, without an index, which no program takes for a model; once a layer is finished it
@@ -18,57 +18,37 @@ from typing import Any, Self
 from safetensors import safe_open
 from torch import Tensor
 
+from llm_barber.checkpoint.activations import newest_activations, save_activations
 from llm_barber.checkpoint.behind import WriteBehind
-from llm_barber.checkpoint.companions import LOCK_NAME
-from llm_barber.checkpoint.folder import make_locked
+from llm_barber.checkpoint.durable import is_full, save_tensors, sync_file, write_durably
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.index import dense_index
-from llm_barber.checkpoint.output import (
-    check_output,
-    clear,
-    put_in_place,
-    remove_work_folder,
-    work_folder,
-)
-from llm_barber.checkpoint.state import (
-    ACTIVATIONS_KEPT,
-    STATE_BEFORE,
-    STATE_NAME,
-    RunState,
-    Shard,
-    Used,
-    is_full,
-    load_activations,
-    mend_state,
-    save_activations,
-    save_tensors,
-    sync_file,
-    undamaged,
-    unfinished_run,
-    write_durably,
-    write_state,
-)
+from llm_barber.checkpoint.output import check_output, give_name
+from llm_barber.checkpoint.state import ACTIVATIONS_KEPT, RunState, Shard, Used, write_state
+from llm_barber.checkpoint.unfinished import take_up
+from llm_barber.checkpoint.work_folder import WorkFolder
 from llm_barber.errors import NotFiniteError, OutputError
 
 
 class CheckpointWriter:
-    """An output folder in the making; a context manager that cleans up when an error leaves it before its first layer.
+    """An output folder in the making; a context manager, which removes it if no layer was finished.
 
-    `state` is what is finished: of an earlier run, if this one goes on with it.
+    `state` is all that is finished, by this run or by the unfinished run that it goes on with. `lost` names the files
+    that the unfinished run had finished, and that are missing or damaged.
 
     Args:
         output: the folder to make.
-        shards: how many there will be.
-        overwrite: replace a folder that is there, at the very end, and an unfinished run now.
+        shards: number of shards.
+        overwrite: replace an existing output, at the very end, and an unfinished run at once.
         needed: bytes that the checkpoint will take, checked against the free disk space.
-        key: what the result depends on; a run goes on only with the same.
+        key: the settings and files on which the result depends; a run goes on only with the same key.
         resume: go on with an unfinished run, if there is one.
-        repeatable: what the next layer starts from can be made again from what is written, and so need not be durable
-            before a layer is finished.
+        repeatable: the activations after a layer can be made again from its shard, and so need not be durable before
+            the next layer is finished.
 
     Raises:
-        OutputError: the folder exists, another run is writing it, an unfinished one is there, or differs, or is
-            damaged; the disk is too small or cannot be written.
+        OutputError: the folder exists, another run is writing it, or there is an unfinished run, which has another key
+            or is damaged; the disk is too small or cannot be written.
     """
 
     def __init__(
@@ -82,157 +62,45 @@ class CheckpointWriter:
         repeatable: bool = True,
     ) -> None:
         self.output = output
-        self.work = work_folder(output)
+        self._work_folder = WorkFolder(output)
+        self.folder = self._work_folder.path
         self.shards = shards
         self.overwrite = overwrite
         self.needed = needed
         self.resume = resume
         self.repeatable = repeatable
-        self._companions: dict[str, str] = {}
         self.state = RunState(key=dict(key or {}))
+        self.lost: list[str] = []
+        self._state_lock = Lock()
         self._written: dict[str, Shard] = {}
-        self.lost: list[str] = []  # what an unfinished run had finished, and is damaged
+        self._companions: dict[str, str] = {}
         self._count = 0
         self._behind = WriteBehind()
-        self._updating = Lock()  # the state
 
     def __enter__(self) -> Self:
         check_output(self.output, self.overwrite, self.needed, self.resume)
-        self._made_parents = [folder for folder in self.work.parents if not folder.exists()]
+        self._work_folder.make(self.overwrite)
         try:
-            self._lock = make_locked(self.work, LOCK_NAME, self.output)
-        except OutputError:
-            self._remove_parents()
-            raise
-        try:
-            self._check_again()
-            self._take_up()
+            state, self.lost = take_up(self.folder, self.state.key, self.overwrite, self.resume)
         except BaseException:
-            self._lock.close()
+            self._work_folder.lock.close()
             raise
+        if state is not None:
+            self.state, self._written = state, dict(state.shards)
         return self
-
-    def _check_again(self) -> None:
-        """Another run may have finished the output before the lock was had.
-
-        Raises:
-            OutputError: it has.
-        """
-        try:
-            check_output(self.output, self.overwrite)
-        except OutputError:
-            if [path.name for path in self.work.iterdir()] == [LOCK_NAME]:
-                remove_work_folder(self.work)
-            raise
-
-    def _take_up(self) -> None:
-        """Go on with what is in the work folder, refuse it, or clear it away."""
-        left = unfinished_run(self.work, self.state.key, self.overwrite, self.resume)
-        kept = {LOCK_NAME}
-        if left is None and self.resume and any(self.work.glob("*.safetensors")):
-            self.lost.append(STATE_NAME)
-        if left is not None and self.resume:
-            mend_state(self.work)
-            whole, self.lost = undamaged(self.work, left)
-            if whole.begun:  # otherwise all is made again
-                self.state, self._written = whole, dict(whole.shards)
-                kept |= {STATE_NAME, STATE_BEFORE, *whole.shards, *(one.file for one in whole.activations)}
-        clear(self.work, {name for name in kept if (self.work / name).is_file()})
-
-    @property
-    def resumable(self) -> bool:
-        """Could another run go on from here?"""
-        return self.state.begun and self.work.exists()
-
-    def read_activations(self) -> tuple[int, dict[str, Tensor]]:
-        """What the streams held after the most finished layers, and after how many; 0: no file of them is whole.
-
-        Later layers, if what they gave cannot be made again, are pruned again.
-        """
-        if self.state.layers and len(self._written) == self.shards:  # only to finish; they may be gone already
-            return len(self.state.layers), {}
-        reached, found = self._newest_activations()
-        if not self.repeatable:
-            self.state = self.state.of_first_layers(reached)
-            self._written = dict(self.state.shards)
-        return reached, found
-
-    def _newest_activations(self) -> tuple[int, dict[str, Tensor]]:
-        for kept in reversed(self.state.activations):
-            found = load_activations(self.work, kept)
-            if found is not None:
-                return kept.layers, found
-            self.lost.append(kept.file)
-        return 0, {}
-
-    def read_shard(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a shard that is written, the first is 0, by their names in the checkpoint."""
-        path = self.work / self._name(number + 1)
-        with safe_open(str(path), framework="pt") as handle:  # type: ignore[no-untyped-call]
-            return self._tensors(handle)
-
-    def _tensors(self, handle: Any) -> dict[str, Tensor]:
-        """Those of an opened shard, as copies: no file stays mapped."""
-        return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 - a handle
-
-    def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
-        """Make an allocation durable, and the seconds so far: it can take as long as some layers."""
-        changes = {"sparsities": dict(sparsities), "seconds": dict(seconds)}
-        self._update_state(shards=dict(self._written), used=used, **changes)
-
-    def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
-        """Make a layer durable whose shard is written."""
-        layers = (*self.state.layers, dict(result))
-        self._update_state(shards=dict(self._written), layers=layers, seconds=dict(seconds), used=used)
-
-    def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        """Make durable what the layer after so many starts from: meanwhile, if it could be made again.
-
-        The arrays must not change until `wait_for_activations`.
-        """
-        self._behind.start(partial(self._save, layers, streams))
-        if not self.repeatable:
-            self.wait_for_activations()
-
-    def _save(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        saved = save_activations(self.work, layers, streams)
-        before = (one for one in self.state.activations if one.layers < layers)
-        kept = (*before, saved)[-ACTIVATIONS_KEPT:]
-        self._update_state(activations=kept)
-        for path in set(self.work.glob("activations-*")) - {self.work / one.file for one in kept}:
-            path.unlink()
-
-    @property
-    def saving(self) -> bool:
-        """Are activations being written?"""
-        return self._behind.busy
-
-    def wait_for_activations(self) -> None:
-        """Until those that are being written are durable.
-
-        Raises:
-            OSError: they could not be.
-        """
-        self._behind.wait()
-
-    def _update_state(self, **changes: Any) -> None:
-        with self._updating:
-            state = self.state.model_copy(update=changes)
-            write_state(self.work, state)
-            self.state = state  # what is told to be kept is
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with suppress(Exception):  # that of the run is told
+            with suppress(Exception):  # the run's own error is reported
                 self.wait_for_activations()
-            if self.work.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
+            if self.folder.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
                 with suppress(OSError):
-                    remove_work_folder(self.work)
-                self._remove_parents()
-        finally:  # last: who has the lock may take what is in the folder for its own
-            self._behind.when_done(self._lock.close)
+                    self._work_folder.remove()
+                self._work_folder.remove_parents()
+        finally:  # last: whoever holds the lock may take over the files in the folder
+            self._behind.when_done(self._work_folder.lock.close)
         if isinstance(error, OSError):
             full = is_full(error)
             again = "go on with --resume" if self.resumable else "start again; nothing half-written was left"
@@ -242,8 +110,74 @@ class CheckpointWriter:
             ) from error
 
     @property
+    def resumable(self) -> bool:
+        """Tell whether another run can go on from here."""
+        return self.state.begun and self.folder.exists()
+
+    def read_activations(self) -> tuple[int, dict[str, Tensor]]:
+        """The newest activations that are whole, and the number of layers they have passed; 0: there are none.
+
+        Later layers are pruned again, unless their activations can be made from their shards.
+        """
+        if self.state.layers and len(self._written) == self.shards:  # only the end is missing; they may be gone already
+            return len(self.state.layers), {}
+        reached, activations, lost = newest_activations(self.folder, self.state.activations)
+        self.lost += lost
+        if not self.repeatable:
+            self.state = self.state.of_first_layers(reached)
+            self._written = dict(self.state.shards)
+        return reached, activations
+
+    def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
+        """Begin to write the activations after the first `layers` layers.
+
+        Unless they are repeatable, wait until they are durable. The arrays must not change until
+        `wait_for_activations`.
+        """
+        self._behind.start(partial(self._save, layers, streams))
+        if not self.repeatable:
+            self.wait_for_activations()
+
+    def _save(self, layers: int, streams: Mapping[str, Tensor]) -> None:
+        newest = save_activations(self.folder, layers, streams)
+        before = (saved for saved in self.state.activations if saved.layers < layers)
+        activations = (*before, newest)[-ACTIVATIONS_KEPT:]
+        self._update_state(activations=activations)
+        for path in set(self.folder.glob("activations-*")) - {self.folder / saved.file for saved in activations}:
+            path.unlink()
+
+    @property
+    def saving(self) -> bool:
+        """Tell whether activations are being written."""
+        return self._behind.busy
+
+    def wait_for_activations(self) -> None:
+        """Wait until the activations that are being written are durable.
+
+        Raises:
+            OSError: they could not be written.
+        """
+        self._behind.wait()
+
+    def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
+        """Make an allocation durable, and the seconds so far: an allocation can take as long as some layers."""
+        changes = {"sparsities": dict(sparsities), "seconds": dict(seconds)}
+        self._update_state(shards=dict(self._written), used=used, **changes)
+
+    def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
+        """Make a layer durable whose shard is written."""
+        layers = (*self.state.layers, dict(result))
+        self._update_state(shards=dict(self._written), layers=layers, seconds=dict(seconds), used=used)
+
+    def _update_state(self, **changes: Any) -> None:
+        with self._state_lock:
+            state = self.state.model_copy(update=changes)
+            write_state(self.folder, state)
+            self.state = state  # only now: `state` must not claim what is not durable
+
+    @property
     def next_is_written(self) -> bool:
-        """Has the run that this one goes on with written the next shard?"""
+        """Tell whether the unfinished run has written the next shard."""
         name = self._name(self._count + 1)
         return name in self._written and name not in self.lost
 
@@ -251,58 +185,73 @@ class CheckpointWriter:
         """Leave the next shard as it is."""
         self._count += 1
 
+    def read_shard(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a written shard, the first is 0, by their names in the checkpoint."""
+        path = self.folder / self._name(number + 1)
+        with safe_open(str(path), framework="pt") as handle:  # type: ignore[no-untyped-call]
+            return self._tensors(handle)
+
+    def _tensors(self, handle: Any) -> dict[str, Tensor]:
+        """The tensors of an opened shard, copied, so that no file stays mapped."""
+        return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 - a handle
+
     def _name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
 
     @property
     def shard_names(self) -> list[str]:
-        """Files written so far."""
+        """The shards written so far."""
         return list(self._written)
 
     def write_shard(
         self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
     ) -> None:
-        """Write the next shard; tensors go by their names in the checkpoint, the file by its number, unless named.
+        """Write the next shard, durably.
+
+        Args:
+            tensors: by their names in the checkpoint.
+            name: of the file; None: by its number.
+            metadata: of the file's header; None: as transformers writes it.
 
         Raises:
             OSError: the disk is full.
         """
         self._count += 1
         name = name or self._name(self._count)
-        temporary = self.work / f"{name}.tmp"
+        temporary = self.folder / f"{name}.tmp"
         save_tensors(
             {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
             temporary,
             {"format": "pt"} if metadata is None else metadata,
         )
         digest = sync_file(temporary)
-        temporary.rename(self.work / name)
+        temporary.rename(self.folder / name)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self._written[name] = Shard(sha256=digest, tensors=tuple(tensors), bytes=size)
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file, durably."""
-        write_durably(self.work / name, content)
+        write_durably(self.folder / name, content)
 
     def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:
-        """Copy a companion file of a folder under its name there; `content`: what it holds now, if not that."""
+        """Copy a companion file of `folder` under its name there; with `content` in place of its own if given."""
         content = path.read_bytes() if content is None else content
         name = path.relative_to(folder).as_posix()
         if path.parent != folder:
-            (self.work / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).parent.mkdir(exist_ok=True)
         self.write_file(name, content)
         self._companions[name] = hashlib.sha256(content).hexdigest()
 
     @property
     def digests(self) -> dict[str, str]:
-        """sha256 of every shard, of the index and of every companion; of a packed checkpoint as it is unpacked."""
+        """sha256 of every shard, the index and every companion; of a packed checkpoint's files as they unpack."""
         shards = {shard.file or name: shard.file_sha256 or shard.sha256 for name, shard in self._written.items()}
         index = {} if [*shards] == [SINGLE_NAME] else {INDEX_NAME: hashlib.sha256(self._index).hexdigest()}
         return {**shards, **index, **self._companions}
 
     @property
     def _index(self) -> bytes:
-        """Content of the index; of a packed checkpoint as it is unpacked."""
+        """Content of the index; of a packed checkpoint's index as it unpacks."""
         shards = self._written.items()
         weight_map = {tensor: shard.file or name for name, shard in shards for tensor in shard.tensors}
         return dense_index(weight_map, sum(shard.bytes for _, shard in shards))
@@ -313,22 +262,18 @@ class CheckpointWriter:
         A single shard that has the name of a whole model needs no index.
 
         Raises:
-            OutputError: something else has come to be in the output's place meanwhile, or a shard is gone.
+            OutputError: the output has come into existence meanwhile, or a shard is missing.
         """
-        with suppress(Exception):  # the layer that started from them is finished
+        with suppress(Exception):  # the layer that started from these activations is finished
             self.wait_for_activations()
         check_output(self.output, self.overwrite)
         for name in self._written:
-            if not (self.work / name).is_file():
-                raise OutputError(f"{name} is not in {self.work} any more", "go on with --resume, which makes it again")
+            if not (self.folder / name).is_file():
+                raise OutputError(
+                    f"{name} is not in {self.folder} any more", "go on with --resume, which makes it again"
+                )
         if with_index and self.shard_names != [SINGLE_NAME]:
             self.write_file(INDEX_NAME, self._index)
-        for path in self.work.glob("activations-*"):
+        for path in self.folder.glob("activations-*"):
             path.unlink()
-        put_in_place(self.work, self.output)
-
-    def _remove_parents(self) -> None:
-        """Remove the folders that were made for the work folder, as far as they are empty."""
-        with suppress(OSError):
-            for folder in self._made_parents:
-                folder.rmdir()
+        give_name(self.folder, self.output)

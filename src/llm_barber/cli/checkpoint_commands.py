@@ -32,7 +32,8 @@ def inspect(
 
     Exits with 1 when something is not.
     """
-    from llm_barber.cli.console import ConsoleProgress, show_inspection
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.cli.tables import show_inspection
     from llm_barber.errors import VerificationError
     from llm_barber.settings.inspect import InspectConfig
     from llm_barber.tools.inspection import inspect as run
@@ -104,7 +105,7 @@ def convert(
 
     The other commands do not read pickles.
     """
-    from llm_barber.cli.console import ConsoleProgress
+    from llm_barber.cli.progress import ConsoleProgress
     from llm_barber.settings.copies import ConvertConfig
     from llm_barber.tools.convert import convert as run
 
@@ -117,7 +118,8 @@ def convert(
 
 
 def _run_packing(run: Callable[..., Any], config: Any, json: bool, quiet: bool) -> None:
-    from llm_barber.cli.console import ConsoleProgress, show_packing
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.cli.tables import show_packing
 
     with ConsoleProgress(quiet) as progress:
         report = run(config, progress)

@@ -79,7 +79,8 @@ def evaluate(
     Perplexity: windows without overlap, mean over tokens. Tasks: zero-shot, through lm-eval (pip install
     'llm-barber\\[eval]'). Both are computed one decoder layer at a time.
     """
-    from llm_barber.cli.console import ConsoleProgress, show_evaluation
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.cli.tables import show_evaluation
     from llm_barber.evaluation.evaluate import evaluate as run
     from llm_barber.page.write import keep_with_model
     from llm_barber.settings.evaluate import EvaluateConfig
@@ -160,7 +161,8 @@ def compare(
     OUT gets the tables (comparison.md, .csv, .json), a plot of perplexity against sparsity (.svg) and a page (.html).
     Finished cells are kept: started again after an interruption, or with more methods, it does what is missing.
     """
-    from llm_barber.cli.console import ConsoleProgress, show_comparison
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.cli.tables import show_comparison
     from llm_barber.comparison.compare import compare as run
     from llm_barber.errors import ModelError
     from llm_barber.settings.compare import CompareConfig

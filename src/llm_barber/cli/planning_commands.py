@@ -100,15 +100,15 @@ def plan(
 
     From the configuration alone, without weights. With --flops for another machine, a GPU unless --device cpu.
     """
-    from llm_barber.cli.console import ConsoleProgress
-    from llm_barber.planning.forecast import forecast
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.planning.plan import plan as run
     from llm_barber.planning.table import show_forecast
     from llm_barber.settings.plan import PlanConfig
 
     settings |= {"processes": processes, "flops": flops, "float32_flops": float32_flops, "network": network}
     config = PlanConfig(model=model, memory_bandwidth=memory_bandwidth, link=link, bandwidth=bandwidth, **settings)
     with ConsoleProgress(quiet) as progress:
-        found = forecast(config, progress)
+        found = run(config, progress)
     if json:
         print(found.to_json(), end="")
     else:

@@ -143,7 +143,8 @@ def demo(
     config = DemoConfig(prompt=prompt, **settings)
     if not quiet:  # the libraries take seconds to import
         typer.echo("loading PyTorch and transformers", err=True)
-    from llm_barber.cli.console import ConsoleProgress, show_demo
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.cli.tables import show_demo
     from llm_barber.tools.demo import demo as run
 
     with ConsoleProgress(quiet) as progress:
@@ -157,7 +158,8 @@ def demo(
 def _run_or_plan(
     run: Callable[..., Any], config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool
 ) -> None:
-    from llm_barber.cli.console import ConsoleProgress, show_plan, show_run
+    from llm_barber.cli.progress import ConsoleProgress
+    from llm_barber.cli.tables import show_plan, show_run
     from llm_barber.run.dry_run import plan
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started

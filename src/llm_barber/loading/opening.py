@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from llm_barber.checkpoint.source import FLOAT_DTYPES, CheckpointSource, Location
+from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.loading.naming import find_locations
 from llm_barber.model.architecture import Architecture

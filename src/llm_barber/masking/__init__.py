@@ -1,1 +1,1 @@
-"""Pure mask making: tensor in, mask out. No modules, no files."""
+"""Masks from tensors: scores in, keep mask out. No modules, no files."""

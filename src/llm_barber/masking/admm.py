@@ -1,13 +1,13 @@
-"""ADMM in the manner of ALPS (NeurIPS 2024): mask and weights together, by splitting least squares and sparsity.
+"""ADMM as in ALPS (NeurIPS 2024): choose mask and weights together.
 
-Of a linear W whose inputs have the Gram matrix G it seeks V with the least ‖(V − W)x‖² under the pattern. V is split
-into B, which is dense and solves the least squares, and D, which holds the pattern; a penalty ρ that grows pulls them
-together:
+A linear W has inputs with the Gram matrix G. ADMM seeks the V with the least ‖(V − W)x‖² under the pattern. It splits
+V into B, which is dense and solves the least squares, and D, which holds the pattern. A growing penalty ρ pulls the
+two together:
 
     B ← (WG − U + ρD)(G + ρI)⁻¹        D ← the largest of B + U/ρ        U ← U + ρ(B − D)
 
-Columns are scaled so that G has a diagonal of ones. ρ grows the faster, the more the mask still changes, and all ends
-when it does not. What the mask keeps is then solved for (`least_squares.py`).
+Columns are scaled so that the diagonal of G is one. ρ grows faster while the mask changes much; the iteration ends when
+the mask has settled. Least squares then give the values of the kept weights (`least_squares.py`).
 """
 
 from dataclasses import dataclass
@@ -25,17 +25,21 @@ FIRST_PENALTY = 0.1
 LARGEST_PENALTY = 1e6
 STEPS = 300
 STEPS_BETWEEN_PENALTIES = 3
-# Share of the kept weights that changed → factor of the penalty; below the last, the mask is settled. As in ALPS'
-# released program, which settles for the last one only from its 33rd step on.
+# (share, factor): the penalty grows by the first factor whose share of the kept weights changed; below the last share
+# the mask has settled. As in ALPS' released program, which uses the last share only from its 33rd step on.
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0003, 1.1))
-SOLVING_STEPS = 10
+SOLVING_STEPS = 10  # of conjugate gradient, for the values of the kept weights
 
 
 @dataclass(frozen=True)
 class ScaledGram:
-    """A damped Gram matrix, divided by `scale`, (in,), in rows and columns so that its diagonal is one; eigenvectors.
+    """A damped Gram matrix, scaled so that its diagonal is one, with its eigenvectors; all float32.
 
-    `matrix` and `vectors` are (in, in), `eigenvalues` (in,), all float32.
+    Attributes:
+        scale: (in,), the square roots of the damped diagonal.
+        matrix: (in, in), the damped matrix, its rows and columns divided by `scale`.
+        eigenvalues: (in,), at least 0.
+        vectors: (in, in), the eigenvectors in columns.
     """
 
     scale: Tensor
@@ -44,12 +48,12 @@ class ScaledGram:
     vectors: Tensor
 
     def inverse(self, penalty: float) -> Tensor:
-        """(G + ρI)⁻¹."""
+        """(G + ρI)⁻¹ for the penalty ρ, (in, in)."""
         return (self.vectors / (self.eigenvalues + penalty)) @ self.vectors.t()
 
 
 def scaled_gram(gram: Tensor, damping: float = DAMPING) -> ScaledGram:
-    """What all linears that read the same inputs share."""
+    """Scale and decompose a Gram matrix, (in, in); linears that read the same inputs share the result."""
     damped = gram.clone()
     damped.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
     scale = damped.diagonal().sqrt()
@@ -64,17 +68,17 @@ def admm(
     pattern: Pattern,
     granularity: Granularity = Granularity.LINEAR,
     damping: float = DAMPING,
-    scaled: "ScaledGram | None" = None,
+    scaled: ScaledGram | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Prune one linear.
 
     Args:
         weight: (out, in), any float dtype.
         gram: float32, (in, in), any scale.
-        pattern: how many weights go.
-        granularity: what competes, if the pattern is not N:M; ALPS compares in the whole linear.
+        pattern: number of weights to prune.
+        granularity: the set within which weights compete, unless the pattern is N:M; ALPS compares in the whole linear.
         damping: share of the mean diagonal that is added to the diagonal.
-        scaled: `scaled_gram(gram, damping)`, where the caller has it already.
+        scaled: `scaled_gram(gram, damping)`; None: computed here.
 
     Returns:
         The keep mask, bool (out, in), and the weights, float32 (out, in), zero where pruned.
@@ -88,9 +92,9 @@ def admm(
     sparse, dual = dense * keep, torch.zeros_like(dense)
     for step in range(1, STEPS + 1):
         solved = (product - dual + penalty * sparse) @ inverse
-        wanted = solved + dual / penalty
-        new_keep = initial_mask(wanted.abs(), pattern, granularity)
-        sparse = wanted * new_keep
+        target = solved + dual / penalty
+        new_keep = initial_mask(target.abs(), pattern, granularity)
+        sparse = target * new_keep
         dual += penalty * (solved - sparse)
         if step % STEPS_BETWEEN_PENALTIES == 0:
             changed = (new_keep != keep).sum().item() / max(int(keep.sum()), 1)

@@ -1,10 +1,14 @@
-"""The comparison group: the set within which weights compete. Imports no torch, so that the command line starts fast.
+"""Granularity: the comparison group within which weights compete.
 
-granularity   groups of a block with linears of 4 × 6 and 2 × 6
-output        4 groups of 6, 2 groups of 6     one output row
-input         6 groups of 4, 6 groups of 2     one input column
-linear        1 group of 24, 1 group of 12     one linear
-block         1 group of 36                    all linears of the block together
+Imports no torch, so that the command line starts fast.
+
+A block with linears of 4 × 6 and 2 × 6 has these groups:
+
+granularity   a group is                             groups
+output        an output row                          4 of 6 weights, 2 of 6
+input         an input column                        6 of 4 weights, 6 of 2
+linear        a linear                               1 of 24 weights, 1 of 12
+block         all linears of the block together      1 of 36 weights
 """
 
 from enum import StrEnum

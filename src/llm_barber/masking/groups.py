@@ -11,7 +11,7 @@ from llm_barber.masking.granularity import Granularity
 def to_groups(linears: Sequence[Tensor], granularity: Granularity) -> list[Tensor]:
     """Reshape tensors of shape (out, in), any dtype, to tensors of shape (groups, members).
 
-    One tensor per linear; with `block`, one tensor for all of them.
+    Returns a tensor for each linear; with `block`, one tensor for all linears.
     """
     match granularity:
         case Granularity.OUTPUT:

@@ -12,14 +12,16 @@ from llm_barber.masking.selection import lowest, rank_within
 def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -> Tensor:
     """Keep mask of one linear.
 
+    Example: saliency=[[4, 1, 3, 2]], pattern=Unstructured(0.5), granularity=OUTPUT -> [[True, False, True, False]]
+
     Args:
         saliency: (out, in), float32.
-        pattern: how many weights go. N:M compares within its groups of M, whatever the granularity.
-        granularity: `output` (Wanda) or `linear` (magnitude) or `input`.
+        pattern: number of weights to prune. N:M compares within its groups of M, whatever the granularity.
+        granularity: `output` (Wanda), `linear` (magnitude) or `input`.
 
     Returns:
         bool, (out, in), True survives. Exactly `pruned_counts(pattern, groups, members)` weights of each group are
-        pruned, or M - N of each whole group of M.
+        pruned, or M − N of each whole group of M.
     """
     if isinstance(pattern, NofM):
         keep = torch.ones_like(saliency, dtype=torch.bool)
@@ -33,7 +35,7 @@ def initial_mask(saliency: Tensor, pattern: Pattern, granularity: Granularity) -
 
 
 def pruned_counts(pattern: Unstructured, groups: int, members: int) -> int | Tensor:
-    """Weights to prune in each comparison group: one number, or int64 (groups,). No group loses all of them."""
+    """Number of weights to prune in each comparison group, int or int64 (groups,); never all of a group."""
     if not pattern.over_linear:
         return pattern.pruned(members)
     count = min(pattern.nearest(groups * members), groups * (members - 1))
@@ -41,6 +43,6 @@ def pruned_counts(pattern: Unstructured, groups: int, members: int) -> int | Ten
 
 
 def by_pattern_group(tensor: Tensor, pattern: NofM) -> Tensor:
-    """View the whole groups of (out, in) as (out, in // M, M)."""
+    """View the whole groups of M of a tensor (out, in) as (out, in // M, M)."""
     rows, columns = tensor.shape
     return tensor[:, : pattern.covered(columns)].view(rows, columns // pattern.of, pattern.of)

@@ -1,8 +1,11 @@
-"""Least squares on a fixed mask: the kept weights that make up best for the pruned ones.
+"""Least squares on a fixed mask: values of the kept weights that best make up for the pruned weights.
 
-Of a linear W whose inputs have the Gram matrix G = Σ x xᵀ, the values V, zero where pruned, with the least
-V·G·V − 2 V·(WG − L) + λ‖V − W‖², row by row: the squared distance of its output from the target. L is the linear term
-of `swaps.py`. Solved by preconditioned conjugate gradient, all rows at once: every step is one product with G.
+A linear W has inputs with the Gram matrix G = Σ x xᵀ. The values V are zero where pruned and minimise, in each row,
+
+    V·G·V − 2 V·(WG − L) + λ‖V − W‖²
+
+which is, without the damping λ, the squared distance of the output from its target. L is the linear term of `swaps.py`.
+Preconditioned conjugate gradient solves all rows at once: each step is one product with G.
 """
 
 import torch
@@ -18,16 +21,16 @@ def least_squares(
     damping: float = 0.01,
     start: Tensor | None = None,
 ) -> Tensor:
-    """New values of the kept weights.
+    """Solve for the values of the kept weights.
 
     Args:
         keep: bool, (out, in), True survives.
-        weight: (out, in), the dense weights, which damping holds the values to.
+        weight: (out, in), the dense weights; damping pulls the values towards them.
         gram: float32, (in, in), symmetric, positive semidefinite; any scale.
         linear_term: float32, (out, in), L in the scale of `gram`; None: zero.
-        steps: of conjugate gradient.
+        steps: number of conjugate-gradient steps.
         damping: λ, as a share of the mean diagonal of `gram`.
-        start: float32, (out, in), where the search starts; None: at the dense weights.
+        start: float32, (out, in), values to start from; None: the dense weights.
 
     Returns:
         float32, (out, in), zero where pruned.
@@ -38,7 +41,7 @@ def least_squares(
     preconditioner = 1 / (diagonal + strength).clamp_min(torch.finfo(torch.float32).tiny)
     kept = keep.to(torch.float32)
     values = (dense if start is None else start) * kept
-    # The gradient of half the objective, negated: (WG − L + λW) − (VG + λV), where a weight may move.
+    # The negative gradient of half the objective, (WG − L + λW) − (VG + λV), where weights are kept.
     missing = dense - values
     target = torch.addcmul(missing @ gram, missing, strength)
     residual = (target if linear_term is None else target - linear_term) * kept
@@ -48,7 +51,7 @@ def least_squares(
     for _ in range(steps):
         product = torch.addcmul(direction @ gram, direction, strength) * kept
         curvature = (direction * product).sum(1, keepdim=True)
-        step = torch.where(curvature > 0, size / curvature, 0)  # a row that is solved stays
+        step = torch.where(curvature > 0, size / curvature, 0)  # a solved row stays
         values.addcmul_(step, direction)
         residual.addcmul_(step, product, value=-1)
         torch.mul(residual, preconditioner, out=prepared)
@@ -59,7 +62,9 @@ def least_squares(
 
 
 def squared_distance(values: Tensor, weight: Tensor, gram: Tensor, linear_term: Tensor | None = None) -> Tensor:
-    """p·G·p − 2 p·L with p = W − V: each row's squared distance from its target, less that of the dense weights.
+    """Squared distance of each row's output from its target, less that of the dense weights.
+
+    The distance is p·G·p − 2 p·L with p = W − V.
 
     Args:
         values: (out, in), zero where pruned.

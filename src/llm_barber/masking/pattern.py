@@ -1,4 +1,4 @@
-"""How many weights go: an unstructured fraction, or N kept of every M consecutive inputs of a row.
+"""Patterns of sparsity: an unstructured fraction, or N kept of every M consecutive inputs of a row.
 
 Imports no torch, so that the command line starts fast; `held_patterns.py` finds the patterns of tensors.
 """
@@ -8,14 +8,18 @@ from fractions import Fraction
 
 
 def as_fraction(value: float) -> Fraction:
-    """The decimal that prints as `value`, as a fraction whose denominator leaves room to multiply by int64 counts."""
+    """Fraction of the decimal that `value` prints as, with a denominator of at most 10⁹.
+
+    An int64 count can be multiplied by its numerator without overflow.
+    """
     return Fraction(repr(float(value))).limit_denominator(10**9)
 
 
 def exact_floor(fraction: float, count: int) -> int:
-    """floor(fraction · count) with `fraction` read as what was meant: 0.29 of 100 is 29, not 28, 1/3 of 576 is 192.
+    """floor(fraction · count), with `fraction` read as the decimal that the user wrote.
 
-    Binary floating point makes 0.29 · 100 = 28.999…; a user who asks for 0.29 means 29/100.
+    Example: fraction=0.29, count=100 -> 29, since 0.29 means 29/100; in binary floating point 0.29 · 100 is 28.999….
+    Likewise 1/3 of 576 is 192.
     """
     return int(Fraction(repr(float(fraction))).limit_denominator(10**11) * count)
 
@@ -25,8 +29,8 @@ class Unstructured:
     """A fraction of the weights is pruned, wherever they lie.
 
     Example: `Unstructured(0.5)` prunes `floor(0.5 · members)` weights of each comparison group, as the published
-    programs do: 7 of 15. `Unstructured(0.5, over_linear=True)` prunes half of the linear's weights, to the nearest
-    whole one: of 5 groups of 15 the first three lose 8, the others 7.
+    programs do: 7 of 15. `Unstructured(0.5, over_linear=True)` prunes half of the linear's weights, rounded to the
+    nearest whole number: of 5 groups of 15, the first three lose 8 and the last two 7.
 
     Raises:
         ValueError: sparsity is not inside (0, 1).
@@ -40,11 +44,11 @@ class Unstructured:
             raise ValueError(f"sparsity {self.sparsity} is not between 0 and 1 (0.5 prunes half of the weights)")
 
     def pruned(self, members: int) -> int:
-        """Weights to prune in a comparison group of `members`: never more than the fraction asked for, nor all."""
+        """Number of weights to prune in a comparison group of `members`, rounded down; never all of them."""
         return min(exact_floor(self.sparsity, members), members - 1)
 
     def nearest(self, weights: int) -> int:
-        """The whole number next to the fraction of so many weights."""
+        """Nearest whole number to the fraction of `weights`."""
         return round(as_fraction(self.sparsity) * weights)
 
     def __str__(self) -> str:
@@ -55,8 +59,8 @@ class Unstructured:
 class NofM:
     """N weights are **kept** of every M consecutive inputs of an output row.
 
-    Example: `NofM(2, 4)` on a row of shape (8,) keeps 2 of inputs 0…3 and 2 of inputs 4…7. Of a row of 10 it keeps the
-    last two, too: inputs after the last whole group, the tail, stay dense.
+    Example: `NofM(2, 4)` on a row of 8 inputs keeps 2 of inputs 0…3 and 2 of inputs 4…7. In a row of 10, the last two
+    inputs stay dense: they are the tail, the inputs after the last whole group.
 
     Raises:
         ValueError: not 1 ≤ kept < of.
@@ -75,7 +79,7 @@ class NofM:
         return 1 - self.kept / self.of
 
     def covered(self, columns: int) -> int:
-        """How many inputs of a row of so many are in whole groups; the others are its tail."""
+        """Number of the `columns` inputs of a row that lie in whole groups; the rest is its tail."""
         return columns // self.of * self.of
 
     def __str__(self) -> str:
@@ -86,7 +90,7 @@ Pattern = Unstructured | NofM
 
 
 def parse_pattern(text: str) -> NofM:
-    """Read "N:M", N kept of M.
+    """Read "N:M": N kept of every M.
 
     Raises:
         ValueError: not two whole numbers with a colon between them, or not 1 ≤ N < M.

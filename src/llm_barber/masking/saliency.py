@@ -1,4 +1,4 @@
-"""Scores of weights: what scores higher stays. All take and give tensors of shape (out, in); scores are float32."""
+"""Scores of weights, float32 (out, in): the weights with the higher scores stay."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def magnitude(weight: Tensor) -> Tensor:
 
 
 def wanda(weight: Tensor, input_squares: Tensor) -> Tensor:
-    """S = |W| · ‖X‖₂, by input channel (Wanda, arXiv 2306.11695, equation 1).
+    """S = |W| · ‖X‖₂, the norm of each input channel (Wanda, arXiv 2306.11695, equation 1).
 
     Args:
         weight: (out, in).
@@ -20,7 +20,7 @@ def wanda(weight: Tensor, input_squares: Tensor) -> Tensor:
 
 
 def relative_importance(weight: Tensor, input_squares: Tensor, exponent: float = 0.5) -> Tensor:
-    """S = (|W| / column's sum of |W| + |W| / row's sum of |W|) · ‖X‖₂ᵃ (RIA, ICLR 2024).
+    """S = (|W| / sum of |W| in its column + |W| / sum of |W| in its row) · ‖X‖₂ᵃ (RIA, ICLR 2024).
 
     Args:
         weight: (out, in).
@@ -28,7 +28,7 @@ def relative_importance(weight: Tensor, input_squares: Tensor, exponent: float =
         exponent: a.
     """
     size = weight.float().abs()
-    # A row or column of zeros has nothing to compare: its weights score 0.
+    # The weights of a row or column of zeros score 0.
     tiny = torch.finfo(torch.float32).tiny
     relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
     return relative * input_squares.sqrt().pow(exponent)

@@ -1,9 +1,9 @@
-"""Scores that a mask follows from, so that a mask can be moved by gradients: the highest of each group are kept.
+"""Scores that define a mask, so that gradients can move it: the highest scores of each group are kept.
 
-A step of gradient descent cannot change a mask, but it can change scores, and the mask with them. The gradient of a
-loss by a score is taken to be that by the weight's presence: ∂L/∂w · W, with w the weight as it is computed with, W or
-zero (straight-through: Bengio et al., arXiv 1308.3432). It says of a pruned weight what its coming back would do to the
-loss, and of a kept one what its going would.
+Gradient descent cannot change a mask, but it can change scores, and the mask with them. The gradient of a loss by a
+score is taken to be its gradient by the weight's presence, ∂L/∂w · W, where w is W or zero, the weight that the forward
+pass used (straight-through: Bengio et al., arXiv 1308.3432). For a pruned weight it estimates how growing it changes
+the loss, for a kept weight how dropping it does.
 """
 
 import torch
@@ -13,59 +13,60 @@ from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM
 from llm_barber.masking.selection import lowest, rank_within
 
-AHEAD = 0.01  # of a row's mean score: what kept weights are moved up by, and pruned ones down
+MARGIN = 0.01  # share of a row's mean score by which kept weights are moved up, and pruned weights down
 
 
 def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed: Tensor | None = None) -> Tensor:
-    """Scores that give a mask, each as near to a saliency as that allows.
+    """Scores that define a given mask and are as near to a saliency as the mask allows.
 
-    Weights that the saliency would have on the other side of the border, in their row or group of M, come to lie
-    beside it, in its order.
+    The border of a row, or group of M, separates the scores of its pruned weights from those of its kept weights.
+    A weight whose saliency lies on the wrong side gets a score just beside the border; such scores keep the order of
+    their saliencies.
 
     Args:
         keep: bool, (out, in), True survives.
         saliency: float32, (out, in), at least 0; any scale.
-        pattern: the mask's N:M, if it has one; else rows compete within themselves.
-        fixed: bool, (out, in), True where a kept weight stays.
+        pattern: the mask's N:M, if it has one; otherwise the weights of a row compete.
+        fixed: bool, (out, in), True where a kept weight has to stay.
 
     Returns:
-        float32, (out, in); the mean of a row is about 1.
+        float32, (out, in), infinite where fixed; the mean of a row is about 1.
     """
     scores = saliency / saliency.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     stays = torch.zeros_like(keep) if fixed is None else fixed & keep
     ordered = _groups(scores.masked_fill(stays, torch.inf), pattern).sort(-1).values
-    pruned = pruned_of(keep, pattern).unsqueeze(-1)
-    last, first = (ordered.gather(-1, (pruned + one).clamp(0, ordered.shape[-1] - 1)) for one in (-1, 0))
+    first_kept = count_pruned(keep, pattern).unsqueeze(-1)
+    below, above = (ordered.gather(-1, index.clamp(0, ordered.shape[-1] - 1)) for index in (first_kept - 1, first_kept))
     border = torch.zeros_like(scores)
-    # Where nothing is left to go, what would be the first of the kept ones is infinite.
-    _groups(border, pattern).copy_(torch.where(first.isfinite(), (last + first) / 2, last))
+    # `above` is infinite if every weight that may be dropped is pruned.
+    _groups(border, pattern).copy_(torch.where(above.isfinite(), (below + above) / 2, below))
     beyond = scores - border
-    up = torch.maximum(scores, border) + AHEAD / (1 - beyond.clamp(max=0))
-    down = torch.minimum(scores, border) - AHEAD / (1 + beyond.clamp(min=0))
+    up = torch.maximum(scores, border) + MARGIN / (1 - beyond.clamp(max=0))
+    down = torch.minimum(scores, border) - MARGIN / (1 + beyond.clamp(min=0))
     return torch.where(keep, up, down).masked_fill(stays, torch.inf)
 
 
-def pruned_of(keep: Tensor, pattern: NofM | None) -> Tensor:
-    """How many go of each row, or group of M: int64 (out, groups), of a mask, bool (out, in).
+def count_pruned(keep: Tensor, pattern: NofM | None) -> Tensor:
+    """Count the pruned weights of each row, or group of M, of a mask, (out, in): int64 (out, groups).
 
-    Not M - N everywhere: zeros of the dense model count as kept.
+    With N:M it may be less than M − N, since zeros of the dense model count as kept.
     """
     return (~_groups(keep, pattern)).sum(-1)
 
 
 def _groups(tensor: Tensor, pattern: NofM | None) -> Tensor:
-    """A view of (out, in) as (out, groups, members): whole rows, or whole groups of M."""
+    """View a tensor (out, in) as (out, groups, members): whole rows, or whole groups of M."""
     return tensor.unsqueeze(1) if pattern is None else by_pattern_group(tensor, pattern)
 
 
-def mask_of(scores: Tensor, keep: Tensor, pruned: Tensor, pattern: NofM | None) -> Tensor:
-    """The mask that scores give: the lowest go, equal ones from the left.
+def mask_from_scores(scores: Tensor, keep: Tensor, pruned: Tensor, pattern: NofM | None) -> Tensor:
+    """Mask that scores define: the lowest of each group are pruned, equal scores from the left.
 
     Args:
         scores: float32, (out, in).
-        keep: bool, (out, in), the mask until now: N:M has no scores compete in the tail of its rows, which stays.
-        pruned: how many go of each row or group of M, int64 (out, groups); see `pruned_of`.
-        pattern: N:M, if the mask has one.
+        keep: bool, (out, in), the previous mask; with N:M the tails of its rows stay as they are.
+        pruned: number of weights to prune in each row or group of M, int64 (out, groups); see `count_pruned`.
+        pattern: the mask's N:M, if it has one.
 
     Returns:
         bool, (out, in), True survives.

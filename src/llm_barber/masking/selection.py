@@ -1,7 +1,7 @@
-"""Choose exactly k members of each group by score, ties by position: what every mask here is made with.
+"""Choose exactly k members of each group by score, ties by position: the step that makes every mask.
 
-Real weights (dequantised ones above all) are full of equal scores. A threshold with `<=` takes all of them and
-overshoots; here a tie at the border goes to the lower position, as a stable sort would have it.
+Real weights, dequantised ones above all, have many equal scores. A threshold with `<=` would take all of them and
+overshoot; here the leftmost of the equal scores are taken, as in a stable sort.
 """
 
 import numpy
@@ -10,50 +10,51 @@ from torch import Tensor
 
 
 def sort_values(scores: Tensor) -> Tensor:
-    """Scores (groups, members), float32, sorted upwards within each group.
+    """Sort the scores of each group upwards; float32 (groups, members).
 
-    On CPUs numpy's vectorised sort is about ten times as fast as `torch.sort`, which also carries indices that
-    nothing here needs.
+    On CPUs numpy's vectorised sort is about ten times as fast as `torch.sort`, which also sorts indices.
     """
     if scores.device.type == "cpu":
         return torch.from_numpy(numpy.sort(scores.detach().numpy(), axis=-1))
     return scores.sort(dim=-1).values
 
 
-# "Not in the competition", in scores: behind every real one, and reached by adding, without a NaN from 0 · inf.
+# Score of a member that does not compete: above every real score. It is finite, so that 0 · EXCLUDED is not NaN.
 EXCLUDED = torch.finfo(torch.float32).max
 
 
 def apply_mask(weight: Tensor, keep: Tensor) -> Tensor:
-    """The weights where `keep`, +0.0 elsewhere, bit for bit; both (out, in).
+    """Keep the weights where `keep`, bit for bit, and set the rest to +0.0; both (out, in).
 
-    Multiplies the bits by 0 or 1: +0.0 has no bit set. On CPUs that is over ten times as fast as `torch.where`, and
-    unlike a product of floats it leaves no -0.0.
+    The bits are multiplied by 0 or 1: +0.0 has no bit set. On CPUs that is over ten times as fast as `torch.where`,
+    and unlike a product of floats it gives no −0.0.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return (weight.contiguous().view(bits) * keep).view(weight.dtype)
 
 
-def counted(mask: Tensor) -> Tensor:
-    """How many members of each group are True, int64 (groups,), of bool (groups, members)."""
-    return mask.sum(1, dtype=counter(mask)).long()
+def count_true(mask: Tensor) -> Tensor:
+    """Count the True members of each group of a mask, bool (groups, members): int64 (groups,)."""
+    return mask.sum(1, dtype=count_dtype(mask)).long()
 
 
-def counter(mask: Tensor) -> torch.dtype:
-    """The dtype to count (groups, members) in: all experts of a large layer may be one group."""
+def count_dtype(mask: Tensor) -> torch.dtype:
+    """Dtype for counts of members, (groups, members); a group of all experts of a large layer needs int64."""
     return torch.int32 if mask.shape[1] < 2**31 else torch.int64
 
 
 def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -> Tensor:
-    """Mark the `count` lowest scores of each group; equal scores at the border are taken from the left.
+    """Mark the `count` lowest scores of each group; equal scores are taken from the left.
+
+    Example: scores=[[2, 1, 2, 3]], count=2 -> [[True, True, False, False]]
 
     Args:
         scores: (groups, members), float32, without NaN.
-        count: how many in each group: one int, or int64 of shape (groups,).
-        ordered: `sort_values(scores)`, where the caller has it already.
+        count: number of members to mark in each group: an int, or int64 (groups,).
+        ordered: `sort_values(scores)`; None: computed here.
 
     Returns:
-        bool, (groups, members), with exactly `count` True a group.
+        bool, (groups, members), with exactly `count` True in each group.
     """
     groups, members = scores.shape
     counts = torch.as_tensor(count, device=scores.device).expand(groups)
@@ -63,25 +64,27 @@ def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -
     border = ordered.gather(1, (counts - 1).clamp(0, members - 1).unsqueeze(1))
     border = border.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
     chosen = scores <= border
-    surplus = counted(chosen) != counts
+    surplus = count_true(chosen) != counts
     if surplus.any():
         chosen[surplus] = _break_ties(scores[surplus], border[surplus], counts[surplus])
     return chosen
 
 
 def _break_ties(scores: Tensor, border: Tensor, counts: Tensor) -> Tensor:
-    """`lowest` for the groups in which more than `counts` members are at or under the border."""
+    """Mark as `lowest` does, in groups with more than `counts` members at or below the border (groups, 1)."""
     below = scores < border
     tied = scores == border
     room = (counts - below.sum(1)).unsqueeze(1)
-    return below | (tied & (tied.cumsum(1, dtype=counter(tied)) <= room))
+    return below | (tied & (tied.cumsum(1, dtype=count_dtype(tied)) <= room))
 
 
 def rank_within(scores: Tensor) -> Tensor:
-    """Rank of each member within its small group, 0 the lowest, ties by position.
+    """Rank each member within its small group, 0 for the lowest, ties by position.
 
-    For the groups of N:M: the first members of all groups in one tensor, the second in another, and so on, so that
-    every comparison is one of long rows. M(M - 1)/2 of them, and for M of 4 three times as fast as M broadcast ones.
+    Example: scores=[[3, 1, 3, 2]] -> [[2, 0, 3, 1]]
+
+    Made for the groups of N:M: a tensor holds the first members of all groups, another the second members, and so on,
+    so that each of the M(M − 1)/2 comparisons is one of long rows: for M = 4, three times as fast as broadcasting.
 
     Args:
         scores: (..., M).
@@ -89,8 +92,8 @@ def rank_within(scores: Tensor) -> Tensor:
     Returns:
         int16, (..., M).
     """
-    members = [one.contiguous() for one in scores.unbind(-1)]
-    ranks = [torch.zeros_like(one, dtype=torch.int16) for one in members]
+    members = [member.contiguous() for member in scores.unbind(-1)]
+    ranks = [torch.zeros_like(member, dtype=torch.int16) for member in members]
     for later in range(1, len(members)):
         for earlier in range(later):
             lower = members[later] < members[earlier]

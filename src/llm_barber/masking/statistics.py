@@ -1,8 +1,8 @@
 """Running sums over the calibration sequences: squares of inputs, Gram matrices, squares of gradients.
 
-All are float32 whatever the activations' dtype, and are added sequence by sequence in a fixed order, so that the
-batch size does not change them. Those that are small, a number a channel, are added up in float64, so that the number
-of processes hardly does.
+Sums are float32 whatever the activations' dtype. They are added sequence by sequence in a fixed order, so that the
+batch size does not change them. Small sums, one number per channel, are float64, so that the number of processes
+hardly changes them.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,19 @@ from torch import Tensor
 
 @contextmanager
 def exact_half_products(dtype: torch.dtype) -> Iterator[None]:
-    """Within, float32 matrices whose values came as `dtype` are multiplied in a form that holds these exactly.
+    """Multiply float32 matrices in a faster format that represents values of `dtype` exactly.
 
-    CPUs multiply as bfloat16, GPUs as TF32, which holds float16, too, and both add up in float32: nothing is rounded
-    but the sums, and products take a half to an eighth of the time where the processor has such products.
+    The values of the matrices came as `dtype`. CPUs multiply as bfloat16, GPUs as TF32, which also represents float16.
+    Both add up in float32, so that only the sums are rounded. On processors with such products they take an eighth to
+    a half of the time.
     """
-    forms = {torch.bfloat16: {"mkldnn": "bf16", "cuda": "tf32"}, torch.float16: {"cuda": "tf32"}}.get(dtype, {})
+    formats = {torch.bfloat16: {"mkldnn": "bf16", "cuda": "tf32"}, torch.float16: {"cuda": "tf32"}}.get(dtype, {})
     with ExitStack() as stack:
-        for backend, form in forms.items():
+        for backend, precision in formats.items():
             settings: Any = getattr(getattr(torch.backends, backend), "matmul", None)
-            if hasattr(settings, "fp32_precision"):  # not before torch 2.9
+            if hasattr(settings, "fp32_precision"):  # torch 2.9 and later
                 stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
-                settings.fp32_precision = form
+                settings.fp32_precision = precision
         yield
 
 
@@ -34,14 +35,18 @@ class RunningSums:
     """Sums over calibration sequences; processes that share the sequences add up their `parts`."""
 
     def parts(self) -> list[Tensor]:
-        """Every sum, and every count as a float64 tensor (1,)."""
-        found: list[Tensor] = []
+        """List every sum, and every count, a float64 tensor (1,)."""
+        parts: list[Tensor] = []
         for value in vars(self).values():
-            found += value.parts() if isinstance(value, RunningSums) else [value] if isinstance(value, Tensor) else []
-        return found
+            if isinstance(value, RunningSums):
+                parts += value.parts()
+            elif isinstance(value, Tensor):
+                parts.append(value)
+        return parts
 
 
-def _count() -> Tensor:
+def _new_count() -> Tensor:
+    """A count of zero; a tensor, so that processes can add it up."""
     return torch.zeros(1, dtype=torch.float64)
 
 
@@ -53,7 +58,7 @@ class InputSquares(RunningSums):
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.total = torch.zeros(features, device=device, dtype=torch.float64)
-        self.sequences = _count()
+        self.sequences = _new_count()
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch of sequences."""
@@ -63,12 +68,12 @@ class InputSquares(RunningSums):
 
     @property
     def mean(self) -> Tensor:
-        """float32, (in,)."""
+        """Mean squared norm of each channel, float32 (in,)."""
         return (self.total / self.sequences.item()).float()
 
 
 class InputMoments(RunningSums):
-    """Sums of each input channel, for methods that look at its mean and variance (DSnoT, arXiv 2310.08915).
+    """Sums for the mean and the variance of each input channel (DSnoT, arXiv 2310.08915).
 
     `update` takes inputs of shape (sequences, tokens, in); all properties are float32 of shape (in,).
     """
@@ -77,7 +82,7 @@ class InputMoments(RunningSums):
         self.squares = InputSquares(features, device)
         self.total = torch.zeros(features, device=device, dtype=torch.float64)
         self.explained = torch.zeros(features, device=device, dtype=torch.float64)
-        self.tokens = _count()
+        self.tokens = _new_count()
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch of sequences."""
@@ -86,7 +91,7 @@ class InputMoments(RunningSums):
             total = sequence.float().sum(0)
             self.total += total
             self.explained += total.double().square() / max(tokens, 1)
-            self.tokens += tokens  # experts' inputs are padded with zeros
+            self.tokens += tokens  # without the zeros that pad the inputs of experts
 
     @property
     def mean(self) -> Tensor:
@@ -95,37 +100,38 @@ class InputMoments(RunningSums):
 
     @property
     def variance(self) -> Tensor:
-        """Variance within sequences, mean over tokens, as the released program of DSnoT has it."""
+        """Variance within sequences, mean over tokens, as in DSnoT's released program."""
         return ((self.squares.total - self.explained) / max(self.tokens.item(), 1)).clamp_min(0).float()
 
 
-# Into how many panels of rows a Gram matrix is cut, and the least of their rows.
-PANELS, LEAST_PANEL = 8, 64
+# A Gram matrix is cut into this many panels of rows; a panel has at least this many rows.
+PANELS, SMALLEST_PANEL = 8, 64
 
 
 def panels(features: int) -> list[slice]:
-    """The rows of a Gram matrix, (features, features), in panels; of each only what stands from its start on is summed.
+    """Cut the rows of a Gram matrix, (features, features), into panels.
 
-    The matrix is symmetric: with eight panels, 9/16 of its products are made, and `mirrored` has the others from them.
+    The matrix is symmetric: each panel is summed only from its diagonal block to the right. Eight panels take 9/16 of
+    the products; `mirror` copies the rest.
     """
-    size = max(LEAST_PANEL, -(-features // PANELS))
+    size = max(SMALLEST_PANEL, -(-features // PANELS))
     return [slice(first, min(first + size, features)) for first in range(0, features, size)]
 
 
 def add_products(total: Tensor, values: Tensor) -> None:
-    """Add Σ x xᵀ over the rows x of `values`, float32 (tokens, in), to the panels of `total`, float32 (in, in)."""
+    """Add Σ x xᵀ over the rows x of `values`, (tokens, in), to the panels of `total`, (in, in); float32."""
     for rows in panels(len(total)):
         total[rows, rows.start :].addmm_(values[:, rows].t(), values[:, rows.start :])
 
 
 def gram_flops(tokens: float, features: int) -> float:
-    """FLOPs of `add_products`."""
-    places: int = sum((rows.stop - rows.start) * (features - rows.start) for rows in panels(features))
-    return 2 * tokens * places
+    """Count the floating-point operations of `add_products`."""
+    products: int = sum((rows.stop - rows.start) * (features - rows.start) for rows in panels(features))
+    return 2 * tokens * products
 
 
-def mirrored(total: Tensor) -> Tensor:
-    """A sum of `add_products`, made whole in place."""
+def mirror(total: Tensor) -> Tensor:
+    """Complete a sum of `add_products`, (in, in), in place: copy the panels below the diagonal."""
     for rows in panels(len(total)):
         total[rows.stop :, rows] = total[rows, rows.stop :].t()
     return total
@@ -139,10 +145,10 @@ class GramMatrix(RunningSums):
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.total = torch.zeros(features, features, device=device)
-        self.sequences = _count()
+        self.sequences = _new_count()
 
     def update(self, inputs: Tensor) -> None:
-        """Add a batch of sequences: products in float32, since rounded ones are not positive definite."""
+        """Add a batch of sequences; products are float32, since rounded products are not positive definite."""
         with exact_half_products(inputs.dtype):
             for sequence in inputs:
                 add_products(self.total, sequence.float())
@@ -150,55 +156,60 @@ class GramMatrix(RunningSums):
 
     @property
     def mean(self) -> Tensor:
-        """float32, (in, in)."""
-        return mirrored(self.total * (2 / self.sequences.item()))
+        """H, float32 (in, in)."""
+        return mirror(self.total * (2 / self.sequences.item()))
 
 
 class TargetMoments(RunningSums):
-    """What the error of a linear on its sparse inputs depends on, when its target is the output on other inputs.
+    """Moments of inputs that give a linear's squared error on sparse inputs from a target.
 
-    `gram` = Σ x xᵀ / n and `difference` = Σ (x − x′) xᵀ / n over all n tokens, x an input in the sparse model and x′
-    the same one in the dense model; both float32, (in, in). The linear term of `swaps.py` for a target between the
-    outputs on x (mix 0) and on x′ (mix 1) is L = mix · W · difference.
+    `gram` is Σ x xᵀ / n and `difference` is Σ (x − x′) xᵀ / n over all n tokens, both float32 (in, in); x is an input
+    in the sparse model, x′ the same input in the dense model. A target between the outputs on x (mix 0) and on x′
+    (mix 1) has the linear term L = mix · W · difference of `swaps.py`.
     """
 
     def __init__(self, features: int, device: torch.device, crossed: bool = True) -> None:
         self._gram = torch.zeros(features, features, device=device)
         self._crossed = torch.zeros_like(self._gram) if crossed else None
-        self.tokens = _count()
+        self.tokens = _new_count()
 
-    def update(self, inputs: Tensor, others: Tensor | None) -> None:
-        """Add a batch, (sequences, tokens, in); `others` are x′, None: they are x, and it was made not `crossed`."""
+    def update(self, inputs: Tensor, dense_inputs: Tensor | None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: (sequences, tokens, in), x.
+            dense_inputs: (sequences, tokens, in), x′; None where `crossed` is False: they equal `inputs`.
+        """
         with exact_half_products(inputs.dtype):
             for index, sequence in enumerate(inputs):
                 values = sequence.float()
                 add_products(self._gram, values)
-                if others is not None and self._crossed is not None:
-                    self._crossed.addmm_(others[index].float().t(), values)
+                if dense_inputs is not None and self._crossed is not None:
+                    self._crossed.addmm_(dense_inputs[index].float().t(), values)
         self.tokens += inputs.shape[0] * inputs.shape[1]
 
     @property
     def gram(self) -> Tensor:
-        """float32, (in, in)."""
-        return mirrored(self._gram / self.tokens.item())
+        """Σ x xᵀ / n, float32 (in, in)."""
+        return mirror(self._gram / self.tokens.item())
 
     @property
     def difference(self) -> Tensor:
-        """float32, (in, in)."""
+        """Σ (x − x′) xᵀ / n, float32 (in, in)."""
         if self._crossed is None:
             return torch.zeros_like(self._gram)
-        return mirrored(self._gram.clone()).sub_(self._crossed).div_(self.tokens.item())
+        return mirror(self._gram.clone()).sub_(self._crossed).div_(self.tokens.item())
 
 
 class GradientSquares(RunningSums):
     """Mean over sequences of the squared gradient of a weight (arXiv 2408.10631).
 
-    The gradient of one sequence is `output_gradientᵀ · inputs`, the square is taken before sequences are added.
+    The gradient of one sequence is `output_gradientᵀ · inputs`; it is squared before sequences are added.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.total = torch.zeros(shape, device=device)
-        self.sequences = _count()
+        self.sequences = _new_count()
 
     def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor) -> None:
         """Add a batch.
@@ -209,7 +220,7 @@ class GradientSquares(RunningSums):
             scale: (sequences,), float32.
         """
         for sequence, gradient, factor in zip(inputs, output_gradient, scale.tolist(), strict=True):
-            if gradient.dtype == torch.float16:  # a sum over tokens can pass its largest number, 65504
+            if gradient.dtype == torch.float16:  # a sum over tokens can exceed the largest float16, 65504
                 sequence, gradient = sequence.float(), gradient.float()
             weight_gradient = (gradient.t() @ sequence).float()
             self.total.addcmul_(weight_gradient, weight_gradient, value=factor * factor)
@@ -217,15 +228,16 @@ class GradientSquares(RunningSums):
 
     @property
     def mean(self) -> Tensor:
-        """float32, (out, in)."""
+        """Mean squared gradient, float32 (out, in)."""
         return self.total / self.sequences.item()
 
 
 class FisherSums(RunningSums):
-    """Sums of the Fisher information of a linear's weights, over its columns and over its rows.
+    """Fisher information of a linear's weights, summed over its columns and over its rows.
 
-    The information of a weight is Σ (g x)² over tokens, g the gradient of the loss by its output and x its input.
-    `rows`, float64 (out,), is its sum over inputs, Σ g² ‖x‖²; `columns`, float64 (in,), over outputs, Σ ‖g‖² x².
+    The information of a weight is Σ (g x)² over tokens, with g the gradient of the loss by its output and x its input.
+    `rows`, float64 (out,), is the sum over inputs, Σ g² ‖x‖²; `columns`, float64 (in,), the sum over outputs,
+    Σ ‖g‖² x².
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:

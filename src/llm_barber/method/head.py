@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from llm_barber.loading.job import Job
 from llm_barber.masking.rebuild import Rebuilt
 from llm_barber.masking.statistics import TargetMoments
-from llm_barber.method.layer import InitialMasks, Outcome, PrunedLayer, result_of
+from llm_barber.method.initial_masks import InitialMasks
+from llm_barber.method.layer import PrunedLayer
+from llm_barber.method.outcome import BlockOutcome, block_result
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine_linear import Objective, refine_linear
 from llm_barber.model.architecture import Block
@@ -66,8 +68,8 @@ def prune_head(
         pruned = _refine(layer, name, pruned.with_mask(pruned.keep), weight, own, streams)
     skeleton.drop_outside()
     final = {name: pruned.final}
-    outcome = Outcome({name: pruned}, {name: Rebuilt.between(first, pruned.keep)})
-    result = result_of(Block(BLOCK, name, (name,)), outcome, None, final)
+    outcome = BlockOutcome({name: pruned}, {name: Rebuilt.between(first, pruned.keep)})
+    result = block_result(Block(BLOCK, name, (name,)), outcome, final)
     return PrunedLayer({job.head_location.tensor: final[name]}, [result])
 
 

@@ -1,60 +1,48 @@
-"""The method (arXiv 2408.10631) on one decoder layer: initial masks, then each block's mask rebuilt in turn.
+"""Prune one decoder layer: initial masks, each block rebuilt and refined, then tuning, then the next layer's input.
 
-`_rebuild_block` reads like the paper; `docs/method/paper.md` has the passes and what they cost.
+The rebuild is the published method (arXiv 2408.10631, `rebuild.py`); refining (`refine.py`) and tuning (`tune.py`) go
+beyond it.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llm_barber.errors import overflowed
 from llm_barber.loading.job import Job
-from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
-from llm_barber.masking.saliency import weight_gradient
-from llm_barber.masking.statistics import GradientSquares
-from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
+from llm_barber.method.block_pass import (
+    BlockPass,
+    block_errors,
+    block_passes,
+    dense_batches,
+    follows_dense,
+    measured_windows,
+    propagate,
+)
+from llm_barber.method.initial_masks import InitialMasks
+from llm_barber.method.outcome import BlockOutcome, block_result
 from llm_barber.method.pruned_linear import PrunedLinear
-from llm_barber.method.refine import Pass, block_errors, dense_batches, measured_windows, refine_block
+from llm_barber.method.rebuild import RebuildSettings, rebuild_block
+from llm_barber.method.refine import refine_block
 from llm_barber.method.tune import Tuned, tune_layer
-from llm_barber.model.architecture import Block, only
+from llm_barber.model.architecture import Block, select_linears
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.gradients import reconstruction_errors
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
-from llm_barber.record.layers import BlockResult, LinearResult
+from llm_barber.record.layers import BlockResult, Concentration
 from llm_barber.settings.refining import RefineSettings
-
-
-class InitialMasks(Protocol):
-    """Gives the initial mask and pruned weights of the linears of a decoder layer."""
-
-    def __call__(
-        self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
-    ) -> dict[str, PrunedLinear]:
-        """One for each linear in `dense` that is pruned; the others stay. `streams` has the layer's input."""
-        ...
-
-
-@dataclass(frozen=True)
-class RebuildSettings:
-    """Granularity and ratio of the rebuild; linears with N:M may have a granularity of their own."""
-
-    granularity: Granularity
-    ratio: float
-    pattern_granularity: Granularity | None = None
 
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """What became of a decoder layer: weights by the checkpoint's names, its blocks, and `held_out` of `tune.Tuned`."""
+    """Final weights by the checkpoint's names, results of the blocks, and what held-out windows say (`tune.Tuned`)."""
 
     weights: dict[str, Tensor]
     blocks: list[BlockResult]
     held_out: tuple[float, ...] = ()
+    concentration: Concentration | None = None
 
 
 def prune_layer(
@@ -66,239 +54,188 @@ def prune_layer(
     refine_settings: RefineSettings | None,
     streams: ActivationStreams,
 ) -> PrunedLayer:
-    """Prune one decoder layer and move the stream through it."""
-    skeleton = job.skeleton
-    layer, every = job.open_layer(index, tensors)
-    pruned = initial(index, layer, every, streams)
-    layer.select(pruned)
-    dense = {name: every[name] for name in pruned}
-    blocks = only(skeleton.blocks[index], pruned)
-    follows_dense = refine_settings is not None and refine_settings.target_mix > 0
-    tuning = refine_settings if pruned and refine_settings is not None and refine_settings.of_layers else None
-    # Of blocks that nothing changes before their layer is tuned, only the error is wanted.
-    waits = tuning is not None and not tuning.of_linears and rebuild_settings is None
-    first = {name: one.keep for name, one in pruned.items()} if tuning is not None else {}
-    outcomes: list[tuple[Block, Outcome, float | None]] = []
-    held_out: tuple[float, ...] = ()
-    final: list[Block] = []
-    for block in blocks:
-        work = Pass(layer, block, final, streams, last=block is blocks[-1])
-        for batch in () if block.linears else dense_batches(refine_settings, streams):
-            work.advance_dense(batch)
-        outcome = _prune_block(work, dense, pruned, rebuild_settings, refine_settings, index)
-        unchanged = all(torch.equal(one.weight, pruned[name].weight) for name, one in outcome.linears.items())
-        pruned.update(outcome.linears)
-        layer.set_weights({name: one.weight for name, one in pruned.items()})
-        if tuning is not None and (waits or work.last):
-            for batch in () if work.last else measured_windows(tuning, streams):
-                streams.write(block.output, batch, work.output(batch))
-            outcomes.append((block, outcome, None))
-            final.append(block)
-            continue
-        after = outcome.error_before  # its output with these weights is there already, if nothing has changed
-        if not (outcome.output_kept and unchanged) or work.last:
-            after = _propagate(work, outcome.measured_from)
-        if after is not None and not math.isfinite(after):
-            raise overflowed(f"the output of layer {index} {block.name}")
-        outcomes.append((block, outcome, after))
-        final.append(block)
-    if tuning is not None:
-        tuned = tune_layer(layer, dense, pruned, tuning, streams, f"layer {index}")
-        pruned, held_out = tuned.linears, tuned.held_out
-        windows = measured_windows(tuning, streams) if rebuild_settings is None else list(streams.batches())
-        errors = block_errors(layer, blocks, dense, pruned, windows, streams)
-        outcomes = [
-            (block, outcome.tuned(tuned, first, tuning.of_linears), error)
-            for (block, outcome, _), error in zip(outcomes, errors, strict=True)
-        ]
-        if math.isnan(_propagate(Pass(layer, blocks[-1], [], streams, last=True), None) or 0):
-            raise overflowed(f"the output of layer {index}")
-    weights = {name: one.final for name, one in pruned.items()}
-    results = [
-        result_of(block, outcome, after, {name: weights.get(name, every[name]) for name in block.linears})
-        for block, (_, outcome, after) in zip(skeleton.blocks[index], outcomes, strict=True)
-    ]
-    written = job.stored(index, weights, tensors)
-    skeleton.tails[index] = layer.tail
-    skeleton.release_layer(index)
+    """Prune one decoder layer and move the streams through it.
+
+    Args:
+        job: the opened model.
+        index: of the layer.
+        tensors: of the layer, by the checkpoint's names.
+        initial: gives the initial masks.
+        rebuild_settings: None: masks are not rebuilt.
+        refine_settings: None: neither linears are refined nor layers tuned.
+        streams: the layer's input; afterwards the next layer's.
+
+    Raises:
+        NotFiniteError: an activation or a gradient holds NaN or Inf.
+    """
+    opened = _choose_initial_masks(job, index, tensors, initial, streams)
+    tuned: Tuned | None = None
+    if opened.linears and refine_settings is not None and refine_settings.of_layers:
+        initial_keeps = {name: linear.keep for name, linear in opened.linears.items()}
+        outcomes = _prune_blocks(opened, rebuild_settings, refine_settings, streams, tunes=True)
+        rebuilt = rebuild_settings is not None
+        outcomes, tuned = _tune(opened, outcomes, initial_keeps, rebuilt, refine_settings, streams)
+    else:
+        outcomes = _prune_blocks(opened, rebuild_settings, refine_settings, streams, tunes=False)
+    pruned = _collect_results(job, opened, tensors, outcomes, tuned)
     # Last of all: until here the layer can be pruned again, if memory runs out.
-    streams.swap(DENSE_OUTPUT, HIDDEN)
-    if follows_dense:
-        streams.swap(DENSE + NEXT, DENSE + HIDDEN)
-    return PrunedLayer(written, results, held_out)
+    move_on(job, index, opened.layer, streams, follows_dense(refine_settings))
+    return pruned
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a block: its linears, their masks with what was swapped, the mean error before.
+@dataclass
+class _OpenLayer:
+    """A decoder layer while it is pruned.
 
-    `measured_from`: the first of the sequences that errors are means over. `output_kept`: the block's output before is.
+    `weights`: dense weights of all its prunable linears, (out, in). `linears`: the linears that are pruned, as they are
+    so far. `blocks`: with these linears alone; a block may have none.
     """
 
+    index: int
+    layer: DecoderLayer
+    weights: dict[str, Tensor]
     linears: dict[str, PrunedLinear]
-    masks: dict[str, Rebuilt]
-    error_before: float | None = None
-    measured_from: int | None = None
-    output_kept: bool = False
-    rejected: bool = False
+    blocks: tuple[Block, ...]
 
-    def tuned(self, tuned: Tuned, first: Mapping[str, Tensor], after_linears: bool) -> "Outcome":
-        """After the layer was tuned.
+    @property
+    def dense(self) -> dict[str, Tensor]:
+        """Dense weights, (out, in), of the linears that are pruned."""
+        return {name: self.weights[name] for name in self.linears}
 
-        Args:
-            tuned: what became of it.
-            first: the initial keep masks.
-            after_linears: its linears had been refined one by one before.
-        """
-        linears = {name: tuned.linears[name] for name in self.linears}
-        masks = {
-            name: Rebuilt.between(first[name], linears[name].keep, mask.beneficial) for name, mask in self.masks.items()
-        }
-        rejected = bool(linears) and tuned.rejected and (self.rejected or not after_linears)
-        return replace(self, linears=linears, masks=masks, rejected=rejected)
+    def update(self, linears: Mapping[str, PrunedLinear]) -> None:
+        """Take over a block's linears; all pruned linears of the layer have their pruned weights then."""
+        self.linears.update(linears)
+        self.layer.set_weights({name: linear.weight for name, linear in self.linears.items()})
+
+
+def _choose_initial_masks(
+    job: Job, index: int, tensors: Mapping[str, Tensor], initial: InitialMasks, streams: ActivationStreams
+) -> _OpenLayer:
+    """Open a layer and choose which weights of its linears the rebuild starts from."""
+    layer, weights = job.open_layer(index, tensors)
+    linears = initial(index, layer, weights, streams)
+    layer.select(linears)
+    return _OpenLayer(index, layer, weights, linears, select_linears(job.skeleton.blocks[index], linears))
+
+
+def _prune_blocks(
+    opened: _OpenLayer,
+    rebuild_settings: RebuildSettings | None,
+    refine_settings: RefineSettings | None,
+    streams: ActivationStreams,
+    tunes: bool,
+) -> list[BlockOutcome]:
+    """Rebuild and refine the blocks in turn: each is final before the next one, which sees its output, is looked at.
+
+    Where the layer `tunes` afterwards, errors after pruning, and the layer's output, are left to tuning.
+    """
+    only_tuned = tunes and rebuild_settings is None and refine_settings is not None and not refine_settings.of_linears
+    outcomes = []
+    for block_pass in block_passes(opened.layer, opened.blocks, streams):
+        if not block_pass.block.linears:
+            for batch in dense_batches(refine_settings, streams):
+                block_pass.advance_dense(batch)
+        where = f"layer {opened.index} {block_pass.block.name}"
+        outcome = _prune_block(block_pass, opened, rebuild_settings, refine_settings, where)
+        unchanged = outcome.output_kept and all(
+            torch.equal(linear.weight, opened.linears[name].weight) for name, linear in outcome.linears.items()
+        )
+        opened.update(outcome.linears)
+        if only_tuned:  # all that blocks behind need this block's output for is their error with the initial masks
+            assert refine_settings is not None
+            block_pass.keep_output(measured_windows(refine_settings, streams))
+        elif not (tunes and block_pass.last):
+            outcome = replace(outcome, error_after=_error_after(block_pass, outcome, unchanged, where))
+        outcomes.append(outcome)
+    return outcomes
 
 
 def _prune_block(
-    work: Pass,
-    dense: Mapping[str, Tensor],
-    initial: Mapping[str, PrunedLinear],
+    block_pass: BlockPass,
+    opened: _OpenLayer,
     rebuild_settings: RebuildSettings | None,
     refine_settings: RefineSettings | None,
-    index: int,
-) -> Outcome:
-    """Rebuild a block's masks and refine them, as far as that is asked for."""
-    block = work.block
-    if not block.linears:
-        return Outcome({}, {})
-    now = {name: initial[name] for name in block.linears}
-    before, measured_from, rejected = None, None, False
-    masks = {name: Rebuilt(one.keep, 0, 0, 0) for name, one in now.items()}
-    where = f"layer {index} {block.name}"
-    if rebuild_settings is not None:
-        now, masks, before = _rebuild_block(work, dense, now, rebuild_settings, where)
-        measured_from = 0
-    if refine_settings is not None:
-        now = {name: one.with_mask(one.keep) for name, one in now.items()}
-        refined = refine_block(work, dense, now, refine_settings)
-        if before is None:
-            before = refined.errors[0]
-            measured_from = work.streams.border if work.streams.held_out else 0
-        now, rejected = refined.linears, refined.rejected
-        masks = {
-            name: Rebuilt.between(initial[name].keep, now[name].keep, mask.beneficial) for name, mask in masks.items()
-        }
-    output_kept = rebuild_settings is not None and not work.last
-    return Outcome(now, masks, before, measured_from, output_kept, rejected)
-
-
-def result_of(block: Block, outcome: Outcome, after: float | None, weights: Mapping[str, Tensor]) -> BlockResult:
-    """The counts of a block's linears, whose final weights are `weights`; those that took no part are there, too."""
-    linears = []
-    for name, weight in weights.items():
-        found = LinearResult(
-            name=name,
-            shape=(weight.shape[0], weight.shape[1]),
-            pruned=0,
-            zeros=weight.numel() - int(weight.count_nonzero()),
-        )
-        if name in outcome.masks:
-            mask, pattern = outcome.masks[name], outcome.linears[name].pattern
-            counts = {
-                "pruned": mask.keep.numel() - int(mask.keep.count_nonzero()),
-                "beneficial_pairs": mask.beneficial,
-                "grown": mask.grown,
-                "dropped": mask.dropped,
-                "pattern": str(pattern) if pattern else None,
-                "few_tokens": bool(outcome.linears[name].few_tokens),
-            }
-            found = found.model_copy(update=counts)
-        linears.append(found)
-    return BlockResult(
-        name=block.name,
-        error_before=outcome.error_before,
-        error_after=after,
-        linears=tuple(linears),
-        rejected=outcome.rejected,
-    )
-
-
-def _rebuild_block(
-    work: Pass,
-    dense: Mapping[str, Tensor],
-    pruned: Mapping[str, PrunedLinear],
-    settings: RebuildSettings,
     where: str,
-) -> tuple[dict[str, PrunedLinear], dict[str, Rebuilt], float]:
-    """The method: x → y_sparse, y_dense → loss → G at the dense weights → S = |W| · sqrt(mean G²) → swap pairs.
+) -> BlockOutcome:
+    """Rebuild a block's masks, then refine its linears one by one, as far as the settings ask for it."""
+    initial = {name: opened.linears[name] for name in block_pass.block.linears}
+    outcome = BlockOutcome.initial(initial)
+    if not initial:
+        return outcome
+    if rebuild_settings is not None:
+        outcome = rebuild_block(block_pass, opened.dense, initial, rebuild_settings, where)
+    if refine_settings is not None:
+        # Refining starts from the values that are written, which may not be the initial method's updated weights.
+        linears = {name: linear.with_mask(linear.keep) for name, linear in outcome.linears.items()}
+        refined = refine_block(block_pass, opened.dense, linears, refine_settings)
+        if rebuild_settings is None:
+            streams = block_pass.streams
+            measured_from = streams.held_out_start if streams.held_out else 0
+            outcome = replace(outcome, error_before=refined.error_before, measured_from=measured_from)
+        outcome = outcome.refined(initial, refined.linears, refined.rejected)
+    return outcome
 
-    Returns the linears with their rebuilt masks, what was swapped, and the mean reconstruction error before that.
-    """
-    layer, block, streams = work.layer, work.block, work.streams
-    dense_weights = {name: dense[name] for name in block.linears}
-    sparse_weights = {name: pruned[name].weight for name in block.linears}
-    squares = {name: GradientSquares(tuple(dense[name].shape), dense[name].device) for name in block.linears}
-    total = 0.0
-    layer.forget_tokens()
-    for batch in streams.batches():
-        hidden, replays = streams.read(HIDDEN, batch), work.replays(batch)
-        layer.set_weights(sparse_weights)
-        sparse_output = layer.block_output(block, hidden, replays)
-        layer.set_weights(dense_weights)
-        dense_output, losses = layer.block_gradients(block, hidden, sparse_output, replays, squares)
-        streams.write(DENSE_OUTPUT, batch, dense_output)
-        if not work.last:  # blocks after it replay it, if nothing is swapped
-            streams.write(block.output, batch, sparse_output)
-        total += losses.double().sum().item()
-    (total,) = streams.ranks.total(total)
-    if not math.isfinite(total):
+
+def _error_after(block_pass: BlockPass, outcome: BlockOutcome, unchanged: bool, where: str) -> float | None:
+    """Propagate through a final block and return its error; an unchanged block's output and error are known."""
+    error = outcome.error_before if unchanged else propagate(block_pass, outcome.measured_from)
+    if error is not None and not math.isfinite(error):
         raise overflowed(f"the output of {where}")
-    for statistic in squares.values():
-        streams.ranks.add(statistic)
-    for name, statistic in squares.items():
-        if not torch.isfinite(statistic.total.max()):  # a NaN is a maximum too
-            raise overflowed(f"a gradient of {where}, {name},")
-    now = freeze_linears_with_few_tokens({name: pruned[name] for name in block.linears}, layer, streams.ranks, calls=2)
-    linears = list(now.values())
-    found = rebuild_masks(
-        keep=[linear.keep for linear in linears],
-        saliency=[weight_gradient(pruned[name].values, squares[name].mean) for name in block.linears],
-        granularity=settings.granularity,
-        rebuild_ratio=settings.ratio,
-        patterns=[linear.pattern for linear in linears],
-        fixed=None
-        if all(linear.fixed is None for linear in linears)
-        else [torch.zeros_like(linear.keep) if linear.fixed is None else linear.fixed for linear in linears],
-        pattern_granularity=settings.pattern_granularity,
-    )
-    masks = dict(zip(block.linears, found, strict=True))
-    return {name: one.with_mask(masks[name].keep) for name, one in now.items()}, masks, total / streams.every
+    return error
 
 
-def _propagate(work: Pass, measured_from: int | None) -> float | None:
-    """Run the final block: its output is kept for the blocks after it, or the layer's in `DENSE_OUTPUT` for the next.
+def _tune(
+    opened: _OpenLayer,
+    outcomes: list[BlockOutcome],
+    initial_keeps: Mapping[str, Tensor],
+    rebuilt: bool,
+    settings: RefineSettings,
+    streams: ActivationStreams,
+) -> tuple[list[BlockOutcome], Tuned]:
+    """Tune the whole layer, measure its blocks, and propagate through it.
 
-    Returns the mean reconstruction error over the sequences from a first one on, whose dense output is kept, if there
-    is one; NaN if an activation is.
+    Errors of blocks that were `rebuilt` are means over all windows, as their errors before are.
     """
-    layer, block, streams = work.layer, work.block, work.streams
-    total, compared, finite = 0.0, 0, True
-    measured_from = streams.sequences if measured_from is None else measured_from
-    for batch in streams.batches():
-        hidden, replays = streams.read(HIDDEN, batch), work.replays(batch)
-        if work.last:
-            output, following = layer.final_output(hidden, block, replays)
-        else:
-            output = following = layer.block_output(block, hidden, replays)
-            streams.write(block.output, batch, output)
-        first = max(batch.start, measured_from)
-        if first < batch.stop:
-            dense_output = streams.read(DENSE_OUTPUT, slice(first, batch.stop))
-            total += reconstruction_errors(dense_output, output[first - batch.start :]).double().sum().item()
-            compared += batch.stop - first
-        if work.last:
-            streams.write(DENSE_OUTPUT, batch, following)  # whose place is not needed any more
-        finite = finite and all(bool(torch.isfinite(end)) for end in torch.aminmax(following))
-    total, all_compared, broken = streams.ranks.total(total, compared, not finite)
-    if broken:
-        return float("nan")
-    return total / all_compared if all_compared else None
+    layer, dense = opened.layer, opened.dense
+    tuned = tune_layer(layer, dense, opened.linears, settings, streams, f"layer {opened.index}")
+    opened.linears = tuned.linears
+    windows = list(streams.batches()) if rebuilt else measured_windows(settings, streams)
+    errors = block_errors(layer, opened.blocks, dense, opened.linears, windows, streams)
+    whole = BlockPass(layer, opened.blocks[-1], (), streams, last=True)
+    if math.isnan(propagate(whole, None) or 0):
+        raise overflowed(f"the output of layer {opened.index}")
+    outcomes = [
+        replace(outcome.tuned(tuned, initial_keeps, settings.of_linears), error_after=error)
+        for outcome, error in zip(outcomes, errors, strict=True)
+    ]
+    return outcomes, tuned
+
+
+def _collect_results(
+    job: Job,
+    opened: _OpenLayer,
+    tensors: Mapping[str, Tensor],
+    outcomes: list[BlockOutcome],
+    tuned: Tuned | None,
+) -> PrunedLayer:
+    """Final weights and counts of a layer; linears that are not pruned are counted, too."""
+    pruned_weights = {name: linear.final for name, linear in opened.linears.items()}
+    weights = opened.weights | pruned_weights
+    results = [
+        block_result(block, outcome, {name: weights[name] for name in block.linears})
+        for block, outcome in zip(job.skeleton.blocks[opened.index], outcomes, strict=True)
+    ]
+    pruned = PrunedLayer(job.stored(opened.index, pruned_weights, tensors), results)
+    return pruned if tuned is None else replace(pruned, held_out=tuned.held_out, concentration=tuned.concentration)
+
+
+def move_on(job: Job, index: int, layer: DecoderLayer, streams: ActivationStreams, with_dense: bool) -> None:
+    """Release a layer whose output is in `DENSE_OUTPUT`, and make that output the next layer's input.
+
+    `with_dense`: the dense model's stream, whose output is in `DENSE + NEXT`, moves on, too.
+    """
+    job.skeleton.tails[index] = layer.tail
+    job.skeleton.release_layer(index)
+    streams.swap(DENSE_OUTPUT, HIDDEN)
+    if with_dense:
+        streams.swap(DENSE + NEXT, DENSE + HIDDEN)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from llm_barber.errors import SettingsError
 from llm_barber.messages import message
-from llm_barber.planning.memory import peak_held
+from llm_barber.planning.memory import peak_footprint
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes
 from llm_barber.usage import readable_bytes
@@ -26,7 +26,7 @@ def device_room(free: float, model: ModelShapes, recipe: Recipe) -> int:
     margin, libraries = DEVICE_MARGIN, DEVICE_LIBRARIES
     if recipe.processes > 1:
         margin, libraries = DEVICE_MARGIN_TOGETHER, DEVICE_LIBRARIES_TOGETHER
-    return max(0, int(free - libraries - margin * peak_held(model, recipe).device))
+    return max(0, int(free - libraries - margin * peak_footprint(model, recipe).device))
 
 
 def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: Recipe) -> int:
@@ -35,7 +35,7 @@ def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: 
     Raises:
         SettingsError: there are none.
     """
-    held = MARGIN * peak_held(model, replace(recipe, for_activations=0)).host
+    held = MARGIN * peak_footprint(model, replace(recipe, for_activations=0)).host
     at_least = COPIES_OF_A_LAYER * recipe.stored * model.largest_layer.parameters
     needed = process + LIBRARIES + int(max(held, at_least))
     if needed > memory:

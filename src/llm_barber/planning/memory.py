@@ -29,17 +29,17 @@ OF_A_LOGIT = 4  # float32 copies: itself, its logarithm, their gradients
 
 
 @dataclass(frozen=True)
-class Held:
+class Footprint:
     """Bytes in host memory and on the device."""
 
     host: float = 0
     device: float = 0
 
-    def __add__(self, other: "Held") -> "Held":
-        return Held(self.host + other.host, self.device + other.device)
+    def __add__(self, other: "Footprint") -> "Footprint":
+        return Footprint(self.host + other.host, self.device + other.device)
 
 
-def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
+def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
     """The peak of each, of one process, without the bare process; on a CPU all is in host memory."""
     moments = [*_embedding(model, recipe), _reading(model, recipe)]
     if recipe.allocation is not Allocation.UNIFORM:
@@ -49,24 +49,24 @@ def peak_held(model: ModelShapes, recipe: Recipe) -> Held:
         resident = streams + _layer(layer, recipe)
         moments += [resident + moment for moment in _pruning(layer, recipe)]
     if recipe.prunes_head:
-        head, outside = model.head_block, Held(device=model.outside * _converted(recipe))
-        own = Held(device=head.weights * (2 * recipe.stored + BOOL))
-        working = Held()
+        head, outside = model.head_block, Footprint(device=model.outside * _converted(recipe))
+        own = Footprint(device=head.weights * (2 * recipe.stored + BOOL))
+        working = Footprint()
         if recipe.refine is not None:
             working = _refining(head, replace(recipe, refine=recipe.refine.of_head))
-        moments.append(streams + outside + own + max(working, Held(device=RANKING * head.weights), key=_device))
+        moments.append(streams + outside + own + max(working, Footprint(device=RANKING * head.weights), key=_device))
     if recipe.on_cpu:
-        return Held(host=max(one.host + one.device for one in moments))
-    return Held(max(one.host for one in moments), max(one.device for one in moments))
+        return Footprint(host=max(one.host + one.device for one in moments))
+    return Footprint(max(one.host for one in moments), max(one.device for one in moments))
 
 
-def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Held]:
+def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
     """What is held besides the layer while its masks are chosen, rebuilt, refined and tuned."""
-    moments = [Held(device=RANKING * max((block.largest for block in layer.blocks), default=0))]
+    moments = [Footprint(device=RANKING * max((block.largest for block in layer.blocks), default=0))]
     if recipe.initial in UPDATING and layer.blocks:
         moments.append(_updating(layer, recipe))
     for block in layer.blocks:
-        moments.append(Held(device=_batch(block, recipe)))
+        moments.append(Footprint(device=_batch(block, recipe)))
         if recipe.granularity is not None:
             moments.append(_rebuilding(block, recipe))
         if recipe.refine is not None and recipe.refine.of_linears:
@@ -77,18 +77,18 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Held]:
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
         wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # gradients' sums are float64 then
         tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
-        moments.append(Held(device=tuned + 2 * batch))
+        moments.append(Footprint(device=tuned + 2 * batch))
     return moments
 
 
-def _device(held: Held) -> float:
+def _device(held: Footprint) -> float:
     return held.device
 
 
-def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> Held:
+def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> Footprint:
     """Arrays of calibration activations in memory; None: those that go from layer to layer."""
     host = recipe.in_memory(recipe.activations(model.hidden, arrays), model.hidden)
-    return Held(host, recipe.on_device(model.hidden, arrays))
+    return Footprint(host, recipe.on_device(model.hidden, arrays))
 
 
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
@@ -106,14 +106,14 @@ def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
     return recipe.activations(model.hidden, recipe.allocating), inputs
 
 
-def _embedding(model: ModelShapes, recipe: Recipe) -> list[Held]:
+def _embedding(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
     """The parameters outside the layers, a shard at a time: the file's pages and the copies, and the shard before."""
     outside, kept = model.outside * recipe.stored, model.embedding * recipe.stored
     shard = max(OUTSIDE_SHARD_BYTES, kept)
     first = min(outside, shard)
     before = min(outside - first, shard)
-    embedded = Held(host=kept, device=model.embedding * _converted(recipe)) + _streams(model, recipe, 1)
-    return [Held(host=2 * first + before), embedded]
+    embedded = Footprint(host=kept, device=model.embedding * _converted(recipe)) + _streams(model, recipe, 1)
+    return [Footprint(host=2 * first + before), embedded]
 
 
 def _converted(recipe: Recipe) -> float:
@@ -121,7 +121,7 @@ def _converted(recipe: Recipe) -> float:
     return 0 if recipe.on_cpu and recipe.itemsize == recipe.stored else recipe.itemsize
 
 
-def _layer(layer: LayerShapes, recipe: Recipe) -> Held:
+def _layer(layer: LayerShapes, recipe: Recipe) -> Footprint:
     """A layer as it was read and as it is computed with, its pruned weights and masks, and those of the one before.
 
     The next one is read ahead meanwhile. Of methods that update weights the updated ones are there, too.
@@ -129,17 +129,17 @@ def _layer(layer: LayerShapes, recipe: Recipe) -> Held:
     host = layer.parameters * recipe.stored
     device = layer.parameters * _converted(recipe) + (0 if recipe.on_cpu else host)
     copies = 3 if recipe.initial in UPDATING else 2
-    return Held(2 * host, device + layer.weights * (copies * recipe.stored + BOOL))
+    return Footprint(2 * host, device + layer.weights * (copies * recipe.stored + BOOL))
 
 
-def _reading(model: ModelShapes, recipe: Recipe) -> Held:
+def _reading(model: ModelShapes, recipe: Recipe) -> Footprint:
     """A layer is read, and the file's pages are there, while the last one and its pruned weights are still held."""
     layer = model.largest_layer
     size = layer.parameters * recipe.stored
     pruned = layer.weights * recipe.stored
     # Written from the device: pruned weights are copied.
     host = 3 * size + (pruned if recipe.on_cpu else 0)
-    return _streams(model, recipe) + Held(max(host, size + pruned), 0 if recipe.on_cpu else pruned)
+    return _streams(model, recipe) + Footprint(max(host, size + pruned), 0 if recipe.on_cpu else pruned)
 
 
 def _batch(block: BlockShapes, recipe: Recipe) -> float:
@@ -149,7 +149,7 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
     return given * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
 
 
-def _updating(layer: LayerShapes, recipe: Recipe) -> Held:
+def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
     """Gram matrices of the whole layer with a batch, or, larger, with what one linear takes."""
     grams = sum(FLOAT32 * group[0][1] ** 2 * block.copies for block in layer.blocks for group in block.groups)
     matrices, arrays = UPDATING[recipe.initial]
@@ -158,20 +158,20 @@ def _updating(layer: LayerShapes, recipe: Recipe) -> Held:
         for block in layer.blocks
         for rows, columns in block.linears
     ]
-    return Held(device=grams + max(*working, *(_batch(block, recipe) for block in layer.blocks)))
+    return Footprint(device=grams + max(*working, *(_batch(block, recipe) for block in layer.blocks)))
 
 
-def _rebuilding(block: BlockShapes, recipe: Recipe) -> Held:
+def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
     """Squares of gradients with a batch and one gradient, or, larger, with scores and their ranking."""
     weights = block.every_weight + block.beside
     squares = FLOAT32 * weights
     passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
     competing = weights if recipe.granularity is Granularity.BLOCK else block.largest
     ranking = (FLOAT32 + 5 * BOOL) * weights + RANKING * competing
-    return Held(device=squares + max(passes, ranking))
+    return Footprint(device=squares + max(passes, ranking))
 
 
-def _refining(block: BlockShapes, recipe: Recipe) -> Held:
+def _refining(block: BlockShapes, recipe: Recipe) -> Footprint:
     """Gram matrices of the inputs, of training and held-out windows, as sums and as means; arrays of one linear."""
     assert recipe.refine is not None
     streams = 2 if recipe.follows_dense else 1
@@ -187,30 +187,30 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Held:
         arrays = (SOLVING if recipe.refine.solve else ERROR_ARRAYS) * largest
         together = min(largest, WEIGHTS_AT_ONCE if recipe.on_cpu else WEIGHTS_ON_GPU)
         found += [gathering, sums + FLOAT32 * max(arrays, SWAPPING * together + 2 * largest)]
-    return Held(device=refined + max(found))
+    return Footprint(device=refined + max(found))
 
 
-def _allocating(model: ModelShapes, recipe: Recipe) -> list[Held]:
+def _allocating(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
     """A pass over the dense model: every layer's input for some tokens, the output head, or one layer and the next."""
     of_arrays, of_inputs = _allocated_from(model, recipe)
     arrays = recipe.in_memory(of_arrays, model.hidden)
     on_device = recipe.on_device(model.hidden, recipe.allocating)
-    kept = Held(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, on_device)
+    kept = Footprint(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, on_device)
     layer = model.largest_layer
     size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
     batch = max(_batch(block, recipe) for block in layer.blocks)
-    reading = Held(arrays + 3 * size, computed + (0 if recipe.on_cpu else size))
+    reading = Footprint(arrays + 3 * size, computed + (0 if recipe.on_cpu else size))
     if recipe.allocation is not Allocation.LOSS:
-        return [reading + Held(device=on_device + batch)]
-    outside = Held(model.outside * recipe.stored, model.outside * _converted(recipe))
+        return [reading + Footprint(device=on_device + batch)]
+    outside = Footprint(model.outside * recipe.stored, model.outside * _converted(recipe))
     logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + OF_A_LOGIT * FLOAT32)
     ordering = ORDERING * max(block.largest for block in layer.blocks)
     # The parameters are read as the file has them; on a device these are let go of at once.
-    lasting = Held(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
+    lasting = Footprint(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
     return [
         kept + reading + lasting,
-        outside + Held(arrays + outside.host, on_device),
-        kept + lasting + Held(arrays, logits),
-        kept + Held(arrays + 2 * size, computed + 2 * batch + (0 if recipe.on_cpu else size)),
-        kept + Held(arrays + 2 * size, computed + ordering + (0 if recipe.on_cpu else size)),
+        outside + Footprint(arrays + outside.host, on_device),
+        kept + lasting + Footprint(arrays, logits),
+        kept + Footprint(arrays + 2 * size, computed + 2 * batch + (0 if recipe.on_cpu else size)),
+        kept + Footprint(arrays + 2 * size, computed + ordering + (0 if recipe.on_cpu else size)),
     ]

@@ -45,9 +45,10 @@ class CalibrationResult(Result):
 
 
 class SourceFiles(Result):
-    """Files of a model that a run read: a key of their content (`checkpoint/state.py`), and when each was written, ns.
+    """The files of a model that a run read.
 
-    `written`: of the dense model's configuration and shards.
+    `key`: sha256 that tells their content (`checkpoint/digests.py`). `written`: modification times, ns, of the dense
+    model's configuration and shards.
     """
 
     key: str

@@ -14,7 +14,8 @@ from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.errors import NotFiniteError, OutputError
 from llm_barber.loading.job import Job
 from llm_barber.messages import message
-from llm_barber.method.refine import dense_batches
+from llm_barber.method.block_pass import dense_batches
+from llm_barber.method.layer import move_on
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
@@ -83,7 +84,7 @@ def pass_layer(
         settings: of the run's refining, which may move the dense model's activations, too.
         streams: what the layer starts from; then what the next one does.
     """
-    index, skeleton = result.index, job.skeleton
+    index = result.index
     dense = dense_batches(settings, streams)
     if dense:
         layer, _ = job.open_layer(index, tensors)
@@ -95,11 +96,7 @@ def pass_layer(
     layer.set_weights({one.name: weights[one.name].contiguous() for one in result.linears if one.pruned})
     for batch in streams.batches():
         streams.write(DENSE_OUTPUT, batch, layer.output(streams.read(HIDDEN, batch)))
-    skeleton.tails[index] = layer.tail
-    skeleton.release_layer(index)
-    streams.swap(DENSE_OUTPUT, HIDDEN)
-    if dense:
-        streams.swap(DENSE + NEXT, DENSE + HIDDEN)
+    move_on(job, index, layer, streams, bool(dense))
 
 
 def _check_counts(result: LayerResult, weights: Mapping[str, Tensor]) -> None:
@@ -141,7 +138,7 @@ def pass_layers(
 def gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:
     """On the process that writes, what the next layer starts from, of all processes."""
     sequences = len(work.job.tokens.input_ids)
-    return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.places.empty_off_device)
+    return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.memory.empty_off_device)
 
 
 def used_by(work: Assignment, writer: Writer, streams: ActivationStreams) -> Used:
@@ -163,7 +160,7 @@ def finished_layers(writer: Writer) -> list[LayerResult]:
     try:
         return [LayerResult.model_validate(layer) for layer in writer.state.layers]
     except ValidationError as error:
-        raise OutputError(f"{writer.work / STATE_NAME} is damaged", START_AGAIN) from error
+        raise OutputError(f"{writer.folder / STATE_NAME} is damaged", START_AGAIN) from error
 
 
 @contextmanager
@@ -180,7 +177,7 @@ def told_how_to_go_on(writer: Writer, progress: Progress) -> Iterator[None]:
                 else "what sparsity each linear is given is"
             )
             goes_on = "{kept} kept in {work}: the same command with {resume} goes on"
-            progress.warn(message(goes_on, kept=kept, work=writer.work))
+            progress.warn(message(goes_on, kept=kept, work=writer.folder))
         if writer.saving:
             progress.warn("what the next layer starts from is still being written: this waits for it")
         raise

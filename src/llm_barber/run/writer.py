@@ -16,7 +16,7 @@ class Writer(Protocol):
     `state`: what is finished. `lost`: files of an unfinished run that are damaged or missing.
     """
 
-    work: Path
+    folder: Path
     state: RunState
     lost: list[str]
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
@@ -22,6 +22,7 @@ from llm_barber.settings.presets import (
     SWAPS,
     TARGET_MIX,
     TUNING_GUARD,
+    Allocation,
     Preset,
     PresetSettings,
     Reconstruct,
@@ -117,7 +118,9 @@ class StructureSettings(Settings):
 
 
 class RunSettings(StructureSettings):
-    """What `prune` and `rebuild` share."""
+    """What `prune` and `rebuild` share; `command` is the name of the command."""
+
+    command: ClassVar[str]
 
     output: OutputFolder = Field(description="folder to write; it appears when it is complete")
     rebuild: bool | None = Field(default=None, description="rebuild the initial mask; None: the preset's")
@@ -194,6 +197,26 @@ class RunSettings(StructureSettings):
         if self.rebuild is not None:
             return self.rebuild
         return self.defaults.rebuild or self.granularity is not None or self.rebuild_ratio is not None
+
+    @property
+    def allocated_by(self) -> Allocation:
+        """How sparsity is spread over the linears; a pruned model keeps its own."""
+        return Allocation.UNIFORM
+
+    @property
+    def prunes_head(self) -> bool:
+        """Is the output head pruned, too?"""
+        return False
+
+    @property
+    def keeps_updates(self) -> bool:
+        """Are the weights written that the initial method updated?"""
+        return False
+
+    @property
+    def runs_what_it_writes(self) -> bool:
+        """Does a finished layer's output come from the weights that are written?"""
+        return True
 
     @property
     def refines(self) -> bool:

@@ -59,6 +59,8 @@ class PruneConfig(RunSettings):
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
+    command = "prune"
+
     model: str = Field(description="folder, hub id or GGUF file")
     initial: Initial | None = Field(default=None, description="method of the initial mask; None: wanda")
     sparsity: float | None = Field(None, description="fraction of weights to remove; None: 0.5")
@@ -193,6 +195,16 @@ class PruneConfig(RunSettings):
         return Allocation.UNIFORM if self.pattern is not None or self.sparsities else self.defaults.allocation
 
     @property
+    def prunes_head(self) -> bool:
+        """Is the output head pruned, too?"""
+        return self.prune_head
+
+    @property
+    def keeps_updates(self) -> bool:
+        """Are the weights written that the initial method updated?"""
+        return self.keep_updates
+
+    @property
     def runs_what_it_writes(self) -> bool:
         """Does a finished layer's output come from the weights that are written?
 
@@ -228,6 +240,8 @@ class RebuildConfig(RunSettings):
     Raises:
         SettingsError: any of them is wrong; all wrong ones are named.
     """
+
+    command = "rebuild"
 
     dense: str = Field(description="the dense model: folder, hub id or GGUF file")
     pruned: str = Field(description="the pruned model: folder or hub id")

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig
 
-from llm_barber.checkpoint.folder import own_folder
+from llm_barber.checkpoint.folder import claim_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import perplexity
@@ -92,7 +92,7 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
         methods = FULL_METHODS if config.full else METHODS
     source = config.model or str(demo_model())
     progress.stage("turning the model into an ordinary checkpoint (once: it is kept)")
-    own_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
+    claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     if config.model is None:
         source = str(_ordinary_checkpoint(source, config.output / DENSE))
     tokenizer = load_tokenizer(resolve_model(source))

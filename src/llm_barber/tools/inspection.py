@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
-from llm_barber.checkpoint.source import CheckpointSource, Location, shape_of
+from llm_barber.checkpoint.locations import Location, shape_of
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import BarberError, ModelError
 from llm_barber.loading.opening import load_config, open_skeleton
 from llm_barber.masking.held_patterns import held_patterns, holds

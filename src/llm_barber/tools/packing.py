@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.companions import CARD_NAME, OURS, PAGE_NAME
+from llm_barber.checkpoint.companions import CARD_NAME, OWN_JSON, PAGE_NAME
 from llm_barber.checkpoint.index import packed_index
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
 from llm_barber.checkpoint.source import CheckpointSource
@@ -104,7 +104,7 @@ def _convert(
             progress.advance(name)
         for path in source.companions():
             writer.copy(path, source.folder)
-        for own in (*OURS, PAGE_NAME):
+        for own in (*OWN_JSON, PAGE_NAME):
             if (source.folder / own).is_file():
                 writer.copy(source.folder / own, source.folder)
         if record is not None and index is None:
@@ -113,7 +113,7 @@ def _convert(
         if index is not None:
             weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
             writer.write_file(index, packed_index(weight_map))
-        after = sum((writer.work / shard).stat().st_size for shard in writer.shard_names)
+        after = sum((writer.folder / shard).stat().st_size for shard in writer.shard_names)
         writer.finish(with_index=index is None)
     return PackReport(
         model=config.model, output=str(config.output), bytes_before=before, bytes_after=after, packed=dict(counts),

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from llm_barber.cli.console import ConsoleProgress
+from llm_barber.cli.progress import ConsoleProgress
 from llm_barber.messages import message
 
 

@@ -1,10 +1,10 @@
-"""How fast a machine is at each kind of work: as it was named, or as it is measured here in a few seconds."""
+"""The speed of this machine at each kind of work, measured in a few seconds."""
 
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from math import log2
 from pathlib import Path
@@ -14,84 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from llm_barber.checkpoint.state import sync_file
+from llm_barber.checkpoint.durable import sync_file
 from llm_barber.masking.selection import sort_values
 from llm_barber.masking.statistics import add_products, exact_half_products, gram_flops
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
 from llm_barber.model.attention import fast_attention
+from llm_barber.planning.rates import Rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import ROW
 from llm_barber.planning.shapes import ModelShapes
-from llm_barber.planning.work import Work
 
-KINDS = {
-    "products": "compute", "gradients": "compute", "attention": "compute", "grams": "compute", "exact": "compute",
-    "moved": "memory", "sorted": "memory", "ordered": "memory", "searched": "memory",
-    "copied": "link", "reduced": "network",
-    "read": "disk", "written": "disk",
-}  # fmt: skip
-# Of a machine that is named, where nothing else is said: shares of the rate of matrix products and of the memory's.
-ATTENTION_SHARE, FLOAT32_SHARE, TF32_SHARE = 0.5, 0.125, 0.5
-SORTING_BYTES, SEARCHING_BYTES = 8, 400  # moved for an element and each halving; for a weight in a round of swaps
 LARGEST = 4096  # rows and columns of what is measured
 DISK_BYTES = 2**26
 SECONDS = 1.0  # for one measurement
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Amounts a second, of each kind of `Work`; FLOP/s, bytes/s, elements/s."""
-
-    products: float
-    gradients: float
-    attention: float
-    grams: float
-    exact: float
-    moved: float
-    sorted: float
-    ordered: float
-    searched: float
-    copied: float
-    reduced: float
-    read: float
-    written: float
-
-    def seconds(self, work: Work) -> dict[str, float]:
-        """What takes how long: compute, memory, link (host and device), network (processes), disk."""
-        found = dict.fromkeys(KINDS.values(), 0.0)
-        for one in fields(self):
-            found[KINDS[one.name]] += getattr(work, one.name) / getattr(self, one.name)
-        return found
-
-
-def named_rates(
-    flops: float,
-    float32_flops: float | None,
-    memory: float,
-    link: float,
-    network: float,
-    disk: float,
-    dtype: torch.dtype,
-) -> Rates:
-    """Those of a machine of which a few are known.
-
-    Args:
-        flops: FLOP/s of matrix products in the compute dtype, as they are reached.
-        float32_flops: of float32 ones; None: an eighth.
-        memory: bytes/s of the device's memory.
-        link: bytes/s between host and device.
-        network: bytes/s between processes.
-        disk: bytes/s, reading and writing.
-        dtype: of computing; half precision is multiplied as TF32 where sums are float32.
-    """
-    exact = float32_flops or flops * FLOAT32_SHARE
-    sorting = memory / SORTING_BYTES
-    return Rates(
-        products=flops, gradients=flops, attention=flops * ATTENTION_SHARE,
-        grams=exact if dtype == torch.float32 else max(exact, flops * TF32_SHARE), exact=exact,
-        moved=memory, sorted=sorting, ordered=sorting, searched=memory / SEARCHING_BYTES,
-        copied=link, reduced=network, read=disk, written=disk,
-    )  # fmt: skip
 
 
 def measured_rates(

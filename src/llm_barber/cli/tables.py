@@ -1,32 +1,18 @@
-"""What the commands show: progress with an ETA on stderr, tables on stdout."""
+"""Tables of results on stdout: one function for each command."""
 
 import shlex
 import shutil
 import sys
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
-from rich.table import Column, Table
-from transformers.utils import logging as transformers_logging
+from rich.table import Table
 
 from llm_barber.checkpoint.companions import PAGE_NAME
-from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.result import Comparison
 from llm_barber.comparison.tables import blocks, headings, notes
-from llm_barber.evaluation.evaluate import Evaluation
-from llm_barber.messages import Message
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport
 from llm_barber.run.dry_run import Plan
@@ -35,93 +21,6 @@ from llm_barber.tools.demo import PICTURE, DemoRow, next_commands
 from llm_barber.tools.inspection import Inspection, LinearInspection
 from llm_barber.tools.packing import PackReport
 from llm_barber.usage import readable_bytes
-
-PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
-
-
-class ConsoleProgress:
-    """A bar on a terminal; elsewhere a line per step, at most one every few seconds; always stderr.
-
-    Args:
-        quiet: warnings only.
-        muted: not even these, as another process of the run says them.
-    """
-
-    def __init__(self, quiet: bool = False, muted: bool = False) -> None:
-        self._muted = muted
-        self.console = Console(stderr=True, quiet=quiet or muted, highlight=False, markup=False)
-        self.live = self.console.is_terminal and not (quiet or muted)
-        # Takes what the terminal has left, and no more.
-        detail = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-        self._bars = Bars(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", "dim", markup=False, table_column=detail),
-            console=self.console,
-            transient=True,
-            expand=True,
-            disable=not self.live,
-        )
-        self._task: TaskID | None = None
-        self._title, self._total, self._done, self._finished = "", 0, 0, 0
-        self._began = self._told = 0.0
-
-    def __enter__(self) -> Self:
-        # The libraries' own bars and notes would cut through ours.
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
-    def stage(self, title: str) -> None:
-        """A stage of unknown length begins."""
-        self._clear()
-        self.console.print(title, style="dim", soft_wrap=True)
-
-    def start(self, title: str, total: int, finished: int = 0) -> None:
-        """A stage of `total` steps begins, of which an earlier run finished some; the ETA is by the others."""
-        self._clear()
-        self._title, self._total, self._done, self._finished = title, total, finished, finished
-        self._began = self._told = time.monotonic()
-        if self.live:
-            self._task = self._bars.add_task(title, total=total, completed=finished, detail="")
-
-    def advance(self, detail: str) -> None:
-        """A step is done."""
-        self._done += 1
-        if self._task is not None:
-            self._bars.update(self._task, advance=1, detail=detail)
-            return
-        now = time.monotonic()
-        if now - self._told >= PLAIN_INTERVAL or (self._done == self._total and now - self._began >= PLAIN_INTERVAL):
-            self._told = now
-            left = (now - self._began) / (self._done - self._finished) * (self._total - self._done)
-            self.console.print(
-                f"{self._title} {self._done}/{self._total}, ETA {left:.0f} s{': ' if detail else ''}{detail}",
-                soft_wrap=True,
-            )
-
-    def warn(self, message: str) -> None:
-        """Something that the user should know, quiet or not."""
-        if self._muted:
-            return
-        console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
-        shown = message.as_options if isinstance(message, Message) else message
-        console.print(f"warning: {shown}", style="yellow", soft_wrap=True)
-
-    def _clear(self) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
 
 
 def show_run(report: RunReport) -> None:

@@ -1,0 +1,116 @@
+"""Take up an unfinished run: check that it is the same run, and keep the part of it that is whole."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_barber.checkpoint.companions import LOCK_NAME
+from llm_barber.checkpoint.durable import sync_file
+from llm_barber.checkpoint.output import clear
+from llm_barber.checkpoint.state import (
+    START_AGAIN,
+    STATE_BEFORE,
+    STATE_NAME,
+    RunState,
+    mend_state,
+    read_state,
+)
+from llm_barber.errors import OutputError
+
+
+def take_up(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool) -> tuple[RunState | None, list[str]]:
+    """Go on with the unfinished run in a work folder, refuse it, or clear it away.
+
+    Returns:
+        The state to go on with, None to begin; names of the files that the unfinished run had finished, and that are
+        missing or damaged.
+
+    Raises:
+        OutputError: as `unfinished_run`.
+    """
+    state, lost = unfinished_run(folder, key, overwrite, resume), []
+    kept_files = {LOCK_NAME}
+    if state is None and resume and any(folder.glob("*.safetensors")):
+        lost.append(STATE_NAME)
+    if state is not None and resume:
+        mend_state(folder)
+        state, lost = undamaged(folder, state)
+    else:
+        state = None
+    if state is not None and not state.begun:  # then all is made again
+        state = None
+    if state is not None:
+        activations = (saved.file for saved in state.activations)
+        kept_files |= {STATE_NAME, STATE_BEFORE, *state.shards, *activations}
+    clear(folder, {name for name in kept_files if (folder / name).is_file()})
+    return state, lost
+
+
+def unfinished_run(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool) -> RunState | None:
+    """The state of the unfinished run in a work folder; None: there is none.
+
+    With `resume` the new run goes on with it, with `overwrite` it is cleared away.
+
+    Raises:
+        OutputError: there is an unfinished run, and neither `resume` nor `overwrite` is set; or its key differs, or its
+            state is damaged.
+    """
+    state = None if overwrite and not resume else read_state(folder)
+    if state is not None and state.layers and not resume:
+        raise OutputError(
+            f"{folder} has an unfinished run with {len(state.layers)} finished layers",
+            "add --resume to go on with it, or --overwrite to start again",
+        )
+    if state is not None and resume:
+        check_key(state, key)
+    return state
+
+
+def undamaged(folder: Path, state: RunState) -> tuple[RunState, list[str]]:
+    """The part of a state whose shards are whole, and the names of the shards that are missing or damaged.
+
+    A damaged shard of tensors outside the layers is copied again. From the first layer with a damaged shard on, layers
+    are pruned again.
+    """
+    lost = []
+    outside, finished = len(state.shards) - len(state.layers), len(state.layers)
+    for number, (name, shard) in enumerate(state.shards.items()):
+        path = folder / name
+        if path.is_file() and sync_file(path) == shard.sha256:
+            continue
+        lost.append(name)
+        if number >= outside:
+            finished = number - outside
+            break
+    return state.of_first_layers(finished), lost
+
+
+def check_key(state: RunState, key: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings, another model or another calibration text.
+
+    Raises:
+        OutputError: the keys differ; the message names every difference.
+    """
+    expected = json.loads(json.dumps(key))
+    differing_options = _differing(expected.pop("given", {}), _mapping(state.key.get("given")))
+    differing = _differing(expected, {name: value for name, value in state.key.items() if name != "given"})
+    if "settings" in differing:
+        differing.remove("settings")
+        settings = differing_options or _differing(expected["settings"], _mapping(state.key.get("settings")))
+        differing = sorted({*differing, *settings})
+    if differing:
+        raise OutputError(
+            f"the unfinished run was started with another {', '.join(differing)}",
+            f"give what it was started with, or {START_AGAIN}",
+        )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A part of a key; in a damaged state it may be of another type, and counts as empty."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Sorted names whose values differ, or that only one mapping has."""
+    return [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]

@@ -1,0 +1,59 @@
+"""A plan in words: where a model's decoder layers and their linears are, and what the run does to them."""
+
+from dataclasses import replace
+
+from llm_barber.model.architecture import Block, kind_of
+from llm_barber.model.skeleton import Skeleton
+from llm_barber.planning.recipe import Recipe
+
+
+def structure_lines(skeleton: Skeleton, known: bool) -> tuple[str, ...]:
+    """Describe the decoder layers and their blocks, in lines; layers with the same blocks share their lines.
+
+    Args:
+        skeleton: the empty model.
+        known: the architecture has a record, so that its structure was not searched for.
+    """
+    lines = [f"layers: {skeleton.architecture.layers}, {'as recorded' if known else 'found by structure'}"]
+    kinds: dict[tuple[Block, ...], list[int]] = {}
+    for index, blocks in enumerate(skeleton.blocks):
+        alike = (
+            replace(block, linears=tuple(dict.fromkeys(kind_of(name) for name in block.linears))) for block in blocks
+        )
+        kinds.setdefault(tuple(alike), []).append(index)
+    for blocks, layers in kinds.items():
+        prefix = "" if len(kinds) == 1 else f"layers {ranges(layers)}: "
+        for block in blocks:
+            linears = ", ".join(name.removeprefix(f"{block.output}.") for name in block.linears)
+            lines.append(f"{prefix}{block.name} ({block.output}): {linears}")
+    return tuple(lines)
+
+
+def ranges(numbers: list[int]) -> str:
+    """Join ascending numbers; consecutive numbers become a range.
+
+    Example: [0, 1, 2, 5] -> "0-2, 5".
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def settings_in_words(recipe: Recipe) -> str:
+    """Describe the run in one line.
+
+    Example: "wanda, rebuilt within each output".
+    """
+    parts = [
+        f"allocation by {recipe.allocation}" if recipe.allocation.value != "uniform" else "",
+        recipe.initial.value,
+        f"rebuilt within each {recipe.granularity}" if recipe.granularity else "",
+        recipe.refine.words if recipe.refine else "",
+        str(recipe.pattern) if recipe.pattern else "",
+        "the output head, too" if recipe.prunes_head else "",
+    ]
+    return ", ".join(filter(None, parts))
