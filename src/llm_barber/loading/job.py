@@ -85,7 +85,7 @@ class Job:
         """Size of the output's tensors."""
         made = 0
         if self.prunes_head and self.head_is_made:
-            embedding = next(name for name in self.skeleton.every_outside_name if self.is_head(name))
+            embedding = next(name for name in self.skeleton.all_outside_names if self.is_head(name))
             made = self.source.tensors[self.source.location(embedding).tensor].bytes
         return self.source.bytes + made
 
@@ -130,7 +130,7 @@ class Job:
         arguments = partial(skeleton.arguments, index)
         names = self.linears(index)
         layer = DecoderLayer(module, names, arguments, self.architecture.transposed, skeleton.order)
-        return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
+        return layer, {name: self.architecture.convert_layout(parameters[f"{name}.weight"]) for name in names}
 
     def _other_locations(self, index: int, linear: str) -> list[Location]:
         """Where else the checkpoint keeps a linear of several names."""
@@ -164,7 +164,7 @@ class Job:
         found = {}
         for name, weight in weights.items():
             location = self.source.location(f"{self.linear_name(index, name)}.weight")
-            weight = self.architecture.turned(weight)
+            weight = self.architecture.convert_layout(weight)
             if location.part is None:
                 found[location.tensor] = weight
                 for also in self._other_locations(index, name):

@@ -20,7 +20,7 @@ from llm_barber.loading.opening import (
 )
 from llm_barber.messages import SettingName, message
 from llm_barber.model.device import (
-    experts_a_token,
+    experts_per_token,
     fitting_batch,
     free_device_memory,
     resolve_batch_size,
@@ -48,7 +48,7 @@ def sequences_together(
     suits = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
     if settings.batch_size is not None or device.type != "cuda":
         return suits
-    chosen = experts_a_token(skeleton.model.config)
+    chosen = experts_per_token(skeleton.model.config)
     return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, chosen))
 
 
@@ -92,7 +92,7 @@ def open_job(
 def _open_job(model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks) -> Job:
     device = _choose_device(settings, ranks, progress)
     dtype = resolve_dtype(settings.dtype, device)
-    if ranks.first:  # other processes write nothing, and may see the folder that the first process is making
+    if ranks.is_first:  # other processes write nothing, and may see the folder that the first process is making
         check_output(settings.output, settings.overwrite)
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
@@ -111,7 +111,7 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
         source, text_config, architecture, tokens, skeleton, batch_size, ranks, settings.prunes_head,
     )  # fmt: skip
     _check_head(job)
-    if ranks.first:
+    if ranks.is_first:
         check_output(settings.output, settings.overwrite, job.bytes, settings.resume)
     _check_targets(job, targets)
     return job

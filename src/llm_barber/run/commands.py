@@ -114,9 +114,9 @@ def prepare_rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> 
 
 def _finished_before(config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:
     """Report of this same run if it resumes and is finished already, as when a job is queued again; else None."""
-    report = ranks.from_first(finished_run(config, progress) if ranks.first else None)
+    report = ranks.from_first(finished_run(config, progress) if ranks.is_first else None)
     if report is not None:
-        if ranks.first and (config.output / STATE_NAME).is_file():  # the run was killed when its output was whole
+        if ranks.is_first and (config.output / STATE_NAME).is_file():  # the run was killed when its output was whole
             clear_finished(config.output)
         tell_of_finished(config, report, progress)
     return report

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from llm_barber.loading.job import Job
-from llm_barber.model.places import Places
+from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.run.out_of_memory import with_smaller_batches
@@ -17,7 +17,7 @@ def embed(
     job: Job,
     weights: Mapping[str, Tensor],
     refine_settings: RefineSettings | None,
-    places: Places,
+    memory: ArrayMemory,
     progress: Progress,
 ) -> ActivationStreams:
     """The input of the first decoder layer for this process's calibration sequences.
@@ -26,7 +26,7 @@ def embed(
         job: the run.
         weights: what embeds the tokens, by the model's names.
         refine_settings: if the run refines.
-        places: where activations lie.
+        memory: where activations lie.
         progress: is told of smaller batches.
 
     Raises:
@@ -34,8 +34,8 @@ def embed(
     """
     skeleton, tokens = job.skeleton, job.tokens.input_ids
     held_out = 0 if refine_settings is None else refine_settings.held_out
-    streams = ActivationStreams(len(tokens), job.batch_size, places, job.ranks, held_out)
-    own = streams.own(tokens)
+    streams = ActivationStreams(len(tokens), job.batch_size, memory, job.ranks, held_out)
+    own = streams.select_local(tokens)
 
     def compute() -> None:
         skeleton.fill_outside(weights)

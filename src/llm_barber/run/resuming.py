@@ -138,7 +138,7 @@ def pass_layers(
 def gathered(prepared: PreparedRun, streams: ActivationStreams) -> dict[str, Tensor]:
     """On the process that writes, what the next layer starts from, of all processes."""
     job, sequences = prepared.job, len(prepared.job.tokens.input_ids)
-    return job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.places.empty_off_device)
+    return job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.memory.empty_off_device)
 
 
 def used_by(prepared: PreparedRun, writer: Writer, streams: ActivationStreams) -> Used:
