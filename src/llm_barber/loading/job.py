@@ -26,7 +26,7 @@ from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import (
-    experts_a_token,
+    experts_per_token,
     fitting_batch,
     free_device_memory,
     resolve_batch_size,
@@ -104,7 +104,7 @@ class Job:
         """Size of the output's tensors."""
         made = 0
         if self.prunes_head and self.head_is_made:
-            embedding = next(name for name in self.skeleton.every_outside_name if self.is_head(name))
+            embedding = next(name for name in self.skeleton.all_outside_names if self.is_head(name))
             made = self.source.tensors[self.source.location(embedding).tensor].bytes
         return self.source.bytes + made
 
@@ -149,7 +149,7 @@ class Job:
         arguments = partial(skeleton.arguments, index)
         names = self.linears(index)
         layer = DecoderLayer(module, names, arguments, self.architecture.transposed, skeleton.order)
-        return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
+        return layer, {name: self.architecture.convert_layout(parameters[f"{name}.weight"]) for name in names}
 
     def _other_locations(self, index: int, linear: str) -> list[Location]:
         """Where else the checkpoint keeps a linear of several names."""
@@ -183,7 +183,7 @@ class Job:
         found = {}
         for name, weight in weights.items():
             location = self.source.location(f"{self.linear_name(index, name)}.weight")
-            weight = self.architecture.turned(weight)
+            weight = self.architecture.convert_layout(weight)
             if location.part is None:
                 found[location.tensor] = weight
                 for also in self._other_locations(index, name):
@@ -218,7 +218,7 @@ def sequences_together(
     suits = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
     if settings.batch_size is not None or device.type != "cuda":
         return suits
-    chosen = experts_a_token(skeleton.model.config)
+    chosen = experts_per_token(skeleton.model.config)
     return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, chosen))
 
 
@@ -269,7 +269,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     elif settings.device_memory is not None:
         progress.warn(message("{device_memory} counts for nothing without a GPU; {memory} bounds the host's"))
     dtype = resolve_dtype(settings.dtype, device)
-    if ranks.first:  # the others write nothing, and may see what the first one is making
+    if ranks.is_first:  # the others write nothing, and may see what the first one is making
         check_output(settings.output, settings.overwrite)
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
@@ -306,7 +306,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
             f"{model} keeps its embedding as {job.head_location.tensor}, which the pruned output head would be",
             "save it again with transformers' save_pretrained, or leave out --prune-head",
         )
-    if ranks.first:
+    if ranks.is_first:
         check_output(settings.output, settings.overwrite, job.bytes, settings.resume)
     shapes = job.linear_shapes(source)
     if targets is not None:

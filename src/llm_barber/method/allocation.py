@@ -85,8 +85,8 @@ def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float,
     """What pruning each linear costs the model's loss: forward, then back through the layers (`masking/budget.py`)."""
     job, skeleton = initial.job, initial.job.skeleton
     windows = loss_windows(job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
-    batches = pieces(0, streams.among_first(windows), streams.batch_size)
-    tokens = streams.own(job.tokens.input_ids)
+    batches = pieces(0, streams.count_among_first(windows), streams.batch_size)
+    tokens = streams.select_local(job.tokens.input_ids)
     skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))
     for size in {batch.stop - batch.start for batch in batches}:
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
@@ -95,7 +95,7 @@ def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float,
     little: set[str] = set()  # is known of these: hardly a token went to their experts
     for index, layer, _ in _layers(initial, streams, range(job.layer_count)):
         layer.forget_tokens()
-        inputs.append([streams.kept(streams.read(HIDDEN, batch)) for batch in batches])
+        inputs.append([streams.unpinned_copy(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
         few = linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks))
@@ -137,7 +137,7 @@ def _layers(
 ) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
     """Dense decoder layers, one computed with while the next is read, with the linears that are pruned."""
     job = initial.job
-    with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.places.pinned) as ahead:
+    with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.memory.pinned) as ahead:
         for index in order:
             try:
                 layer, weights = job.open_layer(index, ahead.take())

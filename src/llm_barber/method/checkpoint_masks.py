@@ -183,7 +183,7 @@ class CheckpointMasks:
         prefix = self.job.skeleton.layer_prefix(index)
         names = {f"{prefix}{name}.weight": name for name in linears}
         tensors = source.read_parameters(names)
-        return {names[key]: self.job.architecture.turned(tensor) for key, tensor in tensors.items()}
+        return {names[key]: self.job.architecture.convert_layout(tensor) for key, tensor in tensors.items()}
 
     def _find_pattern(self, index: int, name: str, nonzero: Tensor, fixed: Tensor) -> NofM | None:
         """Pattern of a linear: the setting's, else the record's if it holds, else the one that its zeros show."""

@@ -28,7 +28,7 @@ from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.rebuild import RebuildSettings, rebuild_block
 from llm_barber.method.refine import refine_block
 from llm_barber.method.tune import Tuned, tune_layer
-from llm_barber.model.architecture import Block, only
+from llm_barber.model.architecture import Block, select_linears
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.record.layers import BlockResult, Concentration
@@ -115,7 +115,7 @@ def _choose_initial_masks(
     layer, weights = job.open_layer(index, tensors)
     linears = initial(index, layer, weights, streams)
     layer.select(linears)
-    return _OpenLayer(index, layer, weights, linears, only(job.skeleton.blocks[index], linears))
+    return _OpenLayer(index, layer, weights, linears, select_linears(job.skeleton.blocks[index], linears))
 
 
 def _prune_blocks(
@@ -170,7 +170,7 @@ def _prune_block(
         refined = refine_block(block_pass, opened.dense, linears, refine_settings)
         if rebuild_settings is None:
             streams = block_pass.streams
-            measured_from = streams.border if streams.held_out else 0
+            measured_from = streams.held_out_start if streams.held_out else 0
             outcome = replace(outcome, error_before=refined.error_before, measured_from=measured_from)
         outcome = outcome.refined(initial, refined.linears, refined.rejected)
     return outcome

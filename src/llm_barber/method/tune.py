@@ -271,7 +271,7 @@ def _add_gradients(
         scaled, scale = scaled_by_sequence(distance.gradient(target, output.detach()), output.dtype)
         return scale, torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
 
-    scale, found = layer.taking_gradients(once)
+    scale, found = layer.compute_gradients(once)
     power = scale.item()
     for name, one in zip(weights, found, strict=True):
         if one is not None:  # an expert may be given nothing

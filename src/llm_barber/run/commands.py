@@ -123,9 +123,9 @@ def rebuilding(config: RebuildConfig, progress: Progress, ranks: Ranks) -> Assig
 
 def _finished_before(config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:
     """The report of this same run, where it is to be resumed and was finished: as when a job is queued again."""
-    report = ranks.from_first(finished_run(config, progress) if ranks.first else None)
+    report = ranks.from_first(finished_run(config, progress) if ranks.is_first else None)
     if report is not None:
-        if ranks.first and (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
+        if ranks.is_first and (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
             clear_finished(config.output)
         tell_of_finished(config, report, progress)
     return report

@@ -79,7 +79,7 @@ def finish_output(
 
 def warn_of_results(work: Assignment, report: RunReport, progress: Progress) -> None:
     """Say what went otherwise than a user would expect."""
-    if work.job.skeleton.order.lost:
+    if work.job.skeleton.order.unavailable:
         progress.warn("gradients were added up in no fixed order, which this model has none of: another run may differ")
     if sinks := layers_ruled_by_one_token(report):
         layers = "layer" if len(sinks) == 1 else "layers"

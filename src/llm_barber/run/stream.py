@@ -19,10 +19,10 @@ from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import RunReport
+from llm_barber.run.activation_memory import activation_memory
 from llm_barber.run.assignment import Assignment, run_key
 from llm_barber.run.embedding import embed, with_smaller_batches
 from llm_barber.run.finishing import finish_output, warn_of_results
-from llm_barber.run.places import activation_places
 from llm_barber.run.resuming import (
     as_before,
     finished_layers,
@@ -57,9 +57,9 @@ def run(work: Assignment, progress: Progress) -> RunReport:
         began -= seconds["total"]
         streams = _embed(work, writer, seconds, progress)
         _allocate(work, streams, writer, seconds, began, progress)
-        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.places.empty_off_device))
+        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.memory.empty_off_device))
         activations = {}  # it has copied them
-        with ReadAhead(job.source, job.steps[reached:], streams.places.pinned) as ahead:
+        with ReadAhead(job.source, job.steps[reached:], streams.memory.pinned) as ahead:
             if finished := results[reached:]:
                 pass_layers(work, finished, ahead, writer, streams, progress)
             title = "pruning" if work.command == "prune" else "rebuilding"
@@ -91,7 +91,7 @@ def run(work: Assignment, progress: Progress) -> RunReport:
 def _open_output(work: Assignment) -> Writer:
     """The first process writes, the others follow."""
     config, job = work.config, work.job
-    if not job.ranks.first:
+    if not job.ranks.is_first:
         return Follower(work_folder(config.output))
     kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
     shards = len(job.outside_shards) + len(job.steps)
@@ -104,8 +104,8 @@ def _embed(work: Assignment, writer: Writer, seconds: dict[str, float], progress
     progress.stage("embedding the calibration tokens")
     start = time.perf_counter()
     job, refine_settings = work.job, work.refine_settings
-    places = activation_places(job, work.config, work.recipe, writer)
-    streams = embed(job, _copy_outside(job, writer), refine_settings, places, progress)
+    memory = activation_memory(job, work.config, work.recipe, writer)
+    streams = embed(job, _copy_outside(job, writer), refine_settings, memory, progress)
     if refine_settings is not None and refine_settings.target_mix:
         streams.copy(HIDDEN, DENSE + HIDDEN)
     seconds["embed"] += time.perf_counter() - start
