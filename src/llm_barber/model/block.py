@@ -118,7 +118,7 @@ class DecoderLayer:
             names: names of the linears.
             hidden: the layer's input, (sequences, tokens, hidden).
             replays: as in `block_output`.
-            block: the run ends after this block, so that later calls of the linears are left out; None: after all calls.
+            block: the run ends after this block, so that later calls of the linears are left out; None: no such end.
         """
         with ExitStack() as stack:
             inputs = stack.enter_context(self.hooks.noted(names, len(hidden), stop=True))
@@ -253,7 +253,7 @@ class DecoderLayer:
         return output
 
     def output_with(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """Output of the layer, (sequences, tokens, hidden), with other weights; in the graph, if autograd records.
+        """Output of the layer, (sequences, tokens, hidden), with other weights; autograd may record it.
 
         Args:
             weights: weights (out, in) by linear, in the compute dtype.

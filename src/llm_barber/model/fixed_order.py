@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class FixedOrder:
-    """Compute with sums in a fixed order, if `enabled`; `unavailable` once an operation turned out to have none."""
+    """Compute with sums in a fixed order, if `enabled`; `unavailable` once an operation lacked one."""
 
     def __init__(self, enabled: bool = False) -> None:
         self.enabled = enabled

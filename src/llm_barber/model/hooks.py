@@ -1,4 +1,4 @@
-"""Hooks on the modules of a decoder layer: note inputs and outputs, end a run early, replay kept outputs."""
+"""Hooks on a decoder layer's modules: note inputs and outputs, end a run early, replay kept outputs."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ class LayerHooks:
 
     @contextmanager
     def visited(self, linears: Collection[str], sequences: int, visitor: InputVisitor) -> Iterator[Visits]:
-        """Hand each linear's input, (sequences, tokens, in), to `visitor`, and end the run after the last linear.
+        """Hand each linear's input, (sequences, tokens, in), to `visitor`; the last linear ends the run.
 
         Linears that read the same tensor are handed the same object.
         """
@@ -111,7 +111,7 @@ class LayerHooks:
 
     @contextmanager
     def stop_at(self, block: Block, outputs: list[Tensor], sequences: int, stop: bool = True) -> Iterator[None]:
-        """Append the block's output, (sequences, tokens, hidden), to `outputs`; with `stop`, end the run there."""
+        """Append the block's output, (sequences, tokens, hidden), to `outputs`; with `stop`, end the run."""
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensor = output if isinstance(output, Tensor) else output[0]
