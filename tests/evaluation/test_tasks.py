@@ -233,4 +233,4 @@ def test_lm_eval_is_not_installed(model: Path, folder: Path, monkeypatch: pytest
     monkeypatch.delitem(sys.modules, "llm_barber.evaluation.harness", raising=False)
     with pytest.raises(TaskError, match="tasks need lm-eval") as caught:
         evaluate(settings(model, folder))
-    assert caught.value.hint == "pip install 'llm-barber[eval]'"
+    assert caught.value.hint == "pip install 'lm-eval>=0.4.13'"

@@ -53,7 +53,7 @@ def prune(
     """
     from llm_barber.run.commands import prune as run
 
-    _run_or_plan(run, PruneConfig(model=model, output=output, **settings), dry_run, json, quiet)
+    _run_or_check(run, PruneConfig(model=model, output=output, **settings), dry_run, json, quiet)
 
 
 @app.command(
@@ -106,7 +106,7 @@ def rebuild(
 
     settings |= {"initial": initial, "pattern": pattern, "preset": preset, "pruned_revision": pruned_revision}
     config = RebuildConfig(dense=dense, pruned=pruned, output=output, **settings)
-    _run_or_plan(run, config, dry_run, json, quiet)
+    _run_or_check(run, config, dry_run, json, quiet)
 
 
 @app.command(epilog="Examples:\n\nllm-barber demo\n\nllm-barber demo --output /tmp/demo --prompt 'Once upon a time'")
@@ -155,21 +155,21 @@ def demo(
         show_demo(config, rows)
 
 
-def _run_or_plan(
+def _run_or_check(
     run: Callable[..., Any], config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool
 ) -> None:
     from llm_barber.cli.progress import ConsoleProgress
-    from llm_barber.cli.tables import show_plan, show_run
-    from llm_barber.run.dry_run import plan
+    from llm_barber.cli.tables import show_dry_run, show_run
+    from llm_barber.run.dry_run import dry_run as check
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     with ConsoleProgress(quiet, muted=not first) as progress:
-        result: Any = (plan if dry_run else run)(config, progress)
+        result: Any = (check if dry_run else run)(config, progress)
     if not first:
         return
     if json:
         print(result.to_json(), end="")
     elif dry_run:
-        show_plan(result)
+        show_dry_run(result)
     else:
         show_run(result)
