@@ -24,6 +24,7 @@ from llm_barber.cli.options import (
     shown_in,
     takes,
 )
+from llm_barber.settings.demo import FULL_WINDOWS, QUICK_WINDOWS, DemoConfig
 from llm_barber.settings.presets import Preset
 from llm_barber.settings.prune import Initial, PruneConfig, RebuildConfig
 
@@ -52,7 +53,7 @@ def prune(
     """
     from llm_barber.run.commands import prune as run
 
-    _run_or_plan(run, PruneConfig(model=model, output=output, **settings), dry_run, json, quiet)
+    _run_or_check(run, PruneConfig(model=model, output=output, **settings), dry_run, json, quiet)
 
 
 @app.command(
@@ -105,54 +106,70 @@ def rebuild(
 
     settings |= {"initial": initial, "pattern": pattern, "preset": preset, "pruned_revision": pruned_revision}
     config = RebuildConfig(dense=dense, pruned=pruned, output=output, **settings)
-    _run_or_plan(run, config, dry_run, json, quiet)
+    _run_or_check(run, config, dry_run, json, quiet)
 
 
 @app.command(epilog="Examples:\n\nllm-barber demo\n\nllm-barber demo --output /tmp/demo --prompt 'Once upon a time'")
-@takes("samples", "seqlen", "device", samples=32, seqlen=512)
+@takes("seqlen", "device", seqlen=512)
 def demo(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the models go.")] = Path("demo-output"),
     model: Annotated[
         str | None,
         typer.Option(help="Another model. (default: SmolLM2-135M from its package)"),
     ] = None,
-    windows: Annotated[int, typer.Option(help="WikiText-2 windows to measure perplexity on.")] = 32,
-    prompt: Annotated[str, typer.Option(help="What each model goes on from.")] = "The capital of France is",
+    full: Annotated[bool, typer.Option("--full", help="More text and more tuning; several times as long.")] = False,
+    samples: Annotated[
+        int | None, typer.Option(help=f"Calibration windows. (default: {QUICK_WINDOWS}; --full: {FULL_WINDOWS})")
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            help=f"WikiText-2 windows to measure perplexity on. (default: {QUICK_WINDOWS}; --full: {FULL_WINDOWS})"
+        ),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Beginning of a text that each model continues.")] = (
+        "The capital of France is"
+    ),
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
     **settings: Any,
 ) -> None:
-    """Prune a real model of 135M weights to 50 % in four ways, and show what each does to it."""
+    """Prune a real model of 135M weights to 50 % by four methods, and show what each does to it.
+
+    It takes about a minute or two on two processors, and prints what to type next.
+    """
+    settings |= {"output": output, "model": model, "full": full, "samples": samples, "windows": windows}
+    config = DemoConfig(prompt=prompt, **settings)
+    if not quiet:  # the libraries take seconds to import
+        typer.echo("loading PyTorch and transformers", err=True)
     from llm_barber.cli.progress import ConsoleProgress
     from llm_barber.cli.tables import show_demo
-    from llm_barber.settings.demo import DemoConfig
     from llm_barber.tools.demo import demo as run
 
-    config = DemoConfig(output=output, model=model, windows=windows, prompt=prompt, **settings)
     with ConsoleProgress(quiet) as progress:
         rows = run(config, progress)
     if json:
         print_json([row.model_dump(mode="json") for row in rows])
     else:
-        show_demo(rows)
+        show_demo(config, rows)
 
 
-def _run_or_plan(
+def _run_or_check(
     run: Callable[..., Any], config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool
 ) -> None:
     from llm_barber.cli.progress import ConsoleProgress
-    from llm_barber.cli.tables import show_plan, show_run
-    from llm_barber.run.dry_run import plan
+    from llm_barber.cli.tables import show_dry_run, show_run
+    from llm_barber.run.dry_run import dry_run as check
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     with ConsoleProgress(quiet, muted=not first) as progress:
-        result: Any = (plan if dry_run else run)(config, progress)
+        result: Any = (check if dry_run else run)(config, progress)
     if not first:
         return
     if json:
         print(result.to_json(), end="")
     elif dry_run:
-        show_plan(result)
+        show_dry_run(result)
     else:
         show_run(result)
