@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,12 +34,21 @@ Elsewhere = Sequence[Mapping[str, Any]]  # what `llm_compressor.py` keeps
 WIDTH = 100  # of prose
 
 
-def write_page(
-    folder: Path, name: str, title: str, comparison: Comparison, choice: Choice, sequences: Sequences,
-    order: Order, settings_of: str | None, elsewhere: Elsewhere = (),
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Results:
+    """Results of a model's stages. `settings_of`: the model on which the rebuild's settings were chosen; None: this."""
+
+    comparison: Comparison
+    choice: Choice
+    sequences: Sequences
+    order: Order
+    settings_of: str | None
+    elsewhere: Elsewhere = ()
+
+
+def write_page(folder: Path, name: str, title: str, results: Results) -> None:
     """Write the model's page, `folder/name.md`, and its plots beside it."""
-    comparison = comparison.model_copy(update={"model": title})
+    comparison = results.comparison.model_copy(update={"model": title})
     folder.mkdir(exist_ok=True)
     picture = comparison_picture(comparison)
     if picture is not None:
@@ -49,19 +59,21 @@ def write_page(
     for block in blocks(comparison):
         lines += [f"## {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
     lines += _gap(comparison)
-    if elsewhere:
-        lines += _elsewhere(elsewhere, comparison)
+    if results.elsewhere:
+        lines += _elsewhere(results.elsewhere, comparison)
     if any(cell.rebuilt for cell in comparison.cells):
         lines += _does_it_help(comparison)
-        if settings_of is not None:
-            lines += [f"The settings of the rebuild are those chosen on {settings_of}.", ""]
-    if choice:
-        lines += _choice(choice)
-    if sequences:
-        (folder / f"{name}-sequences.svg").write_text(_sequences_picture(sequences, comparison), encoding="utf-8")
-        lines += _sequences(sequences, name)
-    if order:
-        lines += _order(order)
+        if results.settings_of is not None:
+            lines += [f"The settings of the rebuild are those chosen on {results.settings_of}.", ""]
+    if results.choice:
+        lines += _choice(results.choice)
+    if results.sequences:
+        (folder / f"{name}-sequences.svg").write_text(
+            _sequences_picture(results.sequences, comparison), encoding="utf-8"
+        )
+        lines += _sequences(results.sequences, name)
+    if results.order:
+        lines += _order(results.order)
     (folder / f"{name}.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
