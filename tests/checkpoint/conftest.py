@@ -1,4 +1,4 @@
-"""Fixtures of what reads and writes files."""
+"""Fixtures of the tests of files."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from llm_barber import native
 
 @pytest.fixture(params=["AVX-512", "AVX2", "NumPy"])
 def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test by all that the C extension can use here, by its AVX2 alone, and by NumPy."""
+    """Run each test by AVX-512, by AVX2 and by NumPy."""
     if request.param == "NumPy":
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:

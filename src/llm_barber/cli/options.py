@@ -202,7 +202,7 @@ OPTIONS: dict[str, Any] = {
         "--bos/--no-bos",
     ),
     "seed": option(int, CALIBRATION, "Of the choice of windows."),
-    "batch_size": option(int | None, COMPUTE, "Windows computed together, at most; changes no result but tuning."),
+    "batch_size": option(int | None, COMPUTE, "Windows computed together, at most; it can change bfloat16 rounding."),
     "device": option(str, COMPUTE, "auto, cpu, cuda, cuda:1 …"),
     "dtype": option(
         str,
