@@ -27,9 +27,10 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes, model_shapes
 from llm_barber.planning.table import amount, duration
 from llm_barber.planning.work import Work
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import Initial, PruneConfig
+from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.text.calibration import READ_BYTES, READING_BYTES, token_shape
 from tests.conftest import FAMILIES, Listener, save_tokens

@@ -22,7 +22,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import improved, refine, tune
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.planning.work import NONE, Work, sorting
-from llm_barber.settings.prune import Initial
+from llm_barber.settings.initial import Initial
 
 REBUILDING = 150  # bytes a weight, of scores, comparisons and masks
 

@@ -7,8 +7,8 @@ from llm_barber.planning.passes import BACKWARD_ATTENTION, FLOAT32, SQUARING, fo
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.planning.work import NONE, Work, sorting
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import Initial
 
 CHOOSING, COSTING = 60, 40  # bytes a weight, of scores, comparisons and masks
 ADMM_STEPS, ADMM_BYTES = 100, 60  # of ALPS: it ends when the mask is settled, after 300 at most

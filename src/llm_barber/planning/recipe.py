@@ -10,8 +10,9 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.method.allocation import loss_windows
 from llm_barber.method.refine_linear import swap_stages
 from llm_barber.model.places import block_size
+from llm_barber.settings.initial import Initial, rebuild_defaults
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import Initial, PruneConfig, rebuild_defaults
+from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 
 # Looked at in runs (benchmarks/plan_accuracy.py's models): a row's swaps that gain, as a share of its weights, and how

@@ -22,8 +22,9 @@ from llm_barber.record.verification import changed_files, unknown_files
 from llm_barber.run.assignment import UNLIKE, Assignment
 from llm_barber.run.resuming import warn_of_written
 from llm_barber.run.stream import run
-from llm_barber.settings.base import RunSettings
-from llm_barber.settings.prune import Initial, PruneConfig, RebuildConfig, rebuild_defaults
+from llm_barber.settings.initial import Initial, rebuild_defaults
+from llm_barber.settings.prune import PruneConfig, RebuildConfig
+from llm_barber.settings.run import RunSettings
 from llm_barber.text.calibration import HUB_SETS
 
 PRUNE_AGAIN = "prune again with --overwrite"

@@ -8,12 +8,16 @@ from llm_barber.settings.checked import Settings
 
 
 class DemoConfig(Settings):
-    """Settings of the demonstration."""
+    """Settings of `demo`: sizes of the demonstration, and where its models go.
 
-    output: Path = Field(Path("demo-output"), description="folder for the pruned models")
-    model: str | None = Field(None, description="another model; None: SmolLM2-135M from its package")
-    samples: int = Field(32, ge=1, description="calibration windows")
-    seqlen: int = Field(512, ge=2, description="tokens a window")
-    windows: int = Field(32, ge=1, description="windows of WikiText-2 to measure perplexity on")
-    prompt: str = Field("The capital of France is", description="what each model goes on from")
-    device: str = Field("auto", description="auto, cpu, cuda")
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    output: Path = Field(Path("demo-output"), description="Folder for the pruned models")
+    model: str | None = Field(None, description="Another model (default: SmolLM2-135M from its package)")
+    samples: int = Field(32, ge=1, description="Calibration windows")
+    seqlen: int = Field(512, ge=2, description="Tokens a window")
+    windows: int = Field(32, ge=1, description="Windows of WikiText-2 to measure perplexity on")
+    prompt: str = Field("The capital of France is", description="Text that each model continues")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")

@@ -22,7 +22,8 @@ from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
 from llm_barber.settings.demo import DemoConfig
-from llm_barber.settings.prune import Initial, PruneConfig
+from llm_barber.settings.initial import Initial
+from llm_barber.settings.prune import PruneConfig
 from llm_barber.text.calibration import read_text
 from llm_barber.usage import reset_peak_memory
 
