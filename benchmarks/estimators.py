@@ -111,7 +111,7 @@ def rebuild_by(estimator: str, rounds: int) -> Callable[..., BlockOutcome]:
                 now[name] = now[name].with_mask(one.keep)
         _keep_outputs(block_pass, dense_weights, {name: pruned[name].weight for name in names})
         masks = {name: Rebuilt.between(pruned[name].keep, now[name].keep) for name in names}
-        error /= block_pass.streams.every
+        error /= block_pass.streams.all_sequences
         return BlockOutcome(now, masks, error, measured_from=0, output_kept=not block_pass.last)
 
     return rebuild

@@ -19,9 +19,9 @@ from quality_page import write_page
 
 from llm_barber.checkpoint.folder import locked
 from llm_barber.cli.progress import ConsoleProgress
-from llm_barber.comparison.cells import CellResult
-from llm_barber.comparison.compare import MARKER, Comparison, calibration_file, compare, make_runner
+from llm_barber.comparison.compare import MARKER, calibration_file, compare, make_runner
 from llm_barber.comparison.planned import Cell, cell_settings
+from llm_barber.comparison.result import CellResult, Comparison
 from llm_barber.comparison.tables import markdown
 from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.masking.granularity import Granularity

@@ -7,9 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llm_barber.comparison.cells import CellResult
-from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.page import comparison_picture
+from llm_barber.comparison.result import CellResult, Comparison
 from llm_barber.comparison.tables import (
     REBUILT,
     TITLES,

@@ -1,13 +1,20 @@
-"""Sinks: tokens whose states are far larger than the others', and their share of what pruning changes, by layer.
+"""Attention sinks: tokens whose states are far larger than the others', and their share of what pruning sees.
 
-    python benchmarks/sinks.py DENSE [PRUNED] --text FILE
+    python benchmarks/sinks.py [DENSE] [PRUNED] --text FILE
 
-One window of text goes through DENSE, and through PRUNED if it is given. Channels are capped as in the distance that
-tuning lowers (`distance.py`).
+One window of text goes through DENSE, and through PRUNED if it is named. Prints two tables:
+
+- by decoder layer: the largest token of the layer's output, and its share of the squared difference between DENSE and
+  PRUNED, plain and with huge channels capped as in the distance that tuning lowers (`method/distance.py`);
+- by kind of linear: the largest token's share of the sums over tokens that Wanda, SparseGPT, ALPS, swaps and least
+  squares rank by (‖x‖² by channel, the diagonal of the Gram matrix), the largest over all layers.
 """
 
 import argparse
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import keep, model_folder, show
@@ -20,15 +27,38 @@ from llm_barber.text.windows import windows_of
 
 NORMS = ["after layer", "largest token", "its norm / median", "its share of squares", "largest channel's share"]
 DIFFERENCES = ["of the difference", "… channels capped", "its relative error", "median token's"]
+INPUTS = ["inputs of", "largest token's share of ‖X‖²", "in layer", "channels where it has over half", "in layer"]
 
 
-def states_of(model: str, tokens: Tensor) -> list[Tensor]:
-    """The output of each decoder layer, float32, (tokens, hidden)."""
+@dataclass(frozen=True)
+class InputShares:
+    """The largest token's share in the inputs of one linear: of the squares, and of channels where it has over half."""
+
+    layer: int
+    squares: float
+    channels: float
+
+
+@torch.no_grad()
+def run_window(model: str, tokens: Tensor) -> tuple[list[Tensor], dict[str, list[InputShares]]]:
+    """States after each decoder layer, float32, (tokens, hidden); shares in inputs, by kind of linear."""
     loaded = load(model, dtype=torch.bfloat16)
-    with torch.no_grad():
-        outputs = loaded(input_ids=tokens, output_hidden_states=True, use_cache=False)
-    # The last state of transformers is behind the last norm; the other states are what a layer gives the next one.
-    return [state[0].float() for state in outputs.hidden_states[1:-1]]
+    shares: dict[str, list[InputShares]] = {}
+
+    def look(name: str, _: Any, arguments: tuple[Tensor, ...]) -> None:
+        squares = arguments[0].reshape(-1, arguments[0].shape[-1]).float().square()
+        largest = squares[squares.sum(1).argmax()]
+        sums = squares.sum(0)
+        *_, layer, rest = name.split(".", 3)
+        ruled = (largest > 0.5 * sums).float().mean().item()
+        shares.setdefault(rest, []).append(InputShares(int(layer), (largest.sum() / sums.sum()).item(), ruled))
+
+    for name, module in loaded.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            module.register_forward_pre_hook(partial(look, name))
+    outputs = loaded(input_ids=tokens, output_hidden_states=True, use_cache=False)
+    # The last state of transformers comes after the last norm; the other states are what a layer gives the next one.
+    return [state[0].float() for state in outputs.hidden_states[1:-1]], shares
 
 
 def norms(state: Tensor) -> list[str]:
@@ -50,35 +80,45 @@ def differences(dense: Tensor, pruned: Tensor) -> list[str]:
     squares = (pruned - dense).square()
     of_tokens, norm = squares.sum(1), dense.square().sum(1)
     largest = int(norm.argmax())
-    distance = Distance.of(usual_squares(dense[None]))
-    capped = (squares * distance.weights).sum(1)
+    capped = Distance.of(usual_squares(dense[None])).differences(dense[None], pruned[None]).by_token[0]
     shares = [tokens[largest] / tokens.sum() for tokens in (of_tokens, capped)]
     relative = of_tokens / norm
     return [*(f"{share:.0%}" for share in shares), f"{relative[largest]:.1%}", f"{relative.median():.1%}"]
 
 
+def input_rows(shares: dict[str, list[InputShares]]) -> list[list[str]]:
+    """For each kind of linear the largest shares, and the layers that have them."""
+    rows = []
+    for kind, layers in shares.items():
+        squares, channels = max(layers, key=lambda of: of.squares), max(layers, key=lambda of: of.channels)
+        rows.append(
+            [kind, f"{squares.squares:.1%}", str(squares.layer), f"{channels.channels:.1%}", str(channels.layer)]
+        )
+    return rows
+
+
 def main() -> None:
-    """Print a table by layer."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", nargs="?", help="a checkpoint (default: SmolLM2-135M from its package)")
     parser.add_argument("pruned", nargs="?", help="the same model, pruned")
     parser.add_argument("--text", type=Path, required=True, help="a text file")
-    parser.add_argument("--tokens", type=int, default=512, help="of the window (default: 512)")
-    given = parser.parse_args()
-    dense = model_folder(given.dense)
-    text, tokenizer = given.text.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(dense)
-    windows, _ = windows_of(text, tokenizer, given.tokens, bos=True)
-    tokens = windows[:1]
-    before = states_of(dense, tokens)
-    after = states_of(given.pruned, tokens) if given.pruned else []
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the window (default: 512)")
+    options = parser.parse_args()
+    dense = model_folder(options.dense)
+    text, tokenizer = options.text.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(dense)
+    windows, _ = windows_of(text, tokenizer, options.tokens, bos=True)
+    before, shares = run_window(dense, windows[:1])
+    after = run_window(options.pruned, windows[:1])[0] if options.pruned else []
     rows = [
         [str(layer), *norms(state), *(differences(state, after[layer - 1]) if after else [])]
         for layer, state in enumerate(before, 1)
     ]
-    title = f"{Path(dense).name}{f' and {Path(given.pruned).name}' if given.pruned else ''}: {given.tokens} tokens"
-    headings = [*NORMS, *(DIFFERENCES if after else [])]
-    keep("sinks", {"title": title, "headings": headings, "rows": rows})
-    show(title, headings, rows)
+    pruned = f" and {Path(options.pruned).name}" if options.pruned else ""
+    title = f"{Path(dense).name}{pruned}: {options.tokens} tokens"
+    for headings, table in (([*NORMS, *(DIFFERENCES if after else [])], rows), (INPUTS, input_rows(shares))):
+        keep("sinks", {"title": title, "headings": headings, "rows": table})
+        show(title, headings, table)
 
 
 if __name__ == "__main__":

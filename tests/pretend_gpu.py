@@ -30,8 +30,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
 from llm_barber.method import layer as layer_module
 from llm_barber.method.layer import prune_layer
+from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.model.copies import Copied
-from llm_barber.model.places import Places
 from tests.conftest import read_folder
 from tests.helpers.copies import LateCopier
 
@@ -170,24 +170,24 @@ def on_device() -> Iterator[None]:
 @contextmanager
 def with_room(room: int) -> Iterator[None]:
     """So many bytes of activations stay on the device, until at the end of the second layer its memory is too small."""
-    places, result_of = Places(DEVICE, room), layer_module.block_result
+    memory, result_of = ArrayMemory(DEVICE, room), layer_module.block_result
     left: list[int | None] = []  # room, whenever a block's result is wanted
 
     def short(*given: Any) -> Any:
-        left.append(places.room)
+        left.append(memory.room)
         if len(left) == FAILING:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result_of(*given)
 
     with (
-        patch("llm_barber.run.stream.activation_places", lambda *_: places),
+        patch("llm_barber.run.stream.activation_memory", lambda *_: memory),
         patch("llm_barber.method.layer.block_result", short),
     ):
         yield
     failed = left[FAILING - 1]
     assert failed is not None
     assert 0 <= failed < room
-    assert places.room is None
+    assert memory.room is None
 
 
 def interrupted(config: PruneConfig) -> None:

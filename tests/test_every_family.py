@@ -48,7 +48,7 @@ def parts(family: str) -> tuple[set[str], set[str]]:
     used = set(skeleton.outside_names_and_head)
     assert set(skeleton.outside_names) <= used
     assert all(skeleton.model.get_parameter(name).is_meta for name in used)
-    names = (used, set(skeleton.every_outside_name) - used)
+    names = (used, set(skeleton.all_outside_names) - used)
     found = [{name.rpartition(".")[0] for name in some} for some in names]
     return found[0], found[1]
 

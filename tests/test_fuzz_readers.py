@@ -26,10 +26,11 @@ from llm_barber.checkpoint.packed import PACKED_INDEX
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_NAME, RunState, read_state, write_state
 from llm_barber.checkpoint.unfinished import check_key
-from llm_barber.comparison.cells import DenseResult, _read
+from llm_barber.comparison.cells import _read
+from llm_barber.comparison.result import DenseResult
 from llm_barber.errors import BarberError
-from llm_barber.evaluation.evaluate import Evaluation, TextResult
 from llm_barber.evaluation.record import EVALUATION_NAME
+from llm_barber.evaluation.result import Evaluation, TextResult
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.loading.opening import load_config, load_tokenizer
 from llm_barber.page.write import write_page

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from llm_barber.comparison.compare import Comparison, compare
+    from llm_barber.comparison.compare import compare
+    from llm_barber.comparison.result import Comparison
     from llm_barber.errors import BarberError
-    from llm_barber.evaluation.evaluate import Evaluation, evaluate
+    from llm_barber.evaluation.evaluate import evaluate
+    from llm_barber.evaluation.result import Evaluation
     from llm_barber.page.write import report
     from llm_barber.planning.forecast import Forecast
     from llm_barber.planning.plan import plan
@@ -61,11 +63,11 @@ __all__ = [
 _MODULES = {
     "BarberError": "errors",
     "CompareConfig": "settings.compare",
-    "Comparison": "comparison.compare",
+    "Comparison": "comparison.result",
     "ConvertConfig": "settings.copies",
     "ConvertReport": "tools.convert",
     "EvaluateConfig": "settings.evaluate",
-    "Evaluation": "evaluation.evaluate",
+    "Evaluation": "evaluation.result",
     "Forecast": "planning.forecast",
     "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",

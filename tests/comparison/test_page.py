@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.page import comparison_page, comparison_picture
+from llm_barber.comparison.result import Comparison
 from llm_barber.settings.compare import Method
 from tests.helpers.comparisons import make_cell, make_comparison
 from tests.page.browser import measure, needs_browser

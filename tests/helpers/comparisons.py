@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from llm_barber.comparison.cells import CellResult
-from llm_barber.comparison.compare import Comparison, ComparisonCell
-from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.comparison.result import CellResult, Comparison, ComparisonCell
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.settings.compare import Method
 
 

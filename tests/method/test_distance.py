@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from llm_barber.method.distance import HUGE, Distance, usual_squares
+from llm_barber.method.distance import HUGE, HUGE_TOKEN, Distance, usual_squares
+from llm_barber.record.layers import kept_pass
 
 
 def test_channels_count_as_if_none_were_huge() -> None:
@@ -41,3 +42,44 @@ def test_errors_and_their_gradient() -> None:
     assert found.errors(targets, output.detach()).tolist() == pytest.approx(errors.tolist(), rel=1e-5)
     (gradient,) = torch.autograd.grad(errors.sum() * targets[0].numel() / 2, output)
     torch.testing.assert_close(found.gradient(targets, output.detach()), gradient)
+
+
+def test_held_out_errors_count_a_huge_token_as_ten_median_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets, output = (torch.randn(3, 9, 5, generator=generator) for _ in range(2))
+    targets[1, 4] *= 100
+    targets[2] = 0  # nothing to compare with
+    distance = Distance(torch.tensor([1.0, 1.0, 0.25, 1.0, 0.01]))
+    sizes = (targets.double() ** 2 * distance.weights).sum(2)
+    by_hand = []
+    for size, squares in zip(sizes, ((output - targets) ** 2 * distance.weights).sum(2), strict=True):
+        most = HUGE_TOKEN * sorted(size.tolist())[4]
+        counts = [most / one if one > most else 1.0 for one in size.tolist()]
+        by_hand.append(sum(count * one for count, one in zip(counts, squares.tolist(), strict=True)) / 45)
+    assert min(HUGE_TOKEN * sorted(sizes[1].tolist())[4] / one for one in sizes[1].tolist()) < 0.01
+    assert distance.errors(targets, output).tolist() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_gradients_count_a_huge_token_as_it_is() -> None:
+    targets, output = torch.ones(1, 4, 2), torch.zeros(1, 4, 2)
+    targets[0, 0] = 1000
+    distance = Distance(torch.ones(2))
+    assert distance.gradient(targets, output)[0, :, 0].tolist() == [-1000, -1, -1, -1]
+    squares = distance.differences(targets, output)
+    assert squares.by_token[0].tolist() == pytest.approx([2e6, 2, 2, 2])
+    assert squares.by_channel[0].tolist() == pytest.approx([1e6 + 3, 1e6 + 3])
+
+
+@pytest.mark.parametrize(
+    ("held_out", "kept"),
+    [
+        ((), None),
+        ((1.0,), 0),
+        ((0.5, 0.4, 0.6, 0.45, 0.7), 3),
+        ((0.5, 0.5, 0.6), 0),
+        ((0.5, float("nan"), 0.4), 2),
+        ((0.5, 0.4, float("nan")), 1),
+    ],
+)
+def test_the_last_pass_that_beats_the_untuned_layer_is_kept(held_out: tuple[float, ...], kept: int | None) -> None:
+    assert kept_pass(held_out) == kept

@@ -611,7 +611,9 @@ def test_steps_are_the_same_for_any_number_of_processes(held_out: int) -> None:
         borders = [training * rank // count for rank in range(count + 1)]
         steps: list[set[int]] = [set() for _ in range(settings.step_count(every))]
         for first, last in pairwise(borders):
-            streams = SimpleNamespace(every=every, held_out=held_out, border=last - first, first=first)
+            streams = SimpleNamespace(
+                all_sequences=every, held_out=held_out, held_out_start=last - first, first_sequence=first
+            )
             for step, own in zip(steps, settings.steps(cast(ActivationStreams, streams)), strict=True):
                 step |= {first + place for place in own.own}
                 assert own.sequences in (3, 4)

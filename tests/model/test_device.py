@@ -58,8 +58,8 @@ def test_batches_that_fit() -> None:
     weights, token = 32 + 36, 10 * 4 * 8 + 2 * 2 * (2 * 12 + 12)
     for sequences in (1, 3):
         free = 40 * weights + sequences * 5 * token
-        assert fitting_batch(layers, 5, free, torch.bfloat16, experts_a_token=2) == sequences
-        assert fitting_batch(layers, 5, free - 1, torch.bfloat16, experts_a_token=2) == max(1, sequences - 1)
+        assert fitting_batch(layers, 5, free, torch.bfloat16, experts_per_token=2) == sequences
+        assert fitting_batch(layers, 5, free - 1, torch.bfloat16, experts_per_token=2) == max(1, sequences - 1)
     assert fitting_batch(layers, 5, 0, torch.bfloat16) == 1
     assert fitting_batch(layers, 5, 10**6, torch.bfloat16) > fitting_batch(layers, 5, 10**6, torch.float32)
 

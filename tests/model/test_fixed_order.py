@@ -28,7 +28,7 @@ def mode() -> tuple[bool, bool, bool]:
 def test_the_mode_is_as_it_was_afterwards() -> None:
     assert mode() == (False, False, True)
     assert FixedOrder().compute(mode, lambda: None) == (False, False, True)
-    assert FixedOrder(wanted=True).compute(mode, lambda: None) == (True, False, False)
+    assert FixedOrder(enabled=True).compute(mode, lambda: None) == (True, False, False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with pytest.raises(KeyError), in_fixed_order():
@@ -52,7 +52,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch, possible: bool) -> list[bool]:
 
     def make(skeleton: Skeleton, *given: Any) -> None:
         made(skeleton, *given)
-        skeleton.order.wanted = True
+        skeleton.order.enabled = True
 
     monkeypatch.setattr(torch.autograd, "grad", noted)
     monkeypatch.setattr(Skeleton, "__init__", make)
@@ -96,4 +96,4 @@ def test_other_errors_are_raised(tmp_path: Path, llama: Path, tokens: Path, monk
     with pytest.raises(RuntimeError, match="deterministic implementation"):  # which nobody had asked for
         prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, preset="paper", report=False))
     with pytest.raises(RuntimeError, match="another error"):
-        FixedOrder(wanted=True).compute(broken, lambda: None)
+        FixedOrder(enabled=True).compute(broken, lambda: None)

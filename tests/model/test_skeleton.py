@@ -49,7 +49,7 @@ def test_layer_by_layer_equals_the_whole_model(family: str) -> None:
         if parameter.dim() > 1 or name.endswith("bias"):
             parameter.normal_(0, 0.1)
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
-    skeleton.fill_outside({name: weights[name] for name in skeleton.every_outside_name})
+    skeleton.fill_outside({name: weights[name] for name in skeleton.all_outside_names})
     tokens = torch.randint(0, 128, (2, 12))
     found: list[torch.Tensor] = []
     skeleton.embed(tokens, found.append)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_barber.errors import ModelError
-from llm_barber.model.stepping import Stepping, capture, different_tensors, how_to_step_over
+from llm_barber.model.stepping import Stepping, capture, different_tensors, find_stepping
 
 CPU = torch.device("cpu")
 
@@ -106,7 +106,7 @@ def shorter(model: Model, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(("run", "tail"), [(alone, None), (first_of, 1), (two, 1), (looked_into, 1)])
 def test_what_layers_have_to_return_is_found(run: Callable[..., Tensor], tail: int | None) -> None:
     model = Model(run)
-    found = how_to_step_over(model, model.layers, CPU)  # type: ignore[arg-type]
+    found = find_stepping(model, model.layers, CPU)  # type: ignore[arg-type]
     assert found == Stepping(tail, {})
     tokens = torch.tensor([[3, 1, 2]] * 3)  # as many sequences as layers: a tensor of them could be unpacked
     states, arguments = capture(model, model.layers, tokens, found.tail)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def test_what_layers_have_to_return_is_found(run: Callable[..., Tensor], tail: i
 
 def test_what_layers_hand_on_has_to_be_nothing() -> None:
     model = Model(handed_on)
-    found = how_to_step_over(model, model.layers, CPU)  # type: ignore[arg-type]
+    found = find_stepping(model, model.layers, CPU)  # type: ignore[arg-type]
     assert found == Stepping(1, {0: "before"})
     found.check(model, (torch.ones(1), None))
     with pytest.raises(ModelError, match="'before', which the layer before has made"):
@@ -138,7 +138,7 @@ def test_what_layers_hand_on_has_to_be_nothing() -> None:
 def test_layers_that_cannot_be_computed_by_themselves_are_refused(run: Callable[..., Tensor], message: str) -> None:
     model = Model(run)
     with pytest.raises(ModelError, match=message):
-        how_to_step_over(model, model.layers, CPU)  # type: ignore[arg-type]
+        find_stepping(model, model.layers, CPU)  # type: ignore[arg-type]
 
 
 def test_arguments_differ_where_a_tensor_in_them_does() -> None:

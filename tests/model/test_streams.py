@@ -10,7 +10,7 @@ import torch
 from llm_barber import PruneConfig, prune
 from llm_barber.loading.job import Job
 from llm_barber.method import layer as layer_module
-from llm_barber.model.places import Places
+from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Silent
@@ -37,7 +37,7 @@ def test_swapped_arrays_are_read_by_each_others_names() -> None:
 
 
 def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Path) -> None:
-    memory = Places(limit=1000, folder=tmp_path)
+    memory = ArrayMemory(limit=1000, folder=tmp_path)
     streams = ActivationStreams(4, 2, memory)
     values = torch.arange(4 * 3 * 8, dtype=torch.float32).view(4, 3, 8)
     for batch in streams.batches():
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Pa
 def test_pinned_memory_is_counted_as_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
-    memory = Places(limit=4000, folder=tmp_path)
+    memory = ArrayMemory(limit=4000, folder=tmp_path)
     first = memory.empty_off_device((257,), torch.float32, pinned=True)  # 1028 bytes
     assert memory.used == 2048
     small = memory.empty_off_device((200,), torch.float32, pinned=True)  # 800 bytes
@@ -88,18 +88,18 @@ def test_room_on_the_device_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         return empty(shape, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", made)
-    places = Places(torch.device("meta"), room=1000)
-    first = places.empty((200,), torch.float32)
-    second = places.empty((60,), torch.float32)  # 240 bytes, where 200 are left
-    third = places.empty((50,), torch.float32)
-    assert (there, places.room, places.used) == ([200, 50], 0, 256)
+    memory = ArrayMemory(torch.device("meta"), room=1000)
+    first = memory.empty((200,), torch.float32)
+    second = memory.empty((60,), torch.float32)  # 240 bytes, where 200 are left
+    third = memory.empty((50,), torch.float32)
+    assert (there, memory.room, memory.used) == ([200, 50], 0, 256)
     del first, second
-    assert (places.room, len(third)) == (800, 50)
-    places.empty((7,), torch.float32)  # which the device has no memory for after all
+    assert (memory.room, len(third)) == (800, 50)
+    memory.empty((7,), torch.float32)  # which the device has no memory for after all
     del third
-    places.empty((1,), torch.float32)
+    memory.empty((1,), torch.float32)
     assert there == [200, 50, 7]
-    assert places.room is None
+    assert memory.room is None
 
 
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:

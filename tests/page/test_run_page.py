@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.environment import SPACE, duration, memory, model_name, number, percent, with_error
 from llm_barber.page.figures import CSS_COLOURS, log_limits
 from llm_barber.page.run_page import run_page

@@ -269,8 +269,12 @@ def test_after_a_run_in_which_all_failed_comes_another(tmp_path: Path, monkeypat
 
 
 def test_a_group_without_the_cpu_is_refused(tmp_path: Path) -> None:
-    def work(_: int) -> None:
+    def work(rank: int) -> None:
         torch.distributed.init_process_group("cuda:gloo")
+        # Process 0 answers for the group's addresses: it ends only when the other one has asked for them.
+        (tmp_path / f"{rank}.connected").touch()
+        while not all((tmp_path / f"{other}.connected").exists() for other in range(2)):
+            time.sleep(0.01)
         with joined():
             pass
 

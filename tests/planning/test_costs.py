@@ -14,7 +14,7 @@ from llm_barber.cli import _main
 from llm_barber.errors import BarberError, ModelError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
-from llm_barber.model.device import experts_a_token
+from llm_barber.model.device import experts_per_token
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.planning.costs import forward, run_costs
@@ -355,9 +355,9 @@ def test_activations_stay_on_a_device_that_has_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["num_experts_per_tok", "moe_topk", "moe_k"])
 def test_experts_a_token_by_whatever_name(name: str) -> None:
-    assert experts_a_token(LlamaConfig(**{name: 4})) == 4
-    assert experts_a_token(LlamaConfig(moe_topk=[2, 6])) == 6
-    assert experts_a_token(LlamaConfig()) == 1
+    assert experts_per_token(LlamaConfig(**{name: 4})) == 4
+    assert experts_per_token(LlamaConfig(moe_topk=[2, 6])) == 6
+    assert experts_per_token(LlamaConfig()) == 1
 
 
 def test_this_machine_is_measured(llama: Path) -> None:

@@ -21,10 +21,10 @@ from llm_barber.planning.limits import DEVICE_LIBRARIES, DEVICE_MARGIN
 from llm_barber.planning.memory import Footprint, peak_footprint
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Silent
+from llm_barber.run.activation_memory import activation_memory
 from llm_barber.run.commands import pruning
 from llm_barber.run.dry_run import plan
 from llm_barber.run.embedding import embed
-from llm_barber.run.places import activation_places
 from llm_barber.usage import current_memory
 from tests.conftest import make_model, save_tokens
 from tests.helpers.runs import read_untimed_files
@@ -50,7 +50,7 @@ def test_activations_in_files_give_the_same_bytes(
         return from_file(path, **how)
 
     monkeypatch.setattr(streams_module.torch, "from_file", counted)
-    monkeypatch.setattr("llm_barber.run.places.current_memory", lambda: 2**20)
+    monkeypatch.setattr("llm_barber.run.activation_memory.current_memory", lambda: 2**20)
     monkeypatch.setattr("llm_barber.planning.limits.peak_footprint", lambda *_: Footprint())
     monkeypatch.setattr("llm_barber.planning.limits.COPIES_OF_A_LAYER", 0)
     monkeypatch.setattr("llm_barber.planning.limits.LIBRARIES", 0)
@@ -96,7 +96,7 @@ import torch
 torch.set_num_threads(1)
 from llm_barber import PruneConfig, prune
 from llm_barber.planning import limits
-from llm_barber.run import places
+from llm_barber.run import activation_memory
 from llm_barber.errors import SettingsError
 
 def private():
@@ -109,7 +109,7 @@ def watch():
         time.sleep(0.002)
 
 peak = 0
-places.current_memory, limits.LIBRARIES = private, 0
+activation_memory.current_memory, limits.LIBRARIES = private, 0
 for number, settings in enumerate(json.loads(sys.argv[1])):
     if os.fork():  # a process for each, whose memory nothing has used before
         os.wait()
@@ -207,11 +207,11 @@ def test_activations_stay_on_a_gpu_unless_told_otherwise_or_its_memory_ran_out(
     settings = {"dtype": "bfloat16", "activations_off_device": asked}
     config = PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings)
     work = pruning(config, Silent(), Ranks())
-    monkeypatch.setattr("llm_barber.run.places.free_device_memory", lambda *_: 2**32)
+    monkeypatch.setattr("llm_barber.run.activation_memory.free_device_memory", lambda *_: 2**32)
     work.job.skeleton.device = torch.device("cuda")
     writer = Follower(tmp_path)
     writer.state = RunState(key={}, used=Used(off_device=left_before))
     recipe = replace(work.recipe, on_cpu=False)
-    places = activation_places(work.job, config, recipe, writer)
+    memory = activation_memory(work.job, config, recipe, writer)
     held = peak_footprint(model_shapes(work.job.skeleton), recipe).device
-    assert places.room == (int(2**32 - DEVICE_LIBRARIES - DEVICE_MARGIN * held) if stay else None)
+    assert memory.room == (int(2**32 - DEVICE_LIBRARIES - DEVICE_MARGIN * held) if stay else None)

@@ -68,14 +68,14 @@ def model() -> nn.Sequential:
 def test_what_can_be_is_converted_and_the_rest_is_named() -> None:
     whole, seen = model(), []
 
-    def convert_one(weight: torch.Tensor) -> torch.Tensor:
+    def convert_weight(weight: torch.Tensor) -> torch.Tensor:
         if weight.shape[1] == 128:
             raise RuntimeError("no such kernel\nand more")
         seen.append(weight)
         return weight + 1
 
     with pytest.warns(UserWarning, match="1 linears are semi-structured, 4 dense"):
-        result = convert(whole, convert_one)
+        result = convert(whole, convert_weight)
     assert result.converted == ("0",)
     assert result.dense == {
         "1": "shape is not a multiple of 32 × 64",

@@ -1,15 +1,25 @@
 """The demonstration, and GGUF input, on the real model where its package is installed."""
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_barber import PruneConfig, prune
 from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.cli import _main
 from llm_barber.errors import ModelError, OutputError
+from llm_barber.evaluation import texts
 from llm_barber.settings.demo import DemoConfig
-from llm_barber.tools.demo import METHODS, PACKAGE_REQUIREMENT, demo, demo_model
+from llm_barber.text import calibration
+from llm_barber.text.calibration import read_text
+from llm_barber.tools.demo import FULL_METHODS, METHODS, PACKAGE_REQUIREMENT, PICTURE, demo, demo_model
+from tests.conftest import make_model, read_folder
+from tests.helpers.text import add_tokenizer
 
 try:
     GGUF = demo_model()
@@ -34,15 +44,65 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
         demo(DemoConfig(output=tmp_path / "magnitude" / "config.json", model="anything"))
 
 
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    folder = make_model(tmp_path / "tiny", "llama")
+    add_tokenizer(folder)
+    return folder
+
+
+def test_the_commands_that_it_prints_work_as_printed(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = read_text("builtin-test")[:4000]  # a tokenizer with a token a character takes seconds for all of it
+    for module in (calibration, texts):
+        monkeypatch.setattr(module, "read_text", lambda *_: text)
+    size = ["--samples=2", "--seqlen=16", "--windows=2"]
+    assert _main(["demo", f"--model={tiny}", *size]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("loading PyTorch and transformers\n")
+    commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  $ ")]
+    assert len(commands) == len(METHODS) + 3
+    names = [*METHODS, "pattern-2-4"]
+    pruned = {name: read_folder(tmp_path / "demo-output" / name) for name in METHODS}
+    for command in commands:
+        arguments = command[command.index("llm_barber") + 1 :]  # after `python -m`
+        assert _main([*arguments, "--quiet"]) == 0, arguments
+    for name in names:
+        assert (tmp_path / "demo-output" / name / "report.html").is_file()
+    for name, tensors in pruned.items():
+        again = read_folder(tmp_path / "demo-output" / name)
+        assert all(again[key].equal(tensor) for key, tensor in tensors.items()), name
+    height, width, _ = imread(tmp_path / "demo-output" / PICTURE).shape
+    assert width > height > 300
+
+
+def test_a_wrong_setting_is_refused_before_libraries_are_imported(tmp_path: Path) -> None:
+    """Nor does the command say that it imports them."""
+    code = "import sys, llm_barber.cli as c; print(c._main(['demo', '--samples=0']), 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout == "2 False\n"
+    assert result.stderr.startswith("error: --samples: Input should be ")
+
+
+def test_a_full_demonstration_has_more_text() -> None:
+    quick, full, chosen = DemoConfig(), DemoConfig(full=True), DemoConfig(full=True, samples=3, windows=5)
+    assert (quick.calibration_windows, quick.test_windows, quick.seqlen) == (8, 8, 512)
+    assert (full.calibration_windows, full.test_windows, full.seqlen) == (32, 32, 512)
+    assert (chosen.calibration_windows, chosen.test_windows) == (3, 5)
+
+
 @needs_model
 @pytest.mark.timeout(480)
 def test_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test: turning the GGUF file into a checkpoint takes half a minute."""
     monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delitem(METHODS, "preset-mask")  # takes a minute; tests/test_tune.py has it
-    rows = {row.name: row for row in demo(DemoConfig(output=tmp_path / "demo", samples=2, seqlen=128, windows=2))}
-    assert list(rows) == ["dense", "magnitude", "magnitude-rebuilt", "wanda"]
-    assert rows["dense"].perplexity < rows["wanda"].perplexity < rows["magnitude"].perplexity
+    methods = {name: (METHODS | FULL_METHODS)[name] for name in ("magnitude", "magnitude-rebuilt", "wanda", "mask")}
+    config = DemoConfig(output=tmp_path / "demo", samples=4, seqlen=128, windows=4)
+    rows = {row.name: row for row in demo(config, methods=methods)}
+    assert list(rows) == ["dense", *methods]
+    assert rows["dense"].perplexity < rows["mask"].perplexity < rows["wanda"].perplexity < rows["magnitude"].perplexity
     assert rows["magnitude-rebuilt"].perplexity < rows["magnitude"].perplexity / 2
     assert rows["dense"].sentence.startswith("The capital of France is Paris")
     for name, row in rows.items():

@@ -1,3 +1,5 @@
+"""Inspection finds every change of a checkpoint that its record or the dense model shows."""
+
 import json
 from pathlib import Path
 

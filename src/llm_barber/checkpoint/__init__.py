@@ -1,1 +1,1 @@
-"""Files: reading and writing checkpoints. No math."""
+"""Read and write checkpoints. Files only, no mathematics."""

@@ -1,4 +1,4 @@
-"""Files of activations: the input of the layer after the last finished one, from which an unfinished run goes on."""
+"""Files of activations, from which an unfinished run goes on with the layer after the last finished one."""
 
 import hashlib
 import json

@@ -13,12 +13,12 @@ Tensors = dict[str, Tensor]
 
 
 class ReadAhead:
-    """Groups of tensors in their order, the next one always on its way; a context manager.
+    """Reader of groups of tensors, one group ahead of its user; a context manager.
 
     Args:
         source: the checkpoint.
-        groups: names of tensors that are read together.
-        pinned: in memory that a GPU can copy from while it computes.
+        groups: names of the tensors that are read together, in the order in which groups are taken.
+        pinned: read into memory that a GPU can copy from while it computes.
     """
 
     def __init__(self, source: CheckpointSource, groups: Sequence[list[str]], pinned: bool) -> None:
@@ -37,7 +37,7 @@ class ReadAhead:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def take(self) -> Tensors:
-        """The next group, by the checkpoint's names.
+        """Take the next group, by the checkpoint's names, and begin to read the group after it.
 
         Raises:
             ModelError: as `CheckpointSource.read`.

@@ -1,4 +1,4 @@
-"""Write what need not be durable yet while the next decoder layer is computed."""
+"""Write in a thread while the next decoder layer is computed."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -6,27 +6,27 @@ from threading import Thread
 
 
 class WriteBehind:
-    """One thing at a time is being written, by a thread that does not keep an interrupted program from ending."""
+    """A thread that writes one thing at a time; it does not keep an interrupted program from ending."""
 
     def __init__(self) -> None:
         self._writing: Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Begin to write, when what was written before is done with (`wait`)."""
-        assert self._writing is None, "wait for what is being written"
+        """Begin to write; the write before must have been waited for."""
+        assert self._writing is None, "wait for the write before"
         self._writing = Future()
         Thread(target=_fulfil, args=(self._writing, write), name="write behind", daemon=True).start()
 
     @property
     def busy(self) -> bool:
-        """Is something being written?"""
+        """True while something is being written."""
         return self._writing is not None and not self._writing.done()
 
     def wait(self) -> None:
-        """Until all is written. An interruption ends the waiting, and not the writing.
+        """Wait until all is written. An interruption ends the waiting, and not the writing.
 
         Raises:
-            OSError: it could not be.
+            OSError: the data could not be written.
         """
         if self._writing is None:
             return
@@ -38,7 +38,7 @@ class WriteBehind:
             raise
 
     def when_done(self, then: Callable[[], None]) -> None:
-        """Do something once nothing is being written: now, or, where nobody waits, by the thread that writes."""
+        """Call `then` once nothing is being written: now, or by the writing thread if nobody waits for it."""
         if self._writing is None:
             then()
         else:

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights: its configuration, and the files that travel with them."""
+"""Files beside a checkpoint's weights: its configuration, and the files that travel with the weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +14,12 @@ RECORD_NAME = "barber.json"
 CARD_NAME = "README.md"
 PAGE_NAME = "report.html"
 LOCK_NAME = "llm-barber.lock"  # marks a work folder of this program
-REPLACED = "llm-barber.replaced"  # marks a folder that a finished output has replaced
-# Weights of any kind, indices, code, and what we write ourselves do not travel with a checkpoint.
 EVALUATION_NAME = "evaluation.json"
-OURS = (RECORD_NAME, EVALUATION_NAME)
+REPLACED = "llm-barber.replaced"  # marks a folder that a finished output has replaced
+OWN_JSON = (RECORD_NAME, EVALUATION_NAME)
+# Files with a companion's suffix that do not travel with a checkpoint: indices, and files that this program writes.
 NO_COMPANIONS = (
-    *OURS,
+    *OWN_JSON,
     STATE_NAME,
     STATE_BEFORE,
     PACKED_INDEX,
@@ -31,7 +31,7 @@ LICENCES = ("license", "licence", "notice", "use_policy")
 
 
 def refuse_adapter(folder: Path, model: str) -> None:
-    """Raise `ModelError` where a folder has no weights of its own, but a PEFT adapter's."""
+    """Raise `ModelError` for the folder of a PEFT adapter, which has no weights of the model."""
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{model} is a PEFT adapter, not a whole model",
@@ -40,7 +40,7 @@ def refuse_adapter(folder: Path, model: str) -> None:
 
 
 def refuse_quantised(configuration: Mapping[str, Any], model: str) -> None:
-    """Raise `ModelError` where config.json says that weights are quantised."""
+    """Raise `ModelError` for a config.json that says that the weights are quantised."""
     quantization = configuration.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -54,14 +54,14 @@ def companions(folder: Path) -> list[Path]:
     """The files of a checkpoint's folder that travel with its weights.
 
     Raises:
-        ModelError: one of them is a pipe, a device or a broken link.
+        ModelError: a file is a named pipe, a socket or a device.
     """
-    own = (
+    plain = (
         path
         for path in folder.iterdir()
         if (path.suffix in COMPANIONS or path.name.lower().startswith(LICENCES)) and path.name not in NO_COMPANIONS
     )
-    files = sorted(path for path in (*own, *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")) if not path.is_dir())
+    files = sorted(path for path in (*plain, *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")) if not path.is_dir())
     for path in files:
         check_regular(path)
     return files

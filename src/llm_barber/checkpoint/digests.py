@@ -27,7 +27,7 @@ def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_its_digest(content: Mapping[str, Any]) -> bool:
-    """Compare the `digest` of a JSON object with its content; False: the object was changed or has no digest."""
+    """True if the `digest` of a JSON object fits its content; False: it was changed or has no digest."""
     return content.get(DIGEST) == content_digest(content)
 
 

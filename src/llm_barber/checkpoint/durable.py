@@ -1,4 +1,7 @@
-"""Write files that are whole or absent after a power failure: temporary file → fsync → rename → fsync of the folder."""
+"""Write files that are whole or absent after a power failure.
+
+Temporary file → fsync → rename → fsync of the folder.
+"""
 
 import errno
 import hashlib
@@ -26,7 +29,9 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the user's default permissions; safetensors itself makes it the owner's alone.
+    """Write a safetensors file with the user's default permissions.
+
+    safetensors itself would make it readable by its owner alone.
 
     The file is not durable yet: `sync_file` makes it so.
 

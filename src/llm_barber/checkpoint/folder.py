@@ -1,4 +1,4 @@
-"""A folder that belongs to one command: marked by a file, and locked so that one run at a time writes in it."""
+"""A folder that belongs to one command: marked by a file, and locked for one run at a time."""
 
 import fcntl
 import os
@@ -36,9 +36,10 @@ def claim_folder(folder: Path, marker: str, explanation: str) -> None:
 
 
 def take_lock(path: Path, output: Path) -> IO[str]:
-    """Hold a lock file until it is closed; the operating system releases it when the process ends, however it ends.
+    """Hold a lock file until it is closed.
 
-    The file keeps its content: it may be the marker of a folder.
+    The operating system releases the lock when the process ends, however it ends. The file keeps its content: it may be
+    the marker of a folder.
 
     Args:
         path: the lock file.
@@ -78,7 +79,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_locked(folder: Path, name: str, output: Path) -> IO[str]:
-    """Make a folder that its run removes in the end, and hold the lock file `name` in it, as `take_lock` does.
+    """Make a folder that its run removes in the end, and hold the lock file `name` in it.
 
     Raises:
         OutputError: another run holds the lock, or the folder cannot be made.

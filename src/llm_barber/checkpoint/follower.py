@@ -13,7 +13,7 @@ from llm_barber.errors import OutputError
 
 
 class Follower:
-    """Has the methods of a writer, and writes nothing; `state` comes from the process that writes."""
+    """A writer that writes nothing; `state` comes from the process that writes."""
 
     next_is_written = True
     resumable = False

@@ -19,7 +19,7 @@ CONVERTER_VERSION = 1  # part of the cache's key: raise it when the result chang
 
 
 def cache_folder() -> Path:
-    """Where converted models lie: `$LLM_BARBER_CACHE`, else `llm-barber` under the user's cache folder."""
+    """Folder of converted models: `$LLM_BARBER_CACHE`, else `llm-barber` in the user's cache folder."""
     if named := os.environ.get("LLM_BARBER_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-barber"
@@ -28,10 +28,11 @@ def cache_folder() -> Path:
 def converted_gguf(path: Path) -> Path:
     """The folder of an ordinary bfloat16 checkpoint with the GGUF file's dequantised weights.
 
-    Converting takes a fraction of a minute and is done once for a file's content.
+    The conversion takes a fraction of a minute and is done once for a file's content.
 
     Raises:
         ModelError: transformers cannot read the file.
+        OutputError: the cache cannot be written.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -91,7 +92,7 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _refuse_missing(path: Path, loading: Mapping[str, Any]) -> None:
-    """Refuse a file without some weights: transformers would make them up.
+    """Refuse a file that lacks weights: transformers would make them up.
 
     Raises:
         ModelError: a parameter is missing, or has another shape.
@@ -106,7 +107,10 @@ def _refuse_missing(path: Path, loading: Mapping[str, Any]) -> None:
 
 
 def _add_rope_theta(path: Path) -> None:
-    """Write `rope_theta` where transformers 4 looks for it; without it that takes 10000 and computes a wrong model."""
+    """Write `rope_theta` where transformers 4 looks for it.
+
+    Without it, transformers 4 takes 10000 and computes a wrong model.
+    """
     configuration = json.loads(path.read_text(encoding="utf-8"))
     theta = (configuration.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in configuration:

@@ -1,4 +1,4 @@
-"""From what a user calls a model to a local folder: a folder, a GGUF file, or a hub id."""
+"""Resolve the user's name of a model to a local folder: a folder, a GGUF file, or a hub id."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from llm_barber.errors import HubError, ModelError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what travels with the weights
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # files that travel with the weights
 HUB_PATTERNS = [
     "*.safetensors",
     INDEX_NAME,
@@ -22,21 +22,22 @@ HUB_PATTERNS = [
 ]
 CHAT_TEMPLATES = "additional_chat_templates"  # the only folder that travels
 PICKLED_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-READ_SUFFIXES = (*COMPANIONS, ".safetensors", ".bin")  # of files that are opened, here or by transformers
+READ_SUFFIXES = (*COMPANIONS, ".safetensors", ".bin")  # files that this program or transformers opens
 HUB_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights in other layouts
 
 
 def resolve_model(model: str, revision: str | None = None, pickled: bool = False) -> Path:
-    """The local folder for a folder, a GGUF file or a hub id.
+    """The local folder of a model: the folder itself, a converted GGUF file, or a download from the hub.
 
     Args:
-        model: what a user calls it.
+        model: a folder, a GGUF file or a hub id.
         revision: of a hub id.
-        pickled: of the hub's files take pickled weights, too.
+        pickled: download pickled weights, too.
 
     Raises:
-        ModelError: there is no such folder, and it cannot be a hub id; or a file in it is no regular file.
-        HubError: the hub cannot be reached or does not have it.
+        ModelError: there is no such folder, and the name cannot be a hub id; or a file in the folder is no regular
+            file.
+        HubError: the hub cannot be reached or does not have the model.
     """
     try:
         path = Path(model).expanduser()
@@ -46,7 +47,7 @@ def resolve_model(model: str, revision: str | None = None, pickled: bool = False
     if is_folder:
         check_folder(path)
         return path
-    if model:  # "" would be this folder
+    if model:  # "" would be the current folder
         check_regular(path)
     if is_file:
         if path.suffix == ".gguf":
@@ -59,10 +60,10 @@ def resolve_model(model: str, revision: str | None = None, pickled: bool = False
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a checkpoint's folder with named pipes, sockets or devices for files that are going to be opened.
+    """Refuse a checkpoint's folder in which a file to be opened is a named pipe, a socket or a device.
 
     Raises:
-        ModelError: there is one.
+        ModelError: a file is not regular.
     """
     check_all_regular(folder, READ_SUFFIXES)
     if (folder / CHAT_TEMPLATES).is_dir():
@@ -70,11 +71,11 @@ def check_folder(folder: Path) -> None:
 
 
 def hub_configuration(model: str, revision: str | None = None) -> Path:
-    """The config.json of a hub id, `org/name` or `org/name@revision`; nothing else is downloaded.
+    """Download the config.json, and no other file, of a hub id: `org/name` or `org/name@revision`.
 
     Raises:
-        ModelError: it is not a hub id.
-        HubError: the hub cannot be reached or does not have it.
+        ModelError: the name is not a hub id.
+        HubError: the hub cannot be reached or does not have the model.
     """
     name, _, pinned = model.partition("@")
     with _explained(name, pinned or revision):
@@ -93,7 +94,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 @contextmanager
 def _explained(model: str, revision: str | None) -> Iterator[None]:
-    """Say what the hub's errors mean."""
+    """Turn the hub's errors into errors that say what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

@@ -4,17 +4,17 @@ from pathlib import Path
 
 
 def folder_in_use(output: Path) -> str | None:
-    """Name the part that a folder plays for its user, if no output may ever replace it.
+    """Describe a folder that no output may ever replace.
 
     Args:
         output: absolute path, resolved.
 
     Returns:
-        For example "the current folder"; None: it is a folder like any other.
+        For example "the current folder"; None: the folder may be replaced.
     """
     try:
         current = Path.cwd().resolve()
-    except OSError:  # it was removed
+    except OSError:  # it has been removed
         current = Path("/")
     if output == current:
         return "the current folder"
@@ -22,7 +22,7 @@ def folder_in_use(output: Path) -> str | None:
         return "a folder above the current folder"
     try:
         home = Path.home().resolve()
-    except (OSError, RuntimeError):  # nobody knows where it is
+    except (OSError, RuntimeError):  # it is unknown
         return None
     if output == home:
         return "the home folder"

@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint and the parameters of its model lie."""
+"""Locations of a checkpoint's tensors in its files, and of the model's parameters in the tensors."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,7 +35,10 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Location:
-    """The tensor of a checkpoint in which a parameter of the model lies; `part`: None if it is the whole tensor."""
+    """The tensor of a checkpoint in which a parameter of the model lies.
+
+    `part`: None if the parameter is the whole tensor.
+    """
 
     tensor: str
     part: Part | None = None
@@ -46,7 +49,10 @@ class Location:
 
 
 def shape_of(location: Location, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Shape of the parameter at a location, whose tensor has the shape `shape`; None: the tensor has no such part."""
+    """Shape of the parameter at a location; None: the tensor has no such part.
+
+    `shape` is the tensor's.
+    """
     try:
         return tuple(location.of(torch.empty(shape, device="meta")).shape)
     except (IndexError, RuntimeError, ValueError):

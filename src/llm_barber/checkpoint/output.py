@@ -1,4 +1,4 @@
-"""The output folder: what may be there, what lies beside it meanwhile, and how the finished folder gets its name."""
+"""The output folder: checks before it is written, and its name once it is finished."""
 
 import glob
 import os
@@ -120,7 +120,10 @@ def clear_finished(output: Path) -> None:
 
 
 def remove_marked(folder: Path, marker: str) -> None:
-    """Remove a folder, its marker file last, so that the rest of it is recognised if the removal is killed."""
+    """Remove a folder, its marker file last.
+
+    If the removal is killed, the rest of the folder is recognised by the marker.
+    """
     clear(folder, {marker})
     shutil.rmtree(folder)
 

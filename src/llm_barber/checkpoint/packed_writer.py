@@ -1,4 +1,4 @@
-"""Write a packed checkpoint at once: the shards that `pack` would make of those that the plain writer writes."""
+"""Write a packed checkpoint directly: the same shards that `pack` makes of a dense checkpoint's shards."""
 
 import hashlib
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ METADATA = {"format": "pt"}
 
 
 class PackedWriter(CheckpointWriter):
-    """As `CheckpointWriter`; the record's digests are of the files that `unpack` gives."""
+    """A `CheckpointWriter` of packed shards; its digests are of the files that `unpack` gives."""
 
     def _name(self, number: int) -> str:
         return packed_name(super()._name(number))
@@ -33,7 +33,7 @@ class PackedWriter(CheckpointWriter):
     def write_shard(
         self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
     ) -> None:
-        """Write the next shard, its matrices packed as far as they shrink.
+        """Write the next shard, with every matrix packed that becomes smaller.
 
         Raises:
             OSError: the disk is full.
@@ -52,11 +52,11 @@ class PackedWriter(CheckpointWriter):
 
     def _tensors(self, handle: Any) -> dict[str, Tensor]:
         table = Table.model_validate_json(handle.metadata()[TABLE_KEY])
-        found = super()._tensors(handle)
+        tensors = super()._tensors(handle)
         for name, entry in table.packed.items():
-            found[name] = unpack_tensor(name, entry, handle, table.file)
-            del found[name + VALUES], found[name + PLACES]
-        return found
+            tensors[name] = unpack_tensor(name, entry, handle, table.file)
+            del tensors[name + VALUES], tensors[name + PLACES]
+        return tensors
 
     def finish(self, with_index: bool = True) -> None:
         """Write the packed index and give the folder its name."""

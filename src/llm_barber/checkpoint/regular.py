@@ -1,4 +1,4 @@
-"""Only regular files are opened: to open a named pipe waits for a writer, and some devices never end."""
+"""Open regular files only: to open a named pipe waits for a writer, and some devices never end."""
 
 import stat
 from collections.abc import Callable
@@ -16,14 +16,16 @@ KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def check_regular(path: Path, kind: type[BarberError] = ModelError) -> None:
-    """Refuse what is there and is no regular file, links followed; whoever opens a missing file says that it is.
+    """Refuse a path that exists and is no regular file, links followed.
+
+    A missing file is not refused: whoever opens it reports that.
 
     Args:
-        path: is going to be opened.
-        kind: of the error.
+        path: the path to open.
+        kind: class of the error.
 
     Raises:
-        BarberError: of that kind.
+        BarberError: of the class `kind`.
     """
     try:
         mode = path.stat().st_mode
@@ -35,10 +37,12 @@ def check_regular(path: Path, kind: type[BarberError] = ModelError) -> None:
 
 
 def check_all_regular(folder: Path, suffixes: tuple[str, ...]) -> None:
-    """Refuse a folder with named pipes, sockets or devices under such names; folders in it are left to their readers.
+    """Refuse a folder in which a path with one of the suffixes is a named pipe, a socket or a device.
+
+    Folders in it are not looked at: their readers check them.
 
     Raises:
-        ModelError: there is one.
+        ModelError: a path is a named pipe, a socket or a device.
     """
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix in suffixes and not path.is_dir())

@@ -1,18 +1,18 @@
-"""What `--overwrite` may replace: a folder that holds a model and nothing else."""
+"""Folders that `--overwrite` may replace: they hold a model and nothing else."""
 
 import re
 from pathlib import Path
 
-from llm_barber.checkpoint.companions import CARD_NAME, LOCK_NAME, OURS, PAGE_NAME, RECORD_NAME, REPLACED
+from llm_barber.checkpoint.companions import CARD_NAME, LOCK_NAME, OWN_JSON, PAGE_NAME, RECORD_NAME, REPLACED
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
 from llm_barber.checkpoint.packed import PACKED_INDEX, packed_name
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, OutputError
 
-PROGRAM_FILES = {*OURS, CARD_NAME, PAGE_NAME, STATE_NAME, STATE_BEFORE, LOCK_NAME, REPLACED}
+PROGRAM_FILES = {*OWN_JSON, CARD_NAME, PAGE_NAME, STATE_NAME, STATE_BEFORE, LOCK_NAME, REPLACED}
 INDEX_FILES = {INDEX_NAME, PACKED_INDEX}
-# Files that Hugging Face tools and this program write for a checkpoint, by their whole names.
+# Names of the files that Hugging Face tools and this program write for a checkpoint.
 CHECKPOINT_FILE = re.compile(
     r"(model|packed-model)(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|packed\.index\.json"
     r"|pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"
@@ -22,14 +22,14 @@ CHECKPOINT_FILE = re.compile(
     r"|(licen[cs]e|notice|use_policy)([.-][\w.-]+)?|\.gitattributes",
     re.IGNORECASE,
 )
-SHOWN = 5
+SHOWN = 5  # files that a message names
 
 
 def check_replaceable(output: Path) -> None:
-    """Refuse to replace a folder that is no model, or that holds any other file.
+    """Refuse to replace a folder that is no model, or that holds other files.
 
-    With a record (`barber.json`), the folder may hold the files that the record or this program names; without one,
-    files that belong to a checkpoint by their names.
+    With a record (`barber.json`), the folder may hold the files that the record names or that this program writes;
+    without a record, files whose names are those of a checkpoint's files.
 
     Raises:
         OutputError: the folder is no model, or holds other files, which are named.
@@ -39,22 +39,22 @@ def check_replaceable(output: Path) -> None:
             f"{output} holds something other than a model", "--overwrite replaces model folders only; choose another"
         )
     recorded = _recorded_files(output)
-    others = sorted(
+    foreign = sorted(
         f"{path.relative_to(output)}{'/' if path.is_dir() and not path.is_symlink() else ''}"
         for path in folder_entries(output)
         if not _belongs(path, output, recorded)
     )
-    if others:
-        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        known = "this program and the folder's record know nothing of" if recorded else "no checkpoint has"
+    if foreign:
+        more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
+        unknown_to = "this program and the folder's record know nothing of" if recorded else "no checkpoint has"
         raise OutputError(
-            f"{output} holds files that {known}: {', '.join(others[:SHOWN])}{more}",
+            f"{output} holds files that {unknown_to}: {', '.join(foreign[:SHOWN])}{more}",
             "--overwrite would delete them: move them elsewhere, or choose another output folder",
         )
 
 
 def folder_entries(output: Path) -> list[Path]:
-    """All that a folder holds; of its chat templates each file, of any other folder inside only itself."""
+    """All entries of a folder; a folder in it is one entry, except the chat templates, file by file."""
     entries = list(output.iterdir())
     templates = output / CHAT_TEMPLATES
     if templates.is_dir() and not templates.is_symlink():
@@ -63,7 +63,7 @@ def folder_entries(output: Path) -> list[Path]:
 
 
 def _recorded_files(output: Path) -> set[str] | None:
-    """The files that a folder's record names, packed or not; None: it has no record that can be read."""
+    """The files that a folder's record names, dense and packed; None: it has no readable record."""
     try:
         files = read_json(output / RECORD_NAME).get("files")
     except ModelError:
@@ -82,5 +82,5 @@ def _belongs(path: Path, output: Path, recorded: set[str] | None) -> bool:
 
 
 def is_program_file(name: str) -> bool:
-    """Does this program write a file of that name beside a model, on which no loaded model depends?"""
+    """True for a file that this program writes beside a model and on which no loaded model depends."""
     return name.removesuffix(".tmp") in PROGRAM_FILES

@@ -155,7 +155,10 @@ class CheckpointSource:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """True if no element is NaN or Inf. Both survive a minimum and a maximum: no mask of the tensor's size is made."""
+    """True if no element is NaN or Inf.
+
+    Both survive a minimum and a maximum: no mask of the tensor's size is made.
+    """
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)

@@ -91,7 +91,9 @@ class RunState(BaseModel):
 
 
 def read_state(folder: Path) -> RunState | None:
-    """The state in a work folder, or the previous state where that is damaged or missing; None: there is neither.
+    """The state in a work folder; None: it has none.
+
+    The previous state stands in for a damaged or missing one.
 
     Raises:
         OutputError: both are damaged, or the state cannot be read or is of another version.
@@ -116,7 +118,10 @@ def write_state(folder: Path, state: RunState) -> None:
 
 
 def mend_state(folder: Path) -> None:
-    """Replace a damaged state by the previous one; else the next write would keep the damaged state as the previous."""
+    """Replace a damaged state by the previous one.
+
+    Else the next write would keep the damaged state as the previous one.
+    """
     if _read(folder / STATE_NAME) is None and _read(folder / STATE_BEFORE) is not None:
         remove(folder / STATE_NAME)
         (folder / STATE_BEFORE).rename(folder / STATE_NAME)

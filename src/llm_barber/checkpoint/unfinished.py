@@ -48,9 +48,9 @@ def take_up(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool)
 
 
 def unfinished_run(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool) -> RunState | None:
-    """The state of the unfinished run in a work folder that a run with this key goes on with, or clears away.
+    """The state of the unfinished run in a work folder; None: there is none.
 
-    None: there is no unfinished run.
+    With `resume` the new run goes on with it, with `overwrite` it is cleared away.
 
     Raises:
         OutputError: there is an unfinished run, and neither `resume` nor `overwrite` is set; or its key differs, or its

@@ -1,4 +1,4 @@
-"""What files from elsewhere say, checked before it is used: JSON, headers of safetensors, names of files."""
+"""Check the content of files from elsewhere before use: JSON, safetensors headers, names of files."""
 
 import json
 import re
@@ -14,7 +14,7 @@ LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 LONGEST_NAME = 255  # bytes of a file's name
 DAMAGED = "the file is damaged; get it again"
 Result = TypeVar("Result", bound=BaseModel)
-HALF_OF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # escaped, and perhaps with its other half
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped half of a surrogate pair, perhaps without the other half
 
 
 def parse_json(content: str | bytes, distinct_keys: bool = False) -> Any:
@@ -22,15 +22,15 @@ def parse_json(content: str | bytes, distinct_keys: bool = False) -> Any:
 
     Args:
         content: text; bytes are UTF-8.
-        distinct_keys: refuse objects that have a key twice, of which only the last value would be seen.
+        distinct_keys: refuse objects that have a key twice: a reader would see the last value only.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or has text that is no Unicode (a lone surrogate).
+        ValueError: the content is not JSON, is nested too deeply, or has text that is no Unicode (a lone surrogate).
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         parsed = json.loads(text, object_pairs_hook=_distinct if distinct_keys else None)
-        if HALF_OF_A_PAIR.search(text):
+        if SURROGATE.search(text):
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
         return parsed
     except UnicodeEncodeError as error:
@@ -40,10 +40,10 @@ def parse_json(content: str | bytes, distinct_keys: bool = False) -> Any:
 
 
 def read_json(path: Path, distinct_keys: bool = False, hint: str = DAMAGED) -> dict[str, Any]:
-    """A checkpoint's JSON file that holds an object; `distinct_keys` as in `parse_json`.
+    """Read a checkpoint's JSON file that holds an object; `distinct_keys` as in `parse_json`.
 
     Raises:
-        ModelError: it does not, or cannot be read.
+        ModelError: the file holds something else, or cannot be read.
     """
     check_regular(path)
     try:
@@ -56,11 +56,11 @@ def read_json(path: Path, distinct_keys: bool = False, hint: str = DAMAGED) -> d
 
 
 def read_result(path: Path, kind: type[Result]) -> Result:
-    """What this program wrote of a run, a cell or an evaluation.
+    """Read a file that this program wrote of a run, a cell or an evaluation.
 
     Raises:
         ModelError: it is no regular file.
-        ValueError: the file is damaged, or has whole numbers beyond 64 bits, with which nobody can compute.
+        ValueError: it is damaged, or has whole numbers beyond 64 bits, which later computations could not hold.
         OSError: it cannot be read.
     """
     check_regular(path)
@@ -87,10 +87,12 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_header(path: Path) -> None:
-    """Refuse a safetensors file, opened before, that names a tensor twice: its readers take the last in silence.
+    """Refuse a safetensors file that names a tensor twice: its readers take the last in silence.
+
+    safetensors has opened the file before, and so checked the rest of its header.
 
     Raises:
-        ModelError: it does.
+        ModelError: a tensor is named twice, or the header is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -105,10 +107,12 @@ def check_header(path: Path) -> None:
 
 
 def check_file_name(name: Any, source: str) -> None:
-    """Refuse what is not the plain name of a file in the folder of the file `source` that names it.
+    """Refuse a name that is not the plain name of a file.
+
+    `source` is the file that has the name in it.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: the name is a path, is empty or is too long.
     """
     plain = isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\0" not in name
     if not plain or len(name.encode("utf-8", "surrogatepass")) > LONGEST_NAME:

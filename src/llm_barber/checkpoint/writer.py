@@ -1,4 +1,4 @@
-"""Write a checkpoint shard by shard into a work folder beside the output, which appears under its name only when whole.
+"""Write a checkpoint shard by shard into a work folder; only the whole checkpoint gets its name.
 
 Each shard: temporary file → fsync → rename. The index is written last, then the folder is renamed. A run that ends
 early leaves at most `NAME.partial`, without an index, which no program takes for a model; once a layer is finished it
@@ -31,7 +31,7 @@ from llm_barber.errors import NotFiniteError, OutputError
 
 
 class CheckpointWriter:
-    """An output folder in the making: a context manager, which removes the work folder if no layer was finished.
+    """An output folder in the making; a context manager, which removes it if no layer was finished.
 
     `state` is all that is finished, by this run or by the unfinished run that it goes on with. `lost` names the files
     that the unfinished run had finished, and that are missing or damaged.
@@ -115,7 +115,7 @@ class CheckpointWriter:
         return self.state.begun and self.folder.exists()
 
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:
-        """The newest activations that are whole, and the number of layers that they have passed, 0 if none are whole.
+        """The newest activations that are whole, and the number of layers they have passed; 0: there are none.
 
         Later layers are pruned again, unless their activations can be made from their shards.
         """
@@ -129,9 +129,10 @@ class CheckpointWriter:
         return reached, activations
 
     def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        """Begin to write the activations after the first `layers` layers; wait for them unless they are repeatable.
+        """Begin to write the activations after the first `layers` layers.
 
-        The arrays must not change until `wait_for_activations`.
+        Unless they are repeatable, wait until they are durable. The arrays must not change until
+        `wait_for_activations`.
         """
         self._behind.start(partial(self._save, layers, streams))
         if not self.repeatable:

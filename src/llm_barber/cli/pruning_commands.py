@@ -48,7 +48,10 @@ def rebuild(
 
 @command(DemoConfig, {}, ("llm-barber demo", "llm-barber demo --output /tmp/demo --prompt 'Once upon a time'"))
 def demo(config: DemoConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Prune a real model of 135M weights to 50 % in four ways, and show what each does to it."""
+    """Prune a real model of 135M weights to 50 % by four methods, and show what each does to it.
+
+    It takes about a minute or two on two processors, and prints what to type next.
+    """
     from llm_barber.cli.progress import ConsoleProgress
 
     with ConsoleProgress(quiet) as progress:
@@ -60,7 +63,7 @@ def demo(config: DemoConfig, json: JsonOption = False, quiet: QuietOption = Fals
     else:
         from llm_barber.cli.tables import show_demo
 
-        show_demo(rows)
+        show_demo(config, rows)
 
 
 def _run_or_plan(config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool) -> None:

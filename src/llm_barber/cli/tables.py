@@ -1,6 +1,8 @@
 """Tables of results on stdout: one function for each command."""
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -8,13 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm_barber.checkpoint.companions import PAGE_NAME
-from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.result import Comparison
 from llm_barber.comparison.tables import blocks, headings, notes
-from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport
 from llm_barber.run.dry_run import Plan
-from llm_barber.tools.demo import DemoRow
+from llm_barber.settings.demo import DemoConfig
+from llm_barber.tools.demo import PICTURE, DemoRow, next_commands
 from llm_barber.tools.inspection import Inspection, LinearInspection
 from llm_barber.tools.packing import PackReport
 from llm_barber.usage import readable_bytes
@@ -184,8 +187,8 @@ def show_packing(report: PackReport) -> None:
     )
 
 
-def show_demo(rows: list[DemoRow]) -> None:
-    """Print the table of the demonstration, and what each model writes."""
+def show_demo(config: DemoConfig, rows: list[DemoRow]) -> None:
+    """Print the table of the demonstration, the text and the command of each model, and what to type next."""
     console = Console(highlight=False, markup=False)
     table = Table(title="perplexity on held-out WikiText-2 windows (lower is better)")
     for heading in ("model", "perplexity", "sparsity", "seconds", "peak memory"):
@@ -202,6 +205,24 @@ def show_demo(rows: list[DemoRow]) -> None:
     for row in rows:
         console.print(f"{row.name} ({row.folder})", style="bold", soft_wrap=True)
         console.print(f"  {row.sentence}", soft_wrap=True)
+        if row.arguments:
+            console.print(f"  $ {_command(row.arguments)}", soft_wrap=True)
+    console.print(f"picture: {config.output / PICTURE}", soft_wrap=True)
+    console.print(f"page of the last run: {Path(rows[-1].folder) / PAGE_NAME}", soft_wrap=True)
+    console.print("next:", style="bold")
+    for purpose, arguments in next_commands(config, rows):
+        console.print(f"  # {purpose}", soft_wrap=True)
+        console.print(f"  $ {_command(arguments)}", soft_wrap=True)
+
+
+def _command(arguments: tuple[str, ...]) -> str:
+    """A command line of this program, as the user's shell finds it."""
+    program, name = sys.argv[0], "llm-barber"
+    if Path(program).name != name:
+        return shlex.join([sys.executable, "-m", "llm_barber", *arguments])
+    installed = shutil.which(name)
+    known = installed is not None and Path(installed).exists() and Path(installed).samefile(program)
+    return shlex.join([name if known else program, *arguments])
 
 
 def _share_of_zeros(linears: list[LinearInspection]) -> str:

@@ -1,1 +1,1 @@
-"""Side by side: methods, with and without rebuild, at several sparsities, on the same work."""
+"""Comparison of methods, without and with rebuild, at several sparsities, on the same texts and tasks."""

@@ -1,4 +1,4 @@
-"""One cell of a comparison: a model is pruned in one way and measured; finished cells are kept and never done twice."""
+"""Prune and measure the cells of a comparison; store the results, and reuse them."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.checkpoint.durable import write_durably
 from llm_barber.checkpoint.untrusted import read_result
-from llm_barber.evaluation.evaluate import Evaluation, Evaluator
+from llm_barber.comparison.result import CellResult, DenseResult
+from llm_barber.evaluation.evaluate import Evaluator
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.progress import Progress
 from llm_barber.record.report import RunReport
 from llm_barber.usage import machine, reset_peak_memory
@@ -21,67 +21,33 @@ from llm_barber.usage import machine, reset_peak_memory
 CELLS = "cells"
 MODELS = "models"
 DENSE = "dense"
-CALIBRATION = "calibration"  # the name of its part of the key
-# What a model's numbers depend on: weights, configuration, tokenizer.
+CALIBRATION = "calibration"  # name of the calibration's part of a key
+# Files on which a model's numbers depend: weights, configuration, tokenizer.
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
-Kept = TypeVar("Kept", bound=BaseModel)
-
-
-class CellResult(BaseModel):
-    """What came out of a cell.
-
-    `key` is everything that the result depends on. `errors` are the mean reconstruction errors of each kind of block,
-    before and after the rebuild; `seconds` are those of pruning, from the first layer read to the last written;
-    `peak_memory` (bytes) is the process's while it prunes, with what it keeps to measure with. `machine`: which one
-    that was; None: not noted, by an older version.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    key: dict[str, Any]
-    sparsity: float
-    swapped: int
-    granularity: str | None
-    rebuild_ratio: float | None
-    errors: dict[str, tuple[float | None, float | None]]
-    seconds: float
-    peak_memory: int
-    peak_device_memory: int | None
-    machine: str | None = None
-    evaluation: Evaluation
-
-
-class DenseResult(BaseModel):
-    """The dense model's evaluation, and what it depends on."""
-
-    model_config = ConfigDict(frozen=True)
-
-    key: dict[str, Any]
-    evaluation: Evaluation
+Result = TypeVar("Result", CellResult, DenseResult)
 
 
 class CellRunner:
-    """Prunes, measures, keeps.
+    """Prunes and measures cells, and stores their results.
 
     Args:
-        folder: where cells are kept (`cells/NAME-DIGEST.json`), and models while they are measured.
-        evaluator: measures a model.
-        common: what all results depend on besides their own settings: model, texts, versions.
-        tasks: what those measured on tasks depend on, too.
+        folder: of the results (`cells/NAME-DIGEST.json`), and of the pruned models while they are measured.
+        make_evaluator: gives the evaluator that measures the models; called when it is first needed.
+        common: all that every result depends on besides its own settings: model, texts, versions.
+        tasks: the part of the key of results that were measured on tasks, too.
         keep_models: leave the pruned models in `models/NAME`.
     """
 
     def __init__(
         self,
         folder: Path,
-        evaluator: Callable[[], Evaluator],
+        make_evaluator: Callable[[], Evaluator],
         common: Mapping[str, Any],
         tasks: Sequence[Any],
         keep_models: bool,
     ):
         self.folder = folder
-        self._make_evaluator = evaluator
+        self._make_evaluator = make_evaluator
         self._evaluator: Evaluator | None = None
         self.common = dict(common)
         self.tasks = list(tasks)
@@ -91,31 +57,34 @@ class CellRunner:
 
     @property
     def evaluator(self) -> Evaluator:
-        """Made when it is first needed: a comparison that is finished needs none."""
+        """The evaluator, made when it is first needed: a finished comparison needs none."""
         if self._evaluator is None:
             self._evaluator = self._make_evaluator()
         return self._evaluator
 
     @property
     def count(self) -> int:
-        """Cells that are kept, of any settings."""
+        """Number of stored cells, whatever their settings."""
         return sum(1 for path in (self.folder / CELLS).glob("*.json") if not path.name.startswith(f"{DENSE}-"))
 
     def dense(self, progress: Progress) -> Evaluation:
-        """The dense model's evaluation, kept like a cell."""
-        path, key = self._place(DENSE, {CALIBRATION: None}, True)  # it has none
-        kept = _read(path, DenseResult)
-        if kept is None or kept.key != key:
+        """The dense model's evaluation, stored like a cell's."""
+        path, key = self._file_and_key(DENSE, {CALIBRATION: None}, True)  # it has no calibration
+        result = _read(path, DenseResult)
+        if result is None or result.key != key:
             progress.stage("measuring the dense model")
             evaluation = self.evaluator.measure(self.evaluator.config.model, progress)
-            kept = DenseResult(key=key, evaluation=evaluation.model_copy(update={"model": DENSE, "against": DENSE}))
-            write_durably(path, kept.model_dump_json().encode())
-        return kept.evaluation
+            result = DenseResult(key=key, evaluation=evaluation.model_copy(update={"model": DENSE, "against": DENSE}))
+            write_durably(path, result.model_dump_json().encode())
+        return result.evaluation
 
     def finished(self, name: str, settings: Mapping[str, Any], with_tasks: bool = True) -> CellResult | None:
-        """A kept cell; one that was measured on tasks, too, serves without them."""
-        for measured in dict.fromkeys((with_tasks, True)):
-            path, key = self._place(name, settings, measured)
+        """The stored result of a cell; None: the cell is not finished.
+
+        A result that was measured on tasks, too, serves without them.
+        """
+        for measured_on_tasks in dict.fromkeys((with_tasks, True)):
+            path, key = self._file_and_key(name, settings, measured_on_tasks)
             if self.keep_models and not (self.folder / MODELS / path.stem).is_dir():
                 continue  # its model is asked for, and was not kept
             result = _read(path, CellResult)
@@ -132,19 +101,19 @@ class CellRunner:
         progress: Progress,
         with_tasks: bool = True,
     ) -> CellResult:
-        """A kept cell, or the result of making and measuring it now.
+        """The stored result of a cell, or else prune and measure it.
 
         Args:
-            name: for people, and for the file.
+            name: of the cell and its file.
             settings: all that decides the result and is not in `common`; JSON.
             make: writes the pruned model into a folder.
             progress: told of each stage.
-            with_tasks: measure it on the tasks, too.
+            with_tasks: measure the model on the tasks, too.
         """
-        kept = self.finished(name, settings, with_tasks)
-        if kept is not None:
-            return kept
-        path, key = self._place(name, settings, with_tasks)
+        stored = self.finished(name, settings, with_tasks)
+        if stored is not None:
+            return stored
+        path, key = self._file_and_key(name, settings, with_tasks)
         target = self.folder / MODELS / path.stem if self.keep_models else self.folder / "work" / name
         evaluator = self.evaluator
         reset_peak_memory()
@@ -159,7 +128,7 @@ class CellRunner:
             swapped=report.swapped,
             granularity=report.granularity,
             rebuild_ratio=report.rebuild_ratio,
-            errors={name: (one.before, one.after) for name, one in report.error_changes().items()},
+            errors={block: (change.before, change.after) for block, change in report.error_changes().items()},
             seconds=report.seconds["total"],
             peak_memory=report.peak_memory,
             peak_device_memory=report.peak_device_memory,
@@ -170,14 +139,15 @@ class CellRunner:
         write_durably(path, result.model_dump_json().encode())
         return result
 
-    def _place(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:
+    def _file_and_key(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:
+        """Path of a cell's file, which has a digest of its key in its name, and the key."""
         key = json.loads(json.dumps({**self.common, **settings, "tasks": self.tasks if with_tasks else []}))
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / CELLS / f"{name}-{digest[:12]}.json", key
 
 
-def _read(path: Path, kind: type[Kept]) -> Kept | None:
-    """What a file holds; None if it is not there or damaged, so that it is done again."""
+def _read(path: Path, kind: type[Result]) -> Result | None:
+    """A stored result; None: it is missing or damaged, and is computed again."""
     try:
         return read_result(path, kind)
     except (OSError, ValueError):
@@ -185,7 +155,7 @@ def _read(path: Path, kind: type[Kept]) -> Kept | None:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of a file, or of a model folder's files with their names: any other byte is another model or text."""
+    """sha256 of a file, or of the names and contents of a model folder's files."""
     files = [path]
     if path.is_dir():
         names = (file for file in path.iterdir() if file.suffix in MODEL_FILES and file.name != EVALUATION_NAME)
@@ -198,6 +168,6 @@ def fingerprint(path: Path) -> str:
 
 
 def source_fingerprint(name: str) -> str | None:
-    """`fingerprint` of a text that is a file; None for names, whose content is known or the hub's."""
+    """`fingerprint` of a text file; None for names of texts, whose content is known or the hub's."""
     path = Path(expanduser(name))
     return fingerprint(path) if path.is_file() else None

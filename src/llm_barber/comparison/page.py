@@ -2,7 +2,7 @@
 
 from markupsafe import Markup
 
-from llm_barber.comparison.compare import Comparison
+from llm_barber.comparison.result import Comparison
 from llm_barber.comparison.tables import REBUILT, TITLES, blocks, headings, notes, perplexities, target_title
 from llm_barber.page.environment import environment, model_name
 from llm_barber.page.figures import standalone
@@ -10,7 +10,7 @@ from llm_barber.page.lines import Line, perplexity_lines
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The page as one HTML text, which needs no other file, no network and no scripts."""
+    """The page, as one HTML text that needs no other file, no network and no scripts."""
     rebuilt = any(cell.rebuilt for cell in comparison.cells)
     return (
         environment()
@@ -30,7 +30,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def comparison_figure(comparison: Comparison) -> Markup | None:
-    """Perplexity on the first text against sparsity; None if there is no text or no cell."""
+    """Figure of the perplexity on the first text against sparsity; None: there is no text, or no cell."""
     lines = _lines(comparison)
     if not lines or not comparison.dense.texts:
         return None
@@ -47,7 +47,7 @@ def comparison_figure(comparison: Comparison) -> Markup | None:
 
 
 def comparison_picture(comparison: Comparison) -> str | None:
-    """The same figure as an SVG file, with its key; None if there is no figure."""
+    """The figure as an SVG file, with its key; None: there is no figure."""
     figure = comparison_figure(comparison)
     if figure is None:
         return None

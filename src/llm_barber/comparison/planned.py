@@ -10,7 +10,7 @@ from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset
 
 @dataclass(frozen=True)
 class Cell:
-    """A row at a target, with a calibration seed."""
+    """One way to prune the model: a method, without or with rebuild, at a target, with a calibration seed."""
 
     method: Method
     rebuilt: bool
@@ -19,12 +19,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For people, and for its file."""
+        """Name of the cell and its file."""
         return f"{self.method}{'-rebuilt' if self.rebuilt else ''}-{self.target.replace(':', 'of')}-seed{self.seed}"
 
 
 def plan_cells(config: CompareConfig) -> Iterator[Cell]:
-    """All cells, seed after seed; magnitude without rebuild looks at no text and is done for one seed."""
+    """All cells, seed after seed.
+
+    Magnitude without rebuild does not depend on the text and is done for one seed.
+    """
     for seed in config.seeds:
         for target in config.targets:
             for method in config.methods:
@@ -36,7 +39,7 @@ def plan_cells(config: CompareConfig) -> Iterator[Cell]:
 
 
 def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
-    """What `PruneConfig` is given for a cell, except model, output, calibration and device."""
+    """The cell's settings for `PruneConfig`, except model, output, calibration and device."""
     granularity, ratio = config.rebuild_settings.get(cell.method, (config.granularity, config.rebuild_ratio))
     settings: dict[str, Any] = {"initial": cell.method.initial.value, **target_settings(cell.target)}
     settings["keep_updates"] = cell.method.keeps_updates
@@ -47,7 +50,7 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     settings["seed"] = cell.seed
     if cell.method.preset is not None:
         settings["preset"] = cell.method.preset.value
-        settings |= asdict(PRESETS[cell.method.preset])  # should a preset change, its cells are done again
+        settings |= asdict(PRESETS[cell.method.preset])  # if a preset changes, its cells are done again
         if "pattern" in settings:
             del settings["allocation"]
     if config.allow_dense_tail and "pattern" in settings:
@@ -58,11 +61,12 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
 
 
 def cell_key(config: CompareConfig, cell: Cell) -> dict[str, Any]:
-    """What decides a cell's result."""
-    preset = Preset.MASK if cell.method.allocated else cell.method.preset  # whose allocation it has
+    """All that decides a cell's result besides the settings that all cells share."""
+    # An allocated method has the allocation of the preset `mask`.
+    preset = Preset.MASK if cell.method.allocated else cell.method.preset
     return {**cell_settings(config, cell), **({} if preset is None else {"revision": REVISIONS[preset]})}
 
 
-def with_tasks(config: CompareConfig, cell: Cell) -> bool:
-    """Is a cell measured on tasks, too?"""
+def has_tasks(config: CompareConfig, cell: Cell) -> bool:
+    """True if the cell is measured on tasks, too."""
     return config.task_seeds is None or cell.seed in config.seeds[: config.task_seeds]

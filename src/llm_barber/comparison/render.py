@@ -1,17 +1,17 @@
-"""A comparison's files: `comparison.json`, `.csv`, `.md`, `.svg` (perplexity against sparsity) and `.html`."""
+"""Write a comparison's files: `comparison.json`, `.csv`, `.md`, `.svg` and `.html`."""
 
 from pathlib import Path
 
 from llm_barber.checkpoint.durable import write_durably
-from llm_barber.comparison.compare import Comparison
 from llm_barber.comparison.page import comparison_page, comparison_picture
+from llm_barber.comparison.result import Comparison
 from llm_barber.comparison.tables import comma_separated, markdown
 
 NAME = "comparison"
 
 
 def write_files(comparison: Comparison, folder: Path) -> None:
-    """Write all of them, each whole or not at all."""
+    """Write all files, each whole or not at all."""
     contents = {
         "json": comparison.model_dump_json(indent=1) + "\n",
         "csv": comma_separated(comparison),
@@ -21,7 +21,7 @@ def write_files(comparison: Comparison, folder: Path) -> None:
     }
     for ending, content in contents.items():
         path = folder / f"{NAME}.{ending}"
-        if content is None:  # nothing to draw any more
+        if content is None:  # an earlier comparison had something to draw
             path.unlink(missing_ok=True)
         else:
             write_durably(path, content.encode())

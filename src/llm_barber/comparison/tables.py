@@ -2,13 +2,14 @@
 
 import csv
 import io
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean, stdev
 
-from llm_barber.comparison.compare import Comparison, ComparisonCell
-from llm_barber.evaluation.evaluate import Evaluation
+from llm_barber.comparison.result import Comparison, ComparisonCell
+from llm_barber.evaluation.result import Evaluation
+from llm_barber.page.environment import MISSING
 from llm_barber.settings.compare import Method
 
 TITLES = {
@@ -31,7 +32,10 @@ ACCURACY = "acc"
 
 @dataclass(frozen=True)
 class Column:
-    """A number of each cell: heading, its value in an evaluation (None: not measured), format, direction."""
+    """A number of each cell.
+
+    `value`: takes it from an evaluation, None: it was not measured. `form`: its format specification.
+    """
 
     heading: str
     value: Callable[[Evaluation], float | None]
@@ -41,7 +45,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a block: its title, formatted numbers, and which of them are the best of their columns."""
+    """A row of a block: its title, its formatted numbers, and for each if it is the best of its column."""
 
     title: str
     cells: tuple[str, ...]
@@ -50,141 +54,147 @@ class Row:
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of a sparsity or pattern."""
+    """The rows of one sparsity or pattern."""
 
     title: str
     rows: tuple[Row, ...]
 
 
 def target_title(target: str) -> str:
-    """50 % or 2:4."""
+    """Title of a target. Example: "0.5" -> "50 %", "2:4" -> "2:4"."""
     return target if ":" in target else f"{100 * float(target):g} %"
 
 
 def columns(dense: Evaluation) -> list[Column]:
-    """Perplexity and KL divergence of each text, accuracy of each task, and their mean."""
-    found = []
+    """Perplexity and KL divergence of each text, accuracy of each task, and the mean accuracy."""
+    result = []
     for index, text in enumerate(dense.texts):
         name = text.text.rpartition("/")[2].removesuffix(".txt")
-        found.append(Column(f"{name} perplexity", partial(_perplexity, index), ".2f", True))
-        found.append(Column(f"{name} KL", partial(_divergence, index), ".3f", True))
+        result.append(Column(f"{name} perplexity", partial(_perplexity, index), ".2f", True))
+        result.append(Column(f"{name} KL", partial(_divergence, index), ".3f", True))
     tasks = [task.task for task in dense.tasks if task.metric == ACCURACY]
     for name in tasks:
-        found.append(Column(f"{name} %", partial(_percent, (name,)), ".1f", False))
+        result.append(Column(f"{name} %", partial(_percent, (name,)), ".1f", False))
     if len(tasks) > 1:
-        found.append(Column("mean %", partial(_percent, tuple(tasks)), ".1f", False))
-    return found
+        result.append(Column("mean %", partial(_percent, tuple(tasks)), ".1f", False))
+    return result
 
 
 def headings(comparison: Comparison) -> list[str]:
-    """Of all columns after the method's."""
+    """Headings of all columns after the method's."""
     return [*(column.heading for column in columns(comparison.dense)), "seconds", "peak GiB"]
 
 
 def blocks(comparison: Comparison) -> list[Block]:
-    """A block of rows for each target; means, with ± the sample standard deviation over seeds if there are several."""
-    found = []
+    """A block of rows for each target: means, with ± the sample standard deviation over several seeds."""
+    return [_block(comparison, target) for target in dict.fromkeys(cell.target for cell in comparison.cells)]
+
+
+def _block(comparison: Comparison, target: str) -> Block:
     measured = columns(comparison.dense)
-    targets = dict.fromkeys(cell.target for cell in comparison.cells)
-    for target in targets:
-        groups: dict[tuple[Method, bool], list[ComparisonCell]] = {}
-        for cell in comparison.cells:
-            if cell.target == target:
-                groups.setdefault((cell.method, cell.rebuilt), []).append(cell)
-        values = [[_known(column, group) for column in measured] for group in groups.values()]
-        bests = [
-            (min if column.lower_is_better else max)((_mean(row[i]) for row in values if row[i]), default=None)
-            for i, column in enumerate(measured)
-        ]
-        dense = [f"{column.value(comparison.dense):{column.form}}" for column in measured]
-        rows = [Row("dense", (*dense, "–", "–"), (False,) * (len(measured) + 2))]
-        for ((method, rebuilt), group), numbers in zip(groups.items(), values, strict=True):
-            done = [cell.result for cell in group if cell.result]
-            cells = [_mean_and_spread(row, column.form) for row, column in zip(numbers, measured, strict=True)]
-            cells.append(_mean_and_spread([one.seconds for one in done], ".1f", spread=False))
-            cells.append(_mean_and_spread([one.peak_memory / 2**30 for one in done], ".2f", spread=False))
-            best = [bool(row) and _mean(row) == one for row, one in zip(numbers, bests, strict=True)]
-            rows.append(Row(TITLES[method] + (REBUILT if rebuilt else ""), tuple(cells), (*best, False, False)))
-        found.append(Block(target_title(target), tuple(rows)))
-    return found
+    groups: dict[tuple[Method, bool], list[ComparisonCell]] = {}
+    for cell in comparison.cells:
+        if cell.target == target:
+            groups.setdefault((cell.method, cell.rebuilt), []).append(cell)
+    values = [[_measured_values(column, group) for column in measured] for group in groups.values()]
+    bests = [
+        (min if column.lower_is_better else max)((fmean(row[i]) for row in values if row[i]), default=None)
+        for i, column in enumerate(measured)
+    ]
+    dense = [_formatted(column.value(comparison.dense), column.form) for column in measured]
+    rows = [Row("dense", (*dense, MISSING, MISSING), (False,) * (len(measured) + 2))]
+    for ((method, rebuilt), group), numbers in zip(groups.items(), values, strict=True):
+        results = [cell.result for cell in group if cell.result]
+        cells = [_mean_and_spread(row, column.form) for row, column in zip(numbers, measured, strict=True)]
+        cells.append(_mean([result.seconds for result in results], ".1f"))
+        cells.append(_mean([result.peak_memory / 2**30 for result in results], ".2f"))
+        best = [bool(row) and fmean(row) == best for row, best in zip(numbers, bests, strict=True)]
+        rows.append(Row(TITLES[method] + (REBUILT if rebuilt else ""), tuple(cells), (*best, False, False)))
+    return Block(target_title(target), tuple(rows))
 
 
 def perplexities(comparison: Comparison) -> dict[tuple[Method, bool], dict[str, float]]:
-    """Mean perplexity over seeds on the first text, by method and whether it was rebuilt, then by target."""
-    found: dict[tuple[Method, bool], dict[str, list[float]]] = {}
+    """Mean perplexity over seeds on the first text, by (method, rebuilt) and then by target."""
+    values: dict[tuple[Method, bool], dict[str, list[float]]] = {}
     for cell in comparison.cells:
         if cell.result is not None and cell.result.evaluation.texts:
-            points = found.setdefault((cell.method, cell.rebuilt), {})
+            points = values.setdefault((cell.method, cell.rebuilt), {})
             points.setdefault(cell.target, []).append(cell.result.evaluation.texts[0].perplexity)
-    return {row: {target: _mean(values) for target, values in points.items()} for row, points in found.items()}
+    return {row: {target: fmean(points[target]) for target in points} for row, points in values.items()}
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the numbers depend on, and what could not be done, a sentence each."""
+    """Sentences about all that the numbers depend on, and about the cells that could not be finished."""
     settings = comparison.settings
     seeds = ", ".join(map(str, settings["seeds"]))
-    found = [
+    lines = [
         f"Model: {comparison.model}.",
         f"Calibration: {settings['calibration']}, {settings['samples']} windows of {settings['seqlen']} tokens, "
         f"seed{'s' if len(settings['seeds']) > 1 else ''} {seeds}"
         + (" (mean ± sample standard deviation over seeds)." if len(settings["seeds"]) > 1 else "."),
+        *_notes_on_tests(comparison),
+        *_notes_on_rebuilds(comparison.cells),
+        "Seconds: of pruning, from the first layer read to the last written; peak memory: of the process meanwhile, "
+        "with what it keeps to measure with; bold: the best of its block. "
+        f"{comparison.dtype} on {comparison.device}; "
+        + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
+        + ".",
     ]
-    found += [
+    machines = dict.fromkeys(cell.result.machine or "not noted" for cell in comparison.cells if cell.result)
+    lines.append(f"Machine{'s' if len(machines) > 1 else ''}: {'; '.join(machines)}.")
+    return lines + [f"Not done: {_title(cell)}: {cell.failure}." for cell in comparison.failures]
+
+
+def _notes_on_tests(comparison: Comparison) -> list[str]:
+    """Sentences about the texts and tasks."""
+    settings = comparison.settings
+    lines = [
         f"{text.text}: {text.windows} windows of {text.seqlen} tokens, "
         f"{'each with' if text.begins_with_bos else 'without'} BOS, "
         f"sha256 {text.sha256[:16]}; KL: mean Kullback-Leibler divergence of the pruned model's "
         "next-token distribution from the dense model's, nats a token."
         for text in comparison.dense.texts
     ]
-    found += [
+    lines += [
         f"{task.task}: accuracy on {task.examples} examples, {task.shots} shots, {task.source}; "
         f"standard error of the dense model's {100 * task.standard_error:.1f} %."
         for task in comparison.dense.tasks
         if task.metric == ACCURACY
     ]
     if settings["task_seeds"] is not None and settings["task_seeds"] < len(settings["seeds"]):
-        measured = settings["seeds"][: settings["task_seeds"]]
-        found.append(f"Tasks: calibration seed{'s' if len(measured) > 1 else ''} {', '.join(map(str, measured))} only.")
+        seeds = settings["seeds"][: settings["task_seeds"]]
+        lines.append(f"Tasks: calibration seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} only.")
+    return lines
+
+
+def _notes_on_rebuilds(cells: Iterable[ComparisonCell]) -> list[str]:
+    """Sentences about the settings of the rebuilds, and about the rebuilds that changed nothing."""
+    rebuilt = [(cell, cell.result) for cell in cells if cell.rebuilt and cell.result]
     swaps = dict.fromkeys(
         f"{TITLES[cell.method]}{' (N:M)' if ':' in cell.target else ''}: "
-        f"within each {cell.result.granularity}, ratio {cell.result.rebuild_ratio:g}"
-        for cell in comparison.cells
-        if cell.rebuilt and cell.result and cell.result.rebuild_ratio is not None
+        f"within each {result.granularity}, ratio {result.rebuild_ratio:g}"
+        for cell, result in rebuilt
+        if result.rebuild_ratio is not None
     )
-    if swaps:
-        found.append(f"Rebuild: {'; '.join(swaps)}.")
     unchanged = dict.fromkeys(
-        f"{TITLES[cell.method]} at {target_title(cell.target)}"
-        for cell in comparison.cells
-        if cell.rebuilt and cell.result and not cell.result.swapped
+        f"{TITLES[cell.method]} at {target_title(cell.target)}" for cell, result in rebuilt if not result.swapped
     )
-    if unchanged:
-        found.append(f"The rebuild swapped nothing: {'; '.join(unchanged)}.")
-    found.append(
-        "Seconds: of pruning, from the first layer read to the last written; peak memory: of the process meanwhile, "
-        "with what it keeps to measure with; bold: the best of its block. "
-        f"{comparison.dtype} on {comparison.device}; "
-        + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
-        + "."
-    )
-    machines = dict.fromkeys(cell.result.machine or "not noted" for cell in comparison.cells if cell.result)
-    found.append(f"Machine{'s' if len(machines) > 1 else ''}: {'; '.join(machines)}.")
-    found += [f"Not done: {_title(cell)}: {cell.failure}." for cell in comparison.failures]
-    return found
+    lines = [f"Rebuild: {'; '.join(swaps)}."] if swaps else []
+    return lines + ([f"The rebuild swapped nothing: {'; '.join(unchanged)}."] if unchanged else [])
 
 
 def markdown(comparison: Comparison) -> str:
-    """The tables of all blocks, and the notes."""
+    """The comparison as Markdown: a table for each block, and the notes."""
     lines = [f"# {comparison.model}: methods side by side", ""]
     for block in blocks(comparison):
         lines += [f"## {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes(comparison)), ""])
 
 
-def markdown_table(heads: Sequence[str], rows: Iterable[Row]) -> list[str]:
-    """Lines of a table, the best in bold."""
-    titles = [head.replace("|", "\\|") for head in heads]
-    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+def markdown_table(headings: Sequence[str], rows: Iterable[Row]) -> list[str]:
+    """Lines of a Markdown table, the best numbers in bold."""
+    titles = [head.replace("|", "\\|") for head in headings]
+    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
     for row in rows:
         cells = [f"**{cell}**" if best else cell for cell, best in zip(row.cells, row.best, strict=True)]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
@@ -192,7 +202,7 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Row]) -> list[str]:
 
 
 def comma_separated(comparison: Comparison) -> str:
-    """A line a cell and metric of every number, for other programs (CSV)."""
+    """The comparison as CSV, for other programs: a line for each cell and metric."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "rebuilt", "target", "seed", "text_or_task", "metric", "value", "standard_error"])
@@ -202,15 +212,15 @@ def comma_separated(comparison: Comparison) -> str:
         if cell.result is None:
             continue
         result = cell.result
-        where = [cell.method.value, cell.rebuilt, cell.target, cell.seed]
-        own = {
+        columns_of_cell = [cell.method.value, cell.rebuilt, cell.target, cell.seed]
+        pruning = {
             "sparsity": result.sparsity,
             "swapped": result.swapped,
             "seconds": round(result.seconds, 3),
             "peak_memory": result.peak_memory,
         }
-        for line in [*(["", name, value, ""] for name, value in own.items()), *_numbers(result.evaluation)]:
-            writer.writerow([*where, *line])
+        for line in [*(["", name, value, ""] for name, value in pruning.items()), *_numbers(result.evaluation)]:
+            writer.writerow([*columns_of_cell, *line])
     return file.getvalue()
 
 
@@ -231,36 +241,35 @@ def _perplexity(index: int, evaluation: Evaluation) -> float:
     return evaluation.texts[index].perplexity
 
 
-def _divergence(index: int, evaluation: Evaluation) -> float:
+def _divergence(index: int, evaluation: Evaluation) -> float | None:
     compared = evaluation.texts[index].against
-    return math.nan if compared is None else compared.divergence
+    return None if compared is None else compared.divergence
 
 
 def _percent(names: Sequence[str], evaluation: Evaluation) -> float | None:
-    """Mean accuracy of some tasks."""
-    found = [task.value for task in evaluation.tasks if task.task in names and task.metric == ACCURACY]
-    return 100 * _mean(found) if found else None
+    """Mean accuracy of some tasks, in percent; None: none of them was measured."""
+    accuracies = [task.value for task in evaluation.tasks if task.task in names and task.metric == ACCURACY]
+    return 100 * fmean(accuracies) if accuracies else None
 
 
-def _known(column: Column, cells: Iterable[ComparisonCell]) -> list[float]:
+def _measured_values(column: Column, cells: Iterable[ComparisonCell]) -> list[float]:
     """A column's values of the cells that have one."""
     values = [column.value(cell.result.evaluation) for cell in cells if cell.result]
     return [value for value in values if value is not None]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _formatted(value: float | None, form: str) -> str:
+    return MISSING if value is None else f"{value:{form}}"
 
 
-def _mean_and_spread(values: Sequence[float], form: str, spread: bool = True) -> str:
-    """Mean, ± sample standard deviation where there are several."""
-    if not values:
-        return "–"
-    mean = _mean(values)
-    if len(values) == 1 or not spread:
-        return f"{mean:{form}}"
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return f"{mean:{form}} ± {deviation:{form}}"
+def _mean(values: Sequence[float], form: str) -> str:
+    return _formatted(fmean(values) if values else None, form)
+
+
+def _mean_and_spread(values: Sequence[float], form: str) -> str:
+    """Mean; of several values with ± the sample standard deviation."""
+    spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return _mean(values, form) + spread
 
 
 def _title(cell: ComparisonCell) -> str:

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, and distance from another model's predictions."""
+"""Evaluation of a model: perplexity, tasks, and the distance from another model's predictions."""

@@ -10,7 +10,7 @@ from llm_barber.progress import Progress, Silent
 
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: Tensor, progress: Progress | None = None) -> float:
-    """exp of the mean negative log-likelihood of each window's tokens after its first.
+    """Exponential of the mean negative log-likelihood of each window's tokens after its first.
 
     Args:
         model: a transformers causal language model.

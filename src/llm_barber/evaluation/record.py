@@ -8,17 +8,16 @@ from typing import Any, TypeVar
 from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.errors import ModelError
-from llm_barber.evaluation.evaluate import Evaluation, TextResult
-from llm_barber.evaluation.tasks import TaskResult
+from llm_barber.evaluation.result import Evaluation, TaskResult, TextResult
 
 Result = TypeVar("Result", TextResult, TaskResult)
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """What is kept; None if there is nothing.
+    """The evaluation stored in a folder; None: there is none.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it is damaged.
     """
     path = folder / EVALUATION_NAME
     if not path.exists():
@@ -30,45 +29,55 @@ def read_evaluation(folder: Path) -> Evaluation | None:
 
 
 def keep_evaluation(folder: Path, evaluation: Evaluation) -> bool:
-    """Keep an evaluation of the folder's model; what it has not measured or compared again stays, if measured alike.
+    """Store an evaluation of the folder's model.
 
-    Returns whether an earlier one was replaced, which was measured otherwise.
+    The results of an earlier evaluation that was measured alike stay, except on texts and tasks that are
+    measured again.
+
+    Returns:
+        True if an earlier evaluation, which was measured in another way, was replaced.
 
     Raises:
         OSError: the folder cannot be written.
     """
     try:
-        kept = read_evaluation(folder)
+        earlier = read_evaluation(folder)
     except ModelError:
-        kept = None
-    alike = kept is not None and _are_alike(kept, evaluation)
-    if kept is not None and alike:
-        texts = _joined(kept.texts, evaluation.texts, lambda text: text.text)
-        tasks = _joined(kept.tasks, evaluation.tasks, lambda task: (task.task, task.metric))
-        found = {"texts": texts, "tasks": tasks, "against": evaluation.against or kept.against}
-        evaluation = evaluation.model_copy(update=found)
+        earlier = None
+    alike = earlier is not None and _are_alike(earlier, evaluation)
+    if earlier is not None and alike:
+        texts = _joined(earlier.texts, evaluation.texts, lambda text: text.text)
+        tasks = _joined(earlier.tasks, evaluation.tasks, lambda task: (task.task, task.metric))
+        joined = {"texts": texts, "tasks": tasks, "against": evaluation.against or earlier.against}
+        evaluation = evaluation.model_copy(update=joined)
     temporary = folder / f"{EVALUATION_NAME}.tmp"
     temporary.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / EVALUATION_NAME)
-    return kept is not None and not alike
+    return earlier is not None and not alike
 
 
-def _are_alike(kept: Evaluation, new: Evaluation) -> bool:
-    """Can their results stand side by side? Models that they are compared with are the same, if both are."""
-    if any(getattr(kept, name) != getattr(new, name) for name in ("device", "dtype", "versions")):
+def _are_alike(earlier: Evaluation, new: Evaluation) -> bool:
+    """True if the results of two evaluations can stand side by side, in one evaluation.
+
+    Device, dtype and versions are the same, and so is the model to compare with, if both have one.
+    """
+    if any(getattr(earlier, name) != getattr(new, name) for name in ("device", "dtype", "versions")):
         return False
-    if kept.against is None or new.against is None:
+    if earlier.against is None or new.against is None or earlier.against == new.against:
         return True
-    one, other = (Path(os.path.expanduser(against)) for against in (kept.against, new.against))
-    return kept.against == new.against or (one.exists() and other.exists() and one.resolve() == other.resolve())
+    paths = [Path(os.path.expanduser(against)) for against in (earlier.against, new.against)]
+    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
 
 
-def _joined(kept: Sequence[Result], new: Sequence[Result], name: Callable[[Result], Any]) -> tuple[Result, ...]:
-    """Results by their names, the new ones where both have one; a comparison stays with a result that is the same."""
-    found = {name(one): one for one in kept}
-    for one in new:
-        before = found.get(name(one))
-        if before is not None and one.against is None and before.model_copy(update={"against": None}) == one:
+def _joined(earlier: Sequence[Result], new: Sequence[Result], name: Callable[[Result], Any]) -> tuple[Result, ...]:
+    """Earlier and new results; of two with the same name the new one.
+
+    An earlier result stays if the new one differs only in that it has no comparison.
+    """
+    results = {name(result): result for result in earlier}
+    for result in new:
+        before = results.get(name(result))
+        if before is not None and result.against is None and before.model_copy(update={"against": None}) == result:
             continue
-        found[name(one)] = one
-    return tuple(found.values())
+        results[name(result)] = result
+    return tuple(results.values())

@@ -1,4 +1,7 @@
-"""Predictions of a whole model, computed decoder layer by decoder layer: what could be pruned can be evaluated."""
+"""Predictions of a whole model, computed decoder layer by decoder layer.
+
+Any model that can be pruned within the memory can be evaluated within it.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,16 +24,17 @@ GPU_LOGITS_BYTES = 512 * 2**20
 
 
 class StreamedModel:
-    """A checkpoint whose predictions are wanted: embedding, head and one decoder layer are in memory at a time.
+    """A checkpoint to predict with: the embedding, the head and one decoder layer are in memory at a time.
 
     Args:
         model: folder, hub id or GGUF file.
-        device: where it is computed.
-        dtype: what in.
-        structure: where its decoder layers are; nothing: as its record says, as known, or as found.
+        device: that computes the model.
+        dtype: compute dtype.
+        structure: where its decoder layers are; None or empty: as its record says, as known of its family, or as
+            found by a trial run.
 
     Raises:
-        ModelError: it is missing, damaged or of an unsupported architecture.
+        ModelError: the model is missing, damaged or of an unsupported architecture.
         HubError: the hub cannot be reached.
     """
 
@@ -48,7 +52,9 @@ class StreamedModel:
         self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.outside_names_and_head))
 
     def hidden_states(self, batches: Sequence[Tensor], progress: Progress) -> list[Tensor]:
-        """The last decoder layer's output of each batch, (sequences, tokens, hidden), compute dtype, in host memory.
+        """The last decoder layer's output for each batch.
+
+        Of shape (sequences, tokens, hidden), in the compute dtype, in host memory.
 
         Args:
             batches: token ids, int64, (sequences, tokens), each of its own shape.
@@ -72,16 +78,23 @@ class StreamedModel:
 
     @property
     def positions_at_once(self) -> int:
-        """Positions whose logits fit a cache (CPU) or take little memory (GPU): four times as fast."""
+        """Number of positions whose logits are computed together.
+
+        They fit a CPU's cache, which is four times as fast, or take little of a GPU's memory.
+        """
         room = CPU_LOGITS_BYTES if self.skeleton.device.type == "cpu" else GPU_LOGITS_BYTES
         return max(1, room // (4 * int(self.config.vocab_size)))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, where: str) -> Tensor:
-        """Logits, float32, (tokens, vocabulary), of some positions' last hidden states, (tokens, hidden).
+        """Logits of some positions, float32, (tokens, vocabulary).
+
+        Args:
+            hidden: last hidden states, (tokens, hidden).
+            where: name of the positions, for the message.
 
         Raises:
-            ModelError: one is NaN or Inf; `where` says of what.
+            ModelError: a logit is NaN or Inf.
         """
         logits = self.skeleton.finish(hidden.to(self.skeleton.device).unsqueeze(0))[0].float()
         if not all(torch.isfinite(end) for end in torch.aminmax(logits)):

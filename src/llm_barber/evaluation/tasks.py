@@ -1,34 +1,34 @@
-"""Multiple-choice tasks: which there are, local files, and accuracies with their standard errors.
+"""Multiple-choice tasks: names, local files of examples, comparison of two models' accuracies.
 
-The tasks are run by lm-eval (`harness.py`); what is here does not need it.
+lm-eval runs the tasks (`harness.py`); this file does not need it.
 """
 
 import hashlib
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import parse_json
 from llm_barber.errors import TaskError
+from llm_barber.evaluation.result import TaskComparison, TaskResult
 
-# The seven of arXiv 2408.10631, as lm-eval names them.
+# The seven tasks of arXiv 2408.10631, by lm-eval's names.
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PAPER = "paper"
-# What a line of a local file holds: a question with choices, or a sentence with two beginnings (winogrande).
+# Fields of a line of a local file: a question with choices, or a sentence with two beginnings (winogrande).
 QUESTION_FIELDS = {"query": str, "choices": list, "gold": int}
 BEGINNING_FIELDS = {"context_options": list, "continuation": str, "gold": int}
-# Between a question and its answer; the other tasks ask, hellaswag's choices go on with the sentence.
+# Tasks whose choices go on with the sentence; in the other tasks they answer a question.
 CONTINUED = ("hellaswag",)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task to run: by lm-eval's name, or with the examples of a local file."""
+    """A task to run: lm-eval's task of this name, or the examples of a local file."""
 
     name: str
     examples: list[dict[str, Any]] | None = None
@@ -36,93 +36,73 @@ class Task:
     sha256: str | None = None
 
 
-class TaskComparison(BaseModel):
-    """Another model's value, and ours minus it with the standard error of that difference, paired by example."""
-
-    model_config = ConfigDict(frozen=True)
-
-    value: float
-    difference: float
-    standard_error: float
-
-
-class TaskResult(BaseModel):
-    """One metric of one task: accuracies from 0 to 1, their standard errors, examples, and where they came from."""
-
-    model_config = ConfigDict(frozen=True)
-
-    task: str
-    metric: str
-    value: float
-    standard_error: float
-    examples: int
-    shots: int
-    source: str
-    sha256: str | None
-    against: TaskComparison | None
-
-
 @dataclass(frozen=True)
 class TaskRun:
-    """What one model did: results, and for each (task, metric) the value of every example in order."""
+    """One model's results, and, by task and metric, the value of every example in order."""
 
     results: tuple[TaskResult, ...]
     by_example: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
 
 def find_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> tuple[Task, ...]:
-    """The tasks of some names: `paper` is the paper's seven; with a folder, its files, all of them if none is named.
+    """Find the tasks to run: lm-eval's, or the files of a folder.
+
+    The name `paper` stands for the seven tasks of the paper.
+
+    Args:
+        names: of tasks; none with a folder: all its files.
+        folder: holds a .jsonl file for each task; None: lm-eval's tasks.
+        limit: examples of each file, at most.
 
     Raises:
-        TaskError: there is no such file, or a line of one is wrong.
+        TaskError: a file is missing, or one of its lines is wrong.
     """
-    wanted = list(dict.fromkeys(task for name in names for task in (PAPER_TASKS if name == PAPER else (name,))))
+    selected = list(dict.fromkeys(task for name in names for task in (PAPER_TASKS if name == PAPER else (name,))))
     if folder is None:
-        return tuple(Task(name) for name in wanted)
+        return tuple(Task(name) for name in selected)
     if not folder.is_dir():
         raise TaskError(f"tasks folder {folder} is not there", "give a folder with one .jsonl file a task")
     files = {_plain(path.stem): path for path in sorted(folder.glob("*.jsonl"))}
     if not files:
         raise TaskError(f"no .jsonl file in {folder}", "give a folder with one .jsonl file a task")
-    missing = [name for name in wanted if _plain(name) not in files]
+    missing = [name for name in selected if _plain(name) not in files]
     if missing:
         raise TaskError(
             f"no file for task {', '.join(missing)} in {folder}",
             f"there are {', '.join(path.stem for path in files.values())}",
         )
-    chosen = [files[_plain(name)] for name in wanted] or list(files.values())
+    chosen = [files[_plain(name)] for name in selected] or list(files.values())
     return tuple(_read_task(path, limit) for path in chosen)
 
 
 def compare_tasks(run: TaskRun, other: TaskRun | None) -> tuple[TaskResult, ...]:
-    """Our results, each with its difference from the other model's.
+    """Add the difference from the other model to each result of a run; None: the results as they are.
 
     The standard error is that of the mean of the examples' differences: models that fail on the same examples differ
     by less than their own standard errors say.
     """
     if other is None:
         return run.results
-    theirs = {(result.task, result.metric): result for result in other.results}
+    other_results = {(result.task, result.metric): result for result in other.results}
     results = []
     for result in run.results:
         key = (result.task, result.metric)
-        differences = [ours - its for ours, its in zip(run.by_example[key], other.by_example[key], strict=True)]
+        differences = [
+            value - other_value for value, other_value in zip(run.by_example[key], other.by_example[key], strict=True)
+        ]
         mean, error = mean_and_standard_error(differences)
-        compared = TaskComparison(value=theirs[key].value, difference=mean, standard_error=error)
-        results.append(result.model_copy(update={"against": compared}))
+        comparison = TaskComparison(value=other_results[key].value, difference=mean, standard_error=error)
+        results.append(result.model_copy(update={"against": comparison}))
     return tuple(results)
 
 
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and the sample standard deviation over √n, of two or more values."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return mean, math.sqrt(variance / count)
+    """Mean of two or more values, and their sample standard deviation over √n."""
+    return statistics.fmean(values), math.sqrt(statistics.variance(values) / len(values))
 
 
 def _plain(name: str) -> str:
-    """openbookqa and openbook_qa are one task."""
+    """A task's name without punctuation and case: openbookqa and openbook_qa are one task."""
     return name.replace("_", "").replace("-", "").lower()
 
 
@@ -132,7 +112,7 @@ def _read_task(path: Path, limit: int | None) -> Task:
     check_regular(path, TaskError)
     try:
         content = path.read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")  # other line ends may stand in a text
+        lines = content.decode("utf-8-sig").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read: {error}", "it must be UTF-8 JSON lines") from error
     for number, line in enumerate(lines, 1):
@@ -159,7 +139,7 @@ def _read_task(path: Path, limit: int | None) -> Task:
 
 
 def _problem(example: Any, fields: dict[str, type]) -> str | None:
-    """What is wrong with an example, if anything."""
+    """Describe the first error of an example; None: it has none."""
     if not isinstance(example, dict):
         return "is not an object"
     for name, kind in fields.items():
@@ -168,7 +148,9 @@ def _problem(example: Any, fields: dict[str, type]) -> str | None:
         value = example[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"{name} is {type(value).__name__}, not {kind.__name__}"
-        if isinstance(value, list) and (len(value) < 2 or not all(isinstance(one, str) and one for one in value)):
+        if isinstance(value, list) and (
+            len(value) < 2 or not all(isinstance(choice, str) and choice for choice in value)
+        ):
             return f"{name} is not a list of two or more texts"
         if kind is str and not value:
             return f"{name} is empty"

@@ -1,4 +1,4 @@
-"""Evaluation texts, joined as the released programs join them, so that numbers compare with published ones."""
+"""Evaluation texts, joined as the released programs join them: numbers compare with published numbers."""
 
 from os.path import expanduser
 from pathlib import Path
@@ -16,18 +16,18 @@ C4_DOCUMENTS, C4_WINDOWS = 1100, 256
 
 
 def evaluation_text(name: str) -> str:
-    """The whole text of a name or file.
+    """The whole text of a known name or of a file.
 
     `wikitext2`: the raw test file, shipped with the package; `ptb` and `c4`: from the hub, the test split and the first
     1,100 documents of the first validation file; else a text, jsonl or parquet file.
 
     Raises:
-        CalibrationError: unknown or unreadable.
+        CalibrationError: the text is unknown or cannot be read.
         HubError: the hub is needed and cannot be reached.
     """
     match name:
         case "wikitext2":
-            # As the data set has it: a row a line, with its line end; rows of blanks are empty; rows joined by "\n\n".
+            # The data set has a row for each line, with its line end; rows of blanks are empty; "\n\n" joins the rows.
             lines = read_text("builtin-test").splitlines(keepends=True)
             return "\n\n".join(line if line.strip() else "" for line in lines)
         case "ptb":
@@ -42,7 +42,7 @@ def evaluation_text(name: str) -> str:
 
 
 def check_text(name: str) -> None:
-    """Refuse what is neither a known name nor a file of text, without reading it.
+    """Refuse a name that is neither a known text nor a file of text; nothing is read.
 
     Raises:
         CalibrationError: it is neither.
@@ -60,26 +60,27 @@ def check_text(name: str) -> None:
 def evaluation_windows(
     name: str, text: str, tokenizer: TextTokenizer, seqlen: int, windows: int | None = None, bos: bool = True
 ) -> Tensor:
-    """The first windows of a text, int64 (windows, seqlen).
+    """The first windows of a text, token ids, int64, (windows, seqlen).
 
     Args:
-        name: of the text; of `c4` it is the first 256 windows at most, as the released programs take them.
-        text: the whole of it.
+        name: of the text; `c4` gives 256 windows at most, as in the released programs.
+        text: the whole text.
         tokenizer: the model's.
-        seqlen: tokens a window.
-        windows: how many at most; None: all whole ones.
-        bos: let each begin as the tokenizer has texts begin, with a BOS token most often.
+        seqlen: tokens of a window.
+        windows: the most windows to take; None: all whole ones.
+        bos: begin each window as the tokenizer begins a text, usually with a BOS token.
 
     Raises:
         CalibrationError: the text is shorter than a window.
     """
-    found, tokens = windows_of(text, tokenizer, seqlen, bos)
-    if not len(found):
+    whole_windows, tokens = windows_of(text, tokenizer, seqlen, bos)
+    if not len(whole_windows):
         raise CalibrationError(
             f"text {name!r} has {tokens} tokens, fewer than one window of {seqlen}",
             "use a shorter --seqlen or a longer text",
         )
-    return found[:windows][: C4_WINDOWS if name == "c4" else None].clone()  # not a view of all of them
+    most = C4_WINDOWS if name == "c4" else None
+    return whole_windows[:windows][:most].clone()  # a view would keep all windows in memory
 
 
 def _hub_column(column: str, rows: int | None = None, **settings: object) -> list[str]:

@@ -26,7 +26,7 @@ from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.device import (
-    experts_a_token,
+    experts_per_token,
     fitting_batch,
     free_device_memory,
     resolve_batch_size,
@@ -38,7 +38,6 @@ from llm_barber.model.structure import find_architecture
 from llm_barber.parallel.ranks import Ranks, local_rank
 from llm_barber.progress import Progress
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.run import RunSettings
 from llm_barber.settings.targets import Targets
 from llm_barber.text.calibration import CalibrationTokens, check_text_fits, load_calibration
@@ -105,7 +104,7 @@ class Job:
         """Size of the output's tensors."""
         made = 0
         if self.prunes_head and self.head_is_made:
-            embedding = next(name for name in self.skeleton.every_outside_name if self.is_head(name))
+            embedding = next(name for name in self.skeleton.all_outside_names if self.is_head(name))
             made = self.source.tensors[self.source.location(embedding).tensor].bytes
         return self.source.bytes + made
 
@@ -150,7 +149,7 @@ class Job:
         arguments = partial(skeleton.arguments, index)
         names = self.linears(index)
         layer = DecoderLayer(module, names, arguments, self.architecture.transposed, skeleton.order)
-        return layer, {name: self.architecture.turned(parameters[f"{name}.weight"]) for name in names}
+        return layer, {name: self.architecture.convert_layout(parameters[f"{name}.weight"]) for name in names}
 
     def _other_locations(self, index: int, linear: str) -> list[Location]:
         """Where else the checkpoint keeps a linear of several names."""
@@ -184,7 +183,7 @@ class Job:
         found = {}
         for name, weight in weights.items():
             location = self.source.location(f"{self.linear_name(index, name)}.weight")
-            weight = self.architecture.turned(weight)
+            weight = self.architecture.convert_layout(weight)
             if location.part is None:
                 found[location.tensor] = weight
                 for also in self._other_locations(index, name):
@@ -219,7 +218,7 @@ def sequences_together(
     suits = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
     if settings.batch_size is not None or device.type != "cuda":
         return suits
-    chosen = experts_a_token(skeleton.model.config)
+    chosen = experts_per_token(skeleton.model.config)
     return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, chosen))
 
 
@@ -270,7 +269,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     elif settings.device_memory is not None:
         progress.warn(message("{device_memory} counts for nothing without a GPU; {memory} bounds the host's"))
     dtype = resolve_dtype(settings.dtype, device)
-    if ranks.first:  # the others write nothing, and may see what the first one is making
+    if ranks.is_first:  # the others write nothing, and may see what the first one is making
         check_output(settings.output, settings.overwrite)
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
@@ -295,9 +294,8 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
     check_positions(text_config, seqlen)
     check_vocabulary(text_config, tokens.input_ids)
     skeleton = open_skeleton(source, config, architecture, device, dtype)
-    by_loss = isinstance(settings, PruneConfig) and settings.allocated_by is Allocation.LOSS
-    prunes_head = isinstance(settings, PruneConfig) and settings.prune_head
-    check_tensors(skeleton, source, with_head=by_loss or prunes_head)
+    prunes_head = settings.prunes_head
+    check_tensors(skeleton, source, with_head=settings.allocated_by is Allocation.LOSS or prunes_head)
     free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
     batch_size = sequences_together(settings, skeleton, device, sequences, seqlen, free)
     job = Job(
@@ -308,7 +306,7 @@ def _prepare(model: str, settings: RunSettings, targets: Targets | None, progres
             f"{model} keeps its embedding as {job.head_location.tensor}, which the pruned output head would be",
             "save it again with transformers' save_pretrained, or leave out --prune-head",
         )
-    if ranks.first:
+    if ranks.is_first:
         check_output(settings.output, settings.overwrite, job.bytes, settings.resume)
     shapes = job.linear_shapes(source)
     if targets is not None:

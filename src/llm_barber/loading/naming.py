@@ -10,7 +10,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from llm_barber.checkpoint.locations import Location
 from llm_barber.errors import ModelError
-from llm_barber.model.empty import beside_embedding
+from llm_barber.model.empty import language_model_prefix
 from llm_barber.model.experts import DOWN, GATE, GATE_UP, UP, Experts
 
 # Experts that a checkpoint keeps one by one: the linears of each that a stacked parameter is made of, in order.
@@ -33,7 +33,7 @@ def find_locations(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, L
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     experts = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
-    base, beside = f"{model.base_model_prefix}.", beside_embedding(model)
+    base, beside = f"{model.base_model_prefix}.", language_model_prefix(model)
     locations: dict[str, Location] = {}
     for key in stored:
         renamed, pattern = rename_source_key(key, renamings, converters)

@@ -15,8 +15,8 @@ from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import FisherSums, InputSquares
 from llm_barber.messages import message
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
+from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.method.input_statistics import collect_inputs
-from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.progress import Progress
@@ -36,7 +36,7 @@ def loss_windows(tokens: int) -> int:
 
 
 def allocate(
-    allocation: Allocation, initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress
+    allocation: Allocation, initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
 ) -> Sparsities:
     """Spread a sparsity over the linears that are pruned; the streams are left as they were.
 
@@ -55,7 +55,7 @@ def allocate(
         streams.drop(START)
 
 
-def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
+def _by_outliers(initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
     """OWL (arXiv 2310.05175): one pass forward."""
     job = initial.job
     shares: dict[int, float] = {}
@@ -81,12 +81,12 @@ def _by_outliers(initial: MethodMasks, streams: ActivationStreams, sparsity: flo
     return {job.linear_name(index, name): one for index, one in of_layers for name in initial.linears(index)}
 
 
-def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
+def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
     """What pruning each linear costs the model's loss: forward, then back through the layers (`masking/budget.py`)."""
     job, skeleton = initial.job, initial.job.skeleton
     windows = loss_windows(job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
-    batches = pieces(0, streams.among_first(windows), streams.batch_size)
-    tokens = streams.own(job.tokens.input_ids)
+    batches = pieces(0, streams.count_among_first(windows), streams.batch_size)
+    tokens = streams.select_local(job.tokens.input_ids)
     skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))
     for size in {batch.stop - batch.start for batch in batches}:
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
@@ -95,7 +95,7 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
     little: set[str] = set()  # is known of these: hardly a token went to their experts
     for index, layer, _ in _layers(initial, streams, range(job.layer_count)):
         layer.forget_tokens()
-        inputs.append([streams.kept(streams.read(HIDDEN, batch)) for batch in batches])
+        inputs.append([streams.unpinned_copy(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
         few = linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks))
@@ -133,11 +133,11 @@ def _by_loss(initial: MethodMasks, streams: ActivationStreams, sparsity: float, 
 
 
 def _layers(
-    initial: MethodMasks, streams: ActivationStreams, order: Sequence[int]
+    initial: InitialMasks, streams: ActivationStreams, order: Sequence[int]
 ) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
     """Dense decoder layers, one computed with while the next is read, with the linears that are pruned."""
     job = initial.job
-    with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.places.pinned) as ahead:
+    with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.memory.pinned) as ahead:
         for index in order:
             try:
                 layer, weights = job.open_layer(index, ahead.take())

@@ -19,13 +19,22 @@ from llm_barber.record.file import read_record
 from llm_barber.record.report import SourceFiles
 from llm_barber.settings.initial import Initial
 
-CHANCE = 0.01  # of an output head's weights: more zeros than that have been pruned
+CHANCE = 0.01  # an output head with a larger share of zeros was pruned
 
 
 class CheckpointMasks:
     """Initial masks read off the zeros of a checkpoint that any tool pruned.
 
     A weight that is zero in the dense model too says nothing about the mask: it counts as kept and stays where it is.
+
+    `recorded_method`: the initial method by the checkpoint's record; Wanda without a record. `head_was_pruned`: the
+    checkpoint's output head was pruned.
+
+    Args:
+        job: the opened dense model.
+        pruned: folder or hub id of the pruned checkpoint.
+        pattern: N:M to keep up, or "unstructured"; None: the record's, or the one found in the zeros.
+        revision: of a hub id.
 
     Raises:
         ModelError: the pruned checkpoint is of another shape or architecture, or is not pruned.
@@ -35,31 +44,74 @@ class CheckpointMasks:
         self.job = job
         self.source = CheckpointSource(pruned, revision)
         self.source.locations = find_locations(job.skeleton.model, self.source.tensors)
-        if self.source.model_type != job.source.model_type:
-            raise ModelError(
-                f"DENSE is {job.source.model_type}, PRUNED is {self.source.model_type}", "they must be one model"
-            )
-        configurations = [one.configuration.get("text_config", one.configuration) for one in (job.source, self.source)]
-        counts = [one.get("num_hidden_layers") for one in configurations]
-        if counts[0] != counts[1]:
-            raise ModelError(f"DENSE has {counts[0]} decoder layers, PRUNED {counts[1]}", "they must be one model")
-        dense_shapes = job.linear_shapes(job.source)
-        for name, shape in job.linear_shapes(self.source).items():
-            if shape != dense_shapes[name]:
-                raise ModelError(
-                    f"{name} is {dense_shapes[name]} in DENSE and {shape} in PRUNED", "they must be one model"
-                )
+        self._check_same_model()
         record = read_record(self.source.folder)
         methods = {method.value for method in Initial}
         self.recorded_method = Initial(record.initial) if record and record.initial in methods else Initial.WANDA
         self.head_was_pruned = record.prunes_head if record is not None else self._has_pruned_head()
-        self.pattern = pattern
-        self.recorded = {
+        self._asked_pattern = pattern
+        self._recorded_patterns = {
             (layer.index, linear.name): linear.pattern
             for layer in (record.layers if record else ())
             for linear in layer.linears
         }
-        self.first_pattern = self._look_at_first_layer()
+        self._first_pattern = self._find_first_pattern()
+
+    def _check_same_model(self) -> None:
+        """Refuse a pruned checkpoint whose architecture, layers or linears are not the dense model's."""
+        hint = "they must be one model"
+        dense, pruned = self.job.source, self.source
+        if pruned.model_type != dense.model_type:
+            raise ModelError(f"DENSE is {dense.model_type}, PRUNED is {pruned.model_type}", hint)
+        dense_layers, pruned_layers = (
+            source.configuration.get("text_config", source.configuration).get("num_hidden_layers")
+            for source in (dense, pruned)
+        )
+        if dense_layers != pruned_layers:
+            raise ModelError(f"DENSE has {dense_layers} decoder layers, PRUNED {pruned_layers}", hint)
+        dense_shapes = self.job.linear_shapes(dense)
+        for name, shape in self.job.linear_shapes(pruned).items():
+            if shape != dense_shapes[name]:
+                raise ModelError(f"{name} is {dense_shapes[name]} in DENSE and {shape} in PRUNED", hint)
+
+    @property
+    def method(self) -> None:
+        """None: the checkpoint has the masks."""
+
+    @property
+    def target(self) -> None:
+        """None: the masks have the checkpoint's sparsity."""
+
+    @property
+    def target_words(self) -> str:
+        """The pattern of the first layer, for people."""
+        return str(self._first_pattern or "unstructured")
+
+    @property
+    def has_one_target(self) -> bool:
+        """False: linears may have been pruned to different patterns."""
+        return False
+
+    @property
+    def pattern(self) -> NofM | None:
+        """N:M of the first layer that is pruned; None: unstructured."""
+        return self._first_pattern
+
+    @property
+    def budget(self) -> None:
+        """None: the checkpoint says how sparse each linear is."""
+
+    def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
+        """Refused: there is no `budget`.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("masks of a checkpoint have its sparsities")
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """All prunable linears of a layer: which are pruned is known when they are read."""
+        return self.job.linears(index)
 
     @property
     def source_files(self) -> SourceFiles:
@@ -67,46 +119,44 @@ class CheckpointMasks:
         return SourceFiles(key=pruned_key(self.source), written=self.source.written)
 
     def _has_pruned_head(self) -> bool:
-        """Has its output head, of its own, zeros that DENSE's has not, and more than come by chance?"""
+        """Has PRUNED an output head apart from its embedding, with more zeros that DENSE's lacks than by chance?"""
         model = self.job.skeleton.model
         if not isinstance(model.get_output_embeddings(), nn.Linear):
             return False
         names = [name for name, _ in model.named_parameters(remove_duplicate=False) if self.job.is_head(name)]
         locations = [source.locations for source in (self.job.source, self.source)]
-        dense, own = (next((of[name] for name in reversed(names) if name in of), None) for of in locations)
-        if (
-            dense is None
-            or own is None
-            or self.source.tensors[own.tensor].shape != self.job.source.tensors[dense.tensor].shape
-        ):
-            return False  # not to be compared: one may have more tokens
-        zero = self.source.read([own.tensor])[own.tensor] == 0
+        dense, pruned = (next((of[name] for name in reversed(names) if name in of), None) for of in locations)
+        if dense is None or pruned is None:
+            return False
+        if self.source.tensors[pruned.tensor].shape != self.job.source.tensors[dense.tensor].shape:
+            return False  # they cannot be compared: the vocabularies differ
+        zero = self.source.read([pruned.tensor])[pruned.tensor] == 0
         zero &= self.job.source.read([dense.tensor])[dense.tensor] != 0
         return int(zero.count_nonzero()) > CHANCE * zero.numel()
 
-    def _look_at_first_layer(self) -> NofM | None:
-        """The pattern of the first layer that is pruned, which decides the default granularity.
+    def _find_first_pattern(self) -> NofM | None:
+        """Pattern of the first layer that is pruned, which decides the default granularity; None: unstructured.
 
         Raises:
-            ModelError: none is.
+            ModelError: no layer is pruned, or all linears are zero.
         """
-        gone = kept = False
+        some_all_zero = some_left = False
         for index in range(self.job.layer_count):
             patterns = set()
             dense = self._read(index, self.job.linears(index), self.job.source)
             for name, weight in self._read(index, self.job.linears(index)).items():
                 nonzero, fixed = weight != 0, dense[name] == 0
                 if not nonzero.any():  # it has no pattern
-                    gone = True
+                    some_all_zero = True
                     continue
-                kept = True
+                some_left = True
                 if not (nonzero | fixed).all():
                     patterns.add(self._find_pattern(index, name, nonzero, fixed))
             if patterns:
                 return patterns.pop() if len(patterns) == 1 else None
-        if gone and kept:
+        if some_all_zero and some_left:
             return None
-        if gone:
+        if some_all_zero:
             raise ModelError(f"all linears of {self.source.model} are zero", "is it PRUNED?")
         raise ModelError(
             f"{self.source.model} is not pruned: it has no zeros that DENSE has not",
@@ -133,28 +183,29 @@ class CheckpointMasks:
         prefix = self.job.skeleton.layer_prefix(index)
         names = {f"{prefix}{name}.weight": name for name in linears}
         tensors = source.read_parameters(names)
-        return {names[key]: self.job.architecture.turned(tensor) for key, tensor in tensors.items()}
+        return {names[key]: self.job.architecture.convert_layout(tensor) for key, tensor in tensors.items()}
 
     def _find_pattern(self, index: int, name: str, nonzero: Tensor, fixed: Tensor) -> NofM | None:
-        """The pattern of a linear: the one asked for, else the record's, else what is found in its zeros."""
-        if self.pattern == "unstructured":
+        """Pattern of a linear: the setting's, else the record's if it holds, else the one that its zeros show."""
+        if self._asked_pattern == "unstructured":
             return None
-        if self.pattern is None:
-            recorded = self.recorded.get((index, name), "")
+        if self._asked_pattern is None:
+            recorded = self._recorded_patterns.get((index, name), "")
             if recorded is None:
                 return None
-            own = parse_pattern(recorded) if recorded else None
-            return own if own is not None and holds(own, nonzero) else find_pattern(nonzero, fixed)
-        asked = parse_pattern(self.pattern)
-        if not holds(asked, nonzero):
+            if recorded and holds(parse_pattern(recorded), nonzero):
+                return parse_pattern(recorded)
+            return find_pattern(nonzero, fixed)
+        pattern = parse_pattern(self._asked_pattern)
+        if not holds(pattern, nonzero):
             raise ModelError(
-                f"pattern {asked} does not hold in layer {index} {name} of {self.source.model}",
+                f"pattern {pattern} does not hold in layer {index} {name} of {self.source.model}",
                 "leave out --pattern to have it found, or give the one that the model was pruned to",
             )
-        return asked
+        return pattern
 
 
 def pruned_key(source: CheckpointSource) -> str:
-    """sha256 that tells the files that a rebuild reads of a pruned checkpoint, its record among them, from others."""
+    """sha256 of the files that a rebuild reads of a pruned checkpoint; its record is one of them."""
     record = source.folder / RECORD_NAME
     return files_key({*source.weight_files, *([record] if record.is_file() else [])})

@@ -5,16 +5,83 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llm_barber.loading.job import Job
+from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
+from llm_barber.record.report import SourceFiles
+from llm_barber.settings.initial import Initial
 
 
 class InitialMasks(Protocol):
-    """Gives the initial mask and pruned weights of the linears of a decoder layer."""
+    """Source of the masks that a run starts from, and all that the run asks about them."""
+
+    @property
+    def job(self) -> Job:
+        """The opened model."""
+        ...
+
+    @property
+    def method(self) -> Initial | None:
+        """Method that chooses the masks; None: they are read from a checkpoint."""
+        ...
+
+    @property
+    def target(self) -> Pattern | None:
+        """Sparsity or N:M of linears without a target of their own; None: as the checkpoint has it."""
+        ...
+
+    @property
+    def target_words(self) -> str:
+        """The target, for people."""
+        ...
+
+    @property
+    def has_one_target(self) -> bool:
+        """Is one target known to hold for all linears?"""
+        ...
+
+    @property
+    def pattern(self) -> NofM | None:
+        """N:M that settings of the run follow where they depend on one; None: unstructured."""
+        ...
+
+    @property
+    def budget(self) -> float | None:
+        """Sparsity that an allocation can spread over the decoder layers' linears; None: nothing can be spread."""
+        ...
+
+    @property
+    def source_files(self) -> SourceFiles | None:
+        """Files of the pruned checkpoint that the masks are read from; None: there is none."""
+        ...
+
+    def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
+        """Prune linears, by their names in the model, to sparsities of their own; only where there is a `budget`."""
+        ...
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """The linears of a layer that may be pruned."""
+        ...
 
     def __call__(
         self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
     ) -> dict[str, PrunedLinear]:
-        """One for each linear in `dense` that is pruned; the others stay. `streams` has the layer's input."""
+        """Initial masks of a layer.
+
+        Args:
+            index: of the layer.
+            layer: with its dense weights.
+            dense: dense weights of its prunable linears, (out, in).
+            streams: the layer's input.
+
+        Returns:
+            One `PrunedLinear` for each linear that is pruned; the others stay dense.
+        """
         ...
+
+
+def prunes_layers(initial: InitialMasks) -> bool:
+    """Is any linear of the decoder layers pruned, not the output head alone?"""
+    return any(initial.linears(index) for index in range(initial.job.layer_count))

@@ -27,21 +27,22 @@ from llm_barber.method.outcome import BlockOutcome, block_result
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.rebuild import RebuildSettings, rebuild_block
 from llm_barber.method.refine import refine_block
-from llm_barber.method.tune import tune_layer
-from llm_barber.model.architecture import Block, only
+from llm_barber.method.tune import Tuned, tune_layer
+from llm_barber.model.architecture import Block, select_linears
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
-from llm_barber.record.layers import BlockResult
+from llm_barber.record.layers import BlockResult, Concentration
 from llm_barber.settings.refining import RefineSettings
 
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """Final weights by the checkpoint's names, results of the blocks, and held-out distances (`tune.Tuned`)."""
+    """Final weights by the checkpoint's names, results of the blocks, and what held-out windows say (`tune.Tuned`)."""
 
     weights: dict[str, Tensor]
     blocks: list[BlockResult]
     held_out: tuple[float, ...] = ()
+    concentration: Concentration | None = None
 
 
 def prune_layer(
@@ -68,15 +69,15 @@ def prune_layer(
         NotFiniteError: an activation or a gradient holds NaN or Inf.
     """
     opened = _choose_initial_masks(job, index, tensors, initial, streams)
+    tuned: Tuned | None = None
     if opened.linears and refine_settings is not None and refine_settings.of_layers:
         initial_keeps = {name: linear.keep for name, linear in opened.linears.items()}
         outcomes = _prune_blocks(opened, rebuild_settings, refine_settings, streams, tunes=True)
         rebuilt = rebuild_settings is not None
-        outcomes, held_out = _tune(opened, outcomes, initial_keeps, rebuilt, refine_settings, streams)
+        outcomes, tuned = _tune(opened, outcomes, initial_keeps, rebuilt, refine_settings, streams)
     else:
         outcomes = _prune_blocks(opened, rebuild_settings, refine_settings, streams, tunes=False)
-        held_out = ()
-    pruned = _collect_results(job, opened, tensors, outcomes, held_out)
+    pruned = _collect_results(job, opened, tensors, outcomes, tuned)
     # Last of all: until here the layer can be pruned again, if memory runs out.
     move_on(job, index, opened.layer, streams, follows_dense(refine_settings))
     return pruned
@@ -114,7 +115,7 @@ def _choose_initial_masks(
     layer, weights = job.open_layer(index, tensors)
     linears = initial(index, layer, weights, streams)
     layer.select(linears)
-    return _OpenLayer(index, layer, weights, linears, only(job.skeleton.blocks[index], linears))
+    return _OpenLayer(index, layer, weights, linears, select_linears(job.skeleton.blocks[index], linears))
 
 
 def _prune_blocks(
@@ -169,7 +170,7 @@ def _prune_block(
         refined = refine_block(block_pass, opened.dense, linears, refine_settings)
         if rebuild_settings is None:
             streams = block_pass.streams
-            measured_from = streams.border if streams.held_out else 0
+            measured_from = streams.held_out_start if streams.held_out else 0
             outcome = replace(outcome, error_before=refined.error_before, measured_from=measured_from)
         outcome = outcome.refined(initial, refined.linears, refined.rejected)
     return outcome
@@ -190,7 +191,7 @@ def _tune(
     rebuilt: bool,
     settings: RefineSettings,
     streams: ActivationStreams,
-) -> tuple[list[BlockOutcome], tuple[float, ...]]:
+) -> tuple[list[BlockOutcome], Tuned]:
     """Tune the whole layer, measure its blocks, and propagate through it.
 
     Errors of blocks that were `rebuilt` are means over all windows, as their errors before are.
@@ -207,7 +208,7 @@ def _tune(
         replace(outcome.tuned(tuned, initial_keeps, settings.of_linears), error_after=error)
         for outcome, error in zip(outcomes, errors, strict=True)
     ]
-    return outcomes, tuned.held_out
+    return outcomes, tuned
 
 
 def _collect_results(
@@ -215,7 +216,7 @@ def _collect_results(
     opened: _OpenLayer,
     tensors: Mapping[str, Tensor],
     outcomes: list[BlockOutcome],
-    held_out: tuple[float, ...],
+    tuned: Tuned | None,
 ) -> PrunedLayer:
     """Final weights and counts of a layer; linears that are not pruned are counted, too."""
     pruned_weights = {name: linear.final for name, linear in opened.linears.items()}
@@ -224,7 +225,8 @@ def _collect_results(
         block_result(block, outcome, {name: weights[name] for name in block.linears})
         for block, outcome in zip(job.skeleton.blocks[opened.index], outcomes, strict=True)
     ]
-    return PrunedLayer(job.stored(opened.index, pruned_weights, tensors), results, held_out)
+    pruned = PrunedLayer(job.stored(opened.index, pruned_weights, tensors), results)
+    return pruned if tuned is None else replace(pruned, held_out=tuned.held_out, concentration=tuned.concentration)
 
 
 def move_on(job: Job, index: int, layer: DecoderLayer, streams: ActivationStreams, with_dense: bool) -> None:

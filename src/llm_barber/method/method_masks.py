@@ -21,6 +21,7 @@ from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
+from llm_barber.method.initial_masks import prunes_layers
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.architecture import MLP
@@ -29,11 +30,19 @@ from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.targets import Targets
 
-SCORES = {Initial.WANDA: saliency.wanda, Initial.RIA: saliency.relative_importance}  # of inputs' squares
+SCORES = {Initial.WANDA: saliency.wanda, Initial.RIA: saliency.relative_importance}  # from weights and InputSquares
 
 
 class MethodMasks:
-    """Initial masks by a method, all linears of a decoder layer from one pass of its dense weights."""
+    """Initial masks by a method, all linears of a decoder layer from one pass of its dense weights.
+
+    Args:
+        job: the opened model.
+        method: of pruning.
+        targets: the sparsity or N:M of each linear.
+        granularity: comparison group; None: the method's released program's.
+        keep_updates: weights that the method updates are written; otherwise the dense ones are.
+    """
 
     def __init__(
         self, job: Job, method: Initial, targets: Targets, granularity: Granularity | None, keep_updates: bool
@@ -44,17 +53,26 @@ class MethodMasks:
         self.granularity = granularity or (Granularity.LINEAR if method.compares_in_linear else Granularity.OUTPUT)
         self.keep_updates = keep_updates
 
-    def targets_of(self, index: int) -> dict[str, Pattern]:
-        """How many weights of a layer's linears go; those that are not pruned are not there."""
-        found = {
-            name: self.targets.of(index, self.job.linear_name(index, name), self.job.layer_count)
-            for name in self.job.linears(index)
-        }
-        return {name: target for name, target in found.items() if target is not None}
+    @property
+    def target(self) -> Pattern:
+        """Sparsity or N:M of linears without a target of their own."""
+        return self.targets.pattern
+
+    @property
+    def target_words(self) -> str:
+        """The target, for people."""
+        pattern = self.targets.pattern
+        words = str(pattern) if isinstance(pattern, NofM) else f"{pattern.sparsity:g} unstructured"
+        return f"{words}, some linears their own" if self.targets.own else words
+
+    @property
+    def has_one_target(self) -> bool:
+        """Has no linear a target of its own?"""
+        return not self.targets.own
 
     @cached_property
-    def main_pattern(self) -> NofM | None:
-        """That of most weights of the decoder layers that are pruned, if it is N:M."""
+    def pattern(self) -> NofM | None:
+        """N:M of most of the decoder layers' pruned weights; None: most are unstructured."""
         shapes = self.job.linear_shapes(self.job.source)
         weights: Counter[NofM | None] = Counter()
         for index in range(self.job.layer_count):
@@ -62,8 +80,32 @@ class MethodMasks:
                 weights[_group_pattern(target)] += math.prod(shapes[f"{self.job.linear_name(index, name)}.weight"])
         return max(weights, key=weights.__getitem__, default=None)
 
+    @cached_property
+    def budget(self) -> float | None:
+        """Sparsity that an allocation can spread; None: N:M, linears with targets of their own, or none to prune."""
+        pattern = self.targets.pattern
+        if isinstance(pattern, NofM) or self.targets.own or not prunes_layers(self):
+            return None
+        return pattern.sparsity
+
+    @property
+    def source_files(self) -> None:
+        """None: the masks depend on the dense model alone."""
+
+    def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
+        """Prune linears, by their names in the model, to these sparsities."""
+        self.targets = replace(self.targets, allocated=dict(sparsities))
+
+    def targets_of(self, index: int) -> dict[str, Pattern]:
+        """Targets of a layer's linears, by linear; linears that are not pruned are left out."""
+        targets = {
+            name: self.targets.of(index, self.job.linear_name(index, name), self.job.layer_count)
+            for name in self.job.linears(index)
+        }
+        return {name: target for name, target in targets.items() if target is not None}
+
     def linears(self, index: int) -> tuple[str, ...]:
-        """Those of a layer that are pruned."""
+        """The linears of a layer that are pruned."""
         return tuple(self.targets_of(index))
 
     def __call__(
@@ -76,13 +118,13 @@ class MethodMasks:
         layer.select(targets)
         dense = {name: dense[name] for name in targets}
         layer.forget_tokens()
-        found = self._by_method(index, layer, dense, streams, targets)
+        linears = self._by_method(index, layer, dense, streams, targets)
         if self.method is not Initial.MAGNITUDE:
-            found = {name: replace(one, few_tokens=False) for name, one in found.items()}
+            linears = {name: replace(linear, few_tokens=False) for name, linear in linears.items()}
             for name in linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks)):
                 keep = self._mask(saliency.magnitude(dense[name]), targets[name])
-                found[name] = replace(found[name], values=dense[name]).with_mask(keep).left_alone()
-        return found
+                linears[name] = replace(linears[name], values=dense[name]).with_mask(keep).left_alone()
+        return linears
 
     def _by_method(
         self,
@@ -92,6 +134,7 @@ class MethodMasks:
         streams: ActivationStreams,
         targets: Mapping[str, Pattern],
     ) -> dict[str, PrunedLinear]:
+        """Masks of all linears, those of experts with few tokens among them."""
         match self.method:
             case Initial.MAGNITUDE:
                 keeps = {name: self._mask(saliency.magnitude(weight), targets[name]) for name, weight in dense.items()}
@@ -119,7 +162,7 @@ class MethodMasks:
         return initial_mask(scores, target, self.granularity)
 
     def _dsnot(self, weight: Tensor, moments: InputMoments, target: Pattern, left_alone: bool) -> Tensor:
-        """Wanda's mask, fine-tuned; MLPs' are left alone, as the released program does unless told otherwise."""
+        """Wanda's mask, fine-tuned by DSnoT; the released program leaves MLPs' masks alone by default."""
         score = saliency.wanda(weight, moments.squares.mean)
         mask = self._mask(score, target)
         if left_alone:
@@ -137,11 +180,11 @@ class MethodMasks:
         """Masks of methods that update the weights that they keep."""
         grams = collect_inputs(layer, streams, GramMatrix)
         result = {}
-        prepared: GramMatrix | None = None
+        latest: GramMatrix | None = None
         for name, weight in dense.items():
-            if grams[name] is not prepared:  # q, k and v share one, gate and up another
-                prepared = grams[name]
-                gram = prepared.mean
+            if grams[name] is not latest:  # q, k and v share a matrix, gate and up another
+                latest = grams[name]
+                gram = latest.mean
                 if not gram.diagonal().isfinite().all():
                     raise overflowed(f"the input of layer {index} {name}")
                 if self.method is Initial.ALPS:
@@ -159,5 +202,5 @@ class MethodMasks:
 
 
 def _group_pattern(target: Pattern) -> NofM | None:
-    """The N:M to keep up, if any."""
+    """N:M that the rebuild keeps up; None: unstructured."""
     return target if isinstance(target, NofM) else None

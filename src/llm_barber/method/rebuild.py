@@ -79,7 +79,7 @@ def rebuild_block(
     saliency = [weight_gradient(linear.values, squares[name].mean) for name, linear in linears.items()]
     masks = dict(zip(linears, _swap_pairs(list(linears.values()), saliency, settings), strict=True))
     rebuilt = {name: linear.with_mask(masks[name].keep) for name, linear in linears.items()}
-    error = total / streams.every
+    error = total / streams.all_sequences
     return BlockOutcome(rebuilt, masks, error, measured_from=0, output_kept=not block_pass.last)
 
 

@@ -137,7 +137,7 @@ def _freeze_linears_with_few_tokens(
 ) -> dict[str, PrunedLinear]:
     """Freeze the block's linears of experts with few tokens; if tokens are not counted yet, run the block to count."""
     layer, linears = block_pass.layer, {name: pruned[name] for name in block_pass.block.linears}
-    if not any(linear.few_tokens is None and layer.of_expert(name) for name, linear in linears.items()):
+    if not any(linear.few_tokens is None and layer.belongs_to_expert(name) for name, linear in linears.items()):
         return linears
     layer.set_weights({name: linear.weight for name, linear in linears.items()})
     layer.forget_tokens()

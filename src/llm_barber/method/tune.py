@@ -6,7 +6,6 @@ between. Masks follow from scores (`masking/scores.py`), which start as Wanda's.
 anything of it is kept.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -20,14 +19,15 @@ from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.method.distance import Distance, usual_squares
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
+from llm_barber.method.held_out import Judgement, judge
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import scaled_by_sequence
-from llm_barber.model.streams import DENSE, HIDDEN, NEXT, ActivationStreams
+from llm_barber.model.streams import DENSE, HIDDEN, NEXT, TARGET, ActivationStreams
+from llm_barber.record.layers import Concentration, kept_pass
 from llm_barber.settings.refining import RefineSettings
 
-TARGET = "target"  # what the layer's output should be
 WEIGHT_RATE = 0.01  # of Adam, in steps (`step_sizes`)
 # The mean of a row's scores is 1. More of them lie near the border of a row than near that of a group of M, whose
 # scores move faster where they move alone, in half as many passes.
@@ -43,19 +43,20 @@ Linears = Mapping[str, PrunedLinear]
 
 @dataclass(frozen=True)
 class Tuned:
-    """A layer's linears.
+    """A layer's linears, and how far its output is from the target on the held-out windows.
 
-    `held_out`: its mean distance on the windows that are held out, before and after each pass; the last pass that is
-    nearer than before is kept. Empty, if there are none.
+    `held_out`: mean distance before tuning and after each pass (`kept_pass` says which one is kept); empty without
+    held-out windows. `concentration`: shares of the largest token and channel in the distance; None without them.
     """
 
     linears: dict[str, PrunedLinear]
     held_out: tuple[float, ...]
+    concentration: Concentration | None = None
 
     @property
     def rejected(self) -> bool:
-        """Has no pass gained anything on held-out windows?"""
-        return bool(self.held_out) and not any(error < self.held_out[0] for error in self.held_out[1:])
+        """Whether no pass came nearer to the target on the held-out windows."""
+        return kept_pass(self.held_out) == 0
 
 
 def tune_layer(
@@ -194,30 +195,22 @@ def _descend(
     streams: ActivationStreams,
     where: str,
 ) -> Tuned:
-    """The linears after the last pass that held-out windows like better than none; after the last, without them.
+    """Linears after the last pass that beats the untuned layer on the held-out windows; without them, after the last.
 
-    Not after the pass that they like best: steps get smaller, and early passes seem better by chance (one huge token).
+    Not after the pass that is nearest: steps get smaller, and an early pass is nearest by chance more often.
     """
     groups = moving.groups()
     if not groups:
         return Tuned(moving.linears(), ())
     steps = settings.steps(streams)
     total = settings.passes * len(steps)
-    held_out = streams.split()[1]
     elements = streams.read(TARGET, slice(0, 1)).numel()
     optimizer = torch.optim.Adam(groups, betas=MOMENTUM, eps=SMALLEST, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
-    def held_out_error() -> float:
-        weights = {name: one.to(layer.dtype) for name, one in moving.weights().items()}
-        own: list[float] = []
-        for batch in held_out:
-            output = layer.output_with(weights, streams.read(HIDDEN, batch))
-            own += distance.errors(streams.read(TARGET, batch), output).tolist()
-        return streams.ranks.total(math.fsum(own))[0] / settings.held_out
-
     generator = torch.Generator().manual_seed(0)
-    kept, errors = moving.linears(), [held_out_error()] if settings.held_out else []
+    kept = moving.linears()
+    judgements = [judge(layer, moving.weights(), distance, streams)] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
             weights = {name: one.to(layer.dtype).detach().requires_grad_() for name, one in moving.weights().items()}
@@ -238,11 +231,28 @@ def _descend(
             schedule.step()
             moving.moved()
         if settings.held_out:
-            errors.append(held_out_error())
-            if not errors[-1] < errors[0]:  # nor, if it is NaN
+            judgements.append(judge(layer, moving.weights(), distance, streams))
+            if kept_pass(_errors(judgements)) != len(judgements) - 1:
                 continue
         kept = moving.linears()
-    return Tuned(kept, tuple(errors))
+    return Tuned(kept, _errors(judgements), _concentration(judgements))
+
+
+def _errors(judgements: list[Judgement]) -> tuple[float, ...]:
+    return tuple(judgement.error for judgement in judgements)
+
+
+def _concentration(judgements: list[Judgement]) -> Concentration | None:
+    """Shares of the largest token and channel before tuning, and after the pass that is kept."""
+    if not judgements:
+        return None
+    before, after = judgements[0], judgements[kept_pass(_errors(judgements)) or 0]
+    return Concentration(
+        token_before=before.token_share,
+        token_after=after.token_share,
+        channel_before=before.channel_share,
+        channel_after=after.channel_share,
+    )
 
 
 def _add_gradients(
@@ -261,7 +271,7 @@ def _add_gradients(
         scaled, scale = scaled_by_sequence(distance.gradient(target, output.detach()), output.dtype)
         return scale, torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
 
-    scale, found = layer.taking_gradients(once)
+    scale, found = layer.compute_gradients(once)
     power = scale.item()
     for name, one in zip(weights, found, strict=True):
         if one is not None:  # an expert may be given nothing

@@ -54,7 +54,7 @@ class Architecture:
                 found.append(replace(block, linears=tuple(names)))
         return tuple(found)
 
-    def turned(self, weight: "Tensor") -> "Tensor":
+    def convert_layout(self, weight: "Tensor") -> "Tensor":
         """A linear's weight as (out, in) from how the family keeps it, or the other way round."""
         return weight.t().contiguous() if self.transposed else weight
 
@@ -72,7 +72,7 @@ def kind_of(linear: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", linear)
 
 
-def only(blocks: Iterable[Block], linears: Collection[str]) -> tuple[Block, ...]:
+def select_linears(blocks: Iterable[Block], linears: Collection[str]) -> tuple[Block, ...]:
     """Blocks with some of their linears; a block may be left with none."""
     return tuple(replace(block, linears=tuple(name for name in block.linears if name in linears)) for block in blocks)
 

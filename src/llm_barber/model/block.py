@@ -62,7 +62,7 @@ class DecoderLayer:
         self._groups = [[name for name in group if name in linears] for group in self._groups]
         self.linears = {name: linear for name, linear in self.linears.items() if name in linears}
 
-    def of_expert(self, name: str) -> bool:
+    def belongs_to_expert(self, name: str) -> bool:
         """Is a linear an expert's, which some tokens only go to?"""
         return name.rpartition(".")[0].rpartition(".")[0] in self.experts
 
@@ -207,7 +207,7 @@ class DecoderLayer:
             gradients = torch.autograd.grad(found[0], [end.output for end in ends], scaled, allow_unused=True)
             return ends, found[0].detach(), difference, scale, gradients
 
-        ends, output, difference, scale, gradients = self.taking_gradients(once)
+        ends, output, difference, scale, gradients = self.compute_gradients(once)
         # d mean(d²)/dy = 2 d / (tokens · channels)
         factor = scale * (2 / difference[0].numel())
         for name, both in by_linear(ends, gradients, len(hidden), block.output).items():
@@ -238,13 +238,13 @@ class DecoderLayer:
             wanted = [hidden, *(end.output for end in ends)]
             return ends, scale, torch.autograd.grad(output, wanted, scaled, allow_unused=True)
 
-        ends, scale, (before, *gradients) = self.taking_gradients(once)
+        ends, scale, (before, *gradients) = self.compute_gradients(once)
         for name, found in by_linear(ends, gradients, len(hidden), "the decoder layer").items():
             sums[name].update(*found, scale)
         assert before is not None
         return before.float() * scale.view(-1, 1, 1)
 
-    def taking_gradients(self, once: Callable[[], Found]) -> Found:
+    def compute_gradients(self, once: Callable[[], Found]) -> Found:
         """What `once` gives, which runs the layer and takes gradients, in a fixed order if that can be had."""
         counted = {name: one.tokens.clone() for name, one in self.experts.items()}
 

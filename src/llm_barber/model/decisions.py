@@ -6,7 +6,7 @@ from llm_barber.errors import SettingsError
 from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.model.tracing import is_linear, one_of_each_kind, run_layer
+from llm_barber.model.tracing import first_of_each_kind, is_linear, run_layer
 
 OUTPUT_HINT = "the output is a module that holds the linears, or the last of them"
 
@@ -79,7 +79,7 @@ def _paths_hint(layer: nn.Module) -> str:
     return f"a layer has {', '.join(name for name, module in layer.named_modules() if is_linear(module))}"
 
 
-def given_layers(model: nn.Module, path: str) -> str:
+def check_layers(model: nn.Module, path: str) -> str:
     """The path of the decoder layers, as it was given.
 
     Raises:
@@ -108,7 +108,7 @@ def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
     Raises:
         SettingsError: a layer does otherwise.
     """
-    for index in one_of_each_kind(skeleton.layers):
+    for index in first_of_each_kind(skeleton.layers):
         outputs = [block.output for block in skeleton.blocks[index]]
         run = run_layer(skeleton, index, hidden)
         computed = sorted(outputs, key=lambda output: run.order.get(output, -1))

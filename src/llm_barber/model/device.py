@@ -86,7 +86,7 @@ def free_device_memory(device: torch.device, limit: int | None) -> int:
     return free if limit is None else min(free, limit)
 
 
-def fitting_batch(layers: nn.ModuleList, seqlen: int, free: int, dtype: torch.dtype, experts_a_token: int = 1) -> int:
+def fitting_batch(layers: nn.ModuleList, seqlen: int, free: int, dtype: torch.dtype, experts_per_token: int = 1) -> int:
     """How many sequences can be computed together in so much memory, about; at least one.
 
     Where that is too many after all, a layer is computed again with half as many (`embedding.py`).
@@ -96,32 +96,32 @@ def fitting_batch(layers: nn.ModuleList, seqlen: int, free: int, dtype: torch.dt
         seqlen: tokens a sequence.
         free: bytes.
         dtype: of computing.
-        experts_a_token: that a router chooses.
+        experts_per_token: that a router chooses.
     """
     sequences = free
-    for weights, of_a_token in _needs(layers, dtype, experts_a_token):
+    for weights, of_a_token in _needs(layers, dtype, experts_per_token):
         sequences = min(sequences, (free - weights) // (of_a_token * seqlen))
     return max(1, sequences)
 
 
-def needed_memory(layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_a_token: int = 1) -> int:
+def needed_memory(layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_per_token: int = 1) -> int:
     """Bytes that the largest layer takes with one sequence, about; the arguments are those of `fitting_batch`."""
-    needs = _needs(layers, dtype, experts_a_token)
+    needs = _needs(layers, dtype, experts_per_token)
     return max((weights + of_a_token * seqlen for weights, of_a_token in needs), default=0)
 
 
-def _needs(layers: nn.ModuleList, dtype: torch.dtype, experts_a_token: int) -> Iterator[tuple[int, int]]:
+def _needs(layers: nn.ModuleList, dtype: torch.dtype, experts_per_token: int) -> Iterator[tuple[int, int]]:
     """Bytes that each layer takes, whatever it computes, and for each token."""
     for layer in layers:
         shapes = {kind_of(name): tuple(one.shape) for name, one in layer.named_parameters() if one.dim() == 2}
         # Both sides: a matrix may be kept as (in, out), and is read from one side and written to the other.
-        sides = sum(sum(shape) * (experts_a_token if "*" in kind else 1) for kind, shape in shapes.items())
+        sides = sum(sum(shape) * (experts_per_token if "*" in kind else 1) for kind, shape in shapes.items())
         widest = max((max(shape) for shape in shapes.values()), default=1)
         token = INPUT_ARRAYS * 4 * widest + OUTPUT_ARRAYS * dtype.itemsize * sides
         yield BYTES_OF_A_WEIGHT * sum(one.numel() for one in layer.parameters()), token
 
 
-def experts_a_token(config: PreTrainedConfig) -> int:
+def experts_per_token(config: PreTrainedConfig) -> int:
     """How many a router chooses for a token, in the layer where they are most; 1 of a model without."""
     found = [getattr(config.get_text_config(), name, None) for name in EXPERTS_A_TOKEN]
     return max((max(one) if isinstance(one, list | tuple) else int(one) for one in found if one), default=1)

@@ -112,7 +112,7 @@ class _OnMeta(TorchFunctionMode):
         return function(*arguments, **settings)
 
 
-def beside_embedding(model: PreTrainedModel) -> str:
+def language_model_prefix(model: PreTrainedModel) -> str:
     """What the names begin with that lie beside the token embedding: those of the language model; "": all do."""
     embedding = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embedding)

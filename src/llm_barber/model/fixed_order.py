@@ -16,11 +16,11 @@ Found = TypeVar("Found")
 
 
 class FixedOrder:
-    """Whether sums are wanted in a fixed order, and whether that was found to be impossible (`lost`)."""
+    """Whether sums are wanted in a fixed order, and whether that was found to be impossible (`unavailable`)."""
 
-    def __init__(self, wanted: bool = False) -> None:
-        self.wanted = wanted
-        self.lost = False
+    def __init__(self, enabled: bool = False) -> None:
+        self.enabled = enabled
+        self.unavailable = False
 
     def compute(self, once: Callable[[], Found], undo: Callable[[], None]) -> Found:
         """What `once` gives, with operations of CUDA that add up in a fixed order, if that is wanted and they can.
@@ -29,14 +29,14 @@ class FixedOrder:
             once: computes; may be called again.
             undo: takes back what `once` has done when it was in vain.
         """
-        if self.wanted and not self.lost:
+        if self.enabled and not self.unavailable:
             try:
                 with in_fixed_order():
                     return once()
             except RuntimeError as error:
                 if not any(words in str(error) for words in NONE_THERE):
                     raise
-            self.lost = True
+            self.unavailable = True
             undo()
         return once()
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.buffers import set_buffer, stored_buffer_names
-from llm_barber.model.empty import beside_embedding, empty_model
+from llm_barber.model.empty import empty_model, language_model_prefix
 from llm_barber.model.fixed_order import FixedOrder
 from llm_barber.model.stepping import (
     Arguments,
@@ -19,7 +19,7 @@ from llm_barber.model.stepping import (
     capture,
     depends_on_tokens,
     different_tensors,
-    how_to_step_over,
+    find_stepping,
 )
 from llm_barber.model.text_parameters import TextParameters, find_text_parameters
 
@@ -46,7 +46,7 @@ class Skeleton:
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
-        self.order = FixedOrder(wanted=device.type != "cpu")
+        self.order = FixedOrder(enabled=device.type != "cpu")
         self.model = model or empty_model(config, dtype)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -60,7 +60,7 @@ class Skeleton:
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     @property
-    def every_outside_name(self) -> list[str]:
+    def all_outside_names(self) -> list[str]:
         """Parameters outside the decoder layers; tied ones once."""
         return [name for name, _ in self.model.named_parameters() if not name.startswith(self.layers_prefix)]
 
@@ -72,11 +72,11 @@ class Skeleton:
         """
         head = self._parameters_of_head
         embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
-        parameters, beside = dict(self.model.named_parameters()), beside_embedding(self.model)
+        parameters, beside = dict(self.model.named_parameters()), language_model_prefix(self.model)
         used = self._text_parameters.embedding
         return [
             name
-            for name in self.every_outside_name
+            for name in self.all_outside_names
             if (name.startswith(beside) or name in used) and id(parameters[name]) not in head - embedding
         ]
 
@@ -85,7 +85,7 @@ class Skeleton:
         """`outside_names`, the output head's parameters and what lies between layers and head; tied ones once."""
         parameters, others = dict(self.model.named_parameters()), {*self.outside_names, *self._text_parameters.logits}
         head = self._parameters_of_head
-        return [name for name in self.every_outside_name if name in others or id(parameters[name]) in head]
+        return [name for name in self.all_outside_names if name in others or id(parameters[name]) in head]
 
     @cached_property
     def _text_parameters(self) -> TextParameters:
@@ -184,7 +184,7 @@ class Skeleton:
         """
         tokens = tokens.to(self.device)
         if self.stepping is None:
-            self.stepping = how_to_step_over(self.model, self.layers, self.device)
+            self.stepping = find_stepping(self.model, self.layers, self.device)
         states, arguments = capture(self.model, self.layers, tokens, self.stepping.tail)
         keep(states)
         if not self._arguments:  # what is looked up for each token is not the only way to depend on them
@@ -220,7 +220,7 @@ class Skeleton:
 
     def drop_outside(self) -> None:
         """Forget the parameters outside the decoder layers."""
-        for name in self.every_outside_name:
+        for name in self.all_outside_names:
             self._set_parameter(self.model, name, None)
         self.model.tie_weights()
 

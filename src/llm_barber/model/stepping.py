@@ -1,7 +1,7 @@
 """Run a model around its decoder layers: they are stepped over, and what the model passes to each of them is noted.
 
 A layer can be computed by itself if what the model passes to it (mask, positions) depends neither on the tokens nor on
-what the layers before it compute, but for the states; `how_to_step_over` makes sure of that.
+what the layers before it compute, but for the states; `find_stepping` makes sure of that.
 """
 
 from collections.abc import Iterator, Mapping
@@ -59,7 +59,7 @@ class Stepping:
                 )
 
 
-def how_to_step_over(model: PreTrainedModel, layers: nn.ModuleList, device: torch.device) -> Stepping:
+def find_stepping(model: PreTrainedModel, layers: nn.ModuleList, device: torch.device) -> Stepping:
     """What each layer has to return.
 
     Models take what a layer returns as it is, or its first, or unpack as many things as there are: what does for this

@@ -1,6 +1,6 @@
 """The calibration activations, layer to layer: read and written in batches, one array a purpose.
 
-`places.py` says where arrays lie; batches of those that are not on the device are moved there, and back.
+`memory.py` says where arrays lie; batches of those that are not on the device are moved there, and back.
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.model.copies import Copies, SideStreams
-from llm_barber.model.places import Places
 from llm_barber.parallel.ranks import Ranks
 
 HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
+TARGET = "target"  # the array with what the output of a layer that is tuned should be
 NEXT = "next"  # the array that will be HIDDEN of the layer after this one
 DENSE = "dense "  # before a name: the same in the dense model
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
@@ -22,56 +23,57 @@ class ActivationStreams:
     """Named arrays of shape (sequences, tokens, features): this process's share of the sequences.
 
     Args:
-        every: calibration sequences of all processes.
+        all_sequences: calibration sequences of all processes.
         batch_size: sequences moved to the device together.
-        places: where arrays lie, and the device that batches are computed on.
+        memory: where arrays lie, and the device that batches are computed on.
         ranks: the processes.
-        held_out: of all calibration sequences, the last ones. Those that are here come after `border` others.
+        held_out: of all calibration sequences, the last ones. Those that are here come after `held_out_start` others.
     """
 
     def __init__(
         self,
-        every: int,
+        all_sequences: int,
         batch_size: int,
-        places: Places | None = None,
+        memory: ArrayMemory | None = None,
         ranks: Ranks | None = None,
         held_out: int = 0,
     ) -> None:
-        self.every = every
+        self.all_sequences = all_sequences
         self.ranks = ranks or Ranks()
         self.held_out = held_out
-        self._shares = self.ranks.shares(every, held_out)  # which of all are here
-        self.border, own_held_out = (share.stop - share.start for share in self._shares)
-        self.sequences = self.border + own_held_out
+        self._shares = self.ranks.shares(all_sequences, held_out)  # which of all are here
+        self.held_out_start, held_out_here = (share.stop - share.start for share in self._shares)
+        self.sequences = self.held_out_start + held_out_here
         self.batch_size = batch_size
-        self.places = places or Places()
+        self.memory = memory or ArrayMemory()
         self.left_device = False  # for its memory was too small
         self._arrays: dict[str, Tensor] = {}
-        self._copies = Copies(SideStreams(self.device)) if self.places.pinned else None
+        self._copies = Copies(SideStreams(self.device)) if self.memory.pinned else None
 
     @property
     def device(self) -> torch.device:
         """Where batches are computed."""
-        return self.places.device
+        return self.memory.device
 
     def batches(self) -> Iterator[slice]:
         """The sequences of each batch; the last may be smaller."""
         yield from pieces(0, self.sequences, self.batch_size)
 
     def split(self) -> tuple[list[slice], list[slice]]:
-        """The batches without the sequences that are held out, and those of the latter."""
-        return pieces(0, self.border, self.batch_size), pieces(self.border, self.sequences, self.batch_size)
+        """Batches of the training sequences, and batches of the held-out sequences."""
+        border = self.held_out_start
+        return pieces(0, border, self.batch_size), pieces(border, self.sequences, self.batch_size)
 
     @property
-    def first(self) -> int:
+    def first_sequence(self) -> int:
         """Which of all sequences the first one here is, if it is not held out."""
         return self._shares[0].start
 
-    def own(self, tokens: Tensor) -> Tensor:
+    def select_local(self, tokens: Tensor) -> Tensor:
         """Of something for each of all sequences what belongs to those here, in their order."""
         return torch.cat([tokens[share] for share in self._shares])
 
-    def among_first(self, count: int) -> int:
+    def count_among_first(self, count: int) -> int:
         """How many of so many of all sequences, the first ones, are here; they are the first ones here, too."""
         return sum(max(0, min(share.stop, count) - share.start) for share in self._shares)
 
@@ -86,9 +88,9 @@ class ActivationStreams:
         array = self._arrays[name]
         return array[batch] if self._copies is None or _on_device(array) else self._copies.read(name, array, batch)
 
-    def kept(self, values: Tensor) -> Tensor:
+    def unpinned_copy(self, values: Tensor) -> Tensor:
         """A copy in an array of its own, which goes when nobody has it any more: pinned memory would stay."""
-        return self.places.empty_off_device(tuple(values.shape), values.dtype, pinned=False).copy_(values)
+        return self.memory.empty_off_device(tuple(values.shape), values.dtype, pinned=False).copy_(values)
 
     def copy(self, name: str, other: str) -> None:
         """Give a copy of an array another name."""
@@ -107,7 +109,7 @@ class ActivationStreams:
 
     def leave_device(self) -> None:
         """Take all arrays off the device, for good, as its memory is needed."""
-        self.places.room, self.left_device = None, True
+        self.memory.room, self.left_device = None, True
         if self._copies is not None:
             self._copies.forget_guesses()
         for name, array in self._arrays.items():
@@ -143,7 +145,7 @@ class ActivationStreams:
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
         if array is None or array.shape != shape or array.dtype != values.dtype:
-            array = self.places.empty(shape, values.dtype)
+            array = self.memory.empty(shape, values.dtype)
             self._put(name, array)
         if self._copies is None or _on_device(array):
             array[batch] = values
@@ -155,12 +157,12 @@ class ActivationStreams:
         self._arrays[name] = array
 
     def _copied(self, values: Tensor) -> Tensor:
-        return self.places.empty(tuple(values.shape), values.dtype).copy_(values)
+        return self.memory.empty(tuple(values.shape), values.dtype).copy_(values)
 
     def _off_device(self, array: Tensor) -> Tensor:
         if not _on_device(array):
             return array
-        return self.places.empty_off_device(tuple(array.shape), array.dtype).copy_(array)
+        return self.memory.empty_off_device(tuple(array.shape), array.dtype).copy_(array)
 
     def _settle(self, name: str) -> None:
         if self._copies is not None:

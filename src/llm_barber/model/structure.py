@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_barber.errors import ModelError, SettingsError, first_line
 from llm_barber.model.architecture import ARCHITECTURES, ATTENTION, MLP, Architecture, Block, StructureOptions
-from llm_barber.model.decisions import check_blocks, check_flow, given_layers
-from llm_barber.model.empty import beside_embedding, empty_model
+from llm_barber.model.decisions import check_blocks, check_flow, check_layers
+from llm_barber.model.empty import empty_model, language_model_prefix
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.stepping import TOKENS
-from llm_barber.model.tracing import LayerRun, is_linear, one_of_each_kind, run_layer, zeros_of
+from llm_barber.model.tracing import LayerRun, first_of_each_kind, is_linear, run_layer, zeros_of
 
 # Module lists with a smaller share of the largest one's parameters are no rivals of it.
 RIVAL = 0.25
@@ -79,20 +79,20 @@ def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -
     """
     options = options or StructureOptions()
     model = _built(config)
-    layers = given_layers(model, options.layers) if options.layers else find_layers(model)
+    layers = check_layers(model, options.layers) if options.layers else find_layers(model)
     transposed = any(isinstance(module, Conv1D) for module in model.get_submodule(layers).modules())
     if options.blocks:
         check_blocks(options.blocks, model.get_submodule(layers))
     architecture = Architecture(layers, options.blocks, transposed)
     skeleton = Skeleton(config, architecture, torch.device("cpu"), torch.float32, model)
-    skeleton.fill_outside({name: zeros_of(skeleton.model, name) for name in skeleton.every_outside_name})
+    skeleton.fill_outside({name: zeros_of(skeleton.model, name) for name in skeleton.all_outside_names})
     hidden: list[Tensor] = []
     skeleton.embed(torch.zeros(1, TOKENS, dtype=torch.int64), hidden.append)
     if options.blocks:
         check_flow(skeleton, hidden[0])
         return architecture
     found: list[Block] = []
-    runs = {index: run_layer(skeleton, index, hidden[0]) for index in one_of_each_kind(skeleton.layers)}
+    runs = {index: run_layer(skeleton, index, hidden[0]) for index in first_of_each_kind(skeleton.layers)}
     routers = set().union(*(run.routers for run in runs.values()))
     for index, run in runs.items():
         found = _merged(found, _blocks(skeleton, index, run, routers, hidden[0].shape[-1]))
@@ -129,7 +129,7 @@ def find_layers(model: nn.Module) -> str:
     outermost = {path: size for path, size in sizes.items() if not any(path.startswith(f"{one}.") for one in sizes)}
     if not outermost:
         raise ModelError(f"{type(model).__name__} has no list of layers with linears", "only decoder models are pruned")
-    beside = beside_embedding(model) if isinstance(model, PreTrainedModel) else ""
+    beside = language_model_prefix(model) if isinstance(model, PreTrainedModel) else ""
     outermost = {path: size for path, size in outermost.items() if path.startswith(beside)} or outermost
     largest = max(outermost.values())
     rivals = [path for path, size in outermost.items() if size > RIVAL * largest]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from llm_barber.model.stepping import TOKENS, how_to_step_over, stepped_over, tensors_in
+from llm_barber.model.stepping import TOKENS, find_stepping, stepped_over, tensors_in
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def find_text_parameters(
         hook = layers[-1].register_forward_pre_hook(lambda *_: uses.end_embedding())
         tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
         try:
-            stepping = how_to_step_over(model, layers, device)
+            stepping = find_stepping(model, layers, device)
             uses.begin()
             with torch.no_grad(), stepped_over(layers, stepping.tail), uses:
                 model(input_ids=tokens, use_cache=False)

@@ -38,7 +38,7 @@ class LayerRun:
         return [name for name, one in zip(called, gradients, strict=True) if one is None]
 
 
-def one_of_each_kind(layers: nn.ModuleList) -> list[int]:
+def first_of_each_kind(layers: nn.ModuleList) -> list[int]:
     """The first layer of each kind: those that have the same modules are alike."""
     first: dict[Any, int] = {}
     for index, layer in enumerate(layers):

@@ -48,7 +48,7 @@ def number(value: float | None) -> str:
 
 def percent(share: float | None, decimals: int = 2, sign: bool = False) -> str:
     """A share (0…1) in percent; with a sign, if it is a difference. What is too small to write is not made zero."""
-    if share is None:
+    if share is None or math.isnan(share):
         return MISSING
     if not sign and 0 < 100 * share < 0.5 * 10**-decimals:
         return f"<{SPACE}{10**-decimals:.{decimals}f}{SPACE}%"

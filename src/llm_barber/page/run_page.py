@@ -2,17 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.environment import environment, model_name, percent
 from llm_barber.page.figures import drawable, error_panel, heat_map, layer_bars, log_limits
 from llm_barber.record.layers import BlockResult, LinearResult
 from llm_barber.record.report import RunReport
-
-if TYPE_CHECKING:  # the page of a run that nobody evaluated does not wait for what evaluating imports
-    from llm_barber.evaluation.evaluate import Evaluation
 
 STAGES = {
     "embed": "embedding, copying the rest",
@@ -23,7 +21,7 @@ STAGES = {
 }
 
 
-def run_page(report: RunReport, evaluation: "Evaluation | None" = None) -> str:
+def run_page(report: RunReport, evaluation: Evaluation | None = None) -> str:
     """The page of a run as one HTML text, which needs no other file, no network and no scripts.
 
     Takes the run's record and, if there is one, what `evaluate` found of its model. The same ones give the same text.
@@ -98,6 +96,7 @@ def _tuning(report: RunReport) -> dict[str, Any] | None:
     return {
         "layers": layers,
         "passes": names,
+        "concentrated": [layer for layer in layers if layer.concentration is not None],
         "kept": [(number, kept[number]) for number in sorted(kept, reverse=True)],
         "figure": _map("tuning", report, shares, label, True) if any(shares.values()) else None,
     }

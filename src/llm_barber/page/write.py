@@ -6,8 +6,8 @@ from pathlib import Path
 from llm_barber.checkpoint.companions import EVALUATION_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import ModelError, OutputError
-from llm_barber.evaluation.evaluate import Evaluation
 from llm_barber.evaluation.record import keep_evaluation, read_evaluation
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record

@@ -50,7 +50,7 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Is this the one that writes and talks?"""
         return self.rank == 0
 
@@ -113,7 +113,7 @@ class Ranks:
         kinds = self.from_first({name: (tuple(one.shape), one.dtype) for name, one in tensors.items()})
         found = {}
         for name, (shape, dtype) in kinds.items():
-            found[name] = tensors[name].contiguous() if self.first else torch.empty(shape, dtype=dtype)
+            found[name] = tensors[name].contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
             dist.broadcast(found[name].reshape(-1).view(torch.uint8), 0, self.group)
         return found
 
@@ -131,7 +131,7 @@ class Ranks:
             return dict(arrays)
         found = {}
         for name, own in arrays.items():
-            if not self.first:
+            if not self.is_first:
                 for _, here in self._places(sequences, held_out):
                     dist.send(own[here].contiguous(), 0, self.group)
                 continue
@@ -154,11 +154,11 @@ class Ranks:
         for name, (shape, dtype) in kinds.items():
             places = list(self._places(sequences, held_out))
             found[name] = empty((places[-1][1].stop, *shape), dtype)
-            for rank in range(1, self.count) if self.first else ():
+            for rank in range(1, self.count) if self.is_first else ():
                 for there, _ in Ranks(rank, self.count)._places(sequences, held_out):
                     dist.send(arrays[name][there].contiguous(), rank, self.group)
             for there, here in places:
-                if self.first:
+                if self.is_first:
                     found[name][here] = arrays[name][there]
                 else:
                     dist.recv(found[name][here], 0, self.group)
@@ -197,7 +197,7 @@ def joined() -> Iterator[Ranks]:
             yield ranks
             # Whoever is done stays until all are, and a failure is missed nowhere; but what process 0 has written is
             # there, whatever becomes of the others.
-            with suppress(RuntimeError) if ranks.first else nullcontext():
+            with suppress(RuntimeError) if ranks.is_first else nullcontext():
                 ranks.wait()
     except BaseException as error:
         _Group.leave_after_failure()

@@ -9,7 +9,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
 from llm_barber.method.allocation import loss_windows
 from llm_barber.method.refine_linear import swap_stages
-from llm_barber.model.places import block_size
+from llm_barber.model.array_memory import block_size
 from llm_barber.settings.initial import Initial, rebuild_defaults
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import PruneConfig

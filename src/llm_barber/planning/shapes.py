@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llm_barber.model.architecture import ATTENTION, Architecture, Block
-from llm_barber.model.device import experts_a_token
+from llm_barber.model.device import experts_per_token
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
 
@@ -108,7 +108,7 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
         vocabulary=vocabulary,
         head=features,
         embedding=skeleton.model.get_input_embeddings().weight.numel(),
-        outside=sum(skeleton.model.get_parameter(name).numel() for name in skeleton.every_outside_name),
+        outside=sum(skeleton.model.get_parameter(name).numel() for name in skeleton.all_outside_names),
         layers=layers,
         tied=head is not None and head.weight is getattr(skeleton.model.get_input_embeddings(), "weight", None),
     )
@@ -116,7 +116,7 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
 
 def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
     layer = skeleton.layers[index]
-    chosen = experts_a_token(skeleton.model.config)
+    chosen = experts_per_token(skeleton.model.config)
     blocks = [block for block in skeleton.blocks[index] if block.linears]
     return LayerShapes(
         blocks=tuple(part for block in blocks for part in _parts(layer, block, skeleton.architecture, chosen)),

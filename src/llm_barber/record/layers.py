@@ -1,6 +1,7 @@
 """Results of a run, per linear, block and decoder layer."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -82,24 +83,50 @@ class BlockResult(Result):
         return self
 
 
+class Concentration(Result):
+    """Shares of the largest token of each held-out window, and of the largest channel, in a layer's squared distance.
+
+    The distance is that of the layer's output from its target, as the gradients of tuning see it: huge channels count
+    for less, huge tokens do not. Before tuning, and after the pass that was kept. 0 to 1; NaN where it overflowed.
+    """
+
+    token_before: Unsure
+    token_after: Unsure
+    channel_before: Unsure
+    channel_after: Unsure
+
+
+def kept_pass(held_out: Sequence[float]) -> int | None:
+    """Last pass that beats the untuned layer on the held-out windows; 0: none does; None: no window was held out.
+
+    Args:
+        held_out: mean distances from the target before tuning and after each pass. NaN beats nothing.
+
+    Example: (0.5, 0.4, 0.6, 0.45, 0.7) → 3
+    """
+    if not held_out:
+        return None
+    return max((number for number, error in enumerate(held_out) if error < held_out[0]), default=0)
+
+
 class LayerResult(Result):
     """One decoder layer.
 
-    `held_out`: of one that was tuned, its mean distance (`distance.py`) from its target on the windows that were held
-    out, before and after each pass (NaN: one that overflowed); the last pass that was nearer than before is kept.
+    `held_out`: of a layer that was tuned, its mean distance (`method/distance.py`) from its target on the held-out
+    windows, before tuning and after each pass; NaN for one that overflowed. `kept_pass` says which one is kept.
+    `concentration`: of this distance on one token and one channel; None where no window was held out.
     """
 
     index: int
     seconds: float
     held_out: tuple[Unsure, ...] = ()
+    concentration: Concentration | None = None
     blocks: tuple[BlockResult, ...]
 
     @property
     def kept_pass(self) -> int | None:
-        """Which pass of tuning was kept, 0: none; None: no windows were held out to say so, or nothing was tuned."""
-        if not self.held_out:
-            return None
-        return max((number for number, error in enumerate(self.held_out) if error < self.held_out[0]), default=0)
+        """Pass of tuning that was kept, 0: none; None: no window was held out, or nothing was tuned."""
+        return kept_pass(self.held_out)
 
     @property
     def linears(self) -> tuple[LinearResult, ...]:

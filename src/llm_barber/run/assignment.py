@@ -6,17 +6,15 @@ from functools import cached_property
 from typing import Any
 
 from llm_barber.loading.job import Job
-from llm_barber.masking.pattern import NofM
+from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.messages import message
-from llm_barber.method.checkpoint_masks import CheckpointMasks
-from llm_barber.method.method_masks import MethodMasks
+from llm_barber.method.initial_masks import InitialMasks, prunes_layers
 from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.planning.recipe import Recipe
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset, PresetSettings, Reconstruct
-from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.settings.run import RunSettings
 from llm_barber.usage import versions
@@ -53,7 +51,7 @@ class Assignment:
     model: str
     config: RunSettings
     job: Job
-    initial: MethodMasks | CheckpointMasks
+    initial: InitialMasks
     rebuild_settings: RebuildSettings | None
     method: str
     label: str
@@ -71,19 +69,13 @@ class Assignment:
     @cached_property
     def pruned_files(self) -> SourceFiles | None:
         """The files of the pruned model of a rebuild, as they are when this is first asked for."""
-        return self.initial.source_files if isinstance(self.initial, CheckpointMasks) else None
-
-    @property
-    def runs_what_it_writes(self) -> bool:
-        """Does a finished layer's output come from the weights that are written?"""
-        return not isinstance(self.config, PruneConfig) or self.config.runs_what_it_writes
+        return self.initial.source_files
 
     @property
     def recipe(self) -> Recipe:
         """What its memory depends on."""
         job, (sequences, tokens) = self.job, self.job.tokens.input_ids.shape
         layers = [job.source.tensors[name] for names in job.layer_tensors for name in names]
-        method = self.initial.method if isinstance(self.initial, MethodMasks) else Initial.MAGNITUDE  # no statistics
         return Recipe(
             sequences=sequences,
             tokens=tokens,
@@ -91,7 +83,7 @@ class Assignment:
             itemsize=job.skeleton.dtype.itemsize,
             stored=round(sum(one.bytes for one in layers) / sum(math.prod(one.shape) for one in layers)),
             on_cpu=job.skeleton.device.type == "cpu",
-            initial=method,
+            initial=self.initial.method or Initial.MAGNITUDE,  # which gathers no statistics either
             pattern=None,
             allocation=self.allocation,
             granularity=self.rebuild_settings.granularity if self.rebuild_settings else None,
@@ -105,14 +97,14 @@ class Assignment:
         """The one whose steps are taken; None: others, or a tuning preset's with settings of one's own."""
         config = self.config
         own = (config.guard, config.target_mix, config.tune_passes, config.swaps)
-        method = config.method if isinstance(config, PruneConfig) else Initial.WANDA
-        if config.refines and (method is not Initial.WANDA or any(one is not None for one in own)):
+        other_method = self.initial.method not in (None, Initial.WANDA)
+        if config.refines and (other_method or any(one is not None for one in own)):
             return None
         steps = PresetSettings(
             self.rebuild_settings is not None, config.refinement, config.reconstruction, self.allocation
         )
         for name, one in PRESETS.items():
-            if steps == (one if self._has_budget else replace(one, allocation=Allocation.UNIFORM)):
+            if steps == (one if self.initial.budget is not None else replace(one, allocation=Allocation.UNIFORM)):
                 return name
         return None
 
@@ -126,10 +118,10 @@ class Assignment:
             "reconstruct": config.reconstruction, "allocation": self.allocation, "samples": sequences, "seqlen": tokens,
             "batch_size": self.job.batch_size,
         }  # fmt: skip
-        if isinstance(config, PruneConfig):
-            found["initial"] = config.method
-            if config.pattern is None:
-                found["sparsity"] = config.target.sparsity
+        if self.initial.method is not None:
+            found["initial"] = self.initial.method
+        if isinstance(self.initial.target, Unstructured):
+            found["sparsity"] = self.initial.target.sparsity
         if rebuilt is not None:
             found |= {"granularity": rebuilt.granularity, "rebuild_ratio": rebuilt.ratio}
         if refined is not None:
@@ -143,13 +135,12 @@ class Assignment:
     @property
     def pattern(self) -> NofM | None:
         """N:M of most weights that are pruned, or of the first layer of those that were pruned before."""
-        return self.initial.main_pattern if isinstance(self.initial, MethodMasks) else self.initial.first_pattern
+        return self.initial.pattern
 
     @property
     def allocation(self) -> Allocation:
         """How sparsity is spread over the linears."""
-        config = self.config
-        return config.allocated_by if isinstance(config, PruneConfig) and self._has_budget else Allocation.UNIFORM
+        return Allocation.UNIFORM if self.initial.budget is None else self.config.allocated_by
 
     def warn_of_settings(self, progress: Progress) -> None:
         """Say what they lead to that a user would not expect."""
@@ -164,26 +155,10 @@ class Assignment:
         settings, head = self.refine_settings, self.job.prunes_head
         if settings is None:
             return None
-        parts = [settings.words] if self._prunes_layers else []
+        parts = [settings.words] if prunes_layers(self.initial) else []
         if head and (settings.of_layers or not parts):  # else what is done to it is what is done to linears
             parts.append(settings.words_of_head)
         return "; ".join(parts)
-
-    @cached_property
-    def _prunes_layers(self) -> bool:
-        """Is any linear of the decoder layers pruned, not the output head alone?"""
-        initial = self.initial
-        if not isinstance(initial, MethodMasks):
-            return True
-        return any(initial.linears(index) for index in range(self.job.layer_count))
-
-    @property
-    def _has_budget(self) -> bool:
-        """Is there a sparsity that linears of the decoder layers can share in more than one way?"""
-        config = self.config
-        if not isinstance(config, PruneConfig) or config.pattern is not None or config.sparsities:
-            return False
-        return self._prunes_layers
 
 
 def run_key(work: Assignment) -> dict[str, Any]:
@@ -196,7 +171,7 @@ def run_key(work: Assignment) -> dict[str, Any]:
     left = set(LEFT_TO_PRESET)
     if not job.prunes_head:  # which has a mix of its own, unless one is given
         left.add("target_mix")
-    if isinstance(config, PruneConfig) and not config.sparsities:  # else one that is given is for every pattern
+    if work.initial.has_one_target:  # else one that is given is for every pattern
         left.add("swaps")
     resolved = {name: one for name, one in work.resolved.items() if name in left}
     methods = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
@@ -218,7 +193,7 @@ def run_key(work: Assignment) -> dict[str, Any]:
 
 def kept_weights(config: RunSettings) -> KeptWeights:
     """What became of the weights that are kept."""
-    if isinstance(config, PruneConfig) and config.keep_updates:
+    if config.keeps_updates:
         return KeptWeights.UPDATED
     none = config.reconstruction is Reconstruct.NONE
     return KeptWeights.DENSE if none else KeptWeights(config.reconstruction.value)

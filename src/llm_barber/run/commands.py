@@ -1,6 +1,5 @@
 """The commands `prune` and `rebuild`: what each hands to the run (`run.py`)."""
 
-from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from llm_barber.checkpoint.output import clear_finished
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import CalibrationError, ModelError, OutputError
-from llm_barber.loading.job import prepare, read_calibration
+from llm_barber.loading.job import Job, prepare, read_calibration
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method.checkpoint_masks import CheckpointMasks, pruned_key
@@ -25,6 +24,7 @@ from llm_barber.run.stream import run
 from llm_barber.settings.initial import Initial, rebuild_defaults
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 from llm_barber.settings.run import RunSettings
+from llm_barber.settings.targets import Targets
 from llm_barber.text.calibration import HUB_SETS
 
 PRUNE_AGAIN = "prune again with --overwrite"
@@ -38,7 +38,18 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     """
     progress = progress or Silent()
     with joined() as ranks:
-        return _finished_before("prune", config, progress, ranks) or _prune(config, progress, ranks)
+        return _finished_before(config, progress, ranks) or _prune(config, progress, ranks)
+
+
+def opened(config: PruneConfig | RebuildConfig, progress: Progress, ranks: Ranks) -> Assignment:
+    """What a command is to do, opened and checked.
+
+    Raises:
+        BarberError: as `prune` and `rebuild`.
+    """
+    if isinstance(config, PruneConfig):
+        return pruning(config, progress, ranks)
+    return rebuilding(config, progress, ranks)
 
 
 def pruning(config: PruneConfig, progress: Progress, ranks: Ranks) -> Assignment:
@@ -56,8 +67,7 @@ def pruning(config: PruneConfig, progress: Progress, ranks: Ranks) -> Assignment
 def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
     work = pruning(config, progress, ranks)
     report = run(work, progress)
-    assert isinstance(work.initial, MethodMasks)
-    asked = _asked_for(report, work.initial)
+    asked = _asked_for(report, config.targets, work.job)
     if abs(report.sparsity - asked) > 0.01 * asked:
         progress.warn(
             f"sparsity {asked:.4g} was asked for, {report.sparsity:.4g} is what whole weights allow "
@@ -74,13 +84,12 @@ def _rebuild_settings(config: RunSettings, method: Initial, pattern: Pattern | N
     return RebuildSettings(granularity, ratio, None if config.granularity else Granularity.OUTPUT)
 
 
-def _asked_for(report: RunReport, initial: MethodMasks) -> float:
+def _asked_for(report: RunReport, targets: Targets, job: Job) -> float:
     """The sparsity over all linears, those that are not pruned among them, that the targets ask for."""
     wanted = 0.0
     for layer in report.layers:
         for linear in layer.linears:
-            name = initial.job.linear_name(layer.index, linear.name)
-            target = replace(initial.targets, allocated=None).of(layer.index, name, initial.job.layer_count)
+            target = targets.of(layer.index, job.linear_name(layer.index, linear.name), job.layer_count)
             rows, columns = linear.shape
             columns = target.covered(columns) if isinstance(target, NofM) else columns
             wanted += target.sparsity * rows * columns if target else 0
@@ -95,9 +104,7 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
     """
     progress = progress or Silent()
     with joined() as ranks:
-        return _finished_before("rebuild", config, progress, ranks) or run(
-            rebuilding(config, progress, ranks), progress
-        )
+        return _finished_before(config, progress, ranks) or run(rebuilding(config, progress, ranks), progress)
 
 
 def rebuilding(config: RebuildConfig, progress: Progress, ranks: Ranks) -> Assignment:
@@ -111,21 +118,21 @@ def rebuilding(config: RebuildConfig, progress: Progress, ranks: Ranks) -> Assig
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method
-    settings = _rebuild_settings(config, method, initial.first_pattern)
+    settings = _rebuild_settings(config, method, initial.pattern)
     return Assignment("rebuild", config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")
 
 
-def _finished_before(command: str, config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:
+def _finished_before(config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:
     """The report of this same run, where it is to be resumed and was finished: as when a job is queued again."""
-    report = ranks.from_first(finished_run(command, config, progress) if ranks.first else None)
+    report = ranks.from_first(finished_run(config, progress) if ranks.is_first else None)
     if report is not None:
-        if ranks.first and (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
+        if ranks.is_first and (config.output / STATE_NAME).is_file():  # it was killed when its output was whole
             clear_finished(config.output)
         tell_of_finished(config, report, progress)
     return report
 
 
-def finished_run(command: str, config: RunSettings, progress: Progress) -> RunReport | None:
+def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
     """The report of this same run, if it is to be resumed and its output is complete; every file is read.
 
     Returns:
@@ -140,7 +147,7 @@ def finished_run(command: str, config: RunSettings, progress: Progress) -> RunRe
         if config.overwrite:
             return None
         raise OutputError(str(error), f"choose another output folder, or {PRUNE_AGAIN}") from error
-    if record is None or record.command != command:
+    if record is None or record.command != config.command:
         return None
     recorded = {name: value for name, value in record.settings.items() if name not in UNLIKE}
     if recorded != config.model_dump(mode="json", exclude=UNLIKE):
@@ -176,8 +183,8 @@ def _damage(output: Path, record: RunReport, progress: Progress) -> str:
 def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
     """The input of a finished run that is another one now, as far as local files show."""
     changed = _changed_model(record.model, record.source, progress)
-    if not changed and isinstance(config, RebuildConfig):
-        changed = _changed_model(config.pruned, record.pruned_source, progress, of_pruned=True)
+    if not changed and record.command == "rebuild":
+        changed = _changed_model(record.settings["pruned"], record.pruned_source, progress, of_pruned=True)
     folder = Path(expanduser(record.model))
     if changed or not folder.is_dir() or config.calibration in HUB_SETS:
         return changed

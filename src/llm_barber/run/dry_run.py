@@ -9,15 +9,12 @@ from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.output import work_folder
 from llm_barber.checkpoint.unfinished import unfinished_run
-from llm_barber.masking.pattern import NofM
-from llm_barber.method.checkpoint_masks import CheckpointMasks
-from llm_barber.method.method_masks import MethodMasks
 from llm_barber.parallel.ranks import Ranks
 from llm_barber.planning.limits import left_for_activations
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.assignment import run_key
-from llm_barber.run.commands import finished_run, pruning, rebuilding, tell_of_finished
+from llm_barber.run.commands import finished_run, opened, tell_of_finished
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.usage import current_memory, readable_bytes
@@ -83,20 +80,11 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         BarberError: as `prune` and `rebuild`.
     """
     progress = progress or Silent()
-    command = "prune" if isinstance(config, PruneConfig) else "rebuild"
-    complete = finished_run(command, config, progress)
+    complete = finished_run(config, progress)
     if complete is not None:
         tell_of_finished(config, complete, progress)
         config = config.model_copy(update={"overwrite": True})  # or it would be in the way
-    if isinstance(config, PruneConfig):
-        target = config.target
-        work = pruning(config, progress, Ranks())
-        pattern = str(target) if isinstance(target, NofM) else f"{target.sparsity:g} unstructured"
-        pattern += ", some linears their own" if config.sparsities else ""
-    else:
-        work = rebuilding(config, progress, Ranks())
-        assert isinstance(work.initial, CheckpointMasks)
-        pattern = str(work.initial.first_pattern or "unstructured")
+    work = opened(config, progress, Ranks())
     work.warn_of_settings(progress)
     job, rebuilt = work.job, work.rebuild_settings
     if config.memory is not None:
@@ -105,11 +93,9 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     with locked(lock) if lock.is_file() else nullcontext():  # not while another run writes it
         left = unfinished_run(lock.parent, run_key(work), config.overwrite, config.resume)
     of_linears = job.linear_shapes(job.source)
-    shapes = list(of_linears.values())
-    if isinstance(work.initial, MethodMasks):
-        every = [(index, name) for index in range(job.layer_count) for name in work.initial.linears(index)]
-        shapes = [of_linears[f"{job.linear_name(index, name)}.weight"] for index, name in every]
-    if isinstance(config, PruneConfig) and config.prune_head:
+    linears = [(index, name) for index in range(job.layer_count) for name in work.initial.linears(index)]
+    shapes = [of_linears[f"{job.linear_name(index, name)}.weight"] for index, name in linears]
+    if config.prunes_head:
         shapes.append(tuple(job.skeleton.head.weight.shape))
     sequences, tokens = job.tokens.input_ids.shape
     arrays = RefineSettings.arrays(work.refine_settings)
@@ -122,7 +108,7 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
         linears=len(shapes),
         weights=sum(rows * columns for rows, columns in shapes),
         method=work.label,
-        pattern=pattern,
+        pattern=work.initial.target_words,
         granularity=rebuilt.granularity if rebuilt else None,
         rebuild_ratio=rebuilt.ratio if rebuilt else None,
         allocation=work.allocation,

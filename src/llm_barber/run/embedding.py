@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llm_barber.errors import BarberError
 from llm_barber.loading.job import Job
-from llm_barber.model.device import experts_a_token, is_out_of_memory, needed_memory
-from llm_barber.model.places import Places
+from llm_barber.model.array_memory import ArrayMemory
+from llm_barber.model.device import experts_per_token, is_out_of_memory, needed_memory
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.settings.refining import RefineSettings
@@ -26,7 +26,7 @@ def embed(
     job: Job,
     weights: Mapping[str, Tensor],
     refine_settings: RefineSettings | None,
-    places: Places,
+    memory: ArrayMemory,
     progress: Progress,
 ) -> ActivationStreams:
     """The input of the first decoder layer for this process's calibration sequences.
@@ -35,7 +35,7 @@ def embed(
         job: the run.
         weights: what embeds the tokens, by the model's names.
         refine_settings: if the run refines.
-        places: where activations lie.
+        memory: where activations lie.
         progress: is told of smaller batches.
 
     Raises:
@@ -43,8 +43,8 @@ def embed(
     """
     skeleton, tokens = job.skeleton, job.tokens.input_ids
     held_out = 0 if refine_settings is None else refine_settings.held_out
-    streams = ActivationStreams(len(tokens), job.batch_size, places, job.ranks, held_out)
-    own = streams.own(tokens)
+    streams = ActivationStreams(len(tokens), job.batch_size, memory, job.ranks, held_out)
+    own = streams.select_local(tokens)
 
     def compute() -> None:
         skeleton.fill_outside(weights)
@@ -112,7 +112,7 @@ def with_smaller_batches(
             continue
         if streams.batch_size == 1:
             seqlen = job.tokens.input_ids.shape[1]
-            needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, experts_a_token(skeleton.model.config))
+            needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, experts_per_token(skeleton.model.config))
             raise DeviceMemoryError(
                 f"the device's memory is too small for one sequence of {seqlen} tokens, which takes about "
                 f"{needed / 2**30:.1f} GiB",

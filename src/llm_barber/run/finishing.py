@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.state import Used
+from llm_barber.method.distance import HUGE_TOKEN
 from llm_barber.method.few_tokens import FEW_TOKENS
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress
@@ -14,6 +15,8 @@ from llm_barber.record.report import CalibrationResult, RunReport
 from llm_barber.run.assignment import Assignment, kept_weights
 from llm_barber.run.writer import Writer
 from llm_barber.usage import versions
+
+LEAST_TOKENS_WITH_SINKS = 32  # in a window: in shorter ones the largest token's share says nothing
 
 
 def finish_output(
@@ -76,8 +79,15 @@ def finish_output(
 
 def warn_of_results(work: Assignment, report: RunReport, progress: Progress) -> None:
     """Say what went otherwise than a user would expect."""
-    if work.job.skeleton.order.lost:
+    if work.job.skeleton.order.unavailable:
         progress.warn("gradients were added up in no fixed order, which this model has none of: another run may differ")
+    if sinks := layers_ruled_by_one_token(report):
+        layers = "layer" if len(sinks) == 1 else "layers"
+        progress.warn(
+            f"one token of a window holds most of the distance that tuning lowers in {len(sinks)} {layers} of "
+            f"{len(report.layers)} ({', '.join(map(str, sinks))}): an attention sink, whose error is handed on. "
+            f"Held-out windows count it as {HUGE_TOKEN:g} median tokens; the page of the run has its share"
+        )
     few = {
         (layer.index, one.name.rpartition(".")[0]) for layer in report.layers for one in layer.linears if one.few_tokens
     }
@@ -92,6 +102,16 @@ def warn_of_results(work: Assignment, report: RunReport, progress: Progress) -> 
             f"the rebuild swapped nothing: in comparison groups of this size, ratio {work.rebuild_settings.ratio:g} "
             "of the beneficial pairs is less than one; try --rebuild-ratio 0.1"
         )
+
+
+def layers_ruled_by_one_token(report: RunReport) -> list[int]:
+    """Indices of tuned layers in whose remaining distance one token of each held-out window has more than half.
+
+    In windows of a few tokens that is nothing special: the list is empty then.
+    """
+    if report.calibration.tokens < LEAST_TOKENS_WITH_SINKS:
+        return []
+    return [layer.index for layer in report.layers if layer.concentration and layer.concentration.token_after > 0.5]
 
 
 def _untied(path: Path) -> bytes:

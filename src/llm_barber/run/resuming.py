@@ -138,7 +138,7 @@ def pass_layers(
 def gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:
     """On the process that writes, what the next layer starts from, of all processes."""
     sequences = len(work.job.tokens.input_ids)
-    return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.places.empty_off_device)
+    return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.memory.empty_off_device)
 
 
 def used_by(work: Assignment, writer: Writer, streams: ActivationStreams) -> Used:

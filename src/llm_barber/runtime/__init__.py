@@ -1,1 +1,1 @@
-"""Running what was pruned: packed linears, kernels, loading as a transformers model."""
+"""Run pruned models: packed linears, kernels, loading as a transformers model."""

@@ -34,12 +34,12 @@ def load(
     semi_structured: bool = False,
     verify: bool = False,
 ) -> PreTrainedModel:
-    """A transformers model with the weights of a checkpoint folder, one tensor after the other.
+    """Load a checkpoint folder as a transformers model, one tensor after the other.
 
     Args:
         model: folder (packed or not), hub id or GGUF file.
-        keep_packed: keep the matrices of linears that shrink packed in memory, and unpack each when it is used: less
-            memory, and slower (docs/guide/packed.md). On CUDA it is untested on a real GPU.
+        keep_packed: keep the weights of linears packed in memory where that is smaller, and unpack each when it is
+            used: less memory, and slower (docs/guide/packed.md). On CUDA this is untested on a real GPU.
         dtype: of the weights; None: the checkpoint's.
         device: as in `prune`.
         semi_structured: convert linears that hold 2:4 with PyTorch's `to_sparse_semi_structured`, where dtype and shape
@@ -49,66 +49,87 @@ def load(
     Raises:
         ModelError: the checkpoint is damaged, or does not have what its configuration says; no linear can be
             semi-structured.
-        VerificationError: with `verify`, the folder is not what its record says.
+        VerificationError: with `verify`, the folder differs from its record.
         SettingsError: an unknown device; `semi_structured` without a GPU for it, or with `keep_packed`.
     """
-    place = resolve_device(device)
-    if semi_structured:
-        if keep_packed:
-            raise SettingsError(message("{keep_packed} and {semi_structured} exclude each other"), "choose one of them")
-        check_device(place, torch.cuda.get_device_capability(place) if place.type == "cuda" else None)
-    if keep_packed and place.type == "cuda" and find_spec("triton") is None:
-        warnings.warn("without Triton every product unpacks its weight: pip install 'llm-barber[gpu]'", stacklevel=2)
+    target = resolve_device(device)
+    _check_settings(target, keep_packed, semi_structured)
     source = CheckpointSource(str(model))
     if verify:
         verify_folder(source, Silent())
     config = load_config(source)
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
-        empty: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
-    empty.tie_weights()
-    join_tied_linears(empty)
+        loaded: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
+    loaded.tie_weights()
+    join_tied_linears(loaded)
     split = empty_model(config, dtype)
     source.locations = find_locations(split, source.tensors)
-    untie_head(empty, {name: location.tensor for name, location in source.locations.items()})
-    names_of = Counter(id(one) for _, one in empty.named_modules(remove_duplicate=False))
-    for name in [name for name, _ in empty.named_parameters()]:  # of tied ones the first
-        tensor = _read(source, name, tuple(empty.get_parameter(name).shape), split)
-        path, _, leaf = name.rpartition(".")
-        owner = empty.get_submodule(path)
-        if tensor.shape != getattr(owner, leaf).shape:
-            raise ModelError(
-                f"{name} has shape {tuple(tensor.shape)}, the configuration says {tuple(getattr(owner, leaf).shape)}",
-                "config.json and the weights do not belong together",
-            )
-        packs = keep_packed and type(owner) is nn.Linear and leaf == "weight" and names_of[id(owner)] == 1
-        packed = pack(tensor.to(dtype)) if packs else None
-        if packed is None:
-            setattr(owner, leaf, nn.Parameter(tensor.to(place, dtype), requires_grad=False))
-        else:
-            parent, _, last = path.rpartition(".")
-            setattr(empty.get_submodule(parent), last, PackedLinear(packed, owner.bias))
-    for name in stored_buffer_names(empty):
+    untie_head(loaded, {name: location.tensor for name, location in source.locations.items()})
+    _fill_parameters(loaded, source, split, dtype, target, keep_packed)
+    for name in stored_buffer_names(loaded):
         if name in source.locations:
-            set_buffer(empty, name, source.read_parameters([name])[name], place)
-    empty.tie_weights()
+            set_buffer(loaded, name, source.read_parameters([name])[name], target)
+    loaded.tie_weights()
     if (source.folder / "generation_config.json").exists():
-        empty.generation_config = GenerationConfig.from_pretrained(source.folder)
-    loaded: PreTrainedModel = empty.to(place).eval()
+        loaded.generation_config = GenerationConfig.from_pretrained(source.folder)
+    loaded = loaded.to(target).eval()
     if semi_structured:
         loaded.semi_structured = convert(loaded)
     return loaded
 
 
+def _check_settings(device: torch.device, keep_packed: bool, semi_structured: bool) -> None:
+    """Refuse settings that the device does not allow; warn of a slow product."""
+    if semi_structured:
+        if keep_packed:
+            raise SettingsError(message("{keep_packed} and {semi_structured} exclude each other"), "choose one of them")
+        check_device(device, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    if keep_packed and device.type == "cuda" and find_spec("triton") is None:
+        warnings.warn("without Triton every product unpacks its weight: pip install 'llm-barber[gpu]'", stacklevel=3)
+
+
+def _fill_parameters(
+    model: PreTrainedModel,
+    source: CheckpointSource,
+    split: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_packed: bool,
+) -> None:
+    """Read the parameters of an empty model; `split` is the same model with each expert by itself.
+
+    Raises:
+        ModelError: a tensor has another shape than the configuration says.
+    """
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for name in [name for name, _ in model.named_parameters()]:  # a tied parameter has its first name here
+        tensor = _read(source, name, tuple(model.get_parameter(name).shape), split)
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if tensor.shape != getattr(owner, leaf).shape:
+            raise ModelError(
+                f"{name} has shape {tuple(tensor.shape)}, the configuration says {tuple(getattr(owner, leaf).shape)}",
+                "config.json and the weights do not belong together",
+            )
+        packs = keep_packed and type(owner) is nn.Linear and leaf == "weight" and uses[id(owner)] == 1
+        packed = pack(tensor.to(dtype)) if packs else None  # None, too, where packing saves nothing
+        if packed is None:
+            setattr(owner, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        else:
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, PackedLinear(packed, owner.bias))
+
+
 def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn.Module) -> Tensor:
-    """A parameter; where the model keeps experts together, put together from theirs, as `split` has them."""
+    """Read a parameter; stack it from its experts' where `split` has them one by one."""
     path, _, leaf = name.rpartition(".")
     experts = split.get_submodule(path)
     if not isinstance(experts, Experts):
         return source.read_parameters([name])[name]
     parts = experts.parts(leaf)
-    found = source.read_parameters([f"{path}.{part.name}" for part in parts])
-    stacked = torch.empty(shape, dtype=next(iter(found.values())).dtype)
+    tensors = source.read_parameters([f"{path}.{part.name}" for part in parts])
+    stacked = torch.empty(shape, dtype=next(iter(tensors.values())).dtype)
     for part in parts:
-        part.of(stacked).copy_(found[f"{path}.{part.name}"])
+        part.of(stacked).copy_(tensors[f"{path}.{part.name}"])
     return stacked

@@ -1,4 +1,4 @@
-"""A linear whose weight stays packed in memory: kept values and one bit a weight, whatever the encoding on disk."""
+"""A linear whose weight stays packed in memory: kept values and one bit a weight, for every encoding on disk."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -12,26 +12,27 @@ from llm_barber import native
 from llm_barber.checkpoint.bits import POPCOUNT, as_integers, count_bits, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
 
-DECODE_ROWS = 8  # of inputs, up to which the decode kernel is used
-BLOCK_COLUMNS = 256  # of the decode kernel: one int32 for so many weights, 0.8 % of bfloat16
+DECODE_ROWS = 8  # most rows of inputs that the decode kernel takes
+BLOCK_COLUMNS = 256  # columns of a block of the decode kernel: its int32 start adds 0.8 % to bfloat16 weights
 
 
 class PackedLinear(nn.Module):
-    """On the CPU up to four rows of inputs are multiplied with the packed weight, where `llm_barber.native` was built.
+    """A drop-in for `nn.Linear` without gradients of its weight.
 
-    Else the weight is unpacked into a buffer that all linears of its size share, whenever it is used. On CUDA with
-    Triton, up to `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more are multiplied
-    with the weight unpacked on the GPU. The kernel and the GPU's unpacking are untested on a real GPU.
+    On the CPU, up to four rows of inputs are multiplied with the packed weight where `llm_barber.native` was built.
+    Otherwise each use unpacks the weight into a buffer that all linears of this size share. On CUDA with Triton, up to
+    `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more rows are multiplied with the
+    weight unpacked on the GPU. The kernel and the unpacking on the GPU are untested on a real GPU.
 
     Args:
-        packed: its weight, (out, in).
+        packed: the weight, (out, in).
         bias: (out,), or None; it may still be empty.
     """
 
     values: Tensor
     bits: Tensor
     starts: Tensor | None
-    _memory: dict[tuple[int, torch.dtype], Tensor] = {}  # noqa: RUF012 - shared on purpose
+    _buffers_by_size: dict[tuple[int, torch.dtype], Tensor] = {}  # noqa: RUF012 - shared on purpose
 
     def __init__(self, packed: Packed, bias: Any) -> None:
         super().__init__()
@@ -44,15 +45,15 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Unpacked, (out, in); on the CPU valid until another linear of the same size is used."""
+        """The unpacked weight, (out, in); on the CPU valid until another linear of the same size is used."""
         if self.values.device.type != "cpu":
             return unpack_on_device(self.values, self.bits, self.shape)
         rows, columns = self.shape
         key = (rows * columns, self.values.dtype)
-        if key not in self._memory:
-            self._memory[key] = torch.empty(rows * columns, dtype=self.values.dtype)
-        put_kept(as_integers(self.values), self.bits.numpy(), as_integers(self._memory[key]))
-        return self._memory[key].view(rows, columns)
+        if key not in self._buffers_by_size:
+            self._buffers_by_size[key] = torch.empty(rows * columns, dtype=self.values.dtype)
+        put_kept(as_integers(self.values), self.bits.numpy(), as_integers(self._buffers_by_size[key]))
+        return self._buffers_by_size[key].view(rows, columns)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
@@ -65,7 +66,7 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(inputs, self.weight, self.bias)
 
     def decode(self, inputs: Tensor) -> Tensor:
-        """As `forward`, by the decode kernel; at most `DECODE_ROWS` rows."""
+        """Compute `forward` by the decode kernel; at most `DECODE_ROWS` rows."""
         from llm_barber.runtime.kernels.decode import decode_product
 
         if self.starts is None:
@@ -73,27 +74,27 @@ class PackedLinear(nn.Module):
         return decode_product(self.values, self.bits, self.starts, inputs, self.bias, BLOCK_COLUMNS)
 
     def decode_on_cpu(self, inputs: Tensor) -> Tensor:
-        """As `forward`, without unpacking, summed in float32; at most `native.PRODUCT_ROWS` rows."""
+        """Compute `forward` without unpacking, summed in float32; at most `native.PRODUCT_ROWS` rows."""
         rows, columns = self.shape
         flat = inputs.reshape(-1, columns).float().contiguous()
         outputs = torch.empty(len(flat), rows)
 
-        def one(part: tuple[int, int, int, int]) -> None:
-            first, last, start, end = part
-            bits = self.bits[first * columns // 8 : last * columns // 8]
-            native.product(self.values[start:end], bits, flat, outputs[:, first:last])
+        def multiply(part: tuple[int, int, int, int]) -> None:
+            first_row, end_row, first_value, end_value = part
+            bits = self.bits[first_row * columns // 8 : end_row * columns // 8]
+            native.product(self.values[first_value:end_value], bits, flat, outputs[:, first_row:end_row])
 
-        parts = self._rows_of_threads(min(torch.get_num_threads(), rows))
+        parts = self._thread_parts(min(torch.get_num_threads(), rows))
         if len(parts) == 1:
-            one(parts[0])
+            multiply(parts[0])
         else:
-            list(_pool(len(parts)).map(one, parts))
+            list(_pool(len(parts)).map(multiply, parts))
         if self.bias is not None:
             outputs += self.bias.float()
         return outputs.to(inputs.dtype).view(*inputs.shape[:-1], rows)
 
-    def _rows_of_threads(self, threads: int) -> list[tuple[int, int, int, int]]:
-        """For each thread its first row, the one after its last, and the same of values."""
+    def _thread_parts(self, threads: int) -> list[tuple[int, int, int, int]]:
+        """Each thread's first row and end row, first value and end value; ends are exclusive."""
         if threads not in self._parts:
             rows, columns = self.shape
             ends = [rows * number // threads for number in range(threads + 1)]
@@ -102,18 +103,18 @@ class PackedLinear(nn.Module):
         return self._parts[threads]
 
     def extra_repr(self) -> str:
-        """Shape and what is kept."""
+        """Shape, and the share of weights that is kept."""
         rows, columns = self.shape
         return f"in_features={columns}, out_features={rows}, kept={len(self.values) / (rows * columns):.0%}"
 
 
 def use_kernel(device: str, rows: int, differentiated: bool) -> bool:
-    """Whether the decode kernel takes inputs of so many rows; it has no gradient."""
+    """True if the decode kernel takes `rows` rows of inputs; it has no gradient."""
     return device == "cuda" and 1 <= rows <= DECODE_ROWS and not differentiated and find_spec("triton") is not None
 
 
 def use_native(values: Tensor, columns: int, rows: int, differentiated: bool) -> bool:
-    """Whether inputs of so many rows are multiplied with the packed weight on the CPU."""
+    """True if `rows` rows of inputs are multiplied with the packed weight on the CPU."""
     few = 1 <= rows <= native.PRODUCT_ROWS and not differentiated
     return few and values.device.type == "cpu" and native.can_multiply(columns, values.dtype)
 
@@ -124,22 +125,24 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def unpack_on_device(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The weight, (out, in), by PyTorch's operations, where its parts are.
+    """Unpack a weight, (out, in), by PyTorch's operations, on the device of its parts.
 
     Args:
         values: (kept,).
         bits: uint8, (⌈out · in / 8⌉,).
         shape: out, in.
     """
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    kept = ((bits[:, None] >> places) & 1).view(-1)[: shape[0] * shape[1]].bool()
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    kept = ((bits[:, None] >> shifts) & 1).view(-1)[: shape[0] * shape[1]].bool()
     return values.new_zeros(shape[0] * shape[1]).masked_scatter_(kept, values).view(shape)
 
 
 def block_starts(bits: Tensor, shape: tuple[int, int], block: int) -> Tensor:
-    """For each row and block of columns, how many bits are set before it: (out, ⌈in / block⌉).
+    """Number of bits set before each block of columns of each row: (out, ⌈in / block⌉).
 
-    int32; int64 where there are 2³¹ weights or more.
+    int32; int64 from 2³¹ weights on.
+
+    Example: bits of the rows 1010 and 0110, block=2 -> [[0, 1], [2, 3]].
 
     Args:
         bits: uint8, (⌈out · in / 8⌉,), row after row.
@@ -147,12 +150,11 @@ def block_starts(bits: Tensor, shape: tuple[int, int], block: int) -> Tensor:
         block: columns of a block.
     """
     rows, columns = shape
-    kind = torch.int32 if rows * columns < 2**31 else torch.int64
+    dtype = torch.int32 if rows * columns < 2**31 else torch.int64
     counts = torch.from_numpy(POPCOUNT).to(bits.device)
-    before = counts[bits.int()].cumsum(0, dtype=kind) - counts[bits.int()]  # each byte: set bits before it
-    place = torch.arange(rows, device=bits.device)[:, None] * columns + torch.arange(
-        0, columns, block, device=bits.device
-    )
-    byte = place >> 3
-    lower = bits[byte].int() & ((1 << (place & 7)) - 1)  # bits of the byte that are before the block
-    return (before[byte] + counts[lower]).to(kind)
+    before = counts[bits.int()].cumsum(0, dtype=dtype) - counts[bits.int()]  # each byte: set bits before it
+    first_columns = torch.arange(0, columns, block, device=bits.device)
+    bit = torch.arange(rows, device=bits.device)[:, None] * columns + first_columns
+    byte = bit >> 3
+    lower = bits[byte].int() & ((1 << (bit & 7)) - 1)  # bits of the byte that are before the block
+    return (before[byte] + counts[lower]).to(dtype)

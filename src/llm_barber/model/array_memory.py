@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class Places:
+class ArrayMemory:
     """Gives arrays a place: on the device as far as there is room, then in memory up to `limit`, then in `folder`.
 
     Args:

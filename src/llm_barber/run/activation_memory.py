@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from llm_barber.loading.job import Job
+from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.model.device import free_device_memory
-from llm_barber.model.places import Places
 from llm_barber.planning.limits import device_room, left_for_activations
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import model_shapes
@@ -18,7 +18,7 @@ from llm_barber.usage import current_memory
 LIMITED: set[torch.device] = set()  # by a run of this process; the next run without --device-memory lifts the limit
 
 
-def activation_places(job: Job, settings: RunSettings, recipe: Recipe, writer: Writer) -> Places:
+def activation_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: Writer) -> ArrayMemory:
     """Choose where activations lie, so that the process stays within `settings.memory`; limit the device, too.
 
     Raises:
@@ -27,17 +27,17 @@ def activation_places(job: Job, settings: RunSettings, recipe: Recipe, writer: W
     device, shapes = job.skeleton.device, model_shapes(job.skeleton)
     if device.type == "cuda" and (settings.device_memory is not None or device in LIMITED):
         _limit_device(device, settings.device_memory)
-    places = Places(device)
+    memory = ArrayMemory(device)
     if device.type == "cuda" and not settings.activations_off_device and not writer.state.used.off_device:
-        places.room = device_room(free_device_memory(device, settings.device_memory), shapes, recipe)
+        memory.room = device_room(free_device_memory(device, settings.device_memory), shapes, recipe)
     if settings.memory is None:
-        return places
+        return memory
     left = left_for_activations(settings.memory, current_memory(), shapes, recipe)
     # Beside the output. Another machine may lack that folder: there, where temporary files go (`TMPDIR`).
     beside = (
         folder for folder in (writer.folder, writer.folder.parent) if folder.is_dir() and os.access(folder, os.W_OK)
     )
-    return replace(places, limit=left, folder=next(beside, None))
+    return replace(memory, limit=left, folder=next(beside, None))
 
 
 def _limit_device(device: torch.device, device_memory: int | None) -> None:

@@ -1,0 +1,117 @@
+"""Perplexity of a model's predictions on text, and their distance from another model's predictions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_barber.errors import ModelError
+from llm_barber.evaluation.result import TextComparison
+from llm_barber.evaluation.streamed import StreamedModel
+from llm_barber.progress import Progress
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """A model, and its last hidden states of each window, (tokens, hidden)."""
+
+    model: StreamedModel
+    windows: Sequence[Tensor]
+
+
+@dataclass
+class Sums:
+    """Sums over predicted tokens: negative log-likelihoods in nats, divergences in nats, agreements."""
+
+    loss: float = 0.0
+    other_loss: float = 0.0
+    divergence: float = 0.0
+    agreement: float = 0.0
+
+
+def measure_predictions(
+    text: str, windows: Tensor, states: HiddenStates, other: HiddenStates | None, progress: Progress
+) -> tuple[float, TextComparison | None]:
+    """Perplexity on the windows of a text, and the comparison with another model's predictions.
+
+    Each window's tokens after its first are predicted.
+
+    Args:
+        text: its name, for messages.
+        windows: token ids, int64, (windows, seqlen), on the model's device.
+        states: of the model.
+        other: of the other model; None: no comparison.
+        progress: told of each window.
+
+    Raises:
+        ModelError: logits are NaN or Inf, or a perplexity overflows.
+    """
+    sums = Sums()
+    progress.start("measuring predictions", len(windows))
+    for index, window in enumerate(windows):
+        for start in range(0, len(window) - 1, states.model.positions_at_once):
+            part = slice(start, min(start + states.model.positions_at_once, len(window) - 1))
+            following = window[1:][part].unsqueeze(1)
+            where = f"window {index} of {text}"
+            logits = states.model.logits(states.windows[index][part], where)
+            log_total = logits.logsumexp(1)
+            sums.loss += _loss(logits, log_total, following)
+            if other is not None:
+                reference = other.model.logits(other.windows[index][part], where)
+                _add_comparison(sums, logits, log_total, reference, following)
+        progress.advance("")
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    comparison = None
+    if other is not None:
+        comparison = TextComparison(
+            perplexity=_perplexity(sums.other_loss / count, f"the other model on {text}"),
+            perplexity_ratio=_perplexity((sums.loss - sums.other_loss) / count, f"the ratio on {text}"),
+            divergence=sums.divergence / count,
+            top_agreement=sums.agreement / count,
+        )
+    return _perplexity(sums.loss / count, text), comparison
+
+
+def _add_comparison(sums: Sums, logits: Tensor, log_total: Tensor, reference: Tensor, following: Tensor) -> None:
+    """Add the other model's loss, its divergence and the agreement of both models at some positions.
+
+    Args:
+        sums: changed.
+        logits: (positions, vocabulary), float32.
+        log_total: their logsumexp, (positions,).
+        reference: the other model's logits; overwritten.
+        following: the tokens to predict, int64, (positions, 1).
+    """
+    top = reference.amax(1, keepdim=True)
+    # The same token is the most likely one of both models; finding its number would take ten times as long.
+    same = (reference == top) & (logits == logits.amax(1, keepdim=True))
+    sums.agreement += same.any(1).sum().item()
+    weights = (reference - top).exp_()
+    total = weights.sum(1)
+    other_log_total = top.squeeze(1) + total.log()
+    sums.other_loss += _loss(reference, other_log_total, following)
+    # Σ p (log p − log q), with log p = reference − its log total and p = weights / their total: one product.
+    distance = torch.linalg.vecdot(weights, reference.sub_(logits)) / total - (other_log_total - log_total)
+    sums.divergence += distance.double().sum().item()
+
+
+def _loss(logits: Tensor, log_total: Tensor, following: Tensor) -> float:
+    """Sum of −log p of the following tokens, int64, (positions, 1); `log_total` is the logits' logsumexp."""
+    return (log_total - logits.gather(1, following).squeeze(1)).double().sum().item()
+
+
+def _perplexity(loss: float, where: str) -> float:
+    """The exponential of a mean loss in nats.
+
+    Raises:
+        ModelError: it is too large for a float.
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise ModelError(
+            f"perplexity of {where} overflows: its mean loss is {loss:.4g} nats a token",
+            "the model is broken; a uniform guess has log(vocabulary)",
+        ) from error

@@ -1,0 +1,79 @@
+"""Results of an evaluation: perplexity and accuracies, each with everything it depends on."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class TextComparison(BaseModel):
+    """The comparison of two models' predictions on a text.
+
+    `perplexity`: the other model's. `perplexity_ratio`: the evaluated model's perplexity over it. Means over tokens:
+    `divergence`, the Kullback-Leibler divergence of the evaluated model's next-token distribution from the other's,
+    nats; `top_agreement`, the share of tokens with the same most likely next token.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    perplexity: float
+    perplexity_ratio: float
+    divergence: float
+    top_agreement: float
+
+
+class TextResult(BaseModel):
+    """Perplexity on one text, with everything that the number depends on.
+
+    `begins_with_bos`: each window begins with BOS, or with other tokens that the tokenizer puts in front of texts.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    perplexity: float
+    windows: int
+    seqlen: int
+    begins_with_bos: bool
+    sha256: str
+    against: TextComparison | None
+
+
+class TaskComparison(BaseModel):
+    """The other model's value, and the difference of the evaluated model's value from it.
+
+    `standard_error` is that of the difference, paired by example.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    difference: float
+    standard_error: float
+
+
+class TaskResult(BaseModel):
+    """One metric of one task: an accuracy from 0 to 1, its standard error, and its examples."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float
+    examples: int
+    shots: int
+    source: str
+    sha256: str | None
+    against: TaskComparison | None
+
+
+class Evaluation(BaseModel):
+    """The evaluation of one model; `against` is the model that it was compared with, None: it was not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    against: str | None
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    texts: tuple[TextResult, ...]
+    tasks: tuple[TaskResult, ...] = ()

@@ -1,0 +1,62 @@
+"""Held-out windows: they take no part in tuning, and decide which of its passes is kept."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_barber.method.distance import Distance
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.streams import HIDDEN, TARGET, ActivationStreams
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How far a layer's output is from its target on the held-out windows.
+
+    Attributes:
+        error: mean distance over windows, tokens and channels; huge tokens and channels count for less (`Distance`).
+        token_share: share of each window's largest token in the squares that gradients see (huge channels count for
+            less, huge tokens do not); 0 to 1.
+        channel_share: share of the largest channel in these squares; 0 to 1.
+    """
+
+    error: float
+    token_share: float
+    channel_share: float
+
+
+def judge(
+    layer: DecoderLayer, weights: Mapping[str, Tensor], distance: Distance, streams: ActivationStreams
+) -> Judgement:
+    """Compare the layer's output with its target on the held-out windows of all processes.
+
+    Args:
+        layer: the decoder layer.
+        weights: (out, in), by linear, of any dtype.
+        distance: weights of the channels.
+        streams: the layer's input, and its target (`TARGET`).
+    """
+    weights = {name: weight.to(layer.dtype) for name, weight in weights.items()}
+    errors: list[float] = []
+    largest_tokens = squares = 0.0
+    by_channel = torch.zeros_like(distance.weights, dtype=torch.float64)
+    for batch in streams.split()[1]:
+        target, output = streams.read(TARGET, batch), layer.output_with(weights, streams.read(HIDDEN, batch))
+        errors += distance.errors(target, output).tolist()
+        differences = distance.differences(target, output)
+        largest_tokens += differences.by_token.max(1).values.sum().item()
+        squares += differences.by_token.sum().item()
+        by_channel += differences.by_channel.sum(0)
+    streams.ranks.add_tensor(by_channel)
+    error, largest_tokens, squares = streams.ranks.total(math.fsum(errors), largest_tokens, squares)
+    return Judgement(
+        error / streams.held_out, _share(largest_tokens, squares), _share(by_channel.max().item(), squares)
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    """Share of a sum of squares; 0 of nothing. At most 1: the two sums may be rounded otherwise."""
+    return min(part / whole, 1.0) if whole else 0.0

@@ -1,0 +1,100 @@
+"""Tuning of a model with an attention sink: one token whose states are a hundred times as large as the others'."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llm_barber import PruneConfig, RunReport, prune
+from llm_barber.method import distance
+from tests.conftest import Listener, make_model
+
+SINK = 1  # the token that begins every window, and stands nowhere else
+WINDOWS, LENGTH = 16, 64
+
+
+def make_model_with_sink(folder: Path, seed: int) -> Path:
+    """Save a tiny LLaMA in which channel 0 of the first MLP fires for `SINK` alone, and `down_proj` makes it huge."""
+    make_model(folder, "llama", num_hidden_layers=3, seed=seed)
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[:, 0] = 0
+    embedding[SINK] = 0
+    embedding[SINK, 0] = 3
+    first = "model.layers.0."
+    weights[f"{first}self_attn.o_proj.weight"][0] = 0
+    for name in ("gate_proj", "up_proj"):
+        weights[f"{first}mlp.{name}.weight"][0] = 0
+        weights[f"{first}mlp.{name}.weight"][0, 0] = 3
+    down = weights[f"{first}mlp.down_proj.weight"]
+    down[:, 0] = torch.randn(len(down), generator=torch.Generator().manual_seed(seed)) * 30
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) and not name.startswith(first):
+            weight *= 0.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def make_windows(seed: int) -> Tensor:
+    windows = torch.randint(2, 128, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+    windows[:, 0] = SINK
+    return windows
+
+
+def states(folder: Path, windows: Tensor) -> list[Tensor]:
+    """The output of each decoder layer but the last, (windows, tokens, hidden)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return list(model(windows, output_hidden_states=True).hidden_states[1:-1])
+
+
+@pytest.fixture(params=[0, 5])
+def seed(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def dense(tmp_path: Path, seed: int) -> Path:
+    return make_model_with_sink(tmp_path / "dense", seed)
+
+
+def prune_with_sink(tmp_path: Path, dense: Path, seed: int, listener: Listener | None = None) -> tuple[RunReport, Path]:
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": make_windows(seed)}, tokens)
+    output = tmp_path / "pruned"
+    settings = {"dtype": "float32", "report": False, "guard": 0.25, "overwrite": True}
+    config = PruneConfig(model=dense, output=output, calibration=tokens, **settings)
+    return (prune(config, listener) if listener else prune(config)), output
+
+
+def test_the_model_has_a_sink(dense: Path, seed: int) -> None:
+    squares = [state.square().sum(-1) for state in states(dense, make_windows(seed + 100))]
+    assert all((of_tokens[:, 0] > 2500 * of_tokens.median()).all() for of_tokens in squares)
+
+
+def test_the_other_tokens_come_nearer(tmp_path: Path, dense: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by plain squares, passes are kept that fit the sink and make all other tokens worse."""
+    unseen = make_windows(seed + 100)
+    before = states(dense, unseen)
+    errors = {}
+    for bound in (distance.HUGE_TOKEN, 1e9):
+        monkeypatch.setattr(distance, "HUGE_TOKEN", bound)
+        _, output = prune_with_sink(tmp_path, dense, seed)
+        after = states(output, unseen)
+        errors[bound] = [(one - other)[:, 1:].square().sum().item() for one, other in zip(before, after, strict=True)]
+    with_rule, without = errors.values()
+    assert all(bounded < 0.85 * plain for bounded, plain in zip(with_rule, without, strict=True))
+
+
+def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, dense: Path, seed: int) -> None:
+    listener = Listener()
+    report, _ = prune_with_sink(tmp_path, dense, seed, listener)
+    shares = [layer.concentration for layer in report.layers]
+    assert all(share is not None for share in shares)
+    ruled = [layer.index for layer in report.layers if layer.concentration and layer.concentration.token_after > 0.5]
+    assert 0 in ruled
+    assert any(f"({', '.join(map(str, ruled))}): an attention sink" in message for message in listener.warnings)
+    assert RunReport.model_validate_json(report.to_json()) == report
