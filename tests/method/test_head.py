@@ -17,7 +17,7 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import Unstructured
 from llm_barber.masking.saliency import wanda
 from llm_barber.progress import Silent
-from llm_barber.run.dry_run import plan
+from llm_barber.run.dry_run import dry_run
 from tests.conftest import Listener, bits, make_model, read_folder, save_tokens
 
 FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
@@ -149,7 +149,7 @@ def test_packed_and_back(tmp_path: Path, tokens: Path) -> None:
 def test_dry_run_and_bad_input(tmp_path: Path, tokens: Path) -> None:
     model = make_model(tmp_path / "dense", "llama")
     good = {"model": model, "output": tmp_path / "out", "calibration": tokens}
-    assert plan(PruneConfig(**good, prune_head=True)).linears == plan(PruneConfig(**good)).linears + 1
+    assert dry_run(PruneConfig(**good, prune_head=True)).linears == dry_run(PruneConfig(**good)).linears + 1
     with pytest.raises(ModelError, match="does not divide the 32 inputs of lm_head"):
         prune(PruneConfig(**good, prune_head=True, sparsities={"lm_head": "2:5"}))
 
@@ -233,6 +233,6 @@ def test_refused(tmp_path: Path, tokens: Path) -> None:
 
 def test_the_made_heads_bytes_are_counted(tmp_path: Path, tokens: Path) -> None:
     model = make_model(tmp_path / "dense", "llama")
-    found = plan(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, prune_head=True))
+    found = dry_run(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, prune_head=True))
     run(model, tmp_path / "out", tokens, prune_head=True)
     assert found.output_bytes == sum(tensor.nbytes for tensor in read_folder(tmp_path / "out").values())

@@ -28,7 +28,7 @@ from llm_barber.method.tune import Tuned
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.report import RunReport
-from llm_barber.run.dry_run import plan
+from llm_barber.run.dry_run import dry_run
 from llm_barber.run.stream import _summary
 from llm_barber.settings.refining import RefineSettings
 from tests.conftest import Listener, make_model, read_folder, save_tokens
@@ -471,7 +471,7 @@ def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
     assert message == told.warnings[0]
     assert message.startswith("no window can be held out of one")
     planned = Listener()
-    plan(PruneConfig(model=model, output=tmp_path / "other", calibration=tokens), planned)
+    dry_run(PruneConfig(model=model, output=tmp_path / "other", calibration=tokens), planned)
     assert message in planned.warnings
 
 

@@ -15,7 +15,7 @@ from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Silent
 from llm_barber.run import stream as run_module
-from llm_barber.run.embedding import DeviceMemoryError, with_smaller_batches
+from llm_barber.run.out_of_memory import DeviceMemoryError, with_smaller_batches
 from tests.helpers.copies import LateCopier, use_copier
 from tests.helpers.runs import read_untimed_files
 

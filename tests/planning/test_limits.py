@@ -22,8 +22,8 @@ from llm_barber.planning.memory import Footprint, peak_footprint
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Silent
 from llm_barber.run.activation_memory import activation_memory
-from llm_barber.run.commands import pruning
-from llm_barber.run.dry_run import plan
+from llm_barber.run.commands import prepare_prune
+from llm_barber.run.dry_run import dry_run
 from llm_barber.run.embedding import embed
 from llm_barber.usage import current_memory
 from tests.conftest import make_model, save_tokens
@@ -84,7 +84,7 @@ def test_the_plan_knows_the_activations(
         return kept[0]
 
     monkeypatch.setattr("llm_barber.run.stream.embed", noted)
-    planned = plan(config).stream_bytes
+    planned = dry_run(config).stream_bytes
     prune(config)
     assert kept[1].used == planned
 
@@ -167,7 +167,7 @@ def test_a_text_that_is_too_long_to_read_is_told_of_before(tmp_path: Path, llama
 def test_a_dry_run_says_what_memory_lacks(tmp_path: Path, llama: Path, tokens: Path) -> None:
     config = PruneConfig(model=str(llama), output=tmp_path / "out", calibration=str(tokens), memory="1MiB")
     with pytest.raises(SettingsError, match="not enough, with all calibration activations in files"):
-        plan(config)
+        dry_run(config)
 
 
 def test_what_is_needed_besides_activations_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
@@ -206,12 +206,12 @@ def test_activations_stay_on_a_gpu_unless_told_otherwise_or_its_memory_ran_out(
 ) -> None:
     settings = {"dtype": "bfloat16", "activations_off_device": asked}
     config = PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings)
-    work = pruning(config, Silent(), Ranks())
+    prepared = prepare_prune(config, Silent(), Ranks())
     monkeypatch.setattr("llm_barber.run.activation_memory.free_device_memory", lambda *_: 2**32)
-    work.job.skeleton.device = torch.device("cuda")
+    prepared.job.skeleton.device = torch.device("cuda")
     writer = Follower(tmp_path)
     writer.state = RunState(key={}, used=Used(off_device=left_before))
-    recipe = replace(work.recipe, on_cpu=False)
-    memory = activation_memory(work.job, config, recipe, writer)
-    held = peak_footprint(model_shapes(work.job.skeleton), recipe).device
+    recipe = replace(prepared.recipe, on_cpu=False)
+    memory = activation_memory(prepared.job, config, recipe, writer)
+    held = peak_footprint(model_shapes(prepared.job.skeleton), recipe).device
     assert memory.room == (int(2**32 - DEVICE_LIBRARIES - DEVICE_MARGIN * held) if stay else None)

@@ -31,7 +31,7 @@ from llm_barber.errors import BarberError, ModelError, OutputError
 from llm_barber.progress import Silent
 from llm_barber.run import resuming as resuming_module
 from llm_barber.run import stream as run_module
-from llm_barber.run.dry_run import Plan, plan
+from llm_barber.run.dry_run import DryRun, dry_run
 from llm_barber.settings.presets import REVISIONS, Preset
 from tests.conftest import Listener, make_model, save_tokens
 from tests.helpers.runs import SETTINGS, read_untimed_files, read_untimed_record, run, run_killed_at, run_stopped
@@ -628,7 +628,7 @@ def test_refuses_what_it_cannot_go_on_with(
     other = save_tokens(tmp_path / "other.safetensors", seed=7)
     with pytest.raises(OutputError, match="another calibration text$"):
         run(model, out, other, resume=True)
-    monkeypatch.setattr("llm_barber.run.assignment.versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr("llm_barber.run.resume_key.versions", lambda: {"torch": "0.1"})
     with pytest.raises(OutputError, match="another version of a library"):
         run(model, out, tokens, resume=True)
     monkeypatch.undo()
@@ -778,9 +778,9 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
     (tmp_path / "out.partial" / STATE_NAME).write_text("{")  # the state before is taken
     before = read_untimed_files(tmp_path / "out.partial")
 
-    def planned(**settings: Any) -> Plan:
+    def planned(**settings: Any) -> DryRun:
         given = {**SETTINGS, "model": model, "output": tmp_path / "out", "calibration": tokens, **settings}
-        return plan(PruneConfig(**given))
+        return dry_run(PruneConfig(**given))
 
     found = planned(resume=True)
     assert found.finished_layers == 2

@@ -13,7 +13,7 @@ from llm_barber.masking.held_patterns import holds
 from llm_barber.masking.pattern import NofM, Unstructured, parse_pattern
 from llm_barber.planning.plan import plan as forecast
 from llm_barber.progress import Silent
-from llm_barber.run.dry_run import plan
+from llm_barber.run.dry_run import dry_run
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.targets import EXAMPLE, Targets, parse_target, read_targets
 from tests.conftest import bits, make_model, read_folder, save_tokens
@@ -367,7 +367,7 @@ def test_a_pattern_with_layers_left_out_is_that_pattern(tmp_path: Path, model: P
     report = run(model, tmp_path / "out", tokens, initial="wanda", pattern="2:4", exclude=("self_attn",))
     assert report.pattern == "2:4"
     assert "exclude self_attn" in report.changes
-    shown = plan(
+    shown = dry_run(
         PruneConfig(model=model, output=tmp_path / "no", calibration=tokens, exclude=("self_attn",), skip_layers="0,-1")
     )
     assert (shown.linears, shown.weights) == (3, 3 * 32 * 64)
@@ -380,7 +380,7 @@ def test_a_model_without_its_output_head_is_refused_before_the_run(tmp_path: Pat
     del tensors["lm_head.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"lm_head\.weight"):
-        plan(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens))
+        dry_run(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens))
     run(model, tmp_path / "out", tokens, allocation="uniform")
 
 

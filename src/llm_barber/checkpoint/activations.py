@@ -1,4 +1,4 @@
-"""Files of activations, from which an unfinished run goes on with the layer after the last finished one."""
+"""Files of activations, from which an unfinished run goes on."""
 
 import hashlib
 import json

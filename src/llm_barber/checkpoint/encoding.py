@@ -1,8 +1,11 @@
-"""A pruned weight in fewer bytes: its kept values, and where they go. Bit for bit, for every float dtype.
+"""Pack a pruned weight into fewer bytes: its kept values and their places.
 
-`bitmask`: one bit a weight says whether it is kept. `2:4` and `4:8`: every group of M consecutive weights keeps exactly
-N (one that kept fewer keeps zeros, too), and a number says which: 3 bits for the 6 ways to keep 2 of 4, 7 bits for the
-70 ways to keep 4 of 8. Kept is what is not +0.0. docs/reference/packed-format.md has it for other readers.
+Bit for bit, for every float dtype.
+
+`bitmask`: one bit a weight, set where the weight is kept. `2:4` and `4:8`: every group of M consecutive weights keeps
+exactly N (a group with fewer keeps zeros, too), and a code says which: 3 bits for the 6 ways to keep 2 of 4, 7 bits for
+the 70 ways to keep 4 of 8. A weight is kept if it is not +0.0. docs/reference/packed-format.md describes the encoding
+for other readers.
 """
 
 import itertools
@@ -17,12 +20,12 @@ from torch import Tensor
 from llm_barber import native
 from llm_barber.checkpoint.bits import as_integers, count_bits, find_kept, put_kept, take_kept
 
-FITTING = 1 << 14  # bytes of the bit mask that are looked at together
-CODES_TOGETHER = 8  # so many codes fill a whole number of bytes
+CHECKED_TOGETHER = 1 << 14  # bytes of a bit mask
+CODES_TOGETHER = 8  # eight codes fill a whole number of bytes, whatever their bits
 
 
 class Encoding(StrEnum):
-    """How the places of the kept values are written."""
+    """Encoding of the places of the kept values."""
 
     BITMASK = "bitmask"
     TWO_OF_FOUR = "2:4"
@@ -30,16 +33,19 @@ class Encoding(StrEnum):
 
     @property
     def group(self) -> tuple[int, int] | None:
-        """N and M; None: it has no groups."""
+        """N and M of the groups; None: the encoding has no groups."""
         if self is Encoding.BITMASK:
             return None
-        kept, of = self.value.split(":")
-        return int(kept), int(of)
+        n, m = self.value.split(":")
+        return int(n), int(m)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """`values`: the kept ones, row by row, (kept,). `places`: uint8, (bytes,), by `encoding`. `shape`: (out, in)."""
+    """A packed weight.
+
+    `shape`: (out, in). `values`: the kept values, row by row, (kept,). `places`: uint8, (bytes,), by `encoding`.
+    """
 
     shape: tuple[int, int]
     encoding: Encoding
@@ -53,7 +59,9 @@ class Packed:
 
 
 def pack(weight: Tensor) -> Packed | None:
-    """The encoding with the fewest bytes; None if none has fewer than the weight itself.
+    """Pack a weight with the encoding of the fewest bytes.
+
+    None: no encoding has fewer bytes than the weight itself.
 
     Args:
         weight: (out, in), any dtype of 1, 2, 4 or 8 bytes, on the CPU.
@@ -63,10 +71,10 @@ def pack(weight: Tensor) -> Packed | None:
     bits = find_kept(flat)
     size, encoding = _size(Encoding.BITMASK, bits, rows * columns, columns, flat.itemsize), Encoding.BITMASK
     for grouped in (Encoding.TWO_OF_FOUR, Encoding.FOUR_OF_EIGHT):
-        found = _size(grouped, bits, rows * columns, columns, flat.itemsize)
-        if found is not None:
-            size, encoding = min((size, encoding), (found, grouped))
-            break  # what holds 2:4 holds 4:8, in more bits
+        grouped_size = _size(grouped, bits, rows * columns, columns, flat.itemsize)
+        if grouped_size is not None:
+            size, encoding = min((size, encoding), (grouped_size, grouped))
+            break  # a weight that fits 2:4 fits 4:8, too, in more bytes
     assert size is not None
     if size >= flat.nbytes:
         return None
@@ -81,14 +89,15 @@ def pack(weight: Tensor) -> Packed | None:
 
 
 def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:
-    """The weight, (out, in).
+    """Unpack a weight, (out, in).
 
     Args:
-        packed: its parts.
-        into: contiguous memory for it, (out · in,) of its dtype; None: new memory.
+        packed: the packed weight, maybe from a hostile file.
+        into: contiguous memory for the weight, (out · in,), of its dtype; None: new memory.
 
     Raises:
-        ValueError: sizes or counts do not fit together; nothing of the declared size is allocated before they do.
+        ValueError: sizes or counts do not fit together. They are checked before memory of the declared size is
+            allocated.
     """
     bits = bitmask(packed)
     rows, columns = packed.shape
@@ -98,7 +107,9 @@ def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:
 
 
 def bitmask(packed: Packed) -> np.ndarray:
-    """One bit for each weight, whatever the encoding: uint8, (⌈out · in / 8⌉,); bits beyond the last weight are 0.
+    """Bit mask of the kept weights of any encoding, uint8, (⌈out · in / 8⌉,).
+
+    Bits beyond the last weight are 0.
 
     Raises:
         ValueError: sizes or counts do not fit together.
@@ -107,9 +118,9 @@ def bitmask(packed: Packed) -> np.ndarray:
     weights = rows * columns
     if rows < 1 or columns < 1:
         raise ValueError(f"shape {packed.shape} is empty or negative")
-    wanted = places_bytes(packed.encoding, weights)
-    if packed.places.dtype != torch.uint8 or packed.places.shape != (wanted,):
-        raise ValueError(f"{packed.places.numel()} bytes of places, {wanted} are needed for shape {packed.shape}")
+    needed = places_bytes(packed.encoding, weights)
+    if packed.places.dtype != torch.uint8 or packed.places.shape != (needed,):
+        raise ValueError(f"{packed.places.numel()} bytes of places, {needed} are needed for shape {packed.shape}")
     if packed.encoding.group is None:
         bits = packed.places.numpy()
     elif columns % packed.encoding.group[1]:
@@ -118,41 +129,41 @@ def bitmask(packed: Packed) -> np.ndarray:
         bits = _unpack_codes(packed.places.numpy(), packed.encoding, weights)
     if weights % 8 and bits[-1] >> weights % 8:
         raise ValueError("bits beyond the last weight are set")
-    found = count_bits(bits)
-    if packed.values.shape != (found,):
-        raise ValueError(f"{tuple(packed.values.shape)} values, {found} places")
+    count = count_bits(bits)
+    if packed.values.shape != (count,):
+        raise ValueError(f"{tuple(packed.values.shape)} values, {count} places")
     return bits
 
 
 def places_bytes(encoding: Encoding, weights: int) -> int:
-    """Bytes that the places of so many weights take."""
+    """Bytes of the places of a number of weights."""
     if encoding.group is None:
         return -(-weights // 8)
     return -(-(weights // encoding.group[1]) // CODES_TOGETHER) * _tables(encoding).width
 
 
 def _size(encoding: Encoding, bits: np.ndarray, weights: int, columns: int, item: int) -> int | None:
-    """Bytes that an encoding takes for a bit mask; None if it cannot be had."""
+    """Bytes of a weight with this bit mask in an encoding; None: a group keeps too many weights for it."""
     if encoding.group is None:
         return count_bits(bits) * item + places_bytes(encoding, weights)
-    most, size = encoding.group
-    if columns % size:
+    n, m = encoding.group
+    if columns % m:
         return None
     fits = _tables(encoding).fits
-    for start in range(0, len(bits), FITTING):  # what does not fit shows soon
-        if not fits.take(bits[start : start + FITTING]).all():
+    for start in range(0, len(bits), CHECKED_TOGETHER):  # a weight that does not fit usually shows it soon
+        if not fits.take(bits[start : start + CHECKED_TOGETHER]).all():
             return None
-    return weights // size * most * item + places_bytes(encoding, weights)
+    return weights // m * n * item + places_bytes(encoding, weights)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Of an encoding by groups of M, by the byte of the bit mask: it has one group (M = 8) or two (M = 4).
+    """Look-up tables of an encoding by groups, from a byte of the bit mask to codes and back.
 
-    `width`: bits of a code. `ways`: number of codes. `fits`: bool, (256,): no group keeps more than N. `codes`: uint8,
-    (256,): the codes of the byte's groups, the first in the lowest bits; each the first way that keeps these at least.
-    `filled`: uint8, (256,): the byte with exactly N bits in each group, those of its codes. `bytes`: uint8: codes →
-    byte. `valid`: bool, which codes there are.
+    A byte has one group (M = 8) or two (M = 4). By byte, (256,): `fits`, bool, no group keeps more than N; `codes`,
+    uint8, the codes of the groups, the first in the lowest bits, each of the first way that keeps at least the group's
+    weights; `filled`, uint8, the byte that the codes stand for, with exactly N bits in each group. By codes: `bytes`,
+    uint8, that byte; `valid`, bool, the codes exist. `width`: bits of a code. `ways`: number of codes.
     """
 
     width: int
@@ -167,27 +178,27 @@ class Tables:
 @cache
 def _tables(encoding: Encoding) -> Tables:
     assert encoding.group is not None
-    kept, size = encoding.group
-    # Which weights each code keeps, bit i for weight i; in lexicographic order.
-    ways = [sum(1 << place for place in way) for way in itertools.combinations(range(size), kept)]
+    n, m = encoding.group
+    # The weights that each code keeps, bit i for weight i; in lexicographic order.
+    ways = [sum(1 << weight for weight in way) for way in itertools.combinations(range(m), n)]
     width = (len(ways) - 1).bit_length()
-    groups = 8 // size
+    groups = 8 // m
     fits, valid = np.ones(256, dtype=bool), np.ones(1 << width * groups, dtype=bool)
     codes, filled, masks = (np.zeros(length, dtype=np.uint8) for length in (256, 256, len(valid)))
     for byte in range(256):
         for group in range(groups):
-            number = byte >> size * group & (1 << size) - 1
+            number = byte >> m * group & (1 << m) - 1
             code = next((code for code, way in enumerate(ways) if way & number == number), None)
             if code is None:
                 fits[byte] = False
             else:
                 codes[byte] |= code << width * group
-                filled[byte] |= ways[code] << size * group
+                filled[byte] |= ways[code] << m * group
     for together in range(len(valid)):
         for group in range(groups):
             code = together >> width * group & (1 << width) - 1
             if code < len(ways):
-                masks[together] |= ways[code] << size * group
+                masks[together] |= ways[code] << m * group
             else:
                 valid[together] = False
         if not valid[together]:
@@ -196,11 +207,9 @@ def _tables(encoding: Encoding) -> Tables:
 
 
 def _pack_codes(bits: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """uint8: eight codes of b bits in b bytes, the first code in the lowest bits of the first byte.
+    """Codes of a bit mask, uint8.
 
-    Args:
-        bits: the bit mask.
-        encoding: how many codes that is, and their bits.
+    Eight codes of b bits are in b bytes, the first in the lowest bits of the first byte.
     """
     layout = width, together, code_bits = _layout(encoding)
     table = _tables(encoding).codes
@@ -211,16 +220,16 @@ def _pack_codes(bits: np.ndarray, encoding: Encoding) -> np.ndarray:
         native.join(padded.reshape(-1), table, layout, places)
         return places
     numbers = np.zeros(len(padded), dtype="<u8")
-    for place in range(together):
-        numbers |= table.take(padded[:, place]).astype("<u8") << np.uint64(code_bits * place)
+    for index in range(together):
+        numbers |= table.take(padded[:, index]).astype("<u8") << np.uint64(code_bits * index)
     return np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, 8)[:, :width]).reshape(-1)
 
 
 def _unpack_codes(places: np.ndarray, encoding: Encoding, weights: int) -> np.ndarray:
-    """The bit mask, uint8, (⌈weights / 8⌉,).
+    """Bit mask of codes, uint8, (⌈weights / 8⌉,).
 
     Raises:
-        ValueError: codes that do not exist, or beyond the last group.
+        ValueError: a code does not exist, or codes beyond the last group are set.
     """
     assert encoding.group is not None
     layout = width, together, bits = _layout(encoding)
@@ -230,7 +239,7 @@ def _unpack_codes(places: np.ndarray, encoding: Encoding, weights: int) -> np.nd
     if native.usable():
         mask = np.empty(len(places) // width * together, dtype=np.uint8)
         native.split(places, tables.bytes, layout, mask)
-        bad = not mask.all()  # a code that does not exist leaves its byte 0, the others have kept weights
+        bad = not mask.all()  # a byte with a code that does not exist is 0; every other byte has kept weights
     else:
         bad = True
     if bad:
@@ -241,24 +250,24 @@ def _unpack_codes(places: np.ndarray, encoding: Encoding, weights: int) -> np.nd
         mask = tables.bytes.take(codes)
     mask = mask[: -(-weights // 8)]
     if weights % 8:
-        mask[-1] &= (1 << weights % 8) - 1  # the code beyond the last group is 0, which stands for kept weights
+        mask[-1] &= (1 << weights % 8) - 1  # the code beyond the last group is 0, which stands for kept weights, too
     return mask
 
 
 def _codes(places: np.ndarray, layout: tuple[int, int, int]) -> np.ndarray:
-    """uint8: the codes of each byte of the bit mask."""
+    """The codes of each byte of the bit mask, uint8, (bytes,)."""
     width, together, bits = layout
     wide = np.zeros((len(places) // width, 8), dtype=np.uint8)
     wide[:, :width] = places.reshape(-1, width)
     numbers = wide.view("<u8").reshape(-1)
     codes = np.empty((len(numbers), together), dtype=np.uint8)
-    for place in range(together):
-        codes[:, place] = numbers >> np.uint64(bits * place) & np.uint64((1 << bits) - 1)
+    for index in range(together):
+        codes[:, index] = numbers >> np.uint64(bits * index) & np.uint64((1 << bits) - 1)
     return codes.reshape(-1)
 
 
 def _layout(encoding: Encoding) -> tuple[int, int, int]:
-    """Bytes of eight codes; bytes of the bit mask that these stand for; bits of the codes of one such byte."""
+    """Bytes of eight codes; bytes of the bit mask that they stand for; bits of the codes of one of these."""
     assert encoding.group is not None
     width, bits_together = _tables(encoding).width, CODES_TOGETHER * encoding.group[1]
     return width, bits_together // 8, width * 8 // encoding.group[1]

@@ -1,9 +1,8 @@
-"""A packed checkpoint on disk (docs/reference/packed-format.md): shards with packed weights, and an index.
-
-It is read as hostile input.
+"""Packed checkpoint on disk: shards with packed weights, and an index. It is read as hostile input.
 
 A packed weight is two tensors, its kept values and their places (`encoding.py`); the shard's metadata has a table with
-the shape and encoding of each. The names are such that no other program takes the folder for a model.
+the shape and encoding of each. The names of the files are such that no other program takes the folder for a model.
+docs/reference/packed-format.md describes the format.
 """
 
 import math
@@ -27,7 +26,7 @@ DAMAGED = "the packed checkpoint is damaged; get it again, or pack it again"
 
 
 class Entry(BaseModel):
-    """A packed weight: (out, in), or (experts, out, in) of stacked ones, and how its places are written."""
+    """A packed weight in a table: its shape, (out, in) or (experts, out, in), and its encoding."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,12 +35,12 @@ class Entry(BaseModel):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The shape that is packed: the rows of all experts one after the other."""
+        """The shape of the matrix that is packed: the rows of all experts one after the other."""
         return math.prod(self.shape[:-1]), self.shape[-1]
 
 
 class Table(BaseModel):
-    """What a shard's metadata says: the file it was, that file's own metadata, and its packed weights."""
+    """The table in a packed shard's metadata: the dense file's name and metadata, and the packed weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,7 +51,11 @@ class Table(BaseModel):
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
-    """A shard's tensors with every matrix, or stack of them, packed that shrinks, and their table."""
+    """Pack every matrix, or stack of matrices, of a shard that becomes smaller.
+
+    Returns:
+        The tensors to store; the table's entry of each packed matrix.
+    """
     stored: dict[str, Tensor] = {}
     entries: dict[str, Entry] = {}
     for name, tensor in tensors.items():
@@ -67,15 +70,15 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 
 def packed_name(file: str) -> str:
-    """The name of a packed shard."""
+    """Name of the packed shard of a dense file."""
     return f"packed-{file}"
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor → shard.
+    """The packed shard of each tensor.
 
     Raises:
-        ModelError: the index is damaged, of a newer version, or names something outside the folder.
+        ModelError: the index is damaged, of another version, or names a file outside the folder.
     """
     path = folder / PACKED_INDEX
     content = read_json(path, distinct_keys=True, hint=DAMAGED)
@@ -94,15 +97,15 @@ def read_index(folder: Path) -> dict[str, str]:
 def read_table(
     file: str, metadata: Mapping[str, str] | None, shapes: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> Table:
-    """A shard's table, with everything that can be checked without reading a tensor.
+    """A shard's table, checked as far as possible without reading a tensor.
 
     Args:
         file: the shard's name, for messages.
-        metadata: of its header.
-        shapes: dtype (safetensors' name) and shape of each of its tensors.
+        metadata: of the shard's header.
+        shapes: dtype (safetensors' name) and shape of each tensor in the shard.
 
     Raises:
-        ModelError: something is missing, left over, or does not fit together.
+        ModelError: a part is missing, left over, or does not fit the table.
     """
     try:
         table = Table.model_validate_json((metadata or {}).get(TABLE_KEY, ""))
@@ -134,10 +137,10 @@ def read_table(
 
 
 def unpack_tensor(name: str, entry: Entry, handle: Any, file: str) -> Tensor:
-    """A packed weight of an opened shard.
+    """Unpack a weight of an opened shard.
 
     Raises:
-        ModelError: its parts do not fit together.
+        ModelError: values and places do not fit together.
     """
     values, places = handle.get_tensor(name + VALUES).clone(), handle.get_tensor(name + PLACES).clone()
     try:

@@ -1,4 +1,4 @@
-"""Write a packed checkpoint directly: the same shards that `pack` makes of a dense checkpoint's shards."""
+"""Write a packed checkpoint directly: the shards that `pack` makes of a dense checkpoint's shards."""
 
 import hashlib
 from collections.abc import Mapping

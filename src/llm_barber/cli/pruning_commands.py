@@ -25,7 +25,7 @@ def prune(
 
     Kept weights stay the dense model's, bit for bit, unless --reconstruct, --preset best or --keep-updates.
     """
-    _run_or_plan(config, dry_run, json, quiet)
+    _run_or_check(config, dry_run, json, quiet)
 
 
 @command(
@@ -43,7 +43,7 @@ def rebuild(
 
     The sparsity of PRUNED, and its N:M pattern if it has one, is kept. --preset mask tunes its mask instead.
     """
-    _run_or_plan(config, dry_run, json, quiet)
+    _run_or_check(config, dry_run, json, quiet)
 
 
 @command(DemoConfig, {}, ("llm-barber demo", "llm-barber demo --output /tmp/demo --prompt 'Once upon a time'"))
@@ -66,17 +66,17 @@ def demo(config: DemoConfig, json: JsonOption = False, quiet: QuietOption = Fals
         show_demo(config, rows)
 
 
-def _run_or_plan(config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool) -> None:
+def _run_or_check(config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool) -> None:
     from llm_barber.cli.progress import ConsoleProgress
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     with ConsoleProgress(quiet, muted=not first) as progress:
         from llm_barber.run import commands
-        from llm_barber.run.dry_run import plan
+        from llm_barber.run.dry_run import dry_run as check
 
         result: Any
         if dry_run:
-            result = plan(config, progress)
+            result = check(config, progress)
         elif isinstance(config, PruneConfig):
             result = commands.prune(config, progress)
         else:
@@ -86,6 +86,6 @@ def _run_or_plan(config: PruneConfig | RebuildConfig, dry_run: bool, json: bool,
     if json:
         print(result.to_json(), end="")
         return
-    from llm_barber.cli.tables import show_plan, show_run
+    from llm_barber.cli.tables import show_dry_run, show_run
 
-    (show_plan if dry_run else show_run)(result)
+    (show_dry_run if dry_run else show_run)(result)

@@ -15,7 +15,7 @@ from llm_barber.comparison.tables import blocks, headings, notes
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport
-from llm_barber.run.dry_run import Plan
+from llm_barber.run.dry_run import DryRun
 from llm_barber.settings.demo import DemoConfig
 from llm_barber.tools.demo import PICTURE, DemoRow, next_commands
 from llm_barber.tools.inspection import Inspection, LinearInspection
@@ -56,11 +56,11 @@ def show_run(report: RunReport) -> None:
         console.print(f"look at it: {Path(report.output) / PAGE_NAME}", soft_wrap=True)
 
 
-def show_plan(plan: Plan) -> None:
+def show_dry_run(dry_run: DryRun) -> None:
     """Print what a run would do."""
     console = Console(highlight=False, markup=False)
-    table = Table(title=f"would write {plan.output}; nothing was written", show_header=False)
-    for key, value in plan.rows():
+    table = Table(title=f"would write {dry_run.output}; nothing was written", show_header=False)
+    for key, value in dry_run.rows():
         table.add_row(key, value)
     console.print(table)
 

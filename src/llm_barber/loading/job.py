@@ -1,54 +1,35 @@
-"""What a run needs before its first layer, all checked: checkpoint, architecture, calibration tokens, device, plan."""
+"""An opened model with its calibration tokens: where the checkpoint keeps each layer, and layers with their weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from llm_barber.checkpoint.locations import Location, sharded_by
-from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.errors import ModelError, SettingsError
+from llm_barber.errors import ModelError
 from llm_barber.loading.opening import (
-    check_positions,
-    check_tensors,
-    check_vocabulary,
     layer_locations,
-    load_config,
-    load_tokenizer,
-    open_skeleton,
 )
-from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.device import (
-    experts_per_token,
-    fitting_batch,
-    free_device_memory,
-    resolve_batch_size,
-    resolve_device,
-    resolve_dtype,
-)
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.model.structure import find_architecture
-from llm_barber.parallel.ranks import Ranks, local_rank
-from llm_barber.progress import Progress
-from llm_barber.settings.presets import Allocation
-from llm_barber.settings.run import RunSettings
-from llm_barber.settings.targets import Targets
-from llm_barber.text.calibration import CalibrationTokens, check_text_fits, load_calibration
-from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
+from llm_barber.parallel.ranks import Ranks
+from llm_barber.text.calibration import CalibrationTokens
 
 OUTSIDE_SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run; `config` is the language model's."""
+    """An opened and checked model, the windows that it is pruned on, and the processes that share them.
+
+    `config`: the language model's part of the configuration. `batch_size`: sequences computed together.
+    `prunes_head`: the output head is pruned after the last decoder layer.
+    """
 
     source: CheckpointSource
     config: PreTrainedConfig
@@ -206,113 +187,3 @@ class Job:
         ]
         shapes = {name: source.shape(name) for name in names}
         return {name: shape[::-1] if self.architecture.transposed else shape for name, shape in shapes.items()}
-
-
-def sequences_together(
-    settings: RunSettings, skeleton: Skeleton, device: torch.device, sequences: int, seqlen: int, free: int
-) -> int:
-    """How many sequences are computed together: as many as are asked for, or as suit the device.
-
-    `free`: bytes of memory that it has left, which is asked of a GPU only.
-    """
-    suits = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
-    if settings.batch_size is not None or device.type != "cuda":
-        return suits
-    chosen = experts_per_token(skeleton.model.config)
-    return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, chosen))
-
-
-def read_calibration(settings: RunSettings, folder: Path) -> CalibrationTokens:
-    """The calibration windows that a run's settings ask for, by the tokenizer of the model in `folder`.
-
-    Raises:
-        CalibrationError: unknown, unreadable or too short.
-        HubError: the hub is needed and cannot be reached.
-    """
-    find_tokenizer = partial(load_tokenizer, folder)
-    chosen = settings.samples, settings.seqlen, settings.seed, settings.bos
-    return load_calibration(settings.calibration, find_tokenizer, *chosen)
-
-
-def prepare(
-    model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks | None = None
-) -> Job:
-    """Open and check everything that can be checked before computing.
-
-    Args:
-        model: folder, hub id or GGUF file.
-        settings: of the run.
-        targets: how much of each linear goes; None: not known yet.
-        progress: is told.
-        ranks: the processes of the run; the first one of each machine is done before the others begin, so that they
-            find what it has fetched or converted.
-
-    Raises:
-        BarberError: whatever is wrong with the model, the calibration or the device.
-    """
-    ranks = ranks or Ranks()
-    if local_rank():
-        ranks.wait()
-    job = _prepare(model, settings, targets, progress, ranks)
-    if not local_rank():
-        ranks.wait()
-    return job
-
-
-def _prepare(model: str, settings: RunSettings, targets: Targets | None, progress: Progress, ranks: Ranks) -> Job:
-    if ranks.count > 1 and settings.device.startswith("cuda:"):
-        shared = message("{count} processes cannot share {device}", count=ranks.count, device=settings.device)
-        raise SettingsError(shared, "leave out --device")
-    device = resolve_device(settings.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif settings.device_memory is not None:
-        progress.warn(message("{device_memory} counts for nothing without a GPU; {memory} bounds the host's"))
-    dtype = resolve_dtype(settings.dtype, device)
-    if ranks.is_first:  # the others write nothing, and may see what the first one is making
-        check_output(settings.output, settings.overwrite)
-    progress.stage(f"opening {model}")
-    source = CheckpointSource(model, settings.revision)
-    config = load_config(source)
-    architecture = find_architecture(config, settings.structure)
-    text_config = config.get_text_config()  # of a model with images the language model's
-    if not settings.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
-        check_positions(text_config, settings.seqlen)
-    if settings.memory is not None:
-        check_text_fits(settings.calibration, settings.samples, settings.seqlen, settings.memory)
-    progress.stage(f"reading calibration text {settings.calibration}")
-    tokens = read_calibration(settings, source.folder)
-    sequences, seqlen = tokens.input_ids.shape
-    for name, taken in (("samples", sequences), ("seqlen", seqlen)):
-        if getattr(settings, name) not in (taken, type(settings).model_fields[name].default):
-            unused = (
-                "{setting} counts for nothing: {text} has {sequences} windows of {seqlen} tokens, and all are taken"
-            )
-            setting, text = SettingName(name, str(getattr(settings, name))), settings.calibration
-            progress.warn(message(unused, setting=setting, text=text, sequences=sequences, seqlen=seqlen))
-    ranks.shares(sequences, 0)  # there are enough
-    check_positions(text_config, seqlen)
-    check_vocabulary(text_config, tokens.input_ids)
-    skeleton = open_skeleton(source, config, architecture, device, dtype)
-    prunes_head = settings.prunes_head
-    check_tensors(skeleton, source, with_head=settings.allocated_by is Allocation.LOSS or prunes_head)
-    free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
-    batch_size = sequences_together(settings, skeleton, device, sequences, seqlen, free)
-    job = Job(
-        source, text_config, architecture, tokens, skeleton, batch_size, ranks, prunes_head,
-    )  # fmt: skip
-    if prunes_head and any(source.location(one).tensor == job.head_location.tensor for one in skeleton.outside_names):
-        raise ModelError(
-            f"{model} keeps its embedding as {job.head_location.tensor}, which the pruned output head would be",
-            "save it again with transformers' save_pretrained, or leave out --prune-head",
-        )
-    if ranks.is_first:
-        check_output(settings.output, settings.overwrite, job.bytes, settings.resume)
-    shapes = job.linear_shapes(source)
-    if targets is not None:
-        of_layers = [
-            [job.linear_name(index, linear) for linear in job.linears(index)] for index in range(job.layer_count)
-        ]
-        head = {skeleton.head_name: tuple(skeleton.head.weight.shape)} if prunes_head else {}
-        targets.check([{name: shapes[f"{name}.weight"] for name in names} for names in of_layers], head)
-    return job

@@ -1,4 +1,4 @@
-"""What all pages share: the templates, and how numbers are written for people."""
+"""Templates of all pages, and the filters that format numbers for people."""
 
 import math
 from functools import cache
@@ -7,22 +7,22 @@ from pathlib import PurePath
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-SPACE = "\u202f"  # narrow, and no line breaks at it
+SPACE = "\u202f"  # a narrow space at which no line breaks
 MISSING = "–"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-@cache  # it keeps what it has compiled
+@cache  # the environment keeps compiled templates
 def environment() -> Environment:
-    """The templates of all pages, with the filters that write numbers for people; everything else is escaped."""
-    made = Environment(
+    """The templates of all pages, with the filters that format numbers; everything else is escaped."""
+    templates = Environment(
         loader=PackageLoader("llm_barber.page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "number": number,
         "percent": percent,
         "with_error": with_error,
@@ -31,14 +31,17 @@ def environment() -> Environment:
         "hash": _hash,
         "plain": plain,
     }
-    return made
+    return templates
 
 
 def number(value: float | None) -> str:
-    """A number with four significant digits and thousands separators; whole numbers with all their digits."""
+    """Format a number with four significant digits and thousands separators.
+
+    Whole numbers have all their digits.
+    """
     if value is None:
         return MISSING
-    if isinstance(value, int) or not math.isfinite(value) or abs(value) >= 999.95:  # which is written 1,000
+    if isinstance(value, int) or not math.isfinite(value) or abs(value) >= 999.95:  # rounds to 1,000
         return f"{value:,.0f}".replace("-", "−")
     if value == 0 or abs(value) >= 1e-3:
         return f"{value:#.4g}".rstrip(".").replace("-", "−")
@@ -47,7 +50,10 @@ def number(value: float | None) -> str:
 
 
 def percent(share: float | None, decimals: int = 2, sign: bool = False) -> str:
-    """A share (0…1) in percent; with a sign, if it is a difference. What is too small to write is not made zero."""
+    """Format a share (0…1) in percent, with a sign if it is a difference.
+
+    A share that would round to zero is written as less than the smallest number of these decimals.
+    """
     if share is None or math.isnan(share):
         return MISSING
     if not sign and 0 < 100 * share < 0.5 * 10**-decimals:
@@ -56,13 +62,13 @@ def percent(share: float | None, decimals: int = 2, sign: bool = False) -> str:
 
 
 def with_error(share: float, standard_error: float, sign: bool = False) -> str:
-    """A share and its standard error (both 0…1) in percent; with a sign, if it is a difference."""
+    """Format a share and its standard error (both 0…1) in percent, with a sign if it is a difference."""
     return f"{percent(share, sign=sign).removesuffix(SPACE + '%')} ± {percent(standard_error)}"
 
 
 def duration(seconds: float) -> str:
-    """A time in the units that people use for it."""
-    if seconds < 59.995:  # which is written 60
+    """Format seconds in the units that people use for such a time."""
+    if seconds < 59.995:  # rounds to 60
         return f"{number(seconds)}{SPACE}s"
     minutes, hours = round(seconds) // 60, round(seconds) // 3600
     if hours == 0:
@@ -71,19 +77,19 @@ def duration(seconds: float) -> str:
 
 
 def memory(size: int) -> str:
-    """A number of bytes in GiB."""
+    """Format bytes in GiB."""
     return f"{number(size / 2**30)}{SPACE}GiB"
 
 
 def plain(value: object) -> object:
-    """A setting as people would write it: lists and mappings without brackets."""
+    """Format a setting as people would write it: lists and mappings without brackets."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {one}" for key, one in value.items())
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def model_name(model: str) -> str:
-    """What people call a model: the last part of a path, a hub id as it is."""
+    """Short name of a model: the last part of a path, or the whole hub id."""
     path = PurePath(model)
     return path.name or model if path.is_absolute() or model.startswith((".", "~")) else model
 

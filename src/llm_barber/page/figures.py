@@ -1,7 +1,7 @@
-"""The figures of a page, as inline SVG whose colours and fonts are the page's.
+"""Figures of a page, as inline SVG whose colours and fonts are the page's.
 
-matplotlib draws with stand-in colours, which are replaced by the page's CSS variables: so one figure serves light, dark
-and print. No pyplot: it would keep every figure in global state. One unit of length is one CSS pixel.
+matplotlib draws with stand-in colours, and the page's CSS variables replace them, so that one figure serves light, dark
+and print. pyplot is not used: it would keep every figure in global state. One unit of length is one CSS pixel.
 """
 
 import html
@@ -24,10 +24,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from llm_barber.page.environment import SPACE, SUPERSCRIPTS
 
 UNITS_PER_INCH = 72  # of matplotlib's SVG
-WIDTH = 928  # of the page's column; a panel is half of it
+WIDTH = 928  # of the page's column; two panels share it
 PANEL_WIDTH = 448
 TEXT, RULE, BEFORE, AFTER, HEAT, BAR, PAGE = (f"#0102{number:02x}" for number in range(7))
-SERIES = [f"#0103{number:02x}" for number in range(12)]  # of methods
+SERIES = [f"#0103{number:02x}" for number in range(12)]  # a colour for each method
 CSS_COLOURS = {
     **{stand_in: f"var(--series-{number})" for number, stand_in in enumerate(SERIES)},
     TEXT: "currentColor",
@@ -41,7 +41,7 @@ CSS_COLOURS = {
 # A ramp of opacity, not of colour: it starts at the page's background, whether that is light or dark. From 50 steps on
 # matplotlib would draw the colour bar as a picture, which cannot follow the page's colours.
 OPACITY = LinearSegmentedColormap.from_list("opacity", [to_rgba(HEAT, 0.0), to_rgba(HEAT, 1.0)], N=48)
-STEPS = [1, 2, 2.5, 5, 10]  # of numbers along an axis
+STEPS = [1, 2, 2.5, 5, 10]  # between the numbers along an axis, times a power of ten
 STYLE = {
     "svg.fonttype": "none",  # letters stay letters: small, searchable, in the page's font
     "svg.hashsalt": "llm-barber",
@@ -76,14 +76,19 @@ def error_panel(
     after: Sequence[float | None],
     limits: tuple[float, float],
 ) -> Markup:
-    """Reconstruction error by layer, before and after, on a log axis.
+    """Draw the reconstruction error of each layer, before and after, on a log axis.
 
-    Takes the figure's `name`, unique on its page, and errors layer by layer; what is missing, zero or not finite leaves
-    a gap. `limits`, of `log_limits`, are shared by panels that are to be compared.
+    Args:
+        name: of the figure, unique on its page.
+        block: kind of the blocks.
+        layers: indices of the decoder layers.
+        before: error of each layer; an error that is missing, zero or not finite leaves a gap.
+        after: likewise.
+        limits: of the axis, from `log_limits`; panels that are compared share them.
     """
     with figure_of_page(PANEL_WIDTH, 250) as figure:
         axes = figure.add_axes(inside(figure, left=62, right=8, top=12, bottom=44))
-        marker = "o" if len(layers) <= 40 else None  # more would run into each other
+        marker = "o" if len(layers) <= 40 else None  # more markers would run into each other
         size = 7 if len(layers) < 4 else 4
         for values, colour, dashes in ((before, BEFORE, (4, 2)), (after, AFTER, ())):
             drawn = [value if drawable(value) else math.nan for value in values]
@@ -100,7 +105,7 @@ def error_panel(
 
 
 def log_limits(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """Limits of a log axis around all values that it can show; None if there are none."""
+    """Limits of a log axis around all values that it can show; None: it can show no value."""
     shown = [value for value in values if drawable(value)]
     if not shown:
         return None
@@ -110,7 +115,7 @@ def log_limits(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 
 def drawable(value: float | None) -> TypeGuard[float]:
-    """Whether a log axis can show it."""
+    """True if a log axis can show the value."""
     return value is not None and math.isfinite(value) and value > 0
 
 
@@ -122,10 +127,15 @@ def heat_map(
     label: str,
     from_zero: bool,
 ) -> Markup:
-    """Shares (0…1) of linears (rows) by layer (columns), with a colour bar; a linear that a layer lacks stays empty.
+    """Draw shares (0…1) of linears (rows) by layer (columns), with a colour bar.
 
-    Takes the figure's `name`, unique on its page; `values` by (row, layer); whether the scale begins at zero or at the
-    smallest value.
+    Args:
+        name: of the figure, unique on its page.
+        rows: names of the linears.
+        layers: indices of the decoder layers.
+        values: by (row, layer); the cell of a linear that a layer lacks stays empty.
+        label: for screen readers.
+        from_zero: begin the scale at zero; else at the smallest value.
     """
     left = 16 + round(7.3 * max(len(row) for row in rows))  # 7.3: width of a letter of the 12 unit monospaced font
     cell = min(48.0, max(5.0, (WIDTH - left - 100) / len(layers)))
@@ -149,7 +159,7 @@ def heat_map(
 
 
 def layer_bars(name: str, layers: Sequence[int], values: Sequence[float], unit: str, label: str) -> Markup:
-    """A bar for each layer, from zero. Takes the figure's `name`, unique on its page."""
+    """Draw a bar for each layer, from zero; the figure's `name` is unique on its page."""
     with figure_of_page(min(WIDTH, 120 + 40 * len(layers)), 180) as figure:
         axes = figure.add_axes(inside(figure, left=62, right=8, top=12, bottom=44))
         axes.bar(layers, values, width=0.75, color=BAR)
@@ -161,17 +171,20 @@ def layer_bars(name: str, layers: Sequence[int], values: Sequence[float], unit: 
 
 
 def _layer_axis(axes: Axes, layers: Sequence[int], positions: Sequence[int] | None = None) -> None:
-    """Ticks at whole layers; `positions` where column i is drawn at i, whatever its layer's index."""
-    places = layers if positions is None else positions
+    """Set ticks at whole layers.
+
+    `positions`: x of each layer; None: its index.
+    """
+    positions = layers if positions is None else positions
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if len(layers) / step <= 16)
-    chosen = [(place, layer) for place, layer in zip(places, layers, strict=True) if layer % step == 0]
-    axes.set_xticks([place for place, _ in chosen], [str(layer) for _, layer in chosen])
-    axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
+    ticks = [(x, layer) for x, layer in zip(positions, layers, strict=True) if layer % step == 0]
+    axes.set_xticks([x for x, _ in ticks], [str(layer) for _, layer in ticks])
+    axes.set_xlim(min(positions) - 0.5, max(positions) + 0.5)
     axes.set_xlabel("decoder layer")
 
 
 def tick(value: float) -> str:
-    """A number at a log axis."""
+    """Format a number at a log axis."""
     if 1e-4 <= value < 1e4:
         return f"{value:g}"
     mantissa, exponent = f"{value:.0e}".split("e")
@@ -180,7 +193,7 @@ def tick(value: float) -> str:
 
 @contextmanager
 def figure_of_page(width: float, height: float) -> Iterator[Figure]:
-    """A figure in the page's style, whatever the user's matplotlib settings are; they are as before afterwards."""
+    """Make a figure in the page's style, whatever the user's matplotlib settings are, and restore these."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -188,21 +201,24 @@ def figure_of_page(width: float, height: float) -> Iterator[Figure]:
 
 
 def inside(figure: Figure, left: float, right: float, top: float, bottom: float) -> tuple[float, float, float, float]:
-    """The rectangle for `add_axes` that leaves these margins."""
+    """Rectangle for `add_axes` that leaves these margins."""
     width, height = figure.bbox.width, figure.bbox.height
     return left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height
 
 
 def svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an `<svg>` element; ids begin with `name`, `label` is what a screen reader says."""
+    """Write a figure as an `<svg>` element.
+
+    Its ids begin with `name`; screen readers say `label`.
+    """
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
     body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would apply to the whole page
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # the style would apply to the whole page
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
-    body = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", body)
-    body = re.sub(r'(xlink:href="|url\()#', lambda found: f"{found[1].removeprefix('xlink:')}#{name}-", body)
+    body = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body)
+    body = re.sub(r'(xlink:href="|url\()#', lambda match: f"{match[1].removeprefix('xlink:')}#{name}-", body)
     for stand_in, css in CSS_COLOURS.items():
         body = body.replace(stand_in, css)
     body = re.sub(r"'DejaVu Sans Mono'[^;\"]*", "var(--monospaced)", body)
@@ -217,17 +233,19 @@ def svg(figure: Figure, name: str, label: str) -> Markup:
 
 
 def standalone(figure: Markup, key: Sequence[tuple[str, int | None, bool]]) -> str:
-    """A figure of a page as an SVG file of its own: the page's light colours on white, and a key below.
+    """Make an SVG file of a page's figure: the page's light colours on white, and a key below.
 
-    Takes the figure and the key's entries: words, number of the colour (None: the text's), whether it is dashed.
+    Args:
+        figure: an `<svg>` element from `svg`.
+        key: the entries: words, number of the colour (None: the text's), and True for a dashed line.
     """
     style = (resources.files("llm_barber.page") / "templates" / "base.html.j2").read_text(encoding="utf-8")
     root = style[style.index(":root {") :]
     colours = root[: root.index("}") + 1]
     opening, _, body = str(figure).partition(">")
-    found = re.search(r'viewBox="0 0 (\d+) (\d+)"', opening)
-    assert found is not None
-    width, height = int(found[1]), int(found[2])
+    view_box = re.search(r'viewBox="0 0 (\d+) (\d+)"', opening)
+    assert view_box is not None
+    width, height = int(view_box[1]), int(view_box[2])
     columns = 3
     entries = []
     for number, (words, colour, dashed) in enumerate(key):

@@ -1,4 +1,4 @@
-"""The plots of comparisons, as inline SVG: a line a method, solid without and dashed with rebuild."""
+"""Plots of comparisons, as inline SVG: a line for each method, solid without and dashed with rebuild."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from llm_barber.page.figures import SERIES, TEXT, WIDTH, figure_of_page, inside, svg, tick
 
 HEIGHT = 380
-BEYOND = 60  # times the dense model's perplexity: there a model is gone, and an axis up to it would hide the others
+LEFT_MARGIN, RIGHT_MARGIN = 62.0, 16.0
+# Times the dense model's perplexity. A worse model is of no use, and an axis up to it would squeeze the other lines.
+WORST_SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series: its name, its colour's number, whether it is dashed, and y by x."""
+    """A series: its name, the number of its colour, True for a dashed line, and y by x."""
 
     name: str
     colour: int
@@ -23,26 +25,39 @@ class Line:
     points: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of the plot: its x values, True to join the points by lines, and its left and right edge."""
+
+    x_values: Sequence[str]
+    joined: bool
+    left: float
+    right: float
+
+
 def perplexity_lines(
     name: str, lines: Sequence[Line], joined: Sequence[str], single: Sequence[str], dense: float, label: str, axis: str
 ) -> Markup:
-    """Perplexity on a log axis: `joined` x values, by lines on the left; `single` ones, by points on the right.
+    """Draw perplexity on a log axis, in two parts: lines on the left, single points on the right.
 
-    Takes the figure's `name`, unique on its page; x values as the points have them, which are drawn at equal distances;
-    the dense model's perplexity, which is a dotted line; what a screen reader says; the title of the left x axis. What
-    is far worse than dense is a triangle at the upper edge.
+    The x values are drawn at equal distances. A triangle at the upper edge is a perplexity far worse than dense.
+
+    Args:
+        name: of the figure, unique on its page.
+        lines: the series.
+        joined: x values of the left part.
+        single: x values of the right part.
+        dense: the dense model's perplexity, a dotted line.
+        label: for screen readers.
+        axis: title of the left x axis.
     """
-    columns = max(1, len(joined)) + (len(single) + 0.5 if single else 0)
     with figure_of_page(WIDTH, HEIGHT) as figure:
-        room = WIDTH - 62 - 16
-        share = (max(1, len(joined)) if joined else 0) / columns
-        parts = [(joined, True, 62.0, 62 + room * share - (12 if single else 0))] if joined else []
-        parts += [(single, False, 62 + room * share + (12 if joined else 0), WIDTH - 16.0)] if single else []
         values = [value for line in lines for value in line.points.values()] + [dense]
-        low, high = min(values) / 1.15, min(max(values), BEYOND * dense) * 1.15
-        for number, (places, is_joined, left, right) in enumerate(parts):
-            axes = figure.add_axes(inside(figure, left=left, right=WIDTH - right, top=12, bottom=46))
-            _draw(axes, lines, places, is_joined, high)
+        low, high = min(values) / 1.15, min(max(values), WORST_SHOWN * dense) * 1.15
+        for number, part in enumerate(_parts(joined, single)):
+            margin = WIDTH - part.right
+            axes = figure.add_axes(inside(figure, left=part.left, right=margin, top=12, bottom=46))
+            _draw(axes, lines, part, high)
             axes.axhline(dense, color=TEXT, linewidth=1.2, linestyle=":")
             axes.set_yscale("log")
             axes.set_ylim(low, high)
@@ -50,7 +65,7 @@ def perplexity_lines(
             axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=10))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-            axes.set_xlabel(axis if is_joined else "pattern")
+            axes.set_xlabel(axis if part.joined else "pattern")
             axes.grid(axis="y")
             if number:
                 axes.tick_params(labelleft=False)
@@ -61,22 +76,32 @@ def perplexity_lines(
         return svg(figure, name, label)
 
 
-def _draw(axes: Axes, lines: Sequence[Line], places: Sequence[str], joined: bool, high: float) -> None:
+def _parts(joined: Sequence[str], single: Sequence[str]) -> list[Part]:
+    """The parts that have x values, side by side; widths are by the numbers of x values."""
+    columns = max(1, len(joined)) + (len(single) + 0.5 if single else 0)
+    share = (max(1, len(joined)) if joined else 0) / columns
+    border = LEFT_MARGIN + (WIDTH - LEFT_MARGIN - RIGHT_MARGIN) * share
+    parts = [Part(joined, True, LEFT_MARGIN, border - (12 if single else 0))] if joined else []
+    return parts + ([Part(single, False, border + (12 if joined else 0), WIDTH - RIGHT_MARGIN)] if single else [])
+
+
+def _draw(axes: Axes, lines: Sequence[Line], part: Part, high: float) -> None:
+    """Draw all series in a part of the plot; `high` is the upper limit of its axis."""
     for number, line in enumerate(lines):
-        shown = [(place, line.points[key]) for place, key in enumerate(places) if key in line.points]
-        # Points that share a place stand side by side.
-        shift = 0.0 if joined else (number - (len(lines) - 1) / 2) * 0.7 / max(1, len(lines))
+        points = [(x, line.points[key]) for x, key in enumerate(part.x_values) if key in line.points]
+        # Single points with the same x stand side by side.
+        shift = 0.0 if part.joined else (number - (len(lines) - 1) / 2) * 0.7 / max(1, len(lines))
         axes.plot(
-            [place + shift for place, _ in shown],
-            [value for _, value in shown],
+            [x + shift for x, _ in points],
+            [value for _, value in points],
             color=SERIES[line.colour % len(SERIES)],
-            linestyle=("--" if line.dashed else "-") if joined else "none",
+            linestyle=("--" if line.dashed else "-") if part.joined else "none",
             marker="o" if not line.dashed else "D",
             markersize=5 if not line.dashed else 4.5,
             markerfacecolor="none" if line.dashed else SERIES[line.colour % len(SERIES)],
             linewidth=1.8,
         )
-        beyond = [place + shift for place, value in shown if value > high]
+        beyond = [x + shift for x, value in points if value > high]
         axes.plot(
             beyond,
             [high / 1.03] * len(beyond),
@@ -86,5 +111,5 @@ def _draw(axes: Axes, lines: Sequence[Line], places: Sequence[str], joined: bool
             markersize=7,
             markerfacecolor="none" if line.dashed else SERIES[line.colour % len(SERIES)],
         )
-    axes.set_xticks(range(len(places)), places)
-    axes.set_xlim(-0.4, len(places) - 0.6)
+    axes.set_xticks(range(len(part.x_values)), part.x_values)
+    axes.set_xlim(-0.4, len(part.x_values) - 0.6)

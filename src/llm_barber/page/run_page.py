@@ -1,4 +1,4 @@
-"""The page of one run: what was pruned, what was swapped after that, how long it took, and how good the result is."""
+"""The page of one run: pruned and swapped weights, reconstruction errors, seconds, and the evaluation."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,9 +22,9 @@ STAGES = {
 
 
 def run_page(report: RunReport, evaluation: Evaluation | None = None) -> str:
-    """The page of a run as one HTML text, which needs no other file, no network and no scripts.
+    """The page of a run, as one HTML text that needs no other file, no network and no scripts.
 
-    Takes the run's record and, if there is one, what `evaluate` found of its model. The same ones give the same text.
+    The same record and evaluation give the same text.
     """
     return (
         environment()
@@ -46,14 +46,14 @@ def run_page(report: RunReport, evaluation: Evaluation | None = None) -> str:
 
 
 def _blocks(report: RunReport) -> list[dict[str, Any]]:
-    """For each kind of block: its errors by layer, what they say in numbers, and the figure; none if not measured."""
+    """Errors of each kind of block by layer, in numbers and as a figure; only kinds that were measured."""
     measured: dict[str, list[tuple[int, BlockResult]]] = {}
     for layer in report.layers:
         for block in layer.blocks:
             if block.error_before is not None or block.error_after is not None:
                 measured.setdefault(block.name, []).append((layer.index, block))
-    every = [error for rows in measured.values() for _, block in rows for error in _errors(block)]
-    limits, changes = log_limits(every), report.error_changes()
+    errors = [error for rows in measured.values() for _, block in rows for error in _errors(block)]
+    limits, changes = log_limits(errors), report.error_changes()
     return [
         {
             "name": name,
@@ -79,11 +79,14 @@ def _errors(block: BlockResult) -> tuple[float | None, float | None]:
 
 
 def _tuning(report: RunReport) -> dict[str, Any] | None:
-    """What held-out windows said of each pass, by layer: the share of the distance that is gone; which is kept."""
+    """Share of the held-out distance that each pass removed, by layer, and the passes that are kept.
+
+    None: no layer was tuned with held-out windows.
+    """
     layers = [layer for layer in report.layers if layer.held_out]
     if not layers:
         return None
-    passes = max(len(layer.held_out) for layer in layers) - 1  # of earlier versions' layers some ended sooner
+    passes = max(len(layer.held_out) for layer in layers) - 1  # earlier versions stopped early in some layers
     names = [f"pass {number + 1}" for number in range(passes)]
     shares = {
         (name, layer.index): max(0.0, 1 - error / layer.held_out[0])
@@ -103,14 +106,14 @@ def _tuning(report: RunReport) -> dict[str, Any] | None:
 
 
 def _swaps(report: RunReport) -> dict[str, Any]:
-    """The share of each linear's weights that came back, and the figure, if any did."""
+    """Share of each linear's weights that came back, and the figure, if any did."""
     shares = _by_linear_and_layer(report, lambda linear: linear.grown)
     label = "share of weights that came back, by linear and decoder layer"
     return {"shares": shares, "figure": _map("swaps", report, shares, label, True) if report.swapped else None}
 
 
 def _sparsities(report: RunReport) -> dict[str, Any]:
-    """The sparsity of each linear, its extremes, and the figure, unless all are the same to 0.01 %."""
+    """Sparsity of each linear, the extremes, and the figure, unless all sparsities are equal to 0.01 %."""
     shares = _by_linear_and_layer(report, lambda linear: linear.pruned)
     low, high = min(shares.values()), max(shares.values())
     label = "sparsity by linear and decoder layer"
@@ -119,7 +122,7 @@ def _sparsities(report: RunReport) -> dict[str, Any]:
 
 
 def _by_linear_and_layer(report: RunReport, count: Callable[[LinearResult], int]) -> dict[tuple[str, int], float]:
-    """Share of the weights that are counted; experts' together."""
+    """Share of each linear's weights that `count` counts, by (linear, layer); all experts together."""
     counted: dict[tuple[str, int], int] = {}
     weights: dict[tuple[str, int], int] = {}
     for layer in report.layers:
@@ -141,7 +144,10 @@ def _dropped(report: RunReport, name: str) -> int:
 
 
 def _stages(seconds: Mapping[str, float]) -> list[tuple[str, str, float, float]]:
-    """Stage, what it is, seconds, share of the total; longest first. What no stage covers is a stage of its own."""
+    """Stages, longest first: name, description, seconds, share of the total.
+
+    The time that no stage covers is a stage, too.
+    """
     total = seconds["total"]
     stages = {stage: value for stage, value in seconds.items() if stage != "total" and value}
     rows = [(stage, STAGES.get(stage, ""), value) for stage, value in stages.items()]
@@ -153,7 +159,7 @@ def _stages(seconds: Mapping[str, float]) -> list[tuple[str, str, float, float]]
 
 
 def _layer_seconds(report: RunReport) -> Markup | None:
-    """The figure; None for one layer, of which a number says as much."""
+    """Figure of the seconds of each layer; None for a single layer, whose number says as much."""
     if len(report.layers) == 1:
         return None
     layers = [layer.index for layer in report.layers]

@@ -1,4 +1,4 @@
-"""The page of a finished run in its folder, and the evaluation that it shows."""
+"""Write the page of a finished run into its folder, and the evaluation that the page shows."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from llm_barber.record.file import read_record
 from llm_barber.settings.report import ReportConfig
 
 PAGE_MARK = b'<meta name="generator" content="LLM-Barber">'
-PAGE_BEGINNING = 1000  # bytes in which a page has its mark
+PAGE_BEGINNING = 1000  # bytes; the mark is among them
 
 
 def report(config: ReportConfig) -> Path:
@@ -28,10 +28,10 @@ def report(config: ReportConfig) -> Path:
 
 
 def write_page(folder: Path, output: Path | None = None) -> Path:
-    """Make the page of a folder's record, with its evaluation if there is one, and return where it is.
+    """Write the page of a folder's record, with its evaluation if there is one; return the page's path.
 
     Args:
-        folder: what `prune` or `rebuild` wrote.
+        folder: output of `prune` or `rebuild`.
         output: the file to write; None: `report.html` in the folder.
 
     Raises:
@@ -55,7 +55,7 @@ def write_page(folder: Path, output: Path | None = None) -> Path:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Refuse to write a page where anything but a page of this program is.
+    """Refuse to replace anything but a page of this program.
 
     Raises:
         OutputError: the path is a folder, a device or a file of another kind.
@@ -70,7 +70,10 @@ def _check_replaceable(path: Path) -> None:
 
 
 def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
-    """Keep an evaluation beside the record of its model, and show it on the page; other models are left alone."""
+    """Store an evaluation beside the record of its model, and show it on the page.
+
+    Nothing is written for a model without a record.
+    """
     folder = Path(os.path.expanduser(evaluation.model))
     if not (folder / RECORD_NAME).is_file():
         return

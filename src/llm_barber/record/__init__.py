@@ -1,1 +1,1 @@
-"""The record of a run, `barber.json`: what it says, how it is read and verified."""
+"""The record of a run, `barber.json`: its content, reading it, and verifying a folder against it."""

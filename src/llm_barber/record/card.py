@@ -33,60 +33,16 @@ STORED = {
 
 
 def model_card(report: RunReport) -> str:
-    """`OUT/README.md`: what was done, a table by linear, how to load it, the citation."""
-    name = Path(report.model).name if Path(report.model).exists() else report.model
-    header = ["---", "library_name: transformers", "tags: [pruning, sparsity, llm-barber]"]
-    if "/" in report.model and not Path(report.model).exists():
-        header.insert(1, f"base_model: {report.model}")
-    how = f"initial mask: {report.method}; {report.changes}"
+    """Content of `OUT/README.md`: the settings, a table by linear, how to load the model, the citation."""
     lines = [
-        *header,
-        "---",
+        *_front_matter(report),
         "",
-        f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
-        "",
-        f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, "
-        f"without training. Kept weights are {report.kept_weights.words}; pruned ones are zero.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| model | {report.model} |",
-        f"| method | {how} |",
-        *([f"| tuning | {report.tuning} |"] if report.tuning is not None else []),
-        f"| pattern | {report.pattern} |",
-        f"| weights pruned | {report.pruned:,} of {report.weights:,} in linears ({report.sparsity:.2%}) |",
-        f"| calibration | {report.calibration.source}, {report.calibration.sequences} windows of "
-        f"{report.calibration.tokens} tokens, seed {report.settings.get('seed')} |",
-        f"| computed in | {report.dtype} on {report.device} |",
-        f"| time, peak memory | {report.seconds['total']:.1f} s, {report.peak_memory / 2**30:.2f} GiB |",
+        *_summary(report),
         "",
         STORED[_format(report)],
         "",
-        "## By linear",
-        "",
-        "| linear | weights | pruned | sparsity | swapped |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {total.name} | {total.weights:,} | {total.pruned:,} | {total.sparsity:.2%} | {total.grown:,} |"
-        for total in report.by_linear()
-    ]
-    before_after = [
-        (layer.index, block) for layer in report.layers for block in layer.blocks if block.error_before is not None
-    ]
-    if before_after:
-        lines += [
-            "",
-            "## Reconstruction error by block",
-            "",
-            "| layer | block | before | after |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| {index} | {block.name} | {block.error_before:.4g} | {block.error_after:.4g} |"
-            for index, block in before_after
-        ]
-    lines += [
+        *_table_of_linears(report),
+        *_table_of_errors(report),
         "",
         "## Use",
         "",
@@ -107,8 +63,70 @@ def model_card(report: RunReport) -> str:
     return "\n".join(lines)
 
 
+def _front_matter(report: RunReport) -> list[str]:
+    """YAML that the hub reads."""
+    is_hub_id = "/" in report.model and not Path(report.model).exists()
+    base_model = [f"base_model: {report.model}"] if is_hub_id else []
+    return ["---", *base_model, "library_name: transformers", "tags: [pruning, sparsity, llm-barber]", "---"]
+
+
+def _summary(report: RunReport) -> list[str]:
+    name = Path(report.model).name if Path(report.model).exists() else report.model
+    return [
+        f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
+        "",
+        f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, "
+        f"without training. Kept weights are {report.kept_weights.words}; pruned ones are zero.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| model | {report.model} |",
+        f"| method | initial mask: {report.method}; {report.changes} |",
+        *([f"| tuning | {report.tuning} |"] if report.tuning is not None else []),
+        f"| pattern | {report.pattern} |",
+        f"| weights pruned | {report.pruned:,} of {report.weights:,} in linears ({report.sparsity:.2%}) |",
+        f"| calibration | {report.calibration.source}, {report.calibration.sequences} windows of "
+        f"{report.calibration.tokens} tokens, seed {report.settings.get('seed')} |",
+        f"| computed in | {report.dtype} on {report.device} |",
+        f"| time, peak memory | {report.seconds['total']:.1f} s, {report.peak_memory / 2**30:.2f} GiB |",
+    ]
+
+
+def _table_of_linears(report: RunReport) -> list[str]:
+    return [
+        "## By linear",
+        "",
+        "| linear | weights | pruned | sparsity | swapped |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {total.name} | {total.weights:,} | {total.pruned:,} | {total.sparsity:.2%} | {total.grown:,} |"
+            for total in report.by_linear()
+        ),
+    ]
+
+
+def _table_of_errors(report: RunReport) -> list[str]:
+    """Reconstruction errors of the blocks where they were measured; no lines if there are none."""
+    blocks = [
+        (layer.index, block) for layer in report.layers for block in layer.blocks if block.error_before is not None
+    ]
+    if not blocks:
+        return []
+    return [
+        "",
+        "## Reconstruction error by block",
+        "",
+        "| layer | block | before | after |",
+        "|---|---|---|---|",
+        *(
+            f"| {index} | {block.name} | {block.error_before:.4g} | {block.error_after:.4g} |"
+            for index, block in blocks
+        ),
+    ]
+
+
 def card_of_format(card: str, report: RunReport, stored: str) -> str:
-    """A card's text with what it says of the format, "dense" or "packed", as it is now; all else stays."""
+    """Change a card's sentences about the format to "dense" or "packed"; all else stays."""
     for other in STORED.keys() - {stored}:
         card = card.replace(STORED[other], STORED[stored]).replace(_use(report, other), _use(report, stored))
     return card
@@ -119,5 +137,5 @@ def _format(report: RunReport) -> str:
 
 
 def _use(report: RunReport, stored: str) -> str:
-    """How the model is loaded: lines of Python."""
+    """Lines of Python that load the model."""
     return "\n".join(USE[stored]).format(kind=report.loaded_by)

@@ -17,10 +17,10 @@ AGAIN = "get the folder again, or prune again; without barber.json nothing in th
 
 
 def read_record(folder: Path) -> RunReport | None:
-    """The record of a checkpoint folder; None: it has none.
+    """Read the record of a checkpoint folder; None: it has none.
 
-    A record is what the program wrote: its digest fits, and writing it again gives the same content, so that no field
-    is unknown and no sum disagrees with its parts.
+    Only a record that this program wrote is accepted: its digest fits, and writing it again gives the same content, so
+    that no field is unknown and no sum disagrees with its parts.
 
     Raises:
         ModelError: the record is damaged, was changed, or is of another version.
@@ -48,7 +48,7 @@ def read_record(folder: Path) -> RunReport | None:
 
 
 def _check_readable(record: RunReport) -> None:
-    """Raise `ValueError` for a record without linears, or with a pattern or a structure that cannot be read."""
+    """Raise `ValueError` for a record without linears, or with an unreadable pattern or structure."""
     if not record.weights:
         raise ValueError("no linears")
     if not isinstance(record.settings.get("layers"), str | None):
@@ -64,7 +64,7 @@ def _check_readable(record: RunReport) -> None:
 
 
 def recorded_structure(record: RunReport | None) -> StructureOptions:
-    """What the user decided about the model's structure."""
+    """The structure that the user gave for the model of a record; empty: the program found it itself."""
     if record is None:
         return StructureOptions()
     blocks = [

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Po
 
 from llm_barber.model.architecture import kind_of
 
-# A number that may be none of the finite ones; JSON has null for those.
+# A number that may be NaN or infinite; JSON has null for these.
 Unsure = Annotated[
     float,
     BeforeValidator(lambda value: math.nan if value is None else value),
@@ -18,15 +18,17 @@ Unsure = Annotated[
 
 
 class Result(BaseModel):
-    """Frozen."""
+    """A part of the record; frozen, and unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class LinearResult(Result):
-    """One linear: counts of weights. `zeros` also counts weights that are zero in the dense model and kept.
+    """Counts of one linear's weights.
 
-    `pattern` is the N:M that it holds, if it was pruned to one.
+    `zeros` also counts kept weights that are zero in the dense model. `grown`: pruned weights that came back,
+    `dropped`: kept weights that went. `pattern`: the N:M that the linear was pruned to. `few_tokens`: an expert's
+    linear that saw too few calibration tokens.
     """
 
     name: str
@@ -49,12 +51,12 @@ class LinearResult(Result):
 
     @property
     def kind(self) -> str:
-        """Its name, the same for all experts."""
+        """The linear's name, the same for all experts."""
         return kind_of(self.name)
 
     @property
     def weights(self) -> int:
-        """Weights of the linear."""
+        """Number of weights."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -64,10 +66,10 @@ class LinearResult(Result):
 
 
 class BlockResult(Result):
-    """One block: the mean over calibration sequences of mean((y_dense − y)²), before and after.
+    """One block, with its mean over calibration sequences of mean((y_dense − y)²), before and after.
 
-    Of a block that was refined and not rebuilt: over the sequences that were held out, if any were.
-    `rejected`: the refined block was worse on held-out windows, so that it stayed as it was.
+    The errors of a block that was refined and not rebuilt are those of the held-out sequences, if there are any.
+    `rejected`: the refined block was worse on held-out windows, and was left as it was.
     """
 
     name: str
@@ -84,10 +86,11 @@ class BlockResult(Result):
 
 
 class Concentration(Result):
-    """Shares of the largest token of each held-out window, and of the largest channel, in a layer's squared distance.
+    """Shares of the largest token and of the largest channel in a layer's squared distance.
 
-    The distance is that of the layer's output from its target, as the gradients of tuning see it: huge channels count
-    for less, huge tokens do not. Before tuning, and after the pass that was kept. 0 to 1; NaN where it overflowed.
+    The largest token is that of each held-out window. The distance is that of the layer's output from its target, as
+    the gradients of tuning see it: huge channels count for less, huge tokens do not. Before tuning, and after the pass
+    that was kept. 0 to 1; NaN where it overflowed.
     """
 
     token_before: Unsure
@@ -97,7 +100,9 @@ class Concentration(Result):
 
 
 def kept_pass(held_out: Sequence[float]) -> int | None:
-    """Last pass that beats the untuned layer on the held-out windows; 0: none does; None: no window was held out.
+    """Last pass that beats the untuned layer on the held-out windows; 0: none does.
+
+    None: no window was held out.
 
     Args:
         held_out: mean distances from the target before tuning and after each pass. NaN beats nothing.
@@ -136,7 +141,10 @@ class LayerResult(Result):
 
 @dataclass(frozen=True)
 class ErrorChange:
-    """A kind of block's mean reconstruction errors over `layers`, and in how many of them it fell, rose, or stayed."""
+    """Change of the reconstruction error of a kind of block.
+
+    Means over `layers`, and the number of layers in which the error fell and rose.
+    """
 
     layers: int
     before: float
@@ -146,7 +154,7 @@ class ErrorChange:
 
     @property
     def stayed(self) -> int:
-        """In so many layers."""
+        """Number of layers in which the error stayed the same."""
         return self.layers - self.fell - self.rose
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from enum import StrEnum
+from statistics import fmean
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -11,12 +12,12 @@ from llm_barber.checkpoint.digests import with_digest
 from llm_barber.record.layers import ErrorChange, LayerResult, LinearResult, LinearTotals, Result
 
 RECORD_VERSION = 2
-# Of the settings that a page shows: what they are, if they are there.
+# Types of the settings that a page shows, where they are set.
 SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
 
 
 class KeptWeights(StrEnum):
-    """What a kept weight is."""
+    """Source of the kept weights' values."""
 
     DENSE = "dense"
     UPDATED = "updated"
@@ -25,7 +26,7 @@ class KeptWeights(StrEnum):
 
     @property
     def words(self) -> str:
-        """For a sentence."""
+        """The source in words, for a sentence."""
         return {
             KeptWeights.DENSE: "the dense model's, bit for bit",
             KeptWeights.UPDATED: "those that the method updated",
@@ -35,7 +36,10 @@ class KeptWeights(StrEnum):
 
 
 class CalibrationResult(Result):
-    """The calibration text: what it was made from, its windows, `first_token` that all begin with, `sha256` of all."""
+    """The calibration windows and their source.
+
+    `first_token`: the token that all windows begin with. `sha256`: of all token ids.
+    """
 
     source: str
     sequences: int
@@ -56,14 +60,13 @@ class SourceFiles(Result):
 
 
 class RunReport(Result):
-    """Everything about a finished run; what `OUT/barber.json` holds.
+    """The record of a finished run: the content of `OUT/barber.json`.
 
-    `settings` as they were given; `resolved`: what those are that were left to the preset, the method or the device.
-    `initial` is the method of the initial mask, `method` and `refinement` say it in words; `held_out` calibration
-    windows decided what of the refinement was kept. `seconds` are wall-clock seconds by stage; `peak_memory` and
-    `peak_device_memory` are bytes. `loaded_by`: the class of transformers. `files`: sha256 of every file
-    that a loaded model depends on, unpacked. `source`: the dense model's files; `pruned_source`: those of the pruned
-    model of a rebuild.
+    `settings`: as the user gave them. `resolved`: values of the settings that the preset, the method or the device
+    decided. `initial`: method of the initial mask; `method` and `refinement` are in words. `held_out`: number of
+    calibration windows that decided which refinements are kept. `seconds`: wall-clock seconds by stage. `peak_memory`,
+    `peak_device_memory`: bytes. `loaded_by`: the class of transformers. `files`: sha256 of every file on which a loaded
+    model depends, unpacked. `source`: files of the dense model; `pruned_source`: of the pruned model of a rebuild.
     """
 
     record_version: int = RECORD_VERSION
@@ -123,39 +126,39 @@ class RunReport(Result):
 
     @property
     def changes(self) -> str:
-        """What was done to the initial mask and the weights, in words."""
-        left_out = [
+        """The changes to the initial mask and the weights, in words."""
+        choices = [
             f"{name.replace('_', ' ')} {', '.join(map(str, self.settings[name]))}"
             for name in ("include", "exclude", "skip_layers")
             if self.settings.get(name)
         ]
-        own = self.settings.get("sparsities") or {}
-        if own:
-            left_out.append("sparsities " + ", ".join(f"{name} {value}" for name, value in own.items()))
+        sparsities = self.settings.get("sparsities") or {}
+        if sparsities:
+            choices.append("sparsities " + ", ".join(f"{name} {value}" for name, value in sparsities.items()))
         if self.settings.get("allow_dense_tail"):
-            left_out.append("inputs after the last whole group of M dense")
+            choices.append("inputs after the last whole group of M dense")
         if self.prunes_head:
-            left_out.append("with the output head")
+            choices.append("with the output head")
         spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
         rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
         updated = "kept weights updated by the method" if self.kept_weights is KeptWeights.UPDATED else None
         done = filter(None, [spread, rebuilt, self.refinement, updated])
         preset = [f"preset {self.resolved['preset']}"] if self.resolved.get("preset") else []
-        return "; ".join([*preset, *left_out, *(list(done) or ["not rebuilt"])])
+        return "; ".join([*preset, *choices, *(list(done) or ["not rebuilt"])])
 
     @property
     def prunes_head(self) -> bool:
-        """Is the output head pruned? Its result is that of a layer after the last."""
+        """True if the output head is pruned; its result is that of a layer after the last."""
         return bool(self.settings.get("prune_head"))
 
     @property
     def rejected(self) -> int:
-        """Blocks that refining would have made worse on held-out windows."""
+        """Number of blocks that refining would have made worse on held-out windows."""
         return sum(block.rejected for layer in self.layers for block in layer.blocks)
 
     @property
     def swapped(self) -> int:
-        """Pruned weights that came back for kept ones that went."""
+        """Number of pruned weights that came back, each in exchange for a kept weight."""
         return sum(linear.grown for linear in self.linears)
 
     @property
@@ -165,15 +168,15 @@ class RunReport(Result):
 
     @property
     def tuning(self) -> str | None:
-        """What held-out windows say of tuning, and of blocks whose refining they rejected; None: nothing."""
+        """Results on held-out windows, of tuning and of rejected blocks, in words; None: there are none."""
         layers = [layer for layer in self.layers if layer.held_out]
         parts = []
         if layers:
-            kept = [(layer.held_out[layer.kept_pass or 0], layer.held_out[0]) for layer in layers]
-            shares = [1 - after / before if before else 0.0 for after, before in kept]
+            distances = [(layer.held_out[0], layer.held_out[layer.kept_pass or 0]) for layer in layers]
+            shares = [1 - after / before if before else 0.0 for before, after in distances]
             tuned = sum(bool(layer.kept_pass) for layer in layers)
             parts.append(
-                f"distance from the target −{sum(shares) / len(shares):.0%} in the mean, "
+                f"distance from the target −{fmean(shares):.0%} in the mean, "
                 f"{tuned} of {len(layers)} layers are kept as tuned"
             )
         if self.rejected:
@@ -181,21 +184,21 @@ class RunReport(Result):
         return f"on held-out windows: {'; '.join(parts)}" if parts else None
 
     def error_changes(self) -> dict[str, ErrorChange]:
-        """By the kind of block, where it was measured before and after."""
-        pairs: dict[str, list[tuple[float, float]]] = {}
+        """Change of the reconstruction error for each kind of block, over the layers where it was measured."""
+        errors: dict[str, list[tuple[float, float]]] = {}
         for layer in self.layers:
             for block in layer.blocks:
                 if block.error_before is not None and block.error_after is not None:
-                    pairs.setdefault(block.name, []).append((block.error_before, block.error_after))
+                    errors.setdefault(block.name, []).append((block.error_before, block.error_after))
         return {
             name: ErrorChange(
-                layers=len(own),
-                before=sum(before for before, _ in own) / len(own),
-                after=sum(after for _, after in own) / len(own),
-                fell=sum(after < before for before, after in own),
-                rose=sum(after > before for before, after in own),
+                layers=len(pairs),
+                before=fmean(before for before, _ in pairs),
+                after=fmean(after for _, after in pairs),
+                fell=sum(after < before for before, after in pairs),
+                rose=sum(after > before for before, after in pairs),
             )
-            for name, own in pairs.items()
+            for name, pairs in errors.items()
         }
 
     def by_linear(self) -> list[LinearTotals]:
@@ -215,7 +218,7 @@ class RunReport(Result):
         ]
 
     def to_json(self) -> str:
-        """The record, with sparsities spelled out for readers that do not count, and its digest."""
+        """The record as JSON, with its digest, and with sparsities for readers that do not compute them."""
         record = self.model_dump(mode="json")
         record["sparsity"] = self.sparsity
         for layer, result in zip(record["layers"], self.layers, strict=True):

@@ -1,4 +1,4 @@
-"""Is a folder what its record says? Every file that a loaded model depends on, by its digest."""
+"""Verify a folder against its record: every file on which a loaded model depends, by its digest."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,15 +17,14 @@ from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport
 
-# What version control and the hub's client leave in a folder; no program loads a model from it.
+# Entries that version control and the hub's client leave in a folder; no program loads a model from them.
 HUB_ENTRIES = {".gitattributes", ".git", ".cache"}
 
 
 def changed_files(source: CheckpointSource, record: RunReport, progress: Progress) -> list[str]:
-    """Files that the record names and that are missing or changed, a sentence each.
+    """Sentences about the files of the record that are missing or changed.
 
-    Of a packed checkpoint its shards are unpacked in memory, one at a time: the record has the digests of what they
-    unpack to.
+    Packed shards are unpacked in memory, one at a time: the record has the digests of the files that they unpack to.
 
     Raises:
         ModelError: a packed shard cannot be unpacked.
@@ -48,15 +47,15 @@ def changed_files(source: CheckpointSource, record: RunReport, progress: Progres
 
 
 def unknown_files(source: CheckpointSource, record: RunReport) -> list[str]:
-    """Files of the folder that neither the record nor the program knows, a sentence each.
+    """Sentences about the files of the folder that neither the record names nor this program writes.
 
-    The model card, the page, the evaluation and the record itself may be there: no loaded model depends on them.
+    The model card, the page, the evaluation and the record itself are allowed: no loaded model depends on them.
     """
-    known = {*record.files, *source.packed, *([PACKED_INDEX] if source.packed else [])}
+    expected_names = {*record.files, *source.packed, *([PACKED_INDEX] if source.packed else [])}
     problems = [
         f"{name} is in the folder, not in the record"
         for name in sorted(path.relative_to(source.folder).as_posix() for path in folder_entries(source.folder))
-        if name not in known and name not in HUB_ENTRIES and not is_program_file(name)
+        if name not in expected_names and name not in HUB_ENTRIES and not is_program_file(name)
     ]
     index = source.folder / PACKED_INDEX
     if index.exists():
@@ -74,7 +73,7 @@ def unknown_files(source: CheckpointSource, record: RunReport) -> list[str]:
 
 
 def verify_folder(source: CheckpointSource, progress: Progress) -> None:
-    """Refuse a folder that is not what its record says, or that has none.
+    """Refuse a folder that does not agree with its record, or that has no record.
 
     Raises:
         ModelError: the record is missing or was changed.
@@ -87,12 +86,12 @@ def verify_folder(source: CheckpointSource, progress: Progress) -> None:
 
 
 def folder_problems(source: CheckpointSource, record: RunReport, progress: Progress) -> list[str]:
-    """Files that are missing, changed or unknown, a sentence each."""
+    """Sentences about the files that are missing, changed or unknown."""
     return [*changed_files(source, record, progress), *unknown_files(source, record)]
 
 
 def refuse(model: str, problems: list[str]) -> None:
-    """Raise `VerificationError` that names the first problems of a folder, if there are any."""
+    """Raise `VerificationError` with the first problems of a folder, if there are any."""
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise VerificationError(
@@ -102,9 +101,9 @@ def refuse(model: str, problems: list[str]) -> None:
 
 
 def written_otherwise(written: Mapping[str, str], record: RunReport) -> list[str]:
-    """Differences between files that were written, by their sha256, and those that the record names."""
+    """Sentences about the differences between the written files, sha256 by name, and the record's."""
     missing = [f"{name} is in the record, not in the folder" for name in record.files.keys() - written.keys()]
-    others = [
+    unknown = [
         f"{name} is in the folder, not in the record"
         for name in written.keys() - record.files.keys()
         if not is_program_file(name)
@@ -114,11 +113,11 @@ def written_otherwise(written: Mapping[str, str], record: RunReport) -> list[str
         for name, digest in record.files.items()
         if written.get(name, digest) != digest
     ]
-    return [*sorted(changed), *sorted(missing), *sorted(others)]
+    return [*sorted(changed), *sorted(missing), *sorted(unknown)]
 
 
 def _file_digest(folder: Path, name: str) -> str | None:
-    """sha256 of a file of the folder; None: it is not there, or outside."""
+    """sha256 of a file of the folder; None: it is missing, or outside the folder."""
     path = folder / name
     if path.parent not in (folder, folder / CHAT_TEMPLATES) or not path.is_file():
         return None
@@ -127,7 +126,7 @@ def _file_digest(folder: Path, name: str) -> str | None:
 
 
 def _unpacked_digest(source: CheckpointSource, name: str, packed: Mapping[str, str]) -> str | None:
-    """sha256 of what a packed checkpoint unpacks to under this name; None: it has the file as it is, or not."""
+    """sha256 of the file that a packed checkpoint unpacks to this name; None: no packed shard does."""
     if name == INDEX_NAME:
         weight_map = {tensor: source.packed[info.file].file for tensor, info in source.tensors.items()}
         return hashlib.sha256(dense_index(weight_map, source.bytes)).hexdigest()

@@ -13,14 +13,15 @@ from llm_barber.parallel.ranks import Ranks
 from llm_barber.planning.limits import left_for_activations
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress, Silent
-from llm_barber.run.assignment import run_key
-from llm_barber.run.commands import finished_run, opened, tell_of_finished
+from llm_barber.run.commands import prepare_run
+from llm_barber.run.finished import finished_run, tell_of_finished
+from llm_barber.run.resume_key import resume_key
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.usage import current_memory, readable_bytes
 
 
-class Plan(BaseModel):
+class DryRun(BaseModel):
     """A checked run. Sizes in bytes; `stream_bytes` is what the calibration activations take.
 
     `finished_layers`: of an unfinished run that this one would go on with.
@@ -73,7 +74,7 @@ class Plan(BaseModel):
         ]
 
 
-def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) -> Plan:
+def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = None) -> DryRun:
     """Check everything that `prune` or `rebuild` checks before its first layer; writes nothing.
 
     Raises:
@@ -84,35 +85,35 @@ def plan(config: PruneConfig | RebuildConfig, progress: Progress | None = None) 
     if complete is not None:
         tell_of_finished(config, complete, progress)
         config = config.model_copy(update={"overwrite": True})  # or it would be in the way
-    work = opened(config, progress, Ranks())
-    work.warn_of_settings(progress)
-    job, rebuilt = work.job, work.rebuild_settings
+    prepared = prepare_run(config, progress, Ranks())
+    prepared.warn_of_settings(progress)
+    job, rebuilt = prepared.job, prepared.rebuild_settings
     if config.memory is not None:
-        left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), work.recipe)
+        left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), prepared.recipe)
     lock = work_folder(config.output) / LOCK_NAME
     with locked(lock) if lock.is_file() else nullcontext():  # not while another run writes it
-        left = unfinished_run(lock.parent, run_key(work), config.overwrite, config.resume)
+        left = unfinished_run(lock.parent, resume_key(prepared), config.overwrite, config.resume)
     of_linears = job.linear_shapes(job.source)
-    linears = [(index, name) for index in range(job.layer_count) for name in work.initial.linears(index)]
+    linears = [(index, name) for index in range(job.layer_count) for name in prepared.initial.linears(index)]
     shapes = [of_linears[f"{job.linear_name(index, name)}.weight"] for index, name in linears]
     if config.prunes_head:
         shapes.append(tuple(job.skeleton.head.weight.shape))
     sequences, tokens = job.tokens.input_ids.shape
-    arrays = RefineSettings.arrays(work.refine_settings)
+    arrays = RefineSettings.arrays(prepared.refine_settings)
     hidden: int = job.config.hidden_size
-    return Plan(
-        model=work.model,
+    return DryRun(
+        model=prepared.model,
         output=str(Path(config.output)),
         architecture=job.source.model_type,
         layers=job.layer_count,
         linears=len(shapes),
         weights=sum(rows * columns for rows, columns in shapes),
-        method=work.label,
-        pattern=work.initial.target_words,
+        method=prepared.label,
+        pattern=prepared.initial.target_words,
         granularity=rebuilt.granularity if rebuilt else None,
         rebuild_ratio=rebuilt.ratio if rebuilt else None,
-        allocation=work.allocation,
-        refinement=work.refinement,
+        allocation=prepared.allocation,
+        refinement=prepared.refinement,
         calibration=job.tokens.source,
         sequences=sequences,
         tokens=tokens,

@@ -12,7 +12,7 @@ from llm_barber.progress import Progress
 from llm_barber.record.card import model_card
 from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import CalibrationResult, RunReport
-from llm_barber.run.assignment import Assignment, kept_weights
+from llm_barber.run.prepared_run import PreparedRun, kept_weights
 from llm_barber.run.writer import Writer
 from llm_barber.usage import versions
 
@@ -20,33 +20,33 @@ LEAST_TOKENS_WITH_SINKS = 32  # in a window: in shorter ones the largest token's
 
 
 def finish_output(
-    work: Assignment,
+    prepared: PreparedRun,
     writer: Writer,
     results: list[LayerResult],
     seconds: dict[str, float],
     used: Used,
 ) -> RunReport:
     """Companion files, record, model card and page; the output is complete then."""
-    job = work.job
+    job = prepared.job
     for path in job.source.companions():
         untied = job.prunes_head and path.name == "config.json"
         writer.copy(path, job.source.folder, _untied(path) if untied else None)
     sequences, seqlen = job.tokens.input_ids.shape
     report = RunReport(
-        command=work.command,
-        model=work.model,
-        output=str(work.config.output),
-        settings=work.config.model_dump(mode="json"),
-        resolved=work.resolved | {"batch_size": used.batch_size},
-        initial=work.method,
-        method=work.label,
+        command=prepared.command,
+        model=prepared.model,
+        output=str(prepared.config.output),
+        settings=prepared.config.model_dump(mode="json"),
+        resolved=prepared.resolved | {"batch_size": used.batch_size},
+        initial=prepared.method,
+        method=prepared.label,
         pattern=_common_pattern(results),
-        granularity=work.rebuild_settings.granularity if work.rebuild_settings else None,
-        rebuild_ratio=work.rebuild_settings.ratio if work.rebuild_settings else None,
-        refinement=work.refinement,
-        held_out=work.refine_settings.held_out if work.refine_settings else 0,
-        allocation=work.allocation,
-        kept_weights=kept_weights(work.config),
+        granularity=prepared.rebuild_settings.granularity if prepared.rebuild_settings else None,
+        rebuild_ratio=prepared.rebuild_settings.ratio if prepared.rebuild_settings else None,
+        refinement=prepared.refinement,
+        held_out=prepared.refine_settings.held_out if prepared.refine_settings else 0,
+        allocation=prepared.allocation,
+        kept_weights=kept_weights(prepared.config),
         loaded_by=auto_class(job.skeleton.model.config).__name__,
         calibration=CalibrationResult(
             source=job.tokens.source,
@@ -64,12 +64,12 @@ def finish_output(
         peak_memory=used.peak_memory,
         peak_device_memory=used.peak_device_memory,
         files=writer.digests,
-        source=work.source_files,
-        pruned_source=work.pruned_files,
+        source=prepared.source_files,
+        pruned_source=prepared.pruned_files,
     )
     writer.write_file(RECORD_NAME, report.to_json().encode())
     writer.write_file(CARD_NAME, model_card(report).encode())
-    if work.config.report:
+    if prepared.config.report:
         from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
 
         writer.write_file(PAGE_NAME, run_page(report).encode())
@@ -77,9 +77,9 @@ def finish_output(
     return report
 
 
-def warn_of_results(work: Assignment, report: RunReport, progress: Progress) -> None:
+def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress) -> None:
     """Say what went otherwise than a user would expect."""
-    if work.job.skeleton.order.unavailable:
+    if prepared.job.skeleton.order.unavailable:
         progress.warn("gradients were added up in no fixed order, which this model has none of: another run may differ")
     if sinks := layers_ruled_by_one_token(report):
         layers = "layer" if len(sinks) == 1 else "layers"
@@ -92,15 +92,15 @@ def warn_of_results(work: Assignment, report: RunReport, progress: Progress) -> 
         (layer.index, one.name.rpartition(".")[0]) for layer in report.layers for one in layer.linears if one.few_tokens
     }
     if few:
-        left = "those of magnitude" if work.command == "prune" else "left as they were"
+        left = "those of magnitude" if prepared.command == "prune" else "left as they were"
         progress.warn(
             f"{len(few)} experts were given fewer than {FEW_TOKENS} calibration tokens: their masks are "
             f"{left}; more --samples reach more of them"
         )
-    if work.rebuild_settings is not None and report.swapped == 0:
+    if prepared.rebuild_settings is not None and report.swapped == 0:
         progress.warn(
-            f"the rebuild swapped nothing: in comparison groups of this size, ratio {work.rebuild_settings.ratio:g} "
-            "of the beneficial pairs is less than one; try --rebuild-ratio 0.1"
+            "the rebuild swapped nothing: in comparison groups of this size, ratio "
+            f"{prepared.rebuild_settings.ratio:g} of the beneficial pairs is less than one; try --rebuild-ratio 0.1"
         )
 
 

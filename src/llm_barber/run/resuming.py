@@ -19,24 +19,24 @@ from llm_barber.method.layer import move_on
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
-from llm_barber.run.assignment import Assignment
-from llm_barber.run.embedding import with_smaller_batches
+from llm_barber.run.out_of_memory import with_smaller_batches
+from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.writer import Writer
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.usage import machine, peak_device_memory, peak_memory
 
 
-def as_before(work: Assignment, used: Used, progress: Progress) -> Assignment:
+def as_before(prepared: PreparedRun, used: Used, progress: Progress) -> PreparedRun:
     """Compute as the run did that this one goes on with: results are rounded alike then."""
-    here = machine(work.job.skeleton.device)
+    here = machine(prepared.job.skeleton.device)
     if used.machine not in ("", here):
         progress.warn(
             f"finished layers were computed on {used.machine}: here, on {here}, others may be rounded otherwise"
         )
-    warn_of_written(work.job.source.written, used.written, progress)
-    if used.batch_size is None or work.config.batch_size is not None:
-        return work
-    return replace(work, job=replace(work.job, batch_size=used.batch_size))
+    warn_of_written(prepared.job.source.written, used.written, progress)
+    if used.batch_size is None or prepared.config.batch_size is not None:
+        return prepared
+    return replace(prepared, job=replace(prepared.job, batch_size=used.batch_size))
 
 
 def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progress: Progress) -> None:
@@ -117,7 +117,7 @@ def _check_counts(result: LayerResult, weights: Mapping[str, Tensor]) -> None:
 
 
 def pass_layers(
-    work: Assignment,
+    prepared: PreparedRun,
     finished: list[LayerResult],
     ahead: ReadAhead,
     writer: Writer,
@@ -125,25 +125,25 @@ def pass_layers(
     progress: Progress,
 ) -> None:
     """Move the streams through finished layers whose output was not durable yet, or is damaged."""
-    job, settings = work.job, work.refine_settings
+    job, settings = prepared.job, prepared.refine_settings
     progress.start("once more through finished layers", len(finished))
     for result in finished:
         written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
         compute = partial(pass_layer, job, result, ahead.take(), written, settings, streams)
         with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
         progress.advance("")
-    writer.keep_activations(finished[-1].index + 1, gathered(work, streams))
+    writer.keep_activations(finished[-1].index + 1, gathered(prepared, streams))
 
 
-def gathered(work: Assignment, streams: ActivationStreams) -> dict[str, Tensor]:
+def gathered(prepared: PreparedRun, streams: ActivationStreams) -> dict[str, Tensor]:
     """On the process that writes, what the next layer starts from, of all processes."""
-    sequences = len(work.job.tokens.input_ids)
-    return work.job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.memory.empty_off_device)
+    job, sequences = prepared.job, len(prepared.job.tokens.input_ids)
+    return job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.memory.empty_off_device)
 
 
-def used_by(work: Assignment, writer: Writer, streams: ActivationStreams) -> Used:
+def used_by(prepared: PreparedRun, writer: Writer, streams: ActivationStreams) -> Used:
     """By this run and the one that it goes on with."""
-    device, before = work.job.skeleton.device, writer.state.used
+    device, before = prepared.job.skeleton.device, writer.state.used
     on_device = [one for one in (peak_device_memory(device), before.peak_device_memory) if one is not None]
     return Used(
         peak_memory=max(peak_memory(), before.peak_memory),
@@ -151,7 +151,7 @@ def used_by(work: Assignment, writer: Writer, streams: ActivationStreams) -> Use
         batch_size=streams.batch_size,
         machine=machine(device),
         off_device=before.off_device or streams.left_device,
-        written=work.job.source.written,
+        written=prepared.job.source.written,
     )
 
 
@@ -176,8 +176,8 @@ def told_how_to_go_on(writer: Writer, progress: Progress) -> Iterator[None]:
                 if count
                 else "what sparsity each linear is given is"
             )
-            goes_on = "{kept} kept in {work}: the same command with {resume} goes on"
-            progress.warn(message(goes_on, kept=kept, work=writer.folder))
+            goes_on = "{kept} kept in {folder}: the same command with {resume} goes on"
+            progress.warn(message(goes_on, kept=kept, folder=writer.folder))
         if writer.saving:
             progress.warn("what the next layer starts from is still being written: this waits for it")
         raise

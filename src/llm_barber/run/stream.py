@@ -20,9 +20,11 @@ from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import RunReport
 from llm_barber.run.activation_memory import activation_memory
-from llm_barber.run.assignment import Assignment, run_key
-from llm_barber.run.embedding import embed, with_smaller_batches
+from llm_barber.run.embedding import embed
 from llm_barber.run.finishing import finish_output, warn_of_results
+from llm_barber.run.out_of_memory import with_smaller_batches
+from llm_barber.run.prepared_run import PreparedRun
+from llm_barber.run.resume_key import resume_key
 from llm_barber.run.resuming import (
     as_before,
     finished_layers,
@@ -39,30 +41,30 @@ from llm_barber.settings.presets import Allocation
 STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 
 
-def run(work: Assignment, progress: Progress) -> RunReport:
+def run(prepared: PreparedRun, progress: Progress) -> RunReport:
     """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
     began = time.perf_counter()
-    work.warn_of_settings(progress)
-    ranks, sequences = work.job.ranks, len(work.job.tokens.input_ids)
-    if work.config.resume:
+    prepared.warn_of_settings(progress)
+    ranks, sequences = prepared.job.ranks, len(prepared.job.tokens.input_ids)
+    if prepared.config.resume:
         progress.stage("checking what is finished")
-    with _open_output(work) as writer, told_how_to_go_on(writer, progress):
+    with _open_output(prepared) as writer, told_how_to_go_on(writer, progress):
         reached, activations = writer.read_activations()
         reached, writer.state = ranks.from_first((reached, writer.state))
         results = finished_layers(writer)
         tell_of_lost(writer, len(results), progress)
-        work = as_before(work, writer.state.used, progress)
-        job = work.job
+        prepared = as_before(prepared, writer.state.used, progress)
+        job = prepared.job
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
-        streams = _embed(work, writer, seconds, progress)
-        _allocate(work, streams, writer, seconds, began, progress)
+        streams = _embed(prepared, writer, seconds, progress)
+        _allocate(prepared, streams, writer, seconds, began, progress)
         streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.memory.empty_off_device))
         activations = {}  # it has copied them
         with ReadAhead(job.source, job.steps[reached:], streams.memory.pinned) as ahead:
             if finished := results[reached:]:
-                pass_layers(work, finished, ahead, writer, streams, progress)
-            title = "pruning" if work.command == "prune" else "rebuilding"
+                pass_layers(prepared, finished, ahead, writer, streams, progress)
+            title = "pruning" if prepared.command == "prune" else "rebuilding"
             progress.start(title, len(job.steps), finished=len(results))
             for _ in results:
                 writer.skip_shard()
@@ -70,7 +72,7 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 start = time.perf_counter()
                 tensors = ahead.take()
                 read = time.perf_counter()
-                pruned = _prune_step(work, index, tensors, streams, progress)
+                pruned = _prune_step(prepared, index, tensors, streams, progress)
                 computed = time.perf_counter()
                 writer.write_shard({**tensors, **pruned.weights})
                 written = time.perf_counter()
@@ -79,32 +81,32 @@ def run(work: Assignment, progress: Progress) -> RunReport:
                 seconds["write"] += written - computed
                 seconds["total"] = written - began
                 results.append(_result(index, written - start, pruned))
-                _make_durable(work, results, seconds, writer, streams)
+                _make_durable(prepared, results, seconds, writer, streams)
                 seconds["write"] += time.perf_counter() - written
                 progress.advance(_summary(results[-1]))
         seconds["total"] = time.perf_counter() - began
-        report = finish_output(work, writer, results, seconds, used_by(work, writer, streams))
-    warn_of_results(work, report, progress)
+        report = finish_output(prepared, writer, results, seconds, used_by(prepared, writer, streams))
+    warn_of_results(prepared, report, progress)
     return report
 
 
-def _open_output(work: Assignment) -> Writer:
+def _open_output(prepared: PreparedRun) -> Writer:
     """The first process writes, the others follow."""
-    config, job = work.config, work.job
+    config, job = prepared.config, prepared.job
     if not job.ranks.is_first:
         return Follower(work_folder(config.output))
     kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
     shards = len(job.outside_shards) + len(job.steps)
-    key, repeatable = run_key(work), work.config.runs_what_it_writes
+    key, repeatable = resume_key(prepared), prepared.config.runs_what_it_writes
     return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable)
 
 
-def _embed(work: Assignment, writer: Writer, seconds: dict[str, float], progress: Progress) -> ActivationStreams:
+def _embed(prepared: PreparedRun, writer: Writer, seconds: dict[str, float], progress: Progress) -> ActivationStreams:
     """The first layer's input; what is outside the layers is copied on the way."""
     progress.stage("embedding the calibration tokens")
     start = time.perf_counter()
-    job, refine_settings = work.job, work.refine_settings
-    memory = activation_memory(job, work.config, work.recipe, writer)
+    job, refine_settings = prepared.job, prepared.refine_settings
+    memory = activation_memory(job, prepared.config, prepared.recipe, writer)
     streams = embed(job, _copy_outside(job, writer), refine_settings, memory, progress)
     if refine_settings is not None and refine_settings.target_mix:
         streams.copy(HIDDEN, DENSE + HIDDEN)
@@ -113,7 +115,7 @@ def _embed(work: Assignment, writer: Writer, seconds: dict[str, float], progress
 
 
 def _allocate(
-    work: Assignment,
+    prepared: PreparedRun,
     streams: ActivationStreams,
     writer: Writer,
     seconds: dict[str, float],
@@ -125,36 +127,36 @@ def _allocate(
     `began`: the clock when the run would have begun had it not been interrupted; a new allocation is kept with its
     seconds and the run's total until then.
     """
-    initial, allocation = work.initial, work.allocation
+    initial, allocation = prepared.initial, prepared.allocation
     if initial.budget is None or allocation is Allocation.UNIFORM:
         return
     sparsities = writer.state.sparsities
     if sparsities is None:
         start = time.perf_counter()
         look = partial(allocate, allocation, initial, streams, initial.budget, progress)
-        sparsities = with_smaller_batches(look, work.job.skeleton.drop_outside, work.job, streams, progress)
+        sparsities = with_smaller_batches(look, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)
         allocated = time.perf_counter()
         seconds["allocate"] += allocated - start
         seconds["total"] = allocated - began
-        writer.keep_sparsities(sparsities, seconds, used_by(work, writer, streams))
+        writer.keep_sparsities(sparsities, seconds, used_by(prepared, writer, streams))
     initial.set_sparsities(sparsities)
 
 
 def _prune_step(
-    work: Assignment, index: int, tensors: dict[str, Tensor], streams: ActivationStreams, progress: Progress
+    prepared: PreparedRun, index: int, tensors: dict[str, Tensor], streams: ActivationStreams, progress: Progress
 ) -> PrunedLayer:
     """Prune a decoder layer, or after the last one the output head."""
-    job, settings = work.job, work.refine_settings
-    compute = partial(prune_layer, job, index, tensors, work.initial, work.rebuild_settings, settings, streams)
+    job, settings = prepared.job, prepared.refine_settings
+    compute = partial(prune_layer, job, index, tensors, prepared.initial, prepared.rebuild_settings, settings, streams)
     release: Callable[[], None] = partial(job.skeleton.release_layer, index)
     if index == job.layer_count:
-        compute = partial(prune_head, job, tensors, work.initial, settings, streams)
+        compute = partial(prune_head, job, tensors, prepared.initial, settings, streams)
         release = job.skeleton.drop_outside
     return with_smaller_batches(compute, release, job, streams, progress)
 
 
 def _make_durable(
-    work: Assignment,
+    prepared: PreparedRun,
     results: list[LayerResult],
     seconds: dict[str, float],
     writer: Writer,
@@ -163,14 +165,14 @@ def _make_durable(
     """The last layer, whose shard is written, and what the next one starts from, while that reads it."""
 
     def keep() -> None:
-        if len(results) < len(work.job.steps):
+        if len(results) < len(prepared.job.steps):
             writer.wait_for_activations()  # before others are gathered
-            writer.keep_activations(len(results), gathered(work, streams))
+            writer.keep_activations(len(results), gathered(prepared, streams))
 
-    if not work.config.runs_what_it_writes:
+    if not prepared.config.runs_what_it_writes:
         keep()
-    writer.finish_layer(results[-1].model_dump(mode="json"), seconds, used_by(work, writer, streams))
-    if work.config.runs_what_it_writes:
+    writer.finish_layer(results[-1].model_dump(mode="json"), seconds, used_by(prepared, writer, streams))
+    if prepared.config.runs_what_it_writes:
         keep()
 
 

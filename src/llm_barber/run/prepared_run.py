@@ -1,4 +1,4 @@
-"""What a run is to do, and what its result and its memory depend on."""
+"""A run, opened and checked, before its first layer."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.planning.recipe import Recipe
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
+<<<<<<< HEAD:src/llm_barber/run/assignment.py
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset, PresetSettings, Reconstruct
 from llm_barber.settings.refining import RefineSettings
@@ -30,24 +31,28 @@ LEFT_TO_PRESET = {
     "rebuild", "refine", "reconstruct", "allocation", "initial", "sparsity", "granularity", "rebuild_ratio", "guard",
     "tune_passes",
 }  # fmt: skip
+=======
+from llm_barber.settings.base import RunSettings
+from llm_barber.settings.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
+from llm_barber.settings.prune import Initial
+from llm_barber.settings.refining import RefineSettings
+>>>>>>> main:src/llm_barber/run/prepared_run.py
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """What a run is to do.
+class PreparedRun:
+    """A run whose models, text and settings are opened and checked.
 
     Args:
-        command: `prune` or `rebuild`.
-        model: the dense one, as it was named.
-        config: its settings.
-        job: opened and checked.
+        model: the dense model, as it was named.
+        config: settings of the command.
+        job: the opened dense model.
         initial: gives the initial masks.
         rebuild_settings: None: masks are not rebuilt.
-        method: of the initial mask.
-        label: the same for people.
+        method: method of the initial masks.
+        label: the initial masks, for people.
     """
 
-    command: str
     model: str
     config: RunSettings
     job: Job
@@ -56,24 +61,29 @@ class Assignment:
     method: str
     label: str
 
+    @property
+    def command(self) -> str:
+        """`prune` or `rebuild`."""
+        return self.config.command
+
     @cached_property
     def refine_settings(self) -> RefineSettings | None:
-        """What is done beyond the rebuild."""
+        """Settings of refining and tuning; None: the run does neither."""
         return RefineSettings.of(self.config, self.pattern, *self.job.tokens.input_ids.shape)
 
     @cached_property
     def source_files(self) -> SourceFiles:
-        """The dense model's files, as they are when this is first asked for."""
+        """The dense model's files, as they are when this is first read."""
         return SourceFiles(key=self.job.source.key, written=self.job.source.written)
 
     @cached_property
     def pruned_files(self) -> SourceFiles | None:
-        """The files of the pruned model of a rebuild, as they are when this is first asked for."""
+        """The files of a rebuild's pruned model, as they are when this is first read; None: another command."""
         return self.initial.source_files
 
     @property
     def recipe(self) -> Recipe:
-        """What its memory depends on."""
+        """All that the memory of the run depends on."""
         job, (sequences, tokens) = self.job, self.job.tokens.input_ids.shape
         layers = [job.source.tensors[name] for names in job.layer_tensors for name in names]
         return Recipe(
@@ -81,9 +91,9 @@ class Assignment:
             tokens=tokens,
             batch=job.batch_size,
             itemsize=job.skeleton.dtype.itemsize,
-            stored=round(sum(one.bytes for one in layers) / sum(math.prod(one.shape) for one in layers)),
+            stored=round(sum(tensor.bytes for tensor in layers) / sum(math.prod(tensor.shape) for tensor in layers)),
             on_cpu=job.skeleton.device.type == "cpu",
-            initial=self.initial.method or Initial.MAGNITUDE,  # which gathers no statistics either
+            initial=self.initial.method or Initial.MAGNITUDE,  # a checkpoint's masks need no statistics, either
             pattern=None,
             allocation=self.allocation,
             granularity=self.rebuild_settings.granularity if self.rebuild_settings else None,
@@ -94,47 +104,49 @@ class Assignment:
 
     @property
     def preset(self) -> Preset | None:
-        """The one whose steps are taken; None: others, or a tuning preset's with settings of one's own."""
+        """Preset that the run amounts to; None: none, or a preset that tunes, with other numbers or another method."""
         config = self.config
-        own = (config.guard, config.target_mix, config.tune_passes, config.swaps)
+        numbers = (config.guard, config.target_mix, config.tune_passes, config.swaps)
         other_method = self.initial.method not in (None, Initial.WANDA)
-        if config.refines and (other_method or any(one is not None for one in own)):
+        if config.refines and (other_method or any(number is not None for number in numbers)):
             return None
         steps = PresetSettings(
             self.rebuild_settings is not None, config.refinement, config.reconstruction, self.allocation
         )
-        for name, one in PRESETS.items():
-            if steps == (one if self.initial.budget is not None else replace(one, allocation=Allocation.UNIFORM)):
-                return name
+        for preset, preset_steps in PRESETS.items():
+            if self.initial.budget is None:
+                preset_steps = replace(preset_steps, allocation=Allocation.UNIFORM)
+            if steps == preset_steps:
+                return preset
         return None
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """What those settings are that were left to the preset, the method, the text or the device."""
+        """Values of the settings that the user may leave to the preset, the method, the text or the device."""
         rebuilt, refined, config = self.rebuild_settings, self.refine_settings, self.config
         sequences, tokens = self.job.tokens.input_ids.shape
-        found: dict[str, Any] = {
+        resolved: dict[str, Any] = {
             "preset": self.preset, "rebuild": rebuilt is not None, "refine": config.refinement,
             "reconstruct": config.reconstruction, "allocation": self.allocation, "samples": sequences, "seqlen": tokens,
             "batch_size": self.job.batch_size,
         }  # fmt: skip
         if self.initial.method is not None:
-            found["initial"] = self.initial.method
+            resolved["initial"] = self.initial.method
         if isinstance(self.initial.target, Unstructured):
-            found["sparsity"] = self.initial.target.sparsity
+            resolved["sparsity"] = self.initial.target.sparsity
         if rebuilt is not None:
-            found |= {"granularity": rebuilt.granularity, "rebuild_ratio": rebuilt.ratio}
+            resolved |= {"granularity": rebuilt.granularity, "rebuild_ratio": rebuilt.ratio}
         if refined is not None:
-            found |= {
+            resolved |= {
                 "target_mix": refined.target_mix, "guard": config.held_out_share,
                 "swaps": refined.swaps_of(self.pattern) or None,
                 "tune_passes": refined.passes or None,
             }  # fmt: skip
-        return found
+        return resolved
 
     @property
     def pattern(self) -> NofM | None:
-        """N:M of most weights that are pruned, or of the first layer of those that were pruned before."""
+        """N:M of most weights that are pruned; of a rebuild, of the first layer that was pruned."""
         return self.initial.pattern
 
     @property
@@ -143,7 +155,7 @@ class Assignment:
         return Allocation.UNIFORM if self.initial.budget is None else self.config.allocated_by
 
     def warn_of_settings(self, progress: Progress) -> None:
-        """Say what they lead to that a user would not expect."""
+        """Warn of effects of the settings that a user would not expect."""
         if self.refine_settings is not None and not self.refine_settings.held_out and self.config.guard != 0:
             progress.warn(
                 message("no window can be held out of one: all of the refining is kept, unchecked; give more {samples}")
@@ -151,48 +163,18 @@ class Assignment:
 
     @property
     def refinement(self) -> str | None:
-        """What is done beyond the rebuild, for people; None: nothing."""
+        """Refining and tuning, for people; None: the run does neither."""
         settings, head = self.refine_settings, self.job.prunes_head
         if settings is None:
             return None
         parts = [settings.words] if prunes_layers(self.initial) else []
-        if head and (settings.of_layers or not parts):  # else what is done to it is what is done to linears
+        if head and (settings.of_layers or not parts):  # otherwise the head is refined as the linears are
             parts.append(settings.words_of_head)
         return "; ".join(parts)
 
 
-def run_key(work: Assignment) -> dict[str, Any]:
-    """What a run's result depends on, each by the name that a message can say.
-
-    `settings` as they are for it, `given` as the user has them, who is told of these.
-    """
-    config, job = work.config, work.job
-    given = config.model_dump(mode="json", exclude=UNLIKE | KNOWN_BY_CONTENT)
-    left = set(LEFT_TO_PRESET)
-    if not job.prunes_head:  # which has a mix of its own, unless one is given
-        left.add("target_mix")
-    if work.initial.has_one_target:  # else one that is given is for every pattern
-        left.add("swaps")
-    resolved = {name: one for name, one in work.resolved.items() if name in left}
-    methods = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
-    key = {
-        "command": work.command,
-        "given": given,
-        "settings": given | resolved | methods | {"preset": config.preset_name},
-        "model's files": work.source_files.key,
-    }
-    if work.pruned_files is not None:
-        key["pruned model's files"] = work.pruned_files.key
-    return key | {
-        "calibration text": [job.tokens.digest, *job.tokens.input_ids.shape],
-        "device": job.skeleton.device.type,
-        "dtype": str(job.skeleton.dtype),
-        "version of a library": versions(),
-    }
-
-
 def kept_weights(config: RunSettings) -> KeptWeights:
-    """What became of the weights that are kept."""
+    """Values of the kept weights: dense, updated, solved or tuned."""
     if config.keeps_updates:
         return KeptWeights.UPDATED
     none = config.reconstruction is Reconstruct.NONE

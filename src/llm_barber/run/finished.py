@@ -1,0 +1,102 @@
+"""Recognise a finished run: the output that a run would make is there already, and whole."""
+
+from os.path import expanduser
+from pathlib import Path
+
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.errors import CalibrationError, ModelError, OutputError
+from llm_barber.loading.preparing import read_calibration
+from llm_barber.method.checkpoint_masks import pruned_key
+from llm_barber.progress import Progress
+from llm_barber.record.file import read_record
+from llm_barber.record.report import RunReport, SourceFiles
+from llm_barber.record.verification import changed_files, unknown_files
+from llm_barber.run.resume_key import NOT_IN_KEY
+from llm_barber.run.resuming import warn_of_written
+from llm_barber.settings.base import RunSettings
+from llm_barber.text.calibration import HUB_SETS
+
+PRUNE_AGAIN = "prune again with --overwrite"
+
+
+def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
+    """The report of this same run, if it is to be resumed and its output is complete; every file is read.
+
+    Returns:
+        None: there is no such output, or it is not whole and may be overwritten.
+
+    Raises:
+        OutputError: a file of the output is missing or changed; the models or the calibration text are others now.
+    """
+    try:
+        record = read_record(config.output) if config.resume else None
+    except ModelError as error:
+        if config.overwrite:
+            return None
+        raise OutputError(str(error), f"choose another output folder, or {PRUNE_AGAIN}") from error
+    if record is None or record.command != config.command:
+        return None
+    recorded = {name: value for name, value in record.settings.items() if name not in NOT_IN_KEY}
+    if recorded != config.model_dump(mode="json", exclude=NOT_IN_KEY):
+        return None
+    if damage := _damage(config.output, record, progress):
+        if config.overwrite:
+            return None
+        raise OutputError(f"{config.output} was complete, but {damage}", f"{PRUNE_AGAIN}, or get the file back")
+    if changed := _changed(record, config, progress):
+        raise OutputError(
+            f"{config.output} is complete, but was made with {changed} than is there now",
+            f"choose another output folder, or {PRUNE_AGAIN}",
+        )
+    return record
+
+
+def tell_of_finished(config: RunSettings, record: RunReport, progress: Progress) -> None:
+    """Say that the output is what this run would make, and which files in it are no part of that."""
+    if unknown := unknown_files(CheckpointSource(config.output), record):
+        progress.warn(f"{config.output} is not as it was written: {'; '.join(unknown[:3])}")
+    progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
+
+
+def _damage(output: Path, record: RunReport, progress: Progress) -> str:
+    """The first file of a finished output that is missing or changed, as the end of a sentence."""
+    try:
+        problems = changed_files(CheckpointSource(output), record, progress)
+    except ModelError as error:
+        return str(error)
+    return problems[0] if problems else ""
+
+
+def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
+    """The input of a finished run that is another one now, as far as local files show."""
+    changed = _changed_model(record.model, record.source, progress)
+    if not changed and record.command == "rebuild":
+        changed = _changed_model(record.settings["pruned"], record.pruned_source, progress, of_pruned=True)
+    folder = Path(expanduser(record.model))
+    if changed or not folder.is_dir() or config.calibration in HUB_SETS:
+        return changed
+    try:
+        tokens = read_calibration(config, folder)
+    except CalibrationError as error:
+        progress.warn(f"the calibration text of {config.output} cannot be compared: {error}")
+        return ""
+    return "" if tokens.digest == record.calibration.sha256 else "another calibration text"
+
+
+def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress, of_pruned: bool = False) -> str:
+    """Compare a local model with the files that a finished run read; warn if they were only written anew."""
+    folder = Path(expanduser(model))
+    if recorded is None or not folder.is_dir():
+        is_path = folder.is_absolute() or model.startswith((".", "~"))  # else it is a hub id
+        if is_path and not folder.exists():  # a GGUF file is there
+            progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
+        return ""
+    try:
+        source = CheckpointSource(model)
+        key = pruned_key(source) if of_pruned else source.key
+    except ModelError:
+        return f"other files of {model}"
+    if key != recorded.key:
+        return f"other files of {model}"
+    warn_of_written(source.written, recorded.written, progress)
+    return ""
