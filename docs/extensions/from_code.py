@@ -26,7 +26,9 @@ def setup(app: Any) -> dict[str, bool]:
 
 
 def _fill(app: Any, name: str, source: list[str]) -> None:
-    text = MARK.sub(lambda match: GENERATED[match.group(1)](), source[0])
+    text, count = MARK.subn(lambda match: GENERATED[match.group(1)](), source[0])
+    if count:
+        app.env.note_reread()  # the code may be another one at the next build
     source[0] = inside_the_docs(text)
 
 
@@ -44,16 +46,20 @@ def repository_file(name: str) -> Callable[[], str]:
     return lambda: (ROOT / name).read_text(encoding="utf-8")
 
 
-def command_line() -> str:
-    """All commands with their arguments and options, as `--help` has them."""
+def commands() -> dict[str, Any]:
+    """The commands of `llm-barber`, by name."""
     import typer
 
     from llm_barber.cli import app
 
     group: Any = typer.main.get_command(app)
+    return {name: group.get_command(None, name) for name in group.list_commands(None)}
+
+
+def command_line() -> str:
+    """All commands with their arguments and options, as `--help` has them."""
     lines: list[str] = []
-    for name in group.list_commands(None):
-        command = group.get_command(None, name)
+    for name, command in commands().items():
         lines += [f"## {name}", "", *_paragraphs(command.help or "")]
         arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         lines += ["```", f"llm-barber {name} [OPTIONS] {' '.join(map(_metavar, arguments))}".rstrip(), "```", ""]

@@ -13,30 +13,10 @@ from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.planning.recipe import Recipe
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
-<<<<<<< HEAD:src/llm_barber/run/assignment.py
 from llm_barber.settings.initial import Initial
-from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset, PresetSettings, Reconstruct
+from llm_barber.settings.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.settings.run import RunSettings
-from llm_barber.usage import versions
-
-# Settings that do not change the result.
-UNLIKE = {"output", "overwrite", "resume", "report", "batch_size", "memory", "device_memory", "activations_off_device"}
-# Settings whose effect is known by the files and tokens that they lead to.
-KNOWN_BY_CONTENT = {
-    "model", "dense", "pruned", "revision", "pruned_revision", "bos", "calibration", "samples", "seqlen", "seed",
-}  # fmt: skip
-# Settings that lead to the same whether they are given or the preset says so.
-LEFT_TO_PRESET = {
-    "rebuild", "refine", "reconstruct", "allocation", "initial", "sparsity", "granularity", "rebuild_ratio", "guard",
-    "tune_passes",
-}  # fmt: skip
-=======
-from llm_barber.settings.base import RunSettings
-from llm_barber.settings.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
-from llm_barber.settings.prune import Initial
-from llm_barber.settings.refining import RefineSettings
->>>>>>> main:src/llm_barber/run/prepared_run.py
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,198 @@
+"""What the documentation says agrees with the code; its links lead somewhere. Nothing here needs Sphinx."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import llm_barber
+from llm_barber import CompareConfig, PruneConfig
+from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.settings.compare import ROWS, Method
+from llm_barber.settings.presets import (
+    FEWEST_PASSES,
+    GUARD,
+    MOST_PASSES,
+    PATTERN_SWAPS,
+    PATTERN_TARGET_MIX,
+    PRESETS,
+    SOLVED_TARGET_MIX,
+    SWAPS,
+    TARGET_MIX,
+    TUNE_TOKENS,
+    TUNING_GUARD,
+    Preset,
+)
+from tests.conftest import FAMILIES, make_config
+from tests.helpers.pages import (
+    CONTRIBUTING,
+    CURRENT,
+    DOCS,
+    INDENTED,
+    PAGES,
+    ROOT,
+    anchors,
+    from_code,
+    options,
+    prose,
+    typed_commands,
+)
+
+SOURCE = ROOT / "src" / "llm_barber"
+FOREIGN = {"--retain_reconstruction", "--weight_sparsity", "--reallocation"}  # options of other programs
+TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
+PARTS = {"Guide", "Reference", "Method", "Results", "Notebook", "Project"}
+TUNING, FAMILIES_PAGE = DOCS / "method" / "tuning.md", DOCS / "reference" / "families.md"
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def words(page: Path) -> str:
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_have_the_options_that_pages_give_them(page: Path) -> None:
+    for command, given in typed_commands(page.read_text(encoding="utf-8")):
+        if command == "report" or command in options():
+            assert set(given) <= options()[command] | {"--help"}, f"{command} has not all of {given}"
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=named)
+def test_every_option_that_a_page_names_exists(page: Path) -> None:
+    every = set().union(*options().values()) | FOREIGN | TORCHRUN
+    text = re.sub(
+        r"^.*(?:make|pip|torchrun|git|srun|#SBATCH|python benchmarks).*$", "", page.read_text(), flags=re.MULTILINE
+    )
+    spans = re.findall(r"`(--[a-z][\w-]*)", text)
+    assert set(spans) <= every
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^[\w/.-]+$", index, re.MULTILINE))
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")} - {"index"}
+    assert listed == pages
+    assert set(re.findall(r"^:caption: (\w+)$", index, re.MULTILINE)) == PARTS
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=named)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|c|json))`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists() or (SOURCE / name).exists(), name
+
+
+@pytest.mark.parametrize("page", [DOCS / "method" / "paper.md", CONTRIBUTING], ids=named)
+def test_functions_are_in_the_files_that_pages_say(page: Path) -> None:
+    pairs = re.findall(r"`([a-z_]+/[a-z_]+\.py)`,? `(\w+)`", page.read_text(encoding="utf-8"))
+    assert len(pairs) >= 3
+    for file, name in pairs:
+        assert re.search(rf"^ *(?:def|class) {name}\b|^{name}\b", (SOURCE / file).read_text(), re.MULTILINE), (
+            file,
+            name,
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_prose_is_wrapped(page: Path) -> None:
+    for line in prose(page.read_text(encoding="utf-8")).splitlines():
+        assert len(line) <= 120, line
+
+
+def test_guides_and_reference_are_generated_without_sphinx() -> None:
+    code = from_code()
+    text = code.command_line()
+    for command, names in options().items():
+        assert f"\n## {command}\n" in f"\n{text}"
+        assert all(f"`{name}`" in text for name in names)
+    api = code.python_api()
+    assert all(f"\n### {name}\n" in api for name in llm_barber.__all__)
+    assert all(f"`{name}`" in api for name in (*PruneConfig.model_fields, *CompareConfig.model_fields))
+    marks = {mark for page in DOCS.rglob("*.md") for mark in code.MARK.findall(page.read_text(encoding="utf-8"))}
+    assert marks == set(code.GENERATED)
+
+
+def test_links_of_files_at_the_root_lead_to_pages() -> None:
+    inside = from_code().inside_the_docs
+    assert (
+        inside("[a](docs/guide/faq.md), [b](CONTRIBUTING.md#words)")
+        == "[a](/guide/faq.md), [b](/contributing.md#words)"
+    )
+    assert inside("[c](../../CONTRIBUTING.md), [d](CITATION.cff)") == "[c](/contributing.md), d"
+
+
+def test_presets_are_what_the_page_says() -> None:
+    page = TUNING.read_text(encoding="utf-8")
+    for preset in Preset:
+        (row,) = re.findall(rf"^\| `{preset}` \|.*$", page, re.MULTILINE)
+        _, _, allocation, _, rebuild, refine, reconstruct, _ = (cell.strip() for cell in row.split("|"))
+        settings = PRESETS[preset]
+        assert allocation == {"uniform": "uniform", "loss": "by the loss"}[settings.allocation]
+        assert rebuild == ("yes" if settings.rebuild else "no")
+        assert refine == {"none": "no", "tune": "masks tuned"}[settings.refine]
+        assert (reconstruct == "no") == (settings.reconstruct == "none")
+    assert PruneConfig(model="model", output="out").preset_name is Preset.MASK
+    assert "`mask` is the default" in page
+
+
+def test_defaults_are_what_pages_say() -> None:
+    text = words(TUNING)
+    assert (
+        f"The default is {TARGET_MIX}; {PATTERN_TARGET_MIX} where masks of N:M are tuned; {SOLVED_TARGET_MIX} for"
+        in text
+    )
+    assert (1 / TUNING_GUARD, 1 / GUARD) == (32, 8)
+    assert "one in 32 where masks are tuned, at least one; one in eight where" in text
+    assert f"at most {SWAPS} swaps a row, and {PATTERN_SWAPS} with N:M" in text
+    assert (MOST_PASSES, FEWEST_PASSES) == (8, 2)
+    assert f"Eight over the text, fewer with more text: {TUNE_TOKENS:,} tokens in all, but at least two passes" in text
+    fields = PruneConfig.model_fields
+    start = words(DOCS / "guide" / "quickstart.md")
+    assert f"`--samples {fields['samples'].default} --seqlen {fields['seqlen'].default}`" in start
+    assert f"`--calibration {fields['calibration'].default}` (default, needs no network)" in start
+    assert "(default 0.5)" in start
+    assert "None: 0.5" in (fields["sparsity"].description or "")
+
+
+def test_an_example_of_sparsities_is_read(tmp_path: Path) -> None:
+    page = (DOCS / "guide" / "quickstart.md").read_text(encoding="utf-8")
+    (example,) = (block for block in INDENTED.findall(page) if "mlp.down_proj: 0.4" in block)
+    path = tmp_path / "sparsities.yaml"
+    path.write_text("\n".join(line[4:] for line in example.splitlines()))
+    config = PruneConfig(model="model", output="out", sparsities=path)
+    assert len(config.sparsities) == 3
+
+
+def test_compare_has_the_rows_that_the_guide_says() -> None:
+    text = words(DOCS / "guide" / "evaluate.md")
+    assert [method.value for method in ROWS] == [
+        "magnitude", "sparsegpt", "sparsegpt-updates", "wanda", "ria", "dsnot", "mask", "best",
+    ]  # fmt: skip
+    assert (
+        "magnitude, SparseGPT (its mask, and its updates), Wanda, RIA, DSnoT and the presets `mask` and `best`" in text
+    )
+    assert all(f"`{method}`" in text for method in Method if method not in ROWS)
+
+
+def test_families_are_those_of_the_tests() -> None:
+    page = FAMILIES_PAGE.read_text(encoding="utf-8")
+    first_cells = re.findall(r"^\| ([^|]*`[^|]*)\|", page, re.MULTILINE)
+    listed = {name for cell in first_cells for name in re.findall(r"`([\w-]+)`", cell)} - {"model_type"}
+    tested = {make_config(family).model_type for family in FAMILIES}
+    assert listed == tested
+    assert f"{len(tested)} model types are tested, in {len(FAMILIES)} configurations" in words(FAMILIES_PAGE)
+    assert f"{len(ARCHITECTURES)} of these have a record" in page
