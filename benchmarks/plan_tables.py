@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_barber.planning.forecast import ProcessesForecast
 from llm_barber.planning.plan import plan
-from llm_barber.planning.table import PHRASES, amount, duration, stage_cells
+from llm_barber.planning.table import STAGE_NAMES, amount, duration, stage_cells
 from llm_barber.settings.plan import PlanConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "forecast-tables.md"
@@ -87,7 +87,7 @@ def section(name: str, configuration: dict[str, Any], preset: str, with_size: bo
     for stage, shared, faster in zip(alone.stages, together.stages, fast.stages, strict=True):
         if stage.seconds or stage.bytes_written:
             times = (stage_cells(other)[TIME] for other in (shared, faster))
-            lines.append(f"| {' | '.join([PHRASES[stage.name], *stage_cells(stage), *times])} |")
+            lines.append(f"| {' | '.join([STAGE_NAMES[stage.name], *stage_cells(stage), *times])} |")
     flops, read, written = (
         sum(getattr(stage, kind) for stage in alone.stages) for kind in ("flops", "bytes_read", "bytes_written")
     )

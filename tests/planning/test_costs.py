@@ -17,10 +17,11 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.model.device import experts_per_token
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
-from llm_barber.planning.costs import forward, run_costs
+from llm_barber.planning.costs import run_costs
 from llm_barber.planning.forecast import Forecast
 from llm_barber.planning.limits import DEVICE_LIBRARIES, DEVICE_MARGIN
 from llm_barber.planning.memory import peak_footprint
+from llm_barber.planning.passes import forward_work
 from llm_barber.planning.plan import VOCABULARY_BYTES, plan
 from llm_barber.planning.rates import KINDS, named_rates
 from llm_barber.planning.recipe import Recipe
@@ -80,7 +81,7 @@ def test_forward_against_the_flop_counter_of_torch() -> None:
         model(tokens, use_cache=False)
     found = shapes_of(FAMILIES["llama"])
     recipe = Recipe(**{**PAPER.__dict__, "sequences": 3, "tokens": 16})
-    total = sum((forward(block, recipe, 48) for layer in found.layers for block in layer.blocks), Work())
+    total = sum((forward_work(block, recipe, 48) for layer in found.layers for block in layer.blocks), Work())
     head = 2 * 48 * 128 * 32
     # The rotary frequencies of 8 features a head: a product of positions with 4 frequencies, which is left out.
     rotary = counter.get_total_flops() - (total.products + 2 * total.attention + head)
@@ -180,7 +181,7 @@ def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
     assert shared.refine.grams == alone.refine.grams / 2
     for name in ("searched", "sorted", "exact"):
         assert getattr(shared.total, name) == getattr(alone.total, name)
-    assert recipe.among(4).own_sequences == 2  # of six: the busiest has two
+    assert recipe.among(4).local_sequences == 2  # of six: the busiest has two
     assert peak_footprint(MODEL, recipe.among(2)).host < peak_footprint(MODEL, recipe).host
 
 
@@ -217,7 +218,7 @@ def test_experts_are_given_their_share_of_the_tokens() -> None:
     assert (experts.copies, experts.share, experts.linears) == (4, 0.5, ((16, 32), (16, 32), (32, 16)))
     assert (shared.copies, shared.share, shared.linears) == (1, 1, ((48, 32), (48, 32), (32, 48)))
     assert experts.beside == shared.weights
-    assert shared.beside == experts.every_weight == 4 * experts.weights
+    assert shared.beside == experts.all_weights == 4 * experts.weights
     assert mixture.weights == attention.weights + 4 * experts.weights + shared.weights
     tokens = PAPER.sequences * PAPER.tokens
     active = attention.weights + 2 * experts.weights + shared.weights

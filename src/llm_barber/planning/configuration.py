@@ -1,4 +1,4 @@
-"""A model's configuration by itself: of a folder, a config.json, a GGUF file's header, or the hub; no weights."""
+"""Read a model's configuration without its weights: from a folder, a config.json, a GGUF file or the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -19,37 +19,37 @@ SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_
 
 
 def read_configuration(model: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of what a user calls a model.
+    """Read the configuration of a model by any name that `plan` takes.
 
     Raises:
-        ModelError: there is none, or transformers cannot use it, or it is of a quantised or an absurd model.
-        HubError: the hub cannot be reached or does not have it.
+        ModelError: there is no configuration, transformers cannot use it, or the model is quantised or absurd.
+        HubError: the hub cannot be reached or does not have the model.
     """
-    place, options = _find(model, revision)
-    content = {} if options else read_json(place)
+    path, options = _find(model, revision)
+    content = {} if options else read_json(path)
     refuse_quantised(content, model)
     check_counts(content, model)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            place, trust_remote_code=False, local_files_only=True, **options
+            path, trust_remote_code=False, local_files_only=True, **options
         )
-    except Exception as error:  # transformers raises whatever a damaged file makes it raise
+    except Exception as error:  # a damaged file can raise anything in transformers
         raise unusable_configuration(model, error) from error
     check_finite(content, config, model)
     for size in SIZES:
-        given = getattr(config.get_text_config(), size, 1)
-        if isinstance(given, int) and given < 1:
+        value = getattr(config.get_text_config(), size, 1)
+        if isinstance(value, int) and value < 1:
             raise ModelError(
-                f"the configuration of {model} says {size}: {given}", "get it again; nothing has that size"
+                f"the configuration of {model} says {size}: {value}", "get it again; nothing has that size"
             )
     if options:
         check_counts(config.to_dict(), model)
-        config.dtype = GGUF_DTYPE  # what its weights become
+        config.dtype = GGUF_DTYPE  # of its weights, once they are converted
     return config
 
 
 def _find(model: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
-    """Where transformers finds it, and what else it must be told."""
+    """Find a configuration: the path that transformers reads, and options that it needs with it."""
     try:
         path = Path(model).expanduser()
         is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
@@ -61,7 +61,7 @@ def _find(model: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
         if not (path / "config.json").is_file():
             raise ModelError(f"{model} has no config.json", NOT_FOUND_HINT)
         return path / "config.json", {}
-    if model:  # "" would be this folder
+    if model:  # the path of "" is the present folder
         check_regular(path)
     if is_file and path.suffix == ".gguf":
         return path.parent, {"gguf_file": path.name}

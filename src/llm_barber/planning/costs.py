@@ -1,4 +1,4 @@
-"""How much each stage of a run computes, moves, reads and writes: arithmetic on shapes and settings, nothing else.
+"""Work of each stage of a run: FLOPs and bytes, by arithmetic on shapes and settings, nothing else.
 
 docs/method/paper.md and docs/method/tuning.md describe the passes. One process's share is counted:
 calibration sequences are divided, what every process repeats (ranking, swaps, least squares) is not.
@@ -7,132 +7,143 @@ calibration sequences are divided, what every process repeats (ranking, swaps, l
 from dataclasses import dataclass, fields, replace
 
 from llm_barber.masking.granularity import Granularity
-from llm_barber.planning.initial_costs import allocate, choose, initial, statistics, within_groups
+from llm_barber.planning.initial_costs import (
+    allocation_work,
+    group_ranking_bytes,
+    initial_mask_work,
+    ranking_work,
+    statistics_work,
+)
 from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
     FLOAT32,
     INPUT_TOUCHES,
     SQUARING,
-    forward,
-    reduced,
-    size_of,
-    streamed,
+    forward_work,
+    reduction_work,
+    streaming_work,
+    weight_count,
 )
 from llm_barber.planning.recipe import Recipe
-from llm_barber.planning.refining_costs import improved, refine, tune
+from llm_barber.planning.refining_costs import linear_refining_work, refining_work, tuning_work
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
-from llm_barber.planning.work import NONE, Work, sorting
+from llm_barber.planning.work import NO_WORK, Work, sorting_work
 from llm_barber.settings.initial import Initial
 
-REBUILDING = 150  # bytes a weight, of scores, comparisons and masks
+REBUILDING = 150  # bytes moved for each weight: scores, comparisons and masks
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a process does, by stage; layers by what is done in them. `keep`: meanwhile."""
+    """Work of a process by stage.
 
-    embed: Work = NONE
-    allocate: Work = NONE
-    initial: Work = NONE
-    rebuild: Work = NONE
-    refine: Work = NONE
-    tune: Work = NONE
-    propagate: Work = NONE
-    read: Work = NONE
-    write: Work = NONE
-    keep: Work = NONE
-    head: Work = NONE
+    The stages `initial` to `write` add up all layers. `keep`: write each layer's activations for `--resume`,
+    meanwhile. `head`: prune the output head.
+    """
+
+    embed: Work = NO_WORK
+    allocate: Work = NO_WORK
+    initial: Work = NO_WORK
+    rebuild: Work = NO_WORK
+    refine: Work = NO_WORK
+    tune: Work = NO_WORK
+    propagate: Work = NO_WORK
+    read: Work = NO_WORK
+    write: Work = NO_WORK
+    keep: Work = NO_WORK
+    head: Work = NO_WORK
 
     def __add__(self, other: "Costs") -> "Costs":
-        return Costs(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return Costs(*(getattr(self, stage.name) + getattr(other, stage.name) for stage in fields(self)))
 
     @property
     def total(self) -> Work:
-        """Of all stages."""
-        return sum((getattr(self, one.name) for one in fields(self)), NONE)
+        """Work of all stages."""
+        return sum((getattr(self, stage.name) for stage in fields(self)), NO_WORK)
 
 
 def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
-    """What a run costs the process that has the most sequences."""
-    head = _prune_head(model, recipe) if recipe.prunes_head else NONE
-    found = Costs(embed=_embed(model, recipe), allocate=allocate(model, recipe), head=head)
+    """Work of a run in the process that has the most sequences."""
+    head = _head_work(model, recipe) if recipe.prunes_head else NO_WORK
+    costs = Costs(embed=_embedding_work(model, recipe), allocate=allocation_work(model, recipe), head=head)
     for index, layer in enumerate(model.layers):
-        # Nothing starts from its output.
+        # No layer starts from the last layer's output.
         last = index == len(model.layers) - 1 and not recipe.prunes_head
         size = layer.parameters * recipe.stored
-        # Of all processes: the first one keeps it, and is sent what the others have.
-        kept = 0 if last else recipe.durable * recipe.every_token * model.hidden * recipe.itemsize
-        # Off the device what stayed there: arrays that layers start from are the first to.
+        # Process 0 keeps the activations of all processes, which send it theirs.
+        kept = 0 if last else recipe.durable * recipe.all_tokens * model.hidden * recipe.itemsize
+        # Kept arrays that stay on the device are copied off it: they are the first to stay.
         copied = size + kept / recipe.processes * (1 - recipe.moved_share(model.hidden, recipe.durable))
-        found += Costs(
-            initial=sum((initial(layer, block, recipe) for block in layer.blocks), NONE),
-            rebuild=sum((_rebuild(block, recipe) for block in layer.blocks), NONE),
-            refine=sum((refine(layer, block, recipe) for block in layer.blocks), NONE),
-            tune=tune(layer, recipe),
-            propagate=_propagate(layer, recipe),
+        costs += Costs(
+            initial=sum((initial_mask_work(layer, block, recipe) for block in layer.blocks), NO_WORK),
+            rebuild=sum((_rebuilding_work(block, recipe) for block in layer.blocks), NO_WORK),
+            refine=sum((refining_work(layer, block, recipe) for block in layer.blocks), NO_WORK),
+            tune=tuning_work(layer, recipe),
+            propagate=_propagation_work(layer, recipe),
             read=Work(read=size, copied=size),
             write=Work(written=size, copied=copied, reduced=kept * (recipe.processes - 1) / recipe.processes),
             keep=Work(written=kept),
         )
-    return found
+    return costs
 
 
-def _embed(model: ModelShapes, recipe: Recipe) -> Work:
+def _embedding_work(model: ModelShapes, recipe: Recipe) -> Work:
     outside = model.outside * recipe.stored
-    hidden = recipe.own_tokens * model.hidden * recipe.itemsize
+    hidden = recipe.local_tokens * model.hidden * recipe.itemsize
     copied = model.embedding * recipe.itemsize + hidden * recipe.moved_share(model.hidden, 1)
     return Work(read=outside, written=outside, copied=copied, moved=2 * hidden)
 
 
-def _rebuild(block: BlockShapes, recipe: Recipe) -> Work:
-    """y_sparse; y_dense, back to the block's first linears; every sequence's gradients of weights; ranking."""
+def _rebuilding_work(block: BlockShapes, recipe: Recipe) -> Work:
+    """Work of rebuilding a block's mask: y_sparse, y_dense, back to the first linears, gradients, ranking."""
     if recipe.granularity is None:
-        return NONE
-    tokens = recipe.own_tokens
-    once = forward(block, recipe, tokens)
-    first = sum(size_of(linear) for linear in block.linears[:-1])
-    given, weights = tokens * block.share * block.copies, block.every_weight
+        return NO_WORK
+    tokens = recipe.local_tokens
+    once = forward_work(block, recipe, tokens)
+    first = sum(weight_count(linear) for linear in block.linears[:-1])
+    routed, weights = tokens * block.share * block.copies, block.all_weights
     back = Work(
-        products=2 * given * (block.weights - first),
-        gradients=2 * given * block.weights,
+        products=2 * routed * (block.weights - first),
+        gradients=2 * routed * block.weights,
         attention=BACKWARD_ATTENTION * once.attention,
-        moved=once.moved + recipe.own_sequences * weights * SQUARING,
+        moved=once.moved + recipe.local_sequences * weights * SQUARING,
     )
-    together = {
+    group_size = {
         Granularity.OUTPUT: block.linears[0][1], Granularity.INPUT: block.linears[0][0],
         Granularity.LINEAR: block.largest, Granularity.BLOCK: weights + block.beside,
     }[recipe.granularity]  # fmt: skip
     ranking = Work(
-        moved=REBUILDING * weights + 2 * within_groups(recipe, weights), sorted=2 * sorting(weights, together)
+        moved=REBUILDING * weights + 2 * group_ranking_bytes(recipe, weights),
+        sorted=2 * sorting_work(weights, group_size),
     )
-    moved = streamed(block, recipe, tokens, 3)
-    return once * 2 + back + ranking + moved + reduced(recipe, FLOAT32 * weights)
+    moved = streaming_work(block, recipe, tokens, 3)
+    return once * 2 + back + ranking + moved + reduction_work(recipe, FLOAT32 * weights)
 
 
-def _propagate(layer: LayerShapes, recipe: Recipe) -> Work:
-    """The final blocks; attention once more where tuning changed it after it had been run."""
-    found = NONE
+def _propagation_work(layer: LayerShapes, recipe: Recipe) -> Work:
+    """Work of running the final blocks; attention runs again where tuning changed it after its run."""
+    total, tokens = NO_WORK, recipe.local_tokens
     for block in layer.blocks:
         changed = recipe.refine is not None and (recipe.refine.of_linears or recipe.granularity is not None)
         again = changed and recipe.refine is not None and recipe.refine.of_layers and block is layer.blocks[0]
-        once = forward(block, recipe, recipe.own_tokens) + streamed(block, recipe, recipe.own_tokens, 2.5)
-        found += once * (2 if again else 1)
-    return found
+        once = forward_work(block, recipe, tokens) + streaming_work(block, recipe, tokens, 2.5)
+        total += once * (2 if again else 1)
+    return total
 
 
-def _prune_head(model: ModelShapes, recipe: Recipe) -> Work:
-    """The output head on the last layer's output; written, where it had no weights of its own."""
-    block, tokens = model.head_block, recipe.own_tokens
-    found = choose(block, recipe)
+def _head_work(model: ModelShapes, recipe: Recipe) -> Work:
+    """Work of pruning the output head on the last layer's output; a tied head is written, too."""
+    block, tokens = model.head_block, recipe.local_tokens
+    work = ranking_work(block, recipe)
     passes = 0
     if recipe.initial is not Initial.MAGNITUDE:
-        found += statistics(block, recipe)
+        work += statistics_work(block, recipe)
         passes += 1
     if recipe.refine is not None:
-        found += improved(block, replace(recipe, refine=recipe.refine.of_head))
+        work += linear_refining_work(block, replace(recipe, refine=recipe.refine.of_head))
         passes += 2 if recipe.follows_dense else 1
     hidden = tokens * model.hidden * recipe.itemsize
-    return found + Work(
+    return work + Work(
         read=model.outside * recipe.stored,
         written=block.weights * recipe.stored if model.tied else 0,
         copied=model.outside * recipe.itemsize + passes * hidden * recipe.moved_share(model.hidden),

@@ -1,4 +1,4 @@
-"""How much memory is left for the calibration activations: in the host's memory, and on the device."""
+"""Memory that a run leaves for the calibration activations, on the host and on the device."""
 
 import math
 from dataclasses import replace
@@ -10,18 +10,19 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes
 from llm_barber.usage import readable_bytes
 
-# What the arithmetic of memory may be wrong by; copies of the largest decoder layer, as it is stored, that are counted
-# at least (the one read ahead, computed with, pruned, turned, ranked, to write); what libraries keep for themselves.
+# Factor that the counted memory may be wrong by; copies of the largest stored decoder layer that are counted at least
+# (read ahead, computed with, pruned, transposed, ranked, to write); bytes that libraries keep for themselves.
 MARGIN, COPIES_OF_A_LAYER, LIBRARIES = 1.2, 10, 2**26
-# The same of a device's memory, which nobody has measured yet: of one process, and of several, which talk by NCCL.
+# Factor and bytes for the device's memory, not measured yet: of one process, and of several, which communicate by NCCL.
 DEVICE_MARGIN, DEVICE_LIBRARIES = 1.3, 2**30
 DEVICE_MARGIN_TOGETHER, DEVICE_LIBRARIES_TOGETHER = 2.0, 2**31
 
 
 def device_room(free: float, model: ModelShapes, recipe: Recipe) -> int:
-    """Bytes of a device's free memory in which activations may stay: what the counted peak, and more, leaves.
+    """Bytes of a device's free memory in which activations may stay: free memory less the counted peak and a margin.
 
-    Where that is too much after all, they leave (`embedding.py`); of several processes none can do so alone.
+    If that is too much after all, one process moves its activations off the device (`run/embedding.py`). Several
+    processes cannot, since none can do so alone: their margin is wider.
     """
     margin, libraries = DEVICE_MARGIN, DEVICE_LIBRARIES
     if recipe.processes > 1:
@@ -30,14 +31,14 @@ def device_room(free: float, model: ModelShapes, recipe: Recipe) -> int:
 
 
 def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: Recipe) -> int:
-    """Bytes of `memory` that a process of `process` bytes leaves at its peak.
+    """Bytes of `memory` that a process, of `process` bytes before its first layer, leaves at its peak.
 
     Raises:
-        SettingsError: there are none.
+        SettingsError: nothing is left.
     """
-    held = MARGIN * peak_footprint(model, replace(recipe, for_activations=0)).host
+    counted = MARGIN * peak_footprint(model, replace(recipe, activation_memory=0)).host
     at_least = COPIES_OF_A_LAYER * recipe.stored * model.largest_layer.parameters
-    needed = process + LIBRARIES + int(max(held, at_least))
+    needed = process + LIBRARIES + int(max(counted, at_least))
     if needed > memory:
         raise SettingsError(
             message(

@@ -24,42 +24,42 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import ROW
 from llm_barber.planning.shapes import ModelShapes
 
-LARGEST = 4096  # rows and columns of what is measured
-DISK_BYTES = 2**26
+LARGEST = 4096  # rows and columns of measured matrices, at most
+DISK_BYTES = 2**26  # of the measured file
 SECONDS = 1.0  # for one measurement
 
 
 def measured_rates(
     model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device, network: float
 ) -> Rates:
-    """Those of this machine, at the sizes of a decoder layer.
+    """Measure the rates of this machine, at the sizes of a decoder layer.
 
     Args:
-        model: its shapes.
+        model: shapes of the model.
         recipe: the run.
-        dtype: of computing.
-        device: what computes.
+        dtype: the compute dtype.
+        device: the device that computes.
         network: bytes/s between processes, which are not measured.
     """
     stopwatch = _Stopwatch(device)
     layer = model.largest_layer
     shapes = {(min(rows, LARGEST), min(columns, LARGEST)) for block in layer.blocks for rows, columns in block.linears}
     rows = recipe.batch_tokens
-    products, gradients, grams = Share(), Share(), Share()
+    products, gradients, grams = Measurement(), Measurement(), Measurement()
     for out, into in sorted(shapes):
         weight, inputs = (torch.randn(size, into, dtype=dtype, device=device) for size in (out, rows))
         outputs = torch.randn(recipe.tokens, out, dtype=dtype, device=device)
-        own = inputs[: recipe.tokens]
+        sequence = inputs[: recipe.tokens]
         products.add(2 * rows * out * into, stopwatch.least(partial(linear, inputs, weight)))
-        gradients.add(2 * recipe.tokens * out * into, stopwatch.least(partial(torch.matmul, outputs.t(), own)))
-    exact = Share()
+        gradients.add(2 * recipe.tokens * out * into, stopwatch.least(partial(torch.matmul, outputs.t(), sequence)))
+    exact = Measurement()
     for into in {columns for _, columns in shapes}:
         values = torch.randn(recipe.tokens, into, dtype=dtype, device=device).float()
         total = torch.zeros(into, into, device=device)
         with exact_half_products(dtype):
             grams.add(gram_flops(recipe.tokens, into), stopwatch.least(partial(add_products, total, values)))
-        some = torch.randn(min(into, 1024), into, device=device)
-        exact.add(2 * len(some) * into**2, stopwatch.least(partial(torch.matmul, some, total)))
+        weight = torch.randn(min(into, 1024), into, device=device)
+        exact.add(2 * len(weight) * into**2, stopwatch.least(partial(torch.matmul, weight, total)))
     into = layer.blocks[0].linears[0][1]
     scores = torch.rand(256, into, device=device)
     halvings = scores.numel() * log2(into)
@@ -83,21 +83,21 @@ def measured_rates(
 
 
 @dataclass
-class Share:
-    """Work and its seconds, added up over sizes."""
+class Measurement:
+    """Amount of work and its seconds, added up over sizes."""
 
-    work: float = 0
+    amount: float = 0
     seconds: float = 0
 
-    def add(self, work: float, seconds: float) -> None:
-        """One size."""
-        self.work += work
+    def add(self, amount: float, seconds: float) -> None:
+        """Add the work of another size."""
+        self.amount += amount
         self.seconds += seconds
 
     @property
     def rate(self) -> float:
-        """Work a second."""
-        return self.work / self.seconds
+        """Amount a second."""
+        return self.amount / self.seconds
 
 
 @dataclass(frozen=True)
@@ -105,24 +105,27 @@ class _Stopwatch:
     device: torch.device
 
     def least(self, run: Callable[[], object], times: int = 5) -> float:
-        """The least seconds of a few runs after one to warm up; fewer, where they take long."""
-        found: list[float] = []
+        """Least seconds of `times` runs after one to warm up; of fewer runs if they take longer than `SECONDS`."""
+        seconds: list[float] = []
         began = time.perf_counter()
         for _ in range(times + 1):
             start = time.perf_counter()
             run()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            found.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
             if time.perf_counter() - began > SECONDS:
                 break
-        return min(found[1:] or found)
+        return min(seconds[1:] or seconds)
 
 
 def _attention(
     stopwatch: _Stopwatch, model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """FLOP/s of causal attention, with heads of 64 features that share no keys; others are up to twice as fast."""
+    """FLOP/s of causal attention, with heads of 64 features that share no keys.
+
+    Heads of other sizes, or with shared keys, are up to twice as fast.
+    """
     heads = max(1, min(model.largest_layer.blocks[0].attention_width, LARGEST) // 64)
     sequences = max(1, recipe.batch_tokens // recipe.tokens)
     query, key, value = (torch.randn(sequences, heads, recipe.tokens, 64, dtype=dtype, device=device) for _ in range(3))
@@ -132,29 +135,29 @@ def _attention(
 
 
 def _moved(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Bytes/s of what stands between matrix products: conversions, products and sums of a batch."""
-    one, other = (torch.randn(recipe.batch_tokens, features, dtype=dtype, device=device) for _ in range(2))
+    """Bytes/s of the steps between matrix products: conversions, products and sums of a batch."""
+    hidden, gate = (torch.randn(recipe.batch_tokens, features, dtype=dtype, device=device) for _ in range(2))
 
     def chain() -> torch.Tensor:
-        wide = one.float()
-        return torch.nn.functional.silu((wide * wide.square().mean(1, keepdim=True)).to(dtype)) * other + one
+        wide = hidden.float()
+        return torch.nn.functional.silu((wide * wide.square().mean(1, keepdim=True)).to(dtype)) * gate + hidden
 
     size = recipe.itemsize
-    # Read and written for each number, by the seven steps.
+    # Bytes that each of eight steps reads and writes for a number.
     touched = (size + 4) + 8 + 4 + 8 + (4 + size) + 2 * size + 3 * size + 3 * size
-    return one.numel() * touched / stopwatch.least(chain)
+    return hidden.numel() * touched / stopwatch.least(chain)
 
 
 def _copied(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
     """Bytes/s from host memory to the device; on a CPU within its memory."""
     batch = torch.randn(recipe.batch_tokens, features, dtype=dtype)
-    batch = batch if device.type == "cpu" else batch.pin_memory()  # as activations are, and layers that are read
-    there = torch.empty_like(batch, device=device)
-    return batch.numel() * recipe.itemsize / stopwatch.least(lambda: there.copy_(batch, non_blocking=True))
+    batch = batch if device.type == "cpu" else batch.pin_memory()  # as activations and read layers are
+    copy = torch.empty_like(batch, device=device)
+    return batch.numel() * recipe.itemsize / stopwatch.least(lambda: copy.copy_(batch, non_blocking=True))
 
 
 def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
-    """Weights a second in a round of swaps: rows long enough to make all of its swaps in one."""
+    """Weights a second in a round of swaps, with rows long enough to make all swaps in one round."""
     rows, columns = 256, 1024
     inputs, weight = (torch.randn(count, columns, device=device) for count in (2 * columns, rows))
     gram = inputs.t() @ inputs / len(inputs)
@@ -164,9 +167,9 @@ def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
 
 
 def _disk() -> tuple[float, float]:
-    """Bytes/s of reading a file that has just been written, checked for NaN, and of writing one durably, hashed.
+    """Bytes/s of reading a file that was just written, checked for NaN, and of writing a file durably, hashed.
 
-    In the present folder, if it can be written.
+    The file lies in the present folder, if that can be written.
     """
     values = torch.randn(DISK_BYTES // 4)
     here = Path.cwd()

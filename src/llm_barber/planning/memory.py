@@ -1,7 +1,7 @@
-"""The most memory that a run holds at once, in host and on device: arithmetic on shapes and settings.
+"""The most memory that a run holds at once, on host and device, by arithmetic on shapes and settings.
 
-Each function names a moment at which much is alive, as the code stands: what Python still holds of the layer before is
-counted, and pages of the file that is being read.
+Each function counts the memory at a moment when much is alive, as the code stands: that includes what Python still
+holds of the previous layer, and pages of the file that is being read.
 """
 
 from dataclasses import dataclass, replace
@@ -17,15 +17,16 @@ from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Allocation
 
 FLOAT32, BOOL = 4, 1
-INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4  # of a batch: float32 ones of the block's input, what autograd keeps of outputs
-RANKING = 24  # bytes a weight: two score arrays, both sorted, and masks
+# Arrays of a batch: float32 copies of the block's input; outputs that autograd keeps, in the compute dtype.
+INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4
+RANKING = 24  # bytes for each weight: two score arrays, both sorted, and masks
 SWAPPING = 15  # float32 arrays of the rows that are swapped together
-ERROR_ARRAYS = 6  # float32 ones of a linear, when its error is computed
-SOLVING = 10  # float32 ones of a linear, in least squares
-ORDERING = 24  # bytes a weight: its cost, sorted, and the order, on a GPU; half of that on CPUs
-# Of methods that gather Gram matrices, float32 copies of one and of its linear, while weights are updated.
+ERROR_ARRAYS = 6  # float32 arrays of a linear, when its error is computed
+SOLVING = 10  # float32 arrays of a linear, in least squares
+ORDERING = 24  # bytes for each weight: its cost, sorted, and the order, on a GPU; half of that on CPUs
+# Float32 copies of a Gram matrix, and of its linear, while a method that gathers Gram matrices updates weights.
 UPDATING = {Initial.SPARSEGPT: (4, 5), Initial.ALPS: (5, 8)}
-OF_A_LOGIT = 4  # float32 copies: itself, its logarithm, their gradients
+LOGIT_ARRAYS = 4  # float32 arrays of the logits: themselves, their logarithm, gradients of both
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Footprint:
 
 
 def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
-    """The peak of each, of one process, without the bare process; on a CPU all is in host memory."""
+    """Peak bytes of one process, on host and device, beyond those of the bare process.
+
+    On a CPU all is in host memory. The two peaks may be at different moments.
+    """
     moments = [*_embedding(model, recipe), _reading(model, recipe)]
     if recipe.allocation is not Allocation.UNIFORM:
         moments += _allocating(model, recipe)
@@ -50,18 +54,18 @@ def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
         moments += [resident + moment for moment in _pruning(layer, recipe)]
     if recipe.prunes_head:
         head, outside = model.head_block, Footprint(device=model.outside * _converted(recipe))
-        own = Footprint(device=head.weights * (2 * recipe.stored + BOOL))
+        pruned = Footprint(device=head.weights * (2 * recipe.stored + BOOL))
         working = Footprint()
         if recipe.refine is not None:
             working = _refining(head, replace(recipe, refine=recipe.refine.of_head))
-        moments.append(streams + outside + own + max(working, Footprint(device=RANKING * head.weights), key=_device))
+        moments.append(streams + outside + pruned + max(working, Footprint(device=RANKING * head.weights), key=_device))
     if recipe.on_cpu:
-        return Footprint(host=max(one.host + one.device for one in moments))
-    return Footprint(max(one.host for one in moments), max(one.device for one in moments))
+        return Footprint(host=max(moment.host + moment.device for moment in moments))
+    return Footprint(max(moment.host for moment in moments), max(moment.device for moment in moments))
 
 
 def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
-    """What is held besides the layer while its masks are chosen, rebuilt, refined and tuned."""
+    """Moments of a layer: its masks are chosen, rebuilt, refined and tuned; without the layer itself."""
     moments = [Footprint(device=RANKING * max((block.largest for block in layer.blocks), default=0))]
     if recipe.initial in UPDATING and layer.blocks:
         moments.append(_updating(layer, recipe))
@@ -73,32 +77,32 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
             moments.append(_refining(block, recipe))
     if recipe.refine is not None and recipe.refine.of_layers and layer.blocks:
         batch = max(_batch(block, recipe) for block in layer.blocks)
-        # Gradients, the kept ones and masked copies; for scores and for values' changes, a gradient and two moments.
+        # Gradients, kept weights and masked copies; scores and changes of values, each with a gradient and two moments.
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
-        wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # gradients' sums are float64 then
+        wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # sums of gradients are float64 then
         tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
         moments.append(Footprint(device=tuned + 2 * batch))
     return moments
 
 
-def _device(held: Footprint) -> float:
-    return held.device
+def _device(footprint: Footprint) -> float:
+    return footprint.device
 
 
 def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> Footprint:
-    """Arrays of calibration activations in memory; None: those that go from layer to layer."""
+    """Arrays of calibration activations in memory; `arrays`: None: those that go from layer to layer."""
     host = recipe.in_memory(recipe.activations(model.hidden, arrays), model.hidden)
     return Footprint(host, recipe.on_device(model.hidden, arrays))
 
 
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
-    """Bytes of activations that no memory is left for, where they are most: between layers, or when allocating."""
+    """Bytes of activations in files, for want of memory, at their most: between layers or when allocating."""
     most = max(recipe.activations(model.hidden), sum(_allocated_from(model, recipe)))
     return most - recipe.in_memory(most, model.hidden)
 
 
 def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
-    """Bytes of activations in a look at the dense model: of arrays, and of every layer's input for some tokens."""
+    """Bytes of activations when allocating: of arrays, and of every layer's input for some tokens."""
     if recipe.allocation is Allocation.UNIFORM:
         return 0, 0
     by_loss = recipe.allocation is Allocation.LOSS
@@ -107,7 +111,10 @@ def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
 
 
 def _embedding(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
-    """The parameters outside the layers, a shard at a time: the file's pages and the copies, and the shard before."""
+    """Moments of embedding: copying the parameters outside the layers, shard by shard, then the first hidden states.
+
+    A shard takes pages of the file and its copy; the previous shard is still held.
+    """
     outside, kept = model.outside * recipe.stored, model.embedding * recipe.stored
     shard = max(OUTSIDE_SHARD_BYTES, kept)
     first = min(outside, shard)
@@ -117,14 +124,14 @@ def _embedding(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
 
 
 def _converted(recipe: Recipe) -> float:
-    """Bytes of a parameter's copy for computing, if it needs one: on a CPU of the same dtype it does not."""
+    """Bytes of a parameter's copy in the compute dtype; 0 on a CPU if it is stored in that dtype."""
     return 0 if recipe.on_cpu and recipe.itemsize == recipe.stored else recipe.itemsize
 
 
 def _layer(layer: LayerShapes, recipe: Recipe) -> Footprint:
-    """A layer as it was read and as it is computed with, its pruned weights and masks, and those of the one before.
+    """A layer as it is stored and as it is computed with, pruned weights and masks of it and of the previous layer.
 
-    The next one is read ahead meanwhile. Of methods that update weights the updated ones are there, too.
+    The next layer is read ahead meanwhile. Methods that update weights hold the updated weights, too.
     """
     host = layer.parameters * recipe.stored
     device = layer.parameters * _converted(recipe) + (0 if recipe.on_cpu else host)
@@ -133,24 +140,24 @@ def _layer(layer: LayerShapes, recipe: Recipe) -> Footprint:
 
 
 def _reading(model: ModelShapes, recipe: Recipe) -> Footprint:
-    """A layer is read, and the file's pages are there, while the last one and its pruned weights are still held."""
+    """A layer is read through pages of the file, while the previous layer and its pruned weights are held."""
     layer = model.largest_layer
     size = layer.parameters * recipe.stored
     pruned = layer.weights * recipe.stored
-    # Written from the device: pruned weights are copied.
+    # Pruned weights are copied from the device to be written.
     host = 3 * size + (pruned if recipe.on_cpu else 0)
     return _streams(model, recipe) + Footprint(max(host, size + pruned), 0 if recipe.on_cpu else pruned)
 
 
 def _batch(block: BlockShapes, recipe: Recipe) -> float:
-    """What one batch of sequences takes while a block is computed."""
+    """Bytes of one batch of sequences while a block is computed."""
     features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
-    given = recipe.batch_tokens * max(1, block.share * block.copies)
-    return given * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
+    routed = recipe.batch_tokens * max(1, block.share * block.copies)
+    return routed * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
 
 
 def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
-    """Gram matrices of the whole layer with a batch, or, larger, with what one linear takes."""
+    """Gram matrices of the whole layer, with a batch or with the arrays of one linear, whichever is larger."""
     grams = sum(FLOAT32 * group[0][1] ** 2 * block.copies for block in layer.blocks for group in block.groups)
     matrices, arrays = UPDATING[recipe.initial]
     working = [
@@ -162,8 +169,8 @@ def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
 
 
 def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
-    """Squares of gradients with a batch and one gradient, or, larger, with scores and their ranking."""
-    weights = block.every_weight + block.beside
+    """Squares of gradients, with a batch and a gradient or with scores and their ranking, whichever is larger."""
+    weights = block.all_weights + block.beside
     squares = FLOAT32 * weights
     passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
     competing = weights if recipe.granularity is Granularity.BLOCK else block.largest
@@ -172,11 +179,14 @@ def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
 
 
 def _refining(block: BlockShapes, recipe: Recipe) -> Footprint:
-    """Gram matrices of the inputs, of training and held-out windows, as sums and as means; arrays of one linear."""
+    """Gram matrices of the inputs, as sums and as means, and arrays of one linear.
+
+    Training and held-out windows have matrices of their own.
+    """
     assert recipe.refine is not None
     streams = 2 if recipe.follows_dense else 1
-    refined = (block.every_weight + block.beside) * (recipe.stored + BOOL)
-    found = []
+    refined = (block.all_weights + block.beside) * (recipe.stored + BOOL)
+    moments = []
     for group in block.groups:
         matrix = FLOAT32 * group[0][1] ** 2
         largest = max(rows * columns for rows, columns in group)
@@ -186,12 +196,12 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Footprint:
         gathering = sums + max(_batch(block, recipe), 2 * streams * matrix)
         arrays = (SOLVING if recipe.refine.solve else ERROR_ARRAYS) * largest
         together = min(largest, WEIGHTS_AT_ONCE if recipe.on_cpu else WEIGHTS_ON_GPU)
-        found += [gathering, sums + FLOAT32 * max(arrays, SWAPPING * together + 2 * largest)]
-    return Footprint(device=refined + max(found))
+        moments += [gathering, sums + FLOAT32 * max(arrays, SWAPPING * together + 2 * largest)]
+    return Footprint(device=refined + max(moments))
 
 
 def _allocating(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
-    """A pass over the dense model: every layer's input for some tokens, the output head, or one layer and the next."""
+    """Moments of a pass over the dense model: layers forward, the output head, and layers back."""
     of_arrays, of_inputs = _allocated_from(model, recipe)
     arrays = recipe.in_memory(of_arrays, model.hidden)
     on_device = recipe.on_device(model.hidden, recipe.allocating)
@@ -203,9 +213,9 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
     if recipe.allocation is not Allocation.LOSS:
         return [reading + Footprint(device=on_device + batch)]
     outside = Footprint(model.outside * recipe.stored, model.outside * _converted(recipe))
-    logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + OF_A_LOGIT * FLOAT32)
+    logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + LOGIT_ARRAYS * FLOAT32)
     ordering = ORDERING * max(block.largest for block in layer.blocks)
-    # The parameters are read as the file has them; on a device these are let go of at once.
+    # The parameters are read as they are stored; once they are on a device, the copies on the host are freed.
     lasting = Footprint(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
     return [
         kept + reading + lasting,

@@ -1,50 +1,59 @@
-"""What passes over the calibration tokens cost, of whatever stage: a block's forward, its inputs, streams, sums."""
+"""Work of a pass over the calibration tokens in any stage: a block's forward, its inputs, streams, sums."""
 
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes
 from llm_barber.planning.work import Work
 
 FLOAT32 = 4
-# How often a number is read or written, by all that is no matrix product: norms, residuals and comparisons for each
-# feature of a block's input; rotary embeddings, activations and masks for each output of its first linears.
+# Times that a number is read or written outside matrix products: by norms, residuals and comparisons for each feature
+# of a block's input; by rotary embeddings, activations and masks for each output of its first linears.
 INPUT_TOUCHES, OUTPUT_TOUCHES = 16, 5
-BACKWARD_ATTENTION = 2.5  # five products where the forward has two
-SQUARING = 18  # bytes a number, of float copy, square and sum
+BACKWARD_ATTENTION = 2.5  # times the forward: five products instead of two
+SQUARING = 18  # bytes moved for each number: float copy, square and sum
 
 
-def forward(block: BlockShapes, recipe: Recipe, tokens: float, until_last: bool = False) -> Work:
-    """One pass of a block over some tokens; `until_last`: without its last linear."""
-    weights = block.weights - (size_of(block.linears[-1]) if until_last else 0)
+def forward_work(block: BlockShapes, recipe: Recipe, tokens: float, until_last: bool = False) -> Work:
+    """Work of one pass of a block over some tokens; `until_last`: without its last linear."""
+    weights = block.weights - (weight_count(block.linears[-1]) if until_last else 0)
     features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
     touched = INPUT_TOUCHES * features + OUTPUT_TOUCHES * first
     # Causal: half of all pairs of tokens, in two products.
     attention = 2 * tokens * recipe.tokens * block.attention_width
-    given = tokens * block.share * block.copies
-    return Work(products=2 * given * weights, attention=attention, moved=given * touched * recipe.itemsize)
+    routed = tokens * block.share * block.copies
+    return Work(products=2 * routed * weights, attention=attention, moved=routed * touched * recipe.itemsize)
 
 
-def size_of(linear: tuple[int, int]) -> int:
-    """Weights of a linear, (out, in)."""
+def weight_count(linear: tuple[int, int]) -> int:
+    """Number of weights of a linear of shape (out, in)."""
     return linear[0] * linear[1]
 
 
-def inputs(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
-    """The way to a block's first linears: no matrix product."""
+def input_work(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
+    """Work on the way to a block's first linears: no matrix product."""
     return Work(moved=INPUT_TOUCHES * tokens * block.linears[0][1] * recipe.itemsize)
 
 
-def streamed(block: BlockShapes, recipe: Recipe, tokens: float, arrays: float, there: int | None = None) -> Work:
-    """Arrays of activations that are read, or written; of those in files half is taken to be either.
+def streaming_work(
+    block: BlockShapes, recipe: Recipe, tokens: float, arrays: float, present: int | None = None
+) -> Work:
+    """Work of reading or writing arrays of activations.
 
-    `there`: how many there are at that time, of which some may stay on the device; None: those between layers.
+    Half of the arrays in files are taken to be read, half written.
+
+    Args:
+        block: its width is the arrays'.
+        recipe: the run.
+        tokens: in each array.
+        arrays: number of arrays that are read or written.
+        present: number of arrays at that time, of which some may stay on the device; None: the arrays between layers.
     """
     width = block.linears[-1][0]
-    size = arrays * tokens * width * recipe.itemsize * recipe.moved_share(width, there)
-    every = recipe.activations(width)
-    on_disk = size * (1 - recipe.in_memory(every, width) / every)
+    size = arrays * tokens * width * recipe.itemsize * recipe.moved_share(width, present)
+    all_arrays = recipe.activations(width)
+    on_disk = size * (1 - recipe.in_memory(all_arrays, width) / all_arrays)
     return Work(copied=size, read=on_disk / 2, written=on_disk / 2)
 
 
-def reduced(recipe: Recipe, size: float) -> Work:
-    """A sum over processes, each of which has an array of so many bytes: a ring sends it nearly twice."""
+def reduction_work(recipe: Recipe, size: float) -> Work:
+    """Work of adding up an array of `size` bytes over the processes: a ring sends it nearly twice."""
     return Work(reduced=2 * size * (recipe.processes - 1) / recipe.processes)

@@ -186,7 +186,7 @@ def _forecast(
         recipe = replace(recipe, room=device_room(free, model, recipe))
     if config.memory is not None:
         left = left_for_activations(config.memory, host_memory.bare, model, recipe)
-        recipe = replace(recipe, for_activations=left)
+        recipe = replace(recipe, activation_memory=left)
     footprint = peak_footprint(model, recipe)
     return ProcessesForecast(
         processes=recipe.processes,

@@ -1,4 +1,4 @@
-"""What costs depend on besides the model's shapes: the settings of a run, resolved to numbers."""
+"""The settings of a run, resolved to the numbers that its costs depend on beside the model's shapes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,20 +15,20 @@ from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 
-# Looked at in runs (benchmarks/plan_accuracy.py's models): a row's swaps that gain, as a share of its weights, and how
-# many a round makes after its first.
+# Counted in runs with the models of benchmarks/plan_accuracy.py: swaps of a row that gain, as a share of its weights,
+# and swaps that a round makes after its first.
 USEFUL_SWAPS, SWAPS_OF_A_ROUND = 1 / 16, 14
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run's settings.
+    """A run's settings as numbers.
 
-    `itemsize`: bytes of a number in the compute dtype, `stored` in the checkpoint. `on_cpu`: host and device memory
-    are one. `refine`: None: no refining. `repeatable`: a layer need not wait until what the one before gave is durable.
-    `processes` share the sequences; the slowest has as many as any.
-    `room`: bytes of the device's memory that calibration activations may take, `for_activations` of the host's, None:
-    any number; others are files.
+    `batch`: sequences computed together. `itemsize`: bytes of a number in the compute dtype; `stored`: in the
+    checkpoint. `on_cpu`: host and device memory are the same. `refine`: None: no refining. `repeatable`: a layer need
+    not wait until the previous layer's output is durable. `processes` share the sequences.
+    `room`: bytes of the device's memory that calibration activations may take. `activation_memory`: the same of the
+    host's memory; None: any number. Further activations are files.
     """
 
     sequences: int
@@ -46,13 +46,13 @@ class Recipe:
     repeatable: bool = True
     processes: int = 1
     room: int = 0
-    for_activations: int | None = None
+    activation_memory: int | None = None
 
     @classmethod
     def of(
         cls, config: PruneConfig, batch: int, dtype: torch.dtype, stored: torch.dtype, device: torch.device
     ) -> "Recipe":
-        """That of a run of `prune`."""
+        """Resolve the settings of a run of `prune`."""
         pattern = config.target if isinstance(config.target, NofM) else None
         granularity, _ = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, config.target)
         return cls(
@@ -72,94 +72,94 @@ class Recipe:
         )
 
     def among(self, processes: int) -> "Recipe":
-        """The same run in so many processes."""
+        """The same run in a number of processes."""
         return replace(self, processes=processes)
 
     @property
-    def own_sequences(self) -> int:
+    def local_sequences(self) -> int:
         """Calibration sequences of the process that has the most."""
         return math.ceil(self.sequences / self.processes)
 
     @property
-    def own_tokens(self) -> int:
-        """Their tokens."""
-        return self.own_sequences * self.tokens
+    def local_tokens(self) -> int:
+        """Calibration tokens of the process that has the most."""
+        return self.local_sequences * self.tokens
 
     @property
-    def every_token(self) -> int:
-        """Tokens of all processes."""
+    def all_tokens(self) -> int:
+        """Calibration tokens of all processes."""
         return self.sequences * self.tokens
 
     @property
     def held_out(self) -> int:
-        """Tokens that are held out, of the process that has the most."""
+        """Held-out tokens of the process that has the most."""
         return 0 if self.refine is None else math.ceil(self.refine.held_out / self.processes) * self.tokens
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens computed together."""
-        return min(self.batch, self.own_sequences) * self.tokens
+        """Tokens that are computed together."""
+        return min(self.batch, self.local_sequences) * self.tokens
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens that the allocation takes gradients of, of the process that has the most: they are the first ones."""
-        return min(loss_windows(self.tokens), self.own_sequences) * self.tokens
+        """Tokens of which the allocation takes gradients in the first process, which has the most of them."""
+        return min(loss_windows(self.tokens), self.local_sequences) * self.tokens
 
     @property
     def follows_dense(self) -> bool:
-        """Do the dense model's activations go through the layers, too?"""
+        """True if the dense model's activations go through the layers, too."""
         return self.refine is not None and self.refine.target_mix > 0
 
     def on_device(self, width: int, arrays: int | None = None) -> float:
-        """Bytes of so many arrays of calibration activations that stay on the device; None: of those between layers."""
+        """Bytes of arrays of calibration activations that stay on the device; None: the arrays between layers."""
         return self._staying(width, arrays) * self._array_size(width)
 
     def moved_share(self, width: int, arrays: int | None = None) -> float:
-        """Of so many arrays the share that is moved to the device and back; None: of those between layers."""
+        """Share of the arrays that is moved to the device and back; None: the arrays between layers."""
         return 1 - self._staying(width, arrays) / self._count(arrays)
 
     def activations(self, width: int, arrays: int | None = None) -> float:
-        """Bytes off the device of so many arrays, of `width` features; None: of all between layers.
+        """Bytes of arrays of `width` features that are off the device; None: the arrays between layers.
 
-        What the next layer starts from is copied off the device, once a layer, to make it durable; process 0 has that
-        of all processes.
+        The next layer's inputs are copied off the device, once a layer, to make them durable; process 0 has those of
+        all processes.
         """
         staying = self._staying(width, arrays)
         count = float(self._count(arrays) - staying)
         if arrays is None:
             count += min(staying, self.durable)
-            count += self.durable * self.sequences / self.own_sequences if self.processes > 1 else 0
+            count += self.durable * self.sequences / self.local_sequences if self.processes > 1 else 0
         return count * self._array(width)
 
     @property
     def durable(self) -> int:
-        """Arrays that a layer starts from."""
+        """Number of arrays that a layer starts from."""
         return 2 if self.follows_dense else 1
 
     @property
     def allocating(self) -> int:
-        """Arrays in a look at the dense model: one that moves through it, beside those."""
+        """Number of arrays when allocating: the layer's inputs, and an array that moves through the dense model."""
         return self.durable + 1
 
     def _staying(self, width: int, arrays: int | None = None) -> int:
-        """How many of so many arrays stay on the device."""
+        """Number of arrays that stay on the device."""
         return min(self._count(arrays), self.room // self._array_size(width))
 
     def _count(self, arrays: int | None) -> int:
         return RefineSettings.arrays(self.refine) if arrays is None else arrays
 
     def in_memory(self, activations: float, width: int) -> float:
-        """Bytes of so many off the device that lie in host memory; the others lie in files, whole arrays of them."""
-        if self.for_activations is None:
+        """Bytes of the activations off the device that lie in host memory; further whole arrays lie in files."""
+        if self.activation_memory is None:
             return activations
         array = self._array(width)
-        return min(activations, self.for_activations // array * array)
+        return min(activations, self.activation_memory // array * array)
 
     def _array(self, width: int) -> int:
         return self._array_size(width) if self.on_cpu else block_size(self._array_size(width))
 
     def _array_size(self, width: int) -> int:
-        return self.own_tokens * width * self.itemsize
+        return self.local_tokens * width * self.itemsize
 
     @property
     def swap_stages(self) -> tuple[int, ...]:
@@ -169,15 +169,15 @@ class Recipe:
         return swap_stages(self.refine.swaps_of(self.pattern), guarded=self.refine.held_out > 0)
 
     def rounds(self, columns: int) -> float:
-        """Rounds of swaps of a row: each stage begins one, until the row gains no more."""
-        left, found = columns * USEFUL_SWAPS, 0.0
+        """Rounds of swaps of a row: each stage begins a round, until the row gains no more."""
+        left, rounds = columns * USEFUL_SWAPS, 0.0
         for stage in self.swap_stages:
             swaps = min(float(stage), left)
             left -= swaps
-            found += 1 + swaps / SWAPS_OF_A_ROUND
-            if not swaps:  # the first stage in which nothing gains is the last
+            rounds += 1 + swaps / SWAPS_OF_A_ROUND
+            if not swaps:  # the first stage without a gain is the last
                 break
-        return found
+        return rounds
 
     @property
     def tune_steps(self) -> int:

@@ -1,60 +1,70 @@
-"""What refining costs: swaps and least squares of a block's linears, tuning of a layer."""
+"""Work of refining: swaps and least squares of a block's linears, tuning of a layer."""
 
 from llm_barber.masking.statistics import gram_flops
 from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
-from llm_barber.planning.initial_costs import choose, statistics
-from llm_barber.planning.passes import BACKWARD_ATTENTION, FLOAT32, forward, inputs, reduced, streamed
+from llm_barber.planning.initial_costs import ranking_work, statistics_work
+from llm_barber.planning.passes import (
+    BACKWARD_ATTENTION,
+    FLOAT32,
+    forward_work,
+    input_work,
+    reduction_work,
+    streaming_work,
+)
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes
-from llm_barber.planning.work import NONE, Work
+from llm_barber.planning.work import NO_WORK, Work
 from llm_barber.settings.refining import SEQUENCES_A_STEP
 
-TUNING = 80  # bytes a weight and step: masked copy, its gradient, Adam
-ROW = 256  # a row costs a round of swaps as much as so many weights more
+TUNING = 80  # bytes moved for each weight and step: masked copy, its gradient, Adam
+ROW = 256  # weights that cost a round of swaps as much as the row itself does
 
 
-def refine(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
-    """Inputs of the block's linears in the sparse model and the dense one, Gram matrices, swaps, least squares."""
+def refining_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
+    """Work of refining a block: inputs in both models, Gram matrices, swaps and least squares."""
     if recipe.refine is None:
-        return NONE
-    tokens, streams = recipe.own_tokens, 2 if recipe.follows_dense else 1
-    found = forward(block, recipe, recipe.held_out or tokens) * (3 if recipe.refine.of_linears else 4)  # errors
+        return NO_WORK
+    tokens, streams = recipe.local_tokens, 2 if recipe.follows_dense else 1
+    work = forward_work(block, recipe, recipe.held_out or tokens) * (3 if recipe.refine.of_linears else 4)  # errors
     if recipe.follows_dense:
-        found += forward(block, recipe, tokens) + streamed(block, recipe, tokens, 2)
-    if recipe.refine.of_linears:  # otherwise they are left to what tunes the layer
-        found += inputs(block, recipe, tokens) * streams + forward(block, recipe, tokens, until_last=True)
+        work += forward_work(block, recipe, tokens) + streaming_work(block, recipe, tokens, 2)
+    if recipe.refine.of_linears:  # otherwise tuning the layer changes them
+        work += input_work(block, recipe, tokens) * streams + forward_work(block, recipe, tokens, until_last=True)
         read = 2 * streams * (1 if block is layer.blocks[0] else 2)
-        found += streamed(block, recipe, tokens, read - 2 * (streams - 1))
-        found += improved(block, recipe)
-    return found
+        work += streaming_work(block, recipe, tokens, read - 2 * (streams - 1))
+        work += linear_refining_work(block, recipe)
+    return work
 
 
-def improved(block: BlockShapes, recipe: Recipe) -> Work:
-    """Gram matrices, swaps and least squares of a block's linears."""
+def linear_refining_work(block: BlockShapes, recipe: Recipe) -> Work:
+    """Work of Gram matrices, swaps and least squares of a block's linears."""
     settings = recipe.refine
     assert settings is not None
     streams = 2 if recipe.follows_dense else 1
-    of_a_copy = NONE
-    given = recipe.own_tokens * block.share
+    work = NO_WORK
+    routed = recipe.local_tokens * block.share
     for group in block.groups:
         columns = group[0][1]
         matrices = streams * (2 if settings.held_out else 1)
-        crossed = 2 * given * columns**2 if streams == 2 else 0  # not symmetric
-        sums = gram_flops(given, columns) + crossed
-        of_a_copy += Work(grams=sums, moved=streams * given * columns * FLOAT32 * 2)
-        of_a_copy += reduced(recipe, matrices * FLOAT32 * columns**2)
+        crossed = 2 * routed * columns**2 if streams == 2 else 0  # not symmetric
+        sums = gram_flops(routed, columns) + crossed
+        work += Work(grams=sums, moved=streams * routed * columns * FLOAT32 * 2)
+        work += reduction_work(recipe, matrices * FLOAT32 * columns**2)
         for rows, _ in group:
-            of_a_copy += _improve(recipe, rows, columns)
-    return of_a_copy * block.copies
+            work += _linear_work(recipe, rows, columns)
+    return work * block.copies
 
 
-def _improve(recipe: Recipe, rows: int, columns: int) -> Work:
-    """Swaps and least squares of one linear. An error on held-out windows is a product with one matrix or two."""
+def _linear_work(recipe: Recipe, rows: int, columns: int) -> Work:
+    """Work of swaps and least squares of one linear.
+
+    An error on held-out windows is a product with one matrix, or two with two streams.
+    """
     assert recipe.refine is not None
     product = 2 * rows * columns**2
     streams = 2 if recipe.follows_dense else 1
     guarded = bool(recipe.refine.held_out)
-    count = float(streams - 1)  # the linear term
+    count = float(streams - 1)  # products; with two streams one for the linear term
     stages = len(recipe.swap_stages)
     if stages:
         count += stages + (streams * (1 + stages) if guarded else 0)
@@ -66,32 +76,33 @@ def _improve(recipe: Recipe, rows: int, columns: int) -> Work:
     return Work(exact=count * product, searched=searched, moved=4 * FLOAT32 * count * rows * columns)
 
 
-def tune(layer: LayerShapes, recipe: Recipe) -> Work:
-    """Adam: forward and twice as much back for the windows; those held out before and after each pass; the targets.
+def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
+    """Work of tuning a layer by Adam.
 
-    The inputs' mean squares before, and for masks a choice of what is kept at every step.
+    The windows take a forward and twice as much back; held-out windows are measured before and after each pass; the
+    targets take a forward. Before, the inputs' mean squares are gathered; masks are chosen anew at every step.
     """
     if recipe.refine is None or not recipe.refine.of_layers:
-        return NONE
+        return NO_WORK
     passes, held_out = recipe.refine.passes, recipe.held_out
     masks, both = recipe.refine.tunes_masks, recipe.refine.tunes_masks and recipe.refine.tunes_weights
-    # A step's sequences are shared by as many processes at most; the others wait for them.
-    trained = (recipe.own_tokens - held_out) * max(1, recipe.processes / SEQUENCES_A_STEP)
-    found = NONE
+    # A step has SEQUENCES_A_STEP sequences: no more processes share it, and the others wait.
+    trained = (recipe.local_tokens - held_out) * max(1, recipe.processes / SEQUENCES_A_STEP)
+    work = NO_WORK
     for block in layer.blocks:
-        once = forward(block, recipe, trained)
-        found += once * passes
-        found += Work(
+        once = forward_work(block, recipe, trained)
+        work += once * passes
+        work += Work(
             products=once.products, gradients=once.products, attention=BACKWARD_ATTENTION * once.attention,
             moved=2 * once.moved,
         ) * passes  # fmt: skip
-        found += forward(block, recipe, held_out) * (passes + 1)
-        found += forward(block, recipe, recipe.own_tokens if recipe.refine.target_mix < 1 else 0)
-        found += streamed(block, recipe, recipe.own_tokens, passes + 1)
-    a_step = Work(moved=TUNING * layer.weights * (2 if both else 1)) + reduced(
+        work += forward_work(block, recipe, held_out) * (passes + 1)
+        work += forward_work(block, recipe, recipe.local_tokens if recipe.refine.target_mix < 1 else 0)
+        work += streaming_work(block, recipe, recipe.local_tokens, passes + 1)
+    step = Work(moved=TUNING * layer.weights * (2 if both else 1)) + reduction_work(
         recipe, max(FLOAT32, 2 * recipe.itemsize) * layer.weights
     )
     for block in layer.blocks:
-        found += forward(block, recipe, recipe.own_tokens) + statistics(block, recipe)
-        found += choose(block, recipe) * (passes * recipe.tune_steps) if masks else NONE
-    return found + a_step * (passes * recipe.tune_steps)
+        work += forward_work(block, recipe, recipe.local_tokens) + statistics_work(block, recipe)
+        work += ranking_work(block, recipe) * (passes * recipe.tune_steps) if masks else NO_WORK
+    return work + step * (passes * recipe.tune_steps)

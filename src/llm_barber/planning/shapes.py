@@ -1,4 +1,4 @@
-"""The sizes that costs follow from, read off the empty model: no field of any family's configuration is looked at."""
+"""The sizes that costs follow from, read off the empty model, so that no family's configuration is interpreted."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from llm_barber.model.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class BlockShapes:
-    """A block, or a part of one: its linears' shapes, (out, in), in the order in which data flows through them.
+    """A block, or a part of it: shapes of its linears, (out, in), in the order in which data flows through them.
 
     All but the last read one tensor, the block's input; the last reads what the block makes of their outputs.
-    `attention_width`: heads × head size; 0 where the block does not attend. `copies`: experts with these shapes, each
-    of which is given a `share` of the tokens. `beside`: weights of the block's other parts.
+    `attention_width`: heads × head size; 0 without attention. `copies`: number of experts with these shapes, to each of
+    which a `share` of the tokens is routed. `beside`: weights of the block's other parts.
     """
 
     name: str
@@ -28,45 +28,45 @@ class BlockShapes:
 
     @property
     def weights(self) -> int:
-        """Of all its linears, in one copy."""
+        """Weights of all linears, in one copy."""
         return sum(rows * columns for rows, columns in self.linears)
 
     @property
-    def every_weight(self) -> int:
-        """Of all copies."""
+    def all_weights(self) -> int:
+        """Weights of all copies."""
         return self.copies * self.weights
 
     @property
     def groups(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Its linears, those that read one tensor together."""
+        """The linears, grouped by the tensor that they read."""
         return tuple(group for group in (self.linears[:-1], self.linears[-1:]) if group)
 
     @property
     def largest(self) -> int:
-        """Weights of its largest linear."""
+        """Weights of the largest linear."""
         return max(rows * columns for rows, columns in self.linears)
 
 
 @dataclass(frozen=True)
 class LayerShapes:
-    """A decoder layer: its blocks, and all its parameters, those outside the linears among them."""
+    """A decoder layer: its blocks, and the number of its parameters, in linears and elsewhere."""
 
     blocks: tuple[BlockShapes, ...]
     parameters: int
 
     @property
     def weights(self) -> int:
-        """Of all its linears."""
-        return sum(block.every_weight for block in self.blocks)
+        """Weights of all linears."""
+        return sum(block.all_weights for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class ModelShapes:
     """A model.
 
-    `hidden`: features between decoder layers. `vocabulary`: rows of the output head, 0 without one. `head`: its
-    features. `embedding`: parameters of the token embedding. `outside`: all parameters outside the decoder layers,
-    tied ones once. `tied`: is the head the embedding?
+    `hidden`: features between decoder layers. `vocabulary`: rows of the output head, 0 without one. `head`: features
+    that it reads. `embedding`: parameters of the token embedding. `outside`: all parameters outside the decoder layers,
+    tied parameters once. `tied`: the head is the embedding.
     """
 
     hidden: int
@@ -84,12 +84,12 @@ class ModelShapes:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, tied ones once."""
+        """Parameters of the whole model, tied parameters once."""
         return self.outside + sum(layer.parameters for layer in self.layers)
 
     @property
     def weights(self) -> int:
-        """Of all prunable linears."""
+        """Weights of all prunable linears."""
         return sum(layer.weights for layer in self.layers)
 
     @property
@@ -99,7 +99,7 @@ class ModelShapes:
 
 
 def model_shapes(skeleton: Skeleton) -> ModelShapes:
-    """The sizes of an empty model."""
+    """Read the sizes off an empty model."""
     head = skeleton.model.get_output_embeddings()
     vocabulary, features = tuple(head.weight.shape) if head is not None else (0, 0)
     layers = tuple(_layer(skeleton, index) for index in range(len(skeleton.layers)))
@@ -125,29 +125,34 @@ def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
 
 
 def _parts(layer: nn.Module, block: Block, architecture: Architecture, chosen: int) -> list[BlockShapes]:
-    """A block; of a mixture, its experts, all alike, and what else it has, each module by itself."""
+    """Shapes of a block; of a mixture, its experts, which are alike, and each other module by itself.
+
+    `chosen`: experts to which each token is routed.
+    """
     experts = {name: len(module) for name, module in layer.named_modules() if isinstance(module, Experts)}
-    groups: dict[str, list[tuple[int, int]]] = {}
-    counts: dict[str, int] = {}
+    shapes: dict[str, list[tuple[int, int]]] = {}
+    copies: dict[str, int] = {}
     for name in block.linears:
-        own = next((path for path in experts if name.startswith(f"{path}.")), None)
-        if own is not None and not name.startswith(f"{own}.0."):
-            continue  # as the first expert's
-        place = f"{own}.0" if own else name.rpartition(".")[0] if experts else block.output
+        mixture = next((path for path in experts if name.startswith(f"{path}.")), None)
+        if mixture is not None and not name.startswith(f"{mixture}.0."):
+            continue  # has the shape of the first expert's
+        part = f"{mixture}.0" if mixture else name.rpartition(".")[0] if experts else block.output
         shape = tuple(layer.get_submodule(name).get_parameter("weight").shape)
         rows, columns = shape[::-1] if architecture.transposed else shape
-        groups.setdefault(place, []).append((rows, columns))
-        counts[place] = experts[own] if own else 1
-    weights = {place: counts[place] * sum(rows * columns for rows, columns in one) for place, one in groups.items()}
+        shapes.setdefault(part, []).append((rows, columns))
+        copies[part] = experts[mixture] if mixture else 1
+    weights = {
+        part: copies[part] * sum(rows * columns for rows, columns in of_part) for part, of_part in shapes.items()
+    }
     return [
         BlockShapes(
             block.name,
-            tuple(shapes),
-            # What the output projection reads is every head's output, side by side.
-            attention_width=shapes[-1][1] if block.name == ATTENTION else 0,
-            copies=counts[place],
-            share=min(1.0, chosen / counts[place]) if counts[place] > 1 else 1,
-            beside=sum(weights.values()) - weights[place],
+            tuple(of_part),
+            # The output projection reads the outputs of all heads, side by side.
+            attention_width=of_part[-1][1] if block.name == ATTENTION else 0,
+            copies=copies[part],
+            share=min(1.0, chosen / copies[part]) if copies[part] > 1 else 1,
+            beside=sum(weights.values()) - weights[part],
         )
-        for place, shapes in groups.items()
+        for part, of_part in shapes.items()
     ]

@@ -1,4 +1,4 @@
-"""Amounts of work, by what sets their pace: each kind has a rate of its own (`machine.py`)."""
+"""Amounts of work by kind; each kind has a rate of its own (`rates.py`)."""
 
 from dataclasses import dataclass, fields
 from math import log2
@@ -8,11 +8,11 @@ from math import log2
 class Work:
     """Amounts that add up.
 
-    FLOPs: `products` of activations with weights, `gradients` of weights from activations, `attention`, these in the
-    compute dtype; `grams` (float32, of values that have the compute dtype) and `exact` (float32). Bytes: `moved`
-    through memory by everything that is no matrix product, `copied` between host and device, `reduced` over the
-    processes, `read` and `written` on disk. `sorted` and `ordered` (by `torch.sort`): elements times the binary
-    logarithm of how many are sorted together. `searched`: weights that rounds of swaps look at.
+    FLOPs in the compute dtype: `products` of activations with weights, `gradients` of weights from activations,
+    `attention`. FLOPs in float32: `grams` (of values that have the compute dtype) and `exact`. Bytes: `moved` through
+    memory by everything but matrix products, `copied` between host and device, `reduced` over the processes, `read` and
+    `written` on disk. Elements times the binary logarithm of the number that is sorted together: `sorted` as values
+    alone, `ordered` with their order (`torch.sort`). `searched`: weights that rounds of swaps look at.
     """
 
     products: float = 0
@@ -30,24 +30,27 @@ class Work:
     written: float = 0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return Work(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))
 
     def __radd__(self, _: int) -> "Work":
-        """For `sum`, which starts at 0."""
+        """Add to the 0 that `sum` starts with."""
         return self
 
     def __mul__(self, factor: float) -> "Work":
-        return Work(*(factor * getattr(self, one.name) for one in fields(self)))
+        return Work(*(factor * getattr(self, kind.name) for kind in fields(self)))
 
     @property
     def flops(self) -> float:
-        """Of all matrix products."""
+        """FLOPs of all matrix products."""
         return self.products + self.gradients + self.attention + self.grams + self.exact
 
 
-NONE = Work()
+NO_WORK = Work()
 
 
-def sorting(elements: float, together: float) -> float:
-    """The work of sorting so many elements, so many at a time."""
-    return elements * log2(max(2, together))
+def sorting_work(elements: float, group_size: float) -> float:
+    """Work of sorting elements in groups of a size.
+
+    Example: elements=1000, group_size=8 -> 3000.
+    """
+    return elements * log2(max(2, group_size))

@@ -5,14 +5,17 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llm_barber import native
-from llm_barber.checkpoint.bits import POPCOUNT, as_integers, count_bits, put_kept
+from llm_barber.checkpoint.bits import POPCOUNT, as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
+from llm_barber.native import avx512
 
 DECODE_ROWS = 8  # most rows of inputs that the decode kernel takes
+VALUES_A_THREAD = 1 << 16  # fewest values that are worth a thread of their own
 BLOCK_COLUMNS = 256  # columns of a block of the decode kernel: its int32 start adds 0.8 % to bfloat16 weights
 
 
@@ -76,6 +79,12 @@ class PackedLinear(nn.Module):
     def decode_on_cpu(self, inputs: Tensor) -> Tensor:
         """Compute `forward` without unpacking, summed in float32; at most `native.PRODUCT_ROWS` rows."""
         rows, columns = self.shape
+        parts = self._thread_parts(self._threads())
+        if avx512.can_multiply(columns, self.values.dtype, inputs.dtype):
+            flat = inputs.reshape(-1, columns).contiguous()
+            row_ends, value_ends = [0, *(part[1] for part in parts)], [0, *(part[3] for part in parts)]
+            outputs = avx512.multiply(self.values, self.bits, flat, self.bias, row_ends, value_ends)
+            return outputs.view(*inputs.shape[:-1], rows)
         flat = inputs.reshape(-1, columns).float().contiguous()
         outputs = torch.empty(len(flat), rows)
 
@@ -84,7 +93,6 @@ class PackedLinear(nn.Module):
             bits = self.bits[first_row * columns // 8 : end_row * columns // 8]
             native.product(self.values[first_value:end_value], bits, flat, outputs[:, first_row:end_row])
 
-        parts = self._thread_parts(min(torch.get_num_threads(), rows))
         if len(parts) == 1:
             multiply(parts[0])
         else:
@@ -93,12 +101,22 @@ class PackedLinear(nn.Module):
             outputs += self.bias.float()
         return outputs.to(inputs.dtype).view(*inputs.shape[:-1], rows)
 
+    def _threads(self) -> int:
+        """Number of threads of a product: few values are multiplied sooner than a second thread would begin."""
+        return max(1, min(torch.get_num_threads(), self.shape[0], len(self.values) // VALUES_A_THREAD))
+
     def _thread_parts(self, threads: int) -> list[tuple[int, int, int, int]]:
-        """Each thread's first row and end row, first value and end value; ends are exclusive."""
+        """Each thread's first row and end row, first value and end value; ends are exclusive.
+
+        Threads have about as many values each. Rows are whole bytes of the bit mask.
+        """
         if threads not in self._parts:
             rows, columns = self.shape
-            ends = [rows * number // threads for number in range(threads + 1)]
-            starts = [count_bits(self.bits.numpy()[: row * columns // 8]) for row in ends]
+            of_rows = np.bitwise_count(self.bits.numpy().reshape(rows, columns // 8)).sum(1, dtype=np.int64)
+            before = np.concatenate([[0], of_rows.cumsum()])  # values before each row
+            shares = [int(before[-1]) * number // threads for number in range(1, threads)]
+            ends = [0, *np.searchsorted(before, shares).tolist(), rows]
+            starts = before[ends].tolist()
             self._parts[threads] = list(zip(ends, ends[1:], starts, starts[1:], strict=False))
         return self._parts[threads]
 

@@ -1,0 +1,333 @@
+/* Products with packed weights: `outputs = inputs · Wᵀ + bias`, in which W is read as it is packed, bit mask and kept
+ * values. Plain C with AVX-512, called through ctypes: `__init__.py` checks sizes before it calls, and falls back to
+ * `packed.c` (AVX2) or to unpacking where this file was not built or the processor lacks the instructions.
+ *
+ * Each step takes the next 32 (float32: 16) weights of a row: it loads as many values as may be kept, moves them to the
+ * places that the bits of the mask name (VPEXPAND), multiplies, and goes on by as many values as bits are set. The
+ * register form of VPEXPAND is used: its memory form is microcoded on some processors. No function reads or writes
+ * beyond the sizes that it is given: loads near the end of the values are masked.
+ *
+ * Rounding: sums are float32. With AVX512-BF16 bfloat16 weights meet bfloat16 inputs in VDPBF16PS, which sums pairs of
+ * exact products and flushes numbers below 2⁻¹²⁶ to zero. Without it they are widened to float32 and multiplied with FMA.
+ * Outputs are rounded once, after the bias.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#include <pthread.h>
+#include <sched.h>
+
+/* What the processor can: 0: no AVX-512 with VBMI2; 1: that; 2: and AVX512-BF16. */
+int packed_product_level(void) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("popcnt"))
+        return 0;
+    return __builtin_cpu_supports("avx512bf16") ? 2 : 1;
+}
+
+#define TARGET512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt,fma")))
+#define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt,fma")))
+#define INLINE __attribute__((always_inline)) static inline
+
+/* A product, as `__init__.py` describes it. `level`: 1: values are widened to float32, which the inputs are; 2: bfloat16
+ * values and inputs. Of float32 values it is 1. */
+typedef struct {
+    const void *values;
+    const uint8_t *bits;
+    const void *inputs;
+    const void *bias; /* of the outputs' type, or NULL */
+    void *outputs;
+    size_t rows, columns, kept;
+    int tokens, values_bfloat16, outputs_bfloat16, level;
+} product_t;
+
+INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
+    uint32_t mask = 0;
+    if (left >= 32) memcpy(&mask, bits, 4);
+    else memcpy(&mask, bits, left / 8);
+    return mask;
+}
+
+TARGET512 INLINE __m512i next_values16(const uint16_t *values, size_t left) {
+    if (left >= 32) return _mm512_loadu_si512(values);
+    return _mm512_maskz_loadu_epi16(((uint32_t)1 << left) - 1, values);
+}
+
+TARGET512 INLINE __m512 next_values32(const float *values, size_t left) {
+    if (left >= 16) return _mm512_loadu_ps(values);
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), values);
+}
+
+TARGET512 INLINE void write_output(const product_t *p, size_t token, size_t row, float sum) {
+    size_t at = token * p->rows + row;
+    if (!p->outputs_bfloat16) {
+        ((float *)p->outputs)[at] = p->bias ? sum + ((const float *)p->bias)[row] : sum;
+        return;
+    }
+    uint32_t bits;
+    if (p->bias) {
+        float bias;
+        bits = (uint32_t)((const uint16_t *)p->bias)[row] << 16;
+        memcpy(&bias, &bits, 4);
+        sum += bias;
+    }
+    memcpy(&bits, &sum, 4);
+    uint16_t rounded = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
+    if ((bits & 0x7fffffff) > 0x7f800000) rounded = 0x7fc0;                  /* NaN stays NaN */
+    ((uint16_t *)p->outputs)[at] = rounded;
+}
+
+/* Rows `first` to `last` of W, whose first value is number `next`. `sums` accumulators a token: enough that one does not
+ * wait for the other. */
+TARGET_BF16 INLINE void rows_bfloat16(const product_t *p, size_t first, size_t last, size_t next, const int tokens,
+                                      const int sums) {
+    const size_t columns = p->columns;
+    const uint16_t *values = p->values, *inputs = p->inputs;
+    for (size_t row = first; row < last; row++) {
+        const uint8_t *bits = p->bits + row * columns / 8;
+        __m512 total[16][4];
+_Pragma("GCC unroll 16")
+        for (int t = 0; t < tokens; t++)
+_Pragma("GCC unroll 4")
+            for (int s = 0; s < sums; s++) total[t][s] = _mm512_setzero_ps();
+        size_t c = 0;
+        const size_t step = (size_t)(32 * sums);
+        for (; c + step <= columns && next + step <= p->kept; c += step, bits += step / 8)
+_Pragma("GCC unroll 4")
+            for (int s = 0; s < sums; s++) {
+                uint32_t mask;
+                memcpy(&mask, bits + 4 * s, 4);
+                __m512i weights = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values + next));
+                next += (size_t)_mm_popcnt_u32(mask);
+_Pragma("GCC unroll 16")
+                for (int t = 0; t < tokens; t++)
+                    total[t][s] = _mm512_dpbf16_ps(total[t][s], (__m512bh)weights,
+                                                   (__m512bh)_mm512_loadu_si512(inputs + (size_t)t * columns + c + 32 * s));
+            }
+        for (; c < columns; c += 32, bits += 4) {
+            uint32_t mask = mask_of(bits, columns - c);
+            __mmask32 inside = columns - c >= 32 ? 0xffffffffu : ((uint32_t)1 << (columns - c)) - 1;
+            __m512i weights = _mm512_maskz_expand_epi16(mask, next_values16(values + next, p->kept - next));
+            next += (size_t)_mm_popcnt_u32(mask);
+_Pragma("GCC unroll 16")
+            for (int t = 0; t < tokens; t++)
+                total[t][0] = _mm512_dpbf16_ps(
+                    total[t][0], (__m512bh)weights,
+                    (__m512bh)_mm512_maskz_loadu_epi16(inside, inputs + (size_t)t * columns + c));
+        }
+_Pragma("GCC unroll 16")
+        for (int t = 0; t < tokens; t++) {
+_Pragma("GCC unroll 4")
+            for (int s = 1; s < sums; s++) total[t][0] = _mm512_add_ps(total[t][0], total[t][s]);
+            write_output(p, (size_t)t, row, _mm512_reduce_add_ps(total[t][0]));
+        }
+    }
+}
+
+/* The same with float32 inputs: bfloat16 values are widened, the even and the odd ones of 32 or 16 after the others. */
+TARGET512 INLINE void rows_float32(const product_t *p, size_t first, size_t last, size_t next, const int tokens,
+                                   const int bfloat16) {
+    const size_t columns = p->columns;
+    const float *inputs = p->inputs;
+    for (size_t row = first; row < last; row++) {
+        const uint8_t *bits = p->bits + row * columns / 8;
+        __m512 total[16][2];
+_Pragma("GCC unroll 16")
+        for (int t = 0; t < tokens; t++) total[t][0] = total[t][1] = _mm512_setzero_ps();
+        for (size_t c = 0; c < columns; c += 32, bits += 4) {
+            uint32_t mask = mask_of(bits, columns - c);
+            const size_t left = columns - c;
+            __mmask16 inside[2] = {left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1),
+                                   left >= 32 ? 0xffff : left <= 16 ? 0 : (__mmask16)((1u << (left - 16)) - 1)};
+            __m512 weights[2];
+            if (bfloat16) {
+                __m512i all = _mm512_maskz_expand_epi16(
+                    mask, next_values16((const uint16_t *)p->values + next, p->kept - next));
+                next += (size_t)_mm_popcnt_u32(mask);
+                weights[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
+                weights[1] =
+                    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)), 16));
+            } else {
+                for (int half = 0; half < 2; half++) {
+                    __mmask16 part = (__mmask16)(mask >> (16 * half));
+                    weights[half] = _mm512_maskz_expand_ps(
+                        part, next_values32((const float *)p->values + next, p->kept - next));
+                    next += (size_t)_mm_popcnt_u32(part);
+                }
+            }
+_Pragma("GCC unroll 16")
+            for (int t = 0; t < tokens; t++)
+                for (int half = 0; half < 2; half++)
+                    total[t][half] = _mm512_fmadd_ps(
+                        weights[half], _mm512_maskz_loadu_ps(inside[half], inputs + (size_t)t * columns + c + 16 * half),
+                        total[t][half]);
+        }
+_Pragma("GCC unroll 16")
+        for (int t = 0; t < tokens; t++)
+            write_output(p, (size_t)t, row, _mm512_reduce_add_ps(_mm512_add_ps(total[t][0], total[t][1])));
+    }
+}
+
+#define CASES(function, few, many)                                                                                    \
+    switch (p->tokens) {                                                                                              \
+        CASE(function, 1, few) CASE(function, 2, few) CASE(function, 3, many) CASE(function, 4, many)                 \
+        CASE(function, 5, many) CASE(function, 6, many) CASE(function, 7, many) CASE(function, 8, many)               \
+        CASE(function, 9, many) CASE(function, 10, many) CASE(function, 11, many) CASE(function, 12, many)            \
+        CASE(function, 13, many) CASE(function, 14, many) CASE(function, 15, many) CASE(function, 16, many)           \
+    }
+#define CASE(function, number, last_argument)                                                                         \
+    case number: function(p, first, last, next, number, last_argument); break;
+
+TARGET_BF16 static void some_rows_bfloat16(const product_t *p, size_t first, size_t last, size_t next) {
+    CASES(rows_bfloat16, 4, 1)
+}
+
+TARGET512 static void some_rows_widened(const product_t *p, size_t first, size_t last, size_t next) {
+    CASES(rows_float32, 1, 1)
+}
+
+TARGET512 static void some_rows_float32(const product_t *p, size_t first, size_t last, size_t next) {
+    CASES(rows_float32, 0, 0)
+}
+
+static void some_rows(const product_t *p, size_t first, size_t last, size_t next) {
+    if (!p->values_bfloat16) some_rows_float32(p, first, last, next);
+    else if (p->level == 2) some_rows_bfloat16(p, first, last, next);
+    else some_rows_widened(p, first, last, next);
+}
+
+/* Threads that wait for parts of a product. A thread looks for work for some ten microseconds, about as long as a model
+ * computes between two linears, and sleeps then; so threads of PyTorch get the cores soon. */
+#define MOST_THREADS 64
+#define LOOKS 4000
+
+static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER, sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+static int threads; /* running, beside the caller's */
+static uint64_t round_number;
+static int parts_left;
+static struct {
+    const product_t *product;
+    const int64_t *rows, *values;
+    int parts;
+} task;
+
+static void run_part(int part) {
+    some_rows(task.product, (size_t)task.rows[part], (size_t)task.rows[part + 1], (size_t)task.values[part]);
+}
+
+static uint64_t first_round; /* the last one before a thread was started: it does not take part in that */
+
+static void *work(void *number) {
+    int part = (int)(intptr_t)number;
+    uint64_t seen = first_round;
+    for (;;) {
+        for (int looks = 0; __atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen && looks < LOOKS; looks++) _mm_pause();
+        if (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) {
+            pthread_mutex_lock(&sleep_mutex);
+            while (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&wake, &sleep_mutex);
+            pthread_mutex_unlock(&sleep_mutex);
+        }
+        seen = __atomic_load_n(&round_number, __ATOMIC_ACQUIRE);
+        if (part < task.parts) run_part(part);
+        __atomic_sub_fetch(&parts_left, 1, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+
+/* A process that was forked has none of the threads. */
+static void after_fork(void) {
+    threads = 0;
+    parts_left = 0;
+    pthread_mutex_init(&owner, NULL);
+    pthread_mutex_init(&sleep_mutex, NULL);
+    pthread_cond_init(&wake, NULL);
+}
+
+/* Have `wanted` threads beside the caller's, as far as the system gives them. */
+static void start_threads(int wanted) {
+    static int told;
+    if (!told) told = pthread_atfork(NULL, NULL, after_fork) == 0;
+    if (!told) return;
+    first_round = round_number;
+    while (threads < wanted) {
+        pthread_t thread;
+        pthread_attr_t detached;
+        pthread_attr_init(&detached);
+        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+        int failed = pthread_create(&thread, &detached, work, (void *)(intptr_t)(threads + 1));
+        pthread_attr_destroy(&detached);
+        if (failed) return;
+        threads++;
+    }
+}
+
+/* The product in `parts` parts: part k has rows `row_ends[k]` to `row_ends[k + 1]`, whose first value is number
+ * `value_ends[k]`. The caller's thread does the first one; where threads are missing, or another caller has them, it does
+ * all. */
+void packed_multiply(const product_t *product, int parts, const int64_t *row_ends, const int64_t *value_ends) {
+    int alone = parts < 2 || parts > MOST_THREADS || pthread_mutex_trylock(&owner) != 0;
+    if (!alone) {
+        start_threads(parts - 1);
+        if (threads < parts - 1) {
+            pthread_mutex_unlock(&owner);
+            alone = 1;
+        }
+    }
+    if (alone) {
+        for (int part = 0; part < parts; part++)
+            some_rows(product, (size_t)row_ends[part], (size_t)row_ends[part + 1], (size_t)value_ends[part]);
+        return;
+    }
+    task.product = product;
+    task.rows = row_ends;
+    task.values = value_ends;
+    task.parts = parts;
+    __atomic_store_n(&parts_left, threads, __ATOMIC_RELEASE);
+    pthread_mutex_lock(&sleep_mutex); /* so that no thread falls asleep between its look and this */
+    __atomic_add_fetch(&round_number, 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&wake);
+    pthread_mutex_unlock(&sleep_mutex);
+    run_part(0);
+    for (int looks = 0; __atomic_load_n(&parts_left, __ATOMIC_ACQUIRE) > 0; looks++) {
+        if (looks < LOOKS) _mm_pause();
+        else sched_yield();
+    }
+    pthread_mutex_unlock(&owner);
+}
+
+/* `kept` values → `count` weights, a multiple of 8: as `packed_put16` and `packed_put32`. */
+TARGET512 void packed_put16_512(const uint16_t *values, size_t kept, const uint8_t *bits, size_t count, uint16_t *weights) {
+    size_t next = 0, i = 0;
+    for (; i + 32 <= count && next + 32 <= kept; i += 32) {
+        uint32_t mask;
+        memcpy(&mask, bits + i / 8, 4);
+        _mm512_storeu_si512(weights + i, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values + next)));
+        next += (size_t)_mm_popcnt_u32(mask);
+    }
+    for (; i < count; i += 32) {
+        uint32_t mask = mask_of(bits + i / 8, count - i);
+        __mmask32 inside = count - i >= 32 ? 0xffffffffu : ((uint32_t)1 << (count - i)) - 1;
+        _mm512_mask_storeu_epi16(weights + i, inside,
+                                 _mm512_maskz_expand_epi16(mask, next_values16(values + next, kept - next)));
+        next += (size_t)_mm_popcnt_u32(mask);
+    }
+}
+
+TARGET512 void packed_put32_512(const uint32_t *values, size_t kept, const uint8_t *bits, size_t count, uint32_t *weights) {
+    size_t next = 0;
+    for (size_t i = 0; i < count; i += 16) {
+        __mmask16 inside = count - i >= 16 ? 0xffff : 0xff;
+        __mmask16 mask = (__mmask16)(bits[i / 8] | (inside == 0xffff ? bits[i / 8 + 1] << 8 : 0));
+        __m512 sixteen = _mm512_maskz_expand_ps(mask, next_values32((const float *)values + next, kept - next));
+        _mm512_mask_storeu_ps(weights + i, inside, sixteen);
+        next += (size_t)_mm_popcnt_u32(mask);
+    }
+}
+#else
+int packed_product_level(void) { return 0; }
+#endif

@@ -1,0 +1,106 @@
+"""Products with packed weights by AVX-512: `avx512.c`, where it was built and the processor has the instructions.
+
+Sizes are checked here, not in C. Without it `native.product` (AVX2) or unpacking takes its place.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from enum import IntEnum
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from llm_barber.native import library
+
+ROWS = 16  # most rows of inputs that a product takes
+ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512 or avx512bf16
+
+
+class Instructions(IntEnum):
+    """Instructions for products, each with those before it."""
+
+    AVX2 = 0
+    AVX512 = 1  # AVX-512 with VBMI2
+    AVX512BF16 = 2
+
+
+class _Product(ctypes.Structure):
+    """`product_t` of `avx512.c`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "bits", "inputs", "bias", "outputs")),
+        *((name, ctypes.c_size_t) for name in ("rows", "columns", "kept")),
+        *((name, ctypes.c_int) for name in ("tokens", "values_bfloat16", "outputs_bfloat16", "level")),
+    )
+
+
+@cache
+def instructions() -> Instructions:
+    """Instructions that products use here: the processor's, or fewer if the environment variable says so.
+
+    Raises:
+        ValueError: the variable holds something else.
+    """
+    loaded = library()
+    find_level = getattr(loaded, "packed_product_level", None)  # an extension that was built earlier lacks it
+    level = Instructions(find_level() if find_level is not None else 0)
+    wanted = os.environ.get(ISA, "")
+    if not wanted:
+        return level
+    try:
+        return min(level, Instructions[wanted.upper()])
+    except KeyError:
+        raise ValueError(f"{ISA}={wanted}: use {', '.join(name.name.lower() for name in Instructions)}") from None
+
+
+def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
+    """True if `multiply` takes weights of `columns` columns with these dtypes."""
+    return instructions() > 0 and columns % 8 == 0 and values == inputs and values in (torch.bfloat16, torch.float32)
+
+
+def multiply(
+    values: Tensor,
+    bits: Tensor,
+    inputs: Tensor,
+    bias: Tensor | None,
+    row_ends: Sequence[int],
+    value_ends: Sequence[int],
+) -> Tensor:
+    """Compute inputs · Wᵀ + bias, summed in float32 and rounded once.
+
+    Args:
+        values: kept values of W, (kept,), bfloat16 or float32.
+        bits: bit mask of W, uint8, (out · in / 8,), with as many set bits as values.
+        inputs: (up to `ROWS`, in), contiguous, of the dtype of `values`.
+        bias: (out,), of that dtype; or None.
+        row_ends: rows of W at which the parts of the threads end, from 0 to out; one more than there are parts.
+        value_ends: number of values before each of these rows.
+
+    Returns:
+        (as many as inputs, out), of the dtype of `values`.
+
+    Raises:
+        ValueError: arguments do not fit together.
+    """
+    rows, columns, dtype = row_ends[-1], inputs.shape[1], values.dtype
+    tensors = [values, bits, inputs, *([] if bias is None else [bias])]
+    if not can_multiply(columns, dtype, inputs.dtype) or not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("the product needs contiguous tensors of one dtype, and columns that are a multiple of 8")
+    fits = len(bits) * 8 == rows * columns and value_ends[-1] == len(values) and 1 <= len(inputs) <= ROWS
+    if not fits or len(row_ends) != len(value_ends) or (bias is not None and (len(bias), bias.dtype) != (rows, dtype)):
+        raise ValueError("arguments of the product do not fit together")
+    narrow = dtype == torch.bfloat16
+    level = instructions() if narrow else Instructions.AVX512
+    widened = inputs.float() if narrow and level == Instructions.AVX512 else inputs
+    outputs = torch.empty(len(inputs), rows, dtype=dtype)
+    product = _Product(
+        values.data_ptr(), bits.data_ptr(), widened.data_ptr(), None if bias is None else bias.data_ptr(),
+        outputs.data_ptr(), rows, columns, len(values), len(inputs), narrow, narrow, level,
+    )  # fmt: skip
+    ends = ctypes.c_int64 * len(row_ends)
+    loaded = library()
+    assert loaded is not None
+    loaded.packed_multiply(ctypes.byref(product), len(row_ends) - 1, ends(*row_ends), ends(*value_ends))
+    return outputs

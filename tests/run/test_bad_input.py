@@ -1,0 +1,181 @@
+"""Models, texts and settings that cannot be pruned: the message says why, and nothing is left."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_barber import BarberError, PruneConfig, RebuildConfig, prune
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
+from llm_barber.loading.opening import load_config
+from tests.conftest import FAMILIES, change_json, make_model, save_tokens
+from tests.helpers.prune_runs import run
+
+
+def expect_failure(message: str, kind: type[BarberError], tmp_path: Path, **settings: object) -> BarberError:
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(kind, match=message) as caught:
+        prune(PruneConfig(**{"output": tmp_path / "out", **settings}))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert caught.value.hint
+    return caught.value
+
+
+def test_bad_input_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    good = {"model": str(llama), "calibration": str(tokens)}
+    expect_failure("no such model", ModelError, tmp_path, **good | {"model": str(tmp_path / "nothing")})
+    expect_failure("pattern 2:5 does not divide the 32 inputs of", ModelError, tmp_path, **good, pattern="2:5")
+    expect_failure("beyond the model's 64 positions", CalibrationError, tmp_path, model=str(llama), seqlen=65)
+    expect_failure("device cuda:7 is not there|unknown device", SettingsError, tmp_path, **good, device="cuda:7")
+    expect_failure("no tokenizer", CalibrationError, tmp_path, model=str(llama), seqlen=8)
+    big = save_tokens(tmp_path / "big.safetensors", vocabulary=5000)
+    expect_failure(
+        "outside the model's vocabulary of 128", CalibrationError, tmp_path, **good | {"calibration": str(big)}
+    )
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x").write_text("")
+    expect_failure("exists", OutputError, tmp_path, **good, output=tmp_path / "there")
+    change_json(llama / "config.json", model_type="bert")
+    error = expect_failure("bert is an encoder", ModelError, tmp_path, **good)
+    assert "decoder models" in error.hint
+
+
+def test_shapes_that_do_not_fit_the_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    change_json(llama / "config.json", intermediate_size=48)
+    expect_failure("the configuration says", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
+
+
+def test_checkpoints_that_do_not_fit_their_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    good = {"model": str(llama), "calibration": str(tokens)}
+    whole = load_file(llama / "model.safetensors")
+    name = "model.layers.1.input_layernorm.weight"
+    for tensors, message in (
+        ({key: one for key, one in whole.items() if key != name}, f"has no tensor '{name}'"),
+        (whole | {name: torch.ones(7)}, f"{name} has shape \\(7,\\), the configuration says \\(32,\\)"),
+        (whole | {name: torch.ones(32, dtype=torch.int8)}, f"{name} is I8; F64"),
+    ):
+        save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+        expect_failure(message, ModelError, tmp_path, **good)
+    save_file(whole, llama / "model.safetensors", {"format": "pt"})
+    change_json(llama / "config.json", num_hidden_layers=1)
+    expect_failure("has decoder layer 1, config.json says that there are 1", ModelError, tmp_path, **good)
+    change_json(llama / "config.json", num_hidden_layers=0)
+    expect_failure("does not describe a model", ModelError, tmp_path, **good)
+    change_json(llama / "config.json", num_hidden_layers=2, hidden_act="zzz")
+    expect_failure("does not describe a model: .*zzz", ModelError, tmp_path, **good)
+
+
+def test_odd_outputs(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    assert run(llama, tmp_path / "link", tokens).output == str(tmp_path / "real")
+    assert run(llama, tmp_path / "link", tokens, overwrite=True, rebuild=False).swapped == 0
+    assert run(llama, tmp_path / "dangling", tokens).output == str(tmp_path / "later")
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "models").mkdir()
+    with pytest.raises(SettingsError, match="contains model"):
+        run(shutil.copytree(llama, tmp_path / "models" / "a"), tmp_path / "models", tokens)
+    shutil.copytree(llama, tmp_path / "x.partial")
+    expect_failure("is in the way", OutputError, tmp_path, model=tmp_path / "x.partial", output=tmp_path / "x")
+    with pytest.raises(SettingsError, match="output"):
+        PruneConfig(model="m", output=None)
+
+
+def test_activations_that_overflow_are_named(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 3e38
+    tensors["model.layers.1.mlp.down_proj.weight"].clamp_(-3e38, 3e38)
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    for rebuilt in (True, False):
+        error = expect_failure(
+            "the output of layer 1 mlp holds NaN or Inf", ModelError, tmp_path,
+            model=str(llama), calibration=str(tokens), rebuild=rebuilt,
+        )  # fmt: skip
+        assert "--dtype" in error.hint
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_inputs_of_a_linear_that_overflow_are_named(tmp_path: Path, llama: Path, tokens: Path, method: str) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 3e38
+    tensors["model.layers.1.mlp.up_proj.weight"].clamp_(-3e38, 3e38)
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    expect_failure(
+        "the input of layer 1 mlp.down_proj holds NaN or Inf", ModelError, tmp_path,
+        model=str(llama), calibration=str(tokens), initial=method,
+    )  # fmt: skip
+
+
+def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        PruneConfig(model="m", output=tmp_path, sparsity=1.5, samples=0, dtype="int8", pattern="4:2", rebuild_ratio=2)
+    for part in ("sparsity 1.5", "samples", "int8", "4:2", "rebuild_ratio"):
+        assert part in str(caught.value)
+    assert caught.value.exit_code == 2
+    with pytest.raises(SettingsError, match="output is model itself"):
+        PruneConfig(model=str(tmp_path), output=tmp_path / "." / "x" / "..")
+    with pytest.raises(SettingsError, match="the rebuild, which is switched off"):
+        PruneConfig(model="m", output=tmp_path, rebuild=False, granularity="block")
+    with pytest.raises(SettingsError, match="not for patterns"):
+        PruneConfig(model="m", output=tmp_path, pattern="2:4", initial_granularity="input")
+    with pytest.raises(SettingsError, match="exclude each other"):
+        PruneConfig(model="m", output=tmp_path, sparsity=0.5, pattern="2:4")
+    with pytest.raises(SettingsError, match="keep_updates needs initial sparsegpt"):
+        PruneConfig(model="m", output=tmp_path, keep_updates=True)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(SettingsError, match="contains dense"):
+        RebuildConfig(dense=str(tmp_path / "a"), pruned="p", output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps: inf"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_parameters: "),
+        (
+            "gemma3",
+            {"text_config": {**FAMILIES["gemma3"]["text_config"], "rms_norm_eps": float("-inf")}},
+            "text_config.rms",
+        ),
+        ("bamba", {"time_step_limit": [0.0, float("inf")]}, None),  # its default
+    ],
+)
+def test_numbers_of_a_configuration_are_finite(
+    tmp_path: Path, tokens: Path, family: str, changes: dict[str, Any], says: str | None
+) -> None:
+    model = make_model(tmp_path / "model", family)
+    change_json(model / "config.json", **changes)
+    if says is None:
+        load_config(CheckpointSource(model))
+    else:
+        good = {"model": str(model), "calibration": str(tokens)}
+        expect_failure(f"config.json of .* says {re.escape(says)}", ModelError, tmp_path, **good)
+
+
+def test_positions_that_are_not_numbers(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """An absurd frequency makes NaN, which equals no NaN, and is not what depends on the tokens."""
+    change_json(llama / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 0})
+    expect_failure("NaN or Inf", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
+
+
+def test_more_layers_than_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    change_json(llama / "config.json", num_hidden_layers=10**9)
+    good = {"model": str(llama), "calibration": str(tokens)}
+    expect_failure("says num_hidden_layers: 1,000,000,000, but its weights are", ModelError, tmp_path, **good)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"layers": ""}, {"include": ("",)}, {"exclude": ["q_proj", " "]}, {"calibration": ""}, {"model": ""}]
+)
+def test_empty_settings_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=rf"{next(iter(settings))}: is empty"):
+        PruneConfig(**{"model": "m", "output": tmp_path, **settings})

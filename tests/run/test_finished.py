@@ -1,0 +1,63 @@
+"""A finished run that is started again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from llm_barber import PruneConfig, prune
+from llm_barber.checkpoint.companions import REPLACED
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.errors import OutputError
+from tests.conftest import save_tokens
+from tests.helpers.runs import read_untimed_files
+
+
+def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """All that was left to do is to remove the state and the lock."""
+    settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(**settings))
+    before = read_untimed_files(tmp_path / "out")
+    for name in (STATE_NAME, STATE_BEFORE, "llm-barber.lock"):
+        (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(OutputError, match="exists"):
+        prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))  # another run
+    assert prune(PruneConfig(**settings, resume=True)) == report
+    assert read_untimed_files(tmp_path / "out") == before
+    assert prune(PruneConfig(**settings, resume=True)) == report  # a finished job, queued again
+    with pytest.raises(OutputError, match="exists"):
+        prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))
+
+
+def test_a_finished_job_is_not_taken_for_one_of_other_files(tmp_path: Path, model: Path, tokens: Path) -> None:
+    settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(**settings))
+    again = PruneConfig(**settings, resume=True)
+    before = tokens.read_bytes()
+    save_tokens(tokens, seed=99)
+    with pytest.raises(OutputError, match="is complete, but was made with another calibration text than is there now"):
+        prune(again)
+    tokens.unlink()
+    assert prune(again) == report  # nothing to compare with
+    tokens.write_bytes(before)
+    assert prune(again) == report
+    (shard,) = model.glob("*.safetensors")
+    save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    with pytest.raises(OutputError, match="is complete, but was made with other files of .* than is there now"):
+        prune(again)
+
+
+def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, tokens: Path) -> None:
+    settings: dict[str, Any] = {
+        "model": model,
+        "output": tmp_path / "out",
+        "calibration": tokens,
+        "initial": "magnitude",
+    }
+    prune(PruneConfig(**settings))
+    (tmp_path / "out" / REPLACED).touch()
+    (tmp_path / "out").rename(tmp_path / "out.replaced-123")
+    (tmp_path / "other.replaced-123").mkdir()
+    prune(PruneConfig(**settings))
+    assert {path.name for path in tmp_path.glob("o*")} == {"out", "other.replaced-123"}
