@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import llm_barber
-from llm_barber import CompareConfig, PruneConfig
+from llm_barber import CompareConfig, PruneConfig, RunReport
 from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
 from llm_barber.settings.compare import ROWS, Method
 from llm_barber.settings.presets import (
     FEWEST_PASSES,
@@ -186,6 +187,13 @@ def test_compare_has_the_rows_that_the_guide_says() -> None:
         "magnitude, SparseGPT (its mask, and its updates), Wanda, RIA, DSnoT and the presets `mask` and `best`" in text
     )
     assert all(f"`{method}`" in text for method in Method if method not in ROWS)
+
+
+def test_the_page_of_the_record_has_every_key() -> None:
+    page = (DOCS / "reference" / "barber-json.md").read_text(encoding="utf-8")
+    named = {name for span in re.findall(r"`([^`]+)`", page) for name in re.findall(r"\w+", span)}
+    for kind in (RunReport, LayerResult, BlockResult, LinearResult):
+        assert set(kind.model_fields) <= named
 
 
 def test_families_are_those_of_the_tests() -> None:

@@ -79,7 +79,7 @@ def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
         return
     try:
         if keep_evaluation(folder, evaluation):
-            progress.warn(f"the evaluation kept in {folder} before was measured otherwise, and is replaced")
+            progress.warn(f"the evaluation kept in {folder} before was measured in another way, and is replaced")
         page = write_page(folder)
     except (OSError, OutputError, ModelError) as error:
         progress.warn(f"the evaluation could not be kept in {folder}: {error}")

@@ -87,7 +87,9 @@ class RunSettings(StructureSettings):
     seqlen: int = Field(2048, ge=2, description="Tokens a window")
     bos: bool = Field(True, description="Begin each window with BOS if the tokenizer begins texts with it")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the choice of windows")
-    batch_size: int | None = Field(None, ge=1, description="Most windows at a time (default: by the device)")
+    batch_size: int | None = Field(
+        None, ge=1, description="Most windows at a time; can change bfloat16 rounding (default: by the device)"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Dtype = Field("auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)")
     memory: Size | None = Field(
