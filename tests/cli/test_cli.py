@@ -237,15 +237,15 @@ def test_nobody_is_told_to_go_on_with_a_damaged_checkpoint(
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
-    tmp_path: Path, sent: signal.Signals, code: int
+    tmp_path: Path, sent: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_model(tmp_path / "dense", "llama", num_hidden_layers=12)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=64, tokens=64)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "llm_barber", "prune", str(model), str(out), "--calibration", str(tokens)]
-    command += ["--preset", "paper"]  # no look at the whole model first
+    arguments = ["prune", model, out, "--calibration", tokens, "--preset", "paper"]  # no look at the whole model first
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
+        [sys.executable, "-m", "llm_barber", *map(str, arguments)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs in the background ignores
     )  # fmt: skip
     deadline = time.monotonic() + 60
@@ -267,11 +267,10 @@ def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
     if sent != signal.SIGKILL:
         assert stderr.splitlines()[-2] == "error: interrupted"
         assert "the same command with --resume goes on" in " ".join(stderr.split())
-    again = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert "hint: add --resume to go on with it" in again.stderr
+    assert call(*arguments) == 1
+    assert "hint: add --resume to go on with it" in capsys.readouterr().err
     if sent != signal.SIGTERM:  # the others take their time
-        assert subprocess.run([*command, "--quiet", "--resume"], check=False).returncode == 0
+        assert call(*arguments, "--quiet", "--resume") == 0
         assert out.exists()
         assert not list(tmp_path.glob("out.partial"))
 
