@@ -11,6 +11,7 @@ author = "the LLM-Barber contributors"
 extensions = ["myst_parser", "from_code"]
 html_theme = "furo"
 html_title = "LLM-Barber"
+html_show_copyright = False
 html_css_files = ["wide.css"]
 html_static_path = ["extensions/static"]
 myst_enable_extensions = ["deflist"]

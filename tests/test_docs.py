@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import llm_barber
-from llm_barber import CompareConfig, PruneConfig
+from llm_barber import CompareConfig, PruneConfig, RunReport
 from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
 from llm_barber.settings.compare import ROWS, Method
 from llm_barber.settings.presets import (
     FEWEST_PASSES,
@@ -37,6 +38,7 @@ from tests.helpers.pages import (
     prose,
     typed_commands,
 )
+from tests.test_structure import ROOMS
 
 SOURCE = ROOT / "src" / "llm_barber"
 FOREIGN = {"--retain_reconstruction", "--weight_sparsity", "--reallocation"}  # options of other programs
@@ -186,6 +188,19 @@ def test_compare_has_the_rows_that_the_guide_says() -> None:
         "magnitude, SparseGPT (its mask, and its updates), Wanda, RIA, DSnoT and the presets `mask` and `best`" in text
     )
     assert all(f"`{method}`" in text for method in Method if method not in ROWS)
+
+
+def test_contributing_has_the_rooms_in_their_order() -> None:
+    page = CONTRIBUTING.read_text(encoding="utf-8")
+    table = page[page.index("| room | what it has |") : page.index("The root has")]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == ROOMS
+
+
+def test_the_page_of_the_record_has_every_key() -> None:
+    page = (DOCS / "reference" / "barber-json.md").read_text(encoding="utf-8")
+    named = {name for span in re.findall(r"`([^`]+)`", page) for name in re.findall(r"\w+", span)}
+    for kind in (RunReport, LayerResult, BlockResult, LinearResult):
+        assert set(kind.model_fields) <= named
 
 
 def test_families_are_those_of_the_tests() -> None:

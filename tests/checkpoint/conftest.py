@@ -1,4 +1,4 @@
-"""Fixtures of what reads and writes files."""
+"""Fixtures of the tests of files."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from llm_barber import native
 
 @pytest.fixture(params=["C", "NumPy"])
 def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test twice: by the C extension, and by NumPy."""
+    """Run each test twice, with the C extension and with NumPy."""
     if request.param == "NumPy":
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:

@@ -1,4 +1,4 @@
-"""Bit masks against one weight after the other; sizes around the blocks that the work is done in."""
+"""Bit masks, compared with a loop over the weights, at sizes around those of the blocks."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("with_and_without_c")
 
 @given(weights=st.integers(1, 200), density=st.floats(0, 1), seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_equals_weight_after_weight(weights: int, density: float, seed: int, kind: type[np.integer]) -> None:
+def test_equals_a_loop_over_the_weights(weights: int, density: float, seed: int, kind: type[np.integer]) -> None:
     generator = np.random.default_rng(seed)
     flat = np.where(generator.random(weights) < density, generator.integers(1, 100, weights), 0).astype(kind)
     before = module.BLOCK, module.BLOCK_IN_C
@@ -25,13 +25,13 @@ def test_equals_weight_after_weight(weights: int, density: float, seed: int, kin
     try:
         bits = find_kept(flat)
         values = take_kept(flat, bits)
-        memory = np.full(weights + 16, 7, dtype=kind)  # nothing is written around it
+        memory = np.full(weights + 16, 7, dtype=kind)  # a margin that must stay as it is
         put_kept(values, bits, memory[8:-8])
     finally:
         module.BLOCK, module.BLOCK_IN_C = before
-    assert [bits[number // 8] >> number % 8 & 1 for number in range(weights)] == [int(one != 0) for one in flat]
+    assert [bits[number // 8] >> number % 8 & 1 for number in range(weights)] == [int(weight != 0) for weight in flat]
     assert weights % 8 == 0 or bits[-1] >> weights % 8 == 0
-    assert values.tolist() == [one for one in flat.tolist() if one]
+    assert values.tolist() == [weight for weight in flat.tolist() if weight]
     assert count_bits(bits) == len(values)
     assert memory.tolist() == [7] * 8 + flat.tolist() + [7] * 8
 
@@ -43,9 +43,9 @@ def test_a_mask_for_other_values_is_refused() -> None:
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_threads_give_the_same(extra: int) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(extra: int) -> None:
     flat = as_integers(torch.randint(0, 3, (9 * module.BLOCK_IN_C + extra,), dtype=torch.int32))
-    found = []
+    masks = []
     threads = torch.get_num_threads()
     try:
         for number in (1, 2):
@@ -54,10 +54,10 @@ def test_threads_give_the_same(extra: int) -> None:
             back = np.empty_like(flat)
             put_kept(take_kept(flat, bits), bits, back)
             assert np.array_equal(back, flat)
-            found.append(bits)
+            masks.append(bits)
     finally:
         torch.set_num_threads(threads)
-    assert np.array_equal(*found)
+    assert np.array_equal(*masks)
 
 
 def test_bits_beyond_the_last_weight_take_nothing() -> None:

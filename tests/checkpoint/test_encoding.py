@@ -19,9 +19,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 pytestmark = pytest.mark.usefixtures("with_and_without_c")
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    kind = INTEGERS[one.element_size()]
-    return one.dtype == other.dtype and torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    kind = INTEGERS[first.element_size()]
+    return first.dtype == second.dtype and torch.equal(first.contiguous().view(kind), second.contiguous().view(kind))
 
 
 @given(
@@ -79,24 +79,24 @@ def test_layout_by_hand() -> None:
 @pytest.mark.parametrize("encoding", [Encoding.TWO_OF_FOUR, Encoding.FOUR_OF_EIGHT])
 def test_every_way_to_keep(encoding: Encoding) -> None:
     assert encoding.group is not None
-    kept, size = encoding.group
-    ways = list(itertools.combinations(range(size), kept))
-    weight = torch.zeros(len(ways), size)
+    n, m = encoding.group
+    ways = list(itertools.combinations(range(m), n))
+    weight = torch.zeros(len(ways), m)
     for row, way in enumerate(ways):
-        weight[row, list(way)] = torch.arange(1.0, kept + 1)
+        weight[row, list(way)] = torch.arange(1.0, n + 1)
     packed = pack(weight.bfloat16().repeat(1, 8))
     assert packed is not None
     assert packed.encoding is encoding
     assert torch.equal(unpack(packed), weight.bfloat16().repeat(1, 8))
 
 
-def test_what_would_not_shrink_stays() -> None:
+def test_weights_that_would_not_become_smaller_are_not_packed() -> None:
     assert pack(torch.ones(4, 8)) is None
     assert pack(torch.ones(4, 8).to(torch.float8_e4m3fn).float()) is None
-    nothing = pack(torch.zeros(4, 8))
-    assert nothing is not None
-    assert nothing.values.numel() == 0
-    assert torch.equal(unpack(nothing), torch.zeros(4, 8))
+    zeros = pack(torch.zeros(4, 8))
+    assert zeros is not None
+    assert zeros.values.numel() == 0
+    assert torch.equal(unpack(zeros), torch.zeros(4, 8))
     negative = pack(torch.tensor([[-0.0, 0.0, 0.0, 0.0] * 4]))
     assert negative is not None
     assert negative.values.numel() == 4  # −0.0 is kept, bit for bit
@@ -106,7 +106,7 @@ def change(packed: Packed, **changes: object) -> Packed:
     return Packed(**{**packed.__dict__, **changes})
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_parts_that_do_not_fit_together_are_refused() -> None:
     weight = torch.randn(3, 9)
     packed = pack(apply_mask(weight, (torch.arange(9) % 3 == 0).expand(3, 9)))
     assert packed is not None

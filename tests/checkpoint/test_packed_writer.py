@@ -1,4 +1,4 @@
-"""`--format packed` writes what `pack` makes of a dense output, and is checked, resumed and unpacked like it."""
+"""`--format packed` writes the files that `pack` makes of a dense output."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ def model(tmp_path: Path) -> Path:
     return make_model(tmp_path / "dense", "llama", dtype=torch.bfloat16, num_hidden_layers=3)
 
 
-def test_it_is_what_pack_makes_of_the_dense_output(tmp_path: Path, model: Path) -> None:
+def test_the_files_are_those_that_pack_makes_of_the_dense_output(tmp_path: Path, model: Path) -> None:
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     settings: dict[str, Any] = {"model": model, "calibration": tokens, "pattern": "2:4", "dtype": "float32"}
     prune(PruneConfig(output=tmp_path / "plain", report=False, **settings))
     pack(PackConfig(model=str(tmp_path / "plain"), output=tmp_path / "packed"))
     prune(PruneConfig(output=tmp_path / "direct", report=False, format="packed", **settings))
-    expected, found = read_untimed_files(tmp_path / "packed"), read_untimed_files(tmp_path / "direct")
-    assert expected == found
+    assert read_untimed_files(tmp_path / "packed") == read_untimed_files(tmp_path / "direct")
     assert "load(" in (tmp_path / "direct" / "README.md").read_text()
     assert inspect(InspectConfig(model=str(tmp_path / "direct"), dense=str(model))).problems == ()
     unpack(PackConfig(model=str(tmp_path / "direct"), output=tmp_path / "unpacked"))
@@ -39,7 +38,7 @@ def test_it_is_what_pack_makes_of_the_dense_output(tmp_path: Path, model: Path) 
         assert torch.equal(load(tmp_path / "direct")(ids).logits, load(tmp_path / "plain")(ids).logits)
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, model: Path) -> None:
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path, model: Path) -> None:
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     run(model, tmp_path / "whole", tokens, format="packed")
     kills = 0
@@ -48,5 +47,5 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, model
         if (tmp_path / "out").exists():
             break
     assert kills > 3
-    whole, resumed = read_untimed_files(tmp_path / "whole"), read_untimed_files(tmp_path / "out")
-    assert {name: resumed[name] for name in whole} == whole
+    expected, resumed = read_untimed_files(tmp_path / "whole"), read_untimed_files(tmp_path / "out")
+    assert {name: resumed[name] for name in expected} == expected

@@ -1,4 +1,4 @@
-"""What an output may replace."""
+"""Folders that an output may replace."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_an_output_is_never_a_folder_in_use(
     tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """A model folder among them: its config.json made it look replaceable."""
+    """The folders hold a config.json, which makes them look replaceable."""
     home = make_model(tmp_path / "homes" / "home", "llama")
     (home.parent / "config.json").write_text("{}")
     current = make_model(tmp_path / "outer" / "current", "llama")

@@ -141,7 +141,7 @@ def test_groups_of_bounded_size() -> None:
 def test_base_prefix_may_be_missing(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "opt", "opt")
     tensors = load_file(folder / "model.safetensors")
-    save_file({name.removeprefix("model."): one for name, one in tensors.items()}, folder / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     source = CheckpointSource(folder)
     source.locations = find_locations(empty_model(make_config("opt"), torch.float32), source.tensors)
     name = "model.decoder.layers.0.fc1.weight"

@@ -50,7 +50,7 @@ def test_failure_leaves_nothing(tmp_path: Path, fail: BaseException) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failed_overwrite_leaves_the_old(tmp_path: Path) -> None:
+def test_a_failed_overwrite_leaves_the_old_output(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, value=1.0)
     with pytest.raises(OutputError, match="exists") as caught:
@@ -76,13 +76,13 @@ def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
     assert (out / "thesis.tex").read_text() == "years of work"
 
 
-def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
-    left = tmp_path / "out.partial"
-    left.mkdir()
-    (left / LOCK_NAME).write_text("")
-    (left / "model-00001-of-00009.safetensors.tmp").write_text("half")
+def test_the_work_folder_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "out.partial"
+    folder.mkdir()
+    (folder / LOCK_NAME).write_text("")
+    (folder / "model-00001-of-00009.safetensors.tmp").write_text("half")
     write(tmp_path / "out")
-    assert not left.exists()
+    assert not folder.exists()
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
@@ -96,11 +96,11 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object) -> None:
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("fcntl.flock", none)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(OutputError, match="cannot be locked: Function not implemented"):
         write(tmp_path / "out")
 
@@ -140,13 +140,13 @@ def test_a_folder_that_has_the_work_folders_name_is_left_alone(tmp_path: Path) -
     assert (tmp_path / "out.partial" / "model.safetensors").read_text() == "precious"
 
 
-def test_parents_that_were_made_go_again(tmp_path: Path) -> None:
+def test_parents_that_were_made_are_removed_again(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         write(tmp_path / "deep" / "er" / "out", fail=RuntimeError())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_old_folder_comes_back_when_the_new_one_cannot_take_its_name(
+def test_the_replaced_folder_comes_back_if_the_new_one_cannot_be_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -172,14 +172,14 @@ def test_mount_points_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_output(tmp_path / "out", overwrite=False)
 
 
-def test_unwritable_place(tmp_path: Path) -> None:
+def test_an_output_inside_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         write(tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
         pytest.raises(OutputError, match="exists"),
@@ -199,7 +199,7 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     assert load_file(out / "model-00001-of-00001.safetensors").keys() == {"a"}
 
 
-def test_a_shard_that_went_meanwhile_is_missed(tmp_path: Path) -> None:
+def test_a_shard_that_disappears_meanwhile_is_reported(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match="model-00001-of-00001.safetensors is not in .*out.partial any more"),
         CheckpointWriter(tmp_path / "out", shards=1, overwrite=False, needed=0) as writer,
@@ -211,22 +211,20 @@ def test_a_shard_that_went_meanwhile_is_missed(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_work_folder_is_taken(tmp_path: Path) -> None:
-    """As a kill leaves it between making it and making the lock in it, or between removing the lock and it."""
+def test_an_empty_work_folder_is_used(tmp_path: Path) -> None:
+    """A kill leaves an empty folder before the lock file is made, or after it is removed."""
     (tmp_path / "out.partial").mkdir()
     write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_whoever_does_not_wait_for_activations_leaves_the_lock_to_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a second interruption, which ends the waiting, nothing else writes in the folder before they are there."""
+def test_the_lock_is_held_until_activations_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second interruption ends the waiting, and not the writing: no other run may write in the folder meanwhile."""
     goes_on, save = threading.Event(), writer_module.save_activations
 
-    def slow(*given: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
         assert goes_on.wait(60)
-        return save(*given)
+        return save(*arguments)
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -236,7 +234,7 @@ def test_whoever_does_not_wait_for_activations_leaves_the_lock_to_them(
         writer.write_shard({"a": torch.ones(1)})
         writer.finish_layer({}, {}, Used())
         writer.keep_activations(1, {"hidden": torch.ones(1)})
-        monkeypatch.setattr(Future, "result", interrupted)  # the second one, while it waits
+        monkeypatch.setattr(Future, "result", interrupted)  # the second interruption, while the writer waits
         raise KeyboardInterrupt
     monkeypatch.undo()
     with pytest.raises(OutputError, match="another run is writing"):
@@ -246,12 +244,12 @@ def test_whoever_does_not_wait_for_activations_leaves_the_lock_to_them(
     while not writer._work_folder.lock.closed and time.monotonic() < deadline:
         time.sleep(0.01)
     with CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as again:
-        reached, found = again.read_activations()
+        reached, activations = again.read_activations()
         assert reached == 1
-        assert found.keys() == {"hidden"}
+        assert activations.keys() == {"hidden"}
 
 
-def test_a_lock_of_a_folder_that_is_gone_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_is_taken_again_after_its_folder_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run has removed its work folder after this one opened the lock in it."""
     flock, opened = fcntl.flock, []
 
@@ -267,7 +265,9 @@ def test_a_lock_of_a_folder_that_is_gone_is_taken_again(tmp_path: Path, monkeypa
     assert opened[0].closed
 
 
-def test_what_another_run_has_finished_before_the_lock_was_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_finished_by_another_run_before_the_lock_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flock = fcntl.flock
 
     def late(lock: Any, how: int) -> None:
@@ -285,13 +285,13 @@ def test_what_another_run_has_finished_before_the_lock_was_had(tmp_path: Path, m
 def test_the_lock_is_held_until_the_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove, refused = shutil.rmtree, []
 
-    def looked_at(folder: Path) -> None:
+    def remove_and_check(folder: Path) -> None:
         with pytest.raises(OutputError, match="another run is writing"):
             write(tmp_path / "out")
         refused.append(folder)
         remove(folder)
 
-    monkeypatch.setattr(shutil, "rmtree", looked_at)
+    monkeypatch.setattr(shutil, "rmtree", remove_and_check)
     with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", 1, False, 0):
         raise KeyboardInterrupt
     assert refused == [tmp_path / "out.partial"]
@@ -304,8 +304,8 @@ def test_only_folders_that_runs_replaced_are_removed(tmp_path: Path) -> None:
     (tmp_path / "out.replaced-123" / REPLACED).touch()
     (tmp_path / "out.replaced-7").write_text("a file")
     write(tmp_path / "out")
-    left = {"out", "out.replaced-124", "out.replaced-mine", "out.replaced-7"}
-    assert {path.name for path in tmp_path.iterdir()} == left
+    expected = {"out", "out.replaced-124", "out.replaced-mine", "out.replaced-7"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
 
 
 def test_folders_in_the_work_folder_are_no_obstacle(tmp_path: Path) -> None:

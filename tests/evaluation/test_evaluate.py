@@ -21,7 +21,7 @@ def text(tmp_path: Path) -> str:
 
 
 def model_and_windows(folder: Path, text: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    ids = torch.tensor([ord(one) - 32 for one in Path(text).read_text()][:48]).view(3, 16)
+    ids = torch.tensor([ord(letter) - 32 for letter in Path(text).read_text()][:48]).view(3, 16)
     return load_model(folder, dtype=torch.float32).eval(), ids
 
 
@@ -48,7 +48,7 @@ def test_equals_transformers_own_loss(tmp_path: Path, text: str, family: str, un
 def test_each_window_begins_with_bos_where_texts_do(tmp_path: Path, text: str) -> None:
     folder = make_model(tmp_path / "model", "llama")
     add_tokenizer(folder, bos=True)
-    characters = [ord(one) - 32 for one in Path(text).read_text()]
+    characters = [ord(letter) - 32 for letter in Path(text).read_text()]
     model = load_model(folder, dtype=torch.float32).eval()
     for bos, count, tokens in ((True, 3, characters[:45]), (False, 3, [94, *characters][:48])):
         windows = torch.tensor(tokens).view(count, -1)
@@ -62,11 +62,11 @@ def test_each_window_begins_with_bos_where_texts_do(tmp_path: Path, text: str) -
 
 
 def test_comparison_equals_its_definition(tmp_path: Path, text: str) -> None:
-    one, other = make_model(tmp_path / "one", "llama"), make_model(tmp_path / "other", "llama", seed=1)
-    add_tokenizer(one)
-    (result,) = run(one, text, against=other).texts
+    model_folder, other = make_model(tmp_path / "model", "llama"), make_model(tmp_path / "other", "llama", seed=1)
+    add_tokenizer(model_folder)
+    (result,) = run(model_folder, text, against=other).texts
     p, q = [], []
-    for folder, distributions in ((other, p), (one, q)):
+    for folder, distributions in ((other, p), (model_folder, q)):
         model, windows = model_and_windows(folder, text)
         with torch.no_grad():
             distributions.append(model(input_ids=windows).logits[:, :-1].double().softmax(-1))
@@ -75,7 +75,7 @@ def test_comparison_equals_its_definition(tmp_path: Path, text: str) -> None:
     assert result.against.divergence == pytest.approx(divergence, rel=1e-4)
     assert result.against.top_agreement == pytest.approx((p[0].argmax(-1) == q[0].argmax(-1)).double().mean().item())
     assert result.against.perplexity_ratio == pytest.approx(result.perplexity / result.against.perplexity)
-    (same,) = run(one, text, against=one).texts
+    (same,) = run(model_folder, text, against=model_folder).texts
     assert same.against is not None
     assert (same.against.perplexity_ratio, same.against.top_agreement) == (1.0, 1.0)
     assert same.against.divergence == pytest.approx(0.0, abs=1e-9)

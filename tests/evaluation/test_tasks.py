@@ -46,11 +46,11 @@ def model(tmp_path: Path) -> Path:
 
 
 def likelihood(model: torch.nn.Module, context: str, continuation: str) -> float:
-    """Of a continuation, by transformers alone, one sequence at a time."""
-    ids = torch.tensor([[ord(one) - 32 if 32 <= ord(one) < 127 else 0 for one in context + continuation]])
+    """Log-likelihood of a continuation, by transformers alone, one sequence at a time."""
+    ids = torch.tensor([[ord(letter) - 32 if 32 <= ord(letter) < 127 else 0 for letter in context + continuation]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0].double().log_softmax(1)
-    return sum(logits[place - 1, ids[0, place]].item() for place in range(len(context), ids.shape[1]))
+    return sum(logits[i - 1, ids[0, i]].item() for i in range(len(context), ids.shape[1]))
 
 
 def best(values: list[float]) -> int:
@@ -63,11 +63,11 @@ def settings(model: Path, folder: Path, **more: Any) -> EvaluateConfig:
 
 @pytest.mark.parametrize("batch_size", [1, None])
 def test_equals_likelihoods_by_transformers(model: Path, folder: Path, batch_size: int | None) -> None:
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    by_transformers = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     evaluation = evaluate(settings(model, folder, batch_size=batch_size))
     assert evaluation.texts == ()
-    found = {(task.task, task.metric): task for task in evaluation.tasks}
-    assert list(found) == [
+    results = {(task.task, task.metric): task for task in evaluation.tasks}
+    assert list(results) == [
         (name, metric)
         for name, metrics in (("arc_easy", 2), ("hellaswag", 2), ("winogrande", 1))
         for metric in ("acc", "acc_norm")[:metrics]
@@ -75,20 +75,24 @@ def test_equals_likelihoods_by_transformers(model: Path, folder: Path, batch_siz
     for name, joint in (("arc_easy", "\nAnswer:"), ("hellaswag", "")):
         right, right_by_length = [], []
         for example in QUESTIONS:
-            scores = [likelihood(whole, example["query"] + joint, f" {choice}") for choice in example["choices"]]
+            scores = [
+                likelihood(by_transformers, example["query"] + joint, f" {choice}") for choice in example["choices"]
+            ]
             right.append(float(best(scores) == example["gold"]))
             by_length = [score / len(choice) for score, choice in zip(scores, example["choices"], strict=True)]
             right_by_length.append(float(best(by_length) == example["gold"]))
         for metric, values in (("acc", right), ("acc_norm", right_by_length)):
-            result = found[name, metric]
+            result = results[name, metric]
             assert (result.value, result.standard_error) == pytest.approx(mean_and_standard_error(values))
             assert (result.examples, result.shots, result.against) == (4, 0, None)
     right = []
     for example in BEGINNINGS:
-        scores = [likelihood(whole, begin, f" {example['continuation']}") for begin in example["context_options"]]
+        scores = [
+            likelihood(by_transformers, begin, f" {example['continuation']}") for begin in example["context_options"]
+        ]
         right.append(float(best(scores) == example["gold"]))
-    assert found["winogrande", "acc"].value == pytest.approx(sum(right) / 2)
-    assert len(found["winogrande", "acc"].sha256 or "") == 64
+    assert results["winogrande", "acc"].value == pytest.approx(sum(right) / 2)
+    assert len(results["winogrande", "acc"].sha256 or "") == 64
 
 
 def test_likelihoods_themselves(model: Path, folder: Path) -> None:
@@ -97,14 +101,14 @@ def test_likelihoods_themselves(model: Path, folder: Path) -> None:
     from llm_barber.loading.opening import load_tokenizer
     from llm_barber.progress import Silent
 
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    by_transformers = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     streamed = StreamedModel(str(model), torch.device("cpu"), torch.float32)
     language_model = StreamedLanguageModel(streamed, load_tokenizer(model), None, Silent())
     pairs = [("one", " a"), ("one", " b"), ("longer one", " abc"), ("one", " a b c"), ("x", "y")]
     requests = [(pair, language_model.tok_encode(pair[0]), language_model.tok_encode(pair[1])) for pair in pairs]
     for (value, _), pair in zip(language_model._loglikelihood_tokens(requests), pairs, strict=True):
-        assert value == pytest.approx(likelihood(whole, *pair), rel=1e-5)
-    best_token = int(whole(input_ids=torch.tensor([[ord("x") - 32]])).logits[0, -1].argmax())
+        assert value == pytest.approx(likelihood(by_transformers, *pair), rel=1e-5)
+    best_token = int(by_transformers(input_ids=torch.tensor([[ord("x") - 32]])).logits[0, -1].argmax())
     ((_, greedy), (_, other)) = language_model._loglikelihood_tokens(
         [(("x", ""), [ord("x") - 32], [best_token]), (("x", ""), [ord("x") - 32], [(best_token + 1) % 95])]
     )
@@ -120,30 +124,30 @@ def test_against_itself_and_limit(model: Path, folder: Path, tmp_path: Path) -> 
 
 
 def test_a_model_against_itself_is_computed_once(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, passes = StreamedModel.hidden_states, []
+    hidden_states, passes = StreamedModel.hidden_states, []
 
-    def counted(self: StreamedModel, *given: Any) -> Any:
+    def counted(self: StreamedModel, *arguments: Any) -> Any:
         passes.append(self.source.folder)
-        return whole(self, *given)
+        return hidden_states(self, *arguments)
 
     monkeypatch.setattr(StreamedModel, "hidden_states", counted)
     (folder / "text.txt").write_text("a word " * 50)
     texts = {"text": (str(folder / "text.txt"),), "seqlen": 16, "windows": 2}
-    found = evaluate(settings(model, folder, tasks=("arc_easy",), limit=2, against=model, **texts))
+    compared = evaluate(settings(model, folder, tasks=("arc_easy",), limit=2, against=model, **texts))
     assert len(passes) == 2  # one of the text, one of the task
     plain = evaluate(settings(model, folder, tasks=("arc_easy",), limit=2, **texts))
-    assert [one.value for one in found.tasks] == [one.value for one in plain.tasks]
-    assert found.texts[0].perplexity == plain.texts[0].perplexity
+    assert [task.value for task in compared.tasks] == [task.value for task in plain.tasks]
+    assert compared.texts[0].perplexity == plain.texts[0].perplexity
 
 
 def test_differences_are_paired_by_example() -> None:
     def result(values: list[float]) -> TaskRun:
         mean, error = mean_and_standard_error(values)
-        one = TaskResult(
+        task_result = TaskResult(
             task="t", metric="acc", value=mean, standard_error=error, examples=4, shots=0, source="", sha256=None,
             against=None,
         )  # fmt: skip
-        return TaskRun((one,), {("t", "acc"): values})
+        return TaskRun((task_result,), {("t", "acc"): values})
 
     (compared,) = compare_tasks(result([1, 1, 0, 0]), result([1, 0, 0, 0]))
     assert compared.against is not None
@@ -182,8 +186,8 @@ def test_wrong_lines_are_named(folder: Path, line: str, problem: str) -> None:
 
 
 def test_other_line_ends_may_stand_in_a_text(folder: Path) -> None:
-    odd = [{**one, "query": "a\u2028b\x85c"} for one in QUESTIONS]
-    lines = "\r\n".join(json.dumps(one, ensure_ascii=False) for one in odd)
+    odd = [{**question, "query": "a\u2028b\x85c"} for question in QUESTIONS]
+    lines = "\r\n".join(json.dumps(question, ensure_ascii=False) for question in odd)
     (folder / "arc_easy.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     (task,) = find_tasks(("arc_easy",), folder, None)
     assert task.examples == odd
@@ -229,4 +233,4 @@ def test_lm_eval_is_not_installed(model: Path, folder: Path, monkeypatch: pytest
     monkeypatch.delitem(sys.modules, "llm_barber.evaluation.harness", raising=False)
     with pytest.raises(TaskError, match="tasks need lm-eval") as caught:
         evaluate(settings(model, folder))
-    assert caught.value.hint == "pip install 'llm-barber[eval]'"
+    assert caught.value.hint == "pip install 'lm-eval>=0.4.13'"

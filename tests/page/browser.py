@@ -1,4 +1,4 @@
-"""A page in a real browser: widths, colours, and what the console says."""
+"""Measure a page in a real browser: widths, colours, and the messages of the console."""
 
 import json
 import re
@@ -18,7 +18,7 @@ WRAPPER = """<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" cont
 <iframe src="page.html" width="1280" height="800"></iframe><iframe src="page.html" width="400" height="800"></iframe>
 <script>
 addEventListener("load", () => {
-  const found = [...document.querySelectorAll("iframe")].map(frame => {
+  const measured = [...document.querySelectorAll("iframe")].map(frame => {
     const inside = frame.contentWindow, root = frame.contentDocument.documentElement;
     const closed = root.scrollWidth;
     frame.contentDocument.querySelectorAll("details").forEach(details => { details.open = true; });
@@ -28,14 +28,14 @@ addEventListener("load", () => {
       figures: [...frame.contentDocument.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().width),
     };
   });
-  document.documentElement.setAttribute("data-found", JSON.stringify(found));
+  document.documentElement.setAttribute("data-measured", JSON.stringify(measured));
 });
 </script>
 """
 
 
 def measure(page: str, folder: Path, dark: bool) -> tuple[list[Mapping[str, Any]], list[str]]:
-    """The page in frames 1280 and 400 pixels wide (a window cannot be that narrow), and what the console said."""
+    """Measure a page in frames of 1280 and 400 pixels (no window is that narrow); return the console's lines, too."""
     assert BROWSER is not None
     (folder / "page.html").write_text(page)
     (folder / "wrapper.html").write_text(WRAPPER)
@@ -45,6 +45,6 @@ def measure(page: str, folder: Path, dark: bool) -> tuple[list[Mapping[str, Any]
         "--window-size=1700,900", "--enable-logging=stderr", "--dump-dom", (folder / "wrapper.html").as_uri(),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    found = re.search(r'data-found="([^"]*)"', result.stdout)
-    assert found, result.stderr
-    return json.loads(unescape(found[1])), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    measured = re.search(r'data-measured="([^"]*)"', result.stdout)
+    assert measured, result.stderr
+    return json.loads(unescape(measured[1])), [line for line in result.stderr.splitlines() if "CONSOLE" in line]

@@ -1,7 +1,7 @@
 from llm_barber.page.lines import Line, perplexity_lines
 
 
-def test_what_is_far_beyond_dense_does_not_stretch_the_axis() -> None:
+def test_a_perplexity_far_beyond_dense_does_not_stretch_the_axis() -> None:
     near = Line("near", 0, False, {"0.5": 30.0, "0.7": 80.0, "2:4": 60.0})
     gone = Line("gone", 1, False, {"0.5": 900.0, "0.7": 8e6, "2:4": 5e3})
     drawn = [

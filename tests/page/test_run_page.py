@@ -1,4 +1,4 @@
-"""The page of a run: numbers as the report has them, one file that needs nothing else, and no overflow in a browser."""
+"""The page of a run: the report's numbers, in one file that needs no other, without overflow in a browser."""
 
 import re
 import subprocess
@@ -98,16 +98,16 @@ def make_evaluation() -> Evaluation:
 
 def table(page: str, caption: str) -> list[list[str]]:
     """The cells of a table, row by row, its headings first."""
-    found = re.search(rf'aria-label="{re.escape(caption)}"><table>(.*?)</table>', page, re.DOTALL)
-    assert found, caption
-    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL)
+    match = re.search(rf'aria-label="{re.escape(caption)}"><table>(.*?)</table>', page, re.DOTALL)
+    assert match, caption
+    rows = re.findall(r"<tr>(.*?)</tr>", match[1], re.DOTALL)
     return [[unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
 
 
 def cards(page: str) -> dict[str, tuple[str, str]]:
     """The cards at the top: label → value and note."""
-    found = re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)(?:<small>(.*?)</small>)?</dd>", page)
-    return {label: (value, note) for label, value, note in found}
+    matches = re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)(?:<small>(.*?)</small>)?</dd>", page)
+    return {label: (value, note) for label, value, note in matches}
 
 
 def test_cards_say_what_the_report_says() -> None:
@@ -183,7 +183,7 @@ def test_evaluation_of_tasks_alone() -> None:
 
 def test_run_without_rebuild_says_so() -> None:
     page = run_page(make_report(rebuilt=False, equal=True))
-    assert "Nothing was rebuilt or refined: the mask is the one that magnitude chose." in page
+    assert "Nothing was rebuilt or refined: the mask is that of magnitude." in page
     assert "Nothing was rebuilt or refined, so nothing was swapped." in page
     assert f"Every linear of every layer has the same sparsity, 50.00{SPACE}%." in page
     assert cards(page)["Swapped"] == ("–", "nothing was rebuilt or refined")
@@ -253,7 +253,7 @@ def test_names_are_escaped() -> None:
     assert cards(page)["Model"][0] == "/models/&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;"
 
 
-def test_needs_no_other_file() -> None:
+def test_the_page_needs_no_other_file() -> None:
     page = run_page(make_report(), make_evaluation())
     assert not re.findall(r"<(?:script|link(?! rel=\"icon\" href=\"data:,\")|iframe|object|img|image)\b", page)
     assert "@import" not in page
@@ -264,7 +264,7 @@ def test_needs_no_other_file() -> None:
     assert set(re.findall(r"https?://[^\"<\s]*", page)) == {"https://arxiv.org/abs/2408.10631"}
 
 
-def test_is_a_whole_document() -> None:
+def test_the_page_is_a_whole_document() -> None:
     page = run_page(make_report())
     assert page.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert f"<title>Tiny-1B, 50.3{SPACE}% pruned · LLM-Barber</title>" in page
@@ -279,7 +279,7 @@ def test_ids_are_unique_and_found() -> None:
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= set(ids)
 
 
-def test_colours_are_the_pages() -> None:
+def test_figures_have_the_colours_of_the_page() -> None:
     page = run_page(make_report())
     assert not any(stand_in in page for stand_in in CSS_COLOURS)
     drawn = re.findall(r"(?:fill|stroke): ([^;\"]*)", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL)))
@@ -288,7 +288,7 @@ def test_colours_are_the_pages() -> None:
     assert variables <= set(re.findall(r"(--[a-z]+):", page))
 
 
-def test_same_report_same_bytes_whatever_the_users_style() -> None:
+def test_the_same_report_gives_the_same_bytes_in_any_style() -> None:
     page = run_page(make_report(), make_evaluation())
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
         before = dict(matplotlib.rcParams)
@@ -296,7 +296,7 @@ def test_same_report_same_bytes_whatever_the_users_style() -> None:
         assert dict(matplotlib.rcParams) == before
 
 
-def test_loads_neither_pyplot_nor_transformers() -> None:
+def test_the_page_loads_neither_pyplot_nor_transformers() -> None:
     code = "import sys, llm_barber.page.run_page; print({'matplotlib.pyplot', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
@@ -314,7 +314,7 @@ def test_numbers(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
-def test_other_ways_to_write_numbers() -> None:
+def test_formats_of_percent_time_and_memory() -> None:
     assert percent(0.0194498, 3) == f"1.945{SPACE}%"
     assert percent(4e-6, 3) == f"<{SPACE}0.001{SPACE}%"
     assert percent(-0.25, 1, sign=True) == f"−25.0{SPACE}%"
@@ -346,7 +346,7 @@ def test_nothing_overflows_in_a_browser(tmp_path: Path, dark: bool) -> None:
 
 
 @needs_browser
-def test_measuring_sees_what_is_wrong(tmp_path: Path) -> None:
+def test_the_measurement_finds_overflow_and_network_access(tmp_path: Path) -> None:
     page = run_page(make_report(depth=1))
     page = page.replace(
         "<main>", '<main><div style="width: 2000px">wide</div><img src="https://localhost/picture.png">'

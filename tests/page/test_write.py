@@ -39,33 +39,33 @@ def test_evaluations_are_kept_and_shown(pruned: Path, llama: Path, tmp_path: Pat
         (tmp_path / f"{name}.txt").write_text(name * 30)
     for text in texts:
         keep_with_model(evaluate(EvaluateConfig(model=pruned, text=(text,), seqlen=16)), Silent())
-    kept = read_evaluation(pruned)
-    assert kept is not None
-    assert [text.text for text in kept.texts] == texts
+    stored = read_evaluation(pruned)
+    assert stored is not None
+    assert [text.text for text in stored.texts] == texts
     assert 'id="evaluation"' in (pruned / "report.html").read_text()
-    # A comparison comes to it, and stays when the text is measured again without, or the model has another path.
+    # A comparison is added, and stays when the text is measured again without one, or the model has another path.
     compared = evaluate(EvaluateConfig(model=pruned, against=llama, text=(texts[0],), seqlen=16))
-    said = Listener()
+    listener = Listener()
     for again in (compared, evaluate(EvaluateConfig(model=pruned, text=(texts[0],), seqlen=16))):
-        keep_with_model(again, said)
-        kept = read_evaluation(pruned)
-        assert kept is not None
-        assert (kept.texts, kept.against) == ((*compared.texts, kept.texts[1]), str(llama))
+        keep_with_model(again, listener)
+        stored = read_evaluation(pruned)
+        assert stored is not None
+        assert (stored.texts, stored.against) == ((*compared.texts, stored.texts[1]), str(llama))
     other = str(llama / ".." / llama.name)
-    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=other, text=(texts[1],), seqlen=16)), said)
-    kept = read_evaluation(pruned)
-    assert kept is not None
-    assert [text.against is not None for text in kept.texts] == [True, True]
-    assert not said.warnings
-    # Measured against another model it is another evaluation.
-    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=pruned, text=(texts[0],), seqlen=16)), said)
-    kept = read_evaluation(pruned)
-    assert kept is not None
-    assert [text.text for text in kept.texts] == texts[:1]
-    assert len(said.warnings) == 1
-    assert "was measured otherwise" in said.warnings[0]
+    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=other, text=(texts[1],), seqlen=16)), listener)
+    stored = read_evaluation(pruned)
+    assert stored is not None
+    assert [text.against is not None for text in stored.texts] == [True, True]
+    assert not listener.warnings
+    # Against another model it is another evaluation, which replaces the stored one.
+    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=pruned, text=(texts[0],), seqlen=16)), listener)
+    stored = read_evaluation(pruned)
+    assert stored is not None
+    assert [text.text for text in stored.texts] == texts[:1]
+    assert len(listener.warnings) == 1
+    assert "was measured in another way" in listener.warnings[0]
     assert inspect(InspectConfig(model=pruned, dense=llama)).problems == ()
-    # A model that is not ours is left alone.
+    # Nothing is written for a model without a record.
     keep_with_model(evaluate(EvaluateConfig(model=llama, text=(texts[0],), seqlen=16)), Silent())
     assert not (llama / "evaluation.json").exists()
 
@@ -87,11 +87,11 @@ def test_bad_input(pruned: Path, llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "barber.json", "config.json", ".", "a-pipe"])
-def test_a_page_replaces_nothing_but_a_page(tmp_path: Path, llama: Path, tokens: Path, name: str) -> None:
+def test_a_page_replaces_only_a_page(tmp_path: Path, llama: Path, tokens: Path, name: str) -> None:
     prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, initial="wanda", rebuild=False))
     os.mkfifo(tmp_path / "out" / "a-pipe")
-    whole = (tmp_path / "out" / name).read_bytes() if name[0] in "mbc" else b""
+    content = (tmp_path / "out" / name).read_bytes() if name[0] in "mbc" else b""
     with pytest.raises(OutputError, match="is not a page of this program|not a regular file"):
         write_page(tmp_path / "out", tmp_path / "out" / name)
-    assert not whole or (tmp_path / "out" / name).read_bytes() == whole
-    write_page(tmp_path / "out")  # over its own
+    assert not content or (tmp_path / "out" / name).read_bytes() == content
+    write_page(tmp_path / "out")  # over the page of the run

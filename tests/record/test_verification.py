@@ -1,4 +1,4 @@
-"""Nothing is called whole that is not: records, folders, packed folders and finished outputs."""
+"""Changes of records, folders, packed folders and finished outputs are found."""
 
 import json
 import os
@@ -28,9 +28,9 @@ SETTINGS: dict[str, Any] = {"initial": "wanda", "report": False, "dtype": "float
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, the pruned one, and that packed; never changed."""
-    folder = tmp_path_factory.mktemp("made")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, the pruned model, and the packed model; tests do not change them."""
+    folder = tmp_path_factory.mktemp("models")
     model = make_model(folder / "dense", "llama", dtype=torch.bfloat16)
     add_tokenizer(model)
     tokens = save_tokens(folder / "tokens.safetensors")
@@ -40,10 +40,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folders(made: Path, tmp_path: Path) -> Path:
-    """Copies to change; files keep their times."""
-    shutil.copytree(made, tmp_path / "made")
-    return tmp_path / "made"
+def folders(models: Path, tmp_path: Path) -> Path:
+    """Copies of the models, to change; files keep their times."""
+    shutil.copytree(models, tmp_path / "models")
+    return tmp_path / "models"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,9 +75,9 @@ def test_a_bit_that_flips_in_a_packed_weight_is_found(folders: Path, suffix: str
     packed, shard = folders / "packed", next((folders / "packed").glob("packed-model-00002*"))
     tensors = load_file(shard)
     name = next(name for name in tensors if name.endswith(suffix))
-    whole = shard.read_bytes()
-    at = whole.index(tensors[name].view(torch.uint8).numpy().tobytes())
-    shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    content = shard.read_bytes()
+    position = content.index(tensors[name].view(torch.uint8).numpy().tobytes())
+    shard.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
     assert "model-00002-of-00003.safetensors has changed since it was written (sha256)" in problems(packed)
     with pytest.raises(VerificationError, match=r"model-00002-of-00003.safetensors has changed since it was packed"):
         unpack(PackConfig(model=packed, output=folders / "unpacked"))
@@ -85,15 +85,15 @@ def test_a_bit_that_flips_in_a_packed_weight_is_found(folders: Path, suffix: str
     assert not (folders / "unpacked.partial").exists()
 
 
-def test_a_packed_folder_that_was_changed_never_unpacks_to_other_files(made: Path, tmp_path: Path) -> None:
-    """Any bit of any file: it is refused, or what it unpacks to is the same."""
-    expected = contents(made / "pruned")
+def test_a_packed_folder_that_was_changed_never_unpacks_to_other_files(models: Path, tmp_path: Path) -> None:
+    """After any bit of any file flips, the folder is refused, or it unpacks to the same files."""
+    expected = contents(models / "pruned")
     exempt = {"README.md", "report.html"}
     generator = random.Random(35)
-    names = sorted(path.name for path in (made / "packed").iterdir() if path.name not in exempt)
+    names = sorted(path.name for path in (models / "packed").iterdir() if path.name not in exempt)
     for number in range(60):
         packed, out = tmp_path / "packed", tmp_path / f"out{number}"
-        shutil.copytree(made / "packed", packed)
+        shutil.copytree(models / "packed", packed)
         name = names[number % len(names)]
         flip(packed / name, generator.randrange(2**40))
         noticed = True
@@ -125,7 +125,7 @@ def test_a_packed_folder_that_was_changed_never_unpacks_to_other_files(made: Pat
     ],
     ids=["config", "tokenizer", "tokens", "shard", "code", "pickle", "folder", "index"],
 )
-def test_every_file_counts(folders: Path, kind: str, change: Callable[[Path], Any]) -> None:
+def test_every_changed_or_added_entry_is_found(folders: Path, kind: str, change: Callable[[Path], Any]) -> None:
     assert problems(folders / kind) == ""
     change(folders / kind)
     assert problems(folders / kind)
@@ -135,7 +135,7 @@ def test_every_file_counts(folders: Path, kind: str, change: Callable[[Path], An
         return
     with suppress(BarberError):
         unpack(PackConfig(model=folders / kind, output=folders / "other"))
-        assert contents(folders / "other") == contents(folders / "pruned")  # what was added does not travel
+        assert contents(folders / "other") == contents(folders / "pruned")  # added files do not travel
 
 
 def test_load_verifies_on_request(folders: Path) -> None:
@@ -155,7 +155,7 @@ def test_an_edited_total_size_is_found(folders: Path) -> None:
     assert problems(folders / "pruned") == "model.safetensors.index.json has changed since it was written (sha256)"
 
 
-def test_what_other_tools_leave_is_no_problem(folders: Path) -> None:
+def test_files_of_other_tools_are_no_problem(folders: Path) -> None:
     for kind in ("pruned", "packed"):
         (folders / kind / ".gitattributes").write_text("")
         (folders / kind / ".cache").mkdir()
@@ -226,8 +226,10 @@ def test_zeros_that_neither_mask_nor_dense_model_explain_are_found(folders: Path
     shapes = [linear["shape"][0] * linear["shape"][1] for linear in linears]
     record["sparsity"] = sum(linear["pruned"] for linear in linears) / sum(shapes)
     path.write_text(json.dumps(with_digest(record)))
-    found = inspect(InspectConfig(model=folders / "pruned", dense=str(folders / "dense"))).problems
-    assert found == ("layer 0 self_attn.q_proj has 12 zeros that neither its mask nor the dense model has",)
+    config = InspectConfig(model=folders / "pruned", dense=str(folders / "dense"))
+    assert inspect(config).problems == (
+        "layer 0 self_attn.q_proj has 12 zeros that neither its mask nor the dense model has",
+    )
 
 
 def run(folders: Path, progress: Listener | None = None, **settings: Any) -> Any:
@@ -257,7 +259,7 @@ def test_a_finished_output_is_checked_when_it_is_resumed(finished: Path, damage:
     run(finished, listener, **settings)
     assert [warning for warning in listener.warnings if "nothing is left to do" in warning]
     shard = sorted(out.glob("*.safetensors"))[-1]
-    whole = contents(out)
+    expected = contents(out)
     if damage == "gone":
         shard.unlink()
     elif damage == "flipped":
@@ -272,12 +274,12 @@ def test_a_finished_output_is_checked_when_it_is_resumed(finished: Path, damage:
         run(finished, **settings)
     run(finished, overwrite=True, **settings)  # prunes again
     timed = ("barber.json", "README.md")
-    assert {name: (out / name).read_bytes() for name in whole if name not in timed} == {
-        name: content for name, content in whole.items() if name not in timed
+    assert {name: (out / name).read_bytes() for name in expected if name not in timed} == {
+        name: content for name, content in expected.items() if name not in timed
     }
 
 
-def test_a_finished_output_whose_model_was_written_anew_is_told_of(finished: Path) -> None:
+def test_a_model_rewritten_after_the_run_is_reported(finished: Path) -> None:
     os.utime(finished / "dense" / "model.safetensors", ns=(1, 1))
     listener = Listener()
     run(finished, listener)
@@ -295,12 +297,12 @@ def test_an_evaluation_beside_a_model_changes_nothing_for_a_run(finished: Path) 
     listener = Listener()
     run(finished, listener)
     assert [warning for warning in listener.warnings if "nothing is left to do" in warning]
-    (finished / "dense" / "generation_config.json").write_text("{}")  # which is copied
+    (finished / "dense" / "generation_config.json").write_text("{}")  # a file that is copied to the output
     with pytest.raises(OutputError, match="was made with other files of"):
         run(finished)
 
 
-def rebuilt(folder: Path, progress: Listener | None = None) -> None:
+def rebuild_in(folder: Path, progress: Listener | None = None) -> None:
     config = RebuildConfig(
         dense=folder / "dense", pruned=folder / "pruned", output=folder / "rebuilt", resume=True, report=False,
         calibration=folder / "tokens.safetensors", dtype="float32",
@@ -311,7 +313,7 @@ def rebuilt(folder: Path, progress: Listener | None = None) -> None:
 def test_an_evaluation_beside_the_pruned_model_breaks_no_killed_rebuild(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`evaluate PRUNED` writes one between the kill and `--resume`."""
+    """`evaluate PRUNED` writes an evaluation between the kill and `--resume`."""
     prune_layer = run_module.prune_layer
 
     def stop(job: Any, index: int, *rest: Any) -> Any:
@@ -321,29 +323,29 @@ def test_an_evaluation_beside_the_pruned_model_breaks_no_killed_rebuild(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_module, "prune_layer", stop)
-        rebuilt(finished)
+        rebuild_in(finished)
     before = fingerprint(finished / "pruned")
     (finished / "pruned" / "evaluation.json").write_text("{}")
-    assert fingerprint(finished / "pruned") == before  # by which `compare` knows a model
-    rebuilt(finished)
+    assert fingerprint(finished / "pruned") == before  # `compare` recognises a model by it
+    rebuild_in(finished)
     assert problems(finished / "rebuilt") == ""
 
 
 def test_a_finished_rebuild_checks_the_pruned_model(finished: Path) -> None:
-    rebuilt(finished)
+    rebuild_in(finished)
     (finished / "pruned" / "evaluation.json").write_text("{}")  # `evaluate` keeps it there
     listener = Listener()
-    rebuilt(finished, listener)
+    rebuild_in(finished, listener)
     assert [warning for warning in listener.warnings if "nothing is left to do" in warning]
     shard = next((finished / "pruned").glob("model-00002*"))
     tensors = load_file(shard)
     next(iter(tensors.values())).view(-1)[-1] += 1
     save_file(tensors, shard, {"format": "pt"})
     with pytest.raises(OutputError, match=r"was made with other files of .*pruned than"):
-        rebuilt(finished)
+        rebuild_in(finished)
 
 
-def test_a_finished_output_with_other_files_is_told_of(finished: Path) -> None:
+def test_other_files_in_a_finished_output_are_reported(finished: Path) -> None:
     (finished / "pruned" / "modeling.py").write_text("")
     (finished / "tokens.safetensors").rename(finished / "elsewhere")
     listener = Listener()
@@ -356,8 +358,8 @@ def test_a_finished_output_with_other_files_is_told_of(finished: Path) -> None:
     assert [warning for warning in listener.warnings if "dense is not there any more" in warning]
 
 
-def test_inspect_opens_each_model_at_its_revision(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = {("o/pruned", "p"): made / "pruned", ("o/dense", "d"): made / "dense"}
+def test_inspect_opens_each_model_at_its_revision(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {("o/pruned", "p"): models / "pruned", ("o/dense", "d"): models / "dense"}
     monkeypatch.setattr(hub, "_download", lambda name, revision, _: folders[name, revision])
     config = InspectConfig(model="o/pruned", revision="p", dense="o/dense", dense_revision="d")
     assert inspect(config).problems == ()

@@ -137,7 +137,7 @@ def test_bad_input(tmp_path: Path, pruned: Path) -> None:
     broken("is missing")
     shutil.copytree(packed, copy)
     shutil.copy(min(copy.glob("packed-model*")), copy / "packed-more.safetensors")
-    broken("does not know packed-more")
+    broken("does not list packed-more")
     shutil.copytree(packed, copy)
     (copy / PACKED_INDEX).write_text(json.dumps({**index, "weight_map": {"a": "../../etc/passwd"}}))
     broken("not a file of its folder")

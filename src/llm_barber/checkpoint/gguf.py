@@ -100,7 +100,7 @@ def _refuse_missing(path: Path, loading: Mapping[str, Any]) -> None:
     missing = [*sorted(loading["missing_keys"]), *map(str, loading.get("mismatched_keys", ()))]
     if missing:
         raise ModelError(
-            f"{path} has no weights, or others, for {missing[0]}"
+            f"{path} has no weights, or weights of another shape, for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
             "the file is incomplete; get it again, whole",
         )

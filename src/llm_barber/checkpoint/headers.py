@@ -83,7 +83,7 @@ def _packed_headers(folder: Path, model: str) -> tuple[dict[str, TensorInfo], di
         raise ModelError(f"{PACKED_INDEX} and the shards of {model} do not agree", "get it again, whole")
     extra = {path.name for path in folder.glob("packed-*.safetensors")} - set(weight_map.values())
     if extra:
-        raise ModelError(f"{PACKED_INDEX} of {model} does not know {min(extra)}", "get it again, whole")
+        raise ModelError(f"{PACKED_INDEX} of {model} does not list {min(extra)}", "get it again, whole")
     return tensors, tables
 
 
@@ -98,7 +98,7 @@ def _refuse_repeated(name: str, tensors: Mapping[str, TensorInfo], file: str, mo
     if name in tensors:
         raise ModelError(
             f"{model} has {name} twice, in {tensors[name].file} and in {file}",
-            "it is not known which is the right one: get the checkpoint again, whole",
+            "nothing tells which of the two is right: get the checkpoint again, whole",
         )
 
 

@@ -115,7 +115,7 @@ def read_table(
         raise ModelError(f"{file} has format version {table.version}", "update llm-barber")
     check_file_name(table.file, f"the table of {file}")
     if not table.file.endswith(".safetensors"):
-        raise ModelError(f"{file} names {table.file!r} as the file it was", "do not trust it")
+        raise ModelError(f"{file} names {table.file!r} as the dense file that it was packed from", "do not trust it")
     for name, entry in table.packed.items():
         parts = [shapes.get(name + suffix) for suffix in (VALUES, PLACES)]
         rows, columns = entry.matrix

@@ -46,7 +46,7 @@ def check_replaceable(output: Path) -> None:
     )
     if foreign:
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
-        unknown_to = "this program and the folder's record know nothing of" if recorded else "no checkpoint has"
+        unknown_to = "neither its record nor this program names" if recorded else "no checkpoint has"
         raise OutputError(
             f"{output} holds files that {unknown_to}: {', '.join(foreign[:SHOWN])}{more}",
             "--overwrite would delete them: move them elsewhere, or choose another output folder",

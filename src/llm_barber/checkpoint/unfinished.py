@@ -102,7 +102,7 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
     if differing:
         raise OutputError(
             f"the unfinished run was started with another {', '.join(differing)}",
-            f"give what it was started with, or {START_AGAIN}",
+            f"repeat the settings and files that it was started with, or {START_AGAIN}",
         )
 
 

@@ -175,7 +175,7 @@ def _import_harness() -> ModuleType:
         return import_module("llm_barber.evaluation.harness")
     except ImportError as error:
         raise TaskError(
-            f"tasks need lm-eval, which cannot be imported: {first_line(error)}", "pip install 'llm-barber[eval]'"
+            f"tasks need lm-eval, which cannot be imported: {first_line(error)}", "pip install 'lm-eval>=0.4.13'"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Where a model family keeps its decoder layers, and which linears make up each block: one small record a family.
+"""Records of model families: the path of the decoder layers, and the linears of each block.
 
 To add a family, add a record to `ARCHITECTURES` and its name to the parity test (see CONTRIBUTING.md).
 """
@@ -18,9 +18,13 @@ ATTENTION, MLP = "attention", "mlp"  # names of blocks, in every record
 class Block:
     """One block of a decoder layer.
 
-    `output` is the module whose output is the block's output; `linears` are the prunable modules. Both are paths
-    inside the decoder layer. In a record, `*` stands for every expert's number, and what a layer has not is left out:
-    a block whose output is not there, a linear that is not there.
+    In a record, `*` stands for the number of every expert. A layer may lack blocks and linears of its record: they are
+    left out.
+
+    Attributes:
+        name: the block's name.
+        output: path, inside the decoder layer, of the module whose output is the block's output.
+        linears: paths, inside the decoder layer, of the prunable modules.
     """
 
     name: str
@@ -30,9 +34,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family: the path of its decoder layers (a module list), and each layer's blocks in order.
+    """Record of a model family.
 
-    `transposed`: weights of linears are kept as (in, out).
+    Attributes:
+        layers: path of the decoder layers, a module list.
+        blocks: the blocks of a layer, in order.
+        transposed: linears store their weights as (in, out).
     """
 
     layers: str
@@ -41,39 +48,39 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """All that a layer may have, block after block."""
+        """All linears that a layer may have, block after block."""
         return tuple(name for block in self.blocks for name in block.linears)
 
     def blocks_of(self, layer: "nn.Module") -> tuple[Block, ...]:
-        """The blocks that a decoder layer has, with the linears that it has."""
+        """Blocks that a decoder layer has, with the linears that it has."""
         modules = {name for name, module in layer.named_modules() if getattr(module, "weight", None) is not None}
-        found = []
+        blocks = []
         for block in self.blocks:
             if _has(layer, block.output):
                 names = [name for linear in block.linears for name in _expanded(linear, layer) if name in modules]
-                found.append(replace(block, linears=tuple(names)))
-        return tuple(found)
+                blocks.append(replace(block, linears=tuple(names)))
+        return tuple(blocks)
 
     def convert_layout(self, weight: "Tensor") -> "Tensor":
-        """A linear's weight as (out, in) from how the family keeps it, or the other way round."""
+        """Convert a linear's weight from the family's layout to (out, in), or back."""
         return weight.t().contiguous() if self.transposed else weight
 
 
 @dataclass(frozen=True)
 class StructureOptions:
-    """What a user decides. `layers`: path of the decoder layers. `blocks`: those of a layer, in order."""
+    """Structure that the user states: `layers`, the decoder layers' path, and a layer's `blocks` in order."""
 
     layers: str | None = None
     blocks: tuple[Block, ...] = ()
 
 
 def kind_of(linear: str) -> str:
-    """A linear's name with a star for the expert's number."""
+    """Name of a linear with `*` in place of the expert's number."""
     return re.sub(r"\.\d+\.", ".*.", linear)
 
 
 def select_linears(blocks: Iterable[Block], linears: Collection[str]) -> tuple[Block, ...]:
-    """Blocks with some of their linears; a block may be left with none."""
+    """Restrict blocks to some of their linears; a block may be left with none."""
     return tuple(replace(block, linears=tuple(name for name in block.linears if name in linears)) for block in blocks)
 
 
@@ -86,7 +93,7 @@ def _has(layer: "nn.Module", path: str) -> bool:
 
 
 def _expanded(linear: str, layer: "nn.Module") -> list[str]:
-    """The names that a linear with `*` for the expert's number stands for."""
+    """Names for which a linear with `*` in place of the expert's number stands."""
     experts, star, rest = linear.partition(".*.")
     if not star:
         return [linear]
@@ -100,7 +107,7 @@ def _expanded(linear: str, layer: "nn.Module") -> list[str]:
 def _family(
     layers: str, attention: tuple[str, tuple[str, ...]], mlp: tuple[str, tuple[str, ...]], mlp_output: str | None = None
 ) -> Architecture:
-    """Decoder layers with an attention module and an MLP, and the linears of each."""
+    """Record of a family whose layers have an attention module and an MLP, each with its linears."""
     blocks = [
         Block(name, module, tuple(f"{module}.{linear}" if module else linear for linear in linears))
         for name, (module, linears) in ((ATTENTION, attention), (MLP, mlp))
@@ -129,8 +136,8 @@ CONVOLUTION = Block("convolution", "conv", ("conv.in_proj", "conv.out_proj"))
 LFM2 = _family("model.layers", ("self_attn", (*QKV, "out_proj")), ("feed_forward", ("w1", "w3", "w2", *EXPERTS)))
 UNGATED = _family("model.layers", LLAMA_ATTENTION, ("mlp", ("up_proj", "down_proj")))
 
-# By `model_type` of the configuration. Each name here has a parity test. Norms outside the blocks, and whether the
-# blocks follow each other or stand side by side, make no difference.
+# Records by the configuration's `model_type`; each has a parity test. Norms outside the blocks make no difference, nor
+# does it matter whether the blocks follow each other or are parallel.
 ARCHITECTURES: dict[str, Architecture] = {
     "apertus": UNGATED,
     "arcee": UNGATED,

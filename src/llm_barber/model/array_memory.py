@@ -1,4 +1,4 @@
-"""Where arrays of calibration activations lie: on the device, in host memory, or in files that are mapped into it."""
+"""Memory for arrays of calibration activations: on the device, in host memory, or in mapped files."""
 
 import os
 import tempfile
@@ -15,16 +15,17 @@ CPU = torch.device("cpu")
 
 @dataclass
 class ArrayMemory:
-    """Gives arrays a place: on the device as far as there is room, then in memory up to `limit`, then in `folder`.
+    """Allocates arrays: on the device within `room`, in host memory up to `limit`, then in `folder`.
 
     Args:
-        device: which computes.
-        room: bytes that arrays may take of its memory, what is left of them; None: they may not any more. A CPU's is
-            host memory: None.
-        limit: bytes that they may take of host memory together, None: any number. Others are files.
-        folder: where these lie.
-        used: bytes in host memory of arrays that are still there. Blocks of pinned memory are kept for later arrays,
-            when theirs are not there any more: these are `spare`, by size, and still used.
+        device: the device that computes.
+        room: bytes of the device's memory that arrays may still take; None: none any more, or the device is a CPU,
+            whose memory is host memory.
+        limit: bytes of host memory that all arrays together may take; None: no limit. Further arrays are files.
+        folder: the folder of the files; None: that of temporary files.
+        used: bytes of host memory that arrays take, spare blocks included.
+        spare: number of spare blocks of pinned memory by their size. The block of an array that is gone is kept for
+            later arrays.
     """
 
     device: torch.device = CPU
@@ -36,21 +37,21 @@ class ArrayMemory:
 
     @property
     def pinned(self) -> bool:
-        """Do arrays in memory lie where the device can copy from, and to, while it computes?"""
+        """True if arrays in host memory are pinned, so that the device can copy while it computes."""
         return self.device.type != "cpu"
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An array of any content that is computed with: on the device, if there is room.
+        """Allocate an array without initialising it, on the device if there is room.
 
         Raises:
-            OSError: as of `empty_off_device`.
+            OSError: as `empty_off_device`.
         """
         size = torch.Size(shape).numel() * dtype.itemsize
         if self.room is None or size > self.room:
             return self.empty_off_device(shape, dtype)
         try:
             array = torch.empty(shape, dtype=dtype, device=self.device)
-        except torch.OutOfMemoryError:  # the device has less memory than `room` said
+        except torch.OutOfMemoryError:  # the device has less free memory than `room`
             self.room = None
             return self.empty_off_device(shape, dtype)
         self.room -= size
@@ -58,48 +59,56 @@ class ArrayMemory:
         return array
 
     def empty_off_device(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool | None = None) -> Tensor:
-        """An array of any content in host memory or a file; `pinned`: None: if there is a device that copies from it.
+        """Allocate an array in host memory or a file, without initialising it.
+
+        Args:
+            shape: the array's shape.
+            dtype: its dtype.
+            pinned: whether host memory is pinned; None: if the device is not a CPU.
 
         Raises:
-            OSError: it has to be a file, and the disk of the folder that it names is full.
+            OSError: the array has to be a file, and the disk is full; the error names the folder.
         """
         pinned = self.pinned if pinned is None else pinned
         size = torch.Size(shape).numel() * dtype.itemsize
-        taken = block_size(size) if pinned else size
-        spare = pinned and self.spare[taken] > 0
-        if self.limit is None or spare or self.used + taken <= self.limit:
+        block = block_size(size) if pinned else size
+        spare = pinned and self.spare[block] > 0
+        if self.limit is None or spare or self.used + block <= self.limit:
             if spare:
-                self.spare[taken] -= 1
+                self.spare[block] -= 1
             else:
-                self.used += taken
+                self.used += block
             array = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-            weakref.finalize(array, self._give_back, taken, pinned)
+            weakref.finalize(array, self._give_back, block, pinned)
             return array
         descriptor, path = tempfile.mkstemp(prefix="llm-barber-", suffix=".activations", dir=self.folder)
         try:
-            # A full disk is said here, not by a signal later; by systems that can (not macOS).
+            # A full disk raises an error here, not a signal later, on systems with posix_fallocate (not macOS).
             getattr(os, "posix_fallocate", _enlarge)(descriptor, 0, max(1, size))
             return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype).view(shape)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(Path(path).parent)) from error
         finally:
             os.close(descriptor)
-            os.unlink(path)  # it goes when it is not mapped any more, even if the process is killed
+            os.unlink(path)  # it vanishes once it is not mapped any more, even if the process is killed
 
-    def _give_back(self, taken: int, pinned: bool) -> None:
+    def _give_back(self, block: int, pinned: bool) -> None:
+        """Free the host memory of an array, or keep its pinned block as spare."""
         if pinned:
-            self.spare[taken] += 1
+            self.spare[block] += 1
         else:
-            self.used -= taken
+            self.used -= block
 
     def _give_back_room(self, size: int) -> None:
+        """Add the bytes of an array that is gone to the device's room."""
         self.room = None if self.room is None else self.room + size
 
 
 def _enlarge(descriptor: int, start: int, size: int) -> None:
+    """Enlarge a file without reserving its blocks, where there is no posix_fallocate."""
     os.ftruncate(descriptor, start + size)
 
 
 def block_size(size: int) -> int:
-    """Bytes of pinned memory that PyTorch takes for an array of so many: a power of two."""
+    """Bytes of pinned memory that PyTorch takes for an array of `size` bytes: the next power of two."""
     return 1 << max(0, size - 1).bit_length()

@@ -1,11 +1,10 @@
 """Causal attention in bfloat16 on a CPU as products of matrices, by blocks of queries.
 
-PyTorch's own kernel for CPUs reaches a tenth to a fifth of the rate of matrix products there, and was a third of a run.
-Here a block of queries is multiplied by all the keys up to it, those of all heads that share the keys together. Forward
-and back (an EPYC with AVX512-BF16, PyTorch 2.13, one and two threads), that is 1.0 times as fast with 32 heads of 128
-features and 2048 tokens, 1.2 to 1.5 times if each four of them share keys, 1.3 to 1.8 times with 9 heads of 64, 3 of
-keys, and 512 tokens. Only query, key and value are kept for the way back. Other attention is PyTorch's.
-`torch.func`'s transforms (`vmap`, `grad`) refuse it.
+PyTorch's own kernel for CPUs reaches a tenth to a fifth of the rate of matrix products. Here a block of queries is
+multiplied by all the keys up to it; heads that share keys are multiplied together. That is as fast with large heads
+that share no keys, and up to 1.8 times as fast with small heads that share keys (docs/notebook/speed.md). Only query,
+key and value are kept for the backward pass. All other attention goes to PyTorch's kernel. `torch.func`'s transforms
+(`vmap`, `grad`) refuse this function.
 """
 
 import math
@@ -21,34 +20,34 @@ from torch.overrides import TorchFunctionMode
 from llm_barber.model.device import multiplies_bfloat16
 
 QUERIES = 128  # in a block
-SOME = 8  # one of so many keys is looked at for a large score
+KEY_STEP = 8  # every eighth key is tried for a large score
 
 
 def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Within, attention goes by blocks of queries, if that is faster there."""
+    """Let attention go by blocks of queries within the context, if the device computes that faster."""
     faster = device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16(device)
     return BlockedAttention() if faster else nullcontext()
 
 
 class BlockedAttention(TorchFunctionMode):
-    """Within, `scaled_dot_product_attention` goes by blocks of queries where it can."""
+    """Lets `scaled_dot_product_attention` go by blocks of queries where it can, within the context."""
 
     def __torch_function__(
         self,
         function: Callable[..., Any],
         types: Iterable[type],
-        given: tuple[Any, ...] = (),
-        named: Mapping[str, Any] | None = None,
+        arguments: tuple[Any, ...] = (),
+        keywords: Mapping[str, Any] | None = None,
     ) -> Any:
-        """What `function` gives, by blocks if it is attention that can be had so."""
-        named = named or {}
-        if function is scaled_dot_product_attention and len(given) == 3 and _by_blocks(*given, **named):
-            query, key, value = given
-            scale = named.get("scale")
+        """Call the function; causal attention goes to `CausalAttention`."""
+        keywords = keywords or {}
+        if function is scaled_dot_product_attention and len(arguments) == 3 and _by_blocks(*arguments, **keywords):
+            query, key, value = arguments
+            scale = keywords.get("scale")
             return CausalAttention.apply(  # type: ignore[no-untyped-call]
                 query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
             )
-        return function(*given, **named)
+        return function(*arguments, **keywords)
 
 
 def _by_blocks(
@@ -60,12 +59,12 @@ def _by_blocks(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    **others: Any,
+    **unknown: Any,
 ) -> bool:
-    """Is it causal attention of whole sequences, which `CausalAttention` is made for?"""
+    """Test for causal attention of whole sequences in bfloat16 on a CPU, which `CausalAttention` computes."""
     return (
         is_causal
-        and not others
+        and not unknown
         and attn_mask is None
         and not dropout_p
         and query.device.type == "cpu"
@@ -78,19 +77,20 @@ def _by_blocks(
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(scale · Q Kᵀ, each query with the keys up to its own) V.
+    """softmax(scale · Q Kᵀ) V, where each query sees the keys up to its own.
 
-    Query: (sequences, heads, tokens, features); key and value: (sequences, key heads, tokens, their features), where
-    key heads divide heads; so is the result, with value's features. Scores are rounded to their dtype once a large one
-    of their row has been taken from them, so that those that count are small; sums over blocks are float32.
+    The query is (sequences, heads, tokens, features). Key and value are (sequences, key heads, tokens, features), each
+    with its own features; key heads divide heads. The result has the query's shape, with the value's features. A large
+    score of each row is subtracted before scores are rounded to their dtype, so that the scores that count are small.
+    Sums over blocks are float32.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:  # type: ignore[override]
-        """The weighted values."""
+        """Sum the weighted values."""
         heads = _Heads(query, key, value, scale)
         sequences, _, tokens, _ = query.shape
-        # In memory as layers go on with it, and as PyTorch's has it: (sequences, tokens, heads, features).
+        # In memory it is (sequences, tokens, heads, features), as layers read it and as PyTorch's kernel returns it.
         output = query.new_empty(sequences, tokens, *heads.queries.shape[1:3], value.shape[-1])
         for block in heads.blocks:
             weighted = torch.bmm(heads.probabilities(block), heads.values[:, : block.stop])
@@ -101,12 +101,12 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        """The gradients by query, key and value."""
+        """Gradients by query, key and value."""
         query, key, value = ctx.saved_tensors
         heads = _Heads(query, key, value, ctx.scale)
         by_query = torch.empty(heads.queries.shape, dtype=query.dtype)
         sums = torch.promote_types(query.dtype, torch.float32)
-        by_key, by_value = (torch.zeros(one.shape, dtype=sums) for one in (heads.keys, heads.values))
+        by_key, by_value = (torch.zeros(tensor.shape, dtype=sums) for tensor in (heads.keys, heads.values))
         by_output = torch.unflatten(gradient, 1, heads.queries.shape[1:3])
         for block in heads.blocks:
             seen = slice(block.stop)
@@ -126,12 +126,16 @@ class CausalAttention(torch.autograd.Function):
 
 
 class _Heads:
-    """Queries, (sequences, key heads, heads that share keys, tokens, features); keys and values, one matrix a head."""
+    """Queries, keys and values by head.
+
+    Queries are (sequences, key heads, heads that share keys, tokens, features); keys and values are (sequences · key
+    heads, tokens, features).
+    """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         self.queries = torch.unflatten(query, 1, (key.shape[1], -1))
-        self.keys, self.values = (one.reshape(-1, *one.shape[2:]) for one in (key, value))
-        # A power of two changes no bit of a query but its exponent; by the rest, scores are multiplied.
+        self.keys, self.values = (tensor.reshape(-1, *tensor.shape[2:]) for tensor in (key, value))
+        # Queries are multiplied by a power of two, which is exact; scores are multiplied by the rest of the scale.
         half, exponent = math.frexp(scale)
         self.rest, self.power = 2 * half, 2.0 ** (exponent - 1)
         tokens = query.shape[2]
@@ -139,25 +143,27 @@ class _Heads:
         self.later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
 
     def together(self, tensor: Tensor, block: slice) -> Tensor:
-        """A block of queries' rows, of heads that share keys below each other: a matrix for each key head."""
+        """Rows of a block of queries, one matrix per key head; heads that share keys lie below each other."""
         return tensor[..., block, :].reshape(len(self.keys), -1, tensor.shape[-1])
 
     def apart(self, rows: Tensor) -> Tensor:
-        """`together`'s rows, by head."""
+        """Undo `together`: view rows by head."""
         return rows.view(*self.queries.shape[:3], -1, rows.shape[-1])
 
     def probabilities(self, block: slice) -> Tensor:
-        """How much each query of a block makes of each key up to the block's end, `together`."""
+        """Weights of the keys up to the block's end for each query of the block, rows as of `together`."""
         queries = self.together(self.queries, block) * self.power
-        # The sum is rounded, not the product.
+        # baddbmm rounds the sum, not the product.
         scores = torch.baddbmm(-self._large(queries, block), queries, self.keys[:, : block.stop].transpose(1, 2))
         size = block.stop - block.start
         self.apart(scores)[..., block.start :].masked_fill_(self.later[:size, :size], -torch.inf)
         return torch.softmax(scores if self.rest == 1 else scores.mul_(self.rest), -1)
 
     def _large(self, queries: Tensor, block: slice) -> Tensor:
-        """Of each query a score that is about as large as its largest: of its own key, the first, and some between."""
-        some = self.keys[:, : max(block.start, 1) : SOME]
-        own = self.apart(queries) * torch.unflatten(self.keys[:, block], 0, self.queries.shape[:2]).unsqueeze(2)
-        earlier = torch.bmm(queries, some.transpose(1, 2)).amax(-1, keepdim=True)
-        return torch.maximum(own.sum(-1).view(earlier.shape), earlier)
+        """Score near the largest of each query: the maximum over its own key and every eighth earlier key."""
+        sampled = self.keys[:, : max(block.start, 1) : KEY_STEP]
+        with_own_key = self.apart(queries) * torch.unflatten(self.keys[:, block], 0, self.queries.shape[:2]).unsqueeze(
+            2
+        )
+        earlier = torch.bmm(queries, sampled.transpose(1, 2)).amax(-1, keepdim=True)
+        return torch.maximum(with_own_key.sum(-1).view(earlier.shape), earlier)

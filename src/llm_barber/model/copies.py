@@ -1,4 +1,4 @@
-"""Copies between arrays in host memory and a GPU, beside what is computed: batches come early, results leave late."""
+"""Copies between host memory and a GPU while it computes: batches come early, results leave late."""
 
 from collections import deque
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-UNDER_WAY = 2  # results that leave at a time
+COPIES_BACK = 2  # results that are copied back at a time
 Copied = tuple[Tensor, torch.cuda.Event | None]
 
 
@@ -14,37 +14,37 @@ class Copier(Protocol):
     """Copies in the background."""
 
     def start(self, values: Tensor) -> Copied:
-        """Begin to copy values of host memory to the device; beside what is computed, if they are pinned."""
+        """Start a copy of values in host memory to the device, which computes meanwhile if they are pinned."""
 
     def wait(self, copied: Copied) -> Tensor:
-        """The copy, whole for whatever is computed from now on."""
+        """Values of a copy; computations that start from now on see it complete."""
 
-    def start_back(self, values: Tensor, place: Tensor) -> None:
-        """Begin to copy values of the device to their place in host memory, once they are computed.
+    def start_back(self, values: Tensor, target: Tensor) -> None:
+        """Start a copy of values on the device, once they are computed, to `target` in host memory.
 
-        They must not be changed before they are there.
+        The values must not be changed before the copy is complete.
         """
 
     def wait_back(self) -> None:
-        """Return when all that was copied back is there."""
+        """Wait until all copies to host memory are complete."""
 
 
 class SideStreams:
-    """Copies on CUDA streams of their own, one for each direction."""
+    """Copies on two CUDA streams, one for each direction."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._there = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._back = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._to_device = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._to_host = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def start(self, values: Tensor) -> Copied:
-        """Begin to copy. Nothing is waited for: whoever reads an array has waited for what was copied back to it."""
-        with torch.cuda.stream(self._there):
-            return values.to(self._device, non_blocking=True), self._there.record_event()
+        """Start a copy. It waits for nothing: the reader of an array has waited for copies back to it."""
+        with torch.cuda.stream(self._to_device):
+            return values.to(self._device, non_blocking=True), self._to_device.record_event()
 
     def wait(self, copied: Copied) -> Tensor:
-        """Let the present stream wait; the copy's memory is not reused before that stream is done with it."""
+        """Let the present stream wait; the copy's memory is not reused before that stream has used it."""
         values, done = copied
         assert done is not None
         present = torch.cuda.current_stream(self._device)
@@ -52,38 +52,42 @@ class SideStreams:
         values.record_stream(present)
         return values
 
-    def start_back(self, values: Tensor, place: Tensor) -> None:
-        """Begin when the present stream has computed the values; their memory is not reused before they are copied."""
-        self._back.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._back):
-            place.copy_(values, non_blocking=True)
-            self._under_way.append(self._back.record_event())
-        values.record_stream(self._back)
-        if len(self._under_way) > UNDER_WAY:  # the process would run ahead, and results pile up on the device
+    def start_back(self, values: Tensor, target: Tensor) -> None:
+        """Start once the present stream has computed the values; their memory is not reused before the copy."""
+        self._to_host.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._to_host):
+            target.copy_(values, non_blocking=True)
+            self._under_way.append(self._to_host.record_event())
+        values.record_stream(self._to_host)
+        if len(self._under_way) > COPIES_BACK:  # otherwise the process runs ahead, and results pile up on the device
             self._under_way.popleft().synchronize()
 
     def wait_back(self) -> None:
-        """Let the process wait."""
-        self._back.synchronize()
+        """Let the process wait for all copies back."""
+        self._to_host.synchronize()
         self._under_way.clear()
 
 
 class Copies:
-    """Reads and writes batches of arrays, and guesses which is read next: as many rows, as far on as the last time."""
+    """Reads and writes batches of arrays, and reads ahead the batch that is likely next.
+
+    The next batch is taken to have as many rows as the last batch, and to follow it at the same distance as that
+    batch followed the one before.
+    """
 
     def __init__(self, copier: Copier) -> None:
         self._copier = copier
         self._coming: dict[str, tuple[slice, Copied]] = {}
         self._leaving: dict[str, list[slice]] = {}
-        self._latest: dict[str, tuple[slice, int]] = {}  # what was read, and how far on the next is taken to be
+        self._latest: dict[str, tuple[slice, int]] = {}  # the last batch, and the distance to the next one
 
     def read(self, name: str, array: Tensor, batch: slice) -> Tensor:
-        """A batch, on the device.
+        """Read a batch to the device.
 
         Args:
-            name: of the array.
+            name: the array's name.
             array: (sequences, …), in host memory.
-            batch: which sequences, without gaps.
+            batch: the sequences, without gaps.
         """
         following = self._following(name, batch, len(array))
         self.settle(name, batch, following)
@@ -95,24 +99,25 @@ class Copies:
         return self._copier.wait(copied)
 
     def _following(self, name: str, batch: slice, count: int) -> slice:
+        """Guess the batch that follows `batch`, of an array with `count` sequences; note the batch."""
         size = batch.stop - batch.start
-        latest, on = self._latest.get(name, (slice(0, 0), 0))
+        latest, distance = self._latest.get(name, (slice(0, 0), 0))
         if size != latest.stop - latest.start:
-            on = size
+            distance = size
         elif batch.start > latest.start:
-            on = batch.start - latest.start
-        self._latest[name] = batch, on
-        start = batch.start + on
+            distance = batch.start - latest.start
+        self._latest[name] = batch, distance
+        start = batch.start + distance
         return slice(min(start, count), min(start + size, count))
 
     def write(self, name: str, array: Tensor, batch: slice, values: Tensor) -> None:
-        """Copy a batch to an array in host memory: it is there once the array has settled, and must not change before.
+        """Start to copy a batch to an array in host memory; `settle` waits until the copy is complete.
 
         Args:
-            name: of the array.
-            array: (sequences, …).
-            batch: which sequences, without gaps.
-            values: on the device; the array's dtype.
+            name: the array's name.
+            array: (sequences, …), in host memory.
+            batch: the sequences, without gaps.
+            values: the batch on the device, in the array's dtype; they must not change before the copy is complete.
         """
         if name in self._coming and _overlap(self._coming[name][0], batch):
             del self._coming[name]
@@ -120,22 +125,22 @@ class Copies:
         self._copier.start_back(values, array[batch])
 
     def settle(self, name: str, *batches: slice) -> None:
-        """Wait until the array, or these rows of it, are what was written to them."""
+        """Wait until all that was written to the array, or to these batches of it, is in host memory."""
         leaving = self._leaving.get(name, [])
-        if any(not batches or any(_overlap(one, batch) for batch in batches) for one in leaving):
+        if any(not batches or any(_overlap(written, batch) for batch in batches) for written in leaving):
             self._copier.wait_back()
             self._leaving.clear()
 
     def forget(self, name: str) -> None:
-        """Let go of an array: it becomes another, or changes in another way."""
+        """Forget an array, which is replaced or changed otherwise; wait for what was written to it."""
         self.settle(name)
         self._coming.pop(name, None)
         self._latest.pop(name, None)
 
     def forget_guesses(self) -> None:
-        """Let go of what is on the device and not asked for yet."""
+        """Free the batches on the device that were read ahead."""
         self._coming.clear()
 
 
-def _overlap(one: slice, other: slice) -> bool:
-    return bool(one.start < other.stop and other.start < one.stop)
+def _overlap(first: slice, second: slice) -> bool:
+    return bool(first.start < second.stop and second.start < first.stop)

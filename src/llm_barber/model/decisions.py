@@ -1,4 +1,4 @@
-"""What a user decides of a model's structure (`--layers`, `--blocks`), checked against the model."""
+"""Checks of the structure that a user states (`--layers`, `--blocks`) against the model."""
 
 from torch import Tensor, nn
 
@@ -12,22 +12,22 @@ OUTPUT_HINT = "the output is a module that holds the linears, or the last of the
 
 
 def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
-    """Refuse blocks that no layer has.
+    """Refuse blocks that do not fit the layers.
 
     Raises:
-        SettingsError: a block, or a linear of one, is not there, or is there twice, or does not lead to its output.
+        SettingsError: a block, or a linear of a block, is in no layer, or is named twice, or lies outside its output.
     """
     assert isinstance(layers, nn.ModuleList)
     record = Architecture("", blocks)
-    every = [block for layer in layers for block in record.blocks_of(layer)]
+    present = [block for layer in layers for block in record.blocks_of(layer)]
     for block in blocks:
-        if block.output not in {one.output for one in every}:
+        if block.output not in {of_layer.output for of_layer in present}:
             raise SettingsError(
                 message("{blocks}: no layer has a module {output!r}", output=block.output), _paths_hint(layers[0])
             )
         for linear in block.linears:
             pattern = linear.split(".*.")
-            if not any(_stands_for(pattern, name) for one in every for name in one.linears):
+            if not any(_stands_for(pattern, name) for of_layer in present for name in of_layer.linears):
                 raise SettingsError(
                     message("{blocks}: no layer has a linear {linear!r}", linear=linear), _paths_hint(layers[0])
                 )
@@ -39,11 +39,11 @@ def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
             message("{blocks}: {linear!r} is there twice", linear=twice[0]), "each linear belongs to one block"
         )
     outputs = [block.output for block in blocks]
-    for one in outputs:
-        inside = [other for other in outputs if other.startswith(f"{one}.")]
+    for output in outputs:
+        inside = [inner for inner in outputs if inner.startswith(f"{output}.")]
         if inside:
             raise SettingsError(
-                message("{blocks}: {inner!r} is inside {outer!r}", inner=inside[0], outer=one),
+                message("{blocks}: {inner!r} is inside {outer!r}", inner=inside[0], outer=output),
                 "one block follows another",
             )
     shared = sorted({output for output in outputs if outputs.count(output) > 1})
@@ -54,24 +54,25 @@ def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
 
 
 def _check_block(block: Block, layers: nn.ModuleList) -> None:
-    """Refuse what is no linear, and linears that are not inside their block's output."""
+    """Refuse modules that are not linears, and linears that are not inside their block's output."""
     for layer in layers:
-        for one in Architecture("", (block,)).blocks_of(layer):
-            for linear in one.linears:
+        for of_layer in Architecture("", (block,)).blocks_of(layer):
+            for linear in of_layer.linears:
                 if not is_linear(layer.get_submodule(linear)):
                     raise SettingsError(
                         message("{blocks}: {linear!r} is not a linear", linear=linear), _paths_hint(layer)
                     )
-                if is_linear(layer.get_submodule(one.output)):
-                    inside = one.output in one.linears
+                if is_linear(layer.get_submodule(of_layer.output)):
+                    inside = of_layer.output in of_layer.linears
                 else:
-                    inside = linear.startswith(f"{one.output}.")
+                    inside = linear.startswith(f"{of_layer.output}.")
                 if not inside:
                     outside = "{blocks}: {linear!r} is not inside {output!r}, the output of its block"
-                    raise SettingsError(message(outside, linear=linear, output=one.output), OUTPUT_HINT)
+                    raise SettingsError(message(outside, linear=linear, output=of_layer.output), OUTPUT_HINT)
 
 
 def _stands_for(pattern: list[str], name: str) -> bool:
+    """Test whether a linear's name, split at `.*.`, stands for a name."""
     return name == pattern[0] if len(pattern) == 1 else name.startswith(pattern[0]) and name.endswith(pattern[1])
 
 
@@ -80,16 +81,16 @@ def _paths_hint(layer: nn.Module) -> str:
 
 
 def check_layers(model: nn.Module, path: str) -> str:
-    """The path of the decoder layers, as it was given.
+    """Return the path of the decoder layers, if a module list is there.
 
     Raises:
-        SettingsError: there is no list of modules.
+        SettingsError: the path is not that of a module list.
     """
     try:
-        found = model.get_submodule(path)
+        layers = model.get_submodule(path)
     except AttributeError:
-        found = None
-    if not isinstance(found, nn.ModuleList):
+        layers = None
+    if not isinstance(layers, nn.ModuleList):
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise SettingsError(
             message("{layers} is not a list of layers", layers=SettingName("layers", path)),
@@ -99,14 +100,14 @@ def check_layers(model: nn.Module, path: str) -> str:
 
 
 def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
-    """Refuse blocks that a layer does not compute in their order, or whose linears do not lead to their output.
+    """Refuse blocks that layers compute in another order, or whose output ignores one of their linears.
 
     Args:
-        skeleton: with these blocks; it has embedded one sequence of `stepping.TOKENS` tokens.
-        hidden: what its first layer is given, (1, tokens, hidden).
+        skeleton: a model with these blocks that has embedded one sequence of `stepping.TOKENS` tokens.
+        hidden: input of the first layer, (1, tokens, hidden).
 
     Raises:
-        SettingsError: a layer does otherwise.
+        SettingsError: the blocks do not fit a layer.
     """
     for index in first_of_each_kind(skeleton.layers):
         outputs = [block.output for block in skeleton.blocks[index]]

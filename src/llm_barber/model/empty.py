@@ -1,4 +1,4 @@
-"""The empty model of a configuration: the module tree that transformers builds, with parameters on `meta`."""
+"""Empty model of a configuration: transformers' module tree, with parameters on `meta`."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -22,24 +22,24 @@ from transformers import (
 from llm_barber.errors import ModelError
 from llm_barber.model.experts import split_experts
 
-HUGE = 2**27  # numbers
-MOST_MODULES = 2**18  # of a model before its experts get linears of their own
+HUGE = 2**27  # numbers in a tensor; no buffer is larger
+MOST_MODULES = 2**18  # in a model, before experts are split into linears
 INITIALISING = ("torch.nn.init", "transformers.initialization")
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The module tree that transformers builds, parameters on `meta`, experts with linears of their own.
+    """Build the module tree with parameters on `meta`; each expert has its own linears.
 
     Raises:
-        ModelError: it is no language model, or it has more modules or larger buffers than any.
-        whatever transformers does.
+        ModelError: the model is no language model, or has more modules or larger buffers than any.
+        Exception: any error that transformers raises.
     """
     kind = auto_class(config)
-    # Buffers (rotary frequencies) are in no checkpoint: they are made for real, parameters are not.
+    # Buffers (rotary frequencies) are in no checkpoint: they are computed. Parameters stay on `meta`.
     with init_empty_weights(include_buffers=False), _OnMeta(), _bounded():
         try:
             model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        except ValueError:  # a family whose attention is written out
+        except ValueError:  # a family with its own attention code
             model = kind.from_config(config, dtype=dtype, attn_implementation="eager")
     split_experts(model)
     model.tie_weights()
@@ -49,14 +49,14 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """What transformers builds and loads the model with: `AutoModelForCausalLM`, or, with images, another.
+    """Auto class that builds and loads the model: for language models, or for models that take images.
 
     Raises:
-        ModelError: neither does.
+        ModelError: neither class does.
     """
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    # A checkpoint says which it is, where both are: its language model alone, or all of it.
+    # If both classes know the configuration, it says whether the checkpoint is the language model alone or all of it.
     if with_images is not None and with_images is not causal and with_images.__name__ in (config.architectures or ()):
         return AutoModelForImageTextToText
     if causal is not None:
@@ -71,7 +71,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Stop transformers from making modules without end, whatever the setting that asks for them."""
+    """Refuse configurations that let transformers build modules without end."""
     count = 0
 
     def note(*_: Any) -> None:
@@ -91,53 +91,53 @@ def _bounded() -> Iterator[None]:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Tensors that no buffer is as large as are made on `meta` at once: stacks of experts may be larger than memory.
+    """Creates tensors larger than any buffer on `meta`: stacks of experts may be larger than memory.
 
-    Those that are there are not initialised, which takes a millisecond each and changes nothing.
+    Tensors on `meta` are not initialised, which would take a millisecond each.
     """
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), settings: dict[str, Any] | None = None
     ) -> Any:
         settings = settings or {}
-        made = settings.get("tensor") if getattr(function, "__module__", None) in INITIALISING else None
-        if made is not None and made.is_meta:
-            return made
-        if function is torch.arange and any(isinstance(one, int | float) and one > HUGE for one in arguments):
+        tensor = settings.get("tensor") if getattr(function, "__module__", None) in INITIALISING else None
+        if tensor is not None and tensor.is_meta:
+            return tensor
+        if function is torch.arange and any(isinstance(value, int | float) and value > HUGE for value in arguments):
             raise ModelError("config.json describes a buffer of more numbers than any model has", "get it again")
         if function in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
             size = arguments[0] if arguments and isinstance(arguments[0], tuple | list) else arguments
-            if all(isinstance(one, int) for one in size) and math.prod(size) > HUGE:
+            if all(isinstance(side, int) for side in size) and math.prod(size) > HUGE:
                 settings = {**settings, "device": "meta"}
         return function(*arguments, **settings)
 
 
 def language_model_prefix(model: PreTrainedModel) -> str:
-    """What the names begin with that lie beside the token embedding: those of the language model; "": all do."""
+    """Prefix of the names of modules beside the token embedding, the language model's; it may be empty."""
     embedding = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embedding)
     return path.rpartition(".")[0] + "." if "." in path else ""
 
 
 def untie_head(model: PreTrainedModel, stored: Mapping[str, str]) -> None:
-    """Give the output head a parameter of its own, where it would be tied and a checkpoint has both: they may differ.
+    """Untie the output head from the embedding if the checkpoint stores both, since they may differ.
 
-    transformers does so, too, if they do.
+    transformers unties them if they differ.
 
     Args:
-        model: without weights.
-        stored: the checkpoint's tensors, by the names of the model's parameters.
+        model: the model, without weights.
+        stored: names of the checkpoint's tensors by the names of the model's parameters.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
-    places = [stored.get(f"{name}.weight") for name, one in model.named_modules() if one in (head, embedding)]
-    if tied and None not in places and len(set(places)) > 1:
+    names = [stored.get(f"{name}.weight") for name, module in model.named_modules() if module in (head, embedding)]
+    if tied and None not in names and len(set(names)) > 1:
         model.config.tie_word_embeddings = False
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
 
 
 def join_tied_linears(model: nn.Module) -> None:
-    """Put one module where two linears have the same parameters: what it is called with is then seen as its own."""
+    """Merge linears that share their parameters into one module, so that hooks see all its calls."""
     first: dict[tuple[int, int], nn.Module] = {}
     for module in list(model.modules()):
         for name, child in module.named_children():

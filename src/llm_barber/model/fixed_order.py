@@ -1,7 +1,8 @@
 """Gradients that a GPU adds up in a fixed order, so that a run gives the same bytes again.
 
-CUDA's usual backward pass of attention, and a few other operations, add up in whatever order their threads come.
-PyTorch has others in their place, for most; where it has none the run goes on without, and says so.
+CUDA's usual backward pass of attention, and a few other operations, add up in the order in which threads arrive.
+PyTorch has deterministic operations in place of most of them. Where it has none, the run goes on without a fixed
+order, and says so.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,40 +11,40 @@ from typing import TypeVar
 
 import torch
 
-# As PyTorch says it: of operations, and of cuBLAS, if the program used it before it was told how (`model/device.py`).
-NONE_THERE = ("does not have a deterministic implementation", "not deterministic because it uses CuBLAS")
-Found = TypeVar("Found")
+# Parts of PyTorch's errors: of an operation, and of cuBLAS, if it was used before its setting (`model/device.py`).
+NOT_DETERMINISTIC = ("does not have a deterministic implementation", "not deterministic because it uses CuBLAS")
+Result = TypeVar("Result")
 
 
 class FixedOrder:
-    """Whether sums are wanted in a fixed order, and whether that was found to be impossible (`unavailable`)."""
+    """Compute with sums in a fixed order, if `enabled`; `unavailable` once an operation lacked one."""
 
     def __init__(self, enabled: bool = False) -> None:
         self.enabled = enabled
         self.unavailable = False
 
-    def compute(self, once: Callable[[], Found], undo: Callable[[], None]) -> Found:
-        """What `once` gives, with operations of CUDA that add up in a fixed order, if that is wanted and they can.
+    def compute(self, function: Callable[[], Result], undo: Callable[[], None]) -> Result:
+        """Call a function, in a fixed order if that is enabled and available; return its result.
 
         Args:
-            once: computes; may be called again.
-            undo: takes back what `once` has done when it was in vain.
+            function: the computation; it is called again, without a fixed order, if an operation has none.
+            undo: undoes the side effects of the failed call.
         """
         if self.enabled and not self.unavailable:
             try:
                 with in_fixed_order():
-                    return once()
+                    return function()
             except RuntimeError as error:
-                if not any(words in str(error) for words in NONE_THERE):
+                if not any(text in str(error) for text in NOT_DETERMINISTIC):
                     raise
             self.unavailable = True
             undo()
-        return once()
+        return function()
 
 
 @contextmanager
 def in_fixed_order() -> Iterator[None]:
-    """Within, operations of CUDA add up in a fixed order, or raise a RuntimeError."""
+    """Let CUDA operations add up in a fixed order, or raise a RuntimeError, within the context."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # a module's property
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it

@@ -1,4 +1,4 @@
-"""From outputs of a layer's run: reconstruction errors, and gradients by the outputs of its linears."""
+"""Reconstruction errors of outputs, and gradients by the outputs of linears."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,54 +10,67 @@ from llm_barber.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Ends:
-    """The input, detached, and the output, in the graph, of a call of a linear."""
+class LinearCall:
+    """One call of a linear: its input, detached, and its output, in the graph."""
 
     name: str
     inputs: Tensor
     output: Tensor
 
 
-def reconstruction_errors(dense: Tensor, other: Tensor) -> Tensor:
+def reconstruction_errors(dense: Tensor, output: Tensor) -> Tensor:
     """mean((y_dense − y)²) over tokens and channels of each sequence (arXiv 2408.10631).
 
-    Takes (sequences, tokens, hidden), gives float32 of shape (sequences,).
+    Takes outputs of shape (sequences, tokens, hidden); returns float32 of shape (sequences,).
     """
-    return mean_squares(dense.float() - other.float())
+    return mean_squares(dense.float() - output.float())
 
 
 def by_linear(
-    ends: list[Ends], gradients: Sequence[Tensor | None], sequences: int, of: str
+    calls: list[LinearCall], gradients: Sequence[Tensor | None], sequences: int, module: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs, and gradients of the outputs, (sequences, tokens, features), by linear.
+    """Inputs, and gradients by the outputs, of each linear, both (sequences, tokens, features).
 
-    Of several calls they follow each other as tokens; a call whose output has no gradient is left out.
+    Several calls of a linear follow each other as more tokens; a call without a gradient is left out.
+
+    Args:
+        calls: the calls of the linears.
+        gradients: the gradient by the output of each call; None: the loss does not depend on it.
+        sequences: number of sequences.
+        module: the module whose output the gradients are of, for the error.
 
     Raises:
-        ModelError: no call of a linear has one; `of` is whose output that is.
+        ModelError: no call of some linear has a gradient.
     """
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for end, gradient in zip(ends, gradients, strict=True):
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for call, gradient in zip(calls, gradients, strict=True):
         if gradient is not None:
-            both = by_sequence(end.inputs, sequences), by_sequence(gradient, sequences)
-            calls.setdefault(end.name, []).append(both)
-    for end in ends:
-        if end.name not in calls:
-            raise ModelError(f"the output of {of} has no gradient by {end.name}", f"--exclude '{end.name}$'")
-    return {name: _joined(found) for name, found in calls.items()}
+            pair = by_sequence(call.inputs, sequences), by_sequence(gradient, sequences)
+            pairs.setdefault(call.name, []).append(pair)
+    for call in calls:
+        if call.name not in pairs:
+            raise ModelError(f"the output of {module} has no gradient by {call.name}", f"--exclude '{call.name}$'")
+    return {name: _join_tokens(of_linear) for name, of_linear in pairs.items()}
 
 
-def _joined(calls: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(calls) == 1:
-        return calls[0]
-    inputs, gradients = zip(*calls, strict=True)
+def _join_tokens(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join inputs and gradients of several calls along the tokens."""
+    if len(pairs) == 1:
+        return pairs[0]
+    inputs, gradients = zip(*pairs, strict=True)
     return torch.cat(inputs, 1), torch.cat(gradients, 1)
 
 
 def scaled_by_sequence(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each sequence scaled to at most 1, so that nothing underflows in half precision; and the scale, float32.
+    """Scale each sequence to at most 1, so that nothing underflows in half precision.
 
-    It is a power of two, so that this is exact. Takes float32 (sequences, tokens, hidden).
+    Args:
+        gradient: float32, (sequences, tokens, hidden).
+        dtype: the dtype to convert to.
+
+    Returns:
+        The scaled gradient, and the scale of each sequence, float32 (sequences,): a power of two, so that scaling is
+        exact.
     """
     peak = torch.linalg.vector_norm(gradient, torch.inf, dim=(1, 2))
     scale = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent)
@@ -65,11 +78,11 @@ def scaled_by_sequence(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def mean_squares(values: Tensor) -> Tensor:
-    """Mean over tokens and channels of the squares, (sequences,), without an array of squares."""
+    """Mean square over tokens and channels, (sequences,), without an array of squares."""
     norms: Tensor = torch.linalg.vector_norm(values, dim=(1, 2))
     return norms.square_() / values[0].numel()
 
 
 def by_sequence(activations: Tensor, sequences: int) -> Tensor:
-    """(sequences, tokens, features) from activations that some layers flatten to (sequences · tokens, features)."""
+    """Reshape to (sequences, tokens, features); some layers flatten to (sequences · tokens, features)."""
     return activations.reshape(sequences, -1, activations.shape[-1])

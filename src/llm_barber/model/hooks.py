@@ -1,81 +1,123 @@
-"""Look into a decoder layer while it runs: notes of what passes its modules, early ends, kept outputs for new ones."""
+"""Hooks on a decoder layer's modules: note inputs and outputs, end a run early, replay kept outputs."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_barber.model.architecture import Block
-from llm_barber.model.gradients import Ends, by_sequence
+from llm_barber.model.gradients import LinearCall, by_sequence
+
+InputVisitor = Callable[[str, Tensor], None]
 
 
 class Reached(Exception):  # noqa: N818 - a signal, not an error
-    """What the run came for is there."""
+    """Ends a run that has computed what it was started for."""
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Calls of the linears of a run.
+
+    Attributes:
+        groups: names of linears, in the order of calls; those that read the same tensor together.
+        waiting: names of the linears that were not called yet.
+    """
+
+    groups: list[list[str]]
+    waiting: set[str]
 
 
 class LayerHooks:
-    """What can be put on the modules of a layer for a while.
+    """Hooks on the modules of a layer, each for as long as its context lasts.
 
     Args:
         module: the layer.
-        called_again: linears that are modules of several names.
+        called_again: linears that are the modules of several names, and so are called several times.
     """
 
     def __init__(self, module: nn.Module, called_again: Collection[str]) -> None:
         self._module = module
         self._called_again = frozenset(called_again)
-        # The rest of a block's output tuple (attention weights), by block: what a replay has to hand back.
+        # By block, what follows the states in its output tuple (attention weights): a replay returns it, too.
         self._output_tail: dict[str, tuple[Any, ...] | list[Any] | None] = {}
-        self._flattened: dict[str, bool] = {}
+        self._flattened: dict[str, bool] = {}  # by block: its output is (sequences · tokens, hidden)
+
+    @contextmanager
+    def visited(self, linears: Collection[str], sequences: int, visitor: InputVisitor) -> Iterator[Visits]:
+        """Hand each linear's input, (sequences, tokens, in), to `visitor`; the last linear ends the run.
+
+        Linears that read the same tensor are handed the same object.
+        """
+        visits = Visits([], set(linears))
+        latest: list[Tensor] = []  # the tensor that was read last, and the same by sequence
+
+        def visit(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
+                if not latest or positional[0] is not latest[0]:
+                    latest[:] = positional[0], by_sequence(positional[0], sequences)
+                    visits.groups.append([])
+                if name in visits.waiting:
+                    visits.groups[-1].append(name)
+                visitor(name, latest[1])
+                visits.waiting.discard(name)
+                if not visits.waiting and not self._called_again.intersection(linears):
+                    raise Reached
+
+            return hook
+
+        with removed(*(self._module.get_submodule(name).register_forward_pre_hook(visit(name)) for name in linears)):
+            yield visits
 
     @contextmanager
     def noted(self, names: Collection[str], sequences: int, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Put linears' inputs, (sequences, tokens, in), in the mapping as they run; `stop`: and end the run then.
+        """Collect the inputs of linears, (sequences, tokens, in), in the mapping that is yielded.
 
-        What a linear is called with again follows as more tokens.
+        Inputs of further calls of a linear follow as more tokens. With `stop` the run ends after the last input.
         """
-        found: dict[str, Tensor] = {}
+        collected: dict[str, Tensor] = {}
 
         def note(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
                 inputs = by_sequence(positional[0], sequences)
-                found[name] = torch.cat([found[name], inputs], 1) if name in found else inputs
-                if stop and len(found) == len(names) and not self._called_again.intersection(names):
+                collected[name] = torch.cat([collected[name], inputs], 1) if name in collected else inputs
+                if stop and len(collected) == len(names) and not self._called_again.intersection(names):
                     raise Reached
 
             return hook
 
         with removed(*(self._module.get_submodule(name).register_forward_pre_hook(note(name)) for name in names)):
-            yield found
+            yield collected
 
     @contextmanager
-    def recorded(self, linears: tuple[str, ...]) -> Iterator[list[Ends]]:
-        """Note what goes into linears and comes out of them, call by call."""
-        ends: list[Ends] = []
+    def recorded(self, linears: tuple[str, ...]) -> Iterator[list[LinearCall]]:
+        """Collect the calls of linears, with their inputs and outputs, in the list that is yielded."""
+        calls: list[LinearCall] = []
 
         def record(name: str) -> Callable[..., Tensor]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                # Weights ask for no gradient, so that autograd forms none; the graph starts at the first outputs.
+                # Weights require no gradient, so that autograd forms none: the graph starts at the first outputs.
                 output = output if output.requires_grad else output.requires_grad_()
-                ends.append(Ends(name, positional[0].detach(), output))
+                calls.append(LinearCall(name, positional[0].detach(), output))
                 return output
 
             return hook
 
         with removed(*(self._module.get_submodule(name).register_forward_hook(record(name)) for name in linears)):
-            yield ends
+            yield calls
 
     @contextmanager
-    def stop_at(self, block: Block, found: list[Tensor], sequences: int, stop: bool = True) -> Iterator[None]:
-        """Put the block's output in `found`, and end the run there."""
+    def stop_at(self, block: Block, outputs: list[Tensor], sequences: int, stop: bool = True) -> Iterator[None]:
+        """Append the block's output, (sequences, tokens, hidden), to `outputs`; with `stop`, end the run."""
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensor = output if isinstance(output, Tensor) else output[0]
             self._output_tail[block.output] = None if isinstance(output, Tensor) else output[1:]
             self._flattened[block.output] = tensor.dim() == 2
-            found.append(by_sequence(tensor, sequences))
+            outputs.append(by_sequence(tensor, sequences))
             if stop:
                 raise Reached
 
@@ -84,7 +126,7 @@ class LayerHooks:
 
     @contextmanager
     def replayed(self, replays: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let modules answer with kept outputs instead of computing them."""
+        """Let modules return kept outputs, (sequences, tokens, hidden) by path, instead of computing them."""
         modules = [self._module.get_submodule(path) for path in replays]
         for module, (path, output) in zip(modules, replays.items(), strict=True):
             tensor = output.flatten(0, 1) if self._flattened[path] else output
@@ -101,7 +143,7 @@ class LayerHooks:
 
 @contextmanager
 def removed(*handles: Any) -> Iterator[None]:
-    """Hooks that are taken off at the end."""
+    """Remove hooks at the end of the context."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""An empty model on `meta`: it embeds the calibration tokens, then takes one decoder layer's weights in and out."""
+"""Empty model on `meta`: it embeds the calibration tokens, then loads one decoder layer at a time."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -15,11 +15,11 @@ from llm_barber.model.fixed_order import FixedOrder
 from llm_barber.model.stepping import (
     Arguments,
     Stepping,
-    answer,
     capture,
     depends_on_tokens,
     different_tensors,
     find_stepping,
+    layer_output,
 )
 from llm_barber.model.text_parameters import TextParameters, find_text_parameters
 
@@ -30,9 +30,9 @@ class Skeleton:
     Args:
         config: the model's configuration.
         architecture: its record.
-        device: where layers are computed.
-        dtype: what they are computed in.
-        model: what `empty_model` made of both, if it has been made.
+        device: the device that computes layers.
+        dtype: the compute dtype.
+        model: result of `empty_model(config, dtype)`; None: computed here.
     """
 
     def __init__(
@@ -51,41 +51,42 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        # What follows the states in what each layer returns, once it has run: see `DecoderLayer.tail`.
+        # `DecoderLayer.tail` of each layer that has run.
         self.tails: dict[int, int | None] = {}
-        self.stepping: Stepping | None = None  # once it has embedded tokens
+        self.stepping: Stepping | None = None  # known once tokens were embedded
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
         self.blocks = [architecture.blocks_of(layer) for layer in self.layers]
-        # Keyword arguments of each layer's call, by (sequences, tokens).
+        # By (sequences, tokens): keyword arguments of each layer's call.
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     @property
     def all_outside_names(self) -> list[str]:
-        """Parameters outside the decoder layers; tied ones once."""
+        """Names of the parameters outside the decoder layers; tied parameters once."""
         return [name for name, _ in self.model.named_parameters() if not name.startswith(self.layers_prefix)]
 
     @property
     def outside_names(self) -> list[str]:
-        """Parameters outside the decoder layers that embed text: those beside the embedding, and what else is used.
+        """Names of the parameters outside the decoder layers that embed text.
 
-        The output head's are not among them, unless it is the embedding.
+        They are the parameters beside the embedding and others that the forward uses. Parameters of the output head
+        are left out, unless it is tied to the embedding.
         """
         head = self._parameters_of_head
         embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
-        parameters, beside = dict(self.model.named_parameters()), language_model_prefix(self.model)
+        parameters, prefix = dict(self.model.named_parameters()), language_model_prefix(self.model)
         used = self._text_parameters.embedding
         return [
             name
             for name in self.all_outside_names
-            if (name.startswith(beside) or name in used) and id(parameters[name]) not in head - embedding
+            if (name.startswith(prefix) or name in used) and id(parameters[name]) not in head - embedding
         ]
 
     @property
     def outside_names_and_head(self) -> list[str]:
-        """`outside_names`, the output head's parameters and what lies between layers and head; tied ones once."""
-        parameters, others = dict(self.model.named_parameters()), {*self.outside_names, *self._text_parameters.logits}
+        """`outside_names`, and the parameters of the head and between layers and head; tied parameters once."""
+        parameters, used = dict(self.model.named_parameters()), {*self.outside_names, *self._text_parameters.logits}
         head = self._parameters_of_head
-        return [name for name in self.all_outside_names if name in others or id(parameters[name]) in head]
+        return [name for name in self.all_outside_names if name in used or id(parameters[name]) in head]
 
     @cached_property
     def _text_parameters(self) -> TextParameters:
@@ -98,31 +99,31 @@ class Skeleton:
 
     @property
     def head_name(self) -> str:
-        """The path of the output head.
+        """Path of the output head.
 
         Raises:
-            ModelError: there is none that is a matrix.
+            ModelError: the model has no output head that is a linear.
         """
         head = self.model.get_output_embeddings()
-        found = [name for name, module in self.model.named_modules() if module is head]
-        if not found or not isinstance(head, nn.Linear):
+        names = [name for name, module in self.model.named_modules() if module is head]
+        if not names or not isinstance(head, nn.Linear):
             raise ModelError(f"{type(self.model).__name__} has no output head that is a linear", "leave it dense")
-        return str(found[0])
+        return str(names[0])
 
     @property
     def head(self) -> nn.Linear:
         """The output head."""
-        found = self.model.get_submodule(self.head_name)
-        assert isinstance(found, nn.Linear)
-        return found
+        head = self.model.get_submodule(self.head_name)
+        assert isinstance(head, nn.Linear)
+        return head
 
     @property
     def layers_prefix(self) -> str:
-        """What stands before a layer's number in the names of its parameters."""
+        """Prefix of a layer's number in the names of its parameters."""
         return f"{self.architecture.layers}."
 
     def layer_prefix(self, index: int) -> str:
-        """What stands before the names of a layer's parameters in the model."""
+        """Prefix of the names of a layer's parameters in the model."""
         return f"{self.layers_prefix}{index}."
 
     def layer_names(self, index: int) -> list[str]:
@@ -130,82 +131,83 @@ class Skeleton:
         return [name for name, _ in self.layers[index].named_parameters()]
 
     def buffer_names(self, index: int) -> list[str]:
-        """Names of a layer's buffers that checkpoints have, inside the layer."""
+        """Names of a layer's buffers that checkpoints contain, inside the layer."""
         return stored_buffer_names(self.layers[index])
 
     def linears(self, index: int) -> tuple[str, ...]:
-        """The prunable linears of a layer, block after block."""
+        """Prunable linears of a layer, block after block."""
         return tuple(name for block in self.blocks[index] for name in block.linears)
 
     def names_in_other_layers(self) -> list[tuple[str, str]]:
-        """Parameters of layers that are another module's, too, in another layer or, if it is no linear, in its own.
+        """Shared parameters of layers, each with its first name.
 
-        Each with its other name.
+        Such a parameter belongs to modules of several layers, or to several modules of one layer. A linear that one
+        layer uses under several names is a single module, and left out.
         """
         first = {id(parameter): name for name, parameter in self.layers.named_parameters()}
-        found = []
+        shared = []
         for name, parameter in self.layers.named_parameters(remove_duplicate=False):
-            path, other = name.rpartition(".")[0], first[id(parameter)].rpartition(".")[0]
-            same = self.layers.get_submodule(path) is self.layers.get_submodule(other)
-            if not same or path.partition(".")[0] != other.partition(".")[0]:
-                found.append((name, first[id(parameter)]))
-        return found
+            path, first_path = name.rpartition(".")[0], first[id(parameter)].rpartition(".")[0]
+            same = self.layers.get_submodule(path) is self.layers.get_submodule(first_path)
+            if not same or path.partition(".")[0] != first_path.partition(".")[0]:
+                shared.append((name, first[id(parameter)]))
+        return shared
 
     def other_names(self, index: int, linear: str) -> list[str]:
-        """The other paths, inside a layer, of a linear that has several."""
+        """Further paths, inside a layer, of a linear that has several."""
         return [path for path in self._paths[index][id(self.layers[index].get_submodule(linear))] if path != linear]
 
     @cached_property
     def _paths(self) -> list[dict[int, list[str]]]:
-        """Of each layer, the paths of its modules."""
-        found: list[dict[int, list[str]]] = [{} for _ in self.layers]
-        for paths, layer in zip(found, self.layers, strict=True):
+        """Paths of the modules of each layer, by the module's identity."""
+        by_layer: list[dict[int, list[str]]] = [{} for _ in self.layers]
+        for paths, layer in zip(by_layer, self.layers, strict=True):
             for path, module in layer.named_modules(remove_duplicate=False):
                 paths.setdefault(id(module), []).append(path)
-        return found
+        return by_layer
 
     def fill_outside(self, weights: Mapping[str, Tensor]) -> None:
-        """Give the model parameters outside the decoder layers, by the model's names."""
+        """Set parameters outside the decoder layers, by the model's names."""
         self._assign(self.model, weights)
         self.model.tie_weights()
 
     def embed(self, tokens: Tensor, keep: Callable[[Tensor], None]) -> None:
-        """Run a batch of tokens to the first decoder layer, and note how each layer is called.
+        """Embed a batch of tokens, and capture the arguments of each decoder layer's call.
 
-        The layers themselves are stepped over: what a model passes to layer 7 (mask, positions, cache) does not depend
-        on what layer 6 computes.
+        The layers are stepped over: the arguments of layer 7 (mask, positions, cache) do not depend on the result of
+        layer 6.
 
         Args:
             tokens: int64, (sequences, tokens).
-            keep: is handed the hidden states, (sequences, tokens, hidden).
+            keep: called with the hidden states, (sequences, tokens, hidden).
 
         Raises:
-            ModelError: what the model passes to its layers depends on the tokens, or it cannot do without their work.
+            ModelError: the layers' arguments depend on the tokens, or the layers cannot be stepped over.
         """
         tokens = tokens.to(self.device)
         if self.stepping is None:
             self.stepping = find_stepping(self.model, self.layers, self.device)
         states, arguments = capture(self.model, self.layers, tokens, self.stepping.tail)
         keep(states)
-        if not self._arguments:  # what is looked up for each token is not the only way to depend on them
-            _, other = capture(self.model, self.layers, tokens.flip(1), self.stepping.tail)
-            for one, two in zip(arguments, other, strict=True):
-                for name in different_tensors(one, two):
+        if not self._arguments:  # arguments may depend on the tokens without an embedding, which gradients do not show
+            _, flipped_arguments = capture(self.model, self.layers, tokens.flip(1), self.stepping.tail)
+            for of_layer, of_flipped in zip(arguments, flipped_arguments, strict=True):
+                for name in different_tensors(of_layer, of_flipped):
                     raise depends_on_tokens(self.model, name)
         self._arguments[len(tokens), tokens.shape[1]] = arguments
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits, (sequences, tokens, vocabulary), from the last decoder layer's output.
 
-        The model's own forward runs; its layers answer with `hidden`, whatever they are given.
+        The model's own forward runs; its layers return `hidden`, whatever their arguments.
 
         Args:
-            hidden: (sequences, tokens, hidden); any positions, since each is finished by itself.
+            hidden: (sequences, tokens, hidden), of any positions, since each token's logits depend on it alone.
         """
-        of_any = next(reversed(self.tails.values()), None)
+        usual_tail = next(reversed(self.tails.values()), None)
         for index, layer in enumerate(self.layers):
-            found = answer(self.tails.get(index, of_any), hidden)
-            layer.forward = lambda *_, _found=found, **__: _found
+            output = layer_output(self.tails.get(index, usual_tail), hidden)
+            layer.forward = lambda *_, _output=output, **__: _output
         try:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)  # only their shape matters
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
@@ -215,17 +217,17 @@ class Skeleton:
         return logits
 
     def arguments(self, index: int, sequences: int, tokens: int) -> Arguments:
-        """Keyword arguments of a layer's call for a batch of this shape, as they were captured."""
+        """Captured keyword arguments of a layer's call for a batch of this shape."""
         return self._arguments[sequences, tokens][index]
 
     def drop_outside(self) -> None:
-        """Forget the parameters outside the decoder layers."""
+        """Send the parameters outside the decoder layers back to `meta`."""
         for name in self.all_outside_names:
             self._set_parameter(self.model, name, None)
         self.model.tie_weights()
 
     def load_layer(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Give a layer its weights and buffers, by names inside the layer, in any float dtype."""
+        """Load a layer's weights and buffers, by names inside the layer, from any float dtype."""
         layer = self.layers[index]
         buffers = set(self.buffer_names(index))
         self._assign(layer, {name: tensor for name, tensor in weights.items() if name not in buffers})

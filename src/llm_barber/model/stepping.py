@@ -1,7 +1,7 @@
-"""Run a model around its decoder layers: they are stepped over, and what the model passes to each of them is noted.
+"""Step over the decoder layers of a model: run it around them, and capture the arguments of their calls.
 
-A layer can be computed by itself if what the model passes to it (mask, positions) depends neither on the tokens nor on
-what the layers before it compute, but for the states; `find_stepping` makes sure of that.
+A layer can be computed by itself if its arguments (mask, positions), except the states, depend neither on the tokens
+nor on the results of earlier layers; `find_stepping` makes sure of that.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,78 +18,80 @@ from transformers import PreTrainedModel
 from llm_barber.errors import ModelError
 
 Arguments = dict[str, Any]
-TOKENS = 8  # of the sequence that is tried
-# How many things layers may return after the states; None: they return the states alone.
+TOKENS = 8  # in the sequence of a trial
+# Numbers of values that layers may return after the states; None: they return the states alone.
 TAILS: tuple[int | None, ...] = (None, 1, 0, 2, 3, 4, 5, 6, 7)
 HINT = "such models cannot be pruned yet: open an issue that names it"
 
 
 class _LayersReached(Exception):  # noqa: N818 - a signal, not an error
-    """The last decoder layer was called: what comes after it is not needed."""
+    """Ends a run once the last decoder layer is called."""
 
 
 @dataclass(frozen=True)
-class _Beside:
-    """Stands for what a layer returns beside the states; which of it."""
+class _TailValue:
+    """Stands for a value that a layer returns after the states; its index among these values."""
 
-    place: int
+    index: int
 
 
 @dataclass(frozen=True)
 class Stepping:
-    """What a layer that does nothing has to return.
+    """Form of the output of a layer that is stepped over.
 
-    `tail`: how many things after the states, for the model to go on; None: no tuple. `handed_on`: which of them the
-    model passes to the next layer, and the argument's name; they have to be None where layers do something.
+    Attributes:
+        tail: number of values after the states that the model expects; None: no tuple.
+        handed_on: index of such a value → name of the next layer's argument to which the model passes it; these values
+            have to be None when layers compute.
     """
 
     tail: int | None
     handed_on: dict[int, str]
 
     def check(self, model: nn.Module, output: Any) -> None:
-        """Refuse layers that hand on more than the states.
+        """Refuse an output that hands on more than the states to the next layer.
 
         Raises:
-            ModelError: `output`, of a layer, does so.
+            ModelError: the output does.
         """
-        for place, name in self.handed_on.items():
-            if output[1 + place] is not None:
+        for index, name in self.handed_on.items():
+            if output[1 + index] is not None:
                 raise ModelError(
                     f"{type(model).__name__} passes its layers {name!r}, which the layer before has made", HINT
                 )
 
 
 def find_stepping(model: PreTrainedModel, layers: nn.ModuleList, device: torch.device) -> Stepping:
-    """What each layer has to return.
+    """Find the output that lets a model run with its layers stepped over.
 
-    Models take what a layer returns as it is, or its first, or unpack as many things as there are: what does for this
-    one is found by trying.
+    A model takes a layer's output as it is, or its first value, or unpacks a certain number of values: the form is
+    found by trials.
 
     Args:
-        model: with weights, of any value, outside its layers.
+        model: the model, with weights of any value outside its layers.
         layers: its decoder layers.
-        device: of the model.
+        device: the model's device.
 
     Raises:
-        ModelError: nothing does; or a layer is called again or out of order, or is passed what depends on the tokens.
+        ModelError: no form works; or a layer is called again, or out of order, or its arguments depend on the tokens.
     """
-    # Falling, so that no embedding of positions is taken for one of tokens.
+    # Falling token ids, so that an embedding of positions is not taken for the embedding of tokens.
     tokens = (torch.arange(TOKENS, 0, -1) % model.get_input_embeddings().weight.shape[0]).unsqueeze(0)
     failed: Exception | None = None
     for tail in TAILS:
-        for marked in (True, False):  # some models look into it
+        for marked in (True, False):  # some models look into the values
             calls = _Calls(model, layers)
             try:
                 with (
                     calls.noted(),
-                    _of_tokens(model, tokens),
+                    _gradients_by_tokens(model, tokens),
                     stepped_over(layers, tail, marked),
                     torch.enable_grad(),
                 ):
                     model.base_model(input_ids=tokens.to(device), use_cache=False)
             except ModelError:
                 raise
-            except Exception as error:  # whatever a model raises that is given what it does not expect
+            except Exception as error:  # models raise any error on an unexpected output
                 failed = failed or error
             if calls.complete:
                 calls.check()
@@ -102,21 +104,21 @@ def find_stepping(model: PreTrainedModel, layers: nn.ModuleList, device: torch.d
 def capture(
     model: PreTrainedModel, layers: nn.ModuleList, tokens: Tensor, tail: int | None
 ) -> tuple[Tensor, list[Arguments]]:
-    """What the first layer is given for these tokens, (sequences, tokens, hidden), and each layer's keyword arguments.
+    """Capture the first layer's states, (sequences, tokens, hidden), and each layer's other arguments.
 
     Args:
-        model: with weights outside its layers.
+        model: the model, with weights outside its layers.
         layers: its decoder layers.
         tokens: int64, (sequences, tokens), on the model's device.
-        tail: of `Stepping`.
+        tail: `Stepping.tail`.
     """
     states: list[Tensor] = []
     arguments: list[Arguments] = []
 
     def note(layer: nn.Module, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        hidden, others = _named(layer, positional, keywords)
+        hidden, further = _named_arguments(layer, positional, keywords)
         states.append(hidden)
-        arguments.append(others)
+        arguments.append(further)
         if len(arguments) == len(layers):
             raise _LayersReached
 
@@ -130,34 +132,37 @@ def capture(
     return states[0], arguments
 
 
-def different_tensors(one: Arguments, other: Arguments) -> list[str]:
-    """The arguments of two calls that hold tensors which differ; NaN equals NaN, which layers' outputs show."""
+def different_tensors(first: Arguments, second: Arguments) -> list[str]:
+    """Names of arguments whose tensors differ between two calls.
+
+    NaN equals NaN, since NaN shows in the layers' outputs.
+    """
     return [
         name
-        for name in one
-        if any(not _same(a, b) for a, b in zip(tensors_in(one[name]), tensors_in(other.get(name)), strict=False))
+        for name in first
+        if any(not _same(a, b) for a, b in zip(tensors_in(first[name]), tensors_in(second.get(name)), strict=False))
     ]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Are two tensors equal, if NaN equals NaN?"""
-    if torch.equal(one, other) or not (one.is_floating_point() and one.shape == other.shape):
-        return torch.equal(one, other)
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Test whether two tensors are equal, where NaN equals NaN."""
+    if torch.equal(first, second) or not (first.is_floating_point() and first.shape == second.shape):
+        return torch.equal(first, second)
+    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
-def answer(tail: int | None, hidden: Tensor, marked: bool = False) -> Any:
-    """What a layer returns that makes these states, with so many times None after them; `marked`: to be known by."""
-    return hidden if tail is None else (hidden, *(_Beside(place) if marked else None for place in range(tail)))
+def layer_output(tail: int | None, hidden: Tensor, marked: bool = False) -> Any:
+    """Output of a layer with these states and `tail` values after them: None, or marked values."""
+    return hidden if tail is None else (hidden, *(_TailValue(index) if marked else None for index in range(tail)))
 
 
 def depends_on_tokens(model: nn.Module, name: str) -> ModelError:
-    """The error of a model whose layers are passed more of the tokens than the states."""
+    """Error of a model whose layers have an argument, besides the states, that depends on the tokens."""
     return ModelError(f"{type(model).__name__} passes its layers {name!r}, which depends on the tokens", HINT)
 
 
 class _Calls:
-    """The calls of a model's layers, and what is wrong with them."""
+    """Calls of a model's layers in a trial, and the problem found in them."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList) -> None:
         self._model, self._layers = model, layers
@@ -168,17 +173,17 @@ class _Calls:
 
     @property
     def complete(self) -> bool:
-        """Has every layer been called?"""
+        """True if every layer has been called."""
         return self._count >= len(self._layers)
 
     def check(self) -> None:
-        """Raise what was found."""
+        """Raise the problem that was found, if any."""
         if self._problem is not None:
             raise self._problem
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note the calls that are made meanwhile."""
+        """Note the calls within the context."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):
                 hook = partial(self._note, index)
@@ -192,7 +197,7 @@ class _Calls:
                 + ("more than once" if index < self._count else f"before layer {self._count}"),
                 HINT,
             )
-        hidden, others = _named(layer, positional, keywords)
+        hidden, further = _named_arguments(layer, positional, keywords)
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape != (self._shape or hidden.shape):
             if index == 0:
                 raise ModelError(
@@ -201,19 +206,19 @@ class _Calls:
             raise TypeError(f"layer {index} is given other states than layer 0")
         self._shape = hidden.shape
         self._count += 1
-        for name, value in others.items():
-            self.handed_on |= {one.place: name for one in _leaves(value) if isinstance(one, _Beside)}
-            if any(one.requires_grad for one in tensors_in(value)):
+        for name, value in further.items():
+            self.handed_on |= {leaf.index: name for leaf in _leaves(value) if isinstance(leaf, _TailValue)}
+            if any(tensor.requires_grad for tensor in tensors_in(value)):
                 self._problem = self._problem or depends_on_tokens(self._model, name)
 
 
 @contextmanager
-def _of_tokens(model: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """Let what embeddings make of the tokens, and all that depends on it, require a gradient, to be known by it."""
+def _gradients_by_tokens(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Let embeddings of the tokens require a gradient, so that all that depends on them does."""
 
     def mark(_: nn.Module, positional: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        given = positional[0] if positional else None
-        if isinstance(given, Tensor) and given.shape == tokens.shape and torch.equal(given.cpu(), tokens):
+        ids = positional[0] if positional else None
+        if isinstance(ids, Tensor) and ids.shape == tokens.shape and torch.equal(ids.cpu(), tokens):
             return output.detach().requires_grad_().clone()
         return None
 
@@ -226,35 +231,37 @@ def _of_tokens(model: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 @contextmanager
 def stepped_over(layers: nn.ModuleList, tail: int | None, marked: bool = False) -> Iterator[None]:
-    """Let layers do nothing but `answer`."""
+    """Let layers return `layer_output` of their states, within the context."""
     for layer in layers:
-        layer.forward = lambda hidden_states, *_, **__: answer(tail, hidden_states, marked)
+        layer.forward = lambda hidden_states, *_, **__: layer_output(tail, hidden_states, marked)
     try:
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("forward", None)  # one layer may be there twice
+            vars(layer).pop("forward", None)  # a layer may be in the list twice
 
 
-def _named(layer: nn.Module, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, Arguments]:
-    """The states and the other arguments of a layer's call, by their names."""
-    given = dict(keywords)
-    hidden = positional[0] if positional else given.pop("hidden_states")
+def _named_arguments(
+    layer: nn.Module, positional: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> tuple[Any, Arguments]:
+    """States, and further arguments by name, of a layer's call."""
+    further = dict(keywords)
+    hidden = positional[0] if positional else further.pop("hidden_states")
     names = list(signature(type(layer).forward).parameters)[2:]  # without self and the states
-    return hidden, {**dict(zip(names, positional[1:], strict=False)), **given}
+    return hidden, {**dict(zip(names, positional[1:], strict=False)), **further}
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What is in tuples, lists and mappings."""
+    """Yield the values inside nested tuples, lists and mappings."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, tuple | list):
-        for one in value:
-            yield from _leaves(one)
+        for item in value:
+            yield from _leaves(item)
     else:
         yield value
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in tuples, lists and mappings."""
-    return [one for one in _leaves(value) if isinstance(one, Tensor)]
+    """Tensors inside nested tuples, lists and mappings."""
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]

@@ -1,6 +1,6 @@
-"""The calibration activations, layer to layer: read and written in batches, one array a purpose.
+"""Calibration activations from layer to layer: named arrays that are read and written in batches.
 
-`memory.py` says where arrays lie; batches of those that are not on the device are moved there, and back.
+`array_memory.py` allocates the arrays. Batches of arrays that are not on the device are copied there, and back.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,22 +12,25 @@ from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.model.copies import Copies, SideStreams
 from llm_barber.parallel.ranks import Ranks
 
-HIDDEN = "hidden"  # the array with the input of the decoder layer that is next
-TARGET = "target"  # the array with what the output of a layer that is tuned should be
-NEXT = "next"  # the array that will be HIDDEN of the layer after this one
-DENSE = "dense "  # before a name: the same in the dense model
+# Names of arrays.
+HIDDEN = "hidden"  # input of the present decoder layer
+TARGET = "target"  # target of the output of a layer that is tuned
+NEXT = "next"  # input of the next decoder layer
+DENSE = "dense "  # prefix of a name: the same activations in the dense model
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
 
 
 class ActivationStreams:
-    """Named arrays of shape (sequences, tokens, features): this process's share of the sequences.
+    """Named arrays (sequences, tokens, features) with the activations of this process's sequences.
+
+    The process's training sequences come first, then, from `held_out_start` on, its held-out sequences.
 
     Args:
-        all_sequences: calibration sequences of all processes.
-        batch_size: sequences moved to the device together.
-        memory: where arrays lie, and the device that batches are computed on.
+        all_sequences: number of calibration sequences in all processes.
+        batch_size: number of sequences that are moved to the device together.
+        memory: allocates arrays, and names the device that computes batches.
         ranks: the processes.
-        held_out: of all calibration sequences, the last ones. Those that are here come after `held_out_start` others.
+        held_out: number of held-out sequences in all processes; they are the last of all sequences.
     """
 
     def __init__(
@@ -41,22 +44,22 @@ class ActivationStreams:
         self.all_sequences = all_sequences
         self.ranks = ranks or Ranks()
         self.held_out = held_out
-        self._shares = self.ranks.shares(all_sequences, held_out)  # which of all are here
+        self._shares = self.ranks.shares(all_sequences, held_out)  # this process's part of all sequences
         self.held_out_start, held_out_here = (share.stop - share.start for share in self._shares)
         self.sequences = self.held_out_start + held_out_here
         self.batch_size = batch_size
         self.memory = memory or ArrayMemory()
-        self.left_device = False  # for its memory was too small
+        self.left_device = False  # because its memory was too small
         self._arrays: dict[str, Tensor] = {}
         self._copies = Copies(SideStreams(self.device)) if self.memory.pinned else None
 
     @property
     def device(self) -> torch.device:
-        """Where batches are computed."""
+        """Device that computes batches."""
         return self.memory.device
 
     def batches(self) -> Iterator[slice]:
-        """The sequences of each batch; the last may be smaller."""
+        """Sequences of each batch; the last batch may be smaller."""
         yield from pieces(0, self.sequences, self.batch_size)
 
     def split(self) -> tuple[list[slice], list[slice]]:
@@ -66,49 +69,49 @@ class ActivationStreams:
 
     @property
     def first_sequence(self) -> int:
-        """Which of all sequences the first one here is, if it is not held out."""
+        """Index among all sequences of this process's first training sequence."""
         return self._shares[0].start
 
-    def select_local(self, tokens: Tensor) -> Tensor:
-        """Of something for each of all sequences what belongs to those here, in their order."""
-        return torch.cat([tokens[share] for share in self._shares])
+    def select_local(self, values: Tensor) -> Tensor:
+        """Select this process's sequences, in their order, from values of all sequences, (all sequences, …)."""
+        return torch.cat([values[share] for share in self._shares])
 
     def count_among_first(self, count: int) -> int:
-        """How many of so many of all sequences, the first ones, are here; they are the first ones here, too."""
+        """Number of this process's sequences among the first `count` of all; they are its first sequences."""
         return sum(max(0, min(share.stop, count) - share.start) for share in self._shares)
 
     def halve_batches(self) -> None:
-        """From now on half as many sequences together; the device is given back what was on its way."""
+        """Halve the batch size, and free the device memory of batches that were read ahead."""
         self.batch_size //= 2
         if self._copies is not None:
             self._copies.forget_guesses()
 
     def read(self, name: str, batch: slice) -> Tensor:
-        """A batch, on the device; the next one is already on its way."""
+        """Read a batch to the device; the next batch is read ahead."""
         array = self._arrays[name]
         return array[batch] if self._copies is None or _on_device(array) else self._copies.read(name, array, batch)
 
     def unpinned_copy(self, values: Tensor) -> Tensor:
-        """A copy in an array of its own, which goes when nobody has it any more: pinned memory would stay."""
+        """Copy values to host memory that is freed with the copy; pinned memory would be kept."""
         return self.memory.empty_off_device(tuple(values.shape), values.dtype, pinned=False).copy_(values)
 
-    def copy(self, name: str, other: str) -> None:
-        """Give a copy of an array another name."""
+    def copy(self, name: str, new_name: str) -> None:
+        """Copy an array under another name."""
         self._settle(name)
-        self._put(other, self._copied(self._arrays[name]))
+        self._put(new_name, self._copied(self._arrays[name]))
 
-    def swap(self, name: str, other: str) -> None:
-        """Exchange the names of two arrays; what was read by one name is then read, or overwritten, by the other.
+    def swap(self, first: str, second: str) -> None:
+        """Exchange the names of two arrays: each is then read, and overwritten, under the other's name.
 
         Raises:
-            KeyError: either is not there.
+            KeyError: there is no array of that name.
         """
-        first, second = self._arrays[name], self._arrays[other]
-        self._put(name, second)
-        self._put(other, first)
+        first_array, second_array = self._arrays[first], self._arrays[second]
+        self._put(first, second_array)
+        self._put(second, first_array)
 
     def leave_device(self) -> None:
-        """Take all arrays off the device, for good, as its memory is needed."""
+        """Move all arrays off the device, and allocate no more there: its memory is needed."""
         self.memory.room, self.left_device = None, True
         if self._copies is not None:
             self._copies.forget_guesses()
@@ -117,30 +120,30 @@ class ActivationStreams:
 
     @property
     def on_device(self) -> bool:
-        """Do arrays stay on the device?"""
+        """True if some array is on the device."""
         return any(map(_on_device, self._arrays.values()))
 
     def drop(self, name: str) -> None:
-        """Forget an array."""
+        """Free an array."""
         self._forget(name)
         del self._arrays[name]
 
     def between_layers(self) -> dict[str, Tensor]:
-        """What the next layer starts from, in host memory."""
+        """Arrays in host memory that the next layer starts from, by name."""
         names = [name for name in (HIDDEN, DENSE + HIDDEN) if name in self._arrays]
         for name in names:
             self._settle(name)
         return {name: self._off_device(self._arrays[name]) for name in names}
 
     def restore(self, arrays: Mapping[str, Tensor]) -> None:
-        """Put back what `between_layers` gave."""
+        """Set the arrays that `between_layers` returned."""
         for name, values in arrays.items():
             self._put(name, self._copied(values))
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
-        """Keep a batch; the array is made at the first one and reused by every later layer.
+        """Write a batch; its array is allocated at the first batch and reused by later layers.
 
-        On a GPU the values must not be changed afterwards: they are copied while something else is computed.
+        On a GPU the values must not be changed afterwards: they are copied while it computes.
         """
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
@@ -178,5 +181,5 @@ def _on_device(array: Tensor) -> bool:
 
 
 def pieces(start: int, stop: int, size: int) -> list[slice]:
-    """Slices of a range, `size` each; the last may be smaller."""
+    """Slices of a range, `size` long; the last may be shorter."""
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

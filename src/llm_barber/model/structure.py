@@ -1,8 +1,8 @@
-"""The structure of a model: by its family's record, or, without one, found by running one decoder layer of each kind.
+"""Structure of a model: its family's record, or an analysis that runs one decoder layer of each kind.
 
-What is found: the repeated layers are the largest module list; the blocks of a layer are its modules that hold linears,
-in the order in which data flows through them; linears that lie in the layer itself are one block more. Weights are
-zeros, so that nothing is read; on CPU.
+The analysis takes the largest module list for the decoder layers. The blocks of a layer are its modules that contain
+linears, in the order of their first calls; linears directly in the layer form one more block. The analysis runs on the
+CPU with zeros for weights, so that no weights are read.
 """
 
 from dataclasses import replace
@@ -22,9 +22,9 @@ from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.stepping import TOKENS
 from llm_barber.model.tracing import LayerRun, first_of_each_kind, is_linear, run_layer, zeros_of
 
-# Module lists with a smaller share of the largest one's parameters are no rivals of it.
+# A module list with at least this share of the largest list's parameters rivals it.
 RIVAL = 0.25
-# What a block is called, by words in its path or in the name of its class.
+# Names of blocks, by words in the block's path or in the name of its class.
 LINEAR_ATTENTION, CONVOLUTION, STATE_SPACE = "linear attention", "convolution", "state space"
 KINDS = (
     (
@@ -36,17 +36,17 @@ KINDS = (
     (STATE_SPACE, ("mamba", "recurrent")),
     (MLP, ("mlp", "feedforward", "ffn", "moe")),
 )
-# Linears with a side that is no larger than this share of the hidden size steer others (time steps, gates) and stay
-# dense; where heads share keys and values, their projections are small, too, and are no such linears.
+# Linears with a side of at most this share of the hidden size control other modules (time steps, gates) and stay dense.
+# Elsewhere the share is smaller: where heads share keys and values, their projections are small, too.
 THIN = {LINEAR_ATTENTION: 1 / 8, CONVOLUTION: 1 / 8, STATE_SPACE: 1 / 8}
 VERY_THIN = 1 / 128
-# Stacked parameters (3-D) with a larger share of a layer than this are weights that nobody would see pruned.
+# A layer with a larger share of its parameters in stacks (3-D) is refused: they would silently stay dense.
 STACKED = 0.1
 HOW_TO_DECIDE = "--layers PATH says where the decoder layers are, --blocks FILE which linears each block has"
 
 
 def find_architecture(config: PreTrainedConfig, options: StructureOptions | None = None) -> Architecture:
-    """The record of a configuration's family, or what is found without one.
+    """Find the structure of a model: its family's record, or an analysis.
 
     Raises:
         ModelError: transformers cannot build the model, or its structure is ambiguous.
@@ -64,7 +64,7 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
         return analyse(config, options)
     except (ModelError, SettingsError):
         raise
-    except Exception as error:  # models raise whatever odd settings make them raise
+    except Exception as error:  # models raise any error on odd settings
         raise ModelError(
             f"architecture {config.model_type!r} is not known, and its structure was not found: {first_line(error)}",
             f"{HOW_TO_DECIDE}; known are {', '.join(sorted(ARCHITECTURES))}",
@@ -72,13 +72,13 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
 
 
 def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -> Architecture:
-    """The structure of a model, found by running it.
+    """Find the structure of a model by running its layers.
 
     Raises:
         ModelError, SettingsError: as `find_architecture`.
     """
     options = options or StructureOptions()
-    model = _built(config)
+    model = _build(config)
     layers = check_layers(model, options.layers) if options.layers else find_layers(model)
     transposed = any(isinstance(module, Conv1D) for module in model.get_submodule(layers).modules())
     if options.blocks:
@@ -91,22 +91,23 @@ def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -
     if options.blocks:
         check_flow(skeleton, hidden[0])
         return architecture
-    found: list[Block] = []
+    blocks: list[Block] = []
     runs = {index: run_layer(skeleton, index, hidden[0]) for index in first_of_each_kind(skeleton.layers)}
     routers = set().union(*(run.routers for run in runs.values()))
     for index, run in runs.items():
-        found = _merged(found, _blocks(skeleton, index, run, routers, hidden[0].shape[-1]))
-    if not any(block.linears for block in found):
+        blocks = _merged(blocks, _blocks(skeleton, index, run, routers, hidden[0].shape[-1]))
+    if not any(block.linears for block in blocks):
         raise ModelError(f"no linears were found in {layers}", HOW_TO_DECIDE)
-    return Architecture(layers, tuple(found), transposed)
+    return Architecture(layers, tuple(blocks), transposed)
 
 
-def _built(config: PreTrainedConfig) -> PreTrainedModel:
+def _build(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the empty model; all errors become a ModelError."""
     try:
         return empty_model(config, torch.float32)
     except ModelError:
         raise
-    except Exception as error:  # as are configurations
+    except Exception as error:  # configurations raise any error, too
         raise ModelError(
             f"transformers cannot build {config.model_type!r} from config.json: {first_line(error)}",
             "install what it asks for" if isinstance(error, ImportError) else "get the file again",
@@ -114,23 +115,23 @@ def _built(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def find_layers(model: nn.Module) -> str:
-    """The path of the decoder layers: the module list with most parameters that is not inside another.
+    """Find the path of the decoder layers: the outermost module list with the most parameters.
 
-    Those beside the token embedding come first: other lists may be of images.
+    Lists beside the token embedding come first: other lists may process images.
 
     Raises:
-        ModelError: there is none, or there are several of that size.
+        ModelError: there is no such list, or there are several of similar size.
     """
     sizes = {
         path: sum(parameter.numel() for parameter in module.parameters())
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(is_linear(one) for one in module.modules())
+        if isinstance(module, nn.ModuleList) and any(is_linear(child) for child in module.modules())
     }
-    outermost = {path: size for path, size in sizes.items() if not any(path.startswith(f"{one}.") for one in sizes)}
+    outermost = {path: size for path, size in sizes.items() if not any(path.startswith(f"{outer}.") for outer in sizes)}
     if not outermost:
         raise ModelError(f"{type(model).__name__} has no list of layers with linears", "only decoder models are pruned")
-    beside = language_model_prefix(model) if isinstance(model, PreTrainedModel) else ""
-    outermost = {path: size for path, size in outermost.items() if path.startswith(beside)} or outermost
+    prefix = language_model_prefix(model) if isinstance(model, PreTrainedModel) else ""
+    outermost = {path: size for path, size in outermost.items() if path.startswith(prefix)} or outermost
     largest = max(outermost.values())
     rivals = [path for path, size in outermost.items() if size > RIVAL * largest]
     if len(rivals) > 1:
@@ -141,17 +142,17 @@ def find_layers(model: nn.Module) -> str:
 
 
 def _blocks(skeleton: Skeleton, index: int, run: LayerRun, routers: set[str], width: int) -> list[Block]:
-    """The blocks of a layer, in the order in which data flows through them; `width`: of the states."""
+    """Blocks of a layer in the order of their first calls; `width` is that of the states."""
     layer = skeleton.layers[index]
-    sizes = {name: one.numel() for name, one in layer.named_parameters()}
-    stacked = [name for name, one in layer.named_parameters() if one.dim() > 2 and "conv" not in name]
+    sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
+    stacked = [name for name, parameter in layer.named_parameters() if parameter.dim() > 2 and "conv" not in name]
     if sum(sizes[name] for name in stacked) > STACKED * sum(sizes.values()):
         raise ModelError(
             f"layer {index} keeps weights stacked in {stacked[0]}, which this program does not know how to prune",
             "name its blocks with --blocks FILE (docs/reference/families.md), or open an issue that names the model",
         )
     outputs, loose = _parts(layer, "", run)
-    found = []
+    blocks = []  # with the index of their first call
     for output in outputs:
         block = layer.get_submodule(output)
         kind = _kind(block, output)
@@ -162,16 +163,16 @@ def _blocks(skeleton: Skeleton, index: int, run: LayerRun, routers: set[str], wi
                 HOW_TO_DECIDE,
             )
         if linears:
-            found.append((run.order[output], Block(kind, output, linears)))
+            blocks.append((run.order[output], Block(kind, output, linears)))
     loose = sorted((name for name in loose if name in run.order), key=run.order.__getitem__)
     if loose and run.width(loose[-1]) == width:
-        name = MLP if any(block.name == ATTENTION for _, block in found) else "linears"
-        found.append((run.order[loose[-1]], Block(name, loose[-1], tuple(loose))))
-    return _named_apart([block for _, block in sorted(found, key=lambda one: one[0])])
+        name = MLP if any(block.name == ATTENTION for _, block in blocks) else "linears"
+        blocks.append((run.order[loose[-1]], Block(name, loose[-1], tuple(loose))))
+    return _with_unique_names([block for _, block in sorted(blocks, key=lambda numbered: numbered[0])])
 
 
-def _named_apart(blocks: list[Block]) -> list[Block]:
-    """Blocks of a layer whose kind another one before them has are called by their paths."""
+def _with_unique_names(blocks: list[Block]) -> list[Block]:
+    """Name a block by its path if an earlier block of the layer has the same name."""
     seen: set[str] = set()
     named = []
     for block in blocks:
@@ -181,25 +182,25 @@ def _named_apart(blocks: list[Block]) -> list[Block]:
 
 
 def _parts(module: nn.Module, path: str, run: LayerRun) -> tuple[list[str], list[str]]:
-    """Paths of the outermost modules that were called and hold linears, and of linears that lie in none of them."""
+    """Paths of the outermost called modules that contain linears, and of linears outside such modules."""
     outputs, loose = [], []
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         if is_linear(child):
             loose.append(below)
-        elif any(is_linear(one) for one in child.modules()):
+        elif any(is_linear(inner) for inner in child.modules()):
             if below in run.order:
                 outputs.append(below)
-            else:  # a container
-                more = _parts(child, below, run)
-                outputs += more[0]
-                loose += more[1]
+            else:  # a container, which is not called
+                inner_outputs, inner_loose = _parts(child, below, run)
+                outputs += inner_outputs
+                loose += inner_loose
     return outputs, loose
 
 
 def _linears(block: nn.Module, path: str, kind: str, width: int, run: LayerRun, routers: set[str]) -> tuple[str, ...]:
-    """The prunable linears of a block in the order of calls; `*` for experts, whose routers are not among them."""
-    found: dict[str, int] = {}
+    """Prunable linears of a block in the order of calls, without routers; `*` stands for expert numbers."""
+    calls: dict[str, int] = {}  # index of the first call
     mixtures = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
     routed = {name.rpartition(".")[0] for name in mixtures}
     for name, module in block.named_modules():
@@ -211,39 +212,39 @@ def _linears(block: nn.Module, path: str, kind: str, width: int, run: LayerRun, 
             continue
         if min(rows, columns) <= THIN.get(kind, VERY_THIN) * width:
             continue
-        experts = next((one for one in mixtures if name.startswith(f"{one}.")), None)
+        experts = next((mixture for mixture in mixtures if name.startswith(f"{mixture}.")), None)
         if experts is not None:
             last = name.removeprefix(f"{experts}.").partition(".")[2]
             name = f"{experts}.*.{last}"
         full = f"{path}.{name}" if name else path
-        found.setdefault(full, run.order.get(full, len(run.order)))
-    return tuple(sorted(found, key=found.__getitem__))
+        calls.setdefault(full, run.order.get(full, len(run.order)))
+    return tuple(sorted(calls, key=calls.__getitem__))
 
 
 def _merged(known: list[Block], blocks: list[Block]) -> list[Block]:
-    """All blocks of two kinds of layers, in the order of both."""
+    """Merge the blocks of two kinds of layers, in an order that fits both."""
     merged = list(known)
-    place = 0
+    position = 0
     for block in blocks:
-        same = [number for number, one in enumerate(merged) if one.output == block.output]
+        same = [index for index, earlier in enumerate(merged) if earlier.output == block.output]
         if same:
             old = merged[same[0]]
             name = old.name if old.name == block.name else block.output
             merged[same[0]] = Block(name, block.output, tuple(dict.fromkeys((*old.linears, *block.linears))))
-            place = same[0] + 1
+            position = same[0] + 1
         else:
-            outputs = {one.output for one in blocks}
-            while place < len(merged) and merged[place].output not in outputs:
-                place += 1  # after what only other layers have
-            merged.insert(place, block)
-            place += 1
+            outputs = {present.output for present in blocks}
+            while position < len(merged) and merged[position].output not in outputs:
+                position += 1  # after blocks that only earlier layers have
+            merged.insert(position, block)
+            position += 1
     return merged
 
 
 def _kind(module: nn.Module, path: str) -> str:
-    """What a block is called, by its path or else its class; but linear attention may be at any path."""
+    """Name a block by words in its path, or else in its class; linear attention by words in either."""
     texts = [path.lower().replace("_", ""), type(module).__name__.lower()]
     if any(word in text for word in dict(KINDS)[LINEAR_ATTENTION] for text in texts):
         return LINEAR_ATTENTION
-    found = (kind for text in texts for kind, words in KINDS if any(word in text for word in words))
-    return next(found, path)
+    kinds = (kind for text in texts for kind, words in KINDS if any(word in text for word in words))
+    return next(kinds, path)

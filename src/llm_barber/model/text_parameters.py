@@ -1,7 +1,7 @@
-"""Which parameters outside the decoder layers a model's forward uses on text: what embeds tokens, what makes logits.
+"""Parameters outside the decoder layers that a model uses to embed text, and to compute logits.
 
-A model may keep modules anywhere: a norm after the embedding, a dense layer before the output head, a vision tower.
-The forward is run once, with zeros for weights and the decoder layers stepped over, and says which of them text needs.
+A model may have modules anywhere: a norm after the embedding, a dense layer before the output head, a vision tower.
+The forward is run once, with zeros for weights and the decoder layers stepped over, to see which parameters text needs.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,9 @@ from llm_barber.model.stepping import TOKENS, find_stepping, stepped_over, tenso
 class TextParameters:
     """Names of parameters outside the decoder layers.
 
-    `embedding`: used before the last decoder layer is called. `logits`: used after that.
+    Attributes:
+        embedding: parameters used before the last decoder layer is called.
+        logits: parameters used after that.
     """
 
     embedding: frozenset[str] = frozenset()
@@ -33,13 +35,14 @@ def find_text_parameters(
 ) -> TextParameters:
     """Run a model on a few tokens, and note which parameters outside its layers are used.
 
-    Nothing is noted of a model that cannot be run so: embedding the calibration tokens refuses it, and says why.
+    For a model that cannot step over its layers the result is empty; embedding the calibration tokens refuses such a
+    model, and says why.
 
     Args:
-        model: empty; its parameters stay what they are.
+        model: an empty model; its parameters are not changed.
         layers: its decoder layers.
-        layers_prefix: what the names of their parameters begin with.
-        device: of the model's buffers.
+        layers_prefix: prefix of the names of the layers' parameters.
+        device: the device of the model's buffers.
     """
     with _zeros_outside(model, layers_prefix, device) as names:
         uses = _Uses(names)
@@ -50,7 +53,7 @@ def find_text_parameters(
             uses.begin()
             with torch.no_grad(), stepped_over(layers, stepping.tail), uses:
                 model(input_ids=tokens, use_cache=False)
-        except Exception:  # whatever a model raises that cannot step over its layers
+        except Exception:  # models that cannot step over their layers raise any error
             return TextParameters()
         finally:
             hook.remove()
@@ -58,10 +61,10 @@ def find_text_parameters(
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which parameters make tensors; products with them are zeros and are not computed.
+    """Notes which parameters tensors are computed from; products with them are zeros, and not computed.
 
     Args:
-        names: of the parameters, by their identity.
+        names: names of the parameters by their identity.
     """
 
     def __init__(self, names: dict[int, str]) -> None:
@@ -70,13 +73,13 @@ class _Uses(TorchFunctionMode):
         self.begin()
 
     def begin(self) -> None:
-        """Forget what was noted."""
+        """Forget all noted parameters, and note those of the embedding."""
         self.embedding: set[str] = set()
         self.logits: set[str] = set()
         self._noted = self.embedding
 
     def end_embedding(self) -> None:
-        """Note what makes logits from now on."""
+        """Note the parameters of the logits from now on."""
         self._noted = self.logits
 
     def __torch_function__(
@@ -88,25 +91,27 @@ class _Uses(TorchFunctionMode):
             for tensor in tensors_in((arguments, list(settings.values())))
             if id(tensor) in self._names
         ]
-        if used and function is nn.functional.linear:  # zeros of an output head take no memory, a product of them does
+        if (
+            used and function is nn.functional.linear
+        ):  # zeros of an output head take no memory, but a product with them does
             self._noted.update(used)
             inputs, weight, *_ = arguments
             return inputs.new_zeros(*inputs.shape[:-1], weight.shape[0])
         result = function(*arguments, **settings)
-        if used and tensors_in(result):  # not what asks for a dtype
+        if used and tensors_in(result):  # not a query, such as for a dtype
             self._noted.update(used)
         return result
 
 
 @contextmanager
 def _zeros_outside(model: nn.Module, layers_prefix: str, device: torch.device) -> Iterator[dict[int, str]]:
-    """Put zeros that take no memory in the place of the parameters outside the layers; yields their names by identity.
+    """Replace the parameters outside the layers by zeros that take no memory, within the context.
 
-    Tied parameters have the first of their names.
+    Yields the names of the zeros by identity; tied parameters have the first of their names.
     """
     zeros: dict[int, nn.Parameter] = {}
     names: dict[int, str] = {}
-    present: list[tuple[nn.Module, str, nn.Parameter]] = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name.startswith(layers_prefix):
             continue
@@ -116,10 +121,10 @@ def _zeros_outside(model: nn.Module, layers_prefix: str, device: torch.device) -
             zero = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
             zeros[id(parameter)] = nn.Parameter(zero, requires_grad=False)
             names[id(zeros[id(parameter)])] = name
-        present.append((owner, leaf, parameter))
+        replaced.append((owner, leaf, parameter))
         owner._parameters[leaf] = zeros[id(parameter)]
     try:
         yield names
     finally:
-        for owner, leaf, parameter in present:
+        for owner, leaf, parameter in replaced:
             owner._parameters[leaf] = parameter

@@ -1,4 +1,4 @@
-"""One decoder layer, run once with zeros for weights: which of its modules are called, in which order, and for what."""
+"""Run a decoder layer once, with zeros for weights, to see which modules it calls, and in which order."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,30 +16,36 @@ from llm_barber.model.stepping import TOKENS
 
 @dataclass
 class LayerRun:
-    """Modules of a layer in the order in which they were first called, and what they returned."""
+    """Modules of a layer in the order of their first calls, and their outputs.
+
+    Attributes:
+        order: module → index of its first call.
+        states: module → states that it returned last, in the graph.
+        outputs: linear → its output, in the graph.
+        routers: linears that only choose experts or tokens: the layer's output does not depend on them.
+    """
 
     order: dict[str, int] = field(default_factory=dict)
-    states: dict[str, Tensor] = field(default_factory=dict)  # what each returned last, with its graph
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of linears, as they were returned
-    # Linears that say no more than which experts or tokens there are to be: the layer's output does not depend on them.
+    states: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     routers: set[str] = field(default_factory=set)
 
     def width(self, name: str) -> int | None:
-        """The last dimension of what a module returned; None: it returned no states."""
+        """Last dimension of the states that a module returned; None: it returned no states."""
         return self.states[name].shape[-1] if name in self.states else None
 
     def without_effect(self, linears: Sequence[str], states: Tensor | None) -> list[str]:
-        """Those of the linears that were called whose outputs these states do not depend on."""
+        """Linears that were called, and on whose outputs the states do not depend."""
         called = [name for name in linears if name in self.outputs]
         if not called or states is None or not states.requires_grad:
             return called
         outputs = [self.outputs[name] for name in called]
         gradients = torch.autograd.grad(states.sum(), outputs, allow_unused=True, retain_graph=True)
-        return [name for name, one in zip(called, gradients, strict=True) if one is None]
+        return [name for name, gradient in zip(called, gradients, strict=True) if gradient is None]
 
 
 def first_of_each_kind(layers: nn.ModuleList) -> list[int]:
-    """The first layer of each kind: those that have the same modules are alike."""
+    """Index of the first layer of each kind; layers of a kind have the same modules."""
     first: dict[Any, int] = {}
     for index, layer in enumerate(layers):
         first.setdefault(tuple((name, type(module)) for name, module in layer.named_modules()), index)
@@ -47,15 +53,15 @@ def first_of_each_kind(layers: nn.ModuleList) -> list[int]:
 
 
 def run_layer(skeleton: Skeleton, index: int, hidden: Tensor) -> LayerRun:
-    """Run a layer; experts hand on what they are given.
+    """Run a layer with zeros for weights; experts return their inputs.
 
     Args:
-        skeleton: which has embedded one sequence of `TOKENS` tokens.
-        index: of the layer.
-        hidden: what it is given, (1, TOKENS, hidden).
+        skeleton: a model that has embedded one sequence of `TOKENS` tokens.
+        index: the layer's number.
+        hidden: the layer's input, (1, TOKENS, hidden).
 
     Raises:
-        ModelError: it hands on more than the states.
+        ModelError: the layer hands on more than the states.
     """
     names = skeleton.layer_names(index)
     layer = skeleton.load_layer(index, {name: zeros_of(skeleton.layers[index], name) for name in names})
@@ -66,7 +72,7 @@ def run_layer(skeleton: Skeleton, index: int, hidden: Tensor) -> LayerRun:
                 marking = module.register_forward_hook(_marking_output(run, name))
                 stack.callback(marking.remove)
             if isinstance(module, Experts):
-                setattr(module, "forward", _skipped)  # noqa: B010 - an instance's
+                setattr(module, "forward", _skipped)  # noqa: B010 - of the instance
                 stack.callback(delattr, module, "forward")
             before = module.register_forward_pre_hook(_noting_call(run, name))
             after = module.register_forward_hook(_noting_states(run, name))
@@ -87,7 +93,7 @@ def zeros_of(module: nn.Module, name: str) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Is it a linear, of either kind?"""
+    """Test for a linear, of PyTorch or of transformers (`Conv1D`)."""
     return isinstance(module, (nn.Linear, Conv1D)) and module.weight.dim() == 2
 
 
@@ -112,7 +118,7 @@ def _marking_output(run: LayerRun, name: str) -> Callable[..., Any]:
         if not isinstance(output, Tensor):
             return output
         run.outputs[name] = output if output.requires_grad else output.requires_grad_()
-        return run.outputs[name].clone()  # which may be written to
+        return run.outputs[name].clone()  # the layer may write to it
 
     return hook
 

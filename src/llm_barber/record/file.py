@@ -52,7 +52,7 @@ def _check_readable(record: RunReport) -> None:
     if not record.weights:
         raise ValueError("no linears")
     if not isinstance(record.settings.get("layers"), str | None):
-        raise ValueError("settings: layers is no text")
+        raise ValueError("settings: layers is not text")
     for layer in record.layers:
         for linear in layer.linears:
             if linear.pattern is not None:
@@ -60,7 +60,7 @@ def _check_readable(record: RunReport) -> None:
     try:
         recorded_structure(record)
     except (KeyError, TypeError) as error:
-        raise ValueError("settings: blocks are not described") from error
+        raise ValueError("settings: blocks lack a part") from error
 
 
 def recorded_structure(record: RunReport | None) -> StructureOptions:

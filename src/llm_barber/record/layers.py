@@ -44,9 +44,9 @@ class LinearResult(Result):
     @model_validator(mode="after")
     def _counts_possible(self) -> Self:
         if not 0 <= self.pruned <= self.zeros <= self.weights:
-            raise ValueError("pruned weights are zeros, and zeros are weights")
+            raise ValueError("more pruned weights than zeros, or more zeros than weights")
         if not all(0 <= count <= self.weights for count in (self.beneficial_pairs, self.grown, self.dropped)):
-            raise ValueError("pairs and swapped weights are weights")
+            raise ValueError("more pairs or swapped weights than weights")
         return self
 
     @property
@@ -81,7 +81,7 @@ class BlockResult(Result):
     @model_validator(mode="after")
     def _both_errors_or_none(self) -> Self:
         if (self.error_before is None) != (self.error_after is None):
-            raise ValueError("an error before has one after")
+            raise ValueError("one of the two errors is missing")
         return self
 
 

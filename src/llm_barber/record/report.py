@@ -102,11 +102,11 @@ class RunReport(Result):
     def _can_be_shown(self) -> Self:
         for name, kind in SHOWN.items():
             if self.settings.get(name) is not None and not isinstance(self.settings[name], kind):
-                raise ValueError(f"settings: {name} is no {kind.__name__}")
+                raise ValueError(f"settings: {name} is not of type {kind.__name__}")
         if self.granularity is not None and self.rebuild_ratio is None:
-            raise ValueError("a granularity has a rebuild ratio")
+            raise ValueError("a granularity without a rebuild ratio")
         if "total" not in self.seconds or "llm-barber" not in self.versions:
-            raise ValueError("seconds have a total, versions llm-barber's")
+            raise ValueError("seconds lack the total, or versions lack llm-barber")
         return self
 
     @property

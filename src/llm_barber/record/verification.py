@@ -33,7 +33,7 @@ def changed_files(source: CheckpointSource, record: RunReport, progress: Progres
     packed = {table.file: file for file, table in source.packed.items()}
     problems = []
     if len(packed) < len(source.packed):
-        problems.append(f"shards of {PACKED_INDEX} say that they were the same file")
+        problems.append(f"two shards of {PACKED_INDEX} name the same dense file")
     for name, digest in record.files.items():
         actual = _unpacked_digest(source, name, packed) if source.packed else None
         if actual is None:

@@ -13,7 +13,7 @@ from llm_barber.record.report import RunReport, SourceFiles
 from llm_barber.record.verification import changed_files, unknown_files
 from llm_barber.run.resume_key import NOT_IN_KEY
 from llm_barber.run.resuming import warn_of_written
-from llm_barber.settings.base import RunSettings
+from llm_barber.settings.run import RunSettings
 from llm_barber.text.calibration import HUB_SETS
 
 PRUNE_AGAIN = "prune again with --overwrite"

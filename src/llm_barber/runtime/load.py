@@ -86,7 +86,7 @@ def _check_settings(device: torch.device, keep_packed: bool, semi_structured: bo
             raise SettingsError(message("{keep_packed} and {semi_structured} exclude each other"), "choose one of them")
         check_device(device, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
     if keep_packed and device.type == "cuda" and find_spec("triton") is None:
-        warnings.warn("without Triton every product unpacks its weight: pip install 'llm-barber[gpu]'", stacklevel=3)
+        warnings.warn("without Triton every product unpacks its weight: pip install triton", stacklevel=3)
 
 
 def _fill_parameters(
