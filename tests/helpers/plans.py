@@ -11,8 +11,8 @@ from llm_barber.model.structure import find_architecture
 from llm_barber.planning.rates import named_rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes, model_shapes
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import Initial
 from llm_barber.settings.refining import RefineSettings
 
 LLAMA_8B = {

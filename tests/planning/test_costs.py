@@ -15,8 +15,9 @@ from llm_barber.planning.passes import forward_work
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes
 from llm_barber.planning.work import Work
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import Initial, PruneConfig
+from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 from tests.conftest import FAMILIES
 from tests.helpers.plans import MASK, MODEL, PAPER, shapes_of

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from llm_barber.planning.memory import peak_footprint
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
-from llm_barber.settings.prune import Initial
+from llm_barber.settings.initial import Initial
 from tests.helpers.plans import PAPER
 
 
