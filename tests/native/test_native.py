@@ -63,7 +63,7 @@ def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not use_native(values, torch.float32, 16, 0, differentiated=False)
     assert not use_native(values, torch.float32, 17, 1, differentiated=False)
     assert not use_native(values, torch.float32, 16, 1, differentiated=True)
-    assert not use_native(values.half(), 16, 1, differentiated=False)
+    assert not use_native(values.half(), torch.float16, 16, 1, differentiated=False)
     bits = torch.zeros(2, dtype=torch.uint8)
     for columns, inputs, problem in ((16, torch.ones(5, 16), "fit together"), (12, torch.ones(1, 12), "multiple of 8")):
         with pytest.raises(ValueError, match=problem):

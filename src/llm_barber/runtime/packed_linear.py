@@ -22,7 +22,8 @@ BLOCK_COLUMNS = 256  # columns of a block of the decode kernel: its int32 start 
 class PackedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
-    On the CPU, up to four rows of inputs (eight with AVX-512) are multiplied with the packed weight where `llm_barber.native` was built.
+    On the CPU, up to four rows of inputs (eight with AVX-512) are multiplied with the packed weight where
+    `llm_barber.native` was built.
     Otherwise each use unpacks the weight into a buffer that all linears of this size share. On CUDA with Triton, up to
     `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more rows are multiplied with the
     weight unpacked on the GPU. The kernel and the unpacking on the GPU are untested on a real GPU.
