@@ -1,9 +1,11 @@
-"""`packed.c`, where it was built and the processor has AVX2; everything that it does is done without it, too, slower.
+"""`packed.c`, where it was built and the processor has AVX2; without it the same is done with NumPy, slower.
 
 It is an optional extension: an install without a C compiler goes on without it. Sizes are checked here, not in C.
 """
 
 import ctypes
+import os
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +15,16 @@ from torch import Tensor
 
 ITEMS = (2, 4)  # bytes of a weight
 LAYOUTS = ((3, 4, 6), (7, 8, 7))  # of 2:4 and 4:8
+ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512 or avx512bf16
 PRODUCT_ROWS = 4  # of inputs
+
+
+class Instructions(IntEnum):
+    """Instructions for products, each with those before it."""
+
+    AVX2 = 0
+    AVX512 = 1  # AVX-512 with VBMI2
+    AVX512BF16 = 2
 
 
 @cache
@@ -27,6 +38,25 @@ def library() -> ctypes.CDLL | None:
         except (OSError, AttributeError):  # of another platform, or damaged
             continue
     return None
+
+
+@cache
+def instructions() -> Instructions:
+    """Instructions that products use here: the processor's, or fewer if the environment variable says so.
+
+    Raises:
+        ValueError: the variable holds something else.
+    """
+    loaded = library()
+    find_level = getattr(loaded, "packed_product_level", None)  # an extension that was built earlier lacks it
+    level = Instructions(find_level() if find_level is not None else 0)
+    wanted = os.environ.get(ISA, "")
+    if not wanted:
+        return level
+    try:
+        return min(level, Instructions[wanted.upper()])
+    except KeyError:
+        raise ValueError(f"{ISA}={wanted}: use {', '.join(name.name.lower() for name in Instructions)}") from None
 
 
 def usable(*weights: np.ndarray) -> bool:
@@ -60,7 +90,8 @@ def take(flat: np.ndarray, bits: np.ndarray, values: np.ndarray) -> None:
 def put(values: np.ndarray, bits: np.ndarray, into: np.ndarray) -> None:
     """The reverse of `take`, with zeros elsewhere."""
     _check(into, bits)
-    _call("put", into, values.ctypes, len(values), bits.ctypes, len(into), into.ctypes)
+    variant = "_512" if instructions() > Instructions.AVX2 else ""
+    _call("put", into, values.ctypes, len(values), bits.ctypes, len(into), into.ctypes, variant=variant)
 
 
 def join(mask: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], places: np.ndarray) -> None:
@@ -131,6 +162,6 @@ def _check(flat: np.ndarray, bits: np.ndarray) -> None:
         raise ValueError(f"{len(bits)} bytes of bits for {len(flat)} weights")
 
 
-def _call(name: str, flat: np.ndarray, *arguments: object) -> None:
-    function = getattr(library(), f"packed_{name}{8 * flat.itemsize}")
+def _call(name: str, flat: np.ndarray, *arguments: object, variant: str = "") -> None:
+    function = getattr(library(), f"packed_{name}{8 * flat.itemsize}{variant}")
     function(*(ctypes.c_size_t(one) if isinstance(one, int) else one for one in arguments))
