@@ -83,16 +83,33 @@ def test_a_pure_room_stays_pure(room: str) -> None:
 def test_public_names() -> None:
     assert all(getattr(llm_barber, name) is not None for name in llm_barber.__all__)
     assert set(llm_barber.__all__) == {
-        "BarberError", "CompareConfig", "Comparison", "EvaluateConfig", "Evaluation", "InspectConfig", "Inspection",
-        "PackConfig", "PackReport", "PruneConfig", "RebuildConfig", "RunReport", "compare", "evaluate", "inspect",
-        "load", "pack", "prune", "rebuild", "unpack",
+        "BarberError", "CompareConfig", "Comparison", "ConvertConfig", "ConvertReport", "EvaluateConfig",
+        "Evaluation", "Forecast", "InspectConfig", "Inspection", "PackConfig", "PackReport", "PlanConfig",
+        "PruneConfig", "RebuildConfig", "ReportConfig", "RunReport", "compare", "convert", "evaluate", "inspect",
+        "load", "pack", "plan", "prune", "rebuild", "report", "unpack",
     }  # fmt: skip
 
 
-def test_help_does_not_wait_for_transformers() -> None:
-    code = "import sys, llm_barber.cli; print('transformers' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+SLOW_TO_IMPORT = (
+    "torch", "transformers", "huggingface_hub", "numpy", "matplotlib", "yaml", "rich.markdown", "typer.rich_utils",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0), (["--version"], 0), (["prune", "--help"], 0), (["--nothing"], 2), (["prune", "--nothing"], 2),
+        (["prune", "model", "out", "--guard=2"], 2), (["demo", "--windows=0"], 2),
+    ],
+)  # fmt: skip
+def test_help_and_wrong_options_do_not_wait_for_slow_imports(arguments: list[str], code: int) -> None:
+    script = (
+        "import sys, llm_barber.cli\n"
+        f"code = llm_barber.cli._main({arguments})\n"
+        f"print(code, [name for name in {SLOW_TO_IMPORT} if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines()[-1] == f"{code} []"
 
 
 def test_benchmarks_go_on_with_the_results_that_are_kept() -> None:

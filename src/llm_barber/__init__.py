@@ -11,14 +11,20 @@ if TYPE_CHECKING:
     from llm_barber.errors import BarberError
     from llm_barber.evaluation.evaluate import evaluate
     from llm_barber.evaluation.result import Evaluation
+    from llm_barber.page.write import report
+    from llm_barber.planning.forecast import Forecast
+    from llm_barber.planning.plan import plan
     from llm_barber.record.report import RunReport
     from llm_barber.run.commands import prune, rebuild
     from llm_barber.runtime.load import load
     from llm_barber.settings.compare import CompareConfig
-    from llm_barber.settings.copies import PackConfig
+    from llm_barber.settings.copies import ConvertConfig, PackConfig
     from llm_barber.settings.evaluate import EvaluateConfig
     from llm_barber.settings.inspect import InspectConfig
+    from llm_barber.settings.plan import PlanConfig
     from llm_barber.settings.prune import PruneConfig, RebuildConfig
+    from llm_barber.settings.report import ReportConfig
+    from llm_barber.tools.convert import ConvertReport, convert
     from llm_barber.tools.inspection import Inspection, inspect
     from llm_barber.tools.packing import PackReport, pack, unpack
 
@@ -26,46 +32,62 @@ __all__ = [
     "BarberError",
     "CompareConfig",
     "Comparison",
+    "ConvertConfig",
+    "ConvertReport",
     "EvaluateConfig",
     "Evaluation",
+    "Forecast",
     "InspectConfig",
     "Inspection",
     "PackConfig",
     "PackReport",
+    "PlanConfig",
     "PruneConfig",
     "RebuildConfig",
+    "ReportConfig",
     "RunReport",
     "compare",
+    "convert",
     "evaluate",
     "inspect",
     "load",
     "pack",
+    "plan",
     "prune",
     "rebuild",
+    "report",
     "unpack",
 ]
 
-# Imported when first asked for: `--help` should not wait for transformers.
+# Imported when first used: the command line starts without PyTorch and transformers.
 _MODULES = {
     "BarberError": "errors",
     "CompareConfig": "settings.compare",
     "Comparison": "comparison.result",
+    "ConvertConfig": "settings.copies",
+    "ConvertReport": "tools.convert",
     "EvaluateConfig": "settings.evaluate",
     "Evaluation": "evaluation.result",
+    "Forecast": "planning.forecast",
     "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",
     "PackConfig": "settings.copies",
     "PackReport": "tools.packing",
+    "PlanConfig": "settings.plan",
     "PruneConfig": "settings.prune",
     "RebuildConfig": "settings.prune",
+    "ReportConfig": "settings.report",
     "RunReport": "record.report",
     "compare": "comparison.compare",
+    "convert": "tools.convert",
     "evaluate": "evaluation.evaluate",
     "inspect": "tools.inspection",
     "load": "runtime.load",
     "pack": "tools.packing",
+    "plan": "planning.plan",
     "prune": "run.commands",
     "rebuild": "run.commands",
+    "report": "page.write",
     "unpack": "tools.packing",
 }
 

@@ -13,7 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber.cli import _main
+from llm_barber.settings.checked import Settings
+from llm_barber.settings.compare import CompareConfig
+from llm_barber.settings.plan import PlanConfig
 from tests.conftest import make_model, save_tokens
+from tests.helpers.commands import COMMANDS, CONFIGS, parameters
 
 ROOT = Path(__file__).parents[2]
 # Settings of `prune` that change nothing that `plan` says.
@@ -122,9 +126,9 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
     assert "Examples:" in output
     assert output.partition("Examples:")[2].count("llm-barber ") >= 2
     if command in ("prune", "rebuild", "plan"):
-        for group in ("Method", "Calibration", "Compute", "Output"):
+        for group in ("Method", "Quality", "Calibration", "Resources", "Output"):
             assert f"─ {group} ─" in output or f"{group} -" in output
-        assert "magnitude 0.1" in output
+        assert "magnitude 0.1, sparsegpt 0.1, alps 0.1, else 0.01" in output
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -143,30 +147,42 @@ def test_a_process_of_several_that_failed_does_not_wait_for_the_others(
     assert ended[0] == (("as usual", 2) if count == 1 else ("at once", 2))
 
 
+@pytest.mark.parametrize(("command", "lines"), [*((name, 120) for name in COMMANDS), ("prune", 110)])
+def test_help_is_short_and_has_an_example(
+    command: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(command, "--help") == 0
+    usage, _, sentence, *others = capsys.readouterr().out.splitlines()
+    assert usage.startswith("Usage: ")
+    assert sentence[0].isupper()
+    assert any(line.startswith(f"llm-barber {command}") for line in others)
+    assert len(others) < lines
+
+
 def test_every_setting_is_an_option() -> None:
-    """And every option but what is shown and how is a setting, of the same default unless `--help` says otherwise."""
-    from typer.main import get_command
-
-    from llm_barber.cli import app
-    from llm_barber.settings.checked import Settings
-    from llm_barber.settings.compare import CompareConfig
-    from llm_barber.settings.evaluate import EvaluateConfig
-    from llm_barber.settings.plan import PlanConfig
-    from llm_barber.settings.prune import PruneConfig, RebuildConfig
-
-    of_python = {PlanConfig: {"output", *PLAN_LEAVES}, CompareConfig: {"rebuild_settings", "task_seeds"}}
-    configs: dict[str, type[Settings]] = {
-        "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "evaluate": EvaluateConfig,
-        "compare": CompareConfig,
-    }  # fmt: skip
-    for command, config in configs.items():
-        parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
-        options = {one.name: one for one in parameters}
-        shown = {"json", "quiet", "debug", "dry_run", "keep"}
-        assert options.keys() - shown == config.model_fields.keys() - of_python.get(config, set()), command
+    """And every option but those of the display is a setting, of the same default unless `--help` says otherwise."""
+    of_python: dict[type[Settings], set[str]] = {
+        PlanConfig: {"output", *PLAN_LEAVES},
+        CompareConfig: {"rebuild_settings", "task_seeds"},
+    }
+    display = {"json", "quiet", "debug", "dry_run", "keep"}
+    assert CONFIGS.keys() == COMMANDS.keys()
+    for command, config in CONFIGS.items():
+        options = parameters(command)
+        assert options.keys() - display == config.model_fields.keys() - of_python.get(config, set()), command
         for name, field in config.model_fields.items():
             if name in options and isinstance(field.default, int | float) and not isinstance(field.default, bool):
                 assert options[name].default == field.default, (command, name)
+
+
+def test_help_names_settings_as_they_are_typed() -> None:
+    """Those in backticks in the fields' descriptions."""
+    texts = {name: {key: one.help for key, one in parameters(name).items()} for name in COMMANDS}
+    assert texts["prune"]["overwrite"] == "Replace OUT when the new model is complete"
+    assert texts["pack"]["overwrite"] == "Replace PACKED when the new copy is complete"
+    assert "--refine swaps" in texts["prune"]["swaps"]
+    assert not any("`" in text for options in texts.values() for text in options.values())
 
 
 def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,10 +190,10 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     import re
 
     seen = 0
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for line in path.read_text().splitlines():
-            match = re.match(r"\s*(?:\$ )?llm-barber (prune|rebuild|plan|inspect|evaluate|demo)\b(.*)", line)
-            if match:
+            match = re.match(r"\s*(?:\$ )?llm-barber ([a-z]+)\b(.*)", line)
+            if match and match[1] in COMMANDS:
                 call(match[1], "--help")
                 help_text = capsys.readouterr().out
                 seen += 1
@@ -221,15 +237,15 @@ def test_nobody_is_told_to_go_on_with_a_damaged_checkpoint(
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
-    tmp_path: Path, sent: signal.Signals, code: int
+    tmp_path: Path, sent: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_model(tmp_path / "dense", "llama", num_hidden_layers=12)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=64, tokens=64)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "llm_barber", "prune", str(model), str(out), "--calibration", str(tokens)]
-    command += ["--preset", "paper"]  # no look at the whole model first
+    arguments = ["prune", model, out, "--calibration", tokens, "--preset", "paper"]  # no look at the whole model first
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
+        [sys.executable, "-m", "llm_barber", *map(str, arguments)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs in the background ignores
     )  # fmt: skip
     deadline = time.monotonic() + 60
@@ -251,11 +267,10 @@ def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
     if sent != signal.SIGKILL:
         assert stderr.splitlines()[-2] == "error: interrupted"
         assert "the same command with --resume goes on" in " ".join(stderr.split())
-    again = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert "hint: add --resume to go on with it" in again.stderr
+    assert call(*arguments) == 1
+    assert "hint: add --resume to go on with it" in capsys.readouterr().err
     if sent != signal.SIGTERM:  # the others take their time
-        assert subprocess.run([*command, "--quiet", "--resume"], check=False).returncode == 0
+        assert call(*arguments, "--quiet", "--resume") == 0
         assert out.exists()
         assert not list(tmp_path.glob("out.partial"))
 

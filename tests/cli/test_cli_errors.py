@@ -5,47 +5,16 @@ from typing import Any
 
 import pytest
 from annotated_types import Ge, Gt, Lt
-from typer.main import get_command
 
 from llm_barber.cli import _main
-from llm_barber.cli.app import app
 from llm_barber.cli.typed import as_typed
 from llm_barber.errors import SettingsError
 from llm_barber.messages import Message
-from llm_barber.settings.checked import Settings
-from llm_barber.settings.compare import CompareConfig
-from llm_barber.settings.copies import ConvertConfig, PackConfig
-from llm_barber.settings.demo import DemoConfig
-from llm_barber.settings.evaluate import EvaluateConfig
-from llm_barber.settings.inspect import InspectConfig
-from llm_barber.settings.plan import PlanConfig
-from llm_barber.settings.prune import PruneConfig, RebuildConfig
-
-CONFIGS: dict[str, type[Settings]] = {
-    "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "inspect": InspectConfig, "pack": PackConfig,
-    "unpack": PackConfig, "convert": ConvertConfig, "evaluate": EvaluateConfig, "compare": CompareConfig,
-    "demo": DemoConfig,
-}  # fmt: skip
-ARGUMENTS = {
-    "prune": {"model": "MODEL", "output": "OUT"},
-    "rebuild": {"dense": "DENSE", "pruned": "PRUNED", "output": "OUT"},
-    "plan": {"model": "MODEL_OR_CONFIG"},
-    "inspect": {"model": "MODEL"},
-    "pack": {"model": "OUT", "output": "PACKED"},
-    "unpack": {"model": "PACKED", "output": "OUT"},
-    "convert": {"model": "MODEL", "output": "OUT"},
-    "evaluate": {"model": "MODEL"},
-    "compare": {"model": "MODEL", "output": "OUT"},
-    "demo": {},
-}
+from tests.helpers.commands import ARGUMENTS, CONFIGS, parameters
 
 
 def call(*arguments: object) -> int:
     return _main([str(argument) for argument in arguments])
-
-
-def parameters(command: str) -> dict[str, Any]:
-    return {one.name: one for one in get_command(app).commands[command].params}  # type: ignore[attr-defined]
 
 
 def wrong_numbers() -> list[tuple[str, str, str]]:
@@ -77,7 +46,7 @@ def test_a_number_beyond_its_bound_names_the_option(
 )
 def test_every_setting_is_named_as_it_is_typed(command: str, name: str) -> None:
     """By its argument or option; what the command does not take, by its name."""
-    given = dict.fromkeys(("model", "dense", "pruned", "output"), "somewhere")
+    given = dict.fromkeys(("model", "dense", "pruned", "output", "folder"), "somewhere")
     fields = CONFIGS[command].model_fields
     values: dict[str, Any] = {key: value for key, value in given.items() if key in fields} | {name: object()}
     with pytest.raises(SettingsError) as caught:
@@ -170,7 +139,7 @@ def test_debug_of_a_defect(
         raise RuntimeError("this is new")
 
     monkeypatch.setattr("llm_barber.run.commands.prune", broken)
-    assert call("prune", llama, tmp_path / "out", "--debug") == 1
+    assert call("prune", llama, tmp_path / "out", "--quiet", "--debug") == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback ")
     assert "\nerror: unexpected RuntimeError: this is new\nhint: this is a defect" in said

@@ -1,14 +1,23 @@
-"""The application that commands join, and what they share."""
+"""The application that commands join: a command's options are the fields of its settings."""
 
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
+from llm_barber.cli.help import HelpCommand, HelpGroup
+from llm_barber.cli.options import DebugOption, parameters_of
+from llm_barber.settings.checked import Settings
+
+Function = Callable[..., None]
+
 app = typer.Typer(
     name="llm-barber",
+    cls=HelpGroup,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Prune a large language model in one shot, then rebuild its mask block by block (arXiv 2408.10631).",
     epilog="Exit codes: 0 done, 1 a problem with files or models, 2 wrong options, 130 interrupted.",
@@ -17,7 +26,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version", is_eager=True)] = False,
 ) -> None:
     if version:
         from llm_barber import __version__
@@ -26,9 +35,44 @@ def _options(
         raise typer.Exit
 
 
-def names(given: str | None) -> tuple[str, ...]:
-    """The names of a list with commas."""
-    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
+def command(
+    config: type[Settings],
+    arguments: Mapping[str, str],
+    examples: Collection[str],
+    python_only: Collection[str] = (),
+) -> Callable[[Function], Function]:
+    """Make a function a command: it is called with its settings, checked, and with options of its own.
+
+    Settings are checked before the function is called, and so before it imports PyTorch or shows progress: what is
+    wrong with them is said at once, and nothing before it.
+
+    Args:
+        config: class of the settings.
+        arguments: metavars by the names of those settings that are arguments.
+        examples: command lines for `--help`.
+        python_only: names of settings that the command line does not take.
+    """
+    shared = parameters_of(config, arguments, python_only)
+    names = [parameter.name for parameter in shared]
+
+    def decorate(function: Function) -> Function:
+        of_function = [*inspect.signature(function).parameters.values()][1:]
+        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
+        parameters = [*shared, *(one.replace(kind=one.KEYWORD_ONLY) for one in of_function), debug]
+
+        @wraps(function)
+        def run(debug: bool, **values: Any) -> None:  # main() looks for --debug itself
+            settings = {name: values.pop(name) for name in names}
+            given = {name: value for name, value in settings.items() if value is not None and value != []}
+            function(config(**given), **values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        epilog = "\n\n".join([f"Example{'s' if len(examples) > 1 else ''}:", *examples])
+        app.command(cls=HelpCommand, epilog=epilog)(run)
+        return function
+
+    return decorate
 
 
 def print_json(value: Any) -> None:

@@ -1,129 +1,94 @@
-"""The commands that look at checkpoints and pack them: parse, make a configuration, call, show; no logic."""
+"""The commands that look at checkpoints and write copies: each calls a function with its settings; no logic."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from llm_barber.cli.app import command, print_json
+from llm_barber.cli.options import JsonOption, QuietOption
+from llm_barber.errors import VerificationError
+from llm_barber.settings.copies import ConvertConfig, PackConfig
+from llm_barber.settings.inspect import InspectConfig
 
-import typer
-
-from llm_barber.cli.app import app, print_json
-from llm_barber.cli.options import DebugOption, JsonOption, ModelArgument, OutArgument, QuietOption, takes
+SHOWN_PROBLEMS = 5
 
 
-@app.command(
-    epilog="Examples:\n\nllm-barber inspect pruned\n\nllm-barber inspect pruned --dense meta-llama/Llama-3.2-1B --json"
+@command(
+    InspectConfig,
+    {"model": "MODEL"},
+    ("llm-barber inspect pruned", "llm-barber inspect pruned --dense meta-llama/Llama-3.2-1B --json"),
 )
-@takes("revision")
-def inspect(
-    model: ModelArgument,
-    dense: Annotated[
-        str | None,
-        typer.Option(metavar="DENSE", help="Verify that every kept weight equals this model's, bit for bit."),
-    ] = None,
-    dense_revision: Annotated[
-        str | None, typer.Option(help="Revision of DENSE, if it is a hub id; --revision is MODEL's.")
-    ] = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-    **settings: Any,
-) -> None:
-    """Say what is pruned in MODEL, which N:M patterns hold, and whether it is as its record says.
+def inspect(config: InspectConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Show sparsity and N:M patterns of MODEL, and check it against its record and a dense model.
 
-    Exits with 1 when something is not.
+    Exits with 1 if something differs.
     """
     from llm_barber.cli.progress import ConsoleProgress
-    from llm_barber.cli.tables import show_inspection
-    from llm_barber.errors import VerificationError
-    from llm_barber.settings.inspect import InspectConfig
-    from llm_barber.tools.inspection import inspect as run
 
     with ConsoleProgress(quiet) as progress:
-        inspection = run(InspectConfig(model=model, dense=dense, dense_revision=dense_revision, **settings), progress)
+        from llm_barber.tools.inspection import inspect as run
+
+        inspection = run(config, progress)
     if json:
         record = inspection.model_dump(mode="json")
         print_json({**record, "sparsity": inspection.sparsity, "patterns": inspection.patterns})
     else:
+        from llm_barber.cli.tables import show_inspection
+
         show_inspection(inspection)
     if inspection.problems:
-        shown = "; ".join(inspection.problems[:5])
-        more = len(inspection.problems) - 5
+        shown = "; ".join(inspection.problems[:SHOWN_PROBLEMS])
+        more = len(inspection.problems) - SHOWN_PROBLEMS
         raise VerificationError(
             shown + (f"; and {more} more" if more > 0 else ""),
-            f"the folder was changed{'' if dense is None else ', or is not of that dense model'}",
+            f"the folder was changed{'' if config.dense is None else ', or is not of that dense model'}",
         )
 
 
-@app.command(epilog="Example:\n\nllm-barber pack pruned packed")
-@takes("overwrite")
-def pack(
-    model: Annotated[str, typer.Argument(metavar="OUT", help="The folder of a pruned model.")],
-    output: Annotated[Path, typer.Argument(metavar="PACKED", help="Folder to write; appears when it is complete.")],
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-    **settings: Any,
-) -> None:
-    """Store a pruned model in fewer bytes: kept values and their places. At 50 % of bfloat16 about 56 % of the bytes.
+@command(PackConfig, {"model": "OUT", "output": "PACKED"}, ("llm-barber pack pruned packed",))
+def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Store the pruned model OUT in fewer bytes, as kept values and their positions.
 
-    inspect and evaluate read PACKED; other programs need it unpacked.
+    A bfloat16 model of which half is pruned takes about 56 % of its bytes. inspect and evaluate read PACKED; other
+    programs need it unpacked.
     """
-    from llm_barber.settings.copies import PackConfig
-    from llm_barber.tools.packing import pack as run
-
-    _run_packing(run, PackConfig(model=model, output=output, **settings), json, quiet)
+    _run_packing(config, json, quiet, unpacks=False)
 
 
-@app.command(epilog="Example:\n\nllm-barber unpack packed unpacked")
-@takes("overwrite")
-def unpack(
-    model: Annotated[str, typer.Argument(metavar="PACKED", help="A folder that pack wrote.")],
-    output: OutArgument,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-    **settings: Any,
-) -> None:
+@command(PackConfig, {"model": "PACKED", "output": "OUT"}, ("llm-barber unpack packed unpacked",))
+def unpack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Write the files that were packed, bit for bit."""
-    from llm_barber.settings.copies import PackConfig
-    from llm_barber.tools.packing import unpack as run
-
-    _run_packing(run, PackConfig(model=model, output=output, **settings), json, quiet)
+    _run_packing(config, json, quiet, unpacks=True)
 
 
-@app.command(epilog="Example:\n\nllm-barber convert ./model-with-pytorch_model.bin converted")
-@takes("revision", "overwrite")
-def convert(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id with pytorch_model*.bin.")],
-    output: OutArgument,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-    **settings: Any,
-) -> None:
-    """Make safetensors of pickled weights, running none of the code that pickles can hold.
+@command(
+    ConvertConfig,
+    {"model": "MODEL", "output": "OUT"},
+    ("llm-barber convert ./model-with-pytorch_model.bin converted",),
+)
+def convert(config: ConvertConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Convert pickled weights to safetensors, without running the code that pickles can hold.
 
     The other commands do not read pickles.
     """
     from llm_barber.cli.progress import ConsoleProgress
-    from llm_barber.settings.copies import ConvertConfig
-    from llm_barber.tools.convert import convert as run
 
     with ConsoleProgress(quiet) as progress:
-        report = run(ConvertConfig(model=model, output=output, **settings), progress)
+        from llm_barber.tools.convert import convert as run
+
+        report = run(config, progress)
     if json:
         print_json(report.model_dump(mode="json"))
     else:
         print(f"{report.output}: {report.tensors} tensors, {report.bytes:,} bytes, from {report.files} files")
 
 
-def _run_packing(run: Callable[..., Any], config: Any, json: bool, quiet: bool) -> None:
+def _run_packing(config: PackConfig, json: bool, quiet: bool, unpacks: bool) -> None:
     from llm_barber.cli.progress import ConsoleProgress
-    from llm_barber.cli.tables import show_packing
 
     with ConsoleProgress(quiet) as progress:
-        report = run(config, progress)
+        from llm_barber.tools import packing
+
+        report = (packing.unpack if unpacks else packing.pack)(config, progress)
     if json:
         print_json(report.model_dump(mode="json"))
     else:
+        from llm_barber.cli.tables import show_packing
+
         show_packing(report)

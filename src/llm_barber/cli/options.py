@@ -1,298 +1,167 @@
-"""The options that commands share, by the names of the settings, and the panel of `--help` that shows each."""
+"""Options of the command line, made from the fields of settings classes.
+
+A field's description, default and type are the help text, default and type of its option. Only what a field does not
+say stands here: the panel of `--help` that shows the option, and its metavar where the type's does not do.
+"""
 
 import inspect
-from collections.abc import Callable
-from functools import wraps
+import re
+from collections.abc import Collection, Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
 
-from llm_barber.masking.granularity import Granularity
-from llm_barber.settings.base import Format
-from llm_barber.settings.presets import (
-    GUARD,
-    PATTERN_SWAPS,
-    PATTERN_TARGET_MIX,
-    SOLVED_TARGET_MIX,
-    SWAPS,
-    TARGET_MIX,
-    TUNING_GUARD,
-    Allocation,
-    Preset,
-    Reconstruct,
-    Refine,
-)
-from llm_barber.settings.prune import RELEASED_REBUILD, Initial, PruneConfig
+from llm_barber.settings.base import CommaSeparated
+from llm_barber.settings.checked import Settings
 
-METHOD, WHAT, REFINING, CALIBRATION, TEXT, TASKS = "Method", "What to prune", "Refining", "Calibration", "Text", "Tasks"
-COMPUTE, OUTPUT, MACHINE = "Compute", "Output", "Machine"
+CALIBRATION, TEXT, OUTPUT = "Calibration", "Text", "Output"
+# Panels in the order of `--help`, and the settings of each in theirs. Settings of no panel are shown first.
+PANELS: dict[str, tuple[str, ...]] = {
+    "Method": (
+        "methods", "targets", "preset", "sparsity", "pattern", "initial", "initial_granularity", "keep_updates",
+        "allocation", "rebuild", "granularity", "rebuild_ratio",
+    ),
+    "Quality": ("refine", "swaps", "reconstruct", "tune_passes", "target_mix", "guard"),
+    CALIBRATION: ("calibration", "samples", "seqlen", "bos", "seed", "seeds"),
+    TEXT: ("text", "text_seqlen", "windows", "against"),
+    "Tasks": ("tasks", "tasks_folder", "limit"),
+    "Linears": (
+        "include", "exclude", "skip_layers", "sparsities", "prune_head", "allow_dense_tail", "layers", "blocks",
+    ),
+    "Resources": (
+        "device", "dtype", "batch_size", "memory", "device_memory", "activations_off_device", "revision",
+        "pruned_revision",
+    ),
+    "Machine": ("processes", "flops", "float32_flops", "memory_bandwidth", "link", "network", "bandwidth"),
+    OUTPUT: ("format", "resume", "overwrite", "report", "keep_models"),
+}  # fmt: skip
+IN_PANELS = [name for names in PANELS.values() for name in names]
+METAVARS = {
+    "against": "DENSE", "allocation": "SPREAD", "bandwidth": "BYTES/S", "blocks": "FILE", "calibration": "NAME|FILE",
+    "dense": "DENSE", "exclude": "REGEX", "float32_flops": "FLOP/S", "flops": "FLOP/S", "include": "REGEX",
+    "link": "BYTES/S", "memory_bandwidth": "BYTES/S", "methods": "NAME,…", "network": "BYTES/S", "pattern": "N:M",
+    "processes": "N,…", "prompt": "TEXT", "reconstruct": "HOW", "seeds": "SEED,…", "skip_layers": "N,…",
+    "sparsities": "FILE", "targets": "TARGET,…", "tasks": "NAME,…", "text": "NAME|FILE", "dtype": "DTYPE",
+    "device": "DEVICE", "revision": "REVISION", "dense_revision": "REVISION", "pruned_revision": "REVISION",
+    "granularity": "SET", "initial_granularity": "SET", "initial": "METHOD", "layers": "PATH",
+    "model": "MODEL", "tasks_folder": "FOLDER", "memory": "SIZE", "device_memory": "SIZE",
+}  # fmt: skip
+WIDEST_CHOICES = 15  # characters of choices that stand beside the option's name
 
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; appears when it is complete.")]
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder, hub id (org/name, or org/name@revision) or GGUF file.")
-]
 DryRunOption = Annotated[
     bool,
-    typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.", rich_help_panel=OUTPUT),
+    typer.Option("--dry-run", help="Check and describe the run, write nothing", rich_help_panel=OUTPUT),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=OUTPUT)]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT)]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", rich_help_panel=OUTPUT)]
-
-Command = Callable[..., None]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout", rich_help_panel=OUTPUT)]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress", rich_help_panel=OUTPUT)]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors", rich_help_panel=OUTPUT)]
 
 
-def option(kind: Any, panel: str, text: str, *names: str, metavar: str | None = None) -> Any:
-    """The annotation of an option: type, panel, what `--help` says of it, its names if the setting's will not do."""
-    return Annotated[kind, typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)]
-
-
-def _by_method(part: int) -> str:
-    """The released experiments' granularities (0) or ratios (1), for people; wanda's is what is said last."""
-    usual = RELEASED_REBUILD[Initial.WANDA][part]
-    others = [f"{method} {found[part]}" for method, found in RELEASED_REBUILD.items() if found[part] != usual]
-    return ", ".join([*others, f"else {usual}"])
-
-
-OPTIONS: dict[str, Any] = {
-    "initial": option(Initial | None, METHOD, "Method of the initial mask. (default: wanda)"),
-    "sparsity": option(float | None, METHOD, "Fraction of weights to remove. (default: 0.5)"),
-    "pattern": option(str | None, METHOD, "Keep N of every M inputs instead, for example 2:4.", metavar="N:M"),
-    "rebuild": option(
-        bool | None,
-        METHOD,
-        "Rebuild the initial mask, or not; prune: given, it means --preset paper, unless another is. "
-        "(default: the preset's)",
-        "--rebuild/--no-rebuild",
-    ),
-    "granularity": option(
-        Granularity | None,
-        METHOD,
-        "What competes with what: output row, input column, linear, or all linears of a block. "
-        f"(default: {_by_method(0)}; with N:M output)",
-    ),
-    "rebuild_ratio": option(
-        float | None,
-        METHOD,
-        f"Share of the beneficial pairs to swap, 0 to 1. (default: {_by_method(1)})",
-        "--rebuild-ratio",
-        metavar="R",
-    ),
-    "initial_granularity": option(
-        Granularity | None,
-        METHOD,
-        "Comparison group of the initial mask. (default: magnitude, ria and alps linear, else output)",
-    ),
-    "keep_updates": option(
-        bool,
-        METHOD,
-        "Keep the updated weights of sparsegpt or alps instead of the dense ones.",
-        "--keep-updates",
-    ),
-    "allocation": option(
-        Allocation | None,
-        METHOD,
-        "How sparsity is spread: evenly; owl: less to layers with many outliers; loss: to each linear by what "
-        "pruning it costs the model's loss. (default: the preset's)",
-    ),
-    "preset": option(
-        Preset | None,
-        METHOD,
-        "mask: the best with dense weights. best: the best quality, weights change. paper: the published method. "
-        "(default: mask; paper where --initial or a setting of the rebuild is given)",
-    ),
-    "include": option(
-        list[str] | None,
-        WHAT,
-        "Prune only linears in whose name it is found, as model.layers.0.mlp.up_proj; may be given again.",
-        metavar="REGEX",
-    ),
-    "exclude": option(
-        list[str] | None, WHAT, "Leave out linears in whose name it is found; may be given again.", metavar="REGEX"
-    ),
-    "skip_layers": option(str | None, WHAT, "Leave out decoder layers: 0,-1 is the first and the last.", metavar="N,…"),
-    "sparsities": option(
-        Path | None,
-        WHAT,
-        "A YAML file with linears' own sparsities, a line each: REGEX: 0.4, or 2:4, or 0 (not pruned); a number in "
-        "place of REGEX is a decoder layer's. The first that fits counts; the rest takes --sparsity or --pattern. No "
-        "--allocation then.",
-        metavar="FILE",
-    ),
-    "allow_dense_tail": option(
-        bool,
-        WHAT,
-        "Where the M of N:M does not divide a row, leave the inputs after its last whole group dense.",
-        "--allow-dense-tail",
-    ),
-    "prune_head": option(
-        bool,
-        WHAT,
-        "Prune the output head, too, by the initial method, then, where layers' masks are refined, by swaps, and where "
-        "weights are changed, by least squares. One that is tied to the embedding gets weights of its own.",
-        "--prune-head",
-    ),
-    "layers": option(
-        str | None,
-        WHAT,
-        "Where the decoder layers are in the model, as model.layers. (default: as known, or found)",
-        metavar="PATH",
-    ),
-    "blocks": option(
-        Path | None,
-        WHAT,
-        "YAML, the blocks of a decoder layer in order: NAME: {output: PATH, linears: [PATH, …]}. (default: as "
-        "known, or found)",
-        metavar="FILE",
-    ),
-    "refine": option(
-        Refine | None,
-        REFINING,
-        "Refine the mask: by exact swaps, which lower the error of every row, or by tuning the masks of each "
-        "layer against its output. (default: the preset's)",
-    ),
-    "swaps": option(
-        int | None,
-        REFINING,
-        f"With --refine swaps: swaps a row, at most. (default: {SWAPS}, with N:M {PATTERN_SWAPS})",
-        metavar="N",
-    ),
-    "target_mix": option(
-        float | None,
-        REFINING,
-        "What refining aims at: dense outputs on the pruned model's inputs, 0, or on the dense model's, 1. "
-        f"(default: {TARGET_MIX}; {PATTERN_TARGET_MIX} where masks of N:M are tuned, {SOLVED_TARGET_MIX} for least "
-        "squares alone)",
-        metavar="0…1",
-    ),
-    "reconstruct": option(
-        Reconstruct | None,
-        REFINING,
-        "Change kept weights to make up for pruned ones: by least squares, or by tuning each layer, after "
-        "least squares where masks are not tuned. least-squares goes with --refine swaps or none. "
-        "(default: the preset's)",
-    ),
-    "tune_passes": option(
-        int | None,
-        REFINING,
-        "Passes over the windows when masks or weights are tuned. (default: 2 to 8, the fewer the more "
-        "text; twice as many where both are)",
-        metavar="N",
-    ),
-    "guard": option(
-        float | None,
-        REFINING,
-        "Share of the windows held out to decide what of the refining is kept; 0: none are, and all of it is kept. "
-        f"(default: {GUARD:g}, and {TUNING_GUARD:g} where masks are tuned)",
-        metavar="SHARE",
-    ),
-    "calibration": option(
-        str,
-        CALIBRATION,
-        "builtin, c4, wikitext2 (from the hub), or a .txt, .jsonl, .parquet or .safetensors (input_ids) file.",
-        metavar="NAME|FILE",
-    ),
-    "samples": option(int, CALIBRATION, "Windows of text; a .safetensors file has as many as it has."),
-    "seqlen": option(int, CALIBRATION, "Tokens a window; those of a .safetensors file are as long as they are."),
-    "bos": option(
-        bool,
-        CALIBRATION,
-        "Let each window begin as the tokenizer has texts begin, with a BOS token; --no-bos: wherever it is cut.",
-        "--bos/--no-bos",
-    ),
-    "seed": option(int, CALIBRATION, "Of the choice of windows."),
-    "batch_size": option(int | None, COMPUTE, "Windows computed together, at most; it can change bfloat16 rounding."),
-    "device": option(str, COMPUTE, "auto, cpu, cuda, cuda:1 …"),
-    "dtype": option(
-        str,
-        COMPUTE,
-        "Compute dtype: auto (the fastest the device has), float32, bfloat16, float16. Weights keep theirs.",
-    ),
-    "format": option(Format, OUTPUT, "dense loads everywhere; packed takes fewer bytes, and unpack gives it back."),
-    "memory": option(
-        str | None,
-        COMPUTE,
-        "Host memory to stay within, like 8GiB: activations that do not fit lie in files beside OUT.",
-        metavar="SIZE",
-    ),
-    "device_memory": option(
-        str | None,
-        COMPUTE,
-        "Memory of the GPU to stay within, like 8GiB. (default: what is free; of a GPU that plan is told of, 80 GB)",
-        metavar="SIZE",
-    ),
-    "activations_off_device": option(
-        bool,
-        COMPUTE,
-        "Keep calibration activations in host memory, even where the GPU has room for them.",
-        "--activations-off-device",
-    ),
-    "revision": option(str | None, COMPUTE, "Revision of a hub id."),
-    "windows": option(int | None, TEXT, "Windows of each text. (default: all)"),
-    "tasks": option(
-        str | None,
-        TASKS,
-        "Multiple-choice tasks of lm-eval, or paper: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, "
-        "openbookqa.",
-        metavar="NAME,…",
-    ),
-    "tasks_folder": option(
-        Path | None,
-        TASKS,
-        "Take tasks from FOLDER/NAME.jsonl, not from the hub; all of them without --tasks. Each line: "
-        "query, choices, gold, or context_options, continuation, gold.",
-        metavar="FOLDER",
-    ),
-    "limit": option(int | None, TASKS, "Examples of each task, at most."),
-    "overwrite": option(bool, OUTPUT, "Replace OUT once the new one is complete.", "--overwrite"),
-    "resume": option(bool, OUTPUT, "Go on with an unfinished run of OUT, if there is one.", "--resume"),
-    "report": option(bool, OUTPUT, "Write OUT/report.html, a page with plots.", "--report/--no-report"),
-}
-
-
-def shown_in(*panels: str) -> tuple[str, ...]:
-    """The names of the options that these panels of `--help` show."""
-    return tuple(name for name, one in OPTIONS.items() if one.__metadata__[0].rich_help_panel in panels)
-
-
-def takes(*names: str, **defaults: Any) -> Callable[[Command], Command]:
-    """Give a command options of the table, before those of its own: they are its keyword arguments then.
-
-    What is not given is left out, so that the configuration's default holds.
+def parameters_of(
+    config: type[Settings], arguments: Mapping[str, str], python_only: Collection[str]
+) -> list[inspect.Parameter]:
+    """Parameters of a typer command for the fields of its settings: the arguments, then the options, panel by panel.
 
     Args:
-        names: of options.
-        defaults: of those whose default is another than `prune`'s.
+        config: class of the command's settings.
+        arguments: metavars by the names of those fields that are arguments.
+        python_only: names of fields that the command line does not take.
     """
+    fields = config.model_fields
+    options = [name for name in fields if name not in arguments and name not in python_only]
+    options.sort(key=lambda name: IN_PANELS.index(name) if name in IN_PANELS else -1)
+    panel_of = {name: panel for panel, names in PANELS.items() for name in names}
+    if "calibration" not in fields:  # windows are those of the measured texts
+        panel_of |= dict.fromkeys(PANELS[CALIBRATION], TEXT)
+    typed = {**arguments} | {name: f"--{name.replace('_', '-')}" for name in options}
 
-    def decorate(command: Command) -> Command:
-        own = [one for one in inspect.signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
-        shared = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(name, _default(name)),
-                annotation=OPTIONS[name],
-            )
-            for name in names
-        ]
+    def parameter(name: str, annotation: Any) -> inspect.Parameter:
+        default = inspect.Parameter.empty if fields[name].is_required() else _default(fields[name])
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
-        @wraps(command)
-        def with_what_is_given(**settings: Any) -> None:
-            command(**{name: one for name, one in settings.items() if one is not None or name not in names})
-
-        arguments = sum(one.default is one.empty for one in own)
-        parameters = [one.replace(kind=one.KEYWORD_ONLY) for one in own]
-        parameters[arguments:arguments] = shared
-        with_what_is_given.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        with_what_is_given.__annotations__ = {one.name: one.annotation for one in parameters}
-        return with_what_is_given
-
-    return decorate
+    return [
+        *(parameter(name, _argument(fields[name], metavar, typed)) for name, metavar in arguments.items()),
+        *(parameter(name, _option(name, fields[name], panel_of.get(name), typed)) for name in options),
+    ]
 
 
-def _default(name: str) -> Any:
-    """What `--help` shows: the setting's default, unless that is to find another, or empty."""
-    field = PruneConfig.model_fields.get(name)
-    return None if field is None or field.default in ((), {}) else field.default
+def _argument(field: FieldInfo, metavar: str, typed: Mapping[str, str]) -> Any:
+    """The annotation of an argument."""
+    text = _as_typed(field.description or "", typed)
+    return Annotated[_kind(field), typer.Argument(metavar=metavar, help=text, show_default=False)]
+
+
+def _option(name: str, field: FieldInfo, panel: str | None, typed: Mapping[str, str]) -> Any:
+    """The annotation of an option: type, name if typer would choose another, help text, metavar and panel."""
+    kind, default = _kind(field), _default(field)
+    metavar, choices = _metavar(name, kind)
+    names = []
+    if kind is bool:
+        names = [typed[name] if default is False else f"{typed[name]}/--no-{typed[name].removeprefix('--')}"]
+    text = _with_choices_and_default(_as_typed(field.description or "", typed), choices, default)
+    option = typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
+    return Annotated[kind | None if default is None else kind, option]
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The type that typer reads: text for lists with commas and for sizes, a path for settings from a file."""
+    (kind,) = (kind for kind in _alternatives(field.annotation) if kind is not type(None))
+    if kind is ByteSize or any(isinstance(mark, CommaSeparated) for mark in field.metadata):
+        return str
+    if kind in (bool, int, float, str, Path) or (isinstance(kind, type) and issubclass(kind, StrEnum)):
+        return kind
+    return list[str] if get_origin(kind) is tuple and get_args(kind)[0] is str else Path
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """The types of a union, without their constraints."""
+    if get_origin(annotation) in (Union, UnionType):
+        for kind in get_args(annotation):
+            yield from _alternatives(kind)
+    elif get_origin(annotation) is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    else:
+        yield annotation
+
+
+def _default(field: FieldInfo) -> Any:
+    """A field's default as it is typed; None where that is to leave the option out."""
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or None
+    return None if default == {} else default
+
+
+def _as_typed(description: str, typed: Mapping[str, str]) -> str:
+    """A description with the settings in backticks as they are typed: `refine swaps` as --refine swaps."""
+
+    def replacement(match: re.Match[str]) -> str:
+        name, space, value = match[1].partition(" ")
+        return f"{typed.get(name, name)}{space}{value}"
+
+    return re.sub(r"`([^`]+)`", replacement, description)
+
+
+def _with_choices_and_default(text: str, choices: str, default: Any) -> str:
+    """A help text with the choices, and with the default unless the text says it."""
+    sentence, of_default, rest = text.partition(" (default")
+    if not of_default and default is not None and default is not False:
+        shown = "on" if default is True else str(default).replace(",", ", ")
+        of_default, rest = " (default", f": {shown})"
+    return f"{sentence}{f': {choices}' if choices else ''}{of_default}{rest}"
+
+
+def _metavar(name: str, kind: Any) -> tuple[str | None, str]:
+    """The metavar of an option, and its choices for the help text if they are too long for a metavar."""
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        choices = "|".join(kind)
+        if len(choices) <= WIDEST_CHOICES or name not in METAVARS:
+            return choices, ""
+        return METAVARS[name], ", ".join(kind)
+    of_kind = {bool: None, int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+    return METAVARS.get(name, of_kind), ""

@@ -53,12 +53,13 @@ class ConsoleProgress:
         self._began = self._told = 0.0
 
     def __enter__(self) -> Self:
+        self._bars.start()
+        self.stage("loading PyTorch and transformers")
         from transformers.utils import logging as transformers_logging
 
         # The libraries' own bars and notes would cut through these.
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        self._bars.start()
         return self
 
     def __exit__(

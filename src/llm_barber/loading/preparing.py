@@ -31,8 +31,8 @@ from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from llm_barber.parallel.ranks import Ranks, local_rank
 from llm_barber.progress import Progress
-from llm_barber.settings.base import RunSettings
 from llm_barber.settings.presets import Allocation
+from llm_barber.settings.run import RunSettings
 from llm_barber.settings.targets import Targets
 from llm_barber.text.calibration import CalibrationTokens, check_text_fits, load_calibration
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX

@@ -17,7 +17,7 @@ from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.file import read_record
 from llm_barber.record.report import SourceFiles
-from llm_barber.settings.prune import Initial
+from llm_barber.settings.initial import Initial
 
 CHANCE = 0.01  # an output head with a larger share of zeros was pruned
 

@@ -1,10 +1,12 @@
 """Functions of `packed.c`, if it was built and the processor has AVX2.
 
-The extension is optional: an install without a C compiler succeeds, and the program then computes the same, more
-slowly. Sizes are checked here, not in C.
+The extension is optional: an install without a C compiler succeeds, and NumPy then computes the same, more slowly.
+Sizes are checked here, not in C.
 """
 
 import ctypes
+import os
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,16 @@ from torch import Tensor
 ITEMS = (2, 4)  # bytes of a weight
 # Layouts of the codes of 2:4 and 4:8: bytes of codes, bytes of the bit mask that they encode, bits that encode a byte.
 LAYOUTS = ((3, 4, 6), (7, 8, 7))
+ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512 or avx512bf16
 PRODUCT_ROWS = 4  # rows of inputs that a product takes
+
+
+class Instructions(IntEnum):
+    """Instructions for products, each with those before it."""
+
+    AVX2 = 0
+    AVX512 = 1  # AVX-512 with VBMI2
+    AVX512BF16 = 2
 
 
 @cache
@@ -29,6 +40,25 @@ def library() -> ctypes.CDLL | None:
         except (OSError, AttributeError):  # the file is of another platform, or damaged
             continue
     return None
+
+
+@cache
+def instructions() -> Instructions:
+    """Instructions that products use here: the processor's, or fewer if the environment variable says so.
+
+    Raises:
+        ValueError: the variable holds something else.
+    """
+    loaded = library()
+    find_level = getattr(loaded, "packed_product_level", None)  # an extension that was built earlier lacks it
+    level = Instructions(find_level() if find_level is not None else 0)
+    limit = os.environ.get(ISA, "")
+    if not limit:
+        return level
+    try:
+        return min(level, Instructions[limit.upper()])
+    except KeyError:
+        raise ValueError(f"{ISA}={limit}: use {', '.join(name.name.lower() for name in Instructions)}") from None
 
 
 def usable(*weights: np.ndarray) -> bool:
@@ -62,7 +92,8 @@ def take(flat: np.ndarray, bits: np.ndarray, values: np.ndarray) -> None:
 def put(values: np.ndarray, bits: np.ndarray, flat: np.ndarray) -> None:
     """Undo `take`: write the values where a bit is set, and zeros elsewhere."""
     _check(flat, bits)
-    _call("put", flat, values.ctypes, len(values), bits.ctypes, len(flat), flat.ctypes)
+    variant = "_512" if instructions() > Instructions.AVX2 else ""
+    _call("put", flat, values.ctypes, len(values), bits.ctypes, len(flat), flat.ctypes, variant=variant)
 
 
 def join(mask: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], codes: np.ndarray) -> None:
@@ -142,7 +173,7 @@ def _check(flat: np.ndarray, bits: np.ndarray) -> None:
         raise ValueError(f"{len(bits)} bytes of bits for {len(flat)} weights")
 
 
-def _call(name: str, flat: np.ndarray, *arguments: object) -> None:
-    """Call the C function for the size of the weights."""
-    function = getattr(library(), f"packed_{name}{8 * flat.itemsize}")
+def _call(name: str, flat: np.ndarray, *arguments: object, variant: str = "") -> None:
+    """Call the C function for the size of the weights, in a variant."""
+    function = getattr(library(), f"packed_{name}{8 * flat.itemsize}{variant}")
     function(*(ctypes.c_size_t(value) if isinstance(value, int) else value for value in arguments))

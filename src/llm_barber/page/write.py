@@ -11,9 +11,20 @@ from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
+from llm_barber.settings.report import ReportConfig
 
 PAGE_MARK = b'<meta name="generator" content="LLM-Barber">'
 PAGE_BEGINNING = 1000  # bytes; the mark is among them
+
+
+def report(config: ReportConfig) -> Path:
+    """Write the page of a finished run, and return its path.
+
+    Raises:
+        ModelError: the folder has no record, or a damaged one.
+        OutputError: the page cannot be written.
+    """
+    return write_page(config.folder, config.output)
 
 
 def write_page(folder: Path, output: Path | None = None) -> Path:
@@ -31,7 +42,9 @@ def write_page(folder: Path, output: Path | None = None) -> Path:
         raise ModelError(f"{folder} is not a folder", "give a folder that llm-barber prune or rebuild wrote")
     report = read_record(folder)
     if report is None:
-        raise ModelError(f"{folder} has no record (barber.json)", "only what llm-barber wrote has one")
+        raise ModelError(
+            f"{folder} has no record (barber.json)", "give a folder that llm-barber prune or rebuild wrote"
+        )
     path = output or folder / PAGE_NAME
     _check_replaceable(path)
     temporary = path.with_name(f"{path.name}.tmp")

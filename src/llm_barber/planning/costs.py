@@ -28,7 +28,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import linear_refining_work, refining_work, tuning_work
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.planning.work import NO_WORK, Work, sorting_work
-from llm_barber.settings.prune import Initial
+from llm_barber.settings.initial import Initial
 
 REBUILDING = 150  # bytes moved for each weight: scores, comparisons and masks
 

@@ -14,8 +14,8 @@ from llm_barber.planning.passes import (
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.planning.work import NO_WORK, Work, sorting_work
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import Initial
 
 # Bytes moved for each weight (scores, comparisons and masks): by ranking, and by the costs of removal.
 RANKING, REMOVAL_COSTS = 60, 40

@@ -13,8 +13,8 @@ from llm_barber.method.allocation import LOGITS
 from llm_barber.method.refine import MOMENTS_BYTES
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import Initial
 
 FLOAT32, BOOL = 4, 1
 # Arrays of a batch: float32 copies of the block's input; outputs that autograd keeps, in the compute dtype.

@@ -10,8 +10,9 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.method.allocation import loss_windows
 from llm_barber.method.refine_linear import swap_stages
 from llm_barber.model.array_memory import block_size
+from llm_barber.settings.initial import Initial, rebuild_defaults
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.prune import Initial, PruneConfig, rebuild_defaults
+from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 
 # Counted in runs with the models of benchmarks/plan_accuracy.py: swaps of a row that gain, as a share of its weights,

@@ -12,7 +12,7 @@ from llm_barber.planning.limits import device_room, left_for_activations
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.run.writer import Writer
-from llm_barber.settings.base import RunSettings
+from llm_barber.settings.run import RunSettings
 from llm_barber.usage import current_memory
 
 LIMITED: set[torch.device] = set()  # by a run of this process; the next run without --device-memory lifts the limit

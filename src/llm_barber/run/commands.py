@@ -15,8 +15,9 @@ from llm_barber.record.report import RunReport
 from llm_barber.run.finished import finished_run, tell_of_finished
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.stream import run
-from llm_barber.settings.base import RunSettings
-from llm_barber.settings.prune import Initial, PruneConfig, RebuildConfig, rebuild_defaults
+from llm_barber.settings.initial import Initial, rebuild_defaults
+from llm_barber.settings.prune import PruneConfig, RebuildConfig
+from llm_barber.settings.run import RunSettings
 from llm_barber.settings.targets import Targets
 
 

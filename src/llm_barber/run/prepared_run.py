@@ -13,10 +13,10 @@ from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.planning.recipe import Recipe
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
-from llm_barber.settings.base import RunSettings
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
-from llm_barber.settings.prune import Initial
 from llm_barber.settings.refining import RefineSettings
+from llm_barber.settings.run import RunSettings
 
 
 @dataclass(frozen=True)

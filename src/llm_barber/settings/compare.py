@@ -1,4 +1,4 @@
-"""Settings of a comparison: which rows, at which targets, measured how."""
+"""Settings of `compare`, and the rows of its table."""
 
 from collections.abc import Iterator
 from enum import StrEnum
@@ -10,11 +10,11 @@ from pydantic import Field, field_validator
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.messages import Message, message
-from llm_barber.settings.base import DTYPES, Dtype, StructureSettings, absolute_folder
+from llm_barber.settings.base import COMMAS, Dtype, StructureSettings, absolute_folder
 from llm_barber.settings.checked import Rule
 from llm_barber.settings.evaluate import EvaluateConfig
+from llm_barber.settings.initial import RELEASED_GRANULARITIES, RELEASED_RATIOS, Initial
 from llm_barber.settings.presets import Preset
-from llm_barber.settings.prune import Initial
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 ALLOCATED = "-allocated"
@@ -22,10 +22,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Method(StrEnum):
-    """A row of the table; SparseGPT once with the dense weights under its mask and once with its updated ones.
+    """A row of the table: a method of initial masks, or a preset.
 
-    `mask`, `best` and `paper` are the presets of those names; `paper` rebuilds Wanda's mask as published. What ends in
-    `-allocated` is a method with its own weights, and with sparsity spread over linears as the other presets spread it.
+    `sparsegpt` has the dense weights under its mask, `sparsegpt-updates` its updated weights. `mask`, `best` and
+    `paper` are the presets of those names; `paper` rebuilds Wanda's mask as published. A method `…-allocated` has its
+    updated weights, and spreads sparsity over linears as the presets `mask` and `best` do.
     """
 
     MAGNITUDE = "magnitude"
@@ -43,75 +44,97 @@ class Method(StrEnum):
 
     @property
     def initial(self) -> Initial:
-        """Where its initial mask is from."""
+        """The method of the row's initial mask."""
         if self.preset is not None:
             return Initial.WANDA
         return Initial.SPARSEGPT if self is Method.SPARSEGPT_UPDATES else Initial(self.value.removesuffix(ALLOCATED))
 
     @property
     def preset(self) -> Preset | None:
-        """The preset that it is; None: a method by itself."""
+        """The preset of the row; None: a method by itself."""
         return Preset(self.value) if self.value in list(Preset) else None
 
     @property
     def keeps_updates(self) -> bool:
-        """Are kept weights those that the method updated?"""
+        """True if kept weights have the values that the method computed."""
         return self.initial.has_updates and self is not Method.SPARSEGPT
 
     @property
     def allocated(self) -> bool:
-        """Is sparsity spread by the loss? Not for N:M, which has one sparsity everywhere."""
+        """True if sparsity is spread by the loss; no such row has N:M, which has one sparsity everywhere."""
         return self.value.endswith(ALLOCATED)
 
 
-# The paper's rows and its peers'; the others are asked for.
-PEERS = tuple(one for one in Method if one.preset is None and one is not Method.ALPS and not one.allocated)
-ROWS = (*PEERS, Method.MASK, Method.BEST)  # of a comparison, unless others are asked for
+# Methods of the paper and their peers. ALPS, `…-allocated` and `paper` are compared only if `methods` names them.
+PEERS = tuple(row for row in Method if row.preset is None and row is not Method.ALPS and not row.allocated)
+ROWS = (*PEERS, Method.MASK, Method.BEST)  # default of `methods`
 
 
 class CompareConfig(StructureSettings):
-    """Settings of `compare`.
+    """Settings of `compare`: rows, targets, calibration, and the texts and tasks that measure each model.
 
     Raises:
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
-    model: str = Field(description="folder, hub id or GGUF file")
-    output: Path = Field(description="folder for cells, tables, plot and page; a comparison that is there goes on")
-    methods: tuple[Method, ...] = Field(ROWS, min_length=1, description="rows")
-    targets: tuple[str, ...] = Field(
-        ("0.5", "0.6", "0.7", "2:4", "4:8"), min_length=1, description="sparsities and N:M patterns: blocks of rows"
+    model: str = Field(description="Folder, hub id (org/name[@revision]) or GGUF file")
+    output: Path = Field(description="Folder for results; a comparison there continues where it stopped")
+    methods: Annotated[tuple[Method, ...], *COMMAS] = Field(
+        ROWS,
+        min_length=1,
+        description="Rows; also paper, alps, and sparsegpt-allocated and alps-allocated, whose "
+        "sparsity is spread by the loss",
     )
-    rebuild: bool = Field(True, description="each method also with rebuild")
+    targets: Annotated[tuple[str, ...], *COMMAS] = Field(
+        ("0.5", "0.6", "0.7", "2:4", "4:8"),
+        min_length=1,
+        description="Sparsities and N:M patterns, a block of rows each",
+    )
+    rebuild: bool = Field(True, description="Each method also with its mask rebuilt")
     granularity: Granularity | None = Field(
-        None, description="of the rebuild, not of presets; None: the released experiments'"
+        None,
+        description="Comparison group of the rebuild, except a preset's "
+        f"(default: {RELEASED_GRANULARITIES}; with N:M output)",
     )
-    rebuild_ratio: float | None = Field(None, gt=0, le=1, description="None: the released experiments'")
+    rebuild_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description=f"Share of the beneficial pairs to swap, except a preset's (default: {RELEASED_RATIOS})",
+    )
     rebuild_settings: dict[Method, tuple[Granularity, float]] = Field(
-        default_factory=dict, description="granularity and ratio by method, before the two above"
+        default_factory=dict, description="Granularity and ratio by method, before `granularity` and `rebuild_ratio`"
     )
-    calibration: str = Field("builtin", description="builtin, c4, wikitext2, or a file")
-    samples: int = Field(128, ge=1, description="calibration windows")
-    seqlen: int = Field(2048, ge=2, description="tokens a calibration window")
-    bos: bool = Field(True, description="let windows, of texts, too, begin as the tokenizer has texts begin, with BOS")
-    seeds: tuple[Seed, ...] = Field(
-        (0,), min_length=1, description="of the choice of windows; several give mean and spread"
+    calibration: str = Field(
+        "builtin",
+        description="builtin, c4, wikitext2, or a .txt, .jsonl, .parquet or .safetensors file, whose windows "
+        "(input_ids) are taken as they are",
     )
-    text: tuple[str, ...] | None = Field(None, description="wikitext2, ptb, c4, or files; None: wikitext2")
-    windows: int | None = Field(None, ge=1, description="windows of each text; None: all")
-    text_seqlen: int = Field(2048, ge=2, description="tokens a window of the texts")
-    tasks: tuple[str, ...] = Field((), description="multiple-choice tasks, as in evaluate")
-    tasks_folder: Path | None = Field(None, description="folder with a .jsonl file a task")
-    limit: int | None = Field(None, ge=2, description="examples of each task, at most")
-    task_seeds: int | None = Field(None, ge=0, description="how many of the seeds are measured on tasks; None: all")
-    batch_size: int | None = Field(None, ge=1, description="windows computed together")
+    samples: int = Field(128, ge=1, description="Calibration windows")
+    seqlen: int = Field(2048, ge=2, description="Tokens a calibration window")
+    bos: bool = Field(
+        True,
+        description="Begin each window, of texts too, with BOS if the tokenizer begins texts with it; many published "
+        "numbers do not",
+    )
+    seeds: Annotated[tuple[Seed, ...], *COMMAS] = Field(
+        (0,), min_length=1, description="Seeds of the choice of windows; several give mean and spread"
+    )
+    text: tuple[str, ...] | None = Field(
+        None, description="wikitext2, ptb or c4 (hub), or a file; repeatable (default: wikitext2)"
+    )
+    windows: int | None = Field(None, ge=1, description="Windows of each text (default: all)")
+    text_seqlen: int = Field(2048, ge=2, description="Tokens a window of the texts")
+    tasks: Annotated[tuple[str, ...], *COMMAS] = Field((), description="Multiple-choice tasks, as in evaluate")
+    tasks_folder: Path | None = Field(None, description="Folder with NAME.jsonl of each task, as in evaluate")
+    limit: int | None = Field(None, ge=2, description="Most examples of each task (default: all)")
+    task_seeds: int | None = Field(None, ge=0, description="Number of seeds measured on tasks (default: all)")
+    batch_size: int | None = Field(None, ge=1, description="Most windows at a time (default: by the device)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: Dtype = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
-    revision: str | None = Field(None, description="of a hub id")
-    allow_dense_tail: bool = Field(
-        False, description="where M does not divide a row, leave the inputs after its last whole group dense"
-    )
-    keep_models: bool = Field(False, description="leave the pruned models in OUT/models")
+    dtype: Dtype = Field("auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)")
+    revision: str | None = Field(None, description="Revision of a hub id")
+    allow_dense_tail: bool = Field(False, description="If M does not divide a row, leave its end dense")
+    keep_models: bool = Field(False, description="Leave the pruned models in `output`, in models/")
 
     @field_validator("output", mode="after")
     @classmethod
@@ -121,8 +144,8 @@ class CompareConfig(StructureSettings):
     @field_validator("targets", mode="after")
     @classmethod
     def _targets_readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        settings = [target_settings(target) for target in value]  # 0.5 and 0.50 are one
-        return tuple(dict.fromkeys(one.get("pattern") or f"{one['sparsity']:.10g}" for one in settings))
+        settings = [target_settings(target) for target in value]  # 0.5 and 0.50 are the same target
+        return tuple(dict.fromkeys(target.get("pattern") or f"{target['sparsity']:.10g}" for target in settings))
 
     @field_validator("methods", "seeds", mode="after")
     @classmethod
@@ -130,14 +153,14 @@ class CompareConfig(StructureSettings):
         return tuple(dict.fromkeys(value))
 
     def rules(self) -> list[Rule]:
-        """What goes together in rows, targets and seeds."""
+        """Rules about rows, targets and seeds."""
         return [*super().rules(), self._rebuild_is_done, self._seeds_choose_windows, self._sparsity_can_be_spread]
 
     def _rebuild_is_done(self) -> Iterator[Message]:
         given = self.granularity is not None or self.rebuild_ratio is not None
         if not self.rebuild and (given or self.rebuild_settings):
             yield message("{granularity} and {rebuild_ratio} are of the rebuild, which is switched off")
-        elif given and all(one.preset for one in self.methods):
+        elif given and all(method.preset for method in self.methods):
             yield message("{granularity} and {rebuild_ratio} are of methods that are rebuilt; presets have their own")
 
     def _seeds_choose_windows(self) -> Iterator[Message]:
@@ -145,12 +168,12 @@ class CompareConfig(StructureSettings):
             yield message("{seeds}: a file of tokens is taken as it is, whatever the seed: give one seed")
 
     def _sparsity_can_be_spread(self) -> Iterator[Message]:
-        if all(one.allocated for one in self.methods) and all(":" in one for one in self.targets):
+        if all(method.allocated for method in self.methods) and all(":" in target for target in self.targets):
             spread = "{methods}: for sparsities, which they spread over linears; N:M is the same in all"
             yield message(spread, methods=", ".join(self.methods))
 
     def evaluation(self, folder: str) -> EvaluateConfig:
-        """How each model is measured; `folder` has the dense one."""
+        """Settings of the measurement of each model; `folder` has the dense model."""
         return EvaluateConfig(
             model=folder,
             against=folder,
@@ -170,10 +193,10 @@ class CompareConfig(StructureSettings):
 
 
 def target_settings(target: str) -> dict[str, Any]:
-    """`PruneConfig`'s settings for "0.6" or "2:4".
+    """`PruneConfig`'s settings for a target, "0.6" or "2:4".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the target is neither a sparsity nor a pattern.
     """
     if ":" in target:
         return {"pattern": str(parse_pattern(target))}

@@ -9,25 +9,33 @@ from llm_barber.settings.checked import Rule, Settings
 
 
 class CopySettings(Settings):
-    """Of what writes a copy of a model in another form."""
+    """A model, and the folder of its copy."""
 
-    model: str = Field(description="folder")
-    output: OutputFolder = Field(description="folder to write; it appears when it is complete")
-    overwrite: bool = Field(default=False, description="replace OUT, once the new one is complete")
+    model: str = Field(description="Folder of the model")
+    output: OutputFolder = Field(description="Folder to write; it appears when it is complete")
+    overwrite: bool = Field(default=False, description="Replace `output` when the new copy is complete")
 
     def rules(self) -> list[Rule]:
-        """The output is another folder."""
+        """Refuse to write a copy into its model's folder."""
         return [*super().rules(), partial(same_folder, "model", self.model, self.output)]
 
 
 class PackConfig(CopySettings):
-    """Settings of `pack` and `unpack`."""
+    """Settings of `pack` and `unpack`.
 
-    model: str = Field(description="folder to pack or unpack")
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    model: str = Field(description="Folder of a pruned model to pack, or of a packed one to unpack")
 
 
 class ConvertConfig(CopySettings):
-    """Settings of `convert`."""
+    """Settings of `convert`.
 
-    model: str = Field(description="folder or hub id with pytorch_model*.bin")
-    revision: str | None = Field(None, description="of a hub id")
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    model: str = Field(description="Folder or hub id of a model with pytorch_model*.bin")
+    revision: str | None = Field(None, description="Revision of a hub id")

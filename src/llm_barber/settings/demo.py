@@ -10,22 +10,27 @@ QUICK_WINDOWS, FULL_WINDOWS = 8, 32  # of calibration text and of test text
 
 
 class DemoConfig(Settings):
-    """Settings of the demonstration."""
+    """Settings of `demo`: sizes of the demonstration, and where its models go.
 
-    output: Path = Field(Path("demo-output"), description="folder for the pruned models")
-    model: str | None = Field(None, description="another model; None: SmolLM2-135M from its package")
-    full: bool = Field(default=False, description="more text and more passes of tuning; several times as long")
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    output: Path = Field(Path("demo-output"), description="Folder for the pruned models")
+    model: str | None = Field(None, description="Another model (default: SmolLM2-135M from its package)")
+    full: bool = Field(default=False, description="More text and more tuning; takes several times as long")
     samples: int | None = Field(
-        None, ge=1, description=f"calibration windows; None: {QUICK_WINDOWS}, full {FULL_WINDOWS}"
+        None, ge=1, description=f"Calibration windows (default: {QUICK_WINDOWS}; with `full` {FULL_WINDOWS})"
     )
-    seqlen: int = Field(512, ge=2, description="tokens a window")
+    seqlen: int = Field(512, ge=2, description="Tokens a window")
     windows: int | None = Field(
         None,
         ge=1,
-        description=f"windows of WikiText-2 to measure perplexity on; None: {QUICK_WINDOWS}, full {FULL_WINDOWS}",
+        description=f"WikiText-2 windows to measure perplexity on (default: {QUICK_WINDOWS}; with `full` "
+        f"{FULL_WINDOWS})",
     )
-    prompt: str = Field("The capital of France is", description="beginning of a text that each model continues")
-    device: str = Field("auto", description="auto, cpu, cuda")
+    prompt: str = Field("The capital of France is", description="Beginning of a text that each model continues")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
 
     @property
     def calibration_windows(self) -> int:

@@ -1,29 +1,48 @@
 """Settings of `evaluate`."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
-from llm_barber.settings.base import DTYPES, Dtype, StructureSettings
+from llm_barber.settings.base import COMMAS, Dtype, StructureSettings
 
 
 class EvaluateConfig(StructureSettings):
-    """Settings of `evaluate`."""
+    """Settings of `evaluate`: texts and tasks to measure a model on, and a model to compare it with.
 
-    model: str = Field(description="folder, hub id or GGUF file")
-    against: str | None = Field(None, description="another model, usually the dense one, to compare with")
-    text: tuple[str, ...] | None = Field(
-        None, description="wikitext2, ptb, c4, or files; None: wikitext2, or no text if there are tasks"
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    model: str = Field(description="Folder, hub id (org/name[@revision]) or GGUF file")
+    against: str | None = Field(
+        None, description="Compare with this model: perplexity, KL divergence, next tokens, accuracies"
     )
-    windows: int | None = Field(None, ge=1, description="windows of each text; None: all")
-    seqlen: int = Field(2048, ge=2, description="tokens a window")
-    bos: bool = Field(True, description="let windows begin as the tokenizer has texts begin, with BOS")
-    tasks: tuple[str, ...] = Field((), description="lm-eval's names, paper (the paper's seven), or the folder's files")
-    tasks_folder: Path | None = Field(None, description="folder with a .jsonl file a task, read instead of the hub")
-    limit: int | None = Field(None, ge=2, description="examples of each task, at most")
-    batch_size: int | None = Field(None, ge=1, description="windows computed together; None: chosen by the device")
+    text: tuple[str, ...] | None = Field(
+        None,
+        description="wikitext2, ptb or c4 (hub), or a file; repeatable (default: wikitext2; with tasks none)",
+    )
+    windows: int | None = Field(None, ge=1, description="Windows of each text (default: all)")
+    seqlen: int = Field(2048, ge=2, description="Tokens a window")
+    bos: bool = Field(
+        True,
+        description="Begin each window with BOS if the tokenizer begins texts with it; many published numbers do not",
+    )
+    tasks: Annotated[tuple[str, ...], *COMMAS] = Field(
+        (),
+        description="Tasks of lm-eval; paper stands for the seven of the paper: boolq, rte, hellaswag, winogrande, "
+        "arc_easy, arc_challenge, openbookqa",
+    )
+    tasks_folder: Path | None = Field(
+        None,
+        description="Folder with NAME.jsonl of each task, instead of the hub; lines of query, choices, gold or of "
+        "context_options, continuation, gold",
+    )
+    limit: int | None = Field(None, ge=2, description="Most examples of each task (default: all)")
+    batch_size: int | None = Field(None, ge=1, description="Most windows at a time (default: by the device)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: Dtype = Field("auto", description=f"compute dtype: {', '.join(DTYPES)}")
+    dtype: Dtype = Field("auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)")
 
     @property
     def texts(self) -> tuple[str, ...]:

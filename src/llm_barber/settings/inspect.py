@@ -6,9 +6,13 @@ from llm_barber.settings.checked import Settings
 
 
 class InspectConfig(Settings):
-    """Settings of `inspect`."""
+    """Settings of `inspect`: the checkpoint, and the dense model to verify it with.
 
-    model: str = Field(description="folder, hub id or GGUF file")
-    dense: str | None = Field(None, description="the dense model, to compare bit by bit")
-    revision: str | None = Field(None, description="of MODEL, if it is a hub id")
-    dense_revision: str | None = Field(None, description="of DENSE, if it is a hub id")
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    model: str = Field(description="Folder, hub id (org/name[@revision]) or GGUF file")
+    dense: str | None = Field(None, description="Verify that kept weights equal this model's, bit for bit")
+    revision: str | None = Field(None, description="Revision of `model`, if it is a hub id")
+    dense_revision: str | None = Field(None, description="Revision of `dense`, if it is a hub id")

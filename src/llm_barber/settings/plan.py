@@ -1,4 +1,4 @@
-"""Settings of `llm-barber plan`."""
+"""Settings of `plan`."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from llm_barber.messages import Message, message
+from llm_barber.settings.base import COMMAS, Size
 from llm_barber.settings.checked import Rule
 from llm_barber.settings.prune import PruneConfig
 
@@ -14,26 +15,46 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PlanConfig(PruneConfig):
-    """Settings of `plan`: those of `prune`, and of the machine; `flops` make it another one than this.
+    """Settings of `plan`: those of `prune`, and rates of the machine; with `flops`, of a machine that is not this one.
 
     Raises:
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
-    output: Path = Field(default=Path("pruned"), description="not written")
-    processes: tuple[int, ...] = Field(default=(1,), description="how many share the calibration windows")
-    flops: Rate | None = Field(default=None, description="FLOP/s of another machine; None: this one, measured")
-    float32_flops: Rate | None = Field(default=None, description="FLOP/s of float32 products; None: an eighth")
-    memory_bandwidth: Rate | None = Field(default=None, description="bytes/s of the device's memory")
-    link: Rate | None = Field(default=None, description="bytes/s between host and device")
-    network: Rate | None = Field(default=None, description="bytes/s between processes")
-    bandwidth: Rate | None = Field(default=None, description="bytes/s of the disk")
+    model: str = Field(description="Folder with config.json, a config.json, hub id or GGUF file; weights are not read")
+    output: Path = Field(default=Path("pruned"), description="Not written")
+    device_memory: Size | None = Field(
+        default=None,
+        description="GPU memory to stay within (default: all that is free; 80 GB of a machine given by `flops`)",
+    )
+    processes: Annotated[tuple[int, ...], COMMAS[1]] = Field(
+        default=(1,), description="Numbers of processes, on a machine each, that share the windows"
+    )
+    flops: Rate | None = Field(
+        default=None,
+        description="Matrix products of another machine, in FLOP/s as reached, 400e12 for an H100 "
+        "(default: this machine, measured)",
+    )
+    float32_flops: Rate | None = Field(
+        default=None,
+        description="The same in float32, for swaps and least squares (default: an eighth of `flops`)",
+    )
+    memory_bandwidth: Rate | None = Field(
+        default=None, description="Memory of the device that computes, with `flops` (default: 2e12)"
+    )
+    link: Rate | None = Field(default=None, description="Between host and device, with `flops` (default: 10e9)")
+    network: Rate | None = Field(
+        default=None, description="Between processes; GPUs of one machine reach 100e9 (default: 10e9)"
+    )
+    bandwidth: Rate | None = Field(
+        default=None, description="Disk, reading and writing (default: measured in this folder; with `flops` 2e9)"
+    )
 
     @field_validator("processes", mode="before")
     @classmethod
     def _counts_readable(cls, value: Any) -> Any:
         try:
-            counts = tuple(int(one) for one in value.split(",")) if isinstance(value, str) else tuple(value)
+            counts = tuple(int(count) for count in (value.split(",") if isinstance(value, str) else value))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{value!r} is not numbers with commas between them, like 1,2,4,8") from error
         if not counts or min(counts) < 1:
@@ -41,7 +62,7 @@ class PlanConfig(PruneConfig):
         return counts
 
     def rules(self) -> list[Rule]:
-        """Rates are of a named machine, and the rules of `prune`."""
+        """Rules about the machine, and those of `prune`."""
         return [*super().rules(), self._machine_is_named]
 
     def _output_is_another(self) -> Iterable[Message]:

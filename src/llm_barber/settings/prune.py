@@ -1,55 +1,20 @@
 """The settings of `prune` and `rebuild`, what is given for each, and what goes together."""
 
 from collections.abc import Iterable, Iterator
-from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
+from llm_barber.masking.pattern import Pattern, Unstructured, parse_pattern
 from llm_barber.messages import Message, SettingName, message
-from llm_barber.settings.base import RunSettings, same_folder
+from llm_barber.settings.base import COMMAS, same_folder
 from llm_barber.settings.checked import Rule
-from llm_barber.settings.presets import (
-    Allocation,
-    Preset,
-)
+from llm_barber.settings.initial import Initial
+from llm_barber.settings.presets import Allocation, Preset
+from llm_barber.settings.run import RunSettings
 from llm_barber.settings.targets import Targets, compile_names, parse_target, read_targets
-
-
-class Initial(StrEnum):
-    """The method whose mask is rebuilt."""
-
-    WANDA = "wanda"
-    MAGNITUDE = "magnitude"
-    SPARSEGPT = "sparsegpt"
-    RIA = "ria"
-    DSNOT = "dsnot"
-    ALPS = "alps"
-
-    @property
-    def has_updates(self) -> bool:
-        """Does it give new values to kept weights?"""
-        return self in (Initial.SPARSEGPT, Initial.ALPS)
-
-    @property
-    def compares_in_linear(self) -> bool:
-        """Does its released program compare the weights of a whole linear, not those of each row?"""
-        return self in (Initial.MAGNITUDE, Initial.RIA, Initial.ALPS)
-
-
-# The released experiments' granularity and rebuild ratio for each initial method; those that they do not have are given
-# what their kin have.
-RELEASED_REBUILD: dict[Initial, tuple[Granularity, float]] = {
-    Initial.MAGNITUDE: (Granularity.BLOCK, 0.1),
-    Initial.WANDA: (Granularity.OUTPUT, 0.01),
-    Initial.SPARSEGPT: (Granularity.LINEAR, 0.1),
-    Initial.RIA: (Granularity.OUTPUT, 0.01),
-    Initial.DSNOT: (Granularity.OUTPUT, 0.01),
-    Initial.ALPS: (Granularity.LINEAR, 0.1),
-}
 
 
 class PruneConfig(RunSettings):
@@ -61,36 +26,32 @@ class PruneConfig(RunSettings):
 
     command = "prune"
 
-    model: str = Field(description="folder, hub id or GGUF file")
-    initial: Initial | None = Field(default=None, description="method of the initial mask; None: wanda")
-    sparsity: float | None = Field(None, description="fraction of weights to remove; None: 0.5")
-    pattern: str | None = Field(None, description="N:M, N kept of every M inputs, instead of a sparsity")
+    model: str = Field(description="Folder, hub id (org/name[@revision]) or GGUF file")
+    initial: Initial | None = Field(default=None, description="Method of the initial mask (default: wanda)")
+    sparsity: float | None = Field(None, description="Fraction of weights to remove (default: 0.5)")
+    pattern: str | None = Field(None, description="Keep N of every M inputs instead, as 2:4")
     initial_granularity: Granularity | None = Field(
         default=None,
-        description="comparison group of the initial mask; None: linear for magnitude, RIA and ALPS, else output",
+        description="Comparison group of the initial mask (default: linear for magnitude, ria and alps, else output)",
     )
-    keep_updates: bool = Field(
-        default=False, description="keep the updated weights of SparseGPT or ALPS instead of the dense ones"
-    )
+    keep_updates: bool = Field(default=False, description="Keep weights that sparsegpt or alps updated")
     allocation: Allocation | None = Field(
-        default=None, description="how sparsity is spread over the linears; None: the preset's"
+        default=None,
+        description="Spread of sparsity over linears (default: the preset's)",
     )
-    include: tuple[str, ...] = Field(default=(), description="regular expressions of the linears to prune; none: all")
-    exclude: tuple[str, ...] = Field(default=(), description="regular expressions of linears not to prune")
-    skip_layers: tuple[int, ...] = Field(default=(), description="decoder layers not to prune; -1 is the last")
+    include: tuple[str, ...] = Field(default=(), description="Prune only linears that match; repeatable")
+    exclude: tuple[str, ...] = Field(default=(), description="Leave out linears that match; repeatable")
+    skip_layers: Annotated[tuple[int, ...], COMMAS[1]] = Field(
+        default=(), description="Leave out decoder layers: 0,-1 is first and last"
+    )
     sparsities: dict[str, float | str] = Field(
         default={},
-        description="a sparsity, N:M or 0 by regular expression of linears or number of a layer; or a YAML file of it",
+        description="YAML file, a line each: REGEX or layer number: 0.4, 2:4 or 0 (dense); the first match counts",
     )
-
-    allow_dense_tail: bool = Field(
-        default=False, description="where M does not divide a row, leave the inputs after its last whole group dense"
-    )
-
+    allow_dense_tail: bool = Field(default=False, description="If M does not divide a row, leave its end dense")
     prune_head: bool = Field(
         default=False,
-        description="prune the output head, too, without rebuilding it; one that is tied to the embedding gets weights "
-        "of its own",
+        description="Prune the output head, too, without rebuild; if it is tied, it gets weights of its own",
     )
 
     @field_validator("sparsity")
@@ -126,18 +87,18 @@ class PruneConfig(RunSettings):
     @field_validator("sparsities", mode="before")
     @classmethod
     def _sparsities_readable(cls, value: Any) -> Any:
-        found = read_targets(value)
-        if isinstance(found, dict):
-            compile_names(list(found))
-            for expression, one in found.items():
+        targets = read_targets(value)
+        if isinstance(targets, dict):
+            compile_names(list(targets))
+            for expression, target in targets.items():
                 try:
-                    parse_target(one)
+                    parse_target(target)
                 except ValueError as error:
                     raise ValueError(f"{expression}: {error}") from error
-        return found
+        return targets
 
     def rules(self) -> list[Rule]:
-        """What goes together in how the initial mask is chosen, and the rules of all runs."""
+        """Rules about the initial mask, and those of every run."""
         chosen = (self._target_is_clear, self._updates_are_there, self._sparsity_can_be_spread, self._groups_are_free)
         return [*chosen, *super().rules(), self._output_is_another]
 
@@ -158,10 +119,10 @@ class PruneConfig(RunSettings):
             )
 
     def _sparsity_can_be_spread(self) -> Iterator[Message]:
-        asked = self.allocation not in (None, Allocation.UNIFORM)
-        if asked and self.pattern is not None:
+        uneven = self.allocation not in (None, Allocation.UNIFORM)
+        if uneven and self.pattern is not None:
             yield message("{allocation} is not for patterns: N:M has one sparsity everywhere")
-        if asked and self.sparsities:
+        if uneven and self.sparsities:
             yield message("{allocation} and {sparsities} exclude each other: both say how much of each linear goes")
 
     def _groups_are_free(self) -> Iterator[Message]:
@@ -174,48 +135,45 @@ class PruneConfig(RunSettings):
 
     @property
     def method(self) -> Initial:
-        """That of the initial mask."""
+        """Method of the initial mask."""
         return self.initial or Initial.WANDA
 
     @property
     def preset_name(self) -> Preset:
-        """Where none was given, the best mask's, or the published method's if one was asked for.
-
-        Whoever names a method, or a setting of the rebuild, wants that and nothing else.
-        """
-        named = (self.initial, self.rebuild, self.granularity, self.rebuild_ratio)
-        asked = any(one is not None for one in named)
-        return self.preset or (Preset.PAPER if asked else Preset.MASK)
+        """The preset that gives the defaults: `mask`; `paper` if a method or a setting of the rebuild is given."""
+        of_paper = (self.initial, self.rebuild, self.granularity, self.rebuild_ratio)
+        default = Preset.MASK if all(value is None for value in of_paper) else Preset.PAPER
+        return self.preset or default
 
     @property
     def allocated_by(self) -> Allocation:
-        """How sparsity is spread: as asked for, or by the preset where that says nothing else of it."""
+        """The spread of sparsity: `allocation`, or the preset's; uniform with N:M or `sparsities`."""
         if self.allocation is not None:
             return self.allocation
         return Allocation.UNIFORM if self.pattern is not None or self.sparsities else self.defaults.allocation
 
     @property
     def prunes_head(self) -> bool:
-        """Is the output head pruned, too?"""
+        """True if the output head is pruned, too."""
         return self.prune_head
 
     @property
     def keeps_updates(self) -> bool:
-        """Are the weights written that the initial method updated?"""
+        """True if the weights are written that the initial method updated."""
         return self.keep_updates
 
     @property
     def runs_what_it_writes(self) -> bool:
-        """Does a finished layer's output come from the weights that are written?
+        """True if a finished layer's output is computed from the weights that are written.
 
-        SparseGPT's and ALPS' own masks are those of a stream that goes through their updated weights, while, without
-        `keep_updates`, the dense ones are written.
+        False for the masks of SparseGPT and ALPS alone: activations go through their updated weights, while, without
+        `keep_updates`, the dense weights are written.
         """
         return not self.method.has_updates or self.keep_updates or self.rebuilds or self.refines
 
     @property
     def targets(self) -> Targets:
-        """How much of each linear goes."""
+        """Sparsity or N:M of each linear."""
         return Targets(
             self.target,
             self.include,
@@ -228,7 +186,7 @@ class PruneConfig(RunSettings):
 
     @property
     def target(self) -> Pattern:
-        """How many weights go, where nothing else is said."""
+        """Sparsity or N:M of linears without a sparsity of their own."""
         if self.pattern is not None:
             return parse_pattern(self.pattern)
         return Unstructured(0.5 if self.sparsity is None else self.sparsity)
@@ -243,14 +201,20 @@ class RebuildConfig(RunSettings):
 
     command = "rebuild"
 
-    dense: str = Field(description="the dense model: folder, hub id or GGUF file")
-    pruned: str = Field(description="the pruned model: folder or hub id")
-    pruned_revision: str | None = Field(None, description="of the pruned model's hub id; `revision` is the dense one's")
+    dense: str = Field(description="The dense model: folder, hub id or GGUF file")
+    pruned: str = Field(description="The same model, pruned by any tool: folder or hub id")
+    pruned_revision: str | None = Field(
+        None, description="Revision of `pruned`, if it is a hub id; `revision` is of `dense`"
+    )
     initial: Initial | None = Field(
         None,
-        description="the method that pruned it, for the default granularity and ratio; None: from its record",
+        description="Method that pruned it; decides granularity and ratio (default: its record's, else wanda)",
     )
-    pattern: str | None = Field(None, description="N:M to keep up, or unstructured; None: found in the pruned model")
+    pattern: str | None = Field(None, description="N:M to keep, or unstructured (default: found in `pruned`)")
+    preset: Preset | None = Field(
+        default=None,
+        description="paper: the published rebuild; mask: tune masks instead; best: tune weights, too (default: paper)",
+    )
 
     @field_validator("pattern")
     @classmethod
@@ -260,7 +224,7 @@ class RebuildConfig(RunSettings):
         return value
 
     def rules(self) -> list[Rule]:
-        """Something is to be done, to another folder, and the rules of all runs."""
+        """Rules about both models, and those of every run."""
         others = [partial(same_folder, name, getattr(self, name), self.output) for name in ("dense", "pruned")]
         return [*super().rules(), self._something_is_to_do, *others]
 
@@ -268,16 +232,3 @@ class RebuildConfig(RunSettings):
         if not self.rebuilds and not self.refines:
             nothing = "{no_rebuild}, {refine:none} and {reconstruct:none} leave nothing to do"
             yield message(nothing, no_rebuild=SettingName("rebuild", False))
-
-
-def rebuild_defaults(
-    initial: Initial, granularity: Granularity | None, ratio: float | None, pattern: Pattern | None
-) -> tuple[Granularity, float]:
-    """The granularity and rebuild ratio to use: those asked for, else the released experiments'.
-
-    The released program chooses N:M's growing weights per output row, whatever the method.
-    """
-    default_granularity, default_ratio = RELEASED_REBUILD[initial]
-    if isinstance(pattern, NofM):
-        default_granularity = Granularity.OUTPUT
-    return granularity or default_granularity, default_ratio if ratio is None else ratio

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from llm_barber.masking.pattern import NofM, Pattern, as_fraction
 from llm_barber.model.streams import ActivationStreams
-from llm_barber.settings.base import RunSettings
 from llm_barber.settings.presets import (
     FEWEST_PASSES,
     MOST_PASSES,
@@ -18,6 +17,7 @@ from llm_barber.settings.presets import (
     Reconstruct,
     Refine,
 )
+from llm_barber.settings.run import RunSettings
 
 SEQUENCES_A_STEP = 4  # of tuning
 

@@ -24,8 +24,9 @@ from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
 from llm_barber.settings.demo import DemoConfig
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Preset
-from llm_barber.settings.prune import Initial, PruneConfig
+from llm_barber.settings.prune import PruneConfig
 from llm_barber.tools.demo_picture import draw_perplexities
 from llm_barber.usage import reset_peak_memory
 

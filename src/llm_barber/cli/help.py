@@ -1,0 +1,82 @@
+"""The text of `--help`: usage, what a command does, panels of options in two columns, examples.
+
+Typer's own help gives types, choices and defaults columns of their own, and imports a Markdown renderer: it takes twice
+the lines, and starts later.
+"""
+
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+
+from llm_barber.cli.options import OUTPUT
+
+ARGUMENTS, OPTIONS, COMMANDS = "Arguments", "Options", "Commands"
+FEW_PARAMETERS = 14  # of a command whose options share one panel
+Rows = list[tuple[str, str]]  # names as they are typed, and the help text
+
+
+class HelpCommand(TyperCommand):
+    """A command whose `--help` shows its options panel by panel."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help on stdout."""
+        parameters = self.get_params(ctx)
+        panels: dict[str, Rows] = {}
+        for parameter in parameters:
+            if parameter.param_type_name == "argument":
+                panel = ARGUMENTS
+            elif len(parameters) <= FEW_PARAMETERS:
+                panel = OPTIONS
+            else:
+                panel = getattr(parameter, "rich_help_panel", None) or OUTPUT
+            panels.setdefault(panel, []).append((_names(parameter), getattr(parameter, "help", None) or ""))
+        usage = " ".join([ctx.command_path, "[OPTIONS]", *(names for names, _ in panels.get(ARGUMENTS, []))])
+        _print_help(usage, self.help, panels, self.epilog)
+
+
+class HelpGroup(TyperGroup):
+    """The program, whose `--help` shows the commands and what each does."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help on stdout."""
+        commands: Rows = []
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None:
+                commands.append((name, _paragraphs(command.help)[0]))
+        options: Rows = [(_names(option), getattr(option, "help", None) or "") for option in self.get_params(ctx)]
+        usage = f"{ctx.command_path} COMMAND [OPTIONS] …"
+        _print_help(usage, self.help, {COMMANDS: commands, OPTIONS: options}, self.epilog)
+
+
+def _names(parameter: Any) -> str:
+    """An argument or option as it is typed: `MODEL`, `--samples N`, `--bos/--no-bos`."""
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar)
+    names = "/".join((*parameter.opts, *parameter.secondary_opts))
+    return names if parameter.is_flag or not parameter.metavar else f"{names} {parameter.metavar}"
+
+
+def _paragraphs(text: str | None) -> list[str]:
+    return [" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n")]
+
+
+def _print_help(usage: str, description: str | None, panels: dict[str, Rows], epilog: str | None) -> None:
+    console = Console(highlight=False)
+    for paragraph in (f"Usage: {usage}", *_paragraphs(description)):
+        console.print(Text(paragraph))
+        console.print()
+    width = max(len(names) for rows in panels.values() for names, _ in rows)
+    for title, rows in panels.items():
+        table = Table.grid(expand=True)
+        table.add_column(width=width + 2, no_wrap=True, style="bold cyan")
+        table.add_column(ratio=1, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(Panel(table, title=title, title_align="left", border_style="dim"))
+    for paragraph in _paragraphs(epilog):
+        console.print(Text(paragraph), soft_wrap=True)
