@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from common import call, machine, model_folder, show
-from quality import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TASK_TARGETS, TASKS, TEST
+from quality_settings import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TASK_TARGETS, TASKS, TEST
 from safetensors.torch import save_file
 
 from llm_barber.cli.progress import ConsoleProgress

@@ -16,7 +16,7 @@ from typing import Any
 
 from common import keep, model_folder, show
 from estimators import ESTIMATORS, estimated
-from quality import CALIBRATION, ROOT, VALIDATION
+from quality_settings import CALIBRATION, ROOT, VALIDATION
 
 from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.cli.progress import ConsoleProgress
