@@ -1,4 +1,4 @@
-"""Products with packed weights in C against dense ones, and what the C functions refuse; skipped where not built."""
+"""Products with packed weights in C against dense products, and refused arguments; skipped if not built."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A linear whose weight stays packed in memory: kept values and one bit a weight, for every encoding on disk."""
+"""A linear whose weight stays packed in memory: kept values and a bit a weight, for every encoding."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
