@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import PruneConfig, RunReport, prune
 from llm_barber.method import distance
+from llm_barber.record.file import read_record
 from tests.conftest import Listener, make_model
 
 SINK = 1  # the token that begins every window, and stands nowhere else
@@ -98,3 +99,15 @@ def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, den
     assert 0 in ruled
     assert any(f"({', '.join(map(str, ruled))}): an attention sink" in message for message in listener.warnings)
     assert RunReport.model_validate_json(report.to_json()) == report
+
+
+def test_a_record_without_the_shares_is_read(tmp_path: Path, dense: Path, seed: int) -> None:
+    """As records that were written before they existed."""
+    report, output = prune_with_sink(tmp_path, dense, seed)
+    layers = tuple(layer.model_copy(update={"concentration": None}) for layer in report.layers)
+    older = report.model_copy(update={"layers": layers})
+    assert "concentration" not in older.to_json()
+    (output / "barber.json").write_text(older.to_json())
+    record = read_record(output)
+    assert record is not None
+    assert all(layer.concentration is None and layer.held_out for layer in record.layers)

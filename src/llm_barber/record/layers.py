@@ -3,9 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from llm_barber.model.architecture import kind_of
 
@@ -127,6 +136,14 @@ class LayerResult(Result):
     held_out: tuple[Unsure, ...] = ()
     concentration: Concentration | None = None
     blocks: tuple[BlockResult, ...]
+
+    @model_serializer(mode="wrap")
+    def _without_missing_concentration(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the key out where nothing was measured: records that were written before it existed stay readable."""
+        content: dict[str, Any] = serialize(self)
+        if self.concentration is None:
+            del content["concentration"]
+        return content
 
     @property
     def kept_pass(self) -> int | None:
