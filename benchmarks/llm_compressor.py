@@ -1,12 +1,13 @@
-"""SparseGPT and Wanda by llm-compressor on the tokens that our rows are calibrated on, measured as our rows are.
+"""Prune by llm-compressor's SparseGPT and Wanda on our calibration tokens, and measure as for our rows. Resumable.
 
 llm-compressor pins other versions of transformers: give it an environment of its own.
 
     python3 -m venv PEER && PEER/bin/pip install llmcompressor==0.14.0.1
     python benchmarks/llm_compressor.py --python PEER/bin/python --data DATA [--samples 64 --seqlen 1024 --windows 32]
 
-DATA is that of `quality.py`, whose settings are the defaults. It computes in float32. Finished rows are kept in
-`benchmarks/results/NAME/llm-compressor.json` and are not done again.
+DATA is that of `quality.py`, whose settings are the defaults. llm-compressor computes in float32. It prints perplexity,
+divergence and seconds of each row. Finished rows are kept in `benchmarks/results/NAME/llm-compressor.json` and are not
+computed again.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from common import call, machine, model_folder, show
-from quality import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TASK_TARGETS, TASKS, TEST
+from quality_settings import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TASK_TARGETS, TASKS, TEST
 from safetensors.torch import save_file
 
 from llm_barber.cli.progress import ConsoleProgress
@@ -30,7 +31,7 @@ from llm_barber.loading.opening import load_tokenizer
 from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.calibration import load_calibration
 
-# What runs in its environment: prunes and saves an ordinary checkpoint in the dense one's dtype, prints seconds.
+# Program for that environment: it prunes, saves an ordinary checkpoint in the dense model's dtype, and prints seconds.
 PEER = """
 import sys, time
 from importlib.metadata import version
@@ -63,7 +64,7 @@ print("RESULT", seconds, version("llmcompressor"), version("transformers"))
 
 
 def prune(python: Path, model: str, tokens: Path, out: Path, method: str, target: str) -> dict[str, Any]:
-    """Seconds and versions; the pruned model is in `out`."""
+    """Prune into `out`; return seconds and versions."""
     command = [str(python), "-c", PEER, model, str(tokens), str(out), method, target]
     (line,) = [line for line in call(command).splitlines() if line.startswith("RESULT")]
     _, seconds, llm_compressor, transformers = line.split()

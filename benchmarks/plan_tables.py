@@ -106,7 +106,7 @@ def section(name: str, configuration: dict[str, Any], preset: str, with_size: bo
 
 def _memory(run: ProcessesForecast) -> str:
     assert run.device_memory is not None
-    return f"{run.host_memory / 2**30:.0f} GiB of host memory and {run.device_memory / 2**30:.0f} GiB of device memory"
+    return f"{run.host_memory / 2**30:.0f} GiB of host and {run.device_memory / 2**30:.0f} GiB of device memory"
 
 
 if __name__ == "__main__":

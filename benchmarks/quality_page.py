@@ -1,14 +1,26 @@
-"""A model's page in `docs/results`: the tables and plots of its quality benchmark."""
+"""Write a model's page in `docs/results`: the tables and plots of its quality benchmark."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from quality_sections import (
+    Choice,
+    Order,
+    Sequences,
+    choice_section,
+    order_section,
+    perplexity,
+    sequences_picture,
+    sequences_section,
+    wrapped,
+)
+
 from llm_barber.comparison.page import comparison_picture
-from llm_barber.comparison.result import CellResult, Comparison
+from llm_barber.comparison.result import Comparison
 from llm_barber.comparison.tables import (
     REBUILT,
     TITLES,
@@ -19,54 +31,52 @@ from llm_barber.comparison.tables import (
     notes,
     target_title,
 )
-from llm_barber.masking.granularity import Granularity
-from llm_barber.page.figures import standalone
-from llm_barber.page.lines import Line, perplexity_lines
 from llm_barber.settings.compare import Method
 
-Choice = Mapping[tuple[Method, Granularity, float], CellResult]
-Sequences = Mapping[tuple[Method, bool, int], CellResult]
-Order = Mapping[Method, tuple[CellResult, CellResult]]
 Elsewhere = Sequence[Mapping[str, Any]]  # what `llm_compressor.py` keeps
 
 
-WIDTH = 100  # of prose
+@dataclass(frozen=True)
+class Results:
+    """Results of a model's stages. `settings_of`: the model on which the rebuild's settings were chosen; None: this."""
+
+    comparison: Comparison
+    choice: Choice
+    sequences: Sequences
+    order: Order
+    settings_of: str | None
+    elsewhere: Elsewhere = ()
 
 
-def write_page(
-    folder: Path, name: str, title: str, comparison: Comparison, choice: Choice, sequences: Sequences,
-    order: Order, settings_of: str | None, elsewhere: Elsewhere = (),
-) -> None:  # fmt: skip
+def write_page(folder: Path, name: str, title: str, results: Results) -> None:
     """Write the model's page, `folder/name.md`, and its plots beside it."""
-    comparison = comparison.model_copy(update={"model": title})
+    comparison = results.comparison.model_copy(update={"model": title})
     folder.mkdir(exist_ok=True)
     picture = comparison_picture(comparison)
     if picture is not None:
         (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
     lines = ["<!-- written by benchmarks/quality.py -->", f"# {title}", ""]
-    lines += [_wrapped(f"- {note}", "  ") for note in [*notes(comparison), *_other_seeds(comparison)]]
+    lines += [wrapped(f"- {note}", "  ") for note in [*notes(comparison), *_other_seeds(comparison)]]
     lines += ["", f"![Perplexity by sparsity]({name}.svg)", ""]
     for block in blocks(comparison):
         lines += [f"## {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
     lines += _gap(comparison)
-    if elsewhere:
-        lines += _elsewhere(elsewhere, comparison)
+    if results.elsewhere:
+        lines += _elsewhere(results.elsewhere, comparison)
     if any(cell.rebuilt for cell in comparison.cells):
         lines += _does_it_help(comparison)
-        if settings_of is not None:
-            lines += [f"The settings of the rebuild are those chosen on {settings_of}.", ""]
-    if choice:
-        lines += _choice(choice)
-    if sequences:
-        (folder / f"{name}-sequences.svg").write_text(_sequences_picture(sequences, comparison), encoding="utf-8")
-        lines += _sequences(sequences, name)
-    if order:
-        lines += _order(order)
+        if results.settings_of is not None:
+            lines += [f"The settings of the rebuild are those chosen on {results.settings_of}.", ""]
+    if results.choice:
+        lines += choice_section(results.choice)
+    if results.sequences:
+        (folder / f"{name}-sequences.svg").write_text(
+            sequences_picture(results.sequences, comparison), encoding="utf-8"
+        )
+        lines += sequences_section(results.sequences, name)
+    if results.order:
+        lines += order_section(results.order)
     (folder / f"{name}.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-
-
-def _wrapped(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _other_seeds(comparison: Comparison) -> list[str]:
@@ -94,7 +104,7 @@ def _gap(comparison: Comparison) -> list[str]:
     targets = list(dict.fromkeys(cell.target for cell in comparison.cells))
     dense = math.log(comparison.dense.texts[0].perplexity)
     logarithms = {
-        (cell.method, cell.rebuilt, cell.target, cell.seed): math.log(_perplexity(cell.result))
+        (cell.method, cell.rebuilt, cell.target, cell.seed): math.log(perplexity(cell.result))
         for cell in comparison.cells
         if cell.result is not None
     }
@@ -113,7 +123,7 @@ def _gap(comparison: Comparison) -> list[str]:
     return [
         "## How much of what Wanda loses each method wins back",
         "",
-        _wrapped(
+        wrapped(
             "Share of the gap in log perplexity between Wanda and the dense model, mean over its seeds; below 0 it is "
             "worse than Wanda."
         ),
@@ -127,7 +137,7 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
     """The table of llm-compressor's results, on the tokens of the first seed, by target."""
     dense = math.log(comparison.dense.texts[0].perplexity)
     wanda = {
-        cell.target: math.log(_perplexity(cell.result))
+        cell.target: math.log(perplexity(cell.result))
         for cell in comparison.cells
         if (cell.method, cell.rebuilt, cell.seed) == (Method.WANDA, False, 0) and cell.result is not None
     }
@@ -150,7 +160,7 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
     return [
         f"## By llm-compressor {versions}",
         "",
-        _wrapped(
+        wrapped(
             f"On the same tokens (seed 0), in float32, under transformers {pruned_under}; measured as the rows above "
             f"are, on {machines}; share: of the gap, as above. `benchmarks/llm_compressor.py`."
         ),
@@ -177,7 +187,7 @@ def _does_it_help(comparison: Comparison) -> list[str]:
                     value for key, value in results.items() if key[:3] == (method, False, target)
                 )
                 if plain is not None:
-                    ratios.append(math.log(_perplexity(result) / _perplexity(plain)))
+                    ratios.append(math.log(perplexity(result) / perplexity(plain)))
             if not ratios:
                 cells.append("–")
                 continue
@@ -187,7 +197,7 @@ def _does_it_help(comparison: Comparison) -> list[str]:
     return [
         "## Does rebuilding help?",
         "",
-        _wrapped(
+        wrapped(
             "Perplexity with rebuild divided by perplexity without (below 1: it helps; geometric mean over seeds), and "
             "in how many of the seeds it is lower."
         ),
@@ -195,114 +205,3 @@ def _does_it_help(comparison: Comparison) -> list[str]:
         *markdown_table(["method", *map(target_title, targets)], rows),
         "",
     ]
-
-
-def _choice(choice: Choice) -> list[str]:
-    """The table of all settings of the rebuild that were tried; the tables above use the bold ones."""
-    best = {}
-    for method in dict.fromkeys(key[0] for key in choice):
-        best[method] = min(
-            (key for key in choice if key[0] is method), key=lambda key: choice[key].evaluation.texts[1].perplexity
-        )
-    rows = []
-    for key, result in choice.items():
-        method, granularity, ratio = key
-        test, validation = result.evaluation.texts
-        error = {
-            name: f"{after / before - 1:+.0%}" for name, (before, after) in result.errors.items() if before and after
-        }
-        rows.append(
-            Row(
-                TITLES[method],
-                (
-                    granularity.value, f"{ratio:g}", f"{result.swapped:,}", *error.values(),
-                    f"{validation.perplexity:.2f}", f"{test.perplexity:.2f}",
-                ),
-                (*(False,) * (3 + len(error)), best[method] == key, False),
-            )
-        )  # fmt: skip
-    names = list(next(iter(choice.values())).errors)
-    return [
-        "## Granularity and ratio of the rebuild",
-        "",
-        _wrapped(
-            "At 50 %, first seed. Bold: the best on the validation text, which the tables above use. Error: mean "
-            "reconstruction error of the blocks after the rebuild against before."
-        ),
-        "",
-        *markdown_table(
-            ["method", "granularity", "ratio", "swapped", *(f"{name} error" for name in names), "validation", "test"],
-            rows,
-        ),
-        "",
-    ]
-
-
-def _sequences(sequences: Sequences, name: str) -> list[str]:
-    """The table of perplexity by number of calibration sequences."""
-    counts = list(dict.fromkeys(key[2] for key in sequences))
-    rows = []
-    for method, rebuilt in dict.fromkeys(key[:2] for key in sequences):
-        values = [_perplexity(sequences[method, rebuilt, count]) for count in counts]
-        rows.append(
-            Row(TITLES[method] + REBUILT * rebuilt, tuple(f"{value:.2f}" for value in values), (False,) * len(values))
-        )
-    return [
-        "## Number of calibration sequences",
-        "",
-        "Perplexity at 50 %, first seed.",
-        "",
-        *markdown_table(["method", *map(str, counts)], rows),
-        "",
-        f"![Perplexity by number of calibration sequences]({name}-sequences.svg)",
-        "",
-    ]
-
-
-def _sequences_picture(sequences: Sequences, comparison: Comparison) -> str:
-    methods = list(TITLES)
-    lines = [
-        Line(
-            TITLES[method] + REBUILT * rebuilt,
-            methods.index(method),
-            rebuilt,
-            {str(key[2]): _perplexity(result) for key, result in sequences.items() if key[:2] == (method, rebuilt)},
-        )
-        for method, rebuilt in dict.fromkeys(key[:2] for key in sequences)
-    ]
-    figure = perplexity_lines(
-        "sequences",
-        lines,
-        joined=list(dict.fromkeys(str(key[2]) for key in sequences)),
-        single=[],
-        dense=comparison.dense.texts[0].perplexity,
-        label="Perplexity by number of calibration sequences",
-        axis="calibration sequences",
-    )
-    return standalone(figure, [(line.name, line.colour, line.dashed) for line in lines] + [("dense", None, True)])
-
-
-def _order(order: Order) -> list[str]:
-    rows = [
-        Row(
-            TITLES[method],
-            (f"{_perplexity(fused):.2f}", f"{_perplexity(apart):.2f}", f"{fused.swapped:,}", f"{apart.swapped:,}"),
-            (False,) * 4,
-        )
-        for method, (fused, apart) in order.items()
-    ]
-    return [
-        "## One pass, or one after the other",
-        "",
-        _wrapped(
-            "Perplexity at 50 %, first seed: `prune` chooses a layer's initial mask and rebuilds it before it goes on "
-            "to the next layer; `prune --no-rebuild` followed by `rebuild` is the released program's order."
-        ),
-        "",
-        *markdown_table(["method", "one pass", "one after the other", "swapped", "swapped, one after the other"], rows),
-        "",
-    ]
-
-
-def _perplexity(result: CellResult) -> float:
-    return result.evaluation.texts[0].perplexity

@@ -102,12 +102,15 @@ def test_settings_that_are_the_programs_own_make_no_other_variant(
 
 
 def test_rows_of_a_page_stay_on_it(tmp_path: Path, variants: ModuleType) -> None:
-    import quality
+    import quality_settings
 
     path = tmp_path / "results" / "rows.json"
-    assert quality.with_kept_rows(path, ()) == ()
+    assert quality_settings.with_kept_rows(path, ()) == ()
     assert not path.exists()
-    first, second = quality.Rows.read("wanda+rebuild=0.5,2:4@0,1", ()), quality.Rows.read("mask=0.5", (0,))
-    assert quality.with_kept_rows(path, (first,)) == (first,)
-    assert quality.with_kept_rows(path, (second, first)) == (first, second)
-    assert quality.with_kept_rows(path, ()) == (first, second)
+    first, second = (
+        quality_settings.Rows.read("wanda+rebuild=0.5,2:4@0,1", ()),
+        quality_settings.Rows.read("mask=0.5", (0,)),
+    )
+    assert quality_settings.with_kept_rows(path, (first,)) == (first,)
+    assert quality_settings.with_kept_rows(path, (second, first)) == (first, second)
+    assert quality_settings.with_kept_rows(path, ()) == (first, second)

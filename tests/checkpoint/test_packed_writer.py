@@ -47,5 +47,5 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path, mo
         if (tmp_path / "out").exists():
             break
     assert kills > 3
-    whole, resumed = read_untimed_files(tmp_path / "whole"), read_untimed_files(tmp_path / "out")
-    assert {name: resumed[name] for name in whole} == whole
+    expected, resumed = read_untimed_files(tmp_path / "whole"), read_untimed_files(tmp_path / "out")
+    assert {name: resumed[name] for name in expected} == expected

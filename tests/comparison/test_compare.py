@@ -25,7 +25,7 @@ from tests.helpers.text import add_tokenizer
 def settings(tmp_path: Path) -> dict[str, Any]:
     model = make_model(tmp_path / "model", "llama")
     add_tokenizer(model)
-    text = "".join(chr(33 + (7 * place * place + place) % 90) for place in range(400))
+    text = "".join(chr(33 + (7 * i * i + i) % 90) for i in range(400))
     (tmp_path / "text.txt").write_text(text)
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
@@ -49,7 +49,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 
 class Counter:
-    """Counts calls of `prune`, and may stop at one."""
+    """Counts the calls of `prune`, and stops at a chosen one."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.calls = 0
@@ -84,12 +84,12 @@ def test_cells_are_what_prune_and_evaluate_give(settings: dict[str, Any], tmp_pa
     assert comparison.failures == []
     cells = {(cell.method, cell.rebuilt, cell.target, cell.seed): cell.result for cell in comparison.cells}
     for target in ("0.5", "2:4"):
-        own = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+        target_settings = {"pattern": target} if ":" in target else {"sparsity": float(target)}
         by_hand = prune(
             PruneConfig(
                 model=settings["model"], output=tmp_path / "by-hand", overwrite=True, granularity="block",
                 rebuild_ratio=0.5, calibration=settings["calibration"], samples=3, seqlen=24, seed=1,
-                dtype="float32", **own,
+                dtype="float32", **target_settings,
             )
         )  # fmt: skip
         measured = evaluate(
@@ -110,11 +110,11 @@ def test_cells_are_what_prune_and_evaluate_give(settings: dict[str, Any], tmp_pa
     assert not (settings["output"] / "work").exists() or not any((settings["output"] / "work").iterdir())
 
 
-def test_a_cell_that_was_measured_on_tasks_serves_without_them(settings: dict[str, Any], counter: Counter) -> None:
-    own = {**settings, "methods": ("wanda",), "targets": ("0.5",)}
-    alone = compare(CompareConfig(**{**own, "seeds": (1,)}))
+def test_a_cell_measured_on_tasks_serves_without_them(settings: dict[str, Any], counter: Counter) -> None:
+    small = {**settings, "methods": ("wanda",), "targets": ("0.5",)}
+    alone = compare(CompareConfig(**{**small, "seeds": (1,)}))
     assert counter.calls == 2
-    both = compare(CompareConfig(**own))
+    both = compare(CompareConfig(**small))
     assert counter.calls == 4
     before = {cell.rebuilt: cell.result for cell in alone.cells}
     for cell in both.cells:
@@ -131,24 +131,24 @@ def test_an_interrupted_comparison_goes_on(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = CompareConfig(**settings)
-    whole = compare(CompareConfig(**settings | {"output": tmp_path / "whole"}))
+    uninterrupted = compare(CompareConfig(**settings | {"output": tmp_path / "uninterrupted"}))
     stopped = Counter(stop_at=4)
     monkeypatch.setattr(module, "prune", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(config)
-    assert "magnitude" in (config.output / "comparison.md").read_text()  # what there was
+    assert "magnitude" in (config.output / "comparison.md").read_text()  # the cells that were finished
     rest = Counter()
     monkeypatch.setattr(module, "prune", rest)
-    assert numbers(compare(config)) == numbers(whole)
+    assert numbers(compare(config)) == numbers(uninterrupted)
     assert rest.calls == 14 - 3
     again = Counter()
     monkeypatch.setattr(module, "prune", again)
     monkeypatch.setattr(module, "Evaluator", None)  # not even the texts are read
-    assert numbers(compare(config)) == numbers(whole)
+    assert numbers(compare(config)) == numbers(uninterrupted)
     assert again.calls == 0
 
 
-def test_a_cell_is_done_again_if_anything_it_depends_on_changed(settings: dict[str, Any], counter: Counter) -> None:
+def test_a_cell_is_computed_again_if_anything_it_depends_on_changed(settings: dict[str, Any], counter: Counter) -> None:
     small = settings | {
         "methods": ("wanda",),
         "targets": ("0.5",),
@@ -188,9 +188,9 @@ def test_windows_begin_with_bos_where_texts_do(settings: dict[str, Any], counter
         comparison = compare(CompareConfig(**small | {"seeds": (0,), "bos": bos, "keep_models": True}))
         assert comparison.dense.texts[0].begins_with_bos is bos
         (record,) = (settings["output"] / "models").glob("*/barber.json")
-        found = json.loads(record.read_text())
-        assert found["settings"]["bos"] is bos
-        assert found["calibration"]["first_token"] == (94 if bos else None)
+        content = json.loads(record.read_text())
+        assert content["settings"]["bos"] is bos
+        assert content["calibration"]["first_token"] == (94 if bos else None)
         record.unlink()
     assert counter.calls == 2
     assert len(list(settings["output"].glob("calibration-seed0-*"))) == 2
@@ -209,7 +209,7 @@ def test_stopped_before_its_first_cell_it_leaves_older_tables(
     with pytest.raises(CalibrationError, match="has 9 tokens"):
         compare(CompareConfig(**settings | {"calibration": str(settings["output"] / "short.txt")}))
     assert (settings["output"] / "comparison.md").read_text() == before
-    assert len(list((settings["output"] / "cells").glob("dense-*"))) == 1  # told before anything was measured
+    assert len(list((settings["output"] / "cells").glob("dense-*"))) == 1  # reported before anything was measured
 
 
 def test_a_cell_that_fails_is_named_and_others_go_on(settings: dict[str, Any], counter: Counter) -> None:
@@ -229,7 +229,7 @@ def test_files(settings: dict[str, Any]) -> None:
     assert Comparison.model_validate_json((folder / "comparison.json").read_text()) == comparison
     with (folder / "comparison.csv").open() as file:
         lines = list(csv.DictReader(file))
-    found = [
+    perplexities = [
         float(line["value"])
         for line in lines
         if (line["method"], line["rebuilt"], line["target"], line["seed"], line["metric"])
@@ -240,46 +240,46 @@ def test_files(settings: dict[str, Any]) -> None:
         for cell in comparison.cells
         if cell.result and (cell.method, cell.rebuilt, cell.target, cell.seed) == (Method.WANDA, True, "2:4", 1)
     ]
-    assert found == [expected]
+    assert perplexities == [expected]
     assert (folder / "comparison.svg").read_text().startswith("<svg")
     assert "<!DOCTYPE html>" in (folder / "comparison.html").read_text()
 
 
-def test_cells_that_the_tables_leave_out_are_told(settings: dict[str, Any]) -> None:
-    own = settings | {"seeds": (0,), "targets": ("0.5",), "rebuild": False, "rebuild_settings": {}}
-    told = Listener()
-    compare(CompareConfig(**own), told)
-    compare(CompareConfig(**own), told)
-    assert told.warnings == []
-    compare(CompareConfig(**own | {"methods": ("ria",)}), told)
-    assert [warning.partition(", and")[0] for warning in told.warnings] == [
+def test_cells_that_the_tables_leave_out_are_reported(settings: dict[str, Any]) -> None:
+    small = settings | {"seeds": (0,), "targets": ("0.5",), "rebuild": False, "rebuild_settings": {}}
+    listener = Listener()
+    compare(CompareConfig(**small), listener)
+    compare(CompareConfig(**small), listener)
+    assert listener.warnings == []
+    compare(CompareConfig(**small | {"methods": ("ria",)}), listener)
+    assert [warning.partition(", and")[0] for warning in listener.warnings] == [
         f"{settings['output']} keeps cells of other calls, too (2)"
     ]
     assert "Wanda" not in (settings["output"] / "comparison.md").read_text()
 
 
-def test_presets_are_rows_and_alps_is_asked_for(settings: dict[str, Any]) -> None:
+def test_presets_are_default_rows_and_alps_is_not(settings: dict[str, Any]) -> None:
     small = settings | {"methods": ("alps", "mask", "best", "paper"), "seeds": (0,), "rebuild_settings": {}}
     comparison = compare(CompareConfig(**small))
     assert not comparison.failures
     rows = [(cell.method, cell.rebuilt) for cell in comparison.cells if cell.target == "0.5"]
     assert rows[:4] == [(Method.ALPS, False), (Method.ALPS, True), (Method.MASK, False), (Method.BEST, False)]
     published = [cell.result for cell in comparison.cells if cell.method is Method.PAPER]
-    assert [(one.granularity, one.rebuild_ratio) for one in published if one] == [("output", 0.01)] * 2
+    assert [(result.granularity, result.rebuild_ratio) for result in published if result] == [("output", 0.01)] * 2
     assert [cell.result.swapped > 0 for cell in comparison.cells if cell.method is Method.MASK and cell.result] == [
         True
     ] * 2
-    others = {Method.ALPS, Method.PAPER, Method.SPARSEGPT_ALLOCATED, Method.ALPS_ALLOCATED}
-    assert set(Method) - set(CompareConfig(model="m", output="o").methods) == others
+    not_default = {Method.ALPS, Method.PAPER, Method.SPARSEGPT_ALLOCATED, Method.ALPS_ALLOCATED}
+    assert set(Method) - set(CompareConfig(model="m", output="o").methods) == not_default
 
 
 def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None:
     small = settings | {"methods": ("alps", "alps-allocated"), "seeds": (0,), "rebuild": False, "rebuild_settings": {}}
     comparison = compare(CompareConfig(**small))
     assert not comparison.failures
-    found = {(cell.method, cell.target): cell.result for cell in comparison.cells}
-    assert found.keys() == {(Method.ALPS, "0.5"), (Method.ALPS, "2:4"), (Method.ALPS_ALLOCATED, "0.5")}
-    plain, spread = found[Method.ALPS, "0.5"], found[Method.ALPS_ALLOCATED, "0.5"]
+    results = {(cell.method, cell.target): cell.result for cell in comparison.cells}
+    assert results.keys() == {(Method.ALPS, "0.5"), (Method.ALPS, "2:4"), (Method.ALPS_ALLOCATED, "0.5")}
+    plain, spread = results[Method.ALPS, "0.5"], results[Method.ALPS_ALLOCATED, "0.5"]
     assert plain is not None
     assert spread is not None
     assert spread.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
@@ -289,7 +289,7 @@ def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None
 
 
 class Stages(Silent):
-    """Keeps what a comparison says of its cells."""
+    """Keeps the stages that name cells."""
 
     def __init__(self) -> None:
         self.cells: list[str] = []
@@ -299,15 +299,15 @@ class Stages(Silent):
             self.cells.append(title)
 
 
-def test_the_eta_counts_no_cells_that_are_kept(
+def test_the_eta_counts_no_stored_cells(
     settings: dict[str, Any], counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 600.0 * counter.calls))  # 10 min a cell
     small = settings | {"targets": ("0.5",), "seeds": (0,), "rebuild": False, "rebuild_settings": {}}
     compare(CompareConfig(**small))  # magnitude and wanda
-    told = Stages()
-    compare(CompareConfig(**small | {"methods": ("ria", "magnitude", "dsnot", "sparsegpt", "wanda")}), told)
-    assert told.cells == [
+    listener = Stages()
+    compare(CompareConfig(**small | {"methods": ("ria", "magnitude", "dsnot", "sparsegpt", "wanda")}), listener)
+    assert listener.cells == [
         "cell 1 of 5: ria-0.5-seed0",
         "cell 3 of 5: dsnot-0.5-seed0, ETA 20 min",
         "cell 4 of 5: sparsegpt-0.5-seed0, ETA 10 min",
@@ -378,13 +378,13 @@ def test_layers_and_blocks_that_the_user_names(settings: dict[str, Any], tmp_pat
     file = tmp_path / "blocks.yaml"
     file.write_text("mlp: {output: mlp, linears: [mlp.down_proj]}")
     settings |= {"methods": ("wanda",), "targets": ("0.5",), "seeds": (0,), "rebuild_settings": {}}
-    every = compare(CompareConfig(**settings)).cells[-1].result
-    own = compare(CompareConfig(**settings, layers="model.layers", blocks=file)).cells[-1].result
-    assert every is not None
-    assert own is not None
-    assert (set(every.errors), set(own.errors)) == ({"attention", "mlp"}, {"mlp"})
-    assert own.evaluation.texts[0].perplexity != every.evaluation.texts[0].perplexity
+    default = compare(CompareConfig(**settings)).cells[-1].result
+    named = compare(CompareConfig(**settings, layers="model.layers", blocks=file)).cells[-1].result
+    assert default is not None
+    assert named is not None
+    assert (set(default.errors), set(named.errors)) == ({"attention", "mlp"}, {"mlp"})
+    assert named.evaluation.texts[0].perplexity != default.evaluation.texts[0].perplexity
     again = compare(CompareConfig(**settings)).cells[-1].result
-    assert again == every
+    assert again == default
     with pytest.raises(SettingsError, match="nothing.there is not a list"):
         compare(CompareConfig(**settings, layers="nothing.there"))

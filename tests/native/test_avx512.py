@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_barber import native
 from llm_barber.checkpoint.encoding import pack
-from llm_barber.native import avx512
-from llm_barber.native.avx512 import Instructions
+from llm_barber.native import Instructions, avx512
 from llm_barber.runtime.packed_linear import PackedLinear
 
-LEVEL = avx512.instructions()
+LEVEL = native.instructions()
 needs_avx512 = pytest.mark.skipif(LEVEL == 0, reason="needs a processor with AVX-512 and VBMI2")
 
 
@@ -26,7 +26,7 @@ needs_avx512 = pytest.mark.skipif(LEVEL == 0, reason="needs a processor with AVX
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Instructions:
     if request.param > LEVEL:
         pytest.skip(f"needs {request.param.name}")
-    monkeypatch.setattr(avx512, "instructions", lambda: request.param)
+    monkeypatch.setattr(native, "instructions", lambda: request.param)
     return Instructions(request.param)
 
 
@@ -129,6 +129,32 @@ def test_nothing_is_read_behind_an_array(
 
 
 @needs_avx512
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+@pytest.mark.parametrize("count", [8, 16, 24, 32, 40, 56, 64, 160])
+def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count: int) -> None:
+    generator = np.random.default_rng(count)
+    for density in (0.0, 0.3, 0.5, 1.0):
+        kept = generator.random(count) < density
+        values = generator.integers(1, 2**16, kept.sum()).astype(kind)
+        bits = np.packbits(kept, bitorder="little")
+        memory = [Guarded(torch.from_numpy(array.view(np.uint8))) for array in (values, bits, np.zeros(count, kind))]
+        arrays = [guarded.tensor.numpy() for guarded in memory]
+        native.put(arrays[0].view(kind), arrays[1], arrays[2].view(kind))
+        expected = np.zeros(count, kind)
+        expected[kept] = values
+        assert np.array_equal(arrays[2].view(kind), expected)
+
+
+@needs_avx512
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Instructions, dtype: torch.dtype) -> None:
+    """Where a file lies: the weights without a value are zero."""
+    values, bits, inputs = Guarded(torch.ones(40, dtype=dtype)), torch.full((32,), 255, dtype=torch.uint8), 64
+    outputs = avx512.multiply(values.tensor, bits, torch.ones(1, inputs, dtype=dtype), None, [0, 4], [0, 40])
+    assert outputs.tolist() == [[40, 0, 0, 0]]
+
+
+@needs_avx512
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_threads_give_the_same_sums(dtype: torch.dtype) -> None:
     """In any number, from several callers at once, and after a fork."""
@@ -173,16 +199,16 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize(("forced", "name"), [("avx2", "AVX2"), ("avx512", "AVX512"), ("", LEVEL.name)])
 def test_instructions_can_be_forced(forced: str, name: str) -> None:
-    code = "from llm_barber.native.avx512 import instructions; print(instructions().name)"
-    environment = os.environ | {avx512.ISA: forced}
+    code = "from llm_barber.native import instructions; print(instructions().name)"
+    environment = os.environ | {native.ISA: forced}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert found.stdout.strip() == min(LEVEL, Instructions[name]).name
 
 
 def test_other_names_of_instructions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(avx512.ISA, "sse2")
+    monkeypatch.setenv(native.ISA, "sse2")
     with pytest.raises(ValueError, match="sse2: use avx2, avx512, avx512bf16"):
-        avx512.instructions.__wrapped__()
+        native.instructions.__wrapped__()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from llm_barber.text.calibration import read_text
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import TextTokenizer, windows_of
 
-KNOWN = ("wikitext2", "ptb", "c4")
+KNOWN_TEXTS = ("wikitext2", "ptb", "c4")
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256
 
 
@@ -49,11 +49,11 @@ def check_text(name: str) -> None:
     """
     if name.endswith(TOKEN_FILE_SUFFIX):
         raise CalibrationError(f"{name} holds tokens, not text", "give a .txt, .jsonl or .parquet file")
-    if name not in KNOWN:
+    if name not in KNOWN_TEXTS:
         check_regular(Path(expanduser(name)), CalibrationError)
-    if name not in KNOWN and not Path(expanduser(name)).is_file():
+    if name not in KNOWN_TEXTS and not Path(expanduser(name)).is_file():
         raise CalibrationError(
-            f"no such text: {name}", f"known are {', '.join(KNOWN)}, or a .txt, .jsonl or .parquet file"
+            f"no such text: {name}", f"known are {', '.join(KNOWN_TEXTS)}, or a .txt, .jsonl or .parquet file"
         )
 
 
@@ -79,8 +79,8 @@ def evaluation_windows(
             f"text {name!r} has {tokens} tokens, fewer than one window of {seqlen}",
             "use a shorter --seqlen or a longer text",
         )
-    most = C4_WINDOWS if name == "c4" else None
-    return whole_windows[:windows][:most].clone()  # a view would keep all windows in memory
+    limit = C4_WINDOWS if name == "c4" else None
+    return whole_windows[:windows][:limit].clone()  # a view would keep all windows in memory
 
 
 def _hub_column(column: str, rows: int | None = None, **settings: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""An opened model with its calibration tokens: where the checkpoint keeps each layer, and layers with their weights."""
+"""An opened model with its calibration tokens: layers, their tensors, and their weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,42 +47,44 @@ class Job:
 
     @cached_property
     def layer_tensors(self) -> list[list[str]]:
-        """The checkpoint's tensors of each decoder layer, by the checkpoint's names."""
+        """Names, in the checkpoint, of each decoder layer's tensors."""
         layers = self.layer_prefix(0).removesuffix("0.")
         grouped: list[list[str]] = [[] for _ in range(self.layer_count)]
         for name in self.source.tensors:
             number = name.removeprefix(layers).partition(".")[0] if name.startswith(layers) else ""
-            if number.isdecimal() and int(number) < self.layer_count:  # some have layers for other ends after these
+            # Layers for other ends, such as the prediction of several tokens, may follow.
+            if number.isdecimal() and int(number) < self.layer_count:
                 grouped[int(number)].append(name)
         return grouped
 
     @cached_property
     def outside_shards(self) -> list[list[str]]:
-        """The checkpoint's tensors outside the decoder layers, in groups to write together."""
+        """Names of the tensors outside the decoder layers, in groups that are written as one shard each."""
         inside = {name for names in self.steps for name in names}
         outside = [name for name in self.source.tensors if name not in inside]
         return list(sharded_by(outside, self.source.tensors, OUTSIDE_SHARD_BYTES))
 
     @cached_property
     def steps(self) -> list[list[str]]:
-        """What the run prunes together: the tensors of each decoder layer, then those of the output head, if asked."""
-        own = [self.head_location.tensor] if self.prunes_head and not self.head_is_made else []
-        return [*self.layer_tensors, *([own] if self.prunes_head else [])]
+        """Names of the tensors that are pruned together: each decoder layer's, then a pruned output head's."""
+        if not self.prunes_head:
+            return self.layer_tensors
+        return [*self.layer_tensors, [] if self.head_is_made else [self.head_location.tensor]]
 
     @property
     def head_location(self) -> Location:
-        """Where the checkpoint keeps the output head, or is going to."""
+        """Location of the output head in the checkpoint, or in the output if the checkpoint has none."""
         name = f"{self.skeleton.head_name}.weight"
         return self.source.locations.get(name, Location(name))
 
     @property
     def head_is_made(self) -> bool:
-        """Does the checkpoint have the output head only as the embedding?"""
+        """Is the output head made from the embedding, since the checkpoint has it under that name only?"""
         return self.head_location.tensor not in self.source.tensors
 
     @property
     def bytes(self) -> int:
-        """Size of the output's tensors."""
+        """Size of the output's tensors in bytes."""
         made = 0
         if self.prunes_head and self.head_is_made:
             embedding = next(name for name in self.skeleton.all_outside_names if self.is_head(name))
@@ -94,32 +96,35 @@ class Job:
         return self.skeleton.model.get_parameter(name) is self.skeleton.head.weight
 
     def layer_prefix(self, index: int) -> str:
-        """What stands before a layer's names in the checkpoint."""
-        found = self.source.location(self.skeleton.layer_prefix(index) + self.skeleton.layer_names(index)[0]).tensor
-        return found[: found.index(f".{index}.") + len(f".{index}.")]
+        """Prefix of a layer's names in the checkpoint."""
+        name = self.source.location(self.skeleton.layer_prefix(index) + self.skeleton.layer_names(index)[0]).tensor
+        return name[: name.index(f".{index}.") + len(f".{index}.")]
 
     def linears(self, index: int) -> tuple[str, ...]:
-        """The prunable linears of a layer, block after block; of the step after the last layer, the output head."""
+        """Prunable linears of a layer, block after block; the output head at the index after the last."""
         if index == self.layer_count:
             return (self.skeleton.head_name.rpartition(".")[2],)
         return self.skeleton.linears(index)
 
     def blocks(self, index: int) -> Sequence[Block]:
-        """The blocks of a layer; of the step after the last layer, none."""
+        """Blocks of a layer; none at the index after the last layer, which means the output head."""
         return () if index == self.layer_count else self.skeleton.blocks[index]
 
     def linear_name(self, index: int, linear: str) -> str:
-        """The name of a layer's linear, or of the output head, in the model."""
+        """Name, in the model, of a layer's linear or of the output head."""
         if index == self.layer_count:
             return self.skeleton.head_name
         return f"{self.skeleton.layer_prefix(index)}{linear}"
 
     def open_layer(self, index: int, tensors: Mapping[str, Tensor]) -> tuple[DecoderLayer, dict[str, Tensor]]:
-        """A decoder layer with its weights, and those of its linears by name, (out, in), on the device.
+        """Open a decoder layer; returns it with the weights of its linears by name, (out, in), on the device.
 
         Args:
-            index: which.
-            tensors: by the checkpoint's names, as they were read.
+            index: of the layer.
+            tensors: as they were read, by the checkpoint's names.
+
+        Raises:
+            ModelError: a weight is stored twice, with different values.
         """
         skeleton = self.skeleton
         self._check_shared(index, tensors)
@@ -133,52 +138,49 @@ class Job:
         return layer, {name: self.architecture.convert_layout(parameters[f"{name}.weight"]) for name in names}
 
     def _other_locations(self, index: int, linear: str) -> list[Location]:
-        """Where else the checkpoint keeps a linear of several names."""
+        """Further locations of a linear that has several names in the checkpoint."""
         names = [self.linear_name(index, other) for other in self.skeleton.other_names(index, linear)]
-        found = [self.source.locations[f"{name}.weight"] for name in names if f"{name}.weight" in self.source.locations]
-        return [
-            location
-            for location in found
-            if location != self.source.location(f"{self.linear_name(index, linear)}.weight")
-        ]
+        locations = [self.source.locations.get(f"{name}.weight") for name in names]
+        first = self.source.location(f"{self.linear_name(index, linear)}.weight")
+        return [location for location in locations if location is not None and location != first]
 
     def _check_shared(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse a linear of several names that is stored under two of them with different values."""
+        """Refuse a linear with several names that is stored under two of them with different values."""
         for name in self.linears(index) if index < self.layer_count else ():
             first = self.source.location(f"{self.linear_name(index, name)}.weight")
-            for also in self._other_locations(index, name):
-                if not torch.equal(first.of(tensors[first.tensor]), also.of(tensors[also.tensor])):
+            for other in self._other_locations(index, name):
+                if not torch.equal(first.of(tensors[first.tensor]), other.of(tensors[other.tensor])):
                     raise ModelError(
-                        f"{first.tensor} and {also.tensor} differ, and are one weight in the model",
+                        f"{first.tensor} and {other.tensor} differ, and are one weight in the model",
                         "get the checkpoint again; or, if they are meant to differ, say so in config.json",
                     )
 
     def stored(self, index: int, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """New weights of a layer's linears, (out, in), as the checkpoint keeps them, by its names.
+        """New weights of a layer's linears in the checkpoint's layout, by the checkpoint's names.
 
         Args:
             index: of the layer.
-            weights: by linear.
-            tensors: as they were read; those that hold several weights are written to.
+            weights: (out, in), by linear.
+            tensors: as they were read; a tensor that holds several weights is changed in place.
         """
-        found = {}
+        stored = {}
         for name, weight in weights.items():
             location = self.source.location(f"{self.linear_name(index, name)}.weight")
             weight = self.architecture.convert_layout(weight)
             if location.part is None:
-                found[location.tensor] = weight
-                for also in self._other_locations(index, name):
-                    found[also.tensor] = weight.clone()  # a file holds no memory twice
+                stored[location.tensor] = weight
+                for other in self._other_locations(index, name):
+                    stored[other.tensor] = weight.clone()  # safetensors refuses two names of one memory
             else:
                 location.of(tensors[location.tensor]).copy_(weight)
-                found[location.tensor] = tensors[location.tensor]
-        return found
+                stored[location.tensor] = tensors[location.tensor]
+        return stored
 
     def linear_shapes(self, source: CheckpointSource) -> dict[str, tuple[int, ...]]:
-        """Shapes, (out, in), of all prunable linears in a checkpoint of this architecture, by the model's names.
+        """Shapes, (out, in), of a checkpoint's prunable linears, by the model's names.
 
         Raises:
-            ModelError: one is missing.
+            ModelError: a linear is missing.
         """
         names = [
             f"{self.linear_name(index, linear)}.weight"

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps each parameter of a model: transformers knows what it converts names and experts to."""
+"""Map a model's parameters to their locations in a checkpoint, by transformers' conversions."""
 
 import re
 from collections.abc import Iterable
@@ -13,39 +13,41 @@ from llm_barber.errors import ModelError
 from llm_barber.model.empty import language_model_prefix
 from llm_barber.model.experts import DOWN, GATE, GATE_UP, UP, Experts
 
-# Experts that a checkpoint keeps one by one: the linears of each that a stacked parameter is made of, in order.
+# Stacked parameter of experts -> the linears of each expert that it is made of, in order, in checkpoints that keep
+# experts one by one.
 MEMBERS = {GATE_UP: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}
 MERGES = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
 def find_locations(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Location]:
-    """Parameters and buffers by the model's names, experts one by one, and where they lie.
+    """Locations of parameters and buffers by the model's names, experts one by one.
 
     Args:
-        model: its experts have linears of their own (`experts.py`).
-        stored: the checkpoint's names.
+        model: each of its experts has linears of its own (`experts.py`).
+        stored: names of the checkpoint's tensors.
 
     Raises:
-        ModelError: transformers makes a parameter from the checkpoint's tensors in a way that cannot be turned back.
+        ModelError: transformers converts a tensor in a way that cannot be undone.
     """
     conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    parameters = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     experts = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
-    base, beside = f"{model.base_model_prefix}.", language_model_prefix(model)
+    base, language_model = f"{model.base_model_prefix}.", language_model_prefix(model)
     locations: dict[str, Location] = {}
     for key in stored:
         renamed, pattern = rename_source_key(key, renamings, converters)
-        names = [one for one in (renamed, base + renamed, renamed.removeprefix(base)) if _known(one, own, experts)]
+        candidates = (renamed, base + renamed, renamed.removeprefix(base))
+        names = [name for name in candidates if _is_known(name, parameters, experts)]
         if not names:
-            continue  # of something else: it is written as it was read
-        converter = next((one for one in converters if pattern in one.source_patterns), None)
-        if names[0] in own:
+            continue  # not in the model: it is written as it was read
+        converter = next((candidate for candidate in converters if pattern in candidate.source_patterns), None)
+        if names[0] in parameters:
             if converter is None:
                 locations.setdefault(names[0], Location(key))
-            elif names[0].startswith(beside):  # of images: it is written as it was read
-                raise _converted(converter, key)
+            elif names[0].startswith(language_model):  # the rest, of images, is written as it was read
+                raise _conversion_error(converter, key)
             continue
         path, _, leaf = names[0].rpartition(".")
         if converter is None or pattern is None:
@@ -57,49 +59,49 @@ def find_locations(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, L
             locations[f"{path}.{number}.{linear}.weight"] = Location(key)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in locations:  # tied parameters may be there under the other name only
+        if name in locations:  # a tied parameter may be stored under its other name only
             locations.setdefault(first[id(parameter)], locations[name])
     return locations
 
 
 def check_conversions(model: PreTrainedModel, layers: str) -> None:
-    """Refuse what `find_locations` would, before a checkpoint is there: conversions that cannot be turned back.
+    """Refuse the conversions that `find_locations` refuses, without a checkpoint.
 
     Args:
-        model: its experts have linears of their own.
+        model: each of its experts has linears of its own.
         layers: path of the decoder layers.
 
     Raises:
-        ModelError: a parameter of a layer comes of one.
+        ModelError: a parameter of a layer is made by a conversion that cannot be undone.
     """
-    # Experts are one by one there, where transformers has them in one.
+    # The skeleton has experts one by one; transformers stacks them, and names them without a number.
     names = [re.sub(r"\.\d+\.", ".", name) for name, _ in model.get_submodule(layers).named_parameters()]
-    for one in get_model_conversion_mapping(model):
-        if isinstance(one, WeightConverter) and _steps(one) not in MERGES:
-            for target in one.target_patterns:
+    for conversion in get_model_conversion_mapping(model):
+        if isinstance(conversion, WeightConverter) and _steps(conversion) not in MERGES:
+            for target in conversion.target_patterns:
                 if any(target in name for name in names):
-                    raise _converted(one, f"the tensors of {target}")
+                    raise _conversion_error(conversion, f"the tensors of {target}")
 
 
-def _known(name: str, own: set[str], experts: dict[str, Experts]) -> bool:
-    return name in own or name.rpartition(".")[0] in experts
+def _is_known(name: str, parameters: set[str], experts: dict[str, Experts]) -> bool:
+    return name in parameters or name.rpartition(".")[0] in experts
 
 
 def _member(converter: WeightConverter, pattern: str, leaf: str, experts: nn.Module, key: str) -> str:
-    """The linear of an expert that a checkpoint's tensor is the weight of."""
+    """Linear of an expert whose weight a tensor of the checkpoint is."""
     members = MEMBERS.get(leaf, ())
     sources = converter.source_patterns
     assert isinstance(experts, Experts)
     if _steps(converter) not in MERGES or len(members) != len(sources) or not hasattr(experts[0], members[0]):
-        raise _converted(converter, key)
+        raise _conversion_error(converter, key)
     return str(members[sources.index(pattern)])
 
 
 def _steps(converter: WeightConverter) -> list[str]:
-    return [type(one).__name__ for one in converter.operations]
+    return [type(operation).__name__ for operation in converter.operations]
 
 
-def _converted(converter: WeightConverter, key: str) -> ModelError:
+def _conversion_error(converter: WeightConverter, key: str) -> ModelError:
     steps = ", ".join(_steps(converter))
     return ModelError(
         f"transformers converts {key} when it loads it ({steps}), and this program cannot turn that back",

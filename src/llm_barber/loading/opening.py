@@ -1,4 +1,4 @@
-"""Opening a checkpoint: configuration, tokenizer, empty model, and whether all of them belong together."""
+"""Open a checkpoint's configuration, tokenizer and empty model, and check that they belong together."""
 
 import math
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 def make_skeleton(
     config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype, model: str
 ) -> Skeleton:
-    """The empty model.
+    """Empty model of a configuration.
 
     Raises:
-        ModelError: the configuration does not describe one.
+        ModelError: the configuration does not describe a model.
     """
     try:
         skeleton = Skeleton(config, architecture, device, dtype)
@@ -57,7 +57,7 @@ def open_skeleton(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Skeleton:
-    """The empty model of a checkpoint, which knows then where it keeps each parameter (`source.locations`).
+    """Empty model of a checkpoint; `source.locations` has the location of each parameter afterwards.
 
     Raises:
         ModelError: the configuration does not describe a model.
@@ -69,15 +69,15 @@ def open_skeleton(
 
 
 def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool) -> None:
-    """Every parameter that a run needs is there, in its shape and a plain float dtype, and no layer is left over.
+    """Refuse a checkpoint whose parameters or layers are not the configuration's, or are quantised.
 
     Args:
         skeleton: the empty model.
         source: the checkpoint.
-        with_head: the output head is needed, too.
+        with_head: the run needs the output head, too.
 
     Raises:
-        ModelError: one is not.
+        ModelError: a parameter or layer does not fit.
     """
     needed = list(skeleton.outside_names_and_head if with_head else skeleton.outside_names)
     count = len(skeleton.layers)
@@ -100,28 +100,28 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     layers = last[: last.index(f".{count - 1}.") + 1]
     beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
     text_config = skeleton.model.config.get_text_config()
-    more = getattr(text_config, "num_nextn_predict_layers", None) or 0  # that transformers does not know
-    left = sorted(beyond - {str(index) for index in range(count + more)})
-    if left:
+    more = getattr(text_config, "num_nextn_predict_layers", None) or 0  # layers that transformers leaves out
+    unknown = sorted(beyond - {str(index) for index in range(count + more)})
+    if unknown:
         raise ModelError(
-            f"{source.model} has decoder layer {left[0]}, config.json says that there are {count}",
+            f"{source.model} has decoder layer {unknown[0]}, config.json says that there are {count}",
             "config.json and the weights do not belong together",
         )
 
 
 def layer_locations(skeleton: Skeleton, source: CheckpointSource, index: int) -> dict[str, Location]:
-    """Where a checkpoint keeps a layer's parameters, and those buffers that it has, by their names in the layer."""
+    """Locations of a layer's parameters and stored buffers, by their names in the layer."""
     prefix = skeleton.layer_prefix(index)
-    found = {name: source.location(prefix + name) for name in skeleton.layer_names(index)}
+    parameters = {name: source.location(prefix + name) for name in skeleton.layer_names(index)}
     buffers = {name: source.locations.get(prefix + name) for name in skeleton.buffer_names(index)}
-    return found | {name: location for name, location in buffers.items() if location is not None}
+    return parameters | {name: location for name, location in buffers.items() if location is not None}
 
 
 def load_config(source: CheckpointSource) -> PreTrainedConfig:
     """The checkpoint's configuration.
 
     Raises:
-        ModelError: transformers cannot use it, or a number in it is not finite.
+        ModelError: transformers cannot use it, or it has a number that is not finite.
     """
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
@@ -132,15 +132,17 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
 
 
 def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, model: str) -> None:
-    """Refuse numbers that are NaN or infinite, but in settings that transformers itself has so by default.
+    """Refuse numbers that are NaN or infinite.
+
+    Settings whose default in transformers is not finite may be.
 
     Args:
-        configuration: as config.json has it.
-        config: what transformers made of it; `time_step_limit` of Mamba 2 is (0, infinity) by default.
+        configuration: content of config.json.
+        config: the same, as transformers read it; Mamba 2's default `time_step_limit` is (0, infinity).
         model: as it was named.
 
     Raises:
-        ModelError: there is one.
+        ModelError: there is such a number.
     """
     waiting: list[tuple[str, Mapping[str, Any], PreTrainedConfig]] = [("", configuration, config)]
     while waiting:
@@ -157,7 +159,7 @@ def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, mod
 
 
 def _is_finite(value: Any) -> bool:
-    """Are all numbers finite, in lists and mappings, too?"""
+    """Are all numbers of a value finite, those in its lists and mappings included?"""
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -171,7 +173,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def unusable_configuration(model: str, error: Exception) -> ModelError:
-    """What to tell of a configuration that transformers does not take."""
+    """Error for a configuration that transformers refuses."""
     if "trust_remote_code" in str(error):
         return ModelError(
             f"the code of {model} comes with the checkpoint, and is not run",
@@ -181,20 +183,20 @@ def unusable_configuration(model: str, error: Exception) -> ModelError:
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The model's tokenizer; None if the folder has none.
+    """Tokenizer of a model's folder; None: the folder has none.
 
     Raises:
-        CalibrationError: there is one, and it cannot be loaded, or cannot make tokens of a short text.
+        CalibrationError: it cannot be loaded, or cannot tokenize a short text.
     """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None  # some tokenizers would come up empty instead of complaining
+        return None  # some tokenizers would load empty instead of raising an error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         beginning_of_texts(tokenizer)
         return tokenizer
     except (KeyboardInterrupt, SystemExit, MemoryError, CalibrationError):
         raise
-    except BaseException as error:  # each tokenizer complains in its own way; those in Rust by a BaseException
+    except BaseException as error:  # tokenizers raise all kinds of errors; those in Rust raise a BaseException
         raise CalibrationError(
             f"the tokenizer in {folder} cannot be loaded: {first_line(error)}",
             "mend it, or give --calibration a safetensors file with input_ids",
@@ -212,7 +214,7 @@ def check_positions(config: PreTrainedConfig, seqlen: int) -> None:
 
 
 def check_vocabulary(config: PreTrainedConfig, tokens: Tensor) -> None:
-    """Refuse token ids, int64, that the model does not know."""
+    """Refuse token ids, int64, that are outside the model's vocabulary."""
     low, high = (int(value) for value in torch.aminmax(tokens))
     if low < 0 or high >= config.vocab_size:
         raise CalibrationError(

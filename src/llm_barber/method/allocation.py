@@ -1,7 +1,6 @@
-"""The sparsity of each linear, from a look at the dense model before anything is pruned."""
+"""Spread a sparsity over the linears, by passes over the dense model before anything is pruned."""
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,23 +21,22 @@ from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.progress import Progress
 from llm_barber.settings.presets import Allocation
 
-START = "start"  # the first layer's input, while a pass overwrites it
-LOSS_TOKENS = 4096  # that gradients are taken of, at most: every layer's input is kept for them
-LOGITS = 2**24  # computed at once
+START = "start"  # array of the first layer's input, while a pass overwrites it
+LOSS_TOKENS = 4096  # most tokens that gradients of the loss are taken on: each layer's input on them is kept
+LOGITS = 2**24  # most logits that are computed at once
 
 Sparsities = dict[str, float]  # by the linear's name in the model
-Found = TypeVar("Found")
 
 
 def loss_windows(tokens: int) -> int:
-    """Number of windows of `tokens` tokens that gradients of the loss are taken of, at most."""
+    """Most windows, of `tokens` tokens each, that gradients of the loss are taken on."""
     return max(1, LOSS_TOKENS // tokens)
 
 
 def allocate(
     allocation: Allocation, initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
 ) -> Sparsities:
-    """Spread a sparsity over the linears that are pruned; the streams are left as they were.
+    """Spread a sparsity over the linears that are pruned; the first layer's input is left as it was.
 
     Raises:
         SettingsError: the spread does not fit the sparsity.
@@ -56,7 +54,7 @@ def allocate(
 
 
 def _by_outliers(initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
-    """OWL (arXiv 2310.05175): one pass forward."""
+    """Spread by the outliers of layers (OWL, arXiv 2310.05175), in one pass forward."""
     job = initial.job
     shares: dict[int, float] = {}
     sizes: dict[int, int] = {}
@@ -71,71 +69,109 @@ def _by_outliers(initial: InitialMasks, streams: ActivationStreams, sparsity: fl
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
         progress.advance(f"{shares[index]:.2%} outliers" if index in shares else "not pruned")
     try:
-        found = layer_sparsities(list(shares.values()), list(sizes.values()), sparsity)
+        sparsities = layer_sparsities(list(shares.values()), list(sizes.values()), sparsity)
     except ValueError as error:
         raise SettingsError(
             message("{allocation:owl}: {error}", error=error),
             message("choose a sparsity nearer to 0.5, or {allocation:uniform}"),
         ) from error
-    of_layers = zip(shares, found, strict=True)
-    return {job.linear_name(index, name): one for index, one in of_layers for name in initial.linears(index)}
+    return {
+        job.linear_name(index, name): layer_sparsity
+        for index, layer_sparsity in zip(shares, sparsities, strict=True)
+        for name in initial.linears(index)
+    }
 
 
 def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
-    """What pruning each linear costs the model's loss: forward, then back through the layers (`masking/budget.py`)."""
+    """Spread by what pruning a linear adds to the loss (`masking/budget.py`): forward, then back."""
+    job = initial.job
+    progress.start("looking for what pruning costs", 2 * job.layer_count)
+    inputs, gradients, few_tokens = _forward(initial, streams, progress)
+    costs = _backward(initial, streams, inputs, gradients, progress)
+    if not any(cost.any() for cost, _ in costs.values()):
+        raise ModelError(
+            "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
+        )
+    names = [job.linear_name(index, name) for index in range(job.layer_count) for name in initial.linears(index)]
+    spread = [name for name in names if name not in few_tokens]  # the costs of idle experts are hardly known
+    sparsities = []
+    if spread:
+        linear_costs, rows = zip(*(costs[name] for name in spread), strict=True)
+        sparsities = spread_budget(linear_costs, rows, sparsity)
+    return dict.fromkeys(names, sparsity) | dict(zip(spread, sparsities, strict=True))
+
+
+def _forward(
+    initial: InitialMasks, streams: ActivationStreams, progress: Progress
+) -> tuple[list[list[Tensor]], list[Tensor], set[str]]:
+    """Run the dense model on the calibration text, and the loss on its first windows.
+
+    Returns:
+        The layers' inputs on these windows, (sequences, tokens, hidden), by layer and batch; the loss's gradients at
+        the last layer's output, by batch; linears, by their names in the model, of experts with few tokens.
+    """
     job, skeleton = initial.job, initial.job.skeleton
-    windows = loss_windows(job.tokens.input_ids.shape[1])  # the first of all: some processes may have none
+    windows = loss_windows(job.tokens.input_ids.shape[1])  # the first of all: some processes may have none of them
     batches = pieces(0, streams.count_among_first(windows), streams.batch_size)
     tokens = streams.select_local(job.tokens.input_ids)
     skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))
     for size in {batch.stop - batch.start for batch in batches}:
-        skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # for how layers are called with so many
+        skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # records the arguments that layers get
     inputs: list[list[Tensor]] = []
-    progress.start("looking for what pruning costs", 2 * job.layer_count)
-    little: set[str] = set()  # is known of these: hardly a token went to their experts
+    few_tokens: set[str] = set()
     for index, layer, _ in _layers(initial, streams, range(job.layer_count)):
         layer.forget_tokens()
         inputs.append([streams.unpinned_copy(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
-        few = linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks))
-        little |= {job.linear_name(index, name) for name in few}
+        names = linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks))
+        few_tokens |= {job.linear_name(index, name) for name in names}
         skeleton.tails[index] = layer.tail
         progress.advance("forward")
     gradients = [_loss_gradient(job, streams.read(HIDDEN, batch), tokens[batch]) for batch in batches]
     skeleton.drop_outside()
-    costs: dict[str, Tensor] = {}
-    rows: dict[str, int] = {}
+    return inputs, gradients, few_tokens
+
+
+def _backward(
+    initial: InitialMasks,
+    streams: ActivationStreams,
+    inputs: list[list[Tensor]],
+    gradients: list[Tensor],
+    progress: Progress,
+) -> dict[str, tuple[Tensor, int]]:
+    """Take the loss's gradients back through the layers; uses up `inputs` and `gradients`.
+
+    Returns:
+        Costs of removing weights (`removal_costs`), and the number of rows, by the linear's name in the model.
+    """
+    job = initial.job
+    costs: dict[str, tuple[Tensor, int]] = {}
     for index, layer, weights in _layers(initial, streams, range(job.layer_count)[::-1]):
         sums = {name: FisherSums(tuple(weights[name].shape), streams.device) for name in layer.linears}
         for number, hidden in enumerate(inputs.pop()):
             gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], sums)
         for name in layer.linears:
-            streams.ranks.add(sums[name])
-            if not torch.isfinite(sums[name].rows.max()):
+            full_name, fisher = job.linear_name(index, name), sums[name]
+            streams.ranks.add(fisher)
+            if not torch.isfinite(fisher.rows.max()):
                 raise NotFiniteError(
-                    f"the loss has NaN or Inf gradients at {job.linear_name(index, name)}",
+                    f"the loss has NaN or Inf gradients at {full_name}",
                     "compute with --dtype bfloat16 or float32, or give --allocation uniform",
                 )
-            costs[job.linear_name(index, name)] = removal_costs(
-                weights[name], sums[name].rows.float(), sums[name].columns.float()
-            )
-            rows[job.linear_name(index, name)] = len(weights[name])
+            cost = removal_costs(weights[name], fisher.rows.float(), fisher.columns.float())
+            costs[full_name] = cost, len(weights[name])
         progress.advance("back")
-    names = [job.linear_name(index, name) for index in range(job.layer_count) for name in initial.linears(index)]
-    if not any(cost.any() for cost in costs.values()):
-        raise ModelError(
-            "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
-        )
-    used = [name for name in names if name not in little]
-    found = spread_budget([costs[name] for name in used], [rows[name] for name in used], sparsity) if used else []
-    return dict.fromkeys(names, sparsity) | dict(zip(used, found, strict=True))
+    return costs
 
 
 def _layers(
     initial: InitialMasks, streams: ActivationStreams, order: Sequence[int]
 ) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
-    """Dense decoder layers, one computed with while the next is read, with the linears that are pruned."""
+    """Dense decoder layers with the weights of their linears; the next layer is read ahead.
+
+    Of each layer, the linears that are pruned are selected.
+    """
     job = initial.job
     with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.memory.pinned) as ahead:
         for index in order:
@@ -148,7 +184,9 @@ def _layers(
 
 
 def _loss_gradient(job: Job, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """The gradient of the next-token loss, summed over tokens, by the last layer's output; float32, its shape.
+    """Gradient of the next-token loss at the last layer's output, float32, of that output's shape.
+
+    The loss is summed over tokens.
 
     Args:
         job: with the parameters outside the layers filled in.
@@ -159,9 +197,9 @@ def _loss_gradient(job: Job, hidden: Tensor, tokens: Tensor) -> Tensor:
     following = tokens[:, 1:].to(hidden.device)
     for sequence in range(len(hidden)):
         for part in pieces(0, following.shape[1], max(1, LOGITS // int(job.config.vocab_size))):
-            own = hidden[sequence : sequence + 1, part].detach().requires_grad_()
+            states = hidden[sequence : sequence + 1, part].detach().requires_grad_()
             with torch.enable_grad():
-                logits = job.skeleton.finish(own)[0].float()
+                logits = job.skeleton.finish(states)[0].float()
                 loss = torch.nn.functional.cross_entropy(logits, following[sequence, part], reduction="sum")
-            gradient[sequence, part] = torch.autograd.grad(loss, own)[0].float()
+            gradient[sequence, part] = torch.autograd.grad(loss, states)[0].float()
     return gradient

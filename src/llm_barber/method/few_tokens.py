@@ -13,9 +13,9 @@ FEW_TOKENS = 64  # the inputs of an expert with fewer tokens say too little
 
 
 def total_token_counts(layer: DecoderLayer, ranks: Ranks) -> dict[str, Tensor]:
-    """How many tokens each expert was given in all processes, int64 (experts,), by the path of the experts.
+    """Tokens that each expert was given in all processes, int64 (experts,), by path of the experts.
 
-    The layer's own counts stay those of this process.
+    The layer keeps the counts of this process.
     """
     totals = {path: experts.tokens.clone() for path, experts in layer.experts.items()}
     for tokens in totals.values():
@@ -24,27 +24,30 @@ def total_token_counts(layer: DecoderLayer, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def linears_with_few_tokens(layer: DecoderLayer, totals: Mapping[str, Tensor], calls: int = 1) -> list[str]:
-    """The linears of experts that were given fewer than `FEW_TOKENS` tokens a call.
+    """Linears of the experts that were given fewer than `FEW_TOKENS` tokens a call.
 
     Args:
         layer: has the experts.
         totals: `total_token_counts`.
-        calls: of the layer for each sequence.
+        calls: number of times that the layer was run for each sequence.
     """
-    found = []
+    linears = []
     for path, tokens in totals.items():
         few = {f"{path}.{number}" for number in (tokens < calls * FEW_TOKENS).nonzero().flatten().tolist()}
-        found += [name for name in layer.linears if name.rpartition(".")[0] in few]
-    return found
+        linears += [name for name in layer.linears if name.rpartition(".")[0] in few]
+    return linears
 
 
 def freeze_linears_with_few_tokens(
     linears: Mapping[str, PrunedLinear], layer: DecoderLayer, ranks: Ranks, calls: int = 1
 ) -> dict[str, PrunedLinear]:
-    """Freeze the linears of experts that were given too few tokens; linears whose tokens were counted before stay."""
+    """Freeze the linears of experts that were given too few tokens.
+
+    Linears whose tokens were counted before stay as they are.
+    """
     few = set(linears_with_few_tokens(layer, total_token_counts(layer, ranks), calls))
-    found = dict(linears)
+    result = dict(linears)
     for name, linear in linears.items():
         if linear.few_tokens is None:
-            found[name] = linear.left_alone() if name in few else replace(linear, few_tokens=False)
-    return found
+            result[name] = linear.left_alone() if name in few else replace(linear, few_tokens=False)
+    return result

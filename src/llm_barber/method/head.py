@@ -1,8 +1,7 @@
 """The output head, pruned on request: the step after the last decoder layer.
 
-Its mask is the initial method's, refined if the run refines; it is not rebuilt, since no block of a decoder layer ends
-in it. A head that is tied to the embedding gets weights of its own: the embedding, which tokens are looked up in, stays
-dense.
+Its mask is the initial method's, refined if the run refines. It is not rebuilt, since the head belongs to no block. A
+head that is tied to the embedding gets weights of its own; the embedding, which tokens are looked up in, stays dense.
 """
 
 from collections.abc import Mapping
@@ -27,7 +26,10 @@ BLOCK = "head"
 
 
 class _End(nn.Module):
-    """What comes after the decoder layers, as a layer: states (sequences, tokens, hidden) in, logits out."""
+    """The model after its decoder layers, as a layer: states to logits.
+
+    States are (sequences, tokens, hidden).
+    """
 
     def __init__(self, skeleton: Skeleton, name: str) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class _End(nn.Module):
         self._finish = skeleton.finish
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The model's own end."""
+        """Logits of the states."""
         return self._finish(hidden)
 
 
@@ -49,11 +51,11 @@ def prune_head(
     """Prune the output head on what the pruned decoder layers give it.
 
     Args:
-        job: the run.
-        tensors: the head's, by the checkpoint's names; none if it has the embedding only.
+        job: the opened model.
+        tensors: the head's, by the checkpoint's names; empty if the checkpoint has the embedding only.
         initial: gives its mask.
-        refine_settings: if the run refines.
-        streams: the last decoder layer's output; the dense model's, too, for a target mix.
+        refine_settings: None: the run does not refine.
+        streams: the last decoder layer's output; for a target mix, the dense model's, too.
     """
     skeleton = job.skeleton
     (name,) = job.linears(job.layer_count)
@@ -62,19 +64,22 @@ def prune_head(
     weight = _fill_outside(job, tensors)
     layer = DecoderLayer(_End(skeleton, name), (name,), lambda *_: {})
     pruned = initial(job.layer_count, layer, {name: weight}, streams)[name]
-    first = pruned.keep
+    initial_keep = pruned.keep
     if refine_settings is not None:
-        own = refine_settings.of_head
-        pruned = _refine(layer, name, pruned.with_mask(pruned.keep), weight, own, streams)
+        settings = refine_settings.of_head
+        pruned = _refine(layer, name, pruned.with_mask(pruned.keep), weight, settings, streams)
     skeleton.drop_outside()
     final = {name: pruned.final}
-    outcome = BlockOutcome({name: pruned}, {name: Rebuilt.between(first, pruned.keep)})
+    outcome = BlockOutcome({name: pruned}, {name: Rebuilt.between(initial_keep, pruned.keep)})
     result = block_result(Block(BLOCK, name, (name,)), outcome, final)
     return PrunedLayer({job.head_location.tensor: final[name]}, [result])
 
 
 def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Give the model its parameters outside the layers; returns the output head's weight as stored, on the device."""
+    """Give the model its parameters outside the layers.
+
+    Returns the output head's weight as stored, on the device.
+    """
     skeleton = job.skeleton
     locations = {name: job.source.location(name) for name in skeleton.outside_names_and_head}
     parameters = {
@@ -83,13 +88,16 @@ def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
         if location.tensor in tensors
     }
     parameters |= job.source.read_parameters(name for name in locations if name not in parameters)
-    own = next(name for name in locations if job.is_head(name))
+    head = next(name for name in locations if job.is_head(name))
     skeleton.fill_outside(parameters)
-    return parameters[own].to(skeleton.device)
+    return parameters[head].to(skeleton.device)
 
 
 def _learn_what_layers_return(job: Job, streams: ActivationStreams) -> None:
-    """Run a layer: a run that goes on with the head alone has run none."""
+    """Run the last layer once, so that the structure of its output is known.
+
+    A run that resumes with the head alone has run no layer.
+    """
     last = job.layer_count - 1
     layer, _ = job.open_layer(last, job.source.read(job.layer_tensors[last]))
     layer.output(streams.read(HIDDEN, next(streams.batches())))
@@ -105,16 +113,19 @@ def _refine(
     settings: RefineSettings,
     streams: ActivationStreams,
 ) -> PrunedLinear:
-    """As a block's linears are, by what the head's inputs are in the sparse and in the dense model."""
+    """Refine the head as a linear, on its inputs in the sparse model.
+
+    For a target mix, its inputs in the dense model are needed, too.
+    """
     objectives: list[Objective | None] = []
     for batches in streams.split():
         moments = TargetMoments(weight.shape[1], streams.device, crossed=settings.target_mix > 0)
         for batch in batches:
-            inputs, *others = (
+            inputs, *dense_inputs = (
                 layer.inputs_of([name], streams.read(stream + HIDDEN, batch), {})[name]
                 for stream in ("", *([DENSE] if settings.target_mix else []))
             )
-            moments.update(inputs, others[0] if others else None)
+            moments.update(inputs, dense_inputs[0] if dense_inputs else None)
         streams.ranks.add(moments)
         objectives.append(Objective.of(moments, settings.target_mix) if moments.tokens else None)
     return refine_linear(pruned, weight, objectives[0], objectives[1], settings)

@@ -17,7 +17,7 @@ class Statistic(Protocol):
         """Add a batch, (sequences, tokens, in)."""
 
     def parts(self) -> list[Tensor]:
-        """What processes add up."""
+        """Sums that the processes add up."""
 
     @property
     def mean(self) -> Tensor:
@@ -30,28 +30,28 @@ AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 def collect_inputs(
     layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
 ) -> dict[str, AnyStatistic]:
-    """A running statistic of the inputs of every linear, over all calibration sequences of all processes.
+    """Running statistic of each linear's inputs, by linear, over the sequences of all processes.
 
     Linears that read the same tensor (q, k, v; gate, up) share one.
     """
-    found: dict[str, AnyStatistic] = {}
+    statistics: dict[str, AnyStatistic] = {}
     for batch in streams.batches():
         seen: list[Tensor] = []
         updated: list[AnyStatistic] = []
 
         def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[AnyStatistic] = updated) -> None:
-            alone = name in layer.called_again  # it is going to have more inputs than its neighbours
+            alone = name in layer.called_again  # called several times, it has more inputs than its neighbours
             if not alone and seen and seen[-1] is inputs:
-                found[name] = updated[-1]
+                statistics[name] = updated[-1]
                 return
-            if name not in found:
-                found[name] = statistic(inputs.shape[-1], inputs.device)
-            found[name].update(inputs)
+            if name not in statistics:
+                statistics[name] = statistic(inputs.shape[-1], inputs.device)
+            statistics[name].update(inputs)
             if not alone:
                 seen[:] = [inputs]
-                updated[:] = [found[name]]
+                updated[:] = [statistics[name]]
 
         layer.visit_inputs(streams.read(HIDDEN, batch), visit)
-    for one in {id(one): one for one in found.values()}.values():
-        streams.ranks.add(one)
-    return found
+    for shared in {id(shared): shared for shared in statistics.values()}.values():
+        streams.ranks.add(shared)
+    return statistics

@@ -11,12 +11,12 @@ from llm_barber.masking.selection import apply_mask
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """A pruned linear before its mask is rebuilt; all tensors (out, in).
+    """A linear that is pruned; all tensors are (out, in).
 
-    `keep`: bool. `weight`: the pruned weights, zero where pruned (SparseGPT updates the others). `values`: what a
-    weight is where the final mask keeps it. `fixed`: True where a weight takes no part in the rebuild.
-    `few_tokens`: so little was routed to its expert that its mask is magnitude's, or a checkpoint's, and stays; None:
-    no tokens were counted yet.
+    `keep`: keep mask, bool. `weight`: pruned weights, zero where pruned; SparseGPT and ALPS update the kept ones.
+    `values`: value of each weight if the final mask keeps it. `fixed`: True where a weight takes no part in the
+    rebuild; None: nowhere. `few_tokens`: its expert was given so few tokens that the mask is magnitude's, or a
+    checkpoint's, and stays; None: tokens are not counted yet.
     """
 
     keep: Tensor
@@ -31,15 +31,15 @@ class PrunedLinear:
         return replace(self, keep=keep, weight=apply_mask(self.values, keep))
 
     def left_alone(self) -> "PrunedLinear":
-        """The same linear of an expert with few tokens: nothing is swapped."""
+        """The same linear as one of an expert with few tokens: its mask stays as it is."""
         return replace(self, fixed=torch.ones_like(self.keep), few_tokens=True)
 
     @property
     def free(self) -> Tensor:
-        """Kept weights that may change, bool (out, in): neither zero in the dense model, nor of an idle expert."""
+        """Kept weights that may change, bool (out, in): neither zero in the dense model nor an idle expert's."""
         return self.keep if self.fixed is None else self.keep & ~self.fixed
 
     @property
     def final(self) -> Tensor:
-        """What is written: its values under its mask."""
+        """Weights that are written: the values under the mask."""
         return apply_mask(self.values, self.keep)

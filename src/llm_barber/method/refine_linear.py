@@ -1,4 +1,7 @@
-"""Refine the mask and the weights of one linear: exact swaps, then least squares; held-out windows say how much."""
+"""Refine the mask and the weights of one linear: exact swaps, then least squares.
+
+Held-out windows decide how far each step goes.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -16,7 +19,7 @@ from llm_barber.settings.refining import RefineSettings
 
 # Shares of the most swaps after which the held-out windows measure each row's error.
 CHECKPOINTS = (0.25, 0.5, 1.0)
-# From strong to weak: each goes on from the solution of the one before, until held-out windows get worse.
+# From strong to weak: each damping starts from the solution of the one before, until the held-out error rises.
 DAMPINGS = (0.3, 0.1, 0.03, 0.01)
 STEPS_A_DAMPING = 10
 UNGUARDED_DAMPING, UNGUARDED_STEPS = 0.03, 30
@@ -31,7 +34,7 @@ class Objective:
 
     @classmethod
     def of(cls, moments: TargetMoments, mix: float) -> "Objective":
-        """From the moments of all its windows."""
+        """Objective of the windows that the moments are sums over."""
         return cls(moments.gram, mix * moments.difference if mix else None)
 
     def linear_term(self, weight: Tensor) -> Tensor | None:
@@ -39,12 +42,14 @@ class Objective:
         return None if self.difference is None else weight.float() @ self.difference
 
     def error(self, values: Tensor, weight: Tensor) -> Tensor:
-        """Of each row, float32 (out,), less that of the dense weights."""
+        """Squared distance of each row from its target, float32 (out,), less that of the dense weights."""
         return squared_distance(values, weight, self.gram, self.linear_term(weight))
 
 
 def swap_stages(swaps: int, guarded: bool) -> tuple[int, ...]:
-    """Most swaps of a row in each stage; with held-out windows (`guarded`) a stage ends where they measure the errors.
+    """Most swaps of a row in each stage.
+
+    With held-out windows (`guarded`), a stage ends where they measure the errors.
 
     Example: swaps=100, guarded -> (25, 25, 50); swaps=2, guarded -> (1, 1), since a stage has at least one swap.
     """
@@ -63,7 +68,15 @@ def refine_linear(
     held_out: Objective | None,
     settings: RefineSettings,
 ) -> PrunedLinear:
-    """Swaps, then least squares."""
+    """Swap kept and pruned weights of a linear, then solve least squares for the kept ones.
+
+    Args:
+        pruned: mask and values to start from.
+        weight: dense weights, (out, in).
+        training: objective on the training windows.
+        held_out: objective on the held-out windows, which decide how far each step goes; None: there are none.
+        settings: most swaps of a row; whether least squares are solved.
+    """
     assert training is not None
     linear_term = training.linear_term(weight)
     keep = pruned.keep
@@ -85,7 +98,7 @@ def _swap(
     held_out: Objective | None,
     swaps: int,
 ) -> Tensor:
-    """The keep mask after as many swaps as held-out windows like best, row by row."""
+    """Keep mask after swaps; of each row, that of the stage with the lowest held-out error."""
     keep = best = pruned.keep
     if held_out is None:
         return swap_pairs(keep, weight, gram, swaps, linear_term, pruned.pattern, pruned.fixed)[0]
@@ -104,7 +117,7 @@ def _swap(
 def _solve(
     keep: Tensor, weight: Tensor, gram: Tensor, linear_term: Tensor | None, held_out: Objective | None
 ) -> Tensor:
-    """The values with the damping that held-out windows like best."""
+    """Least-squares values, float32 (out, in), with the damping whose held-out error is lowest."""
     if held_out is None:
         return least_squares(keep, weight, gram, linear_term, UNGUARDED_STEPS, UNGUARDED_DAMPING)
     best = values = weight.float() * keep

@@ -52,6 +52,9 @@ INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
     return mask;
 }
 
+/* Values that are left, also where the mask has more bits than there are values. */
+INLINE size_t left_of(size_t kept, size_t next) { return next < kept ? kept - next : 0; }
+
 TARGET512 INLINE __m512i next_values16(const uint16_t *values, size_t left) {
     if (left >= 32) return _mm512_loadu_si512(values);
     return _mm512_maskz_loadu_epi16(((uint32_t)1 << left) - 1, values);
@@ -111,7 +114,7 @@ _Pragma("GCC unroll 16")
         for (; c < columns; c += 32, bits += 4) {
             uint32_t mask = mask_of(bits, columns - c);
             __mmask32 inside = columns - c >= 32 ? 0xffffffffu : ((uint32_t)1 << (columns - c)) - 1;
-            __m512i weights = _mm512_maskz_expand_epi16(mask, next_values16(values + next, p->kept - next));
+            __m512i weights = _mm512_maskz_expand_epi16(mask, next_values16(values + next, left_of(p->kept, next)));
             next += (size_t)_mm_popcnt_u32(mask);
 _Pragma("GCC unroll 16")
             for (int t = 0; t < tokens; t++)
@@ -146,7 +149,7 @@ _Pragma("GCC unroll 16")
             __m512 weights[2];
             if (bfloat16) {
                 __m512i all = _mm512_maskz_expand_epi16(
-                    mask, next_values16((const uint16_t *)p->values + next, p->kept - next));
+                    mask, next_values16((const uint16_t *)p->values + next, left_of(p->kept, next)));
                 next += (size_t)_mm_popcnt_u32(mask);
                 weights[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
                 weights[1] =
@@ -155,7 +158,7 @@ _Pragma("GCC unroll 16")
                 for (int half = 0; half < 2; half++) {
                     __mmask16 part = (__mmask16)(mask >> (16 * half));
                     weights[half] = _mm512_maskz_expand_ps(
-                        part, next_values32((const float *)p->values + next, p->kept - next));
+                        part, next_values32((const float *)p->values + next, left_of(p->kept, next)));
                     next += (size_t)_mm_popcnt_u32(part);
                 }
             }
@@ -313,7 +316,7 @@ TARGET512 void packed_put16_512(const uint16_t *values, size_t kept, const uint8
         uint32_t mask = mask_of(bits + i / 8, count - i);
         __mmask32 inside = count - i >= 32 ? 0xffffffffu : ((uint32_t)1 << (count - i)) - 1;
         _mm512_mask_storeu_epi16(weights + i, inside,
-                                 _mm512_maskz_expand_epi16(mask, next_values16(values + next, kept - next)));
+                                 _mm512_maskz_expand_epi16(mask, next_values16(values + next, left_of(kept, next))));
         next += (size_t)_mm_popcnt_u32(mask);
     }
 }
@@ -323,7 +326,7 @@ TARGET512 void packed_put32_512(const uint32_t *values, size_t kept, const uint8
     for (size_t i = 0; i < count; i += 16) {
         __mmask16 inside = count - i >= 16 ? 0xffff : 0xff;
         __mmask16 mask = (__mmask16)(bits[i / 8] | (inside == 0xffff ? bits[i / 8 + 1] << 8 : 0));
-        __m512 sixteen = _mm512_maskz_expand_ps(mask, next_values32((const float *)values + next, kept - next));
+        __m512 sixteen = _mm512_maskz_expand_ps(mask, next_values32((const float *)values + next, left_of(kept, next)));
         _mm512_mask_storeu_ps(weights + i, inside, sixteen);
         next += (size_t)_mm_popcnt_u32(mask);
     }

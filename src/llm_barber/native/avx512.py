@@ -4,26 +4,15 @@ Sizes are checked here, not in C. Without it `native.product` (AVX2) or unpackin
 """
 
 import ctypes
-import os
 from collections.abc import Sequence
-from enum import IntEnum
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from llm_barber.native import library
+from llm_barber import native
+from llm_barber.native import Instructions
 
 ROWS = 16  # most rows of inputs that a product takes
-ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512 or avx512bf16
-
-
-class Instructions(IntEnum):
-    """Instructions for products, each with those before it."""
-
-    AVX2 = 0
-    AVX512 = 1  # AVX-512 with VBMI2
-    AVX512BF16 = 2
 
 
 class _Product(ctypes.Structure):
@@ -36,28 +25,14 @@ class _Product(ctypes.Structure):
     )
 
 
-@cache
-def instructions() -> Instructions:
-    """Instructions that products use here: the processor's, or fewer if the environment variable says so.
-
-    Raises:
-        ValueError: the variable holds something else.
-    """
-    loaded = library()
-    find_level = getattr(loaded, "packed_product_level", None)  # an extension that was built earlier lacks it
-    level = Instructions(find_level() if find_level is not None else 0)
-    wanted = os.environ.get(ISA, "")
-    if not wanted:
-        return level
-    try:
-        return min(level, Instructions[wanted.upper()])
-    except KeyError:
-        raise ValueError(f"{ISA}={wanted}: use {', '.join(name.name.lower() for name in Instructions)}") from None
-
-
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
     """True if `multiply` takes weights of `columns` columns with these dtypes."""
-    return instructions() > 0 and columns % 8 == 0 and values == inputs and values in (torch.bfloat16, torch.float32)
+    return (
+        native.instructions() > 0
+        and columns % 8 == 0
+        and values == inputs
+        and values in (torch.bfloat16, torch.float32)
+    )
 
 
 def multiply(
@@ -92,7 +67,7 @@ def multiply(
     if not fits or len(row_ends) != len(value_ends) or (bias is not None and (len(bias), bias.dtype) != (rows, dtype)):
         raise ValueError("arguments of the product do not fit together")
     narrow = dtype == torch.bfloat16
-    level = instructions() if narrow else Instructions.AVX512
+    level = native.instructions() if narrow else Instructions.AVX512
     widened = inputs.float() if narrow and level == Instructions.AVX512 else inputs
     outputs = torch.empty(len(inputs), rows, dtype=dtype)
     product = _Product(
@@ -100,7 +75,7 @@ def multiply(
         outputs.data_ptr(), rows, columns, len(values), len(inputs), narrow, narrow, level,
     )  # fmt: skip
     ends = ctypes.c_int64 * len(row_ends)
-    loaded = library()
+    loaded = native.library()
     assert loaded is not None
     loaded.packed_multiply(ctypes.byref(product), len(row_ends) - 1, ends(*row_ends), ends(*value_ends))
     return outputs

@@ -94,13 +94,13 @@ def _tuning(report: RunReport) -> dict[str, Any] | None:
         for name, error in zip(names, layer.held_out[1:], strict=False)
         if layer.held_out[0]
     }
-    kept = Counter(layer.kept_pass or 0 for layer in layers)
+    layers_by_pass = Counter(layer.kept_pass or 0 for layer in layers)
     label = "share of the distance on held-out windows that is gone, by pass and decoder layer"
     return {
         "layers": layers,
         "passes": names,
         "concentrated": [layer for layer in layers if layer.concentration is not None],
-        "kept": [(number, kept[number]) for number in sorted(kept, reverse=True)],
+        "layers_by_pass": sorted(layers_by_pass.items(), reverse=True),
         "figure": _map("tuning", report, shares, label, True) if any(shares.values()) else None,
     }
 

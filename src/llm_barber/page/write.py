@@ -42,7 +42,9 @@ def write_page(folder: Path, output: Path | None = None) -> Path:
         raise ModelError(f"{folder} is not a folder", "give a folder that llm-barber prune or rebuild wrote")
     report = read_record(folder)
     if report is None:
-        raise ModelError(f"{folder} has no record (barber.json)", "only what llm-barber wrote has one")
+        raise ModelError(
+            f"{folder} has no record (barber.json)", "give a folder that llm-barber prune or rebuild wrote"
+        )
     path = output or folder / PAGE_NAME
     _check_replaceable(path)
     temporary = path.with_name(f"{path.name}.tmp")

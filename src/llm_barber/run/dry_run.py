@@ -1,4 +1,4 @@
-"""What a run would do, without doing it (`--dry-run`)."""
+"""The option `--dry-run`: check and describe a run without running it."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +15,7 @@ from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prepare_run
 from llm_barber.run.finished import finished_run, tell_of_finished
+from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.resume_key import resume_key
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 from llm_barber.settings.refining import RefineSettings
@@ -22,9 +23,9 @@ from llm_barber.usage import current_memory, readable_bytes
 
 
 class DryRun(BaseModel):
-    """A checked run. Sizes in bytes; `stream_bytes` is what the calibration activations take.
+    """A checked run. Sizes are bytes; `stream_bytes` is the size of the calibration activations.
 
-    `finished_layers`: of an unfinished run that this one would go on with.
+    `finished_layers`: of the unfinished run that this run would resume.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -56,8 +57,8 @@ class DryRun(BaseModel):
         return self.model_dump_json(indent=1) + "\n"
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values to show."""
-        done = self.finished_layers
+        """Rows of the table that is shown: names and values."""
+        finished = self.finished_layers
         rebuilt = f"within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else "no"
         return [
             ("model", f"{self.model} ({self.architecture}, {self.layers} decoder layers)"),
@@ -70,7 +71,7 @@ class DryRun(BaseModel):
             ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
             ("output", readable_bytes(self.output_bytes)),
             ("calibration activations", readable_bytes(self.stream_bytes)),
-            *([("goes on", f"after {done} of {self.layers} layers, if their files are whole")] if done else []),
+            *([("goes on", f"after {finished} of {self.layers} layers, if their files are whole")] if finished else []),
         ]
 
 
@@ -84,20 +85,17 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
     complete = finished_run(config, progress)
     if complete is not None:
         tell_of_finished(config, complete, progress)
-        config = config.model_copy(update={"overwrite": True})  # or it would be in the way
+        config = config.model_copy(update={"overwrite": True})  # or the complete output would be in the way
     prepared = prepare_run(config, progress, Ranks())
     prepared.warn_of_settings(progress)
     job, rebuilt = prepared.job, prepared.rebuild_settings
     if config.memory is not None:
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), prepared.recipe)
     lock = work_folder(config.output) / LOCK_NAME
-    with locked(lock) if lock.is_file() else nullcontext():  # not while another run writes it
-        left = unfinished_run(lock.parent, resume_key(prepared), config.overwrite, config.resume)
-    of_linears = job.linear_shapes(job.source)
-    linears = [(index, name) for index in range(job.layer_count) for name in prepared.initial.linears(index)]
-    shapes = [of_linears[f"{job.linear_name(index, name)}.weight"] for index, name in linears]
-    if config.prunes_head:
-        shapes.append(tuple(job.skeleton.head.weight.shape))
+    with locked(lock) if lock.is_file() else nullcontext():  # refuses a folder that another run is writing
+        unfinished = unfinished_run(lock.parent, resume_key(prepared), config.overwrite, config.resume)
+    finished_layers = 0 if unfinished is None else min(len(unfinished.layers), job.layer_count)
+    shapes = _pruned_shapes(prepared)
     sequences, tokens = job.tokens.input_ids.shape
     arrays = RefineSettings.arrays(prepared.refine_settings)
     hidden: int = job.config.hidden_size
@@ -122,9 +120,16 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
         stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
-        finished_layers=job.layer_count
-        if complete is not None
-        else min(len(left.layers), job.layer_count)
-        if left
-        else 0,
+        finished_layers=finished_layers if complete is None else job.layer_count,
     )
+
+
+def _pruned_shapes(prepared: PreparedRun) -> list[tuple[int, ...]]:
+    """Shapes, (out, in), of all linears that the run may prune."""
+    job, shapes = prepared.job, prepared.job.linear_shapes(prepared.job.source)
+    pruned = [
+        shapes[f"{job.linear_name(index, name)}.weight"]
+        for index in range(job.layer_count)
+        for name in prepared.initial.linears(index)
+    ]
+    return [*pruned, tuple(job.skeleton.head.weight.shape)] if job.prunes_head else pruned

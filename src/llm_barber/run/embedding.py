@@ -20,12 +20,12 @@ def embed(
     memory: ArrayMemory,
     progress: Progress,
 ) -> ActivationStreams:
-    """The input of the first decoder layer for this process's calibration sequences.
+    """Embed this process's calibration sequences: the input of the first decoder layer.
 
     Args:
-        job: the run.
-        weights: what embeds the tokens, by the model's names.
-        refine_settings: if the run refines.
+        job: the opened model.
+        weights: parameters that embed the tokens, by the model's names.
+        refine_settings: None: the run does not refine.
         memory: where activations lie.
         progress: is told of smaller batches.
 
@@ -35,15 +35,15 @@ def embed(
     skeleton, tokens = job.skeleton, job.tokens.input_ids
     held_out = 0 if refine_settings is None else refine_settings.held_out
     streams = ActivationStreams(len(tokens), job.batch_size, memory, job.ranks, held_out)
-    own = streams.select_local(tokens)
+    local_tokens = streams.select_local(tokens)
 
     def compute() -> None:
         skeleton.fill_outside(weights)
         for batch in streams.batches():
-            skeleton.embed(own[batch], partial(streams.write, HIDDEN, batch))
+            skeleton.embed(local_tokens[batch], partial(streams.write, HIDDEN, batch))
         known = {batch.stop - batch.start for batch in streams.batches()}
         for size in _batch_sizes(streams, refine_settings) - known:
-            skeleton.embed(tokens[:size], lambda _: None)  # for how layers are called with so many
+            skeleton.embed(tokens[:size], lambda _: None)  # records the arguments that layers get for this size
 
     with_smaller_batches(compute, skeleton.drop_outside, job, streams, progress)
     skeleton.drop_outside()
@@ -51,7 +51,7 @@ def embed(
 
 
 def _batch_sizes(streams: ActivationStreams, refine_settings: RefineSettings | None) -> set[int]:
-    """Numbers of sequences that layers may be called with: of all batches, and of smaller ones if memory runs out."""
+    """Sizes of all batches, and of the smaller batches that the run falls back to if memory runs out."""
     sizes = set()
     whole = streams.batch_size
     while streams.batch_size:

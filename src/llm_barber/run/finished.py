@@ -1,4 +1,4 @@
-"""Recognise a finished run: the output that a run would make is there already, and whole."""
+"""Recognise a finished run: the output that a run would write is there already, and whole."""
 
 from os.path import expanduser
 from pathlib import Path
@@ -20,13 +20,13 @@ PRUNE_AGAIN = "prune again with --overwrite"
 
 
 def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
-    """The report of this same run, if it is to be resumed and its output is complete; every file is read.
+    """Report of this same run, if it resumes and its output is complete; reads every file.
 
     Returns:
-        None: there is no such output, or it is not whole and may be overwritten.
+        None: there is no such output, or a damaged output may be overwritten.
 
     Raises:
-        OutputError: a file of the output is missing or changed; the models or the calibration text are others now.
+        OutputError: a file of the output is missing or changed; or the models or the calibration text have changed.
     """
     try:
         record = read_record(config.output) if config.resume else None
@@ -52,14 +52,14 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
 
 
 def tell_of_finished(config: RunSettings, record: RunReport, progress: Progress) -> None:
-    """Say that the output is what this run would make, and which files in it are no part of that."""
+    """Say that the output is complete, and which of its files the run did not write."""
     if unknown := unknown_files(CheckpointSource(config.output), record):
         progress.warn(f"{config.output} is not as it was written: {'; '.join(unknown[:3])}")
     progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
 
 
 def _damage(output: Path, record: RunReport, progress: Progress) -> str:
-    """The first file of a finished output that is missing or changed, as the end of a sentence."""
+    """Missing or changed file of a finished output, as the end of a sentence; empty: the output is whole."""
     try:
         problems = changed_files(CheckpointSource(output), record, progress)
     except ModelError as error:
@@ -68,7 +68,7 @@ def _damage(output: Path, record: RunReport, progress: Progress) -> str:
 
 
 def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
-    """The input of a finished run that is another one now, as far as local files show."""
+    """Input that changed since a run finished, as far as local files show; empty: none did."""
     changed = _changed_model(record.model, record.source, progress)
     if not changed and record.command == "rebuild":
         changed = _changed_model(record.settings["pruned"], record.pruned_source, progress, of_pruned=True)
@@ -84,11 +84,11 @@ def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
 
 
 def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress, of_pruned: bool = False) -> str:
-    """Compare a local model with the files that a finished run read; warn if they were only written anew."""
+    """Compare a local model with the files that a finished run read; warn of files with a new date alone."""
     folder = Path(expanduser(model))
     if recorded is None or not folder.is_dir():
-        is_path = folder.is_absolute() or model.startswith((".", "~"))  # else it is a hub id
-        if is_path and not folder.exists():  # a GGUF file is there
+        is_path = folder.is_absolute() or model.startswith((".", "~"))  # a hub id is neither
+        if is_path and not folder.exists():  # a GGUF file exists, and is no folder
             progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
         return ""
     try:

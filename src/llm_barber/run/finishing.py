@@ -1,4 +1,4 @@
-"""What a finished run leaves besides the weights: companion files, record, model card, page; and what it warns of."""
+"""Finish an output: companion files, record, model card and page; warnings about results."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def finish_output(
     seconds: dict[str, float],
     used: Used,
 ) -> RunReport:
-    """Companion files, record, model card and page; the output is complete then."""
+    """Write companion files, record, model card and page; give the complete output its name."""
     job = prepared.job
     for path in job.source.companions():
         untied = job.prunes_head and path.name == "config.json"
@@ -78,9 +78,9 @@ def finish_output(
 
 
 def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress) -> None:
-    """Say what went otherwise than a user would expect."""
+    """Warn of results that a user would not expect."""
     if prepared.job.skeleton.order.unavailable:
-        progress.warn("gradients were added up in no fixed order, which this model has none of: another run may differ")
+        progress.warn("gradients were added up in no fixed order, since this model has none: another run may differ")
     if sinks := layers_ruled_by_one_token(report):
         layers = "layer" if len(sinks) == 1 else "layers"
         progress.warn(
@@ -88,13 +88,16 @@ def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress
             f"{len(report.layers)} ({', '.join(map(str, sinks))}): an attention sink, whose error is handed on. "
             f"Held-out windows count it as {HUGE_TOKEN:g} median tokens; the page of the run has its share"
         )
-    few = {
-        (layer.index, one.name.rpartition(".")[0]) for layer in report.layers for one in layer.linears if one.few_tokens
+    idle_experts = {
+        (layer.index, linear.name.rpartition(".")[0])
+        for layer in report.layers
+        for linear in layer.linears
+        if linear.few_tokens
     }
-    if few:
+    if idle_experts:
         left = "those of magnitude" if prepared.command == "prune" else "left as they were"
         progress.warn(
-            f"{len(few)} experts were given fewer than {FEW_TOKENS} calibration tokens: their masks are "
+            f"{len(idle_experts)} experts were given fewer than {FEW_TOKENS} calibration tokens: their masks are "
             f"{left}; more --samples reach more of them"
         )
     if prepared.rebuild_settings is not None and report.swapped == 0:
@@ -105,7 +108,7 @@ def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress
 
 
 def layers_ruled_by_one_token(report: RunReport) -> list[int]:
-    """Indices of tuned layers in whose remaining distance one token of each held-out window has more than half.
+    """Tuned layers where one token of each held-out window has most of the remaining distance.
 
     In windows of a few tokens that is nothing special: the list is empty then.
     """
@@ -115,12 +118,12 @@ def layers_ruled_by_one_token(report: RunReport) -> list[int]:
 
 
 def _untied(path: Path) -> bytes:
-    """A configuration whose output head has weights of its own."""
+    """Content of a configuration whose output head no longer shares the embedding's weights."""
     content = json.loads(path.read_bytes())
     return (json.dumps({**content, "tie_word_embeddings": False}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _common_pattern(layers: list[LayerResult]) -> str:
-    """The N:M of all pruned linears, "unstructured", or "mixed"."""
+    """N:M of all pruned linears, "unstructured", or "mixed"."""
     patterns = {linear.pattern or "unstructured" for layer in layers for linear in layer.linears if linear.pruned}
     return patterns.pop() if len(patterns) == 1 else "mixed"

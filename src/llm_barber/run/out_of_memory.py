@@ -1,4 +1,4 @@
-"""Repeat what did not fit a device's memory: activations off the device, then smaller batches."""
+"""Repeat a computation that did not fit the device's memory, first with activations off the device."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,15 +25,15 @@ def with_smaller_batches(
     streams: ActivationStreams,
     progress: Progress,
 ) -> Result:
-    """What `compute` gives; where the device's memory is too small, again with all activations in host memory.
+    """Compute; if the device's memory is too small, repeat with all activations in host memory.
 
-    Where it still is, with half as many sequences together.
+    If it still is too small, repeat with half as many sequences together.
 
     Args:
         compute: may be called again after it failed.
         release: frees what `compute` left on the device.
-        job: the run.
-        streams: whose arrays leave the device, and whose batches become smaller.
+        job: the opened model.
+        streams: their arrays leave the device, and their batches become smaller.
         progress: is told.
 
     Raises:
@@ -43,7 +43,7 @@ def with_smaller_batches(
     while True:
         try:
             return compute()
-        except RuntimeError as error:  # which holds on to tensors until here
+        except RuntimeError as error:  # the error keeps tensors alive until this block ends
             if not is_out_of_memory(error):
                 raise
         release()
@@ -65,7 +65,7 @@ def with_smaller_batches(
                 f"{needed / 2**30:.1f} GiB",
                 "use a shorter --seqlen, --dtype bfloat16, a larger device, or --device cpu",
             )
-        if streams.ranks.count > 1:  # the others are in the middle of it
+        if streams.ranks.count > 1:  # other processes are in the middle of the computation
             raise DeviceMemoryError(
                 f"the device's memory is too small for {streams.batch_size} sequences together",
                 f"go on with --resume --batch-size {max(1, streams.batch_size // 2)}",

@@ -1,4 +1,4 @@
-"""What a run takes over from an unfinished one that it goes on with, and leaves for one that goes on with it."""
+"""Resume an unfinished run: its settings, its finished layers, and messages about both."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +27,10 @@ from llm_barber.usage import machine, peak_device_memory, peak_memory
 
 
 def as_before(prepared: PreparedRun, used: Used, progress: Progress) -> PreparedRun:
-    """Compute as the run did that this one goes on with: results are rounded alike then."""
+    """Take over the unfinished run's batch size, so that results are rounded alike.
+
+    Warn of another machine, and of files that were written since.
+    """
     here = machine(prepared.job.skeleton.device)
     if used.machine not in ("", here):
         progress.warn(
@@ -40,25 +43,25 @@ def as_before(prepared: PreparedRun, used: Used, progress: Progress) -> Prepared
 
 
 def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progress: Progress) -> None:
-    """Warn of files of a model that were written since finished layers were computed.
+    """Warn of files of a model that were written after finished layers were computed.
 
     Args:
-        written: when each file was written, ns.
-        before: the same, when layers were computed.
+        written: modification times of the files, ns.
+        before: the same, as they were when layers were computed.
         progress: is told.
     """
-    if others := [name for name, when in before.items() if written.get(name) != when]:
+    if changed := [name for name, when in before.items() if written.get(name) != when]:
         progress.warn(
             message(
                 "{files} of the model came here since finished layers were computed: if what is in it is not the "
                 "same, start again with {overwrite}",
-                files=f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''}",
+                files=f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}",
             )
         )
 
 
 def tell_of_lost(writer: Writer, finished: int, progress: Progress) -> None:
-    """Say what of an unfinished run is made again."""
+    """Warn of damaged files of an unfinished run, whose content is made again."""
     if writer.lost:
         progress.warn(
             f"{', '.join(writer.lost)} of the unfinished run is damaged or missing: {finished} finished layers are "
@@ -74,15 +77,15 @@ def pass_layer(
     settings: RefineSettings | None,
     streams: ActivationStreams,
 ) -> None:
-    """Move the streams through a finished layer, as `prune_layer` did.
+    """Move the streams through a finished layer, as `prune_layer` moved them.
 
     Args:
-        job: the run.
-        result: the layer's record.
+        job: the opened model.
+        result: of the layer, from the state.
         tensors: dense, by the checkpoint's names.
-        written: as they were written.
-        settings: of the run's refining, which may move the dense model's activations, too.
-        streams: what the layer starts from; then what the next one does.
+        written: tensors of its shard, by the same names.
+        settings: of refining; a target mix moves the dense model's stream, too.
+        streams: the layer's input; afterwards the next layer's.
     """
     index = result.index
     dense = dense_batches(settings, streams)
@@ -92,18 +95,18 @@ def pass_layer(
             streams.write(DENSE + NEXT, batch, layer.output(streams.read(DENSE + HIDDEN, batch)))
     layer, weights = job.open_layer(index, {**tensors, **written})
     _check_counts(result, weights)
-    # Laid out as they were when they were computed with: products of other layouts may be rounded otherwise.
-    layer.set_weights({one.name: weights[one.name].contiguous() for one in result.linears if one.pruned})
+    # Contiguous, as the run computed with them: products of other layouts may be rounded otherwise.
+    layer.set_weights({linear.name: weights[linear.name].contiguous() for linear in result.linears if linear.pruned})
     for batch in streams.batches():
         streams.write(DENSE_OUTPUT, batch, layer.output(streams.read(HIDDEN, batch)))
     move_on(job, index, layer, streams, bool(dense))
 
 
 def _check_counts(result: LayerResult, weights: Mapping[str, Tensor]) -> None:
-    """Compare a finished layer's shard with the counts that the state keeps of it.
+    """Compare the zeros of a finished layer's shard with the counts in the state.
 
     Raises:
-        OutputError: a linear has another number of zeros.
+        OutputError: the counts differ.
     """
     for linear in result.linears:
         weight = weights[linear.name]
@@ -124,7 +127,7 @@ def pass_layers(
     streams: ActivationStreams,
     progress: Progress,
 ) -> None:
-    """Move the streams through finished layers whose output was not durable yet, or is damaged."""
+    """Move the streams through finished layers whose output is not durable, or is damaged."""
     job, settings = prepared.job, prepared.refine_settings
     progress.start("once more through finished layers", len(finished))
     for result in finished:
@@ -132,22 +135,22 @@ def pass_layers(
         compute = partial(pass_layer, job, result, ahead.take(), written, settings, streams)
         with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
         progress.advance("")
-    writer.keep_activations(finished[-1].index + 1, gathered(prepared, streams))
+    writer.keep_activations(finished[-1].index + 1, gather_streams(prepared, streams))
 
 
-def gathered(prepared: PreparedRun, streams: ActivationStreams) -> dict[str, Tensor]:
-    """On the process that writes, what the next layer starts from, of all processes."""
+def gather_streams(prepared: PreparedRun, streams: ActivationStreams) -> dict[str, Tensor]:
+    """Gather the next layer's input from all processes on the process that writes."""
     job, sequences = prepared.job, len(prepared.job.tokens.input_ids)
     return job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.memory.empty_off_device)
 
 
 def used_by(prepared: PreparedRun, writer: Writer, streams: ActivationStreams) -> Used:
-    """By this run and the one that it goes on with."""
+    """Memory, machine and batch size of this run and of the run that it resumes."""
     device, before = prepared.job.skeleton.device, writer.state.used
-    on_device = [one for one in (peak_device_memory(device), before.peak_device_memory) if one is not None]
+    device_peaks = [peak for peak in (peak_device_memory(device), before.peak_device_memory) if peak is not None]
     return Used(
         peak_memory=max(peak_memory(), before.peak_memory),
-        peak_device_memory=max(on_device, default=None),
+        peak_device_memory=max(device_peaks, default=None),
         batch_size=streams.batch_size,
         machine=machine(device),
         off_device=before.off_device or streams.left_device,
@@ -156,7 +159,11 @@ def used_by(prepared: PreparedRun, writer: Writer, streams: ActivationStreams) -
 
 
 def finished_layers(writer: Writer) -> list[LayerResult]:
-    """Those of the run that this one goes on with."""
+    """Results of the layers that the unfinished run had finished.
+
+    Raises:
+        OutputError: the state is damaged.
+    """
     try:
         return [LayerResult.model_validate(layer) for layer in writer.state.layers]
     except ValidationError as error:
@@ -164,8 +171,8 @@ def finished_layers(writer: Writer) -> list[LayerResult]:
 
 
 @contextmanager
-def told_how_to_go_on(writer: Writer, progress: Progress) -> Iterator[None]:
-    """Say how to go on when an error ends the run."""
+def hint_at_resuming(writer: Writer, progress: Progress) -> Iterator[None]:
+    """When an error ends the run, say what is kept and how to resume."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""The run: decoder layer after decoder layer, streamed from disk to disk; what happens in a layer is `method.py`."""
+"""The run: stream decoder layers from disk to disk, one after the other; `method/` prunes each."""
 
 import time
 from collections.abc import Callable
@@ -28,10 +28,10 @@ from llm_barber.run.resume_key import resume_key
 from llm_barber.run.resuming import (
     as_before,
     finished_layers,
-    gathered,
+    gather_streams,
+    hint_at_resuming,
     pass_layers,
     tell_of_lost,
-    told_how_to_go_on,
     used_by,
 )
 from llm_barber.run.writer import Writer
@@ -42,13 +42,13 @@ STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 
 
 def run(prepared: PreparedRun, progress: Progress) -> RunReport:
-    """Stream the model through, layer by layer, and write the output; go on where an unfinished run stopped."""
+    """Prune the model, layer by layer, from disk to disk; resume where an unfinished run stopped."""
     began = time.perf_counter()
     prepared.warn_of_settings(progress)
     ranks, sequences = prepared.job.ranks, len(prepared.job.tokens.input_ids)
     if prepared.config.resume:
         progress.stage("checking what is finished")
-    with _open_output(prepared) as writer, told_how_to_go_on(writer, progress):
+    with _open_output(prepared) as writer, hint_at_resuming(writer, progress):
         reached, activations = writer.read_activations()
         reached, writer.state = ranks.from_first((reached, writer.state))
         results = finished_layers(writer)
@@ -60,7 +60,7 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
         streams = _embed(prepared, writer, seconds, progress)
         _allocate(prepared, streams, writer, seconds, began, progress)
         streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.memory.empty_off_device))
-        activations = {}  # it has copied them
+        activations = {}  # restore has copied them: free the memory
         with ReadAhead(job.source, job.steps[reached:], streams.memory.pinned) as ahead:
             if finished := results[reached:]:
                 pass_layers(prepared, finished, ahead, writer, streams, progress)
@@ -91,7 +91,7 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
 
 
 def _open_output(prepared: PreparedRun) -> Writer:
-    """The first process writes, the others follow."""
+    """Writer of this process: the first process writes, the others follow."""
     config, job = prepared.config, prepared.job
     if not job.ranks.is_first:
         return Follower(work_folder(config.output))
@@ -102,7 +102,7 @@ def _open_output(prepared: PreparedRun) -> Writer:
 
 
 def _embed(prepared: PreparedRun, writer: Writer, seconds: dict[str, float], progress: Progress) -> ActivationStreams:
-    """The first layer's input; what is outside the layers is copied on the way."""
+    """Embed the calibration tokens; copy the tensors outside the layers to the output on the way."""
     progress.stage("embedding the calibration tokens")
     start = time.perf_counter()
     job, refine_settings = prepared.job, prepared.refine_settings
@@ -122,10 +122,10 @@ def _allocate(
     began: float,
     progress: Progress,
 ) -> None:
-    """Give each linear its sparsity: the one that an unfinished run found, or from a look at the dense model.
+    """Give each linear its sparsity: the unfinished run's, or a new one from passes over the dense model.
 
-    `began`: the clock when the run would have begun had it not been interrupted; a new allocation is kept with its
-    seconds and the run's total until then.
+    `began`: time on the clock at which the run would have begun without interruptions. A new allocation is kept with
+    its seconds, and with the total of the run so far.
     """
     initial, allocation = prepared.initial, prepared.allocation
     if initial.budget is None or allocation is Allocation.UNIFORM:
@@ -133,8 +133,8 @@ def _allocate(
     sparsities = writer.state.sparsities
     if sparsities is None:
         start = time.perf_counter()
-        look = partial(allocate, allocation, initial, streams, initial.budget, progress)
-        sparsities = with_smaller_batches(look, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)
+        compute = partial(allocate, allocation, initial, streams, initial.budget, progress)
+        sparsities = with_smaller_batches(compute, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)
         allocated = time.perf_counter()
         seconds["allocate"] += allocated - start
         seconds["total"] = allocated - began
@@ -145,7 +145,7 @@ def _allocate(
 def _prune_step(
     prepared: PreparedRun, index: int, tensors: dict[str, Tensor], streams: ActivationStreams, progress: Progress
 ) -> PrunedLayer:
-    """Prune a decoder layer, or after the last one the output head."""
+    """Prune a decoder layer, or, after the last layer, the output head."""
     job, settings = prepared.job, prepared.refine_settings
     compute = partial(prune_layer, job, index, tensors, prepared.initial, prepared.rebuild_settings, settings, streams)
     release: Callable[[], None] = partial(job.skeleton.release_layer, index)
@@ -162,18 +162,21 @@ def _make_durable(
     writer: Writer,
     streams: ActivationStreams,
 ) -> None:
-    """The last layer, whose shard is written, and what the next one starts from, while that reads it."""
+    """Make the last layer, whose shard is written, and the next layer's input durable.
 
-    def keep() -> None:
+    The input is written while the next layer is computed, unless it could not be computed again from the shards.
+    """
+
+    def keep_activations() -> None:
         if len(results) < len(prepared.job.steps):
-            writer.wait_for_activations()  # before others are gathered
-            writer.keep_activations(len(results), gathered(prepared, streams))
+            writer.wait_for_activations()  # before the streams are gathered again
+            writer.keep_activations(len(results), gather_streams(prepared, streams))
 
     if not prepared.config.runs_what_it_writes:
-        keep()
+        keep_activations()
     writer.finish_layer(results[-1].model_dump(mode="json"), seconds, used_by(prepared, writer, streams))
     if prepared.config.runs_what_it_writes:
-        keep()
+        keep_activations()
 
 
 def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
@@ -187,21 +190,24 @@ def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
 
 
 def _copy_outside(job: Job, writer: Writer) -> dict[str, Tensor]:
-    """Copy what is outside the decoder layers; returns what embeds the tokens, by the model's names."""
-    wanted = {job.source.location(name).tensor: name for name in job.skeleton.outside_names}
-    kept: dict[str, Tensor] = {}
+    """Copy the tensors outside the decoder layers to the output.
+
+    Returns the tensors that embed the tokens, by the model's names.
+    """
+    embedding_names = {job.source.location(name).tensor: name for name in job.skeleton.outside_names}
+    embedding: dict[str, Tensor] = {}
     for names in job.outside_shards:
         tensors = job.source.read(names)
         if writer.next_is_written:
             writer.skip_shard()
         else:
             writer.write_shard(tensors)
-        kept |= {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}
-    return kept
+        embedding |= {embedding_names[name]: tensor for name, tensor in tensors.items() if name in embedding_names}
+    return embedding
 
 
 def _summary(layer: LayerResult) -> str:
-    """What the progress line says of a finished layer."""
+    """Line of progress about a finished layer."""
     errors = [
         f"{block.name} error {block.error_before:.3g} → {block.error_after:.3g}"
         for block in layer.blocks
