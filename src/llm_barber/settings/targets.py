@@ -28,7 +28,7 @@ def parse_target(value: Any, over_linear: bool = False) -> Pattern | None:
 
 
 def read_targets(value: Any) -> Any:
-    """Targets by regular expressions or numbers of layers, from a YAML file or a mapping; other values stay as they are.
+    """Targets by regular expressions or layer numbers, from a YAML file or a mapping; other values stay as they are.
 
     Raises:
         ValueError: the file cannot be read, or is no such mapping.
@@ -83,7 +83,7 @@ def _is_number(expression: str) -> bool:
 
 
 def _means(expression: str, index: int, name: str, layers: int) -> bool:
-    """True if the expression fits the linear `name` in layer `index`; a number fits a layer's linears, -1 the last's."""
+    """True if the expression fits the linear `name` of layer `index`; a number fits the linears of a layer, -1 the last."""
     if _is_number(expression):
         return index < layers and int(expression) in (index, index - layers)
     return re.search(expression, name) is not None
