@@ -1,4 +1,4 @@
-"""Prune by llm-compressor's SparseGPT and Wanda on our calibration tokens, and measure as for our rows. Resumable.
+"""Measure llm-compressor's SparseGPT and Wanda on our calibration tokens and texts. Resumable.
 
 llm-compressor pins other versions of transformers: give it an environment of its own.
 

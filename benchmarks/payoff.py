@@ -1,4 +1,4 @@
-"""Measure a pruned model, packed and dense: bytes on disk, memory of its linears, tokens per second on the CPU.
+"""Measure a pruned model, packed and dense: bytes on disk, memory, tokens per second on the CPU.
 
 Masks are by magnitude: sizes and speeds depend on the share of pruned weights, not on which these are. Runs take turns;
 the fastest counts. It prints a row for each target and dtype.

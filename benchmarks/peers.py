@@ -1,4 +1,4 @@
-"""Compare our Wanda, SparseGPT, RIA, OWL, DSnoT and ALPS with their authors' programs, on the same weights and inputs.
+"""Compare Wanda, SparseGPT, RIA, OWL, DSnoT and ALPS with their authors' programs, on equal inputs.
 
     mkdir CLONES && cd CLONES
     for repository in locuslab/wanda luuyin/OWL zyxxmu/DSnoT mazumder-lab/ALPS; do

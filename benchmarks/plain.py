@@ -1,4 +1,4 @@
-"""Compare `prune` with a plain implementation of the published method: time, memory, and share of equal mask bits.
+"""Compare `prune` with a plain implementation of the published method: time, memory and masks.
 
 Plain: two whole models in memory, every sequence by itself through every block, autograd's gradient of every weight, a
 Python loop over rows; for LLaMA-shaped models, in float32. `prune` runs in float32 and in bfloat16. Each run has a

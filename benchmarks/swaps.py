@@ -1,4 +1,4 @@
-"""Measure the time of exact swaps and of the Gram matrix that they need, on a large linear with random weights.
+"""Measure the time of exact swaps and of the Gram matrix that they need, on a large random linear.
 
 Goal: 100 swaps a row take about as long as the Gram matrix; with N:M the default is 400. It prints seconds by target.
 

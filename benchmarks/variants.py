@@ -1,4 +1,4 @@
-"""Compare variants of the steps beyond the paper, to choose the defaults of `docs/method/tuning.md`. Resumable.
+"""Compare variants of the steps beyond the paper, to choose the defaults. Resumable.
 
     python benchmarks/variants.py --data DATA --groups allocation,guard
     python benchmarks/variants.py --data DATA --variant "preset=mask target_mix=0.25" --targets 0.5,2:4
