@@ -83,7 +83,7 @@ def _is_number(expression: str) -> bool:
 
 
 def _means(expression: str, index: int, name: str, layers: int) -> bool:
-    """True if the expression fits the linear `name` of layer `index`; a number fits the linears of a layer, -1 the last."""
+    """True if the expression fits the linear `name` of layer `index`; a number means a layer, -1 the last."""
     if _is_number(expression):
         return index < layers and int(expression) in (index, index - layers)
     return re.search(expression, name) is not None
