@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model, the machine, tables."""
+"""Shared by the benchmarks: the model, the machine, tables, the history of results."""
 
 import json
 import subprocess
@@ -18,20 +18,20 @@ HISTORY = Path(__file__).parent / "results" / "history.jsonl"
 
 
 def model_folder(model: str | None) -> str:
-    """An ordinary checkpoint folder: the one named, or SmolLM2-135M from its package."""
+    """An ordinary checkpoint folder: the named model, or SmolLM2-135M from its package."""
     return str(resolve_model(model or str(demo_model())))
 
 
 def call(command: list[str], environment: dict[str, str] | None = None) -> str:
-    """What a command prints; where it fails, the benchmark ends with its message."""
-    found = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if found.returncode:
-        sys.exit(f"{command[0]} failed:\n{found.stderr[-4000:]}")
-    return found.stdout
+    """Run a command and return its output; where it fails, end the benchmark with its message."""
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{command[0]} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def machine() -> str:
-    """The processor, threads and versions, for the line under a table."""
+    """Processor, threads and versions, for the line under a table."""
     return f"{usage.machine()}; {', '.join(f'{package} {number}' for package, number in usage.versions().items())}"
 
 
@@ -48,7 +48,7 @@ def show(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
 
 def keep(benchmark: str, figures: dict[str, Any]) -> None:
-    """Append what was measured to the history, with the date, the machine and versions."""
+    """Append measured figures to the history, with the date, the machine and versions."""
     HISTORY.parent.mkdir(exist_ok=True)
     entry = {"date": date.today().isoformat(), "benchmark": benchmark, "machine": machine(), **figures}
     with HISTORY.open("a", encoding="utf-8") as file:

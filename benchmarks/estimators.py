@@ -1,4 +1,4 @@
-"""Other estimators of a weight's worth in the rebuild, for `variants.py --groups estimators`. Nothing of the program.
+"""Other estimators of a weight's worth in the rebuild, for `variants.py --groups estimators`.
 
 The paper scores weights by |W| · sqrt(mean over sequences of G²), G the gradient of the block's squared error at the
 dense weights, and swaps once. Here G is also taken at the sparse weights, with its sign, with a second-order term, and

@@ -1,12 +1,13 @@
-"""SparseGPT and Wanda by llm-compressor on the tokens that our rows are calibrated on, measured as our rows are.
+"""Measure llm-compressor's SparseGPT and Wanda on our calibration tokens and texts. Resumable.
 
 llm-compressor pins other versions of transformers: give it an environment of its own.
 
     python3 -m venv PEER && PEER/bin/pip install llmcompressor==0.14.0.1
     python benchmarks/llm_compressor.py --python PEER/bin/python --data DATA [--samples 64 --seqlen 1024 --windows 32]
 
-DATA is that of `quality.py`, whose settings are the defaults. It computes in float32. Finished rows are kept in
-`benchmarks/results/NAME/llm-compressor.json` and are not done again.
+DATA is that of `quality.py`, whose settings are the defaults. llm-compressor computes in float32. It prints perplexity,
+divergence and seconds of each row. Finished rows are kept in `benchmarks/results/NAME/llm-compressor.json` and are not
+computed again.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from llm_barber.loading.opening import load_tokenizer
 from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.calibration import load_calibration
 
-# What runs in its environment: prunes and saves an ordinary checkpoint in the dense one's dtype, prints seconds.
+# Program for that environment: it prunes, saves an ordinary checkpoint in the dense model's dtype, and prints seconds.
 PEER = """
 import sys, time
 from importlib.metadata import version
@@ -63,7 +64,7 @@ print("RESULT", seconds, version("llmcompressor"), version("transformers"))
 
 
 def prune(python: Path, model: str, tokens: Path, out: Path, method: str, target: str) -> dict[str, Any]:
-    """Seconds and versions; the pruned model is in `out`."""
+    """Prune into `out`; return seconds and versions."""
     command = [str(python), "-c", PEER, model, str(tokens), str(out), method, target]
     (line,) = [line for line in call(command).splitlines() if line.startswith("RESULT")]
     _, seconds, llm_compressor, transformers = line.split()

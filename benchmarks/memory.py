@@ -1,6 +1,7 @@
-"""Peak memory against the number of decoder layers: it should not grow.
+"""Measure peak memory against the number of decoder layers: it should not grow.
 
-Synthetic LLaMA-shaped float32 checkpoints of 4 to 32 layers of the same width are pruned, each in its own process.
+Synthetic LLaMA-shaped float32 checkpoints of 4 to 32 layers of the same width are pruned, each in a process of its own.
+It prints the size of each checkpoint, peak memory and seconds.
 
     python benchmarks/memory.py                    # the published method
     python benchmarks/memory.py --preset mask

@@ -1,7 +1,7 @@
-"""A checkpoint several times larger than the memory that the process may have is pruned.
+"""Prune a checkpoint that is several times larger than the memory that the process may have.
 
 A synthetic LLaMA-shaped checkpoint is written, and pruned by a process whose private memory the system limits
-(`RLIMIT_DATA`, as `ulimit -d`), with `--memory` a little below.
+(`RLIMIT_DATA`, as `ulimit -d`), with `--memory` a little below. It prints sizes, peak memory and seconds.
 
     python benchmarks/out_of_core.py
 """
@@ -66,7 +66,7 @@ def main() -> None:
     show(
         f"preset {given.preset}, hidden {hidden}, MLP {mlp}, float32 checkpoint",
         list(row),
-        [[f"{one:.2f}" for one in row.values()]],
+        [[f"{value:.2f}" for value in row.values()]],
     )
 
 

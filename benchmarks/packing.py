@@ -1,6 +1,7 @@
-"""How fast weights are packed and unpacked, against copying memory. Bytes are those of the dense weight.
+"""Measure how fast weights are packed and unpacked, against copying memory, in bytes of the dense weight.
 
-Goal: a quarter of the copy rate. The memory written to is there before (a fresh one costs the page faults, too).
+Goal: a quarter of the copy rate. The memory written to is allocated before, since fresh memory costs page faults, too.
+It prints GB/s for each shape, target and dtype.
 
     python benchmarks/packing.py
     python benchmarks/packing.py --shapes 4096x4096,4096x14336 --threads 4
@@ -24,7 +25,7 @@ TARGETS: dict[str, Pattern] = {"50 %": Unstructured(0.5), "70 %": Unstructured(0
 
 
 def fastest(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of several."""
+    """Seconds of the fastest of several calls."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

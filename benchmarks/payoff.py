@@ -1,6 +1,7 @@
-"""What a pruned model costs, packed and not: bytes on disk, memory of its linears, tokens per second on the CPU.
+"""Measure a pruned model, packed and dense: bytes on disk, memory, tokens per second on the CPU.
 
-Masks are by magnitude: sizes and speeds depend on how much is pruned, not on which. Runs take turns; fastest counts.
+Masks are by magnitude: sizes and speeds depend on the share of pruned weights, not on which these are. Runs take turns;
+the fastest counts. It prints a row for each target and dtype.
 
     python benchmarks/payoff.py
     python benchmarks/payoff.py --model FOLDER --targets 0.5,0.6,0.7,2:4,4:8 --dtypes bfloat16

@@ -1,17 +1,17 @@
-"""Our Wanda, SparseGPT, RIA, OWL, DSnoT and ALPS beside their authors' programs, on the same weights and inputs.
+"""Compare Wanda, SparseGPT, RIA, OWL, DSnoT and ALPS with their authors' programs, on equal inputs.
 
     mkdir CLONES && cd CLONES
-    for one in locuslab/wanda luuyin/OWL zyxxmu/DSnoT mazumder-lab/ALPS; do
-        git clone https://github.com/$one
+    for repository in locuslab/wanda luuyin/OWL zyxxmu/DSnoT mazumder-lab/ALPS; do
+        git clone https://github.com/$repository
     done
     git clone https://github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning RIA
     cd .. && python benchmarks/peers.py CLONES
 
-A random LLaMA of three layers with outlier channels, float32, is pruned by both; what differs is counted: mask bits,
-and the largest difference of a kept weight as a share of the linear's largest. ALPS, whose loop wants a GPU, is run on
-single linears; there what counts is the squared error, ours over theirs. The programs are run as they are, but for CUDA
-calls and their loaders of calibration text, and with `<` where SparseGPT and RIA prune `<=` a threshold. Read them
-before you run them. Programs that are not there are left out.
+A random LLaMA of three layers with outlier channels, float32, is pruned by both. It prints the mask bits that differ,
+and the largest difference of a kept weight as a share of the linear's largest weight. ALPS, whose loop wants a GPU, is
+run on single linears; for it, the squared error is compared, ours over theirs. The programs run as they are, but
+without CUDA calls and their loaders of calibration text, and with `<` where SparseGPT and RIA prune `<=` a threshold.
+Read the programs before you run them. Programs that are missing are left out.
 """
 
 import argparse

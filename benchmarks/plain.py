@@ -1,7 +1,8 @@
-"""The published method as one would write it down, beside `prune`: time, memory, and whether the masks are the same.
+"""Compare `prune` with a plain implementation of the published method: time, memory and masks.
 
 Plain: two whole models in memory, every sequence by itself through every block, autograd's gradient of every weight, a
-Python loop over rows; for LLaMA-shaped models. Both in one run, plain in float32, each in a process of its own.
+Python loop over rows; for LLaMA-shaped models, in float32. `prune` runs in float32 and in bfloat16. Each run has a
+process of its own.
 
     python benchmarks/plain.py
     OMP_NUM_THREADS=1 python benchmarks/plain.py --samples 16

@@ -1,8 +1,8 @@
-"""How near `plan` comes to what `prune` then takes: seconds and peak memory, three models, two presets.
+"""Compare the seconds and peak memory of `plan` with those of `prune`, for three models and two presets.
 
-SmolLM2-135M and two synthetic LLaMA-shaped checkpoints, or others. Each plan and each run is a process of its own.
-`--times 2` makes each twice: the least of the seconds counts, since other work only adds to them; CPU seconds are shown
-beside them, for the same reason. About a quarter of an hour on one idle core.
+Models: SmolLM2-135M and two synthetic LLaMA-shaped checkpoints, or others. Each plan and each run is a process of its
+own. With `--times 2` each runs twice and the least of the seconds counts, since other load only adds to them; CPU
+seconds are printed beside them for the same reason. It takes about a quarter of an hour on an idle core.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_accuracy.py
 """
@@ -51,7 +51,7 @@ class Subject:
 
 
 def printed(*arguments: str) -> dict[str, Any]:
-    """The record that a command prints."""
+    """Run a command and parse the record that it prints."""
     record: dict[str, Any] = json.loads(call([sys.executable, *arguments]))
     return record
 
@@ -81,9 +81,9 @@ def subjects(folder: Path, names: list[str]) -> list[Subject]:
     return found
 
 
-def measure(folder: Path, one: Subject, preset: str, dtype: str, times: int) -> list[list[str]]:
-    """Rows of the two tables."""
-    label, model, calibration = one.label, one.model, one.calibration
+def measure(folder: Path, subject: Subject, preset: str, dtype: str, times: int) -> list[list[str]]:
+    """Plan and prune a model; return its rows of the two tables."""
+    label, model, calibration = subject.label, subject.model, subject.calibration
     plan = [
         "-m", "llm_barber", "plan", model, "--calibration", calibration, "--samples", str(SEQUENCES),
         "--seqlen", str(TOKENS), "--preset", preset, "--dtype", dtype, "--json", "--quiet",
@@ -92,10 +92,10 @@ def measure(folder: Path, one: Subject, preset: str, dtype: str, times: int) -> 
         "model": model, "output": str(folder / "out"), "calibration": calibration, "samples": SEQUENCES,
         "seqlen": TOKENS, "preset": preset, "dtype": dtype, "overwrite": True, "report": False,
     }  # fmt: skip
-    run = min((printed(*plan)["runs"][0] for _ in range(times)), key=lambda one: float(one["seconds"]))
+    run = min((printed(*plan)["runs"][0] for _ in range(times)), key=lambda run: float(run["seconds"]))
     reports = [printed("-c", PRUNE, json.dumps(settings)) for _ in range(times)]
-    report = min(reports, key=lambda one: one["seconds"]["total"])
-    seconds, peak = report["seconds"]["total"], max(one["peak_memory"] for one in reports)
+    report = min(reports, key=lambda report: report["seconds"]["total"])
+    seconds, peak = report["seconds"]["total"], max(report["peak_memory"] for report in reports)
     by_stage = {stage["name"]: stage["seconds"] for stage in run["stages"]}
     stages = [
         f"{sum(by_stage[name] for name in names):.1f} / {report['seconds'][stage]:.1f}"
@@ -121,9 +121,9 @@ def main() -> None:
     given = parser.parse_args()
     rows, stages = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for one in subjects(Path(folder), given.models.split(",")):
+        for subject in subjects(Path(folder), given.models.split(",")):
             for preset in given.presets.split(","):
-                found = measure(Path(folder), one, preset, given.dtype, given.times)
+                found = measure(Path(folder), subject, preset, given.dtype, given.times)
                 print(" | ".join(found[0]), file=sys.stderr)
                 rows.append(found[0])
                 stages.append(found[1])

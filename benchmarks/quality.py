@@ -1,10 +1,11 @@
-"""Measure the held-out quality of every method on real models, and write the model's page in `docs/results`. Resumable.
+"""Measure the held-out quality of every method on a model, and write its page. Resumable.
 
     python benchmarks/quality.py --data DATA [--model FOLDER --name NAME] [--seeds 0,1,2]
 
 DATA has text/c4-sample.txt (calibration), text/wikitext2-validation.txt (choosing), text/wikitext2-raw-test.txt
-(reporting) and tasks/arc_easy.jsonl, tasks/hellaswag.jsonl. It prints the tables of perplexity, divergence and tasks.
-Finished cells are in `benchmarks/results/NAME/cells` and are not computed again.
+(reporting) and tasks/arc_easy.jsonl, tasks/hellaswag.jsonl. It prints the tables of perplexity, divergence and tasks,
+and writes them to `docs/results/NAME.md`. Finished cells are in `benchmarks/results/NAME/cells` and are not computed
+again.
 """
 
 import argparse

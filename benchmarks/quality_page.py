@@ -38,7 +38,10 @@ Elsewhere = Sequence[Mapping[str, Any]]  # what `llm_compressor.py` keeps
 
 @dataclass(frozen=True)
 class Results:
-    """Results of a model's stages. `settings_of`: the model on which the rebuild's settings were chosen; None: this."""
+    """Results of a model's stages.
+
+    `settings_of`: the model on which the rebuild's settings were chosen; None: this one.
+    """
 
     comparison: Comparison
     choice: Choice

@@ -1,4 +1,4 @@
-"""Sections of a model's page for stages beside its main tables: settings, numbers of windows, orders of the steps."""
+"""Sections of a model's page: settings of the rebuild, numbers of windows, orders of the steps."""
 
 import textwrap
 from collections.abc import Mapping

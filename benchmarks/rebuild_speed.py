@@ -1,4 +1,4 @@
-"""How near Wanda + rebuild is to the floor that its matrix products set, and where the time goes.
+"""Compare the time of Wanda + rebuild with the floor that its matrix products set, and split it by step.
 
 The floor: the FLOPs of five forward equivalents of the decoder layers (dense, sparse, two for the backward, one after
 the rebuild), over the rate of matrix products of the layer's shapes, measured in the same dtype and process.

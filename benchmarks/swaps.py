@@ -1,6 +1,6 @@
-"""How long exact swaps take beside the Gram matrix that they need, on one large linear with random weights and inputs.
+"""Measure the time of exact swaps and of the Gram matrix that they need, on a large random linear.
 
-Goal: 100 swaps a row cost about as much as the Gram matrix. With N:M, by default, 400.
+Goal: 100 swaps a row take about as long as the Gram matrix; with N:M the default is 400. It prints seconds by target.
 
     python benchmarks/swaps.py
     python benchmarks/swaps.py --shape 4096x4096 --samples 128 --seqlen 2048 --threads 2

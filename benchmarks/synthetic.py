@@ -1,4 +1,4 @@
-"""Write a random LLaMA-shaped checkpoint, shard by shard, of any size; nothing is held but one decoder layer.
+"""Write a random LLaMA-shaped checkpoint of any size, shard by shard, with one decoder layer in memory.
 
 python benchmarks/synthetic.py OUT --layers 32 --hidden 1024 --mlp 2816
 """
@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 def write_llama(
     folder: Path, layers: int, hidden: int, mlp: int, heads: int, vocabulary: int, dtype: torch.dtype
 ) -> Path:
-    """A checkpoint with one shard a decoder layer and an index."""
+    """Write a checkpoint with a shard for each decoder layer, and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,

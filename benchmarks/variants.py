@@ -1,11 +1,11 @@
-"""Variants of the steps beyond the paper, side by side: what chose the defaults of `docs/method/tuning.md`. Resumable.
+"""Compare variants of the steps beyond the paper, to choose the defaults. Resumable.
 
     python benchmarks/variants.py --data DATA --groups allocation,guard
     python benchmarks/variants.py --data DATA --variant "preset=mask target_mix=0.25" --targets 0.5,2:4
 
 DATA as in `quality.py`: calibrated on C4, measured on the WikiText-2 validation text, and never on the test text.
-A variant is settings of `PruneConfig`, and those of `estimators.py` (`estimator`, `rounds`). Finished cells are in
-`benchmarks/results/variants/cells`.
+A variant is a set of settings of `PruneConfig` and of `estimators.py` (`estimator`, `rounds`). It prints perplexity,
+divergence and seconds of each. Finished cells are in `benchmarks/results/variants/cells`.
 """
 
 import argparse
@@ -86,7 +86,7 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
 
 
 def as_it_differs(variant: Variant, target: str, windows: int, seqlen: int) -> Variant:
-    """Without settings that are the program's own: a variant that has no others is the one without them."""
+    """Remove settings that equal the program's defaults, so that equal variants share a cell."""
     for name in {"guard", "target_mix", "allocation"} & variant.keys():
         others = {one: value for one, value in variant.items() if one != name}
         if resolved(others, target, windows, seqlen) == resolved(variant, target, windows, seqlen):
@@ -95,7 +95,7 @@ def as_it_differs(variant: Variant, target: str, windows: int, seqlen: int) -> V
 
 
 def resolved(variant: Variant, target: str, windows: int, seqlen: int) -> tuple[RefineSettings | None, Allocation]:
-    """What the program makes of a variant's settings, and of those that it leaves out."""
+    """Resolve a variant's settings and the defaults of the others, as the program does."""
     with estimated(variant) as given:
         config = PruneConfig(model="model", output=Path("out"), **target_settings(target), **given)
     refined = RefineSettings.of(config, config.target, windows, seqlen)
@@ -105,12 +105,12 @@ def resolved(variant: Variant, target: str, windows: int, seqlen: int) -> tuple[
 
 
 def words(variant: Variant) -> str:
-    """A variant as it is given."""
+    """A variant as NAME=VALUE NAME=VALUE …"""
     return " ".join(f"{name}={value}" for name, value in variant.items())
 
 
 def read_variant(given: str) -> Variant:
-    """From NAME=VALUE NAME=VALUE …; the values are read as `PruneConfig` reads words."""
+    """Parse NAME=VALUE NAME=VALUE …; `PruneConfig` reads the values."""
     if wrong := [part for part in given.split() if "=" not in part]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not NAME=VALUE")
     return dict(part.split("=", 1) for part in given.split())

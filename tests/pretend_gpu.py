@@ -1,14 +1,14 @@
-"""A pretend GPU: tensors that say that they are on another device, and are computed on the CPU.
+"""A pretend GPU: tensors that claim to be on another device, and are computed on the CPU.
 
-What CUDA refuses is refused: operations on tensors of both devices, numpy arrays of the device's memory. Copies between
-the two come as early, and leave as late, as they could (`tests/model/test_copies.py`). PyTorch calls what this is built
-on experimental: it is a process of its own, that `tests/test_pretend_gpu.py` starts.
+It refuses what CUDA refuses: operations on tensors of both devices, numpy arrays of the device's memory. Copies between
+the devices are made as early, or arrive as late, as they could (`tests/model/test_copies.py`). PyTorch calls the
+interface below experimental: the pretend GPU is a process of its own, started by `tests/test_pretend_gpu.py`.
 
     python -m tests.pretend_gpu SETTINGS…
 
-each JSON of `PruneConfig` or `EvaluateConfig`, prints how far results are from the CPU's. With a `room` besides, so
-many bytes of activations stay on the device, until after a layer's work its memory is too small. With `interrupted` the
-run goes on after its first layer, whose output is lost.
+Each SETTINGS is JSON of `PruneConfig` or `EvaluateConfig`; the program prints how far its results are from the CPU's.
+With `room` in it, so many bytes of activations stay on the device, until its memory runs out after a layer. With
+`interrupted`, the run stops after its first layer, loses that layer's output, and goes on.
 """
 
 import json
@@ -37,25 +37,25 @@ from tests.helpers.copies import LateCopier
 
 _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend:0")
-# CUDA's take tensors of the CPU beside their own, the latter as places.
+# CUDA's copies take tensors of the CPU, too; its index operations take indices on the CPU.
 COPY, PLACES = ("aten::copy_", "aten::_to_copy"), ("aten::index", "aten::index_put_", "aten::index_put")
 
 
-FAILING = 4  # the second block of the second layer
+FAILING = 4  # number of the block whose result does not fit: the second block of the second layer
 
 
 class OnDevice(torch.Tensor):
-    """A tensor of the device; `inner`, of the CPU, has its values."""
+    """A tensor on the device; `inner`, on the CPU, has its values."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> "OnDevice":
-        found: OnDevice = torch.Tensor._make_wrapper_subclass(
+        wrapper: OnDevice = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=DEVICE
         )
-        found.inner = inner.detach().resolve_conj()  # a wrapper does not say that it is conjugated
-        return found
+        wrapper.inner = inner.detach().resolve_conj()  # a wrapper cannot be marked as conjugated
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, _: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
@@ -80,7 +80,7 @@ class OnDevice(torch.Tensor):
 
 
 class PretendGpu(TorchFunctionMode):
-    """Meanwhile the device is there for what asks for tensors on it or copies them."""
+    """While it is active, tensors can be created on the device and copied to and from it."""
 
     def __torch_function__(self, function: Any, _: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
         named = dict(named or {})
@@ -156,7 +156,7 @@ def _register(library: torch.library.Library) -> None:
 
 @contextmanager
 def on_device() -> Iterator[None]:
-    """Every run takes the device."""
+    """Let every run take the device."""
     with (
         PretendGpu(),
         patch("llm_barber.loading.preparing.resolve_device", lambda _: DEVICE),

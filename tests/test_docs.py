@@ -167,7 +167,7 @@ def test_defaults_are_what_pages_say() -> None:
     assert f"`--samples {fields['samples'].default} --seqlen {fields['seqlen'].default}`" in start
     assert f"`--calibration {fields['calibration'].default}` (default, needs no network)" in start
     assert "(default 0.5)" in start
-    assert "None: 0.5" in (fields["sparsity"].description or "")
+    assert "(default: 0.5)" in (fields["sparsity"].description or "")
 
 
 def test_an_example_of_sparsities_is_read(tmp_path: Path) -> None:

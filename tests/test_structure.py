@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ ALLOWED_IN_MASKING = {
     "torch", "torch.nn.functional", "numpy", "collections.abc", "dataclasses", "enum", "fractions", "contextlib",
     "typing",
 }  # fmt: skip
+
+
+LONGEST_FUNCTION, MOST_PARAMETERS = 60, 8  # lines; parameters without self and cls
+# Functions that may have more parameters, each with the reason.
+MANY_PARAMETERS = {
+    "runtime/kernels/decode.py:_decode": "a Triton kernel takes every pointer, size and constant as a parameter",
+}
 
 
 def imported_names(path: Path) -> set[str]:
@@ -78,6 +86,27 @@ def test_masking_imports_torch_and_itself() -> None:
 @pytest.mark.parametrize("room", FORBIDDEN)
 def test_a_pure_room_stays_pure(room: str) -> None:
     assert not any(name.startswith(FORBIDDEN[room]) for name in imported_modules(room))
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function of the package, as "file:name"."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{path.relative_to(PACKAGE).as_posix()}:{node.name}", node
+
+
+def test_functions_are_short() -> None:
+    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions()}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+def test_functions_have_few_parameters() -> None:
+    counts = {}
+    for name, node in functions():
+        parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        counts[name] = sum(parameter.arg not in ("self", "cls") for parameter in parameters)
+    assert {name for name, count in counts.items() if count > MOST_PARAMETERS} == set(MANY_PARAMETERS)
 
 
 def test_public_names() -> None:

@@ -26,12 +26,12 @@ def test_independent_inputs_leave_nothing_to_make_up_for() -> None:
     keep, values = admm(weight, torch.diag(squares), Unstructured(0.5), damping=0.0)
     assert torch.allclose(values, weight * keep, atol=1e-5)
     best = weight * initial_mask(wanda(weight, squares), Unstructured(0.5), Granularity.LINEAR)
-    errors = [squared_distance(one, weight, torch.diag(squares)).sum() for one in (best, values)]
+    errors = [squared_distance(candidate, weight, torch.diag(squares)).sum() for candidate in (best, values)]
     assert errors[0] <= errors[1] < 1.05 * errors[0]  # it is a heuristic, even here
 
 
 def oracle(weight: torch.Tensor, gram: torch.Tensor, keeping: int) -> torch.Tensor:
-    """The published iteration with linear systems solved directly, in float64, unstructured in the whole linear."""
+    """The published iteration with linear systems solved directly, in float64; keeps `keeping` weights."""
 
     def largest(values: torch.Tensor) -> torch.Tensor:
         chosen = torch.zeros(values.numel(), dtype=torch.bool)
@@ -47,8 +47,8 @@ def oracle(weight: torch.Tensor, gram: torch.Tensor, keeping: int) -> torch.Tens
     for step in range(1, 301):
         system = matrix + penalty * torch.eye(len(matrix), dtype=torch.float64)
         solved = torch.linalg.solve(system, (dense @ matrix - dual + penalty * sparse).t()).t()
-        wanted = solved + dual / penalty
-        sparse = wanted * largest(wanted)
+        target = solved + dual / penalty
+        sparse = target * largest(target)
         dual = dual + penalty * (solved - sparse)
         if step % 3 == 0:
             changed = ((sparse != 0) != keep).sum().item() / keeping
@@ -81,8 +81,8 @@ def test_nearer_to_the_best_of_all_masks_than_wanda() -> None:
             "wanda": initial_mask(wanda(weight, gram.diagonal()), Unstructured(0.5), Granularity.OUTPUT),
         }
         for name, mask in masks.items():
-            found = squared_distance(least_squares(mask, weight, gram), weight, gram).item()
-            ranks[name].append(sum(error < found * 0.999 for error in errors))
+            distance = squared_distance(least_squares(mask, weight, gram), weight, gram).item()
+            ranks[name].append(sum(error < distance * 0.999 for error in errors))
     assert sum(ranks["admm"]) / 20 < 5  # of 20 masks
     assert sum(ranks["admm"]) < sum(ranks["wanda"])
 

@@ -23,8 +23,8 @@ def test_no_other_choice_within_the_budget_costs_less(seed: int, sparsity: float
     columns = [5, 8, 6]
     costs = [torch.rand(count, generator=generator).sort().values for count in columns]
     budget = round(sparsity * sum(columns))
-    choices = [one for one in itertools.product(*(range(count) for count in columns)) if sum(one) == budget]
-    best = min(choices, key=lambda one: sum(cost[:n].sum().item() for cost, n in zip(costs, one, strict=True)))
+    choices = [chosen for chosen in itertools.product(*(range(count) for count in columns)) if sum(chosen) == budget]
+    best = min(choices, key=lambda chosen: sum(cost[:n].sum().item() for cost, n in zip(costs, chosen, strict=True)))
     expected = [n / count for n, count in zip(best, columns, strict=True)]
     assert cheapest_sparsities(costs, [1, 1, 1], sparsity) == expected
     assert spread_budget(costs, [1, 1, 1], sparsity, 1.0) == pytest.approx(expected)
@@ -62,8 +62,10 @@ def test_what_a_linear_at_its_limit_cannot_give_others_do(seed: int) -> None:
     costs = [torch.rand(count, generator=generator).sort().values for count in (6, 33, 33, 16)]
     sizes = [len(cost) * count for cost, count in zip(costs, rows, strict=True)]
     for share in (0.0, 0.5, 1.0):
-        found = spread_budget(costs, rows, 0.95, share)
-        assert all(one <= 1 - count / size for one, count, size in zip(found, rows, sizes, strict=True))
+        sparsities = spread_budget(costs, rows, 0.95, share)
+        assert all(chosen <= 1 - count / size for chosen, count, size in zip(sparsities, rows, sizes, strict=True))
         least_left = sum(rows) / sum(sizes)  # a weight of each row stays
-        wanted = min(0.95, 1 - least_left) * sum(sizes)
-        assert sum(one * size for one, size in zip(found, sizes, strict=True)) == pytest.approx(wanted, abs=1)
+        target = min(0.95, 1 - least_left) * sum(sizes)
+        assert sum(chosen * size for chosen, size in zip(sparsities, sizes, strict=True)) == pytest.approx(
+            target, abs=1
+        )

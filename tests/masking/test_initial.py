@@ -67,7 +67,7 @@ def test_groups_come_back(granularity: Granularity) -> None:
     linears = [torch.arange(24).reshape(4, 6), torch.arange(12).reshape(2, 6)]
     groups = to_groups(linears, granularity)
     back = from_groups(groups, [(4, 6), (2, 6)], granularity)
-    assert all(torch.equal(one, other) for one, other in zip(linears, back, strict=True))
+    assert all(torch.equal(before, after) for before, after in zip(linears, back, strict=True))
     count = {"output": [(4, 6), (2, 6)], "input": [(6, 4), (6, 2)], "linear": [(1, 24), (1, 12)], "block": [(1, 36)]}
     assert [tuple(group.shape) for group in groups] == count[granularity]
 

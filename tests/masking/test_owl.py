@@ -19,9 +19,9 @@ def test_sparsities_by_hand() -> None:
 
 def test_the_mean_over_weights_is_what_was_asked_for() -> None:
     sizes = [100, 300, 50, 7]
-    found = layer_sparsities([0.5, 0.1, 0.2, 0.9], sizes, 0.6, 0.15)
-    assert sum(one * size for one, size in zip(found, sizes, strict=True)) / sum(sizes) == pytest.approx(0.6)
-    assert max(found) - min(found) == pytest.approx(0.3)
+    sparsities = layer_sparsities([0.5, 0.1, 0.2, 0.9], sizes, 0.6, 0.15)
+    assert sum(share * size for share, size in zip(sparsities, sizes, strict=True)) / sum(sizes) == pytest.approx(0.6)
+    assert max(sparsities) - min(sparsities) == pytest.approx(0.3)
 
 
 def test_impossible_spreads_are_refused() -> None:

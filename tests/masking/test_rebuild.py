@@ -97,7 +97,7 @@ def test_equals_the_method_in_plain_python(
             assert result.grown == (mask & ~original).sum()
             assert result.dropped == (~mask & original).sum()
         assert sum(result.beneficial for result in rebuilt) == beneficial
-        assert all(torch.equal(one, other) for one, other in zip(keep, before, strict=True))  # inputs untouched
+        assert all(torch.equal(first, second) for first, second in zip(keep, before, strict=True))  # inputs untouched
 
 
 def test_by_hand() -> None:
@@ -135,6 +135,8 @@ def test_linears_with_a_pattern_may_have_a_granularity_of_their_own() -> None:
     patterns = [NofM(2, 4), *[None] * (len(keep) - 1)]
     mixed = rebuild_masks(keep, saliency, Granularity.BLOCK, 0.5, patterns, pattern_granularity=Granularity.OUTPUT)
     alone = rebuild_masks(keep[:1], saliency[:1], Granularity.OUTPUT, 0.5, patterns[:1])
-    others = rebuild_masks(keep[1:], saliency[1:], Granularity.BLOCK, 0.5)
-    assert all(torch.equal(one.keep, two.keep) for one, two in zip(mixed, [*alone, *others], strict=True))
+    unstructured = rebuild_masks(keep[1:], saliency[1:], Granularity.BLOCK, 0.5)
+    assert all(
+        torch.equal(first.keep, second.keep) for first, second in zip(mixed, [*alone, *unstructured], strict=True)
+    )
     assert mixed[0].grown != rebuild_masks(keep[:1], saliency[:1], Granularity.BLOCK, 0.5, patterns[:1])[0].grown

@@ -10,17 +10,17 @@ SALIENCY = torch.tensor([[4.0, 1.0, 2.0, 1.0], [8.0, 8.0, 0.0, 0.0]])
 
 
 def test_scores_by_hand() -> None:
-    """The row's mean is 2; its own mask keeps the first and the third; the border lies between 2 / 2 and 1 / 2."""
-    own = torch.tensor([[True, False, True, False], [True, True, False, False]])
-    found = starting_scores(own, SALIENCY, None)
-    assert found[0].tolist() == pytest.approx([2 + MARGIN, 0.5 - MARGIN, 1 + MARGIN, 0.5 - MARGIN])
-    assert found[1].tolist() == pytest.approx([2 + MARGIN, 2 + MARGIN, -MARGIN, -MARGIN])
-    other = torch.tensor([[False, True, True, False], [True, False, True, False]])
-    found = starting_scores(other, SALIENCY, NofM(1, 2))
+    """The first row's mean is 2; its mask keeps weights 0 and 2; the border lies between 2 / 2 and 1 / 2."""
+    own_mask = torch.tensor([[True, False, True, False], [True, True, False, False]])
+    result = starting_scores(own_mask, SALIENCY, None)
+    assert result[0].tolist() == pytest.approx([2 + MARGIN, 0.5 - MARGIN, 1 + MARGIN, 0.5 - MARGIN])
+    assert result[1].tolist() == pytest.approx([2 + MARGIN, 2 + MARGIN, -MARGIN, -MARGIN])
+    other_mask = torch.tensor([[False, True, True, False], [True, False, True, False]])
+    result = starting_scores(other_mask, SALIENCY, NofM(1, 2))
     # Groups of two: the borders are (4 + 1) / 2 / 2 and (2 + 1) / 2 / 2; 8 / 4 and 0.
     # The first two have the wrong order: 0.75 on either side of the border.
-    assert found[0].tolist() == pytest.approx([1.25 - MARGIN / 1.75, 1.25 + MARGIN / 1.75, 1 + MARGIN, 0.5 - MARGIN])
-    assert found[1].tolist() == pytest.approx([2 + MARGIN, 2 - MARGIN, MARGIN, -MARGIN])
+    assert result[0].tolist() == pytest.approx([1.25 - MARGIN / 1.75, 1.25 + MARGIN / 1.75, 1 + MARGIN, 0.5 - MARGIN])
+    assert result[1].tolist() == pytest.approx([2 + MARGIN, 2 - MARGIN, MARGIN, -MARGIN])
 
 
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4), NofM(1, 4), NofM(3, 8)], ids=str)
@@ -28,8 +28,8 @@ def test_scores_by_hand() -> None:
 def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     saliency = torch.randint(0, 5, (20, 42), generator=generator).float()  # many ties, tails of two
-    other = saliency if same else torch.randint(0, 5, (20, 42), generator=generator).float()
-    keep = initial_mask(other, pattern or Unstructured(0.6, over_linear=True), Granularity.OUTPUT)
+    ranking = saliency if same else torch.randint(0, 5, (20, 42), generator=generator).float()
+    keep = initial_mask(ranking, pattern or Unstructured(0.6, over_linear=True), Granularity.OUTPUT)
     scores = starting_scores(keep, saliency, pattern)
     assert torch.equal(mask_from_scores(scores, keep, count_pruned(keep, pattern), pattern), keep)
     # Whatever the scores, as many are kept of each row and group.
@@ -48,9 +48,9 @@ def test_the_tail_stays_as_it_was() -> None:
     keep = torch.tensor([[True, False, False, True, False]])
     scores = starting_scores(keep, torch.tensor([[1.0, 2, 3, 0, 9]]), NofM(2, 4))
     for moved in (scores, scores + torch.tensor([[-9.0, 9, 0, 0, 9]])):
-        found = mask_from_scores(moved, keep, count_pruned(keep, NofM(2, 4)), NofM(2, 4))
-        assert not found[0, 4]
-        assert found[0, :4].sum() == 2
+        result = mask_from_scores(moved, keep, count_pruned(keep, NofM(2, 4)), NofM(2, 4))
+        assert not result[0, 4]
+        assert result[0, :4].sum() == 2
 
 
 def test_what_is_fixed_stays_and_rows_may_be_empty_or_full() -> None:

@@ -1,4 +1,4 @@
-"""The oracle is the optimal brain surgeon, one column after the other, with the inverse downdated explicitly."""
+"""The oracle is the optimal brain surgeon, column by column, with the inverse downdated explicitly."""
 
 import pytest
 import torch

@@ -17,24 +17,24 @@ def inputs(dtype: torch.dtype = torch.float32, features: int = 6) -> torch.Tenso
 
 @pytest.mark.parametrize("features", [1, 6, 64, 65, 200, 530])  # of 530 columns are 8 panels, of 200 four
 def test_input_squares_and_gram_matrices_are_their_definitions(features: int) -> None:
-    x, others = inputs(features=features), inputs(features=features).flip(0)
+    x, dense_inputs = inputs(features=features), inputs(features=features).flip(0)
     squares, gram = InputSquares(features, x.device), GramMatrix(features, x.device)
     moments = TargetMoments(features, x.device)
     before = x.clone()
     for part in (slice(0, 2), slice(2, 5)):
         squares.update(x[part])
         gram.update(x[part])
-        moments.update(x[part], others[part])
+        moments.update(x[part], dense_inputs[part])
         # Looked at in between, they go on all the same.
         assert torch.isfinite(gram.mean).all()
         assert torch.isfinite(moments.difference).all()
     assert torch.equal(x, before)
-    flat, theirs = x.reshape(-1, features).double(), others.reshape(-1, features).double()
+    flat, dense_flat = x.reshape(-1, features).double(), dense_inputs.reshape(-1, features).double()
     exact = flat.t() @ flat
     torch.testing.assert_close(squares.mean.double(), flat.square().sum(0) / 5, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gram.mean.double(), 2 * exact / 5, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(moments.gram.double(), exact / 35, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(moments.difference.double(), (exact - theirs.t() @ flat) / 35, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.difference.double(), (exact - dense_flat.t() @ flat) / 35, rtol=1e-5, atol=1e-5)
 
 
 def test_input_moments_are_their_definitions() -> None:
@@ -54,7 +54,10 @@ def test_gradient_squares_square_before_they_sum() -> None:
     scale = torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0])
     squares = GradientSquares((3, 6), x.device)
     squares.update(x, gradient, scale)
-    expected = sum((s * g.double().t() @ one.double()) ** 2 for one, g, s in zip(x, gradient, scale, strict=True)) / 5
+    expected = (
+        sum((s * g.double().t() @ sequence.double()) ** 2 for sequence, g, s in zip(x, gradient, scale, strict=True))
+        / 5
+    )
     torch.testing.assert_close(squares.mean.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -82,24 +85,28 @@ def test_batches_do_not_change_a_bit() -> None:
 
 
 def _precisions() -> list[str] | None:
-    """How float32 matrices are multiplied, on CPUs and on GPUs; None: PyTorch before 2.9 has no such setting."""
+    """Formats of float32 products on CPUs and on GPUs; None: PyTorch before 2.9 has no such setting."""
     matmuls = [getattr(getattr(torch.backends, backend), "matmul", None) for backend in ("mkldnn", "cuda")]
-    return [one.fp32_precision for one in matmuls] if all(hasattr(one, "fp32_precision") for one in matmuls) else None
+    return (
+        [matmul.fp32_precision for matmul in matmuls]
+        if all(hasattr(matmul, "fp32_precision") for matmul in matmuls)
+        else None
+    )
 
 
 def test_products_of_bfloat16_inputs_are_not_rounded() -> None:
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(3, 400, 64, generator=generator).bfloat16()
-    others = (inputs.float() + 0.1 * torch.randn(3, 400, 64, generator=generator)).bfloat16()
+    dense_inputs = (inputs.float() + 0.1 * torch.randn(3, 400, 64, generator=generator)).bfloat16()
     before = _precisions()
     gram, moments = GramMatrix(64, torch.device("cpu")), TargetMoments(64, torch.device("cpu"))
     gram.update(inputs)
-    moments.update(inputs, others)
+    moments.update(inputs, dense_inputs)
     assert _precisions() == before
-    values, theirs = inputs.double().flatten(0, 1), others.double().flatten(0, 1)
+    values, dense_flat = inputs.double().flatten(0, 1), dense_inputs.double().flatten(0, 1)
     exact = values.t() @ values
     assert ((gram.mean * 1.5 - exact).abs().max() / exact.diagonal().mean()).item() < 5e-6  # rounded to bfloat16: 1e-3
-    difference = (values - theirs).t() @ values / len(values)
+    difference = (values - dense_flat).t() @ values / len(values)
     assert ((moments.difference - difference).abs().max() / exact.diagonal().mean() * len(values)).item() < 1e-5
 
 
@@ -107,11 +114,11 @@ def test_products_of_bfloat16_inputs_are_not_rounded() -> None:
 def test_float32_products_take_a_form_that_holds_the_values_exactly() -> None:
     before = _precisions()
     assert before is not None
-    found = {}
+    precisions = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         with pytest.raises(KeyError), exact_half_products(dtype):
-            found[dtype] = _precisions()
+            precisions[dtype] = _precisions()
             raise KeyError  # settings come back, whatever happens
         assert _precisions() == before
     # Bits after the first: 7 of bfloat16, 10 of float16 and TF32.
-    assert found == {torch.bfloat16: ["bf16", "tf32"], torch.float16: [before[0], "tf32"], torch.float32: before}
+    assert precisions == {torch.bfloat16: ["bf16", "tf32"], torch.float16: [before[0], "tf32"], torch.float32: before}

@@ -48,20 +48,20 @@ def test_one_swap_within_groups_is_the_best_of_all(seed: int, with_linear: bool,
     weight, gram, linear = make(columns=columns, seed=seed)
     term = linear if with_linear else None
     keep = initial_mask(weight.abs(), NofM(2, 4), Granularity.OUTPUT)
-    found, count = swap_pairs(keep, weight, gram, 1, term, NofM(2, 4))
+    swapped_keep, count = swap_pairs(keep, weight, gram, 1, term, NofM(2, 4))
     for row in range(len(keep)):
         before = error(keep[row : row + 1], weight[row : row + 1], gram, None if term is None else term[row : row + 1])
         candidates = {}
         for pair in all_swaps(keep[row], 4):
             changed = after(keep[row], pair).unsqueeze(0)
-            own = None if term is None else term[row : row + 1]
-            candidates[pair] = error(changed, weight[row : row + 1], gram, own).item()
+            local = None if term is None else term[row : row + 1]
+            candidates[pair] = error(changed, weight[row : row + 1], gram, local).item()
         best = min(candidates, key=candidates.__getitem__)
         if candidates[best] < before.item() - 1e-4:
-            assert torch.equal(found[row], after(keep[row], best))
+            assert torch.equal(swapped_keep[row], after(keep[row], best))
             assert count[row] == 1
         else:
-            assert torch.equal(found[row], keep[row])
+            assert torch.equal(swapped_keep[row], keep[row])
 
 
 def any_half(weight: torch.Tensor, seed: int) -> torch.Tensor:
@@ -71,27 +71,29 @@ def any_half(weight: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def errors_by_mask(weight: torch.Tensor, gram: torch.Tensor, linear: torch.Tensor | None) -> list[dict[Mask, float]]:
-    """Those of each row with every mask that there is."""
+    """Errors of each row by mask, for every possible mask."""
     masks = list(itertools.product((False, True), repeat=weight.shape[1]))
-    errors = torch.stack([error(torch.tensor(one).expand(weight.shape), weight, gram, linear) for one in masks], 1)
+    errors = torch.stack(
+        [error(torch.tensor(candidate).expand(weight.shape), weight, gram, linear) for candidate in masks], 1
+    )
     return [dict(zip(masks, row, strict=True)) for row in errors.tolist()]
 
 
 def moved(mask: Mask, value: bool) -> list[Mask]:
-    """With each of the weights that can come (True) or go."""
-    return [(*mask[:place], value, *mask[place + 1 :]) for place in range(len(mask)) if mask[place] is not value]
+    """Masks with one more weight kept (True), or one more pruned."""
+    return [(*mask[:index], value, *mask[index + 1 :]) for index in range(len(mask)) if mask[index] is not value]
 
 
 def best_of_two(mask: Mask, errors: dict[Mask, float]) -> Mask:
-    """The best weight to come with the best to go for it, or the best to go with the best to come for it."""
+    """Grow the best weight and drop its best partner, or drop the best weight and grow its best partner."""
     come, gone = (min(moved(mask, value), key=errors.__getitem__) for value in (True, False))
     swapped = [*moved(come, False), *moved(gone, True)]
-    return min((one for one in swapped if one != mask), key=errors.__getitem__)
+    return min((candidate for candidate in swapped if candidate != mask), key=errors.__getitem__)
 
 
 def best_of_all(mask: Mask, errors: dict[Mask, float]) -> Mask:
-    """The best weight to come and the best to go, together."""
-    swapped = [one for come in moved(mask, True) for one in moved(come, False) if one != mask]
+    """Swap the best of all pairs."""
+    swapped = [candidate for come in moved(mask, True) for candidate in moved(come, False) if candidate != mask]
     return min(swapped, key=errors.__getitem__)
 
 
@@ -105,14 +107,16 @@ def test_every_swap_of_a_row_is_the_better_of_two_until_none_gains(seed: int, wi
     errors, swaps = errors_by_mask(weight, gram, term), torch.zeros(len(weight), dtype=torch.int64)
     count = torch.ones_like(swaps)
     while count.any():
-        found, count = swap_pairs(keep, weight, gram, 1, term)
-        for before, now, of, swapped in zip(keep.tolist(), found.tolist(), errors, count.tolist(), strict=True):
+        swapped_keep, count = swap_pairs(keep, weight, gram, 1, term)
+        for before, current, of, swapped in zip(
+            keep.tolist(), swapped_keep.tolist(), errors, count.tolist(), strict=True
+        ):
             mask = tuple(before)
             pair = best_of_two(mask, of)
             gains = of[pair] < of[mask]
-            assert tuple(now) == (pair if gains else mask)
+            assert tuple(current) == (pair if gains else mask)
             assert swapped == gains
-        keep = found
+        keep = swapped_keep
         swaps += count
     assert swaps.max() >= 2
     together, count = swap_pairs(start, weight, gram, 50, term)
@@ -126,25 +130,28 @@ def test_every_swap_within_groups_is_the_best_of_all_until_none_gains(pattern: N
     weight, gram, linear = make(rows=40, columns=8)
     term = linear if with_linear else None
     keep = initial_mask(any_half(weight, 0) + weight.abs() / 10, pattern, Granularity.OUTPUT)
-    found, count = swap_pairs(keep, weight, gram, 50, term, pattern)
+    swapped_keep, count = swap_pairs(keep, weight, gram, 50, term, pattern)
     assert count.max() >= 2
     errors = errors_by_mask(weight, gram, term)
-    for before, now, of, swaps in zip(keep, found, errors, count.tolist(), strict=True):
+    for before, current, of, swaps in zip(keep, swapped_keep, errors, count.tolist(), strict=True):
         for _ in range(swaps):
-            before = min((after(before, pair) for pair in all_swaps(before, pattern.of)), key=lambda one: of[mask(one)])
-        assert torch.equal(before, now)
-        assert all(of[mask(after(now, pair))] >= of[mask(now)] for pair in all_swaps(now, pattern.of))
+            before = min(
+                (after(before, pair) for pair in all_swaps(before, pattern.of)),
+                key=lambda candidate: of[mask(candidate)],
+            )
+        assert torch.equal(before, current)
+        assert all(of[mask(after(current, pair))] >= of[mask(current)] for pair in all_swaps(current, pattern.of))
 
 
 def mask(keep: torch.Tensor) -> Mask:
-    """Of a row."""
+    """Mask of a row as a tuple."""
     return tuple(map(bool, keep))
 
 
 def best_pairs(
     keep: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, swaps: int, size: int | None = None
 ) -> torch.Tensor:
-    """The best of all pairs of each row, or of groups of a size, one after the other: what SparseSwaps does."""
+    """Swap the best of all pairs of each row, or within groups of a size, repeatedly, as SparseSwaps does."""
     keep, weight, gram = keep.clone(), weight.double(), gram.double()
     rows, groups = torch.arange(len(keep)), torch.arange(len(gram)) // (size or len(gram))
     for _ in range(swaps):
@@ -154,8 +161,8 @@ def best_pairs(
         both = grow[:, :, None] + drop[:, None, :] - 2 * weight[:, :, None] * weight[:, None, :] * gram
         both[:, groups[:, None] != groups] = torch.inf
         gain, pair = both.flatten(1).min(1)
-        own, pair = rows[gain < -1e-6], pair[gain < -1e-6]
-        keep[own, pair // len(gram)], keep[own, pair % len(gram)] = True, False
+        local, pair = rows[gain < -1e-6], pair[gain < -1e-6]
+        keep[local, pair // len(gram)], keep[local, pair % len(gram)] = True, False
     return keep
 
 
@@ -167,9 +174,11 @@ def test_short_rows_seldom_end_above_where_the_best_of_all_pairs_leads(with_line
         weight, gram, linear = make(rows=50, seed=seed)
         term = linear if with_linear else None
         start = any_half(weight, seed)
-        found, _ = swap_pairs(start, weight, gram, 50, term)
+        swapped_keep, _ = swap_pairs(start, weight, gram, 50, term)
         best = []
-        for first, last, of in zip(start.tolist(), found.tolist(), errors_by_mask(weight, gram, term), strict=True):
+        for first, last, of in zip(
+            start.tolist(), swapped_keep.tolist(), errors_by_mask(weight, gram, term), strict=True
+        ):
             mask = tuple(first)
             while of[better := best_of_all(mask, of)] < of[mask]:
                 mask = better
@@ -223,7 +232,7 @@ def test_rows_taken_a_few_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatc
     together = swap_pairs(keep, weight, gram, 20, linear, pattern, fixed)
     monkeypatch.setattr("llm_barber.masking.swaps.WEIGHTS_AT_ONCE", 3 * 64)
     apart = swap_pairs(keep, weight, gram, 20, linear, pattern, fixed)
-    assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(together, apart, strict=True))
 
 
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4), NofM(1, 4), NofM(4, 8)])
@@ -232,15 +241,15 @@ def test_many_swaps_lower_the_error_and_keep_the_sparsity(pattern: NofM | None) 
     keep = initial_mask(weight.abs(), pattern or Unstructured(0.6), Granularity.OUTPUT)
     last = error(keep, weight, gram, linear)
     for swaps in (1, 5, 20, 200):
-        found, count = swap_pairs(keep, weight, gram, swaps, linear, pattern)
-        now = error(found, weight, gram, linear)
-        assert (now <= last + 1e-3 * last.abs()).all()
-        assert torch.equal(found.sum(1), keep.sum(1))
-        assert pattern is None or holds(pattern, found)
+        swapped_keep, count = swap_pairs(keep, weight, gram, swaps, linear, pattern)
+        current = error(swapped_keep, weight, gram, linear)
+        assert (current <= last + 1e-3 * last.abs()).all()
+        assert torch.equal(swapped_keep.sum(1), keep.sum(1))
+        assert pattern is None or holds(pattern, swapped_keep)
         assert count.max() <= swaps
-        last = now
+        last = current
     assert (last < error(keep, weight, gram, linear)).all()
-    again, count = swap_pairs(found, weight, gram, 200, linear, pattern)
+    again, count = swap_pairs(swapped_keep, weight, gram, 200, linear, pattern)
     assert count.sum() <= 2  # nothing is left but rounding
     assert torch.equal(again.sum(1), keep.sum(1))
 
@@ -250,8 +259,8 @@ def test_fixed_weights_stay_and_hopeless_rows_are_left_alone() -> None:
     keep = initial_mask(weight.abs(), Unstructured(0.5), Granularity.OUTPUT)
     fixed = torch.zeros_like(keep)
     fixed[:, ::3] = True
-    found, _ = swap_pairs(keep, weight, gram, 50, fixed=fixed)
-    assert torch.equal(found[fixed], keep[fixed])
+    swapped_keep, _ = swap_pairs(keep, weight, gram, 50, fixed=fixed)
+    assert torch.equal(swapped_keep[fixed], keep[fixed])
     full, count = swap_pairs(torch.ones_like(keep), weight, gram, 5)
     assert full.all()
     assert count.sum() == 0
@@ -263,14 +272,14 @@ def test_fixed_weights_stay_and_hopeless_rows_are_left_alone() -> None:
 def test_groups_larger_than_a_working_set() -> None:
     weight, gram, _ = make(rows=4, columns=256)
     keep = initial_mask(weight.abs(), NofM(64, 128), Granularity.OUTPUT)
-    found, count = swap_pairs(keep, weight, gram, 20, None, NofM(64, 128))
+    swapped_keep, count = swap_pairs(keep, weight, gram, 20, None, NofM(64, 128))
     assert count.sum() > 0
-    assert holds(NofM(64, 128), found)
-    assert (error(found, weight, gram, None) <= error(keep, weight, gram, None)).all()
+    assert holds(NofM(64, 128), swapped_keep)
+    assert (error(swapped_keep, weight, gram, None) <= error(keep, weight, gram, None)).all()
 
 
 def test_rows_shorter_than_a_group_have_nothing_to_swap() -> None:
     weight, gram, _ = make(columns=6)
-    found, count = swap_pairs(torch.ones_like(weight, dtype=torch.bool), weight, gram, 5, pattern=NofM(4, 8))
-    assert found.all()
+    swapped_keep, count = swap_pairs(torch.ones_like(weight, dtype=torch.bool), weight, gram, 5, pattern=NofM(4, 8))
+    assert swapped_keep.all()
     assert not count.any()

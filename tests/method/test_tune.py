@@ -7,34 +7,28 @@ from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild
+from llm_barber import InspectConfig, inspect
 from llm_barber.checkpoint.companions import RECORD_NAME
-from llm_barber.errors import NotFiniteError, SettingsError
+from llm_barber.errors import NotFiniteError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
-from llm_barber.masking.rebuild import Rebuilt
 from llm_barber.masking.saliency import wanda
 from llm_barber.method import distance as distances
 from llm_barber.method import tune
 from llm_barber.method.distance import Distance
-from llm_barber.method.outcome import BlockOutcome
-from llm_barber.method.pruned_linear import PrunedLinear
-from llm_barber.method.tune import Tuned
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.report import RunReport
-from llm_barber.run.dry_run import dry_run
 from llm_barber.run.stream import _summary
 from llm_barber.settings.refining import RefineSettings
-from tests.conftest import Listener, make_model, read_folder, save_tokens
+from tests.conftest import make_model, read_folder, save_tokens
+from tests.helpers.tuned_runs import SEQUENCES, masks, run
 from tests.model.reference import captured, first_call, layer_call
-
-SEQUENCES = 10
 
 
 @pytest.fixture
@@ -45,16 +39,6 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     return save_tokens(tmp_path / "tokens.safetensors", sequences=SEQUENCES)
-
-
-def run(model: Path, output: Path, tokens: Path, **settings: Any) -> RunReport:
-    config = {"dtype": "float32", "batch_size": 3, "report": False, **settings}
-    return prune(PruneConfig(model=model, output=output, calibration=tokens, **config))
-
-
-def masks(folder: Path) -> dict[str, Tensor]:
-    """Of all linears, by name."""
-    return {name: tensor != 0 for name, tensor in read_folder(folder).items() if "_proj" in name}
 
 
 class Adam:
@@ -259,25 +243,6 @@ def test_passes(tmp_path: Path, model: Path, tokens: Path) -> None:
         assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
 
 
-@pytest.mark.parametrize(
-    ("windows", "length", "passes"),
-    [(128, 2048, 2), (64, 1024, 2), (32, 512, 4), (24, 512, 5), (16, 512, 8), (4, 64, 8)],
-)
-def test_as_many_passes_as_65536_tokens_take_within_bounds(windows: int, length: int, passes: int) -> None:
-    """Two at least and eight at most; twice as many where masks and weights are tuned."""
-    for settings, expected in (
-        ({"preset": "mask"}, passes),
-        ({"refine": "none", "reconstruct": "tune"}, passes),
-        ({"preset": "best"}, 2 * passes),
-        ({"preset": "mask", "tune_passes": 3}, 3),
-        ({"preset": "best", "tune_passes": 3}, 3),
-        ({"refine": "swaps"}, 0),
-    ):
-        found = RefineSettings.of(PruneConfig(model="model", output="out", **settings), None, windows, length)
-        assert found is not None
-        assert found.passes == expected, settings
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     """However near the output is to its target, and whatever the compute dtype: they are those of float64."""
@@ -362,231 +327,6 @@ def test_batches_change_little(tmp_path: Path, model: Path, tokens: Path) -> Non
         assert sum(int((found[0][name] != other[name]).sum()) for name in other) < 0.002 * sum(
             one.numel() for one in other.values()
         )
-
-
-@pytest.mark.parametrize(("family", "few_tokens"), [("qwen3_moe", 110), ("gpt_oss", 90), ("gpt2", 0), ("lfm2", 0)])
-def test_families(tmp_path: Path, family: str, few_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts, weights as (in, out), layers without attention; those with few tokens stay as they are."""
-    monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", few_tokens)
-    model, tokens = make_model(tmp_path / "dense", family), save_tokens(tmp_path / "tokens.safetensors", sequences=8)
-    plain = run(model, tmp_path / "plain", tokens, preset="mask", refine="none", pattern="2:4")
-    report = run(model, tmp_path / "out", tokens, preset="mask", reconstruct="none", pattern="2:4")
-    assert report.swapped > 0
-    assert report.sparsity == plain.sparsity
-    few = [one for one in report.linears if one.few_tokens]
-    assert all(one.grown == 0 for one in few)
-    assert bool(few) is bool(few_tokens)
-    assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
-
-
-@pytest.mark.parametrize(("given", "of_head"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])
-def test_the_head_is_swapped_towards_its_own_target(given: float | None, of_head: float) -> None:
-    """The default mix is of tuned masks: swaps with N:M do worse with it."""
-    config = PruneConfig(model="model", output="out", pattern="2:4", prune_head=True, target_mix=given)
-    settings = RefineSettings.of(config, NofM(2, 4), 8, 64)
-    assert settings is not None
-    assert settings.target_mix == (0.75 if given is None else given)
-    assert settings.of_head.target_mix == of_head
-
-
-@pytest.mark.parametrize(
-    ("settings", "mix"),
-    [
-        ({"reconstruct": "least-squares"}, 0.25),
-        ({"reconstruct": "least-squares", "target_mix": 0.5}, 0.5),
-        ({"refine": "swaps", "reconstruct": "least-squares"}, 0.5),
-        ({"reconstruct": "tune"}, 0.5),
-    ],
-)
-def test_least_squares_alone_has_its_own_target(settings: dict[str, Any], mix: float) -> None:
-    config = PruneConfig(model="model", output="out", **{"refine": "none", "prune_head": True, **settings})
-    found = RefineSettings.of(config, None, 8, 64)
-    assert found is not None
-    assert (found.target_mix, found.of_head.target_mix) == (mix, mix)
-
-
-def test_the_target_is_that_of_most_weights(tmp_path: Path, model: Path, tokens: Path) -> None:
-    """Sparsities of linears' own can make most of a model N:M, or all but a few."""
-    own: dict[str, dict[str, Any]] = {
-        "all": {"sparsities": {".*": "2:4"}},
-        "most": {"sparsities": {"mlp": "2:4"}},
-        "few": {"sparsities": {"k_proj": "2:4"}},
-        "others": {"sparsities": {".*": 0.5}, "pattern": "2:4"},
-    }
-    found = {}
-    for name, settings in own.items():
-        report = run(model, tmp_path / name, tokens, preset="mask", tune_passes=1, **settings)
-        found[name] = report.resolved["target_mix"]
-    assert found == {"all": 0.75, "most": 0.75, "few": 0.5, "others": 0.5}
-
-
-@pytest.mark.parametrize("granularity", ["output", "block"])
-@pytest.mark.parametrize("refine", ["none", "swaps", "tune"])
-def test_what_was_swapped_is_told_from_the_initial_masks(
-    tmp_path: Path, model: Path, tokens: Path, refine: str, granularity: str
-) -> None:
-    """A weight that the rebuild brings back, and a later step drops again, was not swapped."""
-    run(model, tmp_path / "first", tokens, initial="magnitude", rebuild=False)
-    settings = {"rebuild": True, "granularity": granularity, "rebuild_ratio": 1.0, "refine": refine}
-    report = run(model, tmp_path / "out", tokens, initial="magnitude", **settings)
-    before, after = read_folder(tmp_path / "first"), read_folder(tmp_path / "out")
-    for layer in report.layers:
-        for linear in layer.linears:
-            name = f"model.layers.{layer.index}.{linear.name}.weight"
-            came, went = (before[name] == 0) & (after[name] != 0), (before[name] != 0) & (after[name] == 0)
-            assert (linear.grown, linear.dropped) == (int(came.sum()), int(went.sum()))
-    assert report.swapped > 0
-
-
-@pytest.mark.parametrize("reject", ["both", "linears", "layer"])
-def test_a_block_is_rejected_if_nothing_of_it_is_kept(reject: str) -> None:
-    keep = torch.ones(2, 4, dtype=torch.bool)
-    linear = PrunedLinear(keep, keep.float(), keep.float(), None)
-    outcome = BlockOutcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
-    tuned = Tuned({"up": linear}, (1.0, 0.5 if reject == "linears" else 1.0))
-    assert outcome.tuned(tuned, {"up": keep}, after_linears=True).rejected == (reject == "both")
-    assert outcome.tuned(tuned, {"up": keep}, after_linears=False).rejected == tuned.rejected
-
-
-def test_rebuild_by_a_preset(tmp_path: Path, model: Path, tokens: Path) -> None:
-    """The mask of another tool is tuned, without the published rebuild."""
-    run(model, tmp_path / "pruned", tokens, initial="wanda", pattern="2:4", rebuild=False)
-    (tmp_path / "pruned" / "barber.json").unlink()
-    settings = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens, "dtype": "float32"}
-    report = rebuild(RebuildConfig(output=tmp_path / "out", preset="mask", **settings))
-    assert (report.granularity, report.pattern, report.kept_weights) == (None, "2:4", "dense")
-    assert report.swapped > 0
-    assert sum(one.beneficial_pairs for one in report.linears) == 0
-    with pytest.raises(SettingsError, match="leave nothing to do"):
-        RebuildConfig(output=tmp_path / "other", rebuild=False, **settings)
-
-
-def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
-    told = Listener()
-    tokens = save_tokens(tmp_path / "one.safetensors", sequences=1)
-    for guard in (None, 0.0):
-        config = {"model": model, "calibration": tokens, "guard": guard, "report": False, "overwrite": True}
-        prune(PruneConfig(output=tmp_path / "out", **config), told)
-    (message,) = (one for one in told.warnings if "held out" in one)
-    assert message == told.warnings[0]
-    assert message.startswith("no window can be held out of one")
-    planned = Listener()
-    dry_run(PruneConfig(model=model, output=tmp_path / "other", calibration=tokens), planned)
-    assert message in planned.warnings
-
-
-@pytest.mark.parametrize(
-    ("share", "sequences", "held_out"), [(0.07, 100, 7), (0.28, 25, 7), (0.29, 25, 8), (0.9, 1, 0), (1e-20, 4, 1)]
-)
-def test_the_share_that_is_held_out_is_read_as_it_is_written(share: float, sequences: int, held_out: int) -> None:
-    config = PruneConfig(model="model", output="out", guard=share)
-    settings = RefineSettings.of(config, None, sequences, 16)
-    assert settings is not None
-    assert settings.held_out == held_out
-
-
-def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, model: Path, tokens: Path) -> None:
-    common = {"model": model, "calibration": tokens, "report": False, "overwrite": True, "output": tmp_path / "out"}
-    assert prune(PruneConfig(**common, preset="mask", refine="tune")).resolved["preset"] == "mask"
-    for own in ({"guard": 0.0}, {"target_mix": 1.0}, {"tune_passes": 1}, {"preset": "mask", "initial": "magnitude"}):
-        assert prune(PruneConfig(**common, **own)).resolved["preset"] is None
-
-
-def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> None:
-    """`rebuild --refine tune`: weights that are zero in the dense model stay in the mask."""
-    run(model, tmp_path / "pruned", tokens, initial="magnitude", sparsity=0.5)
-    settings = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens, "dtype": "float32"}
-    plain = rebuild(RebuildConfig(output=tmp_path / "plain", **settings))
-    report = rebuild(RebuildConfig(output=tmp_path / "out", refine="tune", **settings))
-    assert report.swapped > plain.swapped
-    before, after = masks(tmp_path / "plain"), masks(tmp_path / "out")
-    assert all(torch.equal(before[name].sum(1), after[name].sum(1)) for name in before if "layers.0" in name)
-    assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
-
-
-@pytest.mark.parametrize("pattern", [None, "2:4", "1:4"])
-@pytest.mark.parametrize(
-    "settings", [{"preset": "mask"}, {"preset": "best"}, {"reconstruct": "least-squares"}], ids=str
-)
-def test_zeros_of_the_dense_model(
-    tmp_path: Path, model: Path, tokens: Path, pattern: str | None, settings: dict[str, Any]
-) -> None:
-    """They count as kept, stay zero, and leave N:M and the number of zeros as they were."""
-    tensors = load_file(model / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name, one in tensors.items():
-        if "_proj" in name:
-            one[torch.rand(one.shape, generator=generator) < 0.05] = 0
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    how = {"pattern": pattern} if pattern else {"sparsity": 0.5}
-    run(model, tmp_path / "pruned", tokens, initial="wanda", rebuild=False, **how)
-    (tmp_path / "pruned" / "barber.json").unlink()
-    rebuilt = RebuildConfig(
-        dense=model, pruned=tmp_path / "pruned", output=tmp_path / "out", calibration=tokens, dtype="float32", guard=0,
-        granularity="output", **settings,
-    )  # fmt: skip
-    rebuild(rebuilt)
-    before, after = masks(tmp_path / "pruned"), masks(tmp_path / "out")
-    for name, keep in before.items():
-        assert int(keep.sum()) == int(after[name].sum())
-        assert not (after[name] & (tensors[name] == 0)).any()
-    assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
-
-
-@pytest.mark.parametrize("preset", ["mask", "best"])
-def test_what_another_tool_pruned_after_the_last_whole_group_stays_pruned(
-    tmp_path: Path, model: Path, tokens: Path, preset: str
-) -> None:
-    run(model, tmp_path / "pruned", tokens, pattern="3:5", allow_dense_tail=True, initial="wanda", rebuild=False)
-    (tmp_path / "pruned" / RECORD_NAME).unlink()
-    for path in (tmp_path / "pruned").glob("*.safetensors"):
-        tensors = load_file(path)
-        for name, one in tensors.items():
-            if "_proj" in name:
-                one[:, one.shape[1] // 5 * 5 :: 2] = 0
-        save_file(tensors, path, {"format": "pt"})
-    how = {"pattern": "3:5", "preset": preset, "guard": 0, "dtype": "float32"}
-    rebuild(RebuildConfig(dense=model, pruned=tmp_path / "pruned", output=tmp_path / "out", calibration=tokens, **how))
-    before, after = masks(tmp_path / "pruned"), masks(tmp_path / "out")
-    for name in before:
-        tail = before[name].shape[1] // 5 * 5
-        assert not before[name][:, tail:].all()
-        assert torch.equal(before[name][:, tail:], after[name][:, tail:])
-        assert torch.equal(before[name].sum(1), after[name].sum(1))
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize("settings", [{"initial": "wanda"}, {"initial": "magnitude"}, {"preset": "best"}], ids=str)
-def test_layers_with_nothing_but_idle_experts(
-    tmp_path: Path, tokens: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 10**6)
-    model = make_model(tmp_path / "dense", "mixtral")
-    how = {"rebuild": False, "refine": "tune", "include": ("experts",), **settings}
-    report = run(model, tmp_path / "out", tokens, **how)
-    assert report.swapped == 0
-    assert all(one.few_tokens for one in report.linears if one.pruned)
-    written, dense = read_folder(tmp_path / "out"), read_folder(model)
-    assert all(((one == dense[name]) | (one == 0)).all() for name, one in written.items())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"refine": "tune", "reconstruct": "least-squares"}, "does not go with refine tune, which was asked"),
-        ({"preset": "mask", "reconstruct": "least-squares"}, "is the preset's: give refine swaps or none, too"),
-        ({"preset": "paper", "target_mix": 0.3}, "target_mix is of refine and reconstruct"),
-        ({"preset": "paper", "guard": 0.3}, "guard is of refine and reconstruct"),
-        ({"preset": "mask", "swaps": 10}, "swaps are of refine swaps"),
-        ({"refine": "swaps", "tune_passes": 2}, "tune_passes are of refine tune and reconstruct tune"),
-    ],
-)
-def test_settings_that_do_not_go_together(tmp_path: Path, model: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        PruneConfig(model=model, output=tmp_path / "out", **settings)
-    if "preset" not in settings:
-        with pytest.raises(SettingsError, match=message):
-            RebuildConfig(dense=model, pruned=tmp_path, output=tmp_path / "out", **settings)
 
 
 def test_steps_change_saliency_by_its_mean_in_the_row() -> None:

@@ -1,4 +1,4 @@
-"""Attention by blocks of queries, beside softmax(scale · Q Kᵀ) V as it is written, in float64, with autograd."""
+"""Attention by blocks of queries, compared with softmax(scale · Q Kᵀ) V in float64 with autograd."""
 
 from itertools import product
 from typing import Any

@@ -1,4 +1,4 @@
-"""Batches that are copied before they are asked for, and results that arrive late, are what they would be otherwise."""
+"""Batches that are read ahead, and results that are written late, hold the right values."""
 
 from pathlib import Path
 from typing import Any

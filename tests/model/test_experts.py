@@ -1,4 +1,4 @@
-"""Experts with linears of their own compute what transformers' fused ones do, and are pruned from their own tokens."""
+"""Split experts compute what transformers' fused experts do, and are pruned from their tokens."""
 
 from pathlib import Path
 from typing import Any

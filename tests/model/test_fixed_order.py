@@ -1,4 +1,4 @@
-"""Gradients are taken in PyTorch's deterministic mode where a GPU would add up in any order; on CPUs it is the same."""
+"""Gradients use PyTorch's deterministic mode on a GPU; on CPUs it gives the same."""
 
 from pathlib import Path
 from typing import Any

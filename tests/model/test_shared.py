@@ -1,4 +1,4 @@
-"""A linear that two modules of a layer share: pruned once, from what both are called with, and written for both."""
+"""A linear that two modules of a layer share is pruned once, from the inputs of both, and written twice."""
 
 from pathlib import Path
 from typing import Any

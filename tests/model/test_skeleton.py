@@ -27,12 +27,12 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
 def deep(family: str) -> tuple[str, dict[str, Any]]:
     """The `model_type` and settings of a family's tiny model, with more layers."""
     settings = dict(FAMILIES[family])
-    own = dict(settings.get("text_config", settings))
-    own |= {name: DEPTH for name in DEPTHS if name in own}
+    text_settings = dict(settings.get("text_config", settings))
+    text_settings |= {name: DEPTH for name in DEPTHS if name in text_settings}
     for name in ("layer_types", "layers_block_type"):
-        if name in own:
-            own[name] = (own[name] * DEPTH)[:DEPTH]
-    settings = {**settings, "text_config": own} if "text_config" in settings else own
+        if name in text_settings:
+            text_settings[name] = (text_settings[name] * DEPTH)[:DEPTH]
+    settings = {**settings, "text_config": text_settings} if "text_config" in settings else text_settings
     return settings.pop("model_type", family), settings
 
 
@@ -51,9 +51,9 @@ def test_layer_by_layer_equals_the_whole_model(family: str) -> None:
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     skeleton.fill_outside({name: weights[name] for name in skeleton.all_outside_names})
     tokens = torch.randint(0, 128, (2, 12))
-    found: list[torch.Tensor] = []
-    skeleton.embed(tokens, found.append)
-    hidden = found[0]
+    embedded: list[torch.Tensor] = []
+    skeleton.embed(tokens, embedded.append)
+    hidden = embedded[0]
     for index in range(DEPTH):
         prefix = skeleton.layer_prefix(index)
         names = [*skeleton.layer_names(index), *skeleton.buffer_names(index)]

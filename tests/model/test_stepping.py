@@ -1,4 +1,4 @@
-"""How a model is run around its decoder layers, and which models that is refused for."""
+"""Models whose decoder layers can be stepped over, and models that are refused."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -106,10 +106,10 @@ def shorter(model: Model, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(("run", "tail"), [(alone, None), (first_of, 1), (two, 1), (looked_into, 1)])
 def test_what_layers_have_to_return_is_found(run: Callable[..., Tensor], tail: int | None) -> None:
     model = Model(run)
-    found = find_stepping(model, model.layers, CPU)  # type: ignore[arg-type]
-    assert found == Stepping(tail, {})
+    result = find_stepping(model, model.layers, CPU)  # type: ignore[arg-type]
+    assert result == Stepping(tail, {})
     tokens = torch.tensor([[3, 1, 2]] * 3)  # as many sequences as layers: a tensor of them could be unpacked
-    states, arguments = capture(model, model.layers, tokens, found.tail)  # type: ignore[arg-type]
+    states, arguments = capture(model, model.layers, tokens, result.tail)  # type: ignore[arg-type]
     assert torch.equal(states, model.embedding(tokens))
     assert len(arguments) == 3
     if run is alone:
@@ -119,11 +119,11 @@ def test_what_layers_have_to_return_is_found(run: Callable[..., Tensor], tail: i
 
 def test_what_layers_hand_on_has_to_be_nothing() -> None:
     model = Model(handed_on)
-    found = find_stepping(model, model.layers, CPU)  # type: ignore[arg-type]
-    assert found == Stepping(1, {0: "before"})
-    found.check(model, (torch.ones(1), None))
+    result = find_stepping(model, model.layers, CPU)  # type: ignore[arg-type]
+    assert result == Stepping(1, {0: "before"})
+    result.check(model, (torch.ones(1), None))
     with pytest.raises(ModelError, match="'before', which the layer before has made"):
-        found.check(model, (torch.ones(1), torch.ones(1)))
+        result.check(model, (torch.ones(1), torch.ones(1)))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_layers_that_cannot_be_computed_by_themselves_are_refused(run: Callable[
 
 
 def test_arguments_differ_where_a_tensor_in_them_does() -> None:
-    one = {"mask": None, "positions": (torch.ones(2), [torch.zeros(2)]), "scale": torch.ones(1)}
-    other = {**one, "positions": (torch.ones(2), [torch.ones(2)])}
-    assert different_tensors(one, one) == []
-    assert different_tensors(one, other) == ["positions"]
+    arguments = {"mask": None, "positions": (torch.ones(2), [torch.zeros(2)]), "scale": torch.ones(1)}
+    changed = {**arguments, "positions": (torch.ones(2), [torch.ones(2)])}
+    assert different_tensors(arguments, arguments) == []
+    assert different_tensors(arguments, changed) == ["positions"]

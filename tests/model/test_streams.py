@@ -1,4 +1,4 @@
-"""Arrays beyond the memory that they may take lie in files that nobody has to clean up; batches shrink if need be."""
+"""Arrays beyond the memory limit are files that vanish by themselves; batches shrink if memory is short."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The structure that is found without a record is the record's; what is ambiguous or unknown is refused."""
+"""The analysis finds the structure of the record; ambiguous and unknown structures are refused."""
 
 from pathlib import Path
 
@@ -20,12 +20,16 @@ BLOCKS = "only: {output: mlp, linears: [mlp.up_proj, mlp.down_proj]}\n"
 @pytest.mark.parametrize("family", KNOWN)
 def test_what_is_found_is_what_the_record_says(family: str) -> None:
     config = make_config(family)
-    found, record = analyse(config), ARCHITECTURES[config.model_type]
-    assert (found.layers, found.transposed) == (record.layers, record.transposed)
+    analysed, record = analyse(config), ARCHITECTURES[config.model_type]
+    assert (analysed.layers, analysed.transposed) == (record.layers, record.transposed)
     for layer in empty_model(config, torch.float32).get_submodule(record.layers):
-        pairs = zip(found.blocks_of(layer), record.blocks_of(layer), strict=True)
-        for one, other in pairs:
-            assert (one.name, one.output, set(one.linears)) == (other.name, other.output, set(other.linears))
+        pairs = zip(analysed.blocks_of(layer), record.blocks_of(layer), strict=True)
+        for block, expected in pairs:
+            assert (block.name, block.output, set(block.linears)) == (
+                expected.name,
+                expected.output,
+                set(expected.linears),
+            )
 
 
 WITH_IMAGES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -50,20 +54,22 @@ EXPECTED = {
 @pytest.mark.parametrize("family", FOUND)
 def test_blocks_of_families_without_a_record(family: str) -> None:
     config = make_config(family)
-    found = find_architecture(config)
-    layers = empty_model(config, torch.float32).get_submodule(found.layers)
-    blocks = [{block.name: len(block.linears) for block in found.blocks_of(layer)} for layer in layers]
+    architecture = find_architecture(config)
+    layers = empty_model(config, torch.float32).get_submodule(architecture.layers)
+    blocks = [{block.name: len(block.linears) for block in architecture.blocks_of(layer)} for layer in layers]
     assert blocks == EXPECTED[family]
-    assert not [linear for linear in found.linears if "router" in linear or "gate." in linear or "dt_proj" in linear]
+    assert not [
+        linear for linear in architecture.linears if "router" in linear or "gate." in linear or "dt_proj" in linear
+    ]
 
 
 def test_a_router_with_a_name_of_its_own_is_no_linear_to_prune() -> None:
     config = AutoConfig.for_model(
         "hunyuan_v1_moe", **{**LLAMA_LIKE, "head_dim": 8, "pad_token_id": 0, "num_experts": 4, "moe_topk": 2}
     )
-    found = find_architecture(config)
-    assert [name for name in found.linears if "gate." in name or name.endswith("wg")] == []
-    assert "mlp.experts.*.gate_proj" in found.linears
+    architecture = find_architecture(config)
+    assert [name for name in architecture.linears if "gate." in name or name.endswith("wg")] == []
+    assert "mlp.experts.*.gate_proj" in architecture.linears
 
 
 @pytest.mark.parametrize(
@@ -75,8 +81,8 @@ def test_a_router_with_a_name_of_its_own_is_no_linear_to_prune() -> None:
 )
 def test_experts_whose_inner_size_is_their_number_are_no_routers(family: str, changes: dict[str, int]) -> None:
     """As those of Qwen3-Next-80B-A3B are: 512 of 512."""
-    found, usual = find_architecture(make_config(family, **changes)), find_architecture(make_config(family))
-    assert found == usual
+    changed, usual = find_architecture(make_config(family, **changes)), find_architecture(make_config(family))
+    assert changed == usual
 
 
 @pytest.mark.parametrize(
@@ -146,9 +152,9 @@ def test_a_user_decides(tmp_path: Path) -> None:
     report = prune(config)
     assert {linear.name for linear in report.linears} == {"mlp.up_proj", "mlp.down_proj"}
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
-    found = inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(dense)))
-    assert found.problems == ()
-    assert len(found.linears) == 4
+    inspection = inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(dense)))
+    assert inspection.problems == ()
+    assert len(inspection.linears) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Products with packed weights in C against dense ones, and what the C functions refuse; skipped where not built."""
+"""Products with packed weights in C against dense products, and refused arguments; skipped if not built."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 
 from llm_barber import native
 from llm_barber.checkpoint.encoding import pack
+from llm_barber.native import avx512
 from llm_barber.runtime.packed_linear import PackedLinear, use_native
 
 pytestmark = pytest.mark.skipif(
@@ -33,7 +34,7 @@ def test_products(dtype: torch.dtype, rows: int, columns: int, threads: int) -> 
     try:
         for shape in ((columns,), (1, columns), (2, columns), (1, 3, columns), (2, 2, columns)):
             inputs = torch.randn(shape, generator=generator).to(dtype)
-            assert use_native(linear.values, columns, inputs.numel() // columns, False)
+            assert use_native(linear.values, dtype, columns, inputs.numel() // columns, False)
             found = linear(inputs)
             expected = torch.nn.functional.linear(inputs.double(), weight.to(dtype).double(), linear.bias.double())
             assert found.dtype == dtype
@@ -54,12 +55,15 @@ def test_empty_and_full_rows() -> None:
 
 def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.ones(4)
-    assert use_native(values, 16, native.PRODUCT_ROWS, differentiated=False)
-    assert not use_native(values, 16, native.PRODUCT_ROWS + 1, differentiated=False)
-    assert not use_native(values, 16, 0, differentiated=False)
-    assert not use_native(values, 17, 1, differentiated=False)
-    assert not use_native(values, 16, 1, differentiated=True)
-    assert not use_native(values.half(), 16, 1, differentiated=False)
+    most = native.PRODUCT_ROWS if native.instructions() == native.Instructions.AVX2 else avx512.FAST_ROWS
+    assert use_native(values, torch.float32, 16, most, differentiated=False)
+    assert not use_native(values, torch.float32, 16, most + 1, differentiated=False)
+    assert use_native(values, torch.bfloat16, 16, native.PRODUCT_ROWS, differentiated=False)
+    assert not use_native(values, torch.bfloat16, 16, native.PRODUCT_ROWS + 1, differentiated=False)
+    assert not use_native(values, torch.float32, 16, 0, differentiated=False)
+    assert not use_native(values, torch.float32, 17, 1, differentiated=False)
+    assert not use_native(values, torch.float32, 16, 1, differentiated=True)
+    assert not use_native(values.half(), torch.float16, 16, 1, differentiated=False)
     bits = torch.zeros(2, dtype=torch.uint8)
     for columns, inputs, problem in ((16, torch.ones(5, 16), "fit together"), (12, torch.ones(1, 12), "multiple of 8")):
         with pytest.raises(ValueError, match=problem):
@@ -71,7 +75,7 @@ def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="do not fit together"):
             native.join(np.zeros(4, np.uint8), np.zeros(256, np.uint8), layout, np.zeros(3 * groups, np.uint8))
     monkeypatch.setattr(native, "library", lambda: None)
-    assert not use_native(values, 16, 1, differentiated=False)
+    assert not use_native(values, torch.float32, 16, 1, differentiated=False)
 
 
 def test_a_mask_with_too_many_bits_reads_nothing_beyond() -> None:

@@ -1,4 +1,4 @@
-"""Several processes on one run find the masks of one; a run goes on with another number of them; none waits alone."""
+"""Several processes get the masks of one process; runs resume with other numbers of processes."""
 
 import os
 import signal
@@ -105,7 +105,7 @@ def test_torchrun_of_the_command_line(tmp_path: Path, run: Callable[..., RunRepo
 def test_tuning_together(
     tmp_path: Path, run: Callable[..., RunReport], preset: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processes make the same steps together, whose sums do not depend on their order: not a bit is another."""
+    """Processes make the same steps, with sums that do not depend on the order: all bits are equal."""
     monkeypatch.setattr(distance, "HUGE", 1.0)  # so that half of the channels count for less, by all windows
     settings = {"preset": preset, "guard": 0.34, "tune_passes": 4, "dtype": dtype}
     alone = run("alone", **settings)
@@ -183,7 +183,7 @@ def test_one_that_is_silent_ends_all(
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_one_that_is_slow_is_waited_for(slow: int, short_silence: float) -> None:
-    """In the run, and between two runs of one program."""
+    """Other processes wait within a run, and between two runs of a program."""
 
     def work(rank: int) -> None:
         with joined():

@@ -128,7 +128,7 @@ for number, settings in enumerate(json.loads(sys.argv[1])):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_the_least_memory_that_is_accepted_is_enough(tmp_path: Path) -> None:
-    """Of models whose layers are large against all else, private memory stays within it."""
+    """Private memory stays within it, for models whose layers are large against all else."""
     wide = {"vocab_size": 256, "max_position_embeddings": 64, "num_hidden_layers": 3}
     llama = {**wide, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
     models = {

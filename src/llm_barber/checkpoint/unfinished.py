@@ -29,21 +29,21 @@ def take_up(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool)
     Raises:
         OutputError: as `unfinished_run`.
     """
-    state, lost = unfinished_run(folder, key, overwrite, resume), []
-    kept_files = {LOCK_NAME}
-    if state is None and resume and any(folder.glob("*.safetensors")):
-        lost.append(STATE_NAME)
-    if state is not None and resume:
+    state = unfinished_run(folder, key, overwrite, resume)
+    lost: list[str] = []
+    if not resume:
+        state = None
+    elif state is not None:
         mend_state(folder)
         state, lost = undamaged(folder, state)
-    else:
-        state = None
+    elif any(folder.glob("*.safetensors")):
+        lost = [STATE_NAME]
     if state is not None and not state.begun:  # then all is made again
         state = None
+    kept_names = {LOCK_NAME}
     if state is not None:
-        activations = (saved.file for saved in state.activations)
-        kept_files |= {STATE_NAME, STATE_BEFORE, *state.shards, *activations}
-    clear(folder, {name for name in kept_files if (folder / name).is_file()})
+        kept_names |= {STATE_NAME, STATE_BEFORE, *state.shards, *(saved.file for saved in state.activations)}
+    clear(folder, {name for name in kept_names if (folder / name).is_file()})
     return state, lost
 
 

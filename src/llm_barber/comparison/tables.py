@@ -97,7 +97,7 @@ def _block(comparison: Comparison, target: str) -> Block:
         if cell.target == target:
             groups.setdefault((cell.method, cell.rebuilt), []).append(cell)
     values = [[_measured_values(column, group) for column in measured] for group in groups.values()]
-    bests = [
+    best_means = [
         (min if column.lower_is_better else max)((fmean(row[i]) for row in values if row[i]), default=None)
         for i, column in enumerate(measured)
     ]
@@ -108,7 +108,7 @@ def _block(comparison: Comparison, target: str) -> Block:
         cells = [_mean_and_spread(row, column.form) for row, column in zip(numbers, measured, strict=True)]
         cells.append(_mean([result.seconds for result in results], ".1f"))
         cells.append(_mean([result.peak_memory / 2**30 for result in results], ".2f"))
-        best = [bool(row) and fmean(row) == best for row, best in zip(numbers, bests, strict=True)]
+        best = [bool(row) and fmean(row) == best_mean for row, best_mean in zip(numbers, best_means, strict=True)]
         rows.append(Row(TITLES[method] + (REBUILT if rebuilt else ""), tuple(cells), (*best, False, False)))
     return Block(target_title(target), tuple(rows))
 

@@ -1,4 +1,4 @@
-"""An opened model with its calibration tokens: where the checkpoint keeps each layer, and layers with their weights."""
+"""An opened model with its calibration tokens: layers, their tensors, and their weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ class Job:
         return name[: name.index(f".{index}.") + len(f".{index}.")]
 
     def linears(self, index: int) -> tuple[str, ...]:
-        """Prunable linears of a layer, block after block; the index after the last layer means the output head."""
+        """Prunable linears of a layer, block after block; the output head at the index after the last."""
         if index == self.layer_count:
             return (self.skeleton.head_name.rpartition(".")[2],)
         return self.skeleton.linears(index)
@@ -177,7 +177,7 @@ class Job:
         return stored
 
     def linear_shapes(self, source: CheckpointSource) -> dict[str, tuple[int, ...]]:
-        """Shapes, (out, in), of all prunable linears in a checkpoint of this architecture, by the model's names.
+        """Shapes, (out, in), of a checkpoint's prunable linears, by the model's names.
 
         Raises:
             ModelError: a linear is missing.

@@ -1,4 +1,4 @@
-"""Map a model's parameters to their locations in a checkpoint, by the conversions that transformers applies."""
+"""Map a model's parameters to their locations in a checkpoint, by transformers' conversions."""
 
 import re
 from collections.abc import Iterable

@@ -69,7 +69,7 @@ def open_skeleton(
 
 
 def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool) -> None:
-    """Refuse a checkpoint with missing parameters, other shapes, quantised dtypes, or layers beyond the configuration.
+    """Refuse a checkpoint whose parameters or layers are not the configuration's, or are quantised.
 
     Args:
         skeleton: the empty model.
@@ -110,7 +110,7 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
 
 
 def layer_locations(skeleton: Skeleton, source: CheckpointSource, index: int) -> dict[str, Location]:
-    """Locations of a layer's parameters, and of the buffers that the checkpoint has, by their names in the layer."""
+    """Locations of a layer's parameters and stored buffers, by their names in the layer."""
     prefix = skeleton.layer_prefix(index)
     parameters = {name: source.location(prefix + name) for name in skeleton.layer_names(index)}
     buffers = {name: source.locations.get(prefix + name) for name in skeleton.buffer_names(index)}
@@ -132,7 +132,9 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
 
 
 def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, model: str) -> None:
-    """Refuse numbers that are NaN or infinite, except in settings whose default in transformers is not finite.
+    """Refuse numbers that are NaN or infinite.
+
+    Settings whose default in transformers is not finite may be.
 
     Args:
         configuration: content of config.json.

@@ -83,7 +83,7 @@ def _by_outliers(initial: InitialMasks, streams: ActivationStreams, sparsity: fl
 
 
 def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
-    """Spread by what pruning a linear adds to the loss (`masking/budget.py`): forward, then back through all layers."""
+    """Spread by what pruning a linear adds to the loss (`masking/budget.py`): forward, then back."""
     job = initial.job
     progress.start("looking for what pruning costs", 2 * job.layer_count)
     inputs, gradients, few_tokens = _forward(initial, streams, progress)
@@ -184,7 +184,9 @@ def _layers(
 
 
 def _loss_gradient(job: Job, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Gradient of the next-token loss, summed over tokens, at the last layer's output; float32, of its shape.
+    """Gradient of the next-token loss at the last layer's output, float32, of that output's shape.
+
+    The loss is summed over tokens.
 
     Args:
         job: with the parameters outside the layers filled in.

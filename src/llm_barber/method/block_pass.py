@@ -1,4 +1,4 @@
-"""A pass over one block of a layer that is pruned: its inputs, output and errors, and the streams that it moves."""
+"""A pass over one block of a layer that is pruned: inputs, output, errors, and streams that move."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def dense_batches(settings: RefineSettings | None, streams: ActivationStreams) -
 
 
 def propagate(block_pass: BlockPass, measured_from: int | None) -> float | None:
-    """Run a final block: keep its output for the blocks after it, or the layer's output, as `DENSE_OUTPUT`.
+    """Run a final block; keep its output, or, after the last block, the layer's as `DENSE_OUTPUT`.
 
     Args:
         block_pass: the block.

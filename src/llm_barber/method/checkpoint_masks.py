@@ -119,7 +119,7 @@ class CheckpointMasks:
         return SourceFiles(key=pruned_key(self.source), written=self.source.written)
 
     def _has_pruned_head(self) -> bool:
-        """Has PRUNED an output head apart from its embedding, with more zeros that DENSE's lacks than by chance?"""
+        """Has PRUNED an output head of its own, with zeros that DENSE's lacks, more than by chance?"""
         model = self.job.skeleton.model
         if not isinstance(model.get_output_embeddings(), nn.Linear):
             return False
@@ -135,7 +135,9 @@ class CheckpointMasks:
         return int(zero.count_nonzero()) > CHANCE * zero.numel()
 
     def _find_first_pattern(self) -> NofM | None:
-        """Pattern of the first layer that is pruned, which decides the default granularity; None: unstructured.
+        """Pattern of the first layer that is pruned; None: unstructured.
+
+        It decides the default granularity.
 
         Raises:
             ModelError: no layer is pruned, or all linears are zero.

@@ -13,7 +13,7 @@ FEW_TOKENS = 64  # the inputs of an expert with fewer tokens say too little
 
 
 def total_token_counts(layer: DecoderLayer, ranks: Ranks) -> dict[str, Tensor]:
-    """Number of tokens that each expert was given in all processes, int64 (experts,), by the path of the experts.
+    """Tokens that each expert was given in all processes, int64 (experts,), by path of the experts.
 
     The layer keeps the counts of this process.
     """
@@ -41,7 +41,10 @@ def linears_with_few_tokens(layer: DecoderLayer, totals: Mapping[str, Tensor], c
 def freeze_linears_with_few_tokens(
     linears: Mapping[str, PrunedLinear], layer: DecoderLayer, ranks: Ranks, calls: int = 1
 ) -> dict[str, PrunedLinear]:
-    """Freeze the linears of experts that were given too few tokens, unless their tokens were counted before."""
+    """Freeze the linears of experts that were given too few tokens.
+
+    Linears whose tokens were counted before stay as they are.
+    """
     few = set(linears_with_few_tokens(layer, total_token_counts(layer, ranks), calls))
     result = dict(linears)
     for name, linear in linears.items():

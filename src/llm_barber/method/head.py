@@ -26,7 +26,10 @@ BLOCK = "head"
 
 
 class _End(nn.Module):
-    """The model's modules after the decoder layers, as a layer: states (sequences, tokens, hidden) in, logits out."""
+    """The model after its decoder layers, as a layer: states to logits.
+
+    States are (sequences, tokens, hidden).
+    """
 
     def __init__(self, skeleton: Skeleton, name: str) -> None:
         super().__init__()
@@ -73,7 +76,10 @@ def prune_head(
 
 
 def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Give the model its parameters outside the layers; return the output head's weight as stored, on the device."""
+    """Give the model its parameters outside the layers.
+
+    Returns the output head's weight as stored, on the device.
+    """
     skeleton = job.skeleton
     locations = {name: job.source.location(name) for name in skeleton.outside_names_and_head}
     parameters = {
@@ -88,7 +94,10 @@ def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _learn_what_layers_return(job: Job, streams: ActivationStreams) -> None:
-    """Run a layer once: a run that resumes with the head alone has run none, and the head needs to know its outputs."""
+    """Run the last layer once, so that the structure of its output is known.
+
+    A run that resumes with the head alone has run no layer.
+    """
     last = job.layer_count - 1
     layer, _ = job.open_layer(last, job.source.read(job.layer_tensors[last]))
     layer.output(streams.read(HIDDEN, next(streams.batches())))
@@ -104,7 +113,10 @@ def _refine(
     settings: RefineSettings,
     streams: ActivationStreams,
 ) -> PrunedLinear:
-    """Refine the head as a linear, on its inputs in the sparse model and, for a target mix, in the dense model."""
+    """Refine the head as a linear, on its inputs in the sparse model.
+
+    For a target mix, its inputs in the dense model are needed, too.
+    """
     objectives: list[Objective | None] = []
     for batches in streams.split():
         moments = TargetMoments(weight.shape[1], streams.device, crossed=settings.target_mix > 0)

@@ -1,4 +1,4 @@
-"""Sources of initial masks: a pruning method (`method_masks.py`) or a pruned checkpoint (`checkpoint_masks.py`)."""
+"""Sources of initial masks: a method (`method_masks.py`) or a checkpoint (`checkpoint_masks.py`)."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -49,7 +49,7 @@ class InitialMasks(Protocol):
 
     @property
     def budget(self) -> float | None:
-        """Sparsity that an allocation can spread over the decoder layers' linears; None: nothing can be spread."""
+        """Sparsity that an allocation can spread over linears of decoder layers; None: there is none."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class InitialMasks(Protocol):
         ...
 
     def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
-        """Prune linears, by their names in the model, to sparsities of their own; only where there is a `budget`."""
+        """Prune linears, by their names in the model, to these sparsities; only if there is a `budget`."""
         ...
 
     def linears(self, index: int) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 def collect_inputs(
     layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
 ) -> dict[str, AnyStatistic]:
-    """Running statistic of each linear's inputs, by linear, over the calibration sequences of all processes.
+    """Running statistic of each linear's inputs, by linear, over the sequences of all processes.
 
     Linears that read the same tensor (q, k, v; gate, up) share one.
     """

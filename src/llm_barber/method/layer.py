@@ -1,4 +1,4 @@
-"""Prune one decoder layer: initial masks, each block rebuilt and refined, then tuning, then the next layer's input.
+"""Prune one decoder layer: initial masks; each block rebuilt and refined; tuning; next input.
 
 The rebuild is the published method (arXiv 2408.10631, `rebuild.py`); refining (`refine.py`) and tuning (`tune.py`) go
 beyond it.
@@ -37,7 +37,7 @@ from llm_barber.settings.refining import RefineSettings
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """Final weights by the checkpoint's names, results of the blocks, and what held-out windows say (`tune.Tuned`)."""
+    """Final weights by the checkpoint's names, results of blocks, and held-out errors (`tune.Tuned`)."""
 
     weights: dict[str, Tensor]
     blocks: list[BlockResult]
@@ -125,7 +125,7 @@ def _prune_blocks(
     streams: ActivationStreams,
     tunes: bool,
 ) -> list[BlockOutcome]:
-    """Rebuild and refine the blocks in turn: each is final before the next one, which sees its output, is looked at.
+    """Rebuild and refine the blocks in turn; a block is final before the next block is looked at.
 
     Where the layer `tunes` afterwards, errors after pruning, and the layer's output, are left to tuning.
     """
@@ -177,7 +177,7 @@ def _prune_block(
 
 
 def _error_after(block_pass: BlockPass, outcome: BlockOutcome, unchanged: bool, where: str) -> float | None:
-    """Propagate through a final block and return its error; an unchanged block's output and error are known."""
+    """Propagate through a final block, unless it is unchanged and its output known; return its error."""
     error = outcome.error_before if unchanged else propagate(block_pass, outcome.measured_from)
     if error is not None and not math.isfinite(error):
         raise overflowed(f"the output of {where}")

@@ -82,7 +82,10 @@ class MethodMasks:
 
     @cached_property
     def budget(self) -> float | None:
-        """Sparsity that an allocation can spread; None: N:M, linears with targets of their own, or none to prune."""
+        """Sparsity that an allocation can spread.
+
+        None: N:M, linears with targets of their own, or no linears to prune.
+        """
         pattern = self.targets.pattern
         if isinstance(pattern, NofM) or self.targets.own or not prunes_layers(self):
             return None

@@ -1,4 +1,4 @@
-"""Outcome of pruning a block: its linears, their masks, its errors; and the counts that the record keeps of them."""
+"""Outcome of pruning a block: linears, masks, errors; and the counts for the record."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

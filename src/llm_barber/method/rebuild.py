@@ -35,7 +35,7 @@ def rebuild_block(
     settings: RebuildSettings,
     where: str,
 ) -> BlockOutcome:
-    """The method: x → y_sparse, y_dense → loss → G at the dense weights → S = |W| · sqrt(mean G²) → swap pairs.
+    """The method: x → y_sparse, y_dense → loss → G at dense weights → S = |W|·sqrt(mean G²) → swaps.
 
     The block's output with the initial masks is kept for the blocks after it, for the case that nothing is swapped; its
     dense output is kept as `DENSE_OUTPUT`.

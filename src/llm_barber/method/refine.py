@@ -1,4 +1,4 @@
-"""Refine a block's linears one by one: exact swaps and least squares, on inputs that its pruned predecessors give.
+"""Refine a block's linears one by one, on the pruned model's inputs: swaps and least squares.
 
 The linears of a block are taken in the order in which data flows through them: q, k and v, then the output projection
 on their pruned output; gate and up, then down. The target of each linear is its dense output, on inputs that lie
@@ -43,7 +43,9 @@ class Refined:
 def refine_block(
     block_pass: BlockPass, dense: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear], settings: RefineSettings
 ) -> Refined:
-    """Refine the linears of a block, one after the other; for a target mix, move the dense stream through it, too.
+    """Refine the linears of a block, one after the other.
+
+    For a target mix, the dense stream moves through the block, too.
 
     Args:
         block_pass: the block, and the layer's activations; for a target mix, the dense model's, too.
@@ -78,7 +80,10 @@ def _refine_chunk(
     settings: RefineSettings,
     last: bool,
 ) -> dict[str, PrunedLinear]:
-    """Refine the linears of some input groups, which do not depend on each other; parameters as `_gather_moments`."""
+    """Refine the linears of input groups that do not depend on each other.
+
+    Parameters are those of `_gather_moments`.
+    """
     names = [group[0] for group in chunk]
     moments = _gather_moments(block_pass, names, current, dense_weights, settings, last)
     refined = {}
@@ -135,7 +140,10 @@ def _objective(moments: TargetMoments, mix: float) -> Objective | None:
 def _freeze_linears_with_few_tokens(
     block_pass: BlockPass, pruned: Mapping[str, PrunedLinear]
 ) -> dict[str, PrunedLinear]:
-    """Freeze the block's linears of experts with few tokens; if tokens are not counted yet, run the block to count."""
+    """Freeze the block's linears of experts with few tokens.
+
+    If tokens are not counted yet, the block is run to count them.
+    """
     layer, linears = block_pass.layer, {name: pruned[name] for name in block_pass.block.linears}
     if not any(linear.few_tokens is None and layer.belongs_to_expert(name) for name, linear in linears.items()):
         return linears
@@ -178,7 +186,9 @@ def _measure_unrefined(
 
 
 def _levels(groups: list[InputGroup]) -> list[list[InputGroup]]:
-    """Levels of input groups, in the order of data flow; a level has the groups of the same names, one an expert.
+    """Levels of input groups, in the order of data flow.
+
+    A level has the groups of the same names, one for each expert.
 
     Groups of a level do not depend on each other.
     """
@@ -203,7 +213,9 @@ def _chunks(level: list[InputGroup], dense: Mapping[str, Tensor]) -> Iterator[li
 
 
 def _dense_inputs(block_pass: BlockPass, names: list[str], batch: slice, last: bool) -> dict[str, Tensor]:
-    """Inputs of linears in the dense model, (sequences, tokens, in); after the `last` ones, the dense stream moves on.
+    """Inputs of linears in the dense model, (sequences, tokens, in).
+
+    After the `last` inputs of a block, the dense stream moves on.
 
     Experts are given the same tokens as in the sparse model, so that the inputs of both belong together.
     """

@@ -1,4 +1,7 @@
-"""Refine the mask and the weights of one linear: exact swaps, then least squares; held-out windows say how much."""
+"""Refine the mask and the weights of one linear: exact swaps, then least squares.
+
+Held-out windows decide how far each step goes.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -44,7 +47,9 @@ class Objective:
 
 
 def swap_stages(swaps: int, guarded: bool) -> tuple[int, ...]:
-    """Most swaps of a row in each stage; with held-out windows (`guarded`) a stage ends where they measure the errors.
+    """Most swaps of a row in each stage.
+
+    With held-out windows (`guarded`), a stage ends where they measure the errors.
 
     Example: swaps=100, guarded -> (25, 25, 50); swaps=2, guarded -> (1, 1), since a stage has at least one swap.
     """

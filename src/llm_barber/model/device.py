@@ -95,7 +95,7 @@ def free_device_memory(device: torch.device, limit: int | None) -> int:
 def fitting_batch(layers: nn.ModuleList, seqlen: int, free: int, dtype: torch.dtype, experts_per_token: int = 1) -> int:
     """Estimate how many sequences can be computed together in `free` bytes; at least one.
 
-    If the estimate is too high, the layer is computed again with half as many sequences (`embedding.py`).
+    If the estimate is too high, the layer is computed again with half as many sequences (`run/out_of_memory.py`).
 
     Args:
         layers: the decoder layers.

@@ -1,4 +1,4 @@
-"""Step over the decoder layers of a model: run it around them, and capture the arguments of their calls.
+"""Step over a model's decoder layers: run it around them, and capture the arguments of their calls.
 
 A layer can be computed by itself if its arguments (mask, positions), except the states, depend neither on the tokens
 nor on the results of earlier layers; `find_stepping` makes sure of that.

@@ -1,6 +1,7 @@
-"""`packed.c`, where it was built and the processor has AVX2; without it the same is done with NumPy, slower.
+"""Functions of `packed.c`, if it was built and the processor has AVX2.
 
-It is an optional extension: an install without a C compiler goes on without it. Sizes are checked here, not in C.
+The extension is optional: an install without a C compiler succeeds, and NumPy then computes the same, more slowly.
+Sizes are checked here, not in C.
 """
 
 import ctypes
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 ITEMS = (2, 4)  # bytes of a weight
-LAYOUTS = ((3, 4, 6), (7, 8, 7))  # of 2:4 and 4:8
+# Layouts of the codes of 2:4 and 4:8: bytes of codes, bytes of the bit mask that they encode, bits that encode a byte.
+LAYOUTS = ((3, 4, 6), (7, 8, 7))
 ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512 or avx512bf16
-PRODUCT_ROWS = 4  # of inputs
+PRODUCT_ROWS = 4  # rows of inputs that a product takes
 
 
 class Instructions(IntEnum):
@@ -29,13 +31,13 @@ class Instructions(IntEnum):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None."""
+    """Load the library; None if it was not built, or cannot be used."""
     for path in sorted(Path(__file__).parent.glob("_packed*.so")):
         try:
-            found = ctypes.CDLL(str(path))
-            if found.packed_start():
-                return found
-        except (OSError, AttributeError):  # of another platform, or damaged
+            loaded = ctypes.CDLL(str(path))
+            if loaded.packed_start():
+                return loaded
+        except (OSError, AttributeError):  # the file is of another platform, or damaged
             continue
     return None
 
@@ -50,25 +52,25 @@ def instructions() -> Instructions:
     loaded = library()
     find_level = getattr(loaded, "packed_product_level", None)  # an extension that was built earlier lacks it
     level = Instructions(find_level() if find_level is not None else 0)
-    wanted = os.environ.get(ISA, "")
-    if not wanted:
+    limit = os.environ.get(ISA, "")
+    if not limit:
         return level
     try:
-        return min(level, Instructions[wanted.upper()])
+        return min(level, Instructions[limit.upper()])
     except KeyError:
-        raise ValueError(f"{ISA}={wanted}: use {', '.join(name.name.lower() for name in Instructions)}") from None
+        raise ValueError(f"{ISA}={limit}: use {', '.join(name.name.lower() for name in Instructions)}") from None
 
 
 def usable(*weights: np.ndarray) -> bool:
-    """Whether `find`, `take` and `put` take these."""
-    return library() is not None and all(one.itemsize in ITEMS and one.flags.c_contiguous for one in weights)
+    """Test whether `find`, `take` and `put` accept these weights."""
+    return library() is not None and all(array.itemsize in ITEMS and array.flags.c_contiguous for array in weights)
 
 
 def find(flat: np.ndarray, bits: np.ndarray) -> None:
     """Write the bit mask of the weights that are not zero.
 
     Args:
-        flat: (weights,), as `usable` has them; a multiple of 8.
+        flat: (weights,), `usable`; a multiple of 8.
         bits: uint8, (weights / 8,).
     """
     _check(flat, bits)
@@ -81,75 +83,83 @@ def take(flat: np.ndarray, bits: np.ndarray, values: np.ndarray) -> None:
     Args:
         flat: (weights,), a multiple of 8.
         bits: uint8, (weights / 8,).
-        values: (kept,), as many as there are set bits.
+        values: (kept,), one value for each set bit.
     """
     _check(flat, bits)
     _call("take", flat, flat.ctypes, bits.ctypes, len(flat), values.ctypes, len(values))
 
 
-def put(values: np.ndarray, bits: np.ndarray, into: np.ndarray) -> None:
-    """The reverse of `take`, with zeros elsewhere."""
-    _check(into, bits)
+def put(values: np.ndarray, bits: np.ndarray, flat: np.ndarray) -> None:
+    """Undo `take`: write the values where a bit is set, and zeros elsewhere."""
+    _check(flat, bits)
     variant = "_512" if instructions() > Instructions.AVX2 else ""
-    _call("put", into, values.ctypes, len(values), bits.ctypes, len(into), into.ctypes, variant=variant)
+    _call("put", flat, values.ctypes, len(values), bits.ctypes, len(flat), flat.ctypes, variant=variant)
 
 
-def join(mask: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], places: np.ndarray) -> None:
+def join(mask: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], codes: np.ndarray) -> None:
     """Write the codes of a bit mask.
 
     Args:
-        mask: uint8, (groups · together,).
+        mask: uint8, (units · bytes of the mask,), a unit as of `layout`.
         table: uint8, (256,): byte of the mask → its codes.
-        layout: one of `LAYOUTS`: bytes of a group's codes; bytes of the mask together; bits of the codes of one.
-        places: uint8, (groups · bytes,).
+        layout: one of `LAYOUTS`.
+        codes: uint8, (units · bytes of codes,).
     """
-    _by_table("join", mask, table, 256, layout, mask, places)
+    _by_table("join", mask, codes, table, 256, layout)
 
 
-def split(places: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], mask: np.ndarray) -> None:
-    """The reverse of `join`, by a table of codes → byte of the mask, of 2 to the power of the codes' bits."""
-    _by_table("split", places, table, 1 << layout[2], layout, mask, places)
+def split(codes: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], mask: np.ndarray) -> None:
+    """Undo `join`: write the bit mask of codes.
+
+    Args:
+        codes: as in `join`.
+        table: uint8, (2 to the power of the layout's bits,): codes of a byte → byte of the mask.
+        layout: one of `LAYOUTS`.
+        mask: as in `join`.
+    """
+    _by_table("split", mask, codes, table, 1 << layout[2], layout)
 
 
 def _by_table(
-    name: str, first: np.ndarray, table: np.ndarray, length: int, layout: tuple[int, int, int],
-    mask: np.ndarray, places: np.ndarray,
-) -> None:  # fmt: skip
-    width, together, _ = layout
-    groups = len(places) // width
-    sizes = (len(table), len(places), len(mask)) == (length, groups * width, groups * together)
+    name: str, mask: np.ndarray, codes: np.ndarray, table: np.ndarray, length: int, layout: tuple[int, int, int]
+) -> None:
+    """Call the C function `name` on codes and mask, with a table of `length` entries."""
+    code_bytes, mask_bytes, _ = layout
+    units = len(codes) // code_bytes
+    sizes = (len(table), len(codes), len(mask)) == (length, units * code_bytes, units * mask_bytes)
     if (
         layout not in LAYOUTS
         or not sizes
-        or not all(one.itemsize == 1 and one.flags.c_contiguous for one in (table, mask, places))
+        or not all(array.itemsize == 1 and array.flags.c_contiguous for array in (table, mask, codes))
     ):
         raise ValueError("a table, a mask and codes that do not fit together")
-    other = places if first is mask else mask
-    getattr(library(), f"packed_{name}")(first.ctypes, table.ctypes, ctypes.c_size_t(groups), other.ctypes, width)
+    source, target = (mask, codes) if name == "join" else (codes, mask)
+    function = getattr(library(), f"packed_{name}")
+    function(source.ctypes, table.ctypes, ctypes.c_size_t(units), target.ctypes, code_bytes)
 
 
 def can_multiply(columns: int, dtype: torch.dtype) -> bool:
-    """Whether `product` takes weights of so many columns."""
+    """Test whether `product` accepts weights with this number of columns."""
     return library() is not None and columns % 8 == 0 and dtype in (torch.bfloat16, torch.float32)
 
 
 def product(values: Tensor, bits: Tensor, inputs: Tensor, outputs: Tensor) -> None:
-    """outputs = inputs · Wᵀ, in float32, for some rows of W.
+    """Compute outputs = inputs · Wᵀ, in float32, for some rows of W.
 
     Args:
-        values: bfloat16 or float32, (kept,), of these rows.
-        bits: uint8, (rows · in / 8,), of these rows; as many set bits as values.
-        inputs: float32, (up to `PRODUCT_ROWS`, in), contiguous.
-        outputs: float32, (as many, rows); rows next to each other.
+        values: bfloat16 or float32, (kept,), the kept weights of these rows.
+        bits: uint8, (rows · in / 8,), the bit mask of these rows; it has as many set bits as there are values.
+        inputs: float32, (input rows, in), contiguous; at most `PRODUCT_ROWS` input rows.
+        outputs: float32, (input rows, rows), contiguous along the rows; it is written.
     """
     rows, columns = outputs.shape[1], inputs.shape[1]
-    found = library()
-    parts = (values, bits, inputs)
-    if found is None or not can_multiply(columns, values.dtype) or not all(one.is_contiguous() for one in parts):
+    loaded = library()
+    contiguous = all(part.is_contiguous() for part in (values, bits, inputs))
+    if loaded is None or not can_multiply(columns, values.dtype) or not contiguous:
         raise ValueError("the product needs contiguous parts, and columns that are a multiple of 8")
     if len(bits) * 8 != rows * columns or not 1 <= len(inputs) <= PRODUCT_ROWS or outputs.stride(1) != 1:
         raise ValueError("parts of the product do not fit together")
-    found.packed_product(
+    loaded.packed_product(
         *(ctypes.c_void_p(values.data_ptr()), ctypes.c_size_t(len(values)), ctypes.c_void_p(bits.data_ptr())),
         *(ctypes.c_size_t(rows), ctypes.c_size_t(columns), ctypes.c_void_p(inputs.data_ptr())),
         *(ctypes.c_void_p(outputs.data_ptr()), ctypes.c_size_t(outputs.stride(0))),
@@ -158,10 +168,12 @@ def product(values: Tensor, bits: Tensor, inputs: Tensor, outputs: Tensor) -> No
 
 
 def _check(flat: np.ndarray, bits: np.ndarray) -> None:
+    """Refuse a bit mask that does not fit its weights."""
     if len(bits) * 8 != len(flat) or not bits.flags.c_contiguous:
         raise ValueError(f"{len(bits)} bytes of bits for {len(flat)} weights")
 
 
 def _call(name: str, flat: np.ndarray, *arguments: object, variant: str = "") -> None:
+    """Call the C function for the size of the weights, in a variant."""
     function = getattr(library(), f"packed_{name}{8 * flat.itemsize}{variant}")
-    function(*(ctypes.c_size_t(one) if isinstance(one, int) else one for one in arguments))
+    function(*(ctypes.c_size_t(value) if isinstance(value, int) else value for value in arguments))

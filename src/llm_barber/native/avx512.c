@@ -55,6 +55,17 @@ INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
 /* Values that are left, also where the mask has more bits than there are values. */
 INLINE size_t left_of(size_t kept, size_t next) { return next < kept ? kept - next : 0; }
 
+/* Moves values to the places of the mask. The compiler must not fold the load into VPEXPANDW. */
+TARGET512 INLINE __m512i expand16(uint32_t mask, __m512i values) {
+    __asm__("" : "+v"(values));
+    return _mm512_maskz_expand_epi16(mask, values);
+}
+
+TARGET512 INLINE __m512 expand32(__mmask16 mask, __m512 values) {
+    __asm__("" : "+v"(values));
+    return _mm512_maskz_expand_ps(mask, values);
+}
+
 TARGET512 INLINE __m512i next_values16(const uint16_t *values, size_t left) {
     if (left >= 32) return _mm512_loadu_si512(values);
     return _mm512_maskz_loadu_epi16(((uint32_t)1 << left) - 1, values);
@@ -104,7 +115,7 @@ _Pragma("GCC unroll 4")
             for (int s = 0; s < sums; s++) {
                 uint32_t mask;
                 memcpy(&mask, bits + 4 * s, 4);
-                __m512i weights = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values + next));
+                __m512i weights = expand16(mask, _mm512_loadu_si512(values + next));
                 next += (size_t)_mm_popcnt_u32(mask);
 _Pragma("GCC unroll 16")
                 for (int t = 0; t < tokens; t++)
@@ -114,7 +125,7 @@ _Pragma("GCC unroll 16")
         for (; c < columns; c += 32, bits += 4) {
             uint32_t mask = mask_of(bits, columns - c);
             __mmask32 inside = columns - c >= 32 ? 0xffffffffu : ((uint32_t)1 << (columns - c)) - 1;
-            __m512i weights = _mm512_maskz_expand_epi16(mask, next_values16(values + next, left_of(p->kept, next)));
+            __m512i weights = expand16(mask, next_values16(values + next, left_of(p->kept, next)));
             next += (size_t)_mm_popcnt_u32(mask);
 _Pragma("GCC unroll 16")
             for (int t = 0; t < tokens; t++)
@@ -148,7 +159,7 @@ _Pragma("GCC unroll 16")
                                    left >= 32 ? 0xffff : left <= 16 ? 0 : (__mmask16)((1u << (left - 16)) - 1)};
             __m512 weights[2];
             if (bfloat16) {
-                __m512i all = _mm512_maskz_expand_epi16(
+                __m512i all = expand16(
                     mask, next_values16((const uint16_t *)p->values + next, left_of(p->kept, next)));
                 next += (size_t)_mm_popcnt_u32(mask);
                 weights[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
@@ -157,7 +168,7 @@ _Pragma("GCC unroll 16")
             } else {
                 for (int half = 0; half < 2; half++) {
                     __mmask16 part = (__mmask16)(mask >> (16 * half));
-                    weights[half] = _mm512_maskz_expand_ps(
+                    weights[half] = expand32(
                         part, next_values32((const float *)p->values + next, left_of(p->kept, next)));
                     next += (size_t)_mm_popcnt_u32(part);
                 }
@@ -175,10 +186,11 @@ _Pragma("GCC unroll 16")
     }
 }
 
-#define CASES(function, few, many)                                                                                    \
+/* `few`, `some`, `many`: the last argument for 1 and 2, up to 8 and up to 16 rows of inputs. */
+#define CASES(function, few, some, many)                                                                              \
     switch (p->tokens) {                                                                                              \
-        CASE(function, 1, few) CASE(function, 2, few) CASE(function, 3, many) CASE(function, 4, many)                 \
-        CASE(function, 5, many) CASE(function, 6, many) CASE(function, 7, many) CASE(function, 8, many)               \
+        CASE(function, 1, few) CASE(function, 2, few) CASE(function, 3, some) CASE(function, 4, some)                 \
+        CASE(function, 5, some) CASE(function, 6, some) CASE(function, 7, some) CASE(function, 8, some)               \
         CASE(function, 9, many) CASE(function, 10, many) CASE(function, 11, many) CASE(function, 12, many)            \
         CASE(function, 13, many) CASE(function, 14, many) CASE(function, 15, many) CASE(function, 16, many)           \
     }
@@ -186,15 +198,15 @@ _Pragma("GCC unroll 16")
     case number: function(p, first, last, next, number, last_argument); break;
 
 TARGET_BF16 static void some_rows_bfloat16(const product_t *p, size_t first, size_t last, size_t next) {
-    CASES(rows_bfloat16, 4, 1)
+    CASES(rows_bfloat16, 4, 2, 1)
 }
 
 TARGET512 static void some_rows_widened(const product_t *p, size_t first, size_t last, size_t next) {
-    CASES(rows_float32, 1, 1)
+    CASES(rows_float32, 1, 1, 1)
 }
 
 TARGET512 static void some_rows_float32(const product_t *p, size_t first, size_t last, size_t next) {
-    CASES(rows_float32, 0, 0)
+    CASES(rows_float32, 0, 0, 0)
 }
 
 static void some_rows(const product_t *p, size_t first, size_t last, size_t next) {
@@ -309,14 +321,14 @@ TARGET512 void packed_put16_512(const uint16_t *values, size_t kept, const uint8
     for (; i + 32 <= count && next + 32 <= kept; i += 32) {
         uint32_t mask;
         memcpy(&mask, bits + i / 8, 4);
-        _mm512_storeu_si512(weights + i, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values + next)));
+        _mm512_storeu_si512(weights + i, expand16(mask, _mm512_loadu_si512(values + next)));
         next += (size_t)_mm_popcnt_u32(mask);
     }
     for (; i < count; i += 32) {
         uint32_t mask = mask_of(bits + i / 8, count - i);
         __mmask32 inside = count - i >= 32 ? 0xffffffffu : ((uint32_t)1 << (count - i)) - 1;
         _mm512_mask_storeu_epi16(weights + i, inside,
-                                 _mm512_maskz_expand_epi16(mask, next_values16(values + next, left_of(kept, next))));
+                                 expand16(mask, next_values16(values + next, left_of(kept, next))));
         next += (size_t)_mm_popcnt_u32(mask);
     }
 }
@@ -326,7 +338,7 @@ TARGET512 void packed_put32_512(const uint32_t *values, size_t kept, const uint8
     for (size_t i = 0; i < count; i += 16) {
         __mmask16 inside = count - i >= 16 ? 0xffff : 0xff;
         __mmask16 mask = (__mmask16)(bits[i / 8] | (inside == 0xffff ? bits[i / 8 + 1] << 8 : 0));
-        __m512 sixteen = _mm512_maskz_expand_ps(mask, next_values32((const float *)values + next, left_of(kept, next)));
+        __m512 sixteen = expand32(mask, next_values32((const float *)values + next, left_of(kept, next)));
         _mm512_mask_storeu_ps(weights + i, inside, sixteen);
         next += (size_t)_mm_popcnt_u32(mask);
     }

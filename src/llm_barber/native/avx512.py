@@ -13,6 +13,7 @@ from llm_barber import native
 from llm_barber.native import Instructions
 
 ROWS = 16  # most rows of inputs that a product takes
+FAST_ROWS = 8  # rows of inputs up to which a product is faster than unpacking the weight and multiplying
 
 
 class _Product(ctypes.Structure):

@@ -1,7 +1,7 @@
-"""Several processes on one run: each has a share of the calibration sequences, and what they count is added up.
+"""Several processes on one run: each has a share of the calibration sequences; sums are added up.
 
-Started by `torchrun`, which says in the environment how many there are. Sums are all-reduced, so that every process
-ranks the same numbers and finds the same masks; process 0 writes. One process is the ordinary case, without a group.
+`torchrun` starts the processes, and sets their number in the environment. Sums are all-reduced, so that every process
+ranks the same numbers and gets the same masks; process 0 writes. A single process, the usual case, has no group.
 """
 
 import atexit
@@ -21,13 +21,13 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from llm_barber.errors import BarberError, SettingsError, first_line
 from llm_barber.parallel.pulse import watched
 
-# Others wait while one process computes, or fetches a model. One that died is noticed at once, by its connection; one
-# that failed or vanished, by `pulse.py`.
+# Processes wait while one of them computes, or downloads a model. A closed connection shows at once that a process
+# died; `pulse.py` notices a process that failed or vanished.
 TIMEOUT, MEETING = timedelta(days=2), timedelta(minutes=10)
-LEAVING = 5.0  # seconds that leaving the group may take after a failure: NCCL may wait for the others then
+LEAVING = 5.0  # seconds that leaving the group may take after a failure, when NCCL may wait for other processes
 AnyObject = TypeVar("AnyObject")
 Share: TypeAlias = "slice[int, int, None]"
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # an array of a shape and dtype, of any content
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates an array, without initialising it
 
 
 class RankError(BarberError):
@@ -35,15 +35,21 @@ class RankError(BarberError):
 
 
 class Sums(Protocol):
-    """What is added up over sequences (`masking/statistics.py`)."""
+    """Sums over sequences (`masking/statistics.py`)."""
 
     def parts(self) -> list[Tensor]:
-        """Tensors whose sums over all processes are what one process would have counted."""
+        """Tensors to add up over all processes; a single process would have counted these totals."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number, how many there are, and the group in which they talk; None: the program's usual one."""
+    """The processes of a run.
+
+    Attributes:
+        rank: this process's number.
+        count: number of processes.
+        group: the group in which they communicate; None: the program's default group.
+    """
 
     rank: int = 0
     count: int = 1
@@ -51,13 +57,14 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Is this the one that writes and talks?"""
+        """True in process 0, which writes files and messages."""
         return self.rank == 0
 
     def shares(self, sequences: int, held_out: int) -> tuple[Share, Share]:
-        """Which of all calibration sequences are this process's: before the last ones, that are held out, and of these.
+        """Choose this process's calibration sequences: training sequences, and held-out sequences.
 
-        It has its part of both, so that none waits while others have more to do.
+        The held-out sequences are the last of all. Every process has a share of both, so that processes finish
+        together.
 
         Raises:
             SettingsError: there are more processes than sequences.
@@ -71,8 +78,8 @@ class Ranks:
         first = sequences - held_out
         return slice(ends[0] - last[0], ends[1] - last[1]), slice(first + last[0], first + last[1])
 
-    def _places(self, sequences: int, held_out: int) -> Iterator[tuple[Share, Share]]:
-        """Where each of the two lies among all sequences, and among this process's own; without empty ones."""
+    def _share_slices(self, sequences: int, held_out: int) -> Iterator[tuple[Share, Share]]:
+        """Slices of each share that is not empty, among all sequences and among this process's sequences."""
         start = 0
         for share in self.shares(sequences, held_out):
             stop = start + share.stop - share.start
@@ -81,25 +88,25 @@ class Ranks:
             start = stop
 
     def add(self, sums: Sums) -> None:
-        """Add up, in place, what each process has counted."""
+        """Add up sums over all processes, in place."""
         for part in sums.parts():
             self.add_tensor(part)
 
-    def add_tensor(self, one: Tensor) -> None:
-        """Add up a tensor, in place."""
+    def add_tensor(self, tensor: Tensor) -> None:
+        """Add up a tensor over all processes, in place."""
         if self.count > 1:
-            dist.all_reduce(one, group=self.group)
+            dist.all_reduce(tensor, group=self.group)
 
     def total(self, *values: float) -> list[float]:
-        """The sums of numbers over all processes."""
+        """Add up numbers over all processes."""
         if self.count == 1:
             return list(values)
-        found = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(found, group=self.group)
-        return [float(value) for value in found]
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.group)
+        return [float(value) for value in sums]
 
     def from_first(self, value: AnyObject) -> AnyObject:
-        """What process 0 has."""
+        """Return the value that process 0 passes."""
         if self.count == 1:
             return value
         box = [value]
@@ -107,79 +114,83 @@ class Ranks:
         return box[0]
 
     def tensors_from_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that process 0 has, of the CPU."""
+        """Return the tensors, on the CPU, that process 0 passes."""
         if self.count == 1:
             return dict(tensors)
-        kinds = self.from_first({name: (tuple(one.shape), one.dtype) for name, one in tensors.items()})
-        found = {}
+        kinds = self.from_first({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+        received = {}
         for name, (shape, dtype) in kinds.items():
-            found[name] = tensors[name].contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
-            dist.broadcast(found[name].reshape(-1).view(torch.uint8), 0, self.group)
-        return found
+            received[name] = tensors[name].contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
+            dist.broadcast(received[name].reshape(-1).view(torch.uint8), 0, self.group)
+        return received
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait for all processes."""
         if self.count > 1:
             dist.barrier(self.group)
 
     def gather(self, arrays: Mapping[str, Tensor], sequences: int, held_out: int, empty: Empty) -> dict[str, Tensor]:
-        """On process 0 the arrays of all sequences, (sequences, …), from each process's own; elsewhere nothing.
+        """Join the arrays of all processes on process 0; other processes get an empty mapping.
 
-        `empty` makes them.
+        Args:
+            arrays: this process's part of each array, (its sequences, …).
+            sequences: number of sequences of all processes.
+            held_out: number of held-out sequences of all processes.
+            empty: allocates the joined arrays, (sequences, …).
         """
         if self.count == 1:
             return dict(arrays)
-        found = {}
-        for name, own in arrays.items():
+        joined_arrays = {}
+        for name, part in arrays.items():
             if not self.is_first:
-                for _, here in self._places(sequences, held_out):
-                    dist.send(own[here].contiguous(), 0, self.group)
+                for _, in_part in self._share_slices(sequences, held_out):
+                    dist.send(part[in_part].contiguous(), 0, self.group)
                 continue
-            whole = empty((sequences, *own.shape[1:]), own.dtype)
+            whole = empty((sequences, *part.shape[1:]), part.dtype)
             for rank in range(self.count):
-                for there, here in Ranks(rank, self.count)._places(sequences, held_out):
+                for in_whole, in_part in Ranks(rank, self.count)._share_slices(sequences, held_out):
                     if rank:
-                        dist.recv(whole[there], rank, self.group)
+                        dist.recv(whole[in_whole], rank, self.group)
                     else:
-                        whole[there] = own[here]
-            found[name] = whole
-        return found
+                        whole[in_whole] = part[in_part]
+            joined_arrays[name] = whole
+        return joined_arrays
 
     def scatter(self, arrays: Mapping[str, Tensor], sequences: int, held_out: int, empty: Empty) -> dict[str, Tensor]:
-        """Each process's own of process 0's arrays of all sequences; `empty` makes them."""
+        """Split process 0's arrays of all sequences over the processes; arguments as of `gather`."""
         if self.count == 1:
             return dict(arrays)
-        kinds = self.from_first({name: (tuple(one.shape[1:]), one.dtype) for name, one in arrays.items()})
-        found = {}
+        kinds = self.from_first({name: (tuple(array.shape[1:]), array.dtype) for name, array in arrays.items()})
+        parts = {}
         for name, (shape, dtype) in kinds.items():
-            places = list(self._places(sequences, held_out))
-            found[name] = empty((places[-1][1].stop, *shape), dtype)
+            slices = list(self._share_slices(sequences, held_out))
+            parts[name] = empty((slices[-1][1].stop, *shape), dtype)
             for rank in range(1, self.count) if self.is_first else ():
-                for there, _ in Ranks(rank, self.count)._places(sequences, held_out):
-                    dist.send(arrays[name][there].contiguous(), rank, self.group)
-            for there, here in places:
+                for in_whole, _ in Ranks(rank, self.count)._share_slices(sequences, held_out):
+                    dist.send(arrays[name][in_whole].contiguous(), rank, self.group)
+            for in_whole, in_part in slices:
                 if self.is_first:
-                    found[name][here] = arrays[name][there]
+                    parts[name][in_part] = arrays[name][in_whole]
                 else:
-                    dist.recv(found[name][here], 0, self.group)
-        return found
+                    dist.recv(parts[name][in_part], 0, self.group)
+        return parts
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """Number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started, or the group that the calling program has made of them.
+    """Join the processes that `torchrun` started, or the group that the calling program has made.
 
     Raises:
-        RankError: another one ended, or cannot be reached.
+        RankError: another process ended, or cannot be reached.
         SettingsError: the program's group cannot add up numbers of the CPU.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if dist.is_initialized() and _Group.own is None:
+    if dist.is_initialized() and _Group.group is None:
         if "cpu" not in dist.get_backend_config():
             raise SettingsError(
                 f"the program's group of processes has no backend for the CPU, only {dist.get_backend_config()}",
@@ -195,13 +206,13 @@ def joined() -> Iterator[Ranks]:
     try:
         with watched(ranks.rank, count):
             yield ranks
-            # Whoever is done stays until all are, and a failure is missed nowhere; but what process 0 has written is
-            # there, whatever becomes of the others.
+            # A process that is done waits for all, so that each notices a failure. Process 0 has written its files:
+            # they are complete whatever happens to other processes.
             with suppress(RuntimeError) if ranks.is_first else nullcontext():
                 ranks.wait()
     except BaseException as error:
         _Group.leave_after_failure()
-        # As torch.distributed says what is wrong with a connection.
+        # torch.distributed raises these types for a broken connection.
         of_connection = isinstance(error, RuntimeError | ValueError) and not isinstance(error, torch.OutOfMemoryError)
         if not of_connection or not _of_connection(error):
             raise
@@ -212,45 +223,47 @@ def joined() -> Iterator[Ranks]:
 
 
 class _Group:
-    """The group that this module makes, for all runs of the program; after a failure another one, in the same store."""
+    """Group of this module for all runs of the program; after a failure a new one, in the same store."""
 
-    own: dist.ProcessGroup | None = None
-    _met: tuple[Any, int, int] | None = None  # where, which process this is, and of how many
+    group: dist.ProcessGroup | None = None
+    _met: tuple[Any, int, int] | None = None  # the store, this process's number, and the number of processes
     _meetings = 0
 
     @classmethod
     def meet(cls) -> dist.ProcessGroup:
-        if cls.own is not None:
-            return cls.own
+        """Return the group; make it if there is none."""
+        if cls.group is not None:
+            return cls.group
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             if cls._met is None:
                 cls._met = next(rendezvous("env://", timeout=MEETING))
                 atexit.register(cls.leave)
-            every, rank, count = cls._met
+            root, rank, count = cls._met
             cls._meetings += 1
-            store = PrefixStore(f"llm-barber/{cls._meetings}", every)  # where nothing of another group is left
+            store = PrefixStore(f"llm-barber/{cls._meetings}", root)  # without keys of an earlier group
             dist.init_process_group(backend, timeout=MEETING, store=store, rank=rank, world_size=count)
             group: Any = dist.new_group(backend=backend, timeout=TIMEOUT)
-            every.set_timeout(TIMEOUT)  # NCCL's processes meet there at their first sum
+            root.set_timeout(TIMEOUT)  # NCCL's processes meet there at their first sum
         except (KeyError, RuntimeError, ValueError) as error:
             cls.leave()
             raise RankError(
                 f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
             ) from error
-        cls.own = group
-        return cls.own
+        cls.group = group
+        return cls.group
 
     @classmethod
     def leave(cls) -> None:
-        cls.own = None
+        """Destroy the group."""
+        cls.group = None
         if cls._met is not None and dist.is_initialized():
             dist.destroy_process_group()
 
     @classmethod
     def leave_after_failure(cls) -> None:
-        """Leave, while the others may be in the middle of something that this process will not join."""
-        cls.own = None
+        """Leave while other processes may wait in an operation that this process will not join."""
+        cls.group = None
         leaving = Thread(target=cls.leave, daemon=True)
         leaving.start()
         leaving.join(LEAVING)
@@ -259,5 +272,6 @@ class _Group:
 
 
 def _of_connection(error: Any) -> bool:
+    """Test whether an error's text is about a connection."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "store"))

@@ -1,1 +1,1 @@
-"""What a run will cost, from a model's configuration alone: no weights are read."""
+"""Forecasts of a run's costs, from a model's configuration alone: no weights are read."""

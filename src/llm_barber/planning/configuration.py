@@ -1,4 +1,4 @@
-"""Read a model's configuration without its weights: from a folder, a config.json, a GGUF file or the hub."""
+"""Read a model's configuration without weights: from a folder, config.json, GGUF file or the hub."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A plan in words: where a model's decoder layers and their linears are, and what the run does to them."""
+"""A plan in words: where a model's decoder layers and linears are, and what the run does to them."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from llm_barber.planning.recipe import Recipe
 
 
 def structure_lines(skeleton: Skeleton, known: bool) -> tuple[str, ...]:
-    """Describe the decoder layers and their blocks, in lines; layers with the same blocks share their lines.
+    """Describe the decoder layers and their blocks in lines; layers with the same blocks share lines.
 
     Args:
         skeleton: the empty model.

@@ -8,7 +8,7 @@ from llm_barber.planning.rates import KINDS
 
 
 class StageForecast(BaseModel):
-    """Work of one stage in the process that has the most of it, and its seconds by resource (`rates.KINDS`).
+    """Work of a stage in the process that has the most of it, and its seconds by resource.
 
     The stage `keep` runs while a GPU computes layers: its seconds are those by which it outlasts the layers.
     """
@@ -52,7 +52,10 @@ class ProcessesForecast(BaseModel):
 
 
 class Forecast(BaseModel):
-    """Costs of a run. `rates`: amounts a second of each kind of work; `measured`: the rates are this machine's."""
+    """Costs of a run.
+
+    `rates`: amounts a second of each kind of work. `measured`: the rates are this machine's.
+    """
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,4 +1,4 @@
-"""Work of initial masks, and of the allocation before them: statistics of the inputs, ranking, updates."""
+"""Work of initial masks and of the allocation before them: input statistics, ranking, updates."""
 
 from llm_barber.masking.sparsegpt import STRIDE
 from llm_barber.masking.statistics import gram_flops

@@ -19,9 +19,9 @@ DEVICE_MARGIN_TOGETHER, DEVICE_LIBRARIES_TOGETHER = 2.0, 2**31
 
 
 def device_room(free: float, model: ModelShapes, recipe: Recipe) -> int:
-    """Bytes of a device's free memory in which activations may stay: free memory less the counted peak and a margin.
+    """Bytes of a device in which activations may stay: free memory less the counted peak and a margin.
 
-    If that is too much after all, one process moves its activations off the device (`run/embedding.py`). Several
+    If that is too much after all, one process moves its activations off the device (`run/out_of_memory.py`). Several
     processes cannot, since none can do so alone: their margin is wider.
     """
     margin, libraries = DEVICE_MARGIN, DEVICE_LIBRARIES

@@ -105,7 +105,7 @@ class _Stopwatch:
     device: torch.device
 
     def least(self, run: Callable[[], object], times: int = 5) -> float:
-        """Least seconds of `times` runs after one to warm up; of fewer runs if they take longer than `SECONDS`."""
+        """Least seconds of `times` runs after one to warm up; fewer if they take longer than `SECONDS`."""
         seconds: list[float] = []
         began = time.perf_counter()
         for _ in range(times + 1):
@@ -167,7 +167,7 @@ def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
 
 
 def _disk() -> tuple[float, float]:
-    """Bytes/s of reading a file that was just written, checked for NaN, and of writing a file durably, hashed.
+    """Bytes/s of reading a file just written, checked for NaN, and of writing one durably, hashed.
 
     The file lies in the present folder, if that can be written.
     """

@@ -111,7 +111,7 @@ def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
 
 
 def _embedding(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
-    """Moments of embedding: copying the parameters outside the layers, shard by shard, then the first hidden states.
+    """Moments of embedding: the parameters outside the layers, by shard, then the first hidden states.
 
     A shard takes pages of the file and its copy; the previous shard is still held.
     """
@@ -129,7 +129,7 @@ def _converted(recipe: Recipe) -> float:
 
 
 def _layer(layer: LayerShapes, recipe: Recipe) -> Footprint:
-    """A layer as it is stored and as it is computed with, pruned weights and masks of it and of the previous layer.
+    """A layer as stored and as computed with, pruned weights and masks of it and of the previous layer.
 
     The next layer is read ahead meanwhile. Methods that update weights hold the updated weights, too.
     """
@@ -157,7 +157,7 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
 
 
 def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
-    """Gram matrices of the whole layer, with a batch or with the arrays of one linear, whichever is larger."""
+    """Gram matrices of the layer, with a batch or with the arrays of one linear, whichever is larger."""
     grams = sum(FLOAT32 * group[0][1] ** 2 * block.copies for block in layer.blocks for group in block.groups)
     matrices, arrays = UPDATING[recipe.initial]
     working = [
@@ -169,7 +169,7 @@ def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
 
 
 def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
-    """Squares of gradients, with a batch and a gradient or with scores and their ranking, whichever is larger."""
+    """Squares of gradients, with a batch and a gradient or with scores and ranking, the larger of both."""
     weights = block.all_weights + block.beside
     squares = FLOAT32 * weights
     passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest

@@ -1,4 +1,4 @@
-"""Work of a pass over the calibration tokens in any stage: a block's forward, its inputs, streams, sums."""
+"""Work of a pass over the calibration tokens, in any stage: forward, inputs, streams and sums."""
 
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes

@@ -1,4 +1,4 @@
-"""Forecast a run (`llm-barber plan`): work by stage, peak memory, time and bottleneck, from the configuration alone."""
+"""Forecast a run (`llm-barber plan`): work by stage, peak memory, time and bottleneck."""
 
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -39,14 +39,14 @@ LAYER_STAGES = ("initial", "rebuild", "refine", "tune", "propagate")  # computed
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of a process before its first layer: when it has read the calibration text, and at most while it reads."""
+    """Bytes of a process before its first layer: after reading the calibration text; at most meanwhile."""
 
     bare: int
     reading: int
 
 
 def plan(config: PlanConfig, progress: Progress | None = None) -> Forecast:
-    """Forecast the costs of a run from the model's configuration alone; takes seconds, downloads no weights.
+    """Forecast the costs of a run from the model's configuration; takes seconds, downloads no weights.
 
     Raises:
         BarberError: the configuration is missing, or not of a supported model; the device is not there.
@@ -109,7 +109,10 @@ def _check_settings(config: PlanConfig, progress: Progress) -> None:
 
 
 def _device_and_dtype(config: PlanConfig) -> tuple[torch.device, torch.dtype]:
-    """Resolve device and compute dtype; a named machine computes in bfloat16, on a GPU, whatever this machine has."""
+    """Resolve device and compute dtype.
+
+    A named machine computes in bfloat16, on a GPU, whatever this machine has.
+    """
     if config.flops is None:
         device = resolve_device(config.device)
         return device, resolve_dtype(config.dtype, device)

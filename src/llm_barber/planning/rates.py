@@ -1,4 +1,4 @@
-"""The speed of a machine at each kind of work, from a few numbers that are known of it (`named_rates`)."""
+"""The speed of a machine at each kind of work, from a few numbers that are known of it."""
 
 from dataclasses import dataclass, fields
 
@@ -38,7 +38,7 @@ class Rates:
     written: float
 
     def seconds(self, work: Work) -> dict[str, float]:
-        """Seconds of some work by resource: compute, memory, link (host and device), network (processes), disk."""
+        """Seconds of work by resource: compute, memory, link (host, device), network (processes), disk."""
         seconds = dict.fromkeys(KINDS.values(), 0.0)
         for kind in fields(self):
             seconds[KINDS[kind.name]] += getattr(work, kind.name) / getattr(self, kind.name)

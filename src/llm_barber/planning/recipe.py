@@ -138,7 +138,7 @@ class Recipe:
 
     @property
     def allocating(self) -> int:
-        """Number of arrays when allocating: the layer's inputs, and an array that moves through the dense model."""
+        """Number of arrays when allocating: the layer's inputs, and one that moves through the dense model."""
         return self.durable + 1
 
     def _staying(self, width: int, arrays: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The sizes that costs follow from, read off the empty model, so that no family's configuration is interpreted."""
+"""The sizes that costs follow from, read off the empty model: no configuration is interpreted."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from llm_barber.model.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class BlockShapes:
-    """A block, or a part of it: shapes of its linears, (out, in), in the order in which data flows through them.
+    """A block, or a part of it: shapes of its linears, (out, in), in the order of the data flow.
 
     All but the last read one tensor, the block's input; the last reads what the block makes of their outputs.
     `attention_width`: heads × head size; 0 without attention. `copies`: number of experts with these shapes, to each of

@@ -86,7 +86,7 @@ def _rates_line(forecast: Forecast) -> str:
 
 
 def stage_cells(stage: StageForecast) -> tuple[str, str, str, str, str]:
-    """A stage's FLOPs, bytes read and written, time, and the resource that takes most of it; a dash for nothing."""
+    """A stage's FLOPs, bytes read and written, time, and its main resource; a dash for nothing."""
     kinds = stage.seconds_by_kind
     return (
         amount(stage.flops) if stage.flops else "–",

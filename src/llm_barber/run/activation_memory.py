@@ -1,4 +1,4 @@
-"""Where the calibration activations lie: on the device, in host memory, or in files."""
+"""Choice of the memory for calibration activations: the device's, the host's, or files."""
 
 import os
 from dataclasses import replace
@@ -19,7 +19,7 @@ LIMITED: set[torch.device] = set()  # by a run of this process; the next run wit
 
 
 def activation_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: Writer) -> ArrayMemory:
-    """Choose where activations lie, so that the process stays within `settings.memory`; limit the device, too.
+    """Choose where activations lie within `settings.memory`; limit the device's memory, too.
 
     Raises:
         SettingsError: what a run needs besides activations does not fit.

@@ -68,7 +68,10 @@ def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
 
 
 def _rebuild_settings(config: RunSettings, method: Initial, pattern: Pattern | None) -> RebuildSettings | None:
-    """Settings of the rebuild; None: no rebuild. By default N:M competes within rows, as in the released program."""
+    """Settings of the rebuild; None: no rebuild.
+
+    By default, linears with N:M compete within rows, as in the released program.
+    """
     if not config.rebuilds:
         return None
     granularity, ratio = rebuild_defaults(method, config.granularity, config.rebuild_ratio, pattern)
@@ -114,7 +117,10 @@ def prepare_rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> 
 
 
 def _finished_before(config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:
-    """Report of this same run if it resumes and is finished already, as when a job is queued again; else None."""
+    """Report of this same run if it resumes and is finished already; otherwise None.
+
+    A job that is queued again is such a run.
+    """
     report = ranks.from_first(finished_run(config, progress) if ranks.is_first else None)
     if report is not None:
         if ranks.is_first and (config.output / STATE_NAME).is_file():  # the run was killed when its output was whole

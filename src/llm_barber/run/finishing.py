@@ -1,4 +1,4 @@
-"""Finish an output: companion files, record, model card and page; and warn of results that a user would not expect."""
+"""Finish an output: companion files, record, model card and page; warnings about results."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress
 
 
 def layers_ruled_by_one_token(report: RunReport) -> list[int]:
-    """Indices of tuned layers in whose remaining distance one token of each held-out window has more than half.
+    """Tuned layers where one token of each held-out window has most of the remaining distance.
 
     In windows of a few tokens that is nothing special: the list is empty then.
     """

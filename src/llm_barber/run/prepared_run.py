@@ -84,7 +84,10 @@ class PreparedRun:
 
     @property
     def preset(self) -> Preset | None:
-        """Preset that the run amounts to; None: none, or a preset that tunes, with other numbers or another method."""
+        """Preset that the run amounts to.
+
+        None: no preset, or a preset that tunes with other numbers or another initial method.
+        """
         config = self.config
         numbers = (config.guard, config.target_mix, config.tune_passes, config.swaps)
         other_method = self.initial.method not in (None, Initial.WANDA)
@@ -131,7 +134,7 @@ class PreparedRun:
 
     @property
     def allocation(self) -> Allocation:
-        """How sparsity is spread over the linears."""
+        """Allocation of sparsity over the linears."""
         return Allocation.UNIFORM if self.initial.budget is None else self.config.allocated_by
 
     def warn_of_settings(self, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""What the result of a run depends on: an unfinished run is resumed only by a run with the same key."""
+"""Key of a run: all that its result depends on. A run resumes only a run with the same key."""
 
 from typing import Any
 

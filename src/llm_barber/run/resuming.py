@@ -27,7 +27,10 @@ from llm_barber.usage import machine, peak_device_memory, peak_memory
 
 
 def as_before(prepared: PreparedRun, used: Used, progress: Progress) -> PreparedRun:
-    """Take over the batch size of the unfinished run, so that results are rounded alike; warn of other differences."""
+    """Take over the unfinished run's batch size, so that results are rounded alike.
+
+    Warn of another machine, and of files that were written since.
+    """
     here = machine(prepared.job.skeleton.device)
     if used.machine not in ("", here):
         progress.warn(

@@ -1,4 +1,4 @@
-"""The run: decoder layers, streamed from disk to disk one after the other; `method/` prunes each of them."""
+"""The run: stream decoder layers from disk to disk, one after the other; `method/` prunes each."""
 
 import time
 from collections.abc import Callable
@@ -42,7 +42,7 @@ STAGES = ("embed", "allocate", "layers", "read", "write", "total")
 
 
 def run(prepared: PreparedRun, progress: Progress) -> RunReport:
-    """Stream the model from disk to disk, layer by layer, and prune it; resume where an unfinished run stopped."""
+    """Prune the model, layer by layer, from disk to disk; resume where an unfinished run stopped."""
     began = time.perf_counter()
     prepared.warn_of_settings(progress)
     ranks, sequences = prepared.job.ranks, len(prepared.job.tokens.input_ids)
@@ -190,7 +190,10 @@ def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
 
 
 def _copy_outside(job: Job, writer: Writer) -> dict[str, Tensor]:
-    """Copy the tensors outside the decoder layers; return those that embed the tokens, by the model's names."""
+    """Copy the tensors outside the decoder layers to the output.
+
+    Returns the tensors that embed the tokens, by the model's names.
+    """
     embedding_names = {job.source.location(name).tensor: name for name in job.skeleton.outside_names}
     embedding: dict[str, Tensor] = {}
     for names in job.outside_shards:

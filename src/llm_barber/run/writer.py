@@ -1,4 +1,4 @@
-"""The writer as the run sees it: on the first process it writes the output, on the others it does nothing."""
+"""The writer as the run sees it: the first process writes the output, other processes nothing."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,9 @@ from llm_barber.checkpoint.state import RunState, Used
 
 
 class Writer(Protocol):
-    """An output in the making: `CheckpointWriter` and `PackedWriter` on the first process, `Follower` on the others.
+    """An output in the making.
+
+    `CheckpointWriter` or `PackedWriter` on the first process, `Follower` on other processes.
 
     `state`: what is finished. `lost`: files of an unfinished run that are damaged or missing.
     """

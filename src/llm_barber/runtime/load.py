@@ -1,4 +1,4 @@
-"""Load a pruned checkpoint, packed or not, as an ordinary transformers model; its linears may stay packed in memory."""
+"""Load a pruned checkpoint as a transformers model, with linears dense or packed in memory."""
 
 import warnings
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A linear whose weight stays packed in memory: kept values and one bit a weight, for every encoding on disk."""
+"""A linear whose weight stays packed in memory: kept values and a bit a weight, for every encoding."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,7 +22,8 @@ BLOCK_COLUMNS = 256  # columns of a block of the decode kernel: its int32 start 
 class PackedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
-    On the CPU, up to four rows of inputs are multiplied with the packed weight where `llm_barber.native` was built.
+    On the CPU, up to four rows of inputs (eight with AVX-512) are multiplied with the packed weight where
+    `llm_barber.native` was built.
     Otherwise each use unpacks the weight into a buffer that all linears of this size share. On CUDA with Triton, up to
     `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more rows are multiplied with the
     weight unpacked on the GPU. The kernel and the unpacking on the GPU are untested on a real GPU.
@@ -64,7 +65,7 @@ class PackedLinear(nn.Module):
         rows = inputs.numel() // self.shape[1]
         if use_kernel(self.values.device.type, rows, differentiated):
             return self.decode(inputs)
-        if use_native(self.values, self.shape[1], rows, differentiated):
+        if use_native(self.values, inputs.dtype, self.shape[1], rows, differentiated):
             return self.decode_on_cpu(inputs)
         return nn.functional.linear(inputs, self.weight, self.bias)
 
@@ -77,7 +78,7 @@ class PackedLinear(nn.Module):
         return decode_product(self.values, self.bits, self.starts, inputs, self.bias, BLOCK_COLUMNS)
 
     def decode_on_cpu(self, inputs: Tensor) -> Tensor:
-        """Compute `forward` without unpacking, summed in float32; at most `native.PRODUCT_ROWS` rows."""
+        """Compute `forward` without unpacking, summed in float32; as many rows as `use_native` takes."""
         rows, columns = self.shape
         parts = self._thread_parts(self._threads())
         if avx512.can_multiply(columns, self.values.dtype, inputs.dtype):
@@ -131,10 +132,13 @@ def use_kernel(device: str, rows: int, differentiated: bool) -> bool:
     return device == "cuda" and 1 <= rows <= DECODE_ROWS and not differentiated and find_spec("triton") is not None
 
 
-def use_native(values: Tensor, columns: int, rows: int, differentiated: bool) -> bool:
-    """True if `rows` rows of inputs are multiplied with the packed weight on the CPU."""
-    few = 1 <= rows <= native.PRODUCT_ROWS and not differentiated
-    return few and values.device.type == "cpu" and native.can_multiply(columns, values.dtype)
+def use_native(values: Tensor, inputs: torch.dtype, columns: int, rows: int, differentiated: bool) -> bool:
+    """True if `rows` rows of inputs of this dtype are multiplied with the packed weight on the CPU."""
+    if values.device.type != "cpu" or differentiated or rows < 1:
+        return False
+    if avx512.can_multiply(columns, values.dtype, inputs):
+        return rows <= avx512.FAST_ROWS
+    return rows <= native.PRODUCT_ROWS and native.can_multiply(columns, values.dtype)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""2:4 linears in PyTorch's semi-structured format, which the tensor cores of GPUs since Ampere multiply faster.
+"""2:4 linears in PyTorch's semi-structured format, for the tensor cores of GPUs since Ampere.
 
 The gain is for many rows of inputs (prefill, batches); for one row (decoding a single sequence) expect none, or a loss.
 Pure functions, tested on CPUs, decide which linears are converted; the product itself is untested on a real GPU.
@@ -25,7 +25,10 @@ HINT = "load it dense, or keep_packed=True"
 
 @dataclass(frozen=True)
 class SemiStructured:
-    """Linears that were converted, and the reasons why others stay dense; `load` sets it as `model.semi_structured`."""
+    """Linears that were converted, and the reasons why others stay dense.
+
+    `load` sets it as `model.semi_structured`.
+    """
 
     converted: tuple[str, ...]
     dense: dict[str, str]

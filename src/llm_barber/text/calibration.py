@@ -1,7 +1,7 @@
-"""Calibration text → token windows, seeded.
+"""Windows of calibration tokens, chosen by a seed.
 
-A text is tokenised as one stream and cut into windows of `seqlen` without overlap (`windows.py`); the seed chooses
-which and in which order. Files with documents (jsonl, parquet, the hub's sets) are joined by blank lines first.
+A text is tokenised as one stream and cut into windows of `seqlen` without overlap (`windows.py`). The seed chooses
+windows and their order. Documents (of jsonl, parquet, and the hub's sets) are joined by blank lines first.
 """
 
 import hashlib
@@ -38,16 +38,16 @@ HUB_SETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
 }
 JSON_LINE = 'each line: {"text": "…"}'
-# Characters of a streamed set to read for each token wanted: English has about 4.5, and windows should not be adjacent.
+# Characters of a streamed set to read per token. English has about 4.5; more, so that windows are not adjacent.
 CHARACTERS_PER_TOKEN = 12
-# Bytes of memory that a character takes while a text is made into tokens, and afterwards, until the process ends: what
-# tokenizers note of each token, as seen with vocabularies of 49,152 and 262,144.
+# Bytes of memory per character while a text is tokenised, and from then until the process ends: tokenizers keep data of
+# each token (measured with vocabularies of 49,152 and 262,144).
 READING_BYTES, READ_BYTES = 150, 70
 
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """`input_ids`: int64, (sequences, tokens). `source`: what they were made from."""
+    """Calibration tokens `input_ids`, int64 (sequences, tokens), and `source`, the name of their text."""
 
     input_ids: Tensor
     source: str
@@ -59,13 +59,13 @@ class CalibrationTokens:
 
     @property
     def first_token(self) -> int | None:
-        """What all windows begin with, BOS most often; None: with this and that."""
+        """First token of all windows, usually BOS; None: windows begin with different tokens."""
         first = self.input_ids[:, 0]
         return int(first[0]) if (first == first[0]).all() else None
 
 
 def known_calibrations() -> str:
-    """The names and kinds of file that are understood, for messages."""
+    """Known names and kinds of files, for messages."""
     return f"{', '.join(['builtin', *HUB_SETS])}, or a file ending in {', '.join(SUFFIXES)}"
 
 
@@ -77,19 +77,19 @@ def load_calibration(
     seed: int,
     bos: bool = True,
 ) -> CalibrationTokens:
-    """Calibration windows.
+    """Load calibration windows.
 
     Args:
         name: `builtin`, `c4`, `wikitext2`, or a file: text, jsonl (field `text`), parquet (column `text`), or
-            safetensors with int64 `input_ids` of shape (sequences, tokens), which is taken as it is.
-        find_tokenizer: gives the model's tokenizer, or None; not called for safetensors.
-        samples: windows.
-        seqlen: tokens a window.
-        seed: of the choice of windows.
-        bos: let each window begin as the tokenizer has texts begin, with a BOS token most often.
+            safetensors with int64 `input_ids` of shape (sequences, tokens), which are taken as they are.
+        find_tokenizer: returns the model's tokenizer, or None; not called for safetensors.
+        samples: number of windows.
+        seqlen: tokens per window.
+        seed: seed of the choice of windows.
+        bos: let each window begin as the tokenizer lets texts begin, usually with BOS.
 
     Raises:
-        CalibrationError: unknown, unreadable or too short.
+        CalibrationError: the text is unknown, unreadable or too short.
         HubError: the hub is needed and cannot be reached.
     """
     if name.endswith(TOKEN_FILE_SUFFIX):
@@ -115,7 +115,7 @@ def load_calibration(
 
 
 def text_size(name: str, tokens_wanted: int) -> int:
-    """About how many characters `read_text` gives, without reading it; 0: of a file of tokens, or one not there."""
+    """Estimate the characters of a text without reading it; 0 for a file of tokens, or a missing file."""
     if name in BUILTIN:
         return len((files("llm_barber") / "data" / BUILTIN[name]).read_bytes())
     if name in HUB_SETS:
@@ -125,12 +125,12 @@ def text_size(name: str, tokens_wanted: int) -> int:
 
 
 def check_text_fits(name: str, samples: int, seqlen: int, memory: int) -> None:
-    """Refuse a text whose reading alone would take more than so many bytes of memory.
+    """Refuse a text if reading it takes more than `memory` bytes.
 
     Raises:
-        SettingsError: it would.
+        SettingsError: it does.
     """
-    size, wanted = text_size(name, samples * seqlen), samples * seqlen * CHARACTERS_PER_TOKEN
+    size, enough = text_size(name, samples * seqlen), samples * seqlen * CHARACTERS_PER_TOKEN
     needed = current_memory() + READING_BYTES * size
     if size and needed > memory:
         raise SettingsError(
@@ -141,13 +141,13 @@ def check_text_fits(name: str, samples: int, seqlen: int, memory: int) -> None:
                 name=name,
                 needed=readable_bytes(needed, 1024),
             ),
-            f"give a shorter text ({readable_bytes(wanted)} are plenty for {samples} windows of {seqlen} tokens), "
+            f"give a shorter text ({readable_bytes(enough)} are plenty for {samples} windows of {seqlen} tokens), "
             "a file of tokens, or more memory",
         )
 
 
 def token_shape(name: str) -> tuple[int, int]:
-    """(sequences, tokens) of a file of tokens.
+    """Shape (sequences, tokens) of a file of tokens.
 
     Raises:
         CalibrationError: as `load_calibration`.
@@ -157,10 +157,10 @@ def token_shape(name: str) -> tuple[int, int]:
 
 
 def read_text(name: str, tokens_wanted: int | None = None) -> str:
-    """The whole text of a name or file; of a streamed set as much as `tokens_wanted` tokens take, generously.
+    """Read the text of a name or file; of a streamed set, ample characters for `tokens_wanted` tokens.
 
     Raises:
-        CalibrationError: unknown or unreadable.
+        CalibrationError: the text is unknown or unreadable.
         HubError: the hub cannot be reached.
     """
     if name in BUILTIN:
@@ -234,7 +234,7 @@ def _read_hub(name: str, tokens_wanted: int | None) -> str:
             characters += len(row["text"])
             if limit is not None and characters >= limit:
                 break
-    except Exception as error:  # the library raises whatever its parts raise
+    except Exception as error:  # the library raises any error of its parts
         raise HubError(
             f"calibration set {name} could not be loaded from the hub ({type(error).__name__})",
             "check the connection, or use --calibration builtin or a file of your own",

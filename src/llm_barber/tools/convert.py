@@ -1,4 +1,4 @@
-"""Convert pickled weights (`pytorch_model*.bin`) to safetensors, file by file, without running code in a pickle."""
+"""Convert pickled weights (`pytorch_model*.bin`) to safetensors, without running code in a pickle."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class ConvertReport(BaseModel):
 
 
 def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertReport:
-    """Write a copy of a checkpoint with safetensors in place of pickled weights; one file is in memory at a time.
+    """Copy a checkpoint with safetensors in place of pickled weights, with one file in memory at a time.
 
     PyTorch's `weights_only` loader reads the files: it makes tensors and containers of a pickle and calls nothing else.
 
@@ -68,7 +68,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertR
 
 
 def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
-    """List a checkpoint's pickled files, all inside its folder, with the tensors of each; None: there is no index.
+    """List pickled files, all inside the folder, with the tensors of each; None: there is no index.
 
     Raises:
         ModelError: there are no pickled files, one is missing, or the index is damaged.

@@ -1,4 +1,4 @@
-"""Inspect a checkpoint: count its zeros, find its patterns, compare it with its record and with the dense model."""
+"""Inspect a checkpoint: count zeros, find patterns, compare it with its record and the dense model."""
 
 from collections.abc import Mapping, Set
 
@@ -131,7 +131,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
 def _names_in_dense(
     source: CheckpointSource, dense: CheckpointSource, linears: Mapping[str, list[FoundLinear]]
 ) -> dict[str, str]:
-    """The dense model's tensor for each tensor of the checkpoint that has one; an untied head's is the embedding."""
+    """Map the checkpoint's tensors to those of the dense model; an untied head to the embedding."""
     copied_from = {
         name: linear.copied_from for name, members in linears.items() for linear in members if linear.copied_from
     }
@@ -161,7 +161,7 @@ def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -
 def _check_record(
     inspected: LinearInspection, expected: LinearResult | None, weight: Tensor, updates: bool
 ) -> list[str]:
-    """Compare a linear with its record; `updates`: the run changed kept weights, so that they may have become zero."""
+    """Compare a linear with its record; `updates`: kept weights were changed, perhaps to zero."""
     where = f"layer {inspected.layer} {inspected.name}"
     if expected is None:
         return [f"{where} is not in the record"]
@@ -179,7 +179,7 @@ def _check_record(
 
 
 def _compare_names(names: Set[str], dense: Set[str], known: Set[str]) -> list[str]:
-    """Tensors that only one model has; `known`: tensors of the checkpoint that have one in the dense model."""
+    """Name tensors that only one model has; `known`: the checkpoint's that the dense model has."""
     problems = []
     for name in sorted(names | dense):
         if name not in names:
@@ -190,7 +190,7 @@ def _compare_names(names: Set[str], dense: Set[str], known: Set[str]) -> list[st
 
 
 def _compare_bits(name: str, tensor: Tensor, dense: Tensor, may_be_zero: bool) -> tuple[list[str], int]:
-    """Compare a tensor with the dense one, bit for bit; a linear's weight may be +0.0 instead (`may_be_zero`).
+    """Compare a tensor with the dense one bit for bit; with `may_be_zero`, +0.0 is right, too.
 
     Returns:
         Problems, and the number of elements that differ.

@@ -1,4 +1,4 @@
-"""The prunable linears of a checkpoint, by the tensors that they lie in; of a model that `prune` refuses, too."""
+"""The prunable linears of any checkpoint, by the tensors that they lie in."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,9 @@ from llm_barber.progress import Progress
 
 @dataclass(frozen=True)
 class FoundLinear:
-    """A prunable linear and its location in the checkpoint; the output head counts as a layer after the last.
+    """A prunable linear and its location in the checkpoint.
+
+    The output head belongs to a layer after the last.
 
     `transposed`: it is stored as (in, out). `copied_from`: the tensor that it shared before it got one of its own, as
     an untied head did. `alias`: another linear has the same weights and is counted instead.

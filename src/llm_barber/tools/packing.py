@@ -60,7 +60,9 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
 
 
 def unpack(config: PackConfig, progress: Progress | None = None) -> PackReport:
-    """Write the dense copy of a packed checkpoint: the original files; if it has a record, they are compared with it.
+    """Write the dense copy of a packed checkpoint: the original files, compared with the record.
+
+    Without a record they are not compared.
 
     Raises:
         ModelError: the checkpoint is not packed, or damaged.

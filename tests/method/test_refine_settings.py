@@ -1,0 +1,134 @@
+"""Settings of refining and tuning, resolved to numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_barber import PruneConfig, RebuildConfig, prune
+from llm_barber.errors import SettingsError
+from llm_barber.masking.pattern import NofM
+from llm_barber.run.dry_run import dry_run
+from llm_barber.settings.refining import RefineSettings
+from tests.conftest import Listener, make_model, save_tokens
+from tests.helpers.tuned_runs import SEQUENCES, run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "dense", "llama", num_hidden_layers=2)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return save_tokens(tmp_path / "tokens.safetensors", sequences=SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "passes"),
+    [(128, 2048, 2), (64, 1024, 2), (32, 512, 4), (24, 512, 5), (16, 512, 8), (4, 64, 8)],
+)
+def test_as_many_passes_as_65536_tokens_take_within_bounds(windows: int, length: int, passes: int) -> None:
+    """Two at least and eight at most; twice as many where masks and weights are tuned."""
+    for settings, expected in (
+        ({"preset": "mask"}, passes),
+        ({"refine": "none", "reconstruct": "tune"}, passes),
+        ({"preset": "best"}, 2 * passes),
+        ({"preset": "mask", "tune_passes": 3}, 3),
+        ({"preset": "best", "tune_passes": 3}, 3),
+        ({"refine": "swaps"}, 0),
+    ):
+        found = RefineSettings.of(PruneConfig(model="model", output="out", **settings), None, windows, length)
+        assert found is not None
+        assert found.passes == expected, settings
+
+
+@pytest.mark.parametrize(("given", "of_head"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])
+def test_the_head_is_swapped_towards_its_own_target(given: float | None, of_head: float) -> None:
+    """The default mix is of tuned masks: swaps with N:M do worse with it."""
+    config = PruneConfig(model="model", output="out", pattern="2:4", prune_head=True, target_mix=given)
+    settings = RefineSettings.of(config, NofM(2, 4), 8, 64)
+    assert settings is not None
+    assert settings.target_mix == (0.75 if given is None else given)
+    assert settings.of_head.target_mix == of_head
+
+
+@pytest.mark.parametrize(
+    ("settings", "mix"),
+    [
+        ({"reconstruct": "least-squares"}, 0.25),
+        ({"reconstruct": "least-squares", "target_mix": 0.5}, 0.5),
+        ({"refine": "swaps", "reconstruct": "least-squares"}, 0.5),
+        ({"reconstruct": "tune"}, 0.5),
+    ],
+)
+def test_least_squares_alone_has_its_own_target(settings: dict[str, Any], mix: float) -> None:
+    config = PruneConfig(model="model", output="out", **{"refine": "none", "prune_head": True, **settings})
+    found = RefineSettings.of(config, None, 8, 64)
+    assert found is not None
+    assert (found.target_mix, found.of_head.target_mix) == (mix, mix)
+
+
+def test_the_target_is_that_of_most_weights(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """Sparsities of linears' own can make most of a model N:M, or all but a few."""
+    own: dict[str, dict[str, Any]] = {
+        "all": {"sparsities": {".*": "2:4"}},
+        "most": {"sparsities": {"mlp": "2:4"}},
+        "few": {"sparsities": {"k_proj": "2:4"}},
+        "others": {"sparsities": {".*": 0.5}, "pattern": "2:4"},
+    }
+    found = {}
+    for name, settings in own.items():
+        report = run(model, tmp_path / name, tokens, preset="mask", tune_passes=1, **settings)
+        found[name] = report.resolved["target_mix"]
+    assert found == {"all": 0.75, "most": 0.75, "few": 0.5, "others": 0.5}
+
+
+def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
+    told = Listener()
+    tokens = save_tokens(tmp_path / "one.safetensors", sequences=1)
+    for guard in (None, 0.0):
+        config = {"model": model, "calibration": tokens, "guard": guard, "report": False, "overwrite": True}
+        prune(PruneConfig(output=tmp_path / "out", **config), told)
+    (message,) = (one for one in told.warnings if "held out" in one)
+    assert message == told.warnings[0]
+    assert message.startswith("no window can be held out of one")
+    planned = Listener()
+    dry_run(PruneConfig(model=model, output=tmp_path / "other", calibration=tokens), planned)
+    assert message in planned.warnings
+
+
+@pytest.mark.parametrize(
+    ("share", "sequences", "held_out"), [(0.07, 100, 7), (0.28, 25, 7), (0.29, 25, 8), (0.9, 1, 0), (1e-20, 4, 1)]
+)
+def test_the_share_that_is_held_out_is_read_as_it_is_written(share: float, sequences: int, held_out: int) -> None:
+    config = PruneConfig(model="model", output="out", guard=share)
+    settings = RefineSettings.of(config, None, sequences, 16)
+    assert settings is not None
+    assert settings.held_out == held_out
+
+
+def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, model: Path, tokens: Path) -> None:
+    common = {"model": model, "calibration": tokens, "report": False, "overwrite": True, "output": tmp_path / "out"}
+    assert prune(PruneConfig(**common, preset="mask", refine="tune")).resolved["preset"] == "mask"
+    for own in ({"guard": 0.0}, {"target_mix": 1.0}, {"tune_passes": 1}, {"preset": "mask", "initial": "magnitude"}):
+        assert prune(PruneConfig(**common, **own)).resolved["preset"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refine": "tune", "reconstruct": "least-squares"}, "does not go with refine tune, which was asked"),
+        ({"preset": "mask", "reconstruct": "least-squares"}, "is the preset's: give refine swaps or none, too"),
+        ({"preset": "paper", "target_mix": 0.3}, "target_mix is of refine and reconstruct"),
+        ({"preset": "paper", "guard": 0.3}, "guard is of refine and reconstruct"),
+        ({"preset": "mask", "swaps": 10}, "swaps are of refine swaps"),
+        ({"refine": "swaps", "tune_passes": 2}, "tune_passes are of refine tune and reconstruct tune"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, model: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        PruneConfig(model=model, output=tmp_path / "out", **settings)
+    if "preset" not in settings:
+        with pytest.raises(SettingsError, match=message):
+            RebuildConfig(dense=model, pruned=tmp_path, output=tmp_path / "out", **settings)
