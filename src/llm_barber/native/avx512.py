@@ -28,12 +28,9 @@ class _Product(ctypes.Structure):
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
     """True if `multiply` takes weights of `columns` columns with these dtypes."""
-    return (
-        native.instructions() > 0
-        and columns % 8 == 0
-        and values == inputs
-        and values in (torch.bfloat16, torch.float32)
-    )
+    if native.library() is None or native.instructions() == Instructions.AVX2:
+        return False
+    return columns % 8 == 0 and values == inputs and values in (torch.bfloat16, torch.float32)
 
 
 def multiply(
