@@ -65,9 +65,11 @@ def _convert(path: Path, folder: Path) -> None:
 
     source, name = str(path.parent), path.name
     try:
-        check_counts(AutoConfig.from_pretrained(source, gguf_file=name).to_dict(), str(path))
+        # Each reading of the metadata takes seconds, so the model is given the configuration.
+        config = AutoConfig.from_pretrained(source, gguf_file=name)
+        check_counts(config.to_dict(), str(path))
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=name, dtype=DTYPE, output_loading_info=True
+            source, config=config, gguf_file=name, dtype=DTYPE, output_loading_info=True
         )
         _refuse_missing(path, loading)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)

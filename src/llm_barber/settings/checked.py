@@ -1,4 +1,4 @@
-"""How settings are checked: each by itself, and with the others; every problem is reported at once."""
+"""Check settings, each by itself and then together; one error names every problem."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from llm_barber.errors import SettingsError
 from llm_barber.messages import Message, SettingName, joined, message
 
-Rule = Callable[[], Iterable[Message]]  # says what does not go together
+Rule = Callable[[], Iterable[Message]]  # yields a problem for each combination that does not work
 
 
 class WrongValueError(Exception):
@@ -18,7 +18,7 @@ class WrongValueError(Exception):
 
 
 class WrongValue:
-    """Stand-in for a wrong value: it was given, and so is not None; any look at the value raises `WrongValueError`."""
+    """Stand-in for a wrong value: it is not None, and any use of it raises `WrongValueError`."""
 
     def _refuse(self, *_: Any) -> Never:
         raise WrongValueError
@@ -37,7 +37,7 @@ WRONG = WrongValue()
 class Settings(BaseModel):
     """A frozen set of settings; wrong ones raise one `SettingsError` that names them all."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -62,7 +62,7 @@ class Settings(BaseModel):
             problems = [_problem(detail) for detail in details]
             checked = self._without_wrong_values(values, {detail["loc"][0] for detail in details})
         for rule in checked.rules():
-            with suppress(WrongValueError):  # no telling before that value is right
+            with suppress(WrongValueError):  # the rule cannot be checked before that value is right
                 for problem in rule():
                     problems.append(problem)
         if problems:
@@ -80,12 +80,12 @@ class Settings(BaseModel):
         return checked
 
     def rules(self) -> list[Rule]:
-        """Checks of what goes together; each is made if the values that it depends on are right by themselves."""
+        """Rules about several settings; a rule is checked if the values that it uses are right by themselves."""
         return []
 
 
 def _problem(detail: Any) -> Message:
-    """What pydantic says of one value, with the setting's name as data."""
+    """Pydantic's problem with a value, as a message that names the setting."""
     name, *inside = detail["loc"]
     setting = SettingName(str(name), inside=tuple(inside))
     if detail["type"] == "value_error":  # of a validator here, which says what was given

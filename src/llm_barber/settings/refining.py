@@ -1,4 +1,4 @@
-"""What a run does beyond the initial mask and its rebuild, resolved to numbers; and the steps of tuning."""
+"""Settings of refining, resolved to numbers: swaps, least squares, tuning; and the steps of tuning."""
 
 import math
 from dataclasses import dataclass, replace
@@ -42,13 +42,13 @@ class RefineSettings:
 
     @classmethod
     def of(cls, config: RunSettings, pattern: Pattern | None, sequences: int, seqlen: int) -> "RefineSettings | None":
-        """What a run asks for; None: no refining.
+        """Resolve the settings of a run; None: no refining.
 
         Args:
-            config: of the run.
-            pattern: of most weights that are pruned, or of those that were pruned before.
-            sequences: calibration windows.
-            seqlen: their tokens.
+            config: settings of the run.
+            pattern: pattern of most pruned weights, or of a checkpoint that was pruned before.
+            sequences: number of calibration windows.
+            seqlen: tokens a window.
         """
         solve = config.reconstruction is not Reconstruct.NONE
         if not config.refines:
@@ -70,27 +70,27 @@ class RefineSettings:
 
     @property
     def of_linears(self) -> bool:
-        """Is anything done to linears one by one, not to layers?"""
+        """True if linears are refined one by one, by swaps or least squares."""
         return self.swaps != 0 or self.solve
 
     @property
     def of_layers(self) -> bool:
-        """Are layers tuned?"""
+        """True if whole layers are tuned."""
         return self.tunes_masks or self.tunes_weights
 
     @property
     def of_head(self) -> "RefineSettings":
-        """For the output head, which is no layer that could be tuned: by swaps, and least squares."""
+        """Settings for the output head: swaps and least squares, as it belongs to no layer that could be tuned."""
         swaps, solve = None if self.tunes_masks else self.swaps, self.solve or self.tunes_weights
         return replace(self, swaps=swaps, solve=solve, target_mix=self.head_mix)
 
     @classmethod
     def arrays(cls, settings: "RefineSettings | None") -> int:
-        """Arrays of all calibration activations that are there at once (`model/streams.py`).
+        """Number of arrays of all calibration activations that exist at once (`model/streams.py`).
 
-        The layer's input, the first block's output, that of the dense block or the next layer's input; where dense
-        activations are followed, the same of them, and what swaps compare the last block's output with; what a layer is
-        tuned towards.
+        Three: the layer's input, the first block's output, and the dense block's output or the next layer's input. If
+        dense activations are followed, the same of them, and the output that swaps compare the last block's with. If
+        layers are tuned, the output that a layer is tuned towards.
         """
         if settings is None:
             return 3
@@ -105,12 +105,12 @@ class RefineSettings:
 
     @property
     def words_of_head(self) -> str:
-        """What is done to the output head, for people."""
+        """The refining of the output head in words, for records and tables."""
         return f"the output head: {replace(self.of_head, passes=0, tunes_masks=False, tunes_weights=False).words}"
 
     @property
     def words(self) -> str:
-        """What is done to decoder layers, for people."""
+        """The refining of decoder layers in words, for records and tables."""
         most = f"{SWAPS} (with N:M {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
         tuned = ["masks"] * self.tunes_masks + ["weights"] * self.tunes_weights
         parts = [
@@ -124,13 +124,13 @@ class RefineSettings:
         return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {windows})"
 
     def step_count(self, sequences: int) -> int:
-        """Steps of a pass of tuning: as many for any number of processes, so that the result is the same."""
+        """Number of steps in a pass of tuning: the same for any number of processes, so that the result is the same."""
         return math.ceil((sequences - self.held_out) / SEQUENCES_A_STEP)
 
     def steps(self, streams: ActivationStreams) -> list["Step"]:
-        """Those of a pass of tuning: each has sequences from all over the text, so that processes share its work.
+        """Steps of a pass of tuning: each has sequences from all over the text, so that processes share its work.
 
-        More processes than it has sequences take turns.
+        If a step has fewer sequences than there are processes, processes take turns.
         """
         training, border = streams.all_sequences - streams.held_out, streams.held_out_start
         count = self.step_count(streams.all_sequences)
@@ -140,14 +140,14 @@ class RefineSettings:
         ]
 
     def batch_sizes(self, streams: ActivationStreams) -> set[int]:
-        """Numbers of sequences that the layers are called with; tuning takes one after the other."""
+        """Batch sizes that the layers are called with; tuning calls them with one sequence after the other."""
         training, held_out = streams.split()
         return {batch.stop - batch.start for batch in (*training, *held_out)} | ({1} if self.of_layers else set())
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of tuning: this process's sequences, and how many there are in all processes."""
+    """A step of tuning: the sequences of this process, and their number in all processes."""
 
     own: range
     sequences: int

@@ -1,4 +1,4 @@
-"""What is pruned, and how much of it: one target for all, linears and layers left out, targets of their own; blocks."""
+"""Targets of linears (a sparsity, N:M, or not pruned), and the files that give targets and blocks."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def parse_target(value: Any, over_linear: bool = False) -> Pattern | None:
     """A sparsity (of each comparison group, or over the linear), "N:M", or 0: not pruned.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the value is none of these.
     """
     if isinstance(value, str) and ":" in value:
         return parse_pattern(value)
@@ -28,31 +28,31 @@ def parse_target(value: Any, over_linear: bool = False) -> Pattern | None:
 
 
 def read_targets(value: Any) -> Any:
-    """A mapping of regular expressions, or numbers of layers, to sparsities, in a file or as it is.
+    """Targets by regular expressions or layer numbers, from a YAML file or a mapping; other values stay as they are.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read, or is no such mapping.
     """
     if isinstance(value, dict):
-        return {str(name): one for name, one in value.items()}
+        return {str(name): target for name, target in value.items()}
     if not isinstance(value, str | Path):
         return value
     from llm_barber.settings.yaml_file import read_yaml  # most runs read no YAML: the command line starts faster
 
-    found = read_yaml(value)
-    if not isinstance(found, dict):
+    targets = read_yaml(value)
+    if not isinstance(targets, dict):
         raise ValueError(f"{value} is not a mapping of names to sparsities, a line each like {EXAMPLE}")
-    for name, one in found.items():
-        if not isinstance(one, str):
+    for name, target in targets.items():
+        if not isinstance(target, str):
             raise ValueError(f"{value}: {name} is given a list or a mapping, not a sparsity, as in {EXAMPLE}")
-    return {str(name): _number(one) for name, one in found.items()}
+    return {str(name): _number(target) for name, target in targets.items()}
 
 
 def read_blocks(path: Path) -> tuple[Block, ...]:
     """Blocks from a YAML file: `NAME: {output: PATH, linears: [PATH, …]}` each, paths inside a layer, `*` for experts.
 
     Raises:
-        ValueError: it does not hold that.
+        ValueError: the file does not describe blocks.
     """
     how = "write for each block, in the order of computation: NAME: {output: PATH, linears: [PATH, …]}"
     from llm_barber.settings.yaml_file import read_yaml
@@ -60,14 +60,14 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
     content = read_yaml(path)
     if not isinstance(content, dict) or not content or not all(map(_is_block, content.values())):
         raise ValueError(f"{path} does not describe blocks: {how}")
-    return tuple(Block(str(name), one["output"], tuple(one["linears"])) for name, one in content.items())
+    return tuple(Block(str(name), block["output"], tuple(block["linears"])) for name, block in content.items())
 
 
 def _is_block(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"output", "linears"}:
         return False
     linears = value["linears"]
-    named = isinstance(linears, list) and linears and all(isinstance(one, str) for one in linears)
+    named = isinstance(linears, list) and linears and all(isinstance(linear, str) for linear in linears)
     return isinstance(value["output"], str) and bool(named)
 
 
@@ -83,7 +83,7 @@ def _is_number(expression: str) -> bool:
 
 
 def _means(expression: str, index: int, name: str, layers: int) -> bool:
-    """Does it say something of the linear of that name in layer `index`? A number means a layer, -1 the last."""
+    """True if the expression fits the linear `name` of layer `index`; a number means a layer, -1 the last."""
     if _is_number(expression):
         return index < layers and int(expression) in (index, index - layers)
     return re.search(expression, name) is not None
@@ -93,28 +93,28 @@ def compile_names(expressions: Sequence[str]) -> list[re.Pattern[str]]:
     """Regular expressions of linears' names.
 
     Raises:
-        ValueError: one is none.
+        ValueError: an expression is not regular.
     """
-    found = []
+    compiled = []
     for expression in expressions:
         try:
-            found.append(re.compile(expression))
+            compiled.append(re.compile(expression))
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
-    return found
+    return compiled
 
 
 @dataclass(frozen=True)
 class Targets:
-    """How much of each linear goes.
+    """Sparsity or N:M of each linear.
 
     Args:
-        pattern: of those that nothing else is said of.
-        include: regular expressions; a linear whose name none of them is found in is not pruned. Empty: all are.
-        exclude: a linear whose name one of them is found in is not pruned.
-        skip_layers: decoder layers that are not pruned; negative ones count from the end.
+        pattern: target of linears that no other argument gives one.
+        include: regular expressions; a linear is pruned only if one of them matches its name. Empty: all are pruned.
+        exclude: regular expressions; a linear is not pruned if one of them matches its name.
+        skip_layers: decoder layers that are not pruned; negative numbers count from the end.
         own: targets of linears, by a regular expression of the name, or the number of a decoder layer: "N:M", a
-            sparsity, or 0. The first one counts.
+            sparsity, or 0. The first match counts.
         allocated: sparsities of linears by their names, in place of `pattern`'s.
         allow_dense_tail: M need not divide a row: the inputs after its last whole group stay dense.
         over_linear: sparsities are met over the linear, to a weight; not in each comparison group, as the published
@@ -153,12 +153,12 @@ class Targets:
     def _left_out(self, index: int, name: str, layers: int) -> bool:
         if index in self.skip_layers or index - layers in self.skip_layers:
             return True
-        if self.include and not any(one.search(name) for one in compile_names(self.include)):
+        if self.include and not any(regex.search(name) for regex in compile_names(self.include)):
             return True
-        return any(one.search(name) for one in compile_names(self.exclude))
+        return any(regex.search(name) for regex in compile_names(self.exclude))
 
     def check(self, shapes: Sequence[dict[str, tuple[int, ...]]], head: dict[str, tuple[int, ...]]) -> None:
-        """Refuse what fits no linear of the model.
+        """Refuse targets that fit no linear of the model.
 
         Args:
             shapes: of each decoder layer's linears, by the names of the linears in the model.
@@ -182,11 +182,11 @@ class Targets:
                     missing = "{setting}: {expression!r} is found in no linear's name"
                     raise SettingsError(message(missing, setting=SettingName(setting), expression=expression), hint)
         for name in head:
-            if self.of(layers, name, layers) is None or any(re.search(one, name) for one in self.exclude):
+            if self.of(layers, name, layers) is None or any(re.search(expression, name) for expression in self.exclude):
                 raise SettingsError(
                     f"{name} is to be pruned, and left out", "leave out --prune-head, or what excludes it"
                 )
-        numbers = [int(one) % layers for one in self.own if _is_number(one)]
+        numbers = [int(expression) % layers for expression in self.own if _is_number(expression)]
         if len(numbers) > len(set(numbers)):
             raise SettingsError(message("{sparsities}: two numbers are of one layer"), f"-1 is layer {layers - 1}")
         for index in self.skip_layers:
