@@ -10,6 +10,7 @@ from llm_barber import CompareConfig, PruneConfig, RunReport
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
 from llm_barber.settings.compare import ROWS, Method
+from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import (
     FEWEST_PASSES,
     GUARD,
@@ -29,6 +30,7 @@ from tests.helpers.pages import (
     CONTRIBUTING,
     CURRENT,
     DOCS,
+    FENCE,
     INDENTED,
     PAGES,
     ROOT,
@@ -60,6 +62,16 @@ def test_commands_have_the_options_that_pages_give_them(page: Path) -> None:
     for command, given in typed_commands(page.read_text(encoding="utf-8")):
         if command == "report" or command in options():
             assert set(given) <= options()[command] | {"--help"}, f"{command} has not all of {given}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_have_lines_of_their_own(page: Path) -> None:
+    """Code whose lines were joined, as prose is, has a backslash within a line, or two commands on it."""
+    text = page.read_text(encoding="utf-8")
+    for block in (*FENCE.findall(text), *INDENTED.findall(text)):
+        for line in block.splitlines():
+            assert not re.search(r"\\ +\S", line), line
+            assert len(re.findall(r"\bMODEL OUT\b", line)) <= 1, line
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=named)
@@ -194,6 +206,13 @@ def test_contributing_has_the_rooms_in_their_order() -> None:
     page = CONTRIBUTING.read_text(encoding="utf-8")
     table = page[page.index("| room | what it has |") : page.index("The root has")]
     assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == ROOMS
+
+
+def test_contributing_says_where_methods_have_their_names() -> None:
+    page = CONTRIBUTING.read_text(encoding="utf-8")
+    section = page[page.index("## Add a method") : page.index("## Add an architecture")]
+    for kind in (Initial, Method):
+        assert f"`{kind.__module__.removeprefix('llm_barber.').replace('.', '/')}.py`" in section
 
 
 def test_the_page_of_the_record_has_every_key() -> None:
