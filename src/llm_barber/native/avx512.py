@@ -1,6 +1,7 @@
-"""Products with packed weights by AVX-512: `avx512.c`, where it was built and the processor has the instructions.
+"""Products with packed weights by AVX-512, in `avx512.c`.
 
-Sizes are checked here, not in C. Without it `native.product` (AVX2) or unpacking takes its place.
+Sizes are checked here, not in C. If the extension was not built, or the processor lacks the instructions,
+`native.product` (AVX2) or unpacking takes its place.
 """
 
 import ctypes
@@ -12,12 +13,12 @@ from torch import Tensor
 from llm_barber import native
 from llm_barber.native import Instructions
 
-ROWS = 16  # most rows of inputs that a product takes
-FAST_ROWS = 8  # rows of inputs up to which a product is faster than unpacking the weight and multiplying
+ROWS = 16  # most rows of inputs of a product
+FAST_ROWS = 8  # most rows of inputs with which a product is faster than unpacking the weight and multiplying
 
 
 class _Product(ctypes.Structure):
-    """`product_t` of `avx512.c`."""
+    """Arguments of a product: `product_t` of `avx512.c`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("values", "bits", "inputs", "bias", "outputs")),
@@ -27,7 +28,7 @@ class _Product(ctypes.Structure):
 
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
-    """True if `multiply` takes weights of `columns` columns with these dtypes."""
+    """Test whether `multiply` accepts weights of `columns` columns with these dtypes."""
     if native.library() is None or native.instructions() == Instructions.AVX2:
         return False
     return columns % 8 == 0 and values == inputs and values in (torch.bfloat16, torch.float32)
@@ -46,13 +47,13 @@ def multiply(
     Args:
         values: kept values of W, (kept,), bfloat16 or float32.
         bits: bit mask of W, uint8, (out · in / 8,), with as many set bits as values.
-        inputs: (up to `ROWS`, in), contiguous, of the dtype of `values`.
-        bias: (out,), of that dtype; or None.
-        row_ends: rows of W at which the parts of the threads end, from 0 to out; one more than there are parts.
-        value_ends: number of values before each of these rows.
+        inputs: (input rows, in), contiguous, of the dtype of `values`; at most `ROWS` input rows.
+        bias: (out,), of the dtype of `values`; or None.
+        row_ends: rows of W at which the threads' parts begin and end, from 0 to out: (parts + 1,).
+        value_ends: number of values before each row of `row_ends`.
 
     Returns:
-        (as many as inputs, out), of the dtype of `values`.
+        (input rows, out), of the dtype of `values`.
 
     Raises:
         ValueError: arguments do not fit together.
