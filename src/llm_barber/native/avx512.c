@@ -1,6 +1,6 @@
 /* Products with packed weights: `outputs = inputs · Wᵀ + bias`, in which W is read as it is packed: bit mask and kept
- * values. Plain C with AVX-512, called through ctypes. `avx512.py` checks sizes before it calls. If this file was not
- * built, or the processor lacks the instructions, `packed.c` (AVX2) or unpacking takes its place.
+ * values. Plain C with AVX-512, called through ctypes. `avx512.py` and `__init__.py` check sizes before they call. If this
+ * file was not built, or the processor lacks the instructions, `packed.c` (AVX2) or unpacking takes its place.
  *
  * Each step takes the next 32 (float32: 16) weights of a row. It loads 32 (16) values, the most that may be kept, moves
  * them to the positions of the mask's set bits (VPEXPAND), multiplies, and advances by as many values as bits are set.

@@ -18,7 +18,8 @@
 static uint8_t compress16[256][16], expand16[256][16];
 static int32_t compress32[256][8], expand32[256][8], kept32[256][8];
 
-/* Fills the tables and returns 1; returns 0 if this processor lacks AVX2. Must be called once, before all else. */
+/* Fills the tables and returns 1; returns 0 if this processor lacks AVX2, FMA or POPCNT. Called once, before
+ * all else. */
 int packed_start(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("popcnt")) return 0;
