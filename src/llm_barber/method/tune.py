@@ -243,7 +243,7 @@ def _errors(judgements: list[Judgement]) -> tuple[float, ...]:
 
 
 def _concentration(judgements: list[Judgement]) -> Concentration | None:
-    """Shares of the largest token and channel, before tuning and after the kept pass; or None."""
+    """Shares of the largest token and channel before and after tuning; None without held-out windows."""
     if not judgements:
         return None
     before, after = judgements[0], judgements[kept_pass(_errors(judgements)) or 0]
