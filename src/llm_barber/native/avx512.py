@@ -4,7 +4,10 @@ Sizes are checked here, not in C. Without it `native.product` (AVX2) or unpackin
 """
 
 import ctypes
+import re
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +27,29 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("rows", "columns", "kept")),
         *((name, ctypes.c_int) for name in ("tokens", "values_bfloat16", "outputs_bfloat16", "level")),
     )
+
+
+class _OpenMP(ctypes.Structure):
+    """`openmp_t` of `avx512.c`."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("parallel", "thread_number", "thread_count"))
+
+
+@cache
+def _openmp() -> _OpenMP | None:
+    """Functions of the OpenMP library that PyTorch has loaded; None: there is none, or it is not found (macOS)."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    for path in dict.fromkeys(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*)$", maps, re.MULTILINE)):
+        try:
+            library = ctypes.CDLL(path)
+            functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+        except (OSError, AttributeError):
+            continue
+        return _OpenMP(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+    return None
 
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
@@ -75,5 +101,7 @@ def multiply(
     ends = ctypes.c_int64 * len(row_ends)
     loaded = native.library()
     assert loaded is not None
-    loaded.packed_multiply(ctypes.byref(product), len(row_ends) - 1, ends(*row_ends), ends(*value_ends))
+    openmp = _openmp()
+    threads = None if openmp is None else ctypes.byref(openmp)
+    loaded.packed_multiply(ctypes.byref(product), len(row_ends) - 1, ends(*row_ends), ends(*value_ends), threads)
     return outputs
