@@ -83,20 +83,24 @@ def multiply(
     Raises:
         ValueError: arguments do not fit together.
     """
-    rows, columns, dtype = row_ends[-1], inputs.shape[1], values.dtype
+    (tokens, columns), rows, kept, dtype = inputs.shape, row_ends[-1], values.shape[0], values.dtype
     tensors = [values, bits, inputs, *([] if bias is None else [bias])]
     if not can_multiply(columns, dtype, inputs.dtype) or not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the product needs contiguous tensors of one dtype, and columns that are a multiple of 8")
-    fits = len(bits) * 8 == rows * columns and value_ends[-1] == len(values) and 1 <= len(inputs) <= ROWS
-    if not fits or len(row_ends) != len(value_ends) or (bias is not None and (len(bias), bias.dtype) != (rows, dtype)):
+    fits = bits.shape[0] * 8 == rows * columns and value_ends[-1] == kept and 1 <= tokens <= ROWS
+    if (
+        not fits
+        or len(row_ends) != len(value_ends)
+        or (bias is not None and (bias.shape[0], bias.dtype) != (rows, dtype))
+    ):
         raise ValueError("arguments of the product do not fit together")
     narrow = dtype == torch.bfloat16
     level = native.instructions() if narrow else Instructions.AVX512
     widened = inputs.float() if narrow and level == Instructions.AVX512 else inputs
-    outputs = torch.empty(len(inputs), rows, dtype=dtype)
+    outputs = torch.empty(tokens, rows, dtype=dtype)
     product = _Product(
         values.data_ptr(), bits.data_ptr(), widened.data_ptr(), None if bias is None else bias.data_ptr(),
-        outputs.data_ptr(), rows, columns, len(values), len(inputs), narrow, narrow, level,
+        outputs.data_ptr(), rows, columns, kept, tokens, narrow, narrow, level,
     )  # fmt: skip
     ends = ctypes.c_int64 * len(row_ends)
     loaded = native.library()
