@@ -17,8 +17,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#include <pthread.h>
-#include <sched.h>
+#include <unistd.h>
 
 /* Instructions of this processor: 0: no AVX-512 with VBMI2; 1: AVX-512 with VBMI2; 2: AVX512-BF16 as well. */
 int packed_product_level(void) {
@@ -218,104 +217,42 @@ static void some_rows(const product_t *p, size_t first, size_t last, size_t next
     else some_rows_widened(p, first, last, next);
 }
 
-/* Threads that wait for parts of a product. A thread polls for some ten microseconds, about as long as a model computes
- * between two linears, and then sleeps, so that PyTorch's threads soon get the cores. */
-#define MOST_THREADS 64
-#define LOOKS 4000
+/* Functions of the OpenMP library that PyTorch has loaded: products run on PyTorch's threads. Additional threads would
+ * wait for these, which keep a core busy for a while after each operation. */
+typedef struct {
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
+    int (*thread_number)(void);                                     /* omp_get_thread_num */
+    int (*thread_count)(void);                                      /* omp_get_num_threads */
+} openmp_t;
 
-static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER, sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static int threads; /* running threads, without the caller's */
-static uint64_t round_number;
-static int parts_left;
-static struct {
+typedef struct {
     const product_t *product;
-    const int64_t *rows, *values;
+    const openmp_t *openmp;
+    const int64_t *row_ends, *value_ends;
     int parts;
-} task;
+} task_t;
 
-static void run_part(int part) {
-    some_rows(task.product, (size_t)task.rows[part], (size_t)task.rows[part + 1], (size_t)task.values[part]);
+static void run_parts(const task_t *task, int first, int step) {
+    for (int part = first; part < task->parts; part += step)
+        some_rows(task->product, (size_t)task->row_ends[part], (size_t)task->row_ends[part + 1],
+                  (size_t)task->value_ends[part]);
 }
 
-static uint64_t first_round; /* the last round before a thread was started, which takes no part in it */
-
-static void *work(void *number) {
-    int part = (int)(intptr_t)number;
-    uint64_t seen = first_round;
-    for (;;) {
-        for (int looks = 0; __atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen && looks < LOOKS; looks++) _mm_pause();
-        if (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) {
-            pthread_mutex_lock(&sleep_mutex);
-            while (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&wake, &sleep_mutex);
-            pthread_mutex_unlock(&sleep_mutex);
-        }
-        seen = __atomic_load_n(&round_number, __ATOMIC_ACQUIRE);
-        if (part < task.parts) run_part(part);
-        __atomic_sub_fetch(&parts_left, 1, __ATOMIC_RELEASE);
-    }
-    return NULL;
-}
-
-/* Resets the state in a forked process, which has none of the threads. */
-static void after_fork(void) {
-    threads = 0;
-    parts_left = 0;
-    pthread_mutex_init(&owner, NULL);
-    pthread_mutex_init(&sleep_mutex, NULL);
-    pthread_cond_init(&wake, NULL);
-}
-
-/* Starts threads until `wanted` run beside the caller's, or the system refuses another. */
-static void start_threads(int wanted) {
-    static int told;
-    if (!told) told = pthread_atfork(NULL, NULL, after_fork) == 0;
-    if (!told) return;
-    first_round = round_number;
-    while (threads < wanted) {
-        pthread_t thread;
-        pthread_attr_t detached;
-        pthread_attr_init(&detached);
-        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-        int failed = pthread_create(&thread, &detached, work, (void *)(intptr_t)(threads + 1));
-        pthread_attr_destroy(&detached);
-        if (failed) return;
-        threads++;
-    }
+static void run_thread(void *task) {
+    const openmp_t *openmp = ((const task_t *)task)->openmp;
+    run_parts(task, openmp->thread_number(), openmp->thread_count());
 }
 
 /* Computes a product in `parts` parts: part k has rows `row_ends[k]` to `row_ends[k + 1]`, whose values begin at number
- * `value_ends[k]`. The caller's thread computes the first part. If threads are missing, or another caller uses them, it
- * computes all parts. */
-void packed_multiply(const product_t *product, int parts, const int64_t *row_ends, const int64_t *value_ends) {
-    int alone = parts < 2 || parts > MOST_THREADS || pthread_mutex_trylock(&owner) != 0;
-    if (!alone) {
-        start_threads(parts - 1);
-        if (threads < parts - 1) {
-            pthread_mutex_unlock(&owner);
-            alone = 1;
-        }
-    }
-    if (alone) {
-        for (int part = 0; part < parts; part++)
-            some_rows(product, (size_t)row_ends[part], (size_t)row_ends[part + 1], (size_t)value_ends[part]);
-        return;
-    }
-    task.product = product;
-    task.rows = row_ends;
-    task.values = value_ends;
-    task.parts = parts;
-    __atomic_store_n(&parts_left, threads, __ATOMIC_RELEASE);
-    pthread_mutex_lock(&sleep_mutex); /* so that no thread falls asleep between its poll and the broadcast */
-    __atomic_add_fetch(&round_number, 1, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&wake);
-    pthread_mutex_unlock(&sleep_mutex);
-    run_part(0);
-    for (int looks = 0; __atomic_load_n(&parts_left, __ATOMIC_ACQUIRE) > 0; looks++) {
-        if (looks < LOOKS) _mm_pause();
-        else sched_yield();
-    }
-    pthread_mutex_unlock(&owner);
+ * `value_ends[k]`. The caller's thread computes all parts if `openmp` is NULL, and in a forked process, which has none
+ * of the threads. */
+void packed_multiply(const product_t *product, int parts, const int64_t *row_ends, const int64_t *value_ends,
+                     const openmp_t *openmp) {
+    static pid_t with_threads;
+    const task_t task = {product, openmp, row_ends, value_ends, parts};
+    if (parts > 1 && openmp && !with_threads) with_threads = getpid();
+    if (parts > 1 && openmp && with_threads == getpid()) openmp->parallel(run_thread, (void *)&task, (unsigned)parts, 0);
+    else run_parts(&task, 0, 1);
 }
 
 /* Writes `count` weights, a multiple of 8, from `kept` values, as `packed_put16` and `packed_put32` do. */
