@@ -150,12 +150,12 @@ def _as_typed(description: str, typed: Mapping[str, str]) -> str:
 
 
 def _with_choices_and_default(text: str, choices: str, default: Any) -> str:
-    """Add the choices to a help text, and the default unless the text mentions it."""
+    """Add the choices to a help text, unless it lists them after a colon, and the default, unless it mentions it."""
     sentence, mark, rest = text.partition(" (default")
     if not mark and default is not None and default is not False:
         shown = "on" if default is True else str(default).replace(",", ", ")
         mark, rest = " (default", f": {shown})"
-    return f"{sentence}{f': {choices}' if choices else ''}{mark}{rest}"
+    return f"{sentence}{f': {choices}' if choices and ': ' not in sentence else ''}{mark}{rest}"
 
 
 def _metavar(name: str, kind: Any) -> tuple[str | None, str]:
