@@ -1,4 +1,4 @@
-"""Compare masks and perplexity of pruning in float32 and in bfloat16, with the same model and calibration.
+"""Compare masks and perplexity of pruning in float32 and in bfloat16, on the same calibration text.
 
     python benchmarks/compute_dtype.py
 

@@ -2,7 +2,7 @@
 
 The paper scores weights by |W| · sqrt(mean over sequences of G²), G the gradient of the block's squared error at the
 dense weights, and swaps once. Here G is also taken at the sparse weights, with its sign, with a second-order term, and
-in several rounds, each of which looks at the weights that the one before left.
+in several rounds, each of which looks at the weights that the round before left.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -43,17 +43,17 @@ class Gradients(GradientSquares):
         return self.sums / self.sequences.item()
 
 
-# Of weights, float32 (out, in), their keep mask, their gradients, and the error's diagonal second derivatives:
-# what a weight that comes back wins, or one that goes costs.
+# From weights, float32 (out, in), their keep mask, their gradients, and the error's diagonal second derivatives:
+# the gain of bringing a pruned weight back, or the cost of pruning a kept weight.
 Estimator = Callable[[Tensor, Tensor, Gradients, Tensor], Tensor]
-ESTIMATORS: dict[str, tuple[str, Estimator]] = {  # and at which weights gradients are taken
-    "published": ("dense", lambda weight, keep, found, second: weight_gradient(weight, found.mean)),
-    "sparse": ("sparse", lambda weight, keep, found, second: weight_gradient(weight, found.mean)),
-    "signed": ("sparse", lambda weight, keep, found, second: -weight * found.signed),
+ESTIMATORS: dict[str, tuple[str, Estimator]] = {  # the weights at which gradients are taken, and the estimator
+    "published": ("dense", lambda weight, keep, gradients, second: weight_gradient(weight, gradients.mean)),
+    "sparse": ("sparse", lambda weight, keep, gradients, second: weight_gradient(weight, gradients.mean)),
+    "signed": ("sparse", lambda weight, keep, gradients, second: -weight * gradients.signed),
     "second-order": (
         "sparse",
-        lambda weight, keep, found, second: (
-            -weight * found.signed + torch.where(keep, 0.5, -0.5) * second * weight.square()
+        lambda weight, keep, gradients, second: (
+            -weight * gradients.signed + torch.where(keep, 0.5, -0.5) * second * weight.square()
         ),
     ),
 }
@@ -61,7 +61,7 @@ ESTIMATORS: dict[str, tuple[str, Estimator]] = {  # and at which weights gradien
 
 @contextmanager
 def estimated(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The settings without `estimator` and `rounds`; within, the rebuild works by them, if they are given."""
+    """Rebuild by `estimator` and `rounds`, if the settings have them; yields the other settings."""
     given = dict(settings)
     estimator, rounds = given.pop("estimator", None), int(given.pop("rounds", 1))
     if rounds != 1 and estimator is None:
@@ -76,8 +76,8 @@ def estimated(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def rebuild_by(estimator: str, rounds: int) -> Callable[..., BlockOutcome]:
-    """A `method.rebuild_block` with another estimator, which swaps in rounds; one process, no experts."""
-    place, score = ESTIMATORS[estimator]
+    """A `method.rebuild_block` with another estimator, which swaps in rounds; for a single process, without experts."""
+    gradients_at, score = ESTIMATORS[estimator]
 
     def rebuild(
         block_pass: BlockPass,
@@ -88,31 +88,36 @@ def rebuild_by(estimator: str, rounds: int) -> Callable[..., BlockOutcome]:
     ) -> BlockOutcome:
         names, error = block_pass.block.linears, 0.0
         dense_weights = {name: dense[name] for name in names}
-        now = {name: pruned[name] for name in names}
+        current = {name: pruned[name] for name in names}
         for index in range(rounds):
-            sparse_weights = {name: one.weight for name, one in now.items()}
-            points = (dense_weights, sparse_weights) if place == "dense" else (sparse_weights, dense_weights)
-            found, seconds, total = _gradients(block_pass, *points, second=estimator == "second-order")
+            sparse_weights = {name: linear.weight for name, linear in current.items()}
+            points = (dense_weights, sparse_weights) if gradients_at == "dense" else (sparse_weights, dense_weights)
+            gradients, curvatures, total = _gradients(block_pass, *points, second=estimator == "second-order")
             if index == 0:
                 error = total
             rebuilt = rebuild_masks(
-                keep=[now[name].keep for name in names],
+                keep=[current[name].keep for name in names],
                 saliency=[
-                    score(dense[name].float(), now[name].keep, found[name], seconds.get(name, torch.zeros(())))
+                    score(
+                        dense[name].float(), current[name].keep, gradients[name], curvatures.get(name, torch.zeros(()))
+                    )
                     for name in names
                 ],
                 granularity=settings.granularity,
                 rebuild_ratio=settings.ratio,
-                patterns=[now[name].pattern for name in names],
-                fixed=[torch.zeros_like(one.keep) if one.fixed is None else one.fixed for one in now.values()],
+                patterns=[current[name].pattern for name in names],
+                fixed=[
+                    torch.zeros_like(linear.keep) if linear.fixed is None else linear.fixed
+                    for linear in current.values()
+                ],
                 pattern_granularity=settings.pattern_granularity,
             )
-            for name, one in zip(names, rebuilt, strict=True):
-                now[name] = now[name].with_mask(one.keep)
+            for name, linear_rebuilt in zip(names, rebuilt, strict=True):
+                current[name] = current[name].with_mask(linear_rebuilt.keep)
         _keep_outputs(block_pass, dense_weights, {name: pruned[name].weight for name in names})
-        masks = {name: Rebuilt.between(pruned[name].keep, now[name].keep) for name in names}
+        masks = {name: Rebuilt.between(pruned[name].keep, current[name].keep) for name in names}
         error /= block_pass.streams.all_sequences
-        return BlockOutcome(now, masks, error, measured_from=0, output_kept=not block_pass.last)
+        return BlockOutcome(current, masks, error, measured_from=0, output_kept=not block_pass.last)
 
     return rebuild
 
@@ -120,29 +125,35 @@ def rebuild_by(estimator: str, rounds: int) -> Callable[..., BlockOutcome]:
 def _gradients(
     block_pass: BlockPass, here: Mapping[str, Tensor], there: Mapping[str, Tensor], second: bool
 ) -> tuple[dict[str, Gradients], dict[str, Tensor], float]:
-    """Of the squared distance of the block's outputs with both weights, by those `here`; second derivatives; Σ."""
+    """Gradients of the squared distance of the block's outputs with the weights `here` and `there`.
+
+    Returns:
+        Gradients by the weights `here`, by linear; the mean square's diagonal second derivatives, if `second`; the
+        sum of the sequences' losses.
+    """
     layer, block, streams = block_pass.layer, block_pass.block, block_pass.streams
-    made = torch.Generator().manual_seed(SEED)
-    found, probed = ({name: Gradients(tuple(w.shape), w.device) for name, w in here.items()} for _ in range(2))
+    generator = torch.Generator().manual_seed(SEED)
+    gradients, probed = ({name: Gradients(tuple(w.shape), w.device) for name, w in here.items()} for _ in range(2))
     total, size = 0.0, 0
     for batch in streams.batches():
         hidden, replays = streams.read(HIDDEN, batch), block_pass.replays(batch)
         layer.set_weights(there)
         other = layer.block_output(block, hidden, replays)
         layer.set_weights(here)
-        output, losses = layer.block_gradients(block, hidden, other, replays, found)
+        output, losses = layer.block_gradients(block, hidden, other, replays, gradients)
         total, size = total + losses.double().sum().item(), output[0].numel()
-        if second:  # Jᵀv for a random v of signs, in whose square's mean nothing is left but the diagonal of JᵀJ
-            signs = torch.randint(0, 2, output.shape, generator=made).float().mul_(2).sub_(1)
+        if second:  # Jᵀv for random signs v: the mean of its square is the diagonal of JᵀJ
+            signs = torch.randint(0, 2, output.shape, generator=generator).float().mul_(2).sub_(1)
             layer.block_gradients(block, hidden, output.float() - signs, replays, probed)
     # The gradient of mean(v²) is 2/size · Jᵀv; the second derivative of the mean square is 2/size · (Jᵀv)².
-    return found, {name: one.mean * (size / 2) for name, one in probed.items()} if second else {}, total
+    curvatures = {name: squares.mean * (size / 2) for name, squares in probed.items()} if second else {}
+    return gradients, curvatures, total
 
 
 def _keep_outputs(
     block_pass: BlockPass, dense_weights: Mapping[str, Tensor], sparse_weights: Mapping[str, Tensor]
 ) -> None:
-    """What `method` reads afterwards: the dense output, and that with the mask before, if nothing was swapped."""
+    """Keep the outputs that `method` reads afterwards: with dense weights, and with the mask before the rebuild."""
     for batch in block_pass.streams.batches():
         block_pass.layer.set_weights(dense_weights)
         block_pass.streams.write(DENSE_OUTPUT, batch, block_pass.output(batch))

@@ -1,7 +1,7 @@
-"""Measure how fast weights are packed and unpacked, against copying memory, in bytes of the dense weight.
+"""Measure how fast weights are packed and unpacked, against the rate of copying memory.
 
-Goal: a quarter of the copy rate. The memory written to is allocated before, since fresh memory costs page faults, too.
-It prints GB/s for each shape, target and dtype.
+Rates are in bytes of the dense weight. Goal: a quarter of the copy rate. The memory written to is allocated before,
+since fresh memory costs page faults, too. It prints GB/s for each shape, target and dtype.
 
     python benchmarks/packing.py
     python benchmarks/packing.py --shapes 4096x4096,4096x14336 --threads 4

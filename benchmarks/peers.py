@@ -192,10 +192,10 @@ def by_us(folder: Path, row: Row, target: str) -> dict[str, Tensor]:
         calibration=str(folder / "tokens.safetensors"), **row.ours, **amount,
     )  # fmt: skip
     prune(config)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in (folder / "out").glob("*.safetensors"):
-        found |= load_file(path)
-    return linears(found)
+        tensors |= load_file(path)
+    return linears(tensors)
 
 
 def linears(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -203,14 +203,18 @@ def linears(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compared(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> tuple[str, ...]:
-    """Mask bits that differ, of how many, how many more are pruned by them, the largest difference of weights."""
+    """Mask bits that differ; all mask bits; how many more they prune; the largest difference of kept weights."""
     assert theirs.keys() == ours.keys()
-    differ = sum(int(((one != 0) != (ours[name] != 0)).sum()) for name, one in theirs.items())
-    more = sum(int((one == 0).sum() - (ours[name] == 0).sum()) for name, one in theirs.items())
-    both = {name: (one != 0) & (ours[name] != 0) for name, one in theirs.items()}
-    apart = max(float(((one - ours[name]) * both[name]).abs().max() / one.abs().max()) for name, one in theirs.items())
-    every = sum(one.numel() for one in theirs.values())
-    return f"{differ:,}", f"{every:,}", f"{more:,}", f"{apart:.1e}"
+    differ = more = weights = 0
+    apart = 0.0
+    for name, weight in theirs.items():
+        kept_by_them, kept_by_us = weight != 0, ours[name] != 0
+        differ += int((kept_by_them != kept_by_us).sum())
+        more += int(kept_by_us.sum() - kept_by_them.sum())
+        difference = ((weight - ours[name]) * (kept_by_them & kept_by_us)).abs().max()
+        apart = max(apart, float(difference / weight.abs().max()))
+        weights += weight.numel()
+    return f"{differ:,}", f"{weights:,}", f"{more:,}", f"{apart:.1e}"
 
 
 def alps(clones: Path) -> Table:
@@ -236,7 +240,9 @@ def alps(clones: Path) -> Table:
             with contextlib.redirect_stdout(io.StringIO()):
                 peer.ALPS_admm(sp=float(target) if shape == (0, 0) else 0.5, nm_n=shape[0], nm_m=shape[1], rho=0.1)
             keep, values = admm(weight, 2 * inputs.t() @ inputs, pattern)
-            theirs, ours = (((one - weight) @ inputs.t()).square().sum().item() for one in (layer.weight.data, values))
+            theirs, ours = (
+                ((solved - weight) @ inputs.t()).square().sum().item() for solved in (layer.weight.data, values)
+            )
             differ = ((layer.weight.data != 0) != keep).double().mean().item()
             table.add_row(f"{rows} × {columns}", target, f"{100 * differ:.2f} %", f"{ours / theirs:.4f}")
     return table

@@ -42,12 +42,12 @@ class Reached(Exception):  # noqa: N818 - a signal
 
 
 def first_inputs(model: nn.Module, tokens: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """The first layer's input of every sequence, and how layers are called."""
-    found: list[Tensor] = []
+    """The first layer's input for every sequence, and the keyword arguments that layers are called with."""
+    inputs: list[Tensor] = []
     arguments: dict[str, Any] = {}
 
     def hook(_: nn.Module, positional: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-        found.append(positional[0])
+        inputs.append(positional[0])
         arguments.update(keywords)
         raise Reached
 
@@ -56,7 +56,7 @@ def first_inputs(model: nn.Module, tokens: Tensor) -> tuple[list[Tensor], dict[s
         with suppress(Reached):
             model(input_ids=sequence[None], use_cache=False)
     handle.remove()
-    return found, arguments
+    return inputs, arguments
 
 
 def run_block(layer: nn.Module, name: str, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -116,8 +116,8 @@ def plain(model: str, tokens: Tensor) -> dict[str, Tensor]:
         inputs, arguments = first_inputs(sparse, tokens)
     masks = {}
     for index, (layer, target) in enumerate(zip(dense.model.layers, sparse.model.layers, strict=True)):
-        found = wanda_masks(target, inputs, arguments)
-        for path, mask in found.items():
+        initial_masks = wanda_masks(target, inputs, arguments)
+        for path, mask in initial_masks.items():
             target.get_submodule(path).weight.data *= mask
         for block, names in BLOCKS.items():
             squares = {f"{block}.{name}": 0 for name in names}
@@ -131,7 +131,7 @@ def plain(model: str, tokens: Tensor) -> dict[str, Tensor]:
                 layer.zero_grad()
             for path, square in squares.items():
                 weight = layer.get_submodule(path).weight.data
-                mask = rebuilt(found[path], weight.abs() * square.sqrt())
+                mask = rebuilt(initial_masks[path], weight.abs() * square.sqrt())
                 target.get_submodule(path).weight.data = weight * mask
                 masks[f"model.layers.{index}.{path}"] = mask
             with torch.no_grad():
@@ -158,7 +158,7 @@ def ours(model: str, tokens: Path, folder: Path, dtype: str) -> dict[str, Tensor
 
 
 def measured(which: str, model: str, folder: Path) -> dict[str, float]:
-    """Seconds and peak memory of one way, which leaves its masks in the folder."""
+    """Seconds and peak memory of a program, whose masks go into the folder."""
     tokens = folder / "tokens.safetensors"
     began = time.perf_counter()
     masks = plain(model, load_file(tokens)["input_ids"]) if which == PLAIN else ours(model, tokens, folder, which)
@@ -183,10 +183,10 @@ def main() -> None:
         folder = Path(name)
         tokens = load_calibration("builtin", lambda: load_tokenizer(Path(model)), given.samples, given.seqlen, 0)
         save_file({"input_ids": tokens.input_ids}, folder / "tokens.safetensors")
-        found = {}
+        results = {}
         for which in (PLAIN, *DTYPES):
             command = [sys.executable, __file__, "--model", model, "--only", which, "--folder", name]
-            found[which] = json.loads(call(command).splitlines()[-1])
+            results[which] = json.loads(call(command).splitlines()[-1])
         first, second = (load_file(folder / f"{which}.safetensors") for which in (PLAIN, DTYPES[0]))
     same = sum(int((mask == second[name]).sum()) for name, mask in first.items())
     agreement = same / sum(mask.numel() for mask in first.values())
@@ -194,19 +194,19 @@ def main() -> None:
     layers = 1 + max(int(name.split(".")[2]) for name in first)
     equal = min(differ, default=layers)
     size = {"samples": given.samples, "seqlen": given.seqlen}
-    keep("plain", {**size, "results": found, "same mask bits": agreement, "first layers all the same": equal})
+    keep("plain", {**size, "results": results, "same mask bits": agreement, "first layers all the same": equal})
     rows = [
         [
             which if which == PLAIN else f"prune, {which}",
-            *(f"{value:.2f}" for value in one.values()),
-            f"{found[PLAIN]['seconds'] / one['seconds']:.2f}",
+            *(f"{value:.2f}" for value in result.values()),
+            f"{results[PLAIN]['seconds'] / result['seconds']:.2f}",
         ]
-        for which, one in found.items()
+        for which, result in results.items()
     ]
     title = f"Wanda + rebuild, {Path(model).name}, {given.samples} × {given.seqlen} tokens, loading included"
     show(title, ["", "seconds", "peak GiB", "times as fast"], rows)
     print(f"float32: {agreement:.4%} of the masks' bits are the same, and all of the first {equal} of {layers} layers;")
-    print("where one pair in a million is chosen otherwise for a rounding, the layers after it are given other inputs.")
+    print("where a rounding changes the choice of one pair in a million, the layers after it get other inputs.")
 
 
 if __name__ == "__main__":

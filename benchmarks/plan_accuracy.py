@@ -1,8 +1,9 @@
-"""Compare the seconds and peak memory of `plan` with those of `prune`, for three models and two presets.
+"""Compare the seconds and peak memory of `plan` with those of `prune`, on three models.
 
-Models: SmolLM2-135M and two synthetic LLaMA-shaped checkpoints, or others. Each plan and each run is a process of its
-own. With `--times 2` each runs twice and the least of the seconds counts, since other load only adds to them; CPU
-seconds are printed beside them for the same reason. It takes about a quarter of an hour on an idle core.
+Each model is pruned by two presets. Models: SmolLM2-135M and two synthetic LLaMA-shaped checkpoints, or others. Each
+plan and each run is a process of its own. With `--times 2` each runs twice and the least of the seconds counts, since
+other load only adds to them; CPU seconds are printed beside them for the same reason. It takes about a quarter of an
+hour on an idle core.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_accuracy.py
 """

@@ -1,6 +1,6 @@
-"""The page `docs/results/forecast-tables.md`: plans of large models on a named machine, arithmetic that nobody has run.
+"""Write the page `docs/results/forecast-tables.md`: plans of large models on a named machine.
 
-Takes seconds.
+The plans are arithmetic that nobody has run. It takes seconds.
 
     python benchmarks/plan_tables.py
 """

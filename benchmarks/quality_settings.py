@@ -1,4 +1,4 @@
-"""Settings of `quality.py`: texts, targets, extra rows, and settings of the rebuild kept for other models."""
+"""Settings of `quality.py`: texts, targets, extra rows, and the chosen settings of the rebuild."""
 
 import json
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The stages of `quality.py`: comparisons of methods, settings, numbers of windows and orders of the steps."""
+"""Stages of `quality.py`: comparisons of methods, settings, numbers of windows, orders of steps."""
 
 import shutil
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The README's figure, `docs/figures/perplexity.svg`, from the kept cells of SmolLM2-135M with 64 × 1024 tokens.
+"""Draw the README's figure, `docs/figures/perplexity.svg`, from kept cells.
 
-Needs no model and no data.
+The cells are those of SmolLM2-135M with 64 × 1024 tokens. It needs no model and no data.
 
     python benchmarks/readme_figure.py
 """

@@ -1,7 +1,8 @@
-"""Compare the time of Wanda + rebuild with the floor that its matrix products set, and split it by step.
+"""Compare the time of Wanda + rebuild with the floor that its matrix products set.
 
-The floor: the FLOPs of five forward equivalents of the decoder layers (dense, sparse, two for the backward, one after
-the rebuild), over the rate of matrix products of the layer's shapes, measured in the same dtype and process.
+It also prints the time of each step. The floor: the FLOPs of five forward equivalents of the decoder layers (dense,
+sparse, two for the backward, one after the rebuild), over the rate of matrix products of the layer's shapes, measured
+in the same dtype and process.
 
     python benchmarks/rebuild_speed.py
     python benchmarks/rebuild_speed.py --samples 8 --threads 1          # the setting of the released program's times

@@ -1,4 +1,4 @@
-"""Measure how the time grows with tokens and with layers, and how it falls with the number of processes.
+"""Measure how time grows with tokens and layers, and falls with the number of processes.
 
 Synthetic LLaMA-shaped float32 checkpoints are pruned, in the compute dtype that suits the processor. Each run has
 processes of its own, with one thread each. It prints seconds, peak memory, and the share of equal mask bits.
@@ -24,7 +24,7 @@ HIDDEN, MLP, VOCABULARY = 512, 1408, 1000
 
 
 def prune(model: str, out: Path, preset: str, processes: int, *calibration: str) -> dict:
-    """The record of a run in so many processes of one thread each."""
+    """The record of a run in some processes, of one thread each."""
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
@@ -50,7 +50,7 @@ def synthetic(folder: Path, layers: int, sequences: int, preset: str, processes:
 
 
 def on_a_real_model(model: str, preset: str, samples: int, dtype: str, counts: list[int]) -> None:
-    """Several numbers of processes on a real model: time, and the same masks?"""
+    """Measure several numbers of processes on a real model: seconds, and whether masks are the same."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         how = ("--samples", str(samples), "--seqlen", "512", "--dtype", dtype)
@@ -68,11 +68,11 @@ def on_a_real_model(model: str, preset: str, samples: int, dtype: str, counts: l
     )
 
 
-def same_bits(one: Path, other: Path) -> float:
-    """Share of weights whose mask is the same."""
+def same_bits(first_out: Path, second_out: Path) -> float:
+    """Share of weights whose mask is the same in two pruned models."""
     same = total = 0
-    for path in sorted(one.glob("*.safetensors")):
-        first, second = load_file(path), load_file(other / path.name)
+    for path in sorted(first_out.glob("*.safetensors")):
+        first, second = load_file(path), load_file(second_out / path.name)
         for name, tensor in first.items():
             if name.endswith("_proj.weight"):
                 same += int(((tensor != 0) == (second[name] != 0)).sum())
@@ -89,25 +89,25 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="windows of 512 tokens, with --real")
     parser.add_argument("--processes", default="1,2", help="numbers of processes, with --real")
     parser.add_argument("--dtype", default="float32", help="of computing, with --real")
-    given = parser.parse_args()
-    if given.real:
-        counts = [int(one) for one in given.processes.split(",")]
-        on_a_real_model(model_folder(None), given.preset, given.samples, given.dtype, counts)
+    options = parser.parse_args()
+    if options.real:
+        counts = [int(count) for count in options.processes.split(",")]
+        on_a_real_model(model_folder(None), options.preset, options.samples, options.dtype, counts)
         return
-    sequences = [int(one) for one in given.sequences.split(",")]
-    depths = [int(one) for one in given.layers.split(",")]
+    sequences = [int(number) for number in options.sequences.split(",")]
+    depths = [int(depth) for depth in options.layers.split(",")]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sizes = [(depths[1], one) for one in sequences] + [(one, sequences[0]) for one in depths]
+        sizes = [(depths[1], windows) for windows in sequences] + [(depth, sequences[0]) for depth in depths]
         for layers, windows in sizes:
-            record, _ = synthetic(folder, layers, windows, given.preset)
+            record, _ = synthetic(folder, layers, windows, options.preset)
             seconds = record["seconds"]["layers"]
             rows.append(
                 [layers, windows, 1, seconds, 1000 * seconds / (layers * windows), record["peak_memory"] / 2**30]
             )
-        alone, first = synthetic(folder, depths[1], sequences[-1], given.preset)
-        together, second = synthetic(folder, depths[1], sequences[-1], given.preset, 2)
+        alone, first = synthetic(folder, depths[1], sequences[-1], options.preset)
+        together, second = synthetic(folder, depths[1], sequences[-1], options.preset, 2)
         seconds, half = alone["seconds"]["layers"], together["seconds"]["layers"]
         rows.append(
             [
@@ -120,14 +120,14 @@ def main() -> None:
             ]
         )
         agreement = same_bits(first, second)
-    found = {"efficiency of two processes": seconds / half / 2, "same mask bits": agreement}
-    keep("scaling", {"preset": given.preset, "rows": rows, **found})
+    results = {"efficiency of two processes": seconds / half / 2, "same mask bits": agreement}
+    keep("scaling", {"preset": options.preset, "rows": rows, **results})
     show(
-        f"preset {given.preset}, hidden {HIDDEN}, MLP {MLP}, float32 checkpoints, windows of 256 tokens",
+        f"preset {options.preset}, hidden {HIDDEN}, MLP {MLP}, float32 checkpoints, windows of 256 tokens",
         ["layers", "windows", "processes", "seconds in layers", "ms a layer and window", "peak memory, GiB"],
-        [[f"{one:.2f}" if isinstance(one, float) else str(one) for one in row] for row in rows],
+        [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows],
     )
-    efficiency = found["efficiency of two processes"]
+    efficiency = results["efficiency of two processes"]
     print(f"two processes: {efficiency:.0%} efficient, {agreement:.4%} of the masks' bits the same")
 
 

@@ -1,8 +1,9 @@
-"""Attention sinks: tokens whose states are far larger than the others', and their share of what pruning sees.
+"""Measure attention sinks: the share that one huge token of a window has in what pruning sees.
 
     python benchmarks/sinks.py [DENSE] [PRUNED] --text FILE
 
-One window of text goes through DENSE, and through PRUNED if it is named. Prints two tables:
+An attention sink is a token whose states are far larger than those of the other tokens. A window of text goes through
+DENSE, and through PRUNED if it is named. It prints two tables:
 
 - by decoder layer: the largest token of the layer's output, and its share of the squared difference between DENSE and
   PRUNED, plain and with huge channels capped as in the distance that tuning lowers (`method/distance.py`);
@@ -32,7 +33,7 @@ INPUTS = ["inputs of", "largest token's share of ‖X‖²", "in layer", "channe
 
 @dataclass(frozen=True)
 class InputShares:
-    """The largest token's share in the inputs of one linear: of the squares, and of channels where it has over half."""
+    """The largest token's share in a linear's inputs: of the squares, and of channels where it has over half."""
 
     layer: int
     squares: float

@@ -1,9 +1,9 @@
-"""Times until the command line answers: help, the version, a wrong option, a wrong setting.
+"""Measure the time until the command line answers: help, the version, a wrong option or setting.
 
 None of these loads PyTorch. Each command runs in a process of its own; the first run, which fills the disk's cache,
 is not counted.
 
-Example: python benchmarks/start_up.py
+    python benchmarks/start_up.py
 """
 
 import statistics

@@ -1,6 +1,8 @@
-"""Write a random LLaMA-shaped checkpoint of any size, shard by shard, with one decoder layer in memory.
+"""Write a random LLaMA-shaped checkpoint of any size.
 
-python benchmarks/synthetic.py OUT --layers 32 --hidden 1024 --mlp 2816
+It has a shard for each decoder layer; one layer at a time is in memory.
+
+    python benchmarks/synthetic.py OUT --layers 32 --hidden 1024 --mlp 2816
 """
 
 import argparse

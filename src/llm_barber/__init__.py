@@ -59,7 +59,8 @@ __all__ = [
     "unpack",
 ]
 
-# Imported when first used: the command line starts without PyTorch and transformers.
+# Modules of the public names. They are imported at first use, so that the command line starts without PyTorch and
+# transformers.
 _MODULES = {
     "BarberError": "errors",
     "CompareConfig": "settings.compare",
@@ -98,7 +99,7 @@ def __getattr__(name: str) -> Any:
 
         try:
             return version("llm-barber")
-        except PackageNotFoundError:  # the sources are on the path, and nothing is installed
+        except PackageNotFoundError:  # the sources are on the path, but the package is not installed
             return "0+unknown"
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

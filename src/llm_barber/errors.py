@@ -1,10 +1,10 @@
-"""One tree of exceptions. Each carries what went wrong (one line) and a hint that says what to do about it."""
+"""Exceptions of the program: each has a message, in one line, and a hint that says what the user can do."""
 
 
 class BarberError(Exception):
-    """Anything that a user can mend; `str(error)` is one line, `hint` says how, `exit_code` is the command's.
+    """Any problem that a user can solve; `str(error)` is one line, `exit_code` is the command's.
 
-    `message` and `hint` may be `Message`s (`messages.py`), whose settings the command line shows as they are typed.
+    `message` and `hint` may be `Message`s (`messages.py`): the command line shows their settings as options.
     """
 
     exit_code = 1
@@ -16,29 +16,29 @@ class BarberError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line; in two where the first one only announces the second."""
+    """First line of a library's error, with the second line if the first ends with a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 class SettingsError(BarberError):
-    """Settings that are wrong by themselves, whatever the files hold."""
+    """Settings that are wrong, or do not fit each other or the model."""
 
     exit_code = 2
 
 
 class ModelError(BarberError):
-    """A checkpoint that is missing, damaged, of an unsupported kind, or holds NaN or Inf."""
+    """A checkpoint that is missing, damaged or unsupported, or that holds NaN or Inf."""
 
 
 class NotFiniteError(ModelError):
-    """Values that are NaN or Inf, of a checkpoint or computed: the same run would find them again."""
+    """NaN or Inf, in a checkpoint or computed; the same run would meet them again."""
 
 
-def overflowed(what: str) -> NotFiniteError:
-    """The error of what was computed, for example "the output of layer 3"."""
+def overflowed(value: str) -> NotFiniteError:
+    """Make the error for a computed value that overflowed, for example "the output of layer 3"."""
     return NotFiniteError(
-        f"{what} holds NaN or Inf on the calibration text",
+        f"{value} holds NaN or Inf on the calibration text",
         "compute with a wider range: --dtype bfloat16 or float32; if it was, the model itself overflows",
     )
 
@@ -48,16 +48,16 @@ class CalibrationError(BarberError):
 
 
 class HubError(BarberError):
-    """The hub was needed and could not be reached, or does not have what was asked for."""
+    """The hub cannot be reached, or does not have the requested model or data."""
 
 
 class OutputError(BarberError):
-    """An output folder that cannot be written."""
+    """An output that exists, is damaged, or cannot be written."""
 
 
 class VerificationError(BarberError):
-    """A checkpoint that is not what its record, or the dense model, says."""
+    """A checkpoint that differs from its record or from the dense model."""
 
 
 class TaskError(BarberError):
-    """An evaluation task that is unknown or cannot be run, or whose file is wrong."""
+    """An evaluation task that is unknown, cannot be run, or has a wrong file."""

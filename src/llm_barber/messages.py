@@ -1,4 +1,7 @@
-"""Text that names settings as data: Python users read `rebuild_ratio`, the command line shows `--rebuild-ratio`."""
+"""Messages whose parts are text and names of settings.
+
+Python users read `rebuild_ratio`, the command line shows `--rebuild-ratio`.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,9 +11,9 @@ from typing import Self
 
 @dataclass(frozen=True)
 class SettingName:
-    """The name of a setting, with a value where the text means the two together: `refine tune`.
+    """Name of a setting, or of a setting with a value: `refine tune`.
 
-    `inside`: where in the setting's value something is, as 0 for its first item; for Python users only.
+    `inside`: path of a part of the setting's value, for example 0 for its first item; for Python users only.
     """
 
     name: str
@@ -23,41 +26,44 @@ class SettingName:
 
 
 class Message(str):
-    """Text made of parts, some of them names of settings. As a `str` it is what Python users read."""
+    """Text with names of settings among its parts; as a `str` it reads as Python users see it."""
 
     parts: tuple[str | SettingName, ...]
 
     def __new__(cls, *parts: str | SettingName) -> Self:
-        """Join the parts; those of a message among them stay parts."""
-        flat = [one for part in parts for one in (part.parts if isinstance(part, Message) else (part,))]
-        made = super().__new__(cls, "".join(map(str, flat)))
-        made.parts = tuple(flat)
-        return made
+        """Join the parts; a message among them adds its parts."""
+        flat: list[str | SettingName] = []
+        for part in parts:
+            flat.extend(part.parts if isinstance(part, Message) else [part])
+        text = super().__new__(cls, "".join(map(str, flat)))
+        text.parts = tuple(flat)
+        return text
 
     @property
     def as_options(self) -> str:
-        """The text with each setting's name as the option of that name: `--rebuild-ratio`."""
+        """Text with settings as options: `--rebuild-ratio`."""
         return self.rendered(_as_option)
 
     def rendered(self, render: Callable[[SettingName], str]) -> str:
-        """The text with each setting's name as `render` shows it; all else stays as it is."""
+        """Text with each setting as `render` shows it; the other parts stay as they are."""
         return "".join(render(part) if isinstance(part, SettingName) else part for part in self.parts)
 
 
 def _as_option(setting: SettingName) -> str:
+    """Show a setting as its option, with its value if it has one."""
     option = f"--{setting.name.replace('_', '-')}"
     return option if setting.value is None else f"{option} {setting.value}"
 
 
 def message(template: str, **values: object) -> Message:
-    """Fill in a template; a field that no value is given for is the name of a setting.
+    """Fill in a template; a field without a value is the name of a setting.
 
     Example: `message("{swaps} are of {refine:swaps}, not of {method}", method="wanda")` has the parts
     `SettingName("swaps")`, `" are of "`, `SettingName("refine", "swaps")`, `", not of "`, `"wanda"`.
 
     Args:
         template: text with fields, `{name}` or `{name:value}` for a setting.
-        values: shown as they are; those that are messages or names of settings stay parts.
+        values: values of the other fields; messages and names of settings among them stay parts.
     """
     parts: list[str | SettingName] = []
     formatter = Formatter()
@@ -76,6 +82,6 @@ def message(template: str, **values: object) -> Message:
 
 
 def joined(separator: str, messages: Iterable[Message]) -> Message:
-    """Messages with a separator between each two."""
-    parts = [part for one in messages for part in (separator, one)]
+    """Join messages with a separator between each two."""
+    parts = [part for text in messages for part in (separator, text)]
     return Message(*parts[1:])

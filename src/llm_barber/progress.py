@@ -1,35 +1,35 @@
-"""How a run tells where it is; the command line renders it, a caller may pass an object of its own."""
+"""Interface for a run's progress: the command line shows it, callers may pass an object of their own."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told what a run does. All methods return at once."""
+    """Receiver of a run's progress. All methods return at once."""
 
     def stage(self, title: str) -> None:
-        """A stage of unknown length begins ("reading calibration text")."""
+        """Begin a stage of unknown length ("reading calibration text")."""
 
     def start(self, title: str, total: int, finished: int = 0) -> None:
-        """A stage of `total` steps begins, of which an earlier run finished some: these take no time now."""
+        """Begin a stage of `total` steps, of which an earlier run finished some: these take no time."""
 
     def advance(self, detail: str) -> None:
-        """A step is done."""
+        """Finish a step."""
 
     def warn(self, message: str) -> None:
-        """Something that the user should know, and that does not stop the run; a `Message` where it names settings."""
+        """Warn the user without stopping the run; a `Message` if the text names settings."""
 
 
 class Silent:
-    """Says nothing."""
+    """Progress that shows nothing."""
 
     def stage(self, title: str) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def start(self, title: str, total: int, finished: int = 0) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def advance(self, detail: str) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def warn(self, message: str) -> None:
-        """Say nothing."""
+        """Show nothing."""

@@ -1,4 +1,4 @@
-"""What a process has used of memory, and the versions of what it computed with."""
+"""Memory that a process uses, the machine it runs on, and the versions of its libraries."""
 
 import platform
 import resource
@@ -11,18 +11,19 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of Python and of the packages that results depend on, by name."""
     packages = ("llm-barber", "torch", "transformers", "safetensors", "numpy")
     return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
 
 
 @cache
 def _version(package: str) -> str:
-    return version(package)  # reads files
+    """Version of an installed package; cached, since looking it up reads files."""
+    return version(package)
 
 
 def readable_bytes(size: float, base: int = 1000) -> str:
-    """A number of bytes with three digits and a unit, decimal or, with `base` 1024, binary.
+    """Format a number of bytes with three digits and a unit, decimal or, with `base` 1024, binary.
 
     Example: 0 -> "0 bytes", 1234 -> "1.23 kB", 45_600_000 -> "45.6 MB", 1536, base=1024 -> "1.5 KiB".
     """
@@ -37,7 +38,7 @@ def readable_bytes(size: float, base: int = 1000) -> str:
 
 
 def machine(device: torch.device | None = None) -> str:
-    """The GPU, if that is what computes, or the processor, and the number of threads, for people."""
+    """Name for people of the GPU that computes, or of the processor, with AMX and the number of threads."""
     if device is not None and device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
@@ -47,14 +48,15 @@ def machine(device: torch.device | None = None) -> str:
 
 @cache
 def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
+    """Name of the processor, or its architecture where the system does not give the name."""
+    description = Path("/proc/cpuinfo")
+    lines = description.read_text().splitlines() if description.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes (since `reset_peak_memory`, on Linux)."""
+    """Largest resident set of this process so far, in bytes; on Linux, since `reset_peak_memory`."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -65,13 +67,13 @@ def peak_memory() -> int:
 
 
 def current_memory() -> int:
-    """The resident set of this process now, in bytes; where the system does not say, the largest so far."""
+    """Current resident set of this process, in bytes; the largest so far where only that is known."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak_memory()
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of `peak_memory`, where the system can (Linux), and of `peak_device_memory`."""
+    """Restart the measurements of `peak_memory`, on Linux only, and of `peak_device_memory`."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
@@ -82,5 +84,5 @@ def reset_peak_memory() -> None:
 
 
 def peak_device_memory(device: torch.device) -> int | None:
-    """The largest allocation on a CUDA device so far (since `reset_peak_memory`), in bytes."""
+    """Largest allocation on a CUDA device since `reset_peak_memory`, in bytes; None for other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -20,8 +20,8 @@ from tests.conftest import make_model, save_tokens
 from tests.helpers.commands import COMMANDS, CONFIGS, parameters
 
 ROOT = Path(__file__).parents[2]
-# Settings of `prune` that change nothing that `plan` says.
-PLAN_LEAVES = ("bos", "seed", "format", "overwrite", "resume", "report")
+# Settings of `prune` that do not change a forecast, and that `plan` does not take.
+NOT_IN_PLAN = ("bos", "seed", "format", "overwrite", "resume", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_prune_inspect_rebuild(tmp_path: Path, llama: Path, tokens: Path, capsys
     assert record["sparsity"] == 0.5
 
 
-def test_inspect_exits_with_1_when_something_is_wrong(
+def test_inspect_exits_with_1_if_the_checkpoint_differs(
     tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--quiet") == 0
@@ -132,9 +132,7 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_process_of_several_that_failed_does_not_wait_for_the_others(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_process_of_several_ends_at_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from llm_barber import cli
 
     ended: list[tuple[str, int]] = []
@@ -161,24 +159,24 @@ def test_help_is_short_and_has_an_example(
 
 
 def test_every_setting_is_an_option() -> None:
-    """And every option but those of the display is a setting, of the same default unless `--help` says otherwise."""
-    of_python: dict[type[Settings], set[str]] = {
-        PlanConfig: {"output", *PLAN_LEAVES},
+    """Conversely, every option is a setting, but for those of the display; numbers have the same defaults."""
+    python_only: dict[type[Settings], set[str]] = {
+        PlanConfig: {"output", *NOT_IN_PLAN},
         CompareConfig: {"rebuild_settings", "task_seeds"},
     }
     display = {"json", "quiet", "debug", "dry_run", "keep"}
     assert CONFIGS.keys() == COMMANDS.keys()
     for command, config in CONFIGS.items():
         options = parameters(command)
-        assert options.keys() - display == config.model_fields.keys() - of_python.get(config, set()), command
+        assert options.keys() - display == config.model_fields.keys() - python_only.get(config, set()), command
         for name, field in config.model_fields.items():
             if name in options and isinstance(field.default, int | float) and not isinstance(field.default, bool):
                 assert options[name].default == field.default, (command, name)
 
 
 def test_help_names_settings_as_they_are_typed() -> None:
-    """Those in backticks in the fields' descriptions."""
-    texts = {name: {key: one.help for key, one in parameters(name).items()} for name in COMMANDS}
+    """Fields' descriptions have settings in backticks; help texts have the options instead."""
+    texts = {name: {key: option.help for key, option in parameters(name).items()} for name in COMMANDS}
     assert texts["prune"]["overwrite"] == "Replace OUT when the new model is complete"
     assert texts["pack"]["overwrite"] == "Replace PACKED when the new copy is complete"
     assert "--refine swaps" in texts["prune"]["swaps"]
@@ -186,24 +184,24 @@ def test_help_names_settings_as_they_are_typed() -> None:
 
 
 def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every long option that the README or the docs give to a command is one of its options."""
+    """Commands in the README and the docs use existing options only."""
     import re
 
-    seen = 0
+    commands = 0
     for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for line in path.read_text().splitlines():
             match = re.match(r"\s*(?:\$ )?llm-barber ([a-z]+)\b(.*)", line)
             if match and match[1] in COMMANDS:
                 call(match[1], "--help")
                 help_text = capsys.readouterr().out
-                seen += 1
+                commands += 1
                 for option in re.findall(r"--[a-z-]+", match[2].partition(" # ")[0]):
                     assert option in help_text, (path, option)
-    assert seen >= 3
+    assert commands >= 3
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             ("--no-rebuild", "--rebuild-ratio", 1, "--granularity", "block"),
@@ -217,43 +215,44 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_errors_name_options_as_they_are_typed(
-    tmp_path: Path, llama: Path, options: tuple[object, ...], said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, llama: Path, options: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("prune", llama, tmp_path / "out", *options) == 2
-    assert f"error: {said}" in capsys.readouterr().err
+    assert f"error: {message}" in capsys.readouterr().err
 
 
-def test_nobody_is_told_to_go_on_with_a_damaged_checkpoint(
+def test_the_error_of_a_damaged_checkpoint_does_not_advise_resuming(
     tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = load_file(llama / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, llama / "model.safetensors", {"format": "pt"})
     assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--preset", "paper") == 1
-    said = capsys.readouterr().err
-    assert "holds NaN or Inf" in said
-    assert "--resume" not in said
+    shown = capsys.readouterr().err
+    assert "holds NaN or Inf" in shown
+    assert "--resume" not in shown
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
-def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
-    tmp_path: Path, sent: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("sent_signal", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_an_interrupted_run_can_be_resumed_and_does_not_look_complete(
+    tmp_path: Path, sent_signal: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_model(tmp_path / "dense", "llama", num_hidden_layers=12)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=64, tokens=64)
     out = tmp_path / "out"
-    arguments = ["prune", model, out, "--calibration", tokens, "--preset", "paper"]  # no look at the whole model first
+    # The preset does not read the whole model before the first layer, as the allocation by loss would.
+    arguments = ["prune", model, out, "--calibration", tokens, "--preset", "paper"]
     process = subprocess.Popen(
         [sys.executable, "-m", "llm_barber", *map(str, arguments)],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs in the background ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # processes in the background ignore SIGINT
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial/*-00004-of-*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(sent)
+    process.send_signal(sent_signal)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in stderr
@@ -264,19 +263,19 @@ def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
 
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out.partial")
-    if sent != signal.SIGKILL:
+    if sent_signal != signal.SIGKILL:
         assert stderr.splitlines()[-2] == "error: interrupted"
         assert "the same command with --resume goes on" in " ".join(stderr.split())
     assert call(*arguments) == 1
     assert "hint: add --resume to go on with it" in capsys.readouterr().err
-    if sent != signal.SIGTERM:  # the others take their time
+    if sent_signal != signal.SIGTERM:  # a resumed run takes time, and SIGTERM is handled as SIGINT is
         assert call(*arguments, "--quiet", "--resume") == 0
         assert out.exists()
         assert not list(tmp_path.glob("out.partial"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["prune", "m", "out", "--layers", ""], "--layers is empty"),
         (["prune", "m", "out", "--layers="], "--layers is empty"),
@@ -289,6 +288,6 @@ def test_interruption_leaves_what_can_go_on_and_nothing_that_looks_complete(
         (["compare", "m", "out", "--tasks", " "], "--tasks is empty"),
     ],
 )
-def test_empty_arguments_are_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments) == 2
-    assert capsys.readouterr().err.startswith(f"error: {says}\nhint: give it a value")
+    assert capsys.readouterr().err.startswith(f"error: {message}\nhint: give it a value")

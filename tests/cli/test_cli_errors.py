@@ -1,4 +1,4 @@
-"""Errors as the command line tells them: settings as they are typed, all problems at once, the same with --debug."""
+"""Errors of the command line: settings as the user types them, all problems at once, --debug."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def call(*arguments: object) -> int:
 
 
 def wrong_numbers() -> list[tuple[str, str, str]]:
-    """Every option with a bound, and a number beyond it."""
+    """List every option with a bound, as command, setting and a number beyond the bound."""
     cases = []
     for command, config in CONFIGS.items():
         for name, field in config.model_fields.items():
@@ -35,9 +35,9 @@ def wrong_numbers() -> list[tuple[str, str, str]]:
 def test_a_number_beyond_its_bound_names_the_option(
     tmp_path: Path, command: str, name: str, number: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = [tmp_path / f"no-{argument}" for argument in ARGUMENTS[command]]
+    paths = [tmp_path / f"no-{argument}" for argument in ARGUMENTS[command]]
     option = f"--{name.replace('_', '-')}"
-    assert call(command, *places, f"{option}={number}") == 2
+    assert call(command, *paths, f"{option}={number}") == 2
     assert capsys.readouterr().err.startswith(f"error: {option}: Input should be ")
 
 
@@ -45,10 +45,10 @@ def test_a_number_beyond_its_bound_names_the_option(
     ("command", "name"), [(command, name) for command, config in CONFIGS.items() for name in config.model_fields]
 )
 def test_every_setting_is_named_as_it_is_typed(command: str, name: str) -> None:
-    """By its argument or option; what the command does not take, by its name."""
-    given = dict.fromkeys(("model", "dense", "pruned", "output", "folder"), "somewhere")
+    """Settings are named by their argument or option; if the command has neither, by the setting's name."""
     fields = CONFIGS[command].model_fields
-    values: dict[str, Any] = {key: value for key, value in given.items() if key in fields} | {name: object()}
+    paths = [key for key in ("model", "dense", "pruned", "output", "folder") if key in fields]
+    values: dict[str, Any] = {**dict.fromkeys(paths, "somewhere"), name: object()}
     with pytest.raises(SettingsError) as caught:
         CONFIGS[command](**values)
     option = f"--{name.replace('_', '-')}" if name in parameters(command) else name
@@ -58,7 +58,7 @@ def test_every_setting_is_named_as_it_is_typed(command: str, name: str) -> None:
     assert str(caught.value).startswith(name)
 
 
-def test_what_was_typed_is_shown_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_look_like_settings_are_shown_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "target_mix"
     folder.mkdir()
     assert call("prune", folder, folder) == 2
@@ -66,27 +66,27 @@ def test_what_was_typed_is_shown_as_typed(tmp_path: Path, capsys: pytest.Capture
     assert call("prune", folder, "out", "--pattern", "tune_passes: refine tune") == 2
     assert "pattern 'tune_passes: refine tune' is not N:M" in capsys.readouterr().err
     assert call("compare", folder, tmp_path / "out", "--methods", "target_mix") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: --methods: Input should be ")
-    assert "(given: 'target_mix')" in said
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: --methods: Input should be ")
+    assert "(given: 'target_mix')" in shown
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("prune", "OUT is MODEL itself"), ("convert", "OUT is MODEL itself"), ("pack", "PACKED is OUT itself"),
         ("unpack", "OUT is PACKED itself"),
     ],
 )  # fmt: skip
 def test_arguments_are_named_as_the_help_names_them(
-    tmp_path: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(command, tmp_path, tmp_path) == 2
-    assert capsys.readouterr().err.startswith(f"error: {said} ({tmp_path}): ")
+    assert capsys.readouterr().err.startswith(f"error: {message} ({tmp_path}): ")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             ("--include", "q_proj", "--exclude", "q_proj"),
@@ -103,16 +103,21 @@ def test_arguments_are_named_as_the_help_names_them(
     ],
 )
 def test_settings_that_do_not_fit_are_named_as_they_are_typed(
-    tmp_path: Path, llama: Path, tokens: Path, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    llama: Path,
+    tokens: Path,
+    options: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--quiet", *options) == 2
-    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def test_a_switch_that_is_off_is_named_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_switch_that_is_off_is_named_with_no(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("rebuild", "dense", "pruned", tmp_path / "out", "--no-rebuild") == 2
-    said = "error: --no-rebuild, --refine none and --reconstruct none leave nothing to do\n"
-    assert capsys.readouterr().err.startswith(said)
+    error = "error: --no-rebuild, --refine none and --reconstruct none leave nothing to do\n"
+    assert capsys.readouterr().err.startswith(error)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +134,10 @@ def test_debug_adds_a_traceback_and_changes_nothing_else(
     assert call(*arguments, "--debug") == code
     debugged = capsys.readouterr().err
     assert debugged.endswith(without)
-    assert debugged.startswith("Traceback ") is (options != ("--what",))  # an option's error is raised by no code here
+    assert debugged.startswith("Traceback ") is (options != ("--what",))  # typer reports unknown options itself
 
 
-def test_debug_of_a_defect(
+def test_debug_shows_the_traceback_of_a_defect(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
@@ -140,6 +145,6 @@ def test_debug_of_a_defect(
 
     monkeypatch.setattr("llm_barber.run.commands.prune", broken)
     assert call("prune", llama, tmp_path / "out", "--quiet", "--debug") == 1
-    said = capsys.readouterr().err
-    assert said.startswith("Traceback ")
-    assert "\nerror: unexpected RuntimeError: this is new\nhint: this is a defect" in said
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback ")
+    assert "\nerror: unexpected RuntimeError: this is new\nhint: this is a defect" in shown

@@ -1,4 +1,4 @@
-"""What the commands show of a run's progress."""
+"""Progress of a run on the console: ETA, warnings, the bar after a resume."""
 
 import time
 
@@ -9,7 +9,7 @@ from llm_barber.messages import message
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock in place of `time.monotonic`, which the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 1000.0
@@ -17,7 +17,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(("finished", "eta"), [(0, 70), (4, 30)])
-def test_the_eta_is_by_the_steps_of_this_run(
+def test_the_eta_ignores_steps_of_an_earlier_run(
     finished: int, eta: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
@@ -35,8 +35,8 @@ def test_a_warning_names_settings_as_options(
     monkeypatch.setenv("TERM", "dumb")
     for text in (message("{device_memory} is of {path}: {refine:none}", path="/a/target_mix"), "target_mix: as it is"):
         ConsoleProgress(quiet=True).warn(text)
-    said = "warning: --device-memory is of /a/target_mix: --refine none\nwarning: target_mix: as it is\n"
-    assert capsys.readouterr().err == said
+    warnings = "warning: --device-memory is of /a/target_mix: --refine none\nwarning: target_mix: as it is\n"
+    assert capsys.readouterr().err == warnings
 
 
 def test_the_bar_begins_after_finished_steps(
@@ -50,7 +50,7 @@ def test_the_bar_begins_after_finished_steps(
     progress._bars.get_time = time.monotonic
     progress._bars.start()
     progress.start("pruning", 8, finished=4)
-    for _ in range(3):  # the rate is that between steps
+    for _ in range(3):  # rich needs several steps for a rate
         clock.seconds += 10
         progress.advance("")
     progress._bars.refresh()

@@ -1,4 +1,4 @@
-"""Whole runs that tune: families, masks of other tools, zeros of the dense model, idle experts."""
+"""Whole runs with tuning: families, masks of other tools, zeros of the dense model, idle experts."""
 
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,25 @@ def tokens(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("family", "few_tokens"), [("qwen3_moe", 110), ("gpt_oss", 90), ("gpt2", 0), ("lfm2", 0)])
 def test_families(tmp_path: Path, family: str, few_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts, weights as (in, out), layers without attention; those with few tokens stay as they are."""
+    """Experts, weights as (in, out), layers without attention; experts with few tokens keep their masks."""
     monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", few_tokens)
     model, tokens = make_model(tmp_path / "dense", family), save_tokens(tmp_path / "tokens.safetensors", sequences=8)
     plain = run(model, tmp_path / "plain", tokens, preset="mask", refine="none", pattern="2:4")
     report = run(model, tmp_path / "out", tokens, preset="mask", reconstruct="none", pattern="2:4")
     assert report.swapped > 0
     assert report.sparsity == plain.sparsity
-    few = [one for one in report.linears if one.few_tokens]
-    assert all(one.grown == 0 for one in few)
+    few = [linear for linear in report.linears if linear.few_tokens]
+    assert all(linear.grown == 0 for linear in few)
     assert bool(few) is bool(few_tokens)
     assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
 
 
 @pytest.mark.parametrize("granularity", ["output", "block"])
 @pytest.mark.parametrize("refine", ["none", "swaps", "tune"])
-def test_what_was_swapped_is_told_from_the_initial_masks(
+def test_swaps_are_counted_from_the_initial_masks(
     tmp_path: Path, model: Path, tokens: Path, refine: str, granularity: str
 ) -> None:
-    """A weight that the rebuild brings back, and a later step drops again, was not swapped."""
+    """A weight that the rebuild grows and a later step drops again is not counted as swapped."""
     run(model, tmp_path / "first", tokens, initial="magnitude", rebuild=False)
     settings = {"rebuild": True, "granularity": granularity, "rebuild_ratio": 1.0, "refine": refine}
     report = run(model, tmp_path / "out", tokens, initial="magnitude", **settings)
@@ -56,13 +56,13 @@ def test_what_was_swapped_is_told_from_the_initial_masks(
     for layer in report.layers:
         for linear in layer.linears:
             name = f"model.layers.{layer.index}.{linear.name}.weight"
-            came, went = (before[name] == 0) & (after[name] != 0), (before[name] != 0) & (after[name] == 0)
-            assert (linear.grown, linear.dropped) == (int(came.sum()), int(went.sum()))
+            grown, dropped = (before[name] == 0) & (after[name] != 0), (before[name] != 0) & (after[name] == 0)
+            assert (linear.grown, linear.dropped) == (int(grown.sum()), int(dropped.sum()))
     assert report.swapped > 0
 
 
 @pytest.mark.parametrize("reject", ["both", "linears", "layer"])
-def test_a_block_is_rejected_if_nothing_of_it_is_kept(reject: str) -> None:
+def test_a_block_is_rejected_if_both_of_its_refinements_are(reject: str) -> None:
     keep = torch.ones(2, 4, dtype=torch.bool)
     linear = PrunedLinear(keep, keep.float(), keep.float(), None)
     outcome = BlockOutcome({"up": linear}, {"up": Rebuilt(keep, 0, 0, 0)}, rejected=reject != "layer")
@@ -79,7 +79,7 @@ def test_rebuild_by_a_preset(tmp_path: Path, model: Path, tokens: Path) -> None:
     report = rebuild(RebuildConfig(output=tmp_path / "out", preset="mask", **settings))
     assert (report.granularity, report.pattern, report.kept_weights) == (None, "2:4", "dense")
     assert report.swapped > 0
-    assert sum(one.beneficial_pairs for one in report.linears) == 0
+    assert sum(linear.beneficial_pairs for linear in report.linears) == 0
     with pytest.raises(SettingsError, match="leave nothing to do"):
         RebuildConfig(output=tmp_path / "other", rebuild=False, **settings)
 
@@ -103,15 +103,15 @@ def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> 
 def test_zeros_of_the_dense_model(
     tmp_path: Path, model: Path, tokens: Path, pattern: str | None, settings: dict[str, Any]
 ) -> None:
-    """They count as kept, stay zero, and leave N:M and the number of zeros as they were."""
+    """They count as kept and stay zero, and N:M and the number of zeros do not change."""
     tensors = load_file(model / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    for name, one in tensors.items():
+    for name, weight in tensors.items():
         if "_proj" in name:
-            one[torch.rand(one.shape, generator=generator) < 0.05] = 0
+            weight[torch.rand(weight.shape, generator=generator) < 0.05] = 0
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    how = {"pattern": pattern} if pattern else {"sparsity": 0.5}
-    run(model, tmp_path / "pruned", tokens, initial="wanda", rebuild=False, **how)
+    target = {"pattern": pattern} if pattern else {"sparsity": 0.5}
+    run(model, tmp_path / "pruned", tokens, initial="wanda", rebuild=False, **target)
     (tmp_path / "pruned" / "barber.json").unlink()
     rebuilt = RebuildConfig(
         dense=model, pruned=tmp_path / "pruned", output=tmp_path / "out", calibration=tokens, dtype="float32", guard=0,
@@ -126,19 +126,18 @@ def test_zeros_of_the_dense_model(
 
 
 @pytest.mark.parametrize("preset", ["mask", "best"])
-def test_what_another_tool_pruned_after_the_last_whole_group_stays_pruned(
-    tmp_path: Path, model: Path, tokens: Path, preset: str
-) -> None:
+def test_a_tail_that_another_tool_pruned_stays_pruned(tmp_path: Path, model: Path, tokens: Path, preset: str) -> None:
+    """The tail is the weights of a row after its last whole group of M."""
     run(model, tmp_path / "pruned", tokens, pattern="3:5", allow_dense_tail=True, initial="wanda", rebuild=False)
     (tmp_path / "pruned" / RECORD_NAME).unlink()
     for path in (tmp_path / "pruned").glob("*.safetensors"):
         tensors = load_file(path)
-        for name, one in tensors.items():
+        for name, weight in tensors.items():
             if "_proj" in name:
-                one[:, one.shape[1] // 5 * 5 :: 2] = 0
+                weight[:, weight.shape[1] // 5 * 5 :: 2] = 0
         save_file(tensors, path, {"format": "pt"})
-    how = {"pattern": "3:5", "preset": preset, "guard": 0, "dtype": "float32"}
-    rebuild(RebuildConfig(dense=model, pruned=tmp_path / "pruned", output=tmp_path / "out", calibration=tokens, **how))
+    paths = {"dense": model, "pruned": tmp_path / "pruned", "output": tmp_path / "out", "calibration": tokens}
+    rebuild(RebuildConfig(pattern="3:5", preset=preset, guard=0, dtype="float32", **paths))
     before, after = masks(tmp_path / "pruned"), masks(tmp_path / "out")
     for name in before:
         tail = before[name].shape[1] // 5 * 5
@@ -149,14 +148,15 @@ def test_what_another_tool_pruned_after_the_last_whole_group_stays_pruned(
 
 
 @pytest.mark.parametrize("settings", [{"initial": "wanda"}, {"initial": "magnitude"}, {"preset": "best"}], ids=str)
-def test_layers_with_nothing_but_idle_experts(
+def test_layers_in_which_all_experts_are_idle(
     tmp_path: Path, tokens: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 10**6)
     model = make_model(tmp_path / "dense", "mixtral")
-    how = {"rebuild": False, "refine": "tune", "include": ("experts",), **settings}
-    report = run(model, tmp_path / "out", tokens, **how)
+    report = run(
+        model, tmp_path / "out", tokens, **{"rebuild": False, "refine": "tune", "include": ("experts",), **settings}
+    )
     assert report.swapped == 0
-    assert all(one.few_tokens for one in report.linears if one.pruned)
+    assert all(linear.few_tokens for linear in report.linears if linear.pruned)
     written, dense = read_folder(tmp_path / "out"), read_folder(model)
-    assert all(((one == dense[name]) | (one == 0)).all() for name, one in written.items())
+    assert all(((weight == dense[name]) | (weight == 0)).all() for name, weight in written.items())

@@ -1,4 +1,4 @@
-"""Per-sequence gradients against autograd, one sequence at a time."""
+"""A decoder layer: its outputs, calls of its linears, and gradients compared with autograd."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ Case = tuple[nn.Module, Architecture, Tensor, dict]
 
 @pytest.fixture(params=["llama", "opt"])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    """A layer, its record, an input (sequences, tokens, hidden) and the arguments of its call."""
+    """A layer, its architecture, an input (sequences, tokens, hidden) and the arguments of its call."""
     folder = make_model(tmp_path / "model", request.param)
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     architecture = LLAMA if request.param == "llama" else ARCHITECTURES["opt"]
@@ -31,6 +31,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 
 def gradient_squares(case: Case, block: Block, sparse: Tensor, batch: int) -> dict[str, Tensor]:
+    """Mean squares over sequences of the gradients by a block's weights, computed in batches."""
     module, architecture, hidden, arguments = case
     layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
     squares = {name: GradientSquares(tuple(layer.linears[name].weight.shape), hidden.device) for name in block.linears}
@@ -41,7 +42,7 @@ def gradient_squares(case: Case, block: Block, sparse: Tensor, batch: int) -> di
 
 
 def one_sequence(arguments: dict) -> dict:
-    """Position arguments that fit any batch."""
+    """Arguments of a call with the positions of a single sequence, which fit any batch."""
     return {
         name: value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == 4 else value
         for name, value in arguments.items()
@@ -53,7 +54,7 @@ def test_gradients_equal_autograd_one_sequence_at_a_time(case: Case, index: int)
     module, architecture, hidden, arguments = case
     block = architecture.blocks[index]
     sparse = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
-    found = gradient_squares(case, block, sparse, batch=4)
+    squares = gradient_squares(case, block, sparse, batch=4)
     outputs = []
     handle = module.get_submodule(block.output).register_forward_hook(lambda _, __, out: outputs.append(out))
     weights = [module.get_submodule(name).weight for name in block.linears]
@@ -68,7 +69,7 @@ def test_gradients_equal_autograd_one_sequence_at_a_time(case: Case, index: int)
             total += gradient**2 / len(hidden)
     handle.remove()
     for name, total in zip(block.linears, expected, strict=True):
-        torch.testing.assert_close(found[name], total, rtol=1e-4, atol=0)
+        torch.testing.assert_close(squares[name], total, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -83,16 +84,16 @@ def test_batch_size_does_not_change_the_statistics(case: Case, index: int) -> No
 
 
 def test_half_precision_does_not_underflow(case: Case) -> None:
-    """The loss gradient is 2 · 1e-5 / (12 · 32) = 5e-8: less than float16's least positive number."""
+    """The loss gradient is 2 · 1e-5 / (12 · 32) = 5e-8, less than the least positive number of float16."""
     module, architecture, hidden, arguments = case
     block = architecture.blocks[1]
     float_arguments = one_sequence(arguments)
-    module.half().float()  # weights that both dtypes have
+    module.half().float()  # rounds the weights, so that both dtypes have the same
     layer = DecoderLayer(module, architecture.linears, lambda *_: float_arguments)
     dense = layer.block_output(block, hidden, {})
     module.half()
     half_arguments = {
-        name: tuple(one.half() for one in value) if name == "position_embeddings" else value
+        name: tuple(tensor.half() for tensor in value) if name == "position_embeddings" else value
         for name, value in float_arguments.items()
     }
     layer = DecoderLayer(module, architecture.linears, lambda *_: half_arguments)
@@ -100,27 +101,27 @@ def test_half_precision_does_not_underflow(case: Case) -> None:
     sparse = half_dense - 1e-5 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
     difference = half_dense - sparse
     half_case = (module, architecture, hidden.half(), half_arguments)
-    found = gradient_squares(half_case, block, sparse, batch=4)
+    squares = gradient_squares(half_case, block, sparse, batch=4)
     module.float()
     exact = gradient_squares(case, block, dense - 1000 * difference, batch=4)
     for name in block.linears:
-        ratio = 1000 * found[name].sqrt().norm() / exact[name].sqrt().norm()
+        ratio = 1000 * squares[name].sqrt().norm() / exact[name].sqrt().norm()
         assert 0.98 < ratio < 1.02, (name, ratio)
 
 
-def test_a_linear_that_the_output_does_not_depend_on_is_told(case: Case) -> None:
+def test_a_linear_that_the_output_does_not_depend_on_is_an_error(case: Case) -> None:
     module, architecture, hidden, arguments = case
     layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
-    sums = {name: FisherSums(tuple(one.weight.shape), hidden.device) for name, one in layer.linears.items()}
+    sums = {name: FisherSums(tuple(linear.weight.shape), hidden.device) for name, linear in layer.linears.items()}
     layer.loss_gradients(hidden, torch.ones_like(hidden), sums)
-    (activation,) = (one for name, one in module.named_modules() if name.endswith(("act_fn", "activation_fn")))
+    (activation,) = (child for name, child in module.named_modules() if name.endswith(("act_fn", "activation_fn")))
     before = "gate_proj" if architecture is LLAMA else "fc1"
     with (
         removed(activation.register_forward_hook(lambda _, __, output: torch.zeros_like(output))),
-        pytest.raises(ModelError, match=f"no gradient by .*{before}") as told,
+        pytest.raises(ModelError, match=f"no gradient by .*{before}") as caught,
     ):
         layer.loss_gradients(hidden, torch.ones_like(hidden), sums)
-    assert "--exclude" in told.value.hint
+    assert "--exclude" in caught.value.hint
 
 
 def test_replay_gives_the_layer_the_kept_output(case: Case) -> None:
@@ -132,7 +133,7 @@ def test_replay_gives_the_layer_the_kept_output(case: Case) -> None:
     torch.testing.assert_close(output, layer.output(hidden), rtol=0, atol=0)
     _, other = layer.final_output(hidden, mlp, {attention.output: torch.zeros_like(kept)})
     assert not torch.equal(other, output)
-    assert "forward" not in vars(module.get_submodule(attention.output))  # taken off again
+    assert "forward" not in vars(module.get_submodule(attention.output))  # the replay is removed
 
 
 def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case) -> None:
@@ -146,7 +147,7 @@ def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case)
     assert set(seen) == set(architecture.linears)
     assert not ended
     assert seen["self_attn.q_proj"] is seen["self_attn.k_proj"]
-    assert all(one.shape[:2] == hidden.shape[:2] for one in seen.values())
+    assert all(inputs.shape[:2] == hidden.shape[:2] for inputs in seen.values())
 
 
 def test_reconstruction_error_is_the_mean_square_by_sequence() -> None:

@@ -1,4 +1,4 @@
-"""All problems of settings are told at once: those of a value, and those of values together."""
+"""All problems of settings are reported at once: wrong values, and values that do not go together."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ PRUNE = {"model": "m", "output": "o"}
 REBUILD = {"dense": "d", "pruned": "p", "output": "o"}
 
 
-def problems(kind: type[Settings], **values: Any) -> str:
+def error_of(kind: type[Settings], **values: Any) -> str:
+    """Message of the error that settings of these values raise."""
     with pytest.raises(SettingsError) as caught:
         kind(**values)
     return str(caught.value)
@@ -46,17 +47,17 @@ def problems(kind: type[Settings], **values: Any) -> str:
         ),
     ],
 )  # fmt: skip
-def test_wrong_values_and_what_does_not_go_together(
+def test_wrong_values_and_conflicts_are_reported_together(
     kind: type[Settings], values: dict[str, Any], parts: tuple[str, ...]
 ) -> None:
-    said = problems(kind, **values)
-    assert all(part in said for part in parts), said
+    error = error_of(kind, **values)
+    assert all(part in error for part in parts), error
 
 
-def test_an_output_that_is_its_source_is_told_beside_a_wrong_value(tmp_path: Path) -> None:
-    said = problems(ConvertConfig, model=tmp_path, output=tmp_path, revision=1)
-    assert "revision: " in said
-    assert "output is model itself" in said
+def test_an_output_that_is_its_source_is_reported_beside_a_wrong_value(tmp_path: Path) -> None:
+    error = error_of(ConvertConfig, model=tmp_path, output=tmp_path, revision=1)
+    assert "revision: " in error
+    assert "output is model itself" in error
 
 
 def test_a_plan_of_any_folder_writes_nothing_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +76,8 @@ def test_a_plan_of_any_folder_writes_nothing_into_it(tmp_path: Path, monkeypatch
     ],
     ids=str,
 )  # fmt: skip
-def test_nothing_is_said_of_what_a_wrong_value_would_decide(values: dict[str, Any]) -> None:
+def test_conflicts_that_depend_on_a_wrong_value_are_not_reported(values: dict[str, Any]) -> None:
     expected = "initial_granularity" if "initial_granularity" in values else next(iter(values))
-    said = problems(PruneConfig, **{**PRUNE, **values})
-    assert said.startswith(f"{expected}: ")
-    assert "; " not in said or expected == "initial_granularity"
+    error = error_of(PruneConfig, **{**PRUNE, **values})
+    assert error.startswith(f"{expected}: ")
+    assert "; " not in error or expected == "initial_granularity"

@@ -1,4 +1,7 @@
-"""The command line: parse → config → call → render. Data goes to stdout, progress and errors to stderr."""
+"""The command line: parse → config → call → render.
+
+Data goes to stdout, progress and errors to stderr.
+"""
 
 import os
 import signal
@@ -15,50 +18,55 @@ from llm_barber.cli.typed import as_typed, empty_argument
 from llm_barber.errors import BarberError, SettingsError
 from llm_barber.messages import Message
 
-# The options' own errors; typer brings its own copy of click from some version on, so that it is not imported by name.
+# Base class of errors in options. Newer versions of typer have a copy of click of their own, so that the class is found
+# through typer instead of imported from click.
 UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
-REFUSED_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED")  # who says so
+# Words in the errors of PyTorch and of the system when memory is refused.
+REFUSED_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED")
 INTERRUPTED_HINT = "nothing half-written was left; start again when you like, with --resume where something was kept"
 OUT_OF_MEMORY_HINT = "use fewer --samples, a shorter --seqlen, a smaller --batch-size, or a limit: prune --memory 8GiB"
 
-# In the order of --help.
+# Imported in the order in which --help lists their commands.
 for commands in ("pruning_commands", "planning_commands", "checkpoint_commands", "measuring_commands"):
     import_module(f"llm_barber.cli.{commands}")
 
 
 def main() -> None:
-    """Run the command line; ends the process with the exit code of what happened."""
-    given = sys.argv[1:]
+    """Run the command line, and end the process with the command's exit code."""
+    arguments = sys.argv[1:]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "--quiet" in given:
+    if "--quiet" in arguments:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _terminated)
-    code = _main(given)
+    code = _main(arguments)
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         with suppress(OSError):
             sys.stdout.flush()
-        os._exit(code)  # what is left of a group of processes may wait for the others for ever
+        os._exit(code)  # a usual exit could wait for the other processes of the group for ever
     sys.exit(code)
 
 
-def _main(given: list[str]) -> int:
-    """Run a command; with --debug the traceback of an error comes before what is said of it in any case."""
-    debug = "--debug" in given
+def _main(arguments: list[str]) -> int:
+    """Run a command and return its exit code.
+
+    An error is printed as message and hint, with --debug after its traceback.
+    """
+    debug = "--debug" in arguments
     try:
-        if empty := empty_argument(given):
+        if empty := empty_argument(arguments):
             raise SettingsError(f"{empty} is empty", "give it a value; is a variable of the shell not set?")
-        code = app(given, standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except BarberError as error:
         if debug:
             traceback.print_exc()
-        message, hint = (_shown(text, given) for text in (error.message, error.hint))
+        message, hint = (_with_typed_settings(text, arguments) for text in (error.message, error.hint))
         return _tell(message, hint, error.exit_code)
     except UsageError as error:
-        if not error.format_message():  # no arguments at all: the help was shown
+        if not error.format_message():  # there are no arguments, and typer has shown the help
             return 2
         path = error.ctx.command_path if error.ctx else "llm-barber"
         return _tell(error.format_message(), f"see {path} --help", 2)
@@ -69,7 +77,7 @@ def _main(given: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if _of_memory(error):
+        if _is_out_of_memory(error):
             return _tell("out of memory", OUT_OF_MEMORY_HINT, 1)
         if isinstance(error, OSError):
             return _tell(str(error), "check the disk and the permissions", 1)
@@ -81,21 +89,23 @@ def _main(given: list[str]) -> int:
         )
 
 
-def _of_memory(error: Exception) -> bool:
-    """Has the system refused memory, whoever says so?"""
-    said = any(words in str(error) for words in REFUSED_MEMORY)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and said)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Test whether Python, PyTorch or the system has refused memory."""
+    refused = any(words in str(error) for words in REFUSED_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and refused)
 
 
 def _tell(message: str, hint: str, code: int) -> int:
+    """Print an error and its hint in two lines on stderr; returns the exit code."""
     print(f"error: {' '.join(message.splitlines())}\nhint: {hint}", file=sys.stderr)
     return code
 
 
-def _shown(text: str, given: list[str]) -> str:
-    """A text with the settings that it names as they are typed."""
-    return text.rendered(as_typed(given)) if isinstance(text, Message) else text
+def _with_typed_settings(text: str, arguments: list[str]) -> str:
+    """Show the settings in a text as the command line takes them."""
+    return text.rendered(as_typed(arguments)) if isinstance(text, Message) else text
 
 
 def _terminated(_signal: int, _frame: Any) -> None:
+    """Handle SIGTERM as Ctrl-C."""
     raise KeyboardInterrupt

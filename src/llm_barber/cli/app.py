@@ -1,4 +1,4 @@
-"""The application that commands join: a command's options are the fields of its settings."""
+"""The typer application, and the decorator that makes a command's options from its settings."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -41,14 +41,14 @@ def command(
     examples: Collection[str],
     python_only: Collection[str] = (),
 ) -> Callable[[Function], Function]:
-    """Make a function a command: it is called with its settings, checked, and with options of its own.
+    """Make a function a command; it is called with checked settings and with its additional options.
 
-    Settings are checked before the function is called, and so before it imports PyTorch or shows progress: what is
-    wrong with them is said at once, and nothing before it.
+    Settings are checked before the function is called, and so before it imports PyTorch or shows progress. Wrong
+    settings are reported at once, and nothing is printed before.
 
     Args:
         config: class of the settings.
-        arguments: metavars by the names of those settings that are arguments.
+        arguments: metavars of the arguments, by the names of their settings.
         examples: command lines for `--help`.
         python_only: names of settings that the command line does not take.
     """
@@ -56,15 +56,15 @@ def command(
     names = [parameter.name for parameter in shared]
 
     def decorate(function: Function) -> Function:
-        of_function = [*inspect.signature(function).parameters.values()][1:]
+        additional = [*inspect.signature(function).parameters.values()][1:]
         debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
-        parameters = [*shared, *(one.replace(kind=one.KEYWORD_ONLY) for one in of_function), debug]
+        parameters = [*shared, *(option.replace(kind=option.KEYWORD_ONLY) for option in additional), debug]
 
         @wraps(function)
-        def run(debug: bool, **values: Any) -> None:  # main() looks for --debug itself
+        def run(debug: bool, **values: Any) -> None:  # main() reads --debug from the command line
             settings = {name: values.pop(name) for name in names}
-            given = {name: value for name, value in settings.items() if value is not None and value != []}
-            function(config(**given), **values)
+            typed = {name: value for name, value in settings.items() if value is not None and value != []}
+            function(config(**typed), **values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

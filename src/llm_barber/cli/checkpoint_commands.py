@@ -1,4 +1,7 @@
-"""The commands that look at checkpoints and write copies: each calls a function with its settings; no logic."""
+"""Commands that inspect, pack and convert checkpoints.
+
+Each calls a function with its settings and shows the result; no logic.
+"""
 
 from llm_barber.cli.app import command, print_json
 from llm_barber.cli.options import JsonOption, QuietOption
@@ -80,6 +83,7 @@ def convert(config: ConvertConfig, json: JsonOption = False, quiet: QuietOption 
 
 
 def _run_packing(config: PackConfig, json: bool, quiet: bool, unpacks: bool) -> None:
+    """Pack or unpack a checkpoint, and show the result."""
     from llm_barber.cli.progress import ConsoleProgress
 
     with ConsoleProgress(quiet) as progress:

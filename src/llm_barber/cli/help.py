@@ -1,7 +1,7 @@
-"""The text of `--help`: usage, what a command does, panels of options in two columns, examples.
+"""The text of `--help`: usage, description, panels of options in two columns, examples.
 
-Typer's own help gives types, choices and defaults columns of their own, and imports a Markdown renderer: it takes twice
-the lines, and starts later.
+Typer's help has separate columns for types, choices and defaults, and imports a Markdown renderer: it takes twice the
+lines, and starts later.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from typer.core import TyperCommand, TyperGroup
 from llm_barber.cli.options import OUTPUT
 
 ARGUMENTS, OPTIONS, COMMANDS = "Arguments", "Options", "Commands"
-FEW_PARAMETERS = 14  # of a command whose options share one panel
-Rows = list[tuple[str, str]]  # names as they are typed, and the help text
+FEW_PARAMETERS = 14  # most parameters of a command whose options share a single panel
+Rows = list[tuple[str, str]]  # names as the user types them, and the help text
 
 
 class HelpCommand(TyperCommand):
@@ -39,7 +39,7 @@ class HelpCommand(TyperCommand):
 
 
 class HelpGroup(TyperGroup):
-    """The program, whose `--help` shows the commands and what each does."""
+    """The program, whose `--help` shows each command with a one-line description."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help on stdout."""
@@ -54,7 +54,7 @@ class HelpGroup(TyperGroup):
 
 
 def _names(parameter: Any) -> str:
-    """An argument or option as it is typed: `MODEL`, `--samples N`, `--bos/--no-bos`."""
+    """Show an argument or option as the user types it: `MODEL`, `--samples N`, `--bos/--no-bos`."""
     if parameter.param_type_name == "argument":
         return str(parameter.metavar)
     names = "/".join((*parameter.opts, *parameter.secondary_opts))
@@ -62,10 +62,12 @@ def _names(parameter: Any) -> str:
 
 
 def _paragraphs(text: str | None) -> list[str]:
+    """Split a text at blank lines, and join the lines of each paragraph."""
     return [" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n")]
 
 
 def _print_help(usage: str, description: str | None, panels: dict[str, Rows], epilog: str | None) -> None:
+    """Print a help text on stdout, its panels with columns of equal widths."""
     console = Console(highlight=False)
     for paragraph in (f"Usage: {usage}", *_paragraphs(description)):
         console.print(Text(paragraph))

@@ -1,4 +1,7 @@
-"""The commands that measure and compare: each calls a function with its settings and shows the result; no logic."""
+"""Commands that measure and compare.
+
+Each calls a function with its settings and shows the result; no logic.
+"""
 
 from typing import Annotated
 

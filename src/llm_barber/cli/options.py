@@ -1,7 +1,7 @@
 """Options of the command line, made from the fields of settings classes.
 
-A field's description, default and type are the help text, default and type of its option. Only what a field does not
-say stands here: the panel of `--help` that shows the option, and its metavar where the type's does not do.
+An option has the description of its field as help text, and the field's default and type. This module adds only the
+panel of `--help` that shows the option, and its metavar where that of the type would not be clear.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from llm_barber.settings.base import CommaSeparated
 from llm_barber.settings.checked import Settings
 
 CALIBRATION, TEXT, OUTPUT = "Calibration", "Text", "Output"
-# Panels in the order of `--help`, and the settings of each in theirs. Settings of no panel are shown first.
+# Panels of `--help` and their settings, both in the order that is shown. Settings without a panel are shown first.
 PANELS: dict[str, tuple[str, ...]] = {
     "Method": (
         "methods", "targets", "preset", "sparsity", "pattern", "initial", "initial_granularity", "keep_updates",
@@ -51,7 +51,7 @@ METAVARS = {
     "granularity": "SET", "initial_granularity": "SET", "initial": "METHOD", "layers": "PATH",
     "model": "MODEL", "tasks_folder": "FOLDER", "memory": "SIZE", "device_memory": "SIZE",
 }  # fmt: skip
-WIDEST_CHOICES = 15  # characters of choices that stand beside the option's name
+WIDEST_CHOICES = 15  # most characters of choices that are shown beside the option's name
 
 DryRunOption = Annotated[
     bool,
@@ -65,18 +65,20 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on 
 def parameters_of(
     config: type[Settings], arguments: Mapping[str, str], python_only: Collection[str]
 ) -> list[inspect.Parameter]:
-    """Parameters of a typer command for the fields of its settings: the arguments, then the options, panel by panel.
+    """Make a typer command's parameters from the fields of its settings.
+
+    Arguments come first, then options, panel by panel.
 
     Args:
         config: class of the command's settings.
-        arguments: metavars by the names of those fields that are arguments.
+        arguments: metavars of the arguments, by the names of their fields.
         python_only: names of fields that the command line does not take.
     """
     fields = config.model_fields
     options = [name for name in fields if name not in arguments and name not in python_only]
     options.sort(key=lambda name: IN_PANELS.index(name) if name in IN_PANELS else -1)
     panel_of = {name: panel for panel, names in PANELS.items() for name in names}
-    if "calibration" not in fields:  # windows are those of the measured texts
+    if "calibration" not in fields:  # the command's windows come from the measured texts
         panel_of |= dict.fromkeys(PANELS[CALIBRATION], TEXT)
     typed = {**arguments} | {name: f"--{name.replace('_', '-')}" for name in options}
 
@@ -91,13 +93,13 @@ def parameters_of(
 
 
 def _argument(field: FieldInfo, metavar: str, typed: Mapping[str, str]) -> Any:
-    """The annotation of an argument."""
+    """Annotate an argument for typer."""
     text = _as_typed(field.description or "", typed)
     return Annotated[_kind(field), typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
 def _option(name: str, field: FieldInfo, panel: str | None, typed: Mapping[str, str]) -> Any:
-    """The annotation of an option: type, name if typer would choose another, help text, metavar and panel."""
+    """Annotate an option for typer: type, help text, metavar, panel, and a name that typer would not choose."""
     kind, default = _kind(field), _default(field)
     metavar, choices = _metavar(name, kind)
     names = []
@@ -109,7 +111,7 @@ def _option(name: str, field: FieldInfo, panel: str | None, typed: Mapping[str, 
 
 
 def _kind(field: FieldInfo) -> Any:
-    """The type that typer reads: text for lists with commas and for sizes, a path for settings from a file."""
+    """Type of a field for typer: text for lists and sizes, a path for settings from a file."""
     (kind,) = (kind for kind in _alternatives(field.annotation) if kind is not type(None))
     if kind is ByteSize or any(isinstance(mark, CommaSeparated) for mark in field.metadata):
         return str
@@ -119,7 +121,7 @@ def _kind(field: FieldInfo) -> Any:
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
-    """The types of a union, without their constraints."""
+    """Types of a union, without their constraints."""
     if get_origin(annotation) in (Union, UnionType):
         for kind in get_args(annotation):
             yield from _alternatives(kind)
@@ -130,7 +132,7 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
 
 
 def _default(field: FieldInfo) -> Any:
-    """A field's default as it is typed; None where that is to leave the option out."""
+    """Default of a field as the user would type it; None if the default is None or empty."""
     default = field.get_default(call_default_factory=True)
     if isinstance(default, tuple):
         return ",".join(map(str, default)) or None
@@ -138,7 +140,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _as_typed(description: str, typed: Mapping[str, str]) -> str:
-    """A description with the settings in backticks as they are typed: `refine swaps` as --refine swaps."""
+    """Replace settings in backticks by options and arguments: `refine swaps` by --refine swaps."""
 
     def replacement(match: re.Match[str]) -> str:
         name, space, value = match[1].partition(" ")
@@ -148,20 +150,20 @@ def _as_typed(description: str, typed: Mapping[str, str]) -> str:
 
 
 def _with_choices_and_default(text: str, choices: str, default: Any) -> str:
-    """A help text with the choices, and with the default unless the text says it."""
-    sentence, of_default, rest = text.partition(" (default")
-    if not of_default and default is not None and default is not False:
+    """Add the choices to a help text, unless it lists them after a colon, and the default, unless it mentions it."""
+    sentence, mark, rest = text.partition(" (default")
+    if not mark and default is not None and default is not False:
         shown = "on" if default is True else str(default).replace(",", ", ")
-        of_default, rest = " (default", f": {shown})"
-    return f"{sentence}{f': {choices}' if choices else ''}{of_default}{rest}"
+        mark, rest = " (default", f": {shown})"
+    return f"{sentence}{f': {choices}' if choices and ': ' not in sentence else ''}{mark}{rest}"
 
 
 def _metavar(name: str, kind: Any) -> tuple[str | None, str]:
-    """The metavar of an option, and its choices for the help text if they are too long for a metavar."""
+    """Metavar of an option, and its choices for the help text if they are too long for a metavar."""
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         choices = "|".join(kind)
         if len(choices) <= WIDEST_CHOICES or name not in METAVARS:
             return choices, ""
         return METAVARS[name], ", ".join(kind)
-    of_kind = {bool: None, int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
-    return METAVARS.get(name, of_kind), ""
+    default = {bool: None, int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+    return METAVARS.get(name, default), ""

@@ -1,4 +1,7 @@
-"""The command that forecasts a run: it calls a function with its settings and shows the result; no logic."""
+"""Command that forecasts a run.
+
+It calls a function with its settings and shows the result; no logic.
+"""
 
 from llm_barber.cli.app import command
 from llm_barber.cli.options import JsonOption, QuietOption
@@ -13,7 +16,7 @@ from llm_barber.settings.plan import PlanConfig
         "llm-barber plan ./model --preset paper --samples 32 --seqlen 512 --json",
         "llm-barber plan ./config.json --flops 400e12 --bandwidth 2e9 --processes 1,2,4,8",
     ),
-    # Settings of `prune` that change nothing that a plan says.
+    # Settings of `prune` that do not change a forecast.
     python_only=("output", "bos", "seed", "format", "overwrite", "resume", "report"),
 )
 def plan(config: PlanConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:

@@ -22,18 +22,18 @@ PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
 
 
 class ConsoleProgress:
-    """A bar on a terminal; elsewhere a line per step, at most one every few seconds; always stderr.
+    """Progress on stderr: a bar on a terminal, elsewhere a line per step, at most one every few seconds.
 
     Args:
-        quiet: warnings only.
-        muted: not even these, as another process of the run says them.
+        quiet: show warnings only.
+        muted: show nothing, since another process of the run shows the warnings.
     """
 
     def __init__(self, quiet: bool = False, muted: bool = False) -> None:
         self._muted = muted
         self.console = Console(stderr=True, quiet=quiet or muted, highlight=False, markup=False)
         self.live = self.console.is_terminal and not (quiet or muted)
-        # Takes what the terminal has left, and no more.
+        # This column takes the rest of the terminal's width.
         detail = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._bars = Bars(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
@@ -57,7 +57,7 @@ class ConsoleProgress:
         self.stage("loading PyTorch and transformers")
         from transformers.utils import logging as transformers_logging
 
-        # The libraries' own bars and notes would cut through these.
+        # Bars and messages of libraries would interrupt this progress.
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         return self
@@ -68,12 +68,12 @@ class ConsoleProgress:
         self._bars.stop()
 
     def stage(self, title: str) -> None:
-        """A stage of unknown length begins."""
+        """Begin a stage of unknown length."""
         self._clear()
         self.console.print(title, style="dim", soft_wrap=True)
 
     def start(self, title: str, total: int, finished: int = 0) -> None:
-        """A stage of `total` steps begins, of which an earlier run finished some; the ETA is by the others."""
+        """Begin a stage of `total` steps; the ETA ignores the steps that an earlier run finished."""
         self._clear()
         self._title, self._total, self._done, self._finished = title, total, finished, finished
         self._began = self._told = time.monotonic()
@@ -81,22 +81,23 @@ class ConsoleProgress:
             self._task = self._bars.add_task(title, total=total, completed=finished, detail="")
 
     def advance(self, detail: str) -> None:
-        """A step is done."""
+        """Finish a step."""
         self._done += 1
         if self._task is not None:
             self._bars.update(self._task, advance=1, detail=detail)
             return
-        now = time.monotonic()
-        if now - self._told >= PLAIN_INTERVAL or (self._done == self._total and now - self._began >= PLAIN_INTERVAL):
-            self._told = now
-            left = (now - self._began) / (self._done - self._finished) * (self._total - self._done)
+        time_now = time.monotonic()
+        elapsed = time_now - self._began
+        if time_now - self._told >= PLAIN_INTERVAL or (self._done == self._total and elapsed >= PLAIN_INTERVAL):
+            self._told = time_now
+            left = elapsed / (self._done - self._finished) * (self._total - self._done)
             self.console.print(
                 f"{self._title} {self._done}/{self._total}, ETA {left:.0f} s{': ' if detail else ''}{detail}",
                 soft_wrap=True,
             )
 
     def warn(self, message: str) -> None:
-        """Something that the user should know, quiet or not."""
+        """Show a warning, even if quiet."""
         if self._muted:
             return
         console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
@@ -104,6 +105,7 @@ class ConsoleProgress:
         console.print(f"warning: {shown}", style="yellow", soft_wrap=True)
 
     def _clear(self) -> None:
+        """Remove the bar of the previous stage."""
         if self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None

@@ -1,4 +1,7 @@
-"""The commands that prune: each calls a function with its settings and shows the result; no logic."""
+"""Commands that prune.
+
+Each calls a function with its settings and shows the result; no logic.
+"""
 
 import os
 from typing import Any
@@ -67,9 +70,10 @@ def demo(config: DemoConfig, json: JsonOption = False, quiet: QuietOption = Fals
 
 
 def _run_or_check(config: PruneConfig | RebuildConfig, dry_run: bool, json: bool, quiet: bool) -> None:
+    """Run `prune` or `rebuild`, or describe the run if `dry_run`; the first process shows the result."""
     from llm_barber.cli.progress import ConsoleProgress
 
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    first = os.environ.get("RANK", "0") == "0"  # torchrun sets RANK in each of its processes
     with ConsoleProgress(quiet, muted=not first) as progress:
         from llm_barber.run import commands
         from llm_barber.run.dry_run import dry_run as check

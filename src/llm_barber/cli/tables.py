@@ -24,7 +24,7 @@ from llm_barber.usage import readable_bytes
 
 
 def show_run(report: RunReport) -> None:
-    """Print what a run did, by block kind and linear."""
+    """Print the result of a run: totals by kind of linear, reconstruction errors, time and memory."""
     console = Console(highlight=False, markup=False)
     counts = f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.2%})"
     console.print(f"{report.output}: {counts}", soft_wrap=True)
@@ -39,8 +39,8 @@ def show_run(report: RunReport) -> None:
     console.print(table)
     console.print(f"{report.method}; {report.changes}", soft_wrap=True)
     changes = [
-        f"{name} {one.before:.4g} → {one.after:.4g} (fell in {one.fell} of {one.layers} layers)"
-        for name, one in report.error_changes().items()
+        f"{name} {change.before:.4g} → {change.after:.4g} (fell in {change.fell} of {change.layers} layers)"
+        for name, change in report.error_changes().items()
     ]
     if changes and (report.granularity or report.refinement):
         beside = ", from the dense block on the pruned model's activations" if report.tuning else ""
@@ -57,7 +57,7 @@ def show_run(report: RunReport) -> None:
 
 
 def show_dry_run(dry_run: DryRun) -> None:
-    """Print what a run would do."""
+    """Print the description of a run that was not made."""
     console = Console(highlight=False, markup=False)
     table = Table(title=f"would write {dry_run.output}; nothing was written", show_header=False)
     for key, value in dry_run.rows():
@@ -102,7 +102,7 @@ def show_inspection(inspection: Inspection) -> None:
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
-    """Print perplexities, and what they depend on."""
+    """Print perplexities, task accuracies, and the texts, dtype and device that they depend on."""
     console = Console(highlight=False, markup=False)
     table = Table(title=f"perplexity of {evaluation.model} (lower is better)")
     headings = ["text", "perplexity"]
@@ -136,6 +136,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
 
 
 def _show_tasks(console: Console, evaluation: Evaluation) -> None:
+    """Print the accuracy of each task, and the tasks' sources."""
     if not evaluation.tasks:
         return
     table = Table(title=f"accuracy of {evaluation.model} (higher is better, ± standard error)")
@@ -161,7 +162,7 @@ def _show_tasks(console: Console, evaluation: Evaluation) -> None:
 
 
 def show_comparison(comparison: Comparison, folder: Path) -> None:
-    """Print the tables of a comparison, the notes, and where the files are."""
+    """Print the tables of a comparison, its notes, and the path of its page."""
     console = Console(highlight=False)
     for block in blocks(comparison):
         table = Table(title=escape(f"{block.title}: {comparison.model}"))
@@ -178,7 +179,7 @@ def show_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def show_packing(report: PackReport) -> None:
-    """Print what packing did to the bytes."""
+    """Print the size of the packed or unpacked model beside the size before."""
     packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none, is it pruned?"
     Console(highlight=False, markup=False).print(
         f"{report.output}: {readable_bytes(report.bytes_after)}, {report.bytes_after / report.bytes_before:.1%} of "
@@ -188,7 +189,7 @@ def show_packing(report: PackReport) -> None:
 
 
 def show_demo(config: DemoConfig, rows: list[DemoRow]) -> None:
-    """Print the table of the demonstration, the text and the command of each model, and what to type next."""
+    """Print the table of the demonstration, each model with its command, and commands to type next."""
     console = Console(highlight=False, markup=False)
     table = Table(title="perplexity on held-out WikiText-2 windows (lower is better)")
     for heading in ("model", "perplexity", "sparsity", "seconds", "peak memory"):
@@ -216,21 +217,25 @@ def show_demo(config: DemoConfig, rows: list[DemoRow]) -> None:
 
 
 def _command(arguments: tuple[str, ...]) -> str:
-    """A command line of this program, as the user's shell finds it."""
+    """Make a command line that the user's shell understands, with the program as the shell finds it."""
     program, name = sys.argv[0], "llm-barber"
     if Path(program).name != name:
         return shlex.join([sys.executable, "-m", "llm_barber", *arguments])
     installed = shutil.which(name)
-    known = installed is not None and Path(installed).exists() and Path(installed).samefile(program)
-    return shlex.join([name if known else program, *arguments])
+    on_path = installed is not None and Path(installed).exists() and Path(installed).samefile(program)
+    return shlex.join([name if on_path else program, *arguments])
 
 
 def _share_of_zeros(linears: list[LinearInspection]) -> str:
+    """Format the share of zeros in the weights of some linears."""
     weights = sum(linear.weights for linear in linears)
     return f"{sum(linear.zeros for linear in linears) / weights:.2%}" if weights else "–"
 
 
 def _short(linear: str) -> str:
-    """A heading for a linear: q for self_attn.q_proj, but c_attn and mlp.c_proj, which say nothing without the rest."""
+    """Shorten a linear's name to a heading.
+
+    Example: self_attn.q_proj -> q, attn.c_attn -> c_attn; mlp.c_proj stays, as c alone would say nothing.
+    """
     last = linear.rpartition(".")[2]
     return last.removesuffix("_proj") if last != "c_proj" else linear

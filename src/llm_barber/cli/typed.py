@@ -1,4 +1,4 @@
-"""Settings in messages as they are typed: `--refine tune`, `--no-rebuild`, or OUT for an argument."""
+"""Settings in messages as the user types them: `--refine tune`, `--no-rebuild`, OUT for an argument."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,10 +9,13 @@ from llm_barber.cli.app import app
 from llm_barber.messages import SettingName
 
 
-def as_typed(given: Sequence[str]) -> Callable[[SettingName], str]:
-    """How the command of these arguments takes a setting; a setting that it does not take keeps its name."""
+def as_typed(words: Sequence[str]) -> Callable[[SettingName], str]:
+    """Make a function that shows a setting as the user types it for the command in these words.
+
+    A setting that the command does not take keeps its name.
+    """
     commands: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    command = next((word for word in given if word in commands), None)
+    command = next((word for word in words if word in commands), None)
     parameters = {} if command is None else {parameter.name: parameter for parameter in commands[command].params}
 
     def render(setting: SettingName) -> str:
@@ -29,13 +32,15 @@ def as_typed(given: Sequence[str]) -> Callable[[SettingName], str]:
     return render
 
 
-def empty_argument(given: Sequence[str]) -> str | None:
-    """The first option or argument that is given an empty value, as it is typed; a path would be the current folder.
+def empty_argument(words: Sequence[str]) -> str | None:
+    """Find the first option or argument with an empty value, and return its name as the user types it.
+
+    An empty value is refused because an empty path would mean the current folder.
 
     Example: ["prune", "model", "--overwrite", ""] -> "OUT", ["prune", "model", "out", "--layers="] -> "--layers".
     """
     commands: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    command = next((word for word in given if word in commands), None)
+    command = next((word for word in words if word in commands), None)
     parameters = [] if command is None else commands[command].params
     takes_value = {
         name: not parameter.is_flag
@@ -45,19 +50,19 @@ def empty_argument(given: Sequence[str]) -> str | None:
     }
     arguments = iter([parameter.metavar for parameter in parameters if parameter.param_type_name == "argument"])
     option = None
-    for word in given[given.index(command) + 1 :] if command is not None else []:
+    for word in words[words.index(command) + 1 :] if command is not None else []:
         name, equals, value = word.partition("=")
         if option is not None:
-            named, content, option = option, word, None
+            target, content, option = option, word, None
         elif name.startswith("--") and equals:
-            named, content = name, value
+            target, content = name, value
         elif takes_value.get(word):
             option = word
             continue
         elif word in takes_value:
             continue
         else:
-            named, content = next(arguments, "an argument"), word
+            target, content = next(arguments, "an argument"), word
         if not content.strip():
-            return str(named)
+            return str(target)
     return None

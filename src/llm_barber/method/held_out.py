@@ -1,4 +1,4 @@
-"""Held-out windows: they take no part in tuning, and decide which of its passes is kept."""
+"""Distances on the held-out windows, which take no part in tuning and choose the pass that is kept."""
 
 import math
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from llm_barber.model.streams import HIDDEN, TARGET, ActivationStreams
 
 @dataclass(frozen=True)
 class Judgement:
-    """How far a layer's output is from its target on the held-out windows.
+    """Distance of a layer's output from its target on the held-out windows.
 
     Attributes:
         error: mean distance over windows, tokens and channels; huge tokens and channels count for less (`Distance`).
-        token_share: share of each window's largest token in the squares that gradients see (huge channels count for
-            less, huge tokens do not); 0 to 1.
-        channel_share: share of the largest channel in these squares; 0 to 1.
+        token_share: share of the windows' largest tokens in the squares that gradients see; 0 to 1. In these squares
+            huge channels count for less, but huge tokens count in full.
+        channel_share: share of the largest channel in the same squares; 0 to 1.
     """
 
     error: float
@@ -58,5 +58,5 @@ def judge(
 
 
 def _share(part: float, whole: float) -> float:
-    """Share of a sum of squares; 0 of nothing. At most 1: the two sums may be rounded otherwise."""
+    """Share of a part in a sum of squares, at most 1, as both are rounded; 0 if the sum is 0."""
     return min(part / whole, 1.0) if whole else 0.0

@@ -1,9 +1,9 @@
-"""Tune a whole decoder layer against its output, by a short run of Adam: its masks, the weights they keep, or both.
+"""Tune the masks of a decoder layer, its kept weights, or both, by a short run of Adam.
 
-The loss is the mean squared distance (`distance.py`) of the layer's output, on the inputs that the pruned model gives
-it, from the dense layer's; on these same inputs (`target_mix` 0, as EBFT, 2024), or on those of the dense model (1), or
-between. Masks follow from scores (`masking/scores.py`), which start as Wanda's. Held-out windows decide whether
-anything of it is kept.
+The loss is the mean squared distance (`distance.py`) between the pruned layer's output, on the inputs that the pruned
+model gives it, and the dense layer's. The dense layer's inputs are the same (`target_mix` 0, as EBFT, 2024) or the
+dense model's (1); between, the two outputs are mixed. Masks follow from scores (`masking/scores.py`), which start as
+Wanda's. Held-out windows choose the pass whose result is kept, or none.
 """
 
 from collections.abc import Mapping
@@ -28,25 +28,24 @@ from llm_barber.model.streams import DENSE, HIDDEN, NEXT, TARGET, ActivationStre
 from llm_barber.record.layers import Concentration, kept_pass
 from llm_barber.settings.refining import RefineSettings
 
-WEIGHT_RATE = 0.01  # of Adam, in steps (`step_sizes`)
-# The mean of a row's scores is 1. More of them lie near the border of a row than near that of a group of M, whose
-# scores move faster where they move alone, in half as many passes.
+WEIGHT_RATE = 0.01  # Adam's rate for kept weights, in units of `step_sizes`
+# Adam's rates for scores, whose mean in a row is 1. Fewer scores lie near the border of a group of M than near that of
+# a row. So scores of N:M move faster, unless weights are tuned too, which doubles the passes.
 SCORE_RATE, PATTERN_SCORE_RATE = 0.02, 0.04
 MOMENTUM = (0.9, 0.95)
-SMALLEST = 1e-12  # of a gradient, so that the size of a model's states does not matter
-# What gradients of sequences are added up in: so many more bits that the order, and how many processes
-# there are, hardly ever shows.
-WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+EPSILON = 1e-12  # Adam's; so small that the scale of a model's states does not matter
+# Gradients are summed in more bits, so that their order, and the number of processes, hardly ever show in the sum.
+SUM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 Linears = Mapping[str, PrunedLinear]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A layer's linears, and how far its output is from the target on the held-out windows.
+    """A tuned layer: its linears, and the distance of its output from the target on the held-out windows.
 
-    `held_out`: mean distance before tuning and after each pass (`kept_pass` says which one is kept); empty without
-    held-out windows. `concentration`: shares of the largest token and channel in the distance; None without them.
+    `held_out`: mean distance before tuning and after each pass (`kept_pass` says which pass is kept). `concentration`:
+    shares of the largest token and channel in the distance. Without held-out windows they are empty and None.
     """
 
     linears: dict[str, PrunedLinear]
@@ -55,7 +54,7 @@ class Tuned:
 
     @property
     def rejected(self) -> bool:
-        """Whether no pass came nearer to the target on the held-out windows."""
+        """True if no pass came nearer to the target on the held-out windows."""
         return kept_pass(self.held_out) == 0
 
 
@@ -67,175 +66,176 @@ def tune_layer(
     streams: ActivationStreams,
     where: str,
 ) -> Tuned:
-    """The layer's linears with better masks and values, as far as that is asked for.
+    """Tune the masks, the kept weights, or both, of a layer's linears, as the settings say.
 
     Args:
-        layer: any weights.
+        layer: the decoder layer, with any weights.
         dense: dense weights, (out, in), by linear.
         pruned: masks and values to start from, by linear.
-        settings: target mix; windows held out; passes over the others.
-        streams: the layer's input; for a mix, the dense model's output of it (`DENSE + NEXT`), too.
-        where: which layer, for a message.
+        settings: target mix; number of held-out windows; passes over the other windows.
+        streams: the layer's input; unless the target mix is 0, also the dense model's output (`DENSE + NEXT`).
+        where: the layer's name in messages.
 
     Raises:
         NotFiniteError: a gradient holds NaN or Inf.
     """
     distance = _write_targets(layer, dense, settings.target_mix, streams)
-    return _descend(_Moving(layer, pruned, settings, streams), layer, distance, settings, streams, where)
+    return _descend(_Parameters(layer, pruned, settings, streams), layer, distance, settings, streams, where)
 
 
-class _Moving:
-    """What Adam moves of a layer: scores that its masks follow from, the weights that they keep, or both.
+class _Parameters:
+    """Adam's parameters for a layer: scores that define its masks, changes of its kept weights, or both.
 
     Experts with few tokens stay as they are: they have no scores, and none of their weights is free to move.
     """
 
     def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
-        self._now = dict(pruned)
-        self._pruned = {name: count_pruned(one.keep, one.pattern) for name, one in pruned.items()}
+        self._linears = dict(pruned)
+        self._pruned_counts = {name: count_pruned(linear.keep, linear.pattern) for name, linear in pruned.items()}
         self._scores: dict[str, Tensor] = {}
-        self._changes: dict[str, Tensor] = {}  # of the values, in steps
+        self._changes: dict[str, Tensor] = {}  # of the values, in units of `_steps`
         self._steps: dict[str, tuple[Tensor, Tensor]] = {}
-        squares = self._look(layer, streams)
+        squares = self._collect_squares(layer, streams)
         if settings.tunes_masks:
-            self._scores = {
-                name: starting_scores(
-                    one.keep, wanda(one.values, squares[name].mean), one.pattern, one.fixed
-                ).requires_grad_()
-                for name, one in self._now.items()
-                if not one.few_tokens
-            }
+            for name, linear in self._linears.items():
+                if not linear.few_tokens:
+                    saliency = wanda(linear.values, squares[name].mean)
+                    scores = starting_scores(linear.keep, saliency, linear.pattern, linear.fixed)
+                    self._scores[name] = scores.requires_grad_()
         if settings.tunes_weights:
-            for name, one in self._now.items():
-                self._changes[name] = torch.zeros_like(one.values, dtype=torch.float32, requires_grad=True)
-                self._steps[name] = step_sizes(one.values, squares[name].mean)
+            for name, linear in self._linears.items():
+                self._changes[name] = torch.zeros_like(linear.values, dtype=torch.float32, requires_grad=True)
+                self._steps[name] = step_sizes(linear.values, squares[name].mean)
 
-    def _look(self, layer: DecoderLayer, streams: ActivationStreams) -> dict[str, InputSquares]:
-        """What the pruned layer gives its linears, and which of them hardly anything."""
-        layer.set_weights({name: one.weight for name, one in self._now.items()})
+    def _collect_squares(self, layer: DecoderLayer, streams: ActivationStreams) -> dict[str, InputSquares]:
+        """Collect the input squares of the linears in the pruned layer, and freeze linears with few tokens."""
+        layer.set_weights({name: linear.weight for name, linear in self._linears.items()})
         layer.forget_tokens()
         squares = collect_inputs(layer, streams, InputSquares)
-        self._now = freeze_linears_with_few_tokens(self._now, layer, streams.ranks)
+        self._linears = freeze_linears_with_few_tokens(self._linears, layer, streams.ranks)
         return squares
 
     def groups(self) -> list[dict[str, object]]:
-        """Of parameters, as Adam takes them."""
-        found: list[dict[str, object]] = []
-        for name, one in self._scores.items():
-            faster = self._now[name].pattern is not None and not self._changes
-            rate = PATTERN_SCORE_RATE if faster else SCORE_RATE
-            found.append({"params": [one], "lr": rate})
+        """Groups of parameters with their rates, as Adam takes them."""
+        groups: list[dict[str, object]] = []
+        for name, scores in self._scores.items():
+            faster = self._linears[name].pattern is not None and not self._changes
+            groups.append({"params": [scores], "lr": PATTERN_SCORE_RATE if faster else SCORE_RATE})
         if self._changes:
-            found.append({"params": list(self._changes.values()), "lr": WEIGHT_RATE})
-        return found
+            groups.append({"params": list(self._changes.values()), "lr": WEIGHT_RATE})
+        return groups
 
     def weights(self) -> dict[str, Tensor]:
-        """The layer's weights as they are now, (out, in), by linear, in tensors that are not the parameters."""
+        """Current weights of the layer, (out, in), by linear, in tensors that are not the parameters."""
         if not self._changes:
-            return {name: one.weight for name, one in self._now.items()}
-        return {name: apply_mask(self._values(name), one.keep) for name, one in self._now.items()}
+            return {name: linear.weight for name, linear in self._linears.items()}
+        return {name: apply_mask(self._values(name), linear.keep) for name, linear in self._linears.items()}
 
     def _values(self, name: str) -> Tensor:
-        """What a linear's weights are, where they are kept: float32, (out, in)."""
-        values = self._now[name].values.float()
+        """Current weights of a linear before its mask is applied: float32, (out, in)."""
+        values = self._linears[name].values.float()
         if not self._changes:
             return values
-        of_row, of_column = self._steps[name]
-        return values.addcmul(self._changes[name].detach() * of_row, of_column)
+        row_steps, column_steps = self._steps[name]
+        return values.addcmul(self._changes[name].detach() * row_steps, column_steps)
 
-    def take(self, gradients: Mapping[str, Tensor]) -> None:
-        """Give the parameters their gradients, float32, from those by the weights, (out, in), in `WIDER`."""
-        for name, one in self._scores.items():
-            one.grad = gradients[name].float() * self._values(name)
-        for name, one in self._changes.items():
-            of_row, of_column = self._steps[name]
-            one.grad = (gradients[name].float() * of_row).mul_(of_column).mul_(self._now[name].free)
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Set the parameters' gradients, float32, from gradients by the weights, (out, in), in `SUM_DTYPES`."""
+        for name, scores in self._scores.items():
+            scores.grad = gradients[name].float() * self._values(name)
+        for name, changes in self._changes.items():
+            row_steps, column_steps = self._steps[name]
+            changes.grad = (gradients[name].float() * row_steps).mul_(column_steps).mul_(self._linears[name].free)
 
-    def moved(self) -> None:
-        """Adam has made a step."""
-        for name, one in self._scores.items():
-            now = self._now[name]  # whose weight is not looked at where values move, too
-            keep = mask_from_scores(one.detach(), now.keep, self._pruned[name], now.pattern)
-            self._now[name] = replace(now, keep=keep) if self._changes else now.with_mask(keep)
+    def update_masks(self) -> None:
+        """Make the masks from the scores, after a step of Adam."""
+        for name, scores in self._scores.items():
+            linear = self._linears[name]
+            keep = mask_from_scores(scores.detach(), linear.keep, self._pruned_counts[name], linear.pattern)
+            # If values change, `weights` and `linears` compute the weight from them, and do not read the linear's.
+            self._linears[name] = replace(linear, keep=keep) if self._changes else linear.with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:
-        """What they are now."""
-        found = dict(self._now)
+        """Current linears: masks, values and weights."""
+        linears = dict(self._linears)
         for name in self._changes:
-            one = found[name]
-            found[name] = replace(one, values=self._values(name).to(one.values.dtype)).with_mask(one.keep)
-        return found
+            linear = linears[name]
+            linears[name] = replace(linear, values=self._values(name).to(linear.values.dtype)).with_mask(linear.keep)
+        return linears
 
 
 def step_sizes(weight: Tensor, input_squares: Tensor) -> tuple[Tensor, Tensor]:
-    """How large a step of each weight is at a rate of 1: what changes |W| · ‖X‖ by its mean in the row.
+    """Size of each weight's step at rate 1, which changes |W| · ‖X‖ by its mean in the row.
 
-    Were it the same for all of a linear, most of what a step changes would be in the columns of huge inputs (a hundred
-    times the median, some). Inputs smaller than the median of those that are not zero count as that: text that is not
-    seen may have more.
+    If all weights of a linear had the same step size, a step would mostly change what the columns of huge inputs add to
+    the output (some inputs are a hundred times the median). An input smaller than the median of the nonzero inputs
+    counts as that median, since it may be larger in other text.
 
     Args:
         weight: (out, in).
         input_squares: (in,), float32, the mean squared norm of each input channel.
 
     Returns:
-        Two factors, float32, (out, 1) and (in,).
+        Two factors of the size, by row and by column: float32, (out, 1) and (in,).
     """
     sizes = input_squares.sqrt()
-    alive = sizes[sizes > 0]
-    at_least = sizes.clamp_min(alive.median()) if len(alive) else torch.ones_like(sizes)
-    return wanda(weight, input_squares).mean(1, keepdim=True), 1 / at_least
+    nonzero = sizes[sizes > 0]
+    bounded = sizes.clamp_min(nonzero.median()) if len(nonzero) else torch.ones_like(sizes)
+    return wanda(weight, input_squares).mean(1, keepdim=True), 1 / bounded
 
 
 def _descend(
-    moving: _Moving,
+    parameters: _Parameters,
     layer: DecoderLayer,
     distance: Distance,
     settings: RefineSettings,
     streams: ActivationStreams,
     where: str,
 ) -> Tuned:
-    """Linears after the last pass that beats the untuned layer on the held-out windows; without them, after the last.
+    """Run all passes of Adam, and keep the last pass that beats the untuned layer on the held-out windows.
 
-    Not after the pass that is nearest: steps get smaller, and an early pass is nearest by chance more often.
+    Without held-out windows the last pass is kept. The pass with the least distance is not the best choice: steps get
+    smaller, and an early pass is nearest by chance more often.
     """
-    groups = moving.groups()
+    groups = parameters.groups()
     if not groups:
-        return Tuned(moving.linears(), ())
+        return Tuned(parameters.linears(), ())
     steps = settings.steps(streams)
     total = settings.passes * len(steps)
     elements = streams.read(TARGET, slice(0, 1)).numel()
-    optimizer = torch.optim.Adam(groups, betas=MOMENTUM, eps=SMALLEST, fused=True)
+    optimizer = torch.optim.Adam(groups, betas=MOMENTUM, eps=EPSILON, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
 
     generator = torch.Generator().manual_seed(0)
-    kept = moving.linears()
-    judgements = [judge(layer, moving.weights(), distance, streams)] if settings.held_out else []
+    linears = parameters.linears()
+    judgements = [judge(layer, parameters.weights(), distance, streams)] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
-            weights = {name: one.to(layer.dtype).detach().requires_grad_() for name, one in moving.weights().items()}
-            sums = {name: torch.zeros_like(one, dtype=WIDER[layer.dtype]) for name, one in weights.items()}
-            for sequence in steps[step].own:
+            weights = {
+                name: weight.to(layer.dtype).detach().requires_grad_() for name, weight in parameters.weights().items()
+            }
+            sums = {name: torch.zeros_like(weight, dtype=SUM_DTYPES[layer.dtype]) for name, weight in weights.items()}
+            for sequence in steps[step].local_sequences:
                 _add_gradients(sums, layer, weights, streams, slice(sequence, sequence + 1), distance)
-            for name, one in sums.items():
-                streams.ranks.add_tensor(one)
-                one *= 2 / (elements * steps[step].sequences)  # of the mean square
-                if not torch.isfinite(one.sum()):
+            for name, gradient in sums.items():
+                streams.ranks.add_tensor(gradient)
+                gradient *= 2 / (elements * steps[step].sequences)  # from half the sum of squares to their mean
+                if not torch.isfinite(gradient.sum()):
                     raise NotFiniteError(
                         f"a gradient of {where}, {name}, holds NaN or Inf on the calibration text",
                         "compute with a wider range: --dtype bfloat16 or float32; or --refine swaps, or none",
                     )
-            moving.take(sums)
+            parameters.set_gradients(sums)
             optimizer.step()
             optimizer.zero_grad()  # the next step's activations need the memory
             schedule.step()
-            moving.moved()
+            parameters.update_masks()
         if settings.held_out:
-            judgements.append(judge(layer, moving.weights(), distance, streams))
+            judgements.append(judge(layer, parameters.weights(), distance, streams))
             if kept_pass(_errors(judgements)) != len(judgements) - 1:
                 continue
-        kept = moving.linears()
-    return Tuned(kept, _errors(judgements), _concentration(judgements))
+        linears = parameters.linears()
+    return Tuned(linears, _errors(judgements), _concentration(judgements))
 
 
 def _errors(judgements: list[Judgement]) -> tuple[float, ...]:
@@ -243,7 +243,7 @@ def _errors(judgements: list[Judgement]) -> tuple[float, ...]:
 
 
 def _concentration(judgements: list[Judgement]) -> Concentration | None:
-    """Shares of the largest token and channel before tuning, and after the pass that is kept."""
+    """Shares of the largest token and channel before and after tuning; None without held-out windows."""
     if not judgements:
         return None
     before, after = judgements[0], judgements[kept_pass(_errors(judgements)) or 0]
@@ -263,32 +263,35 @@ def _add_gradients(
     sequence: slice,
     distance: Distance,
 ) -> None:
-    """Of half the distance, summed over tokens and channels of one sequence, by the weights: (out, in), by linear."""
+    """Add one sequence's gradients by the weights to the sums, (out, in), by linear.
+
+    The loss is half the distance, summed over tokens and channels.
+    """
     hidden, target = streams.read(HIDDEN, sequence), streams.read(TARGET, sequence)
 
-    def once() -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def compute() -> tuple[Tensor, tuple[Tensor | None, ...]]:
         output = layer.output_with(weights, hidden)
         scaled, scale = scaled_by_sequence(distance.gradient(target, output.detach()), output.dtype)
         return scale, torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
 
-    scale, found = layer.compute_gradients(once)
-    power = scale.item()
-    for name, one in zip(weights, found, strict=True):
-        if one is not None:  # an expert may be given nothing
-            sums[name].add_(one, alpha=power)
+    scale, gradients = layer.compute_gradients(compute)
+    factor = scale.item()
+    for name, gradient in zip(weights, gradients, strict=True):
+        if gradient is not None:  # the sequence may have no token for an expert
+            sums[name].add_(gradient, alpha=factor)
 
 
 def _write_targets(
     layer: DecoderLayer, dense: Mapping[str, Tensor], target_mix: float, streams: ActivationStreams
 ) -> Distance:
-    """What the layer's output should be, for every window; and how far it is from that."""
+    """Write the layer's target output for every window, and return the distance that measures from it."""
     layer.set_weights(dense)
     squares = []
     for batch in streams.batches():
         target = streams.read(DENSE + NEXT, batch) if target_mix else None
         if target is None or target_mix < 1:
-            own = layer.output(streams.read(HIDDEN, batch))
-            target = own if target is None else own.float().lerp(target.float(), target_mix).to(layer.dtype)
+            output = layer.output(streams.read(HIDDEN, batch))
+            target = output if target is None else output.float().lerp(target.float(), target_mix).to(layer.dtype)
         streams.write(TARGET, batch, target)
         squares.append(usual_squares(target))
     total = torch.stack(squares).sum(0)

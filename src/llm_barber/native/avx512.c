@@ -1,15 +1,15 @@
-/* Products with packed weights: `outputs = inputs · Wᵀ + bias`, in which W is read as it is packed, bit mask and kept
- * values. Plain C with AVX-512, called through ctypes: `__init__.py` checks sizes before it calls, and falls back to
- * `packed.c` (AVX2) or to unpacking where this file was not built or the processor lacks the instructions.
+/* Products with packed weights: `outputs = inputs · Wᵀ + bias`, in which W is read as it is packed: bit mask and kept
+ * values. Plain C with AVX-512, called through ctypes. `avx512.py` and `__init__.py` check sizes before they call. If this
+ * file was not built, or the processor lacks the instructions, `packed.c` (AVX2) or unpacking takes its place.
  *
- * Each step takes the next 32 (float32: 16) weights of a row: it loads as many values as may be kept, moves them to the
- * places that the bits of the mask name (VPEXPAND), multiplies, and goes on by as many values as bits are set. The
- * register form of VPEXPAND is used: its memory form is microcoded on some processors. No function reads or writes
- * beyond the sizes that it is given: loads near the end of the values are masked.
+ * Each step takes the next 32 (float32: 16) weights of a row. It loads 32 (16) values, the most that may be kept, moves
+ * them to the positions of the mask's set bits (VPEXPAND), multiplies, and advances by as many values as bits are set.
+ * VPEXPAND is used in its register form, since its memory form is microcoded on some processors. No function reads or
+ * writes beyond the given sizes: loads near the end of the values are masked.
  *
- * Rounding: sums are float32. With AVX512-BF16 bfloat16 weights meet bfloat16 inputs in VDPBF16PS, which sums pairs of
- * exact products and flushes numbers below 2⁻¹²⁶ to zero. Without it they are widened to float32 and multiplied with FMA.
- * Outputs are rounded once, after the bias.
+ * Rounding: sums are float32. With AVX512-BF16, bfloat16 weights and inputs are multiplied by VDPBF16PS, which sums
+ * pairs of exact products and flushes numbers below 2⁻¹²⁶ to zero. Without it, they are widened to float32 and
+ * multiplied with FMA. Outputs are rounded once, after the bias.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -17,10 +17,9 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#include <pthread.h>
-#include <sched.h>
+#include <unistd.h>
 
-/* What the processor can: 0: no AVX-512 with VBMI2; 1: that; 2: and AVX512-BF16. */
+/* Instructions of this processor: 0: no AVX-512 with VBMI2; 1: AVX-512 with VBMI2; 2: AVX512-BF16 as well. */
 int packed_product_level(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
@@ -33,18 +32,19 @@ int packed_product_level(void) {
 #define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt,fma")))
 #define INLINE __attribute__((always_inline)) static inline
 
-/* A product, as `__init__.py` describes it. `level`: 1: values are widened to float32, which the inputs are; 2: bfloat16
- * values and inputs. Of float32 values it is 1. */
+/* Arguments of a product, as `multiply` of `avx512.py` describes them. `level`: 1: inputs are float32, and values are
+ * float32 or widened to it; 2: values and inputs are bfloat16. */
 typedef struct {
     const void *values;
     const uint8_t *bits;
     const void *inputs;
-    const void *bias; /* of the outputs' type, or NULL */
+    const void *bias; /* has the outputs' type; or NULL */
     void *outputs;
     size_t rows, columns, kept;
     int tokens, values_bfloat16, outputs_bfloat16, level;
 } product_t;
 
+/* The next 32 bits of the mask; bits beyond the `left` weights are 0. `left` is a multiple of 8. */
 INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
     uint32_t mask = 0;
     if (left >= 32) memcpy(&mask, bits, 4);
@@ -52,10 +52,11 @@ INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
     return mask;
 }
 
-/* Values that are left, also where the mask has more bits than there are values. */
+/* Number of values left; 0 if the mask has more set bits than there are values. */
 INLINE size_t left_of(size_t kept, size_t next) { return next < kept ? kept - next : 0; }
 
-/* Moves values to the places of the mask. The compiler must not fold the load into VPEXPANDW. */
+/* Moves values to the positions of the mask's set bits. The assembly statement keeps the compiler from folding the load
+ * into VPEXPANDW. */
 TARGET512 INLINE __m512i expand16(uint32_t mask, __m512i values) {
     __asm__("" : "+v"(values));
     return _mm512_maskz_expand_epi16(mask, values);
@@ -90,13 +91,13 @@ TARGET512 INLINE void write_output(const product_t *p, size_t token, size_t row,
         sum += bias;
     }
     memcpy(&bits, &sum, 4);
-    uint16_t rounded = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
+    uint16_t rounded = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
     if ((bits & 0x7fffffff) > 0x7f800000) rounded = 0x7fc0;                  /* NaN stays NaN */
     ((uint16_t *)p->outputs)[at] = rounded;
 }
 
-/* Rows `first` to `last` of W, whose first value is number `next`. `sums` accumulators a token: enough that one does not
- * wait for the other. */
+/* Computes the outputs of rows `first` to `last` of W, whose values begin at number `next`. Each token has `sums`
+ * accumulators, so that an addition does not wait for the one before it. */
 TARGET_BF16 INLINE void rows_bfloat16(const product_t *p, size_t first, size_t last, size_t next, const int tokens,
                                       const int sums) {
     const size_t columns = p->columns;
@@ -142,7 +143,7 @@ _Pragma("GCC unroll 4")
     }
 }
 
-/* The same with float32 inputs: bfloat16 values are widened, the even and the odd ones of 32 or 16 after the others. */
+/* Computes the same with float32 inputs. bfloat16 values are widened; the two halves of 32 weights follow each other. */
 TARGET512 INLINE void rows_float32(const product_t *p, size_t first, size_t last, size_t next, const int tokens,
                                    const int bfloat16) {
     const size_t columns = p->columns;
@@ -186,7 +187,8 @@ _Pragma("GCC unroll 16")
     }
 }
 
-/* `few`, `some`, `many`: the last argument for 1 and 2, up to 8 and up to 16 rows of inputs. */
+/* Calls `function` with a constant number of input rows. Its last argument is `few` for 1 and 2 rows, `some` for 3 to 8,
+ * and `many` for 9 to 16. */
 #define CASES(function, few, some, many)                                                                              \
     switch (p->tokens) {                                                                                              \
         CASE(function, 1, few) CASE(function, 2, few) CASE(function, 3, some) CASE(function, 4, some)                 \
@@ -215,107 +217,45 @@ static void some_rows(const product_t *p, size_t first, size_t last, size_t next
     else some_rows_widened(p, first, last, next);
 }
 
-/* Threads that wait for parts of a product. A thread looks for work for some ten microseconds, about as long as a model
- * computes between two linears, and sleeps then; so threads of PyTorch get the cores soon. */
-#define MOST_THREADS 64
-#define LOOKS 4000
+/* Functions of the OpenMP library that PyTorch has loaded: products run on PyTorch's threads. Additional threads would
+ * wait for these, which keep a core busy for a while after each operation. */
+typedef struct {
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
+    int (*thread_number)(void);                                     /* omp_get_thread_num */
+    int (*thread_count)(void);                                      /* omp_get_num_threads */
+} openmp_t;
 
-static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER, sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static int threads; /* running, beside the caller's */
-static uint64_t round_number;
-static int parts_left;
-static struct {
+typedef struct {
     const product_t *product;
-    const int64_t *rows, *values;
+    const openmp_t *openmp;
+    const int64_t *row_ends, *value_ends;
     int parts;
-} task;
+} task_t;
 
-static void run_part(int part) {
-    some_rows(task.product, (size_t)task.rows[part], (size_t)task.rows[part + 1], (size_t)task.values[part]);
+static void run_parts(const task_t *task, int first, int step) {
+    for (int part = first; part < task->parts; part += step)
+        some_rows(task->product, (size_t)task->row_ends[part], (size_t)task->row_ends[part + 1],
+                  (size_t)task->value_ends[part]);
 }
 
-static uint64_t first_round; /* the last one before a thread was started: it does not take part in that */
-
-static void *work(void *number) {
-    int part = (int)(intptr_t)number;
-    uint64_t seen = first_round;
-    for (;;) {
-        for (int looks = 0; __atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen && looks < LOOKS; looks++) _mm_pause();
-        if (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) {
-            pthread_mutex_lock(&sleep_mutex);
-            while (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&wake, &sleep_mutex);
-            pthread_mutex_unlock(&sleep_mutex);
-        }
-        seen = __atomic_load_n(&round_number, __ATOMIC_ACQUIRE);
-        if (part < task.parts) run_part(part);
-        __atomic_sub_fetch(&parts_left, 1, __ATOMIC_RELEASE);
-    }
-    return NULL;
+static void run_thread(void *task) {
+    const openmp_t *openmp = ((const task_t *)task)->openmp;
+    run_parts(task, openmp->thread_number(), openmp->thread_count());
 }
 
-/* A process that was forked has none of the threads. */
-static void after_fork(void) {
-    threads = 0;
-    parts_left = 0;
-    pthread_mutex_init(&owner, NULL);
-    pthread_mutex_init(&sleep_mutex, NULL);
-    pthread_cond_init(&wake, NULL);
+/* Computes a product in `parts` parts: part k has rows `row_ends[k]` to `row_ends[k + 1]`, whose values begin at number
+ * `value_ends[k]`. The caller's thread computes all parts if `openmp` is NULL, and in a forked process, which has none
+ * of the threads. */
+void packed_multiply(const product_t *product, int parts, const int64_t *row_ends, const int64_t *value_ends,
+                     const openmp_t *openmp) {
+    static pid_t with_threads;
+    const task_t task = {product, openmp, row_ends, value_ends, parts};
+    if (parts > 1 && openmp && !with_threads) with_threads = getpid();
+    if (parts > 1 && openmp && with_threads == getpid()) openmp->parallel(run_thread, (void *)&task, (unsigned)parts, 0);
+    else run_parts(&task, 0, 1);
 }
 
-/* Have `wanted` threads beside the caller's, as far as the system gives them. */
-static void start_threads(int wanted) {
-    static int told;
-    if (!told) told = pthread_atfork(NULL, NULL, after_fork) == 0;
-    if (!told) return;
-    first_round = round_number;
-    while (threads < wanted) {
-        pthread_t thread;
-        pthread_attr_t detached;
-        pthread_attr_init(&detached);
-        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-        int failed = pthread_create(&thread, &detached, work, (void *)(intptr_t)(threads + 1));
-        pthread_attr_destroy(&detached);
-        if (failed) return;
-        threads++;
-    }
-}
-
-/* The product in `parts` parts: part k has rows `row_ends[k]` to `row_ends[k + 1]`, whose first value is number
- * `value_ends[k]`. The caller's thread does the first one; where threads are missing, or another caller has them, it does
- * all. */
-void packed_multiply(const product_t *product, int parts, const int64_t *row_ends, const int64_t *value_ends) {
-    int alone = parts < 2 || parts > MOST_THREADS || pthread_mutex_trylock(&owner) != 0;
-    if (!alone) {
-        start_threads(parts - 1);
-        if (threads < parts - 1) {
-            pthread_mutex_unlock(&owner);
-            alone = 1;
-        }
-    }
-    if (alone) {
-        for (int part = 0; part < parts; part++)
-            some_rows(product, (size_t)row_ends[part], (size_t)row_ends[part + 1], (size_t)value_ends[part]);
-        return;
-    }
-    task.product = product;
-    task.rows = row_ends;
-    task.values = value_ends;
-    task.parts = parts;
-    __atomic_store_n(&parts_left, threads, __ATOMIC_RELEASE);
-    pthread_mutex_lock(&sleep_mutex); /* so that no thread falls asleep between its look and this */
-    __atomic_add_fetch(&round_number, 1, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&wake);
-    pthread_mutex_unlock(&sleep_mutex);
-    run_part(0);
-    for (int looks = 0; __atomic_load_n(&parts_left, __ATOMIC_ACQUIRE) > 0; looks++) {
-        if (looks < LOOKS) _mm_pause();
-        else sched_yield();
-    }
-    pthread_mutex_unlock(&owner);
-}
-
-/* `kept` values → `count` weights, a multiple of 8: as `packed_put16` and `packed_put32`. */
+/* Writes `count` weights, a multiple of 8, from `kept` values, as `packed_put16` and `packed_put32` do. */
 TARGET512 void packed_put16_512(const uint16_t *values, size_t kept, const uint8_t *bits, size_t count, uint16_t *weights) {
     size_t next = 0, i = 0;
     for (; i + 32 <= count && next + 32 <= kept; i += 32) {

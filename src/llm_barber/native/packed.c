@@ -1,10 +1,11 @@
-/* Bit masks and the values they keep, eight weights at a time, with AVX2. Plain C, called through ctypes: `__init__.py`
- * says what each function takes, checks sizes before it calls, and does without this file where it was not built.
+/* Bit masks and the values they keep, eight weights at a time, with AVX2. Plain C, called through ctypes. `__init__.py`
+ * describes the arguments of each function and checks sizes before it calls. If this file was not built, NumPy computes
+ * the same.
  *
- * Eight weights are one byte of the bit mask, which is a row of a table: where each of the eight finds its value among
- * the next ones (expanding), or which of the eight come first (compressing). Values are read and written eight at a
- * time only where eight are left; the rest goes one after the other. Whatever the mask says, no function reads or
- * writes beyond the sizes that it is given.
+ * Eight weights are one byte of the bit mask. The byte selects a row of a table: for expanding, the index of each
+ * weight's value among the next values; for compressing, the indices of the kept weights, in order. Values are read and
+ * written eight at a time only while at least eight are left, and then singly. Whatever the mask holds, no function
+ * reads or writes beyond the given sizes.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -17,14 +18,15 @@
 static uint8_t compress16[256][16], expand16[256][16];
 static int32_t compress32[256][8], expand32[256][8], kept32[256][8];
 
-/* 1 if this processor can; fills the tables. Called once, before anything else. */
+/* Fills the tables and returns 1; returns 0 if this processor lacks AVX2, FMA or POPCNT. Called once, before
+ * all else. */
 int packed_start(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("popcnt")) return 0;
     for (int byte = 0; byte < 256; byte++) {
         int next = 0;
         memset(compress16[byte], 0x80, 16);
-        memset(expand16[byte], 0x80, 16); /* 0x80: a zero */
+        memset(expand16[byte], 0x80, 16); /* at 0x80 the shuffle writes a zero */
         for (int i = 0; i < 8; i++) {
             kept32[byte][i] = byte >> i & 1 ? -1 : 0;
             if (!(byte >> i & 1)) continue;
@@ -42,7 +44,7 @@ int packed_start(void) {
 #define TABLE16(table, byte) _mm_loadu_si128((const __m128i *)table[byte])
 #define TABLE32(table, byte) _mm256_loadu_si256((const __m256i *)table[byte])
 
-/* The bit mask of `count` weights, a multiple of 8. */
+/* Writes the bit mask of `count` weights, a multiple of 8: set where a weight is not zero. */
 AVX2 void packed_find16(const uint16_t *weights, size_t count, uint8_t *bits) {
     const __m128i zero = _mm_setzero_si128();
     for (size_t i = 0; i < count; i += 8) {
@@ -59,7 +61,7 @@ AVX2 void packed_find32(const uint32_t *weights, size_t count, uint8_t *bits) {
     }
 }
 
-/* `count` weights, a multiple of 8 → the `kept` ones whose bit is set. */
+/* Writes the `kept` weights whose bit is set, of `count` weights, a multiple of 8. */
 AVX2 void packed_take16(const uint16_t *weights, const uint8_t *bits, size_t count, uint16_t *values, size_t kept) {
     size_t next = 0;
     for (size_t i = 0; i < count; i += 8) {
@@ -91,7 +93,7 @@ AVX2 void packed_take32(const uint32_t *weights, const uint8_t *bits, size_t cou
     }
 }
 
-/* The next eight weights, from the values that are left. */
+/* Expands the next eight weights from the `left` remaining values. */
 AVX2 static inline __m128i expand_eight16(const uint16_t *values, ptrdiff_t left, uint8_t byte) {
     uint16_t few[8] = {0};
     if (left < 8) {
@@ -111,7 +113,7 @@ AVX2 static inline __m256i expand_eight32(const uint32_t *values, ptrdiff_t left
     return _mm256_and_si256(_mm256_permutevar8x32_epi32(eight, TABLE32(expand32, byte)), TABLE32(kept32, byte));
 }
 
-/* The reverse: `kept` values → `count` weights, a multiple of 8. */
+/* Undoes `packed_take`: writes `count` weights, a multiple of 8, from `kept` values, and zeros elsewhere. */
 AVX2 void packed_put16(const uint16_t *values, size_t kept, const uint8_t *bits, size_t count, uint16_t *weights) {
     size_t next = 0;
     for (size_t i = 0; i < count; i += 8) {
@@ -150,13 +152,14 @@ INLINE void split(const uint8_t *places, const uint8_t *table, size_t groups, ui
     }
 }
 
-/* Bytes of the bit mask → their codes by the table: of 2:4 four of 6 bits in 3 bytes, of 4:8 eight of 7 bits in 7. */
+/* Writes the codes of the mask's bytes, from the table. 2:4 (`width` 3): four codes of 6 bits in 3 bytes. 4:8 (`width`
+ * 7): eight codes of 7 bits in 7 bytes. */
 void packed_join(const uint8_t *mask, const uint8_t *table, size_t groups, uint8_t *places, int width) {
     if (width == 3) join(mask, table, groups, places, 4, 6, 3);
     else join(mask, table, groups, places, 8, 7, 7);
 }
 
-/* The reverse, by the reverse table. */
+/* Undoes `packed_join`, with the reverse table. */
 void packed_split(const uint8_t *places, const uint8_t *table, size_t groups, uint8_t *mask, int width) {
     if (width == 3) split(places, table, groups, mask, 4, 6, 3);
     else split(places, table, groups, mask, 8, 7, 7);
@@ -168,8 +171,8 @@ AVX2 static inline __m256 eight_floats(const void *values, size_t next, size_t k
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
 }
 
-/* outputs[t · stride + r] = Σ_c W[r, c] · inputs[t · columns + c] for `rows` rows of W, whose first value is the first of
- * `values`; `columns` is a multiple of 8. Two sums for each t, as one would wait for itself. */
+/* Computes outputs[t · stride + r] = Σ_c W[r, c] · inputs[t · columns + c] for `rows` rows of W, whose values begin at
+ * `values`; `columns` is a multiple of 8. Each t has two sums, since additions to a single sum wait for each other. */
 AVX2 INLINE void product(
     const void *values, size_t kept, const uint8_t *bits, size_t rows, size_t columns, const float *inputs,
     float *outputs, size_t stride, int bfloat16, const int tokens) {
@@ -199,7 +202,7 @@ AVX2 INLINE void product(
     }
 }
 
-/* `tokens` is 1 to 4. */
+/* Computes the product for 1 to 4 tokens. */
 AVX2 void packed_product(const void *values, size_t kept, const uint8_t *bits, size_t rows, size_t columns,
                          const float *inputs, float *outputs, size_t stride, int bfloat16, int tokens) {
 #define CASE(number)                                                                                              \

@@ -104,7 +104,7 @@ class PackedLinear(nn.Module):
 
     def _threads(self) -> int:
         """Number of threads of a product: few values are multiplied sooner than a second thread would begin."""
-        return max(1, min(torch.get_num_threads(), self.shape[0], len(self.values) // VALUES_A_THREAD))
+        return max(1, min(torch.get_num_threads(), self.shape[0], self.values.shape[0] // VALUES_A_THREAD))
 
     def _thread_parts(self, threads: int) -> list[tuple[int, int, int, int]]:
         """Each thread's first row and end row, first value and end value; ends are exclusive.

@@ -1,11 +1,11 @@
-"""Presets: what a run does beyond the initial mask, unless a setting says otherwise."""
+"""Presets: the steps of a run after the initial mask, and their defaults. Each can be set separately."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Refine(StrEnum):
-    """How a chosen (and rebuilt) mask is refined: not at all, linear by linear, or by tuning whole layers."""
+    """Refinement of the initial or rebuilt mask: none, swaps in each linear, or tuning of whole layers."""
 
     NONE = "none"
     SWAPS = "swaps"
@@ -13,9 +13,9 @@ class Refine(StrEnum):
 
 
 class Reconstruct(StrEnum):
-    """What becomes of the kept weights: nothing, least squares of each linear, or tuning of each layer.
+    """Reconstruction of the kept weights: none, least squares in each linear, or tuning of whole layers.
 
-    Tuning follows least squares where masks are not tuned themselves.
+    Tuning starts from least squares unless masks are tuned, too.
     """
 
     NONE = "none"
@@ -24,9 +24,9 @@ class Reconstruct(StrEnum):
 
 
 class Allocation(StrEnum):
-    """How sparsity is spread: evenly, by the outliers of layers (OWL, arXiv 2310.05175), or by the loss.
+    """Spread of the sparsity: uniform, by the outliers of layers (OWL, arXiv 2310.05175), or by the loss.
 
-    The last takes gradients of the model's own loss on the calibration text, for each linear (`masking/budget.py`).
+    `loss` takes the gradients of the model's loss on the calibration text, for each linear (`masking/budget.py`).
     """
 
     UNIFORM = "uniform"
@@ -35,7 +35,7 @@ class Allocation(StrEnum):
 
 
 class Preset(StrEnum):
-    """`paper`: the published method. `mask`: the best with dense weights. `best`: the best quality, weights change."""
+    """`paper`: the published method. `mask`: best with dense weights. `best`: best of all, changes weights."""
 
     PAPER = "paper"
     MASK = "mask"
@@ -44,7 +44,7 @@ class Preset(StrEnum):
 
 @dataclass(frozen=True)
 class PresetSettings:
-    """What a preset stands for; the allocation is not for N:M, which has one sparsity everywhere."""
+    """Settings of a preset; the allocation does not apply to N:M, whose sparsity is the same everywhere."""
 
     rebuild: bool
     refine: Refine
@@ -57,15 +57,16 @@ PRESETS = {
     Preset.MASK: PresetSettings(False, Refine.TUNE, Reconstruct.NONE, Allocation.LOSS),
     Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS),
 }
-# Raised when how a preset finds masks or weights changes, so that what `compare` has kept of it is measured again.
+# Raise a preset's revision whenever its masks or weights change: `compare` then measures its finished cells again.
 REVISIONS = {Preset.PAPER: 1, Preset.MASK: 5, Preset.BEST: 7}
-SWAPS, PATTERN_SWAPS = 100, 400  # a row, at most; with N:M there are more that gain
+SWAPS, PATTERN_SWAPS = 100, 400  # at most, in a row; with N:M more swaps lower the error
 TARGET_MIX = 0.5
-PATTERN_TARGET_MIX = 0.75  # where masks of N:M are tuned
-SOLVED_TARGET_MIX = 0.25  # where all that is done is least squares
-# Passes over the calibration text when layers are tuned: as many as these tokens take, within bounds. More text needs
-# fewer passes, and wins more than they do.
+PATTERN_TARGET_MIX = 0.75  # for tuning of N:M masks
+SOLVED_TARGET_MIX = 0.25  # for least squares alone
+# Layers are tuned in as many passes over the calibration text as read about `TUNE_TOKENS` tokens, within bounds. More
+# text needs fewer passes, and gains more than additional passes do.
 TUNE_TOKENS, FEWEST_PASSES, MOST_PASSES = 2**16, 2, 8
-# Shares of the windows that are held out. Of tuned layers they only tell whether they are better for it, and windows
-# that are not learnt from cost more than that is worth; with swaps, how many of each row are kept.
+# Shares of the windows that are held out, with swaps and with tuning. With swaps, held-out windows decide the number of
+# swaps in each row. With tuning they only choose the pass that is kept; tuning learns from all other windows, so that
+# more held-out windows would cost more than this choice is worth.
 GUARD, TUNING_GUARD = 1 / 8, 1 / 32

@@ -32,7 +32,8 @@ class PruneConfig(RunSettings):
     pattern: str | None = Field(None, description="Keep N of every M inputs instead, as 2:4")
     initial_granularity: Granularity | None = Field(
         default=None,
-        description="Comparison group of the initial mask (default: linear for magnitude, ria and alps, else output)",
+        description="Comparison group of the initial mask: output, input or linear (default: linear for magnitude, ria "
+        "and alps, else output)",
     )
     keep_updates: bool = Field(default=False, description="Keep weights that sparsegpt or alps updated")
     allocation: Allocation | None = Field(

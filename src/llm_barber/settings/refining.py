@@ -149,7 +149,7 @@ class RefineSettings:
 class Step:
     """A step of tuning: the sequences of this process, and their number in all processes."""
 
-    own: range
+    local_sequences: range
     sequences: int
 
 
