@@ -5,6 +5,7 @@ The plans are arithmetic that nobody has run. It takes seconds.
     python benchmarks/plan_tables.py
 """
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -51,6 +52,7 @@ HEADINGS = ("stage", "FLOPs", "read", "written", "time, 1 process", "mostly", "8
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = [
         "<!-- written by benchmarks/plan_tables.py -->",
         "# Tables of the forecasts",

@@ -1,4 +1,4 @@
-"""Memory that a process uses, the machine it runs on, and the versions of its libraries."""
+"""Memory use of this process, its machine, and versions of libraries."""
 
 import platform
 import resource
@@ -11,7 +11,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, by name."""
+    """Versions that affect a result, of Python and packages, by name."""
     packages = ("llm-barber", "torch", "transformers", "safetensors", "numpy")
     return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
 

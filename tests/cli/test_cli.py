@@ -207,7 +207,7 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
             ("--no-rebuild", "--rebuild-ratio", 1, "--granularity", "block"),
             "--granularity and --rebuild-ratio are of the",
         ),
-        (("--swaps", 3), "--swaps are of --refine swaps: give it, too"),
+        (("--swaps", 3), "--swaps needs --refine swaps"),
         (("--refine", "swaps", "--swaps", 10**20), "--swaps: Input should be less than or equal to 1000000"),
         (("--tune-passes", 10**20), "--tune-passes: Input should be less than or equal to 1000"),
         (("--guard", 1), "--guard: Input should be less than 1"),

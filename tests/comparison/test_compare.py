@@ -284,7 +284,7 @@ def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None
     assert spread is not None
     assert spread.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
     assert spread.evaluation.texts[0].perplexity != plain.evaluation.texts[0].perplexity
-    with pytest.raises(SettingsError, match="alps-allocated: for sparsities, which they spread"):
+    with pytest.raises(SettingsError, match="alps-allocated need a sparsity as target"):
         CompareConfig(**small | {"methods": ("alps-allocated",), "targets": ("2:4",)})
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm_barber import native
 from llm_barber.checkpoint.encoding import pack
+from llm_barber.errors import SettingsError
 from llm_barber.native import Instructions, avx512
 from llm_barber.runtime.packed_linear import PackedLinear
 
@@ -207,7 +208,7 @@ def test_instructions_can_be_forced(forced: str, name: str) -> None:
 
 def test_other_names_of_instructions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.ISA, "sse2")
-    with pytest.raises(ValueError, match="sse2: use avx2, avx512, avx512bf16"):
+    with pytest.raises(SettingsError, match="LLM_BARBER_ISA=sse2"):
         native.instructions.__wrapped__()
 
 

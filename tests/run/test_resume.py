@@ -172,7 +172,7 @@ def test_a_model_that_was_written_since_is_told_of(
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     os.utime(model / "model.safetensors", ns=(1, 1))
     warnings = resume_warnings(model, tmp_path / "out", tokens)
-    assert [one for one in warnings if one.startswith("model.safetensors of the model came here since")]
+    assert [one for one in warnings if one.startswith("model.safetensors of the model was modified after")]
 
 
 def test_an_allocation_is_not_made_twice(

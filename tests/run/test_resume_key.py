@@ -112,6 +112,20 @@ def test_refuses_what_it_cannot_go_on_with(
     assert found == [0, 1, 2]
 
 
+@pytest.mark.parametrize("refine", ["tune", "swaps"])
+def test_a_run_that_was_judged_otherwise_is_refused(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, refine: str
+) -> None:
+    """Held-out windows judge huge tokens only where layers are tuned."""
+    monkeypatch.setattr("llm_barber.run.resume_key.JUDGE_REVISION", 1)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, refine=refine)
+    monkeypatch.undo()
+    tuned = refine == "tune"
+    refused = pytest.raises(OutputError, match="another revision of the held-out windows$")
+    with refused if tuned else nullcontext():
+        run(model, tmp_path / "out", tokens, resume=True, refine=refine)
+
+
 def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 2000)
     first = files_key(tmp_path.iterdir())

@@ -267,7 +267,7 @@ def _codes(places: np.ndarray, layout: tuple[int, int, int]) -> np.ndarray:
 
 
 def _layout(encoding: Encoding) -> tuple[int, int, int]:
-    """Bytes of eight codes; bytes of the bit mask that they stand for; bits of the codes of one of these."""
+    """Bytes that codes take together; bytes of the bit mask that they stand for; bits of codes for one such byte."""
     assert encoding.group is not None
     width, bits_together = _tables(encoding).width, CODES_TOGETHER * encoding.group[1]
     return width, bits_together // 8, width * 8 // encoding.group[1]

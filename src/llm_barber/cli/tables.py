@@ -107,7 +107,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
     table = Table(title=f"perplexity of {evaluation.model} (lower is better)")
     headings = ["text", "perplexity"]
     if evaluation.against is not None:
-        headings += ["of the other", "ratio", "KL divergence", "same next token"]
+        headings += ["against", "ratio", "KL divergence", "same next token"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for result in evaluation.texts:
@@ -124,7 +124,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
     if evaluation.texts:
         console.print(table)
     if evaluation.against is not None:
-        console.print(f"the other: {evaluation.against}", soft_wrap=True)
+        console.print(f"against: {evaluation.against}", soft_wrap=True)
     _show_tasks(console, evaluation)
     for result in evaluation.texts:
         console.print(
@@ -142,7 +142,7 @@ def _show_tasks(console: Console, evaluation: Evaluation) -> None:
     table = Table(title=f"accuracy of {evaluation.model} (higher is better, ± standard error)")
     headings = ["task", "metric", "value", "examples"]
     if evaluation.against is not None:
-        headings += ["of the other", "difference"]
+        headings += ["against", "difference"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     for task in evaluation.tasks:

@@ -10,7 +10,7 @@ from llm_barber.messages import SettingName
 
 
 def as_typed(words: Sequence[str]) -> Callable[[SettingName], str]:
-    """Make a function that shows a setting as the user types it for the command in these words.
+    """Renderer of settings as options of the command in these words.
 
     A setting that the command does not take keeps its name.
     """

@@ -79,7 +79,7 @@ class Job:
 
     @property
     def head_is_made(self) -> bool:
-        """Is the output head made from the embedding, since the checkpoint has it under that name only?"""
+        """True if the output head is copied from the embedding, since the checkpoint has it under that name only."""
         return self.head_location.tensor not in self.source.tensors
 
     @property

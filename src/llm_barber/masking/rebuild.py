@@ -74,7 +74,7 @@ def rebuild_masks(
     """
     if patterns is not None and any(patterns):
         if None in patterns:
-            # With N:M, weights are dropped in the group where others grow: unstructured linears compete apart from it.
+            # Linears without N:M compete apart: with N:M, weights are dropped in the groups where others grow.
             return _by_kind(keep, saliency, granularity, rebuild_ratio, patterns, fixed, pattern_granularity)
         granularity = pattern_granularity or granularity
     shapes = [tuple(tensor.shape) for tensor in keep]

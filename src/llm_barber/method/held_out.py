@@ -11,6 +11,9 @@ from llm_barber.method.distance import Distance
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, TARGET, ActivationStreams
 
+# Raise it whenever held-out windows may decide otherwise: a run that was tuned before is then not resumed.
+JUDGE_REVISION = 2
+
 
 @dataclass(frozen=True)
 class Judgement:

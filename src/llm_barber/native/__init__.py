@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_barber.errors import SettingsError
+
 ITEMS = (2, 4)  # bytes of a weight
 # Layouts of the codes of 2:4 and 4:8: bytes of codes, bytes of the bit mask that they encode, bits that encode a byte.
 LAYOUTS = ((3, 4, 6), (7, 8, 7))
@@ -47,7 +49,7 @@ def instructions() -> Instructions:
     """Instructions that products use here: the processor's, or fewer if the environment variable says so.
 
     Raises:
-        ValueError: the variable holds something else.
+        SettingsError: the variable holds something else.
     """
     loaded = library()
     find_level = getattr(loaded, "packed_product_level", None)  # an extension that was built earlier lacks it
@@ -58,7 +60,8 @@ def instructions() -> Instructions:
     try:
         return min(level, Instructions[limit.upper()])
     except KeyError:
-        raise ValueError(f"{ISA}={limit}: use {', '.join(name.name.lower() for name in Instructions)}") from None
+        names = ", ".join(name.name.lower() for name in Instructions)
+        raise SettingsError(f"no instructions are called {ISA}={limit}", f"use one of {names}, or unset it") from None
 
 
 def usable(*weights: np.ndarray) -> bool:

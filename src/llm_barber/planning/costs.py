@@ -37,8 +37,8 @@ REBUILDING = 150  # bytes moved for each weight: scores, comparisons and masks
 class Costs:
     """Work of a process by stage.
 
-    The stages `initial` to `write` add up all layers. `keep`: write each layer's activations for `--resume`,
-    meanwhile. `head`: prune the output head.
+    The stages `initial` to `write` add up all layers. `keep`: write each layer's activations for `--resume`
+    while the next layer is computed. `head`: prune the output head.
     """
 
     embed: Work = NO_WORK

@@ -61,8 +61,7 @@ def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
     target = _target_sparsity(report, config.targets, prepared.job)
     if abs(report.sparsity - target) > 0.01 * target:
         progress.warn(
-            f"sparsity {target:.4g} was asked for, {report.sparsity:.4g} is what whole weights allow "
-            "in comparison groups of this size, of which each keeps a weight"
+            f"sparsity is {report.sparsity:.4g}, not {target:.4g}: comparison groups of this size cannot be split finer"
         )
     return report
 

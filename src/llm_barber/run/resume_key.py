@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llm_barber.method.held_out import JUDGE_REVISION
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.settings.presets import REVISIONS, Preset
 from llm_barber.usage import versions
@@ -34,7 +35,9 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
     if prepared.initial.has_one_target:  # the default depends on the pattern, a given number is for every pattern
         left_to_preset.add("swaps")
     resolved = {name: value for name, value in prepared.resolved.items() if name in left_to_preset}
-    revisions = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
+    revisions: dict[str, Any] = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
+    if prepared.refine_settings is not None and prepared.refine_settings.of_layers:
+        revisions["revision of the held-out windows"] = JUDGE_REVISION
     key = {
         "command": prepared.command,
         "given": given,

@@ -53,8 +53,8 @@ def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progr
     if changed := [name for name, when in before.items() if written.get(name) != when]:
         progress.warn(
             message(
-                "{files} of the model came here since finished layers were computed: if what is in it is not the "
-                "same, start again with {overwrite}",
+                "{files} of the model was modified after layers were computed: if its content changed, start again "
+                "with {overwrite}",
                 files=f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}",
             )
         )

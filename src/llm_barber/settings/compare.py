@@ -169,7 +169,7 @@ class CompareConfig(StructureSettings):
 
     def _sparsity_can_be_spread(self) -> Iterator[Message]:
         if all(method.allocated for method in self.methods) and all(":" in target for target in self.targets):
-            spread = "{methods}: for sparsities, which they spread over linears; N:M is the same in all"
+            spread = "{methods} need a sparsity as target, which they spread over linears; N:M is the same in all"
             yield message(spread, methods=", ".join(self.methods))
 
     def evaluation(self, folder: str) -> EvaluateConfig:

@@ -190,7 +190,7 @@ class RunSettings(StructureSettings):
 
     def _swaps_are_used(self) -> Iterator[Message]:
         if self.swaps is not None and self.refinement is not Refine.SWAPS:
-            yield message("{swaps} are of {refine:swaps}: give it, too")
+            yield message("{swaps} needs {refine:swaps}")
 
     def _passes_are_used(self) -> Iterator[Message]:
         tunes = self.refinement is Refine.TUNE or self.reconstruction is Reconstruct.TUNE

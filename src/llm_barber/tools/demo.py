@@ -92,7 +92,7 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
     if methods is None:
         methods = FULL_METHODS if config.full else METHODS
     source = config.model or str(demo_model())
-    progress.stage("turning the model into an ordinary checkpoint (once: it is kept)")
+    progress.stage("converting the model to safetensors (the first time only)")
     claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     if config.model is None:
         source = str(_ordinary_checkpoint(source, config.output / DENSE))
