@@ -38,8 +38,8 @@ def load(
 
     Args:
         model: folder (packed or not), hub id or GGUF file.
-        keep_packed: keep the weights of linears packed in memory where that is smaller, and unpack each when it is
-            used: less memory, and slower (docs/guide/packed.md). On CUDA this is untested on a real GPU.
+        keep_packed: keep the weights of linears packed in memory where that is smaller: less memory; on CPUs with
+            AVX-512 faster decoding, slower prefill (docs/guide/packed.md). On CUDA this is untested on a real GPU.
         dtype: of the weights; None: the checkpoint's.
         device: as in `prune`.
         semi_structured: convert linears that hold 2:4 with PyTorch's `to_sparse_semi_structured`, where dtype and shape
