@@ -49,7 +49,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 
 class Counter:
-    """Counts the calls of `prune`, and stops at a chosen one."""
+    """Counter of the calls of `prune` that stops at a chosen call."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.calls = 0
@@ -114,10 +114,10 @@ def test_a_cell_measured_on_tasks_serves_without_them(settings: dict[str, Any], 
     small = {**settings, "methods": ("wanda",), "targets": ("0.5",)}
     alone = compare(CompareConfig(**{**small, "seeds": (1,)}))
     assert counter.calls == 2
-    both = compare(CompareConfig(**small))
+    comparison = compare(CompareConfig(**small))
     assert counter.calls == 4
     before = {cell.rebuilt: cell.result for cell in alone.cells}
-    for cell in both.cells:
+    for cell in comparison.cells:
         assert cell.result is not None
         assert bool(cell.result.evaluation.tasks) is (cell.seed == 0)
         if cell.seed == 1:
@@ -289,7 +289,7 @@ def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None
 
 
 class Stages(Silent):
-    """Keeps the stages that name cells."""
+    """Listener that keeps the stages that name cells."""
 
     def __init__(self) -> None:
         self.cells: list[str] = []

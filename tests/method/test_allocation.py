@@ -27,7 +27,7 @@ def owl_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float) -> list[f
         for name, linear in layer.named_modules():
             if isinstance(linear, torch.nn.Linear):
                 inputs = [captured(layer, name, *call)[0] for call in calls]
-                squares = sum(one.square().flatten(0, -2).sum(0) for one in inputs) / len(inputs)
+                squares = sum(tensor.square().flatten(0, -2).sum(0) for tensor in inputs) / len(inputs)
                 scores.append(wanda(linear.weight, squares))
         shares.append(outlier_share(scores))
         sizes.append(sum(score.numel() for score in scores))
@@ -36,7 +36,7 @@ def owl_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float) -> list[f
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Its layers differ in their outliers."""
+    """Model whose layers differ in their outliers."""
     folder = make_model(tmp_path / "dense", "llama", num_hidden_layers=3)
     tensors = load_file(folder / "model.safetensors")
     for index in range(3):
@@ -104,17 +104,19 @@ def test_by_loss_in_a_streamed_run_equals_gradients_of_the_whole_model(tmp_path:
     for size, output in zip((1, 3), outputs, strict=True):
         report = prune(PruneConfig(output=output, batch_size=size, report=False, sparsity=0.6, **settings))
     assert read_untimed_files(outputs[0]) == read_untimed_files(outputs[1])
-    found = {f".{layer.index}.{linear.name}": linear.sparsity for layer in report.layers for linear in layer.linears}
-    expected = sparsities_in_memory(folder, load_file(tokens)["input_ids"], 0.6, list(found))
-    assert list(found.values()) == pytest.approx(expected)
+    sparsities = {
+        f".{layer.index}.{linear.name}": linear.sparsity for layer in report.layers for linear in layer.linears
+    }
+    expected = sparsities_in_memory(folder, load_file(tokens)["input_ids"], 0.6, list(sparsities))
+    assert list(sparsities.values()) == pytest.approx(expected)
     assert len(set(expected)) > 2
     assert abs(0.6 * report.weights - report.pruned) < 1
 
 
 def sparsities_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float, ends: list[str]) -> list[float]:
-    """By the whole model's gradients, each sequence's loss summed over its tokens; `ends` of names give the order.
+    """Sparsities from the whole model's gradients, each sequence's loss summed over its tokens.
 
-    As much of the way to what costs least as the sparsity.
+    `ends` of names give the order. The spread goes as much of the way to what costs least as the sparsity.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     sums: dict[str, FisherSums] = {}
@@ -131,10 +133,10 @@ def sparsities_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float, en
         loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), sequence[1:], reduction="sum")
         gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
         for (name, (inputs, _)), gradient in zip(seen.items(), gradients, strict=True):
-            one = sums.setdefault(name, FisherSums(tuple(linears[name].weight.shape), torch.device("cpu")))
+            fisher = sums.setdefault(name, FisherSums(tuple(linears[name].weight.shape), torch.device("cpu")))
             information = gradient.flatten(0, -2).square().t() @ inputs.flatten(0, -2).square()
-            one.rows += information.sum(1)
-            one.columns += information.sum(0)
+            fisher.rows += information.sum(1)
+            fisher.columns += information.sum(0)
     names = [next(name for name in linears if name.endswith(end)) for end in ends]
     costs = [removal_costs(linears[name].weight, sums[name].rows, sums[name].columns) for name in names]
     return spread_budget(costs, [len(linears[name].weight) for name in names], sparsity, share=sparsity)
@@ -144,15 +146,17 @@ def sparsities_in_memory(folder: Path, tokens: torch.Tensor, sparsity: float, en
 def test_by_loss_takes_gradients_of_the_first_windows_alone(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, loss_tokens: int, windows: int
 ) -> None:
-    """As many as there are tokens for, one at least."""
+    """Windows are as many as there are tokens for, and at least one."""
     monkeypatch.setattr("llm_barber.method.allocation.LOSS_TOKENS", loss_tokens)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=5)
     settings = {"allocation": "loss", "sparsity": 0.6, "dtype": "float32", "batch_size": 2, "rebuild": False}
     report = prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
-    found = {f".{layer.index}.{linear.name}": linear.sparsity for layer in report.layers for linear in layer.linears}
+    sparsities = {
+        f".{layer.index}.{linear.name}": linear.sparsity for layer in report.layers for linear in layer.linears
+    }
     ids = load_file(tokens)["input_ids"]
-    assert list(found.values()) == pytest.approx(sparsities_in_memory(model, ids[:windows], 0.6, list(found)))
-    assert list(found.values()) != pytest.approx(sparsities_in_memory(model, ids, 0.6, list(found)))
+    assert list(sparsities.values()) == pytest.approx(sparsities_in_memory(model, ids[:windows], 0.6, list(sparsities)))
+    assert list(sparsities.values()) != pytest.approx(sparsities_in_memory(model, ids, 0.6, list(sparsities)))
 
 
 def test_by_loss_goes_on_with_the_sparsities_that_it_had(

@@ -36,12 +36,12 @@ def test_usual_squares_are_of_the_lower_median(dtype: torch.dtype, tokens: int) 
 def test_errors_and_their_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     targets, output = (torch.randn(3, 9, 5, generator=generator) for _ in range(2))
-    found = Distance(torch.tensor([1.0, 1.0, 0.25, 1.0, 0.01]))
+    distance = Distance(torch.tensor([1.0, 1.0, 0.25, 1.0, 0.01]))
     output.requires_grad_()
-    errors = ((output - targets) ** 2 * found.weights).mean((1, 2))
-    assert found.errors(targets, output.detach()).tolist() == pytest.approx(errors.tolist(), rel=1e-5)
+    errors = ((output - targets) ** 2 * distance.weights).mean((1, 2))
+    assert distance.errors(targets, output.detach()).tolist() == pytest.approx(errors.tolist(), rel=1e-5)
     (gradient,) = torch.autograd.grad(errors.sum() * targets[0].numel() / 2, output)
-    torch.testing.assert_close(found.gradient(targets, output.detach()), gradient)
+    torch.testing.assert_close(distance.gradient(targets, output.detach()), gradient)
 
 
 def test_held_out_errors_count_a_huge_token_as_ten_median_tokens() -> None:
@@ -54,9 +54,9 @@ def test_held_out_errors_count_a_huge_token_as_ten_median_tokens() -> None:
     by_hand = []
     for size, squares in zip(sizes, ((output - targets) ** 2 * distance.weights).sum(2), strict=True):
         most = HUGE_TOKEN * sorted(size.tolist())[4]
-        counts = [most / one if one > most else 1.0 for one in size.tolist()]
-        by_hand.append(sum(count * one for count, one in zip(counts, squares.tolist(), strict=True)) / 45)
-    assert min(HUGE_TOKEN * sorted(sizes[1].tolist())[4] / one for one in sizes[1].tolist()) < 0.01
+        counts = [most / token_size if token_size > most else 1.0 for token_size in size.tolist()]
+        by_hand.append(sum(count * square for count, square in zip(counts, squares.tolist(), strict=True)) / 45)
+    assert min(HUGE_TOKEN * sorted(sizes[1].tolist())[4] / token_size for token_size in sizes[1].tolist()) < 0.01
     assert distance.errors(targets, output).tolist() == pytest.approx(by_hand, rel=1e-5)
 
 

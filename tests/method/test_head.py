@@ -42,13 +42,13 @@ def run(model: Path, output: Path, tokens: Path, **settings: Any) -> Any:
 
 
 def head_inputs(folder: Path, tokens: Path, head: str) -> torch.Tensor:
-    """What the head is given in a written model, by transformers and a plain hook, (sequences, tokens, in)."""
+    """Return the head's inputs in a written model, by transformers and a plain hook, (sequences, tokens, in)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found: list[torch.Tensor] = []
-    model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    states: list[torch.Tensor] = []
+    model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
     with torch.no_grad():
         model(load_file(tokens)["input_ids"])
-    return found[0]
+    return states[0]
 
 
 @pytest.mark.parametrize(("family", "head", "changes"), FAMILIES, ids=lambda value: str(value))
@@ -73,11 +73,11 @@ def test_its_mask_is_the_methods_on_what_the_pruned_layers_give_it(
     for other, tensor in read_folder(tmp_path / "without").items():
         assert other == name or torch.equal(tensor, written[other])
     assert report.layers[-1].index == 2
-    assert [one.name for one in report.layers[-1].linears] == [head]
+    assert [linear.name for linear in report.layers[-1].linears] == [head]
     assert report.layers[-1].linears[0].zeros == int((written[name] == 0).sum())
-    found = inspect(InspectConfig(model=tmp_path / "out", dense=str(model)))
-    assert not found.problems
-    assert (found.linears[-1].name, found.linears[-1].layer) == (head, 2)
+    inspection = inspect(InspectConfig(model=tmp_path / "out", dense=str(model)))
+    assert not inspection.problems
+    assert (inspection.linears[-1].name, inspection.linears[-1].layer) == (head, 2)
     assert "with the output head" in report.changes
 
 
@@ -128,11 +128,11 @@ def test_nothing_is_spread_where_the_head_alone_is_pruned(tmp_path: Path, tokens
     assert (report.allocation, report.resolved["preset"]) == ("uniform", "mask")
     assert report.refinement is not None
     assert report.refinement.startswith("the output head: at most 100 (with N:M 400) exact swaps a row (target mix 0.5")
-    both = run(model, tmp_path / "both", tokens, prune_head=True).refinement
-    assert both is not None
-    assert "that tune masks (target mix 0.5" in both
-    assert both.endswith(report.refinement)
-    assert [sum(one.pruned for one in layer.linears) > 0 for layer in report.layers] == [False, False, True]
+    refinement = run(model, tmp_path / "both", tokens, prune_head=True).refinement
+    assert refinement is not None
+    assert "that tune masks (target mix 0.5" in refinement
+    assert refinement.endswith(report.refinement)
+    assert [sum(linear.pruned for linear in layer.linears) > 0 for layer in report.layers] == [False, False, True]
 
 
 def test_packed_and_back(tmp_path: Path, tokens: Path) -> None:
@@ -175,7 +175,7 @@ def test_rebuild_says_that_the_head_is_dense_again(tmp_path: Path, tokens: Path,
 
 
 def test_a_head_that_is_stored_beside_the_embedding_that_it_is_tied_to(tmp_path: Path, tokens: Path) -> None:
-    """As transformers does it: two tensors that differ are not tied, whatever the configuration says."""
+    """Two tensors that differ are not tied, as in transformers, whatever the configuration says."""
     model = make_model(tmp_path / "dense", "llama")
     path = model / "model.safetensors"
     tensors = load_file(path)
@@ -233,6 +233,6 @@ def test_refused(tmp_path: Path, tokens: Path) -> None:
 
 def test_the_made_heads_bytes_are_counted(tmp_path: Path, tokens: Path) -> None:
     model = make_model(tmp_path / "dense", "llama")
-    found = dry_run(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, prune_head=True))
+    plan = dry_run(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, prune_head=True))
     run(model, tmp_path / "out", tokens, prune_head=True)
-    assert found.output_bytes == sum(tensor.nbytes for tensor in read_folder(tmp_path / "out").values())
+    assert plan.output_bytes == sum(tensor.nbytes for tensor in read_folder(tmp_path / "out").values())

@@ -1,4 +1,4 @@
-"""What held-out windows say of a layer: its distance from the target, and how much of it is one token or channel."""
+"""Judgement by held-out windows: distance from the target, and the share of one token or channel."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from llm_barber.model.streams import HIDDEN, TARGET
 
 
 class FakeLayer:
-    """Multiplies its input by one number, its weight."""
+    """Layer that multiplies its input by one number, its weight."""
 
     dtype = torch.float32
 
@@ -48,16 +48,16 @@ def test_shares_of_the_largest_token_and_channel() -> None:
     hidden, target = (torch.randn(3, 8, 4, generator=generator, dtype=torch.float32) for _ in range(2))
     target[:, 0, 2] = 50
     distance = Distance(torch.tensor([1.0, 1.0, 0.5, 1.0]))
-    found = judge(FakeLayer(), {"scale": torch.tensor(2.0)}, distance, FakeStreams(hidden, target))  # type: ignore[arg-type]
+    judgement = judge(FakeLayer(), {"scale": torch.tensor(2.0)}, distance, FakeStreams(hidden, target))  # type: ignore[arg-type]
     squares = (2 * hidden - target).double().square() * distance.weights
     by_token, by_channel = squares.sum(2), squares.sum((0, 1))
-    assert found.token_share == pytest.approx((by_token.max(1).values.sum() / squares.sum()).item(), rel=1e-5)
-    assert found.channel_share == pytest.approx((by_channel.max() / squares.sum()).item(), rel=1e-5)
-    assert found.token_share > 0.8
-    assert found.error == pytest.approx(distance.errors(target, 2 * hidden).mean().item(), rel=1e-6)
+    assert judgement.token_share == pytest.approx((by_token.max(1).values.sum() / squares.sum()).item(), rel=1e-5)
+    assert judgement.channel_share == pytest.approx((by_channel.max() / squares.sum()).item(), rel=1e-5)
+    assert judgement.token_share > 0.8
+    assert judgement.error == pytest.approx(distance.errors(target, 2 * hidden).mean().item(), rel=1e-6)
 
 
 def test_no_difference_has_no_shares() -> None:
     hidden = torch.ones(3, 8, 4)
-    found = judge(FakeLayer(), {"scale": torch.tensor(1.0)}, Distance(torch.ones(4)), FakeStreams(hidden, hidden))  # type: ignore[arg-type]
-    assert (found.error, found.token_share, found.channel_share) == (0, 0, 0)
+    judgement = judge(FakeLayer(), {"scale": torch.tensor(1.0)}, Distance(torch.ones(4)), FakeStreams(hidden, hidden))  # type: ignore[arg-type]
+    assert (judgement.error, judgement.token_share, judgement.channel_share) == (0, 0, 0)

@@ -47,7 +47,7 @@ def refine_in_memory(folder: Path, tokens: Tensor, pattern: Unstructured | NofM,
         keep = {}
         for name in sum(GROUPS, ()):
             inputs = [captured(layer, name, *call)[0] for call in calls]
-            squares = sum(one.square().flatten(0, -2).sum(0) for one in inputs) / len(inputs)
+            squares = sum(tensor.square().flatten(0, -2).sum(0) for tensor in inputs) / len(inputs)
             keep[name] = initial_mask(wanda(layer.get_submodule(name).weight, squares), pattern, Granularity.OUTPUT)
         for name in keep:
             layer.get_submodule(name).weight[~keep[name]] = 0
@@ -58,12 +58,12 @@ def refine_in_memory(folder: Path, tokens: Tensor, pattern: Unstructured | NofM,
             for name in group:
                 weight = other.get_submodule(name).weight
                 linear = mix * weight @ difference
-                found, _ = swap_pairs(
+                mask, _ = swap_pairs(
                     keep[name], weight, gram, 5, linear, pattern if isinstance(pattern, NofM) else None
                 )
-                values = weight * found
+                values = weight * mask
                 if solve:
-                    values = least_squares(found, weight, gram, linear, UNGUARDED_STEPS, UNGUARDED_DAMPING)
+                    values = least_squares(mask, weight, gram, linear, UNGUARDED_STEPS, UNGUARDED_DAMPING)
                 layer.get_submodule(name).weight.copy_(values)
                 result[f"model.layers.{index}.{name}.weight"] = values
     return result
@@ -107,16 +107,16 @@ def test_held_out_windows_decide_row_by_row_and_about_damping(pattern: NofM | No
     training, held_out = (Objective(inputs.t() @ inputs, None) for inputs in (ours, other))
     settings = RefineSettings(swaps=8, target_mix=0.0, solve=False, held_out=1)
     free = refine_linear(pruned, weight, training, None, settings)
-    found = refine_linear(pruned, weight, training, held_out, settings)
-    before, after, without = (held_out.error(weight * one.keep, weight) for one in (pruned, found, free))
+    refined = refine_linear(pruned, weight, training, held_out, settings)
+    before, after, without = (held_out.error(weight * linear.keep, weight) for linear in (pruned, refined, free))
     assert (after <= before).all()
     assert (after < without).any()  # some rows were stopped earlier
-    assert (found.keep & ~keep).any()
-    assert torch.equal(found.keep.sum(1), keep.sum(1))
+    assert (refined.keep & ~keep).any()
+    assert torch.equal(refined.keep.sum(1), keep.sum(1))
     solved = refine_linear(pruned, weight, training, held_out, replace(settings, solve=True))
     assert held_out.error(solved.final, weight).sum() <= after.sum()
     alike = refine_linear(pruned, weight, training, training, replace(settings, solve=True))
-    assert training.error(alike.final, weight).sum() < 0.5 * training.error(found.final, weight).sum()
+    assert training.error(alike.final, weight).sum() < 0.5 * training.error(refined.final, weight).sum()
 
 
 def test_values_of_unknown_held_out_error_are_not_kept() -> None:
@@ -139,7 +139,7 @@ def test_a_block_that_got_worse_on_held_out_windows_stays_as_it_was(
 ) -> None:
     run(llama, tmp_path / "plain", tokens)
     measure = refine.measure_candidates
-    monkeypatch.setattr(refine, "measure_candidates", lambda *given: (measure(*given)[0], (1.0, distance)))
+    monkeypatch.setattr(refine, "measure_candidates", lambda *arguments: (measure(*arguments)[0], (1.0, distance)))
     report = run(llama, tmp_path / "refined", tokens, refine="swaps", reconstruct="least-squares")
     blocks = [block for layer in report.layers for block in layer.blocks]
     assert all(block.rejected for block in blocks)
@@ -158,7 +158,9 @@ def distances_in_memory(
     All before the block is as in the pruned checkpoint. The target lies between the block's output with dense weights
     there and its output in the dense model, on that model's own activations.
     """
-    dense, sparse = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32).eval() for one in (folder, pruned))
+    dense, sparse = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (folder, pruned)
+    )
     layer, whole = sparse.model.layers[index], dense.model.layers[index]
     distances = [0.0] * len(candidates)
     for text in texts:
@@ -185,10 +187,10 @@ def test_the_guard_measures_held_out_windows_against_the_mixed_target(
     measure, measured = refine.measure_candidates, []
 
     def noted(work: Any, dense: Any, candidates: Any, *rest: Any) -> Any:
-        weights = [{name: one[name].weight.clone() for name in dense} for one in candidates]
-        found = measure(work, dense, candidates, *rest)
-        measured.append((weights, found[1]))
-        return found
+        weights = [{name: candidate[name].weight.clone() for name in dense} for candidate in candidates]
+        result = measure(work, dense, candidates, *rest)
+        measured.append((weights, result[1]))
+        return result
 
     monkeypatch.setattr(refine, "measure_candidates", noted)
     report = run(llama, tmp_path / "out", tokens, refine="swaps", swaps=20, target_mix=mix, guard=0.25, batch_size=3)
@@ -198,7 +200,8 @@ def test_the_guard_measures_held_out_windows_against_the_mixed_target(
     for (index, block), (candidates, distances) in zip(places, measured, strict=True):
         output = {"attention": "self_attn", "mlp": "mlp"}[block.name]
         mixed, plain = (
-            distances_in_memory(llama, tmp_path / "out", held_out, index, output, candidates, one) for one in (mix, 0.0)
+            distances_in_memory(llama, tmp_path / "out", held_out, index, output, candidates, target_mix)
+            for target_mix in (mix, 0.0)
         )
         assert distances == pytest.approx(mixed, rel=1e-4)
         assert block.rejected == (mixed[1] >= mixed[0])
@@ -219,7 +222,7 @@ def test_tuning_lowers_the_layers_error_and_keeps_masks(tmp_path: Path, llama: P
     errors = []
     for name in ("solved", "tuned"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
-        states = [one(ids, output_hidden_states=True).hidden_states[1] for one in (model, dense)]
+        states = [network(ids, output_hidden_states=True).hidden_states[1] for network in (model, dense)]
         errors.append((states[0] - states[1]).square().mean().item())
     assert errors[1] < errors[0]
     assert report.kept_weights == "tune"
@@ -254,9 +257,9 @@ def test_how_many_swaps_a_row_makes_by_default(pattern: NofM | None, most: int) 
     """All 600 pairs of each row gain."""
     weight = torch.tensor([1.0, 1.0, 2.0, 2.0]).repeat(2, 300)
     pruned = PrunedLinear(weight == 1, weight * (weight == 1), weight, pattern)
-    for given, expected in ((None, most), (7, 7), (1000, 600)):
-        config = PruneConfig(model="model", output="out", refine="swaps", swaps=given, guard=0)
+    for swaps, expected in ((None, most), (7, 7), (1000, 600)):
+        config = PruneConfig(model="model", output="out", refine="swaps", swaps=swaps, guard=0)
         settings = RefineSettings.of(config, pattern, 8, 64)
         assert settings is not None
-        found = refine_linear(pruned, weight, Objective(torch.eye(1200), None), None, settings)
-        assert (found.keep & (weight == 2)).sum(1).tolist() == [expected, expected]
+        refined = refine_linear(pruned, weight, Objective(torch.eye(1200), None), None, settings)
+        assert (refined.keep & (weight == 2)).sum(1).tolist() == [expected, expected]

@@ -29,7 +29,7 @@ def tokens(tmp_path: Path) -> Path:
     [(128, 2048, 2), (64, 1024, 2), (32, 512, 4), (24, 512, 5), (16, 512, 8), (4, 64, 8)],
 )
 def test_as_many_passes_as_65536_tokens_take_within_bounds(windows: int, length: int, passes: int) -> None:
-    """Two at least and eight at most; twice as many where masks and weights are tuned."""
+    """Passes are at least two and at most eight, and twice as many where masks and weights are tuned."""
     for settings, expected in (
         ({"preset": "mask"}, passes),
         ({"refine": "none", "reconstruct": "tune"}, passes),
@@ -38,18 +38,18 @@ def test_as_many_passes_as_65536_tokens_take_within_bounds(windows: int, length:
         ({"preset": "best", "tune_passes": 3}, 3),
         ({"refine": "swaps"}, 0),
     ):
-        found = RefineSettings.of(PruneConfig(model="model", output="out", **settings), None, windows, length)
-        assert found is not None
-        assert found.passes == expected, settings
+        refining = RefineSettings.of(PruneConfig(model="model", output="out", **settings), None, windows, length)
+        assert refining is not None
+        assert refining.passes == expected, settings
 
 
-@pytest.mark.parametrize(("given", "of_head"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])
-def test_the_head_is_swapped_towards_its_own_target(given: float | None, of_head: float) -> None:
+@pytest.mark.parametrize(("target_mix", "of_head"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])
+def test_the_head_is_swapped_towards_its_own_target(target_mix: float | None, of_head: float) -> None:
     """The default mix is of tuned masks: swaps with N:M do worse with it."""
-    config = PruneConfig(model="model", output="out", pattern="2:4", prune_head=True, target_mix=given)
+    config = PruneConfig(model="model", output="out", pattern="2:4", prune_head=True, target_mix=target_mix)
     settings = RefineSettings.of(config, NofM(2, 4), 8, 64)
     assert settings is not None
-    assert settings.target_mix == (0.75 if given is None else given)
+    assert settings.target_mix == (0.75 if target_mix is None else target_mix)
     assert settings.of_head.target_mix == of_head
 
 
@@ -64,24 +64,24 @@ def test_the_head_is_swapped_towards_its_own_target(given: float | None, of_head
 )
 def test_least_squares_alone_has_its_own_target(settings: dict[str, Any], mix: float) -> None:
     config = PruneConfig(model="model", output="out", **{"refine": "none", "prune_head": True, **settings})
-    found = RefineSettings.of(config, None, 8, 64)
-    assert found is not None
-    assert (found.target_mix, found.of_head.target_mix) == (mix, mix)
+    refining = RefineSettings.of(config, None, 8, 64)
+    assert refining is not None
+    assert (refining.target_mix, refining.of_head.target_mix) == (mix, mix)
 
 
 def test_the_target_is_that_of_most_weights(tmp_path: Path, model: Path, tokens: Path) -> None:
     """Sparsities of linears' own can make most of a model N:M, or all but a few."""
-    own: dict[str, dict[str, Any]] = {
+    variants: dict[str, dict[str, Any]] = {
         "all": {"sparsities": {".*": "2:4"}},
         "most": {"sparsities": {"mlp": "2:4"}},
         "few": {"sparsities": {"k_proj": "2:4"}},
         "others": {"sparsities": {".*": 0.5}, "pattern": "2:4"},
     }
-    found = {}
-    for name, settings in own.items():
+    mixes = {}
+    for name, settings in variants.items():
         report = run(model, tmp_path / name, tokens, preset="mask", tune_passes=1, **settings)
-        found[name] = report.resolved["target_mix"]
-    assert found == {"all": 0.75, "most": 0.75, "few": 0.5, "others": 0.5}
+        mixes[name] = report.resolved["target_mix"]
+    assert mixes == {"all": 0.75, "most": 0.75, "few": 0.5, "others": 0.5}
 
 
 def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
@@ -90,7 +90,7 @@ def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
     for guard in (None, 0.0):
         config = {"model": model, "calibration": tokens, "guard": guard, "report": False, "overwrite": True}
         prune(PruneConfig(output=tmp_path / "out", **config), told)
-    (message,) = (one for one in told.warnings if "held out" in one)
+    (message,) = (warning for warning in told.warnings if "held out" in warning)
     assert message == told.warnings[0]
     assert message.startswith("no window can be held out of one")
     planned = Listener()
@@ -111,8 +111,13 @@ def test_the_share_that_is_held_out_is_read_as_it_is_written(share: float, seque
 def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, model: Path, tokens: Path) -> None:
     common = {"model": model, "calibration": tokens, "report": False, "overwrite": True, "output": tmp_path / "out"}
     assert prune(PruneConfig(**common, preset="mask", refine="tune")).resolved["preset"] == "mask"
-    for own in ({"guard": 0.0}, {"target_mix": 1.0}, {"tune_passes": 1}, {"preset": "mask", "initial": "magnitude"}):
-        assert prune(PruneConfig(**common, **own)).resolved["preset"] is None
+    for settings in (
+        {"guard": 0.0},
+        {"target_mix": 1.0},
+        {"tune_passes": 1},
+        {"preset": "mask", "initial": "magnitude"},
+    ):
+        assert prune(PruneConfig(**common, **settings)).resolved["preset"] is None
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,10 @@ def test_the_other_tokens_come_nearer(tmp_path: Path, dense: Path, seed: int, mo
         monkeypatch.setattr(distance, "HUGE_TOKEN", bound)
         _, output = prune_with_sink(tmp_path, dense, seed)
         after = states(output, unseen)
-        errors[bound] = [(one - other)[:, 1:].square().sum().item() for one, other in zip(before, after, strict=True)]
+        errors[bound] = [
+            (dense_state - pruned_state)[:, 1:].square().sum().item()
+            for dense_state, pruned_state in zip(before, after, strict=True)
+        ]
     with_rule, without = errors.values()
     assert all(bounded < 0.85 * plain for bounded, plain in zip(with_rule, without, strict=True))
 
@@ -102,7 +105,7 @@ def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, den
 
 
 def test_a_record_without_the_shares_is_read(tmp_path: Path, dense: Path, seed: int) -> None:
-    """As records that were written before they existed."""
+    """Records that were written before the shares existed lack them."""
     report, output = prune_with_sink(tmp_path, dense, seed)
     layers = tuple(layer.model_copy(update={"concentration": None}) for layer in report.layers)
     older = report.model_copy(update={"layers": layers})

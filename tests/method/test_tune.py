@@ -57,9 +57,9 @@ class Adam:
 
 
 def tuned_in_memory(
-    folder: Path, texts: Tensor, pattern: Pattern, mix: float, held_out: int, passes: int, both: bool = False
+    folder: Path, texts: Tensor, pattern: Pattern, mix: float, held_out: int, passes: int, tune_weights: bool = False
 ) -> dict[str, Tensor]:
-    """Tune masks, or `both` masks and kept weights, with autograd of whole layers, sorting row by row.
+    """Tune masks, and kept weights with `tune_weights`, with autograd of whole layers, sorting row by row.
 
     Returns:
         The pruned weights, by name.
@@ -114,7 +114,7 @@ def tuned_in_memory(
         final = {name: linear.weight.clone() for name, linear in linears.items()}
         values = {name: weight.clone() for name, weight in weights.items()}
         changes = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        rate = 0.04 if isinstance(pattern, NofM) and not both else 0.02
+        rate = 0.04 if isinstance(pattern, NofM) and not tune_weights else 0.02
         score_adam = Adam(scores, dict.fromkeys(scores, rate), 1e-12, passes * count)
         change_adam = Adam(changes, dict.fromkeys(changes, 0.01), 1e-12, passes * count)
         order = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def tuned_in_memory(
             for (name, linear), gradient in zip(linears.items(), gradients, strict=True):
                 linear.weight.requires_grad_(False)
                 score_adam.move(name, gradient * values[name], number)
-                if both:
+                if tune_weights:
                     change_adam.move(name, gradient * keep[name] * steps[name], number)
                     values[name] = weights[name] + changes[name] * steps[name]
                 rows = zip(scores[name], keep[name], strict=True)
@@ -199,16 +199,16 @@ def test_masks_and_weights_equal_those_tuned_in_memory(
     settings = {"rebuild": False, "refine": "tune", "reconstruct": "tune", "tune_passes": 2, "guard": 0.2}
     report = run(model, tmp_path / "out", tokens, target_mix=0.5, **settings, **target)
     expected = tuned_in_memory(
-        model, load_file(tokens)["input_ids"], pattern, 0.5, round(0.2 * SEQUENCES), 2, both=True
+        model, load_file(tokens)["input_ids"], pattern, 0.5, round(0.2 * SEQUENCES), 2, tune_weights=True
     )
     written, dense = read_folder(tmp_path / "out"), read_folder(model)
     assert report.kept_weights == "tune"
     for name, weight in expected.items():
         assert ((written[name] != 0) != (weight != 0)).float().mean() < 0.001, name
-        both = (written[name] != 0) & (weight != 0)
-        change = ((weight - dense[name]) * both).norm()
+        shared = (written[name] != 0) & (weight != 0)
+        change = ((weight - dense[name]) * shared).norm()
         assert change > 0.005 * weight.norm()
-        assert ((written[name] - weight) * both).norm() < 0.001 * change
+        assert ((written[name] - weight) * shared).norm() < 0.001 * change
 
 
 SETTINGS = [{"sparsity": 0.55}, {"pattern": "4:8"}, {"pattern": "3:5", "allow_dense_tail": True}]
@@ -250,7 +250,7 @@ def test_passes(tmp_path: Path, model: Path, tokens: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
-    """They equal the gradients in float64 in any compute dtype, however near the output is to its target."""
+    """Gradients equal those in float64 in any compute dtype, however near the output is to its target."""
     generator = torch.Generator().manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)).to(dtype)
     weight, hidden = torch.randn(8, 8, generator=generator), 0.01 * torch.randn(1, 4096, 8, generator=generator)

@@ -103,7 +103,7 @@ def test_the_mask_of_another_tool(tmp_path: Path, model: Path, tokens: Path) -> 
 def test_zeros_of_the_dense_model(
     tmp_path: Path, model: Path, tokens: Path, pattern: str | None, settings: dict[str, Any]
 ) -> None:
-    """They count as kept and stay zero, and N:M and the number of zeros do not change."""
+    """Dense zeros count as kept and stay zero, and N:M and the number of zeros do not change."""
     tensors = load_file(model / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     for name, weight in tensors.items():

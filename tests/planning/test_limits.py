@@ -79,8 +79,8 @@ def test_the_plan_knows_the_activations(
     )
     kept: list[Any] = []
 
-    def noted(*given: Any) -> Any:
-        kept.extend([embed(*given), given[3]])
+    def noted(*arguments: Any) -> Any:
+        kept.extend([embed(*arguments), arguments[3]])
         return kept[0]
 
     monkeypatch.setattr("llm_barber.run.stream.embed", noted)
@@ -128,7 +128,7 @@ for number, settings in enumerate(json.loads(sys.argv[1])):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_the_least_memory_that_is_accepted_is_enough(tmp_path: Path) -> None:
-    """Private memory stays within it, for models whose layers are large against all else."""
+    """Private memory stays within the limit, for models whose layers are large against all else."""
     wide = {"vocab_size": 256, "max_position_embeddings": 64, "num_hidden_layers": 3}
     llama = {**wide, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
     models = {
@@ -144,11 +144,11 @@ def test_the_least_memory_that_is_accepted_is_enough(tmp_path: Path) -> None:
         {"model": "llama", "preset": "mask", "refine": "swaps", "swaps": 2},
         {"model": "qwen3_moe", "preset": "paper"},
     ]
-    given = [
+    run_settings = [
         {"dtype": "float32", "calibration": str(tokens), **run, "model": str(models[str(run["model"])])} for run in runs
     ]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "500000"}  # what is let go of is given back
-    command = [sys.executable, "-c", BOUND, json.dumps(given), str(tmp_path)]
+    command = [sys.executable, "-c", BOUND, json.dumps(run_settings), str(tmp_path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     for run, line in zip(runs, done.stdout.splitlines(), strict=True):
         peak, memory = json.loads(line)
@@ -179,32 +179,32 @@ def test_what_is_needed_besides_activations_is_said(tmp_path: Path, llama: Path,
 
 
 @pytest.mark.parametrize(
-    ("given", "size"),
+    ("memory", "size"),
     [("8GiB", 2**33), ("500MB", 500 * 10**6), ("1.5 GiB", 3 * 2**29), ("123", 123), (77, 77), (None, None)],
 )
-def test_sizes_are_read(given: Any, size: int | None) -> None:
-    assert PruneConfig(model="model", output="out", memory=given).memory == size
+def test_sizes_are_read(memory: Any, size: int | None) -> None:
+    assert PruneConfig(model="model", output="out", memory=memory).memory == size
 
 
-@pytest.mark.parametrize("given", ["much", "8 gigs", "0", "-1GiB"])
-def test_other_sizes_are_refused(given: str) -> None:
+@pytest.mark.parametrize("memory", ["much", "8 gigs", "0", "-1GiB"])
+def test_other_sizes_are_refused(memory: str) -> None:
     with pytest.raises(SettingsError, match="is not a size, like 8GiB"):
-        PruneConfig(model="model", output="out", memory=given)
+        PruneConfig(model="model", output="out", memory=memory)
 
 
 @pytest.mark.parametrize(
-    ("asked", "left_before", "stay"), [(False, False, True), (True, False, False), (False, True, False)]
+    ("off_device", "left_before", "stay"), [(False, False, True), (True, False, False), (False, True, False)]
 )
 def test_activations_stay_on_a_gpu_unless_told_otherwise_or_its_memory_ran_out(
     tmp_path: Path,
     llama: Path,
     tokens: Path,
     monkeypatch: pytest.MonkeyPatch,
-    asked: bool,
+    off_device: bool,
     left_before: bool,
     stay: bool,
 ) -> None:
-    settings = {"dtype": "bfloat16", "activations_off_device": asked}
+    settings = {"dtype": "bfloat16", "activations_off_device": off_device}
     config = PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings)
     prepared = prepare_prune(config, Silent(), Ranks())
     monkeypatch.setattr("llm_barber.run.activation_memory.free_device_memory", lambda *_: 2**32)

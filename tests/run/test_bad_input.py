@@ -55,7 +55,7 @@ def test_checkpoints_that_do_not_fit_their_configuration(tmp_path: Path, llama: 
     whole = load_file(llama / "model.safetensors")
     name = "model.layers.1.input_layernorm.weight"
     for tensors, message in (
-        ({key: one for key, one in whole.items() if key != name}, f"has no tensor '{name}'"),
+        ({key: tensor for key, tensor in whole.items() if key != name}, f"has no tensor '{name}'"),
         (whole | {name: torch.ones(7)}, f"{name} has shape \\(7,\\), the configuration says \\(32,\\)"),
         (whole | {name: torch.ones(32, dtype=torch.int8)}, f"{name} is I8; F64"),
     ):

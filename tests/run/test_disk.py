@@ -35,9 +35,9 @@ def test_what_is_written_already_needs_no_room_again(
     if format == "packed":
         packed, written = written, sum(shard.bytes for shard in read_state(tmp_path / "out.partial").shards.values())
         assert packed < written
-    every = CheckpointSource(model).bytes
-    assert 0 < written < every
-    free = every - written
+    model_bytes = CheckpointSource(model).bytes
+    assert 0 < written < model_bytes
+    free = model_bytes - written
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     check_resumed(monkeypatch, tmp_path, model, tokens, [2], format=format)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
@@ -69,7 +69,7 @@ def test_a_full_disk_is_told_of_by_whoever_writes_no_model(tmp_path: Path) -> No
 def test_activations_are_written_while_the_next_layer_is_computed(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long it takes, they are kept as they were."""
+    """Activations are kept as they were, however long their writing takes."""
     run(model, tmp_path / "whole", tokens)
     save, prune_layer = writer_module.save_activations, run_module.prune_layer
     begun = [threading.Event() for _ in range(3)]
@@ -100,7 +100,7 @@ def test_activations_are_written_while_the_next_layer_is_computed(
 def test_activations_may_take_longer_to_write_than_the_next_layer_to_compute(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layer is finished meanwhile; then its own wait."""
+    """The layer is finished meanwhile; then its own activations wait."""
     run(model, tmp_path / "whole", tokens)
     finished, sync, finish = (
         [threading.Event() for _ in range(4)],

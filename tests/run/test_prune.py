@@ -45,13 +45,13 @@ def test_kept_weights_keep_their_bits(tmp_path: Path, tokens: Path, initial: str
 
 @pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=["half", "2:4"])
 def test_dsnot_leaves_mlps_to_wanda(tmp_path: Path, llama: Path, tokens: Path, amount: dict[str, Any]) -> None:
-    found = {}
+    weights = {}
     for initial in ("wanda", "dsnot"):
         run(llama, tmp_path / initial, tokens, initial=initial, rebuild=False, **amount)
-        found[initial] = read_folder(tmp_path / initial)
+        weights[initial] = read_folder(tmp_path / initial)
     same = {
-        name: torch.equal(found["dsnot"][name], tensor)
-        for name, tensor in found["wanda"].items()
+        name: torch.equal(weights["dsnot"][name], tensor)
+        for name, tensor in weights["wanda"].items()
         if is_linear(name) and ".layers.0." in name  # later layers get other inputs
     }
     assert len(same) == 7
@@ -81,13 +81,13 @@ def test_loads_everywhere_with_the_same_logits(tmp_path: Path, tokens: Path, fam
     run(model, tmp_path / "out", tokens, rebuild_ratio=0.5)
     ids = load_file(tokens)["input_ids"]
     in_memory, loaded = load_model(model), load_model(tmp_path / "out")
-    found = dict(loaded.named_parameters())  # of experts, all in one
+    parameters = dict(loaded.named_parameters())  # of experts, all in one
     ours = dict(load(tmp_path / "out").named_parameters())
-    assert all(torch.equal(parameter, ours[name]) for name, parameter in found.items())
+    assert all(torch.equal(parameter, ours[name]) for name, parameter in parameters.items())
     with torch.no_grad():
         for name, parameter in in_memory.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(found[name] != 0)
+                parameter.mul_(parameters[name] != 0)
         logits = loaded(ids).logits
         assert logits.isfinite().all()
         torch.testing.assert_close(logits, in_memory(ids).logits)
@@ -103,13 +103,13 @@ def test_sharded_and_unprefixed_checkpoints_give_the_same_weights(tmp_path: Path
     tensors = read_folder(model)
     for path in (*model.glob("*.safetensors"), model / "model.safetensors.index.json"):
         path.unlink()
-    save_file({name.removeprefix("model."): one for name, one in tensors.items()}, model / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, model / "model.safetensors")
     run(model, tmp_path / "three", tokens, rebuild_ratio=0.5)
-    one, two, three = (read_folder(tmp_path / name) for name in ("one", "two", "three"))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name])
-        assert torch.equal(tensor, three[name.removeprefix("model.")])
+    plain, sharded, unprefixed = (read_folder(tmp_path / name) for name in ("one", "two", "three"))
+    assert plain.keys() == sharded.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, sharded[name])
+        assert torch.equal(tensor, unprefixed[name.removeprefix("model.")])
 
 
 def test_same_settings_same_bytes_and_batch_size_does_not_matter(tmp_path: Path, llama: Path) -> None:
@@ -208,11 +208,11 @@ def test_a_missed_sparsity_is_said(tmp_path: Path, llama: Path, tokens: Path) ->
 
 
 def test_default_granularity_and_ratio_are_the_released_ones(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    found = {}
+    defaults = {}
     for initial in ("magnitude", "wanda", "sparsegpt"):
         report = run(llama, tmp_path / initial, tokens, initial=initial)
-        found[initial] = (report.granularity, report.rebuild_ratio)
-    assert found == {"magnitude": ("block", 0.1), "wanda": ("output", 0.01), "sparsegpt": ("linear", 0.1)}
+        defaults[initial] = (report.granularity, report.rebuild_ratio)
+    assert defaults == {"magnitude": ("block", 0.1), "wanda": ("output", 0.01), "sparsegpt": ("linear", 0.1)}
     assert run(llama, tmp_path / "nm", tokens, initial="magnitude", pattern="2:4").granularity == "output"
 
 

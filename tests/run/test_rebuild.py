@@ -37,7 +37,9 @@ def test_weights_that_are_zero_in_the_dense_model_are_told_apart(tmp_path: Path,
     before, after = read_folder(pruned), read_folder(tmp_path / "out")
     assert report.swapped > 500
     counts = {
-        (f"model.layers.{layer.index}.{one.name}.weight"): one for layer in report.layers for one in layer.linears
+        (f"model.layers.{layer.index}.{linear.name}.weight"): linear
+        for layer in report.layers
+        for linear in layer.linears
     }
     for name in masks:
         natural = tensors[name] == 0
@@ -98,13 +100,17 @@ def test_a_pruned_model_that_is_not_pruned_is_refused(tmp_path: Path, llama: Pat
         rebuild(RebuildConfig(pruned=str(llama), **settings))
     empty = make_model(tmp_path / "empty", "llama")
     tensors = {
-        name: one * 0 if is_linear(name) else one for name, one in load_file(llama / "model.safetensors").items()
+        name: tensor * 0 if is_linear(name) else tensor
+        for name, tensor in load_file(llama / "model.safetensors").items()
     }
     save_file(tensors, empty / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="all linears of .* are zero"):
         rebuild(RebuildConfig(pruned=str(empty), **settings))
-    one = {**load_file(llama / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 32)}
-    save_file(one, empty / "model.safetensors", {"format": "pt"})
+    partly_zero = {
+        **load_file(llama / "model.safetensors"),
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 32),
+    }
+    save_file(partly_zero, empty / "model.safetensors", {"format": "pt"})
     report = rebuild(RebuildConfig(pruned=str(empty), **settings))  # as it would be in another layer
     assert [linear.pruned for linear in report.layers[0].linears] == [1024, 0, 0, 0, 0, 0, 0]
     settings["overwrite"] = True
@@ -124,8 +130,8 @@ def test_fused_prune_equals_no_rebuild_plus_rebuild_in_the_first_layer(
         )
     )  # fmt: skip
     run(llama, tmp_path / "one", tokens, rebuild_ratio=0.5, dtype="float32")
-    one, two = read_folder(tmp_path / "one"), read_folder(tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one if "layers.0." in name)
+    fused, separate = read_folder(tmp_path / "one"), read_folder(tmp_path / "two")
+    assert all(torch.equal(fused[name], separate[name]) for name in fused if "layers.0." in name)
 
 
 def test_pruned_of_another_shape(tmp_path: Path, llama: Path, tokens: Path) -> None:

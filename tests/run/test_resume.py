@@ -76,9 +76,9 @@ def test_only_what_is_missing_is_computed(
 ) -> None:
     run(model, tmp_path / "whole", tokens)
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
-    found = record_pruned_layers(monkeypatch)
+    pruned_layers = record_pruned_layers(monkeypatch)
     report = run(model, tmp_path / "out", tokens, resume=True)
-    assert found == [2]
+    assert pruned_layers == [2]
     assert report.seconds["total"] >= sum(layer.seconds for layer in report.layers) > 0
     assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
@@ -105,7 +105,7 @@ def test_the_seconds_of_an_allocation_are_kept_before_the_first_layer_is_finishe
 
 
 class Steps(Silent):
-    """Keeps the stages that have steps, and how many of these are told."""
+    """Listener that keeps the stages that have steps, and how many of these are told."""
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, int, int]] = []
@@ -132,15 +132,15 @@ def test_finished_layers_are_no_steps_of_the_run_that_goes_on(
 def test_the_dense_stream_goes_through_a_finished_layer_in_the_same_batches(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where linears are refined, held-out windows are apart; this model's layers round otherwise by batch size."""
+    """Refined linears have held-out windows apart; this model's layers round otherwise by batch size."""
     settings = {"initial": "wanda", "refine": "swaps", "reconstruct": "least-squares"}
     jamba = make_model(tmp_path / "jamba", "jamba")
     run(jamba, tmp_path / "whole", tokens, **settings)
     run_stopped(monkeypatch, jamba, tmp_path / "out", tokens, layers=1, **settings)
     next((tmp_path / "out.partial").glob("activations-*")).unlink()
-    found = record_passed_layers(monkeypatch)
+    passed_layers = record_passed_layers(monkeypatch)
     run(jamba, tmp_path / "out", tokens, resume=True, **settings)
-    assert found == [0]
+    assert passed_layers == [0]
     assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
 
 
@@ -172,7 +172,7 @@ def test_a_model_that_was_written_since_is_told_of(
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     os.utime(model / "model.safetensors", ns=(1, 1))
     warnings = resume_warnings(model, tmp_path / "out", tokens)
-    assert [one for one in warnings if one.startswith("model.safetensors of the model was modified after")]
+    assert [warning for warning in warnings if warning.startswith("model.safetensors of the model was modified after")]
 
 
 def test_an_allocation_is_not_made_twice(
@@ -214,12 +214,12 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
     before = read_untimed_files(tmp_path / "out.partial")
 
     def planned(**settings: Any) -> DryRun:
-        given = {**SETTINGS, "model": model, "output": tmp_path / "out", "calibration": tokens, **settings}
-        return dry_run(PruneConfig(**given))
+        options = {**SETTINGS, "model": model, "output": tmp_path / "out", "calibration": tokens, **settings}
+        return dry_run(PruneConfig(**options))
 
-    found = planned(resume=True)
-    assert found.finished_layers == 2
-    assert ("goes on", "after 2 of 3 layers, if their files are whole") in found.rows()
+    plan = planned(resume=True)
+    assert plan.finished_layers == 2
+    assert ("goes on", "after 2 of 3 layers, if their files are whole") in plan.rows()
     assert planned(overwrite=True).finished_layers == 0
     with locked(tmp_path / "out.partial" / LOCK_NAME), pytest.raises(OutputError, match="another run is writing"):
         planned(resume=True)

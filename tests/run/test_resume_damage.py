@@ -139,7 +139,11 @@ def test_without_any_state_it_starts_again_and_says_so(
         (tmp_path / "out.partial" / name).unlink()
     warnings = resume_warnings(model, tmp_path / "out", tokens)
     assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
-    assert [one for one in warnings if one.startswith("state.json of the unfinished run is damaged or missing: 0")]
+    assert [
+        warning
+        for warning in warnings
+        if warning.startswith("state.json of the unfinished run is damaged or missing: 0")
+    ]
 
 
 def test_with_the_first_layer_damaged_it_starts_again(
@@ -168,23 +172,23 @@ def test_only_layers_from_the_damage_on_are_pruned_again(
     finished: int,
     settings: dict[str, Any],
 ) -> None:
-    """To what is before it, and whole, the streams go from the first layer on."""
+    """From the first layer on, the streams pass again through the whole layers before the damage."""
     run(model, tmp_path / "whole", tokens, **settings)
     run_stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
-    lost = [one for start in damaged for one in sorted((tmp_path / "out.partial").glob(f"{start}*"))]
-    for one in lost:
-        damage(one)
-    found, through = record_pruned_layers(monkeypatch), record_passed_layers(monkeypatch)
+    lost = [path for start in damaged for path in sorted((tmp_path / "out.partial").glob(f"{start}*"))]
+    for path in lost:
+        damage(path)
+    pruned_layers, through = record_pruned_layers(monkeypatch), record_passed_layers(monkeypatch)
     warnings = resume_warnings(model, tmp_path / "out", tokens, **settings)
-    assert found == list(range(finished, 3))
+    assert pruned_layers == list(range(finished, 3))
     assert through == list(range(finished))
     assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
-    (message,) = (one for one in warnings if f"damaged or missing: {finished} finished layers" in one)
+    (message,) = (warning for warning in warnings if f"damaged or missing: {finished} finished layers" in warning)
     assert lost[0].name in message
 
 
 def damage(path: Path) -> None:
-    """Change its last byte."""
+    """Change the last byte of a file."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -192,7 +196,7 @@ def damage(path: Path) -> None:
 def test_a_damaged_shard_costs_what_it_held(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last layer's is pruned again; what is outside the layers is copied again, even with all layers finished."""
+    """The last layer is pruned again; what is outside the layers is copied again, even with all layers finished."""
     run(model, tmp_path / "whole", tokens)
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     outside, *layers = sorted((tmp_path / "out.partial").glob("model-*"))

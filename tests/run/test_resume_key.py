@@ -50,19 +50,19 @@ def test_the_model_may_go_by_another_name(
 ) -> None:
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     monkeypatch.chdir(model.parent)
-    found = record_pruned_layers(monkeypatch)
+    pruned_layers = record_pruned_layers(monkeypatch)
     same = {"bos": False, "samples": 99, "seed": 5}  # which the tokens do not depend on
     run(Path(model.name), tmp_path / "out", Path(os.path.relpath(tokens)), resume=True, **same)
-    assert found == [2]
+    assert pruned_layers == [2]
 
 
 def test_what_the_preset_says_may_be_given(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
-    found = record_pruned_layers(monkeypatch)
+    pruned_layers = record_pruned_layers(monkeypatch)
     run(model, tmp_path / "out", tokens, resume=True, preset="mask", refine="tune", initial="wanda", allocation="loss")
-    assert found == [2]
+    assert pruned_layers == [2]
 
 
 def test_the_same_tokens_in_other_windows_are_refused(
@@ -107,9 +107,9 @@ def test_refuses_what_it_cannot_go_on_with(
         (out.with_name("out.partial") / name).write_text("{")
     with pytest.raises(OutputError, match="state.json is damaged"):
         run(model, out, tokens, resume=True)
-    found = record_pruned_layers(monkeypatch)
+    pruned_layers = record_pruned_layers(monkeypatch)
     run(model, out, tokens, overwrite=True)  # from the beginning
-    assert found == [0, 1, 2]
+    assert pruned_layers == [0, 1, 2]
 
 
 @pytest.mark.parametrize("refine", ["tune", "swaps"])

@@ -72,12 +72,12 @@ def test_buffers_have_the_dtype_that_transformers_gives_them(tmp_path: Path, fam
     tensors = {name: tensor.to(stored) for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     expected = dict(load_model(folder, dtype=torch.float32).named_buffers())
-    found = dict(load(folder, dtype=torch.float32).named_buffers())
+    buffers = dict(load(folder, dtype=torch.float32).named_buffers())
     names = [name for name in expected if name.endswith(("score_correction_bias", "expert_bias"))]
     assert names
     for name in names:
-        assert found[name].dtype == expected[name].dtype
-        assert torch.equal(found[name], expected[name])
+        assert buffers[name].dtype == expected[name].dtype
+        assert torch.equal(buffers[name], expected[name])
 
 
 def test_a_buffer_of_the_model_itself_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Packed linears: the parts that GPUs use, run on the CPU, against brute force; what chooses between them."""
+"""Packed linears: the parts that GPUs use, run on the CPU, against brute force; the choice between them."""
 
 import pytest
 import torch
@@ -27,9 +27,9 @@ def test_starts_and_unpacking_by_torch(rows: int, columns: int, block: int, seed
     expected = [
         [int(flat[: row * columns + column].sum()) for column in range(0, columns, block)] for row in range(rows)
     ]
-    found = block_starts(linear.bits, linear.shape, block)
-    assert found.dtype == torch.int32
-    assert found.tolist() == expected
+    starts = block_starts(linear.bits, linear.shape, block)
+    assert starts.dtype == torch.int32
+    assert starts.tolist() == expected
 
 
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Which linears would be semi-structured, decided on the CPU; the product itself needs a GPU and is not tested."""
+"""Choice of semi-structured linears, on the CPU; the product itself needs a GPU and is not tested."""
 
 from pathlib import Path
 

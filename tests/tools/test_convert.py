@@ -16,7 +16,7 @@ from tests.conftest import read_folder
 
 
 class Boom:
-    """Makes a folder when it is unpickled."""
+    """Object that makes a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -79,7 +79,7 @@ def test_the_commands_that_it_prints_work_as_printed(
 
 
 def test_a_wrong_setting_is_refused_before_libraries_are_imported(tmp_path: Path) -> None:
-    """Nor does the command say that it imports them."""
+    """The command does not say, either, that it imports libraries."""
     code = "import sys, llm_barber.cli as c; print(c._main(['demo', '--samples=0']), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout == "2 False\n"

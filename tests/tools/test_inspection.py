@@ -54,10 +54,10 @@ def test_changes_are_found(pruned: Path, llama: Path) -> None:
         tensor.view(-1)[(tensor.view(-1) == 0).nonzero()[0]] = 1.0
 
     change(pruned, NAME, grow)
-    found = problems(pruned)
-    assert "has changed since it was written" in found
-    assert "layer 1 mlp.up_proj has 1023 zeros, the record says 1024" in found
-    assert "layer 1 mlp.up_proj does not hold 2:4" in found
+    messages = problems(pruned)
+    assert "has changed since it was written" in messages
+    assert "layer 1 mlp.up_proj has 1023 zeros, the record says 1024" in messages
+    assert "layer 1 mlp.up_proj does not hold 2:4" in messages
     assert f"{NAME} differs from the dense model in 1 kept weights" in problems(pruned, llama)
 
 

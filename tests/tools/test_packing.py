@@ -192,7 +192,7 @@ def test_fuzzed_files_are_refused_or_read(tmp_path: Path) -> None:
         try:
             source = CheckpointSource(str(tmp_path / "packed"))
             read = source.read(source.tensors)
-            assert sum(one.numel() for one in read.values()) < 10_000
+            assert sum(tensor.numel() for tensor in read.values()) < 10_000
         except ModelError:
             refused += 1
         files[place].write_bytes(originals[place])

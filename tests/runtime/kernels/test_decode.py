@@ -37,15 +37,15 @@ def packed_linear(
 
 def check(linear: PackedLinear, weight: Tensor, inputs: Tensor) -> None:
     with torch.no_grad():
-        found = linear.to(DEVICE).decode(inputs.to(DEVICE)).cpu()
+        output = linear.to(DEVICE).decode(inputs.to(DEVICE)).cpu()
     linear.cpu()
     bias = None if linear.bias is None else linear.bias.double()
     expected = torch.nn.functional.linear(inputs.double(), weight.double(), bias)
-    assert found.shape == expected.shape
-    assert found.dtype == inputs.dtype
+    assert output.shape == expected.shape
+    assert output.dtype == inputs.dtype
     # Sums are float32; bfloat16 and float16 outputs are rounded once.
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[inputs.dtype]
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-4)
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
