@@ -42,7 +42,7 @@ def run(model: Path, output: Path, tokens: Path, **settings: Any) -> Any:
 
 
 def head_inputs(folder: Path, tokens: Path, head: str) -> torch.Tensor:
-    """Return the head's inputs in a written model, by transformers and a plain hook, (sequences, tokens, in)."""
+    """Inputs of a written model's head, by transformers and a plain hook, (sequences, tokens, in)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     states: list[torch.Tensor] = []
     model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))

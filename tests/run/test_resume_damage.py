@@ -196,7 +196,7 @@ def damage(path: Path) -> None:
 def test_a_damaged_shard_costs_what_it_held(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last layer is pruned again; what is outside the layers is copied again, even with all layers finished."""
+    """The last layer is pruned again; tensors outside the layers are copied again, even with all finished."""
     run(model, tmp_path / "whole", tokens)
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     outside, *layers = sorted((tmp_path / "out.partial").glob("model-*"))
