@@ -209,7 +209,7 @@ def test_an_edited_record_is_refused(folders: Path, edit: Callable[[dict[str, An
 def test_a_record_with_unknown_or_impossible_fields_is_refused(
     folders: Path, edit: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """Even with a digest that fits."""
+    """Edited records with a digest that fits."""
     path = folders / "pruned" / "barber.json"
     record = json.loads(path.read_text())
     edit(record)
