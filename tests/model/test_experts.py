@@ -179,7 +179,7 @@ def test_a_pruned_mixture_can_be_rebuilt(
 def test_tokens_are_counted_once_and_where_experts_are(
     tmp_path: Path, mixture: Path, rebuild: bool, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counts before the mask, though magnitude needs none; and in each block's rebuild, or the MLP's swaps."""
+    """Counts before the mask, though magnitude needs none; in each block's rebuild, or in the MLP's swaps."""
     counts = []
     forget = DecoderLayer.forget_tokens
     monkeypatch.setattr(DecoderLayer, "forget_tokens", lambda layer: counts.append(forget(layer)))
