@@ -283,7 +283,9 @@ def test_a_model_rewritten_after_the_run_is_reported(finished: Path) -> None:
     os.utime(finished / "dense" / "model.safetensors", ns=(1, 1))
     listener = Listener()
     run(finished, listener)
-    assert [warning for warning in listener.warnings if warning.startswith("model.safetensors of the model came here")]
+    assert [
+        warning for warning in listener.warnings if warning.startswith("model.safetensors of the model was modified")
+    ]
     tensors = load_file(finished / "dense" / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, finished / "dense" / "model.safetensors", {"format": "pt"})
