@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
-    given = parser.parse_args()
-    model = model_folder(given.model)
+    options = parser.parse_args()
+    model = model_folder(options.model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    windows = evaluation_windows("builtin-test", read_text("builtin-test"), tokenizer, given.seqlen, given.windows)
+    windows = evaluation_windows("builtin-test", read_text("builtin-test"), tokenizer, options.seqlen, options.windows)
 
     def measured(folder: Path | str) -> float:
         return perplexity(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), windows)
@@ -57,7 +57,12 @@ def main() -> None:
                 output = Path(folder) / "out"
                 report = prune(
                     PruneConfig(
-                        model=model, output=output, samples=given.samples, seqlen=given.seqlen, dtype=dtype, **settings
+                        model=model,
+                        output=output,
+                        samples=options.samples,
+                        seqlen=options.seqlen,
+                        dtype=dtype,
+                        **settings,
                     )
                 )
                 masks_by_dtype.append(masks(output))
@@ -76,8 +81,8 @@ def main() -> None:
             ]
         )
     show(
-        f"50 %, {Path(model).name}, {given.samples} × {given.seqlen} builtin tokens, perplexity on {given.windows} × "
-        f"{given.seqlen} tokens of WikiText-2 test, evaluated in bfloat16",
+        f"50 %, {Path(model).name}, {options.samples} × {options.seqlen} builtin tokens, perplexity on "
+        f"{options.windows} × {options.seqlen} tokens of WikiText-2 test, evaluated in bfloat16",
         [
             "method",
             "mask bits that differ",

@@ -62,15 +62,15 @@ ESTIMATORS: dict[str, tuple[str, Estimator]] = {  # the weights at which gradien
 @contextmanager
 def estimated(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Rebuild by `estimator` and `rounds`, if the settings have them; yields the other settings."""
-    given = dict(settings)
-    estimator, rounds = given.pop("estimator", None), int(given.pop("rounds", 1))
+    prune_settings = dict(settings)
+    estimator, rounds = prune_settings.pop("estimator", None), int(prune_settings.pop("rounds", 1))
     if rounds != 1 and estimator is None:
         raise SystemExit("rounds: of an estimator; add estimator=published")
     before = method.rebuild_block
     if estimator is not None:
         method.rebuild_block = rebuild_by(estimator, rounds)
     try:
-        yield given
+        yield prune_settings
     finally:
         method.rebuild_block = before
 

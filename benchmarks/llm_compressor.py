@@ -85,52 +85,54 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
     parser.add_argument("--methods", default="sparsegpt,wanda")
     parser.add_argument("--targets", default=",".join(TARGETS))
-    given = parser.parse_args()
-    model = model_folder(given.model)
-    kept = ROOT / "benchmarks" / "results" / given.name / "llm-compressor.json"
+    options = parser.parse_args()
+    model = model_folder(options.model)
+    kept = ROOT / "benchmarks" / "results" / options.name / "llm-compressor.json"
     results = json.loads(kept.read_text()) if kept.exists() else []
     with ConsoleProgress() as progress, tempfile.TemporaryDirectory() as work:
-        tasks = {"tasks": TASKS, "tasks_folder": given.data / "tasks", "limit": given.limit} if given.limit else {}
+        tasks = (
+            {"tasks": TASKS, "tasks_folder": options.data / "tasks", "limit": options.limit} if options.limit else {}
+        )
         evaluation = EvaluateConfig(
-            model=model, text=(str(given.data / TEST),), windows=given.windows, seqlen=1024, against=model, **tasks
+            model=model, text=(str(options.data / TEST),), windows=options.windows, seqlen=1024, against=model, **tasks
         )
         evaluator: Evaluator | None = None
         calibration = load_calibration(
-            str(given.data / CALIBRATION), partial(load_tokenizer, Path(model)), given.samples, given.seqlen, 0
+            str(options.data / CALIBRATION), partial(load_tokenizer, Path(model)), options.samples, options.seqlen, 0
         )
         tokens = Path(work) / "tokens.safetensors"
         save_file({"input_ids": calibration.input_ids}, tokens)
-        for target in given.targets.split(","):
-            for method in given.methods.split(","):
-                row = {"method": method, "target": target, "samples": given.samples, "seqlen": given.seqlen}
-                row |= {"windows": given.windows, "calibration": calibration.digest}
-                limit = given.limit if target in TASK_TARGETS else 0
-                alike = [one for one in results if row.items() <= one.items()]
-                if any(not limit or one.get("limit") == limit for one in alike):
+        for target in options.targets.split(","):
+            for method in options.methods.split(","):
+                row = {"method": method, "target": target, "samples": options.samples, "seqlen": options.seqlen}
+                row |= {"windows": options.windows, "calibration": calibration.digest}
+                limit = options.limit if target in TASK_TARGETS else 0
+                alike = [result for result in results if row.items() <= result.items()]
+                if any(not limit or result.get("limit") == limit for result in alike):
                     continue
                 progress.stage(f"{method} {target}")
                 out = Path(work) / "out"
-                found = prune(given.python, model, tokens, out, method, target)
+                pruning = prune(options.python, model, tokens, out, method, target)
                 evaluator = evaluator or Evaluator(evaluation, progress)
                 measured = evaluator.measure(str(out), progress, with_tasks=bool(limit))
                 (text,) = measured.texts
                 shutil.rmtree(out)
-                results = [one for one in results if one not in alike]
+                results = [result for result in results if result not in alike]
                 results.append(
-                    row | found | {
+                    row | pruning | {
                         "perplexity": text.perplexity, "divergence": text.against.divergence, "limit": limit,
-                        "tasks": {one.task: one.value for one in measured.tasks if one.metric == ACCURACY},
+                        "tasks": {score.task: score.value for score in measured.tasks if score.metric == ACCURACY},
                         "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "machine": machine(),
                     }
                 )  # fmt: skip
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 kept.write_text(json.dumps(results, indent=1) + "\n")
     rows = [
-        [one["target"], one["method"], f"{one['samples']} × {one['seqlen']}", f"{one['perplexity']:.2f}",
-         f"{one['divergence']:.3f}", f"{one['seconds']:.0f}"]
-        for one in sorted(results, key=lambda one: (one["samples"], TARGETS.index(one["target"])))
+        [result["target"], result["method"], f"{result['samples']} × {result['seqlen']}", f"{result['perplexity']:.2f}",
+         f"{result['divergence']:.3f}", f"{result['seconds']:.0f}"]
+        for result in sorted(results, key=lambda result: (result["samples"], TARGETS.index(result["target"])))
     ]  # fmt: skip
-    show(f"llm-compressor, {given.name}", ["target", "method", "tokens", "perplexity", "KL", "seconds"], rows)
+    show(f"llm-compressor, {options.name}", ["target", "method", "tokens", "perplexity", "KL", "seconds"], rows)
 
 
 if __name__ == "__main__":

@@ -41,16 +41,16 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--mlp", type=int, default=2816)
     parser.add_argument("--preset", default="paper")
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = []
     first = None
-    for layers in (int(part) for part in given.layers.split(",")):
-        size, peak, seconds = measure(layers, given.hidden, given.mlp, given.preset)
+    for layers in (int(part) for part in options.layers.split(",")):
+        size, peak, seconds = measure(layers, options.hidden, options.mlp, options.preset)
         first = first or peak
         rows.append([str(layers), f"{size:.2f}", f"{peak:.3f}", f"{peak / first - 1:+.1%}", f"{seconds:.1f}"])
-    keep("memory", {"preset": given.preset, "rows": rows})
+    keep("memory", {"preset": options.preset, "rows": rows})
     show(
-        f"{given.preset}, hidden {given.hidden}, MLP {given.mlp}, float32 checkpoints, 4 × 256 tokens",
+        f"{options.preset}, hidden {options.hidden}, MLP {options.mlp}, float32 checkpoints, 4 × 256 tokens",
         ["layers", "checkpoint, GiB", "peak memory, GiB", "against the first", "seconds"],
         rows,
     )

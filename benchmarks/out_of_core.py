@@ -27,21 +27,21 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--preset", default="paper")
-    given = parser.parse_args()
+    options = parser.parse_args()
     hidden, mlp, vocabulary = 1024, 2816, 1000
     of_a_layer = 4 * (4 * hidden**2 + 3 * hidden * mlp)
-    layers = -(-int(given.times * given.limit * 2**30) // of_a_layer)
+    layers = -(-int(options.times * options.limit * 2**30) // of_a_layer)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_llama(folder / "model", layers, hidden, mlp, 16, vocabulary, torch.float32)
-        shape = (given.sequences, given.tokens)
+        shape = (options.sequences, options.tokens)
         tokens = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
         save_file({"input_ids": tokens}, folder / "tokens.safetensors")
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        limit = int(given.limit * 2**30)
+        limit = int(options.limit * 2**30)
         command = [
             sys.executable, "-m", "llm_barber", "prune", str(model), str(folder / "out"), "--json", "--quiet",
-            "--calibration", str(folder / "tokens.safetensors"), "--preset", given.preset, "--no-report",
+            "--calibration", str(folder / "tokens.safetensors"), "--preset", options.preset, "--no-report",
             "--memory", str(int(0.95 * limit)),
         ]  # fmt: skip
         done = subprocess.run(
@@ -56,15 +56,15 @@ def main() -> None:
     itemsize = getattr(torch, report["dtype"]).itemsize
     row = {
         "checkpoint, GiB": size / 2**30,
-        "limit, GiB": given.limit,
-        "activations of one array, GiB": given.sequences * given.tokens * hidden * itemsize / 2**30,
+        "limit, GiB": options.limit,
+        "activations of one array, GiB": options.sequences * options.tokens * hidden * itemsize / 2**30,
         "peak resident, GiB": report["peak_memory"] / 2**30,
         "seconds": report["seconds"]["total"],
         "layers": layers,
     }
-    keep("out_of_core", {"preset": given.preset, **row})
+    keep("out_of_core", {"preset": options.preset, **row})
     show(
-        f"preset {given.preset}, hidden {hidden}, MLP {mlp}, float32 checkpoint",
+        f"preset {options.preset}, hidden {hidden}, MLP {mlp}, float32 checkpoint",
         list(row),
         [[f"{value:.2f}" for value in row.values()]],
     )

@@ -40,12 +40,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="the fastest counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--without-c", action="store_true", help="as where the C extension was not built")
-    given = parser.parse_args()
-    if given.without_c:
+    options = parser.parse_args()
+    if options.without_c:
         native.library = lambda: None
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(options.threads)
     rows = []
-    for shape in given.shapes.split(","):
+    for shape in options.shapes.split(","):
         height, width = map(int, shape.split("x"))
         scores = torch.randn(height, width)
         for name, target in TARGETS.items():
@@ -57,9 +57,9 @@ def main() -> None:
                 assert packed is not None
                 memory = torch.empty(weight.numel(), dtype=dtype)
                 assert torch.equal(unpack(packed, memory), weight)
-                copying = size / fastest(lambda: memory.copy_(weight.view(-1)), given.repeats)  # noqa: B023
-                packing = size / fastest(lambda: pack(weight), given.repeats)  # noqa: B023
-                unpacking = size / fastest(lambda: unpack(packed, memory), given.repeats)  # noqa: B023
+                copying = size / fastest(lambda: memory.copy_(weight.view(-1)), options.repeats)  # noqa: B023
+                packing = size / fastest(lambda: pack(weight), options.repeats)  # noqa: B023
+                unpacking = size / fastest(lambda: unpack(packed, memory), options.repeats)  # noqa: B023
                 rows.append(
                     [f"{height} × {width}, {name}", str(dtype).removeprefix("torch."), packed.encoding.value,
                      f"{copying:.1f}", f"{packing:.2f}", f"{packing / copying:.0%}", f"{unpacking:.2f}",

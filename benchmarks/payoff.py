@@ -52,7 +52,7 @@ def fastest(works: list[Callable[[], object]], repeats: int) -> list[float]:
 
 
 def decoding(model: PreTrainedModel, tokens: int) -> Callable[[], object]:
-    """Greedy, one sequence, from a prompt of 8 tokens."""
+    """Greedy decoding of one sequence from a prompt of 8 tokens."""
     prompt = torch.arange(100, 108)[None]
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
@@ -73,13 +73,13 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=256, help="tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--without-c", action="store_true", help="as where the C extension was not built")
-    given = parser.parse_args()
-    if given.without_c:
+    options = parser.parse_args()
+    if options.without_c:
         native.library = lambda: None
-    model = model_folder(given.model)
+    model = model_folder(options.model)
     rows = []
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
-        for target in given.targets.split(","):
+        for target in options.targets.split(","):
             pruned, packed = Path(place) / f"pruned-{target}", Path(place) / f"packed-{target}"
             wanted = {"pattern": target} if ":" in target else {"sparsity": float(target)}
             prune(
@@ -88,16 +88,18 @@ def main() -> None:
                 )
             )
             pack(PackConfig(model=str(pruned), output=packed))
-            for name in given.dtypes.split(","):
+            for name in options.dtypes.split(","):
                 dtype: torch.dtype = getattr(torch, name)
-                both = [load(pruned, dtype=dtype), load(packed, keep_packed=True, dtype=dtype)]
-                assert any(isinstance(module, nn.Linear) for module in both[0].modules())
-                in_memory = memory(both[1])
+                models = [load(pruned, dtype=dtype), load(packed, keep_packed=True, dtype=dtype)]
+                assert any(isinstance(module, nn.Linear) for module in models[0].modules())
+                in_memory = memory(models[1])
                 decode = [
-                    given.decode / one for one in fastest([decoding(m, given.decode) for m in both], given.repeats)
+                    options.decode / seconds
+                    for seconds in fastest([decoding(m, options.decode) for m in models], options.repeats)
                 ]
                 read = [
-                    given.prefill / one for one in fastest([prefill(m, given.prefill) for m in both], given.repeats)
+                    options.prefill / seconds
+                    for seconds in fastest([prefill(m, options.prefill) for m in models], options.repeats)
                 ]
                 disk = size(pruned), size(packed)
                 rows.append(
@@ -107,8 +109,8 @@ def main() -> None:
                      f"{read[0]:.0f}", f"{read[1]:.0f}", f"{read[1] / read[0]:.2f}"]
                 )  # fmt: skip
     show(
-        f"{Path(model).name}, files in its dtype; decode: batch 1, {given.decode} tokens, prefill: {given.prefill}; "
-        f"{'in C' if native.library() else 'with NumPy'}",
+        f"{Path(model).name}, files in its dtype; decode: batch 1, {options.decode} tokens, "
+        f"prefill: {options.prefill}; {'in C' if native.library() else 'with NumPy'}",
         HEADINGS,
         rows,
     )

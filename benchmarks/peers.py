@@ -124,10 +124,10 @@ def positions() -> Iterator[None]:
     """Decoder layers make their rotary embeddings: the programs call them as older transformers did."""
     forward = LlamaDecoderLayer.forward
 
-    def with_embeddings(self: LlamaDecoderLayer, hidden: Tensor, **given: Any) -> Any:
-        if given.get("position_embeddings") is None:
-            given["position_embeddings"] = self.rotary_embedding[0](hidden, given["position_ids"])
-        return forward(self, hidden, **given)
+    def with_embeddings(self: LlamaDecoderLayer, hidden: Tensor, **arguments: Any) -> Any:
+        if arguments.get("position_embeddings") is None:
+            arguments["position_embeddings"] = self.rotary_embedding[0](hidden, arguments["position_ids"])
+        return forward(self, hidden, **arguments)
 
     LlamaDecoderLayer.forward = with_embeddings  # type: ignore[method-assign]
     try:

@@ -74,8 +74,8 @@ def wanda_masks(layer: nn.Module, inputs: list[Tensor], arguments: dict[str, Any
         for name in names:
             path = f"{block}.{name}"
 
-            def hook(_: nn.Module, given: tuple[Tensor, ...], path: str = path) -> None:
-                squares[path] = squares.get(path, 0) + given[0].square().sum((0, 1)) / len(inputs)
+            def hook(_: nn.Module, arguments: tuple[Tensor, ...], path: str = path) -> None:
+                squares[path] = squares.get(path, 0) + arguments[0].square().sum((0, 1)) / len(inputs)
 
             handles.append(layer.get_submodule(path).register_forward_pre_hook(hook))
     with torch.no_grad():
@@ -174,14 +174,14 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--only", choices=(PLAIN, *DTYPES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    model = model_folder(given.model)
-    if given.only:
-        print(json.dumps(measured(given.only, model, given.folder)))
+    options = parser.parse_args()
+    model = model_folder(options.model)
+    if options.only:
+        print(json.dumps(measured(options.only, model, options.folder)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokens = load_calibration("builtin", lambda: load_tokenizer(Path(model)), given.samples, given.seqlen, 0)
+        tokens = load_calibration("builtin", lambda: load_tokenizer(Path(model)), options.samples, options.seqlen, 0)
         save_file({"input_ids": tokens.input_ids}, folder / "tokens.safetensors")
         results = {}
         for which in (PLAIN, *DTYPES):
@@ -193,7 +193,7 @@ def main() -> None:
     differ = {int(name.split(".")[2]) for name, mask in first.items() if not torch.equal(mask, second[name])}
     layers = 1 + max(int(name.split(".")[2]) for name in first)
     equal = min(differ, default=layers)
-    size = {"samples": given.samples, "seqlen": given.seqlen}
+    size = {"samples": options.samples, "seqlen": options.seqlen}
     keep("plain", {**size, "results": results, "same mask bits": agreement, "first layers all the same": equal})
     rows = [
         [
@@ -203,7 +203,7 @@ def main() -> None:
         ]
         for which, result in results.items()
     ]
-    title = f"Wanda + rebuild, {Path(model).name}, {given.samples} × {given.seqlen} tokens, loading included"
+    title = f"Wanda + rebuild, {Path(model).name}, {options.samples} × {options.seqlen} tokens, loading included"
     show(title, ["", "seconds", "peak GiB", "times as fast"], rows)
     print(f"float32: {agreement:.4%} of the masks' bits are the same, and all of the first {equal} of {layers} layers;")
     print("where a rounding changes the choice of one pair in a million, the layers after it get other inputs.")

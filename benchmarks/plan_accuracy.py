@@ -61,25 +61,25 @@ def random_models(folder: Path) -> list[Subject]:
     """Synthetic checkpoints with random tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = folder / "tokens.safetensors"
-    found = []
+    models = []
     save_file({"input_ids": torch.randint(0, VOCABULARY, (SEQUENCES, TOKENS), generator=generator)}, tokens)
     for layers, hidden, mlp in SIZES:
         model = write_llama(folder / str(hidden), layers, hidden, mlp, hidden // 64, VOCABULARY, torch.float32)
-        found.append(Subject(f"random, {layers} × {hidden}", str(model), str(tokens)))
-    return found
+        models.append(Subject(f"random, {layers} × {hidden}", str(model), str(tokens)))
+    return models
 
 
 def subjects(folder: Path, names: list[str]) -> list[Subject]:
     """The models that are named, with the text that comes with the program, if they are real."""
-    found = []
+    models = []
     for name in names:
         if name == "random":
-            found += random_models(folder)
+            models += random_models(folder)
         elif name == "smollm2":
-            found.append(Subject("SmolLM2-135M", model_folder(None)))
+            models.append(Subject("SmolLM2-135M", model_folder(None)))
         else:
-            found.append(Subject(Path(name).stem, model_folder(name)))
-    return found
+            models.append(Subject(Path(name).stem, model_folder(name)))
+    return models
 
 
 def measure(folder: Path, subject: Subject, preset: str, dtype: str, times: int) -> list[list[str]]:
@@ -119,18 +119,18 @@ def main() -> None:
     parser.add_argument("--models", default="smollm2,random", help="those, or folders, hub ids and GGUF files")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--times", type=int, default=1)
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows, stages = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for subject in subjects(Path(folder), given.models.split(",")):
-            for preset in given.presets.split(","):
-                found = measure(Path(folder), subject, preset, given.dtype, given.times)
-                print(" | ".join(found[0]), file=sys.stderr)
-                rows.append(found[0])
-                stages.append(found[1])
+        for subject in subjects(Path(folder), options.models.split(",")):
+            for preset in options.presets.split(","):
+                measurement = measure(Path(folder), subject, preset, options.dtype, options.times)
+                print(" | ".join(measurement[0]), file=sys.stderr)
+                rows.append(measurement[0])
+                stages.append(measurement[1])
     headings = ["model", "preset", "planned, s", "taken, s", "", "CPU s", ""]
     headings += ["planned, GiB", "peak, GiB", "", "bottleneck"]
-    keep("plan_accuracy", {"dtype": given.dtype, "times": given.times, "headings": headings, "rows": rows})
+    keep("plan_accuracy", {"dtype": options.dtype, "times": options.times, "headings": headings, "rows": rows})
     show("plan and prune", headings, rows)
     show("seconds, planned / taken", ["model", "preset", *STAGES], stages)
 

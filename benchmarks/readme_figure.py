@@ -63,14 +63,14 @@ def main() -> None:
 
 
 def perplexity(method: str, target: str) -> float:
-    """Of a method's kept cell of the first seed, on the first text."""
+    """Perplexity of a method's kept cell of the first seed, on the first text."""
     cells = (json.loads(path.read_text()) for path in sorted(CELLS.glob(f"{method}-{target}-seed0-*.json")))
     shown = [cell for cell in cells if all(task[2] <= TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
     return float(shown[0]["evaluation"]["texts"][0]["perplexity"])
 
 
 def dense_perplexity() -> float:
-    """Of the dense model, on the windows of the tables."""
+    """Perplexity of the dense model, on the windows of the tables."""
     for path in sorted(CELLS.glob("dense-*.json")):
         evaluation = json.loads(path.read_text())["evaluation"]
         if all(task["examples"] <= TASK_EXAMPLES for task in evaluation["tasks"]):

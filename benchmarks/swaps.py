@@ -29,7 +29,7 @@ TARGETS: dict[str, Pattern] = {
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds."""
+    """Seconds of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -42,32 +42,32 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--swaps", default="100,400", help="most swaps a row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    height, width = map(int, given.shape.split("x"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    height, width = map(int, options.shape.split("x"))
     made = torch.Generator().manual_seed(0)
     weight = torch.randn(height, width, generator=made)
     mixing = torch.randn(width // 4, width, generator=made)  # what makes inputs correlated
     statistic = GramMatrix(width, weight.device)
     seconds = 0.0
-    for _ in range(given.samples):
-        inputs = torch.randn(1, given.seqlen, width, generator=made)
-        inputs += torch.randn(1, given.seqlen, width // 4, generator=made) @ mixing / (width // 4) ** 0.5
+    for _ in range(options.samples):
+        inputs = torch.randn(1, options.seqlen, width, generator=made)
+        inputs += torch.randn(1, options.seqlen, width // 4, generator=made) @ mixing / (width // 4) ** 0.5
         batch = inputs.bfloat16()
         seconds += timed(lambda: statistic.update(batch))  # noqa: B023
     gram = statistic.mean
-    rate = gram_flops(given.samples * given.seqlen, width) / seconds / 1e9
+    rate = gram_flops(options.samples * options.seqlen, width) / seconds / 1e9
     rows = [["the Gram matrix", "", f"{seconds:.1f}", "", f"{rate:.0f} GFLOP/s"]]
     for name, pattern in TARGETS.items():
         mask = initial_mask(wanda(weight, gram.diagonal()), pattern, Granularity.OUTPUT)
         n_of_m = pattern if isinstance(pattern, NofM) else None
-        for swaps in map(int, given.swaps.split(",")):
-            found: list[torch.Tensor] = []
-            took = timed(lambda: found.extend(swap_pairs(mask, weight, gram, swaps, pattern=n_of_m)))  # noqa: B023
+        for swaps in map(int, options.swaps.split(",")):
+            results: list[torch.Tensor] = []
+            took = timed(lambda: results.extend(swap_pairs(mask, weight, gram, swaps, pattern=n_of_m)))  # noqa: B023
             rows.append(
-                [name, str(swaps), f"{took:.1f}", f"{took / seconds:.2f}", f"{found[1].float().mean():.0f} a row"]
+                [name, str(swaps), f"{took:.1f}", f"{took / seconds:.2f}", f"{results[1].float().mean():.0f} a row"]
             )
-    title = f"swaps of a {given.shape} linear, {given.samples} × {given.seqlen} tokens, {given.threads} threads"
+    title = f"swaps of a {options.shape} linear, {options.samples} × {options.seqlen} tokens, {options.threads} threads"
     headings = ["", "at most", "seconds", "of the Gram matrix's", ""]
     keep("swaps", {"title": title, "headings": headings, "rows": rows})
     show(title, headings, rows)

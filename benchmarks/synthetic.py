@@ -64,9 +64,15 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=1000)
     parser.add_argument("--dtype", default="float32")
-    given = parser.parse_args()
+    options = parser.parse_args()
     write_llama(
-        given.output, given.layers, given.hidden, given.mlp, given.heads, given.vocabulary, getattr(torch, given.dtype)
+        options.output,
+        options.layers,
+        options.hidden,
+        options.mlp,
+        options.heads,
+        options.vocabulary,
+        getattr(torch, options.dtype),
     )
 
 

@@ -36,10 +36,14 @@ SPREAD = ("uniform", "loss")
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # By group: the variants, and the targets that they are for.
 GROUPS: dict[str, tuple[list[Variant], str]] = {
-    "allocation": ([{**WANDA, "allocation": one} for one in ("uniform", "owl", "loss")], "0.5,0.6,0.7"),
+    "allocation": ([{**WANDA, "allocation": allocation} for allocation in ("uniform", "owl", "loss")], "0.5,0.6,0.7"),
     "allocated": (
         [
-            *({"initial": one, **UPDATED, "allocation": how} for one in ("sparsegpt", "alps") for how in SPREAD),
+            *(
+                {"initial": initial, **UPDATED, "allocation": how}
+                for initial in ("sparsegpt", "alps")
+                for how in SPREAD
+            ),
             *({"preset": "mask", "allocation": how} for how in SPREAD),
         ],
         "0.5,0.6,0.7",
@@ -48,25 +52,25 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
         [
             WANDA,
             *(
-                {**REBUILT, "rebuild_ratio": ratio, "estimator": one, "rounds": rounds}
-                for one in ESTIMATORS
+                {**REBUILT, "rebuild_ratio": ratio, "estimator": estimator, "rounds": rounds}
+                for estimator in ESTIMATORS
                 for ratio, rounds in ((0.01, 1), (0.1, 1), (0.02, 5))
             ),
         ],
         "0.5,2:4",
     ),
     "guard": (
-        [{"preset": preset, "guard": one} for preset in ("mask", "best") for one in (0.0, 1 / 32, 1 / 8)],
+        [{"preset": preset, "guard": guard} for preset in ("mask", "best") for guard in (0.0, 1 / 32, 1 / 8)],
         "0.5,2:4",
     ),
-    "mix": ([{"preset": preset, "target_mix": one} for preset in ("mask", "best") for one in MIXES], "0.5,2:4"),
-    "swap-mix": ([{**WANDA, "refine": "swaps", "target_mix": one} for one in MIXES], "0.5,2:4"),
+    "mix": ([{"preset": preset, "target_mix": mix} for preset in ("mask", "best") for mix in MIXES], "0.5,2:4"),
+    "swap-mix": ([{**WANDA, "refine": "swaps", "target_mix": mix} for mix in MIXES], "0.5,2:4"),
     "least-squares-mix": (
-        [{**WANDA, "reconstruct": "least-squares", "target_mix": one} for one in MIXES],
+        [{**WANDA, "reconstruct": "least-squares", "target_mix": mix} for mix in MIXES],
         "0.5,2:4",
     ),
-    "swaps": ([{**WANDA, "refine": "swaps", "swaps": one} for one in (25, 100, 400, 1600)], "0.5,2:4"),
-    "text": ([{"preset": "mask", **one} for one in ({}, {"calibration": "builtin"})], "0.5,2:4"),
+    "swaps": ([{**WANDA, "refine": "swaps", "swaps": count} for count in (25, 100, 400, 1600)], "0.5,2:4"),
+    "text": ([{"preset": "mask", **text} for text in ({}, {"calibration": "builtin"})], "0.5,2:4"),
     "steps": (
         [
             WANDA,
@@ -88,7 +92,7 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
 def as_it_differs(variant: Variant, target: str, windows: int, seqlen: int) -> Variant:
     """Remove settings that equal the program's defaults, so that equal variants share a cell."""
     for name in {"guard", "target_mix", "allocation"} & variant.keys():
-        others = {one: value for one, value in variant.items() if one != name}
+        others = {setting: value for setting, value in variant.items() if setting != name}
         if resolved(others, target, windows, seqlen) == resolved(variant, target, windows, seqlen):
             variant = others
     return variant
@@ -96,8 +100,8 @@ def as_it_differs(variant: Variant, target: str, windows: int, seqlen: int) -> V
 
 def resolved(variant: Variant, target: str, windows: int, seqlen: int) -> tuple[RefineSettings | None, Allocation]:
     """Resolve a variant's settings and the defaults of the others, as the program does."""
-    with estimated(variant) as given:
-        config = PruneConfig(model="model", output=Path("out"), **target_settings(target), **given)
+    with estimated(variant) as settings:
+        config = PruneConfig(model="model", output=Path("out"), **target_settings(target), **settings)
     refined = RefineSettings.of(config, config.target, windows, seqlen)
     if refined is not None and not config.prune_head:
         refined = replace(refined, head_mix=0)  # of nothing
@@ -109,11 +113,11 @@ def words(variant: Variant) -> str:
     return " ".join(f"{name}={value}" for name, value in variant.items())
 
 
-def read_variant(given: str) -> Variant:
+def read_variant(text: str) -> Variant:
     """Parse NAME=VALUE NAME=VALUE …; `PruneConfig` reads the values."""
-    if wrong := [part for part in given.split() if "=" not in part]:
+    if wrong := [part for part in text.split() if "=" not in part]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not NAME=VALUE")
-    return dict(part.split("=", 1) for part in given.split())
+    return dict(part.split("=", 1) for part in text.split())
 
 
 def main() -> None:
@@ -133,46 +137,47 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    if unknown := [one for one in given.groups.split(",") if one and one not in GROUPS]:
+    options = parser.parse_args()
+    if unknown := [group for group in options.groups.split(",") if group and group not in GROUPS]:
         parser.error(f"--groups: no {', '.join(unknown)}; there are {', '.join(GROUPS)}")
-    work = [GROUPS[one] for one in given.groups.split(",") if one]
-    work += [(given.variant, "0.5")] if given.variant else []
+    work = [GROUPS[group] for group in options.groups.split(",") if group]
+    work += [(options.variant, "0.5")] if options.variant else []
     if not work:
         parser.error("no --groups and no --variant: nothing to do")
-    model = str(Path(model_folder(given.model)).resolve())
-    os.chdir(given.data)  # so that results name texts as they lie in DATA
+    model = str(Path(model_folder(options.model)).resolve())
+    os.chdir(options.data)  # so that results name texts as they lie in DATA
     config = CompareConfig(
         model=model, output=ROOT / "benchmarks" / "results" / "variants", calibration=CALIBRATION, text=(VALIDATION,),
-        samples=given.samples, seqlen=given.seqlen, windows=given.windows, text_seqlen=1024, seeds=(given.seed,),
+        samples=options.samples, seqlen=options.seqlen, windows=options.windows, text_seqlen=1024,
+        seeds=(options.seed,),
     )  # fmt: skip
     claim_folder(config.output, MARKER, "made by benchmarks/variants.py, which keeps finished cells here and goes on")
     rows = []
     with ConsoleProgress() as progress, locked(config.output / MARKER):
         runner = make_runner(config, model, progress)
-        calibration = str(calibration_file(config, runner, model, given.seed, progress))
+        calibration = str(calibration_file(config, runner, model, options.seed, progress))
         dense = runner.dense(progress).texts[0].perplexity
         for variants, targets in work:
-            for target in (given.targets or targets).split(","):
+            for target in (options.targets or targets).split(","):
                 for variant in variants:
                     if ":" in target and "allocation" in variant:
                         continue
-                    differing = as_it_differs(variant, target, given.samples, given.seqlen)
+                    differing = as_it_differs(variant, target, options.samples, options.seqlen)
                     settings = {**target_settings(target), **differing}
 
                     def make(folder: Path, settings: Variant = settings) -> RunReport:
-                        own = {"model": model, "output": folder, "overwrite": True, "report": False}
-                        text = {"samples": given.samples, "seqlen": given.seqlen, "seed": given.seed}
-                        own |= text if "calibration" in settings else {"calibration": calibration}
-                        with estimated(settings) as asked:
-                            return prune(PruneConfig(**own, **asked), progress)
+                        run_settings = {"model": model, "output": folder, "overwrite": True, "report": False}
+                        text = {"samples": options.samples, "seqlen": options.seqlen, "seed": options.seed}
+                        run_settings |= text if "calibration" in settings else {"calibration": calibration}
+                        with estimated(settings) as prune_settings:
+                            return prune(PruneConfig(**run_settings, **prune_settings), progress)
 
-                    key = {**settings, "seed": given.seed, "revisions": REVISIONS}
+                    key = {**settings, "seed": options.seed, "revisions": REVISIONS}
                     result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
-                    found = result.evaluation.texts[0]
-                    kl = "–" if found.against is None else f"{found.against.divergence:.3f}"
-                    rows.append([words(variant), target, f"{found.perplexity:.2f}", kl, f"{result.seconds:.0f}"])
-    title = f"{Path(model).name}, {given.samples} × {given.seqlen} tokens, seed {given.seed}; dense {dense:.2f}"
+                    evaluation = result.evaluation.texts[0]
+                    kl = "–" if evaluation.against is None else f"{evaluation.against.divergence:.3f}"
+                    rows.append([words(variant), target, f"{evaluation.perplexity:.2f}", kl, f"{result.seconds:.0f}"])
+    title = f"{Path(model).name}, {options.samples} × {options.seqlen} tokens, seed {options.seed}; dense {dense:.2f}"
     headings = ["variant", "target", "perplexity", "KL", "seconds"]
     keep("variants", {"title": title, "headings": headings, "rows": rows})
     show(title, headings, rows)

@@ -58,63 +58,66 @@ class OnDevice(torch.Tensor):
         return wrapper
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, _: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, _: Any, arguments: tuple[Any, ...] = (), named: Any = None) -> Any:
         named = dict(named or {})
         name = function._schema.name
         if name == "aten::_fused_sdp_choice":
             return SDPBackend.MATH.value
-        tensors = [one for one in tree_leaves((given, named)) if isinstance(one, torch.Tensor)]
-        beside = [one for one in tensors if not isinstance(one, OnDevice) and one.dim()]
-        if beside and name not in COPY and not (name in PLACES and isinstance(given[0], OnDevice)):
-            raise RuntimeError(f"{name}: tensors on two devices, shapes {[tuple(one.shape) for one in tensors]}")
+        tensors = [tensor for tensor in tree_leaves((arguments, named)) if isinstance(tensor, torch.Tensor)]
+        beside = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.dim()]
+        if beside and name not in COPY and not (name in PLACES and isinstance(arguments[0], OnDevice)):
+            raise RuntimeError(f"{name}: tensors on two devices, shapes {[tuple(tensor.shape) for tensor in tensors]}")
         device = named.pop("device", None)
         named.pop("pin_memory", None)
-        given, named = tree_map_only(OnDevice, lambda one: one.inner, (given, named))
+        arguments, named = tree_map_only(OnDevice, lambda tensor: tensor.inner, (arguments, named))
         if device is not None and torch.device(device).type == "meta":
-            return function(*given, **named, device=device)
-        found = function(*given, **named)
+            return function(*arguments, **named, device=device)
+        result = function(*arguments, **named)
         if device is not None and torch.device(device).type == "cpu":
-            return found
-        known = {id(one.inner) if isinstance(one, OnDevice) else id(one): one for one in tensors}  # written in place
-        return tree_map_only(torch.Tensor, lambda one: known[id(one)] if id(one) in known else OnDevice(one), found)
+            return result
+        # A tensor that was written in place is returned as the wrapper that came in.
+        known = {id(tensor.inner) if isinstance(tensor, OnDevice) else id(tensor): tensor for tensor in tensors}
+        return tree_map_only(
+            torch.Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else OnDevice(tensor), result
+        )
 
 
 class PretendGpu(TorchFunctionMode):
     """While it is active, tensors can be created on the device and copied to and from it."""
 
-    def __torch_function__(self, function: Any, _: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
+    def __torch_function__(self, function: Any, _: Any, arguments: tuple[Any, ...] = (), named: Any = None) -> Any:
         named = dict(named or {})
-        on_device = bool(given) and isinstance(given[0], OnDevice)
+        on_device = bool(arguments) and isinstance(arguments[0], OnDevice)
         if function is torch.Tensor.to:
-            return _to(*given, **named)
+            return _to(*arguments, **named)
         if on_device and function is torch.Tensor.cpu:
-            return given[0].inner.clone()
+            return arguments[0].inner.clone()
         if on_device and function is torch.Tensor.tolist:
-            return given[0].inner.tolist()
+            return arguments[0].inner.tolist()
         if on_device and function is torch.Tensor.numpy:
             raise TypeError("this tensor is on another device")
-        if function == torch.Tensor.data.__set__ and isinstance(given[1], OnDevice):
+        if function == torch.Tensor.data.__set__ and isinstance(arguments[1], OnDevice):
             assert on_device
-            assert given[0].shape == given[1].shape
-            given[0].inner = given[1].inner
+            assert arguments[0].shape == arguments[1].shape
+            arguments[0].inner = arguments[1].inner
             return None
         named.pop("pin_memory", None)
         if named.get("device") is not None and torch.device(named["device"]) == DEVICE:
-            return OnDevice(function(*given, **{**named, "device": "cpu"}))
-        return function(*given, **named)
+            return OnDevice(function(*arguments, **{**named, "device": "cpu"}))
+        return function(*arguments, **named)
 
 
-def _to(values: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+def _to(values: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
     """`Tensor.to` with any of its arguments."""
     device, others = None, []
-    for one in given:
-        if isinstance(one, torch.dtype):
-            others.append(one)
-        elif isinstance(one, torch.Tensor):
-            device = one.device
-            others.append(one.dtype)
-        elif one is not None:
-            device = torch.device(one)
+    for argument in arguments:
+        if isinstance(argument, torch.dtype):
+            others.append(argument)
+        elif isinstance(argument, torch.Tensor):
+            device = argument.device
+            others.append(argument.dtype)
+        elif argument is not None:
+            device = torch.device(argument)
     device = torch.device(named.pop("device", None) or device or values.device)
     named.pop("non_blocking", None)
     if device.type == "meta":
@@ -127,7 +130,7 @@ def _to(values: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
 
 
 class WorstCopies(LateCopier):
-    """Between the host and the device."""
+    """Copies between the host and the device, as late as a GPU's may be."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -138,7 +141,7 @@ class WorstCopies(LateCopier):
 
 
 def _copy(values: torch.Tensor, place: torch.Tensor, _: bool = False) -> torch.Tensor:
-    inner = [one.inner if isinstance(one, OnDevice) else one for one in (place, values)]
+    inner = [tensor.inner if isinstance(tensor, OnDevice) else tensor for tensor in (place, values)]
     inner[0].copy_(inner[1])
     return place
 
@@ -173,11 +176,11 @@ def with_room(room: int) -> Iterator[None]:
     memory, result_of = ArrayMemory(DEVICE, room), layer_module.block_result
     left: list[int | None] = []  # room, whenever a block's result is wanted
 
-    def short(*given: Any) -> Any:
+    def short(*arguments: Any) -> Any:
         left.append(memory.room)
         if len(left) == FAILING:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return result_of(*given)
+        return result_of(*arguments)
 
     with (
         patch("llm_barber.run.stream.activation_memory", lambda *_: memory),
@@ -193,10 +196,10 @@ def with_room(room: int) -> Iterator[None]:
 def interrupted(config: PruneConfig) -> None:
     """Run until the second layer, and forget the first one's output."""
 
-    def stop(job: Any, index: int, *given: Any) -> Any:
+    def stop(job: Any, index: int, *arguments: Any) -> Any:
         if index:
             raise KeyboardInterrupt
-        return prune_layer(job, index, *given)
+        return prune_layer(job, index, *arguments)
 
     with patch("llm_barber.run.stream.prune_layer", stop), suppress(KeyboardInterrupt):
         prune(config)
@@ -205,7 +208,7 @@ def interrupted(config: PruneConfig) -> None:
 
 
 def difference(folder: Path, settings: dict[str, Any]) -> float:
-    """The largest between what a run on the device and one on the CPU leave of a weight; inf, if a mask differs."""
+    """Largest difference of a weight after a run on the device and one on the CPU; inf, if a mask differs."""
     room, stops = settings.pop("room", 0), settings.pop("interrupted", False)
     with sdpa_kernel(SDPBackend.MATH):
         prune(PruneConfig(output=folder / "cpu", device="cpu", overwrite=True, report=False, **settings))
@@ -217,8 +220,8 @@ def difference(folder: Path, settings: dict[str, Any]) -> float:
     assert report.device == str(DEVICE)
     there, here = read_folder(folder / "device"), read_folder(folder / "cpu")
     assert there.keys() == here.keys()
-    for name, one in here.items():
-        assert (there[name].shape, there[name].dtype) == (one.shape, one.dtype)
+    for name, tensor in here.items():
+        assert (there[name].shape, there[name].dtype) == (tensor.shape, tensor.dtype)
     if any(not torch.equal(there[name] == 0, here[name] == 0) for name in here):
         return math.inf
     differences = torch.stack([(there[name].float() - here[name].float()).abs().max() for name in here])
@@ -226,13 +229,13 @@ def difference(folder: Path, settings: dict[str, Any]) -> float:
 
 
 def difference_of_measures(settings: dict[str, Any]) -> float:
-    """The largest between perplexities and divergences that are measured on the device and on the CPU."""
+    """Largest difference of perplexities and divergences that are measured on the device and on the CPU."""
     with sdpa_kernel(SDPBackend.MATH):
         here = evaluate(EvaluateConfig(device="cpu", **settings)).texts[0]
         with on_device():
-            found = evaluate(EvaluateConfig(**settings))
-    assert found.device == str(DEVICE)
-    there = found.texts[0]
+            evaluation = evaluate(EvaluateConfig(**settings))
+    assert evaluation.device == str(DEVICE)
+    there = evaluation.texts[0]
     assert here.against
     assert there.against
     return max(abs(here.perplexity - there.perplexity), abs(here.against.divergence - there.against.divergence))
@@ -242,10 +245,10 @@ def main() -> None:
     library = torch.library.Library("aten", "IMPL")
     _register(library)
     with TemporaryDirectory() as folder:
-        for given in sys.argv[1:]:
-            settings = json.loads(given)
-            found = difference_of_measures(settings) if "text" in settings else difference(Path(folder), settings)
-            print(found, flush=True)
+        for argument in sys.argv[1:]:
+            settings = json.loads(argument)
+            result = difference_of_measures(settings) if "text" in settings else difference(Path(folder), settings)
+            print(result, flush=True)
 
 
 if __name__ == "__main__":

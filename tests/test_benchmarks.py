@@ -25,19 +25,25 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def masks(variants: ModuleType, folder: Path, **variant: Any) -> dict[str, Tensor]:
-    """Of all linears, pruned as a variant says."""
+    """Keep masks of all linears, pruned as a variant says."""
     model, tokens = folder / "dense", folder / "tokens.safetensors"
     if not model.exists():
         make_model(model, "llama", num_hidden_layers=2)
         save_tokens(tokens, sequences=8)
-    with variants.estimated(variant) as given:
-        own = {"model": model, "output": folder / "out", "calibration": tokens, "overwrite": True, "report": False}
-        prune(PruneConfig(**own, dtype="float32", **given))
+    with variants.estimated(variant) as settings:
+        run_settings = {
+            "model": model,
+            "output": folder / "out",
+            "calibration": tokens,
+            "overwrite": True,
+            "report": False,
+        }
+        prune(PruneConfig(**run_settings, dtype="float32", **settings))
     return {name: tensor != 0 for name, tensor in read_folder(folder / "out").items() if "_proj" in name}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_the_published_estimator_is_the_programs(tmp_path: Path, variants: ModuleType) -> None:
@@ -60,7 +66,7 @@ def test_what_a_swap_of_one_weight_does_is_estimated_to_second_order(variants: M
     sparse = (weight * keep).requires_grad_()
     ((weight - sparse) @ inputs.t()).square().sum().backward()
     assert sparse.grad is not None
-    found = variants.ESTIMATORS["second-order"][1](
+    estimate = variants.ESTIMATORS["second-order"][1](
         weight, keep, SignedGradients(sparse.grad), 2 * inputs.square().sum(0).expand(3, 5)
     )
     for row in range(3):
@@ -68,15 +74,15 @@ def test_what_a_swap_of_one_weight_does_is_estimated_to_second_order(variants: M
             changed = keep.clone()
             changed[row, column] = ~changed[row, column]
             lost = (error(keep) - error(changed)) * (1 if changed[row, column] else -1)
-            assert found[row, column].item() == pytest.approx(lost.item(), rel=1e-4)
+            assert estimate[row, column].item() == pytest.approx(lost.item(), rel=1e-4)
     assert torch.equal(
-        variants.ESTIMATORS["sparse"][1](weight, keep, SignedGradients(sparse.grad), found),
+        variants.ESTIMATORS["sparse"][1](weight, keep, SignedGradients(sparse.grad), estimate),
         weight_gradient(weight, sparse.grad.square()),
     )
 
 
 class SignedGradients:
-    """What `estimators.Gradients` has of one sequence."""
+    """The part of `estimators.Gradients` that one sequence has."""
 
     def __init__(self, gradient: Tensor) -> None:
         self.signed, self.mean = gradient, gradient.square()

@@ -1,4 +1,4 @@
-"""What the documentation says agrees with the code; its links lead somewhere. Nothing here needs Sphinx."""
+"""The documentation agrees with the code; its links lead somewhere. Nothing here needs Sphinx."""
 
 import re
 from pathlib import Path
@@ -59,9 +59,9 @@ def words(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_commands_have_the_options_that_pages_give_them(page: Path) -> None:
-    for command, given in typed_commands(page.read_text(encoding="utf-8")):
+    for command, flags in typed_commands(page.read_text(encoding="utf-8")):
         if command == "report" or command in options():
-            assert set(given) <= options()[command] | {"--help"}, f"{command} has not all of {given}"
+            assert set(flags) <= options()[command] | {"--help"}, f"{command} has not all of {flags}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -76,12 +76,12 @@ def test_commands_have_lines_of_their_own(page: Path) -> None:
 
 @pytest.mark.parametrize("page", CURRENT, ids=named)
 def test_every_option_that_a_page_names_exists(page: Path) -> None:
-    every = set().union(*options().values()) | FOREIGN | TORCHRUN
+    option_names = set().union(*options().values()) | FOREIGN | TORCHRUN
     text = re.sub(
         r"^.*(?:make|pip|torchrun|git|srun|#SBATCH|python benchmarks).*$", "", page.read_text(), flags=re.MULTILINE
     )
     spans = re.findall(r"`(--[a-z][\w-]*)", text)
-    assert set(spans) <= every
+    assert set(spans) <= option_names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -49,8 +49,8 @@ def parts(family: str) -> tuple[set[str], set[str]]:
     assert set(skeleton.outside_names) <= used
     assert all(skeleton.model.get_parameter(name).is_meta for name in used)
     names = (used, set(skeleton.all_outside_names) - used)
-    found = [{name.rpartition(".")[0] for name in some} for some in names]
-    return found[0], found[1]
+    modules = [{name.rpartition(".")[0] for name in some} for some in names]
+    return modules[0], modules[1]
 
 
 def test_what_makes_logits_of_text_is_loaded_wherever_it_is() -> None:

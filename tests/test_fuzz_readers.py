@@ -90,14 +90,14 @@ def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def paths_of(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where the values of a document are."""
+    """Paths of all values of a document."""
     items = document.items() if isinstance(document, dict) else enumerate(document)
-    found = []
+    paths = []
     for key, value in items:
-        found.append((*path, key))
+        paths.append((*path, key))
         if isinstance(value, dict | list):
-            found += paths_of(value, (*path, key))
-    return found
+            paths += paths_of(value, (*path, key))
+    return paths
 
 
 @st.composite
@@ -128,7 +128,7 @@ def changed_json(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def changed(draw: st.DrawFn, content: bytes, kind: str) -> bytes:
-    """As a file of its kind is damaged, or written by somebody else."""
+    """Content changed as a file of its kind is damaged, or written by somebody else."""
     match kind:
         case "json":
             return draw(changed_json(content))
@@ -145,7 +145,7 @@ def changed(draw: st.DrawFn, content: bytes, kind: str) -> bytes:
 
 
 def read_model(folder: Path) -> None:
-    """As `prune` opens a model, and as `inspect` reads it."""
+    """Open a model as `prune` does, and read it as `inspect` does."""
     source = CheckpointSource(folder)
     read_configuration(str(folder))
     load_config(source)
@@ -222,7 +222,7 @@ def settings_files(folder: Path) -> dict[str, Reader]:
 
 
 def results(folder: Path, pruned: Path) -> dict[str, Reader]:
-    """What runs, evaluations and comparisons leave."""
+    """Files that runs, evaluations and comparisons leave."""
     (pruned / EVALUATION_NAME).write_text(EVALUATION.model_dump_json())
     write_state(folder, RunState(key=KEY, seconds={"a": 1}))
     cell = folder / "cell.json"

@@ -34,16 +34,16 @@ FAMILIES = ("gpt2", "mixtral", "gpt_oss", "jamba", "falcon-rw", "deepseek_v2")
 
 
 def results(*settings: dict[str, Any]) -> list[float]:
-    """Of one process: starting it takes longer than most of these runs."""
+    """Results of one process for all settings: starting it takes longer than most of these runs."""
     command = [sys.executable, "-m", "tests.pretend_gpu", *map(json.dumps, settings)]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert not found.returncode, found.stderr[-3000:]
-    return [float(line) for line in found.stdout.splitlines()]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert not process.returncode, process.stderr[-3000:]
+    return [float(line) for line in process.stdout.splitlines()]
 
 
 def test_every_method_and_kind_of_model_gives_the_same_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
     common = {"calibration": str(tokens), "dtype": "float32", "batch_size": 2}
-    runs = [common | {"model": str(llama)} | one for one in SETTINGS]
+    runs = [common | {"model": str(llama)} | settings for settings in SETTINGS]
     for family in FAMILIES:
         model = make_model(tmp_path / family, family)
         runs.append({**common, "model": str(model), "preset": "paper", "rebuild_ratio": 0.5})

@@ -1,4 +1,4 @@
-"""What the README says agrees with the code and with the kept results, and it stays short."""
+"""The README agrees with the code and with the kept results, and it stays short."""
 
 import ast
 import json

@@ -215,7 +215,7 @@ def test_what_is_no_file_by_another_path(tmp_path: Path, llama: Path, tokens: Pa
 
 
 def test_links_to_files_are_files(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    """As in the hub's cache."""
+    """Links to files, as the hub's cache has them, are read as the files."""
     linked = tmp_path / "linked"
     linked.mkdir()
     for path in llama.iterdir():

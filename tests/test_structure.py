@@ -143,7 +143,7 @@ def test_help_and_wrong_options_do_not_wait_for_slow_imports(arguments: list[str
 
 
 def test_benchmarks_go_on_with_the_results_that_are_kept() -> None:
-    """In a fresh clone, too: a folder of cells without its marker is refused as somebody else's."""
+    """Cells have their marker in a fresh clone, too: without it their folder is refused as somebody else's."""
     kept = {path.parent for path in (PACKAGE.parents[1] / "benchmarks" / "results").glob("*/cells")}
     assert kept
     assert all((folder / "COMPARISON.txt").is_file() for folder in kept)

@@ -37,14 +37,15 @@ def test_wheel_is_whole_and_works_in_an_environment_of_its_own(tmp_path: Path) -
         assert any(name.startswith("llm_barber/native/_packed") for name in names)
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
-    own = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
+    site_packages = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(own), str(wheel)], check=True
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site_packages), str(wheel)],
+        check=True,
     )
-    (own / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    (site_packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     code = "import llm_barber.text.calibration as c; print(c.__file__, len(c.read_text('builtin')))"
     output = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-    assert str(own) in output
+    assert str(site_packages) in output
     model = make_model(tmp_path / "model", "llama")
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     command = [python, "-m", "llm_barber", "prune", str(model), str(tmp_path / "out"), "--calibration", str(tokens)]

@@ -10,7 +10,7 @@ from tests.conftest import make_gguf
 
 
 def test_a_file_without_some_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers would make them up."""
+    """Weights that transformers would make up."""
     monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
     make_gguf(tmp_path / "a.gguf")
     with pytest.raises(

@@ -1,1 +1,1 @@
-"""What tests of several rooms share: runs, processes, tokenizers, copies and example results."""
+"""Helpers that tests of several rooms share: runs, processes, tokenizers, copies and example results."""

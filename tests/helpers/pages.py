@@ -46,12 +46,12 @@ def typed_commands(text: str) -> list[tuple[str, list[str]]]:
     text = re.sub(r"\\\n\s*", " ", text)  # one line, where the shell has one
     lines = [line for block in (*FENCE.findall(text), *INDENTED.findall(text)) for line in block.splitlines()]
     lines += re.findall(r"`((?:llm-barber|torchrun)[^`]*)`", text.replace("\n", " "))
-    found = []
+    commands = []
     for line in lines:
         match = re.search(r"(?:llm-barber|-m llm_barber) ([a-z]+)([^#]*)", line)
         if match and not line.strip().startswith(("#", "<")):
-            found.append((match.group(1), re.findall(r"(?<![\w-])--[a-z][a-z-]*", match.group(2))))
-    return found
+            commands.append((match.group(1), re.findall(r"(?<![\w-])--[a-z][a-z-]*", match.group(2))))
+    return commands
 
 
 def prose(text: str) -> str:

@@ -44,7 +44,7 @@ def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bo
 
 
 def test_the_tail_stays_as_it_was() -> None:
-    """Also where another tool has pruned it."""
+    """Tail of a row, also where another tool has pruned it."""
     keep = torch.tensor([[True, False, False, True, False]])
     scores = starting_scores(keep, torch.tensor([[1.0, 2, 3, 0, 9]]), NofM(2, 4))
     for moved in (scores, scores + torch.tensor([[-9.0, 9, 0, 0, 9]])):

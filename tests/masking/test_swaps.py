@@ -158,9 +158,9 @@ def best_pairs(
         slope = 2 * weight * ((weight * ~keep) @ gram)
         square = weight.square() * gram.diagonal()
         grow, drop = torch.where(keep, torch.inf, square - slope), torch.where(keep, square + slope, torch.inf)
-        both = grow[:, :, None] + drop[:, None, :] - 2 * weight[:, :, None] * weight[:, None, :] * gram
-        both[:, groups[:, None] != groups] = torch.inf
-        gain, pair = both.flatten(1).min(1)
+        change = grow[:, :, None] + drop[:, None, :] - 2 * weight[:, :, None] * weight[:, None, :] * gram
+        change[:, groups[:, None] != groups] = torch.inf
+        gain, pair = change.flatten(1).min(1)
         local, pair = rows[gain < -1e-6], pair[gain < -1e-6]
         keep[local, pair // len(gram)], keep[local, pair % len(gram)] = True, False
     return keep
@@ -168,7 +168,7 @@ def best_pairs(
 
 @pytest.mark.parametrize("with_linear", [False, True])
 def test_short_rows_seldom_end_above_where_the_best_of_all_pairs_leads(with_linear: bool) -> None:
-    """About one in a hundred does, and all of them together lose 0.2 % of what rows gain."""
+    """Rows that end above: about one in a hundred, which together lose 0.2 % of what rows gain."""
     above, lost, gained = 0, 0.0, 0.0
     for seed in range(40):
         weight, gram, linear = make(rows=50, seed=seed)

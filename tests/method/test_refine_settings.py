@@ -127,7 +127,7 @@ def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, m
         ({"preset": "mask", "reconstruct": "least-squares"}, "is the preset's: give refine swaps or none, too"),
         ({"preset": "paper", "target_mix": 0.3}, "target_mix is of refine and reconstruct"),
         ({"preset": "paper", "guard": 0.3}, "guard is of refine and reconstruct"),
-        ({"preset": "mask", "swaps": 10}, "swaps are of refine swaps"),
+        ({"preset": "mask", "swaps": 10}, "swaps needs refine swaps"),
         ({"refine": "swaps", "tune_passes": 2}, "tune_passes are of refine tune and reconstruct tune"),
     ],
 )

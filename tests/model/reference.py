@@ -33,11 +33,11 @@ class OneByOne(nn.ModuleList):
         self.gated = "gate_up_proj" in parameters
         for number in range(len(fused.down_proj)):
             expert = nn.Module()
-            own = {name: parameter[number] for name, parameter in parameters.items()}
-            if self.gated and "down_proj_bias" not in own:
-                own["gate_proj"], own["up_proj"] = own.pop("gate_up_proj").chunk(2)
-            for name in [name for name in own if not name.endswith("_bias")]:
-                weight, bias = own[name], own.get(f"{name}_bias")
+            tensors = {name: parameter[number] for name, parameter in parameters.items()}
+            if self.gated and "down_proj_bias" not in tensors:
+                tensors["gate_proj"], tensors["up_proj"] = tensors.pop("gate_up_proj").chunk(2)
+            for name in [name for name in tensors if not name.endswith("_bias")]:
+                weight, bias = tensors[name], tensors.get(f"{name}_bias")
                 weight = weight.t() if fused.is_transposed else weight
                 linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
                 linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -89,21 +89,21 @@ def first_call(model: nn.Module, layers: nn.ModuleList, index: int, tokens: Tens
 
 
 def captured(layer: nn.Module, path: str, hidden: Tensor, arguments: dict) -> tuple[Tensor, Tensor]:
-    """Input and output of a submodule in a call of the layer; of what it is called with again, too, as more tokens."""
+    """Input and output of a submodule in a layer's call; inputs of repeated calls are appended as tokens."""
     caught = {}
     module = layer.get_submodule(path)
     tied = (
-        [one for one in layer.modules() if one is not module and one._parameters.get("weight") is module.weight]
+        [other for other in layer.modules() if other is not module and other._parameters.get("weight") is module.weight]
         if isinstance(module, nn.Linear)
         else []
     )
 
     def hook(_: nn.Module, positional: tuple, keywords: dict, output: Tensor | tuple) -> None:
-        found = positional[0] if positional else keywords["hidden_states"]
-        caught["input"] = torch.cat([caught["input"], found], -2) if "input" in caught else found
+        states = positional[0] if positional else keywords["hidden_states"]
+        caught["input"] = torch.cat([caught["input"], states], -2) if "input" in caught else states
         caught["output"] = output if isinstance(output, Tensor) else output[0]
 
-    handles = [one.register_forward_hook(hook, with_kwargs=True) for one in (module, *tied)]
+    handles = [linear.register_forward_hook(hook, with_kwargs=True) for linear in (module, *tied)]
     layer_call(layer, arguments, hidden)
     for handle in handles:
         handle.remove()
@@ -149,7 +149,7 @@ def prune_in_memory(
         with torch.no_grad():
             for name in names:
                 inputs = [captured(layer, name, *c)[0] for c in calls]
-                squares[name] = sum(one.float().square().flatten(0, -2).sum(0) for one in inputs) / len(inputs)
+                squares[name] = sum(states.float().square().flatten(0, -2).sum(0) for states in inputs) / len(inputs)
         keep = {}
         for name in names:
             weight = layer.get_submodule(name).weight

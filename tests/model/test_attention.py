@@ -90,7 +90,7 @@ def test_it_is_used_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_sequence_has_the_same_bits_in_any_batch() -> None:
-    """Otherwise masks would depend on the batch size and on the number of processes."""
+    """Equality that keeps masks independent of the batch size and of the number of processes."""
     inputs = make_inputs(6, 2, 300, torch.bfloat16, sequences=4)
     together = with_gradients(CausalAttention.apply, inputs, 0.25)
     for index in range(4):

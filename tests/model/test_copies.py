@@ -67,13 +67,13 @@ def test_results_are_waited_for_once_they_are_asked_for() -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"initial": "wanda", "rebuild_ratio": 0.5}, {"preset": "mask"}, {"preset": "best"}, {"allocation": "owl"}],
-    ids=lambda one: "-".join(map(str, one.values())),
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_a_run_gives_the_same_bytes(
     tmp_path: Path, llama: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=11)
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": llama,
         "calibration": tokens,
         "dtype": "float32",
@@ -81,10 +81,10 @@ def test_a_run_gives_the_same_bytes(
         "report": False,
         **settings,
     }
-    prune(PruneConfig(output=tmp_path / "plain", **given))
+    prune(PruneConfig(output=tmp_path / "plain", **options))
     copier = LateCopier()
     use_copier(copier, monkeypatch)
-    prune(PruneConfig(output=tmp_path / "beside", **given))
+    prune(PruneConfig(output=tmp_path / "beside", **options))
     assert read_untimed_files(tmp_path / "beside") == read_untimed_files(tmp_path / "plain")
     assert copier.started < 1.5 * copier.waited  # most guesses are right
     assert copier.waited_back < copier.waited / 2  # and most results are on their way while others are computed

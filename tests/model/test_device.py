@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("asked", "seqlen", "sequences", "device", "expected"),
+    ("batch_size", "seqlen", "sequences", "device", "expected"),
     [
         (None, 512, 100, CPU, 4),
         (None, 512, 3, CPU, 3),
@@ -28,8 +28,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         (None, 2048, 100, CUDA, 4),
     ],
 )
-def test_batch_size(asked: int | None, seqlen: int, sequences: int, device: torch.device, expected: int) -> None:
-    assert resolve_batch_size(asked, seqlen, sequences, device) == expected
+def test_batch_size(batch_size: int | None, seqlen: int, sequences: int, device: torch.device, expected: int) -> None:
+    assert resolve_batch_size(batch_size, seqlen, sequences, device) == expected
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def test_dtype(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: torch.
 
 
 def test_batches_that_fit() -> None:
-    """By hand, of the wider of two layers: 40 bytes a weight, then 10 · 4 · widest + 2 · 2 · sides a token."""
+    """By-hand memory of the wider layer: 40 bytes a weight, then 10 · 4 · widest + 2 · 2 · sides a token."""
     narrow = nn.ModuleDict({"up": nn.Linear(4, 8, bias=False)})
     wide = nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 8, bias=False)})] * 3)})
     wide["attention"] = nn.Linear(6, 6, bias=False)

@@ -28,14 +28,14 @@ def fused_experts() -> torch.nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen3_moe", **{**FAMILIES["qwen3_moe"], "num_experts": 6, "mlp_only_layers": []})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
-    found = next(module for module in model.modules() if is_fused(module))
-    for parameter in found.parameters():
+    experts = next(module for module in model.modules() if is_fused(module))
+    for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
-    return found.requires_grad_(False)
+    return experts.requires_grad_(False)
 
 
 def separate(fused: torch.nn.Module, sequences: int) -> Experts:
-    """The same, one by one."""
+    """Split experts with the weights of a fused module."""
     parent = torch.nn.Module()
     parent.experts = fused
     split_experts(parent)
@@ -57,20 +57,20 @@ def test_one_by_one_equals_fused_and_every_expert_is_called(sequences: int) -> N
     weights = torch.rand(30, 2, dtype=torch.float64)
     rows: list[int] = []
     for expert in experts:
-        expert.down_proj.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
-    found = experts(hidden, index, weights)
-    assert torch.allclose(found, fused(hidden, index, weights), atol=1e-10)
+        expert.down_proj.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    outputs = experts(hidden, index, weights)
+    assert torch.allclose(outputs, fused(hidden, index, weights), atol=1e-10)
     assert experts.tokens.tolist() == [8, 8, 7, 7, 30, 0]
     assert len(rows) == 6
     assert all(count % sequences == 0 for count in rows)
     with experts.same_routes():
-        assert torch.equal(experts(hidden, 5 - index, weights), found)
-    assert not torch.equal(experts(hidden, 5 - index, weights), found)
+        assert torch.equal(experts(hidden, 5 - index, weights), outputs)
+    assert not torch.equal(experts(hidden, 5 - index, weights), outputs)
 
 
 @pytest.fixture
 def mixture(tmp_path: Path) -> Path:
-    """So many experts that some are given few tokens, and some none."""
+    """Mixture of so many experts that some are given few tokens, and some none."""
     return make_model(tmp_path / "dense", "mixtral", num_local_experts=32)
 
 
@@ -91,7 +91,7 @@ def test_experts_with_few_tokens_are_pruned_by_magnitude(
     monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 6)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     report = prune(PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, dtype="float32", **settings))
-    few = [(layer.index, one) for layer in report.layers for one in layer.linears if one.few_tokens]
+    few = [(layer.index, linear) for layer in report.layers for linear in layer.linears if linear.few_tokens]
     assert 0 < len(few) < 0.7 * len(list(report.linears))
     written, dense = read_folder(tmp_path / "out"), read_folder(mixture)
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -109,10 +109,10 @@ def test_experts_with_few_tokens_are_pruned_by_magnitude(
 
 
 class TwoAlike(Ranks):
-    """Stands for two processes that count the same."""
+    """Stand-in for two processes that count the same."""
 
-    def add_tensor(self, one: torch.Tensor) -> None:
-        one *= 2
+    def add_tensor(self, tensor: torch.Tensor) -> None:
+        tensor *= 2
 
 
 def test_counting_tokens_of_all_processes_twice_counts_them_once() -> None:
@@ -135,7 +135,7 @@ def test_records_pages_and_packing_take_experts_together(tmp_path: Path, mixture
     config = PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, sparsity=0.7, dtype="float32")
     report = prune(config)
     assert [total.name for total in report.by_linear()][4:] == [
-        f"mlp.experts.*.{one}_proj" for one in ("gate", "up", "down")
+        f"mlp.experts.*.{name}_proj" for name in ("gate", "up", "down")
     ]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "mlp.experts.*.gate_proj" in page
@@ -155,7 +155,7 @@ def test_records_pages_and_packing_take_experts_together(tmp_path: Path, mixture
 def test_a_pruned_mixture_can_be_rebuilt(
     tmp_path: Path, mixture: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By `rebuild`, and at once: experts with few tokens keep the masks that they have."""
+    """Rebuild by `rebuild`, and at once: experts with few tokens keep the masks that they have."""
     monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 6)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     settings = {"calibration": tokens, "dtype": "float32", "report": False}
@@ -169,17 +169,17 @@ def test_a_pruned_mixture_can_be_rebuilt(
     for number, report in enumerate(reports):
         assert report.swapped > 0
         assert inspect(InspectConfig(model=str(tmp_path / str(number)), dense=str(mixture))).problems == ()
-        few = [one for one in report.linears if one.few_tokens]
+        few = [linear for linear in report.linears if linear.few_tokens]
         assert 0 < len(few) < 0.7 * len(list(report.linears))
-        assert all(one.grown == one.dropped == 0 for one in few)
-        assert any(one.grown for one in report.linears if ".experts." in one.name and not one.few_tokens)
+        assert all(linear.grown == linear.dropped == 0 for linear in few)
+        assert any(linear.grown for linear in report.linears if ".experts." in linear.name and not linear.few_tokens)
 
 
 @pytest.mark.parametrize(("rebuild", "passes"), [(False, 2), (True, 3)])
 def test_tokens_are_counted_once_and_where_experts_are(
     tmp_path: Path, mixture: Path, rebuild: bool, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the initial mask, which magnitude needs none for; and in each block's rebuild, or in the MLP's swaps."""
+    """Counts before the mask, though magnitude needs none; in each block's rebuild, or in the MLP's swaps."""
     counts = []
     forget = DecoderLayer.forget_tokens
     monkeypatch.setattr(DecoderLayer, "forget_tokens", lambda layer: counts.append(forget(layer)))
@@ -198,5 +198,5 @@ def test_padding_does_not_show_in_means_and_variances(tmp_path: Path, mixture: P
                 rebuild=False, batch_size=size, report=False,
             )
         )  # fmt: skip
-    one, three = read_folder(tmp_path / "by1"), read_folder(tmp_path / "by3")
-    assert all(torch.equal(one[name], three[name]) for name in one)
+    single, three = read_folder(tmp_path / "by1"), read_folder(tmp_path / "by3")
+    assert all(torch.equal(single[name], three[name]) for name in single)

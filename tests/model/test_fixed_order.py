@@ -40,18 +40,18 @@ def test_the_mode_is_as_it_was_afterwards() -> None:
 
 
 def on_device(monkeypatch: pytest.MonkeyPatch, possible: bool) -> list[bool]:
-    """Models are on a device from now on; the mode in which each gradient is taken."""
+    """Treat models as on a device from now on; return the mode in which each gradient is taken."""
     grad, made, modes = torch.autograd.grad, Skeleton.__init__, []
 
-    def noted(*given: Any, **named: Any) -> Any:
-        if len(given) > 2:  # not of the loss by the last states
+    def noted(*arguments: Any, **named: Any) -> Any:
+        if len(arguments) > 2:  # not of the loss by the last states
             modes.append(torch.are_deterministic_algorithms_enabled())
             if modes[-1] and not possible:
                 raise RuntimeError(MESSAGE)
-        return grad(*given, **named)
+        return grad(*arguments, **named)
 
-    def make(skeleton: Skeleton, *given: Any) -> None:
-        made(skeleton, *given)
+    def make(skeleton: Skeleton, *arguments: Any) -> None:
+        made(skeleton, *arguments)
         skeleton.order.enabled = True
 
     monkeypatch.setattr(torch.autograd, "grad", noted)
@@ -72,7 +72,7 @@ def test_every_gradient_of_a_run_on_a_device(
     prune(PruneConfig(output=tmp_path / "ordered", **settings), heard)
     assert len(modes) >= 8
     assert modes == [True] * len(modes) if possible else [True] + [False] * (len(modes) - 1)
-    assert len([one for one in heard.warnings if "no fixed order" in one]) == (0 if possible else 1)
+    assert len([message for message in heard.warnings if "no fixed order" in message]) == (0 if possible else 1)
     assert mode() == (False, False, True)
     assert read_untimed_files(tmp_path / "ordered") == read_untimed_files(tmp_path / "plain")
 

@@ -142,7 +142,7 @@ def test_shared_by_two_blocks(tmp_path: Path, settings: dict[str, str], monkeypa
 def test_a_checkpoint_that_has_it_once(tmp_path: Path, model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     save_file(
-        {name: one for name, one in tensors.items() if "o_proj" not in name},
+        {name: tensor for name, tensor in tensors.items() if "o_proj" not in name},
         model / "model.safetensors",
         {"format": "pt"},
     )

@@ -99,7 +99,7 @@ def test_layers_whose_tuples_differ_in_length(
 
 
 def test_models_that_unpack_what_layers_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three things: found by trying; and none that would do is said."""
+    """Three lengths of tuples found by trying, and a fourth for which an error says that none would do."""
     make_model(tmp_path / "dense", "llama", num_hidden_layers=2)
     config = AutoConfig.from_pretrained(tmp_path / "dense")
 

@@ -63,7 +63,7 @@ def two(model: Model, tokens: Tensor) -> Tensor:
 
 
 def looked_into(model: Model, tokens: Tensor) -> Tensor:
-    """What layers return beside the states is added up, where it is there."""
+    """Add up the losses that layers return beside the states, where there are any."""
     hidden, total = model.embedding(tokens), 0.0
     for layer in model.layers:
         hidden, loss = layer(hidden)

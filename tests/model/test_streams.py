@@ -24,16 +24,16 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "preset": "mask", "guard": 0, "r
 
 def test_swapped_arrays_are_read_by_each_others_names() -> None:
     streams = ActivationStreams(2, batch_size=2)
-    both = slice(0, 2)
+    batch = slice(0, 2)
     for name, value in (("one", 1.0), ("other", 2.0)):
-        streams.write(name, both, torch.full((2, 3, 4), value))
+        streams.write(name, batch, torch.full((2, 3, 4), value))
     streams.swap("one", "other")
-    assert (streams.read("one", both) == 2).all()
-    assert (streams.read("other", both) == 1).all()
+    assert (streams.read("one", batch) == 2).all()
+    assert (streams.read("other", batch) == 1).all()
     with pytest.raises(KeyError):
         streams.swap("one", "absent")
-    streams.write("other", both, torch.full((2, 3, 4), 3.0))
-    assert (streams.read("one", both) == 2).all()  # no two names are of one array
+    streams.write("other", batch, torch.full((2, 3, 4), 3.0))
+    assert (streams.read("one", batch) == 2).all()  # no two names are of one array
 
 
 def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Path) -> None:
@@ -115,10 +115,10 @@ def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
     def short(job: Any, index: int, *rest: Any) -> Any:
         """One layer does not fit with four or two sequences, and says so after all its work."""
         sizes.append(rest[-1].batch_size)
-        found = prune_layer(job, index, *rest) if rest[-1].batch_size == 1 or index == 0 else None
-        if found is None:
+        result = prune_layer(job, index, *rest) if rest[-1].batch_size == 1 or index == 0 else None
+        if result is None:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return found
+        return result
 
     monkeypatch.setattr(run_module, "prune_layer", short)
     run(llama, tmp_path / "short", tokens)
@@ -140,11 +140,11 @@ def test_memory_that_runs_out_while_tokens_are_embedded_says_cublas(
     run(llama, tmp_path / "whole", tokens)
     embed, sizes = Skeleton.embed, []
 
-    def short(skeleton: Skeleton, given: torch.Tensor, write: Any) -> None:
-        sizes.append(len(given))
+    def short(skeleton: Skeleton, batch: torch.Tensor, write: Any) -> None:
+        sizes.append(len(batch))
         if sizes == [4]:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-        embed(skeleton, given, write)
+        embed(skeleton, batch, write)
 
     monkeypatch.setattr(Skeleton, "embed", short)
     run(llama, tmp_path / "short", tokens)
@@ -158,11 +158,11 @@ def test_memory_that_runs_out_at_the_very_end_of_a_layer(
     run(llama, tmp_path / "whole", tokens)
     result, failed = layer_module.block_result, []
 
-    def short(*given: Any) -> Any:
+    def short(*arguments: Any) -> Any:
         if not failed:
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return result(*given)
+        return result(*arguments)
 
     monkeypatch.setattr(layer_module, "block_result", short)
     run(llama, tmp_path / "short", tokens)
@@ -198,12 +198,14 @@ def test_a_layer_that_does_not_fit_leaves_nothing_behind(
 ) -> None:
     open_layer, left = Job.open_layer, []
 
-    def short(job: Job, index: int, *given: Any) -> Any:
-        found = open_layer(job, index, *given)
-        left.append({name for name, one in job.skeleton.layers.named_parameters() if one.device.type != "meta"})
+    def short(job: Job, index: int, *arguments: Any) -> Any:
+        result = open_layer(job, index, *arguments)
+        left.append(
+            {name for name, parameter in job.skeleton.layers.named_parameters() if parameter.device.type != "meta"}
+        )
         if len(left) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return found
+        return result
 
     monkeypatch.setattr(Job, "open_layer", short)
     run(llama, tmp_path / "out", tokens, allocation="owl")

@@ -80,7 +80,7 @@ def test_a_router_with_a_name_of_its_own_is_no_linear_to_prune() -> None:
     ],
 )
 def test_experts_whose_inner_size_is_their_number_are_no_routers(family: str, changes: dict[str, int]) -> None:
-    """As those of Qwen3-Next-80B-A3B are: 512 of 512."""
+    """Experts like those of Qwen3-Next-80B-A3B: 512 of inner size 512."""
     changed, usual = find_architecture(make_config(family, **changes)), find_architecture(make_config(family))
     assert changed == usual
 
@@ -194,12 +194,12 @@ def test_a_user_decides(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_decisions_say_what_there_is(tmp_path: Path, options: dict[str, str], message: str) -> None:
-    given: dict = {**options}
-    if "blocks" in given:
-        given["blocks"] = tmp_path / "blocks.yaml"
-        given["blocks"].write_text(options["blocks"])
+    arguments: dict = {**options}
+    if "blocks" in arguments:
+        arguments["blocks"] = tmp_path / "blocks.yaml"
+        arguments["blocks"].write_text(options["blocks"])
     with pytest.raises(SettingsError, match=message) as caught:
-        settings = PruneConfig(model="x", output=tmp_path / "out", **given)
+        settings = PruneConfig(model="x", output=tmp_path / "out", **arguments)
         find_architecture(make_config("llama"), settings.structure)
     assert caught.value.hint
 

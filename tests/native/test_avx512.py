@@ -76,7 +76,7 @@ def test_bfloat16_outputs_are_rounded_to_nearest_even(level: Instructions) -> No
     """Sums of 256 and small numbers, of which bfloat16 keeps eight bits; infinities and NaN stay so."""
     inputs = torch.tensor([[256, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.bfloat16)
     weight = torch.tensor(
-        [[1, one, 0, 0, 0, 0, 0, 0] for one in (1, 1.5, 3, 2, -1, float("inf"), float("nan"))], dtype=torch.bfloat16
+        [[1, value, 0, 0, 0, 0, 0, 0] for value in (1, 1.5, 3, 2, -1, float("inf"), float("nan"))], dtype=torch.bfloat16
     )
     expected = (inputs.float() @ weight.float().T).bfloat16()
     outputs = multiply(weight, inputs, None, 1)
@@ -149,7 +149,7 @@ def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count
 @needs_avx512
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Instructions, dtype: torch.dtype) -> None:
-    """Where a file lies: the weights without a value are zero."""
+    """A file whose mask lies: the weights without a value are zero."""
     values, bits, inputs = Guarded(torch.ones(40, dtype=dtype)), torch.full((32,), 255, dtype=torch.uint8), 64
     outputs = avx512.multiply(values.tensor, bits, torch.ones(1, inputs, dtype=dtype), None, [0, 4], [0, 40])
     assert outputs.tolist() == [[40, 0, 0, 0]]
@@ -158,7 +158,7 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Inst
 @needs_avx512
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_threads_give_the_same_sums(dtype: torch.dtype) -> None:
-    """In any number, from several callers at once, and after a fork."""
+    """Sums by any number of threads, from several callers at once, and after a fork."""
     weight, inputs = make_weight(61, 256, 0.5, dtype), make_weight(2, 256, 0, dtype, seed=1)
     alone = multiply(weight, inputs, None, 1)
     assert all(torch.equal(multiply(weight, inputs, None, parts), alone) for parts in (2, 3, 4, 61))
@@ -202,8 +202,8 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_instructions_can_be_forced(forced: str, name: str) -> None:
     code = "from llm_barber.native import instructions; print(instructions().name)"
     environment = os.environ | {native.ISA: forced}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert found.stdout.strip() == min(LEVEL, Instructions[name]).name
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert process.stdout.strip() == min(LEVEL, Instructions[name]).name
 
 
 def test_other_names_of_instructions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,11 +35,11 @@ def test_products(dtype: torch.dtype, rows: int, columns: int, threads: int) -> 
         for shape in ((columns,), (1, columns), (2, columns), (1, 3, columns), (2, 2, columns)):
             inputs = torch.randn(shape, generator=generator).to(dtype)
             assert use_native(linear.values, dtype, columns, inputs.numel() // columns, False)
-            found = linear(inputs)
+            outputs = linear(inputs)
             expected = torch.nn.functional.linear(inputs.double(), weight.to(dtype).double(), linear.bias.double())
-            assert found.dtype == dtype
+            assert outputs.dtype == dtype
             torch.testing.assert_close(
-                found.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-4
+                outputs.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-4
             )
     finally:
         torch.set_num_threads(before)

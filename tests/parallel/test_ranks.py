@@ -121,8 +121,8 @@ def test_held_out_and_other_windows_are_shared_among_processes(sequences: int, h
         indices = list(range(sequences))
         assert [index for share, _ in shares for index in indices[share]] == indices[: sequences - held_out]
         assert [index for _, share in shares for index in indices[share]] == indices[sequences - held_out :]
-        sizes = [[len(indices[share]) for share in both] for both in shares]
-        assert all(sum(both) in (sequences // count, -(-sequences // count)) for both in sizes)
+        sizes = [[len(indices[share]) for share in pair] for pair in shares]
+        assert all(sum(pair) in (sequences // count, -(-sequences // count)) for pair in sizes)
         for parts, whole in zip(zip(*sizes, strict=True), (sequences - held_out, held_out), strict=True):
             assert max(parts) - min(parts) <= (1 if whole % count == sequences % count == 0 else 2)
 

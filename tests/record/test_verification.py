@@ -209,7 +209,7 @@ def test_an_edited_record_is_refused(folders: Path, edit: Callable[[dict[str, An
 def test_a_record_with_unknown_or_impossible_fields_is_refused(
     folders: Path, edit: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """Even with a digest that fits."""
+    """Edited records with a digest that fits."""
     path = folders / "pruned" / "barber.json"
     record = json.loads(path.read_text())
     edit(record)
@@ -283,7 +283,9 @@ def test_a_model_rewritten_after_the_run_is_reported(finished: Path) -> None:
     os.utime(finished / "dense" / "model.safetensors", ns=(1, 1))
     listener = Listener()
     run(finished, listener)
-    assert [warning for warning in listener.warnings if warning.startswith("model.safetensors of the model came here")]
+    assert [
+        warning for warning in listener.warnings if warning.startswith("model.safetensors of the model was modified")
+    ]
     tensors = load_file(finished / "dense" / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, finished / "dense" / "model.safetensors", {"format": "pt"})

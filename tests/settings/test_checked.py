@@ -37,7 +37,7 @@ def error_of(kind: type[Settings], **values: Any) -> str:
             ("sparsities: ", "allocation is not for patterns"),
         ),
         (RebuildConfig, {**REBUILD, "rebuild": False, "rebuild_ratio": 2}, ("rebuild_ratio: ", "is switched off")),
-        (RebuildConfig, {**REBUILD, "swaps": 0, "preset": "mask"}, ("swaps: ", "swaps are of refine swaps")),
+        (RebuildConfig, {**REBUILD, "swaps": 0, "preset": "mask"}, ("swaps: ", "swaps needs refine swaps")),
         (RebuildConfig, {**REBUILD, "seed": -1, "rebuild": False}, ("seed: ", "leave nothing to do")),
         (PlanConfig, {"model": "m", "link": -1}, ("link: ", "are of a named machine")),
         (

@@ -22,16 +22,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="how long (default: 2)")
     parser.add_argument("--seed", type=int, default=None, help="of all trials (default: a new one, which is printed)")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial, to repeat one")
-    given = parser.parse_args()
-    seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
+    options = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     torch.set_num_threads(1)
     began = told = time.monotonic()
-    print(f"soak: seed {seed}, {given.minutes:g} minutes", flush=True)
+    print(f"soak: seed {seed}, {options.minutes:g} minutes", flush=True)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder))
-        number = given.first
-        while (spent := time.monotonic() - began) < given.minutes * 60:
+        number = options.first
+        while (spent := time.monotonic() - began) < options.minutes * 60:
             trial, work = TRIALS[number % len(TRIALS)], Path(folder) / f"trial-{number}"
             work.mkdir()
             try:
@@ -45,7 +45,7 @@ def main() -> int:
             number += 1
             if time.monotonic() - told > TOLD_EVERY:
                 told = time.monotonic()
-                print(f"soak: {number - given.first} trials, {given.minutes * 60 - spent:.0f} s left", flush=True)
+                print(f"soak: {number - options.first} trials, {options.minutes * 60 - spent:.0f} s left", flush=True)
     print(f"soak: clean; {', '.join(f'{name} {count}' for name, count in counts.items())}")
     print(f"{counts.total()} passed, 0 failed")
     return 0

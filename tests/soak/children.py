@@ -26,7 +26,7 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: `done`, `refused` (an error that a user can mend), `killed`, `defect` or `hung`."""
+    """The end of a process: `done`, `refused` (an error that a user can mend), `killed`, `defect` or `hung`."""
 
     kind: str
     words: str = ""

@@ -1,4 +1,4 @@
-"""What a soak tries, and what it expects: each trial breaks something and checks the promises of the reference."""
+"""Trials of a soak: each breaks something and checks the promises of the reference."""
 
 import json
 import os
@@ -229,7 +229,7 @@ def _expect_unpacked(soak: Soak, name: str, output: Path, work: Path, notes: lis
         if not (folder / "packed.index.json").exists():
             unpacked[label] = _contents(folder)
             continue
-        outcome = run(lambda _, one=folder, to=work / label: unpack(PackConfig(model=one, output=to)) and None)
+        outcome = run(lambda _, model=folder, to=work / label: unpack(PackConfig(model=model, output=to)) and None)
         if not outcome.done:
             return False
         unpacked[label] = _contents(work / label)

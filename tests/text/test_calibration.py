@@ -20,14 +20,14 @@ def text(tmp_path: Path) -> str:
 
 
 def test_windows_are_seeded_distinct_and_contiguous(text: str) -> None:
-    one = load_calibration(text, lambda: tokenize_characters, samples=6, seqlen=7, seed=0).input_ids
-    assert one.shape == (6, 7)
-    assert one.dtype == torch.int64
-    assert (one.diff(dim=1) == 1).all()
-    assert sorted((one[:, 0] - 65).tolist()) == sorted(set((one[:, 0] - 65).tolist()))
-    assert all(start % 7 == 0 for start in (one[:, 0] - 65).tolist())
-    assert torch.equal(one, load_calibration(text, lambda: tokenize_characters, 6, 7, 0).input_ids)
-    assert not torch.equal(one, load_calibration(text, lambda: tokenize_characters, 6, 7, 1).input_ids)
+    windows = load_calibration(text, lambda: tokenize_characters, samples=6, seqlen=7, seed=0).input_ids
+    assert windows.shape == (6, 7)
+    assert windows.dtype == torch.int64
+    assert (windows.diff(dim=1) == 1).all()
+    assert sorted((windows[:, 0] - 65).tolist()) == sorted(set((windows[:, 0] - 65).tolist()))
+    assert all(start % 7 == 0 for start in (windows[:, 0] - 65).tolist())
+    assert torch.equal(windows, load_calibration(text, lambda: tokenize_characters, 6, 7, 0).input_ids)
+    assert not torch.equal(windows, load_calibration(text, lambda: tokenize_characters, 6, 7, 1).input_ids)
 
 
 def test_windows_begin_with_bos_where_texts_do(text: str) -> None:
