@@ -39,7 +39,9 @@ def test_errors_and_their_gradient() -> None:
     distance = Distance(torch.tensor([1.0, 1.0, 0.25, 1.0, 0.01]))
     output.requires_grad_()
     errors = ((output - targets) ** 2 * distance.weights).mean((1, 2))
-    assert distance.errors(targets, output.detach()).tolist() == pytest.approx(errors.tolist(), rel=1e-5)
+    assert distance.errors(targets, distance.differences(targets, output.detach())).tolist() == pytest.approx(
+        errors.tolist(), rel=1e-5
+    )
     (gradient,) = torch.autograd.grad(errors.sum() * targets[0].numel() / 2, output)
     torch.testing.assert_close(distance.gradient(targets, output.detach()), gradient)
 
@@ -57,7 +59,7 @@ def test_held_out_errors_count_a_huge_token_as_ten_median_tokens() -> None:
         counts = [most / token_size if token_size > most else 1.0 for token_size in size.tolist()]
         by_hand.append(sum(count * square for count, square in zip(counts, squares.tolist(), strict=True)) / 45)
     assert min(HUGE_TOKEN * sorted(sizes[1].tolist())[4] / token_size for token_size in sizes[1].tolist()) < 0.01
-    assert distance.errors(targets, output).tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert distance.errors(targets, distance.differences(targets, output)).tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_gradients_count_a_huge_token_as_it_is() -> None:

@@ -54,7 +54,8 @@ def test_shares_of_the_largest_token_and_channel() -> None:
     assert judgement.token_share == pytest.approx((by_token.max(1).values.sum() / squares.sum()).item(), rel=1e-5)
     assert judgement.channel_share == pytest.approx((by_channel.max() / squares.sum()).item(), rel=1e-5)
     assert judgement.token_share > 0.8
-    assert judgement.error == pytest.approx(distance.errors(target, 2 * hidden).mean().item(), rel=1e-6)
+    mean_error = distance.errors(target, distance.differences(target, 2 * hidden)).mean()
+    assert judgement.error == pytest.approx(mean_error.item(), rel=1e-6)
 
 
 def test_no_difference_has_no_shares() -> None:

@@ -38,14 +38,14 @@ class Distance:
         """Weigh channels by their usual squares (`usual_squares`), (hidden,), at least 0, in any unit."""
         return cls(_bounded(squares, HUGE).float())
 
-    def errors(self, target: Tensor, output: Tensor) -> Tensor:
+    def errors(self, target: Tensor, differences: "Squares") -> Tensor:
         """Mean distance over tokens and channels of each sequence, in which huge tokens count for less.
 
-        Takes (sequences, tokens, hidden), returns float32 (sequences,). A token whose target's square exceeds
+        Takes the target, (sequences, tokens, hidden), and the squares by which an output differs from it (the method
+        `differences`); returns float32 (sequences,). A token whose target's square exceeds
         `HUGE_TOKEN` times that of its sequence's median token counts as if it were that large.
         """
-        by_token = self.differences(target, output).by_token
-        return (by_token * self._token_weights(target)).sum(1) / target[0].numel()
+        return (differences.by_token * self._token_weights(target)).sum(1) / target[0].numel()
 
     def differences(self, target: Tensor, output: Tensor) -> "Squares":
         """Weighted squares of output − target, (sequences, tokens, hidden), by token and by channel."""

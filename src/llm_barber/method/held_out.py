@@ -48,8 +48,8 @@ def judge(
     by_channel = torch.zeros_like(distance.weights, dtype=torch.float64)
     for batch in streams.split()[1]:
         target, output = streams.read(TARGET, batch), layer.output_with(weights, streams.read(HIDDEN, batch))
-        errors += distance.errors(target, output).tolist()
         differences = distance.differences(target, output)
+        errors += distance.errors(target, differences).tolist()
         largest_tokens += differences.by_token.max(1).values.sum().item()
         squares += differences.by_token.sum().item()
         by_channel += differences.by_channel.sum(0)
