@@ -225,6 +225,8 @@ def _expect_whole(output: Path, notes: list[str]) -> None:
 def _expect_unpacked(soak: Soak, name: str, output: Path, work: Path, notes: list[str]) -> bool:
     """A folder that may be whole: it unpacks to the files of the soak's folder (True), or is refused (False)."""
     unpacked = {}
+    if (soak.folder / name / "packed.index.json").exists() and not (output / "packed.index.json").exists():
+        return False  # without its index, the folder is not a packed one
     for label, folder in (("expected", soak.folder / name), ("actual", output)):
         if not (folder / "packed.index.json").exists():
             unpacked[label] = _contents(folder)
