@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_barber.checkpoint.encoding import Packed, pack
+from llm_barber.checkpoint.encoding import Packed, pack, unpack
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.naming import find_locations
@@ -66,13 +66,13 @@ def _fill_parameters(model: PreTrainedModel, source: CheckpointSource, split: nn
         device = filling.device or empty.device
         dtype = torch.float32 if in_float32 is not None and in_float32.search(name) else empty.dtype
         packs = filling.keep_packed and type(owner) is nn.Linear and leaf == "weight" and uses[id(owner)] == 1
-        packed = _read_packed(source, name, tuple(empty.shape), dtype) if packs else None
-        if packed is None:
-            tensor = _read(source, name, tuple(empty.shape), split)
-            setattr(owner, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        shape = tuple(empty.shape)
+        weight = _read_packed(source, name, shape, dtype) if packs else _read(source, name, shape, split)
+        if isinstance(weight, Tensor):
+            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
         else:
             parent, _, last = path.rpartition(".")
-            linear = PackedLinear(packed, owner.bias)  # the bias follows; it may still be on `meta`
+            linear = PackedLinear(weight, owner.bias)  # the bias follows; it may still be on `meta`
             linear.values, linear.bits = linear.values.to(device), linear.bits.to(device)
             setattr(model.get_submodule(parent), last, linear)
         filling.progress.advance(name)
@@ -110,16 +110,16 @@ def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn
     return stacked
 
 
-def _read_packed(source: CheckpointSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Packed | None:
-    """Read a linear's weight, packed; None: it is not smaller packed."""
+def _read_packed(source: CheckpointSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Packed | Tensor:
+    """Read a linear's weight, packed where that is smaller."""
     packed = source.read_packed(name)
     if packed is None:  # it is stored dense
         tensor = source.read_parameters([name])[name]
         _check_shape(name, tuple(tensor.shape), shape)
-        return pack(tensor.to(dtype))
+        return pack(tensor.to(dtype)) or tensor
     _check_shape(name, packed.shape, shape)
     packed = Packed(packed.shape, packed.encoding, packed.values.to(dtype), packed.places)
-    return packed if packed.bytes < shape[0] * shape[1] * dtype.itemsize else None
+    return packed if packed.bytes < shape[0] * shape[1] * dtype.itemsize else unpack(packed)
 
 
 def _check_shape(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:

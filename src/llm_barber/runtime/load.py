@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import SettingsError
-from llm_barber.loading.opening import load_config
+from llm_barber.loading.opening import load_config, load_generation_config
 from llm_barber.messages import message
 from llm_barber.model.device import resolve_device
 from llm_barber.model.empty import auto_class, join_tied_linears
-from llm_barber.progress import Silent
+from llm_barber.progress import Progress, Silent
 from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.filling import Filling, fill
 from llm_barber.runtime.semi_structured import check_device, convert
@@ -27,6 +27,7 @@ def load(
     device: str = "cpu",
     semi_structured: bool = False,
     verify: bool = False,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint folder as a transformers model, one tensor after the other.
 
@@ -39,6 +40,7 @@ def load(
         semi_structured: convert linears that hold 2:4 with PyTorch's `to_sparse_semi_structured`, where dtype and shape
             allow; `model.semi_structured` and a warning say which stay dense and why. Untested on a real GPU.
         verify: compare every file with the record of the run first, which reads the folder once more.
+        progress: told of each parameter that is loaded; None: of none.
 
     Raises:
         ModelError: the checkpoint is damaged, or does not have what its configuration says; no linear can be
@@ -46,20 +48,22 @@ def load(
         VerificationError: with `verify`, the folder differs from its record.
         SettingsError: an unknown device; `semi_structured` without a GPU for it, or with `keep_packed`.
     """
+    progress = progress or Silent()
     target = resolve_device(device)
     _check_settings(target, keep_packed, semi_structured)
     source = CheckpointSource(str(model))
     if verify:
-        verify_folder(source, Silent())
+        verify_folder(source, progress)
     config = load_config(source)
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
         loaded: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     loaded.tie_weights()
     join_tied_linears(loaded)
-    fill(loaded, source, Filling(dtype, target, keep_packed, Silent()))
-    if (source.folder / "generation_config.json").exists():
-        loaded.generation_config = GenerationConfig.from_pretrained(source.folder)
+    fill(loaded, source, Filling(dtype, target, keep_packed, progress))
+    generation_config = load_generation_config(source.folder)
+    if generation_config is not None:
+        loaded.generation_config = generation_config
     loaded = loaded.to(target).eval()
     if semi_structured:
         loaded.semi_structured = convert(loaded)
