@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -113,32 +113,28 @@ def _write_and_time(
     clocks = [[writer.text] for writer in writers]
     if len(writers) > 1 and not interrupted:
         rounds, interrupted = _time_in_turn(task, writers, progress)
-        clocks = rounds if rounds[0] else clocks
+        clocks = [list(of_model) for of_model in zip(*rounds, strict=True)] or clocks
     return [_result(task, *pair) for pair in zip(writers, clocks, strict=True)], interrupted
 
 
 def _time_in_turn(task: Task, writers: list[Writer], progress: Progress) -> tuple[list[list[Clock]], bool]:
-    """Clocks of each model's complete rounds, and whether Ctrl-C ended the timing."""
+    """Clocks of each complete round, a clock for each model, and whether Ctrl-C ended the timing."""
     count = min(TIMED_TOKENS, task.new_tokens)
-    text = writers[0].text.tokens
-    tokens = (text * count)[:count]
+    tokens = (writers[0].text.tokens * count)[:count]
     settings = settings_of_generation(count)
-    rounds: list[list[Clock]] = [[] for _ in writers]
-    progress.start("timing in turn", task.config.rounds)
-    for number in range(task.config.rounds):
-        clocks = [Clock() for _ in writers]
-        pairs = list(zip(writers, clocks, strict=True))
-        for writer, clock in reversed(pairs) if number % 2 else pairs:
-            try:
-                finished = decode(writer.model, task.tokens, settings, clock, tokens)
-            except KeyboardInterrupt:
-                finished = False
-            if not finished:
-                return rounds, True
-        for clocks_of_model, clock in zip(rounds, clocks, strict=True):
-            clocks_of_model.append(clock)
-        progress.advance("")
-    return rounds, False
+    rounds: list[list[Clock]] = []
+    with suppress(KeyboardInterrupt):
+        progress.start("timing in turn", task.config.rounds)
+        for number in range(task.config.rounds):
+            clocks = [Clock() for _ in writers]
+            pairs = list(zip(writers, clocks, strict=True))
+            for writer, clock in reversed(pairs) if number % 2 else pairs:
+                if not decode(writer.model, task.tokens, settings, clock, tokens):
+                    return rounds, True
+            rounds.append(clocks)
+            progress.advance("")
+        return rounds, False
+    return rounds, True
 
 
 def _result(task: Task, writer: Writer, clocks: list[Clock]) -> GeneratedText:

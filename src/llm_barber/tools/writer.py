@@ -1,6 +1,5 @@
 """Load a model, warm it up, and let it write its text, with the memory that this takes."""
 
-import gc
 import sys
 import warnings
 from collections.abc import Callable
@@ -71,7 +70,6 @@ def load_and_write(task: Task, opened: Opened, progress: Progress, on_text: OnTe
     Raises:
         KeyboardInterrupt: Ctrl-C before the first token.
     """
-    gc.collect()
     reset_peak_memory()
     on_gpu = task.device.type == "cuda"
     before = torch.cuda.memory_allocated(task.device) if on_gpu else current_memory()
