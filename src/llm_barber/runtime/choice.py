@@ -204,10 +204,9 @@ def measure_times(weight: Packed) -> tuple[Times, Times]:
         for linear in linears:  # the first call prepares, and touches new memory
             linear(inputs[0]), linear(inputs[1])
         for number in range(ROUNDS):
-            for kind, rows in enumerate(inputs):
+            for kind, rows in enumerate(inputs):  # 0: decoding; 1: reading a prompt
                 for side, linear in enumerate(linears):
-                    if kind == 0:
-                        cached.add_(1)  # in a model the weight is not in the cache: the others were read since
+                    cached.add_(1)  # in a model the weight is not in the cache: other weights were read since
                     before = time.perf_counter()
                     linear(rows)
                     seconds[side][kind] = min(seconds[side][kind], time.perf_counter() - before)
