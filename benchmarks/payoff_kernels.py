@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from common import show
 from payoff_cells import Cells, Spread, in_turn, timed
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_barber import native
 from llm_barber.checkpoint.encoding import pack
@@ -19,7 +21,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.selection import apply_mask
-from llm_barber.runtime.packed_linear import PackedLinear, use_native
+from llm_barber.runtime.packed_linear import PackedLinear
 
 SHAPES = "4096x4096,14336x4096,4096x14336,896x4864"
 QUICK = {"shapes": "4096x4096,896x4864", "targets": "0.5", "dtypes": "bfloat16", "rows": "1,4", "rounds": 3}
@@ -39,16 +41,39 @@ class TimedLibrary:
         self._library = library
         self.seconds = 0.0
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._library, name)
+    def __getattr__(self, name: str) -> "TimedFunction":
+        function = TimedFunction(getattr(self._library, name), self)
+        setattr(self, name, function)
+        return function
 
-        def call(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*arguments)
-            self.seconds += time.perf_counter() - start
-            return result
 
-        return call
+class TimedFunction:
+    """A function of the C extension; attributes such as `argtypes` are the function's own."""
+
+    def __init__(self, function: Any, clock: TimedLibrary) -> None:
+        self.__dict__.update(function=function, clock=clock)
+
+    def __call__(self, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = self.function(*arguments)
+        self.clock.seconds += time.perf_counter() - start
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.function, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.function, name, value)
+
+
+class Products(TorchDispatchMode):
+    """Sees whether PyTorch multiplies matrices: a packed linear that does has unpacked its weight."""
+
+    seen = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.seen |= any(part in function.name() for part in ("mm", "linear", "matmul"))
+        return function(*arguments, **(keywords or {}))
 
 
 class Rotation:
@@ -131,7 +156,7 @@ class Sides:
         self.size, self.packed_size = weight.nbytes, packed_bytes(linear)
         count = max(2, -(-packed_size // self.packed_size))
         self._dense = Rotation([weight.clone() for _ in range(count)])
-        self._packed = Rotation([copy_of(linear) for _ in range(count)])
+        self._packed = Rotation([deepcopy(linear) for _ in range(count)])
         self._weight, self._copies, self._clock = weight, count, clock
 
     def measure(self, rows: int, threads: int, rounds: int) -> dict[str, Any]:
@@ -140,7 +165,9 @@ class Sides:
         weight, width = self._weight, self._weight.shape[1]
         inputs = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
         outputs, sums = torch.empty(rows, weight.shape[0]), torch.empty(weight.shape[0])
-        check(self._packed.next()(inputs), inputs, weight)
+        with Products() as products:
+            packed_outputs = self._packed.next()(inputs)
+        check(packed_outputs, inputs, weight)
         sides: dict[str, Callable[[], object]] = {
             "pytorch": lambda: torch.nn.functional.linear(inputs, self._dense.next()),
             "packed": lambda: self._packed.next()(inputs),
@@ -155,13 +182,11 @@ class Sides:
         works = {name: self._repeated(work, kernel if name == "packed" else None) for name, work in sides.items()}
         seconds = in_turn(works, rounds)
         del kernel[0]  # it warmed up
-        multiplied = use_native(self._packed.next().values, weight.dtype, width, rows, False)
-        in_c = self._clock is not None and multiplied and (threads == 1 or native.instructions() > 0)
-        if in_c:
+        if self._clock is not None and not products.seen and (threads == 1 or native.instructions() > 0):
             seconds["kernel"] = asdict(Spread.of(kernel))
         return {
             "seconds": seconds,
-            "multiplied": multiplied,
+            "multiplied": not products.seen,
             "bytes": self.size,
             "packed_bytes": self.packed_size,
             "copies": self._copies,
@@ -230,15 +255,6 @@ def byte_limit(dense: int, packed: int) -> float:
 def packed_bytes(linear: PackedLinear) -> int:
     """Bytes that a product reads of a packed linear."""
     return sum(buffer.nbytes for buffer in linear.buffers() if buffer is not None)
-
-
-def copy_of(linear: PackedLinear) -> PackedLinear:
-    """A linear with buffers of its own."""
-    copied = PackedLinear.__new__(PackedLinear)
-    torch.nn.Module.__init__(copied)
-    copied.__dict__.update({name: value for name, value in linear.__dict__.items() if name != "_buffers"})
-    copied._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in linear._buffers.items()}
-    return copied
 
 
 def check(outputs: Tensor, inputs: Tensor, weight: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The payoff benchmark: its dense kernel, the cells that it keeps, and what its page says of given numbers."""
 
+import ctypes
 import json
 from pathlib import Path
 from types import ModuleType
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from llm_barber import native
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -93,9 +96,6 @@ def test_the_byte_limit_counts_values_and_bits(kernels: ModuleType) -> None:
     linear = PackedLinear(packed, None)
     assert kernels.packed_bytes(linear) == 8 * 32 * 2 + 8 * 64 // 8
     assert kernels.byte_limit(weight.nbytes, kernels.packed_bytes(linear)) == pytest.approx(1.778, abs=1e-3)
-    copied = kernels.copy_of(linear)
-    assert copied.values.data_ptr() != linear.values.data_ptr()
-    assert torch.equal(copied.weight, weight)
 
 
 def test_copies_are_used_in_turn(kernels: ModuleType) -> None:
@@ -103,16 +103,45 @@ def test_copies_are_used_in_turn(kernels: ModuleType) -> None:
     assert [rotation.next() for _ in range(5)] == ["a", "b", "c", "a", "b"]
 
 
-def test_time_within_c_is_part_of_the_time(kernels: ModuleType) -> None:
-    sides = kernels.Sides("256x256", "bfloat16", "2:4", 1, kernels.TimedLibrary(Library()))
-    assert sides.size == 256 * 256 * 2
-    assert kernels.TimedLibrary(Library()).double(3) == 6
+def test_time_within_c_is_counted(kernels: ModuleType) -> None:
+    clock = kernels.TimedLibrary(ctypes.CDLL(None))
+    clock.strtol.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+    assert clock.strtol.argtypes[2] is ctypes.c_int
+    assert clock.strtol(b"12", None, 10) == 12
+    assert clock.seconds > 0
+    assert not hasattr(clock, "no_such_function")
 
 
-class Library:
-    @staticmethod
-    def double(number: int) -> int:
-        return 2 * number
+@pytest.mark.parametrize(("rows", "unpacks"), [(1, False), (300, None)])
+def test_sides_of_a_linear(
+    monkeypatch: pytest.MonkeyPatch, kernels: ModuleType, rows: int, unpacks: bool | None
+) -> None:
+    """What is measured is there for each side; a product that unpacks its weight is known as such."""
+    library = native.library()
+    if library is None:
+        pytest.skip("the C extension was not built")
+    clock = kernels.TimedLibrary(library)
+    monkeypatch.setattr(kernels, "SECONDS", 0.0)
+    monkeypatch.setattr(native, "library", lambda: clock)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    sides = kernels.Sides("64x256", "bfloat16", "2:4", 1, clock)
+    result = sides.measure(rows, 1, 2)
+    assert (result["bytes"], result["packed_bytes"], result["copies"]) == (32768, 16384 + 2048, 2)
+    assert {"pytorch", "packed"} <= set(result["seconds"])
+    assert ("kernel" in result["seconds"]) is result["multiplied"]
+    if unpacks is not None:
+        assert result["multiplied"] is not unpacks
+    if result["multiplied"]:
+        assert 0 < result["seconds"]["kernel"]["minimum"] <= result["seconds"]["packed"]["minimum"]
+
+
+def test_a_product_of_pytorchs_is_seen(kernels: ModuleType) -> None:
+    weight = torch.ones(8, 8)
+    with torch.inference_mode(), kernels.Products() as products:
+        weight + weight
+        assert not products.seen
+        torch.nn.functional.linear(weight[:1], weight)
+        assert products.seen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
