@@ -17,7 +17,8 @@ from llm_barber.checkpoint.encoding import Packed
 from llm_barber.checkpoint.headers import OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
-from llm_barber.checkpoint.packed import PACKED_INDEX, read_packed, unpack_tensor
+from llm_barber.checkpoint.packed import DAMAGED, PACKED_INDEX, read_packed, unpack_tensor
+from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, NotFiniteError
 
@@ -57,6 +58,12 @@ class CheckpointSource:
             )
         configuration = read_json(path)
         refuse_quantised(configuration, self.model)
+        if names_packed(configuration):
+            if not (self.folder / PACKED_INDEX).exists():
+                raise ModelError(
+                    f"{self.model} has no {PACKED_INDEX}, though its config.json says that it is packed", DAMAGED
+                )
+            del configuration[KEY]  # what follows is the model's, however it is stored
         return configuration
 
     @property

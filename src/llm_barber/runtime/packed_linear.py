@@ -59,6 +59,14 @@ class PackedLinear(nn.Module):
         put_kept(as_integers(self.values), self.bits.numpy(), as_integers(self._buffers_by_size[key]))
         return self._buffers_by_size[key].view(rows, columns)
 
+    def dense(self) -> nn.Linear:
+        """An ordinary linear with the unpacked weight."""
+        rows, columns = self.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight.clone(), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
         differentiated = torch.is_grad_enabled() and inputs.requires_grad
