@@ -114,9 +114,9 @@ def test_public_names() -> None:
     assert all(getattr(llm_barber, name) is not None for name in llm_barber.__all__)
     assert set(llm_barber.__all__) == {
         "BarberError", "CompareConfig", "Comparison", "ConvertConfig", "ConvertReport", "EvaluateConfig",
-        "Evaluation", "Forecast", "InspectConfig", "Inspection", "PackConfig", "PackReport", "PlanConfig",
-        "PruneConfig", "RebuildConfig", "ReportConfig", "RunReport", "compare", "convert", "evaluate", "inspect",
-        "load", "pack", "plan", "prune", "rebuild", "report", "unpack",
+        "Evaluation", "Forecast", "InspectConfig", "Inspection", "PackConfig", "PackReport", "PackedConfig",
+        "PlanConfig", "PruneConfig", "RebuildConfig", "ReportConfig", "RunReport", "compare", "convert", "evaluate",
+        "inspect", "load", "pack", "plan", "prune", "rebuild", "register", "report", "unpack",
     }  # fmt: skip
 
 

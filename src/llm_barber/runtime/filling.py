@@ -51,8 +51,9 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
     split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
     source.locations = find_locations(split, source.tensors)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
-    _fill_parameters(model, source, split, filling)
-    _fill_buffers(model, source, split, filling)
+    with source.kept_open():
+        _fill_parameters(model, source, split, filling)
+        _fill_buffers(model, source, split, filling)
     model.tie_weights()
 
 

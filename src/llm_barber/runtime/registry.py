@@ -64,7 +64,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Do the same in transformers before 5.20, which has no `update_attn_implementation`."""
+        """Do the same in versions of transformers that have no `update_attn_implementation`."""
         return self.update_attn_implementation(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -80,7 +80,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
-            part = min(devices & {"cpu", "disk"})
+            part = "disk" if "disk" in devices else "cpu"
             raise SettingsError(
                 message("{device_map} offloads a part of the packed model to {part}", part=part),
                 f"give a device that holds the model (keep_packed=True takes the least memory), or {UNPACK}",
@@ -200,16 +200,14 @@ def _with_packed(find: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(find)
     def find_quantizer(config: Any, quantization_config: Any, *arguments: Any, **settings: Any) -> Any:
-        entry = getattr(config, KEY, None)
+        entry: Any = getattr(config, KEY, None)
         if isinstance(entry, PackedConfig):  # the configuration of a model that was loaded
             entry = config.quantization_config = entry.to_dict()
-        is_packed = names_packed({KEY: entry})
         if not entry and _is_packed_folder(config.name_or_path):
-            entry, is_packed = {"quant_method": QUANT_METHOD}, True
-            config.quantization_config = entry
-        if is_packed and isinstance(quantization_config, PackedConfig):
-            given = {name: value for name, value in quantization_config.to_dict().items() if value is not None}
-            config.quantization_config = {**entry, **given}
+            entry = config.quantization_config = {"quant_method": QUANT_METHOD}
+        if names_packed({KEY: entry}) and isinstance(quantization_config, PackedConfig):
+            chosen = {name: value for name, value in quantization_config.to_dict().items() if value is not None}
+            config.quantization_config = {**entry, **chosen}
             quantization_config = None
         return find(config, quantization_config, *arguments, **settings)
 
