@@ -74,8 +74,8 @@ class PackedLinear(nn.Module):
         """An ordinary linear with the unpacked weight."""
         rows, columns = self.shape
         linear = nn.Linear(columns, rows, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.weight.clone(), requires_grad=False)
-        linear.bias = self.bias
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -166,8 +166,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def mark(model: PreTrainedModel, quantizer: PackedQuantizer) -> None:
-    """Tell transformers that a model's linears stay packed, if any does; otherwise it is an ordinary model."""
+    """Tell transformers that a model has packed linears, if it has; otherwise make it an ordinary model."""
     if any(isinstance(module, PackedLinear) for module in model.modules()):
+        model.requires_grad_(False)  # products that are differentiated unpack their weight
         model.hf_quantizer = quantizer
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
