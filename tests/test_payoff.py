@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from llm_barber import native
+from llm_barber.native import avx512
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -31,6 +33,13 @@ def kernels() -> ModuleType:
     import payoff_kernels
 
     return payoff_kernels
+
+
+@pytest.fixture
+def linears() -> ModuleType:
+    import payoff_linears
+
+    return payoff_linears
 
 
 @pytest.fixture
@@ -85,7 +94,7 @@ def test_a_quick_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_byte_limit_counts_values_and_bits(kernels: ModuleType) -> None:
+def test_the_byte_limit_counts_values_and_bits(kernels: ModuleType, linears: ModuleType) -> None:
     from llm_barber.checkpoint.encoding import pack
     from llm_barber.runtime.packed_linear import PackedLinear
 
@@ -94,17 +103,17 @@ def test_the_byte_limit_counts_values_and_bits(kernels: ModuleType) -> None:
     packed = pack(weight)
     assert packed is not None
     linear = PackedLinear(packed, None)
-    assert kernels.packed_bytes(linear) == 8 * 32 * 2 + 8 * 64 // 8
-    assert kernels.byte_limit(weight.nbytes, kernels.packed_bytes(linear)) == pytest.approx(1.778, abs=1e-3)
+    assert linears.packed_bytes(linear) == 8 * 32 * 2 + 8 * 64 // 8
+    assert kernels.byte_limit(weight.nbytes, linears.packed_bytes(linear)) == pytest.approx(1.778, abs=1e-3)
 
 
-def test_copies_are_used_in_turn(kernels: ModuleType) -> None:
-    rotation = kernels.Rotation(["a", "b", "c"])
+def test_copies_are_used_in_turn(linears: ModuleType) -> None:
+    rotation = linears.Rotation(["a", "b", "c"])
     assert [rotation.next() for _ in range(5)] == ["a", "b", "c", "a", "b"]
 
 
-def test_time_within_c_is_counted(kernels: ModuleType) -> None:
-    clock = kernels.TimedLibrary(ctypes.CDLL(None))
+def test_time_within_c_is_counted(linears: ModuleType) -> None:
+    clock = linears.TimedLibrary(ctypes.CDLL(None))
     clock.strtol.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
     assert clock.strtol.argtypes[2] is ctypes.c_int
     assert clock.strtol(b"12", None, 10) == 12
@@ -112,19 +121,25 @@ def test_time_within_c_is_counted(kernels: ModuleType) -> None:
     assert not hasattr(clock, "no_such_function")
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, linears: ModuleType) -> Iterator[Any]:
+    """The C extension's clock, taken out again afterwards."""
+    monkeypatch.setattr(native, "library", native.library)
+    clock = linears.install_clock()
+    if clock is None:
+        pytest.skip("the C extension was not built")
+    yield clock
+    avx512._functions.cache_clear()
+
+
 @pytest.mark.parametrize(("rows", "unpacks"), [(1, False), (300, None)])
 def test_sides_of_a_linear(
-    monkeypatch: pytest.MonkeyPatch, kernels: ModuleType, rows: int, unpacks: bool | None
+    monkeypatch: pytest.MonkeyPatch, linears: ModuleType, clock: Any, rows: int, unpacks: bool | None
 ) -> None:
     """What is measured is there for each side; a product that unpacks its weight is known as such."""
-    library = native.library()
-    if library is None:
-        pytest.skip("the C extension was not built")
-    clock = kernels.TimedLibrary(library)
-    monkeypatch.setattr(kernels, "SECONDS", 0.0)
-    monkeypatch.setattr(native, "library", lambda: clock)
+    monkeypatch.setattr(linears, "SECONDS", 0.0)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    sides = kernels.Sides("64x256", "bfloat16", "2:4", 1, clock)
+    sides = linears.Sides("64x256", "bfloat16", "2:4", 1, clock)
     result = sides.measure(rows, 1, 2)
     assert (result["bytes"], result["packed_bytes"], result["copies"]) == (32768, 16384 + 2048, 2)
     assert {"pytorch", "packed"} <= set(result["seconds"])
@@ -135,9 +150,9 @@ def test_sides_of_a_linear(
         assert 0 < result["seconds"]["kernel"]["minimum"] <= result["seconds"]["packed"]["minimum"]
 
 
-def test_a_product_of_pytorchs_is_seen(kernels: ModuleType) -> None:
+def test_a_product_of_pytorchs_is_seen(linears: ModuleType) -> None:
     weight = torch.ones(8, 8)
-    with torch.inference_mode(), kernels.Products() as products:
+    with torch.inference_mode(), linears.Products() as products:
         weight + weight
         assert not products.seen
         torch.nn.functional.linear(weight[:1], weight)
