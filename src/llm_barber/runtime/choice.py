@@ -22,6 +22,7 @@ from llm_barber.messages import message
 from llm_barber.native import Instructions
 from llm_barber.runtime.packed_linear import PackedLinear
 
+CPU = torch.device("cpu")
 KeepPacked = bool | Literal["auto"] | Mapping[str, bool]
 
 PROMPT, NEW = 256, 256  # tokens of the conversation
@@ -76,7 +77,7 @@ class Choice:
         keep_packed: all linears where that saves memory; none; "auto"; or a decision for each name, where linears that
             are not named are dense.
         names: linears that may be packed.
-        device: of the model; None: not known.
+        device: of the model.
         measure: times of a weight, packed and dense.
 
     Raises:
@@ -88,7 +89,7 @@ class Choice:
         self,
         keep_packed: KeepPacked,
         names: Iterable[str],
-        device: torch.device | None = None,
+        device: torch.device = CPU,
         measure: Callable[[Packed], tuple[Times, Times]] | None = None,
     ) -> None:
         check(keep_packed, device)
@@ -161,7 +162,7 @@ class Choice:
             )
 
 
-def check(keep_packed: KeepPacked, device: torch.device | None) -> None:
+def check(keep_packed: KeepPacked, device: torch.device) -> None:
     """Refuse a value that `keep_packed` cannot have.
 
     Raises:
@@ -177,7 +178,7 @@ def check(keep_packed: KeepPacked, device: torch.device | None) -> None:
                 raise SettingsError(shown, hint)
     elif not isinstance(keep_packed, bool) and keep_packed != "auto":
         raise SettingsError(message("{keep_packed} cannot be {value!r}", value=keep_packed), hint)
-    if keep_packed == "auto" and device is not None and device.type != "cpu":
+    if keep_packed == "auto" and device.type != "cpu":
         raise SettingsError(
             message("{keep_packed:auto} times products on the CPU, not on {device}", device=device),
             "give keep_packed=True or False there",

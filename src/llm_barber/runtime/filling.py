@@ -33,12 +33,14 @@ class Filling:
         device: of the weights; None: each parameter's own.
         keep_packed: which linears stay packed in memory, as in `load`.
         progress: told of each parameter.
+        requires_grad: dense parameters take gradients.
     """
 
     dtype: torch.dtype
     device: torch.device | None
     keep_packed: KeepPacked
     progress: Progress
+    requires_grad: bool = False
 
 
 def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> None:
@@ -53,8 +55,9 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
     split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
     source.locations = find_locations(split, source.tensors)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
-    model.keep_packed = _fill_parameters(model, source, split, filling)
-    _fill_buffers(model, source, split, filling)
+    with source.kept_open():
+        model.keep_packed = _fill_parameters(model, source, split, filling)
+        _fill_buffers(model, source, split, filling)
     model.tie_weights()
 
 
@@ -62,7 +65,8 @@ def _fill_parameters(
     model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling
 ) -> dict[str, bool]:
     """Read all parameters; whether each linear that may be packed is."""
-    choice = Choice(filling.keep_packed, _packable_names(model), filling.device)
+    device = filling.device or next(model.parameters()).device
+    choice = Choice(filling.keep_packed, _packable_names(model), device)
     in_float32 = _float32_names(model, filling.dtype)
     names = [name for name, _ in model.named_parameters()]  # a tied parameter has its first name here
     filling.progress.start(f"loading {source.model}", len(names))
@@ -78,7 +82,7 @@ def _fill_parameters(
         else:
             weight = _read(source, name, shape, split)
         if isinstance(weight, Tensor):
-            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
+            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=filling.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
             linear = PackedLinear(weight, owner.bias)  # the bias follows; it may still be on `meta`

@@ -20,6 +20,7 @@ from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.choice import KeepPacked
 from llm_barber.runtime.choice import check as check_keep_packed
 from llm_barber.runtime.filling import Filling, fill
+from llm_barber.runtime.registry import PackedConfig, PackedQuantizer, mark
 from llm_barber.runtime.semi_structured import check_device, convert
 
 
@@ -70,6 +71,8 @@ def load(
     if generation_config is not None:
         loaded.generation_config = generation_config
     loaded = loaded.to(target).eval()
+    if keep_packed:
+        mark(loaded, PackedQuantizer(PackedConfig(keep_packed)))
     if semi_structured:
         loaded.semi_structured = convert(loaded)
     return loaded
