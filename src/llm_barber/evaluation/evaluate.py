@@ -17,6 +17,7 @@ from llm_barber.evaluation.tasks import TaskRun, compare_tasks, find_tasks
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.loading.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
+from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.calibration import read_text
@@ -90,6 +91,7 @@ class Evaluator:
         self._other_states: dict[str, HiddenStates] = {}
         self._other_tasks: TaskRun | None = None
 
+    @same_kernels()
     def measure(self, model: str, progress: Progress, with_tasks: bool = True) -> Evaluation:
         """Measure one model, on the texts and, unless `with_tasks` is False, on the tasks.
 
