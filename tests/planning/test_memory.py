@@ -42,6 +42,9 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
         held = peak_footprint(model, replace(recipe, granularity=granularity))
         assert held.device == masks + rebuilding + ranking
         assert held.host == streams + 2 * weights  # a layer's pruned weights on their way to a file
+    for ranked, ranking in ((Granularity.LINEAR, 44 * linear), (Granularity.OUTPUT, 12 * linear + 32 * 2**24)):
+        held = peak_footprint(model, replace(recipe, granularity=None, initial_granularity=ranked))
+        assert held.device == masks + ranking
     on_cpu = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK, on_cpu=True))
     assert on_cpu.host == streams + masks + rebuilding + 24 * weights
     monkeypatch.setattr(memory, "LONGEST_ON_GPU", linear)

@@ -23,13 +23,13 @@ REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_prec
 @contextmanager
 def same_kernels() -> Iterator[None]:
     """Compute attention without cuDNN and add up half-precision products in float32, within the context."""
-    matmul: Any = torch.backends.cuda.matmul
+    cuda: Any = torch.backends.cuda
     with ExitStack() as stack:
-        stack.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        stack.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
+        cuda.enable_cudnn_sdp(False)
         for name in REDUCTIONS:
-            stack.callback(setattr, matmul, name, _reduction(matmul, name))
-            setattr(matmul, name, False)
+            stack.callback(setattr, cuda.matmul, name, _reduction(cuda.matmul, name))
+            setattr(cuda.matmul, name, False)
         yield
 
 

@@ -62,7 +62,7 @@ def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
         working = Footprint()
         if recipe.refine is not None:
             working = _refining(head, replace(recipe, refine=recipe.refine.of_head))
-        ranking = _ranking(head.weights, head.weights, recipe)
+        ranking = _ranking(head.weights, head.weights if recipe.ranks_linears else 0, recipe)
         moments.append(streams + outside + pruned + max(working, ranking, key=_device))
     if recipe.on_cpu:
         return Footprint(host=max(moment.host + moment.device for moment in moments))
@@ -72,7 +72,7 @@ def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
 def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
     """Moments of a layer: its masks are chosen, rebuilt, refined and tuned; without the layer itself."""
     largest = max((block.largest for block in layer.blocks), default=0)
-    moments = [_ranking(largest, largest, recipe)]  # as if the linear were one group
+    moments = [_ranking(largest, largest if recipe.ranks_linears else 0, recipe)]
     if recipe.initial in UPDATING and layer.blocks:
         moments.append(_updating(layer, recipe))
     for block in layer.blocks:
