@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from llm_barber.settings.compare import CompareConfig
     from llm_barber.settings.copies import ConvertConfig, PackConfig
     from llm_barber.settings.evaluate import EvaluateConfig
+    from llm_barber.settings.generate import GenerateConfig
     from llm_barber.settings.inspect import InspectConfig
     from llm_barber.settings.plan import PlanConfig
     from llm_barber.settings.prune import PruneConfig, RebuildConfig
     from llm_barber.settings.report import ReportConfig
     from llm_barber.tools.convert import ConvertReport, convert
+    from llm_barber.tools.generate import generate
+    from llm_barber.tools.generation import Generation
     from llm_barber.tools.inspection import Inspection, inspect
     from llm_barber.tools.packing import PackReport, pack, unpack
 
@@ -37,6 +40,8 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "Forecast",
+    "GenerateConfig",
+    "Generation",
     "InspectConfig",
     "Inspection",
     "PackConfig",
@@ -49,6 +54,7 @@ __all__ = [
     "compare",
     "convert",
     "evaluate",
+    "generate",
     "inspect",
     "load",
     "pack",
@@ -70,6 +76,8 @@ _MODULES = {
     "EvaluateConfig": "settings.evaluate",
     "Evaluation": "evaluation.result",
     "Forecast": "planning.forecast",
+    "GenerateConfig": "settings.generate",
+    "Generation": "tools.generation",
     "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",
     "PackConfig": "settings.copies",
@@ -82,6 +90,7 @@ _MODULES = {
     "compare": "comparison.compare",
     "convert": "tools.convert",
     "evaluate": "evaluation.evaluate",
+    "generate": "tools.generate",
     "inspect": "tools.inspection",
     "load": "runtime.load",
     "pack": "tools.packing",
