@@ -115,8 +115,9 @@ def test_public_names() -> None:
     assert set(llm_barber.__all__) == {
         "BarberError", "CompareConfig", "Comparison", "ConvertConfig", "ConvertReport", "EvaluateConfig",
         "Evaluation", "Forecast", "GenerateConfig", "Generation", "InspectConfig", "Inspection", "PackConfig",
-        "PackReport", "PlanConfig", "PruneConfig", "RebuildConfig", "ReportConfig", "RunReport", "compare", "convert",
-        "evaluate", "generate", "inspect", "load", "pack", "plan", "prune", "rebuild", "report", "unpack",
+        "PackReport", "PackedConfig", "PlanConfig", "PruneConfig", "RebuildConfig", "ReportConfig", "RunReport",
+        "compare", "convert", "evaluate", "generate", "inspect", "load", "pack", "plan", "prune", "rebuild",
+        "register", "report", "unpack",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llm_barber.record.report import RunReport
     from llm_barber.run.commands import prune, rebuild
     from llm_barber.runtime.load import load
+    from llm_barber.runtime.registry import PackedConfig, register
     from llm_barber.settings.compare import CompareConfig
     from llm_barber.settings.copies import ConvertConfig, PackConfig
     from llm_barber.settings.evaluate import EvaluateConfig
@@ -46,6 +47,7 @@ __all__ = [
     "Inspection",
     "PackConfig",
     "PackReport",
+    "PackedConfig",
     "PlanConfig",
     "PruneConfig",
     "RebuildConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "plan",
     "prune",
     "rebuild",
+    "register",
     "report",
     "unpack",
 ]
@@ -82,6 +85,7 @@ _MODULES = {
     "Inspection": "tools.inspection",
     "PackConfig": "settings.copies",
     "PackReport": "tools.packing",
+    "PackedConfig": "runtime.registry",
     "PlanConfig": "settings.plan",
     "PruneConfig": "settings.prune",
     "RebuildConfig": "settings.prune",
@@ -97,6 +101,7 @@ _MODULES = {
     "plan": "planning.plan",
     "prune": "run.commands",
     "rebuild": "run.commands",
+    "register": "runtime.registry",
     "report": "page.write",
     "unpack": "tools.packing",
 }

@@ -32,12 +32,14 @@ class Filling:
         device: of the weights; None: each parameter's own.
         keep_packed: linears stay packed in memory where that is smaller.
         progress: told of each parameter.
+        requires_grad: dense parameters take gradients.
     """
 
     dtype: torch.dtype
     device: torch.device | None
     keep_packed: bool
     progress: Progress
+    requires_grad: bool = False
 
 
 def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> None:
@@ -49,8 +51,9 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
     split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
     source.locations = find_locations(split, source.tensors)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
-    _fill_parameters(model, source, split, filling)
-    _fill_buffers(model, source, split, filling)
+    with source.kept_open():
+        _fill_parameters(model, source, split, filling)
+        _fill_buffers(model, source, split, filling)
     model.tie_weights()
 
 
@@ -69,7 +72,7 @@ def _fill_parameters(model: PreTrainedModel, source: CheckpointSource, split: nn
         shape = tuple(empty.shape)
         weight = _read_packed(source, name, shape, dtype) if packs else _read(source, name, shape, split)
         if isinstance(weight, Tensor):
-            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
+            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=filling.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
             linear = PackedLinear(weight, owner.bias)  # the bias follows; it may still be on `meta`

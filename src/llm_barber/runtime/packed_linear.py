@@ -90,6 +90,14 @@ class PackedLinear(nn.Module):
         self._unpack(weight)
         return weight
 
+    def dense(self) -> nn.Linear:
+        """An ordinary linear with the unpacked weight."""
+        rows, columns = self.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
         bias = self._parameters["bias"]
