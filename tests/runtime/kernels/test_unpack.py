@@ -83,7 +83,7 @@ def test_many_rows_of_inputs_are_multiplied_with_the_unpacked_weight(monkeypatch
 def test_it_compiles_for_a_gpu_within_its_budget(tmp_path: Path, capability: int) -> None:
     """A warp takes a row of 256 columns, so that a lane has 8 weights of its own, and stores them at once."""
     kinds = {"values": "*bf16", "bits": "*u8", "starts": "*i32", "weight": "*bf16"}
-    kinds |= dict.fromkeys(["rows", "columns", "blocks"], "i32")
+    kinds |= dict.fromkeys(["rows", "columns"], "i32")
     code = compile_kernel(kernel, "_unpack", kinds, {"width": 256, "height": 4}, capability, tmp_path)
     assert code.spills == 0
     assert code.barriers == 0

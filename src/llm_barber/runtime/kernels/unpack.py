@@ -19,10 +19,10 @@ ROWS = 4  # rows of a program: a warp takes a row of a block, so that no warp wa
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _unpack(  # type: ignore[no-untyped-def]
-    values, bits, starts, weight, rows, columns, blocks, width: tl.constexpr, height: tl.constexpr
+    values, bits, starts, weight, rows, columns, width: tl.constexpr, height: tl.constexpr
 ):
     row = tl.program_id(0) * height + tl.arange(0, height)
-    block = tl.program_id(1)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
     column = block * width + tl.arange(0, width)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     bit = row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -48,6 +48,6 @@ def unpack(values: Tensor, bits: Tensor, starts: Tensor, shape: tuple[int, int],
     # A launch goes to the current device, whatever the tensors' device is.
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
         _unpack[(triton.cdiv(rows, ROWS), starts.shape[1])](
-            values, bits, starts, weight, rows, columns, starts.shape[1], width=block, height=ROWS
+            values, bits, starts, weight, rows, columns, width=block, height=ROWS
         )
     return weight
