@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from llm_barber.checkpoint.encoding import Encoding, Packed, pack, places_bytes, unpack
+from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask, pack, places_bytes, unpack
 from llm_barber.checkpoint.untrusted import check_file_name, read_json
 from llm_barber.errors import ModelError
 
@@ -134,6 +135,20 @@ def read_table(
         if name.endswith((VALUES, PLACES)) and name.removesuffix(VALUES).removesuffix(PLACES) not in table.packed:
             raise ModelError(f"{name} in {file} is not in its table", DAMAGED)
     return table
+
+
+def read_packed(name: str, entry: Entry, handle: Any, file: str) -> Packed:
+    """Read a packed weight of an opened shard, with a bit mask for its places whatever its encoding.
+
+    Raises:
+        ModelError: values and places do not fit together.
+    """
+    values, places = handle.get_tensor(name + VALUES).clone(), handle.get_tensor(name + PLACES).clone()
+    try:
+        bits = bitmask(Packed(entry.matrix, entry.encoding, values, places))
+    except ValueError as error:
+        raise ModelError(f"{name} in {file}: {error}", DAMAGED) from error
+    return Packed(entry.matrix, Encoding.BITMASK, values, torch.from_numpy(bits))
 
 
 def unpack_tensor(name: str, entry: Entry, handle: Any, file: str) -> Tensor:

@@ -3,20 +3,24 @@
 Nothing is unpickled, and no code that comes with a model is run. What an index says is checked against the files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llm_barber.checkpoint.companions import companions, refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.digests import files_key
-from llm_barber.checkpoint.headers import OpenedShard, read_headers
+from llm_barber.checkpoint.encoding import Packed
+from llm_barber.checkpoint.headers import LastShard, OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
-from llm_barber.checkpoint.packed import PACKED_INDEX, unpack_tensor
+from llm_barber.checkpoint.packed import DAMAGED, PACKED_INDEX, read_packed, unpack_tensor
+from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, NotFiniteError
 
@@ -41,6 +45,7 @@ class CheckpointSource:
         self.configuration = self._read_configuration()
         self.tensors, self.packed = read_headers(self.folder, self.model)
         check_counts(self.configuration, self.model, (info.shape for info in self.tensors.values()))
+        self._last: LastShard | None = None
         files = {"config.json"} | self._shards
         # Modification times, ns: an unfinished run asks whether each file is still the one that it began with.
         self.written = {name: (self.folder / name).stat().st_mtime_ns for name in sorted(files)}
@@ -56,6 +61,12 @@ class CheckpointSource:
             )
         configuration = read_json(path)
         refuse_quantised(configuration, self.model)
+        if names_packed(configuration):
+            if not (self.folder / PACKED_INDEX).exists():
+                raise ModelError(
+                    f"{self.model} has no {PACKED_INDEX}, though its config.json says that it is packed", DAMAGED
+                )
+            del configuration[KEY]  # what follows is the model's, however it is stored
         return configuration
 
     @property
@@ -97,6 +108,32 @@ class CheckpointSource:
             )
         return shape
 
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Keep the shard that was read last open inside a `with` statement: opening takes a millisecond.
+
+        A shard is opened anew after some 256 MiB: pages of an open file count as this process's memory.
+        """
+        self._last = LastShard()
+        try:
+            yield
+        finally:
+            last, self._last = self._last, None
+            last.close()
+
+    @contextmanager
+    def _shard(self, file: str) -> Iterator[Any]:
+        path = self.folder / file
+        if self._last is None:
+            with OpenedShard(path) as handle:
+                yield handle
+            return
+        shard = self._last.opened(path)
+        try:
+            yield shard.handle
+        except SafetensorError as error:
+            raise shard.damaged(error) from error
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by the checkpoint's names, each file opened once.
 
@@ -110,24 +147,47 @@ class CheckpointSource:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            with OpenedShard(self.folder / file) as handle:
+            with self._shard(file) as handle:
                 entries = self.packed[file].packed if file in self.packed else {}
                 for name in members:
                     if name in entries:
                         tensor = unpack_tensor(name, entries[name], handle, file)
                     else:
                         tensor = handle.get_tensor(name).clone()
-                    if self.tensors[name].dtype in FLOAT_DTYPES and not _all_finite(tensor):
-                        raise NotFiniteError(
-                            f"{name} in {file} holds NaN or Inf",
-                            "the checkpoint is damaged or overflowed when it was converted; get it again",
-                        )
+                    self._refuse_not_finite(name, tensor)
                     tensors[name] = tensor
+                    if self._last is not None:
+                        self._last.bytes += tensor.nbytes
         return tensors
+
+    def _refuse_not_finite(self, name: str, values: Tensor) -> None:
+        info = self.tensors[name]
+        if info.dtype in FLOAT_DTYPES and not _all_finite(values):
+            raise NotFiniteError(
+                f"{name} in {info.file} holds NaN or Inf",
+                "the checkpoint is damaged or overflowed when it was converted; get it again",
+            )
 
     def read_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read parameters by the model's names; errors as of `read` and `location`."""
         return self.read_locations({name: self.location(name) for name in names})
+
+    def read_packed(self, name: str) -> Packed | None:
+        """Read a matrix as its shard packs it, with a bit mask; None: no shard has it as a packed matrix.
+
+        `name` is the model's; errors as of `read` and `location`.
+        """
+        location = self.location(name)
+        file = self.tensors[location.tensor].file
+        entry = self.packed[file].packed.get(location.tensor) if file in self.packed else None
+        if entry is None or len(entry.shape) != 2 or location.part is not None:
+            return None
+        with self._shard(file) as handle:
+            packed = read_packed(location.tensor, entry, handle, file)
+        if self._last is not None:
+            self._last.bytes += packed.bytes
+        self._refuse_not_finite(location.tensor, packed.values)
+        return packed
 
     def read_locations(self, locations: Mapping[str, Location]) -> dict[str, Tensor]:
         """Read the parameters at some locations, by their names in the mapping; errors as of `read`."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
+from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.loading.naming import find_locations
@@ -18,6 +19,7 @@ from llm_barber.model.empty import untie_head
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.text.windows import beginning_of_texts
 
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -127,8 +129,15 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
         raise unusable_configuration(source.model, error) from error
+    forget_packed(config)
     check_finite(source.configuration, config, source.model)
     return config
+
+
+def forget_packed(config: PreTrainedConfig) -> None:
+    """Remove the entry that says that the weights are packed: what is built from `config` is an ordinary model."""
+    if names_packed({KEY: getattr(config, KEY, None)}):
+        delattr(config, KEY)
 
 
 def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, model: str) -> None:
@@ -180,6 +189,23 @@ def unusable_configuration(model: str, error: Exception) -> ModelError:
             "architectures that transformers has itself are pruned",
         )
     return ModelError(f"config.json of {model} cannot be used: {first_line(error)}", "get the file again")
+
+
+def load_generation_config(folder: Path) -> GenerationConfig | None:
+    """How a model's folder says that its text is generated; None: it does not say.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    if not (folder / GENERATION_CONFIG).exists():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever a damaged file makes it raise
+        raise ModelError(
+            f"{GENERATION_CONFIG} in {folder} cannot be used: {first_line(error)}",
+            "get the file again, or remove it: a model is loaded without it, too",
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any | None:

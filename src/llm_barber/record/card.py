@@ -19,11 +19,18 @@ USE = {
     ),
     "packed": (
         "import llm_barber  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE",
-        "from transformers import AutoTokenizer",
+        "from transformers import {kind}, AutoTokenizer",
         "",
-        'model = llm_barber.load("THIS_FOLDER")',
+        "llm_barber.register()  # without it, transformers finds no weights here",
+        'model = {kind}.from_pretrained("THIS_FOLDER")',
     ),
 }
+# What cards of packed models said before; `card_of_format` finds it, too.
+FORMER_USE = (
+    "import llm_barber  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE\n"
+    "from transformers import AutoTokenizer\n\n"
+    'model = llm_barber.load("THIS_FOLDER")'
+)
 STORED = {
     "dense": "The numbers of zeros are real, the format is dense: the file is no smaller and runs no faster than the "
     "original by itself.",
@@ -127,6 +134,7 @@ def _table_of_errors(report: RunReport) -> list[str]:
 
 def card_of_format(card: str, report: RunReport, stored: str) -> str:
     """Change a card's sentences about the format to "dense" or "packed"; all else stays."""
+    card = card.replace(FORMER_USE, _use(report, "packed"))
     for other in STORED.keys() - {stored}:
         card = card.replace(STORED[other], STORED[stored]).replace(_use(report, other), _use(report, stored))
     return card

@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_barber.checkpoint.companions import CARD_NAME, OWN_JSON, PAGE_NAME
 from llm_barber.checkpoint.index import packed_index
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX, TABLE_KEY, Table, pack_tensors, packed_name
+from llm_barber.checkpoint.packed_writer import name_format
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
@@ -117,6 +118,7 @@ def _convert(
             refuse(source.model, written_otherwise(writer.digests, record))
         _copy_card(source.folder, record, "dense" if index is None else "packed", writer)
         if index is not None:
+            name_format(writer)
             weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
             writer.write_file(index, packed_index(weight_map))
         after = sum((writer.folder / shard).stat().st_size for shard in writer.shard_names)
