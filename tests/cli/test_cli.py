@@ -164,7 +164,7 @@ def test_every_setting_is_an_option() -> None:
         PlanConfig: {"output", *NOT_IN_PLAN},
         CompareConfig: {"rebuild_settings", "task_seeds"},
     }
-    display = {"json", "quiet", "debug", "dry_run", "keep"}
+    display = {"json", "quiet", "verbose", "debug", "dry_run", "keep"}
     assert CONFIGS.keys() == COMMANDS.keys()
     for command, config in CONFIGS.items():
         options = parameters(command)

@@ -83,6 +83,13 @@ def test_a_prompt_from_standard_input(
     assert capsys.readouterr().err.startswith("error: PROMPT: standard input is empty\nhint: ")
 
 
+def test_verbose_says_what_is_chosen(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(model, "Once upon", "--max-new-tokens", 2, "--keep-packed", "auto", "-v") == 0
+    assert "keep_packed: 0 linears packed, " in capsys.readouterr().err
+    assert call(model, "Once upon", "--max-new-tokens", 2, "--keep-packed", "auto") == 0
+    assert "keep_packed" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -1,6 +1,7 @@
 """Products by AVX-512 against dense ones: rounding, threads, forced instructions, and arrays that end at a page."""
 
 import ctypes
+import logging
 import mmap
 import os
 import subprocess
@@ -324,6 +325,26 @@ def test_instructions_can_be_forced(forced: str, name: str) -> None:
     environment = os.environ | {native.ISA: forced}
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert process.stdout.strip() == min(LEVEL, Instructions[name]).name
+
+
+@pytest.mark.parametrize(
+    ("built", "most", "forced", "text"),
+    [
+        (False, Instructions.AVX2, "", "unpacked by NumPy, since the C extension is missing"),
+        (True, Instructions.AVX2, "", "AVX2, since the processor lacks AVX-512"),
+        (True, Instructions.AMX, "avx512", "AVX512; the processor has AMX"),
+    ],
+)
+def test_the_log_says_what_is_used(
+    built: bool, most: Instructions, forced: str, text: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(native.ISA, forced)
+    monkeypatch.setattr(native, "library", lambda: object() if built else None)
+    monkeypatch.setattr(native, "_processor_instructions", lambda: most)
+    with caplog.at_level(logging.INFO, logger="llm_barber"):
+        native.instructions.__wrapped__()
+    assert text in caplog.text
 
 
 def test_other_names_of_instructions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,7 @@ def test_packed_linears_stay_packed_unless_told_otherwise(tmp_path: Path) -> Non
     assert list(plain.tokens) == list(kept.tokens) == greedy(tmp_path / "pruned")
     assert run(packed, keep_packed=False).generated.packed_linears == 0
     assert GenerateConfig(model="m", prompt="p", keep_packed=True).keep_packed is KeepPacked.YES
+    assert [choice.as_loaded for choice in KeepPacked] == [True, False, "auto"]
 
 
 def test_the_chat_template_is_applied_once_and_texts_begin_once(model: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llm_barber.cli.app import command, print_json
-from llm_barber.cli.options import OUTPUT, JsonOption, QuietOption
+from llm_barber.cli.options import OUTPUT, JsonOption, QuietOption, VerboseOption
 from llm_barber.errors import InterruptedTextError, ModelError
 from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.evaluate import EvaluateConfig
@@ -70,7 +70,9 @@ def evaluate(
         "llm-barber generate pruned - --no-chat --temperature 0.8 --seed 1 < beginning.txt",
     ),
 )
-def generate(config: GenerateConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+def generate(
+    config: GenerateConfig, json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False
+) -> None:
     """Let MODEL continue PROMPT, and measure its speed and memory, alone or in turn with the dense model.
 
     The text goes to stdout as it is written, speed and memory to stderr. With --against both texts and a table go to
@@ -78,7 +80,7 @@ def generate(config: GenerateConfig, json: JsonOption = False, quiet: QuietOptio
     """
     from llm_barber.cli.progress import ConsoleProgress
 
-    with ConsoleProgress(quiet) as progress:
+    with ConsoleProgress(quiet, verbose=verbose) as progress:
         from llm_barber.tools.generate import generate as run
 
         streamed = config.against is None and not json

@@ -59,6 +59,10 @@ DryRunOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout", rich_help_panel=OUTPUT)]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress", rich_help_panel=OUTPUT)]
+VerboseOption = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Say which instructions and packed linears are used", rich_help_panel=OUTPUT),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors", rich_help_panel=OUTPUT)]
 
 

@@ -1,5 +1,6 @@
 """Progress with an ETA on stderr, and warnings."""
 
+import logging
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ from rich.table import Column
 from llm_barber.messages import Message
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
+LOGGER = logging.getLogger("llm_barber")
 PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
 
 
@@ -30,9 +32,10 @@ class ConsoleProgress:
     Args:
         quiet: show warnings only.
         muted: show nothing, since another process of the run shows the warnings.
+        verbose: show what the package logs, too.
     """
 
-    def __init__(self, quiet: bool = False, muted: bool = False) -> None:
+    def __init__(self, quiet: bool = False, muted: bool = False, verbose: bool = False) -> None:
         self._muted = muted
         self.console = Console(stderr=True, quiet=quiet or muted, highlight=False, markup=False)
         self.live = self.console.is_terminal and not (quiet or muted)
@@ -54,8 +57,12 @@ class ConsoleProgress:
         self._task: TaskID | None = None
         self._title, self._total, self._done, self._finished = "", 0, 0, 0
         self._began = self._told = 0.0
+        self._log = _Log(self) if verbose else None
 
     def __enter__(self) -> Self:
+        if self._log is not None:
+            LOGGER.setLevel(logging.INFO)
+            LOGGER.addHandler(self._log)
         self._bars.start()
         self.stage("loading PyTorch and transformers")
         from transformers.utils import logging as transformers_logging
@@ -69,6 +76,8 @@ class ConsoleProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        if self._log is not None:
+            LOGGER.removeHandler(self._log)
 
     def stage(self, title: str) -> None:
         """Begin a stage of unknown length."""
@@ -124,3 +133,15 @@ class ConsoleProgress:
         if self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
+
+
+class _Log(logging.Handler):
+    """Show log messages beside the progress."""
+
+    def __init__(self, progress: ConsoleProgress) -> None:
+        super().__init__()
+        self._console = progress.console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a message as a line."""
+        self._console.print(record.getMessage(), style="dim", soft_wrap=True)

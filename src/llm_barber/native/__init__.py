@@ -5,6 +5,7 @@ Sizes are checked here, not in C.
 """
 
 import ctypes
+import logging
 import os
 from enum import IntEnum
 from functools import cache
@@ -21,6 +22,9 @@ ITEMS = (2, 4)  # bytes of a weight
 LAYOUTS = ((3, 4, 6), (7, 8, 7))
 ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512, avx512bf16 or amx
 PRODUCT_ROWS = 4  # rows of inputs that a product takes
+
+
+logger = logging.getLogger(__name__)
 
 
 class Instructions(IntEnum):
@@ -52,9 +56,26 @@ def instructions() -> Instructions:
     Raises:
         SettingsError: the variable holds something else.
     """
+    most = _processor_instructions()
+    level = _limited(most)
+    if library() is None:
+        logger.info("packed weights: unpacked by NumPy, since the C extension is missing or the processor lacks AVX2")
+    elif most == Instructions.AVX2:
+        logger.info("packed weights: AVX2, since the processor lacks AVX-512 with VBMI2, or the C extension is old")
+    else:
+        logger.info("packed weights: %s; the processor has %s", level.name, most.name)
+    return level
+
+
+def _processor_instructions() -> Instructions:
+    """Instructions that the processor and the extension have."""
     loaded = library()
     find_level = getattr(loaded, "packed_instructions", None)  # an extension that was built earlier lacks it
-    level = Instructions(find_level() if find_level is not None else 0)
+    return Instructions(find_level() if find_level is not None else 0)
+
+
+def _limited(level: Instructions) -> Instructions:
+    """Instructions after the environment variable."""
     limit = os.environ.get(ISA, "")
     if not limit:
         return level

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
@@ -16,10 +16,16 @@ ROUNDS = 5
 
 
 class KeepPacked(StrEnum):
-    """Whether the weights of pruned linears stay packed in memory."""
+    """Whether the weights of pruned linears stay packed in memory; auto: those that are faster so."""
 
     YES = "yes"
     NO = "no"
+    AUTO = "auto"
+
+    @property
+    def as_loaded(self) -> bool | Literal["auto"]:
+        """Value for `load`."""
+        return "auto" if self is KeepPacked.AUTO else self is KeepPacked.YES
 
 
 def _as_choice(value: Any) -> Any:
@@ -57,7 +63,8 @@ class GenerateConfig(Settings):
         None, description="Put the prompt into the tokenizer's chat template (default: on if it has one)"
     )
     keep_packed: Annotated[KeepPacked, BeforeValidator(_as_choice)] = Field(
-        KeepPacked.YES, description="Keep pruned linears of `model` packed in memory"
+        KeepPacked.YES,
+        description="Keep pruned linears of `model` packed in memory; auto: those that are faster packed on this CPU",
     )
     repeats: int | None = Field(None, ge=1, description=f"Rounds of timing with `against` (default: {ROUNDS})")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress
+from llm_barber.runtime.choice import KeepPacked
 from llm_barber.runtime.load import load
 from llm_barber.settings.generate import GenerateConfig
 from llm_barber.tools.decoding import Clock, CountedTokens, PiecewiseText, decode, settings_of_generation
@@ -33,7 +34,7 @@ class Opened:
 
     source: CheckpointSource
     config: PreTrainedConfig
-    keep_packed: bool
+    keep_packed: KeepPacked
 
     @property
     def name(self) -> str:
