@@ -30,9 +30,9 @@ GAIN = 0.97  # packed weights must take at most so much of the dense time: a cho
 NEARLY = 0.05  # shapes are timed again where the share of kept weights differs by more
 MOST_TIMED = 16  # shapes, each at most `SECONDS` and a round: together less than a second
 SECONDS = 0.04
-ROUNDS = 10
+ROUNDS = 20
 TIMED_WEIGHTS = 1 << 22  # larger weights are timed by their first rows
-CACHED_BYTES = 1 << 23  # more than a core's cache: what was in it must be read again
+CACHED_BYTES = 1 << 22  # more than a core's own cache: what was in it must be read again
 
 logger = logging.getLogger(__name__)
 
