@@ -30,7 +30,8 @@ sanitize: $(VENV)/dev
 	rm -f build/sanitize/src/llm_barber/native/_packed*.so
 	cd build/sanitize && gcc -O1 -g -fsanitize=address -fno-omit-frame-pointer -shared -fPIC \
 		-o src/llm_barber/native/_packed.so src/llm_barber/native/*.c
-	cd build/sanitize && LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src \
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 		$(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/native tests/runtime/test_packed_linear.py
 
 check: $(VENV)/dev
