@@ -25,6 +25,7 @@ from llm_barber.errors import ModelError, SettingsError
 from llm_barber.messages import message
 from llm_barber.progress import Silent
 from llm_barber.record.verification import verify_folder
+from llm_barber.runtime.choice import KeepPacked
 from llm_barber.runtime.filling import Filling, fill
 from llm_barber.runtime.packed_linear import PackedLinear
 
@@ -42,7 +43,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         stored: the folder's entry in its config.json.
     """
 
-    def __init__(self, keep_packed: bool = False, verify: bool = False, **stored: Any) -> None:
+    def __init__(self, keep_packed: KeepPacked = False, verify: bool = False, **stored: Any) -> None:
         register()
         self.quant_method = QUANT_METHOD
         self.keep_packed = keep_packed
@@ -141,11 +142,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Unpack every linear that stayed packed."""
+        """Unpack every linear that stayed packed; parameters take gradients again."""
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 parent, _, last = path.rpartition(".")
                 setattr(model.get_submodule(parent), last, module.dense())
+        model.requires_grad_(True)
         return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
     def is_serializable(self) -> bool:
