@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
@@ -16,16 +16,11 @@ ROUNDS = 5
 
 
 class KeepPacked(StrEnum):
-    """Whether the weights of pruned linears stay packed in memory; auto: those that are faster so."""
+    """Which pruned linears stay packed in memory: those that are faster so on this CPU, all, or none."""
 
+    AUTO = "auto"
     YES = "yes"
     NO = "no"
-    AUTO = "auto"
-
-    @property
-    def as_loaded(self) -> bool | Literal["auto"]:
-        """Value for `load`."""
-        return "auto" if self is KeepPacked.AUTO else self is KeepPacked.YES
 
 
 def _as_choice(value: Any) -> Any:
@@ -63,8 +58,9 @@ class GenerateConfig(Settings):
         None, description="Put the prompt into the tokenizer's chat template (default: on if it has one)"
     )
     keep_packed: Annotated[KeepPacked, BeforeValidator(_as_choice)] = Field(
-        KeepPacked.YES,
-        description="Keep pruned linears of `model` packed in memory; auto: those that are faster packed on this CPU",
+        KeepPacked.AUTO,
+        description="Keep pruned linears of `model` packed in memory (default: auto, where that is faster on this CPU; "
+        "on a GPU all)",
     )
     repeats: int | None = Field(None, ge=1, description=f"Rounds of timing with `against` (default: {ROUNDS})")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")

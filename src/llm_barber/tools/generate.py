@@ -14,9 +14,8 @@ from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_voca
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent
-from llm_barber.runtime.choice import KeepPacked
 from llm_barber.runtime.packed_linear import PackedLinear
-from llm_barber.settings.generate import GenerateConfig
+from llm_barber.settings.generate import GenerateConfig, KeepPacked
 from llm_barber.tools.decoding import Clock, decode, settings_of_generation, speeds
 from llm_barber.tools.generation import GeneratedText, Generation
 from llm_barber.tools.prompt import open_tokenizer, prompt_tokens, read_prompt, room_for_text
@@ -47,9 +46,9 @@ def generate(config: GenerateConfig, progress: Progress | None = None, on_text: 
     progress = progress or Silent()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    opened = [_open(config.model, config.keep_packed.as_loaded, progress)]
+    opened = [_open(config.model, config.keep_packed, progress)]
     if config.against is not None:
-        opened.append(_open(config.against, False, progress))
+        opened.append(_open(config.against, KeepPacked.NO, progress))
     tokenizer = open_tokenizer(config.model, opened[0].source.folder)
     _check_same_tokens(opened, tokenizer)
     tokens, chat = prompt_tokens(read_prompt(config.prompt, progress), tokenizer, config)
