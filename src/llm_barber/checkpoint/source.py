@@ -16,7 +16,7 @@ from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.headers import OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
-from llm_barber.checkpoint.packed import PACKED_INDEX, unpack_tensor
+from llm_barber.checkpoint.packed import PACKED_INDEX, read_tensor
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, NotFiniteError
 
@@ -111,10 +111,10 @@ class CheckpointSource:
         tensors: dict[str, Tensor] = {}
         for file, members in by_file.items():
             with OpenedShard(self.folder / file) as handle:
-                entries = self.packed[file].packed if file in self.packed else {}
+                table = self.packed.get(file)
                 for name in members:
-                    if name in entries:
-                        tensor = unpack_tensor(name, entries[name], handle, file)
+                    if table is not None:
+                        tensor = read_tensor(name, table, handle, file)
                     else:
                         tensor = handle.get_tensor(name).clone()
                     if self.tensors[name].dtype in FLOAT_DTYPES and not _all_finite(tensor):

@@ -24,11 +24,14 @@ USE = {
         'model = llm_barber.load("THIS_FOLDER")',
     ),
 }
+USE["rounded"] = USE["packed"]
 STORED = {
     "dense": "The numbers of zeros are real, the format is dense: the file is no smaller and runs no faster than the "
     "original by itself.",
     "packed": "Pruned linears are stored without their zeros (`llm-barber unpack` brings the dense files back): the "
     "file is smaller, and the model runs no faster than the original by itself.",
+    "rounded": "Pruned linears are stored without their zeros, and **their kept weights are rounded**: "
+    "`llm-barber unpack` writes a dense model of the rounded weights, not the one that was packed.",
 }
 
 
@@ -76,7 +79,7 @@ def _summary(report: RunReport) -> list[str]:
         f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
         "",
         f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, "
-        f"without training. Kept weights are {report.kept_weights.words}; pruned ones are zero.",
+        f"without training. {_kept(report)}",
         "",
         "| | |",
         "|---|---|",
@@ -125,11 +128,24 @@ def _table_of_errors(report: RunReport) -> list[str]:
     ]
 
 
-def card_of_format(card: str, report: RunReport, stored: str) -> str:
-    """Change a card's sentences about the format to "dense" or "packed"; all else stays."""
+def card_of_format(card: str, before: RunReport, report: RunReport, stored: str) -> str:
+    """Change a card's sentences about the format and the kept weights; all else stays.
+
+    Args:
+        card: its content.
+        before: the record that the card was written of.
+        report: the record now.
+        stored: a key of `STORED`.
+    """
+    card = card.replace(_kept(before), _kept(report))
     for other in STORED.keys() - {stored}:
         card = card.replace(STORED[other], STORED[stored]).replace(_use(report, other), _use(report, stored))
     return card
+
+
+def _kept(report: RunReport) -> str:
+    """Sentence about the kept weights."""
+    return f"Kept weights are {report.kept_values}; pruned ones are zero."
 
 
 def _format(report: RunReport) -> str:
