@@ -17,6 +17,7 @@ from llm_barber import native
 from llm_barber.checkpoint.encoding import pack
 from llm_barber.errors import SettingsError
 from llm_barber.native import Instructions, avx512
+from llm_barber.native.rows import BLOCK_ROWS, Parts
 from llm_barber.runtime.packed_linear import PackedLinear
 
 LEVEL = native.instructions()
@@ -43,11 +44,17 @@ def parts_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight[kept], torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
 
 
-def multiply(weight: Tensor, inputs: Tensor, bias: Tensor | None, parts: int) -> Tensor:
-    values, bits = parts_of(weight)
+def make_parts(weight: Tensor, parts: int) -> Parts:
+    """Parts of about as many rows; brute force."""
     ends = [len(weight) * number // parts for number in range(parts + 1)]
-    starts = [int((weight[:end] != 0).sum()) for end in ends]
-    return avx512.multiply(values, bits, inputs, bias, ends, starts)
+    before = [int((weight[:row] != 0).sum()) for row in range(len(weight) + 1)]
+    blocks = [*before[:-1:BLOCK_ROWS], before[-1]]
+    return Parts(tuple(ends), tuple(before[end] for end in ends), np.array(blocks))
+
+
+def multiply(weight: Tensor, inputs: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+    shape = weight.shape[0], weight.shape[1]
+    return avx512.Weight(*parts_of(weight), bias, shape, make_parts(weight, parts)).multiply(inputs)
 
 
 @needs_avx512
@@ -117,16 +124,18 @@ def test_nothing_is_read_behind_an_array(
         memory.append(Guarded(tensor))
         return memory[-1].tensor.view(tensor.shape)
 
-    empty = torch.empty
-    monkeypatch.setattr(avx512.torch, "empty", lambda *shape, **kind: guarded(empty(*shape, **kind)))
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
     for sparsity in (0.0, 0.5, 0.95, 1.0):
         for rows in (1, 5):
             weight = make_weight(rows, columns, sparsity, dtype)
             values, bits = map(guarded, parts_of(weight))
-            inputs, bias = guarded(make_weight(3, columns, 0, dtype, seed=1)), guarded(weight[:, 0].contiguous())
-            outputs = avx512.multiply(values, bits, inputs, bias, [0, rows], [0, len(values)])
-            expected = inputs.double() @ weight.double().T + bias.double()
-            torch.testing.assert_close(outputs.double(), expected, rtol=1e-2, atol=1e-2)
+            bias = guarded(weight[:, 0].contiguous())
+            ready = avx512.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1))
+            for tokens in range(1, avx512.ROWS + 1):
+                inputs = guarded(make_weight(tokens, columns, 0, dtype, seed=1))
+                expected = inputs.double() @ weight.double().T + bias.double()
+                torch.testing.assert_close(ready.multiply(inputs).double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @needs_avx512
@@ -150,9 +159,12 @@ def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Instructions, dtype: torch.dtype) -> None:
     """A file whose mask lies: the weights without a value are zero."""
-    values, bits, inputs = Guarded(torch.ones(40, dtype=dtype)), torch.full((32,), 255, dtype=torch.uint8), 64
-    outputs = avx512.multiply(values.tensor, bits, torch.ones(1, inputs, dtype=dtype), None, [0, 4], [0, 40])
-    assert outputs.tolist() == [[40, 0, 0, 0]]
+    values, bits = Guarded(torch.ones(40, dtype=dtype)), torch.full((32,), 255, dtype=torch.uint8)
+    ready = avx512.Weight(values.tensor, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])))
+    assert ready.multiply(torch.ones(1, 64, dtype=dtype)).tolist() == [[40, 0, 0, 0]]
+    unpacked = torch.ones(4, 64, dtype=dtype)
+    ready.unpack(0, 4, unpacked)
+    assert unpacked.flatten().tolist() == [1] * 40 + [0] * 216
 
 
 @needs_avx512
@@ -180,22 +192,60 @@ def test_threads_give_the_same_sums(dtype: torch.dtype) -> None:
 
 
 @needs_avx512
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (16, 24), (40, 32), (47, 136)])
+def test_rows_are_unpacked_on_any_number_of_threads(dtype: torch.dtype, rows: int, columns: int) -> None:
+    for sparsity in (0.0, 0.5, 1.0):
+        weight = make_weight(rows, columns, sparsity, dtype)
+        for parts in (1, 2, 3, 7):
+            ready = avx512.Weight(*parts_of(weight), None, (rows, columns), make_parts(weight, min(parts, rows)))
+            for first in range(0, rows, BLOCK_ROWS):
+                for end in {*range(first, rows, BLOCK_ROWS), rows}:
+                    into = Guarded(torch.ones((end - first) * columns, dtype=dtype)).tensor
+                    ready.unpack(first, end, into)
+                    assert torch.equal(into.view(-1, columns), weight[first:end])
+
+
+@needs_avx512
 def test_what_does_not_fit_is_refused() -> None:
     weight, inputs = make_weight(4, 16, 0.5, torch.float32), torch.ones(1, 16)
     values, bits = parts_of(weight)
-    starts = [0, len(values)]
+    parts, shape = make_parts(weight, 1), (4, 16)
+    kept = len(values)
     for arguments in (
-        (values, bits, torch.ones(1, 24), None, [0, 4], starts),
-        (values, bits, torch.ones(17, 16), None, [0, 4], starts),
-        (values, bits, torch.ones(16, 2).T, None, [0, 4], starts),
-        (values, bits, inputs.bfloat16(), None, [0, 4], starts),
-        (values[1:], bits, inputs, None, [0, 4], starts),
-        (values, bits[1:], inputs, None, [0, 4], starts),
-        (values, bits, inputs, torch.ones(3), [0, 4], starts),
-        (values, bits, inputs, None, [0, 2, 4], starts),
+        (values.half(), bits, None, shape, parts),
+        (values[1:], bits, None, shape, parts),
+        (values, bits[1:], None, shape, parts),
+        (values, bits.char(), None, shape, parts),
+        (values, bits, torch.ones(3), shape, parts),
+        (values, bits, torch.ones(4).bfloat16(), shape, parts),
+        (values, bits, None, (4, 15), parts),
+        (values, bits, None, (8, 8), parts),
+        (values, bits, None, shape, Parts((0, 2, 4), (0, kept), parts.block_starts)),
+        (values, bits, None, shape, Parts((0, 4), (0, kept + 1), parts.block_starts)),
+        (values, bits, None, shape, Parts((0, 4), (0, kept), np.array([0, 1, kept]))),
+        (values, bits, None, shape, Parts((0, 4), (0, kept), np.array([0, kept + 1]))),
     ):
         with pytest.raises(ValueError, match="product"):
-            avx512.multiply(*arguments)
+            avx512.Weight(*arguments)
+    ready = avx512.Weight(values, bits, None, shape, parts)
+    for wrong in (torch.ones(1, 24), torch.ones(2, 8), torch.ones(17, 16), torch.ones(0, 16), inputs.bfloat16()):
+        with pytest.raises(ValueError, match="product"):
+            ready.multiply(wrong)
+    with pytest.raises(ValueError, match="product"):
+        ready.multiply(torch.empty(1, 16, device="meta"))
+    for first, end, into in (
+        (0, 4, torch.empty(63)), (0, 8, torch.empty(128)), (1, 4, torch.empty(48)), (-16, 4, torch.empty(320)),
+        (0, 3, torch.empty(48)), (0, 4, torch.empty(16, 4).T), (0, 4, torch.empty(64).bfloat16()),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="unpacked"):
+            ready.unpack(first, end, into)
+
+
+@needs_avx512
+def test_inputs_may_have_gaps() -> None:
+    weight, inputs = make_weight(5, 16, 0.5, torch.float32), make_weight(16, 3, 0, torch.float32, seed=1).T
+    torch.testing.assert_close(multiply(weight, inputs, None, 1), inputs @ weight.T)
 
 
 @pytest.mark.parametrize(("forced", "name"), [("avx2", "AVX2"), ("avx512", "AVX512"), ("", LEVEL.name)])
@@ -228,9 +278,10 @@ def test_threads_of_a_linear_share_its_values(three_threads: None) -> None:
     packed = pack(weight)
     assert packed is not None
     linear = PackedLinear(packed, None)
-    parts = linear._thread_parts(3)
-    values = [last - first for _, _, first, last in parts]
+    parts = linear._divided(3)
+    values = [end - first for first, end in zip(parts.value_ends, parts.value_ends[1:], strict=False)]
     assert sum(values) == len(linear.values)
+    assert len(values) == 3
     assert max(values) - min(values) < 2 * 512
     inputs = make_weight(1, 512, 0, torch.bfloat16, seed=1)
     torch.testing.assert_close(linear(inputs), torch.nn.functional.linear(inputs, weight), rtol=1e-2, atol=0.1)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llm_barber import PackConfig, PruneConfig, load, pack, prune
 from llm_barber.errors import ModelError
+from llm_barber.progress import Silent
 from llm_barber.runtime.packed_linear import PackedLinear
 from tests.conftest import change_json, load_model, make_model, save_tokens
 
@@ -63,6 +64,33 @@ def test_dtype_and_bad_input(tmp_path: Path, llama: Path) -> None:
     change_json(llama / "config.json", hidden_size=16)
     with pytest.raises(ModelError, match="the configuration says"):
         load(llama)
+
+
+def test_a_damaged_generation_config_is_refused_with_a_hint(llama: Path) -> None:
+    (llama / "generation_config.json").write_text('{"max_new_tokens": -1}')
+    with pytest.raises(ModelError, match=r"generation_config\.json in .* cannot be used: `max_new_tokens`") as caught:
+        load(llama)
+    assert "remove it" in caught.value.hint
+    (llama / "generation_config.json").unlink()
+    assert load(llama).generation_config is not None
+
+
+def test_progress_is_told_of_each_parameter(llama: Path) -> None:
+    class Counter(Silent):
+        def __init__(self) -> None:
+            self.started: list[tuple[str, int]] = []
+            self.names: list[str] = []
+
+        def start(self, title: str, total: int, finished: int = 0) -> None:
+            self.started.append((title, total))
+
+        def advance(self, detail: str) -> None:
+            self.names.append(detail)
+
+    progress = Counter()
+    model = load(llama, progress=progress)
+    assert progress.names == [name for name, _ in model.named_parameters()]
+    assert progress.started == [(f"loading {llama}", len(progress.names))]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "lfm2_moe"])

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from llm_barber.checkpoint.digests import has_its_digest, with_digest
-from llm_barber.checkpoint.encoding import Encoding, Packed, pack, places_bytes, unpack
-from llm_barber.checkpoint.rounding import Rounded, pack_rounded, relative_error, unpack_rounded
+from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask, pack, places_bytes, unpack
+from llm_barber.checkpoint.rounding import Rounded, check_rounded, pack_rounded, relative_error, unpack_rounded
 from llm_barber.checkpoint.untrusted import check_file_name, parse_json, read_json
 from llm_barber.errors import ModelError
 
@@ -297,7 +298,7 @@ def read_tensor(name: str, table: Table, handle: Any, file: str) -> Tensor:
     """
     if name not in table.packed:
         return _read_stored(name, table, handle, file)
-    packed = read_packed(name, table, handle, file)
+    packed = _read_parts(name, table, handle, file)
     try:
         tensor = unpack(packed) if isinstance(packed, Packed) else unpack_rounded(packed)
     except ValueError as error:
@@ -306,7 +307,25 @@ def read_tensor(name: str, table: Table, handle: Any, file: str) -> Tensor:
 
 
 def read_packed(name: str, table: Table, handle: Any, file: str) -> Packed | Rounded:
-    """Read the parts of a packed weight of an opened shard; whether they fit together, unpacking finds.
+    """Read a packed weight of an opened shard, with a bit mask for its places whatever its encoding.
+
+    Raises:
+        ModelError: parts do not fit together, or a checksum does not fit.
+    """
+    parts = _read_parts(name, table, handle, file)
+    packed = parts if isinstance(parts, Packed) else parts.packed
+    try:
+        bits = torch.from_numpy(bitmask(packed))
+        if isinstance(parts, Rounded):
+            check_rounded(parts)
+    except ValueError as error:
+        raise ModelError(f"{name} in {file}: {error}", DAMAGED) from error
+    packed = Packed(packed.shape, Encoding.BITMASK, packed.values, bits)
+    return packed if isinstance(parts, Packed) else replace(parts, packed=packed)
+
+
+def _read_parts(name: str, table: Table, handle: Any, file: str) -> Packed | Rounded:
+    """Read the parts of a packed weight as they are stored.
 
     Raises:
         ModelError: a checksum does not fit.

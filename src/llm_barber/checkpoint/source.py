@@ -13,10 +13,12 @@ from torch import Tensor
 from llm_barber.checkpoint.companions import companions, refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.digests import files_key
+from llm_barber.checkpoint.encoding import Packed
 from llm_barber.checkpoint.headers import OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
-from llm_barber.checkpoint.packed import PACKED_INDEX, read_tensor
+from llm_barber.checkpoint.packed import PACKED_INDEX, read_packed, read_tensor
+from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, NotFiniteError
 
@@ -117,17 +119,38 @@ class CheckpointSource:
                         tensor = read_tensor(name, table, handle, file)
                     else:
                         tensor = handle.get_tensor(name).clone()
-                    if self.tensors[name].dtype in FLOAT_DTYPES and not _all_finite(tensor):
-                        raise NotFiniteError(
-                            f"{name} in {file} holds NaN or Inf",
-                            "the checkpoint is damaged or overflowed when it was converted; get it again",
-                        )
+                    self._refuse_not_finite(name, tensor)
                     tensors[name] = tensor
         return tensors
+
+    def _refuse_not_finite(self, name: str, values: Tensor) -> None:
+        info = self.tensors[name]
+        if info.dtype in FLOAT_DTYPES and not _all_finite(values):
+            raise NotFiniteError(
+                f"{name} in {info.file} holds NaN or Inf",
+                "the checkpoint is damaged or overflowed when it was converted; get it again",
+            )
 
     def read_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read parameters by the model's names; errors as of `read` and `location`."""
         return self.read_locations({name: self.location(name) for name in names})
+
+    def read_packed(self, name: str) -> Packed | Rounded | None:
+        """Read a matrix as its shard packs it, with a bit mask; None: no shard has it as a packed matrix.
+
+        `name` is the model's; errors as of `read` and `location`.
+        """
+        location = self.location(name)
+        file = self.tensors[location.tensor].file
+        table = self.packed.get(file)
+        entry = table.packed.get(location.tensor) if table is not None else None
+        if table is None or entry is None or len(entry.shape) != 2 or location.part is not None:
+            return None
+        with OpenedShard(self.folder / file) as handle:
+            packed = read_packed(location.tensor, table, handle, file)
+        if isinstance(packed, Packed):
+            self._refuse_not_finite(location.tensor, packed.values)
+        return packed
 
     def read_locations(self, locations: Mapping[str, Location]) -> dict[str, Tensor]:
         """Read the parameters at some locations, by their names in the mapping; errors as of `read`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
 from llm_barber.checkpoint.source import CheckpointSource
@@ -18,6 +18,7 @@ from llm_barber.model.empty import untie_head
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.text.windows import beginning_of_texts
 
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -180,6 +181,23 @@ def unusable_configuration(model: str, error: Exception) -> ModelError:
             "architectures that transformers has itself are pruned",
         )
     return ModelError(f"config.json of {model} cannot be used: {first_line(error)}", "get the file again")
+
+
+def load_generation_config(folder: Path) -> GenerationConfig | None:
+    """How a model's folder says that its text is generated; None: it does not say.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    if not (folder / GENERATION_CONFIG).exists():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever a damaged file makes it raise
+        raise ModelError(
+            f"{GENERATION_CONFIG} in {folder} cannot be used: {first_line(error)}",
+            "get the file again, or remove it: a model is loaded without it, too",
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any | None:

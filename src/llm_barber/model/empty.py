@@ -27,20 +27,27 @@ MOST_MODULES = 2**18  # in a model, before experts are split into linears
 INITIALISING = ("torch.nn.init", "transformers.initialization")
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype, model_class: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """Build the module tree with parameters on `meta`; each expert has its own linears.
+
+    Args:
+        config: the checkpoint's.
+        dtype: of the parameters.
+        model_class: transformers' class; None: the class of language models that the configuration names.
 
     Raises:
         ModelError: the model is no language model, or has more modules or larger buffers than any.
         Exception: any error that transformers raises.
     """
-    kind = auto_class(config)
+    build = auto_class(config).from_config if model_class is None else model_class._from_config
     # Buffers (rotary frequencies) are in no checkpoint: they are computed. Parameters stay on `meta`.
     with init_empty_weights(include_buffers=False), _OnMeta(), _bounded():
         try:
-            model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model: PreTrainedModel = build(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError:  # a family with its own attention code
-            model = kind.from_config(config, dtype=dtype, attn_implementation="eager")
+            model = build(config, dtype=dtype, attn_implementation="eager")
     split_experts(model)
     model.tie_weights()
     join_tied_linears(model)

@@ -52,7 +52,7 @@ def instructions() -> Instructions:
         SettingsError: the variable holds something else.
     """
     loaded = library()
-    find_level = getattr(loaded, "packed_product_level", None)  # an extension that was built earlier lacks it
+    find_level = getattr(loaded, "packed_instructions", None)  # an extension that was built earlier lacks it
     level = Instructions(find_level() if find_level is not None else 0)
     limit = os.environ.get(ISA, "")
     if not limit:

@@ -1,4 +1,4 @@
-"""Products with packed weights by AVX-512, in `avx512.c`.
+"""Products with packed weights, and unpacking, by AVX-512: `avx512.c` and `unpack512.c`.
 
 Sizes are checked here, not in C. If the extension was not built, or the processor lacks the instructions,
 `native.product` (AVX2) or unpacking takes its place.
@@ -6,7 +6,6 @@ Sizes are checked here, not in C. If the extension was not built, or the process
 
 import ctypes
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,23 +14,27 @@ from torch import Tensor
 
 from llm_barber import native
 from llm_barber.native import Instructions
+from llm_barber.native.rows import BLOCK_ROWS, Parts
 
 ROWS = 16  # most rows of inputs of a product
 FAST_ROWS = 8  # most rows of inputs with which a product is faster than unpacking the weight and multiplying
 
 
-class _Product(ctypes.Structure):
-    """Arguments of a product: `product_t` of `avx512.c`."""
+class _Weight(ctypes.Structure):
+    """A packed weight as C sees it: `packed_t` of `avx512.h`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "bits", "inputs", "bias", "outputs")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("values", "bits", "bias", "row_ends", "value_ends", "block_starts", "openmp")
+        ),
         *((name, ctypes.c_size_t) for name in ("rows", "columns", "kept")),
-        *((name, ctypes.c_int) for name in ("tokens", "values_bfloat16", "outputs_bfloat16", "level")),
+        *((name, ctypes.c_int) for name in ("parts", "bfloat16", "level")),
     )
 
 
 class _OpenMP(ctypes.Structure):
-    """`openmp_t` of `avx512.c`."""
+    """`openmp_t` of `avx512.h`."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("parallel", "thread_number", "thread_count"))
 
@@ -54,59 +57,109 @@ def _openmp() -> _OpenMP | None:
 
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
-    """Test whether `multiply` accepts weights of `columns` columns with these dtypes."""
+    """Test whether a `Weight` of `columns` columns with these dtypes can be multiplied."""
     if native.library() is None or native.instructions() == Instructions.AVX2:
         return False
     return columns % 8 == 0 and values == inputs and values in (torch.bfloat16, torch.float32)
 
 
-def multiply(
-    values: Tensor,
-    bits: Tensor,
-    inputs: Tensor,
-    bias: Tensor | None,
-    row_ends: Sequence[int],
-    value_ends: Sequence[int],
-) -> Tensor:
-    """Compute inputs · Wᵀ + bias, summed in float32 and rounded once.
+class Weight:
+    """A packed weight W, ready for products: sizes are checked and pointers are taken once, not in each product.
+
+    It keeps its tensors alive and is never changed, so that any number of threads may use it. It is valid while
+    `is_of` says so.
 
     Args:
         values: kept values of W, (kept,), bfloat16 or float32.
         bits: bit mask of W, uint8, (out · in / 8,), with as many set bits as values.
-        inputs: (input rows, in), contiguous, of the dtype of `values`; at most `ROWS` input rows.
         bias: (out,), of the dtype of `values`; or None.
-        row_ends: rows of W at which the threads' parts begin and end, from 0 to out: (parts + 1,).
-        value_ends: number of values before each row of `row_ends`.
-
-    Returns:
-        (input rows, out), of the dtype of `values`.
+        shape: out, in.
+        parts: how threads share the rows.
 
     Raises:
         ValueError: arguments do not fit together.
     """
-    (tokens, columns), rows, kept, dtype = inputs.shape, row_ends[-1], values.shape[0], values.dtype
-    tensors = [values, bits, inputs, *([] if bias is None else [bias])]
-    if not can_multiply(columns, dtype, inputs.dtype) or not all(tensor.is_contiguous() for tensor in tensors):
-        raise ValueError("the product needs contiguous tensors of one dtype, and columns that are a multiple of 8")
-    fits = bits.shape[0] * 8 == rows * columns and value_ends[-1] == kept and 1 <= tokens <= ROWS
-    if (
-        not fits
-        or len(row_ends) != len(value_ends)
-        or (bias is not None and (bias.shape[0], bias.dtype) != (rows, dtype))
-    ):
-        raise ValueError("arguments of the product do not fit together")
-    narrow = dtype == torch.bfloat16
-    level = native.instructions() if narrow else Instructions.AVX512
-    widened = inputs.float() if narrow and level == Instructions.AVX512 else inputs
-    outputs = torch.empty(tokens, rows, dtype=dtype)
-    product = _Product(
-        values.data_ptr(), bits.data_ptr(), widened.data_ptr(), None if bias is None else bias.data_ptr(),
-        outputs.data_ptr(), rows, columns, kept, tokens, narrow, narrow, level,
-    )  # fmt: skip
-    ends = ctypes.c_int64 * len(row_ends)
-    loaded = native.library()
-    assert loaded is not None
-    openmp = _openmp()
-    threads = None if openmp is None else ctypes.byref(openmp)
-    loaded.packed_multiply(ctypes.byref(product), len(row_ends) - 1, ends(*row_ends), ends(*value_ends), threads)
-    return outputs
+
+    def __init__(self, values: Tensor, bits: Tensor, bias: Tensor | None, shape: tuple[int, int], parts: Parts) -> None:
+        (rows, columns), kept, self.dtype = shape, values.shape[0], values.dtype
+        tensors = [values, bits, *([] if bias is None else [bias])]
+        on_cpu = all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+        if not can_multiply(columns, self.dtype, self.dtype) or not on_cpu:
+            raise ValueError("the product needs contiguous tensors on the CPU, and columns that are a multiple of 8")
+        ends = parts.row_ends, parts.value_ends, parts.block_starts
+        if (
+            (bits.dtype, bits.shape[0] * 8) != (torch.uint8, rows * columns)
+            or [end[-1] for end in ends] != [rows, kept, kept]
+            or len(ends[0]) != len(ends[1])
+            or len(ends[2]) != -(-rows // BLOCK_ROWS) + 1
+            or (bias is not None and (bias.shape, bias.dtype) != ((rows,), self.dtype))
+        ):
+            raise ValueError("arguments of the product do not fit together")
+        self.rows, self.columns = shape
+        self._tensors = values, bits, bias
+        self._pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
+        self._ends = tuple((ctypes.c_int64 * len(end))(*end) for end in ends)
+        self._openmp = _openmp()
+        narrow = self.dtype == torch.bfloat16
+        level = native.instructions() if narrow else Instructions.AVX512
+        self._widens = narrow and level == Instructions.AVX512
+        pointers = *self._pointers, *map(ctypes.addressof, self._ends)
+        openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
+        self._weight = _Weight(*pointers, openmp, rows, columns, kept, len(ends[0]) - 1, narrow, level)
+        self._address = ctypes.addressof(self._weight)
+        loaded = native.library()
+        assert loaded is not None
+        self._multiply, self._unpack = loaded.packed_multiply, loaded.packed_unpack
+        self._multiply.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int)
+        self._unpack.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p)
+        self._multiply.restype = self._unpack.restype = None
+
+    def is_of(self, values: Tensor, bits: Tensor, bias: Tensor | None) -> bool:
+        """Test whether these are the weight's tensors, where they were in memory."""
+        own_values, own_bits, own_bias = self._tensors
+        if values is not own_values or bits is not own_bits or bias is not own_bias:
+            return False
+        pointers = self._pointers
+        return (
+            values.data_ptr() == pointers[0]
+            and bits.data_ptr() == pointers[1]
+            and (bias is None or bias.data_ptr() == pointers[2])
+        )
+
+    def multiply(self, inputs: Tensor) -> Tensor:
+        """Compute inputs · Wᵀ + bias, summed in float32 and rounded once: (…, out).
+
+        Args:
+            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `ROWS` input rows.
+
+        Raises:
+            ValueError: inputs do not fit the weight.
+        """
+        shape, columns = inputs.shape, self.columns
+        tokens = inputs.numel() // columns
+        if shape[-1] != columns or inputs.dtype is not self.dtype or not inputs.is_cpu or not 1 <= tokens <= ROWS:
+            raise ValueError("inputs do not fit the weight of the product")
+        outputs = inputs.new_empty((*shape[:-1], self.rows))
+        if self._widens:
+            inputs = inputs.float()
+        if not inputs.is_contiguous():
+            inputs = inputs.contiguous()
+        self._multiply(self._address, inputs.data_ptr(), outputs.data_ptr(), tokens)
+        return outputs
+
+    def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
+        """Write rows of W, on PyTorch's threads.
+
+        Args:
+            first_row: a multiple of `BLOCK_ROWS`.
+            end_row: a multiple of `BLOCK_ROWS`, or the number of rows.
+            into: contiguous, with a place for each weight of these rows, of the weight's dtype.
+
+        Raises:
+            ValueError: rows are not whole blocks, or do not fit `into`.
+        """
+        whole = first_row % BLOCK_ROWS == 0 and (end_row % BLOCK_ROWS == 0 or end_row == self.rows)
+        inside = 0 <= first_row <= end_row <= self.rows and into.numel() == (end_row - first_row) * self.columns
+        if not (whole and inside and into.is_contiguous() and into.is_cpu and into.dtype == self.dtype):
+            raise ValueError("rows do not fit the place to which they are unpacked")
+        self._unpack(self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())

@@ -1,11 +1,11 @@
 """A linear whose weight stays packed in memory: kept values and a bit a weight, for every encoding."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,61 +13,81 @@ from llm_barber import native
 from llm_barber.checkpoint.bits import POPCOUNT, as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
 from llm_barber.native import avx512
+from llm_barber.native.rows import BLOCK_ROWS, Parts
 
 DECODE_ROWS = 8  # most rows of inputs that the decode kernel takes
 VALUES_A_THREAD = 1 << 16  # fewest values that are worth a thread of their own
 BLOCK_COLUMNS = 256  # columns of a block of the decode kernel: its int32 start adds 0.8 % to bfloat16 weights
+CACHED_BYTES = 1 << 21  # unpacked rows that stay in a core's cache until they are multiplied
 
 
 class PackedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
     On the CPU, up to four rows of inputs (eight with AVX-512) are multiplied with the packed weight where
-    `llm_barber.native` was built.
-    Otherwise each use unpacks the weight into a buffer that all linears of this size share. On CUDA with Triton, up to
+    `llm_barber.native` was built. Otherwise the weight is unpacked into a buffer that all linears share in a thread;
+    with AVX-512 a few rows at a time, which are multiplied while they are in the cache. On CUDA with Triton, up to
     `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more rows are multiplied with the
     weight unpacked on the GPU. The kernel and the unpacking on the GPU are untested on a real GPU.
 
+    Buffers may be moved, replaced and loaded, but `bits` must not be written in place.
+
     Args:
         packed: the weight, (out, in).
-        bias: (out,), or None; it may still be empty.
+        bias: a parameter, (out,), or None; it may still be empty.
     """
 
     values: Tensor
     bits: Tensor
     starts: Tensor | None
-    _buffers_by_size: dict[tuple[int, torch.dtype], Tensor] = {}  # noqa: RUF012 - shared on purpose
+    bias: nn.Parameter | None
 
-    def __init__(self, packed: Packed, bias: Any) -> None:
+    def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.shape = packed.shape
         self.register_buffer("values", packed.values)
         self.register_buffer("bits", torch.from_numpy(bitmask(packed)))
         self.register_buffer("starts", None)
-        self.bias = bias
-        self._parts: dict[int, list[tuple[int, int, int, int]]] = {}
+        self.register_parameter("bias", bias)
+        self._ready: dict[int, avx512.Weight] = {}  # by number of PyTorch's threads
+        self._parts: dict[int, tuple[Tensor, Parts]] = {}  # by number of parts: the bits, and the rows of each part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State of a copy, which has pointers of its own."""
+        return {**self.__dict__, "_ready": {}, "_parts": {}}
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Load buffers in place: other bits have other starts."""
+        super()._load_from_state_dict(*arguments)
+        self._ready, self._parts, self.starts = {}, {}, None
 
     @property
     def weight(self) -> Tensor:
-        """The unpacked weight, (out, in); on the CPU valid until another linear of the same size is used."""
-        if self.values.device.type != "cpu":
+        """The unpacked weight, (out, in)."""
+        if not self.values.is_cpu:
             return unpack_on_device(self.values, self.bits, self.shape)
-        rows, columns = self.shape
-        key = (rows * columns, self.values.dtype)
-        if key not in self._buffers_by_size:
-            self._buffers_by_size[key] = torch.empty(rows * columns, dtype=self.values.dtype)
-        put_kept(as_integers(self.values), self.bits.numpy(), as_integers(self._buffers_by_size[key]))
-        return self._buffers_by_size[key].view(rows, columns)
+        weight = self.values.new_empty(self.shape)
+        self._unpack(weight)
+        return weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
-        differentiated = torch.is_grad_enabled() and inputs.requires_grad
-        rows = inputs.numel() // self.shape[1]
+        bias = self._parameters["bias"]
+        differentiated = torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
+        columns = self.shape[1]
+        rows = inputs.numel() // columns if inputs.shape[-1] == columns else 0  # 0: PyTorch's linear says what is wrong
+        weight = self._ready_weight(bias)
+        if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and not differentiated:
+            return weight.multiply(inputs) if rows <= avx512.FAST_ROWS else self._multiply_blocks(weight, inputs)
         if use_kernel(self.values.device.type, rows, differentiated):
             return self.decode(inputs)
-        if use_native(self.values, inputs.dtype, self.shape[1], rows, differentiated):
-            return self.decode_on_cpu(inputs)
-        return nn.functional.linear(inputs, self.weight, self.bias)
+        if inputs.is_cpu and use_native(self.values, inputs.dtype, columns, rows, differentiated):
+            return self._multiply_by_avx2(inputs)
+        if differentiated or not self.values.is_cpu:
+            return nn.functional.linear(inputs, self.weight, self.bias)  # autograd keeps the weight: it is not shared
+        shared = _shared_buffer(self.values.dtype, self.shape[0] * columns).view(self.shape)
+        self._unpack(shared)
+        return nn.functional.linear(inputs, shared, self.bias)
 
     def decode(self, inputs: Tensor) -> Tensor:
         """Compute `forward` by the decode kernel; at most `DECODE_ROWS` rows."""
@@ -77,54 +97,107 @@ class PackedLinear(nn.Module):
             self.starts = block_starts(self.bits, self.shape, BLOCK_COLUMNS)
         return decode_product(self.values, self.bits, self.starts, inputs, self.bias, BLOCK_COLUMNS)
 
-    def decode_on_cpu(self, inputs: Tensor) -> Tensor:
-        """Compute `forward` without unpacking, summed in float32; as many rows as `use_native` takes."""
+    def _ready_weight(self, bias: Tensor | None) -> avx512.Weight | None:
+        """The weight, ready for products by AVX-512; None where these cannot be used."""
+        values, bits, threads = self._buffers["values"], self._buffers["bits"], torch.get_num_threads()
+        assert values is not None
+        assert bits is not None
+        weight = self._ready.get(threads)
+        if weight is not None and weight.is_of(values, bits, bias):
+            return weight
+        if not values.is_cpu or not avx512.can_multiply(self.shape[1], values.dtype, values.dtype):
+            return None
+        if bias is not None and (bias.dtype, bias.device) != (values.dtype, values.device):
+            return None
+        weight = avx512.Weight(values, bits, bias, self.shape, self._divided(self._threads()))
+        self._ready[threads] = weight
+        return weight
+
+    def _multiply_blocks(self, weight: avx512.Weight, inputs: Tensor) -> Tensor:
+        """Compute `forward` by unpacking some rows of the weight and multiplying them, one block after the other."""
         rows, columns = self.shape
-        parts = self._thread_parts(self._threads())
-        if avx512.can_multiply(columns, self.values.dtype, inputs.dtype):
-            flat = inputs.reshape(-1, columns).contiguous()
-            row_ends, value_ends = [0, *(part[1] for part in parts)], [0, *(part[3] for part in parts)]
-            outputs = avx512.multiply(self.values, self.bits, flat, self.bias, row_ends, value_ends)
-            return outputs.view(*inputs.shape[:-1], rows)
+        blocks = -(-rows * columns * self.values.element_size() // CACHED_BYTES)
+        step = -(-rows // (blocks * BLOCK_ROWS)) * BLOCK_ROWS
+        buffer = _shared_buffer(self.values.dtype, min(step, rows) * columns)
+        if step >= rows:
+            block = buffer.view(self.shape)
+            weight.unpack(0, rows, block)
+            return nn.functional.linear(inputs, block, self.bias)
+        outputs = inputs.new_empty((*inputs.shape[:-1], rows))
+        flat, flat_outputs = inputs.reshape(-1, columns), outputs.view(-1, rows)
+        for first in range(0, rows, step):
+            end = min(first + step, rows)
+            block = buffer[: (end - first) * columns].view(-1, columns)
+            weight.unpack(first, end, block)
+            if self.bias is None:
+                torch.mm(flat, block.T, out=flat_outputs[:, first:end])
+            else:
+                torch.addmm(self.bias[first:end], flat, block.T, out=flat_outputs[:, first:end])
+        return outputs
+
+    def _multiply_by_avx2(self, inputs: Tensor) -> Tensor:
+        """Compute `forward` without unpacking, summed in float32; at most `native.PRODUCT_ROWS` rows."""
+        rows, columns = self.shape
+        parts = self._divided(self._threads())
         flat = inputs.reshape(-1, columns).float().contiguous()
         outputs = torch.empty(len(flat), rows)
 
-        def multiply(part: tuple[int, int, int, int]) -> None:
-            first_row, end_row, first_value, end_value = part
+        def multiply(part: int) -> None:
+            (first_row, end_row), (first, end) = parts.row_ends[part : part + 2], parts.value_ends[part : part + 2]
             bits = self.bits[first_row * columns // 8 : end_row * columns // 8]
-            native.product(self.values[first_value:end_value], bits, flat, outputs[:, first_row:end_row])
+            native.product(self.values[first:end], bits, flat, outputs[:, first_row:end_row])
 
-        if len(parts) == 1:
-            multiply(parts[0])
+        count = len(parts.row_ends) - 1
+        if count == 1:
+            multiply(0)
         else:
-            list(_pool(len(parts)).map(multiply, parts))
+            list(_pool(count).map(multiply, range(count)))
         if self.bias is not None:
             outputs += self.bias.float()
         return outputs.to(inputs.dtype).view(*inputs.shape[:-1], rows)
+
+    def _unpack(self, into: Tensor) -> None:
+        """Write the weight, on the CPU."""
+        weight = self._ready_weight(self._parameters["bias"])
+        if weight is None:
+            put_kept(as_integers(self.values), self.bits.numpy(), as_integers(into.view(-1)))
+        else:
+            weight.unpack(0, self.shape[0], into)
 
     def _threads(self) -> int:
         """Number of threads of a product: few values are multiplied sooner than a second thread would begin."""
         return max(1, min(torch.get_num_threads(), self.shape[0], self.values.shape[0] // VALUES_A_THREAD))
 
-    def _thread_parts(self, threads: int) -> list[tuple[int, int, int, int]]:
-        """Each thread's first row and end row, first value and end value; ends are exclusive.
-
-        Threads have about as many values each. Rows are whole bytes of the bit mask.
-        """
-        if threads not in self._parts:
-            rows, columns = self.shape
-            of_rows = np.bitwise_count(self.bits.numpy().reshape(rows, columns // 8)).sum(1, dtype=np.int64)
-            before = np.concatenate([[0], of_rows.cumsum()])  # values before each row
-            shares = [int(before[-1]) * number // threads for number in range(1, threads)]
-            ends = [0, *np.searchsorted(before, shares).tolist(), rows]
-            starts = before[ends].tolist()
-            self._parts[threads] = list(zip(ends, ends[1:], starts, starts[1:], strict=False))
-        return self._parts[threads]
+    def _divided(self, threads: int) -> Parts:
+        """Rows of each thread."""
+        bits, parts = self._parts.get(threads, (None, None))
+        if parts is None or bits is not self.bits:
+            parts = Parts.of(self.bits, self.shape, threads)
+            self._parts[threads] = self.bits, parts
+        return parts
 
     def extra_repr(self) -> str:
         """Shape, and the share of weights that is kept."""
         rows, columns = self.shape
         return f"in_features={columns}, out_features={rows}, kept={len(self.values) / (rows * columns):.0%}"
+
+
+class _Buffers(threading.local):
+    """Memory for unpacked weights by their dtype: each thread has its own."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def _shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
+    """Memory for unpacked weights, (weights,), until this thread asks for it again."""
+    buffer = _buffers.by_dtype.get(dtype)
+    if buffer is None or len(buffer) < weights:
+        buffer = _buffers.by_dtype[dtype] = torch.empty(weights, dtype=dtype)
+    return buffer[:weights]
 
 
 def use_kernel(device: str, rows: int, differentiated: bool) -> bool:

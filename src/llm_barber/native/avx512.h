@@ -1,0 +1,80 @@
+/* What the files with AVX-512 share: packed weights, bit masks, expanding values, threads.
+ *
+ * A step takes the next 32 (float32: 16) weights of a row. It loads 32 (16) values, the most that may be kept, moves them
+ * to the positions of the mask's set bits (VPEXPAND), and advances by as many values as bits are set. VPEXPAND is used in
+ * its register form, since its memory form is microcoded on some processors. Loads near the end of the values are masked,
+ * and `kept` bounds them, whatever the bit mask holds.
+ */
+#ifndef LLM_BARBER_AVX512_H
+#define LLM_BARBER_AVX512_H
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define TARGET512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt,fma")))
+#define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt,fma")))
+#define INLINE __attribute__((always_inline)) static inline
+
+#define BLOCK_ROWS 16 /* rows of a block; `BLOCK_ROWS` of `avx512.py` */
+
+/* Functions of the OpenMP library that PyTorch has loaded: work runs on PyTorch's threads. Additional threads would wait
+ * for these, which keep a core busy for a while after each operation. */
+typedef struct {
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
+    int (*thread_number)(void);                                     /* omp_get_thread_num */
+    int (*thread_count)(void);                                      /* omp_get_num_threads */
+} openmp_t;
+
+/* A packed weight W, (rows, columns); `_Weight` of `avx512.py`. Columns are a multiple of 8. */
+typedef struct {
+    const void *values;
+    const uint8_t *bits;
+    const void *bias; /* has the values' type; or NULL */
+    const int64_t *row_ends, *value_ends; /* part k: rows row_ends[k] to row_ends[k + 1]; values before row_ends[k] */
+    const int64_t *block_starts;          /* number of values before each block of BLOCK_ROWS rows */
+    const openmp_t *openmp;               /* or NULL: the caller's thread computes all parts */
+    size_t rows, columns, kept;
+    int parts, bfloat16, level; /* level: 1: values are float32 or widened to it; 2: multiplied as bfloat16 */
+} packed_t;
+
+/* Calls `function` with `task` and the number of each part, on as many threads as there are parts. The caller's thread
+ * computes all parts in a forked process, which has none of the threads. */
+void packed_run_parts(const openmp_t *openmp, int parts, void (*function)(const void *task, int part), const void *task);
+
+/* The next 32 bits of the mask; bits beyond the `left` weights are 0. `left` is a multiple of 8. */
+INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
+    uint32_t mask = 0;
+    if (left >= 32) memcpy(&mask, bits, 4);
+    else memcpy(&mask, bits, left / 8);
+    return mask;
+}
+
+/* Number of values left; 0 if the mask has more set bits than there are values. */
+INLINE size_t left_of(size_t kept, size_t next) { return next < kept ? kept - next : 0; }
+
+/* Moves values to the positions of the mask's set bits. The assembly statement keeps the compiler from folding the load
+ * into VPEXPANDW. */
+TARGET512 INLINE __m512i expand16(uint32_t mask, __m512i values) {
+    __asm__("" : "+v"(values));
+    return _mm512_maskz_expand_epi16(mask, values);
+}
+
+TARGET512 INLINE __m512 expand32(__mmask16 mask, __m512 values) {
+    __asm__("" : "+v"(values));
+    return _mm512_maskz_expand_ps(mask, values);
+}
+
+TARGET512 INLINE __m512i next_values16(const uint16_t *values, size_t left) {
+    if (left >= 32) return _mm512_loadu_si512(values);
+    return _mm512_maskz_loadu_epi16(((uint32_t)1 << left) - 1, values);
+}
+
+TARGET512 INLINE __m512 next_values32(const float *values, size_t left) {
+    if (left >= 16) return _mm512_loadu_ps(values);
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), values);
+}
+#endif
+#endif

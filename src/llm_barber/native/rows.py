@@ -1,0 +1,40 @@
+"""Where the values of a packed weight's rows begin, and how threads share its rows."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from torch import Tensor
+
+BLOCK_ROWS = 16  # rows of a block: `BLOCK_ROWS` of `avx512.h`
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of a packed weight, divided among threads.
+
+    row_ends: rows at which the threads' parts begin and end, from 0 to all: (threads + 1,).
+    value_ends: number of values before each row of `row_ends`.
+    block_starts: number of values before each block of `BLOCK_ROWS` rows, and of all: int64, (blocks + 1,).
+    """
+
+    row_ends: tuple[int, ...]
+    value_ends: tuple[int, ...]
+    block_starts: np.ndarray
+
+    @classmethod
+    def of(cls, bits: Tensor, shape: tuple[int, int], threads: int) -> Self:
+        """Divide the rows so that each thread has about as many values.
+
+        Args:
+            bits: bit mask of the weight, uint8, (out · in / 8,); rows are whole bytes.
+            shape: out, in.
+            threads: number of parts.
+        """
+        rows, columns = shape
+        row_values = np.bitwise_count(bits.numpy().reshape(rows, columns // 8)).sum(1, dtype=np.int64)
+        before = np.concatenate([[0], row_values.cumsum()])  # values before each row
+        shares = [int(before[-1]) * number // threads for number in range(1, threads)]
+        ends = [0, *np.searchsorted(before, shares).tolist(), rows]
+        block_starts = np.append(before[:-1:BLOCK_ROWS], before[-1])
+        return cls(tuple(ends), tuple(before[ends].tolist()), block_starts)

@@ -1,0 +1,130 @@
+"""Fill a transformers model with the weights of a checkpoint, packed or not, one tensor after the other.
+
+`load` and transformers' `from_pretrained` share this file. Every parameter and buffer gets its value here, or an error
+is raised: nothing that transformers initialised at random stays in the model.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_barber.checkpoint.encoding import Packed, pack, unpack
+from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.errors import ModelError
+from llm_barber.loading.naming import find_locations
+from llm_barber.model.buffers import set_buffer, stored_buffer_names
+from llm_barber.model.empty import empty_model, untie_head
+from llm_barber.model.experts import Experts
+from llm_barber.progress import Progress
+from llm_barber.runtime.packed_linear import PackedLinear
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How a model is filled.
+
+    Attributes:
+        dtype: of the weights; those that transformers keeps in float32 are float32.
+        device: of the weights; None: each parameter's own.
+        keep_packed: linears stay packed in memory where that is smaller.
+        progress: told of each parameter.
+    """
+
+    dtype: torch.dtype
+    device: torch.device | None
+    keep_packed: bool
+    progress: Progress
+
+
+def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> None:
+    """Give a model, built from the checkpoint's configuration, the checkpoint's weights; tie what is tied.
+
+    Raises:
+        ModelError: a tensor is missing, damaged, or has another shape than the configuration says.
+    """
+    split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
+    source.locations = find_locations(split, source.tensors)
+    untie_head(model, {name: location.tensor for name, location in source.locations.items()})
+    _fill_parameters(model, source, split, filling)
+    _fill_buffers(model, source, split, filling)
+    model.tie_weights()
+
+
+def _fill_parameters(model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling) -> None:
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    in_float32 = _float32_names(model, filling.dtype)
+    names = [name for name, _ in model.named_parameters()]  # a tied parameter has its first name here
+    filling.progress.start(f"loading {source.model}", len(names))
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        empty = getattr(owner, leaf)
+        device = filling.device or empty.device
+        dtype = torch.float32 if in_float32 is not None and in_float32.search(name) else empty.dtype
+        packs = filling.keep_packed and type(owner) is nn.Linear and leaf == "weight" and uses[id(owner)] == 1
+        shape = tuple(empty.shape)
+        weight = _read_packed(source, name, shape, dtype) if packs else _read(source, name, shape, split)
+        if isinstance(weight, Tensor):
+            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
+        else:
+            parent, _, last = path.rpartition(".")
+            linear = PackedLinear(weight, owner.bias)  # the bias follows; it may still be on `meta`
+            linear.values, linear.bits = linear.values.to(device), linear.bits.to(device)
+            setattr(model.get_submodule(parent), last, linear)
+        filling.progress.advance(name)
+
+
+def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling) -> None:
+    """Copy the buffers that the configuration determines; read those that the checkpoint has."""
+    for name, buffer in split.named_buffers(remove_duplicate=False):
+        set_buffer(model, name, buffer, filling.device or model.get_buffer(name).device)
+    for name in stored_buffer_names(model):
+        if name in source.locations:
+            device = filling.device or model.get_buffer(name).device
+            set_buffer(model, name, source.read_parameters([name])[name], device)
+
+
+def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Names of the parameters that transformers keeps in float32 whatever the model's dtype; None: there are none."""
+    plan = model._get_dtype_plan(dtype)
+    return re.compile("|".join(f"({name.replace('*', '.*')})" for name in plan)) if plan else None
+
+
+def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn.Module) -> Tensor:
+    """Read a parameter; stack it from its experts' where `split` has them one by one."""
+    path, _, leaf = name.rpartition(".")
+    experts = split.get_submodule(path)
+    if not isinstance(experts, Experts):
+        tensor = source.read_parameters([name])[name]
+        _check_shape(name, tuple(tensor.shape), shape)
+        return tensor
+    parts = experts.parts(leaf)
+    tensors = source.read_parameters([f"{path}.{part.name}" for part in parts])
+    stacked = torch.empty(shape, dtype=next(iter(tensors.values())).dtype)
+    for part in parts:
+        part.of(stacked).copy_(tensors[f"{path}.{part.name}"])
+    return stacked
+
+
+def _read_packed(source: CheckpointSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Packed | Tensor:
+    """Read a linear's weight, packed where that is smaller."""
+    packed = source.read_packed(name)
+    if not isinstance(packed, Packed):  # it is stored dense or rounded
+        tensor = source.read_parameters([name])[name]
+        _check_shape(name, tuple(tensor.shape), shape)
+        return pack(tensor.to(dtype)) or tensor
+    _check_shape(name, packed.shape, shape)
+    packed = Packed(packed.shape, packed.encoding, packed.values.to(dtype), packed.places)
+    return packed if packed.bytes < shape[0] * shape[1] * dtype.itemsize else unpack(packed)
+
+
+def _check_shape(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if stored != expected:
+        raise ModelError(
+            f"{name} has shape {stored}, the configuration says {expected}",
+            "config.json and the weights do not belong together",
+        )
