@@ -246,7 +246,7 @@ def test_fuzzed_files_are_refused_or_read(tmp_path: Path) -> None:
     originals = [path.read_bytes() for path in files]
     generator = random.Random(0)
     refused = 0
-    for _ in range(5000):
+    for _ in range(2000):
         place = generator.randrange(2)
         content = bytearray(originals[place])
         for _ in range(generator.choice((1, 1, 2, 8))):
@@ -272,4 +272,4 @@ def test_fuzzed_files_are_refused_or_read(tmp_path: Path) -> None:
             assert actual.keys() == expected.keys()
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
         files[place].write_bytes(originals[place])
-    assert refused > 4500
+    assert refused > 1800
