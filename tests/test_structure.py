@@ -114,9 +114,10 @@ def test_public_names() -> None:
     assert all(getattr(llm_barber, name) is not None for name in llm_barber.__all__)
     assert set(llm_barber.__all__) == {
         "BarberError", "CompareConfig", "Comparison", "ConvertConfig", "ConvertReport", "EvaluateConfig",
-        "Evaluation", "Forecast", "InspectConfig", "Inspection", "PackConfig", "PackReport", "PlanConfig",
-        "PruneConfig", "RebuildConfig", "ReportConfig", "RunReport", "compare", "convert", "evaluate", "inspect",
-        "load", "pack", "plan", "prune", "rebuild", "report", "unpack",
+        "Evaluation", "Forecast", "GenerateConfig", "Generation", "InspectConfig", "Inspection", "PackConfig",
+        "PackReport", "PackedConfig", "PlanConfig", "PruneConfig", "RebuildConfig", "ReportConfig", "RunReport",
+        "compare", "convert", "evaluate", "generate", "inspect", "load", "pack", "plan", "prune", "rebuild",
+        "register", "report", "unpack",
     }  # fmt: skip
 
 
@@ -130,6 +131,7 @@ SLOW_TO_IMPORT = (
     [
         (["--help"], 0), (["--version"], 0), (["prune", "--help"], 0), (["--nothing"], 2), (["prune", "--nothing"], 2),
         (["prune", "model", "out", "--guard=2"], 2), (["demo", "--windows=0"], 2),
+        (["generate", "m", "p", "--temperature=-1"], 2),
     ],
 )  # fmt: skip
 def test_help_and_wrong_options_do_not_wait_for_slow_imports(arguments: list[str], code: int) -> None:

@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     from llm_barber.record.report import RunReport
     from llm_barber.run.commands import prune, rebuild
     from llm_barber.runtime.load import load
+    from llm_barber.runtime.registry import PackedConfig, register
     from llm_barber.settings.compare import CompareConfig
     from llm_barber.settings.copies import ConvertConfig, PackConfig
     from llm_barber.settings.evaluate import EvaluateConfig
+    from llm_barber.settings.generate import GenerateConfig
     from llm_barber.settings.inspect import InspectConfig
     from llm_barber.settings.plan import PlanConfig
     from llm_barber.settings.prune import PruneConfig, RebuildConfig
     from llm_barber.settings.report import ReportConfig
     from llm_barber.tools.convert import ConvertReport, convert
+    from llm_barber.tools.generate import generate
+    from llm_barber.tools.generation import Generation
     from llm_barber.tools.inspection import Inspection, inspect
     from llm_barber.tools.packing import PackReport, pack, unpack
 
@@ -37,10 +41,13 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "Forecast",
+    "GenerateConfig",
+    "Generation",
     "InspectConfig",
     "Inspection",
     "PackConfig",
     "PackReport",
+    "PackedConfig",
     "PlanConfig",
     "PruneConfig",
     "RebuildConfig",
@@ -49,12 +56,14 @@ __all__ = [
     "compare",
     "convert",
     "evaluate",
+    "generate",
     "inspect",
     "load",
     "pack",
     "plan",
     "prune",
     "rebuild",
+    "register",
     "report",
     "unpack",
 ]
@@ -70,10 +79,13 @@ _MODULES = {
     "EvaluateConfig": "settings.evaluate",
     "Evaluation": "evaluation.result",
     "Forecast": "planning.forecast",
+    "GenerateConfig": "settings.generate",
+    "Generation": "tools.generation",
     "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",
     "PackConfig": "settings.copies",
     "PackReport": "tools.packing",
+    "PackedConfig": "runtime.registry",
     "PlanConfig": "settings.plan",
     "PruneConfig": "settings.prune",
     "RebuildConfig": "settings.prune",
@@ -82,12 +94,14 @@ _MODULES = {
     "compare": "comparison.compare",
     "convert": "tools.convert",
     "evaluate": "evaluation.evaluate",
+    "generate": "tools.generate",
     "inspect": "tools.inspection",
     "load": "runtime.load",
     "pack": "tools.packing",
     "plan": "planning.plan",
     "prune": "run.commands",
     "rebuild": "run.commands",
+    "register": "runtime.registry",
     "report": "page.write",
     "unpack": "tools.packing",
 }

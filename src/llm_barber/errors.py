@@ -59,5 +59,11 @@ class VerificationError(BarberError):
     """A checkpoint that differs from its record or from the dense model."""
 
 
+class InterruptedTextError(BarberError):
+    """A text that the user ended by Ctrl-C, after a part of it was written."""
+
+    exit_code = 130
+
+
 class TaskError(BarberError):
     """An evaluation task that is unknown, cannot be run, or has a wrong file."""

@@ -25,7 +25,7 @@ def test_the_files_are_those_that_pack_makes_of_the_dense_output(tmp_path: Path,
     pack(PackConfig(model=str(tmp_path / "plain"), output=tmp_path / "packed"))
     prune(PruneConfig(output=tmp_path / "direct", report=False, format="packed", **settings))
     assert read_untimed_files(tmp_path / "packed") == read_untimed_files(tmp_path / "direct")
-    assert "load(" in (tmp_path / "direct" / "README.md").read_text()
+    assert "llm_barber.register()" in (tmp_path / "direct" / "README.md").read_text()
     assert inspect(InspectConfig(model=str(tmp_path / "direct"), dense=str(model))).problems == ()
     unpack(PackConfig(model=str(tmp_path / "direct"), output=tmp_path / "unpacked"))
     plain, unpacked = read_folder(tmp_path / "plain"), read_folder(tmp_path / "unpacked")

@@ -119,7 +119,7 @@ def test_missing_argument_and_missing_model(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.startswith("error: no such model: /nothing/here\nhint: ")
 
 
-@pytest.mark.parametrize("command", ["prune", "rebuild", "plan", "inspect", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["prune", "rebuild", "plan", "inspect", "evaluate", "generate", "demo"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(command, "--help") == 0
     output = capsys.readouterr().out
@@ -284,6 +284,8 @@ def test_an_interrupted_run_can_be_resumed_and_does_not_look_complete(
         (["prune", "--samples", "4", "", "out"], "MODEL is empty"),
         (["pack", "m", "--quiet", ""], "PACKED is empty"),
         (["rebuild", "d", "", "out"], "PRUNED is empty"),
+        (["generate", "m", " "], "PROMPT is empty"),
+        (["generate", "m", "a prompt", "--against="], "--against is empty"),
         (["evaluate", "m", "--tasks-folder", ""], "--tasks-folder is empty"),
         (["compare", "m", "out", "--tasks", " "], "--tasks is empty"),
     ],

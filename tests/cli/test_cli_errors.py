@@ -47,7 +47,7 @@ def test_a_number_beyond_its_bound_names_the_option(
 def test_every_setting_is_named_as_it_is_typed(command: str, name: str) -> None:
     """Settings are named by their argument or option; if the command has neither, by the setting's name."""
     fields = CONFIGS[command].model_fields
-    paths = [key for key in ("model", "dense", "pruned", "output", "folder") if key in fields]
+    paths = [key for key in ("model", "prompt", "dense", "pruned", "output", "folder") if key in fields]
     values: dict[str, Any] = {**dict.fromkeys(paths, "somewhere"), name: object()}
     with pytest.raises(SettingsError) as caught:
         CONFIGS[command](**values)

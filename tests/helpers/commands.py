@@ -10,6 +10,7 @@ from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.copies import ConvertConfig, PackConfig
 from llm_barber.settings.demo import DemoConfig
 from llm_barber.settings.evaluate import EvaluateConfig
+from llm_barber.settings.generate import GenerateConfig
 from llm_barber.settings.inspect import InspectConfig
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
@@ -17,8 +18,8 @@ from llm_barber.settings.report import ReportConfig
 
 CONFIGS: dict[str, type[Settings]] = {
     "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "inspect": InspectConfig, "pack": PackConfig,
-    "unpack": PackConfig, "convert": ConvertConfig, "evaluate": EvaluateConfig, "compare": CompareConfig,
-    "report": ReportConfig, "demo": DemoConfig,
+    "unpack": PackConfig, "convert": ConvertConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig,
+    "compare": CompareConfig, "report": ReportConfig, "demo": DemoConfig,
 }  # fmt: skip
 ARGUMENTS = {
     "prune": {"model": "MODEL", "output": "OUT"},
@@ -29,6 +30,7 @@ ARGUMENTS = {
     "unpack": {"model": "PACKED", "output": "OUT"},
     "convert": {"model": "MODEL", "output": "OUT"},
     "evaluate": {"model": "MODEL"},
+    "generate": {"model": "MODEL", "prompt": "PROMPT"},
     "compare": {"model": "MODEL", "output": "OUT"},
     "report": {"folder": "OUT"},
     "demo": {},

@@ -24,7 +24,7 @@ LEVEL = native.instructions()
 needs_avx512 = pytest.mark.skipif(LEVEL == 0, reason="needs a processor with AVX-512 and VBMI2")
 
 
-@pytest.fixture(params=[Instructions.AVX512, Instructions.AVX512BF16], ids=lambda level: level.name)
+@pytest.fixture(params=[Instructions.AVX512, Instructions.AVX512BF16, Instructions.AMX], ids=lambda level: level.name)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Instructions:
     if request.param > LEVEL:
         pytest.skip(f"needs {request.param.name}")
@@ -54,7 +54,7 @@ def make_parts(weight: Tensor, parts: int) -> Parts:
 
 def multiply(weight: Tensor, inputs: Tensor, bias: Tensor | None, parts: int) -> Tensor:
     shape = weight.shape[0], weight.shape[1]
-    return avx512.Weight(*parts_of(weight), bias, shape, make_parts(weight, parts)).multiply(inputs)
+    return avx512.Weight(*parts_of(weight), bias, shape, make_parts(weight, parts), parts).multiply(inputs)
 
 
 @needs_avx512
@@ -131,7 +131,7 @@ def test_nothing_is_read_behind_an_array(
             weight = make_weight(rows, columns, sparsity, dtype)
             values, bits = map(guarded, parts_of(weight))
             bias = guarded(weight[:, 0].contiguous())
-            ready = avx512.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1))
+            ready = avx512.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1), 1)
             for tokens in range(1, avx512.ROWS + 1):
                 inputs = guarded(make_weight(tokens, columns, 0, dtype, seed=1))
                 expected = inputs.double() @ weight.double().T + bias.double()
@@ -160,7 +160,7 @@ def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count
 def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Instructions, dtype: torch.dtype) -> None:
     """A file whose mask lies: the weights without a value are zero."""
     values, bits = Guarded(torch.ones(40, dtype=dtype)), torch.full((32,), 255, dtype=torch.uint8)
-    ready = avx512.Weight(values.tensor, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])))
+    ready = avx512.Weight(values.tensor, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
     assert ready.multiply(torch.ones(1, 64, dtype=dtype)).tolist() == [[40, 0, 0, 0]]
     unpacked = torch.ones(4, 64, dtype=dtype)
     ready.unpack(0, 4, unpacked)
@@ -198,7 +198,7 @@ def test_rows_are_unpacked_on_any_number_of_threads(dtype: torch.dtype, rows: in
     for sparsity in (0.0, 0.5, 1.0):
         weight = make_weight(rows, columns, sparsity, dtype)
         for parts in (1, 2, 3, 7):
-            ready = avx512.Weight(*parts_of(weight), None, (rows, columns), make_parts(weight, min(parts, rows)))
+            ready = avx512.Weight(*parts_of(weight), None, (rows, columns), make_parts(weight, min(parts, rows)), 1)
             for first in range(0, rows, BLOCK_ROWS):
                 for end in {*range(first, rows, BLOCK_ROWS), rows}:
                     into = Guarded(torch.ones((end - first) * columns, dtype=dtype)).tensor
@@ -227,11 +227,13 @@ def test_what_does_not_fit_is_refused() -> None:
         (values, bits, None, shape, Parts((0, 4), (0, kept), np.array([0, kept + 1]))),
     ):
         with pytest.raises(ValueError, match="product"):
-            avx512.Weight(*arguments)
-    ready = avx512.Weight(values, bits, None, shape, parts)
-    for wrong in (torch.ones(1, 24), torch.ones(2, 8), torch.ones(17, 16), torch.ones(0, 16), inputs.bfloat16()):
+            avx512.Weight(*arguments, 1)
+    ready = avx512.Weight(values, bits, None, shape, parts, 1)
+    for wrong in (torch.ones(1, 24), torch.ones(2, 8), torch.ones(0, 16), inputs.bfloat16()):
         with pytest.raises(ValueError, match="product"):
             ready.multiply(wrong)
+    with pytest.raises(ValueError, match="17 input rows: the most is 16"):
+        ready.multiply(torch.ones(17, 16))
     with pytest.raises(ValueError, match="product"):
         ready.multiply(torch.empty(1, 16, device="meta"))
     for first, end, into in (
@@ -240,6 +242,74 @@ def test_what_does_not_fit_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="unpacked"):
             ready.unpack(first, end, into)
+
+
+@needs_avx512
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_which_rows_are_multiplied_packed(
+    level: Instructions, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows by AVX-512, many unpacked; with AMX any number of bfloat16 rows."""
+    packed = pack(make_weight(16, 64, 0.5, dtype))
+    assert packed is not None
+    linear = PackedLinear(packed, None)
+    monkeypatch.setattr(avx512.Weight, "multiply", lambda weight, inputs: inputs)
+    monkeypatch.setattr(PackedLinear, "_multiply_blocks", lambda linear, weight, inputs: None)
+    for rows in (1, avx512.FAST_ROWS, avx512.FAST_ROWS + 1, 1000):
+        packed_product = linear(torch.ones(rows, 64, dtype=dtype)) is not None
+        amx = dtype == torch.bfloat16 and level == Instructions.AMX
+        assert packed_product == (rows <= avx512.FAST_ROWS or amx)
+
+
+def amx_or_skip() -> None:
+    if LEVEL < Instructions.AMX:
+        pytest.skip("needs a processor with AMX")
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (15, 24), (16, 32), (33, 40), (47, 136), (100, 64)])
+def test_products_by_amx_equal_dense_ones(
+    sparsity: float, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, columns and inputs that are no whole tiles; several threads; every array ends where a page does."""
+    amx_or_skip()
+    memory: list[Guarded] = []
+
+    def guarded(tensor: Tensor) -> Tensor:
+        memory.append(Guarded(tensor))
+        return memory[-1].tensor.view(tensor.shape)
+
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
+    monkeypatch.setattr(avx512._scratch, "of", lambda size: guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
+    monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
+    monkeypatch.setattr(avx512, "TOGETHER", 40)
+    weight = make_weight(rows, columns, sparsity, torch.bfloat16)
+    values, bits = map(guarded, parts_of(weight))
+    for bias in (None, guarded(make_weight(1, rows, 0, torch.bfloat16)[0])):
+        for threads in (1, 3):
+            ready = avx512.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1), threads)
+            for tokens in (4, 15, 16, 17, 33, 64, 100):
+                memory.clear()
+                inputs = guarded(make_weight(tokens, columns, 0.1, torch.bfloat16, seed=tokens))
+                expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
+                sizes = inputs.double().abs() @ weight.double().abs().T + 1
+                outputs = ready.multiply(inputs)
+                assert ((outputs.double() - expected).abs() <= 2e-6 * sizes + 2**-8 * expected.abs()).all()
+
+
+def test_amx_rounds_to_nearest_even_and_trusts_no_mask() -> None:
+    amx_or_skip()
+    inputs = torch.tensor([[256, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.bfloat16).expand(20, 8)
+    weight = torch.tensor(
+        [[1, value, 0, 0, 0, 0, 0, 0] for value in (1, 1.5, 3, 2, -1, float("inf"), float("nan"))], dtype=torch.bfloat16
+    )
+    outputs = multiply(weight, inputs, None, 1)
+    assert outputs[:, :6].tolist() == [[256, 258, 260, 258, 255, float("inf")]] * 20
+    assert outputs[:, 6].isnan().all()
+    values, bits = Guarded(torch.ones(40, dtype=torch.bfloat16)), torch.full((32,), 255, dtype=torch.uint8)
+    ready = avx512.Weight(values.tensor, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
+    assert ready.multiply(torch.ones(16, 64).bfloat16()).tolist() == [[40, 0, 0, 0]] * 16
 
 
 @needs_avx512

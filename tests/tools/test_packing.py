@@ -43,7 +43,8 @@ def test_the_files_come_back_and_packed_ones_can_be_read(tmp_path: Path, pruned:
     assert contents(tmp_path / "unpacked") == contents(pruned)
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "stored without their zeros" in card
-    assert 'model = llm_barber.load("THIS_FOLDER")' in card
+    assert "llm_barber.register()" in card
+    assert 'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")' in card
     assert "the format is dense" not in card
     assert not inspect(InspectConfig(model=tmp_path / "unpacked")).problems
     seen = inspect(InspectConfig(model=tmp_path / "packed", dense=tmp_path / "dense"))

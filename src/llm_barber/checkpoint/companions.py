@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, COMPANIONS, INDEX_NAME
 from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.packed_configuration import names_packed
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import ModelError
@@ -40,9 +41,9 @@ def refuse_adapter(folder: Path, model: str) -> None:
 
 
 def refuse_quantised(configuration: Mapping[str, Any], model: str) -> None:
-    """Raise `ModelError` for a config.json that says that the weights are quantised."""
+    """Raise `ModelError` for a config.json that says that another program quantised the weights."""
     quantization = configuration.get("quantization_config")
-    if quantization:
+    if quantization and not names_packed(configuration):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ModelError(
             f"{model} is quantised ({method or 'unknown method'}); pruning needs its plain weights",

@@ -15,6 +15,8 @@ from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_file_name, check_header, read_json
 from llm_barber.errors import ModelError
 
+READ_OPEN = 1 << 28  # bytes; pages of a mapped file count as the process's memory
+
 
 def read_headers(folder: Path, model: str) -> tuple[dict[str, TensorInfo], dict[str, Table]]:
     """The tensors of a checkpoint by their names, and, of a packed checkpoint, the table of each shard.
@@ -129,15 +131,16 @@ class OpenedShard:
             self.handle: Any = safe_open(os.fspath(self.path), framework="pt")
             return self.handle.__enter__()  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError, ValueError) as error:
-            raise self._damaged(error) from error
+            raise self.damaged(error) from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         with suppress(Exception):
             self.handle.__exit__(None, None, None)
         if isinstance(error, SafetensorError):
-            raise self._damaged(error) from error
+            raise self.damaged(error) from error
 
-    def _damaged(self, error: BaseException) -> ModelError:
+    def damaged(self, error: BaseException) -> ModelError:
+        """Error that names the file."""
         if isinstance(error, FileNotFoundError):  # safetensors raises it for unreadable files, too
             if self.path.exists():
                 return ModelError(f"{self.path} may not be read", "check its permissions: ls -l, chmod")
@@ -145,3 +148,30 @@ class OpenedShard:
         return ModelError(
             f"{self.path.name} is truncated or not a safetensors file ({error})", "get the file again, whole"
         )
+
+
+class LastShard:
+    """The shard that was opened last, kept open until another is needed or `READ_OPEN` bytes were read.
+
+    `bytes`: read since it was opened; who reads adds to it.
+    """
+
+    def __init__(self) -> None:
+        self._shard: OpenedShard | None = None
+        self.bytes = 0
+
+    def opened(self, path: Path) -> OpenedShard:
+        """The shard at a path, open; errors as of `OpenedShard`."""
+        if self._shard is not None and self._shard.path == path and self.bytes < READ_OPEN:
+            return self._shard
+        self.close()
+        shard = OpenedShard(path)
+        shard.__enter__()
+        self._shard, self.bytes = shard, 0
+        return shard
+
+    def close(self) -> None:
+        """Close the shard."""
+        if self._shard is not None:
+            self._shard.__exit__(None, None, None)
+            self._shard = None

@@ -71,7 +71,12 @@ def check_folder(folder: Path) -> None:
 
 
 def hub_configuration(model: str, revision: str | None = None) -> Path:
-    """Download the config.json, and no other file, of a hub id: `org/name` or `org/name@revision`.
+    """Download the config.json, and no other file, of a hub id; errors as of `hub_file`."""
+    return hub_file(model, "config.json", revision)
+
+
+def hub_file(model: str, file: str, revision: str | None = None) -> Path:
+    """Download one file of a hub id: `org/name` or `org/name@revision`.
 
     Raises:
         ModelError: the name is not a hub id.
@@ -81,7 +86,7 @@ def hub_configuration(model: str, revision: str | None = None) -> Path:
     with _explained(name, pinned or revision):
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(name, "config.json", revision=pinned or revision))
+        return Path(hf_hub_download(name, file, revision=pinned or revision))
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

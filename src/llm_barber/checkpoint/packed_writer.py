@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
@@ -19,9 +20,16 @@ from llm_barber.checkpoint.packed import (
     packed_name,
     read_tensor,
 )
+from llm_barber.checkpoint.packed_configuration import CONFIGURATION, packed_configuration
 from llm_barber.checkpoint.writer import CheckpointWriter
 
 METADATA = {"format": "pt"}
+
+
+def name_format(writer: CheckpointWriter) -> None:
+    """Add the entry that names the format to the config.json that was written."""
+    plain = (writer.folder / CONFIGURATION).read_bytes()
+    writer.write_file(CONFIGURATION, packed_configuration(plain, writer.shard_names))
 
 
 class PackedWriter(CheckpointWriter):
@@ -57,6 +65,12 @@ class PackedWriter(CheckpointWriter):
             tensors[name] = read_tensor(name, table, handle, table.file)
             del tensors[name + VALUES], tensors[name + PLACES]
         return tensors
+
+    def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:
+        """Copy a companion file; config.json says that the weights are packed, and its digest is of the plain file."""
+        super().copy(path, folder, content)
+        if path.relative_to(folder).as_posix() == CONFIGURATION:
+            name_format(self)
 
     def finish(self, with_index: bool = True) -> None:
         """Write the packed index and give the folder its name."""

@@ -3,21 +3,24 @@
 Nothing is unpickled, and no code that comes with a model is run. What an index says is checked against the files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llm_barber.checkpoint.companions import companions, refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.encoding import Packed
-from llm_barber.checkpoint.headers import OpenedShard, read_headers
+from llm_barber.checkpoint.headers import LastShard, OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
-from llm_barber.checkpoint.packed import PACKED_INDEX, read_packed, read_tensor
+from llm_barber.checkpoint.packed import DAMAGED, PACKED_INDEX, read_packed, read_tensor
+from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, NotFiniteError
@@ -43,6 +46,7 @@ class CheckpointSource:
         self.configuration = self._read_configuration()
         self.tensors, self.packed = read_headers(self.folder, self.model)
         check_counts(self.configuration, self.model, (info.shape for info in self.tensors.values()))
+        self._last: LastShard | None = None
         files = {"config.json"} | self._shards
         # Modification times, ns: an unfinished run asks whether each file is still the one that it began with.
         self.written = {name: (self.folder / name).stat().st_mtime_ns for name in sorted(files)}
@@ -58,6 +62,12 @@ class CheckpointSource:
             )
         configuration = read_json(path)
         refuse_quantised(configuration, self.model)
+        if names_packed(configuration):
+            if not (self.folder / PACKED_INDEX).exists():
+                raise ModelError(
+                    f"{self.model} has no {PACKED_INDEX}, though its config.json says that it is packed", DAMAGED
+                )
+            del configuration[KEY]  # what follows is the model's, however it is stored
         return configuration
 
     @property
@@ -99,6 +109,32 @@ class CheckpointSource:
             )
         return shape
 
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Keep the shard that was read last open inside a `with` statement: opening takes a millisecond.
+
+        A shard is opened anew after some 256 MiB: pages of an open file count as this process's memory.
+        """
+        self._last = LastShard()
+        try:
+            yield
+        finally:
+            last, self._last = self._last, None
+            last.close()
+
+    @contextmanager
+    def _shard(self, file: str) -> Iterator[Any]:
+        path = self.folder / file
+        if self._last is None:
+            with OpenedShard(path) as handle:
+                yield handle
+            return
+        shard = self._last.opened(path)
+        try:
+            yield shard.handle
+        except SafetensorError as error:
+            raise shard.damaged(error) from error
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by the checkpoint's names, each file opened once.
 
@@ -112,7 +148,7 @@ class CheckpointSource:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            with OpenedShard(self.folder / file) as handle:
+            with self._shard(file) as handle:
                 table = self.packed.get(file)
                 for name in members:
                     if table is not None:
@@ -121,6 +157,8 @@ class CheckpointSource:
                         tensor = handle.get_tensor(name).clone()
                     self._refuse_not_finite(name, tensor)
                     tensors[name] = tensor
+                    if self._last is not None:
+                        self._last.bytes += tensor.nbytes
         return tensors
 
     def _refuse_not_finite(self, name: str, values: Tensor) -> None:
@@ -146,8 +184,10 @@ class CheckpointSource:
         entry = table.packed.get(location.tensor) if table is not None else None
         if table is None or entry is None or len(entry.shape) != 2 or location.part is not None:
             return None
-        with OpenedShard(self.folder / file) as handle:
+        with self._shard(file) as handle:
             packed = read_packed(location.tensor, table, handle, file)
+        if self._last is not None:
+            self._last.bytes += packed.bytes
         if isinstance(packed, Packed):
             self._refuse_not_finite(location.tensor, packed.values)
         return packed

@@ -24,6 +24,7 @@ from llm_barber.checkpoint.durable import is_full, save_tensors, sync_file, writ
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.index import dense_index
 from llm_barber.checkpoint.output import check_output, give_name
+from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
 from llm_barber.checkpoint.state import ACTIVATIONS_KEPT, RunState, Shard, Used, write_state
 from llm_barber.checkpoint.unfinished import take_up
 from llm_barber.checkpoint.work_folder import WorkFolder
@@ -234,11 +235,16 @@ class CheckpointWriter:
         write_durably(self.folder / name, content)
 
     def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:
-        """Copy a companion file of `folder` under its name there; with `content` in place of its own if given."""
+        """Copy a companion file of `folder` under its name there; with `content` in place of its own if given.
+
+        A config.json loses the entry that says that its weights are packed.
+        """
         content = path.read_bytes() if content is None else content
         name = path.relative_to(folder).as_posix()
         if path.parent != folder:
             (self.folder / name).parent.mkdir(exist_ok=True)
+        if name == CONFIGURATION:
+            content = plain_configuration(content)
         self.write_file(name, content)
         self._companions[name] = hashlib.sha256(content).hexdigest()
 

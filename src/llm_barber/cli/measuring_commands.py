@@ -9,9 +9,10 @@ import typer
 
 from llm_barber.cli.app import command, print_json
 from llm_barber.cli.options import OUTPUT, JsonOption, QuietOption
-from llm_barber.errors import ModelError
+from llm_barber.errors import InterruptedTextError, ModelError
 from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.evaluate import EvaluateConfig
+from llm_barber.settings.generate import GenerateConfig
 from llm_barber.settings.report import ReportConfig
 
 KeepOption = Annotated[
@@ -58,6 +59,42 @@ def evaluate(
         from llm_barber.cli.tables import show_evaluation
 
         show_evaluation(result)
+
+
+@command(
+    GenerateConfig,
+    {"model": "MODEL", "prompt": "PROMPT"},
+    (
+        "llm-barber generate packed 'Why is the sky blue?'",
+        "llm-barber generate packed 'Why is the sky blue?' --against meta-llama/Llama-3.2-1B-Instruct",
+        "llm-barber generate pruned - --no-chat --temperature 0.8 --seed 1 < beginning.txt",
+    ),
+)
+def generate(config: GenerateConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Let MODEL continue PROMPT, and measure its speed and memory, alone or in turn with the dense model.
+
+    The text goes to stdout as it is written, speed and memory to stderr. With --against both texts and a table go to
+    stdout. A model is warmed up before it is timed.
+    """
+    from llm_barber.cli.progress import ConsoleProgress
+
+    with ConsoleProgress(quiet) as progress:
+        from llm_barber.tools.generate import generate as run
+
+        streamed = config.against is None and not json
+        generation = run(config, progress, progress.write if streamed else None)
+    if json:
+        ratios = {"prefill_ratio": generation.prefill_ratio, "decode_ratio": generation.decode_ratio}
+        print_json({**generation.model_dump(mode="json"), **ratios})
+    else:
+        from llm_barber.cli.generation_tables import show_generation
+
+        show_generation(generation, config)
+    if generation.interrupted:
+        raise InterruptedTextError(
+            f"interrupted after {len(generation.generated.tokens)} of {config.max_new_tokens} tokens",
+            "text and speed above are those of the tokens that were written",
+        )
 
 
 @command(

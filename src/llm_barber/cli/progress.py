@@ -1,5 +1,7 @@
 """Progress with an ETA on stderr, and warnings."""
 
+import re
+import sys
 import time
 from types import TracebackType
 from typing import Self
@@ -18,6 +20,7 @@ from rich.table import Column
 
 from llm_barber.messages import Message
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
 
 
@@ -103,6 +106,18 @@ class ConsoleProgress:
         console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
         shown = message.as_options if isinstance(message, Message) else message
         console.print(f"warning: {shown}", style="yellow", soft_wrap=True)
+
+    def write(self, text: str) -> None:
+        """Write text on stdout as it is, without a line end; the bar is gone from then on.
+
+        A terminal's control characters are replaced, since a model may write any character.
+        """
+        self._bars.stop()
+        stream = sys.stdout
+        shown = CONTROL.sub("�", text) if stream.isatty() else text
+        encoding = stream.encoding or "utf-8"
+        stream.write(shown.encode(encoding, "replace").decode(encoding))
+        stream.flush()
 
     def _clear(self) -> None:
         """Remove the bar of the previous stage."""

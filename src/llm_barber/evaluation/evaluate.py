@@ -4,7 +4,6 @@ import hashlib
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +15,12 @@ from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskRun, compare_tasks, find_tasks
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.loading.opening import check_positions, check_vocabulary, load_tokenizer
+from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_vocabulary
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings.evaluate import EvaluateConfig
-from llm_barber.text.calibration import read_text
-from llm_barber.text.windows import beginning_of_texts, tokens_of
+from llm_barber.text.windows import beginning_of_texts
 from llm_barber.usage import versions
-
-SAMPLE_CHARACTERS = 5000  # length of the text on which two tokenizers are compared
 
 
 @dataclass(frozen=True)
@@ -78,14 +75,14 @@ class Evaluator:
         self.other = None
         if config.against is not None:
             self.other = StreamedModel(config.against, self.device, self.dtype, config.structure)
-            _check_same_vocabulary(model, self.other)
+            _check_vocabularies(model, self.other)
         self.tokenizer = load_tokenizer(model.source.folder)
         if self.tokenizer is None:
             raise ModelError(f"{config.model} has no tokenizer, which a text needs", "add its tokenizer files")
         if config.texts:
             check_positions(model.config, config.seqlen)
         if self.other is not None:
-            _check_same_tokens(self.tokenizer, self.other)
+            check_same_tokenizer(self.tokenizer, self.other.source.model, self.other.source.folder)
         self.texts = [self._tokenised(name, model, progress) for name in config.texts]
         self._other_states: dict[str, HiddenStates] = {}
         self._other_tasks: TaskRun | None = None
@@ -99,7 +96,7 @@ class Evaluator:
         """
         streamed = StreamedModel(model, self.device, self.dtype, self.config.structure)
         if self.other is not None:
-            _check_same_vocabulary(streamed, self.other)
+            _check_vocabularies(streamed, self.other)
         texts = tuple(self._measure_text(streamed, text, progress) for text in self.texts)
         tasks: tuple[TaskResult, ...] = ()
         if self.tasks and with_tasks:
@@ -179,22 +176,5 @@ def _import_harness() -> ModuleType:
         ) from error
 
 
-def _check_same_tokens(tokenizer: Any, other: StreamedModel) -> None:
-    """Refuse another model with another tokenizer: ids that mean different words cannot be compared.
-
-    Raises:
-        ModelError: the tokenizers divide a sample of text differently.
-    """
-    other_tokenizer = load_tokenizer(other.source.folder)
-    sample = read_text("builtin")[:SAMPLE_CHARACTERS]
-    if other_tokenizer is not None and tokens_of(sample, tokenizer) != tokens_of(sample, other_tokenizer):
-        raise ModelError(f"{other.source.model} has another tokenizer", "compare models with the same tokenizer")
-
-
-def _check_same_vocabulary(model: StreamedModel, other: StreamedModel) -> None:
-    size, other_size = model.config.vocab_size, other.config.vocab_size
-    if size != other_size:
-        raise ModelError(
-            f"{model.source.model} has a vocabulary of {size}, {other.source.model} one of {other_size}",
-            "compare models with the same tokenizer",
-        )
+def _check_vocabularies(model: StreamedModel, other: StreamedModel) -> None:
+    check_same_vocabulary(model.source.model, model.config, other.source.model, other.config)

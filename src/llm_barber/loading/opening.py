@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
+from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.loading.naming import find_locations
@@ -128,8 +129,15 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a damaged file makes it raise
         raise unusable_configuration(source.model, error) from error
+    forget_packed(config)
     check_finite(source.configuration, config, source.model)
     return config
+
+
+def forget_packed(config: PreTrainedConfig) -> None:
+    """Remove the entry that says that the weights are packed: what is built from `config` is an ordinary model."""
+    if names_packed({KEY: getattr(config, KEY, None)}):
+        delattr(config, KEY)
 
 
 def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, model: str) -> None:

@@ -136,10 +136,11 @@ def untie_head(model: PreTrainedModel, stored: Mapping[str, str]) -> None:
         stored: names of the checkpoint's tensors by the names of the model's parameters.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
     names = [stored.get(f"{name}.weight") for name, module in model.named_modules() if module in (head, embedding)]
-    if tied and None not in names and len(set(names)) > 1:
-        model.config.tie_word_embeddings = False
+    if not isinstance(head, nn.Linear) or None in names or len(set(names)) < 2:
+        return
+    model.config.tie_word_embeddings = False
+    if head.weight is getattr(embedding, "weight", None):
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
 
 

@@ -19,7 +19,7 @@ from llm_barber.errors import SettingsError
 ITEMS = (2, 4)  # bytes of a weight
 # Layouts of the codes of 2:4 and 4:8: bytes of codes, bytes of the bit mask that they encode, bits that encode a byte.
 LAYOUTS = ((3, 4, 6), (7, 8, 7))
-ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512 or avx512bf16
+ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512, avx512bf16 or amx
 PRODUCT_ROWS = 4  # rows of inputs that a product takes
 
 
@@ -29,6 +29,7 @@ class Instructions(IntEnum):
     AVX2 = 0
     AVX512 = 1  # AVX-512 with VBMI2
     AVX512BF16 = 2
+    AMX = 3  # for bfloat16
 
 
 @cache

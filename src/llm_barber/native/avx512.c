@@ -12,13 +12,15 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <unistd.h>
 
-/* Instructions of this processor: 0: no AVX-512 with VBMI2; 1: AVX-512 with VBMI2; 2: AVX512-BF16 as well. */
+/* Instructions of this processor: 0: no AVX-512 with VBMI2; 1: AVX-512 with VBMI2; 2: AVX512-BF16 as well; 3: AMX as
+ * well. */
 int packed_instructions(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("popcnt"))
         return 0;
-    return __builtin_cpu_supports("avx512bf16") ? 2 : 1;
+    if (!__builtin_cpu_supports("avx512bf16")) return 1;
+    return packed_amx_start() ? 3 : 2;
 }
 
 /* A product; `inputs` is float32 at level 1, and otherwise has the values' type. */
@@ -171,7 +173,7 @@ static void multiply_part(const void *task, int part) {
     const size_t first = (size_t)w->row_ends[part], last = (size_t)w->row_ends[part + 1];
     const size_t next = (size_t)w->value_ends[part];
     if (!w->bfloat16) some_rows_float32(p, first, last, next);
-    else if (w->level == 2) some_rows_bfloat16(p, first, last, next);
+    else if (w->level > 1) some_rows_bfloat16(p, first, last, next);
     else some_rows_widened(p, first, last, next);
 }
 

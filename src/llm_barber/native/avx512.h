@@ -37,12 +37,28 @@ typedef struct {
     const int64_t *block_starts;          /* number of values before each block of BLOCK_ROWS rows */
     const openmp_t *openmp;               /* or NULL: the caller's thread computes all parts */
     size_t rows, columns, kept;
-    int parts, bfloat16, level; /* level: 1: values are float32 or widened to it; 2: multiplied as bfloat16 */
+    int parts, bfloat16, level; /* level: 1: values are float32 or widened to it; 2 or 3: multiplied as bfloat16 */
 } packed_t;
 
 /* Calls `function` with `task` and the number of each part, on as many threads as there are parts. The caller's thread
  * computes all parts in a forked process, which has none of the threads. */
 void packed_run_parts(const openmp_t *openmp, int parts, void (*function)(const void *task, int part), const void *task);
+
+int packed_amx_start(void); /* amx.c */
+
+/* First block of a part of `parts`: parts have whole blocks, and about as many values each. */
+static inline size_t packed_first_block(const packed_t *weight, int part, int parts) {
+    const size_t blocks = (weight->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t share = (int64_t)weight->kept * part / parts;
+    size_t first = 0, last = blocks;
+    if (part == 0 || part == parts) return part ? blocks : 0;
+    while (first < last) {
+        const size_t middle = (first + last) / 2;
+        if (weight->block_starts[middle] < share) first = middle + 1;
+        else last = middle;
+    }
+    return first;
+}
 
 /* The next 32 bits of the mask; bits beyond the `left` weights are 0. `left` is a multiple of 8. */
 INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {

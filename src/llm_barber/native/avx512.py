@@ -1,4 +1,4 @@
-"""Products with packed weights, and unpacking, by AVX-512: `avx512.c` and `unpack512.c`.
+"""Products with packed weights, and unpacking, by AVX-512 and AMX: `avx512.c`, `amx.c` and `unpack512.c`.
 
 Sizes are checked here, not in C. If the extension was not built, or the processor lacks the instructions,
 `native.product` (AVX2) or unpacking takes its place.
@@ -6,8 +6,11 @@ Sizes are checked here, not in C. If the extension was not built, or the process
 
 import ctypes
 import re
+import sys
+import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +19,11 @@ from llm_barber import native
 from llm_barber.native import Instructions
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 
-ROWS = 16  # most rows of inputs of a product
-FAST_ROWS = 8  # most rows of inputs with which a product is faster than unpacking the weight and multiplying
+ROWS = 16  # most rows of inputs of a product by AVX-512
+FAST_ROWS = 8  # most rows of inputs with which such a product is faster than unpacking the weight and multiplying
+AMX_ROWS = 4  # fewest rows of inputs with which AMX is faster than AVX-512
+TOGETHER = 1024  # rows of inputs that AMX takes at a time: more do not fit the caches
+VALUES_A_THREAD = 1 << 16  # fewest values, times tiles of inputs, that are worth a thread of their own
 
 
 class _Weight(ctypes.Structure):
@@ -39,6 +45,22 @@ class _OpenMP(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("parallel", "thread_number", "thread_count"))
 
 
+class _Scratch(threading.local):
+    """Memory that a product by AMX works in: each thread has its own."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        """At least `size` bytes, until this thread asks again."""
+        if len(self.memory) < size:
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self.memory
+
+
+_scratch = _Scratch()
+
+
 @cache
 def _openmp() -> _OpenMP | None:
     """Functions of the OpenMP library that PyTorch has loaded; None: there is none, or it is not found (macOS)."""
@@ -54,6 +76,26 @@ def _openmp() -> _OpenMP | None:
             continue
         return _OpenMP(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
     return None
+
+
+@cache
+def _functions() -> tuple[Any, ...]:
+    """C's `packed_multiply`, `packed_unpack`, `packed_amx_multiply` and `packed_amx_scratch`.
+
+    The last two are None where the compiler did not know AMX.
+    """
+    loaded, pointer, size, number = native.library(), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    arguments = {
+        "multiply": (pointer, pointer, pointer, number),
+        "unpack": (pointer, size, size, pointer),
+        "amx_multiply": (pointer, pointer, pointer, size, number, pointer),
+        "amx_scratch": (size, size, number),
+    }
+    functions = [getattr(loaded, f"packed_{name}", None) for name in arguments]
+    for function, types in zip(functions, arguments.values(), strict=True):
+        if function is not None:
+            function.argtypes, function.restype = types, size if types == arguments["amx_scratch"] else None
+    return tuple(functions)
 
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
@@ -74,13 +116,22 @@ class Weight:
         bits: bit mask of W, uint8, (out · in / 8,), with as many set bits as values.
         bias: (out,), of the dtype of `values`; or None.
         shape: out, in.
-        parts: how threads share the rows.
+        parts: how threads share the rows if there are few rows of inputs.
+        threads: the most threads of a product with many rows of inputs.
 
     Raises:
         ValueError: arguments do not fit together.
     """
 
-    def __init__(self, values: Tensor, bits: Tensor, bias: Tensor | None, shape: tuple[int, int], parts: Parts) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        bits: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        parts: Parts,
+        threads: int,
+    ) -> None:
         (rows, columns), kept, self.dtype = shape, values.shape[0], values.dtype
         tensors = [values, bits, *([] if bias is None else [bias])]
         on_cpu = all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
@@ -103,16 +154,14 @@ class Weight:
         narrow = self.dtype == torch.bfloat16
         level = native.instructions() if narrow else Instructions.AVX512
         self._widens = narrow and level == Instructions.AVX512
+        self._amx_rows = AMX_ROWS if level == Instructions.AMX else sys.maxsize
+        self.fast_rows = sys.maxsize if level == Instructions.AMX else FAST_ROWS
+        self._kept, self._threads = kept, min(threads, len(ends[2]) - 1)
         pointers = *self._pointers, *map(ctypes.addressof, self._ends)
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
         self._weight = _Weight(*pointers, openmp, rows, columns, kept, len(ends[0]) - 1, narrow, level)
         self._address = ctypes.addressof(self._weight)
-        loaded = native.library()
-        assert loaded is not None
-        self._multiply, self._unpack = loaded.packed_multiply, loaded.packed_unpack
-        self._multiply.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int)
-        self._unpack.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p)
-        self._multiply.restype = self._unpack.restype = None
+        self._functions = _functions()
 
     def is_of(self, values: Tensor, bits: Tensor, bias: Tensor | None) -> bool:
         """Test whether these are the weight's tensors, where they were in memory."""
@@ -130,22 +179,38 @@ class Weight:
         """Compute inputs · Wᵀ + bias, summed in float32 and rounded once: (…, out).
 
         Args:
-            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `ROWS` input rows.
+            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `ROWS` input rows, with AMX any number. Up to
+                `fast_rows` this is faster than `unpack` and a dense product.
 
         Raises:
             ValueError: inputs do not fit the weight.
         """
         shape, columns = inputs.shape, self.columns
         tokens = inputs.numel() // columns
-        if shape[-1] != columns or inputs.dtype is not self.dtype or not inputs.is_cpu or not 1 <= tokens <= ROWS:
+        if shape[-1] != columns or inputs.dtype is not self.dtype or not inputs.is_cpu or tokens < 1:
             raise ValueError("inputs do not fit the weight of the product")
         outputs = inputs.new_empty((*shape[:-1], self.rows))
         if self._widens:
             inputs = inputs.float()
         if not inputs.is_contiguous():
             inputs = inputs.contiguous()
-        self._multiply(self._address, inputs.data_ptr(), outputs.data_ptr(), tokens)
+        if tokens >= self._amx_rows:
+            self._multiply_by_amx(inputs.data_ptr(), outputs.data_ptr(), tokens)
+        elif tokens <= ROWS:
+            self._functions[0](self._address, inputs.data_ptr(), outputs.data_ptr(), tokens)
+        else:
+            raise ValueError(f"a product of {tokens} input rows: the most is {ROWS}")
         return outputs
+
+    def _multiply_by_amx(self, inputs: int, outputs: int, tokens: int) -> None:
+        """Multiply `TOGETHER` rows of inputs at a time, from address to address."""
+        _, _, amx_multiply, amx_scratch = self._functions
+        together = -(-tokens // -(-tokens // TOGETHER))
+        parts = max(1, min(self._threads, self._kept * -(-together // ROWS) // VALUES_A_THREAD))
+        scratch = _scratch.of(amx_scratch(self.columns, together, parts)).data_ptr()
+        for first in range(0, tokens, together):
+            addresses = inputs + 2 * first * self.columns, outputs + 2 * first * self.rows
+            amx_multiply(self._address, *addresses, min(together, tokens - first), parts, scratch)
 
     def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
         """Write rows of W, on PyTorch's threads.
@@ -162,4 +227,4 @@ class Weight:
         inside = 0 <= first_row <= end_row <= self.rows and into.numel() == (end_row - first_row) * self.columns
         if not (whole and inside and into.is_contiguous() and into.is_cpu and into.dtype == self.dtype):
             raise ValueError("rows do not fit the place to which they are unpacked")
-        self._unpack(self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())
+        self._functions[1](self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())

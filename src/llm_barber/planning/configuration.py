@@ -12,7 +12,7 @@ from llm_barber.checkpoint.hub import check_folder, hub_configuration
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError
-from llm_barber.loading.opening import check_finite, unusable_configuration
+from llm_barber.loading.opening import check_finite, forget_packed, unusable_configuration
 
 NOT_FOUND_HINT = "give a folder with config.json, a config.json, a GGUF file or a hub id"
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -35,6 +35,7 @@ def read_configuration(model: str, revision: str | None = None) -> PreTrainedCon
         )
     except Exception as error:  # a damaged file can raise anything in transformers
         raise unusable_configuration(model, error) from error
+    forget_packed(config)
     check_finite(content, config, model)
     for size in SIZES:
         value = getattr(config.get_text_config(), size, 1)

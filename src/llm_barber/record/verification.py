@@ -10,6 +10,7 @@ from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
 from llm_barber.checkpoint.index import dense_index, packed_index
 from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX
+from llm_barber.checkpoint.packed_configuration import CONFIGURATION, packed_configuration, plain_configuration
 from llm_barber.checkpoint.replacing import folder_entries, is_program_file
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, VerificationError
@@ -64,6 +65,10 @@ def unknown_files(source: CheckpointSource, record: RunReport) -> list[str]:
         expected = packed_index({name: info.file for name, info in source.tensors.items()}, version)
         if index.read_bytes() != expected:
             problems.append(f"{PACKED_INDEX} has changed since it was written")
+        configuration = (source.folder / CONFIGURATION).read_bytes()
+        plain = plain_configuration(configuration)  # earlier programs left it so
+        if configuration not in (plain, packed_configuration(plain, source.packed)):
+            problems.append(f"{CONFIGURATION} has changed since it was written")
         problems += [
             f"{file} was packed from {table.file}, which is not in the record"
             for file, table in source.packed.items()
@@ -121,10 +126,15 @@ def written_otherwise(written: Mapping[str, str], record: RunReport) -> list[str
 
 
 def _file_digest(folder: Path, name: str) -> str | None:
-    """sha256 of a file of the folder; None: it is missing, or outside the folder."""
+    """sha256 of a file of the folder; of a packed folder's config.json, without the entry that names the format.
+
+    None: it is missing, or outside the folder.
+    """
     path = folder / name
     if path.parent not in (folder, folder / CHAT_TEMPLATES) or not path.is_file():
         return None
+    if name == CONFIGURATION and (folder / PACKED_INDEX).exists():
+        return hashlib.sha256(plain_configuration(path.read_bytes())).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
+from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
 from llm_barber.checkpoint.state import Used
 from llm_barber.method.distance import HUGE_TOKEN
 from llm_barber.method.few_tokens import FEW_TOKENS
@@ -29,7 +30,7 @@ def finish_output(
     """Write companion files, record, model card and page; give the complete output its name."""
     job = prepared.job
     for path in job.source.companions():
-        untied = job.prunes_head and path.name == "config.json"
+        untied = job.prunes_head and path.name == CONFIGURATION
         writer.copy(path, job.source.folder, _untied(path) if untied else None)
     sequences, seqlen = job.tokens.input_ids.shape
     report = RunReport(
@@ -119,7 +120,7 @@ def layers_ruled_by_one_token(report: RunReport) -> list[int]:
 
 def _untied(path: Path) -> bytes:
     """Content of a configuration whose output head no longer shares the embedding's weights."""
-    content = json.loads(path.read_bytes())
+    content = json.loads(plain_configuration(path.read_bytes()))
     return (json.dumps({**content, "tie_word_embeddings": False}, indent=2, ensure_ascii=False) + "\n").encode()
 
 

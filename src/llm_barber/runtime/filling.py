@@ -34,12 +34,14 @@ class Filling:
         device: of the weights; None: each parameter's own.
         keep_packed: linears stay packed in memory where that is smaller.
         progress: told of each parameter.
+        requires_grad: dense parameters take gradients.
     """
 
     dtype: torch.dtype
     device: torch.device | None
     keep_packed: bool
     progress: Progress
+    requires_grad: bool = False
 
 
 def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> None:
@@ -51,8 +53,9 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
     split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
     source.locations = find_locations(split, source.tensors)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
-    _fill_parameters(model, source, split, filling)
-    _fill_buffers(model, source, split, filling)
+    with source.kept_open():
+        _fill_parameters(model, source, split, filling)
+        _fill_buffers(model, source, split, filling)
     model.tie_weights()
 
 
@@ -71,11 +74,11 @@ def _fill_parameters(model: PreTrainedModel, source: CheckpointSource, split: nn
         shape = tuple(empty.shape)
         weight = _read_packed(source, name, shape, dtype) if packs else _read(source, name, shape, split)
         if isinstance(weight, Tensor):
-            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
+            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=filling.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
             bias = owner.bias  # it follows; it may still be on `meta`
-            linear = RoundedLinear(weight, bias) if isinstance(weight, Rounded) else PackedLinear(weight, bias)
+            linear = RoundedLinear(weight, bias, dtype) if isinstance(weight, Rounded) else PackedLinear(weight, bias)
             for buffer_name, buffer in linear.named_buffers(recurse=False):
                 setattr(linear, buffer_name, buffer.to(device))
             setattr(model.get_submodule(parent), last, linear)

@@ -17,6 +17,7 @@ from llm_barber.model.empty import auto_class, join_tied_linears
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.filling import Filling, fill
+from llm_barber.runtime.registry import PackedConfig, PackedQuantizer, mark
 from llm_barber.runtime.semi_structured import check_device, convert
 
 
@@ -65,6 +66,8 @@ def load(
     if generation_config is not None:
         loaded.generation_config = generation_config
     loaded = loaded.to(target).eval()
+    if keep_packed:
+        mark(loaded, PackedQuantizer(PackedConfig(keep_packed)))
     if semi_structured:
         loaded.semi_structured = convert(loaded)
     return loaded

@@ -16,7 +16,6 @@ from llm_barber.native import avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 
 DECODE_ROWS = 8  # most rows of inputs that the decode kernel takes
-VALUES_A_THREAD = 1 << 16  # fewest values that are worth a thread of their own
 BLOCK_COLUMNS = 256  # columns of a block of the decode kernel: its int32 start adds 0.8 % to bfloat16 weights
 CACHED_BYTES = 1 << 21  # unpacked rows that stay in a core's cache until they are multiplied
 
@@ -24,9 +23,10 @@ CACHED_BYTES = 1 << 21  # unpacked rows that stay in a core's cache until they a
 class PackedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
-    On the CPU, up to four rows of inputs (eight with AVX-512) are multiplied with the packed weight where
-    `llm_barber.native` was built. Otherwise the weight is unpacked into a buffer that all linears share in a thread;
-    with AVX-512 a few rows at a time, which are multiplied while they are in the cache. On CUDA with Triton, up to
+    On the CPU, up to four rows of inputs (eight with AVX-512, any number in bfloat16 with AMX) are multiplied with the
+    packed weight where `llm_barber.native` was built. Otherwise the weight is unpacked into a buffer that all linears
+    share in a thread; with AVX-512 a few rows at a time, which are multiplied while they are in the cache. On CUDA with
+    Triton, up to
     `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more rows are multiplied with the
     weight unpacked on the GPU. The kernel and the unpacking on the GPU are untested on a real GPU.
 
@@ -70,6 +70,14 @@ class PackedLinear(nn.Module):
         self._unpack(weight)
         return weight
 
+    def dense(self) -> nn.Linear:
+        """An ordinary linear with the unpacked weight."""
+        rows, columns = self.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
         bias = self._parameters["bias"]
@@ -78,7 +86,7 @@ class PackedLinear(nn.Module):
         rows = inputs.numel() // columns if inputs.shape[-1] == columns else 0  # 0: PyTorch's linear says what is wrong
         weight = self._ready_weight(bias)
         if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and not differentiated:
-            return weight.multiply(inputs) if rows <= avx512.FAST_ROWS else self._multiply_blocks(weight, inputs)
+            return weight.multiply(inputs) if rows <= weight.fast_rows else self._multiply_blocks(weight, inputs)
         if use_kernel(self.values.device.type, rows, differentiated):
             return self.decode(inputs)
         if inputs.is_cpu and use_native(self.values, inputs.dtype, columns, rows, differentiated):
@@ -109,7 +117,7 @@ class PackedLinear(nn.Module):
             return None
         if bias is not None and (bias.dtype, bias.device) != (values.dtype, values.device):
             return None
-        weight = avx512.Weight(values, bits, bias, self.shape, self._divided(self._threads()))
+        weight = avx512.Weight(values, bits, bias, self.shape, self._divided(self._threads()), threads)
         self._ready[threads] = weight
         return weight
 
@@ -166,7 +174,7 @@ class PackedLinear(nn.Module):
 
     def _threads(self) -> int:
         """Number of threads of a product: few values are multiplied sooner than a second thread would begin."""
-        return max(1, min(torch.get_num_threads(), self.shape[0], self.values.shape[0] // VALUES_A_THREAD))
+        return max(1, min(torch.get_num_threads(), self.shape[0], self.values.shape[0] // avx512.VALUES_A_THREAD))
 
     def _divided(self, threads: int) -> Parts:
         """Rows of each thread."""
@@ -206,11 +214,9 @@ def use_kernel(device: str, rows: int, differentiated: bool) -> bool:
 
 
 def use_native(values: Tensor, inputs: torch.dtype, columns: int, rows: int, differentiated: bool) -> bool:
-    """True if `rows` rows of inputs of this dtype are multiplied with the packed weight on the CPU."""
-    if values.device.type != "cpu" or differentiated or rows < 1:
+    """True if AVX2 multiplies `rows` rows of inputs of this dtype with the packed weight; AVX-512 comes first."""
+    if not values.is_cpu or differentiated or rows < 1:
         return False
-    if avx512.can_multiply(columns, values.dtype, inputs):
-        return rows <= avx512.FAST_ROWS
     return rows <= native.PRODUCT_ROWS and native.can_multiply(columns, values.dtype)
 
 

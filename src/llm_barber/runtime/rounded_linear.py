@@ -1,15 +1,15 @@
 """A linear whose weight stays packed in memory with values rounded to int8: values, a bit a weight, and scales."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
-from llm_barber.native import vnni
+from llm_barber.native import avx512, vnni
 from llm_barber.native.rows import Parts
-from llm_barber.runtime.packed_linear import VALUES_A_THREAD, _shared_buffer, unpack_on_device
+from llm_barber.runtime.packed_linear import _shared_buffer, unpack_on_device
 
 
 class RoundedLinear(nn.Module):
@@ -22,6 +22,7 @@ class RoundedLinear(nn.Module):
     Args:
         rounded: the weight, (out, in).
         bias: (out,), or None; it may still be empty.
+        dtype: of `weight`, which the model computes in; None: the dtype that the weight was packed from.
 
     Raises:
         ValueError: the parts of the weight do not fit together.
@@ -31,11 +32,12 @@ class RoundedLinear(nn.Module):
     bits: Tensor
     scales: Tensor
 
-    def __init__(self, rounded: Rounded, bias: Any) -> None:
+    def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         bits = bitmask(rounded.packed)
         check_rounded(rounded)
-        self.shape, self.group, self.dtype = rounded.packed.shape, rounded.group, rounded.dtype
+        self.shape, self.group, self.packed_dtype = rounded.packed.shape, rounded.group, rounded.dtype
+        self.dtype = dtype or rounded.dtype
         self.register_buffer("values", rounded.packed.values)
         self.register_buffer("bits", torch.from_numpy(bits))
         # Integers, so that a change of the model's dtype leaves the scales as they are.
@@ -53,10 +55,23 @@ class RoundedLinear(nn.Module):
         super()._load_from_state_dict(*arguments)
         self._ready = {}
 
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(function, recurse)
+
     @property
     def weight(self) -> Tensor:
-        """The unpacked weight, (out, in), of the dtype that it was packed from."""
-        return self._unpack(None)
+        """The unpacked weight, (out, in)."""
+        return self._unpack(None).to(self.dtype)
+
+    def dense(self) -> nn.Linear:
+        """An ordinary linear with the unpacked weight."""
+        rows, columns = self.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.register_parameter("bias", self._parameters["bias"])
+        return linear.train(self.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
@@ -72,7 +87,7 @@ class RoundedLinear(nn.Module):
         into = (
             None
             if differentiated or not self.values.is_cpu
-            else _shared_buffer(self.dtype, self.shape[0] * columns).view(self.shape)
+            else _shared_buffer(self.packed_dtype, self.shape[0] * columns).view(self.shape)
         )
         return nn.functional.linear(inputs, self._unpack(into).to(inputs.dtype), bias)
 
@@ -90,22 +105,24 @@ class RoundedLinear(nn.Module):
             return None
         if bias is not None and (bias.dtype, bias.device) != (dtype, values.device):
             return None
-        threads = max(1, min(key[0], self.shape[0], values.shape[0] // VALUES_A_THREAD))
+        threads = max(1, min(key[0], self.shape[0], values.shape[0] // avx512.VALUES_A_THREAD))
         parts = Parts.of(bits, self.shape, threads)
         weight = vnni.Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
         self._ready[key] = weight
         return weight
 
     def _unpack(self, into: Tensor | None) -> Tensor:
-        """The unpacked weight, in new memory or in `into`, (out, in)."""
+        """The weight as it was packed, in new memory or in `into`, (out, in)."""
         scales = self.scales.view(torch.bfloat16)
         if not self.values.is_cpu:
-            return restore_rows(unpack_on_device(self.values, self.bits, self.shape), scales, self.group, self.dtype)
-        into = torch.empty(self.shape, dtype=self.dtype) if into is None else into
-        weight = self._ready_weight(None, self.dtype)
+            return restore_rows(
+                unpack_on_device(self.values, self.bits, self.shape), scales, self.group, self.packed_dtype
+            )
+        into = torch.empty(self.shape, dtype=self.packed_dtype) if into is None else into
+        weight = self._ready_weight(None, self.packed_dtype)
         if weight is None:
             packed = Packed(self.shape, Encoding.BITMASK, self.values, self.bits)
-            return unpack_rounded(Rounded(packed, scales, self.group, self.dtype), into.view(-1))
+            return unpack_rounded(Rounded(packed, scales, self.group, self.packed_dtype), into.view(-1))
         weight.unpack(into)
         return into
 

@@ -24,6 +24,7 @@ from llm_barber.checkpoint.packed import (
     pack_tensors,
     packed_name,
 )
+from llm_barber.checkpoint.packed_writer import name_format
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError, SettingsError
@@ -163,6 +164,7 @@ def _convert(
             refuse(source.model, written_otherwise(writer.digests, record))
         _copy_card(source.folder, record, amended, conversion.stored, writer)
         if version is not None:
+            name_format(writer)
             weight_map = {name: packed_name(info.file) for name, info in source.tensors.items()}
             writer.write_file(PACKED_INDEX, packed_index(weight_map, version))
         after = sum((writer.folder / shard).stat().st_size for shard in writer.shard_names)

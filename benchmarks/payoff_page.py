@@ -1,0 +1,207 @@
+"""Write `docs/results/payoff.md` from the kept cells: tables, and what they say."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from payoff_cells import RESULTS, read_cells
+from payoff_kernel_tables import kernel_section
+from payoff_peers import TYPES
+from payoff_quality import KeptRow, kept_rows
+from payoff_sides import DENSE
+from quality_sections import wrapped
+
+from llm_barber.comparison.tables import Row, markdown_table, target_title
+
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "payoff.md"
+TITLES = {"packed": "packed", "auto": "packed, `auto`", "int8": "packed, int8"}
+PEER = "llama.cpp"
+CAVEATS = (
+    "The models were dequantised from 4-bit files, so that quantising them again loses less than quantising a model as "
+    "it was trained. Pruning has no such help.",
+    "A pruned row's speed, bytes and memory are of masks by magnitude; its perplexity and KL are of the preset in "
+    "brackets, the better of those in the results, at the same sparsity.",
+    "Ratios are against dense PyTorch in bfloat16, each side in turn with it: of the fastest measurements, in brackets "
+    "of the medians. llama.cpp is another program: its ratios hold its lower overhead as well as its formats.",
+    "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens.",
+)
+
+
+@dataclass
+class Entry:
+    """A row of a model's table; `faster` and `prefill`: ratio against dense by threads, of fastest and medians."""
+
+    title: str
+    quantised: bool
+    loading: dict[str, float]
+    faster: dict[int, tuple[float, float]] = field(default_factory=dict)
+    prefill: dict[int, tuple[float, float]] = field(default_factory=dict)
+    perplexity: float | None = None
+    divergence: float | None = None
+    preset: str = ""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--page", type=Path, default=PAGE, help="where to write it")
+
+
+def run(options: argparse.Namespace, folder: Path | None) -> None:
+    """Write the page and print its first paragraph."""
+    folder = folder or RESULTS
+    models, quality = read_cells(folder / "models.json"), read_cells(folder / "quality.json")
+    if not models or not quality:
+        raise SystemExit("measure first: payoff.py models and payoff.py quality, both with --llama")
+    tables = {name: entries(name, models, quality) for name in dict.fromkeys(cell.split(" ")[0] for cell in models)}
+    sentences = [sentence for name, rows in tables.items() for sentence in verdict(name, rows)]
+    lines = ["<!-- written by benchmarks/payoff.py page -->", "# Prune, quantise, or both?", ""]
+    lines += [wrapped(" ".join(sentences)), ""]
+    lines += [wrapped(f"- {caveat}", "  ") for caveat in (*CAVEATS, *surroundings(models))]
+    for name, rows in tables.items():
+        lines += ["", f"## {name}", "", *model_table(rows)]
+    kernels = read_cells(folder / "kernels.json")
+    if kernels:
+        lines += ["", *kernel_section(kernels)]
+    options.page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print(f"{options.page} is written. It begins:\n\n{wrapped(' '.join(sentences))}")
+
+
+def entries(model: str, cells: dict[str, dict[str, Any]], quality: dict[str, dict[str, Any]]) -> list[Entry]:
+    """Rows of a model in bfloat16: dense, quantised, packed."""
+    prefix, made = f"{model} bfloat16 ", {}
+    kept = kept_rows(model)
+    for name, cell in cells.items():
+        if name.startswith(prefix) and name.endswith(" loading"):
+            side = name.removeprefix(prefix).removesuffix(" loading")
+            made[side] = entry(side, cell["result"], kept, quality.get(f"{model} {side.removeprefix(f'{PEER} ')}"))
+    for name, cell in cells.items():
+        side, _, threads = name.removeprefix(prefix).partition(" threads ")
+        if name.startswith(prefix) and threads and side in made:
+            made[side].faster[int(threads)] = ratios(cell["result"]["decoding"])
+            made[side].prefill[int(threads)] = ratios(cell["result"]["prefill"])
+    return sorted(made.values(), key=lambda row: (row.title != "dense PyTorch", not row.quantised))
+
+
+def entry(side: str, loading: dict[str, float], kept: Sequence[KeptRow], measured: dict[str, Any] | None) -> Entry:
+    """The row of a side, without its speeds."""
+    kind, _, target = side.partition(" ")
+    if kind == DENSE:
+        return Entry("dense PyTorch", False, loading)
+    if kind == PEER:
+        result = measured["result"] if measured else {}
+        return Entry(side, True, loading, perplexity=result.get("perplexity"), divergence=result.get("divergence"))
+    best = min((row for row in kept if row.target == target), key=lambda row: row.divergence, default=None)
+    made = Entry(f"{target_title(target)}, {TITLES.get(kind, kind)}", False, loading)
+    if best is not None:
+        made.perplexity, made.divergence, made.preset = best.perplexity, best.divergence, best.preset
+    return made
+
+
+def ratios(seconds: dict[str, dict[str, float]]) -> tuple[float, float]:
+    """Speed of a side over that of the dense model, of the fastest measurements and of the medians."""
+    dense, side = seconds[DENSE], seconds["side"]
+    return dense["minimum"] / side["minimum"], dense["median"] / side["median"]
+
+
+def verdict(model: str, rows: Iterable[Entry]) -> list[str]:
+    """Sentences on a model that compare its pruned rows with the quantised dense models; losses first.
+
+    A quantised model beats a pruned row if it is smaller, nearer to the dense model and, with any threads, faster at
+    decoding.
+    """
+    known = [row for row in rows if row.divergence is not None and row.faster]
+    pruned = [row for row in known if not row.quantised]
+    quantised = [row for row in known if row.quantised and not row.title.endswith(TYPES[0])]
+    if not pruned or not quantised:
+        return []
+    beaten = {row.title: [other.title for other in quantised if beats(other, row)] for row in pruned}
+    sentences = []
+    lost = [title for title, others in beaten.items() if others]
+    by_all = [other.title for other in quantised if all(other.title in others for others in beaten.values())]
+    if by_all:
+        verb = "are each" if len(by_all) > 1 else "is"
+        return [
+            f"On {model}, quantise: {listed(by_all)} {verb} smaller, nearer to the dense model and faster than every "
+            "pruned row."
+        ]
+    if lost:
+        winners = listed(list(dict.fromkeys(other for title in lost for other in beaten[title])))
+        sentences.append(
+            f"On {model}, quantise rather than prune to {listed(lost)}: {winners} is smaller, nearer to the dense "
+            "model and faster."
+        )
+    for row in pruned:
+        if not beaten[row.title]:
+            sentences += [f"On {model}, {row.title} {against(row, quantised)}."]
+    return sentences
+
+
+def beats(quantised: Entry, pruned: Entry) -> bool:
+    """Test whether a quantised model is smaller, nearer to the dense model and, with any threads, faster."""
+    assert quantised.divergence is not None
+    assert pruned.divergence is not None
+    return (
+        quantised.loading["disk"] < pruned.loading["disk"]
+        and quantised.divergence < pruned.divergence
+        and all(
+            quantised.faster[threads] > pruned.faster[threads]
+            for threads in quantised.faster
+            if threads in pruned.faster
+        )
+    )
+
+
+def against(row: Entry, quantised: Sequence[Entry]) -> str:
+    """Say what a pruned row has over each quantised model, and its KL beside theirs."""
+    parts = []
+    for other in quantised:
+        better = ["smaller"] * (row.loading["disk"] < other.loading["disk"])
+        both = row.faster.keys() & other.faster.keys()
+        better += ["faster"] * any(row.faster[threads] > other.faster[threads] for threads in both)
+        better += ["nearer to the dense model"] * (row.divergence < other.divergence)  # type: ignore[operator]
+        distances = f"at a KL of {row.divergence:.3f} against {other.divergence:.3f}"
+        parts.append(f"is {listed(better or ['not better'])} than {other.title}, {distances}")
+    return listed(parts)
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words.
+
+    Example: a, b, c -> "a, b and c".
+    """
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def model_table(rows: Sequence[Entry]) -> list[str]:
+    """The table of a model."""
+    threads = sorted({count for row in rows for count in row.faster})
+    dense = next((row.loading["disk"] for row in rows if row.title == "dense PyTorch"), None)
+    headings = ["disk MB", "of dense", "memory MB", "load s"]
+    headings += [f"decode, {count} thread{'s' * (count > 1)}" for count in threads]
+    headings += [f"prefill, {count} thread{'s' * (count > 1)}" for count in threads]
+    headings += ["perplexity", "KL"]
+    table = []
+    for row in rows:
+        loading = row.loading
+        cells = [f"{loading['disk'] / 1e6:,.0f}", f"{100 * loading['disk'] / dense:.0f} %" if dense else "–"]
+        cells += [f"{loading['memory'] / 1e6:,.0f}", f"{loading['seconds']:.1f}"]
+        for speeds in (row.faster, row.prefill):
+            cells += [
+                f"{speeds[count][0]:.2f} ({speeds[count][1]:.2f})" if count in speeds else "–" for count in threads
+            ]
+        cells.append(f"{row.perplexity:.2f}" + f" (`{row.preset}`)" * bool(row.preset) if row.perplexity else "–")
+        cells.append(f"{row.divergence:.3f}" if row.divergence is not None else "–")
+        table.append(Row(row.title, tuple(cells), (False,) * len(cells)))
+    return markdown_table(["", *headings], table)
+
+
+def surroundings(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines that name machines, instructions and versions of the cells."""
+    lines = {
+        f"{cell['machine']}, instructions {cell['instructions']}; "
+        + ", ".join(f"{package} {number}" for package, number in cell["versions"].items())
+        + "."
+        for cell in cells.values()
+    }
+    return sorted(lines)
