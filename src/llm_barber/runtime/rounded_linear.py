@@ -58,7 +58,8 @@ class RoundedLinear(nn.Module):
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
         self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
-        return super()._apply(function, recurse)
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def weight(self) -> Tensor:
