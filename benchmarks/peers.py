@@ -62,14 +62,14 @@ class Row:
     function: str
     ours: dict[str, Any]
     targets: tuple[str, ...] = ("0.5", "0.7", "2:4", "4:8")
-    given: dict[str, Any] = field(default_factory=dict)
+    peer_arguments: dict[str, Any] = field(default_factory=dict)
     exactly: bool = False
 
 
 ROWS = (
     Row("wanda", "prune", "prune_wanda", {"initial": "wanda"}),
     Row("wanda", "prune", "prune_sparsegpt", {"initial": "sparsegpt", "keep_updates": True}, exactly=True),
-    Row("RIA", "prune", "prune_ria", {"initial": "ria"}, given={"prune_method": "ria"}, exactly=True),
+    Row("RIA", "prune", "prune_ria", {"initial": "ria"}, peer_arguments={"prune_method": "ria"}, exactly=True),
     Row("OWL", "prune_all", "prune_wanda_outlier", {"initial": "wanda", "allocation": "owl"}, ("0.5", "0.7")),
     Row("DSnoT", "prune", "prune_DSnoT", {"initial": "dsnot"}),
 )
@@ -176,7 +176,7 @@ def by_authors(module: types.ModuleType, row: Row, target: str, folder: Path, to
         layer.rotary_embedding = [model.model.rotary_emb]
     kept, _, of = target.partition(":")
     pattern = (int(of) - int(kept), int(of)) if of else (0, 0)
-    arguments = {**DEFAULTS, **row.given, "sparsity_ratio": 0.5 if of else float(target)}
+    arguments = {**DEFAULTS, **row.peer_arguments, "sparsity_ratio": 0.5 if of else float(target)}
     function: Callable[..., None] = getattr(module, row.function)
     device = torch.device("cpu")
     with contextlib.redirect_stdout(io.StringIO()):

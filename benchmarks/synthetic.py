@@ -51,7 +51,9 @@ def write_llama(
             f"layer-{index:03d}.safetensors",
             {f"model.layers.{index}.{name}.weight": shape for name, shape in {**square, **feed, **norms}.items()},
         )
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}  # transformers refuses one without metadata
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 

@@ -202,6 +202,38 @@ def test_compare_has_the_rows_that_the_guide_says() -> None:
     assert all(f"`{method}`" in text for method in Method if method not in ROWS)
 
 
+def test_contributing_says_where_everything_is() -> None:
+    """Paths of the table exist, what it names in a file is defined there, and headings that it links to are below."""
+    page = CONTRIBUTING.read_text(encoding="utf-8")
+    table = page[page.index("| you look for | it is in |") : page.index("## The rooms")]
+    rows = dict(re.findall(r"^\| (.*?) \| (.*) \|$", table, re.MULTILINE))
+    for row in (
+        "where a weight is ranked", "where a swap is decided", "where a shard becomes durable", "where to add a method",
+        "where to add a family", "where to add a page",
+    ):  # fmt: skip
+        assert row in rows
+    for row, answer in rows.items():
+        spans = re.findall(r"`([^`]+)`", answer)
+        names = [span for span in spans if re.fullmatch(r"\w+", span)]
+        sources = []
+        for span in set(spans) - set(names):
+            path = next((root / span for root in (SOURCE, ROOT) if (root / span).exists()), None)
+            assert path is not None, (row, span)
+            sources += [path.read_text(encoding="utf-8")] if path.is_file() else []
+        for name in names:
+            definition = re.compile(rf"^ *(def|class) {name}\b", re.MULTILINE)
+            assert any(definition.search(source) for source in sources), (row, name)
+        assert set(re.findall(r"\]\(#([\w-]+)\)", answer)) <= anchors(page)
+
+
+def test_contributing_names_the_targets_of_make() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^    make (\w+)", CONTRIBUTING.read_text(encoding="utf-8"), re.MULTILINE))
+    phony = set(re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split())
+    assert listed == phony - {"clean"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in phony)
+
+
 def test_contributing_has_the_rooms_in_their_order() -> None:
     page = CONTRIBUTING.read_text(encoding="utf-8")
     table = page[page.index("| room | what it has |") : page.index("The root has")]

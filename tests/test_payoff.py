@@ -1,12 +1,17 @@
 """The payoff benchmark: its dense kernel, the cells that it keeps, and what its page says of given numbers."""
 
+import ctypes
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from llm_barber import native
+from llm_barber.native import avx512
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -28,6 +33,13 @@ def kernels() -> ModuleType:
     import payoff_kernels
 
     return payoff_kernels
+
+
+@pytest.fixture
+def linears() -> ModuleType:
+    import payoff_linears
+
+    return payoff_linears
 
 
 @pytest.fixture
@@ -82,7 +94,7 @@ def test_a_quick_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_byte_limit_counts_values_and_bits(kernels: ModuleType) -> None:
+def test_the_byte_limit_counts_values_and_bits(kernels: ModuleType, linears: ModuleType) -> None:
     from llm_barber.checkpoint.encoding import pack
     from llm_barber.runtime.packed_linear import PackedLinear
 
@@ -91,28 +103,60 @@ def test_the_byte_limit_counts_values_and_bits(kernels: ModuleType) -> None:
     packed = pack(weight)
     assert packed is not None
     linear = PackedLinear(packed, None)
-    assert kernels.packed_bytes(linear) == 8 * 32 * 2 + 8 * 64 // 8
-    assert kernels.byte_limit(weight.nbytes, kernels.packed_bytes(linear)) == pytest.approx(1.778, abs=1e-3)
-    copied = kernels.copy_of(linear)
-    assert copied.values.data_ptr() != linear.values.data_ptr()
-    assert torch.equal(copied.weight, weight)
+    assert linears.packed_bytes(linear) == 8 * 32 * 2 + 8 * 64 // 8
+    assert kernels.byte_limit(weight.nbytes, linears.packed_bytes(linear)) == pytest.approx(1.778, abs=1e-3)
 
 
-def test_copies_are_used_in_turn(kernels: ModuleType) -> None:
-    rotation = kernels.Rotation(["a", "b", "c"])
+def test_copies_are_used_in_turn(linears: ModuleType) -> None:
+    rotation = linears.Rotation(["a", "b", "c"])
     assert [rotation.next() for _ in range(5)] == ["a", "b", "c", "a", "b"]
 
 
-def test_time_within_c_is_part_of_the_time(kernels: ModuleType) -> None:
-    sides = kernels.Sides("256x256", "bfloat16", "2:4", 1, kernels.TimedLibrary(Library()))
-    assert sides.size == 256 * 256 * 2
-    assert kernels.TimedLibrary(Library()).double(3) == 6
+def test_time_within_c_is_counted(linears: ModuleType) -> None:
+    clock = linears.TimedLibrary(ctypes.CDLL(None))
+    clock.strtol.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+    assert clock.strtol.argtypes[2] is ctypes.c_int
+    assert clock.strtol(b"12", None, 10) == 12
+    assert clock.seconds > 0
+    assert not hasattr(clock, "no_such_function")
 
 
-class Library:
-    @staticmethod
-    def double(number: int) -> int:
-        return 2 * number
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, linears: ModuleType) -> Iterator[Any]:
+    """The C extension's clock, taken out again afterwards."""
+    monkeypatch.setattr(native, "library", native.library)
+    clock = linears.install_clock()
+    if clock is None:
+        pytest.skip("the C extension was not built")
+    yield clock
+    avx512._functions.cache_clear()
+
+
+@pytest.mark.parametrize(("rows", "unpacks"), [(1, False), (300, None)])
+def test_sides_of_a_linear(
+    monkeypatch: pytest.MonkeyPatch, linears: ModuleType, clock: Any, rows: int, unpacks: bool | None
+) -> None:
+    """What is measured is there for each side; a product that unpacks its weight is known as such."""
+    monkeypatch.setattr(linears, "SECONDS", 0.0)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    sides = linears.Sides("64x256", "bfloat16", "2:4", 1, clock)
+    result = sides.measure(rows, 1, 2)
+    assert (result["bytes"], result["packed_bytes"], result["copies"]) == (32768, 16384 + 2048, 2)
+    assert {"pytorch", "packed"} <= set(result["seconds"])
+    assert ("kernel" in result["seconds"]) is result["multiplied"]
+    if unpacks is not None:
+        assert result["multiplied"] is not unpacks
+    if result["multiplied"]:
+        assert 0 < result["seconds"]["kernel"]["minimum"] <= result["seconds"]["packed"]["minimum"]
+
+
+def test_a_product_of_pytorchs_is_seen(linears: ModuleType) -> None:
+    weight = torch.ones(8, 8)
+    with torch.inference_mode(), linears.Products() as products:
+        weight + weight
+        assert not products.seen
+        torch.nn.functional.linear(weight[:1], weight)
+        assert products.seen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

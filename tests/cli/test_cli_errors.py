@@ -72,6 +72,33 @@ def test_values_that_look_like_settings_are_shown_as_typed(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("compare", "--seeds a", "--seeds: 'a' is not a whole number"),
+        ("compare", "--seeds 0,1.5", "--seeds: '1.5' is not a whole number"),
+        ("compare", "--seeds ,", "--seeds: ',' names nothing: name at least one"),
+        ("compare", "--targets ,", "--targets: ',' names nothing: name at least one"),
+        ("compare", "--methods ,,", "--methods: ',,' names nothing: name at least one"),
+        ("compare", "--tasks ,", "--tasks: ',' names nothing: name at least one"),
+        ("evaluate", "--tasks ,", "--tasks: ',' names nothing: name at least one"),
+        ("prune", "--skip-layers ,", "--skip-layers: ',' is not numbers with commas between them, like 0,-1"),
+        ("plan", "--processes a", "--processes: 'a' is not numbers with commas between them, like 1,2,4,8"),
+    ],
+)
+def test_a_list_with_a_wrong_item_or_without_items_is_one_problem(
+    tmp_path: Path, command: str, options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / f"no-{argument}" for argument in ARGUMENTS[command]]
+    assert call(command, *paths, *options.split()) == 2
+    assert capsys.readouterr().err == f"error: {message}\nhint: see --help for what each setting takes\n"
+
+
+def test_an_empty_list_from_python() -> None:
+    with pytest.raises(SettingsError, match="^methods: is empty: name at least one$"):
+        CONFIGS["compare"](model="m", output="o", methods=())
+
+
+@pytest.mark.parametrize(
     ("command", "message"),
     [
         ("prune", "OUT is MODEL itself"), ("convert", "OUT is MODEL itself"), ("pack", "PACKED is OUT itself"),

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_barber.masking import selection
-from llm_barber.masking.selection import apply_mask, count_true, lowest, rank_within
+from llm_barber.masking.selection import apply_mask, count_true, lowest, rank_within, sort_on_gpu, sort_values
 from tests.conftest import bits
 
 rows = st.integers(1, 9).flatmap(
@@ -50,3 +52,26 @@ def test_more_members_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(selection, "count_dtype", lambda _: torch.int8)  # is what members are counted in
     assert count_true(member.expand(1, 2**7 + 3)).tolist() == [-(2**7) + 3]
     assert count_true(member.expand(1, 2**7 - 1)).tolist() == [2**7 - 1]
+
+
+@pytest.mark.parametrize(("together", "sorts"), [(1, [1] * 5), (12, [1] * 5), (26, [2, 2, 1]), (64, [4, 1]), (65, [5])])
+def test_a_gpu_sorts_a_few_groups_at_a_time(monkeypatch: pytest.MonkeyPatch, together: int, sorts: list[int]) -> None:
+    scores, seen, sort = torch.randn(5, 13), [], torch.Tensor.sort
+
+    def noted(part: torch.Tensor, dim: int) -> Any:
+        seen.append(len(part))
+        return sort(part, dim=dim)
+
+    monkeypatch.setattr(torch.Tensor, "sort", noted)
+    monkeypatch.setattr(selection, "SORTED_ON_GPU", together)
+    assert torch.equal(sort_on_gpu(scores), sort_values(scores))
+    assert seen == sorts
+
+
+def test_a_group_that_a_gpu_cannot_sort_is_sorted_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA sorts at most 2³¹ − 1 members of a group."""
+    scores = torch.randn(2, 9)
+    expected = sort_values(scores)
+    monkeypatch.setattr(torch.Tensor, "sort", None)
+    monkeypatch.setattr(selection, "LONGEST_ON_GPU", 8)
+    assert torch.equal(sort_on_gpu(scores), expected)

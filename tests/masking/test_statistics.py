@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -122,3 +124,14 @@ def test_float32_products_take_a_form_that_holds_the_values_exactly() -> None:
         assert _precisions() == before
     # Bits after the first: 7 of bfloat16, 10 of float16 and TF32.
     assert precisions == {torch.bfloat16: ["bf16", "tf32"], torch.float16: [before[0], "tf32"], torch.float32: before}
+
+
+def test_older_versions_of_pytorch_multiply_as_tf32_by_their_own_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.6 to 2.8 have `allow_tf32`, and no `fp32_precision`."""
+    matmul = SimpleNamespace(allow_tf32=False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    for dtype, allowed in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        with pytest.raises(KeyError), exact_half_products(dtype):
+            assert matmul.allow_tf32 is allowed
+            raise KeyError
+        assert vars(matmul) == {"allow_tf32": False}

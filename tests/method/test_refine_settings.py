@@ -10,18 +10,8 @@ from llm_barber.errors import SettingsError
 from llm_barber.masking.pattern import NofM
 from llm_barber.run.dry_run import dry_run
 from llm_barber.settings.refining import RefineSettings
-from tests.conftest import Listener, make_model, save_tokens
-from tests.helpers.tuned_runs import SEQUENCES, run
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "dense", "llama", num_hidden_layers=2)
-
-
-@pytest.fixture
-def tokens(tmp_path: Path) -> Path:
-    return save_tokens(tmp_path / "tokens.safetensors", sequences=SEQUENCES)
+from tests.conftest import Listener, save_tokens
+from tests.helpers.tuned_runs import run
 
 
 @pytest.mark.parametrize(

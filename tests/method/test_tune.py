@@ -26,19 +26,9 @@ from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.report import RunReport
 from llm_barber.run.stream import _summary
 from llm_barber.settings.refining import RefineSettings
-from tests.conftest import make_model, read_folder, save_tokens
+from tests.conftest import read_folder
 from tests.helpers.tuned_runs import SEQUENCES, masks, run
 from tests.model.reference import captured, first_call, layer_call
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "dense", "llama", num_hidden_layers=2)
-
-
-@pytest.fixture
-def tokens(tmp_path: Path) -> Path:
-    return save_tokens(tmp_path / "tokens.safetensors", sequences=SEQUENCES)
 
 
 class Adam:

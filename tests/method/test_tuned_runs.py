@@ -15,17 +15,7 @@ from llm_barber.method.outcome import BlockOutcome
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.tune import Tuned
 from tests.conftest import make_model, read_folder, save_tokens
-from tests.helpers.tuned_runs import SEQUENCES, masks, run
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "dense", "llama", num_hidden_layers=2)
-
-
-@pytest.fixture
-def tokens(tmp_path: Path) -> Path:
-    return save_tokens(tmp_path / "tokens.safetensors", sequences=SEQUENCES)
+from tests.helpers.tuned_runs import masks, run
 
 
 @pytest.mark.parametrize(("family", "few_tokens"), [("qwen3_moe", 110), ("gpt_oss", 90), ("gpt2", 0), ("lfm2", 0)])

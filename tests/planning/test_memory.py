@@ -2,6 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
+
+from llm_barber.masking.granularity import Granularity
+from llm_barber.planning import memory
 from llm_barber.planning.memory import peak_footprint
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.settings.initial import Initial
@@ -20,3 +24,30 @@ def test_gram_matrices_of_all_blocks_are_held_at_once() -> None:
     ):
         held = peak_footprint(wide, replace(small, initial=method)).host
         assert held == streams_and_masks + grams + 4 * working
+
+
+def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 bytes a weight beside a sort and 32 for each weight sorted together: a long group is sorted as a whole."""
+    block = BlockShapes("mlp", ((5000, 4096), (4096, 5000)), 0)
+    weights, linear = 2 * 5000 * 4096, 5000 * 4096
+    model = ModelShapes(64, 10, 64, 0, 0, (LayerShapes((block,), 0),))
+    recipe = replace(PAPER, sequences=1, tokens=1, batch=1, on_cpu=False)
+    streams, masks, rebuilding = 3 * 64 * 2, 5 * weights, (4 + 4 + 5) * weights
+    for granularity, ranking in (
+        (Granularity.OUTPUT, 12 * linear + 32 * 2**24),
+        (Granularity.INPUT, 12 * linear + 32 * 2**24),
+        (Granularity.LINEAR, 44 * linear),
+        (Granularity.BLOCK, 44 * weights),
+    ):
+        held = peak_footprint(model, replace(recipe, granularity=granularity))
+        assert held.device == masks + rebuilding + ranking
+        assert held.host == streams + 2 * weights  # a layer's pruned weights on their way to a file
+    for ranked, ranking in ((Granularity.LINEAR, 44 * linear), (Granularity.OUTPUT, 12 * linear + 32 * 2**24)):
+        held = peak_footprint(model, replace(recipe, granularity=None, initial_granularity=ranked))
+        assert held.device == masks + ranking
+    on_cpu = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK, on_cpu=True))
+    assert on_cpu.host == streams + masks + rebuilding + 24 * weights
+    monkeypatch.setattr(memory, "LONGEST_ON_GPU", linear)
+    held = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK))
+    assert held.device == masks + rebuilding + 24 * weights
+    assert held.host == streams + 8 * weights

@@ -38,14 +38,14 @@ def test_starts_and_unpacking_by_torch(rows: int, columns: int, block: int, seed
 
 
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    monkeypatch.setattr(module, "HAS_TRITON", True)
     assert use_kernel("cuda", 1, differentiated=False)
     assert use_kernel("cuda", DECODE_ROWS, differentiated=False)
     assert not use_kernel("cuda", DECODE_ROWS + 1, differentiated=False)
     assert not use_kernel("cuda", 0, differentiated=False)
     assert not use_kernel("cuda", 1, differentiated=True)
     assert not use_kernel("cpu", 1, differentiated=False)
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "HAS_TRITON", False)
     assert not use_kernel("cuda", 1, differentiated=False)
 
 
@@ -182,3 +182,39 @@ def test_inputs_of_another_width_are_refused() -> None:
     for rows in (2, 40):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             linear(torch.ones(rows, 16))
+
+
+def test_a_gpu_has_all_that_its_kernels_read_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph captures no lazy computation: `starts` are computed when the module moves or loads a state."""
+    monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    (linear, _), (other, _), computed = make_linear(40, 300), make_linear(40, 300, seed=1), []
+
+    def noted(bits: Tensor, shape: tuple[int, int], block: int) -> Tensor:
+        computed.append(bits)
+        return block_starts(bits, shape, block)
+
+    monkeypatch.setattr(module, "block_starts", noted)
+    nn.Sequential(linear).to("cpu", torch.bfloat16)
+    assert len(computed) == 1
+    assert torch.equal(linear.starts(), block_starts(linear.bits, (40, 300), 256))
+    nn.Sequential(linear).float()
+    copied = copy.deepcopy(linear)
+    assert torch.equal(copied.starts(), linear.starts())
+    assert len(computed) == 1
+    assert set(linear.state_dict()) == {"values", "bits", "bias"}
+    linear.bits, linear.values = other.bits, other.values  # replaced: the starts are of other bits
+    assert torch.equal(linear.starts(), block_starts(other.bits, (40, 300), 256))
+    assert torch.equal(copied.starts(), block_starts(copied.bits, (40, 300), 256))
+    flipped = other.bits.flip(0)
+    linear.load_state_dict({**other.state_dict(), "bits": flipped})  # in place
+    assert len(computed) == 3
+    assert torch.equal(linear.starts(), block_starts(flipped, (40, 300), 256))
+    assert len(computed) == 3
+
+
+def test_no_forward_searches_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", None)
+    monkeypatch.setattr(module, "find_spec", None)
+    linear, dense = make_linear(40, 64)
+    check(linear, dense)
+    assert not use_kernel("cuda", 1, differentiated=True)

@@ -18,7 +18,7 @@ def test_each_part_by_hand() -> None:
         include=(r"mlp\.", "q_proj"),
         exclude=("up_proj$",),
         skip_layers=(0, -1),
-        own={r"layers\.1\.mlp\.down": "2:4", "down": 0.25, "gate": 0},
+        exceptions={r"layers\.1\.mlp\.down": "2:4", "down": 0.25, "gate": 0},
     )
     expected = {
         (0, "m.layers.0.mlp.gate_proj"): None,  # skipped
@@ -31,12 +31,12 @@ def test_each_part_by_hand() -> None:
         (3, "m.layers.3.self_attn.q_proj"): None,  # the last
     }
     assert {key: targets.of(*key, layers=4) for key in expected} == expected
-    numbered = Targets(HALF, own={"1": 0.25, "-1": 0})
+    numbered = Targets(HALF, exceptions={"1": 0.25, "-1": 0})
     assert [numbered.of(index, f"m.layers.{index}.up", 12) for index in (0, 1, 10, 11)] == [
         HALF, Unstructured(0.25), HALF, None,
     ]  # fmt: skip
     assert numbered.of(12, "head", 12) == HALF
-    allocated = Targets(HALF, own={"down": 0.25}, allocated={"up": 0.6})
+    allocated = Targets(HALF, exceptions={"down": 0.25}, allocated={"up": 0.6})
     assert allocated.of(1, "up", 2) == Unstructured(0.6, over_linear=True)
     assert allocated.of(2, "up", 2) == HALF  # the allocation does not apply to the head
     assert allocated.of(1, "down", 2) == Unstructured(0.25)

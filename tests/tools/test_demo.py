@@ -15,9 +15,20 @@ from llm_barber.cli import _main
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation import texts
 from llm_barber.settings.demo import DemoConfig
+from llm_barber.settings.presets import MOST_PASSES, Allocation, Preset, Refine
 from llm_barber.text import calibration
 from llm_barber.text.calibration import read_text
-from llm_barber.tools.demo import FULL_METHODS, METHODS, PACKAGE_REQUIREMENT, PICTURE, demo, demo_model
+from llm_barber.tools.demo import (
+    FULL_METHODS,
+    METHODS,
+    PACKAGE_REQUIREMENT,
+    PICTURE,
+    SECONDS_TO_TUNE,
+    Methods,
+    _methods,
+    demo,
+    demo_model,
+)
 from tests.conftest import make_model, read_folder
 from tests.helpers.text import add_tokenizer
 
@@ -63,8 +74,8 @@ def test_the_commands_that_it_prints_work_as_printed(
     out, err = capsys.readouterr()
     assert err.startswith("loading PyTorch and transformers\n")
     commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  $ ")]
-    assert len(commands) == len(METHODS) + 3
-    names = [*METHODS, "pattern-2-4"]
+    assert len(commands) == len(METHODS) + 4
+    names = [*METHODS, "default", "pattern-2-4"]
     pruned = {name: read_folder(tmp_path / "demo-output" / name) for name in METHODS}
     for command in commands:
         arguments = command[command.index("llm_barber") + 1 :]  # after `python -m`
@@ -93,10 +104,30 @@ def test_a_full_demonstration_has_more_text() -> None:
     assert (chosen.calibration_windows, chosen.test_windows) == (3, 5)
 
 
+@pytest.mark.parametrize(("seconds", "refine"), [(SECONDS_TO_TUNE, Refine.TUNE), (SECONDS_TO_TUNE + 0.1, Refine.NONE)])
+def test_a_slow_processor_leaves_out_the_tuning_and_says_so(seconds: float, refine: Refine) -> None:
+    method = _methods(DemoConfig(), seconds)["mask"]
+    config = PruneConfig(model="model", output="out", **method.settings)
+    assert config.refinement is refine
+    assert config.allocated_by is Allocation.LOSS
+    assert ("without tuning" in method.description) is (refine is Refine.NONE)
+    assert _methods(DemoConfig(full=True), seconds) == FULL_METHODS
+
+
+@pytest.mark.parametrize("methods", [METHODS, FULL_METHODS])
+def test_descriptions_say_how_the_demonstration_differs_from_the_default(methods: Methods) -> None:
+    *_, method = methods.values()
+    passes = method.settings["tune_passes"]
+    assert f"tuned in {passes} pass" in method.description
+    assert f"up to {MOST_PASSES}" in method.description
+    assert method.description.startswith("what `prune` does by default")
+    assert PruneConfig(model="model", output="out", **method.settings).preset_name is Preset.MASK
+
+
 @needs_model
 @pytest.mark.timeout(480)
 def test_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One test: turning the GGUF file into a checkpoint takes half a minute."""
+    """One test: it turns the GGUF file into a checkpoint, and prunes and measures it four times."""
     monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
     methods = {name: (METHODS | FULL_METHODS)[name] for name in ("magnitude", "magnitude-rebuilt", "wanda", "mask")}
     config = DemoConfig(output=tmp_path / "demo", samples=4, seqlen=128, windows=4)

@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 
@@ -65,14 +68,14 @@ def _convert(path: Path, folder: Path) -> None:
 
     source, name = str(path.parent), path.name
     try:
-        # Each reading of the metadata takes seconds, so the model is given the configuration.
-        config = AutoConfig.from_pretrained(source, gguf_file=name)
-        check_counts(config.to_dict(), str(path))
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source, config=config, gguf_file=name, dtype=DTYPE, output_loading_info=True
-        )
-        _refuse_missing(path, loading)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+        with _parsed_once():
+            config = AutoConfig.from_pretrained(source, gguf_file=name)
+            check_counts(config.to_dict(), str(path))
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, config=config, gguf_file=name, dtype=DTYPE, output_loading_info=True
+            )
+            _refuse_missing(path, loading)
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     except ModelError:
         raise
     except Exception as error:  # the reader raises whatever its parts raise
@@ -91,6 +94,29 @@ def _convert(path: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _add_rope_theta(folder / "config.json")
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file's metadata, and make its table of names, once within the context.
+
+    It parses the file for the configuration, for the weights and for the tokenizer, which takes seconds each time, and
+    it makes the table for each module of the model.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        """Reader whose slices are plain arrays: each slice of a memory map costs several times as much."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(numpy.ndarray) if isinstance(value, numpy.memmap) else value)
+
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
 
 
 def _refuse_missing(path: Path, loading: Mapping[str, Any]) -> None:

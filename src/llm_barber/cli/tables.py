@@ -212,7 +212,7 @@ def show_demo(config: DemoConfig, rows: list[DemoRow]) -> None:
         )
     console.print(table)
     for row in rows:
-        console.print(f"{row.name} ({row.folder})", style="bold", soft_wrap=True)
+        console.print(f"{row.name} ({row.folder}): {row.description}", style="bold", soft_wrap=True)
         console.print(f"  {row.sentence}", soft_wrap=True)
         if row.arguments:
             console.print(f"  $ {_command(row.arguments)}", soft_wrap=True)

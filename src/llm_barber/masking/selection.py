@@ -8,15 +8,39 @@ import numpy
 import torch
 from torch import Tensor
 
+# A GPU sorts whole groups, at most this many members together, unless a single group has more.
+SORTED_ON_GPU = 2**24
+LONGEST_ON_GPU = 2**31 - 1  # members of a group: the most that `torch.sort` takes on CUDA
+
 
 def sort_values(scores: Tensor) -> Tensor:
     """Sort the scores of each group upwards; float32 (groups, members).
 
     On CPUs numpy's vectorised sort is about ten times as fast as `torch.sort`, which also sorts indices.
     """
-    if scores.device.type == "cpu":
-        return torch.from_numpy(numpy.sort(scores.detach().numpy(), axis=-1))
-    return scores.sort(dim=-1).values
+    return _sort_on_host(scores) if scores.device.type == "cpu" else sort_on_gpu(scores)
+
+
+def sort_on_gpu(scores: Tensor) -> Tensor:
+    """Sort as `sort_values`, a few groups at a time; groups that are too long for a GPU's sort go to the host.
+
+    `torch.sort` takes 32 to 44 bytes of memory for each member that it sorts at once.
+    """
+    groups, members = scores.shape
+    if members > LONGEST_ON_GPU:
+        return _sort_on_host(scores.cpu()).to(scores.device)
+    together = max(1, SORTED_ON_GPU // max(1, members))
+    if groups <= together:
+        return scores.sort(dim=-1).values
+    ordered = torch.empty_like(scores)
+    for first in range(0, groups, together):
+        part = slice(first, first + together)
+        ordered[part] = scores[part].sort(dim=-1).values
+    return ordered
+
+
+def _sort_on_host(scores: Tensor) -> Tensor:
+    return torch.from_numpy(numpy.sort(scores.detach().numpy(), axis=-1))
 
 
 # Score of a member that does not compete: above every real score. It is finite, so that 0 · EXCLUDED is not NaN.
@@ -58,7 +82,7 @@ def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -
     """
     groups, members = scores.shape
     counts = torch.as_tensor(count, device=scores.device).expand(groups)
-    if not counts.any():
+    if counts.device.type == "cpu" and not counts.any():  # a GPU would wait for the answer
         return torch.zeros_like(scores, dtype=torch.bool)
     ordered = sort_values(scores) if ordered is None else ordered
     border = ordered.gather(1, (counts - 1).clamp(0, members - 1).unsqueeze(1))

@@ -28,6 +28,9 @@ def exact_half_products(dtype: torch.dtype) -> Iterator[None]:
             if hasattr(settings, "fp32_precision"):  # torch 2.9 and later
                 stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
                 settings.fp32_precision = precision
+            elif backend == "cuda" and settings is not None:
+                stack.callback(setattr, settings, "allow_tf32", settings.allow_tf32)
+                settings.allow_tf32 = True
         yield
 
 

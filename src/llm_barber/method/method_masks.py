@@ -63,12 +63,12 @@ class MethodMasks:
         """The target, for people."""
         pattern = self.targets.pattern
         words = str(pattern) if isinstance(pattern, NofM) else f"{pattern.sparsity:g} unstructured"
-        return f"{words}, some linears their own" if self.targets.own else words
+        return f"{words}, some linears their own" if self.targets.exceptions else words
 
     @property
     def has_one_target(self) -> bool:
         """Has no linear a target of its own?"""
-        return not self.targets.own
+        return not self.targets.exceptions
 
     @cached_property
     def pattern(self) -> NofM | None:
@@ -87,7 +87,7 @@ class MethodMasks:
         None: N:M, linears with targets of their own, or no linears to prune.
         """
         pattern = self.targets.pattern
-        if isinstance(pattern, NofM) or self.targets.own or not prunes_layers(self):
+        if isinstance(pattern, NofM) or self.targets.exceptions or not prunes_layers(self):
             return None
         return pattern.sparsity
 

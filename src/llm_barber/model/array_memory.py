@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm_barber.model.device import is_out_of_memory
+
 CPU = torch.device("cpu")
 
 
@@ -51,8 +53,10 @@ class ArrayMemory:
             return self.empty_off_device(shape, dtype)
         try:
             array = torch.empty(shape, dtype=dtype, device=self.device)
-        except torch.OutOfMemoryError:  # the device has less free memory than `room`
-            self.room = None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.room = None  # the device has less free memory than that
             return self.empty_off_device(shape, dtype)
         self.room -= size
         weakref.finalize(array, self._give_back_room, size)

@@ -1,6 +1,7 @@
 """Choose the device, the compute dtype, and the number of sequences to compute together."""
 
 import os
+import re
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,11 @@ BYTES_PER_WEIGHT = 40  # of the layer: as read, as computed with, pruned, mask, 
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 2
 # Names in configurations of the number of experts that a router chooses for a token.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+# Parts of errors that say that a device is out of memory: of CUDA's runtime, its driver, ROCm, NCCL and Triton; of the
+# allocations of cuBLAS, cuDNN, cuSOLVER, cuSPARSE and cuFFT; of the same libraries where a handle finds no room.
+OUT_OF_MEMORY = re.compile(
+    "out of memory|ALLOC_FAILED|(NOT_INITIALIZED|INTERNAL_ERROR).*Create|CUDNN_STATUS_NOT_INITIALIZED", re.IGNORECASE
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -134,5 +140,5 @@ def experts_per_token(config: PreTrainedConfig) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Test whether PyTorch or cuBLAS says that the device is out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    """Test whether an error says that the device is out of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)) is not None

@@ -19,6 +19,7 @@ from llm_barber.masking.selection import sort_values
 from llm_barber.masking.statistics import add_products, exact_half_products, gram_flops
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
 from llm_barber.model.attention import fast_attention
+from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.planning.rates import Rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import ROW
@@ -29,6 +30,7 @@ DISK_BYTES = 2**26  # of the measured file
 SECONDS = 1.0  # for one measurement
 
 
+@same_kernels()
 def measured_rates(
     model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device, network: float
 ) -> Rates:

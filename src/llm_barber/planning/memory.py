@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from llm_barber.loading.job import OUTSIDE_SHARD_BYTES
 from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.selection import LONGEST_ON_GPU, SORTED_ON_GPU
 from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
 from llm_barber.method.allocation import LOGITS
 from llm_barber.method.refine import MOMENTS_BYTES
@@ -20,10 +21,13 @@ FLOAT32, BOOL = 4, 1
 # Arrays of a batch: float32 copies of the block's input; outputs that autograd keeps, in the compute dtype.
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 4
 RANKING = 24  # bytes for each weight: two score arrays, both sorted, and masks
+# Bytes on a GPU for each weight beside a sort: two score arrays, one of them sorted; and for each weight that it sorts
+# together: values, their indices twice, and the sort's own copies (aten/src/ATen/native/cuda/SortStable.cu).
+BESIDE_SORT, SORTING = 12, 32
+HOST_SORTING = 8  # bytes on the host for each weight of a group that is too long for a GPU's sort
 SWAPPING = 15  # float32 arrays of the rows that are swapped together
 ERROR_ARRAYS = 6  # float32 arrays of a linear, when its error is computed
 SOLVING = 10  # float32 arrays of a linear, in least squares
-ORDERING = 24  # bytes for each weight: its cost, sorted, and the order, on a GPU; half of that on CPUs
 # Float32 copies of a Gram matrix, and of its linear, while a method that gathers Gram matrices updates weights.
 UPDATING = {Initial.SPARSEGPT: (4, 5), Initial.ALPS: (5, 8)}
 LOGIT_ARRAYS = 4  # float32 arrays of the logits: themselves, their logarithm, gradients of both
@@ -58,7 +62,8 @@ def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
         working = Footprint()
         if recipe.refine is not None:
             working = _refining(head, replace(recipe, refine=recipe.refine.of_head))
-        moments.append(streams + outside + pruned + max(working, Footprint(device=RANKING * head.weights), key=_device))
+        ranking = _ranking(head.weights, head.weights if recipe.ranks_linears else 0, recipe)
+        moments.append(streams + outside + pruned + max(working, ranking, key=_device))
     if recipe.on_cpu:
         return Footprint(host=max(moment.host + moment.device for moment in moments))
     return Footprint(max(moment.host for moment in moments), max(moment.device for moment in moments))
@@ -66,7 +71,8 @@ def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
 
 def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
     """Moments of a layer: its masks are chosen, rebuilt, refined and tuned; without the layer itself."""
-    moments = [Footprint(device=RANKING * max((block.largest for block in layer.blocks), default=0))]
+    largest = max((block.largest for block in layer.blocks), default=0)
+    moments = [_ranking(largest, largest if recipe.ranks_linears else 0, recipe)]
     if recipe.initial in UPDATING and layer.blocks:
         moments.append(_updating(layer, recipe))
     for block in layer.blocks:
@@ -174,8 +180,22 @@ def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
     squares = FLOAT32 * weights
     passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
     competing = weights if recipe.granularity is Granularity.BLOCK else block.largest
-    ranking = (FLOAT32 + 5 * BOOL) * weights + RANKING * competing
-    return Footprint(device=squares + max(passes, ranking))
+    whole = recipe.granularity in (Granularity.BLOCK, Granularity.LINEAR)
+    ranking = Footprint(device=(FLOAT32 + 5 * BOOL) * weights) + _ranking(competing, competing if whole else 0, recipe)
+    return Footprint(device=squares) + max(Footprint(device=passes), ranking, key=_device)
+
+
+def _ranking(weights: float, group: float, recipe: Recipe) -> Footprint:
+    """Scores, sorted scores and masks of `weights` that compete in groups of at most `group`, while they are ranked.
+
+    A GPU sorts rows and columns a few at a time; its sort takes more memory than the scores (`sort_on_gpu`).
+    """
+    if recipe.on_cpu:
+        return Footprint(device=RANKING * weights)
+    if group > LONGEST_ON_GPU:
+        return Footprint(HOST_SORTING * group, RANKING * weights)
+    together = max(group, min(weights, SORTED_ON_GPU))
+    return Footprint(device=max(RANKING * weights, BESIDE_SORT * weights + SORTING * together))
 
 
 def _refining(block: BlockShapes, recipe: Recipe) -> Footprint:
@@ -214,7 +234,7 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
         return [reading + Footprint(device=on_device + batch)]
     outside = Footprint(model.outside * recipe.stored, model.outside * _converted(recipe))
     logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + LOGIT_ARRAYS * FLOAT32)
-    ordering = ORDERING * max(block.largest for block in layer.blocks)
+    ordering = _ranking(max(block.largest for block in layer.blocks), 0, recipe)
     # The parameters are read as they are stored; once they are on a device, the copies on the host are freed.
     lasting = Footprint(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
     return [
@@ -222,5 +242,5 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
         outside + Footprint(arrays + outside.host, on_device),
         kept + lasting + Footprint(arrays, logits),
         kept + Footprint(arrays + 2 * size, computed + 2 * batch + (0 if recipe.on_cpu else size)),
-        kept + Footprint(arrays + 2 * size, computed + ordering + (0 if recipe.on_cpu else size)),
+        kept + ordering + Footprint(arrays + 2 * size, computed + (0 if recipe.on_cpu else size)),
     ]

@@ -47,6 +47,7 @@ class Recipe:
     processes: int = 1
     room: int = 0
     activation_memory: int | None = None
+    initial_granularity: Granularity | None = None  # None: the method's released program's
 
     @classmethod
     def of(
@@ -69,11 +70,19 @@ class Recipe:
             refine=RefineSettings.of(config, config.target, config.samples, config.seqlen),
             prunes_head=config.prune_head,
             repeatable=config.runs_what_it_writes,
+            initial_granularity=config.initial_granularity,
         )
 
     def among(self, processes: int) -> "Recipe":
         """The same run in a number of processes."""
         return replace(self, processes=processes)
+
+    @property
+    def ranks_linears(self) -> bool:
+        """True if the weights of a whole linear compete for the initial mask."""
+        if self.initial_granularity is None:
+            return self.initial.compares_in_linear
+        return self.initial_granularity is Granularity.LINEAR
 
     @property
     def local_sequences(self) -> int:

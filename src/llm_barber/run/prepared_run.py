@@ -80,6 +80,7 @@ class PreparedRun:
             refine=self.refine_settings,
             prunes_head=job.prunes_head,
             processes=job.ranks.count,
+            initial_granularity=getattr(self.config, "initial_granularity", None),  # a rebuild has none
         )
 
     @property

@@ -15,6 +15,7 @@ from llm_barber.loading.job import Job
 from llm_barber.method.allocation import allocate
 from llm_barber.method.head import prune_head
 from llm_barber.method.layer import PrunedLayer, prune_layer
+from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
@@ -48,7 +49,7 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
     ranks, sequences = prepared.job.ranks, len(prepared.job.tokens.input_ids)
     if prepared.config.resume:
         progress.stage("checking what is finished")
-    with _open_output(prepared) as writer, hint_at_resuming(writer, progress):
+    with same_kernels(), _open_output(prepared) as writer, hint_at_resuming(writer, progress):
         reached, activations = writer.read_activations()
         reached, writer.state = ranks.from_first((reached, writer.state))
         results = finished_layers(writer)

@@ -16,7 +16,8 @@ from llm_barber.native import avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 
 DECODE_ROWS = 8  # most rows of inputs that the decode kernel takes
-BLOCK_COLUMNS = 256  # columns of a block of the decode kernel: its int32 start adds 0.8 % to bfloat16 weights
+BLOCK_COLUMNS = 256  # columns of a block of the GPU's kernels: its int32 start adds 0.8 % to bfloat16 weights
+HAS_TRITON = find_spec("triton") is not None  # looked up once: a search in each product would take longer than it
 CACHED_BYTES = 1 << 21  # unpacked rows that stay in a core's cache until they are multiplied
 
 
@@ -26,9 +27,9 @@ class PackedLinear(nn.Module):
     On the CPU, up to four rows of inputs (eight with AVX-512, any number in bfloat16 with AMX) are multiplied with the
     packed weight where `llm_barber.native` was built. Otherwise the weight is unpacked into a buffer that all linears
     share in a thread; with AVX-512 a few rows at a time, which are multiplied while they are in the cache. On CUDA with
-    Triton, up to
-    `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; more rows are multiplied with the
-    weight unpacked on the GPU. The kernel and the unpacking on the GPU are untested on a real GPU.
+    Triton, up to `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; for more rows a
+    kernel unpacks the weight on the GPU. The kernels' `starts` are computed when the module moves there, so that a CUDA
+    graph can capture every later product. Nothing of this was run on a real GPU.
 
     Buffers may be moved, replaced and loaded, but `bits` must not be written in place.
 
@@ -39,7 +40,6 @@ class PackedLinear(nn.Module):
 
     values: Tensor
     bits: Tensor
-    starts: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
@@ -47,10 +47,10 @@ class PackedLinear(nn.Module):
         self.shape = packed.shape
         self.register_buffer("values", packed.values)
         self.register_buffer("bits", torch.from_numpy(bitmask(packed)))
-        self.register_buffer("starts", None)
         self.register_parameter("bias", bias)
         self._ready: dict[int, avx512.Weight] = {}  # by number of PyTorch's threads
         self._parts: dict[int, tuple[Tensor, Parts]] = {}  # by number of parts: the bits, and the rows of each part
+        self._starts: tuple[Tensor, Tensor] | None = None  # the bits, and the starts of their blocks
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy, which has pointers of its own."""
@@ -59,11 +59,31 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load buffers in place: other bits have other starts."""
         super()._load_from_state_dict(*arguments)
-        self._ready, self._parts, self.starts = {}, {}, None
+        self._ready, self._parts, self._starts = {}, {}, None
+        self._prepare_kernels()
+
+    def _apply(self, *arguments: Any, **named: Any) -> "PackedLinear":
+        """Move or convert the buffers; on a GPU, compute what its kernels need."""
+        super()._apply(*arguments, **named)  # type: ignore[no-untyped-call]
+        self._prepare_kernels()
+        return self
+
+    def _prepare_kernels(self) -> None:
+        """Compute the starts of the blocks where kernels will read them."""
+        if has_kernels(self.values.device.type):
+            self.starts()
+
+    def starts(self) -> Tensor:
+        """Number of values before each block of columns of each row, as `block_starts`."""
+        if self._starts is None or self._starts[0] is not self.bits:
+            self._starts = self.bits, block_starts(self.bits, self.shape, BLOCK_COLUMNS)
+        return self._starts[1]
 
     @property
     def weight(self) -> Tensor:
         """The unpacked weight, (out, in)."""
+        if has_kernels(self.values.device.type):
+            return self.unpack()
         if not self.values.is_cpu:
             return unpack_on_device(self.values, self.bits, self.shape)
         weight = self.values.new_empty(self.shape)
@@ -87,7 +107,7 @@ class PackedLinear(nn.Module):
         weight = self._ready_weight(bias)
         if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and not differentiated:
             return weight.multiply(inputs) if rows <= weight.fast_rows else self._multiply_blocks(weight, inputs)
-        if use_kernel(self.values.device.type, rows, differentiated):
+        if use_kernel(self.values.device.type, rows, differentiated) and inputs.device == self.values.device:
             return self.decode(inputs)
         if inputs.is_cpu and use_native(self.values, inputs.dtype, columns, rows, differentiated):
             return self._multiply_by_avx2(inputs)
@@ -101,9 +121,13 @@ class PackedLinear(nn.Module):
         """Compute `forward` by the decode kernel; at most `DECODE_ROWS` rows."""
         from llm_barber.runtime.kernels.decode import decode_product
 
-        if self.starts is None:
-            self.starts = block_starts(self.bits, self.shape, BLOCK_COLUMNS)
-        return decode_product(self.values, self.bits, self.starts, inputs, self.bias, BLOCK_COLUMNS)
+        return decode_product(self.values, self.bits, self.starts(), inputs, self.bias, BLOCK_COLUMNS)
+
+    def unpack(self) -> Tensor:
+        """Unpack the weight, (out, in), by the GPU's kernel."""
+        from llm_barber.runtime.kernels.unpack import unpack
+
+        return unpack(self.values, self.bits, self.starts(), self.shape, BLOCK_COLUMNS)
 
     def _ready_weight(self, bias: Tensor | None) -> avx512.Weight | None:
         """The weight, ready for products by AVX-512; None where these cannot be used."""
@@ -208,9 +232,14 @@ def _shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
     return buffer[:weights]
 
 
+def has_kernels(device: str) -> bool:
+    """True if Triton's kernels run on a device of this type."""
+    return device == "cuda" and HAS_TRITON
+
+
 def use_kernel(device: str, rows: int, differentiated: bool) -> bool:
     """True if the decode kernel takes `rows` rows of inputs; it has no gradient."""
-    return device == "cuda" and 1 <= rows <= DECODE_ROWS and not differentiated and find_spec("triton") is not None
+    return has_kernels(device) and 1 <= rows <= DECODE_ROWS and not differentiated
 
 
 def use_native(values: Tensor, inputs: torch.dtype, columns: int, rows: int, differentiated: bool) -> bool:

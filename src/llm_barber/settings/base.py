@@ -88,10 +88,17 @@ class CommaSeparated:
 
 
 def split_at_commas(value: Any) -> Any:
-    """The names of a text with commas between them; other values stay as they are."""
+    """The names of a text with commas between them; other values stay as they are.
+
+    Raises:
+        ValueError: there are only commas.
+    """
     if not isinstance(value, str):
         return value
-    return tuple(name.strip() for name in value.split(",") if name.strip())
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not names:
+        raise ValueError(f"{value!r} names nothing: name at least one")
+    return names
 
 
 COMMAS = (BeforeValidator(split_at_commas), CommaSeparated())

@@ -58,7 +58,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            details = error.errors()
+            details = _without_consequences(error.errors())
             problems = [_problem(detail) for detail in details]
             checked = self._without_wrong_values(values, {detail["loc"][0] for detail in details})
         for rule in checked.rules():
@@ -84,6 +84,12 @@ class Settings(BaseModel):
         return []
 
 
+def _without_consequences(details: list[Any]) -> list[Any]:
+    """Pydantic's problems, without lists that are too short only because items of them are wrong."""
+    wrong_items = {detail["loc"][0] for detail in details if len(detail["loc"]) > 1}
+    return [detail for detail in details if detail["type"] != "too_short" or detail["loc"][0] not in wrong_items]
+
+
 def _problem(detail: Any) -> Message:
     """Pydantic's problem with a value, as a message that names the setting."""
     name, *inside = detail["loc"]
@@ -92,4 +98,8 @@ def _problem(detail: Any) -> Message:
         return message("{setting}: {error}", setting=setting, error=detail["ctx"]["error"])
     if detail["type"] == "missing":
         return message("{setting}: {said}", setting=setting, said=detail["msg"])
+    if detail["type"] == "too_short":
+        return message("{setting}: is empty: name at least one", setting=setting)
+    if detail["type"] in ("int_parsing", "int_from_float"):
+        return message("{setting}: {given!r} is not a whole number", setting=setting, given=detail["input"])
     return message("{setting}: {said} (given: {given!r})", setting=setting, said=detail["msg"], given=detail["input"])

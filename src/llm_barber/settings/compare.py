@@ -157,10 +157,10 @@ class CompareConfig(StructureSettings):
         return [*super().rules(), self._rebuild_is_done, self._seeds_choose_windows, self._sparsity_can_be_spread]
 
     def _rebuild_is_done(self) -> Iterator[Message]:
-        given = self.granularity is not None or self.rebuild_ratio is not None
-        if not self.rebuild and (given or self.rebuild_settings):
+        sets_rebuild = self.granularity is not None or self.rebuild_ratio is not None
+        if not self.rebuild and (sets_rebuild or self.rebuild_settings):
             yield message("{granularity} and {rebuild_ratio} are of the rebuild, which is switched off")
-        elif given and all(method.preset for method in self.methods):
+        elif sets_rebuild and all(method.preset for method in self.methods):
             yield message("{granularity} and {rebuild_ratio} are of methods that are rebuilt; presets have their own")
 
     def _seeds_choose_windows(self) -> Iterator[Message]:

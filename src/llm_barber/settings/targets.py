@@ -113,7 +113,7 @@ class Targets:
         include: regular expressions; a linear is pruned only if one of them matches its name. Empty: all are pruned.
         exclude: regular expressions; a linear is not pruned if one of them matches its name.
         skip_layers: decoder layers that are not pruned; negative numbers count from the end.
-        own: targets of linears, by a regular expression of the name, or the number of a decoder layer: "N:M", a
+        exceptions: targets of linears, by a regular expression of the name, or the number of a decoder layer: "N:M", a
             sparsity, or 0. The first match counts.
         allocated: sparsities of linears by their names, in place of `pattern`'s.
         allow_dense_tail: M need not divide a row: the inputs after its last whole group stay dense.
@@ -125,7 +125,7 @@ class Targets:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     skip_layers: tuple[int, ...] = ()
-    own: dict[str, float | str] = field(default_factory=dict)
+    exceptions: dict[str, float | str] = field(default_factory=dict)
     allocated: dict[str, float] | None = None
     allow_dense_tail: bool = False
     over_linear: bool = False
@@ -141,7 +141,7 @@ class Targets:
         """
         if index < layers and self._left_out(index, name, layers):
             return None
-        for expression, value in self.own.items():
+        for expression, value in self.exceptions.items():
             if _means(expression, index, name, layers):
                 return parse_target(value, self.over_linear)
         if self.allocated is not None and index < layers:
@@ -173,7 +173,11 @@ class Targets:
         kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".0.", name) for name in names)
         example = f"names look like {', '.join(list(kinds)[:12])}"
         without_head = example if head else f"{example}; the output head is pruned with --prune-head only"
-        for setting, expressions in (("include", self.include), ("exclude", self.exclude), ("sparsities", self.own)):
+        for setting, expressions in (
+            ("include", self.include),
+            ("exclude", self.exclude),
+            ("sparsities", self.exceptions),
+        ):
             for expression in expressions:
                 if setting == "sparsities" and _is_number(expression):
                     self._check_layer(setting, int(expression), layers)
@@ -186,7 +190,7 @@ class Targets:
                 raise SettingsError(
                     f"{name} is to be pruned, and left out", "leave out --prune-head, or what excludes it"
                 )
-        numbers = [int(expression) % layers for expression in self.own if _is_number(expression)]
+        numbers = [int(expression) % layers for expression in self.exceptions if _is_number(expression)]
         if len(numbers) > len(set(numbers)):
             raise SettingsError(message("{sparsities}: two numbers are of one layer"), f"-1 is layer {layers - 1}")
         for index in self.skip_layers:

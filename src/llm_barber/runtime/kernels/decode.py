@@ -81,8 +81,10 @@ def decode_product(
     outputs = torch.empty(len(flat), rows, dtype=inputs.dtype, device=inputs.device)
     together = triton.next_power_of_2(max(len(flat), 1))
     height = PRODUCTS // together
-    _decode[(triton.cdiv(rows, height),)](
-        values, bits, starts, flat, flat if bias is None else bias, outputs, len(flat), rows, columns, blocks,
-        width=block, height=height, together=together, has_bias=bias is not None,
-    )  # fmt: skip
+    # A launch goes to the current device, whatever the tensors' device is.
+    with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
+        _decode[(triton.cdiv(rows, height),)](
+            values, bits, starts, flat, flat if bias is None else bias, outputs, len(flat), rows, columns, blocks,
+            width=block, height=height, together=together, has_bias=bias is not None,
+        )  # fmt: skip
     return outputs.view(*inputs.shape[:-1], rows)

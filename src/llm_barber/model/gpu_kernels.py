@@ -1,0 +1,39 @@
+"""PyTorch's choice of CUDA kernels, the same for a whole run.
+
+A difference of two outputs measures pruning only if both come from the same kernels.
+
+- Attention: on GPUs of compute capability 9.0 and 10.0 PyTorch prefers cuDNN's kernel, but not in deterministic mode,
+  which gradients take (`fixed_order.py`). Without cuDNN's, both are computed by the flash kernel, or by the
+  memory-efficient one where attention has a mask. (On capability 8.6, 8.9 and 12.x heads of 193 to 224 features still
+  differ: the flash kernel has no backward pass for them.)
+- Products in half precision: by default cuBLAS may add partial sums in half precision, depending on the shape.
+
+Only these settings of PyTorch change, and only within the context; on CPUs they have no effect.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+@contextmanager
+def same_kernels() -> Iterator[None]:
+    """Compute attention without cuDNN and add up half-precision products in float32, within the context."""
+    cuda: Any = torch.backends.cuda
+    with ExitStack() as stack:
+        stack.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
+        cuda.enable_cudnn_sdp(False)
+        for name in REDUCTIONS:
+            stack.callback(setattr, cuda.matmul, name, _reduction(cuda.matmul, name))
+            setattr(cuda.matmul, name, False)
+        yield
+
+
+def _reduction(matmul: Any, name: str) -> bool | tuple[bool, bool]:
+    """Value of a setting, as it is set: newer versions of PyTorch have a second flag, for split sums."""
+    value, split = getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)
+    return value if split is None else (value, split)

@@ -1,0 +1,66 @@
+"""A run computes with the same CUDA kernels from its first product to its last; PyTorch's settings come back."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
+from llm_barber.model.gpu_kernels import REDUCTIONS, same_kernels
+from tests.conftest import make_model, save_tokens
+from tests.helpers.text import add_tokenizer
+
+SAME = (False, False, False)
+
+
+def settings() -> tuple[bool, ...]:
+    matmul: Any = torch.backends.cuda.matmul
+    return torch.backends.cuda.cudnn_sdp_enabled(), *(getattr(matmul, name) for name in REDUCTIONS)
+
+
+def test_settings_come_back_whatever_happens() -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    assert settings() == (True, True, True)
+    with pytest.raises(KeyError), same_kernels():
+        assert settings() == SAME
+        raise KeyError
+    assert settings() == (True, True, True)
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            with same_kernels():
+                assert settings() == SAME
+            assert settings() == (False, False, True)
+        assert not matmul.allow_bf16_reduced_precision_reduction_split_k
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
+
+
+def test_versions_of_pytorch_without_a_flag_for_split_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = SimpleNamespace(**dict.fromkeys(REDUCTIONS, True))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    with same_kernels():
+        assert settings() == SAME
+    assert vars(matmul) == dict.fromkeys(REDUCTIONS, True)
+
+
+def test_attention_of_a_run_and_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = make_model(tmp_path / "model", "llama"), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*arguments: Any, **named: Any) -> torch.Tensor:
+        seen.append(settings())
+        return attention(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, preset="mask", report=False))
+    assert len(seen) > 10
+    (tmp_path / "text.txt").write_text("ab cd " * 200)
+    add_tokenizer(model)
+    evaluate(EvaluateConfig(model=str(model), text=[str(tmp_path / "text.txt")], windows=2, seqlen=16))
+    assert set(seen) == {SAME}
+    assert settings() == (True, True, True)
