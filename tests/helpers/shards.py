@@ -15,7 +15,7 @@ def split_in_two_shards(folder: Path) -> list[Path]:
     files = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
     for file, members in files.items():
         save_file({name: tensors[name] for name in members}, folder / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, members in files.items() for name in members}}
+    index = {"weight_map": {name: file for file, members in files.items() for name in members}, "metadata": {}}
     (folder / INDEX_NAME).write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     return [folder / file for file in files]

@@ -211,8 +211,10 @@ def test_saving_a_model_that_is_packed_in_memory_is_refused_until_it_is_dequanti
         model.save_pretrained(tmp_path / "saved")
     assert "copy the packed folder" in caught.value.hint
     assert not (tmp_path / "saved").exists()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     model.dequantize()
     assert packed_linears(model) == 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")),

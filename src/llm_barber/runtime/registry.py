@@ -142,11 +142,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Unpack every linear that stayed packed."""
+        """Unpack every linear that stayed packed; parameters take gradients again."""
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedLinear | RoundedLinear):
                 parent, _, last = path.rpartition(".")
                 setattr(model.get_submodule(parent), last, module.dense())
+        model.requires_grad_(True)
         return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
     def is_serializable(self) -> bool:
