@@ -52,15 +52,15 @@ def inspect(config: InspectConfig, json: JsonOption = False, quiet: QuietOption 
 def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Store the pruned model OUT in fewer bytes, as kept values and their positions.
 
-    A bfloat16 model of which half is pruned takes about 56 % of its bytes. inspect and evaluate read PACKED; other
-    programs need it unpacked. --values int8 rounds kept weights: about 32 % of the bytes, and another model, so that
-    evaluate --against OUT is worth a run.
+    A bfloat16 model of which half is pruned takes about 56 % of its bytes. inspect, evaluate and generate read PACKED;
+    other programs need it unpacked. --values int8 rounds kept weights: about 32 % of the bytes, and another model, so
+    that evaluate --against OUT is worth a run.
     """
     _run_packing(config, json, quiet)
 
 
 @command(UnpackConfig, {"model": "PACKED", "output": "OUT"}, ("llm-barber unpack packed unpacked",))
-def unpack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+def unpack(config: UnpackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Write the files that were packed, bit for bit; of rounded values a dense model that is not the one packed."""
     _run_packing(config, json, quiet)
 
