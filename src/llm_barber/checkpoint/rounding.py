@@ -38,6 +38,16 @@ class Rounded:
     dtype: torch.dtype
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Out, in."""
+        return self.packed.shape
+
+    @property
+    def values(self) -> Tensor:
+        """The kept values, int8, (kept,)."""
+        return self.packed.values
+
+    @property
     def bytes(self) -> int:
         """Bytes of values, places and scales."""
         return self.packed.bytes + self.scales.numel() * self.scales.element_size()
