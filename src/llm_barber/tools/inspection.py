@@ -107,20 +107,17 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     for name in names:
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
-        is_rounded = rounding is not None and name in rounding.errors
+        changed = updates or _is_rounded(name, rounding)
         for linear in (member for member in linears.get(name, []) if not member.alias):
             weight = linear.weight(tensor)
             comparable = original is not None and original.shape == tensor.shape
             before = linear.weight(original) if original is not None and comparable else None
             inspected.append(_inspect_linear(linear, weight, before))
             if record is not None:
-                problems += _check_record(
-                    inspected[-1], recorded.get((linear.layer, linear.name)), weight, updates or is_rounded
-                )
+                problems += _check_record(inspected[-1], recorded.get((linear.layer, linear.name)), weight, changed)
         if original is not None:
-            if rounding is not None and is_rounded:
-                original = _rounded(original, tensor, rounding.group)
-            differences, differing = _compare_bits(name, tensor, original, may_be_zero=name in linears)
+            expected = _rounded(name, original, tensor, rounding)
+            differences, differing = _compare_bits(name, tensor, expected, may_be_zero=name in linears)
             problems += differences
             if updated is not None and name in linears:
                 updated += differing
@@ -128,22 +125,22 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
                 problems.append(f"{name} differs from the dense model in {differing} kept weights")
         progress.advance(name)
     return Inspection(
-        model=config.model,
-        record=record is not None,
-        compared_with=config.dense,
-        linears=tuple(sorted(inspected, key=lambda linear: linear.layer)),
-        problems=tuple(problems),
-        updated=updated,
+        model=config.model, record=record is not None, compared_with=config.dense,
+        linears=tuple(sorted(inspected, key=lambda linear: linear.layer)), problems=tuple(problems), updated=updated,
         rounding=rounding,
-    )
+    )  # fmt: skip
 
 
-def _rounded(dense: Tensor, tensor: Tensor, group: int) -> Tensor:
-    """The dense tensor with the weights that are kept in `tensor` rounded as `pack --values int8` rounds them."""
-    if dense.shape != tensor.shape or dense.dtype != tensor.dtype:
+def _is_rounded(name: str, rounding: Rounding | None) -> bool:
+    return rounding is not None and name in rounding.errors
+
+
+def _rounded(name: str, dense: Tensor, tensor: Tensor, rounding: Rounding | None) -> Tensor:
+    """The dense tensor; if it was rounded, with the weights that are kept in `tensor` rounded in the same way."""
+    if rounding is None or name not in rounding.errors or dense.shape != tensor.shape or dense.dtype != tensor.dtype:
         return dense
     kept = dense.masked_fill(tensor == 0, 0)
-    return round_trip(kept.view(-1, kept.shape[-1]), group).view(dense.shape)
+    return round_trip(kept.view(-1, kept.shape[-1]), rounding.group).view(dense.shape)
 
 
 def _names_in_dense(
