@@ -66,7 +66,7 @@ def _fill_parameters(model: PreTrainedModel, source: CheckpointSource, split: nn
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         empty = getattr(owner, leaf)
-        device = filling.device or empty.device
+        device = filling.device or (model.device if empty.is_meta else empty.device)
         dtype = torch.float32 if in_float32 is not None and in_float32.search(name) else empty.dtype
         packs = filling.keep_packed and type(owner) is nn.Linear and leaf == "weight" and uses[id(owner)] == 1
         shape = tuple(empty.shape)
