@@ -46,7 +46,7 @@ def test_the_text_is_on_stdout_and_its_speed_on_stderr(model: Path, capsys: pyte
         r"^prefill: 9 tokens at [\d,.]+ tokens/s\ndecode: 5 tokens at [\d,.]+ tokens/s\n", captured.err, re.M
     )
     assert re.search(r"^memory: weights [\d.]+ kB; the process grew by [\d.]+ \wB$", captured.err, re.M)
-    assert "not the end of the text: 6 tokens are written, see --max-new-tokens\n" in captured.err
+    assert "stopped after 6 tokens: --max-new-tokens lets it write more\n" in captured.err
 
 
 def test_two_models_side_by_side(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_an_interrupt_shows_what_was_written(
     captured = capsys.readouterr()
     assert captured.out.strip()
     assert "decode: 2 tokens at " in captured.err
-    assert "not the end" not in captured.err
+    assert "stopped after" not in captured.err
     assert captured.err.endswith(
         "error: interrupted after 3 of 9 tokens\nhint: text and speed above are those of the tokens that were written\n"
     )

@@ -48,8 +48,8 @@ def inspect(config: InspectConfig, json: JsonOption = False, quiet: QuietOption 
 def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Store the pruned model OUT in fewer bytes, as kept values and their positions.
 
-    A bfloat16 model of which half is pruned takes about 56 % of its bytes. inspect and evaluate read PACKED; other
-    programs need it unpacked.
+    A bfloat16 model of which half is pruned takes about 56 % of its bytes. inspect, evaluate and generate read PACKED;
+    other programs need it unpacked.
     """
     _run_packing(config, json, quiet, unpacks=False)
 

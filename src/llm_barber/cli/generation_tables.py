@@ -32,7 +32,7 @@ def _show_speed(generation: Generation) -> None:
     if not result.text.strip():
         console.print("the model wrote no text")
     elif not result.ended and not generation.interrupted:
-        console.print(f"not the end of the text: {_tokens(len(result.tokens))} are written, see --max-new-tokens")
+        console.print(f"stopped after {_tokens(len(result.tokens))}: --max-new-tokens lets it write more")
     console.print(f"prefill: {_tokens(result.prefill.tokens)} at {_speed(result.prefill)}")
     if result.decode is not None:
         console.print(f"decode: {_tokens(result.decode.tokens)} at {_speed(result.decode)}")

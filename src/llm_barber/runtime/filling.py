@@ -20,6 +20,7 @@ from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import empty_model, untie_head
 from llm_barber.model.experts import Experts
 from llm_barber.progress import Progress
+from llm_barber.runtime.choice import Choice, KeepPacked
 from llm_barber.runtime.packed_linear import PackedLinear
 
 
@@ -30,14 +31,14 @@ class Filling:
     Attributes:
         dtype: of the weights; those that transformers keeps in float32 are float32.
         device: of the weights; None: each parameter's own.
-        keep_packed: linears stay packed in memory where that is smaller.
+        keep_packed: which linears stay packed in memory, as in `load`.
         progress: told of each parameter.
         requires_grad: dense parameters take gradients.
     """
 
     dtype: torch.dtype
     device: torch.device | None
-    keep_packed: bool
+    keep_packed: KeepPacked
     progress: Progress
     requires_grad: bool = False
 
@@ -45,20 +46,27 @@ class Filling:
 def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> None:
     """Give a model, built from the checkpoint's configuration, the checkpoint's weights; tie what is tied.
 
+    `model.keep_packed` says afterwards which linears are packed, by name.
+
     Raises:
+        SettingsError: `keep_packed` names other linears than the model's, or "auto" is not for this device.
         ModelError: a tensor is missing, damaged, or has another shape than the configuration says.
     """
     split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
     source.locations = find_locations(split, source.tensors)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
     with source.kept_open():
-        _fill_parameters(model, source, split, filling)
+        model.keep_packed = _fill_parameters(model, source, split, filling)
         _fill_buffers(model, source, split, filling)
     model.tie_weights()
 
 
-def _fill_parameters(model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling) -> None:
-    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+def _fill_parameters(
+    model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling
+) -> dict[str, bool]:
+    """Read all parameters; whether each linear that may be packed is."""
+    device = filling.device or next(model.parameters()).device
+    choice = Choice(filling.keep_packed, _packable_names(model), device)
     in_float32 = _float32_names(model, filling.dtype)
     names = [name for name, _ in model.named_parameters()]  # a tied parameter has its first name here
     filling.progress.start(f"loading {source.model}", len(names))
@@ -68,9 +76,11 @@ def _fill_parameters(model: PreTrainedModel, source: CheckpointSource, split: nn
         empty = getattr(owner, leaf)
         device = filling.device or (model.device if empty.is_meta else empty.device)
         dtype = torch.float32 if in_float32 is not None and in_float32.search(name) else empty.dtype
-        packs = filling.keep_packed and type(owner) is nn.Linear and leaf == "weight" and uses[id(owner)] == 1
         shape = tuple(empty.shape)
-        weight = _read_packed(source, name, shape, dtype) if packs else _read(source, name, shape, split)
+        if leaf == "weight" and choice.reads_packed(path):
+            weight = choice.decide(path, _read_packed(source, name, shape, dtype))
+        else:
+            weight = _read(source, name, shape, split)
         if isinstance(weight, Tensor):
             setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=filling.requires_grad))
         else:
@@ -79,6 +89,20 @@ def _fill_parameters(model: PreTrainedModel, source: CheckpointSource, split: nn
             linear.values, linear.bits = linear.values.to(device), linear.bits.to(device)
             setattr(model.get_submodule(parent), last, linear)
         filling.progress.advance(name)
+    choice.report()
+    return choice.decisions
+
+
+def _packable_names(model: PreTrainedModel) -> list[str]:
+    """Names of the linears that nothing else shares."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    uses = Counter(id(module) for _, module in modules)
+    first_names = {name for name, _ in model.named_parameters()}  # a tied parameter has its first name here
+    return [
+        name
+        for name, module in modules
+        if type(module) is nn.Linear and uses[id(module)] == 1 and f"{name}.weight" in first_names
+    ]
 
 
 def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling) -> None:

@@ -1,6 +1,7 @@
 """Load a pruned checkpoint as a transformers model, with linears dense or packed in memory."""
 
 import warnings
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from llm_barber.model.device import resolve_device
 from llm_barber.model.empty import auto_class, join_tied_linears
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.verification import verify_folder
+from llm_barber.runtime.choice import KeepPacked
+from llm_barber.runtime.choice import check as check_keep_packed
 from llm_barber.runtime.filling import Filling, fill
 from llm_barber.runtime.registry import PackedConfig, PackedQuantizer, mark
 from llm_barber.runtime.semi_structured import check_device, convert
@@ -23,7 +26,7 @@ from llm_barber.runtime.semi_structured import check_device, convert
 
 def load(
     model: str | Path,
-    keep_packed: bool = False,
+    keep_packed: KeepPacked = False,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     semi_structured: bool = False,
@@ -34,8 +37,9 @@ def load(
 
     Args:
         model: folder (packed or not), hub id or GGUF file.
-        keep_packed: keep the weights of linears packed in memory where that is smaller: less memory; on CPUs with
-            AVX-512 faster decoding, slower prefill (docs/guide/packed.md). On CUDA this is untested on a real GPU.
+        keep_packed: True keeps the weights of linears packed in memory where that is smaller; "auto" those that are
+            faster so on this CPU, which it times in less than a second (docs/guide/packed.md). `model.keep_packed` says
+            which are, by name; given back here, it repeats the choice. On CUDA this is untested on a real GPU.
         dtype: of the weights; None: the checkpoint's.
         device: as in `prune`.
         semi_structured: convert linears that hold 2:4 with PyTorch's `to_sparse_semi_structured`, where dtype and shape
@@ -47,7 +51,8 @@ def load(
         ModelError: the checkpoint is damaged, or does not have what its configuration says; no linear can be
             semi-structured.
         VerificationError: with `verify`, the folder differs from its record.
-        SettingsError: an unknown device; `semi_structured` without a GPU for it, or with `keep_packed`.
+        SettingsError: an unknown device; `semi_structured` without a GPU for it, or with `keep_packed`; `keep_packed`
+            names a linear that the model does not have, or is "auto" on a GPU.
     """
     progress = progress or Silent()
     target = resolve_device(device)
@@ -73,10 +78,11 @@ def load(
     return loaded
 
 
-def _check_settings(device: torch.device, keep_packed: bool, semi_structured: bool) -> None:
+def _check_settings(device: torch.device, keep_packed: KeepPacked, semi_structured: bool) -> None:
     """Refuse settings that the device does not allow; warn of a slow product."""
+    check_keep_packed(keep_packed, device)
     if semi_structured:
-        if keep_packed:
+        if any(keep_packed.values()) if isinstance(keep_packed, Mapping) else keep_packed:
             raise SettingsError(message("{keep_packed} and {semi_structured} exclude each other"), "choose one of them")
         check_device(device, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
     if keep_packed and device.type == "cuda" and find_spec("triton") is None:

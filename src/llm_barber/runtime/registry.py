@@ -25,6 +25,7 @@ from llm_barber.errors import ModelError, SettingsError
 from llm_barber.messages import message
 from llm_barber.progress import Silent
 from llm_barber.record.verification import verify_folder
+from llm_barber.runtime.choice import KeepPacked
 from llm_barber.runtime.filling import Filling, fill
 from llm_barber.runtime.packed_linear import PackedLinear
 
@@ -42,7 +43,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         stored: the folder's entry in its config.json.
     """
 
-    def __init__(self, keep_packed: bool = False, verify: bool = False, **stored: Any) -> None:
+    def __init__(self, keep_packed: KeepPacked = False, verify: bool = False, **stored: Any) -> None:
         register()
         self.quant_method = QUANT_METHOD
         self.keep_packed = keep_packed

@@ -22,8 +22,8 @@ class GeneratedText(BaseModel):
 
     `tokens`: ids of `text`, with the token that ended it. `ended`: the model ended its text itself. `prefill`: the
     prompt until the first new token. `decode`: new tokens after the first; None: there were none. `weight_bytes`: of
-    parameters and buffers in memory. `peak_memory`: bytes by which the process, or on CUDA the device's allocations,
-    grew at the most while the model was loaded and wrote; None where the system does not say. `linears` and
+    parameters and buffers in memory. `peak_memory`: bytes of the process, or on CUDA of the device's allocations, at
+    the peak while the model wrote, less those before it was loaded; None where the system does not say. `linears` and
     `packed_linears`: of the model, and of these those that are packed in memory.
     """
 

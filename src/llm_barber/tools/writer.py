@@ -70,10 +70,10 @@ def load_and_write(task: Task, opened: Opened, progress: Progress, on_text: OnTe
     Raises:
         KeyboardInterrupt: Ctrl-C before the first token.
     """
-    reset_peak_memory()
     on_gpu = task.device.type == "cuda"
     before = torch.cuda.memory_allocated(task.device) if on_gpu else current_memory()
     model = _load(task, opened, progress)
+    reset_peak_memory()  # while a shard is read its pages count as the process's, which the system can take back
     ends = _ends(model, task.tokenizer, opened.name)
     progress.stage(f"warming up {opened.name}")
     _warm_up(model, task.tokens[:, :WARM_UP_PROMPT], opened.name)

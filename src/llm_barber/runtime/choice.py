@@ -1,0 +1,216 @@
+"""Choose which linears stay packed in memory: all, those that the caller names, or those that are faster packed.
+
+`keep_packed="auto"` times each shape of linear on this machine, packed and dense, while the model is loaded: with one
+row of inputs, as when one sequence is decoded, and with `PROMPT` rows, as when a prompt is read. Times are weighted as
+in a conversation of `PROMPT` tokens of prompt and `NEW` new tokens. Decoding then counts most: each new token reads
+every weight once, and the whole prompt does so once, too.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from llm_barber import native
+from llm_barber.checkpoint.encoding import Packed, pack, unpack
+from llm_barber.errors import SettingsError
+from llm_barber.messages import message
+from llm_barber.native import Instructions
+from llm_barber.runtime.packed_linear import PackedLinear
+
+CPU = torch.device("cpu")
+KeepPacked = bool | Literal["auto"] | Mapping[str, bool]
+
+PROMPT, NEW = 256, 256  # tokens of the conversation
+GAIN = 0.97  # packed weights must take at most so much of the dense time: a choice is no noise
+NEARLY = 0.05  # shapes are timed again where the share of kept weights differs by more
+MOST_TIMED = 16  # shapes, each at most `SECONDS` and a round: together less than a second
+SECONDS = 0.04
+ROUNDS = 10
+TIMED_WEIGHTS = 1 << 22  # larger weights are timed by their first rows
+CACHED_BYTES = 1 << 23  # more than a core's cache: what was in it must be read again
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a linear's products: with one row of inputs, and with `PROMPT` rows."""
+
+    decode: float
+    prefill: float
+
+    @property
+    def conversation(self) -> float:
+        """Seconds in a conversation of `PROMPT` and `NEW` tokens."""
+        return self.prefill + NEW * self.decode
+
+
+def is_faster(packed: Times, dense: Times, weighted: bool) -> bool:
+    """Test whether a linear is faster packed than dense.
+
+    Example: packed 1 ms and 300 ms, dense 2 ms and 200 ms -> weighted: 556 ms against 712 ms, True; not weighted: the
+    prompt is slower, False.
+
+    Args:
+        packed: the linear's times with the weight packed.
+        dense: the same with the weight dense.
+        weighted: compare the conversation; otherwise neither decoding nor the prompt may be slower packed.
+    """
+    if packed.conversation > GAIN * dense.conversation:
+        return False
+    return weighted or (packed.decode <= dense.decode and packed.prefill <= dense.prefill)
+
+
+class Choice:
+    """Which linears stay packed.
+
+    Attributes:
+        decisions: by the linear's name in the model; filled while weights are loaded. As `keep_packed` of another
+            `load` it repeats the choice.
+
+    Args:
+        keep_packed: all linears where that saves memory; none; "auto"; or a decision for each name, where linears that
+            are not named are dense.
+        names: linears that may be packed.
+        device: of the model.
+        measure: times of a weight, packed and dense.
+
+    Raises:
+        SettingsError: `keep_packed` is none of these, or names a linear that is not in the model; "auto" elsewhere than
+            on the CPU.
+    """
+
+    def __init__(
+        self,
+        keep_packed: KeepPacked,
+        names: Iterable[str],
+        device: torch.device = CPU,
+        measure: Callable[[Packed], tuple[Times, Times]] | None = None,
+    ) -> None:
+        check(keep_packed, device)
+        self.decisions: dict[str, bool] = dict.fromkeys(names, False)
+        self._keep_packed = keep_packed
+        self._measure = measure or measure_times
+        self._timed: list[tuple[tuple[tuple[int, int], torch.dtype], float, bool]] = []  # shape, share, packed?
+        if isinstance(keep_packed, Mapping):
+            self._check_names(keep_packed)
+
+    def reads_packed(self, name: str) -> bool:
+        """Test whether the weight of a linear is read as it is packed: it may stay so."""
+        if isinstance(self._keep_packed, Mapping):
+            return self._keep_packed.get(name, False)
+        return bool(self._keep_packed) and name in self.decisions
+
+    def decide(self, name: str, weight: Packed | Tensor) -> Packed | Tensor:
+        """Decide on a weight that `reads_packed` names, and write the decision down.
+
+        Args:
+            name: of the linear.
+            weight: packed; or dense, where packing saves nothing.
+
+        Returns:
+            the weight as the linear is to have it.
+
+        Raises:
+            SettingsError: the caller wants a weight packed that cannot be.
+        """
+        if isinstance(weight, Tensor):
+            if isinstance(self._keep_packed, Mapping):
+                raise SettingsError(
+                    message("{keep_packed}: packing {name} saves nothing", name=name),
+                    "give False for it, or the choice that was made for this checkpoint and dtype",
+                )
+            return weight
+        self.decisions[name] = self._keep_packed != "auto" or self._is_faster(weight)
+        return weight if self.decisions[name] else unpack(weight)
+
+    def report(self) -> None:
+        """Log how many linears are packed."""
+        if self._keep_packed is not False:
+            packed = sum(self.decisions.values())
+            logger.info("keep_packed: %d linears packed, %d dense", packed, len(self.decisions) - packed)
+
+    def _is_faster(self, weight: Packed) -> bool:
+        """Time a weight, unless a weight of this shape that keeps as many weights was timed already."""
+        rows, columns = weight.shape
+        shape, share = (weight.shape, weight.values.dtype), len(weight.values) / (rows * columns)
+        timed = [(abs(other - share), packed) for key, other, packed in self._timed if key == shape]
+        if timed and (min(timed)[0] <= NEARLY or len(self._timed) >= MOST_TIMED):
+            return min(timed)[1]
+        packed, dense = self._measure(weight)
+        faster = is_faster(packed, dense, native.instructions() > Instructions.AVX2)
+        logger.info(
+            "keep_packed: %d × %d, %.0f %% kept: packed takes %.2f of the dense time in decoding, %.2f in reading a "
+            "prompt: %s",
+            *(rows, columns, 100 * share, packed.decode / dense.decode, packed.prefill / dense.prefill),
+            "packed" if faster else "dense",
+        )
+        self._timed.append((shape, share, faster))
+        return faster
+
+    def _check_names(self, decisions: Mapping[str, bool]) -> None:
+        unknown = [name for name in decisions if name not in self.decisions]
+        if unknown:
+            raise SettingsError(
+                message("{keep_packed}: no linear that can be packed is called {name}", name=unknown[0]),
+                f"names are those of model.keep_packed, such as {next(iter(self.decisions), 'none here')}",
+            )
+
+
+def check(keep_packed: KeepPacked, device: torch.device) -> None:
+    """Refuse a value that `keep_packed` cannot have.
+
+    Raises:
+        SettingsError: see `Choice`.
+    """
+    hint = "give True, False, 'auto', or the model.keep_packed of an earlier load"
+    if isinstance(keep_packed, Mapping):
+        for name, decision in keep_packed.items():
+            if not isinstance(decision, bool):
+                shown = message(
+                    "{keep_packed}: {name!r} is {decision!r}, not True or False", name=name, decision=decision
+                )
+                raise SettingsError(shown, hint)
+    elif not isinstance(keep_packed, bool) and keep_packed != "auto":
+        raise SettingsError(message("{keep_packed} cannot be {value!r}", value=keep_packed), hint)
+    if keep_packed == "auto" and device.type != "cpu":
+        raise SettingsError(
+            message("{keep_packed:auto} times products on the CPU, not on {device}", device=device),
+            "give keep_packed=True or False there",
+        )
+
+
+def measure_times(weight: Packed) -> tuple[Times, Times]:
+    """Times of a weight on this machine, packed and dense: the fastest of some rounds, in turn.
+
+    Args:
+        weight: of a linear; a large one stands for its first rows.
+    """
+    dense_weight = unpack(weight)[: max(1, TIMED_WEIGHTS // weight.shape[1])]
+    part = weight if len(dense_weight) == weight.shape[0] else pack(dense_weight)
+    if part is None:  # only the other rows have zeros
+        return Times(1, 1), Times(1, 1)
+    packed = PackedLinear(part, None)
+    cached = torch.zeros(CACHED_BYTES // 4)
+    seconds = [[float("inf")] * 2 for _ in range(2)]
+    inputs = [torch.ones(rows, weight.shape[1], dtype=dense_weight.dtype) for rows in (1, PROMPT)]
+    linears: list[Callable[[Tensor], Tensor]] = [packed, lambda rows: nn.functional.linear(rows, dense_weight)]
+    start = time.perf_counter()
+    with torch.no_grad():
+        for linear in linears:  # the first call prepares, and touches new memory
+            linear(inputs[0]), linear(inputs[1])
+        for number in range(ROUNDS):
+            for kind, rows in enumerate(inputs):  # 0: decoding; 1: reading a prompt
+                for side, linear in enumerate(linears):
+                    cached.add_(1)  # in a model the weight is not in the cache: other weights were read since
+                    before = time.perf_counter()
+                    linear(rows)
+                    seconds[side][kind] = min(seconds[side][kind], time.perf_counter() - before)
+            if number and time.perf_counter() - start > SECONDS:
+                break
+    return Times(*seconds[0]), Times(*seconds[1])
