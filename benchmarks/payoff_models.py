@@ -107,11 +107,11 @@ class Measured:
 
     def _rows_of(self, side: Side) -> Iterator[list[str]]:
         loading = self._loading(side)
-        load = cache(lambda: side.load(self._dtype))
         for threads in numbers(self._options.threads):
+            load = cache(lambda: side.load(self._dtype))  # again, since `auto` chooses for a number of threads
 
             def works(tokens: int, kind: Callable[..., Callable[[], object]]) -> Callable[[], float]:
-                return timed(kind(load(), tokens))
+                return timed(kind(load(), tokens))  # noqa: B023
 
             yield self._row(side.name, threads, loading, works)
 

@@ -22,7 +22,10 @@ RANDOM = "llama-7b-4-layers"
 SMOLLM = "smollm2-135m"
 DENSE = "dense"
 # What `load` is given for each kind of side.
-KINDS: dict[str, dict[str, Any]] = {"packed": {"keep_packed": True}}
+KINDS: dict[str, dict[str, Any]] = {
+    "packed": {"keep_packed": True},
+    "auto": {"keep_packed": "auto"},
+}
 PROMPT = list(range(100, 108))
 LOADER = Path(__file__).parent / "payoff_load.py"
 
@@ -106,7 +109,7 @@ def pruned(source: Source, target: str, work: Path) -> Path:
         prune(
             PruneConfig(
                 model=str(source.folder), output=output, initial="magnitude", rebuild=False, samples=2, seqlen=128,
-                report=False, **settings,
+                report=False, resume=True, **settings,
             )
         )  # fmt: skip
     return output
@@ -118,7 +121,7 @@ def packed(source: Source, target: str, work: Path) -> Path:
     output = folder.with_name(f"{folder.name}-packed")
     if not output.exists():
         print(f"{output.name}: packing …", flush=True)
-        pack(PackConfig(model=str(folder), output=output))
+        pack(PackConfig(model=str(folder), output=output, overwrite=True))
     return output
 
 

@@ -8,7 +8,8 @@ interface below experimental: the pretend GPU is a process of its own, started b
 
 Each SETTINGS is JSON of `PruneConfig` or `EvaluateConfig`; the program prints how far its results are from the CPU's.
 With `room` in it, so many bytes of activations stay on the device, until its memory runs out after a layer. With
-`interrupted`, the run stops after its first layer, loses that layer's output, and goes on.
+`interrupted`, the run stops after its first layer, loses that layer's output, and goes on. With `counted`, it prints
+how often the host waits for the device in a step of tuning.
 """
 
 import json
@@ -16,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +43,9 @@ DEVICE = torch.device("pretend:0")
 COPY, PLACES = ("aten::copy_", "aten::_to_copy"), ("aten::index", "aten::index_put_", "aten::index_put")
 
 
+WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")  # the host reads their result
+waits = [0]  # times that the host has waited for the device
+
 FAILING = 4  # number of the block whose result does not fit: the second block of the second layer
 
 
@@ -61,6 +66,7 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, _: Any, arguments: tuple[Any, ...] = (), named: Any = None) -> Any:
         named = dict(named or {})
         name = function._schema.name
+        waits[0] += name in WAITING
         if name == "aten::_fused_sdp_choice":
             return SDPBackend.MATH.value
         tensors = [tensor for tensor in tree_leaves((arguments, named)) if isinstance(tensor, torch.Tensor)]
@@ -90,6 +96,7 @@ class PretendGpu(TorchFunctionMode):
         on_device = bool(arguments) and isinstance(arguments[0], OnDevice)
         if function is torch.Tensor.to:
             return _to(*arguments, **named)
+        waits[0] += on_device and function in (torch.Tensor.cpu, torch.Tensor.tolist)
         if on_device and function is torch.Tensor.cpu:
             return arguments[0].inner.clone()
         if on_device and function is torch.Tensor.tolist:
@@ -228,6 +235,20 @@ def difference(folder: Path, settings: dict[str, Any]) -> float:
     return differences.max().item()  # NaN if one is
 
 
+def waits_of_a_step(folder: Path, settings: dict[str, Any]) -> int:
+    """Least number of times that the host waits for the device between two of Adam's steps."""
+    counts: list[int] = []
+    step = torch.optim.Adam.step
+
+    def noted(*arguments: Any) -> Any:
+        counts.append(waits[0])
+        return step(*arguments)
+
+    with sdpa_kernel(SDPBackend.MATH), on_device(), patch("torch.optim.Adam.step", noted):
+        prune(PruneConfig(output=folder / "counted", overwrite=True, report=False, **settings))
+    return min(after - before for before, after in pairwise(counts))
+
+
 def difference_of_measures(settings: dict[str, Any]) -> float:
     """Largest difference of perplexities and divergences that are measured on the device and on the CPU."""
     with sdpa_kernel(SDPBackend.MATH):
@@ -247,7 +268,12 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         for argument in sys.argv[1:]:
             settings = json.loads(argument)
-            result = difference_of_measures(settings) if "text" in settings else difference(Path(folder), settings)
+            if settings.pop("counted", False):
+                result: float = waits_of_a_step(Path(folder), settings)
+            elif "text" in settings:
+                result = difference_of_measures(settings)
+            else:
+                result = difference(Path(folder), settings)
             print(result, flush=True)
 
 

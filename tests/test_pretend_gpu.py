@@ -52,6 +52,13 @@ def test_every_method_and_kind_of_model_gives_the_same_tensors(tmp_path: Path, l
     assert tuned < 1e-4  # autograd adds up in another order on another device
 
 
+def test_a_step_of_tuning_waits_for_the_device_no_more_often_than_it_did(llama: Path, tokens: Path) -> None:
+    """Once for the ties of each linear, once for the scale of each sequence, and once for what is not finite."""
+    linears, sequences = 7, 4
+    settings = {"model": str(llama), "calibration": str(tokens), "preset": "mask", "guard": 0, "counted": True}
+    assert results({**settings, "dtype": "float32", "batch_size": 2}) == [linears + sequences + 1]
+
+
 def test_measures_are_the_same(tmp_path: Path, llama: Path) -> None:
     other = make_model(tmp_path / "other", "llama", seed=1)
     for model in (llama, other):

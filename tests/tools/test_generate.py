@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from llm_barber import GenerateConfig, Generation, PackConfig, PruneConfig, generate, pack, prune
+from llm_barber import GenerateConfig, Generation, PackConfig, PruneConfig, generate, load, pack, prune
 from llm_barber.errors import BarberError, CalibrationError, ModelError, SettingsError
 from llm_barber.progress import Silent
 from llm_barber.settings.generate import KeepPacked
@@ -162,20 +162,29 @@ def greedy_of(folder: Path, tokenizer: Path) -> list[int]:
     return expected
 
 
-def test_packed_linears_stay_packed_unless_told_otherwise(tmp_path: Path) -> None:
+def test_packed_linears_stay_packed_as_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = make_model(tmp_path / "dense", "llama", hidden_size=64, intermediate_size=128)
     add_tokenizer(dense)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     prune(PruneConfig(model=dense, output=tmp_path / "pruned", calibration=tokens, sparsity=0.7, preset="paper"))
     pack(PackConfig(model=tmp_path / "pruned", output=tmp_path / "packed"))
     packed = tmp_path / "packed"
-    result = run(packed, against=str(packed), repeats=1, dtype="float32")
+    result = run(packed, against=str(packed), keep_packed="yes", repeats=1, dtype="float32")
     kept, plain = result.generated, result.against
     assert plain is not None
     assert (kept.packed_linears, kept.linears, plain.packed_linears, plain.linears) == (14, 15, 0, 15)
     assert kept.weight_bytes < plain.weight_bytes
     assert list(plain.tokens) == list(kept.tokens) == greedy(tmp_path / "pruned")
     assert run(packed, keep_packed=False).generated.packed_linears == 0
+    asked: list[object] = []
+    monkeypatch.setattr(
+        writer, "load", lambda model, keep_packed, *rest, **more: asked.append(keep_packed) or load(model)
+    )
+    for choice, value in (("auto", "auto"), ("yes", True), ("no", False)):
+        run(packed, against=str(packed), keep_packed=choice, repeats=1)
+        assert asked == [value, False]
+        asked.clear()
+    assert GenerateConfig(model="m", prompt="p").keep_packed is KeepPacked.AUTO
     assert GenerateConfig(model="m", prompt="p", keep_packed=True).keep_packed is KeepPacked.YES
 
 
@@ -230,7 +239,7 @@ def test_the_prompt_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -
         ({"temperature": -0.5}, "temperature: Input should be greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature: Input should be a finite number"),
         ({"temperature": 1e-30}, "temperature: 1e-30 is too small"),
-        ({"keep_packed": "maybe"}, "keep_packed: Input should be 'yes'"),
+        ({"keep_packed": "maybe"}, "keep_packed: Input should be 'auto'"),
         ({"repeats": 2}, "repeats needs against"),
         ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
         ({"device": "tpu"}, "device: unknown device 'tpu'"),

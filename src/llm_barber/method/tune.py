@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llm_barber.errors import NotFiniteError
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.scores import count_pruned, mask_from_scores, starting_scores
 from llm_barber.masking.selection import apply_mask
@@ -23,7 +22,7 @@ from llm_barber.method.held_out import Judgement, judge
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.gradients import scaled_by_sequence
+from llm_barber.model.gradients import check_finite, scaled_by_sequence
 from llm_barber.model.streams import DENSE, HIDDEN, NEXT, TARGET, ActivationStreams
 from llm_barber.record.layers import Concentration, kept_pass
 from llm_barber.settings.refining import RefineSettings
@@ -217,14 +216,10 @@ def _descend(
             sums = {name: torch.zeros_like(weight, dtype=SUM_DTYPES[layer.dtype]) for name, weight in weights.items()}
             for sequence in steps[step].local_sequences:
                 _add_gradients(sums, layer, weights, streams, slice(sequence, sequence + 1), distance)
-            for name, gradient in sums.items():
+            for gradient in sums.values():
                 streams.ranks.add_tensor(gradient)
                 gradient *= 2 / (elements * steps[step].sequences)  # from half the sum of squares to their mean
-                if not torch.isfinite(gradient.sum()):
-                    raise NotFiniteError(
-                        f"a gradient of {where}, {name}, holds NaN or Inf on the calibration text",
-                        "compute with a wider range: --dtype bfloat16 or float32; or --refine swaps, or none",
-                    )
+            check_finite(sums, where)
             parameters.set_gradients(sums)
             optimizer.step()
             optimizer.zero_grad()  # the next step's activations need the memory

@@ -1,12 +1,12 @@
 """Reconstruction errors of outputs, and gradients by the outputs of linears."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llm_barber.errors import ModelError
+from llm_barber.errors import ModelError, NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,22 @@ def mean_squares(values: Tensor) -> Tensor:
 def by_sequence(activations: Tensor, sequences: int) -> Tensor:
     """Reshape to (sequences, tokens, features); some layers flatten to (sequences · tokens, features)."""
     return activations.reshape(sequences, -1, activations.shape[-1])
+
+
+def check_finite(gradients: Mapping[str, Tensor], where: str) -> None:
+    """Refuse gradients by the weights of a layer's linears that hold NaN or Inf; a GPU is waited for once.
+
+    Args:
+        gradients: gradients of any shape, of one dtype, by linear.
+        where: the layer's name in messages.
+
+    Raises:
+        NotFiniteError: a gradient does; the error names the first of them.
+    """
+    finite = torch.isfinite(torch.stack([gradient.sum() for gradient in gradients.values()]))
+    if not finite.all():
+        name = list(gradients)[int(finite.int().argmin())]
+        raise NotFiniteError(
+            f"a gradient of {where}, {name}, holds NaN or Inf on the calibration text",
+            "compute with a wider range: --dtype bfloat16 or float32; or --refine swaps, or none",
+        )

@@ -16,8 +16,9 @@ ROUNDS = 5
 
 
 class KeepPacked(StrEnum):
-    """Whether the weights of pruned linears stay packed in memory."""
+    """Which pruned linears stay packed in memory: those that are faster so on this CPU, all, or none."""
 
+    AUTO = "auto"
     YES = "yes"
     NO = "no"
 
@@ -57,7 +58,9 @@ class GenerateConfig(Settings):
         None, description="Put the prompt into the tokenizer's chat template (default: on if it has one)"
     )
     keep_packed: Annotated[KeepPacked, BeforeValidator(_as_choice)] = Field(
-        KeepPacked.YES, description="Keep pruned linears of `model` packed in memory"
+        KeepPacked.AUTO,
+        description="Keep pruned linears of `model` packed in memory (default: auto, where that is faster on this CPU; "
+        "on a GPU all)",
     )
     repeats: int | None = Field(None, ge=1, description=f"Rounds of timing with `against` (default: {ROUNDS})")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")

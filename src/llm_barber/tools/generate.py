@@ -46,9 +46,9 @@ def generate(config: GenerateConfig, progress: Progress | None = None, on_text: 
     progress = progress or Silent()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    opened = [_open(config.model, config.keep_packed is KeepPacked.YES, progress)]
+    opened = [_open(config.model, config.keep_packed, progress)]
     if config.against is not None:
-        opened.append(_open(config.against, False, progress))
+        opened.append(_open(config.against, KeepPacked.NO, progress))
     tokenizer = open_tokenizer(config.model, opened[0].source.folder)
     _check_same_tokens(opened, tokenizer)
     tokens, chat = prompt_tokens(read_prompt(config.prompt, progress), tokenizer, config)
@@ -70,7 +70,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None, on_text: 
     )
 
 
-def _open(model: str, keep_packed: bool, progress: Progress) -> Opened:
+def _open(model: str, keep_packed: KeepPacked, progress: Progress) -> Opened:
     """Check what can be checked of a model before its weights are loaded.
 
     Raises:

@@ -15,7 +15,7 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress
 from llm_barber.runtime.load import load
-from llm_barber.settings.generate import GenerateConfig
+from llm_barber.settings.generate import GenerateConfig, KeepPacked
 from llm_barber.tools.decoding import Clock, CountedTokens, PiecewiseText, decode, settings_of_generation
 from llm_barber.usage import current_memory, peak_device_memory, peak_memory, reset_peak_memory
 
@@ -33,7 +33,7 @@ class Opened:
 
     source: CheckpointSource
     config: PreTrainedConfig
-    keep_packed: bool
+    keep_packed: KeepPacked
 
     @property
     def name(self) -> str:
@@ -97,7 +97,11 @@ def _load(task: Task, opened: Opened, progress: Progress) -> PreTrainedModel:
     """Load a model; its warnings go to the progress."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", module=r"llm_barber\.")
-        model = load(opened.name, opened.keep_packed, task.dtype, str(task.device), progress=progress)
+        if opened.keep_packed is KeepPacked.AUTO and task.device.type == "cpu":
+            model = load(opened.name, "auto", task.dtype, str(task.device), progress=progress)
+        else:
+            packs = opened.keep_packed is not KeepPacked.NO
+            model = load(opened.name, packs, task.dtype, str(task.device), progress=progress)
     for warning in caught:
         progress.warn(str(warning.message))
     return model
