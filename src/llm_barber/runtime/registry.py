@@ -48,7 +48,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, keep_packed: KeepPacked = False, verify: bool = False, **stored: Any) -> None:
-        check_keep_packed(keep_packed, None)
+        check_keep_packed(keep_packed, torch.device("cpu"))  # the value; `fill` checks the device
         register()
         self.quant_method = QUANT_METHOD
         self.keep_packed = keep_packed
