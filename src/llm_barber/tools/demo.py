@@ -92,8 +92,8 @@ UNTUNED = DemoMethod(
     {"preset": Preset.MASK, "refine": Refine.NONE},
 )
 # Most seconds in which the dense model's perplexity is measured where tuning still ends within two minutes: all that
-# follows takes about 20 times as long, and without tuning 14 times (docs/notebook/demo.md).
-SECONDS_TO_TUNE = 3.7
+# follows takes 20 to 30 times as long, and without tuning about 15 times (docs/notebook/demo.md).
+SECONDS_TO_TUNE = 3.0
 FULL_METHODS: dict[str, DemoMethod] = {
     "magnitude": METHODS["magnitude"],
     "magnitude-rebuilt": DemoMethod(
