@@ -243,17 +243,20 @@ def gguf_file(path: Path) -> Reader:
 
 def packed(folder: Path, dense: Path) -> dict[str, Reader]:
     """A packed checkpoint."""
+    rounded = folder.with_name("rounded")
     pack(PackConfig(model=str(dense), output=folder))
+    pack(PackConfig(model=str(dense), output=rounded, values="int8"))
     return {
         "packed index": Reader(folder / PACKED_INDEX, lambda: read_packed(folder), "json"),
         "packed shard": Reader(min(folder.glob("packed-*.safetensors")), lambda: read_packed(folder), "safetensors"),
+        "rounded shard": Reader(min(rounded.glob("packed-*.safetensors")), lambda: read_packed(rounded), "safetensors"),
     }
 
 
 NAMES = (
     "configuration", "index", "weights", "tokenizer", "tokenizer's settings", "pickled index", "pickled weights",
     "text", "lines of text", "parquet", "tokens", "task", "sparsities", "blocks", "record", "evaluation", "state",
-    "cell", "gguf", "packed index", "packed shard",
+    "cell", "gguf", "packed index", "packed shard", "rounded shard",
 )  # fmt: skip
 
 

@@ -44,6 +44,8 @@ class Soak:
         for name in RUNS:
             _expect_done(run(lambda listener, name=name: self.prune(name, folder / name, listener)))
         _expect_done(run(lambda _: pack(PackConfig(model=folder / "mask", output=folder / "mask-packed"))))
+        rounded = {"model": folder / "mask", "output": folder / "mask-int8", "values": "int8"}
+        _expect_done(run(lambda _: pack(PackConfig(**rounded))))
         _expect_done(run(lambda listener: self.rebuild(folder / "paper", folder / "rebuilt", listener)))
 
     def prune(self, name: str, output: Path, listener: Listener, **settings: Any) -> None:
@@ -113,7 +115,7 @@ def finished_output(soak: Soak, work: Path, chance: random.Random) -> str:
 
 def unknown_file(soak: Soak, work: Path, chance: random.Random) -> str:
     """Add a file to a finished output: `inspect` names it."""
-    name = chance.choice([*RUNS, "mask-packed"])
+    name = chance.choice([*RUNS, "mask-packed", "mask-int8"])
     output = soak.copy(name, work)
     added = chance.choice(["model-00009-of-00009.safetensors", "modeling.py", "pytorch_model.bin", "vocab.json", "x/y"])
     (output / added).parent.mkdir(exist_ok=True)
@@ -125,7 +127,7 @@ def unknown_file(soak: Soak, work: Path, chance: random.Random) -> str:
 
 def packed_folder(soak: Soak, work: Path, chance: random.Random) -> str:
     """Change a packed folder: what it unpacks to is the same, or it is refused."""
-    name = chance.choice(["packed", "mask-packed"])
+    name = chance.choice(["packed", "mask-packed", "mask-int8"])
     output = soak.copy(name, work)
     shards = sorted(output.glob("packed-*"))
     others = sorted(path for path in output.iterdir() if path.name not in EXEMPT and path not in shards)
@@ -139,7 +141,7 @@ def packed_folder(soak: Soak, work: Path, chance: random.Random) -> str:
 
 def edited_record(soak: Soak, work: Path, chance: random.Random) -> str:
     """Edit a record, half of the times with a digest that fits: `inspect` sees every edit without it."""
-    name = chance.choice([*RUNS, "mask-packed", "rebuilt"])
+    name = chance.choice([*RUNS, "mask-packed", "mask-int8", "rebuilt"])
     output = soak.copy(name, work)
     notes = [name, edit_json(output / "barber.json", chance)]
     if chance.random() < 0.3:

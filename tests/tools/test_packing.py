@@ -131,8 +131,11 @@ def test_bad_input(tmp_path: Path, pruned: Path) -> None:
 
     copy = shutil.copytree(packed, tmp_path / "copy")
     index = json.loads((copy / PACKED_INDEX).read_text())
+    (copy / PACKED_INDEX).write_text(json.dumps({**index, "version": 3}))
+    broken("has format version 3")
+    shutil.copytree(packed, copy)
     (copy / PACKED_INDEX).write_text(json.dumps({**index, "version": 2}))
-    broken("has format version 2")
+    broken("has format version 1, packed.index.json has 2")
     shutil.copytree(packed, copy)
     min(copy.glob("packed-model*")).unlink()
     broken("is missing")

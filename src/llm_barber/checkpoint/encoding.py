@@ -69,23 +69,53 @@ def pack(weight: Tensor) -> Packed | None:
     rows, columns = weight.shape
     flat = as_integers(weight.contiguous().view(-1))
     bits = find_kept(flat)
-    size, encoding = _size(Encoding.BITMASK, bits, rows * columns, columns, flat.itemsize), Encoding.BITMASK
+    size, encoding = smallest_encoding(bits, rows * columns, columns, flat.itemsize)
+    if size >= flat.nbytes:
+        return None
+    places, filled = encode(bits, encoding, rows * columns)
+    values = torch.from_numpy(take_kept(flat, filled)).view(weight.dtype)
+    return Packed((rows, columns), encoding, values, torch.from_numpy(places))
+
+
+def smallest_encoding(bits: np.ndarray, weights: int, columns: int, item: int) -> tuple[int, Encoding]:
+    """Find the encoding of the fewest bytes.
+
+    Args:
+        bits: bit mask of the kept weights, uint8, (⌈weights / 8⌉,).
+        weights: number of weights.
+        columns: length of a row.
+        item: bytes of a value.
+
+    Returns:
+        Bytes of values and places; the encoding.
+    """
+    size, encoding = _size(Encoding.BITMASK, bits, weights, columns, item), Encoding.BITMASK
     for grouped in (Encoding.TWO_OF_FOUR, Encoding.FOUR_OF_EIGHT):
-        grouped_size = _size(grouped, bits, rows * columns, columns, flat.itemsize)
+        grouped_size = _size(grouped, bits, weights, columns, item)
         if grouped_size is not None:
             size, encoding = min((size, encoding), (grouped_size, grouped))
             break  # a weight that fits 2:4 fits 4:8, too, in more bytes
     assert size is not None
-    if size >= flat.nbytes:
-        return None
-    places = bits
-    if encoding.group is not None:
-        tables = _tables(encoding)
-        places = _pack_codes(bits, encoding)[: places_bytes(encoding, rows * columns)]
-        if count_bits(bits) < rows * columns // encoding.group[1] * encoding.group[0]:
-            bits = tables.filled.take(bits)
-    values = torch.from_numpy(take_kept(flat, bits)).view(weight.dtype)
-    return Packed((rows, columns), encoding, values, torch.from_numpy(places))
+    return size, encoding
+
+
+def encode(bits: np.ndarray, encoding: Encoding, weights: int) -> tuple[np.ndarray, np.ndarray]:
+    """Encode the places of the kept weights, whose groups keep at most N.
+
+    Args:
+        bits: as in `smallest_encoding`.
+        encoding: the encoding.
+        weights: number of weights.
+
+    Returns:
+        The places, uint8, (bytes,); the bit mask of the weights with a value: groups that keep fewer than N have N.
+    """
+    if encoding.group is None:
+        return bits, bits
+    places = _pack_codes(bits, encoding)[: places_bytes(encoding, weights)]
+    if count_bits(bits) < weights // encoding.group[1] * encoding.group[0]:
+        bits = _tables(encoding).filled.take(bits)
+    return places, bits
 
 
 def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.locations import TensorInfo
-from llm_barber.checkpoint.packed import PACKED_INDEX, PLACES, VALUES, Table, read_index, read_table
+from llm_barber.checkpoint.packed import PACKED_INDEX, VALUES, RoundedEntry, Table, read_index, read_table
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_file_name, check_header, read_json
 from llm_barber.errors import ModelError
@@ -64,7 +64,7 @@ def _dense_headers(folder: Path, model: str) -> dict[str, TensorInfo]:
 
 
 def _packed_headers(folder: Path, model: str) -> tuple[dict[str, TensorInfo], dict[str, Table]]:
-    weight_map = read_index(folder)
+    version, weight_map = read_index(folder)
     tensors: dict[str, TensorInfo] = {}
     tables: dict[str, Table] = {}
     for file in sorted(set(weight_map.values())):
@@ -73,14 +73,15 @@ def _packed_headers(folder: Path, model: str) -> tuple[dict[str, TensorInfo], di
             check_header(folder / file)
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - a handle
             stored = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
-            table = tables[file] = read_table(file, handle.metadata(), stored)
+            table = tables[file] = read_table(file, version, handle.metadata(), stored)
         for name in (*stored, *table.packed):
             _refuse_repeated(name, tensors, file, model)
         for name, (dtype, shape) in stored.items():
-            if not name.endswith((VALUES, PLACES)):
+            if not name.endswith(table.suffixes):
                 tensors[name] = TensorInfo(file, shape, dtype)
         for name, entry in table.packed.items():
-            tensors[name] = TensorInfo(file, entry.shape, stored[name + VALUES][0])
+            dtype = entry.dtype if isinstance(entry, RoundedEntry) else stored[name + VALUES][0]
+            tensors[name] = TensorInfo(file, entry.shape, dtype)
     if {name: info.file for name, info in tensors.items()} != weight_map:
         raise ModelError(f"{PACKED_INDEX} and the shards of {model} do not agree", "get it again, whole")
     extra = {path.name for path in folder.glob("packed-*.safetensors")} - set(weight_map.values())

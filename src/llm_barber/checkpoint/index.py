@@ -3,8 +3,6 @@
 import json
 from collections.abc import Mapping
 
-from llm_barber.checkpoint.packed import FORMAT_VERSION
-
 
 def dense_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """Content of `model.safetensors.index.json`.
@@ -17,7 +15,12 @@ def dense_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def packed_index(weight_map: Mapping[str, str]) -> bytes:
-    """Content of `packed.index.json`; `weight_map`: the packed shard of each tensor."""
-    content = {"version": FORMAT_VERSION, "weight_map": dict(sorted(weight_map.items()))}
+def packed_index(weight_map: Mapping[str, str], version: int) -> bytes:
+    """Content of `packed.index.json`.
+
+    Args:
+        weight_map: the packed shard of each tensor.
+        version: of the format.
+    """
+    content = {"version": version, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,29 +1,36 @@
 """Packed checkpoint on disk: shards with packed weights, and an index. It is read as hostile input.
 
-A packed weight is two tensors, its kept values and their places (`encoding.py`); the shard's metadata has a table with
-the shape and encoding of each. The names of the files are such that no other program takes the folder for a model.
-docs/reference/packed-format.md describes the format.
+A packed weight is two tensors, its kept values and their places (`encoding.py`), or three: rounded values have scales
+(`rounding.py`). The shard's metadata has a table with the shape and encoding of each. The names of the files are such
+that no other program takes the folder for a model. docs/reference/packed-format.md describes the format.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 from torch import Tensor
 
+from llm_barber.checkpoint.digests import has_its_digest, with_digest
 from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask, pack, places_bytes, unpack
-from llm_barber.checkpoint.untrusted import check_file_name, read_json
+from llm_barber.checkpoint.rounding import Rounded, check_rounded, pack_rounded, relative_error, unpack_rounded
+from llm_barber.checkpoint.untrusted import check_file_name, parse_json, read_json
 from llm_barber.errors import ModelError
 
 PACKED_INDEX = "packed.index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION, ROUNDED_VERSION = 1, 2
 TABLE_KEY = "llm-barber packed"
-VALUES, PLACES = ".packed_values", ".packed_places"
+VALUES, PLACES, SCALES = ".packed_values", ".packed_places", ".packed_scales"
 LARGEST_SIDE = 2**31
 DAMAGED = "the packed checkpoint is damaged; get it again, or pack it again"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # of weights whose values are rounded
+DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(BaseModel):
@@ -39,6 +46,28 @@ class Entry(BaseModel):
         """The shape of the matrix that is packed: the rows of all experts one after the other."""
         return math.prod(self.shape[:-1]), self.shape[-1]
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the names of its tensors."""
+        return VALUES, PLACES
+
+
+class RoundedEntry(Entry):
+    """A packed weight whose values are rounded to int8.
+
+    `dtype`: of the weight, safetensors' name. `group`: columns of a scale. `error`: relative root mean square error of
+    the rounding.
+    """
+
+    dtype: Literal["BF16", "F16", "F32"]
+    group: PositiveInt
+    error: NonNegativeFloat = Field(allow_inf_nan=False)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the names of its tensors."""
+        return VALUES, PLACES, SCALES
+
 
 class Table(BaseModel):
     """The table in a packed shard's metadata: the dense file's name and metadata, and the packed weights."""
@@ -48,7 +77,60 @@ class Table(BaseModel):
     version: int
     file: str
     metadata: dict[str, str] = Field(default_factory=dict)
-    packed: dict[str, Entry] = Field(default_factory=dict)
+    packed: Mapping[str, Entry] = Field(default_factory=dict)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the names of packed weights' tensors, which no other tensor has."""
+        return VALUES, PLACES
+
+    def check(self, name: str, tensor: Tensor, file: str) -> None:
+        """Compare a stored tensor of shard `file` with its checksum; this version of the format has none."""
+
+    def text(self) -> str:
+        """The table as JSON."""
+        return self.model_dump_json()
+
+
+class StoredTensor(BaseModel):
+    """A tensor of a shard: safetensors' name of its dtype, its shape, and the sha256 of its bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+class RoundedTable(Table):
+    """The table of a shard of version 2: `tensors` has every stored tensor, `digest` is sha256 of the table."""
+
+    packed: Mapping[str, RoundedEntry] = Field(default_factory=dict)
+    tensors: dict[str, StoredTensor]
+    digest: str = ""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the names of packed weights' tensors, which no other tensor has."""
+        return VALUES, PLACES, SCALES
+
+    def check(self, name: str, tensor: Tensor, file: str) -> None:
+        """Compare a stored tensor of shard `file` with its checksum.
+
+        Raises:
+            ModelError: they differ.
+        """
+        if tensor_digest(tensor) != self.tensors[name].sha256:
+            raise ModelError(f"{name} in {file} has changed since it was written (sha256)", DAMAGED)
+
+    def text(self) -> str:
+        """The table as JSON, with its digest."""
+        return json.dumps(with_digest(self.model_dump(mode="json")))
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes as a file has them."""
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
@@ -60,8 +142,7 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
     stored: dict[str, Tensor] = {}
     entries: dict[str, Entry] = {}
     for name, tensor in tensors.items():
-        fits = tensor.dim() in (2, 3) and tensor.is_floating_point() and tensor.numel()
-        packed = pack(tensor.reshape(-1, tensor.shape[-1])) if fits else None
+        packed = pack(_matrix(tensor)) if _can_be_packed(tensor) else None
         if packed is None:
             stored[name] = tensor
             continue
@@ -70,13 +151,46 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
     return stored, entries
 
 
+def pack_tensor_rounded(name: str, tensor: Tensor) -> tuple[dict[str, Tensor], RoundedEntry | None, Tensor]:
+    """Pack a matrix, or a stack of matrices, with its kept values rounded to int8.
+
+    Returns:
+        The tensors to store; the table's entry, None: the tensor is not pruned, or not of a dtype that is rounded, and
+        is stored as it is; the tensor as it will be read.
+    """
+    rounded = pack_rounded(_matrix(tensor)) if _can_be_packed(tensor) else None
+    if rounded is None:
+        return {name: tensor}, None, tensor
+    restored = unpack_rounded(rounded)
+    entry = RoundedEntry(
+        shape=tuple(tensor.shape), encoding=rounded.packed.encoding, dtype=DTYPE_NAMES[rounded.dtype],
+        group=rounded.group, error=relative_error(_matrix(tensor), restored),
+    )  # fmt: skip
+    parts = (rounded.packed.values, rounded.packed.places, rounded.scales)
+    stored = {name + suffix: part for suffix, part in zip(entry.suffixes, parts, strict=True)}
+    return stored, entry, restored.view(tensor.shape)
+
+
+def can_be_rounded(tensor: Tensor) -> bool:
+    """Tell whether `pack_tensor_rounded` rounds a tensor."""
+    return tensor.dtype in DTYPE_NAMES and _can_be_packed(tensor) and pack(_matrix(tensor)) is not None
+
+
+def _can_be_packed(tensor: Tensor) -> bool:
+    return tensor.dim() in (2, 3) and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def packed_name(file: str) -> str:
     """Name of the packed shard of a dense file."""
     return f"packed-{file}"
 
 
-def read_index(folder: Path) -> dict[str, str]:
-    """The packed shard of each tensor.
+def read_index(folder: Path) -> tuple[int, dict[str, str]]:
+    """The format's version, and the packed shard of each tensor.
 
     Raises:
         ModelError: the index is damaged, of another version, or names a file outside the folder.
@@ -84,81 +198,148 @@ def read_index(folder: Path) -> dict[str, str]:
     path = folder / PACKED_INDEX
     content = read_json(path, distinct_keys=True, hint=DAMAGED)
     version, weight_map = content.get("version"), content.get("weight_map")
-    if not isinstance(version, int) or not isinstance(weight_map, dict):
+    if type(version) is not int or not isinstance(weight_map, dict):
         raise ModelError(f"{path} cannot be read: it has no version, or no weight_map", DAMAGED)
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, ROUNDED_VERSION):
         raise ModelError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}", "update llm-barber"
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION} and {ROUNDED_VERSION}",
+            "update llm-barber",
         )
     for file in weight_map.values():
         check_file_name(file, PACKED_INDEX)
-    return weight_map
+    return version, weight_map
 
 
 def read_table(
-    file: str, metadata: Mapping[str, str] | None, shapes: Mapping[str, tuple[str, tuple[int, ...]]]
+    file: str,
+    version: int,
+    metadata: Mapping[str, str] | None,
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> Table:
     """A shard's table, checked as far as possible without reading a tensor.
 
     Args:
         file: the shard's name, for messages.
+        version: of the format, as the index has it.
         metadata: of the shard's header.
         shapes: dtype (safetensors' name) and shape of each tensor in the shard.
 
     Raises:
         ModelError: a part is missing, left over, or does not fit the table.
     """
-    try:
-        table = Table.model_validate_json((metadata or {}).get(TABLE_KEY, ""))
-    except (ValidationError, RecursionError) as error:
-        raise ModelError(f"{file} has no table of packed weights, or a damaged one", DAMAGED) from error
-    if table.version != FORMAT_VERSION:
-        raise ModelError(f"{file} has format version {table.version}", "update llm-barber")
+    table = _parse_table(file, (metadata or {}).get(TABLE_KEY, ""))
+    if table.version != version:
+        raise ModelError(f"{file} has format version {table.version}, {PACKED_INDEX} has {version}", DAMAGED)
     check_file_name(table.file, f"the table of {file}")
     if not table.file.endswith(".safetensors"):
         raise ModelError(f"{file} names {table.file!r} as the dense file that it was packed from", "do not trust it")
     for name, entry in table.packed.items():
-        parts = [shapes.get(name + suffix) for suffix in (VALUES, PLACES)]
-        rows, columns = entry.matrix
-        problem = None
-        if name in shapes or parts[0] is None or parts[1] is None:
-            problem = "lacks a part, or is there twice"
-        elif not all(0 < side < LARGEST_SIDE for side in (*entry.shape, rows)):
-            problem = f"has shape {entry.shape}"
-        elif parts[1] != ("U8", (places_bytes(entry.encoding, rows * columns),)):
-            problem = f"has places {parts[1]}, which do not fit its shape {entry.shape}"
-        elif len(parts[0][1]) != 1 or parts[0][1][0] > rows * columns:
-            problem = f"has values {parts[0]}, which do not fit its shape {entry.shape}"
-        if problem:
+        if problem := _entry_problem(name, entry, shapes):
             raise ModelError(f"{name} in {file} {problem}", DAMAGED)
+    parts = {name + suffix for name, entry in table.packed.items() for suffix in entry.suffixes}
     for name in shapes:
-        if name.endswith((VALUES, PLACES)) and name.removesuffix(VALUES).removesuffix(PLACES) not in table.packed:
+        if name.endswith(table.suffixes) and name not in parts:
             raise ModelError(f"{name} in {file} is not in its table", DAMAGED)
+    if isinstance(table, RoundedTable):
+        listed = {name: (tensor.dtype, tensor.shape) for name, tensor in table.tensors.items()}
+        if listed != dict(shapes):
+            raise ModelError(f"{file} has other tensors than its table", DAMAGED)
     return table
 
 
-def read_packed(name: str, entry: Entry, handle: Any, file: str) -> Packed:
+def _parse_table(file: str, text: str) -> Table:
+    """Parse the table of a shard.
+
+    Raises:
+        ModelError: there is none, it is damaged, or it is of another version.
+    """
+    try:
+        content = parse_json(text, distinct_keys=True)
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != ROUNDED_VERSION:
+            table = Table.model_validate_json(text)
+        elif has_its_digest(content):
+            table = RoundedTable.model_validate(content)
+        else:
+            raise ValueError("its digest does not fit")
+    except (ValueError, ValidationError, RecursionError) as error:
+        raise ModelError(f"{file} has no table of packed weights, or a damaged one", DAMAGED) from error
+    if table.version not in (FORMAT_VERSION, ROUNDED_VERSION):
+        raise ModelError(f"{file} has format version {table.version}", "update llm-barber")
+    return table
+
+
+def _entry_problem(name: str, entry: Entry, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    """Name what is wrong with the stored parts of a packed weight; None: nothing is."""
+    rows, columns = entry.matrix
+    parts = [shapes.get(name + suffix) for suffix in entry.suffixes]
+    if name in shapes or None in parts:
+        return "lacks a part, or is there twice"
+    values, places, *scales = (part for part in parts if part is not None)
+    if not all(0 < side < LARGEST_SIDE for side in (*entry.shape, rows)):
+        return f"has shape {entry.shape}"
+    if places != ("U8", (places_bytes(entry.encoding, rows * columns),)):
+        return f"has places {places}, which do not fit its shape {entry.shape}"
+    if len(values[1]) != 1 or values[1][0] > rows * columns:
+        return f"has values {values}, which do not fit its shape {entry.shape}"
+    if isinstance(entry, RoundedEntry):
+        if values[0] != "I8":
+            return f"has values of {values[0]}, which are not rounded"
+        if scales != [("BF16", (rows, -(-columns // entry.group)))]:
+            return f"has scales {scales[0]}, which do not fit its shape {entry.shape} in groups of {entry.group}"
+    return None
+
+
+def read_tensor(name: str, table: Table, handle: Any, file: str) -> Tensor:
+    """Read a tensor of an opened shard, unpacked if it is packed.
+
+    Raises:
+        ModelError: parts do not fit together, or a checksum does not fit.
+    """
+    if name not in table.packed:
+        return _read_stored(name, table, handle, file)
+    packed = _read_parts(name, table, handle, file)
+    try:
+        tensor = unpack(packed) if isinstance(packed, Packed) else unpack_rounded(packed)
+    except ValueError as error:
+        raise ModelError(f"{name} in {file}: {error}", DAMAGED) from error
+    return tensor.view(table.packed[name].shape)
+
+
+def read_packed(name: str, table: Table, handle: Any, file: str) -> Packed | Rounded:
     """Read a packed weight of an opened shard, with a bit mask for its places whatever its encoding.
 
     Raises:
-        ModelError: values and places do not fit together.
+        ModelError: parts do not fit together, or a checksum does not fit.
     """
-    values, places = handle.get_tensor(name + VALUES).clone(), handle.get_tensor(name + PLACES).clone()
+    parts = _read_parts(name, table, handle, file)
+    packed = parts if isinstance(parts, Packed) else parts.packed
     try:
-        bits = bitmask(Packed(entry.matrix, entry.encoding, values, places))
+        bits = torch.from_numpy(bitmask(packed))
+        if isinstance(parts, Rounded):
+            check_rounded(parts)
     except ValueError as error:
         raise ModelError(f"{name} in {file}: {error}", DAMAGED) from error
-    return Packed(entry.matrix, Encoding.BITMASK, values, torch.from_numpy(bits))
+    packed = Packed(packed.shape, Encoding.BITMASK, packed.values, bits)
+    return packed if isinstance(parts, Packed) else replace(parts, packed=packed)
 
 
-def unpack_tensor(name: str, entry: Entry, handle: Any, file: str) -> Tensor:
-    """Unpack a weight of an opened shard.
+def _read_parts(name: str, table: Table, handle: Any, file: str) -> Packed | Rounded:
+    """Read the parts of a packed weight as they are stored.
 
     Raises:
-        ModelError: values and places do not fit together.
+        ModelError: a checksum does not fit.
     """
-    values, places = handle.get_tensor(name + VALUES).clone(), handle.get_tensor(name + PLACES).clone()
-    try:
-        return unpack(Packed(entry.matrix, entry.encoding, values, places)).view(entry.shape)
-    except ValueError as error:
-        raise ModelError(f"{name} in {file}: {error}", DAMAGED) from error
+    entry = table.packed[name]
+    values, places, *scales = (_read_stored(name + suffix, table, handle, file) for suffix in entry.suffixes)
+    packed = Packed(entry.matrix, entry.encoding, values, places)
+    if isinstance(entry, RoundedEntry):
+        return Rounded(packed, scales[0], entry.group, DTYPES[entry.dtype])
+    return packed
+
+
+def _read_stored(name: str, table: Table, handle: Any, file: str) -> Tensor:
+    """Read a stored tensor, a copy, so that no file stays mapped, and check it."""
+    tensor: Tensor = handle.get_tensor(name).clone()
+    table.check(name, tensor, file)
+    return tensor

@@ -18,7 +18,7 @@ from llm_barber.checkpoint.packed import (
     Table,
     pack_tensors,
     packed_name,
-    unpack_tensor,
+    read_tensor,
 )
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, packed_configuration
 from llm_barber.checkpoint.writer import CheckpointWriter
@@ -53,7 +53,7 @@ class PackedWriter(CheckpointWriter):
         stored, entries = pack_tensors(dense)
         packed, file = self._name(self._count + 1), super()._name(self._count + 1)
         table = Table(version=FORMAT_VERSION, file=file, metadata=METADATA, packed=entries)
-        super().write_shard(stored, packed, {TABLE_KEY: table.model_dump_json()})
+        super().write_shard(stored, packed, {TABLE_KEY: table.text()})
         size = sum(tensor.nbytes for tensor in dense.values())
         unpacked = {"tensors": tuple(dense), "bytes": size, "file": file, "file_sha256": digest}
         self._written[packed] = self._written[packed].model_copy(update=unpacked)
@@ -61,8 +61,8 @@ class PackedWriter(CheckpointWriter):
     def _tensors(self, handle: Any) -> dict[str, Tensor]:
         table = Table.model_validate_json(handle.metadata()[TABLE_KEY])
         tensors = super()._tensors(handle)
-        for name, entry in table.packed.items():
-            tensors[name] = unpack_tensor(name, entry, handle, table.file)
+        for name in table.packed:
+            tensors[name] = read_tensor(name, table, handle, table.file)
             del tensors[name + VALUES], tensors[name + PLACES]
         return tensors
 
@@ -75,5 +75,5 @@ class PackedWriter(CheckpointWriter):
     def finish(self, with_index: bool = True) -> None:
         """Write the packed index and give the folder its name."""
         weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
-        self.write_file(PACKED_INDEX, packed_index(weight_map))
+        self.write_file(PACKED_INDEX, packed_index(weight_map, FORMAT_VERSION))
         super().finish(with_index=False)

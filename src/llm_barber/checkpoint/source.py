@@ -19,8 +19,9 @@ from llm_barber.checkpoint.encoding import Packed
 from llm_barber.checkpoint.headers import LastShard, OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
-from llm_barber.checkpoint.packed import DAMAGED, PACKED_INDEX, read_packed, unpack_tensor
+from llm_barber.checkpoint.packed import DAMAGED, PACKED_INDEX, read_packed, read_tensor
 from llm_barber.checkpoint.packed_configuration import KEY, names_packed
+from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, NotFiniteError
 
@@ -148,10 +149,10 @@ class CheckpointSource:
         tensors: dict[str, Tensor] = {}
         for file, members in by_file.items():
             with self._shard(file) as handle:
-                entries = self.packed[file].packed if file in self.packed else {}
+                table = self.packed.get(file)
                 for name in members:
-                    if name in entries:
-                        tensor = unpack_tensor(name, entries[name], handle, file)
+                    if table is not None:
+                        tensor = read_tensor(name, table, handle, file)
                     else:
                         tensor = handle.get_tensor(name).clone()
                     self._refuse_not_finite(name, tensor)
@@ -172,21 +173,23 @@ class CheckpointSource:
         """Read parameters by the model's names; errors as of `read` and `location`."""
         return self.read_locations({name: self.location(name) for name in names})
 
-    def read_packed(self, name: str) -> Packed | None:
+    def read_packed(self, name: str) -> Packed | Rounded | None:
         """Read a matrix as its shard packs it, with a bit mask; None: no shard has it as a packed matrix.
 
         `name` is the model's; errors as of `read` and `location`.
         """
         location = self.location(name)
         file = self.tensors[location.tensor].file
-        entry = self.packed[file].packed.get(location.tensor) if file in self.packed else None
-        if entry is None or len(entry.shape) != 2 or location.part is not None:
+        table = self.packed.get(file)
+        entry = table.packed.get(location.tensor) if table is not None else None
+        if table is None or entry is None or len(entry.shape) != 2 or location.part is not None:
             return None
         with self._shard(file) as handle:
-            packed = read_packed(location.tensor, entry, handle, file)
+            packed = read_packed(location.tensor, table, handle, file)
         if self._last is not None:
             self._last.bytes += packed.bytes
-        self._refuse_not_finite(location.tensor, packed.values)
+        if isinstance(packed, Packed):
+            self._refuse_not_finite(location.tensor, packed.values)
         return packed
 
     def read_locations(self, locations: Mapping[str, Location]) -> dict[str, Tensor]:

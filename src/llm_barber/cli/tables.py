@@ -87,11 +87,15 @@ def show_inspection(inspection: Inspection) -> None:
     if inspection.compared_with is not None:
         natural = sum(linear.zero_in_dense or 0 for linear in inspection.linears)
         console.print(f"weights that are zero in {inspection.compared_with} too: {natural:,}", soft_wrap=True)
+    if inspection.rounding is not None:
+        console.print(f"kept weights are {inspection.rounding.words}", soft_wrap=True)
     if not inspection.record and inspection.compared_with is None:
         console.print("no record (barber.json) and no --dense: nothing to check against")
     elif not inspection.problems:
         against = [*(["its record"] if inspection.record else []), *filter(None, [inspection.compared_with])]
-        console.print(f"all as {' and '.join(against)} {'says' if len(against) == 1 else 'say'}", soft_wrap=True)
+        rounded = ", rounded" if inspection.rounding is not None and inspection.compared_with is not None else ""
+        says = "says" if len(against) == 1 else "say"
+        console.print(f"all as {' and '.join(against)} {says}{rounded}", soft_wrap=True)
     if inspection.updated is not None:
         kept = sum(linear.weights - linear.zeros for linear in inspection.linears)
         console.print(
@@ -178,14 +182,18 @@ def show_comparison(comparison: Comparison, folder: Path) -> None:
     console.print(f"tables, plot and page: {folder / 'comparison.html'}", soft_wrap=True, markup=False)
 
 
-def show_packing(report: PackReport) -> None:
-    """Print the size of the packed or unpacked model beside the size before."""
+def show_packing(report: PackReport, unpacks: bool) -> None:
+    """Print the size of the packed or unpacked model beside the size before, and the rounding."""
+    console = Console(highlight=False, markup=False)
     packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none, is it pruned?"
-    Console(highlight=False, markup=False).print(
+    console.print(
         f"{report.output}: {readable_bytes(report.bytes_after)}, {report.bytes_after / report.bytes_before:.1%} of "
         f"{readable_bytes(report.bytes_before)}; packed matrices: {packed}; dense ones: {report.left_dense}",
         soft_wrap=True,
     )
+    if report.rounding is not None:
+        what = "this is not the model that was packed" if unpacks else "this is another model than the one packed"
+        console.print(f"{what}: kept weights are {report.rounding.words}", soft_wrap=True)
 
 
 def show_demo(config: DemoConfig, rows: list[DemoRow]) -> None:

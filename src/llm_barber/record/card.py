@@ -25,6 +25,7 @@ USE = {
         'model = {kind}.from_pretrained("THIS_FOLDER")',
     ),
 }
+USE["rounded"] = USE["packed"]
 # What cards of packed models said before; `card_of_format` finds it, too.
 FORMER_USE = (
     "import llm_barber  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE\n"
@@ -36,6 +37,8 @@ STORED = {
     "original by itself.",
     "packed": "Pruned linears are stored without their zeros (`llm-barber unpack` brings the dense files back): the "
     "file is smaller, and the model runs no faster than the original by itself.",
+    "rounded": "Pruned linears are stored without their zeros, and **their kept weights are rounded**: "
+    "`llm-barber unpack` writes a dense model of the rounded weights, not the one that was packed.",
 }
 
 
@@ -83,7 +86,7 @@ def _summary(report: RunReport) -> list[str]:
         f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
         "",
         f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, "
-        f"without training. Kept weights are {report.kept_weights.words}; pruned ones are zero.",
+        f"without training. {_kept(report)}",
         "",
         "| | |",
         "|---|---|",
@@ -132,12 +135,24 @@ def _table_of_errors(report: RunReport) -> list[str]:
     ]
 
 
-def card_of_format(card: str, report: RunReport, stored: str) -> str:
-    """Change a card's sentences about the format to "dense" or "packed"; all else stays."""
-    card = card.replace(FORMER_USE, _use(report, "packed"))
+def card_of_format(card: str, before: RunReport, report: RunReport, stored: str) -> str:
+    """Change a card's sentences about the format and the kept weights; all else stays.
+
+    Args:
+        card: its content.
+        before: the record that the card was written of.
+        report: the record now.
+        stored: a key of `STORED`.
+    """
+    card = card.replace(FORMER_USE, _use(report, "packed")).replace(_kept(before), _kept(report))
     for other in STORED.keys() - {stored}:
         card = card.replace(STORED[other], STORED[stored]).replace(_use(report, other), _use(report, stored))
     return card
+
+
+def _kept(report: RunReport) -> str:
+    """Sentence about the kept weights."""
+    return f"Kept weights are {report.kept_values}; pruned ones are zero."
 
 
 def _format(report: RunReport) -> str:

@@ -6,10 +6,11 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from llm_barber.checkpoint.digests import with_digest
 from llm_barber.record.layers import ErrorChange, LayerResult, LinearResult, LinearTotals, Result
+from llm_barber.record.rounding import Rounding
 
 RECORD_VERSION = 2
 # Types of the settings that a page shows, where they are set.
@@ -67,6 +68,7 @@ class RunReport(Result):
     calibration windows that decided which refinements are kept. `seconds`: wall-clock seconds by stage. `peak_memory`,
     `peak_device_memory`: bytes. `loaded_by`: the class of transformers. `files`: sha256 of every file on which a loaded
     model depends, unpacked. `source`: files of the dense model; `pruned_source`: of the pruned model of a rebuild.
+    `rounding`: of the kept weights, by `pack --values int8`.
     """
 
     record_version: int = RECORD_VERSION
@@ -97,6 +99,15 @@ class RunReport(Result):
     files: dict[str, str]
     source: SourceFiles | None = None
     pruned_source: SourceFiles | None = None
+    rounding: Rounding | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_missing_rounding(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the key out where nothing is rounded: records that were written before it existed stay readable."""
+        content: dict[str, Any] = serialize(self)
+        if self.rounding is None:
+            del content["rounding"]
+        return content
 
     @model_validator(mode="after")
     def _can_be_shown(self) -> Self:
@@ -145,6 +156,11 @@ class RunReport(Result):
         done = filter(None, [spread, rebuilt, self.refinement, updated])
         preset = [f"preset {self.resolved['preset']}"] if self.resolved.get("preset") else []
         return "; ".join([*preset, *choices, *(list(done) or ["not rebuilt"])])
+
+    @property
+    def kept_values(self) -> str:
+        """The source of the kept weights' values, and their rounding, in words."""
+        return self.kept_weights.words if self.rounding is None else self.rounding.of_values(self.kept_weights.words)
 
     @property
     def prunes_head(self) -> bool:

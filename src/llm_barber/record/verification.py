@@ -9,7 +9,7 @@ from safetensors.torch import save
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
 from llm_barber.checkpoint.index import dense_index, packed_index
-from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, packed_configuration, plain_configuration
 from llm_barber.checkpoint.replacing import folder_entries, is_program_file
 from llm_barber.checkpoint.source import CheckpointSource
@@ -17,6 +17,7 @@ from llm_barber.errors import ModelError, VerificationError
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport
+from llm_barber.record.rounding import rounding_of
 
 # Entries that version control and the hub's client leave in a folder; no program loads a model from them.
 HUB_ENTRIES = {".gitattributes", ".git", ".cache"}
@@ -60,7 +61,8 @@ def unknown_files(source: CheckpointSource, record: RunReport) -> list[str]:
     ]
     index = source.folder / PACKED_INDEX
     if index.exists():
-        expected = packed_index({name: info.file for name, info in source.tensors.items()})
+        version = next(iter(source.packed.values())).version if source.packed else FORMAT_VERSION
+        expected = packed_index({name: info.file for name, info in source.tensors.items()}, version)
         if index.read_bytes() != expected:
             problems.append(f"{PACKED_INDEX} has changed since it was written")
         configuration = (source.folder / CONFIGURATION).read_bytes()
@@ -92,7 +94,9 @@ def verify_folder(source: CheckpointSource, progress: Progress) -> None:
 
 def folder_problems(source: CheckpointSource, record: RunReport, progress: Progress) -> list[str]:
     """Sentences about the files that are missing, changed or unknown."""
-    return [*changed_files(source, record, progress), *unknown_files(source, record)]
+    rounding = rounding_of(source)
+    other_rounding = [] if rounding in (None, record.rounding) else ["the tables have another rounding than the record"]
+    return [*changed_files(source, record, progress), *unknown_files(source, record), *other_rounding]
 
 
 def refuse(model: str, problems: list[str]) -> None:

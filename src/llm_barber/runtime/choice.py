@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from llm_barber import native
 from llm_barber.checkpoint.encoding import Packed, pack, unpack
+from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
 from llm_barber.errors import SettingsError
 from llm_barber.messages import message
 from llm_barber.native import Instructions
 from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.runtime.rounded_linear import RoundedLinear
 
 CPU = torch.device("cpu")
 KeepPacked = bool | Literal["auto"] | Mapping[str, bool]
@@ -90,7 +92,7 @@ class Choice:
         keep_packed: KeepPacked,
         names: Iterable[str],
         device: torch.device = CPU,
-        measure: Callable[[Packed], tuple[Times, Times]] | None = None,
+        measure: Callable[[Packed | Rounded], tuple[Times, Times]] | None = None,
     ) -> None:
         check(keep_packed, device)
         self.decisions: dict[str, bool] = dict.fromkeys(names, False)
@@ -106,7 +108,7 @@ class Choice:
             return self._keep_packed.get(name, False)
         return bool(self._keep_packed) and name in self.decisions
 
-    def decide(self, name: str, weight: Packed | Tensor) -> Packed | Tensor:
+    def decide(self, name: str, weight: Packed | Rounded | Tensor) -> Packed | Rounded | Tensor:
         """Decide on a weight that `reads_packed` names, and write the decision down.
 
         Args:
@@ -127,7 +129,7 @@ class Choice:
                 )
             return weight
         self.decisions[name] = self._keep_packed != "auto" or self._is_faster(weight)
-        return weight if self.decisions[name] else unpack(weight)
+        return weight if self.decisions[name] else _unpacked(weight)
 
     def report(self) -> None:
         """Log how many linears are packed."""
@@ -135,7 +137,7 @@ class Choice:
             packed = sum(self.decisions.values())
             logger.info("keep_packed: %d linears packed, %d dense", packed, len(self.decisions) - packed)
 
-    def _is_faster(self, weight: Packed) -> bool:
+    def _is_faster(self, weight: Packed | Rounded) -> bool:
         """Time a weight, unless a weight of this shape that keeps as many weights was timed already."""
         rows, columns = weight.shape
         shape, share = (weight.shape, weight.values.dtype), len(weight.values) / (rows * columns)
@@ -185,17 +187,23 @@ def check(keep_packed: KeepPacked, device: torch.device) -> None:
         )
 
 
-def measure_times(weight: Packed) -> tuple[Times, Times]:
+def _unpacked(weight: Packed | Rounded) -> Tensor:
+    return unpack(weight) if isinstance(weight, Packed) else unpack_rounded(weight)
+
+
+def measure_times(weight: Packed | Rounded) -> tuple[Times, Times]:
     """Times of a weight on this machine, packed and dense: the fastest of some rounds, in turn.
 
     Args:
         weight: of a linear; a large one stands for its first rows.
     """
-    dense_weight = unpack(weight)[: max(1, TIMED_WEIGHTS // weight.shape[1])]
-    part = weight if len(dense_weight) == weight.shape[0] else pack(dense_weight)
+    dense_weight = _unpacked(weight)[: max(1, TIMED_WEIGHTS // weight.shape[1])]
+    part: Packed | Rounded | None = weight
+    if len(dense_weight) < weight.shape[0]:
+        part = pack(dense_weight) if isinstance(weight, Packed) else pack_rounded(dense_weight, weight.group)
     if part is None:  # only the other rows have zeros
         return Times(1, 1), Times(1, 1)
-    packed = PackedLinear(part, None)
+    packed = PackedLinear(part, None) if isinstance(part, Packed) else RoundedLinear(part, None)
     cached = torch.zeros(CACHED_BYTES // 4)
     seconds = [[float("inf")] * 2 for _ in range(2)]
     inputs = [torch.ones(rows, weight.shape[1], dtype=dense_weight.dtype) for rows in (1, PROMPT)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_barber.checkpoint.encoding import Packed, pack, unpack
+from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.naming import find_locations
@@ -22,6 +23,7 @@ from llm_barber.model.experts import Experts
 from llm_barber.progress import Progress
 from llm_barber.runtime.choice import Choice, KeepPacked
 from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.runtime.rounded_linear import RoundedLinear
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,10 @@ def _fill_parameters(
             setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=filling.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
-            linear = PackedLinear(weight, owner.bias)  # the bias follows; it may still be on `meta`
-            linear.values, linear.bits = linear.values.to(device), linear.bits.to(device)
+            bias = owner.bias  # it follows; it may still be on `meta`
+            linear = RoundedLinear(weight, bias, dtype) if isinstance(weight, Rounded) else PackedLinear(weight, bias)
+            for buffer_name, buffer in linear.named_buffers(recurse=False):
+                setattr(linear, buffer_name, buffer.to(device))
             setattr(model.get_submodule(parent), last, linear)
         filling.progress.advance(name)
     choice.report()
@@ -137,9 +141,14 @@ def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn
     return stacked
 
 
-def _read_packed(source: CheckpointSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Packed | Tensor:
-    """Read a linear's weight, packed where that is smaller."""
+def _read_packed(
+    source: CheckpointSource, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Packed | Rounded | Tensor:
+    """Read a linear's weight, packed where that is smaller; rounded values as they are, whatever `dtype` is."""
     packed = source.read_packed(name)
+    if isinstance(packed, Rounded):
+        _check_shape(name, packed.packed.shape, shape)
+        return packed
     if packed is None:  # it is stored dense
         tensor = source.read_parameters([name])[name]
         _check_shape(name, tuple(tensor.shape), shape)

@@ -28,6 +28,7 @@ from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.choice import KeepPacked
 from llm_barber.runtime.filling import Filling, fill
 from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.runtime.rounded_linear import RoundedLinear
 
 UNPACK = "make an ordinary checkpoint of it: llm-barber unpack FOLDER DENSE"
 IGNORED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
@@ -102,7 +103,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{folder or 'the folder'} has no {PACKED_INDEX}, so that it is not packed",
                     "leave quantization_config out; load old packed folders by AutoModelForCausalLM",
                 )
-            name = min(read_index(Path(folder)).values())
+            name = min(read_index(Path(folder))[1].values())
         check_file_name(name, "config.json")
         if not name.endswith(".safetensors"):
             raise ModelError(f"config.json names {name!r} as a packed shard", DAMAGED)
@@ -144,7 +145,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Unpack every linear that stayed packed; parameters take gradients again."""
         for path, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedLinear | RoundedLinear):
                 parent, _, last = path.rpartition(".")
                 setattr(model.get_submodule(parent), last, module.dense())
         model.requires_grad_(True)
@@ -169,7 +170,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def mark(model: PreTrainedModel, quantizer: PackedQuantizer) -> None:
     """Tell transformers that a model has packed linears, if it has; otherwise make it an ordinary model."""
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if any(isinstance(module, PackedLinear | RoundedLinear) for module in model.modules()):
         model.requires_grad_(False)  # products that are differentiated unpack their weight
         model.hf_quantizer = quantizer
         model.is_quantized = True

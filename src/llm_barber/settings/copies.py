@@ -1,5 +1,6 @@
 """Settings of the commands that write a copy of a model in another form: `pack`, `unpack` and `convert`."""
 
+from enum import StrEnum
 from functools import partial
 
 from pydantic import Field
@@ -20,14 +21,31 @@ class CopySettings(Settings):
         return [*super().rules(), partial(same_folder, "model", self.model, self.output)]
 
 
-class PackConfig(CopySettings):
-    """Settings of `pack` and `unpack`.
+class Values(StrEnum):
+    """Stored values of kept weights: exact, or rounded."""
+
+    EXACT = "exact"
+    INT8 = "int8"
+
+
+class UnpackConfig(CopySettings):
+    """Settings of `unpack`.
 
     Raises:
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
     model: str = Field(description="Folder of a pruned model to pack, or of a packed one to unpack")
+
+
+class PackConfig(UnpackConfig):
+    """Settings of `pack`; `unpack` takes them, too.
+
+    Raises:
+        SettingsError: any of them is wrong; all wrong ones are named.
+    """
+
+    values: Values = Field(Values.EXACT, description="Kept weights as they are, or rounded: smaller, another model")
 
 
 class ConvertConfig(CopySettings):

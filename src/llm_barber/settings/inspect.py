@@ -13,6 +13,6 @@ class InspectConfig(Settings):
     """
 
     model: str = Field(description="Folder, hub id (org/name[@revision]) or GGUF file")
-    dense: str | None = Field(None, description="Verify that kept weights equal this model's, bit for bit")
+    dense: str | None = Field(None, description="Verify that kept weights equal this model's, bit for bit or rounded")
     revision: str | None = Field(None, description="Revision of `model`, if it is a hub id")
     dense_revision: str | None = Field(None, description="Revision of `dense`, if it is a hub id")

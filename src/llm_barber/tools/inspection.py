@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
+from llm_barber.checkpoint.rounding import round_trip
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.masking.held_patterns import held_patterns, holds
@@ -14,6 +15,7 @@ from llm_barber.progress import Progress, Silent
 from llm_barber.record.file import read_record, recorded_structure
 from llm_barber.record.layers import LinearResult
 from llm_barber.record.report import KeptWeights
+from llm_barber.record.rounding import Rounding, rounding_of
 from llm_barber.record.verification import folder_problems
 from llm_barber.settings.inspect import InspectConfig
 from llm_barber.tools.linears import FoundLinear, check_shapes, find_linears
@@ -45,7 +47,7 @@ class Inspection(BaseModel):
     """Linears of a checkpoint, and `problems`: differences from its record and from the dense model.
 
     `updated`: kept weights that differ from the dense model's, where the record says that the run updated them; None:
-    not compared.
+    not compared. `rounding`: of the kept weights, by which dense weights are rounded before they are compared.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -56,6 +58,7 @@ class Inspection(BaseModel):
     linears: tuple[LinearInspection, ...]
     problems: tuple[str, ...]
     updated: int | None = None
+    rounding: Rounding | None = None
 
     @property
     def sparsity(self) -> float:
@@ -95,6 +98,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         problems += folder_problems(source, record, progress)
         recorded = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
         problems += _missing_linears(recorded.keys(), linears)
+    rounding = rounding_of(source) if record is None else record.rounding
     names = list(source.tensors if dense is not None else linears)
     progress.start("inspecting", len(names))
     inspected = []
@@ -103,15 +107,17 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     for name in names:
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
+        changed = updates or _is_rounded(name, rounding)
         for linear in (member for member in linears.get(name, []) if not member.alias):
             weight = linear.weight(tensor)
             comparable = original is not None and original.shape == tensor.shape
             before = linear.weight(original) if original is not None and comparable else None
             inspected.append(_inspect_linear(linear, weight, before))
             if record is not None:
-                problems += _check_record(inspected[-1], recorded.get((linear.layer, linear.name)), weight, updates)
+                problems += _check_record(inspected[-1], recorded.get((linear.layer, linear.name)), weight, changed)
         if original is not None:
-            differences, differing = _compare_bits(name, tensor, original, may_be_zero=name in linears)
+            expected = _rounded(name, original, tensor, rounding)
+            differences, differing = _compare_bits(name, tensor, expected, may_be_zero=name in linears)
             problems += differences
             if updated is not None and name in linears:
                 updated += differing
@@ -119,13 +125,22 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
                 problems.append(f"{name} differs from the dense model in {differing} kept weights")
         progress.advance(name)
     return Inspection(
-        model=config.model,
-        record=record is not None,
-        compared_with=config.dense,
-        linears=tuple(sorted(inspected, key=lambda linear: linear.layer)),
-        problems=tuple(problems),
-        updated=updated,
-    )
+        model=config.model, record=record is not None, compared_with=config.dense,
+        linears=tuple(sorted(inspected, key=lambda linear: linear.layer)), problems=tuple(problems), updated=updated,
+        rounding=rounding,
+    )  # fmt: skip
+
+
+def _is_rounded(name: str, rounding: Rounding | None) -> bool:
+    return rounding is not None and name in rounding.errors
+
+
+def _rounded(name: str, dense: Tensor, tensor: Tensor, rounding: Rounding | None) -> Tensor:
+    """The dense tensor; if it was rounded, with the weights that are kept in `tensor` rounded in the same way."""
+    if rounding is None or name not in rounding.errors or dense.shape != tensor.shape or dense.dtype != tensor.dtype:
+        return dense
+    kept = dense.masked_fill(tensor == 0, 0)
+    return round_trip(kept.view(-1, kept.shape[-1]), rounding.group).view(dense.shape)
 
 
 def _names_in_dense(
@@ -161,7 +176,7 @@ def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -
 def _check_record(
     inspected: LinearInspection, expected: LinearResult | None, weight: Tensor, updates: bool
 ) -> list[str]:
-    """Compare a linear with its record; `updates`: kept weights were changed, perhaps to zero."""
+    """Compare a linear with its record; `updates`: kept weights were changed or rounded, perhaps to zero."""
     where = f"layer {inspected.layer} {inspected.name}"
     if expected is None:
         return [f"{where} is not in the record"]

@@ -1,0 +1,224 @@
+/* Products with packed weights whose values are int8, by AVX-512 with VBMI2 and VNNI; and unpacking them.
+ *
+ * A step takes the next 64 columns of a row: it loads 64 values, the most that may be kept, moves them to the positions of
+ * the mask's set bits (VPEXPANDB), multiplies them by 64 inputs (VPDPBUSD), and advances by as many values as bits are
+ * set. The instruction multiplies unsigned by signed bytes, so that inputs are stored with 128 added; 128 times the sum of
+ * the weights is subtracted. Sums are exact integers within a group of columns. At its end they are converted to float32,
+ * multiplied by the scale of the weights times that of the inputs, and added in float32.
+ *
+ * `vnni.py` checks sizes before it calls. No function reads or writes beyond the given sizes.
+ */
+#include "avx512.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,popcnt,fma")))
+#define STEP 64
+#define OFFSET 128 /* added to inputs */
+
+/* 1: this processor has the instructions. */
+int packed_has_vnni(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("popcnt");
+}
+
+/* A packed weight W, (rows, columns), with rounded values; `_Weight` of `vnni.py`. Columns are a multiple of 8, and `group`
+ * is a multiple of 64. */
+typedef struct {
+    const int8_t *values;
+    const uint8_t *bits;
+    const uint16_t *scales; /* bfloat16, (rows, groups) */
+    const void *bias;       /* bfloat16 or float32, as `bfloat16` says; or NULL */
+    const int64_t *row_ends, *value_ends; /* part k: rows row_ends[k] to row_ends[k + 1]; values before row_ends[k] */
+    const int64_t *block_starts;          /* number of values before each block of BLOCK_ROWS rows */
+    const openmp_t *openmp;               /* or NULL: the caller's thread computes all parts */
+    size_t rows, columns, kept, group, groups;
+    int parts, bfloat16; /* bfloat16: inputs, outputs and bias are bfloat16; else float32 */
+} rounded_t;
+
+typedef struct {
+    const rounded_t *weight;
+    const uint8_t *inputs;     /* (tokens, stride), with `OFFSET` added */
+    const float *input_scales; /* (tokens, groups) */
+    void *outputs;
+    size_t stride; /* columns, rounded up to whole steps */
+    int tokens;
+} rounded_product_t;
+
+INLINE uint64_t mask_of64(const uint8_t *bits, size_t left) {
+    uint64_t mask = 0;
+    if (left >= STEP) memcpy(&mask, bits, 8);
+    else memcpy(&mask, bits, left / 8);
+    return mask;
+}
+
+/* The next 64 values, moved to the positions of the mask's set bits. */
+TARGET_VNNI INLINE __m512i expand8(uint64_t mask, const int8_t *values, size_t left) {
+    __m512i next = left >= STEP ? _mm512_loadu_si512(values)
+                                : _mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, values);
+    __asm__("" : "+v"(next));
+    return _mm512_maskz_expand_epi8(mask, next);
+}
+
+INLINE float from_bfloat16(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+INLINE uint16_t to_bfloat16(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;           /* NaN stays NaN */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
+}
+
+TARGET_VNNI INLINE __m512 load_inputs(const void *inputs, size_t at, __mmask16 inside, int bfloat16) {
+    if (!bfloat16) return _mm512_maskz_loadu_ps(inside, (const float *)inputs + at);
+    __m256i half = _mm256_maskz_loadu_epi16(inside, (const uint16_t *)inputs + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE __mmask16 inside16(size_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+/* Rounds inputs, (tokens, columns), to integers from -127 to 127, to nearest, ties to even, by the largest |input| of each
+ * group of columns over 127; `OFFSET` is added. The scale of a group with a NaN or an infinity is NaN. */
+TARGET_VNNI static void round_inputs(const rounded_t *w, const void *inputs, size_t tokens, size_t stride, uint8_t *rounded,
+                                     float *scales) {
+    const __m512i exponent = _mm512_set1_epi32(0x7f800000);
+    for (size_t t = 0; t < tokens; t++)
+        for (size_t g = 0; g < w->groups; g++) {
+            const size_t first = g * w->group, end = first + w->group < w->columns ? first + w->group : w->columns;
+            const size_t at = t * w->columns;
+            __m512 largest = _mm512_setzero_ps();
+            __mmask16 bad = 0;
+            for (size_t c = first; c < end; c += 16) {
+                __m512 part = load_inputs(inputs, at + c, inside16(end - c), w->bfloat16);
+                bad |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(_mm512_castps_si512(part), exponent), exponent);
+                largest = _mm512_max_ps(largest, _mm512_abs_ps(part));
+            }
+            const float most = _mm512_reduce_max_ps(largest);
+            const float scale = bad ? __builtin_nanf("") : most / 127;
+            /* Inputs too small for a scale of their own are 0. */
+            const __m512 factor = _mm512_set1_ps(bad || scale < 1e-37f ? 0 : 127 / most);
+            scales[t * w->groups + g] = bad ? scale : scale < 1e-37f ? 0 : scale;
+            for (size_t c = first; c < end; c += 16) {
+                __m512 part = load_inputs(inputs, at + c, inside16(end - c), w->bfloat16);
+                if (bad) part = _mm512_setzero_ps();
+                __m512i whole = _mm512_cvt_roundps_epi32(_mm512_mul_ps(part, factor),
+                                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+                whole = _mm512_add_epi32(whole, _mm512_set1_epi32(OFFSET));
+                _mm_mask_storeu_epi8(rounded + t * stride + c, inside16(end - c), _mm512_cvtepi32_epi8(whole));
+            }
+        }
+}
+
+/* Computes the outputs of rows `first` to `last` of W, whose values begin at number `next`. */
+TARGET_VNNI INLINE void rows_rounded(const rounded_product_t *p, size_t first, size_t last, size_t next, const int tokens) {
+    const rounded_t *w = p->weight;
+    const __m512i offsets = _mm512_set1_epi8((char)OFFSET);
+    for (size_t row = first; row < last; row++) {
+        const uint8_t *bits = w->bits + row * w->columns / 8;
+        __m512 total[8];
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
+        for (size_t g = 0; g < w->groups; g++) {
+            const size_t start = g * w->group, end = start + w->group < w->columns ? start + w->group : w->columns;
+            __m512i sums[8], sum_of_offsets = _mm512_setzero_si512();
+_Pragma("GCC unroll 8")
+            for (int t = 0; t < tokens; t++) sums[t] = _mm512_setzero_si512();
+            for (size_t c = start; c < end; c += STEP) {
+                const uint64_t mask = mask_of64(bits + c / 8, w->columns - c);
+                const __m512i weights = expand8(mask, w->values + next, left_of(w->kept, next));
+                next += (size_t)_mm_popcnt_u64(mask);
+                sum_of_offsets = _mm512_dpbusd_epi32(sum_of_offsets, offsets, weights);
+_Pragma("GCC unroll 8")
+                for (int t = 0; t < tokens; t++)
+                    sums[t] = _mm512_dpbusd_epi32(sums[t], _mm512_loadu_si512(p->inputs + (size_t)t * p->stride + c), weights);
+            }
+            const float scale = from_bfloat16(w->scales[row * w->groups + g]);
+_Pragma("GCC unroll 8")
+            for (int t = 0; t < tokens; t++)
+                total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[t], sum_of_offsets)),
+                                           _mm512_set1_ps(scale * p->input_scales[(size_t)t * w->groups + g]), total[t]);
+        }
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++) {
+            float sum = _mm512_reduce_add_ps(total[t]);
+            const size_t at = (size_t)t * w->rows + row;
+            if (w->bfloat16) {
+                if (w->bias) sum += from_bfloat16(((const uint16_t *)w->bias)[row]);
+                ((uint16_t *)p->outputs)[at] = to_bfloat16(sum);
+            } else {
+                ((float *)p->outputs)[at] = w->bias ? sum + ((const float *)w->bias)[row] : sum;
+            }
+        }
+    }
+}
+
+TARGET_VNNI static void multiply_part(const void *task, int part) {
+    const rounded_product_t *p = task;
+    const size_t first = (size_t)p->weight->row_ends[part], last = (size_t)p->weight->row_ends[part + 1];
+    const size_t next = (size_t)p->weight->value_ends[part];
+#define CASE(tokens) case tokens: rows_rounded(p, first, last, next, tokens); break;
+    switch (p->tokens) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+}
+
+/* Computes the product of `tokens` rows of inputs, 1 to 8.
+ * `rounded`, (tokens, `stride`) bytes, and `scales`, (tokens, groups), are memory for the rounded inputs. */
+void packed_multiply_rounded(const rounded_t *weight, const void *inputs, void *outputs, int tokens, size_t stride,
+                             uint8_t *rounded, float *scales) {
+    const rounded_product_t product = {weight, rounded, scales, outputs, stride, tokens};
+    round_inputs(weight, inputs, (size_t)tokens, stride, rounded, scales);
+    packed_run_parts(weight->openmp, weight->parts, multiply_part, &product);
+}
+
+typedef struct {
+    const rounded_t *weight;
+    void *into;
+} restore_t;
+
+/* Writes 16 weights, value times scale rounded once, within the finite numbers, without -0.0. */
+TARGET_VNNI INLINE void restore16(__m128i values, __m512 scale, __mmask16 inside, void *into, size_t at, int bfloat16) {
+    const __m512 largest = _mm512_castsi512_ps(_mm512_set1_epi32(bfloat16 ? 0x7f7f0000 : 0x7f7fffff));
+    __m512 weights = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values)), scale);
+    weights = _mm512_max_ps(_mm512_min_ps(weights, largest), _mm512_sub_ps(_mm512_setzero_ps(), largest));
+    weights = _mm512_add_ps(weights, _mm512_setzero_ps());
+    if (!bfloat16) {
+        _mm512_mask_storeu_ps((float *)into + at, inside, weights);
+        return;
+    }
+    __m512i bits = _mm512_castps_si512(weights);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    _mm256_mask_storeu_epi16((uint16_t *)into + at, inside, _mm512_cvtepi32_epi16(bits));
+}
+
+TARGET_VNNI static void restore_part(const void *task, int part) {
+    const restore_t *t = task;
+    const rounded_t *w = t->weight;
+    size_t next = (size_t)w->value_ends[part];
+    for (size_t row = (size_t)w->row_ends[part]; row < (size_t)w->row_ends[part + 1]; row++)
+        for (size_t c = 0; c < w->columns; c += STEP) {
+            const size_t left = w->columns - c;
+            const uint64_t mask = mask_of64(w->bits + (row * w->columns + c) / 8, left);
+            const __m512i values = expand8(mask, w->values + next, left_of(w->kept, next));
+            const __m512 scale = _mm512_set1_ps(from_bfloat16(w->scales[row * w->groups + c / w->group]));
+            next += (size_t)_mm_popcnt_u64(mask);
+            const __m128i quarters[4] = {_mm512_castsi512_si128(values), _mm512_extracti32x4_epi32(values, 1),
+                                         _mm512_extracti32x4_epi32(values, 2), _mm512_extracti32x4_epi32(values, 3)};
+            for (size_t q = 0; q < 4 && 16 * q < left; q++)
+                restore16(quarters[q], scale, inside16(left - 16 * q), t->into, row * w->columns + c + 16 * q, w->bfloat16);
+        }
+}
+
+/* Writes W, (rows, columns), in bfloat16 or float32, as the weight says. */
+void packed_restore_rounded(const rounded_t *weight, void *into) {
+    const restore_t task = {weight, into};
+    packed_run_parts(weight->openmp, weight->parts, restore_part, &task);
+}
+#else
+int packed_has_vnni(void) { return 0; }
+#endif

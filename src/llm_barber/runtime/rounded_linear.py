@@ -1,0 +1,134 @@
+"""A linear whose weight stays packed in memory with values rounded to int8: values, a bit a weight, and scales."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
+from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
+from llm_barber.native import avx512, vnni
+from llm_barber.native.rows import Parts
+from llm_barber.runtime.packed_linear import _shared_buffer, unpack_on_device
+
+
+class RoundedLinear(nn.Module):
+    """A drop-in for `nn.Linear` without gradients of its weight.
+
+    On CPUs with AVX-512 (VBMI2 and VNNI) up to `vnni.ROWS` rows of inputs are rounded, too, and multiplied with the
+    packed weight (`vnni.Weight.multiply` says how). Otherwise each use unpacks the weight to its dtype, and inputs are
+    not rounded.
+
+    Args:
+        rounded: the weight, (out, in).
+        bias: (out,), or None; it may still be empty.
+        dtype: of `weight`, which the model computes in; None: the dtype that the weight was packed from.
+
+    Raises:
+        ValueError: the parts of the weight do not fit together.
+    """
+
+    values: Tensor
+    bits: Tensor
+    scales: Tensor
+
+    def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        bits = bitmask(rounded.packed)
+        check_rounded(rounded)
+        self.shape, self.group, self.packed_dtype = rounded.packed.shape, rounded.group, rounded.dtype
+        self.dtype = dtype or rounded.dtype
+        self.register_buffer("values", rounded.packed.values)
+        self.register_buffer("bits", torch.from_numpy(bits))
+        # Integers, so that a change of the model's dtype leaves the scales as they are.
+        self.register_buffer("scales", rounded.scales.contiguous().view(torch.int16))
+        self.register_parameter("bias", bias)
+        # By number of PyTorch's threads, dtype of inputs, and with or without the bias.
+        self._ready: dict[tuple[int, torch.dtype, bool], vnni.Weight] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State of a copy, which has pointers of its own."""
+        return {**self.__dict__, "_ready": {}}
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Load buffers in place: other bits have other starts."""
+        super()._load_from_state_dict(*arguments)
+        self._ready = {}
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The unpacked weight, (out, in)."""
+        return self._unpack(None).to(self.dtype)
+
+    def dense(self) -> nn.Linear:
+        """An ordinary linear with the unpacked weight."""
+        rows, columns = self.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.register_parameter("bias", self._parameters["bias"])
+        return linear.train(self.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs · Wᵀ + bias, (…, out)."""
+        bias = self._parameters["bias"]
+        differentiated = torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
+        columns = self.shape[1]
+        rows = inputs.numel() // columns if inputs.shape[-1] == columns else 0  # 0: PyTorch's linear says what is wrong
+        if 1 <= rows <= vnni.ROWS and not differentiated and inputs.is_cpu:
+            weight = self._ready_weight(bias, inputs.dtype)
+            if weight is not None:
+                return weight.multiply(inputs)
+        # Autograd keeps the weight: it is not shared then.
+        into = (
+            None
+            if differentiated or not self.values.is_cpu
+            else _shared_buffer(self.packed_dtype, self.shape[0] * columns).view(self.shape)
+        )
+        return nn.functional.linear(inputs, self._unpack(into).to(inputs.dtype), bias)
+
+    def _ready_weight(self, bias: Tensor | None, dtype: torch.dtype) -> vnni.Weight | None:
+        """The weight, ready for products with inputs of `dtype`; None where there are none."""
+        values, bits, scales = (self._buffers[name] for name in ("values", "bits", "scales"))
+        assert values is not None
+        assert bits is not None
+        assert scales is not None
+        key = torch.get_num_threads(), dtype, bias is None
+        weight = self._ready.get(key)
+        if weight is not None and weight.is_of(values, bits, scales, bias):
+            return weight
+        if not values.is_cpu or dtype not in vnni.DTYPES or not vnni.can_multiply(self.shape[1], self.group):
+            return None
+        if bias is not None and (bias.dtype, bias.device) != (dtype, values.device):
+            return None
+        threads = max(1, min(key[0], self.shape[0], values.shape[0] // avx512.VALUES_A_THREAD))
+        parts = Parts.of(bits, self.shape, threads)
+        weight = vnni.Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
+        self._ready[key] = weight
+        return weight
+
+    def _unpack(self, into: Tensor | None) -> Tensor:
+        """The weight as it was packed, in new memory or in `into`, (out, in)."""
+        scales = self.scales.view(torch.bfloat16)
+        if not self.values.is_cpu:
+            return restore_rows(
+                unpack_on_device(self.values, self.bits, self.shape), scales, self.group, self.packed_dtype
+            )
+        into = torch.empty(self.shape, dtype=self.packed_dtype) if into is None else into
+        weight = self._ready_weight(None, self.packed_dtype)
+        if weight is None:
+            packed = Packed(self.shape, Encoding.BITMASK, self.values, self.bits)
+            return unpack_rounded(Rounded(packed, scales, self.group, self.packed_dtype), into.view(-1))
+        weight.unpack(into)
+        return into
+
+    def extra_repr(self) -> str:
+        """Shape, and the share of weights that is kept."""
+        rows, columns = self.shape
+        kept = len(self.values) / (rows * columns)
+        return f"in_features={columns}, out_features={rows}, kept={kept:.0%}, int8 by {self.group} columns"

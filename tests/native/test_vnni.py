@@ -1,0 +1,215 @@
+"""Products with int8 values by VNNI against integer arithmetic in NumPy; arrays that end at a page."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llm_barber import native
+from llm_barber.checkpoint.encoding import bitmask
+from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
+from llm_barber.native import Instructions, vnni
+from llm_barber.native.rows import Parts
+from tests.native.test_avx512 import Guarded, make_weight
+
+pytestmark = pytest.mark.skipif(not vnni.can_multiply(64, 64), reason="needs a processor with VBMI2 and VNNI")
+SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000)]
+
+
+def weight_of(rounded: Rounded, bias: Tensor | None, dtype: torch.dtype, parts: int = 1, place=lambda tensor: tensor):
+    """A weight for products, its tensors where `place` puts them."""
+    bits = torch.from_numpy(bitmask(rounded.packed))
+    tensors = rounded.packed.values, bits, rounded.scales.view(torch.int16)
+    shape, columns = rounded.packed.shape, rounded.packed.shape[1]
+    placed = [place(tensor).view(tensor.shape) for tensor in tensors]
+    bias = None if bias is None else place(bias)
+    return vnni.Weight(*placed, bias, columns, rounded.group, dtype, Parts.of(bits, shape, parts))
+
+
+def round_inputs(inputs: Tensor, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Integers, int64, (tokens, in), and float32 scales, (tokens, groups), operation by operation."""
+    tokens, columns = inputs.shape
+    values = inputs.float().numpy()
+    whole, scales = np.zeros((tokens, columns), np.int64), np.zeros((tokens, -(-columns // group)), np.float32)
+    for token in range(tokens):
+        for start in range(0, columns, group):
+            part = values[token, start : start + group]
+            largest = np.abs(part).max()
+            if largest > 0:
+                scales[token, start // group] = largest / np.float32(127)
+                whole[token, start : start + group] = np.rint(part * (np.float32(127) / largest))
+    return whole, scales
+
+
+def dense_values(rounded: Rounded) -> np.ndarray:
+    rows, columns = rounded.packed.shape
+    dense = np.zeros(rows * columns, np.int64)
+    kept = np.unpackbits(bitmask(rounded.packed), count=rows * columns, bitorder="little").astype(bool)
+    dense[kept] = rounded.packed.values.numpy()
+    return dense.reshape(rows, columns)
+
+
+def pack(weight: Tensor, group: int) -> Rounded:
+    rounded = pack_rounded(weight, group)
+    assert rounded is not None
+    return rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("group", [64, 128, 1024])
+def test_sums_are_those_of_integers(dtype: torch.dtype, sparsity: float, rows: int, columns: int, group: int) -> None:
+    rounded = pack(make_weight(rows, columns, sparsity, dtype), group)
+    values, weight_scales = dense_values(rounded), rounded.scales.double().numpy()
+    for tokens in (1, 2, 5, 8):
+        inputs = make_weight(tokens, columns, 0.1, dtype, seed=tokens)
+        whole, scales = round_inputs(inputs, group)
+        expected = np.zeros((tokens, rows))
+        sizes = np.ones((tokens, rows))
+        for number, start in enumerate(range(0, columns, group)):
+            part = slice(start, start + group)
+            factors = scales[:, number : number + 1].astype(float) * weight_scales[None, :, number]
+            expected += whole[:, part] @ values[:, part].T * factors
+            sizes += np.abs(whole[:, part]) @ np.abs(values[:, part]).T * factors
+        for bias in (None, make_weight(1, rows, 0, dtype)[0]):
+            outputs = weight_of(rounded, bias, dtype, 1 + rows % 3).multiply(inputs).double().numpy()
+            target = expected + (0 if bias is None else bias.double().numpy())
+            rounding = 2**-8 * np.abs(target) if dtype == torch.bfloat16 else 0
+            assert (np.abs(outputs - target) <= 2e-6 * sizes + rounding).all()
+
+
+def test_integer_sums_are_exact() -> None:
+    """Scales of 1: outputs are the sums, and equal integers; the largest sums of all are among them."""
+    generator = np.random.default_rng(0)
+    values = generator.integers(-127, 128, (9, 256))
+    values[:, ::2] = 0
+    values[:, 1] = values[:, 129] = 127  # the largest of each group, so that the scale is 1
+    values[0, 1::2], values[1, 1::2] = 127, -127
+    values[1, 1] = values[1, 129] = -127
+    whole = generator.integers(-127, 128, (5, 256))
+    whole[:, 0] = whole[:, 128] = 127
+    whole[0], whole[1] = 127, -127
+    rounded = pack(torch.from_numpy(values).float(), 128)
+    assert rounded.scales.unique().tolist() == [1]
+    outputs = weight_of(rounded, None, torch.float32).multiply(torch.from_numpy(whole).float())
+    assert np.array_equal(outputs.numpy().astype(np.int64), whole @ values.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_weights_are_unpacked_bit_for_bit(dtype: torch.dtype, rows: int, columns: int) -> None:
+    for size in (1.0, 1e-38, 1e38):
+        weight = (make_weight(rows, columns, 0.5, torch.float32) * size).clamp(-3e38, 3e38).to(dtype)
+        rounded = pack(weight, 64)
+        for scales in (rounded.scales, torch.full_like(rounded.scales, torch.finfo(torch.bfloat16).max)):
+            hostile = Rounded(rounded.packed, scales, 64, dtype)
+            into = torch.full((rows, columns), 7, dtype=dtype)
+            weight_of(hostile, None, dtype, 1 + rows % 3).unpack(into)
+            kind = torch.int16 if dtype == torch.bfloat16 else torch.int32
+            assert torch.equal(into.view(kind), unpack_rounded(hostile).view(kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [8, 56, 64, 72, 128, 200])
+def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read beyond an array ends the process: every array ends where a page does."""
+    memory = []
+
+    def guarded(tensor: Tensor) -> Tensor:
+        memory.append(Guarded(tensor))
+        return memory[-1].tensor.view(tensor.shape)
+
+    empty = torch.empty
+    monkeypatch.setattr(vnni.torch, "empty", lambda *shape, **kind: guarded(empty(*shape, **kind)))
+    for sparsity in (0.2, 0.5, 0.95, 1.0):
+        for rows in (1, 5):
+            rounded = pack(make_weight(rows, columns, sparsity, dtype), 64)
+            restored = unpack_rounded(rounded)
+            weight = weight_of(rounded, restored[:, 0].contiguous(), dtype, place=guarded)
+            inputs = guarded(make_weight(3, columns, 0, dtype, seed=1))
+            outputs = weight.multiply(inputs)
+            expected = inputs.double() @ restored.double().T + restored[:, 0].double()
+            torch.testing.assert_close(outputs.double(), expected, rtol=3e-2, atol=0.3)
+            into = guarded(torch.empty(rows, columns, dtype=dtype))
+            weight.unpack(into)
+            assert torch.equal(into, restored)
+
+
+def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
+    """A file whose mask lies: the weights without a value are zero."""
+    values, bits = Guarded(torch.ones(40, dtype=torch.int8)).tensor, torch.full((32,), 255, dtype=torch.uint8)
+    scales = torch.ones(4, 1).bfloat16().view(torch.int16)
+    parts = Parts((0, 4), (0, 40), np.array([0, 40]))
+    weight = vnni.Weight(values, bits, scales, None, 64, 64, torch.float32, parts)
+    assert weight.multiply(torch.ones(1, 64)).round().tolist() == [[40, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inputs_that_have_no_scale(dtype: torch.dtype) -> None:
+    rounded = pack(make_weight(6, 128, 0.5, dtype), 64)
+    weight = weight_of(rounded, None, dtype)
+    inputs = torch.zeros(4, 128, dtype=dtype)
+    inputs[1] = 1e-36
+    inputs[2, 3], inputs[3, 100] = float("inf"), float("nan")
+    outputs = weight.multiply(inputs)
+    assert not outputs[:2].any()
+    assert outputs[2:].isnan().all()
+
+
+def test_threads_give_the_same_sums() -> None:
+    """Sums by any number of threads, from several callers at once, and after a fork."""
+    rounded, inputs = pack(make_weight(61, 256, 0.5, torch.float32), 128), make_weight(2, 256, 0, torch.float32, seed=1)
+    alone = weight_of(rounded, None, torch.float32).multiply(inputs)
+    for parts in (2, 3, 4, 61):
+        weight = weight_of(rounded, None, torch.float32, parts)
+        assert torch.equal(weight.multiply(inputs), alone)
+    results: list[bool] = []
+
+    def call() -> None:
+        results.append(all(torch.equal(weight.multiply(inputs), alone) for _ in range(50)))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert results == [True] * 3
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(weight.multiply(inputs), alone) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    rounded = pack(make_weight(4, 128, 0.5, torch.float32), 64)
+    bits, scales = torch.from_numpy(bitmask(rounded.packed)), rounded.scales.view(torch.int16)
+    values, parts = rounded.packed.values, Parts.of(bits, (4, 128), 1)
+    right = [values, bits, scales, None, 128, 64, torch.float32, parts]
+    vnni.Weight(*right)
+    for position, wrong in (
+        (0, values[1:]), (0, values.view(torch.uint8)), (1, bits[1:]), (1, bits.view(torch.int8)), (2, scales[1:]),
+        (2, scales.float()), (3, torch.ones(3)), (3, torch.ones(4).bfloat16()), (4, 64), (5, 128), (5, 32),
+        (6, torch.float16), (7, Parts.of(bits, (8, 64), 1)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="product"):
+            vnni.Weight(*[wrong if number == position else part for number, part in enumerate(right)])
+    weight = vnni.Weight(*right)
+    for inputs in (torch.ones(1, 64), torch.ones(9, 128), torch.ones(1, 128).bfloat16(), torch.ones(0, 128)):
+        with pytest.raises(ValueError, match="inputs do not fit"):
+            weight.multiply(inputs)
+    for into in (torch.ones(4, 64), torch.ones(4, 128).bfloat16(), torch.ones(128, 4).T):
+        with pytest.raises(ValueError, match="does not fit"):
+            weight.unpack(into)
+
+
+def test_instructions_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "instructions", lambda: Instructions.AVX2)
+    assert not vnni.can_multiply(64, 64)
+    monkeypatch.setattr(native, "instructions", lambda: Instructions.AVX512)
+    assert vnni.can_multiply(64, 64)
+    assert not vnni.can_multiply(60, 64)
+    assert not vnni.can_multiply(128, 96)

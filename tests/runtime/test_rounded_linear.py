@@ -1,0 +1,103 @@
+"""Linears that keep int8 values in memory, against the dense linear of the unpacked weight."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm_barber import PackConfig, PruneConfig, load, native, pack, prune
+from llm_barber.checkpoint.rounding import pack_rounded, unpack_rounded
+from llm_barber.native import vnni
+from llm_barber.runtime.rounded_linear import RoundedLinear
+from tests.conftest import make_model, save_tokens
+
+
+@pytest.fixture(params=["VNNI", "NumPy"])
+def with_and_without_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "NumPy":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif not vnni.can_multiply(64, 64):
+        pytest.skip("needs a processor with VBMI2 and VNNI")
+    return str(request.param)
+
+
+def make_linear(
+    rows: int, columns: int, dtype: torch.dtype, bias: bool = True, group: int = 128
+) -> tuple[RoundedLinear, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight = weight.masked_fill(torch.rand(rows, columns, generator=generator) < 0.5, 0).to(dtype)
+    rounded = pack_rounded(weight, group)
+    assert rounded is not None
+    parameter = nn.Parameter(torch.randn(rows, generator=generator).to(dtype), requires_grad=False) if bias else None
+    return RoundedLinear(rounded, parameter), unpack_rounded(rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("columns", "group"), [(192, 128), (200, 64), (90, 128), (96, 32)])
+def test_few_rows_are_near_and_many_are_equal(
+    with_and_without_c: str, dtype: torch.dtype, columns: int, group: int
+) -> None:
+    for bias in (False, True):
+        linear, weight = make_linear(48, columns, dtype, bias, group)
+        assert torch.equal(linear.weight, weight)
+        for rows in (1, 8, 9, 40):
+            inputs = torch.randn(rows, columns).to(dtype)
+            expected = nn.functional.linear(inputs, weight, linear.bias)
+            outputs = linear(inputs)
+            assert outputs.dtype == dtype
+            rounds = with_and_without_c == "VNNI" and dtype in vnni.DTYPES and vnni.can_multiply(columns, group)
+            if rounds and rows <= vnni.ROWS:
+                assert 0 < (outputs - expected).double().norm() < 0.015 * expected.double().norm()
+            else:
+                assert torch.equal(outputs, expected)
+        batched = torch.randn(2, 3, columns).to(dtype)
+        assert torch.equal(linear(batched).view(6, -1), linear(batched.view(6, columns)))
+
+
+def test_gradients_of_inputs() -> None:
+    linear, weight = make_linear(16, 128, torch.float32)
+    inputs = torch.randn(2, 128, requires_grad=True)
+    linear(inputs).sum().backward()
+    torch.testing.assert_close(inputs.grad, weight.sum(0).expand(2, -1))
+
+
+def test_copies_and_other_dtypes(with_and_without_c: str) -> None:
+    linear, weight = make_linear(16, 128, torch.bfloat16)
+    inputs = torch.randn(1, 128).bfloat16()
+    expected = linear(inputs)
+    other = copy.deepcopy(linear)
+    linear.values.zero_()
+    assert torch.equal(other(inputs), expected)
+    other.to(torch.float32)
+    assert other.scales.dtype == torch.int16  # scales are as they were
+    assert torch.equal(other.weight, weight.float())
+    assert torch.equal(other.dense().weight, weight.float())
+    torch.testing.assert_close(other(inputs.float()), expected.float(), rtol=0.01, atol=0.05)
+    fresh, _ = make_linear(16, 128, torch.bfloat16)
+    fresh(inputs)
+    fresh.load_state_dict({**fresh.state_dict(), "scales": fresh.scales * 0})
+    assert torch.equal(fresh(inputs)[0], fresh.bias)
+
+
+def test_a_packed_model_keeps_rounded_values(tmp_path: Path, with_and_without_c: str) -> None:
+    model = make_model(tmp_path / "dense", "llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=192)
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    settings = {"calibration": tokens, "sparsity": 0.5, "initial": "wanda", "rebuild": False, "report": False}
+    prune(PruneConfig(model=model, output=tmp_path / "pruned", **settings))
+    pack(PackConfig(model=tmp_path / "pruned", output=tmp_path / "packed", values="int8"))
+    ids = torch.arange(20)[None]
+    for dtype in (None, torch.float32):
+        dense, kept = load(tmp_path / "packed", dtype=dtype), load(tmp_path / "packed", keep_packed=True, dtype=dtype)
+        linears = [module for module in kept.modules() if isinstance(module, RoundedLinear)]
+        assert len(linears) == 14
+        size = sum(buffer.nbytes for linear in linears for buffer in linear.buffers())
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+        assert 5 < 8 * size / weights < 5.5
+        with torch.no_grad():
+            expected = dense(ids).logits
+            assert torch.equal(kept(ids).logits, expected)  # 20 rows of inputs: inputs are not rounded
+            few = kept(ids[:, :1]).logits
+        assert (few - expected[:, :1]).float().norm() < 0.05 * expected[:, :1].float().norm()
