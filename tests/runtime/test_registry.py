@@ -97,7 +97,7 @@ def test_from_pretrained_equals_the_dense_model(tmp_path: Path, sharded: bool) -
     assert torch.equal(logits(model), logits(expected))
     assert torch.equal(logits(load(packed)), logits(expected))
     assert {**model.config.to_dict(), "_name_or_path": str(dense)} == expected.config.to_dict()
-    assert model.__dict__.keys() == expected.__dict__.keys()  # nothing that a quantised model has
+    assert model.__dict__.keys() == expected.__dict__.keys() | {"keep_packed"}  # nothing that a quantised model has
     kept = AutoModelForCausalLM.from_pretrained(packed, quantization_config=PackedConfig(keep_packed=True))
     assert packed_linears(kept) == 15  # the output head, too
     assert torch.allclose(logits(kept), logits(expected), rtol=0.02, atol=0.02)
@@ -107,14 +107,31 @@ def test_from_pretrained_equals_the_dense_model(tmp_path: Path, sharded: bool) -
         assert torch.equal(other.generate(IDS[:, :4], max_new_tokens=5, do_sample=False), words)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "granitemoe"])
+def test_linears_are_chosen_as_by_load(tmp_path: Path) -> None:
+    _, packed = make_packed(tmp_path)
+    chosen = {"model.layers.0.self_attn.q_proj": True, "model.layers.1.mlp.up_proj": True}
+    model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=PackedConfig(keep_packed=chosen))
+    assert packed_linears(model) == 2
+    assert {name for name, kept in model.keep_packed.items() if kept} == chosen.keys()
+    assert AutoModelForCausalLM.from_pretrained(packed, quantization_config=PackedConfig("auto")).keep_packed
+    with pytest.raises(SettingsError, match="keep_packed cannot be 'never'"):
+        PackedConfig("never")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma3", "gemma3_text", "gptj", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "granitemoe"]
+)
 def test_families(tmp_path: Path, family: str) -> None:
     """Buffers that are computed, experts that are stacked, and parameters that stay in float32."""
     dense, packed = make_packed(tmp_path, family)
-    expected = AutoModelForCausalLM.from_pretrained(dense)
-    model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=PackedConfig(keep_packed=False))
+    expected = load_model(dense)
+    model = load_model(packed, quantization_config=PackedConfig(keep_packed=False))
     assert_same_state(model, expected)
     assert torch.equal(logits(model), logits(expected))
+    buffers = dict(load(packed).named_buffers())
+    for name, buffer in expected.named_buffers():
+        assert buffers[name].dtype == buffer.dtype
+        assert torch.equal(buffers[name], buffer), name
 
 
 def test_any_class_and_dtype(tmp_path: Path) -> None:

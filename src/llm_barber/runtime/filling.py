@@ -58,8 +58,8 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
     source.locations = find_locations(split, source.tensors)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
     with source.kept_open():
+        _fill_buffers(model, source, split, filling)  # before parameters, which a table's initialisation may touch
         model.keep_packed = _fill_parameters(model, source, split, filling)
-        _fill_buffers(model, source, split, filling)
     model.tie_weights()
 
 
@@ -76,7 +76,7 @@ def _fill_parameters(
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         empty = getattr(owner, leaf)
-        device = filling.device or empty.device
+        device = filling.device or (model.device if empty.is_meta else empty.device)
         dtype = torch.float32 if in_float32 is not None and in_float32.search(name) else empty.dtype
         shape = tuple(empty.shape)
         if leaf == "weight" and choice.reads_packed(path):
@@ -113,6 +113,11 @@ def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Mo
     """Copy the buffers that the configuration determines; read those that the checkpoint has."""
     for name, buffer in split.named_buffers(remove_duplicate=False):
         set_buffer(model, name, buffer, filling.device or model.get_buffer(name).device)
+    # transformers computes tables anew after loading, in float32; a model that was built in bfloat16 has rounded ones.
+    for module in model.modules():
+        has_parameters = any(parameter is not None for parameter in module._parameters.values())
+        module._is_hf_initialized = has_parameters or not module._non_persistent_buffers_set
+    model.initialize_weights()
     for name in stored_buffer_names(model):
         if name in source.locations:
             device = filling.device or model.get_buffer(name).device

@@ -26,6 +26,7 @@ from llm_barber.messages import message
 from llm_barber.progress import Silent
 from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.choice import KeepPacked
+from llm_barber.runtime.choice import check as check_keep_packed
 from llm_barber.runtime.filling import Filling, fill
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
@@ -42,9 +43,13 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         keep_packed: as of `load`.
         verify: as of `load`.
         stored: the folder's entry in its config.json.
+
+    Raises:
+        SettingsError: `keep_packed` has no such value.
     """
 
     def __init__(self, keep_packed: KeepPacked = False, verify: bool = False, **stored: Any) -> None:
+        check_keep_packed(keep_packed, torch.device("cpu"))  # the value; `fill` checks the device
         register()
         self.quant_method = QUANT_METHOD
         self.keep_packed = keep_packed
