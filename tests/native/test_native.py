@@ -56,8 +56,8 @@ def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.ones(4)
     assert use_native(values, torch.float32, 16, native.PRODUCT_ROWS, differentiated=False)
     assert not use_native(values, torch.float32, 16, native.PRODUCT_ROWS + 1, differentiated=False)
-    assert use_native(values, torch.bfloat16, 16, native.PRODUCT_ROWS, differentiated=False)
-    assert not use_native(values, torch.bfloat16, 16, native.PRODUCT_ROWS + 1, differentiated=False)
+    assert use_native(values.bfloat16(), torch.bfloat16, 16, native.PRODUCT_ROWS, differentiated=False)
+    assert not use_native(values, torch.bfloat16, 16, native.PRODUCT_ROWS, differentiated=False)
     assert not use_native(values, torch.float32, 16, 0, differentiated=False)
     assert not use_native(values, torch.float32, 17, 1, differentiated=False)
     assert not use_native(values, torch.float32, 16, 1, differentiated=True)
@@ -67,6 +67,9 @@ def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=problem):
             native.product(values, bits, inputs, torch.empty(len(inputs), 1))
         assert columns == inputs.shape[1]
+    for outputs in (torch.empty(1, 1, dtype=torch.bfloat16), torch.empty(1, 1, device="meta"), torch.empty(2, 1)):
+        with pytest.raises(ValueError, match="in float32, and all parts on the CPU"):
+            native.product(values, bits, torch.ones(1, 16), outputs)
     with pytest.raises(ValueError, match="1 bytes of bits for 16 weights"):
         native.find(np.zeros(16, np.int16), np.zeros(1, np.uint8))
     for layout, groups in (((3, 4, 6), 2), ((3, 4, 5), 1)):

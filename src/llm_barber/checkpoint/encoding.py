@@ -131,7 +131,7 @@ def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:
     """
     bits = bitmask(packed)
     rows, columns = packed.shape
-    weight = torch.empty(rows * columns, dtype=packed.values.dtype) if into is None else into
+    weight = torch.empty(rows * columns, dtype=packed.values.dtype, device="cpu") if into is None else into
     put_kept(as_integers(packed.values), bits, as_integers(weight))
     return weight.view(rows, columns)
 

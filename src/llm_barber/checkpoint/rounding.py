@@ -73,7 +73,7 @@ def pack_rounded(weight: Tensor, group: int = GROUP) -> Rounded | None:
     _, encoding = smallest_encoding(bits, weights, columns, 1)
     places, filled = encode(bits, encoding, weights)
     quotients = np.empty((rows, columns), dtype=np.int8)
-    scales = torch.empty(rows, -(-columns // group), dtype=torch.bfloat16)
+    scales = torch.empty(rows, -(-columns // group), dtype=torch.bfloat16, device="cpu")
     for part in _row_blocks(rows, columns):
         rounded, scales[part] = _round_rows(weight[part], group)
         quotients[part] = rounded.numpy()
@@ -95,9 +95,9 @@ def unpack_rounded(rounded: Rounded, into: Tensor | None = None) -> Tensor:
     bits = bitmask(rounded.packed)
     check_rounded(rounded)
     rows, columns = rounded.packed.shape
-    quotients = torch.empty(rows, columns, dtype=torch.int8)
+    quotients = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
     put_kept(rounded.packed.values.numpy(), bits, quotients.view(-1).numpy())
-    weight = torch.empty(rows * columns, dtype=rounded.dtype) if into is None else into
+    weight = torch.empty(rows * columns, dtype=rounded.dtype, device="cpu") if into is None else into
     weight = weight.view(rows, columns)
     for part in _row_blocks(rows, columns):
         weight[part] = restore_rows(quotients[part], rounded.scales[part], rounded.group, rounded.dtype)

@@ -182,6 +182,9 @@ def product(values: Tensor, bits: Tensor, inputs: Tensor, outputs: Tensor) -> No
     contiguous = all(part.is_contiguous() for part in (values, bits, inputs))
     if loaded is None or not can_multiply(columns, values.dtype) or not contiguous:
         raise ValueError("the product needs contiguous parts, and columns that are a multiple of 8")
+    in_float32 = inputs.dtype == outputs.dtype == torch.float32 and len(inputs) == len(outputs)
+    if not in_float32 or not all(part.is_cpu for part in (values, bits, inputs, outputs)):
+        raise ValueError("the product needs inputs and outputs in float32, and all parts on the CPU")
     if len(bits) * 8 != rows * columns or not 1 <= len(inputs) <= PRODUCT_ROWS or outputs.stride(1) != 1:
         raise ValueError("parts of the product do not fit together")
     loaded.packed_product(

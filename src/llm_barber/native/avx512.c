@@ -196,15 +196,15 @@ static void run_thread(void *all) {
         p->function(p->task, part);
 }
 
+/* The process that loaded this library. A forked one has none of its threads. */
+static pid_t loaded_by;
+__attribute__((constructor)) static void note_process(void) { loaded_by = getpid(); }
+
 void packed_run_parts(const openmp_t *openmp, int parts, void (*function)(const void *, int), const void *task) {
-    static pid_t with_threads;
-    if (parts > 1 && openmp) {
+    if (parts > 1 && openmp && loaded_by == getpid()) {
         parts_t all = {openmp, parts, function, task};
-        if (!with_threads) with_threads = getpid();
-        if (with_threads == getpid()) {
-            openmp->parallel(run_thread, &all, (unsigned)parts, 0);
-            return;
-        }
+        openmp->parallel(run_thread, &all, (unsigned)parts, 0);
+        return;
     }
     for (int part = 0; part < parts; part++) function(task, part);
 }

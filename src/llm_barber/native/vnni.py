@@ -16,6 +16,7 @@ from llm_barber.native.rows import BLOCK_ROWS, Parts
 
 ROWS = 8  # most rows of inputs of a product
 STEP = 64  # columns that C takes at a time
+MOST_COLUMNS = 1 << 20  # a sum of more products of two int8 numbers may not fit int32
 DTYPES = (torch.bfloat16, torch.float32)  # of inputs and outputs
 
 
@@ -42,6 +43,8 @@ def has_instructions() -> bool:
 def can_multiply(columns: int, group: int) -> bool:
     """Test whether a `Weight` of `columns` columns with scales by `group` columns can be multiplied."""
     if native.library() is None or native.instructions() == Instructions.AVX2 or not has_instructions():
+        return False
+    if columns > MOST_COLUMNS:
         return False
     return columns % 8 == 0 and (group % STEP == 0 or group >= columns)
 
@@ -140,8 +143,8 @@ class Weight:
         outputs = inputs.new_empty((*shape[:-1], self.rows))
         if not inputs.is_contiguous():
             inputs = inputs.contiguous()
-        rounded = torch.empty(tokens * self._stride, dtype=torch.uint8)
-        scales = torch.empty(tokens * self._groups, dtype=torch.float32)
+        rounded = torch.empty(tokens * self._stride, dtype=torch.uint8, device="cpu")
+        scales = torch.empty(tokens * self._groups, dtype=torch.float32, device="cpu")
         self._multiply(
             self._address, inputs.data_ptr(), outputs.data_ptr(), tokens, self._stride, rounded.data_ptr(),
             scales.data_ptr(),

@@ -140,7 +140,7 @@ def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn
         return tensor
     parts = experts.parts(leaf)
     tensors = source.read_parameters([f"{path}.{part.name}" for part in parts])
-    stacked = torch.empty(shape, dtype=next(iter(tensors.values())).dtype)
+    stacked = torch.empty(shape, dtype=next(iter(tensors.values())).dtype, device="cpu")
     for part in parts:
         part.of(stacked).copy_(tensors[f"{path}.{part.name}"])
     return stacked

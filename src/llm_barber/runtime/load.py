@@ -61,6 +61,8 @@ def load(
     if verify:
         verify_folder(source, progress)
     config = load_config(source)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise SettingsError(message("{dtype} is {given!r}, not a dtype of PyTorch", given=dtype), "e.g. torch.bfloat16")
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
         loaded: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llm_barber import native
 from llm_barber.checkpoint.bits import POPCOUNT, as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
+from llm_barber.errors import SettingsError
 from llm_barber.native import avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 
@@ -51,6 +52,7 @@ class PackedLinear(nn.Module):
         self._ready: dict[int, avx512.Weight] = {}  # by number of PyTorch's threads
         self._parts: dict[int, tuple[Tensor, Parts]] = {}  # by number of parts: the bits, and the rows of each part
         self._starts: tuple[Tensor, Tensor] | None = None  # the bits, and the starts of their blocks
+        native.library()  # it has to be loaded before the process forks, to know a forked process
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy, which has pointers of its own."""
@@ -59,6 +61,7 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load buffers in place: other bits have other starts."""
         super()._load_from_state_dict(*arguments)
+        report_other_bits(self.values, self.bits, arguments)
         self._ready, self._parts, self._starts = {}, {}, None
         self._prepare_kernels()
 
@@ -105,11 +108,12 @@ class PackedLinear(nn.Module):
         columns = self.shape[1]
         rows = inputs.numel() // columns if inputs.shape[-1] == columns else 0  # 0: PyTorch's linear says what is wrong
         weight = self._ready_weight(bias)
-        if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and not differentiated:
+        plain = not differentiated and is_plain(self.values.dtype)
+        if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and plain:
             return weight.multiply(inputs) if rows <= weight.fast_rows else self._multiply_blocks(weight, inputs)
         if use_kernel(self.values.device.type, rows, differentiated) and inputs.device == self.values.device:
             return self.decode(inputs)
-        if inputs.is_cpu and use_native(self.values, inputs.dtype, columns, rows, differentiated):
+        if inputs.is_cpu and plain and use_native(self.values, inputs.dtype, columns, rows, differentiated):
             return self._multiply_by_avx2(inputs)
         if differentiated or not self.values.is_cpu:
             return nn.functional.linear(inputs, self.weight, self.bias)  # autograd keeps the weight: it is not shared
@@ -172,7 +176,7 @@ class PackedLinear(nn.Module):
         rows, columns = self.shape
         parts = self._divided(self._threads())
         flat = inputs.reshape(-1, columns).float().contiguous()
-        outputs = torch.empty(len(flat), rows)
+        outputs = torch.empty(len(flat), rows, dtype=torch.float32, device="cpu")
 
         def multiply(part: int) -> None:
             (first_row, end_row), (first, end) = parts.row_ends[part : part + 2], parts.value_ends[part : part + 2]
@@ -228,8 +232,37 @@ def _shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
     """Memory for unpacked weights, (weights,), until this thread asks for it again."""
     buffer = _buffers.by_dtype.get(dtype)
     if buffer is None or len(buffer) < weights:
-        buffer = _buffers.by_dtype[dtype] = torch.empty(weights, dtype=dtype)
+        buffer = _buffers.by_dtype[dtype] = torch.empty(weights, dtype=dtype, device="cpu")
     return buffer[:weights]
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Test whether products outside of PyTorch may take the place of its own, for weights of this dtype.
+
+    Autocast changes dtypes inside of PyTorch's linear.
+
+    Raises:
+        SettingsError: `torch.jit.trace` is at work, which would miss these products.
+    """
+    if torch._C._is_tracing():  # type: ignore[attr-defined]
+        raise SettingsError(
+            "torch.jit.trace does not see the products of packed linears",
+            "make the model dense first: model.dequantize(), or load it without keep_packed",
+        )
+    return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == dtype
+
+
+def report_other_bits(values: Tensor, bits: Tensor, arguments: tuple[Any, ...]) -> None:
+    """Report bits that do not fit the values, among the errors of `_load_from_state_dict`.
+
+    Args:
+        values: (kept,), as loaded.
+        bits: uint8, as loaded.
+        arguments: of `_load_from_state_dict`.
+    """
+    prefix, errors = arguments[1], arguments[-1]
+    if bits.is_cpu and int(torch.from_numpy(POPCOUNT)[bits.int()].sum()) != len(values):
+        errors.append(f"{prefix}bits and {prefix}values are of different masks: load the packed folder instead")
 
 
 def has_kernels(device: str) -> bool:
@@ -244,7 +277,7 @@ def use_kernel(device: str, rows: int, differentiated: bool) -> bool:
 
 def use_native(values: Tensor, inputs: torch.dtype, columns: int, rows: int, differentiated: bool) -> bool:
     """True if AVX2 multiplies `rows` rows of inputs of this dtype with the packed weight; AVX-512 comes first."""
-    if not values.is_cpu or differentiated or rows < 1:
+    if not values.is_cpu or inputs != values.dtype or differentiated or rows < 1:
         return False
     return rows <= native.PRODUCT_ROWS and native.can_multiply(columns, values.dtype)
 

@@ -5,11 +5,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llm_barber import native
 from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
 from llm_barber.native import avx512, vnni
 from llm_barber.native.rows import Parts
-from llm_barber.runtime.packed_linear import _shared_buffer, unpack_on_device
+from llm_barber.runtime.packed_linear import _shared_buffer, is_plain, report_other_bits, unpack_on_device
 
 
 class RoundedLinear(nn.Module):
@@ -45,6 +46,7 @@ class RoundedLinear(nn.Module):
         self.register_parameter("bias", bias)
         # By number of PyTorch's threads, dtype of inputs, and with or without the bias.
         self._ready: dict[tuple[int, torch.dtype, bool], vnni.Weight] = {}
+        native.library()  # it has to be loaded before the process forks, to know a forked process
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy, which has pointers of its own."""
@@ -53,11 +55,12 @@ class RoundedLinear(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load buffers in place: other bits have other starts."""
         super()._load_from_state_dict(*arguments)
+        report_other_bits(self.values, self.bits, arguments)
         self._ready = {}
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
-        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = function(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -80,7 +83,8 @@ class RoundedLinear(nn.Module):
         differentiated = torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
         columns = self.shape[1]
         rows = inputs.numel() // columns if inputs.shape[-1] == columns else 0  # 0: PyTorch's linear says what is wrong
-        if 1 <= rows <= vnni.ROWS and not differentiated and inputs.is_cpu:
+        plain = not differentiated and is_plain(self.dtype)
+        if 1 <= rows <= vnni.ROWS and plain and inputs.is_cpu:
             weight = self._ready_weight(bias, inputs.dtype)
             if weight is not None:
                 return weight.multiply(inputs)
@@ -119,7 +123,7 @@ class RoundedLinear(nn.Module):
             return restore_rows(
                 unpack_on_device(self.values, self.bits, self.shape), scales, self.group, self.packed_dtype
             )
-        into = torch.empty(self.shape, dtype=self.packed_dtype) if into is None else into
+        into = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
         weight = self._ready_weight(None, self.packed_dtype)
         if weight is None:
             packed = Packed(self.shape, Encoding.BITMASK, self.values, self.bits)
