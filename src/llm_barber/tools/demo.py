@@ -91,9 +91,9 @@ UNTUNED = DemoMethod(
     "what `prune` does by default, without tuning, which would take too long on this processor",
     {"preset": Preset.MASK, "refine": Refine.NONE},
 )
-# Most seconds in which the dense model's perplexity is measured where tuning still ends within two minutes: all that
-# follows takes 20 to 30 times as long, and without tuning about 15 times (docs/notebook/demo.md).
-SECONDS_TO_TUNE = 3.0
+# Most seconds that the dense model's perplexity takes where masks are tuned. All that follows takes 20 to 30 times as
+# long with tuning, and about 15 times without (docs/notebook/demo.md).
+SECONDS_TO_TUNE = 6.0
 FULL_METHODS: dict[str, DemoMethod] = {
     "magnitude": METHODS["magnitude"],
     "magnitude-rebuilt": DemoMethod(
