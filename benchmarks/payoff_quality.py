@@ -129,7 +129,7 @@ class Lazy:
 
 
 class Logits:
-    """What `measure_predictions` takes as a model where logits are there already."""
+    """A model for `measure_predictions` whose logits are there already."""
 
     positions_at_once = POSITIONS
 

@@ -39,7 +39,7 @@ def with_float32_scales(weight: Tensor, group: int) -> Tensor:
 
 
 def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
-    """Of each window's tokens after its first, (tokens, vocabulary)."""
+    """Compute log probabilities of each window's tokens after its first, (tokens, vocabulary)."""
     return [model(window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for window in windows]
 
 

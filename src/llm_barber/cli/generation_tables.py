@@ -74,7 +74,7 @@ def _row(values: Sequence[float | None], readable: Callable[[float], str]) -> li
 
 
 def _notes(generation: Generation) -> list[str]:
-    """What the numbers were measured on."""
+    """Lines that say on what the numbers were measured."""
     template = " with the chat template" if generation.chat else ""
     prefill, decoding = generation.generated.prefill, generation.generated.decode
     rounds, tokens = len(prefill.seconds), 1 + (decoding.tokens if decoding else 0)

@@ -62,7 +62,7 @@ _scratch = _Scratch()
 
 
 @cache
-def _openmp() -> _OpenMP | None:
+def openmp_functions() -> _OpenMP | None:
     """Functions of the OpenMP library that PyTorch has loaded; None: there is none, or it is not found (macOS)."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ class Weight:
         self._tensors = values, bits, bias
         self._pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
         self._ends = tuple((ctypes.c_int64 * len(end))(*end) for end in ends)
-        self._openmp = _openmp()
+        self._openmp = openmp_functions()
         narrow = self.dtype == torch.bfloat16
         level = native.instructions() if narrow else Instructions.AVX512
         self._widens = narrow and level == Instructions.AVX512

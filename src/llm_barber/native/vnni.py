@@ -100,7 +100,7 @@ class Weight:
         self._tensors = values, bits, scales, bias
         self._pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
         self._ends = tuple((ctypes.c_int64 * len(end))(*end) for end in ends)
-        self._openmp = avx512._openmp()
+        self._openmp = avx512.openmp_functions()
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
         pointers = *self._pointers, *map(ctypes.addressof, self._ends), openmp
         sizes = rows, columns, len(values), -(-group // STEP) * STEP, groups

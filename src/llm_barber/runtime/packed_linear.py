@@ -1,6 +1,5 @@
 """A linear whose weight stays packed in memory: kept values and a bit a weight, for every encoding."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -12,9 +11,16 @@ from torch import Tensor, nn
 from llm_barber import native
 from llm_barber.checkpoint.bits import POPCOUNT, as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
-from llm_barber.errors import SettingsError
 from llm_barber.native import avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
+from llm_barber.runtime.products import (
+    count_rows,
+    dense_linear,
+    is_differentiated,
+    is_plain,
+    report_other_bits,
+    shared_buffer,
+)
 
 DECODE_ROWS = 8  # most rows of inputs that the decode kernel takes
 BLOCK_COLUMNS = 256  # columns of a block of the GPU's kernels: its int32 start adds 0.8 % to bfloat16 weights
@@ -95,18 +101,14 @@ class PackedLinear(nn.Module):
 
     def dense(self) -> nn.Linear:
         """An ordinary linear with the unpacked weight."""
-        rows, columns = self.shape
-        linear = nn.Linear(columns, rows, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.weight, requires_grad=False)
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
+        return dense_linear(self)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
         bias = self._parameters["bias"]
-        differentiated = torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
+        differentiated = is_differentiated(inputs, bias)
         columns = self.shape[1]
-        rows = inputs.numel() // columns if inputs.shape[-1] == columns else 0  # 0: PyTorch's linear says what is wrong
+        rows = count_rows(inputs, columns)
         weight = self._ready_weight(bias)
         plain = not differentiated and is_plain(self.values.dtype)
         if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and plain:
@@ -117,7 +119,7 @@ class PackedLinear(nn.Module):
             return self._multiply_by_avx2(inputs)
         if differentiated or not self.values.is_cpu:
             return nn.functional.linear(inputs, self.weight, self.bias)  # autograd keeps the weight: it is not shared
-        shared = _shared_buffer(self.values.dtype, self.shape[0] * columns).view(self.shape)
+        shared = shared_buffer(self.values.dtype, self.shape[0] * columns).view(self.shape)
         self._unpack(shared)
         return nn.functional.linear(inputs, shared, self.bias)
 
@@ -154,7 +156,7 @@ class PackedLinear(nn.Module):
         rows, columns = self.shape
         blocks = -(-rows * columns * self.values.element_size() // CACHED_BYTES)
         step = -(-rows // (blocks * BLOCK_ROWS)) * BLOCK_ROWS
-        buffer = _shared_buffer(self.values.dtype, min(step, rows) * columns)
+        buffer = shared_buffer(self.values.dtype, min(step, rows) * columns)
         if step >= rows:
             block = buffer.view(self.shape)
             weight.unpack(0, rows, block)
@@ -216,53 +218,6 @@ class PackedLinear(nn.Module):
         """Shape, and the share of weights that is kept."""
         rows, columns = self.shape
         return f"in_features={columns}, out_features={rows}, kept={len(self.values) / (rows * columns):.0%}"
-
-
-class _Buffers(threading.local):
-    """Memory for unpacked weights by their dtype: each thread has its own."""
-
-    def __init__(self) -> None:
-        self.by_dtype: dict[torch.dtype, Tensor] = {}
-
-
-_buffers = _Buffers()
-
-
-def _shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
-    """Memory for unpacked weights, (weights,), until this thread asks for it again."""
-    buffer = _buffers.by_dtype.get(dtype)
-    if buffer is None or len(buffer) < weights:
-        buffer = _buffers.by_dtype[dtype] = torch.empty(weights, dtype=dtype, device="cpu")
-    return buffer[:weights]
-
-
-def is_plain(dtype: torch.dtype) -> bool:
-    """Test whether products outside of PyTorch may take the place of its own, for weights of this dtype.
-
-    Autocast changes dtypes inside of PyTorch's linear.
-
-    Raises:
-        SettingsError: `torch.jit.trace` is at work, which would miss these products.
-    """
-    if torch._C._is_tracing():  # type: ignore[attr-defined]
-        raise SettingsError(
-            "torch.jit.trace does not see the products of packed linears",
-            "make the model dense first: model.dequantize(), or load it without keep_packed",
-        )
-    return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == dtype
-
-
-def report_other_bits(values: Tensor, bits: Tensor, arguments: tuple[Any, ...]) -> None:
-    """Report bits that do not fit the values, among the errors of `_load_from_state_dict`.
-
-    Args:
-        values: (kept,), as loaded.
-        bits: uint8, as loaded.
-        arguments: of `_load_from_state_dict`.
-    """
-    prefix, errors = arguments[1], arguments[-1]
-    if bits.is_cpu and int(torch.from_numpy(POPCOUNT)[bits.int()].sum()) != len(values):
-        errors.append(f"{prefix}bits and {prefix}values are of different masks: load the packed folder instead")
 
 
 def has_kernels(device: str) -> bool:

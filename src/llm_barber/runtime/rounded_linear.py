@@ -10,7 +10,15 @@ from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
 from llm_barber.native import avx512, vnni
 from llm_barber.native.rows import Parts
-from llm_barber.runtime.packed_linear import _shared_buffer, is_plain, report_other_bits, unpack_on_device
+from llm_barber.runtime.packed_linear import unpack_on_device
+from llm_barber.runtime.products import (
+    count_rows,
+    dense_linear,
+    is_differentiated,
+    is_plain,
+    report_other_bits,
+    shared_buffer,
+)
 
 
 class RoundedLinear(nn.Module):
@@ -71,18 +79,14 @@ class RoundedLinear(nn.Module):
 
     def dense(self) -> nn.Linear:
         """An ordinary linear with the unpacked weight."""
-        rows, columns = self.shape
-        linear = nn.Linear(columns, rows, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.weight, requires_grad=False)
-        linear.register_parameter("bias", self._parameters["bias"])
-        return linear.train(self.training)
+        return dense_linear(self)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
         bias = self._parameters["bias"]
-        differentiated = torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
+        differentiated = is_differentiated(inputs, bias)
         columns = self.shape[1]
-        rows = inputs.numel() // columns if inputs.shape[-1] == columns else 0  # 0: PyTorch's linear says what is wrong
+        rows = count_rows(inputs, columns)
         plain = not differentiated and is_plain(self.dtype)
         if 1 <= rows <= vnni.ROWS and plain and inputs.is_cpu:
             weight = self._ready_weight(bias, inputs.dtype)
@@ -92,7 +96,7 @@ class RoundedLinear(nn.Module):
         into = (
             None
             if differentiated or not self.values.is_cpu
-            else _shared_buffer(self.packed_dtype, self.shape[0] * columns).view(self.shape)
+            else shared_buffer(self.packed_dtype, self.shape[0] * columns).view(self.shape)
         )
         return nn.functional.linear(inputs, self._unpack(into).to(inputs.dtype), bias)
 

@@ -18,7 +18,7 @@ class Speed(BaseModel):
 
 
 class GeneratedText(BaseModel):
-    """What one model wrote, and what that took.
+    """A text that one model wrote, with the time and memory that it took.
 
     `tokens`: ids of `text`, with the token that ended it. `ended`: the model ended its text itself. `prefill`: the
     prompt until the first new token. `decode`: new tokens after the first; None: there were none. `weight_bytes`: of

@@ -1,0 +1,76 @@
+"""Shared parts of linears that stay packed in memory: what a product may do, and memory for unpacked weights."""
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_barber.checkpoint.bits import POPCOUNT
+from llm_barber.errors import SettingsError
+
+
+def is_differentiated(inputs: Tensor, bias: Tensor | None) -> bool:
+    """Test whether autograd needs the product, which products outside of PyTorch cannot give it."""
+    return torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def count_rows(inputs: Tensor, columns: int) -> int:
+    """Number of rows of inputs, (…, columns); 0 for another width: PyTorch's linear says what is wrong."""
+    return inputs.numel() // columns if inputs.shape[-1] == columns else 0
+
+
+def dense_linear(packed: Any) -> nn.Linear:
+    """An ordinary linear with the unpacked weight and the bias of a packed one, without gradients of the weight."""
+    rows, columns = packed.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(packed.weight, requires_grad=False)
+    linear.register_parameter("bias", packed.bias)
+    return linear.train(packed.training)
+
+
+class _Buffers(threading.local):
+    """Memory for unpacked weights by their dtype: each thread has its own."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
+    """Memory for unpacked weights, (weights,), until this thread asks for it again."""
+    buffer = _buffers.by_dtype.get(dtype)
+    if buffer is None or len(buffer) < weights:
+        buffer = _buffers.by_dtype[dtype] = torch.empty(weights, dtype=dtype, device="cpu")
+    return buffer[:weights]
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Test whether products outside of PyTorch may take the place of its own, for weights of this dtype.
+
+    Autocast changes dtypes inside of PyTorch's linear.
+
+    Raises:
+        SettingsError: `torch.jit.trace` is at work, which would miss these products.
+    """
+    if torch._C._is_tracing():  # type: ignore[attr-defined]
+        raise SettingsError(
+            "torch.jit.trace does not see the products of packed linears",
+            "make the model dense first: model.dequantize(), or load it without keep_packed",
+        )
+    return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == dtype
+
+
+def report_other_bits(values: Tensor, bits: Tensor, arguments: tuple[Any, ...]) -> None:
+    """Report bits that do not fit the values, among the errors of `_load_from_state_dict`.
+
+    Args:
+        values: (kept,), as loaded.
+        bits: uint8, as loaded.
+        arguments: of `_load_from_state_dict`.
+    """
+    prefix, errors = arguments[1], arguments[-1]
+    if bits.is_cpu and int(torch.from_numpy(POPCOUNT)[bits.int()].sum()) != len(values):
+        errors.append(f"{prefix}bits and {prefix}values are of different masks: load the packed folder instead")
