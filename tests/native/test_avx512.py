@@ -6,7 +6,6 @@ import mmap
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +19,7 @@ from llm_barber.errors import SettingsError
 from llm_barber.native import Instructions, avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 from llm_barber.runtime.packed_linear import PackedLinear
+from tests.helpers.threads import check_threads_and_fork
 
 LEVEL = native.instructions()
 needs_avx512 = pytest.mark.skipif(LEVEL == 0, reason="needs a processor with AVX-512 and VBMI2")
@@ -175,21 +175,7 @@ def test_threads_give_the_same_sums(dtype: torch.dtype) -> None:
     weight, inputs = make_weight(61, 256, 0.5, dtype), make_weight(2, 256, 0, dtype, seed=1)
     alone = multiply(weight, inputs, None, 1)
     assert all(torch.equal(multiply(weight, inputs, None, parts), alone) for parts in (2, 3, 4, 61))
-    results: list[bool] = []
-
-    def call() -> None:
-        results.append(all(torch.equal(multiply(weight, inputs, None, 3), alone) for _ in range(50)))
-
-    callers = [threading.Thread(target=call) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert results == [True] * 3
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(multiply(weight, inputs, None, 3), alone) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    check_threads_and_fork(lambda: multiply(weight, inputs, None, 3), alone)
 
 
 @needs_avx512

@@ -1,8 +1,5 @@
 """Products with int8 values by VNNI against integer arithmetic in NumPy; arrays that end at a page."""
 
-import os
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +10,7 @@ from llm_barber.checkpoint.encoding import bitmask
 from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
 from llm_barber.native import Instructions, vnni
 from llm_barber.native.rows import Parts
+from tests.helpers.threads import check_threads_and_fork
 from tests.native.test_avx512 import Guarded, make_weight
 
 pytestmark = pytest.mark.skipif(not vnni.can_multiply(64, 64), reason="needs a processor with VBMI2 and VNNI")
@@ -167,21 +165,7 @@ def test_threads_give_the_same_sums() -> None:
     for parts in (2, 3, 4, 61):
         weight = weight_of(rounded, None, torch.float32, parts)
         assert torch.equal(weight.multiply(inputs), alone)
-    results: list[bool] = []
-
-    def call() -> None:
-        results.append(all(torch.equal(weight.multiply(inputs), alone) for _ in range(50)))
-
-    callers = [threading.Thread(target=call) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert results == [True] * 3
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(weight.multiply(inputs), alone) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    check_threads_and_fork(lambda: weight.multiply(inputs), alone)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -18,6 +18,7 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError, SettingsError
 from llm_barber.runtime.load import load
 from tests.conftest import make_model, save_tokens
+from tests.helpers.damage import damaged
 from tests.helpers.text import add_tokenizer
 
 
@@ -176,22 +177,7 @@ def test_fuzzed_files_are_refused_or_read(tmp_path: Path) -> None:
     refused = 0
     for _ in range(10_000):
         place = generator.randrange(2)
-        content = bytearray(originals[place])
-        for _ in range(generator.choice((1, 1, 2, 8))):
-            # The header and the index decide most; half of the changes go there.
-            end = min(len(content), 3000) if generator.random() < 0.5 else len(content)
-            position = generator.randrange(max(end, 1))
-            match generator.randrange(4):
-                case 0:
-                    content[position] ^= 1 << generator.randrange(8)
-                case 1:
-                    content[position : position + 1] = bytes([generator.choice(b'0123456789{}[]",:-')])
-                case 2:
-                    del content[position : position + generator.randrange(1, 20)]
-                case 3:
-                    content[position:position] = generator.choice((b"9" * 20, b"-1", b"\x00", b"[[", b'"'))
-            if not content:
-                break
+        content = damaged(originals[place], generator, first=3000)
         files[place].write_bytes(content)
         try:
             source = CheckpointSource(str(tmp_path / "packed"))
