@@ -25,8 +25,8 @@ class Recipe:
     """A run's settings as numbers.
 
     `batch`: sequences computed together. `itemsize`: bytes of a number in the compute dtype; `stored`: in the
-    checkpoint. `on_cpu`: host and device memory are the same. `refine`: None: no refining. `repeatable`: a layer need
-    not wait until the previous layer's output is durable. `processes` share the sequences.
+    checkpoint. `on_cpu`: host and device memory are the same. `refine`: None: no refining. `repeatable`: no layer
+    waits until the previous layer's output is durable. `processes` share the sequences.
     `room`: bytes of the device's memory that calibration activations may take. `activation_memory`: the same of the
     host's memory; None: any number. Further activations are files.
     """
@@ -130,13 +130,15 @@ class Recipe:
     def activations(self, width: int, arrays: int | None = None) -> float:
         """Bytes of arrays of `width` features that are off the device; None: the arrays between layers.
 
-        The next layer's inputs are copied off the device, once a layer, to make them durable; process 0 has those of
-        all processes.
+        A layer's inputs that are being written take memory: copies off the device, or, where writing outlasts the next
+        layer, arrays that later layers may not overwrite. A CPU is slower than any disk. Process 0 of several has
+        copies of the inputs of all processes.
         """
         staying = self._staying(width, arrays)
         count = float(self._count(arrays) - staying)
         if arrays is None:
-            count += min(staying, self.durable)
+            outlasts = not self.on_cpu and self.repeatable and self.processes == 1
+            count += self.durable if outlasts else min(staying, self.durable)
             count += self.durable * self.sequences / self.local_sequences if self.processes > 1 else 0
         return count * self._array(width)
 
