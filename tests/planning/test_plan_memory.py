@@ -46,8 +46,8 @@ def test_activations_stay_on_a_device_that_has_room(tmp_path: Path) -> None:
     medium, large = planned(DEVICE_LIBRARIES + DEVICE_MARGIN * held + 1.5 * array), planned(80e9)
     assert (medium.device_memory - held, large.device_memory - held) == (array, 3 * array)
     assert (small.on_device, medium.on_device, large.on_device) == (0, array, 3 * array)
-    # Off the device are copies of what a layer starts from, for as long as they are written.
-    assert small.host_memory == medium.host_memory == large.host_memory + 2 * array
+    # Off the device is, beside other arrays, what a layer started from, for as long as it is written.
+    assert small.host_memory == medium.host_memory + array == large.host_memory + 3 * array
     link = [
         sum(stage.seconds_by_kind["link"] for stage in run.stages if stage.name in ("initial", "rebuild", "propagate"))
         for run in (small, medium, large)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -141,9 +142,7 @@ def test_errors_of_the_writing_threads_reach_the_run(
     def fail(original: Callable[..., Any], is_bad: Callable[..., bool]) -> Callable[..., Any]:
         def failing(*values: Any) -> Any:
             if is_bad(*values):
-                raise OSError(
-                    number, {errno.ENOSPC: "No space left on device", errno.EACCES: "Permission denied"}[number]
-                )
+                raise OSError(number, os.strerror(number))
             return original(*values)
 
         return failing
