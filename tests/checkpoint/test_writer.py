@@ -91,6 +91,7 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
         first.write_shard({"a": torch.ones(1)})
         with pytest.raises(OutputError, match="another run is writing"):
             write(tmp_path / "out")
+        first.wait_for_shards()
         assert (first.folder / "model-00001-of-00001.safetensors").exists()
         first.finish()
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
@@ -206,6 +207,7 @@ def test_a_shard_that_disappears_meanwhile_is_reported(tmp_path: Path) -> None:
     ):
         writer.write_shard({"a": torch.ones(1)})
         writer.finish_layer({}, {}, Used())
+        writer.wait_for_shards()
         (writer.folder / "model-00001-of-00001.safetensors").unlink()
         writer.finish()
     assert not (tmp_path / "out").exists()

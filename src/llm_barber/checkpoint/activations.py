@@ -81,13 +81,14 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Content of a safetensors file, header first, in pieces of at most `PIECE` bytes."""
     names = {dtype: name for name, dtype in ACTIVATION_DTYPES.items()}
     header, end = {}, 0
-    for name, tensor in tensors.items():
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned
+    for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
+    for _, tensor in ordered:
         content = tensor.view(-1).view(torch.uint8).numpy().data
         yield from (content[start : start + PIECE] for start in range(0, len(content), PIECE))
 

@@ -38,7 +38,7 @@ from llm_barber.errors import NotFiniteError, OutputError
 class CheckpointWriter:
     """An output folder in the making; a context manager, which removes it if no layer was finished.
 
-    `state` is all that is finished, by this run or by the unfinished run that it goes on with. `lost` names the files
+    `state`: all that is finished, by this run or by the unfinished run that it goes on with. `lost`: names of the files
     that the unfinished run had finished, and that are missing or damaged.
 
     Args:
@@ -98,9 +98,12 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            for wait in (self._shards.wait, self._activations.wait):
-                with suppress(Exception):  # the run's own error is reported
-                    wait()
+            try:
+                self._shards.wait()
+            except OSError as unwritten:
+                error = error or unwritten  # the run's own error is reported
+            with suppress(Exception):
+                self._activations.wait()
             if self.folder.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
                 with suppress(OSError):
                     self._work_folder.remove()
@@ -140,10 +143,7 @@ class CheckpointWriter:
         return not self.repeatable or self._activations.begin_if_due(layers)
 
     def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        """Begin to write the activations after the first `layers` layers; unless they are repeatable, wait for it.
-
-        The arrays must not change as long as they are among the `unwritten` ones.
-        """
+        """Begin to write the activations after the first `layers` layers; they must not change while `unwritten`."""
         self._activations.start(layers, streams, self._shards.last)
         if not self.repeatable:
             self._activations.wait()
@@ -232,7 +232,7 @@ class CheckpointWriter:
             metadata: of the file's header; None: as transformers writes it.
 
         Raises:
-            OSError: the shard before could not be written, for example because the disk is full.
+            OSError: the shard before could not be written.
         """
         self.wait_for_shards()
         self._count += 1
