@@ -50,7 +50,8 @@ def die_in_state(layer: int) -> None:
         if len(new.layers) <= layer:
             write_state(folder, new)
             return
-        (folder / state.STATE_NAME).rename(folder / state.STATE_BEFORE)
+        if (folder / state.STATE_NAME).exists():
+            (folder / state.STATE_NAME).rename(folder / state.STATE_BEFORE)
         (folder / f"{state.STATE_NAME}.tmp").write_text(new.model_dump_json()[:99])
         os._exit(KILLED)
 
@@ -71,16 +72,18 @@ def die_before_activations(layer: int) -> None:
 
 
 def die_in_activations(layer: int) -> None:
-    """Leave the first half of the activations after a layer."""
-    save = activation_writer.save_activations
+    """Leave the first half of the activations after a layer, and else as much of the layer as before them."""
+    save = ActivationWriter._save
 
-    def dying(folder: Path, layers: int, *rest: Any) -> Any:
-        saved = save(folder, layers, *rest)
+    def dying(self: ActivationWriter, layers: int, after: Any) -> None:
         if layers == layer + 1:
-            _leave_half((folder / saved.file).rename(folder / f"{saved.file}.tmp"))
-        return saved
+            after.result()
+            saved = activation_writer.save_activations(self._folder, layers, self._streams, self._unneeded)
+            path = self._folder / saved.file
+            _leave_half(path.rename(path.with_name(f"{path.name}.tmp")))
+        save(self, layers, after)
 
-    activation_writer.save_activations = dying
+    ActivationWriter._save = dying  # type: ignore[method-assign]
 
 
 def die_before_claim(layer: int) -> None:

@@ -36,7 +36,7 @@ from tests.helpers.runs import keep_each_input, read_untimed_files, run
 from tests.helpers.slow_disk import LayerClock, slow_activations
 
 LAYERS = 14
-TUNED: dict[str, Any] = {"preset": "mask", "tune_passes": 1, "target_mix": 0.5}
+TUNED: dict[str, Any] = {"preset": "mask", "allocation": "uniform", "tune_passes": 1, "target_mix": 0.5}
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_layer_is_computed_while_the_shard_before_it_is_written(
 
     def slow(path: Path) -> str:
         assert writing.acquire(blocking=False)
-        number = int(path.name.split("-")[1])
+        number = int(path.name.split("-of-")[0][-5:])
         if number <= 3:  # the tensors outside the layers, and two layers; nothing is computed after the third
             clock.wait(number - 1)
         digest = sync(path)
