@@ -155,6 +155,7 @@ def _convert(
             tensors = source.read([name for name, info in source.tensors.items() if info.file == file])
             name, stored, metadata = conversion.convert(file, tensors)
             writer.write_shard(stored, name, metadata)
+            writer.wait_for_shards()
             progress.advance(name)
         for path in source.companions():
             writer.copy(path, source.folder)
