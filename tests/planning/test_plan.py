@@ -47,7 +47,7 @@ def test_a_gpu_does_not_wait_for_activations(tmp_path: Path) -> None:
     # 31 layers' inputs of 128 × 2048 tokens, 4096 features in 2 bytes.
     each = 31 * 128 * 2048 * 4096 * 2
     distances = []
-    for bandwidth in (1e11, 1e10, 2e9, 1e8):
+    for bandwidth in (1e11, 2e9, 1e9, 5e7):
         (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=bandwidth, preset="paper")).runs
         stages = {stage.name: stage for stage in run.stages}
         layer = sum(stages[name].seconds for name in ("initial", "rebuild", "propagate")) / 32
@@ -58,7 +58,7 @@ def test_a_gpu_does_not_wait_for_activations(tmp_path: Path) -> None:
         assert run.seconds == pytest.approx(sum(stage.seconds for stage in run.stages))
         distances.append(expected)
     assert distances == sorted(distances)
-    assert distances[0] < 8 == distances[2] < distances[3]
+    assert 1 == distances[0] < distances[1] < 8 == distances[2] < distances[3]
     alone: dict[str, Any] = {"initial": "sparsegpt", "rebuild": False}
     for settings, waited in ((alone, each / 2e9), ({**alone, "keep_updates": True}, 0)):
         (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=2e9, **settings)).runs

@@ -69,5 +69,6 @@ def test_activations_beyond_the_memory_go_to_files(tmp_path: Path) -> None:
     assert bound.host_memory <= 8 * 2**30
     assert bound.host_memory + bound.in_files == pytest.approx(free.host_memory, rel=0.2)
     read = [sum(stage.bytes_read for stage in run.stages) for run in (free, bound)]
-    assert read[1] > read[0] + 32 * bound.in_files  # once a layer at least
+    still_written = 2 * 128 * 2048 * 4096 * 2  # of both streams; nobody reads them
+    assert read[1] > read[0] + 32 * (bound.in_files - still_written)  # once a layer at least
     assert bound.seconds > free.seconds

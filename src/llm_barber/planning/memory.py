@@ -97,13 +97,15 @@ def _device(footprint: Footprint) -> float:
 
 def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> Footprint:
     """Arrays of calibration activations in memory; `arrays`: None: those that go from layer to layer."""
-    host = recipe.in_memory(recipe.activations(model.hidden, arrays), model.hidden)
+    outlasting = recipe.outlasting(model.hidden) if arrays is None else 0
+    host = recipe.in_memory(recipe.activations(model.hidden, arrays) + outlasting, model.hidden)
     return Footprint(host, recipe.on_device(model.hidden, arrays))
 
 
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
     """Bytes of activations in files, for want of memory, at their most: between layers or when allocating."""
-    most = max(recipe.activations(model.hidden), sum(_allocated_from(model, recipe)))
+    between_layers = recipe.activations(model.hidden) + recipe.outlasting(model.hidden)
+    most = max(between_layers, sum(_allocated_from(model, recipe)))
     return most - recipe.in_memory(most, model.hidden)
 
 

@@ -130,17 +130,23 @@ class Recipe:
     def activations(self, width: int, arrays: int | None = None) -> float:
         """Bytes of arrays of `width` features that are off the device; None: the arrays between layers.
 
-        A layer's inputs that are being written take memory: copies off the device, or, where writing outlasts the next
-        layer, arrays that later layers may not overwrite. A CPU is slower than any disk. Process 0 of several has
-        copies of the inputs of all processes.
+        A layer's inputs are copied off the device to make them durable; process 0 has those of all processes.
         """
         staying = self._staying(width, arrays)
         count = float(self._count(arrays) - staying)
         if arrays is None:
-            outlasts = not self.on_cpu and self.repeatable and self.processes == 1
-            count += self.durable if outlasts else min(staying, self.durable)
+            count += min(staying, self.durable)
             count += self.durable * self.sequences / self.local_sequences if self.processes > 1 else 0
         return count * self._array(width)
+
+    def outlasting(self, width: int) -> float:
+        """Bytes of a layer's inputs, off the device, that are still being written when later layers need other arrays.
+
+        A CPU is slower than any disk, and process 0 of several writes copies.
+        """
+        if self.on_cpu or not self.repeatable or self.processes > 1:
+            return 0
+        return (self.durable - min(self._staying(width), self.durable)) * self._array(width)
 
     @property
     def durable(self) -> int:
