@@ -57,4 +57,4 @@ def check_product(linear: PackedLinear | RoundedLinear, weight: Tensor, inputs: 
     expected = torch.nn.functional.linear(inputs.double(), weight.double(), bias)
     assert output.shape == expected.shape
     assert output.dtype == inputs.dtype
-    torch.testing.assert_close(output.double(), expected, rtol=TOLERANCE[inputs.dtype], atol=1e-4)
+    torch.testing.assert_close(output.double(), expected, rtol=TOLERANCE[inputs.dtype], atol=1e-4, equal_nan=True)

@@ -31,6 +31,7 @@ class Budget:
 
     `kernel`: its name in `module`. `values`: their type. `inputs`: theirs, and of outputs. `constants`: compile-time
     arguments. `instructions`: a weight. `barriers`, `shuffles`: of a program. `wide`: accesses of 16 bytes in the loop.
+    `loads`: others for a chunk: its values, its word of the mask and its start.
     """
 
     module: ModuleType
@@ -43,6 +44,7 @@ class Budget:
     barriers: int
     shuffles: int
     wide: int
+    loads: float = CHUNK + 2
 
     def __str__(self) -> str:
         numbers = [str(value) for name, value in self.constants.items() if name in ("height", "lanes")]
@@ -63,21 +65,24 @@ def one_row(values: str, height: int, instructions: float, inputs: str = "bf16")
     """Sums of all lanes at the end: 5 shuffles a row within warps, 2 among 4 warps."""
     constants = {"height": height, "lanes": 128, "group": 128 if values == "i8" else 0, "has_bias": False}
     wide = 2 if inputs == "fp32" else 1  # inputs of a chunk
-    return Budget(decode, "_decode", values, inputs, constants, 4, instructions, 3, 7 * height, wide)
+    loads = CHUNK + 3 if values == "i8" else CHUNK + 2  # a scale
+    return Budget(decode, "_decode", values, inputs, constants, 4, instructions, 3, 7 * height, wide, loads)
 
 
 def some_rows(values: str, instructions: float, barriers: int, inputs: str = "bf16") -> Budget:
     """Two barriers a step, around the tile in shared memory; tiles of the inputs are copied there 16 bytes at once."""
     constants = {"height": 16, "lanes": 16, "together": 16, "group": 128 if values == "i8" else 0, "has_bias": False}
     constants |= {"multiplied": inputs}
-    return Budget(decode_rows, "_decode_rows", values, inputs, constants, 2, instructions, barriers, 0, 4)
+    loads = CHUNK + 3  # scales of rows, and the end of the loop
+    return Budget(decode_rows, "_decode_rows", values, inputs, constants, 2, instructions, barriers, 0, 4, loads)
 
 
 def unpacking(values: str, instructions: float) -> Budget:
     """No loop: all instructions count. A lane stores 16 bytes of each of its rows at once."""
     constants = {"height": unpack.HEIGHT, "lanes": unpack.LANES, "group": 128 if values == "i8" else 0}
     inputs = "bf16" if values == "i8" else values
-    return Budget(unpack, "_unpack", values, inputs, constants, 4, instructions, 0, 0, 2)
+    loads = 2 * CHUNK + 3 if values == "i8" else CHUNK + 3  # a scale for each weight, since a group may be of any size
+    return Budget(unpack, "_unpack", values, inputs, constants, 4, instructions, 0, 0, 2, loads)
 
 
 BUDGETS = [
@@ -88,8 +93,8 @@ BUDGETS = [
     one_row("i8", 4, 14.5),
     some_rows("bf16", 13.5, 4),
     some_rows("fp16", 13.5, 4, "fp16"),
-    some_rows("i8", 20, 4),
-    unpacking("bf16", 15),
+    some_rows("i8", 19, 4),
+    unpacking("bf16", 14.5),
     unpacking("i8", 25),
 ]
 
@@ -105,8 +110,7 @@ def problems(budget: Budget, code: MachineCode) -> dict[str, float]:
         "instructions a weight": (len(loop.names) / budget.weights, budget.instructions),
         "wide accesses missing": (budget.wide - loop.count("LDG.E.128", "LDGSTS.E.BYPASS.128", "STG.E.128"), 0),
         "stores of less than 16 bytes": (loop.count("STG") - loop.count("STG.E.128"), 0),
-        # A chunk's word, its start, its scale, the row's start; its values.
-        "other loads a chunk": (loads / chunks, 4 + CHUNK),
+        "other loads a chunk": (loads / chunks, budget.loads),
     }
     return {name: amount for name, (amount, most) in taken.items() if amount > most}
 
