@@ -21,7 +21,6 @@ from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 from tests.runtime.kernels.packing import packed_linear, pruned, rounded_linear
 
-
 VIEWS = ("aten::view", "aten::detach")
 
 
