@@ -59,7 +59,7 @@ def is_plain(dtype: torch.dtype, device: str = "cpu") -> bool:
     Raises:
         SettingsError: `torch.jit.trace` is at work, which would miss these products.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise SettingsError(
             "torch.jit.trace does not see the products of packed linears",
             "make the model dense first: model.dequantize(), or load it without keep_packed",

@@ -42,6 +42,7 @@ class RoundedLinear(nn.Module):
     values: Tensor
     bits: Tensor
     scales: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__()
