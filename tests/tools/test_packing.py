@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
 from llm_barber.checkpoint.companions import LOCK_NAME
-from llm_barber.checkpoint.packed import PACKED_INDEX, TABLE_KEY
+from llm_barber.checkpoint.index import PACKED_INDEX
+from llm_barber.checkpoint.packed_table import TABLE_KEY
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError, SettingsError
 from llm_barber.runtime.load import load
