@@ -94,7 +94,7 @@ def test_a_wrong_setting_is_refused_before_libraries_are_imported(tmp_path: Path
     code = "import sys, llm_barber.cli as c; print(c._main(['demo', '--samples=0']), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout == "2 False\n"
-    assert result.stderr.startswith("error: --samples: Input should be ")
+    assert result.stderr.startswith("error: --samples: 0 is too small: the least is 1\n")
 
 
 def test_a_full_demonstration_has_more_text() -> None:
