@@ -25,9 +25,9 @@ from llm_barber.tools.demo import (
     PICTURE,
     SECONDS_TO_TUNE,
     Methods,
-    _methods,
     demo,
     demo_model,
+    tuned_or_not,
 )
 from tests.conftest import make_model, read_folder
 from tests.helpers.text import add_tokenizer
@@ -74,7 +74,7 @@ def test_the_commands_that_it_prints_work_as_printed(
     out, err = capsys.readouterr()
     assert err.startswith("loading PyTorch and transformers\n")
     commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  $ ")]
-    assert len(commands) == len(METHODS) + 4
+    assert len(commands) == len(METHODS) + 5
     names = [*METHODS, "default", "pattern-2-4"]
     pruned = {name: read_folder(tmp_path / "demo-output" / name) for name in METHODS}
     for command in commands:
@@ -87,6 +87,41 @@ def test_the_commands_that_it_prints_work_as_printed(
         assert all(again[key].equal(tensor) for key, tensor in tensors.items()), name
     height, width, _ = imread(tmp_path / "demo-output" / PICTURE).shape
     assert width > height > 300
+
+
+@pytest.mark.timeout(300)
+def test_models_side_by_side_are_those_of_one_after_the_other(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = read_text("builtin-test")[:4000]
+    for module in (calibration, texts):
+        monkeypatch.setattr(module, "read_text", lambda *_: text)
+    methods = {name: METHODS[name] for name in ("wanda", "paper")}
+    rows = {}
+    for count in (1, 2):
+        monkeypatch.setattr("llm_barber.tools.demo._models_at_a_time", lambda _, count=count: count)
+        config = DemoConfig(output=tmp_path / str(count), model=str(tiny), samples=2, seqlen=16, windows=2)
+        rows[count] = demo(config, methods=methods)
+    assert [row.name for row in rows[2]] == ["dense", *methods]
+    for alone, beside in zip(rows[1], rows[2], strict=True):
+        assert (alone.perplexity, alone.sentence, alone.sparsity) == (
+            beside.perplexity,
+            beside.sentence,
+            beside.sparsity,
+        )
+    for name in methods:
+        expected = read_folder(tmp_path / "1" / name)
+        assert all(expected[key].equal(tensor) for key, tensor in read_folder(tmp_path / "2" / name).items()), name
+
+
+def test_a_slow_dense_model_leaves_out_the_tuning(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = read_text("builtin-test")[:4000]
+    for module in (calibration, texts):
+        monkeypatch.setattr(module, "read_text", lambda *_: text)
+    monkeypatch.setattr("llm_barber.tools.demo.SECONDS_TO_TUNE", 0.0)
+    rows = demo(DemoConfig(output=tmp_path / "out", model=str(tiny), samples=2, seqlen=16, windows=2))
+    assert rows[-1].description == tuned_or_not(1.0).description
+    assert "--refine none" in " ".join(rows[-1].arguments)
 
 
 def test_a_wrong_setting_is_refused_before_libraries_are_imported(tmp_path: Path) -> None:
@@ -106,12 +141,11 @@ def test_a_full_demonstration_has_more_text() -> None:
 
 @pytest.mark.parametrize(("seconds", "refine"), [(SECONDS_TO_TUNE, Refine.TUNE), (SECONDS_TO_TUNE + 0.1, Refine.NONE)])
 def test_a_slow_processor_leaves_out_the_tuning_and_says_so(seconds: float, refine: Refine) -> None:
-    method = _methods(DemoConfig(), seconds)["mask"]
+    method = tuned_or_not(seconds)
     config = PruneConfig(model="model", output="out", **method.settings)
     assert config.refinement is refine
     assert config.allocated_by is Allocation.LOSS
     assert ("without tuning" in method.description) is (refine is Refine.NONE)
-    assert _methods(DemoConfig(full=True), seconds) == FULL_METHODS
 
 
 @pytest.mark.parametrize("methods", [METHODS, FULL_METHODS])
