@@ -24,6 +24,7 @@ from llm_barber.text.calibration import load_calibration
 from llm_barber.tools.demo_picture import draw_perplexities
 from llm_barber.tools.demo_row import (
     CALIBRATION,
+    ONE_WINDOW,
     TEST,
     TOKENS,
     DemoMethod,
@@ -47,7 +48,7 @@ Methods = dict[str, DemoMethod]  # by name of the folder
 
 METHODS: Methods = {
     "magnitude": DemoMethod(  # looks at weights alone, so that a window of any text does
-        "the smallest weights are gone", {"initial": Initial.MAGNITUDE, "rebuild": False, "samples": 1}
+        "the smallest weights are gone", {"initial": Initial.MAGNITUDE, "rebuild": False}, ONE_WINDOW
     ),
     WANDA: DemoMethod("the smallest weight × input of each row are gone", {"initial": Initial.WANDA, "rebuild": False}),
     "paper": DemoMethod("Wanda's mask, rebuilt as published", {"preset": Preset.PAPER}),
@@ -143,6 +144,7 @@ def _tasks(
     # Tokenising the calibration text takes seconds, in which another process measures the dense model.
     calibration = load_calibration("builtin", lambda: tokenizer, config.calibration_windows, config.seqlen, seed=0)
     save_file({TOKENS: calibration.input_ids}, config.output / CALIBRATION)
+    save_file({TOKENS: calibration.input_ids[:1].clone()}, config.output / ONE_WINDOW)
     names = [name for name in reversed(methods) if name != WANDA]
     for name in [WANDA, *names] if WANDA in methods else names:
         method = methods[name]

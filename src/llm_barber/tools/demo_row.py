@@ -23,7 +23,8 @@ from llm_barber.settings.demo import DemoConfig
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.usage import reset_peak_memory
 
-CALIBRATION, TEST = "calibration.safetensors", "test.safetensors"  # tokens of texts, in the demonstration's folder
+# Tokens of texts, in the demonstration's folder: calibration, its first window alone, and held-out text.
+CALIBRATION, ONE_WINDOW, TEST = "calibration.safetensors", "one-window.safetensors", "test.safetensors"
 TOKENS = "input_ids"
 NEW_TOKENS = 16  # that each model adds to the prompt
 
@@ -50,10 +51,15 @@ class DemoRow(BaseModel):
 
 @dataclass(frozen=True)
 class DemoMethod:
-    """A method of the demonstration: what it does, for people, and its settings of `prune`; None: the dense model."""
+    """A method of the demonstration.
+
+    `description`: what it does, for people. `settings`: of `prune`; None: the dense model stays as it is.
+    `calibration`: file of its text.
+    """
 
     description: str
     settings: Mapping[str, Any] | None
+    calibration: str = CALIBRATION
 
 
 @dataclass(frozen=True)
@@ -100,23 +106,22 @@ def make_row(task: RowTask, progress: Progress | None = None) -> RowOutcome:
     pruned: dict[str, Any] = {"folder": task.source}
     if task.method.settings is not None:
         shown.stage(f"{task.name}: pruning to 50 %")
-        pruned = _prune(_settings(task, task.method.settings), shown)
+        pruned = _prune(_settings(task), shown)
     measured, seconds = _measure(task, pruned["folder"], shown)
     row = DemoRow(name=task.name, description=task.method.description, **pruned, **measured)
     return RowOutcome(row, seconds, tuple(warnings.messages))
 
 
-def _settings(task: RowTask, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(task: RowTask) -> dict[str, Any]:
     """The settings of `prune` for a method, as many as the command line needs to do the same."""
-    config = task.config
-    short_text = {"seqlen": config.seqlen}
+    folder, device = task.config.output, task.config.device
     return {
         "model": task.source,
-        "output": config.output / task.name,
-        **settings,
-        **(short_text if "samples" in settings else {"calibration": config.output / CALIBRATION}),
+        "output": folder / task.name,
+        **(task.method.settings or {}),
+        "calibration": folder / task.method.calibration,
         "overwrite": True,
-        **({} if config.device == "auto" else {"device": config.device}),
+        **({} if device == "auto" else {"device": device}),
     }
 
 
