@@ -1,5 +1,6 @@
 """The demonstration, and GGUF input, on the real model where its package is installed."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -119,9 +120,12 @@ def test_a_slow_dense_model_leaves_out_the_tuning(tmp_path: Path, tiny: Path, mo
     for module in (calibration, texts):
         monkeypatch.setattr(module, "read_text", lambda *_: text)
     monkeypatch.setattr("llm_barber.tools.demo.SECONDS_TO_TUNE", 0.0)
-    rows = demo(DemoConfig(output=tmp_path / "out", model=str(tiny), samples=2, seqlen=16, windows=2))
-    assert rows[-1].description == tuned_or_not(1.0).description
-    assert "--refine none" in " ".join(rows[-1].arguments)
+    size = ["--samples=2", "--seqlen=16", "--windows=2"]
+    assert _main(["demo", f"--model={tiny}", f"--output={tmp_path / 'out'}", "--json", "--quiet", *size]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["sparsity"]) for row in rows] == [("dense", 0), *((name, 0.5) for name in METHODS)]
+    assert rows[-1]["description"] == tuned_or_not(1.0).description
+    assert "--refine none" in " ".join(rows[-1]["arguments"])
 
 
 def test_a_wrong_setting_is_refused_before_libraries_are_imported(tmp_path: Path) -> None:
