@@ -115,7 +115,9 @@ def test_models_side_by_side_are_those_of_one_after_the_other(
         assert all(expected[key].equal(tensor) for key, tensor in read_folder(tmp_path / "2" / name).items()), name
 
 
-def test_a_slow_dense_model_leaves_out_the_tuning(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_dense_model_leaves_out_the_tuning(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = read_text("builtin-test")[:4000]
     for module in (calibration, texts):
         monkeypatch.setattr(module, "read_text", lambda *_: text)
