@@ -59,7 +59,7 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model whose tokenizer has a token a character; it would take seconds for all of the demonstration's texts."""
+    """A tiny model with a token a character, for which the whole texts of the demonstration would take seconds."""
     text = read_text("builtin-test")[:4000]
     for module in (calibration, texts):
         monkeypatch.setattr(module, "read_text", lambda *_: text)
