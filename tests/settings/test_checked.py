@@ -108,7 +108,6 @@ def test_conflicts_that_depend_on_a_wrong_value_are_not_reported(values: dict[st
         (CompareConfig, {"rebuild_settings": {"ria": ("row", 1)}},
          "rebuild_settings.ria.0: 'row' is not one of output, input, linear, block"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_a_wrong_value_is_told_in_our_words(kind: type[Settings], values: dict[str, Any], words: str) -> None:
     assert error_of(kind, **{**PRUNE, **values}).split("; ")[0] == words
