@@ -61,8 +61,8 @@ UNTUNED = DemoMethod(
     "what `prune` does by default, without tuning, which would take too long on this processor",
     {"preset": Preset.MASK, "refine": Refine.NONE},
 )
-# Most seconds that the dense model's perplexity takes where masks are tuned. All that follows takes 20 to 30 times as
-# long with tuning, and about 15 times without (docs/notebook/demo.md).
+# Most seconds that the dense model's perplexity takes, in a process of one thread, where masks are tuned. Then the
+# demonstration ends in about two minutes (docs/notebook/demo.md).
 SECONDS_TO_TUNE = 6.0
 FULL_METHODS: Methods = {
     "magnitude": METHODS["magnitude"],
