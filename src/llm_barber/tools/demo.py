@@ -103,6 +103,7 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
         progress.stage("reading texts")
         outcomes: dict[str, RowOutcome] = {}
         tasks = _tasks(config, source, named, outcomes, choose=methods is None)
+        finished: Iterator[RowOutcome]
         if pool is None:
             finished = (make_row(task, progress) for task in tasks)
         else:
