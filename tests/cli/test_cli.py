@@ -54,7 +54,8 @@ def test_prune_inspect_rebuild(tmp_path: Path, llama: Path, tokens: Path, capsys
 def test_inspect_exits_with_1_if_the_checkpoint_differs(
     tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("prune", llama, tmp_path / "out", "--calibration", tokens, "--quiet") == 0
+    arguments = ("--calibration", tokens, "--preset", "paper", "--no-report", "--quiet")
+    assert call("prune", llama, tmp_path / "out", *arguments) == 0
     assert capsys.readouterr().err == ""
     other = make_model(tmp_path / "other", "llama", seed=5)
     assert call("inspect", tmp_path / "out", "--dense", other, "--json") == 1
@@ -65,7 +66,8 @@ def test_inspect_exits_with_1_if_the_checkpoint_differs(
 
 def test_dry_run_writes_nothing(tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pruned = tmp_path / "pruned"
-    assert call("prune", llama, pruned, "--calibration", tokens, "--quiet") == 0
+    arguments = ("--calibration", tokens, "--preset", "paper", "--no-report", "--quiet")
+    assert call("prune", llama, pruned, *arguments) == 0
     capsys.readouterr()
     before = sorted(tmp_path.rglob("*"))
     for command in (["prune", llama], ["rebuild", llama, pruned]):
@@ -243,7 +245,7 @@ def test_an_interrupted_run_can_be_resumed_and_does_not_look_complete(
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=64, tokens=64)
     out = tmp_path / "out"
     # The preset does not read the whole model before the first layer, as the allocation by loss would.
-    arguments = ["prune", model, out, "--calibration", tokens, "--preset", "paper"]
+    arguments = ["prune", model, out, "--calibration", tokens, "--preset", "paper", "--no-report"]
     process = subprocess.Popen(
         [sys.executable, "-m", "llm_barber", *map(str, arguments)],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
