@@ -3,7 +3,7 @@
 import re
 from enum import EnumType, StrEnum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from annotated_types import Ge, Gt, Lt
@@ -48,12 +48,13 @@ def test_a_number_beyond_its_bound_names_the_option(
 
 
 def options_of(*kinds: type) -> list[tuple[str, str]]:
-    """List every option whose value is of one of these types, as command and setting."""
+    """List every option with one value, which is of one of these types, as command and setting."""
     return [
         (command, name)
         for command, config in CONFIGS.items()
         for name, field in config.model_fields.items()
         if name in parameters(command)
+        and get_origin(field.annotation) is not tuple
         and any(kind in (field.annotation, *get_args(field.annotation)) for kind in kinds)
     ]
 
