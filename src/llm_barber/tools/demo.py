@@ -15,6 +15,7 @@ from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.masking.granularity import Granularity
+from llm_barber.messages import message
 from llm_barber.model.device import resolve_device
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings.demo import DemoConfig
@@ -112,7 +113,7 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
         for outcome in finished:
             row = outcomes.setdefault(outcome.row.name, outcome).row
             for warning in outcome.warnings:
-                progress.warn(warning)
+                progress.warn(message("{row}: {warning}", row=row.name, warning=warning))
             tell = progress.stage if pool is None else progress.advance
             tell(f"{row.name}: perplexity {row.perplexity:.2f}")
     rows = [outcomes[name].row for name in (DENSE, *named)]

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.errors import ModelError
@@ -96,13 +97,17 @@ def make_row(task: RowTask, progress: Progress | None = None) -> RowOutcome:
 
     Args:
         task: the row to make.
-        progress: told of each stage; None: nothing is shown here, and warnings are in the outcome.
+        progress: told of each stage; None: this is a process of its own, which shows nothing, and warnings are in the
+            outcome.
 
     Raises:
         BarberError: the run cannot be done.
     """
     warnings = _Warnings()
     shown = progress or warnings
+    if progress is None:
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
     pruned: dict[str, Any] = {"folder": task.source}
     if task.method.settings is not None:
         shown.stage(f"{task.name}: pruning to 50 %")
