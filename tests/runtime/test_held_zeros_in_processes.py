@@ -11,7 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from llm_barber import InspectConfig, hold_zeros, inspect, save_finetuned
+from llm_barber import InspectConfig, hold_zeros, inspect, merge_adapter, save_finetuned
+from llm_barber.errors import SettingsError, VerificationError
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trained import language_loss, make_pruned, used_weights, zeros_of
 
@@ -105,6 +106,53 @@ def test_fully_sharded(pruned: Path, tmp_path: Path, when: str, optimizer: str, 
     result = inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(pruned.parent / "dense")))
     assert result.problems == ()
     assert result.fine_tuned > 14
+
+
+def test_lora_of_a_sharded_model(pruned: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> nn.Module:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(pruned), config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0, 0.2)
+        hold_zeros(model)
+        return model
+
+    def check(rank: int) -> None:
+        whole, model = adapted(), adapted()
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        loss, expected = language_loss(model), language_loss(whole)
+        assert torch.allclose(loss, expected, rtol=1e-5)
+        loss.backward()
+        expected.backward()
+        for name, parameter in whole.named_parameters():
+            if parameter.requires_grad:
+                gradient = model.get_parameter(name).grad
+                assert torch.allclose(gradient.full_tensor(), parameter.grad, rtol=1e-3, atol=1e-5), name
+        with pytest.raises(SettingsError, match="is sharded, and adapters are merged in one process"):
+            merge_adapter(model)
+
+    in_two(check)
+
+
+def test_errors_reach_all_processes(pruned: Path, tmp_path: Path) -> None:
+    def check(rank: int) -> None:
+        model = AutoModelForCausalLM.from_pretrained(pruned)
+        fully_shard(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        with pytest.raises(VerificationError, match="pruned weights are not zero any more"):
+            save_finetuned(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    in_two(check)
 
 
 def test_rows_that_two_processes_do_not_share_evenly() -> None:

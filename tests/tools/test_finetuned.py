@@ -198,6 +198,10 @@ def test_what_cannot_be_continued(pruned: Path, tmp_path: Path) -> None:
     other = make_pruned(tmp_path / "other", num_hidden_layers=1, intermediate_size=32)
     with pytest.raises(ModelError, match="has shape"):
         save_finetuned(model, tmp_path / "new", other)
+    model.value_head = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"has no value_head\.weight, which the model has"):
+        save_finetuned(model, tmp_path / "new", pruned)
+    del model.value_head
     with torch.no_grad():
         model.model.norm.weight[0] = torch.inf
     with pytest.raises(NotFiniteError, match=r"model\.norm\.weight holds NaN or Inf after training"):

@@ -54,7 +54,7 @@ def hold_zeros(model: nn.Module, folder: str | Path | None = None, share: float 
     held = _HELD.get(model)
     if held is None:
         held = _HELD[model] = HeldZeros(find_pruned(model, None if folder is None else Path(folder), share))
-    held.bind(model)
+    held._bind(model)
     return held
 
 
@@ -105,7 +105,7 @@ class HeldZeros:
     ) -> None:
         self.remove()
 
-    def bind(self, model: nn.Module) -> None:
+    def _bind(self, model: nn.Module) -> None:
         """Find parameters and adapters that the model has got since the last call.
 
         `hold_zeros` and each step of an optimiser do so for parameters; adapters need a second `hold_zeros`.

@@ -26,6 +26,10 @@ class MaskedLora(LoraVariant):  # type: ignore[misc]
     """
 
     @staticmethod
+    def init(module: Linear, adapter_name: str, **_: Any) -> None:
+        """Do nothing: PEFT calls it when it makes an adapter's matrices anew."""
+
+    @staticmethod
     def forward(module: Linear, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """Add the masked product of the inputs, (…, in), to the linear's outputs, (…, out)."""
         first, second = module.lora_A[active_adapter].weight, module.lora_B[active_adapter]

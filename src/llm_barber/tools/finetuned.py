@@ -12,7 +12,7 @@ from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
-from llm_barber.errors import ModelError, SettingsError, first_line
+from llm_barber.errors import BarberError, ModelError, SettingsError, first_line
 from llm_barber.messages import message
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.card import model_card
@@ -44,7 +44,7 @@ def merge_adapter(
         progress: as of `save_finetuned`.
 
     Raises:
-        SettingsError: it is no PEFT model, or an adapter would fill pruned weights.
+        SettingsError: it is no PEFT model, it is sharded, or an adapter would fill pruned weights.
         ModelError: nothing is pruned; merged weights are NaN or Inf; also as `save_finetuned`.
         VerificationError: as `save_finetuned`.
         OutputError: as `save_finetuned`.
@@ -54,6 +54,11 @@ def merge_adapter(
             f"a {type(peft_model).__name__} has no adapter to merge",
             "give the model that get_peft_model or PeftModel.from_pretrained made (pip install 'llm-barber[finetune]')",
         )
+    if any(hasattr(parameter, "to_local") for parameter in peft_model.parameters()):
+        raise SettingsError(
+            "the model is sharded, and adapters are merged in one process",
+            "save the adapter with Trainer's save_model(), and load it with PeftModel.from_pretrained",
+        )
     if output is not None:
         check_output(Path(output), overwrite)
     held = hold_zeros(peft_model, pruned)
@@ -62,7 +67,7 @@ def merge_adapter(
     except ValueError as error:
         raise ModelError(
             f"the adapter cannot be merged: {first_line(error)}", "train it again, with a lower rate"
-        ) from (error)
+        ) from error
     finally:
         held.remove()
     if output is not None:
@@ -111,11 +116,21 @@ def save_finetuned(
     refuse(source.model, folder_problems(source, record, progress))
     trained = TrainedModel(plain, source)
     copy = TrainedCopy(find_linears(source, recorded_structure(record), record.prunes_head, progress), record)
-    if _rank() == 0:
+    if not _is_distributed():
         return _write(output, overwrite, trained, copy, progress)
-    for file in trained.files:
-        trained.shard(file)  # takes part in gathering
-    return record
+    torch.distributed.barrier()  # all have looked at the output before it is written
+    result: list[RunReport | BarberError | None] = [None]
+    try:
+        if torch.distributed.get_rank() == 0:
+            result = [_write(output, overwrite, trained, copy, progress)]
+    except BarberError as error:
+        result = [error]
+    trained.gather_rest()
+    torch.distributed.broadcast_object_list(result)
+    if isinstance(result[0], BarberError):
+        raise result[0]
+    assert result[0] is not None
+    return result[0]
 
 
 def _write(output: Path, overwrite: bool, trained: TrainedModel, copy: TrainedCopy, progress: Progress) -> RunReport:
@@ -188,6 +203,7 @@ def _record_to_continue(source: CheckpointSource) -> RunReport:
     return record
 
 
-def _rank() -> int:
+def _is_distributed() -> bool:
+    """True if several processes train together."""
     distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

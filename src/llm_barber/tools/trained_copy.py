@@ -1,6 +1,6 @@
 """The copy of a pruned checkpoint that has a trained model's weights: its tensors, what changed, and its record."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.digests import DIGEST
-from llm_barber.checkpoint.locations import Location, Part
+from llm_barber.checkpoint.locations import Location, Part, shape_of
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, NotFiniteError, VerificationError
@@ -36,7 +36,7 @@ class TrainedModel:
         source: the pruned checkpoint.
 
     Raises:
-        ModelError: a parameter has another shape in the checkpoint, or the checkpoint has none of them.
+        ModelError: a parameter has another shape in the checkpoint, or is not in it.
     """
 
     def __init__(self, model: PreTrainedModel, source: CheckpointSource) -> None:
@@ -56,49 +56,69 @@ class TrainedModel:
         for name, location in source.locations.items():
             parameter, part = parts.get(name, (name, None))
             if parameter in self._parameters:
+                self._check_shape(parameter, part, name)
                 self._members.setdefault(location.tensor, []).append((parameter, part, location))
-        if not self._members:
-            raise ModelError(f"{source.model} has none of the model's parameters", NO_FOLDER)
+        covered = {id(self._parameters[name]) for members in self._members.values() for name, *_ in members}
+        lost = [name for name, parameter in self._parameters.items() if id(parameter) not in covered]
+        if lost:
+            raise ModelError(
+                f"{source.model} has no {lost[0]}, which the model has",
+                "name the checkpoint that was trained: pruned=FOLDER; a model with parts of its own is written by "
+                "model.save_pretrained()",
+            )
+        self._left = self.files
+
+    def _check_shape(self, parameter: str, part: Part | None, name: str) -> None:
+        shape = shape_of(Location(parameter, part), tuple(self._parameters[parameter].shape))
+        if shape != self.source.shape(name):
+            raise ModelError(f"{name} has shape {shape}, in {self.source.model} {self.source.shape(name)}", NO_FOLDER)
 
     @property
     def files(self) -> list[str]:
         """Names of the checkpoint's shards."""
         return list(dict.fromkeys(info.file for info in self.source.tensors.values()))
 
-    def shard(self, file: str, before: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def shard(self, file: str, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a shard with the trained values, on the CPU, in the checkpoint's dtypes.
 
-        Every process gathers the parameters; without `before`, the checkpoint's tensors, it does nothing else.
+        Processes that share the parameters gather them together: those that write nothing call `gather_rest`.
+
+        Args:
+            file: name of the shard.
+            before: its tensors in the checkpoint.
+
+        Raises:
+            NotFiniteError: a trained value is NaN or Inf.
         """
-        tensors = {}
+        self._left.remove(file)
+        tensors = {name: tensor.clone() for name, tensor in before.items()}
+        for name, location, value in self._values(file):
+            location.of(tensors[name]).copy_(value)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NotFiniteError(
+                    f"{name} holds NaN or Inf after training",
+                    "train again with a lower rate, or in bfloat16 or float32",
+                )
+        return tensors
+
+    def gather_rest(self) -> None:
+        """Take part in gathering the parameters of all shards that were not asked for."""
+        for file in self._left:
+            for _ in self._values(file):
+                pass
+        self._left = []
+
+    def _values(self, file: str) -> Iterator[tuple[str, Location, Tensor]]:
+        """Tensor, place in it, and trained values of each parameter of a shard."""
         gathered: dict[str, Tensor] = {}  # of the last module: experts in its stacks come one after the other
         for name, info in self.source.tensors.items():
-            if info.file != file:
-                continue
-            after = None if before is None else before[name].clone()
-            for parameter, part, location in self._members.get(name, ()):
+            for parameter, part, location in self._members.get(name, ()) if info.file == file else ():
                 if parameter not in gathered:
                     module = parameter.rpartition(".")[0]
                     gathered = {other: gathered[other] for other in gathered if other.rpartition(".")[0] == module}
                     gathered[parameter] = _whole(self._parameters[parameter])
-                value = gathered[parameter] if part is None else part.of(gathered[parameter])
-                if after is not None:
-                    self._put(location.of(after), value, parameter)
-            if after is not None:
-                tensors[name] = after
-        return tensors
-
-    def _put(self, into: Tensor, value: Tensor, name: str) -> None:
-        if into.shape != value.shape:
-            raise ModelError(
-                f"{name} has shape {tuple(value.shape)}, in {self.source.model} {tuple(into.shape)}", NO_FOLDER
-            )
-        into.copy_(value)
-        if not bool(torch.isfinite(into).all()):
-            raise NotFiniteError(
-                f"{name} holds NaN or Inf after training",
-                "train again with a lower rate, or in bfloat16 or float32",
-            )
+                yield name, location, gathered[parameter] if part is None else part.of(gathered[parameter])
 
 
 def _whole(parameter: Tensor) -> Tensor:
