@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from llm_barber import (
     InspectConfig,
     PackConfig,
-    UnpackConfig,
     hold_zeros,
     inspect,
     pack,
@@ -23,7 +22,6 @@ from llm_barber.checkpoint.companions import CARD_NAME, RECORD_NAME
 from llm_barber.errors import ModelError, NotFiniteError, OutputError, SettingsError, VerificationError
 from llm_barber.record.file import read_record
 from tests.conftest import change_json, load_model, read_folder
-from tests.helpers.shards import split_in_two_shards
 from tests.helpers.trained import IDS, language_loss, make_pruned
 
 
@@ -127,7 +125,7 @@ def test_training_goes_on_from_a_trained_checkpoint(pruned: Path, tmp_path: Path
 def test_it_is_packed_and_unpacked(pruned: Path, tmp_path: Path) -> None:
     save_finetuned(train(pruned), tmp_path / "out")
     pack(PackConfig(model=str(tmp_path / "out"), output=tmp_path / "packed"))
-    unpack(UnpackConfig(model=str(tmp_path / "packed"), output=tmp_path / "unpacked"))
+    unpack(PackConfig(model=str(tmp_path / "packed"), output=tmp_path / "unpacked"))
     assert (tmp_path / "unpacked" / RECORD_NAME).read_bytes() == (tmp_path / "out" / RECORD_NAME).read_bytes()
     assert problems(tmp_path / "packed") == ()
 
@@ -211,7 +209,7 @@ def test_what_cannot_be_continued(pruned: Path, tmp_path: Path) -> None:
 def test_a_pruned_checkpoint_that_was_changed_is_refused(tmp_path: Path) -> None:
     folder = make_pruned(tmp_path)
     model = train(folder)
-    split_in_two_shards(folder)
+    (folder / "generation_config.json").write_text("{}")
     with pytest.raises(VerificationError, match=r"is not what barber\.json says"):
         save_finetuned(model, tmp_path / "out")
 

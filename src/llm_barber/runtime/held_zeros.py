@@ -184,7 +184,7 @@ class HeldWeight:
         self._is_part = hasattr(parameter, "to_local")
         if self._hook is not None:
             self._hook.remove()
-        self._hook = parameter.register_post_accumulate_grad_hook(self._mask_gradient)
+        self._hook = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
         self._parameter = weakref.ref(parameter)
 
     def rebind(self, trained: set[int]) -> None:

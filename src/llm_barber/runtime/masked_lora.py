@@ -32,6 +32,7 @@ class MaskedLora(LoraVariant):  # type: ignore[misc]
     @staticmethod
     def forward(module: Linear, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """Add the masked product of the inputs, (…, in), to the linear's outputs, (…, out)."""
+        outputs: Tensor
         first, second = module.lora_A[active_adapter].weight, module.lora_B[active_adapter]
         inputs = module.lora_dropout[active_adapter](x)
         weight = module.get_base_layer().weight
@@ -82,7 +83,7 @@ def _merged(module: Linear, adapter: str, weight: Tensor, sign: int) -> Tensor:
     """The weight plus or minus the masked product, added in float32 or wider."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     first, second = module.lora_A[adapter].weight.to(wide), module.lora_B[adapter].weight.to(wide)
-    product = (second @ first) * (sign * module.scaling[adapter])
+    product: Tensor = (second @ first) * (sign * module.scaling[adapter])
     product = product.t() if module.fan_in_fan_out else product
     return (weight.to(wide) + product.to(weight.device).masked_fill(weight == 0, 0)).to(weight.dtype)
 

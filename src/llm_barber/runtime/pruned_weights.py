@@ -130,8 +130,8 @@ def _by_record(model: nn.Module, folder: Path, record: RunReport) -> list[Pruned
         for layer in record.layers:
             for linear in layer.linears:
                 if linear.pruned:
-                    module = _module(model, layers, layer.index, linear.name)
-                    groups.setdefault(id(module), (module, []))[1].append(linear)
+                    for module in _modules(model, layers, layer.index, linear.name):
+                        groups.setdefault(id(module), (module, []))[1].append(linear)
     except (AttributeError, IndexError, BarberError) as error:
         warnings.warn(
             f"the model has not the linears of {folder}'s record ({error}): matrices with zeros are held instead",
@@ -176,27 +176,33 @@ def _layers(model: nn.Module, path: str) -> nn.Module:
     return lists[0][1]
 
 
-def _module(model: nn.Module, layers: nn.Module, index: int, name: str) -> nn.Module:
-    """The module that has the weights of a recorded linear: the linear, or the experts that are stacked in it."""
+def _modules(model: nn.Module, layers: nn.Module, index: int, name: str) -> list[nn.Module]:
+    """The modules that have the weights of a recorded linear: the linear, or the experts that are stacked in one.
+
+    PEFT keeps a linear that it trains whole beside the linear before.
+    """
+    module: nn.Module
     if index == len(layers):  # type: ignore[arg-type]
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        if head is None:
+        module = model.get_output_embeddings()  # type: ignore[operator]
+        if module is None:
             raise AttributeError("it has no output head")
-        return _base(head)
+        return _copies(module)
     module = layers[index]  # type: ignore[index]
     for part in name.split("."):
-        module = _base(module)
+        (module, *_) = _copies(module)
         if part.isdigit() and not hasattr(module, part):
-            return module  # transformers stacks what the record has one by one
+            return [module]  # transformers stacks what the record has one by one
         module = getattr(module, part)
-    return _base(module)
+    return _copies(module)
 
 
-def _base(module: nn.Module) -> nn.Module:
-    """The module inside of an adapter's; others are themselves."""
+def _copies(module: nn.Module) -> list[nn.Module]:
+    """The modules inside of what PEFT wraps around a module, the original one first; others are themselves."""
+    if isinstance(saved := getattr(module, "modules_to_save", None), nn.ModuleDict):
+        return [module.get_submodule("original_module"), *saved.values()]
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
-    return module
+    return [module]
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -119,18 +120,19 @@ def save_finetuned(
     if not _is_distributed():
         return _write(output, overwrite, trained, copy, progress)
     torch.distributed.barrier()  # all have looked at the output before it is written
-    result: list[RunReport | BarberError | None] = [None]
+    result: list[Any] = [None, None]  # the record; or an error's class, message and hint
     try:
         if torch.distributed.get_rank() == 0:
-            result = [_write(output, overwrite, trained, copy, progress)]
+            result[0] = _write(output, overwrite, trained, copy, progress)
     except BarberError as error:
-        result = [error]
+        result[1] = (type(error), str(error.message), str(error.hint))
     trained.gather_rest()
     torch.distributed.broadcast_object_list(result)
-    if isinstance(result[0], BarberError):
-        raise result[0]
-    assert result[0] is not None
-    return result[0]
+    if result[1] is not None:
+        kind, text, hint = result[1]
+        raise kind(text, hint)
+    written: RunReport = result[0]
+    return written
 
 
 def _write(output: Path, overwrite: bool, trained: TrainedModel, copy: TrainedCopy, progress: Progress) -> RunReport:
