@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, hold_zeros, inspect, merge_adapter
 from llm_barber.errors import ModelError, OutputError, SettingsError
+from llm_barber.runtime.held_zeros import is_held
 from tests.conftest import load_model
 from tests.helpers.trained import IDS, language_loss, make_pruned, zeros_of
 
@@ -199,8 +200,10 @@ def test_a_merged_checkpoint_continues_the_record(pruned: Path, tmp_path: Path) 
 
 
 def test_adapters_that_would_fill_zeros_are_refused(pruned: Path) -> None:
+    dora = adapted(pruned, use_dora=True)
     with pytest.raises(SettingsError, match="would fill its zeros.*DoraLinearVariant") as caught:
-        hold_zeros(adapted(pruned, use_dora=True))
+        hold_zeros(dora)
+    assert not is_held(dora)
     assert "plain LoRA" in caught.value.hint
     other = peft.get_peft_model(load_model(pruned), peft.LoHaConfig(r=2, target_modules=TARGETS))
     with pytest.raises(SettingsError, match=r"would fill its zeros.*loha"):

@@ -52,9 +52,16 @@ def hold_zeros(model: nn.Module, folder: str | Path | None = None, share: float 
     """
     model = unwrapped(model)
     held = _HELD.get(model)
-    if held is None:
-        held = _HELD[model] = HeldZeros(find_pruned(model, None if folder is None else Path(folder), share))
-    held._bind(model)
+    if held is not None:
+        held._bind(model)
+        return held
+    held = HeldZeros(find_pruned(model, None if folder is None else Path(folder), share))
+    try:
+        held._bind(model)
+    except BaseException:
+        held.remove()
+        raise
+    _HELD[model] = held
     return held
 
 
