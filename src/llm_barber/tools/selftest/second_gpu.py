@@ -9,7 +9,7 @@ from llm_barber.tools.selftest.masks import METHODS, judge_masks
 from llm_barber.tools.selftest.products import judge_packed
 from llm_barber.tools.selftest.result import Finding, NotRunError
 
-REPEATED = ("wanda", "mask")  # methods that the other GPU repeats
+ON_BOTH = ("wanda", "mask")  # methods of which both GPUs make masks
 
 
 def check_second_gpu(bench: Bench) -> Iterator[Finding]:
@@ -25,7 +25,7 @@ def check_second_gpu(bench: Bench) -> Iterator[Finding]:
         raise NotRunError(f"PyTorch sees {count} GPU")
     first = torch.device("cuda", bench.device.index or 0)
     second = torch.device("cuda", 1 if first.index == 0 else 0)
-    for name in REPEATED:
+    for name in ON_BOTH:
         method = METHODS[name]
         reference, _, _ = bench.prune(first, **method.settings, dtype="float32")
         with torch.cuda.device(first):

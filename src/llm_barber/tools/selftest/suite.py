@@ -19,8 +19,7 @@ from llm_barber.tools.selftest.masks import METHODS, check_masks
 from llm_barber.tools.selftest.products import HEADS, check_attention, check_packed, check_semi_structured
 from llm_barber.tools.selftest.result import CheckResult, Finding, NotRunError, SelftestReport, Status, TimedRun
 from llm_barber.tools.selftest.runs import REPEATED, check_memory, check_repeat, check_waits
-from llm_barber.tools.selftest.second_gpu import REPEATED as ON_SECOND_GPU
-from llm_barber.tools.selftest.second_gpu import check_second_gpu
+from llm_barber.tools.selftest.second_gpu import ON_BOTH, check_second_gpu
 from llm_barber.tools.selftest.times import time_runs
 
 PACKAGE = Path(__file__).parents[2]
@@ -40,9 +39,7 @@ CHECKS: dict[Check, CheckEntry] = {
         "masks of the GPU are the CPU's, but for rounding", check_masks, lambda bench: len(METHODS) * len(bench.dtypes)
     ),
     Check.REPEAT: CheckEntry("the same run gives the same bytes", check_repeat, lambda _: len(REPEATED)),
-    Check.SECOND_GPU: CheckEntry(
-        "another GPU gives the same masks", check_second_gpu, lambda _: len(ON_SECOND_GPU) + 1
-    ),
+    Check.SECOND_GPU: CheckEntry("another GPU gives the same masks", check_second_gpu, lambda _: len(ON_BOTH) + 1),
     Check.MEMORY: CheckEntry("a run goes on when the GPU's memory runs out", check_memory, lambda _: 2),
     Check.WAITS: CheckEntry("a step of tuning hardly waits for the GPU", check_waits, lambda _: 1),
     Check.ATTENTION: CheckEntry(
