@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from llm_barber.checkpoint.rounding import pack_rounded
 from llm_barber.model.fixed_order import in_fixed_order
 from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.runtime.load import load
-from llm_barber.runtime.packed_linear import HAS_TRITON, PackedLinear
+from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 from llm_barber.runtime.semi_structured import CAPABILITY
 from llm_barber.tools.selftest.bench import Bench
@@ -64,20 +65,20 @@ def share_of_bound(
     return float(((outputs.double() - exact).abs() / bound.clamp_min(torch.finfo(outputs.dtype).tiny)).max())
 
 
-@same_kernels()
 def check_packed(bench: Bench) -> Iterator[Finding]:
     """Compare products with packed weights, for few and many rows of inputs, with exact ones; time them on a GPU."""
-    with torch.no_grad():
-        for dtype in (*bench.dtypes, torch.float16):
-            yield judge_packed(bench.device, dtype, rounded=False)
-            yield judge_packed(bench.device, dtype, rounded=True)
+    for dtype in (*bench.dtypes, torch.float16):
+        yield judge_packed(bench.device, dtype, rounded=False)
+        yield judge_packed(bench.device, dtype, rounded=True)
     if bench.on_gpu:
         yield Finding(text=packed_speed(bench), passed=True)
 
 
+@same_kernels()
+@torch.no_grad()
 def judge_packed(device: torch.device, dtype: torch.dtype, rounded: bool) -> Finding:
     """Compare the products of all shapes and numbers of rows with exact ones."""
-    largest, exact = 0.0, True
+    largest, exact, products = 0.0, True, 0
     for shape in SHAPES:
         weight = half_pruned(shape, dtype, torch.device("cpu"))
         for bias in (None, torch.randn(shape[0], generator=torch.Generator().manual_seed(1)).to(dtype)):
@@ -92,11 +93,12 @@ def judge_packed(device: torch.device, dtype: torch.dtype, rounded: bool) -> Fin
                 placed = None if bias is None else bias.to(device)
                 share = share_of_bound(module(inputs), inputs, expected, placed, rounded)
                 largest = share if math.isnan(share) else max(largest, share)
+                products += 1
     kind = "int8" if rounded else str(dtype).removeprefix("torch.")
     name = f"packed {kind} weights, {str(dtype).removeprefix('torch.')} inputs"
     unpacked = "" if exact else "; the unpacked weight has other bits"
-    text = f"{name}: largest error {largest:.2g} of what rounding explains{unpacked}"
-    return Finding(text=text, passed=largest <= 1 and exact)
+    text = f"{name}: {products} products, largest error {largest:.2g} of what rounding explains{unpacked}"
+    return Finding(text=text, passed=products > 0 and largest <= 1 and exact)
 
 
 def _packed_module(weight: Tensor, bias: Tensor | None, rounded: bool) -> PackedLinear | RoundedLinear | None:
@@ -109,6 +111,7 @@ def _packed_module(weight: Tensor, bias: Tensor | None, rounded: bool) -> Packed
     return None if packed is None else PackedLinear(packed, parameter)
 
 
+@torch.no_grad()
 def packed_speed(bench: Bench) -> str:
     """Times of products with one row of inputs, packed and dense, in words."""
     weight = half_pruned(TIMED_SHAPE, bench.dtype, torch.device("cpu"))
@@ -116,9 +119,8 @@ def packed_speed(bench: Bench) -> str:
     assert packed is not None
     module, dense = PackedLinear(packed, None).to(bench.device), weight.to(bench.device)
     inputs = torch.randn(1, TIMED_SHAPE[1], device=bench.device, dtype=bench.dtype)
-    with torch.no_grad():
-        times = [_microseconds(bench, product) for product in (lambda: module(inputs), lambda: linear(inputs, dense))]
-    kernel = "by Triton" if HAS_TRITON else "without Triton, unpacked each time"
+    times = [_microseconds(bench, product) for product in (lambda: module(inputs), lambda: linear(inputs, dense))]
+    kernel = "by Triton" if find_spec("triton") else "without Triton, unpacked each time"
     return (
         f"one row of inputs, {TIMED_SHAPE[0]} × {TIMED_SHAPE[1]}, half pruned: packed {times[0]:.1f} µs ({kernel}), "
         f"dense {times[1]:.1f} µs"

@@ -32,6 +32,6 @@ def check_second_gpu(bench: Bench) -> Iterator[Finding]:
             output, report, _ = bench.prune(second, **method.settings, dtype="float32")
         finding = judge_masks(f"{name}, float32, {report.device} against {first}", reference, output, method.float32)
         yield finding.model_copy(update={"passed": finding.passed and report.device == str(second)})
-    with torch.cuda.device(first), torch.no_grad():
+    with torch.cuda.device(first):
         finding = judge_packed(second, bench.dtype, rounded=False)
     yield finding.model_copy(update={"text": f"{second}: {finding.text}"})
