@@ -14,12 +14,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_barber.runtime.load import load
-from llm_barber.tools.selftest.bench import Bench
+from llm_barber.tools.selftest.bench import TINY, Bench
 from llm_barber.tools.selftest.graphs import Decoder
 from llm_barber.tools.selftest.masks import check_masks
 from tests import pretend_gpu
 from tests.pretend_gpu import DEVICE, on_device
-from tests.tools.selftest.conftest import TINY
 
 
 def main() -> None:

@@ -3,9 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_barber.tools.selftest.bench import CPU, Bench, Size
-
-TINY = Size(64, 96, 2, 4, 2, 128, windows=4, tokens=32)
+from llm_barber.tools.selftest.bench import CPU, TINY, Bench
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ import torch
 
 from llm_barber.method import layer as layer_module
 from llm_barber.tools.selftest import runs
-from llm_barber.tools.selftest.bench import CPU, Bench
+from llm_barber.tools.selftest.bench import CPU, TINY, Bench
 from llm_barber.tools.selftest.result import NotRunError
 from llm_barber.tools.selftest.runs import REPEATED, check_memory, check_repeat, check_waits, judge_waits, noted_waits
-from tests.tools.selftest.conftest import TINY
 
 
 def test_the_same_bytes_pass_and_others_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from llm_barber.tools.selftest.card import driver_version
 from llm_barber.tools.selftest.markdown import to_markdown
 from llm_barber.tools.selftest.result import Finding, NotRunError, SelftestReport, Status, TimedRun
 from llm_barber.tools.selftest.suite import CHECKS, run_check, run_checks, selftest
-from tests.tools.selftest.conftest import TINY
 
 NEEDS_A_GPU = {
     Check.MASKS, Check.SECOND_GPU, Check.MEMORY, Check.WAITS, Check.SEMI_STRUCTURED, Check.GRAPHS,
@@ -41,7 +40,6 @@ class Steps(Silent):
 def test_a_cpu_runs_what_it_can_and_says_why_the_rest_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite_module, "SMALL", TINY)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     report = selftest(SelftestConfig(device="cpu"))
     assert [result.check for result in report.checks] == list(Check)

@@ -34,7 +34,8 @@ class Size:
     tokens: int
 
 
-SMALL = Size(256, 704, 2, 8, 4, 512, windows=8, tokens=128)  # runs on a CPU in seconds
+SMALL = Size(256, 704, 2, 8, 4, 512, windows=8, tokens=128)  # enough mask bits to see one in a million
+TINY = Size(64, 96, 2, 4, 2, 128, windows=4, tokens=32)  # where the device is a CPU, whose checks need no size
 TIMED = Size(576, 1536, 30, 9, 3, 49152, windows=32, tokens=1024)  # as SmolLM2-135M
 
 

@@ -30,7 +30,7 @@ def all_versions() -> dict[str, str]:
         versions_by_name["CUDA"] = torch.version.cuda
     if torch.version.hip is not None:
         versions_by_name["ROCm"] = torch.version.hip
-    if torch.backends.cudnn.is_available():
+    if torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         versions_by_name["cuDNN"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     if (driver := driver_version()) is not None:
         versions_by_name["driver"] = driver

@@ -211,7 +211,7 @@ def same_attention(
             plain = scaled_dot_product_attention(query, key, value, mask, is_causal=not masked)
         with in_fixed_order(), torch.enable_grad():
             parts = [part.detach().requires_grad_() for part in (query, key, value)]
-            graded = scaled_dot_product_attention(*parts, mask, is_causal=not masked)
+            graded = scaled_dot_product_attention(parts[0], parts[1], parts[2], mask, is_causal=not masked)
             gradients = torch.autograd.grad(graded.float().square().sum(), parts)
         kernel = _kernel_name(query, key, value, mask, masked)
     finite = all(bool(gradient.isfinite().all()) for gradient in gradients)

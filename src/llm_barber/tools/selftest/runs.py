@@ -140,7 +140,7 @@ def noted_waits() -> Iterator[list[list[str]]]:
     hook = register_optimizer_step_post_hook(begin)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield steps

@@ -12,7 +12,7 @@ from llm_barber.errors import first_line
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings.selftest import Check, SelftestConfig
-from llm_barber.tools.selftest.bench import SMALL, Bench
+from llm_barber.tools.selftest.bench import SMALL, TINY, Bench
 from llm_barber.tools.selftest.card import all_versions, describe_machine
 from llm_barber.tools.selftest.graphs import check_graphs
 from llm_barber.tools.selftest.masks import METHODS, check_masks
@@ -78,7 +78,8 @@ def selftest(config: SelftestConfig, progress: Progress | None = None) -> Selfte
         CheckpointSource(config.model)
     runs: list[TimedRun] = []
     with tempfile.TemporaryDirectory(prefix="llm-barber-selftest-") as folder:
-        bench = Bench(device, resolve_dtype("auto", device), Path(folder), SMALL)
+        size = SMALL if device.type == "cuda" else TINY
+        bench = Bench(device, resolve_dtype("auto", device), Path(folder), size)
         checks = run_checks(bench, [check for check in CHECKS if check in config.checks], progress)
         if Check.TIMES in config.checks:
             checks.append(_run_times(bench, config.model, progress, runs))

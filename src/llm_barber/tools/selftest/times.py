@@ -60,7 +60,7 @@ def time_runs(bench: Bench, model: str | None, progress: Progress) -> Iterator[t
     windows = bench.windows(fitting_size(source, TIMED if bench.on_gpu else bench.size))
     for preset, settings in TIMED_RUNS.items():
         compute = {"device": str(bench.device), "dtype": bench.dtype_name}
-        common = {**settings, **compute, "model": source, "calibration": str(windows)}
+        common: dict[str, Any] = {**settings, **compute, "model": source, "calibration": str(windows)}
         forecast = plan(PlanConfig(**common), progress)
         config = PruneConfig(output=bench.folder / f"timed-{preset}", report=False, **common)
         report = prune(config, progress)
