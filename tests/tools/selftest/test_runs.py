@@ -21,7 +21,7 @@ def test_the_same_bytes_pass_and_others_fail(bench: Bench, monkeypatch: pytest.M
     def other_each_time(self: Bench, *arguments: Any, **settings: Any) -> Any:
         nonlocal number
         number += 1
-        return whole(self, *arguments, **{**settings, "sparsity": 0.5 + 0.01 * (number % 2), "pattern": None})
+        return whole(self, *arguments, **{**settings, "sparsity": 0.5 + 0.1 * (number % 2), "pattern": None})
 
     monkeypatch.setattr(Bench, "prune", other_each_time)
     findings = list(check_repeat(bench))

@@ -95,14 +95,16 @@ def test_outcomes(findings: Iterator[Finding], status: Status) -> None:
 def test_errors_say_where_they_are_from_and_show_no_folder(tmp_path: Path, bench: Bench) -> None:
     def broken() -> Iterator[Finding]:
         yield GOOD
-        bench.prune(bench.device, preset="paper", calibration=tmp_path / "nothing.txt")
+        bench.prune(bench.device, preset="paper", calibration=tmp_path / "nothing.txt", seqlen=8)
 
     result = run_check(Check.REPEAT, broken())
     assert result.status is Status.FAILED
     assert result.findings[0] == GOOD
     text = result.findings[1].text
     assert text.startswith("CalibrationError: ")
+    assert text.endswith(")")
     assert "(text/calibration.py:" in text
+    assert "/tools/" not in text
 
 
 def test_unknown_devices_and_models_are_refused_before_any_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,8 @@ METHODS: dict[str, MaskMethod] = {
     "dsnot": _initial("dsnot", 1e-5, 2e-3),
     "sparsegpt": _initial("sparsegpt", 1e-4, 2e-2),
     "alps": _initial("alps", 1e-4, 2e-2),
-    "paper": MaskMethod({"preset": "paper"}, 1e-5, 2e-3),
+    # With the published ratio rows this short would swap no pair.
+    "paper": MaskMethod({"preset": "paper", "rebuild_ratio": 0.5}, 1e-5, 2e-3),
     "swaps": MaskMethod({"refine": "swaps", "allocation": "uniform"}, 1e-4, 2e-2),
     "mask": MaskMethod({"preset": "mask", "tune_passes": 2}, 1e-4, 2e-2),
     "best": MaskMethod({"preset": "best", "tune_passes": 2}, 1e-4, 2e-2),

@@ -17,7 +17,7 @@ from llm_barber.tools.selftest.result import Finding, NotRunError
 
 # Runs that are repeated: every step of the presets, experts, and N:M.
 REPEATED: dict[str, dict[str, Any]] = {
-    "paper": {"preset": "paper"},
+    "paper": {"preset": "paper", "rebuild_ratio": 0.5},
     "mask": {"preset": "mask", "tune_passes": 1},
     "best": {"preset": "best", "tune_passes": 1},
     "experts, 2:4": {"family": "mixtral", "preset": "mask", "pattern": "2:4", "tune_passes": 1},
