@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.utils import backend_registration
 
-from tests.conftest import COMMON, LLAMA_LIKE
+from tests.conftest import COMMON
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this PyTorch has no devices written in Python", allow_module_level=True)
