@@ -123,7 +123,7 @@ def _to(values: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         elif isinstance(argument, torch.Tensor):
             device = argument.device
             others.append(argument.dtype)
-        elif argument is not None and not isinstance(argument, bool):  # `non_blocking`
+        elif argument is not None:
             device = torch.device(argument)
     device = torch.device(named.pop("device", None) or device or values.device)
     named.pop("non_blocking", None)

@@ -1,4 +1,4 @@
-"""Comparison of masks: brute force, and what is judged a fault. The devices are a CPU, and the pretend GPU."""
+"""Comparison of masks: brute force, and what is judged a fault."""
 
 import shutil
 from pathlib import Path
