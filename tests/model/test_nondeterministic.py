@@ -76,9 +76,12 @@ NONDETERMINISTIC: dict[str, tuple[tuple[str, ...], Condition]] = {
 }  # fmt: skip
 ZEROS = torch.zeros(4, dtype=torch.long)
 # Families whose gradients need such an operation: a run of them says that another run may round otherwise.
-KNOWN: dict[str, set[str]] = dict.fromkeys(
-    ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5-whole"), {"torch.cumsum"}
-)
+KNOWN: dict[str, set[str]] = {
+    family: {"torch.cumsum"}
+    for family in (
+        "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5-whole",
+    )
+}  # fmt: skip
 
 
 class Logged(TorchDispatchMode):

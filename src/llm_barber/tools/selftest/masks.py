@@ -3,7 +3,7 @@
 The two add up products in another order, so that scores differ by rounding, and a weight whose score lies that near to
 another's may be kept in its place. A bound of the share of mask bits that differ separates rounding from faults: it is
 at least five times the share that rounding alone changes, and in float32 less than what products in TF32 would change.
-`tests/tools/selftest/test_bounds.py` measures both on a CPU.
+docs/notebook/machines.md has both shares, measured on a CPU. ALPS multiplies rounding: its bound finds gross faults.
 """
 
 from collections.abc import Iterator, Mapping
