@@ -26,6 +26,7 @@ REPEATED: dict[str, dict[str, Any]] = {
 ROOMY = Size(256, 704, 2, 8, 4, 512, windows=16, tokens=1024)
 SYNCHRONISES = "synchronizing CUDA operation"  # in PyTorch's warning
 SHOWN_LINES = 8
+WAITS = 2  # most waits of a step of tuning for the GPU, as on the pretend GPU
 
 
 def check_repeat(bench: Bench) -> Iterator[Finding]:
@@ -94,11 +95,6 @@ def limited_memory(device: torch.device, limit: float) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def most_waits(linears: int, sequences: int) -> int:
-    """Number of times that a step of tuning may wait for the GPU: for ties, scales, and what is not finite."""
-    return linears + sequences + 1
-
-
 def check_waits(bench: Bench) -> Iterator[Finding]:
     """Count how often a step of tuning waits for the GPU, by line of the code.
 
@@ -109,7 +105,7 @@ def check_waits(bench: Bench) -> Iterator[Finding]:
         raise NotRunError("nothing waits for a CPU")
     with noted_waits() as steps:
         bench.prune(bench.device, preset="mask", tune_passes=2, guard=0)
-    yield judge_waits(steps, most_waits(linears=7, sequences=4))
+    yield judge_waits(steps, WAITS)
 
 
 def judge_waits(steps: list[list[str]], budget: int) -> Finding:
