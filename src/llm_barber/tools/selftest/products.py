@@ -30,7 +30,7 @@ from llm_barber.tools.selftest.result import Finding, NotRunError
 
 # (out, in): whole blocks of the kernels, odd sizes, a single output, rows that are no whole number of bytes.
 SHAPES = ((512, 1024), (320, 1000), (1, 64), (33, 70))
-INPUT_ROWS = (1, 2, 5, 8, 9, 40)
+INPUT_ROWS = (1, 2, 4, 5, 8, 9, 16, 17, 40)  # on both sides of what kernels take
 TIMED_SHAPE, TIMED_CALLS = (4096, 4096), 50
 # Heads, heads of keys and features of a head; each with a causal flag, and with a mask.
 HEADS = ((8, 8, 64), (8, 2, 128), (4, 1, 80), (4, 4, 256))
