@@ -7,14 +7,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_barber.checkpoint.state import Shard
 from llm_barber.checkpoint.untrusted import check_file_name, read_json
 from llm_barber.errors import ModelError
 
 PACKED_INDEX = "packed.index.json"
 FORMAT_VERSION, ROUNDED_VERSION = 1, 2  # of packed checkpoints: exact values, rounded values
 DAMAGED = "the packed checkpoint is damaged; get it again, or pack it again"
-
-from llm_barber.checkpoint.state import Shard
 
 
 def dense_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
