@@ -5,6 +5,7 @@ is raised: nothing that transformers initialised at random stays in the model.
 """
 
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ from llm_barber.progress import Progress
 from llm_barber.runtime.choice import Choice, KeepPacked
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
+
+SHOWN_UNUSED = 5  # names of tensors in a warning
+# Buffers that old checkpoints have, and that transformers computes; it keeps silent about them, too.
+COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,28 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
     """
     split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
     source.locations = find_locations(split, source.tensors)
+    _warn_of_unused(model, source)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
     with source.kept_open():
         _fill_buffers(model, source, split, filling)  # before parameters, which a table's initialisation may touch
         model.keep_packed = _fill_parameters(model, source, split, filling)
     model.tie_weights()
+
+
+def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
+    """Name the checkpoint's tensors that the model has no place for, as when config.json says fewer layers."""
+    used = {location.tensor for location in source.locations.values()}
+    expected = [re.compile(pattern) for pattern in (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))]
+    unused = [
+        name for name in source.tensors if name not in used and not any(pattern.search(name) for pattern in expected)
+    ]
+    if unused:
+        more = f" and {len(unused) - SHOWN_UNUSED} more" if len(unused) > SHOWN_UNUSED else ""
+        warnings.warn(
+            f"{type(model).__name__}, as config.json describes it, has no place for {', '.join(unused[:SHOWN_UNUSED])}"
+            f"{more} of {source.model}: left out",
+            stacklevel=4,
+        )
 
 
 def _fill_parameters(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from llm_barber import native
 from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
-from llm_barber.native import avx512, vnni
+from llm_barber.native import avx512
+from llm_barber.native.rounded import DTYPES, ROWS, Kernel, Weight, find_kernel
 from llm_barber.native.rows import Parts
 from llm_barber.runtime.packed_linear import unpack_on_device
 from llm_barber.runtime.products import (
@@ -24,9 +25,9 @@ from llm_barber.runtime.products import (
 class RoundedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
-    On CPUs with AVX-512 (VBMI2 and VNNI) up to `vnni.ROWS` rows of inputs are rounded, too, and multiplied with the
-    packed weight (`vnni.Weight.multiply` says how). Otherwise each use unpacks the weight to its dtype, and inputs are
-    not rounded.
+    On CPUs with AVX-512 (VBMI2 and VNNI) up to 8 rows of inputs are rounded, too, and multiplied with the packed weight
+    (`Weight.multiply` says how). With AVX2 up to 4 rows are multiplied, and not rounded. Otherwise each use
+    unpacks the weight to its dtype, and inputs are not rounded.
 
     Args:
         rounded: the weight, (out, in).
@@ -53,7 +54,7 @@ class RoundedLinear(nn.Module):
         self.register_buffer("scales", rounded.scales.contiguous().view(torch.int16))
         self.register_parameter("bias", bias)
         # By number of PyTorch's threads, dtype of inputs, and with or without the bias.
-        self._ready: dict[tuple[int, torch.dtype, bool], vnni.Weight] = {}
+        self._ready: dict[tuple[int, torch.dtype, bool], Weight] = {}
         native.library()  # it has to be loaded before the process forks, to know a forked process
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,9 +89,9 @@ class RoundedLinear(nn.Module):
         columns = self.shape[1]
         rows = count_rows(inputs, columns)
         plain = not differentiated and is_plain(self.dtype)
-        if 1 <= rows <= vnni.ROWS and plain and inputs.is_cpu:
+        if 1 <= rows <= ROWS and plain and inputs.is_cpu:
             weight = self._ready_weight(bias, inputs.dtype)
-            if weight is not None:
+            if weight is not None and rows <= weight.kernel.rows:
                 return weight.multiply(inputs)
         # Autograd keeps the weight: it is not shared then.
         into = (
@@ -100,7 +101,7 @@ class RoundedLinear(nn.Module):
         )
         return nn.functional.linear(inputs, self._unpack(into).to(inputs.dtype), bias)
 
-    def _ready_weight(self, bias: Tensor | None, dtype: torch.dtype) -> vnni.Weight | None:
+    def _ready_weight(self, bias: Tensor | None, dtype: torch.dtype) -> Weight | None:
         """The weight, ready for products with inputs of `dtype`; None where there are none."""
         values, bits, scales = (self._buffers[name] for name in ("values", "bits", "scales"))
         assert values is not None
@@ -110,13 +111,13 @@ class RoundedLinear(nn.Module):
         weight = self._ready.get(key)
         if weight is not None and weight.is_of(values, bits, scales, bias):
             return weight
-        if not values.is_cpu or dtype not in vnni.DTYPES or not vnni.can_multiply(self.shape[1], self.group):
+        if not values.is_cpu or dtype not in DTYPES or find_kernel(self.shape[1], self.group) == Kernel.NUMPY:
             return None
         if bias is not None and (bias.dtype, bias.device) != (dtype, values.device):
             return None
         threads = max(1, min(key[0], self.shape[0], values.shape[0] // avx512.VALUES_A_THREAD))
         parts = Parts.of(bits, self.shape, threads)
-        weight = vnni.Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
+        weight = Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
         self._ready[key] = weight
         return weight
 
