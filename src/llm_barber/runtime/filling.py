@@ -20,7 +20,7 @@ from llm_barber.errors import ModelError
 from llm_barber.loading.naming import find_locations
 from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import empty_model, untie_head
-from llm_barber.model.experts import Experts
+from llm_barber.model.experts import Experts, is_fused
 from llm_barber.progress import Progress
 from llm_barber.runtime.choice import Choice, KeepPacked
 from llm_barber.runtime.packed_linear import PackedLinear
@@ -59,7 +59,8 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
         SettingsError: `keep_packed` names other linears than the model's, or "auto" is not for this device.
         ModelError: a tensor is missing, damaged, or has another shape than the configuration says.
     """
-    split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
+    # The same model with each expert by itself, as most checkpoints have them.
+    split = model if _is_split(model) else empty_model(model.config, filling.dtype, type(model))
     source.locations = find_locations(split, source.tensors)
     _warn_of_unused(model, source)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
@@ -67,6 +68,11 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
         _fill_buffers(model, source, split, filling)  # before parameters, which a table's initialisation may touch
         model.keep_packed = _fill_parameters(model, source, split, filling)
     model.tie_weights()
+
+
+def _is_split(model: PreTrainedModel) -> bool:
+    """Tell whether a model has its buffers, and each expert by itself, as `empty_model` makes it."""
+    return not any(buffer.is_meta for buffer in model.buffers()) and not any(map(is_fused, model.modules()))
 
 
 def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
@@ -90,7 +96,7 @@ def _fill_parameters(
 ) -> dict[str, bool]:
     """Read all parameters; whether each linear that may be packed is."""
     device = filling.device or next(model.parameters()).device
-    choice = Choice(filling.keep_packed, _packable_names(model), device)
+    choice = Choice(filling.keep_packed, _packable_names(model), device, dtype=filling.dtype)
     in_float32 = _float32_names(model, filling.dtype)
     names = [name for name, _ in model.named_parameters()]  # a tied parameter has its first name here
     filling.progress.start(f"loading {source.model}", len(names))
@@ -133,7 +139,7 @@ def _packable_names(model: PreTrainedModel) -> list[str]:
 
 def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling) -> None:
     """Copy the buffers that the configuration determines; read those that the checkpoint has."""
-    for name, buffer in split.named_buffers(remove_duplicate=False):
+    for name, buffer in list(split.named_buffers(remove_duplicate=False)):
         set_buffer(model, name, buffer, filling.device or model.get_buffer(name).device)
     # transformers computes tables anew after loading, in float32; a model that was built in bfloat16 has rounded ones.
     for module in model.modules():

@@ -18,6 +18,7 @@ from llm_barber.runtime.products import (
     dense_linear,
     is_differentiated,
     is_plain,
+    outside_transforms,
     report_other_bits,
     shared_buffer,
 )
@@ -95,8 +96,9 @@ class PackedLinear(nn.Module):
             return self.unpack()
         if not self.values.is_cpu:
             return unpack_on_device(self.values, self.bits, self.shape)
-        weight = self.values.new_empty(self.shape)
-        self._unpack(weight)
+        with outside_transforms():
+            weight = self.values.new_empty(self.shape)
+            self._unpack(weight)
         return weight
 
     def dense(self) -> nn.Linear:

@@ -21,6 +21,11 @@ def is_differentiated(inputs: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
 
 
+def outside_transforms() -> Any:
+    """Context in which new tensors are memory also while a transform of `torch.func` runs, which would wrap them."""
+    return torch._C._DisableFuncTorch()
+
+
 def count_rows(inputs: Tensor, columns: int) -> int:
     """Number of rows of inputs, (…, columns); 0 for another width: PyTorch's linear says what is wrong."""
     return inputs.numel() // columns if inputs.shape[-1] == columns else 0

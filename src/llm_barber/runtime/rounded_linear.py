@@ -17,6 +17,7 @@ from llm_barber.runtime.products import (
     dense_linear,
     is_differentiated,
     is_plain,
+    outside_transforms,
     report_other_bits,
     shared_buffer,
 )
@@ -128,13 +129,14 @@ class RoundedLinear(nn.Module):
             return restore_rows(
                 unpack_on_device(self.values, self.bits, self.shape), scales, self.group, self.packed_dtype
             )
-        into = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
-        weight = self._ready_weight(None, self.packed_dtype)
-        if weight is None:
+        with outside_transforms():
+            into = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
+            weight = self._ready_weight(None, self.packed_dtype)
+            if weight is not None:
+                weight.unpack(into)
+                return into
             packed = Packed(self.shape, Encoding.BITMASK, self.values, self.bits)
             return unpack_rounded(Rounded(packed, scales, self.group, self.packed_dtype), into.view(-1))
-        weight.unpack(into)
-        return into
 
     def extra_repr(self) -> str:
         """Shape, and the share of weights that is kept."""
