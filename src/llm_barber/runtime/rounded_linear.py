@@ -124,12 +124,11 @@ class RoundedLinear(nn.Module):
 
     def _unpack(self, into: Tensor | None) -> Tensor:
         """The weight as it was packed, in new memory or in `into`, (out, in)."""
-        scales = self.scales.view(torch.bfloat16)
-        if not self.values.is_cpu:
-            return restore_rows(
-                unpack_on_device(self.values, self.bits, self.shape), scales, self.group, self.packed_dtype
-            )
         with outside_transforms():
+            scales = self.scales.view(torch.bfloat16)
+            if not self.values.is_cpu:
+                quotients = unpack_on_device(self.values, self.bits, self.shape)
+                return restore_rows(quotients, scales, self.group, self.packed_dtype)
             into = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
             weight = self._ready_weight(None, self.packed_dtype)
             if weight is not None:
