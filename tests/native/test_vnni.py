@@ -15,9 +15,7 @@ from llm_barber.native.rows import Parts
 from tests.helpers.threads import check_threads_and_fork
 from tests.native.test_avx512 import Guarded, make_weight
 
-pytestmark = pytest.mark.skipif(
-    best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI"
-)
+pytestmark = pytest.mark.skipif(best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI")
 SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000)]
 
 

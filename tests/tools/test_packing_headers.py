@@ -111,5 +111,3 @@ def test_a_kept_header_that_does_not_fit_is_refused(tmp_path: Path, pruned: Path
             CheckpointSource(tmp_path / "packed")
     save_file(tensors, shard, {TABLE_KEY: json.dumps(table)})
     CheckpointSource(tmp_path / "packed")
-
-

@@ -1,7 +1,7 @@
 """Products with packed int8 values, and unpacking them.
 
-By AVX-512 with VBMI2 and VNNI (`vnni.c`), or by AVX2 (`rounded.c`). Sizes are checked here, not in C. If the extension was not built, or the processor lacks the instructions, the weight is
-unpacked with NumPy.
+By AVX-512 with VBMI2 and VNNI (`vnni.c`), or by AVX2 (`rounded.c`). Sizes are checked here, not in C. If the extension
+was not built, or the processor lacks the instructions, the weight is unpacked with NumPy.
 """
 
 import ctypes
@@ -186,10 +186,11 @@ class Weight:
     def multiply(self, inputs: Tensor) -> Tensor:
         """Compute inputs · Wᵀ + bias: (…, out).
 
-        By AVX2, inputs are not rounded, and sums are float32. By VNNI, each row of inputs is rounded to integers from −127 to 127 in the weight's groups of columns: x · (127 / largest
-        |x| of the group), to nearest, ties to even. Products are summed as integers within a group, and in float32 over
-        groups; the result is rounded once, after the bias. Inputs below 1e-35, in a group without larger ones, are 0. A
-        row of inputs with a NaN or an infinity has NaN outputs.
+        By AVX2, inputs are not rounded, and sums are float32. By VNNI, each row of inputs is rounded to integers from
+        −127 to 127 in the weight's groups of columns: x · (127 / largest |x| of the group), to nearest, ties to even.
+        Products are summed as integers within a group, and in float32 over groups. Inputs below 1e-35, in a group
+        without larger ones, are 0. A row of inputs with a NaN or an infinity has NaN outputs. Both round the result
+        once, after the bias.
 
         Args:
             inputs: (…, in), of the weight's dtype, on the CPU; 1 to `kernel.rows` input rows.

@@ -239,8 +239,8 @@ def _folder_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     others = sorted(entry.keys() - ENTRY_KEYS)
     if others:
         warnings.warn(
-            f"{KEY} in config.json has {', '.join(map(repr, others))}, which is ignored: the caller chooses how a packed "
-            f"folder is loaded, by {KEY}=PackedConfig(…)",
+            f"{KEY} in config.json has {', '.join(map(repr, others))}, which is ignored: the caller chooses how a "
+            f"packed folder is loaded, by {KEY}=PackedConfig(…)",
             stacklevel=4,
         )
     return {name: entry[name] for name in ("quant_method", WEIGHTS) if entry.get(name) is not None}
