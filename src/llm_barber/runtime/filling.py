@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_barber.checkpoint.encoding import Packed, pack, unpack
+from llm_barber.checkpoint.encoding import Encoding, Packed, pack, unpack
 from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
@@ -115,14 +115,22 @@ def _fill_parameters(
             setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=filling.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
-            bias = owner.bias  # it follows; it may still be on `meta`
-            linear = RoundedLinear(weight, bias, dtype) if isinstance(weight, Rounded) else PackedLinear(weight, bias)
+            linear = _packed_linear(weight, owner.bias, dtype)  # the bias follows; it may still be on `meta`
             for buffer_name, buffer in linear.named_buffers(recurse=False):
                 setattr(linear, buffer_name, buffer.to(device))
             setattr(model.get_submodule(parent), last, linear)
         filling.progress.advance(name)
     choice.report()
     return choice.decisions
+
+
+def _packed_linear(
+    weight: Packed | Rounded, bias: nn.Parameter | None, dtype: torch.dtype
+) -> PackedLinear | RoundedLinear:
+    """Linear of a weight that `read_packed` checked, or that was packed here."""
+    if isinstance(weight, Rounded):
+        return RoundedLinear(weight, bias, dtype, checked=True)
+    return PackedLinear(weight, bias, checked=weight.encoding is Encoding.BITMASK)
 
 
 def _packable_names(model: PreTrainedModel) -> list[str]:

@@ -44,17 +44,21 @@ class PackedLinear(nn.Module):
     Args:
         packed: the weight, (out, in).
         bias: a parameter, (out,), or None; it may still be empty.
+        checked: the parts of the weight fit together, and its places are a bit mask, as `read_packed` reads it.
+
+    Raises:
+        ValueError: the parts of the weight do not fit together.
     """
 
     values: Tensor
     bits: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
+    def __init__(self, packed: Packed, bias: nn.Parameter | None, checked: bool = False) -> None:
         super().__init__()
         self.shape = packed.shape
         self.register_buffer("values", packed.values)
-        self.register_buffer("bits", torch.from_numpy(bitmask(packed)))
+        self.register_buffer("bits", packed.places if checked else torch.from_numpy(bitmask(packed)))
         self.register_parameter("bias", bias)
         self._ready: dict[int, avx512.Weight] = {}  # by number of PyTorch's threads
         self._parts: dict[int, tuple[Tensor, Parts]] = {}  # by number of parts: the bits, and the rows of each part

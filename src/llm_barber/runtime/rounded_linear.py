@@ -34,6 +34,7 @@ class RoundedLinear(nn.Module):
         rounded: the weight, (out, in).
         bias: (out,), or None; it may still be empty.
         dtype: of `weight`, which the model computes in; None: the dtype that the weight was packed from.
+        checked: the parts of the weight fit together, and its places are a bit mask, as `read_packed` reads it.
 
     Raises:
         ValueError: the parts of the weight do not fit together.
@@ -43,14 +44,17 @@ class RoundedLinear(nn.Module):
     bits: Tensor
     scales: Tensor
 
-    def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None, checked: bool = False) -> None:
         super().__init__()
-        bits = bitmask(rounded.packed)
-        check_rounded(rounded)
+        if checked:
+            bits = rounded.packed.places
+        else:
+            bits = torch.from_numpy(bitmask(rounded.packed))
+            check_rounded(rounded)
         self.shape, self.group, self.packed_dtype = rounded.packed.shape, rounded.group, rounded.dtype
         self.dtype = dtype or rounded.dtype
         self.register_buffer("values", rounded.packed.values)
-        self.register_buffer("bits", torch.from_numpy(bits))
+        self.register_buffer("bits", bits)
         # Integers, so that a change of the model's dtype leaves the scales as they are.
         self.register_buffer("scales", rounded.scales.contiguous().view(torch.int16))
         self.register_parameter("bias", bias)
