@@ -94,7 +94,8 @@ def test_headers_come_back_as_they_were(
     assert load_file(tmp_path / "unpacked" / file.name).keys() == load_file(file).keys()
     with safe_open(tmp_path / "packed" / f"packed-{file.name}", "pt") as handle:
         kept = "header" in json.loads(handle.metadata()[TABLE_KEY])
-    assert kept is (layout != "compact" or metadata != {"format": "pt"})
+    writes_the_same = layout == "compact" and metadata is not None and len(metadata) < 2
+    assert kept is not writes_the_same
 
 
 def change_record(folder: Path, file: str, digest: str) -> None:

@@ -248,7 +248,7 @@ def _folder_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_of_packed(settings: Mapping[str, Any]) -> bool:
     """Tell whether a caller's dict holds settings of `PackedConfig`, not of another method."""
-    return settings.get("quant_method", QUANT_METHOD) == QUANT_METHOD
+    return bool(settings.get("quant_method", QUANT_METHOD) == QUANT_METHOD)
 
 
 def _is_packed_folder(name: str | None) -> bool:
