@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -100,7 +99,8 @@ class Choice:
         check(keep_packed, device)
         self.decisions: dict[str, bool] = dict.fromkeys(names, False)
         self._keep_packed = keep_packed
-        self._measure = measure or partial(measure_times, dtype=dtype)
+        self._measure = measure or self._measure_here
+        self._dtype = dtype
         self._timed: list[tuple[tuple[tuple[int, int], torch.dtype], float, bool]] = []  # shape, share, packed?
         if isinstance(keep_packed, Mapping):
             self._check_names(keep_packed)
@@ -139,6 +139,10 @@ class Choice:
         if self._keep_packed is not False:
             packed = sum(self.decisions.values())
             logger.info("keep_packed: %d linears packed, %d dense", packed, len(self.decisions) - packed)
+
+    def _measure_here(self, weight: Packed | Rounded) -> tuple[Times, Times]:
+        """Measure times; a weight with rounded values does not say in which dtype the model computes."""
+        return measure_times(weight) if isinstance(weight, Packed) else measure_times(weight, self._dtype)
 
     def _is_faster(self, weight: Packed | Rounded) -> bool:
         """Time a weight, unless a weight of this shape that keeps as many weights was timed already."""

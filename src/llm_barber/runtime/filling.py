@@ -41,6 +41,7 @@ class Filling:
         keep_packed: which linears stay packed in memory, as in `load`.
         progress: told of each parameter.
         requires_grad: dense parameters take gradients.
+        has_buffers: the buffers of the model were computed when it was built.
     """
 
     dtype: torch.dtype
@@ -48,6 +49,7 @@ class Filling:
     keep_packed: KeepPacked
     progress: Progress
     requires_grad: bool = False
+    has_buffers: bool = False
 
 
 def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> None:
@@ -59,8 +61,9 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
         SettingsError: `keep_packed` names other linears than the model's, or "auto" is not for this device.
         ModelError: a tensor is missing, damaged, or has another shape than the configuration says.
     """
-    # The same model with each expert by itself, as most checkpoints have them.
-    split = model if _is_split(model) else empty_model(model.config, filling.dtype, type(model))
+    # The same model with its buffers, and with each expert by itself, as most checkpoints have them.
+    is_split = filling.has_buffers and not any(map(is_fused, model.modules()))
+    split = model if is_split else empty_model(model.config, filling.dtype, type(model))
     source.locations = find_locations(split, source.tensors)
     _warn_of_unused(model, source)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
@@ -68,11 +71,6 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
         _fill_buffers(model, source, split, filling)  # before parameters, which a table's initialisation may touch
         model.keep_packed = _fill_parameters(model, source, split, filling)
     model.tie_weights()
-
-
-def _is_split(model: PreTrainedModel) -> bool:
-    """Tell whether a model has its buffers, and each expert by itself, as `empty_model` makes it."""
-    return not any(buffer.is_meta for buffer in model.buffers()) and not any(map(is_fused, model.modules()))
 
 
 def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:

@@ -67,7 +67,7 @@ def load(
         loaded: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     loaded.tie_weights()
     join_tied_linears(loaded)
-    fill(loaded, source, Filling(dtype, target, keep_packed, progress))
+    fill(loaded, source, Filling(dtype, target, keep_packed, progress, has_buffers=True))
     generation_config = load_generation_config(source.folder)
     if generation_config is not None:
         loaded.generation_config = generation_config

@@ -11,6 +11,7 @@ from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows,
 from llm_barber.native import avx512
 from llm_barber.native.rounded import DTYPES, ROWS, Kernel, Weight, find_kernel
 from llm_barber.native.rows import Parts
+from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_linear import unpack_on_device
 from llm_barber.runtime.products import (
     count_rows,
@@ -27,8 +28,9 @@ class RoundedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
     On CPUs with AVX-512 (VBMI2 and VNNI) up to 8 rows of inputs are rounded, too, and multiplied with the packed weight
-    (`Weight.multiply` says how). With AVX2 up to 4 rows are multiplied, and not rounded. Otherwise each use
-    unpacks the weight to its dtype, and inputs are not rounded.
+    (`Weight.multiply` says how). With AVX2 up to 4 rows are multiplied, and not rounded. On CUDA with Triton kernels
+    multiply a few rows with the int8 values, and do not round inputs; they were not run on a real GPU. Otherwise each
+    use unpacks the weight to its dtype, and inputs are not rounded.
 
     Args:
         rounded: the weight, (out, in).
@@ -43,6 +45,7 @@ class RoundedLinear(nn.Module):
     values: Tensor
     bits: Tensor
     scales: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None, checked: bool = False) -> None:
         super().__init__()
@@ -60,6 +63,7 @@ class RoundedLinear(nn.Module):
         self.register_parameter("bias", bias)
         # By number of PyTorch's threads, dtype of inputs, and with or without the bias.
         self._ready: dict[tuple[int, torch.dtype, bool], Weight] = {}
+        self._places = on_gpu.PlacesOnGpu(self.shape)
         native.library()  # it has to be loaded before the process forks, to know a forked process
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,12 +75,20 @@ class RoundedLinear(nn.Module):
         super()._load_from_state_dict(*arguments)
         report_other_bits(self.values, self.bits, arguments)
         self._ready = {}
+        self._places = on_gpu.PlacesOnGpu(self.shape)
+        self._places.prepare(self.bits)
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
         self.dtype = function(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self._places.prepare(self.bits)
         return self
+
+    def gpu_weight(self) -> on_gpu.GpuWeight:
+        """The weight as the GPU's kernels read it."""
+        places, scales = self._places.of(self.bits), self.scales.view(torch.bfloat16)
+        return on_gpu.GpuWeight(places, self.values, scales, self.group, self.shape[1], self.packed_dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -89,6 +101,8 @@ class RoundedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
+        if on_gpu.has_kernels(self.values.device.type):
+            return self.gpu_weight().multiply(inputs, self.bias)
         bias = self._parameters["bias"]
         differentiated = is_differentiated(inputs, bias)
         columns = self.shape[1]
@@ -128,6 +142,8 @@ class RoundedLinear(nn.Module):
 
     def _unpack(self, into: Tensor | None) -> Tensor:
         """The weight as it was packed, in new memory or in `into`, (out, in)."""
+        if on_gpu.has_kernels(self.values.device.type):
+            return self.gpu_weight().unpack()
         with outside_transforms():
             scales = self.scales.view(torch.bfloat16)
             if not self.values.is_cpu:
