@@ -89,6 +89,8 @@ def show_inspection(inspection: Inspection) -> None:
         console.print(f"weights that are zero in {inspection.compared_with} too: {natural:,}", soft_wrap=True)
     if inspection.rounding is not None:
         console.print(f"kept weights are {inspection.rounding.words}", soft_wrap=True)
+    if inspection.fine_tuned:
+        console.print(f"fine-tuned after pruning: {inspection.fine_tuned} tensors", soft_wrap=True)
     if not inspection.record and inspection.compared_with is None:
         console.print("no record (barber.json) and no --dense: nothing to check against")
     elif not inspection.problems:
