@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_barber import InspectConfig, PackConfig, PruneConfig, inspect, pack, prune, unpack
 from llm_barber.checkpoint.companions import RECORD_NAME
-from llm_barber.checkpoint.packed import TABLE_KEY
+from llm_barber.checkpoint.packed_table import TABLE_KEY
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.record.file import read_record

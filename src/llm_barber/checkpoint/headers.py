@@ -10,8 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
+from llm_barber.checkpoint.index import PACKED_INDEX, read_index
 from llm_barber.checkpoint.locations import TensorInfo
-from llm_barber.checkpoint.packed import PACKED_INDEX, Table, dense_infos, read_index, read_table
+from llm_barber.checkpoint.packed_table import Table, dense_infos, read_table
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_file_name, check_header, read_json
 from llm_barber.errors import ModelError
