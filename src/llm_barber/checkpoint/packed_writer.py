@@ -8,19 +8,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from llm_barber.checkpoint.index import packed_index
-from llm_barber.checkpoint.packed import (
-    FORMAT_VERSION,
-    PACKED_INDEX,
-    PLACES,
-    TABLE_KEY,
-    VALUES,
-    Table,
-    pack_tensors,
-    packed_name,
-    read_tensor,
-)
+from llm_barber.checkpoint.index import FORMAT_VERSION, PACKED_INDEX, packed_index, packed_name
+from llm_barber.checkpoint.packed import pack_tensors, read_tensor
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, packed_configuration
+from llm_barber.checkpoint.packed_table import PLACES, TABLE_KEY, VALUES, Table
 from llm_barber.checkpoint.writer import CheckpointWriter
 
 METADATA = {"format": "pt"}
@@ -39,7 +30,11 @@ class PackedWriter(CheckpointWriter):
         return packed_name(super()._name(number))
 
     def write_shard(
-        self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        name: str | None = None,
+        metadata: dict[str, str] | None = None,
+        header: str | None = None,
     ) -> None:
         """Write the next shard, with every matrix packed that becomes smaller.
 
@@ -48,6 +43,7 @@ class PackedWriter(CheckpointWriter):
         """
         assert name is None
         assert metadata is None
+        assert header is None
         dense = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         digest = hashlib.sha256(save(dense, METADATA)).hexdigest()
         stored, entries = pack_tensors(dense)

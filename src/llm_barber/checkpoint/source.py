@@ -3,6 +3,7 @@
 Nothing is unpickled, and no code that comes with a model is run. What an index says is checked against the files.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.encoding import Packed
 from llm_barber.checkpoint.headers import LastShard, OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
+from llm_barber.checkpoint.index import DAMAGED, PACKED_INDEX
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
-from llm_barber.checkpoint.packed import DAMAGED, PACKED_INDEX, read_packed, read_tensor
+from llm_barber.checkpoint.packed import read_packed, read_tensor
 from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.untrusted import read_json
@@ -135,10 +137,11 @@ class CheckpointSource:
         except SafetensorError as error:
             raise shard.damaged(error) from error
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], pinned: bool = False) -> dict[str, Tensor]:
         """Read tensors by the checkpoint's names, each file opened once.
 
-        The tensors are copies: no file stays mapped.
+        The tensors are copies: no file stays mapped. `pinned`: they lie in memory that a GPU can copy from while it
+        computes.
 
         Raises:
             ModelError: a file is damaged, or a tensor holds NaN or Inf.
@@ -153,8 +156,10 @@ class CheckpointSource:
                 for name in members:
                     if table is not None:
                         tensor = read_tensor(name, table, handle, file)
+                        tensor = pinned_copy(tensor) if pinned else tensor
                     else:
-                        tensor = handle.get_tensor(name).clone()
+                        mapped = handle.get_tensor(name)
+                        tensor = pinned_copy(mapped) if pinned else mapped.clone()
                     self._refuse_not_finite(name, tensor)
                     tensors[name] = tensor
                     if self._last is not None:
@@ -217,6 +222,11 @@ class CheckpointSource:
         return {info.file for info in self.tensors.values()}
 
 
+def pinned_copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor to pinned memory, in one copy even from a mapped file."""
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+
+
 def _all_finite(tensor: Tensor) -> bool:
     """True if no element is NaN or Inf.
 
@@ -225,4 +235,4 @@ def _all_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -79,23 +79,24 @@ class DecoderLayer:
         return weight.t() if self._transposed else weight
 
     @torch.no_grad()
-    def visit_inputs(self, hidden: Tensor, visitor: InputVisitor) -> None:
-        """Hand the input of every linear, (sequences, tokens, in), to `visitor`, then end the run.
+    def visit_inputs(self, hidden: Tensor, visitor: InputVisitor, stop: bool = True) -> Tensor | None:
+        """Hand the input of every linear, (sequences, tokens, in), to `visitor`; with `stop`, then end the run.
 
-        Linears that read the same tensor are visited one after the other with the same object. A linear that is called
-        several times, being the module of several names, is visited each time.
+        Linears that read the same tensor are visited one after the other with the same object; a linear of several
+        names is visited at each of its calls. Returns the layer's output, or None if the run was ended.
 
         Raises:
             ModelError: a linear is not called.
         """
-        with self.hooks.visited(self.linears, len(hidden), visitor) as visits:
-            self._run(hidden)
+        with self.hooks.visited(self.linears, len(hidden), visitor, stop) as visits:
+            output = self._run(hidden)
         self._groups = visits.groups
         if visits.waiting:
             raise ModelError(
                 f"{type(self.module).__name__} does not call {', '.join(sorted(visits.waiting))}",
                 "a fused kernel may take its weight instead: leave it uninstalled or switch it off; or --exclude it",
             )
+        return output
 
     def input_groups(self, block: Block, hidden: Tensor) -> list[tuple[str, ...]]:
         """Group the block's linears that read the same tensor; groups are in the order of the calls."""
@@ -189,8 +190,7 @@ class DecoderLayer:
             return calls, outputs[0].detach(), difference, scale, gradients
 
         calls, output, difference, scale, gradients = self.compute_gradients(run)
-        # d mean(d²)/dy = 2 d / (tokens · channels)
-        factor = scale * (2 / difference[0].numel())
+        factor = scale * (2 / difference[0].numel())  # d mean(d²)/dy = 2 d / (tokens · channels)
         for name, (inputs, gradient) in by_linear(calls, gradients, len(hidden), block.output).items():
             squares[name].update(inputs, gradient, factor)
         return output, mean_squares(difference)

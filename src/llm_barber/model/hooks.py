@@ -47,8 +47,10 @@ class LayerHooks:
         self._flattened: dict[str, bool] = {}  # by block: its output is (sequences · tokens, hidden)
 
     @contextmanager
-    def visited(self, linears: Collection[str], sequences: int, visitor: InputVisitor) -> Iterator[Visits]:
-        """Hand each linear's input, (sequences, tokens, in), to `visitor`; the last linear ends the run.
+    def visited(
+        self, linears: Collection[str], sequences: int, visitor: InputVisitor, stop: bool = True
+    ) -> Iterator[Visits]:
+        """Hand each linear's input, (sequences, tokens, in), to `visitor`; with `stop` the last linear ends the run.
 
         Linears that read the same tensor are handed the same object.
         """
@@ -64,7 +66,7 @@ class LayerHooks:
                     visits.groups[-1].append(name)
                 visitor(name, latest[1])
                 visits.waiting.discard(name)
-                if not visits.waiting and not self._called_again.intersection(linears):
+                if stop and not visits.waiting and not self._called_again.intersection(linears):
                     raise Reached
 
             return hook
