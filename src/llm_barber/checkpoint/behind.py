@@ -1,4 +1,9 @@
-"""Write in threads while decoder layers are computed."""
+"""Write in threads while decoder layers are computed.
+
+`writer.py` has two of these queues. One writes the shard of a layer, then the state that names it; the other writes
+activations, then the state that names them, which has the layers that they have passed. At most one shard and one file
+of activations wait to be written, so that memory is bounded.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future

@@ -29,16 +29,22 @@ class PackedWriter(CheckpointWriter):
         return packed_name(super()._name(number))
 
     def _write_shard(
-        self, number: int, tensors: dict[str, Tensor], name: str | None, metadata: dict[str, str] | None
+        self,
+        number: int,
+        tensors: dict[str, Tensor],
+        name: str | None,
+        metadata: dict[str, str] | None,
+        header: str | None,
     ) -> None:
         """Write a shard, durably, with every matrix packed that becomes smaller."""
         assert name is None
         assert metadata is None
+        assert header is None
         digest = hashlib.sha256(save(tensors, METADATA)).hexdigest()
         stored, entries = pack_tensors(tensors)
         packed, file = self._name(number), super()._name(number)
         table = Table(version=FORMAT_VERSION, file=file, metadata=METADATA, packed=entries)
-        super()._write_shard(number, stored, packed, {TABLE_KEY: table.text()})
+        super()._write_shard(number, stored, packed, {TABLE_KEY: table.text()}, None)
         size = sum(tensor.nbytes for tensor in tensors.values())
         unpacked = {"tensors": tuple(tensors), "bytes": size, "file": file, "file_sha256": digest}
         self._written[packed] = self._written[packed].model_copy(update=unpacked)

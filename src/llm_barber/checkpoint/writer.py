@@ -3,10 +3,7 @@
 Each shard: temporary file → fsync → rename. The index is written last, then the folder is renamed. A run that ends
 early leaves at most `NAME.partial`, without an index, which no program takes for a model; once a layer is finished it
 stays, with the state (`state.py`) from which the run can go on.
-
-All is written while the next layers are computed, in two threads. One writes the shard of a layer, then the state that
-names it. The other writes activations, then the state that names them, which has the layers that they have passed. At
-most one shard and one file of activations wait to be written, so that memory is bounded.
+All is written while the next layers are computed, in two threads (`behind.py`).
 """
 
 import hashlib
@@ -136,9 +133,6 @@ class CheckpointWriter:
         """Tell whether to keep the activations after the first `layers` layers; if so, this must be done next.
 
         They must be kept where they are not repeatable; otherwise seldom enough that no layer waits for them.
-
-        Raises:
-            OSError: the activations before could not be written.
         """
         return not self.repeatable or self._activations.begin_if_due(layers)
 
@@ -166,11 +160,7 @@ class CheckpointWriter:
         return self._activations.unwritten
 
     def wait_for_shards(self) -> None:
-        """Wait until all shards, and the layers that were finished, are durable.
-
-        Raises:
-            OSError: they could not be written.
-        """
+        """Wait until all shards, and the layers that were finished, are durable."""
         self._shards.wait()
 
     def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
@@ -222,7 +212,11 @@ class CheckpointWriter:
         return list(self._written)
 
     def write_shard(
-        self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        name: str | None = None,
+        metadata: dict[str, str] | None = None,
+        header: str | None = None,
     ) -> None:
         """Begin to write the next shard, once the shard before is durable.
 
@@ -230,6 +224,7 @@ class CheckpointWriter:
             tensors: by their names in the checkpoint; they must not change any more.
             name: of the file; None: by its number.
             metadata: of the file's header; None: as transformers writes it.
+            header: text of the whole header, as of `save_tensors`.
 
         Raises:
             OSError: the shard before could not be written.
@@ -237,15 +232,20 @@ class CheckpointWriter:
         self.wait_for_shards()
         self._count += 1
         on_host = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        self._shards.start(partial(self._write_shard, self._count, on_host, name, metadata))
+        self._shards.start(partial(self._write_shard, self._count, on_host, name, metadata, header))
 
     def _write_shard(
-        self, number: int, tensors: dict[str, Tensor], name: str | None, metadata: dict[str, str] | None
+        self,
+        number: int,
+        tensors: dict[str, Tensor],
+        name: str | None,
+        metadata: dict[str, str] | None,
+        header: str | None,
     ) -> None:
         """Write a shard, durably."""
         name = name or self._name(number)
         temporary = self.folder / f"{name}.tmp"
-        save_tensors(tensors, temporary, {"format": "pt"} if metadata is None else metadata)
+        save_tensors(tensors, temporary, {"format": "pt"} if metadata is None else metadata, header)
         digest = sync_file(temporary)
         temporary.rename(self.folder / name)
         size = sum(tensor.nbytes for tensor in tensors.values())
