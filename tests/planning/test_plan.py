@@ -58,7 +58,7 @@ def test_a_gpu_does_not_wait_for_activations(tmp_path: Path) -> None:
         assert run.seconds == pytest.approx(sum(stage.seconds for stage in run.stages))
         distances.append(expected)
     assert distances == sorted(distances)
-    assert 1 == distances[0] < distances[1] < 8 == distances[2] < distances[3]
+    assert distances[0] < distances[1] < 8 == distances[2] < distances[3]
     alone: dict[str, Any] = {"initial": "sparsegpt", "rebuild": False}
     for settings, waited in ((alone, each / 2e9), ({**alone, "keep_updates": True}, 0)):
         (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=2e9, **settings)).runs
