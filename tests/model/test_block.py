@@ -142,12 +142,14 @@ def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case)
     seen: dict[str, Tensor] = {}
     ended = []
     handle = module.register_forward_hook(lambda *_: ended.append(True))
-    layer.visit_inputs(hidden, seen.__setitem__)
+    layer.visit_inputs(
+        hidden, lambda rows: seen.update((str(name), part.values) for part in rows for name in part.names)
+    )
     handle.remove()
     assert set(seen) == set(architecture.linears)
     assert not ended
     assert seen["self_attn.q_proj"] is seen["self_attn.k_proj"]
-    assert all(inputs.shape[:2] == hidden.shape[:2] for inputs in seen.values())
+    assert all(inputs.shape[:3] == (1, *hidden.shape[:2]) for inputs in seen.values())
 
 
 def test_reconstruction_error_is_the_mean_square_by_sequence() -> None:
