@@ -75,7 +75,8 @@ def linear_gradients(
         if gradient is None:
             missing += [name for rows in inputs for name in rows.names if name is not None]
         else:
-            parts += map(_chosen, inputs, call.split(gradient))
+            chosen = map(_chosen, inputs, call.split(gradient))
+            parts += [part for part in chosen if part.names]
     counts = Counter(name for part in parts for name in part.names)
     for name in missing:
         if name not in counts:

@@ -136,7 +136,8 @@ class LayerHooks:
 
         def of_experts(path: str) -> Callable[..., None]:
             def hear(linear: str, inputs: Tensor, output: Tensor | None, view: SequenceView) -> None:
-                listener(inputs, output, partial(split_call, path, linear, view))
+                if any(f"{path}.{expert}.{linear}" in linears for expert in view.bucket.experts):
+                    listener(inputs, output, partial(split_call, path, linear, view))
 
             return hear
 
