@@ -1,8 +1,9 @@
 """Measure a layer's experts: one by one, sorted for grouped_mm, and padded to buckets for bmm.
 
 It prints milliseconds, forward, and forward and back with the gradients of all weights, by the shapes of models and the
-number of tokens. Each figure is the least of several trials, which alternate between the ways of computing. Beside it
-are the operations that PyTorch starts, without views: on a GPU each is a launch or more.
+number of tokens. Each figure is the least of several trials, which alternate between the ways of computing. On a CPU
+with one thread it is time of the processor, so that other work on the machine hardly shows. Beside it are the
+operations that PyTorch starts, without views: on a GPU each is a launch or more.
 
     python benchmarks/experts.py
     python benchmarks/experts.py --device cuda --tokens 2048,8192
@@ -78,13 +79,14 @@ def make_inputs(
 def least_milliseconds(calls: dict[str, Callable[[], object]], trials: int, device: torch.device) -> dict[str, float]:
     """Least milliseconds of each call; the calls alternate."""
     least = dict.fromkeys(calls, float("inf"))
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(trials + 1):  # the first call allocates
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            least[name] = min(least[name], 1000 * (time.perf_counter() - start))
+            least[name] = min(least[name], 1000 * (clock() - start))
     return least
 
 
