@@ -11,6 +11,7 @@ divergence and seconds of each. Finished cells are in `benchmarks/results/varian
 import argparse
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from quality_settings import CALIBRATION, ROOT, VALIDATION
 from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.cli.progress import ConsoleProgress
 from llm_barber.comparison.compare import MARKER, calibration_file, make_runner
+from llm_barber.progress import Progress
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune
 from llm_barber.settings.compare import CompareConfig, target_settings
@@ -120,7 +122,14 @@ def read_variant(text: str) -> Variant:
     return dict(part.split("=", 1) for part in text.split())
 
 
-def main() -> None:
+def make_model(progress: Progress, settings: Variant, folder: Path) -> RunReport:
+    """Prune the model of the settings into a folder."""
+    with estimated(settings) as prune_settings:
+        return prune(PruneConfig(output=folder, overwrite=True, report=False, **prune_settings), progress)
+
+
+def read_options() -> tuple[argparse.Namespace, list[tuple[Variant, str]]]:
+    """Read the command line: its options, and the variants with a target each that it asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with text/")
     parser.add_argument("--model", help="an ordinary checkpoint (default: SmolLM2-135M from its package)")
@@ -140,10 +149,22 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := [group for group in options.groups.split(",") if group and group not in GROUPS]:
         parser.error(f"--groups: no {', '.join(unknown)}; there are {', '.join(GROUPS)}")
-    work = [GROUPS[group] for group in options.groups.split(",") if group]
-    work += [(options.variant, "0.5")] if options.variant else []
-    if not work:
+    groups = [GROUPS[group] for group in options.groups.split(",") if group]
+    groups += [(options.variant, "0.5")] if options.variant else []
+    if not groups:
         parser.error("no --groups and no --variant: nothing to do")
+    cells = [
+        (variant, target)
+        for variants, targets in groups
+        for target in (options.targets or targets).split(",")
+        for variant in variants
+        if not (":" in target and "allocation" in variant)  # N:M is the same in every linear
+    ]
+    return options, cells
+
+
+def main() -> None:
+    options, cells = read_options()
     model = str(Path(model_folder(options.model)).resolve())
     os.chdir(options.data)  # so that results name texts as they lie in DATA
     config = CompareConfig(
@@ -157,26 +178,17 @@ def main() -> None:
         runner = make_runner(config, model, progress)
         calibration = str(calibration_file(config, runner, model, options.seed, progress))
         dense = runner.dense(progress).texts[0].perplexity
-        for variants, targets in work:
-            for target in (options.targets or targets).split(","):
-                for variant in variants:
-                    if ":" in target and "allocation" in variant:
-                        continue
-                    differing = as_it_differs(variant, target, options.samples, options.seqlen)
-                    settings = {**target_settings(target), **differing}
-
-                    def make(folder: Path, settings: Variant = settings) -> RunReport:
-                        run_settings = {"model": model, "output": folder, "overwrite": True, "report": False}
-                        text = {"samples": options.samples, "seqlen": options.seqlen, "seed": options.seed}
-                        run_settings |= text if "calibration" in settings else {"calibration": calibration}
-                        with estimated(settings) as prune_settings:
-                            return prune(PruneConfig(**run_settings, **prune_settings), progress)
-
-                    key = {**settings, "seed": options.seed, "revisions": REVISIONS}
-                    result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
-                    evaluation = result.evaluation.texts[0]
-                    kl = "–" if evaluation.against is None else f"{evaluation.against.divergence:.3f}"
-                    rows.append([words(variant), target, f"{evaluation.perplexity:.2f}", kl, f"{result.seconds:.0f}"])
+        text = {"samples": options.samples, "seqlen": options.seqlen, "seed": options.seed}
+        for variant, target in cells:
+            differing = as_it_differs(variant, target, options.samples, options.seqlen)
+            settings = {**target_settings(target), **differing}
+            read = text if "calibration" in settings else {"calibration": calibration}
+            key = {**settings, "seed": options.seed, "revisions": REVISIONS}
+            make = partial(make_model, progress, {"model": model, **read, **settings})
+            result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
+            evaluation = result.evaluation.texts[0]
+            kl = "–" if evaluation.against is None else f"{evaluation.against.divergence:.3f}"
+            rows.append([words(variant), target, f"{evaluation.perplexity:.2f}", kl, f"{result.seconds:.0f}"])
     title = f"{Path(model).name}, {options.samples} × {options.seqlen} tokens, seed {options.seed}; dense {dense:.2f}"
     headings = ["variant", "target", "perplexity", "KL", "seconds"]
     keep("variants", {"title": title, "headings": headings, "rows": rows})

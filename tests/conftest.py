@@ -1,9 +1,12 @@
 """Tiny random models of each family, and the masks of the released program."""
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -171,8 +174,22 @@ def make_config(family: str, **changes: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(settings.pop("model_type", family), **settings)
 
 
+MADE = TemporaryDirectory(prefix="llm-barber-tests-")  # models that `make_model` copies
+STATES: dict[str, torch.Tensor] = {}  # by model: that of the random numbers after it was made
+
+
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
-    """Save a tiny random model of a family, and return its folder."""
+    """Save a tiny random model of a family, and return its folder; each model is made once and then copied."""
+    key = hashlib.sha256(repr((family, dtype, seed, sorted(changes.items()))).encode()).hexdigest()
+    if key not in STATES:
+        _save_model(Path(MADE.name) / key, family, dtype, seed, changes)
+        STATES[key] = torch.get_rng_state()
+    torch.set_rng_state(STATES[key])
+    shutil.copytree(Path(MADE.name) / key, folder, dirs_exist_ok=True)
+    return folder
+
+
+def _save_model(folder: Path, family: str, dtype: torch.dtype, seed: int, changes: dict[str, Any]) -> None:
     torch.manual_seed(seed)
     config = make_config(family, **changes)
     model = auto_class(config).from_config(config, dtype=dtype)
@@ -184,7 +201,6 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, se
             if name.endswith(("score_correction_bias", "expert_bias")):  # what routers add to their scores
                 buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
-    return folder
 
 
 def make_gguf(path: Path) -> Path:

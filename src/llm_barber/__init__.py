@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from llm_barber.planning.plan import plan
     from llm_barber.record.report import RunReport
     from llm_barber.run.commands import prune, rebuild
+    from llm_barber.runtime.held_zeros import HeldZeros, hold_zeros
     from llm_barber.runtime.load import load
     from llm_barber.runtime.registry import PackedConfig, register
+    from llm_barber.runtime.trainer_callback import HoldZeros
     from llm_barber.settings.compare import CompareConfig
     from llm_barber.settings.copies import ConvertConfig, PackConfig
     from llm_barber.settings.evaluate import EvaluateConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from llm_barber.settings.prune import PruneConfig, RebuildConfig
     from llm_barber.settings.report import ReportConfig
     from llm_barber.tools.convert import ConvertReport, convert
+    from llm_barber.tools.finetuned import merge_adapter, save_finetuned
     from llm_barber.tools.generate import generate
     from llm_barber.tools.generation import Generation
     from llm_barber.tools.inspection import Inspection, inspect
@@ -43,6 +46,8 @@ __all__ = [
     "Forecast",
     "GenerateConfig",
     "Generation",
+    "HeldZeros",
+    "HoldZeros",
     "InspectConfig",
     "Inspection",
     "PackConfig",
@@ -57,14 +62,17 @@ __all__ = [
     "convert",
     "evaluate",
     "generate",
+    "hold_zeros",
     "inspect",
     "load",
+    "merge_adapter",
     "pack",
     "plan",
     "prune",
     "rebuild",
     "register",
     "report",
+    "save_finetuned",
     "unpack",
 ]
 
@@ -81,6 +89,8 @@ _MODULES = {
     "Forecast": "planning.forecast",
     "GenerateConfig": "settings.generate",
     "Generation": "tools.generation",
+    "HeldZeros": "runtime.held_zeros",
+    "HoldZeros": "runtime.trainer_callback",
     "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",
     "PackConfig": "settings.copies",
@@ -95,14 +105,17 @@ _MODULES = {
     "convert": "tools.convert",
     "evaluate": "evaluation.evaluate",
     "generate": "tools.generate",
+    "hold_zeros": "runtime.held_zeros",
     "inspect": "tools.inspection",
     "load": "runtime.load",
+    "merge_adapter": "tools.finetuned",
     "pack": "tools.packing",
     "plan": "planning.plan",
     "prune": "run.commands",
     "rebuild": "run.commands",
     "register": "runtime.registry",
     "report": "page.write",
+    "save_finetuned": "tools.finetuned",
     "unpack": "tools.packing",
 }
 

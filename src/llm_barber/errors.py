@@ -14,6 +14,10 @@ class BarberError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type["BarberError"], tuple[str, str]]:
+        """Let the error travel from one process to another."""
+        return type(self), (self.message, self.hint)
+
 
 def first_line(error: BaseException) -> str:
     """First line of a library's error, with the second line if the first ends with a colon."""

@@ -78,8 +78,9 @@ def test_layout_by_hand() -> None:
 
 @pytest.mark.parametrize("encoding", [Encoding.TWO_OF_FOUR, Encoding.FOUR_OF_EIGHT])
 def test_every_way_to_keep(encoding: Encoding) -> None:
-    assert encoding.group is not None
-    n, m = encoding.group
+    codes = encoding.group_codes
+    assert codes is not None
+    n, m = codes.n, codes.m
     ways = list(itertools.combinations(range(m), n))
     weight = torch.zeros(len(ways), m)
     for row, way in enumerate(ways):

@@ -26,7 +26,7 @@ from tests.helpers.text import add_tokenizer
 TEXT = "The barber cuts what is too long, and leaves the rest as it grew. " * 40
 SIZE = ("--samples", "2", "--seqlen", "16")
 WEIGHTS = 18432  # of the linears
-ELSEWHERE = {"generate"}  # commands that a file of their own runs
+ELSEWHERE = {"demo", "generate"}  # commands that files of their own run
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,6 @@ def rebuild(models: Models) -> None:
     record = read_record(out)
     assert record is not None
     assert moved == record.swapped > 0
-
-
-def demo(models: Models) -> None:
-    out = models.folder / "demo"
-    options = ("--model", models.dense, "--output", out, "--windows", "2", *SIZE)
-    rows = json.loads(run("demo", *options, "--json").stdout)
-    assert [row["name"] for row in rows] == ["dense", "magnitude", "wanda", "paper", "mask"]
-    for row in rows[1:]:
-        assert row["sparsity"] == 0.5
-        assert (Path(row["folder"]) / "report.html").is_file()
-    assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
 def plan(models: Models) -> None:
@@ -180,8 +169,7 @@ def report(models: Models) -> None:
 
 
 RUNS: dict[str, Callable[[Models], None]] = {
-    check.__name__: check
-    for check in (prune, rebuild, demo, plan, inspect, pack, unpack, convert, evaluate, compare, report)
+    check.__name__: check for check in (prune, rebuild, plan, inspect, pack, unpack, convert, evaluate, compare, report)
 }
 
 

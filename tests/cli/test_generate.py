@@ -94,11 +94,11 @@ def test_verbose_says_what_is_chosen(model: Path, capsys: pytest.CaptureFixture[
     ("options", "code", "message"),
     [
         (["--chat"], 2, "--chat needs a chat template, and the tokenizer of"),
-        (["--max-new-tokens", "0"], 2, "--max-new-tokens: Input should be greater than or equal to 1"),
-        (["--temperature", "nan"], 2, "--temperature: Input should be a finite number"),
-        (["--temperature", "-1"], 2, "--temperature: Input should be greater than or equal to 0"),
+        (["--max-new-tokens", "0"], 2, "--max-new-tokens: 0 is too small: the least is 1"),
+        (["--temperature", "nan"], 2, "--temperature: 'nan' is not a finite number"),
+        (["--temperature", "-1"], 2, "--temperature: -1 is too small: the least is 0"),
         (["--repeats", "3"], 2, "--repeats needs --against"),
-        (["--keep-packed", "maybe"], 2, "Invalid value for '--keep-packed'"),
+        (["--keep-packed", "maybe"], 2, "--keep-packed: 'maybe' is not one of auto, yes, no"),
         (["--against", "/nothing/here"], 1, "no such model: /nothing/here"),
     ],
 )

@@ -21,14 +21,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.disasm import get_sass
-module, name, kinds, constants, divisible, capability = json.loads(sys.argv[1])
-kernel = getattr(importlib.import_module(module), name)
-kinds |= dict.fromkeys(constants, "constexpr")
-ordered = {name: kinds[name] for name in kernel.arg_names}
-attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-source = ASTSource(fn=kernel, signature=ordered, constexprs=constants, attrs=attributes)
-print(get_sass(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]))
+for module, name, kinds, constants, capability, warps in json.loads(sys.argv[1]):
+    kernel = getattr(importlib.import_module(module), name)
+    constants |= {key: triton.language.dtype(value) for key, value in constants.items() if isinstance(value, str)}
+    ordered = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    divisible = [number for number, name in enumerate(ordered) if ordered[name].startswith("*") or name == "columns"]
+    attributes = {(number,): [["tt.divisibility", 16]] for number in divisible}
+    source = ASTSource(fn=kernel, signature=ordered, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    print(get_sass(compiled.asm["cubin"]), end="=====\\n")
 """
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel and what it is compiled for.
+
+    `kinds`: type of each argument, for example `*bf16`; pointers, and a number of columns, are multiples of 16.
+    `constants`: compile-time arguments; a text is the name of a dtype. `capability`: compute capability, 90 for 9.0.
+    """
+
+    module: ModuleType
+    name: str
+    kinds: dict[str, str]
+    constants: dict[str, Any]
+    capability: int
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,7 @@ class MachineCode:
     """Instructions of a compiled kernel, by name, for example `LDG.E.U16`; without what pads its end."""
 
     names: tuple[str, ...]
+    loops: tuple[tuple[int, int], ...] = ()  # first and last instruction of each loop
 
     def count(self, *beginnings: str) -> int:
         """Count the instructions whose names begin so."""
@@ -51,34 +71,52 @@ class MachineCode:
         """Number of barriers of a whole program."""
         return self.count("BAR")
 
+    @property
+    def loop(self) -> "MachineCode":
+        """The longest loop; all instructions where there is none."""
+        first, last = max(self.loops, key=lambda loop: loop[1] - loop[0], default=(0, len(self.names) - 1))
+        return MachineCode(self.names[first : last + 1])
 
-def compile_kernel(
-    kernel: ModuleType,
-    name: str,
-    kinds: dict[str, str],
-    constants: dict[str, Any],
-    capability: int,
-    cache: Path,
-) -> MachineCode:
-    """Compile a kernel for a GPU that is not there, in a process without Triton's interpreter.
+
+def compile_kernels(sources: list[Source], cache: Path) -> list[MachineCode]:
+    """Compile kernels for GPUs that are not there, in a process without Triton's interpreter.
 
     Args:
-        kernel: its module.
-        name: the kernel's name in it.
-        kinds: type of each argument, for example `*bf16`; pointers are multiples of 16 bytes, as PyTorch's are.
-        constants: compile-time arguments.
-        capability: compute capability, 90 for 9.0.
+        sources: what to compile.
         cache: folder of Triton's files.
     """
-    divisible = [argument for argument, kind in kinds.items() if kind.startswith("*") or argument == "columns"]
-    described = json.dumps([kernel.__name__, name, kinds, constants, divisible, capability])
+    described = json.dumps(
+        [
+            [source.module.__name__, source.name, source.kinds, source.constants, source.capability, source.warps]
+            for source in sources
+        ]
+    )
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, "-c", COMPILE, described]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    names = re.findall(r"^\S+\t(?:@!?U?P\w+ )?([A-Z][\w.]*)", result.stdout, re.MULTILINE)
-    end = names.index("BRA", len(names) - 1 - names[::-1].index("EXIT")) if "BRA" in names else len(names)
-    return MachineCode(tuple(names[:end]))
+    return [parse(text) for text in result.stdout.split("=====\n")[:-1]]
+
+
+def parse(text: str) -> MachineCode:
+    """Read machine code as Triton prints it: labels, and instructions behind a tab."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        label = re.match(r"(LBB\d+):", line)
+        if label:
+            labels[label[1]] = len(names)
+        instruction = re.match(r"\S+\t(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*)", line)
+        if instruction:
+            target = re.search(r"(LBB\d+);", instruction[2])
+            if instruction[1].startswith("BRA") and target and target[1] in labels:
+                loops.append((labels[target[1]], len(names)))
+            names.append(instruction[1])
+    # Behind the end the code is padded: a branch to itself, and nothing.
+    padding = [first for first, last in loops if first == last]
+    end = padding[-1] if padding else len(names)
+    return MachineCode(tuple(names[:end]), tuple(loop for loop in loops if loop[1] < end))
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, name: str) -> list[Any]:

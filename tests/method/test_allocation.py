@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,8 @@ def test_bad_input(tmp_path: Path, model: Path) -> None:
 
 def test_alps_with_and_without_its_weights(tmp_path: Path, model: Path) -> None:
     tokens = save_tokens(tmp_path / "tokens.safetensors")
-    settings = {"model": model, "calibration": tokens, "initial": "alps", "rebuild": False, "dtype": "float32"}
+    settings: dict[str, Any] = {"model": model, "calibration": tokens, "dtype": "float32", "report": False}
+    settings |= {"initial": "alps", "rebuild": False}
     masks = []
     for updates in (False, True):
         out = tmp_path / str(updates)
@@ -149,7 +151,8 @@ def test_by_loss_takes_gradients_of_the_first_windows_alone(
     """Windows are as many as there are tokens for, and at least one."""
     monkeypatch.setattr("llm_barber.method.allocation.LOSS_TOKENS", loss_tokens)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=5)
-    settings = {"allocation": "loss", "sparsity": 0.6, "dtype": "float32", "batch_size": 2, "rebuild": False}
+    settings: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
+    settings |= {"allocation": "loss", "sparsity": 0.6, "rebuild": False}
     report = prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
     sparsities = {
         f".{layer.index}.{linear.name}": linear.sparsity for layer in report.layers for linear in layer.linears

@@ -90,7 +90,8 @@ def test_experts_with_few_tokens_are_pruned_by_magnitude(
 ) -> None:
     monkeypatch.setattr("llm_barber.method.few_tokens.FEW_TOKENS", 6)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
-    report = prune(PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, dtype="float32", **settings))
+    common: dict[str, Any] = {"dtype": "float32", "report": False}
+    report = prune(PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, **common, **settings))
     few = [(layer.index, linear) for layer in report.layers for linear in layer.linears if linear.few_tokens]
     assert 0 < len(few) < 0.7 * len(list(report.linears))
     written, dense = read_folder(tmp_path / "out"), read_folder(mixture)

@@ -53,7 +53,7 @@ def test_equals_the_method_in_memory(tmp_path: Path, model: Path) -> None:
     report = prune(
         PruneConfig(
             model=model, output=tmp_path / "out", granularity="output", rebuild_ratio=0.5, calibration=tokens,
-            dtype="float32", batch_size=2,
+            dtype="float32", batch_size=2, report=False,
         )
     )  # fmt: skip
     assert [linear.name for block in report.layers[0].blocks for linear in block.linears] == [
@@ -85,8 +85,9 @@ def test_equals_the_method_in_memory(tmp_path: Path, model: Path) -> None:
     "settings", [{"preset": "best"}, {"initial": "sparsegpt"}, {"preset": "mask", "pattern": "2:4"}]
 )
 def test_every_method_prunes_it_once(tmp_path: Path, model: Path, settings: dict[str, str]) -> None:
+    common: dict[str, Any] = {"dtype": "float32", "report": False}
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=8)
-    report = prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, dtype="float32", **settings))
+    report = prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **common, **settings))
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     written = read_folder(tmp_path / "out")
     for name in NAMES:
@@ -96,7 +97,8 @@ def test_every_method_prunes_it_once(tmp_path: Path, model: Path, settings: dict
 
 def test_inspected_and_loaded_packed(tmp_path: Path, model: Path) -> None:
     tokens = save_tokens(tmp_path / "tokens.safetensors")
-    settings = {"model": model, "calibration": tokens, "dtype": "float32", "initial": "wanda", "sparsity": 0.7}
+    settings: dict[str, Any] = {"model": model, "calibration": tokens, "dtype": "float32", "report": False}
+    settings |= {"initial": "wanda", "sparsity": 0.7}
     prune(PruneConfig(output=tmp_path / "out", **settings))
     prune(PruneConfig(output=tmp_path / "packed", format="packed", **settings))
     for output in (tmp_path / "out", tmp_path / "packed"):
@@ -131,7 +133,8 @@ def test_shared_by_two_blocks(tmp_path: Path, settings: dict[str, str], monkeypa
 
     monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "__init__", share)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=8)
-    report = prune(PruneConfig(model=folder, output=tmp_path / "out", calibration=tokens, dtype="float32", **settings))
+    common: dict[str, Any] = {"dtype": "float32", "report": False}
+    report = prune(PruneConfig(model=folder, output=tmp_path / "out", calibration=tokens, **common, **settings))
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     written = read_folder(tmp_path / "out")
     for index in range(2):
@@ -147,7 +150,7 @@ def test_a_checkpoint_that_has_it_once(tmp_path: Path, model: Path) -> None:
         {"format": "pt"},
     )
     tokens = save_tokens(tmp_path / "tokens.safetensors")
-    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, dtype="float32", preset="mask"))
+    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, preset="mask", report=False))
     written = read_folder(tmp_path / "out")
     assert not any("o_proj" in name for name in written)
     assert all((written[f"{name}.q_proj.weight"] == 0).float().mean() > 0.3 for name in NAMES)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, pack, prune, rebuild, unpack
 from llm_barber.checkpoint import hub
 from llm_barber.checkpoint.digests import content_digest, has_its_digest, with_digest
-from llm_barber.checkpoint.packed import PLACES, VALUES
+from llm_barber.checkpoint.packed_table import PLACES, VALUES
 from llm_barber.comparison.cells import fingerprint
 from llm_barber.errors import BarberError, ModelError, OutputError, VerificationError
 from llm_barber.run import stream as run_module

@@ -200,8 +200,8 @@ def test_half_precision_is_judged_by_its_values_not_by_their_sum(tmp_path: Path,
 
 def test_a_missed_sparsity_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
     told = Listener()
-    config = PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, sparsity=0.999, preset="paper")
-    prune(config, told)
+    amount = {"sparsity": 0.999, "preset": "paper", "report": False}
+    prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **amount), told)
     nothing_swapped, missed = told.warnings
     assert "the rebuild swapped nothing" in nothing_swapped
     assert "sparsity is 0.97" in missed
@@ -239,7 +239,7 @@ def test_magnitude_by_output_row(tmp_path: Path, llama: Path, tokens: Path) -> N
 def test_the_record_says_what_was_left_to_presets(
     tmp_path: Path, llama: Path, tokens: Path, settings: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    report = prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings))
+    report = prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, report=False, **settings))
     assert expected.items() <= json.loads(report.to_json())["resolved"].items()
     assert report.resolved["samples"] == report.calibration.sequences
     named = f"preset {expected['preset']}; " if expected["preset"] else ""
@@ -248,7 +248,7 @@ def test_the_record_says_what_was_left_to_presets(
 
 
 def test_what_held_out_windows_say_is_told(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    report = prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens))
+    report = run(llama, tmp_path / "out", tokens)
     nearer = [[error for error in layer.held_out if error < layer.held_out[0]] for layer in report.layers]
     shares = [
         1 - errors[-1] / layer.held_out[0] if errors else 0.0
@@ -259,4 +259,4 @@ def test_what_held_out_windows_say_is_told(tmp_path: Path, llama: Path, tokens: 
     assert f"−{sum(shares) / 2:.0%} in the mean, {kept} of 2 layers are kept as tuned" in report.tuning
     assert ("blocks left as they were" in report.tuning) == bool(report.rejected)
     assert report.tuning in (tmp_path / "out" / "README.md").read_text()
-    assert prune(PruneConfig(model=llama, output=tmp_path / "p", calibration=tokens, preset="paper")).tuning is None
+    assert run(llama, tmp_path / "p", tokens, preset="paper").tuning is None

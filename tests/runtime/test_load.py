@@ -48,7 +48,7 @@ def test_equals_what_transformers_loads(tmp_path: Path, pruned: Path) -> None:
 def test_packed_linears_take_less_memory(tmp_path: Path) -> None:
     model = make_model(tmp_path / "dense", "llama", dtype=torch.bfloat16, hidden_size=128, intermediate_size=256)
     tokens = save_tokens(tmp_path / "tokens.safetensors")
-    prune(PruneConfig(model=model, output=tmp_path / "pruned", calibration=tokens, sparsity=0.5))
+    prune(PruneConfig(model=model, output=tmp_path / "pruned", calibration=tokens, preset="paper", report=False))
     kept = load(tmp_path / "pruned", keep_packed=True)
     linears = [module for module in kept.modules() if isinstance(module, PackedLinear)]
     assert len(linears) == 14

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llm_barber.checkpoint.encoding import pack
+from llm_barber.runtime import on_gpu
 from llm_barber.runtime import packed_linear as module
-from llm_barber.runtime.packed_linear import DECODE_ROWS, PackedLinear, block_starts, unpack_on_device, use_kernel
+from llm_barber.runtime.kernels.layout import Places, find_places
+from llm_barber.runtime.packed_linear import PackedLinear, unpack_on_device
 
 
-@given(
-    rows=st.integers(1, 9), columns=st.integers(1, 70), block=st.sampled_from([1, 8, 16, 64]), seed=st.integers(0, 999)
-)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 70), seed=st.integers(0, 999))
 @settings(max_examples=100, deadline=None)
-def test_starts_and_unpacking_by_torch(rows: int, columns: int, block: int, seed: int) -> None:
+def test_unpacking_by_torch(rows: int, columns: int, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     weight[torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.7] = 0
     packed = pack(weight)
@@ -28,25 +28,6 @@ def test_starts_and_unpacking_by_torch(rows: int, columns: int, block: int, seed
     linear = PackedLinear(packed, None)
     assert torch.equal(unpack_on_device(linear.values, linear.bits, linear.shape), weight)
     assert torch.equal(linear.weight, weight)
-    flat = (weight != 0).view(-1)
-    expected = [
-        [int(flat[: row * columns + column].sum()) for column in range(0, columns, block)] for row in range(rows)
-    ]
-    starts = block_starts(linear.bits, linear.shape, block)
-    assert starts.dtype == torch.int32
-    assert starts.tolist() == expected
-
-
-def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HAS_TRITON", True)
-    assert use_kernel("cuda", 1, differentiated=False)
-    assert use_kernel("cuda", DECODE_ROWS, differentiated=False)
-    assert not use_kernel("cuda", DECODE_ROWS + 1, differentiated=False)
-    assert not use_kernel("cuda", 0, differentiated=False)
-    assert not use_kernel("cuda", 1, differentiated=True)
-    assert not use_kernel("cpu", 1, differentiated=False)
-    monkeypatch.setattr(module, "HAS_TRITON", False)
-    assert not use_kernel("cuda", 1, differentiated=False)
 
 
 def test_other_dtypes_and_bias() -> None:
@@ -185,36 +166,45 @@ def test_inputs_of_another_width_are_refused() -> None:
 
 
 def test_a_gpu_has_all_that_its_kernels_read_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph captures no lazy computation: `starts` are computed when the module moves or loads a state."""
-    monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    """A CUDA graph captures no lazy computation: places are found when the module moves or loads a state."""
+    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
     (linear, _), (other, _), computed = make_linear(40, 300), make_linear(40, 300, seed=1), []
 
-    def noted(bits: Tensor, shape: tuple[int, int], block: int) -> Tensor:
+    def noted(bits: Tensor, shape: tuple[int, int]) -> Places:
         computed.append(bits)
-        return block_starts(bits, shape, block)
+        return find_places(bits, shape)
 
-    monkeypatch.setattr(module, "block_starts", noted)
+    def check_places(linear: PackedLinear, bits: Tensor) -> None:
+        places, expected = linear.gpu_weight().places, find_places(bits, (40, 300))
+        assert torch.equal(places.words, expected.words)
+        assert torch.equal(places.starts.int(), expected.starts.int())
+        assert torch.equal(places.row_starts, expected.row_starts)
+
+    monkeypatch.setattr(on_gpu, "find_places", noted)
     nn.Sequential(linear).to("cpu", torch.bfloat16)
     assert len(computed) == 1
-    assert torch.equal(linear.starts(), block_starts(linear.bits, (40, 300), 256))
+    check_places(linear, linear.bits)
     nn.Sequential(linear).float()
     copied = copy.deepcopy(linear)
-    assert torch.equal(copied.starts(), linear.starts())
+    check_places(copied, linear.bits)
     assert len(computed) == 1
     assert set(linear.state_dict()) == {"values", "bits", "bias"}
-    linear.bits, linear.values = other.bits, other.values  # replaced: the starts are of other bits
-    assert torch.equal(linear.starts(), block_starts(other.bits, (40, 300), 256))
-    assert torch.equal(copied.starts(), block_starts(copied.bits, (40, 300), 256))
+    linear.bits, linear.values = other.bits, other.values  # replaced: the places are of other bits
+    check_places(linear, other.bits)
+    check_places(copied, copied.bits)
     flipped = other.bits.flip(0)
     linear.load_state_dict({**other.state_dict(), "bits": flipped})  # in place
     assert len(computed) == 3
-    assert torch.equal(linear.starts(), block_starts(flipped, (40, 300), 256))
+    check_places(linear, flipped)
     assert len(computed) == 3
+    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: False)
+    linear.to("cpu")  # back: a GPU's memory is not held
+    assert linear._places._places is None
 
 
 def test_no_forward_searches_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", None)
-    monkeypatch.setattr(module, "find_spec", None)
+    monkeypatch.setattr(on_gpu, "find_spec", None)
     linear, dense = make_linear(40, 64)
     check(linear, dense)
-    assert not use_kernel("cuda", 1, differentiated=True)
+    assert not on_gpu.has_kernels("cpu")

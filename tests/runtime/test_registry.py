@@ -26,7 +26,7 @@ from llm_barber import (
     unpack,
 )
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.index import PACKED_INDEX
 from llm_barber.errors import BarberError, ModelError, NotFiniteError, SettingsError, VerificationError
 from llm_barber.model.empty import auto_class
 from llm_barber.runtime.packed_linear import PackedLinear

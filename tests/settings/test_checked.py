@@ -29,8 +29,8 @@ def error_of(kind: type[Settings], **values: Any) -> str:
         (PruneConfig, {**PRUNE, "sparsity": 1.5, "pattern": "2:4"}, ("sparsity 1.5 is", "and pattern exclude")),
         (PruneConfig, {**PRUNE, "sparsity": 0.5, "pattern": "4:2"}, ("pattern 4:2 must", "and pattern exclude")),
         (PruneConfig, {**PRUNE, "samples": 0, "keep_updates": True}, ("samples: ", "keep_updates needs initial")),
-        (PruneConfig, {"model": "m", "pattern": "2:4", "sparsity": 0.5}, ("output: Field requ", "exclude each")),
-        (PruneConfig, {**PRUNE, "what": 1, "pattern": "2:4", "sparsity": 0.5}, ("what: Extra", "exclude each other")),
+        (PruneConfig, {"model": "m", "pattern": "2:4", "sparsity": 0.5}, ("output: is missing", "exclude each")),
+        (PruneConfig, {**PRUNE, "what": 1, "pattern": "2:4", "sparsity": 0.5}, ("what: there is ", "exclude each")),
         (
             PruneConfig,
             {**PRUNE, "sparsities": 1, "allocation": "owl", "pattern": "2:4"},
@@ -81,3 +81,37 @@ def test_conflicts_that_depend_on_a_wrong_value_are_not_reported(values: dict[st
     error = error_of(PruneConfig, **{**PRUNE, **values})
     assert error.startswith(f"{expected}: ")
     assert "; " not in error or expected == "initial_granularity"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (PruneConfig, {"samples": 1.5}, "samples: 1.5 is not a whole number"),
+        (PruneConfig, {"samples": None}, "samples: None is not a whole number"),
+        (PruneConfig, {"samples": "1" * 5000}, f"samples: '{'1' * 79}… has too many digits"),
+        (PruneConfig, {"sparsity": "half"}, "sparsity: 'half' is not a number"),
+        (PruneConfig, {"guard": float("inf")}, "guard: inf is not a finite number"),
+        (PruneConfig, {"bos": "perhaps"}, "bos: 'perhaps' is neither true nor false"),
+        (PruneConfig, {"model": 3}, "model: 3 is not text"),
+        (PruneConfig, {"include": "mlp"}, "include: 'mlp' is not a list"),
+        (PruneConfig, {"include": (3,)}, "include.0: 3 is not text"),
+        (PruneConfig, {"blocks": (3,)}, "blocks.0: 3 is not of type Block"),
+        (PruneConfig, {"sampels": 3}, "sampels: there is no such setting: did you mean samples?"),
+        (PruneConfig, {"xyz": 3}, "xyz: there is no such setting"),
+        (PruneConfig, {"preset": "mas"}, "preset: 'mas' is not one of paper, mask, best: did you mean mask?"),
+        (PruneConfig, {"seed": 10**5000}, "seed: the number is too large: it must be below 9223372036854775808"),
+        (PruneConfig, {"swaps": 10**7}, "swaps: 10000000 is too large: the most is 1000000"),
+        (PlanConfig, {"output": "o", "flops": 0}, "flops: 0 is too small: it must be above 0"),
+        (CompareConfig, {"limit": 1}, "limit: 1 is too small: the least is 2"),
+        (CompareConfig, {"tasks_folder": 3}, "tasks_folder: 3 is not a path"),
+        (CompareConfig, {"rebuild_settings": 3}, "rebuild_settings: 3 is not a mapping"),
+        (CompareConfig, {"rebuild_settings": {"ria": ("row", 1)}},
+         "rebuild_settings.ria.0: 'row' is not one of output, input, linear, block"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_in_our_words(kind: type[Settings], values: dict[str, Any], words: str) -> None:
+    assert error_of(kind, **{**PRUNE, **values}).split("; ")[0] == words
+
+
+def test_a_missing_value_is_told_in_our_words() -> None:
+    assert error_of(PruneConfig, model="m") == "output: is missing: give it a value"

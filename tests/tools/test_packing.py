@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
 from llm_barber.checkpoint.companions import LOCK_NAME
-from llm_barber.checkpoint.packed import PACKED_INDEX, TABLE_KEY
+from llm_barber.checkpoint.index import PACKED_INDEX
+from llm_barber.checkpoint.packed_table import TABLE_KEY
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError, SettingsError
 from llm_barber.runtime.load import load
@@ -22,13 +23,15 @@ from tests.helpers.damage import damaged
 from tests.helpers.text import add_tokenizer
 
 
-@pytest.fixture
-def pruned(tmp_path: Path) -> Path:
-    model = make_model(tmp_path / "dense", "llama", dtype=torch.bfloat16)
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model, beside `dense`; tests do not change them."""
+    folder = tmp_path_factory.mktemp("packing")
+    model = make_model(folder / "dense", "llama", dtype=torch.bfloat16)
     add_tokenizer(model)
-    tokens = save_tokens(tmp_path / "tokens.safetensors")
-    prune(PruneConfig(model=model, output=tmp_path / "pruned", calibration=tokens, pattern="2:4"))
-    return tmp_path / "pruned"
+    tokens = save_tokens(folder / "tokens.safetensors")
+    prune(PruneConfig(model=model, output=folder / "pruned", calibration=tokens, pattern="2:4", preset="paper"))
+    return folder / "pruned"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -48,12 +51,12 @@ def test_the_files_come_back_and_packed_ones_can_be_read(tmp_path: Path, pruned:
     assert 'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")' in card
     assert "the format is dense" not in card
     assert not inspect(InspectConfig(model=tmp_path / "unpacked")).problems
-    seen = inspect(InspectConfig(model=tmp_path / "packed", dense=tmp_path / "dense"))
+    seen = inspect(InspectConfig(model=tmp_path / "packed", dense=pruned.with_name("dense")))
     assert seen.problems == ()
     assert seen.patterns == inspect(InspectConfig(model=pruned)).patterns
     (tmp_path / "text.txt").write_text("any text, over and over. " * 10)
     settings = {"text": (str(tmp_path / "text.txt"),), "seqlen": 16, "windows": 4}
-    results = [evaluate(EvaluateConfig(model=tmp_path / name, **settings)).texts for name in ("pruned", "packed")]
+    results = [evaluate(EvaluateConfig(model=model, **settings)).texts for model in (pruned, tmp_path / "packed")]
     assert results[0] == results[1]
 
 

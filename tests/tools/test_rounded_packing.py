@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llm_barber import EvaluateConfig, InspectConfig, PackConfig, PruneConfig, evaluate, inspect, pack, prune, unpack
 from llm_barber.checkpoint.digests import with_digest
-from llm_barber.checkpoint.packed import PACKED_INDEX, TABLE_KEY
+from llm_barber.checkpoint.index import PACKED_INDEX
+from llm_barber.checkpoint.packed_table import TABLE_KEY
 from llm_barber.checkpoint.rounding import GROUP, round_trip
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.cli.tables import show_inspection, show_packing

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, COMPANIONS, INDEX_NAME
-from llm_barber.checkpoint.packed import PACKED_INDEX
+from llm_barber.checkpoint.index import PACKED_INDEX
 from llm_barber.checkpoint.packed_configuration import names_packed
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME

@@ -9,8 +9,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
+from llm_barber.checkpoint.index import PACKED_INDEX, read_index
 from llm_barber.checkpoint.locations import TensorInfo
-from llm_barber.checkpoint.packed import PACKED_INDEX, VALUES, RoundedEntry, Table, read_index, read_table
+from llm_barber.checkpoint.packed_table import VALUES, RoundedEntry, Table, read_table
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_file_name, check_header, read_json
 from llm_barber.errors import ModelError

@@ -1,136 +1,25 @@
-"""Packed checkpoint on disk: shards with packed weights, and an index. It is read as hostile input.
+"""Packed weights of a shard: what is stored of each, and the weight that is read back.
 
 A packed weight is two tensors, its kept values and their places (`encoding.py`), or three: rounded values have scales
-(`rounding.py`). The shard's metadata has a table with the shape and encoding of each. The names of the files are such
-that no other program takes the folder for a model. docs/reference/packed-format.md describes the format.
+(`rounding.py`). `packed_table.py` has the table that says which weights are packed. What a file says is checked before
+memory is taken.
 """
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 from torch import Tensor
 
-from llm_barber.checkpoint.digests import has_its_digest, with_digest
-from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask, pack, places_bytes, unpack
+from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask, pack, unpack
+from llm_barber.checkpoint.index import DAMAGED
+from llm_barber.checkpoint.packed_table import PLACES, VALUES, Entry, RoundedEntry, Table
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, pack_rounded, relative_error, unpack_rounded
-from llm_barber.checkpoint.untrusted import check_file_name, parse_json, read_json
 from llm_barber.errors import ModelError
 
-PACKED_INDEX = "packed.index.json"
-FORMAT_VERSION, ROUNDED_VERSION = 1, 2
-TABLE_KEY = "llm-barber packed"
-VALUES, PLACES, SCALES = ".packed_values", ".packed_places", ".packed_scales"
-LARGEST_SIDE = 2**31
-DAMAGED = "the packed checkpoint is damaged; get it again, or pack it again"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # of weights whose values are rounded
 DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class Entry(BaseModel):
-    """A packed weight in a table: its shape, (out, in) or (experts, out, in), and its encoding."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shape: tuple[int, ...] = Field(min_length=2, max_length=3)
-    encoding: Encoding
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The shape of the matrix that is packed: the rows of all experts one after the other."""
-        return math.prod(self.shape[:-1]), self.shape[-1]
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Suffixes of the names of its tensors."""
-        return VALUES, PLACES
-
-
-class RoundedEntry(Entry):
-    """A packed weight whose values are rounded to int8.
-
-    `dtype`: of the weight, safetensors' name. `group`: columns of a scale. `error`: relative root mean square error of
-    the rounding.
-    """
-
-    dtype: Literal["BF16", "F16", "F32"]
-    group: PositiveInt
-    error: NonNegativeFloat = Field(allow_inf_nan=False)
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Suffixes of the names of its tensors."""
-        return VALUES, PLACES, SCALES
-
-
-class Table(BaseModel):
-    """The table in a packed shard's metadata: the dense file's name and metadata, and the packed weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    version: int
-    file: str
-    metadata: dict[str, str] = Field(default_factory=dict)
-    packed: Mapping[str, Entry] = Field(default_factory=dict)
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Suffixes of the names of packed weights' tensors, which no other tensor has."""
-        return VALUES, PLACES
-
-    def check(self, name: str, tensor: Tensor, file: str) -> None:
-        """Compare a stored tensor of shard `file` with its checksum; this version of the format has none."""
-
-    def text(self) -> str:
-        """The table as JSON."""
-        return self.model_dump_json()
-
-
-class StoredTensor(BaseModel):
-    """A tensor of a shard: safetensors' name of its dtype, its shape, and the sha256 of its bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
-
-
-class RoundedTable(Table):
-    """The table of a shard of version 2: `tensors` has every stored tensor, `digest` is sha256 of the table."""
-
-    packed: Mapping[str, RoundedEntry] = Field(default_factory=dict)
-    tensors: dict[str, StoredTensor]
-    digest: str = ""
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Suffixes of the names of packed weights' tensors, which no other tensor has."""
-        return VALUES, PLACES, SCALES
-
-    def check(self, name: str, tensor: Tensor, file: str) -> None:
-        """Compare a stored tensor of shard `file` with its checksum.
-
-        Raises:
-            ModelError: they differ.
-        """
-        if tensor_digest(tensor) != self.tensors[name].sha256:
-            raise ModelError(f"{name} in {file} has changed since it was written (sha256)", DAMAGED)
-
-    def text(self) -> str:
-        """The table as JSON, with its digest."""
-        return json.dumps(with_digest(self.model_dump(mode="json")))
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes as a file has them."""
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
@@ -182,112 +71,6 @@ def _can_be_packed(tensor: Tensor) -> bool:
 
 def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def packed_name(file: str) -> str:
-    """Name of the packed shard of a dense file."""
-    return f"packed-{file}"
-
-
-def read_index(folder: Path) -> tuple[int, dict[str, str]]:
-    """The format's version, and the packed shard of each tensor.
-
-    Raises:
-        ModelError: the index is damaged, of another version, or names a file outside the folder.
-    """
-    path = folder / PACKED_INDEX
-    content = read_json(path, distinct_keys=True, hint=DAMAGED)
-    version, weight_map = content.get("version"), content.get("weight_map")
-    if type(version) is not int or not isinstance(weight_map, dict):
-        raise ModelError(f"{path} cannot be read: it has no version, or no weight_map", DAMAGED)
-    if version not in (FORMAT_VERSION, ROUNDED_VERSION):
-        raise ModelError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION} and {ROUNDED_VERSION}",
-            "update llm-barber",
-        )
-    for file in weight_map.values():
-        check_file_name(file, PACKED_INDEX)
-    return version, weight_map
-
-
-def read_table(
-    file: str,
-    version: int,
-    metadata: Mapping[str, str] | None,
-    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> Table:
-    """A shard's table, checked as far as possible without reading a tensor.
-
-    Args:
-        file: the shard's name, for messages.
-        version: of the format, as the index has it.
-        metadata: of the shard's header.
-        shapes: dtype (safetensors' name) and shape of each tensor in the shard.
-
-    Raises:
-        ModelError: a part is missing, left over, or does not fit the table.
-    """
-    table = _parse_table(file, (metadata or {}).get(TABLE_KEY, ""))
-    if table.version != version:
-        raise ModelError(f"{file} has format version {table.version}, {PACKED_INDEX} has {version}", DAMAGED)
-    check_file_name(table.file, f"the table of {file}")
-    if not table.file.endswith(".safetensors"):
-        raise ModelError(f"{file} names {table.file!r} as the dense file that it was packed from", "do not trust it")
-    for name, entry in table.packed.items():
-        if problem := _entry_problem(name, entry, shapes):
-            raise ModelError(f"{name} in {file} {problem}", DAMAGED)
-    parts = {name + suffix for name, entry in table.packed.items() for suffix in entry.suffixes}
-    for name in shapes:
-        if name.endswith(table.suffixes) and name not in parts:
-            raise ModelError(f"{name} in {file} is not in its table", DAMAGED)
-    if isinstance(table, RoundedTable):
-        listed = {name: (tensor.dtype, tensor.shape) for name, tensor in table.tensors.items()}
-        if listed != dict(shapes):
-            raise ModelError(f"{file} has other tensors than its table", DAMAGED)
-    return table
-
-
-def _parse_table(file: str, text: str) -> Table:
-    """Parse the table of a shard.
-
-    Raises:
-        ModelError: there is none, it is damaged, or it is of another version.
-    """
-    try:
-        content = parse_json(text, distinct_keys=True)
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != ROUNDED_VERSION:
-            table = Table.model_validate_json(text)
-        elif has_its_digest(content):
-            table = RoundedTable.model_validate(content)
-        else:
-            raise ValueError("its digest does not fit")
-    except (ValueError, ValidationError, RecursionError) as error:
-        raise ModelError(f"{file} has no table of packed weights, or a damaged one", DAMAGED) from error
-    if table.version not in (FORMAT_VERSION, ROUNDED_VERSION):
-        raise ModelError(f"{file} has format version {table.version}", "update llm-barber")
-    return table
-
-
-def _entry_problem(name: str, entry: Entry, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
-    """Name what is wrong with the stored parts of a packed weight; None: nothing is."""
-    rows, columns = entry.matrix
-    parts = [shapes.get(name + suffix) for suffix in entry.suffixes]
-    if name in shapes or None in parts:
-        return "lacks a part, or is there twice"
-    values, places, *scales = (part for part in parts if part is not None)
-    if not all(0 < side < LARGEST_SIDE for side in (*entry.shape, rows)):
-        return f"has shape {entry.shape}"
-    if places != ("U8", (places_bytes(entry.encoding, rows * columns),)):
-        return f"has places {places}, which do not fit its shape {entry.shape}"
-    if len(values[1]) != 1 or values[1][0] > rows * columns:
-        return f"has values {values}, which do not fit its shape {entry.shape}"
-    if isinstance(entry, RoundedEntry):
-        if values[0] != "I8":
-            return f"has values of {values[0]}, which are not rounded"
-        if scales != [("BF16", (rows, -(-columns // entry.group)))]:
-            return f"has scales {scales[0]}, which do not fit its shape {entry.shape} in groups of {entry.group}"
-    return None
 
 
 def read_tensor(name: str, table: Table, handle: Any, file: str) -> Tensor:

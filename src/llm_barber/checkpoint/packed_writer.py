@@ -8,19 +8,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from llm_barber.checkpoint.index import packed_index
-from llm_barber.checkpoint.packed import (
-    FORMAT_VERSION,
-    PACKED_INDEX,
-    PLACES,
-    TABLE_KEY,
-    VALUES,
-    Table,
-    pack_tensors,
-    packed_name,
-    read_tensor,
-)
+from llm_barber.checkpoint.index import FORMAT_VERSION, PACKED_INDEX, packed_index, packed_name
+from llm_barber.checkpoint.packed import pack_tensors, read_tensor
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, packed_configuration
+from llm_barber.checkpoint.packed_table import PLACES, TABLE_KEY, VALUES, Table
 from llm_barber.checkpoint.writer import CheckpointWriter
 
 METADATA = {"format": "pt"}

@@ -18,8 +18,9 @@ from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.encoding import Packed
 from llm_barber.checkpoint.headers import LastShard, OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
+from llm_barber.checkpoint.index import DAMAGED, PACKED_INDEX
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
-from llm_barber.checkpoint.packed import DAMAGED, PACKED_INDEX, read_packed, read_tensor
+from llm_barber.checkpoint.packed import read_packed, read_tensor
 from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.untrusted import read_json

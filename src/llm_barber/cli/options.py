@@ -111,17 +111,24 @@ def _option(name: str, field: FieldInfo, panel: str | None, typed: Mapping[str, 
         names = [typed[name] if default is False else f"{typed[name]}/--no-{typed[name].removeprefix('--')}"]
     text = _with_choices_and_default(_as_typed(field.description or "", typed), choices, default)
     option = typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
-    return Annotated[kind | None if default is None else kind, option]
+    typer_kind = _typer_kind(kind)
+    return Annotated[typer_kind | None if default is None else typer_kind, option]
 
 
 def _kind(field: FieldInfo) -> Any:
-    """Type of a field for typer: text for lists and sizes, a path for settings from a file."""
+    """Type of a field as the user types it: text for lists and sizes, a path for settings from a file."""
     (kind,) = (kind for kind in _alternatives(field.annotation) if kind is not type(None))
     if kind is ByteSize or any(isinstance(mark, CommaSeparated) for mark in field.metadata):
         return str
     if kind in (bool, int, float, str, Path) or (isinstance(kind, type) and issubclass(kind, StrEnum)):
         return kind
     return list[str] if get_origin(kind) is tuple and get_args(kind)[0] is str else Path
+
+
+def _typer_kind(kind: Any) -> Any:
+    """Type for typer: numbers and choices are text, which the settings read, so that all problems are told together."""
+    is_choice = isinstance(kind, type) and issubclass(kind, StrEnum)
+    return str if kind in (int, float) or is_choice else kind
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:

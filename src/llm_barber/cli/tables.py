@@ -17,7 +17,8 @@ from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport
 from llm_barber.run.dry_run import DryRun
 from llm_barber.settings.demo import DemoConfig
-from llm_barber.tools.demo import PICTURE, DemoRow, next_commands
+from llm_barber.tools.demo import PICTURE, next_commands
+from llm_barber.tools.demo_row import DemoRow
 from llm_barber.tools.inspection import Inspection, LinearInspection
 from llm_barber.tools.packing import PackReport
 from llm_barber.usage import readable_bytes
@@ -89,6 +90,8 @@ def show_inspection(inspection: Inspection) -> None:
         console.print(f"weights that are zero in {inspection.compared_with} too: {natural:,}", soft_wrap=True)
     if inspection.rounding is not None:
         console.print(f"kept weights are {inspection.rounding.words}", soft_wrap=True)
+    if inspection.fine_tuned:
+        console.print(f"fine-tuned after pruning: {inspection.fine_tuned} tensors", soft_wrap=True)
     if not inspection.record and inspection.compared_with is None:
         console.print("no record (barber.json) and no --dense: nothing to check against")
     elif not inspection.problems:

@@ -86,7 +86,7 @@ def _summary(report: RunReport) -> list[str]:
         f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
         "",
         f"Pruned by [LLM-Barber](https://arxiv.org/abs/2408.10631) {report.versions['llm-barber']} in one shot, "
-        f"without training. {_kept(report)}",
+        f"{report.training}. {_kept(report)}",
         "",
         "| | |",
         "|---|---|",

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from llm_barber.checkpoint.digests import with_digest
+from llm_barber.record.finetuning import FineTuning
 from llm_barber.record.layers import ErrorChange, LayerResult, LinearResult, LinearTotals, Result
 from llm_barber.record.rounding import Rounding
 
@@ -24,6 +25,7 @@ class KeptWeights(StrEnum):
     UPDATED = "updated"
     LEAST_SQUARES = "least-squares"
     TUNED = "tune"
+    FINE_TUNED = "fine-tuned"
 
     @property
     def words(self) -> str:
@@ -33,6 +35,7 @@ class KeptWeights(StrEnum):
             KeptWeights.UPDATED: "those that the method updated",
             KeptWeights.LEAST_SQUARES: "new ones, from least squares on the calibration text",
             KeptWeights.TUNED: "new ones, from tuning of each layer on the calibration text",
+            KeptWeights.FINE_TUNED: "new ones, from fine-tuning after the run",
         }[self]
 
 
@@ -68,7 +71,7 @@ class RunReport(Result):
     calibration windows that decided which refinements are kept. `seconds`: wall-clock seconds by stage. `peak_memory`,
     `peak_device_memory`: bytes. `loaded_by`: the class of transformers. `files`: sha256 of every file on which a loaded
     model depends, unpacked. `source`: files of the dense model; `pruned_source`: of the pruned model of a rebuild.
-    `rounding`: of the kept weights, by `pack --values int8`.
+    `rounding`: of the kept weights, by `pack --values int8`. `fine_tuning`: of the run's output, by `save_finetuned`.
     """
 
     record_version: int = RECORD_VERSION
@@ -100,13 +103,15 @@ class RunReport(Result):
     source: SourceFiles | None = None
     pruned_source: SourceFiles | None = None
     rounding: Rounding | None = None
+    fine_tuning: FineTuning | None = None
 
     @model_serializer(mode="wrap")
-    def _without_missing_rounding(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the key out where nothing is rounded: records that were written before it existed stay readable."""
+    def _without_missing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave keys out that say nothing: records that were written before they existed stay readable."""
         content: dict[str, Any] = serialize(self)
-        if self.rounding is None:
-            del content["rounding"]
+        for name in ("rounding", "fine_tuning"):
+            if getattr(self, name) is None:
+                del content[name]
         return content
 
     @model_validator(mode="after")
@@ -161,6 +166,11 @@ class RunReport(Result):
     def kept_values(self) -> str:
         """The source of the kept weights' values, and their rounding, in words."""
         return self.kept_weights.words if self.rounding is None else self.rounding.of_values(self.kept_weights.words)
+
+    @property
+    def training(self) -> str:
+        """The training of the model, for a sentence that says how it was pruned."""
+        return "without training" if self.fine_tuning is None else "and fine-tuned afterwards"
 
     @property
     def prunes_head(self) -> bool:

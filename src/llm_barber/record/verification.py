@@ -8,8 +8,7 @@ from safetensors.torch import save
 
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
-from llm_barber.checkpoint.index import dense_index, packed_index
-from llm_barber.checkpoint.packed import FORMAT_VERSION, PACKED_INDEX
+from llm_barber.checkpoint.index import FORMAT_VERSION, PACKED_INDEX, dense_index, packed_index
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, packed_configuration, plain_configuration
 from llm_barber.checkpoint.replacing import folder_entries, is_program_file
 from llm_barber.checkpoint.source import CheckpointSource

@@ -2,17 +2,17 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_barber import native
-from llm_barber.checkpoint.bits import POPCOUNT, as_integers, put_kept
+from llm_barber.checkpoint.bits import as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
 from llm_barber.native import avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
+from llm_barber.runtime import on_gpu
 from llm_barber.runtime.products import (
     count_rows,
     dense_linear,
@@ -22,9 +22,6 @@ from llm_barber.runtime.products import (
     shared_buffer,
 )
 
-DECODE_ROWS = 8  # most rows of inputs that the decode kernel takes
-BLOCK_COLUMNS = 256  # columns of a block of the GPU's kernels: its int32 start adds 0.8 % to bfloat16 weights
-HAS_TRITON = find_spec("triton") is not None  # looked up once: a search in each product would take longer than it
 CACHED_BYTES = 1 << 21  # unpacked rows that stay in a core's cache until they are multiplied
 
 
@@ -34,9 +31,9 @@ class PackedLinear(nn.Module):
     On the CPU, up to four rows of inputs (eight with AVX-512, any number in bfloat16 with AMX) are multiplied with the
     packed weight where `llm_barber.native` was built. Otherwise the weight is unpacked into a buffer that all linears
     share in a thread; with AVX-512 a few rows at a time, which are multiplied while they are in the cache. On CUDA with
-    Triton, up to `DECODE_ROWS` rows of inputs go through the decode kernel, which does not unpack; for more rows a
-    kernel unpacks the weight on the GPU. The kernels' `starts` are computed when the module moves there, so that a CUDA
-    graph can capture every later product. Nothing of this was run on a real GPU.
+    Triton, up to `layout.DECODE_ROWS` rows of inputs go through the decode kernels, which do not unpack; for more rows
+    a kernel unpacks the weight on the GPU. The kernels' places of values are found when the module moves there, so that
+    a CUDA graph can capture every later product. Nothing of this was run on a real GPU.
 
     Buffers may be moved, replaced and loaded, but `bits` must not be written in place.
 
@@ -57,7 +54,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", bias)
         self._ready: dict[int, avx512.Weight] = {}  # by number of PyTorch's threads
         self._parts: dict[int, tuple[Tensor, Parts]] = {}  # by number of parts: the bits, and the rows of each part
-        self._starts: tuple[Tensor, Tensor] | None = None  # the bits, and the starts of their blocks
+        self._places = on_gpu.PlacesOnGpu(packed.shape)
         native.library()  # it has to be loaded before the process forks, to know a forked process
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,31 +65,26 @@ class PackedLinear(nn.Module):
         """Load buffers in place: other bits have other starts."""
         super()._load_from_state_dict(*arguments)
         report_other_bits(self.values, self.bits, arguments)
-        self._ready, self._parts, self._starts = {}, {}, None
-        self._prepare_kernels()
+        self._ready, self._parts = {}, {}
+        self._places = on_gpu.PlacesOnGpu(self.shape)
+        self._places.prepare(self.bits)
 
     def _apply(self, *arguments: Any, **named: Any) -> "PackedLinear":
-        """Move or convert the buffers; on a GPU, compute what its kernels need."""
+        """Move or convert the buffers; on a GPU, find what its kernels need."""
         super()._apply(*arguments, **named)  # type: ignore[no-untyped-call]
-        self._prepare_kernels()
+        self._places.prepare(self.bits)
         return self
 
-    def _prepare_kernels(self) -> None:
-        """Compute the starts of the blocks where kernels will read them."""
-        if has_kernels(self.values.device.type):
-            self.starts()
-
-    def starts(self) -> Tensor:
-        """Number of values before each block of columns of each row, as `block_starts`."""
-        if self._starts is None or self._starts[0] is not self.bits:
-            self._starts = self.bits, block_starts(self.bits, self.shape, BLOCK_COLUMNS)
-        return self._starts[1]
+    def gpu_weight(self) -> on_gpu.GpuWeight:
+        """The weight as the GPU's kernels read it."""
+        values = self.values
+        return on_gpu.GpuWeight(self._places.of(self.bits), values, None, 0, self.shape[1], values.dtype)
 
     @property
     def weight(self) -> Tensor:
         """The unpacked weight, (out, in)."""
-        if has_kernels(self.values.device.type):
-            return self.unpack()
+        if on_gpu.has_kernels(self.values.device.type):
+            return self.gpu_weight().unpack()
         if not self.values.is_cpu:
             return unpack_on_device(self.values, self.bits, self.shape)
         weight = self.values.new_empty(self.shape)
@@ -105,6 +97,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
+        if on_gpu.has_kernels(self.values.device.type):
+            return self.gpu_weight().multiply(inputs, self.bias)
         bias = self._parameters["bias"]
         differentiated = is_differentiated(inputs, bias)
         columns = self.shape[1]
@@ -113,8 +107,6 @@ class PackedLinear(nn.Module):
         plain = not differentiated and is_plain(self.values.dtype)
         if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and plain:
             return weight.multiply(inputs) if rows <= weight.fast_rows else self._multiply_blocks(weight, inputs)
-        if use_kernel(self.values.device.type, rows, differentiated) and inputs.device == self.values.device:
-            return self.decode(inputs)
         if inputs.is_cpu and plain and use_native(self.values, inputs.dtype, columns, rows, differentiated):
             return self._multiply_by_avx2(inputs)
         if differentiated or not self.values.is_cpu:
@@ -122,18 +114,6 @@ class PackedLinear(nn.Module):
         shared = shared_buffer(self.values.dtype, self.shape[0] * columns).view(self.shape)
         self._unpack(shared)
         return nn.functional.linear(inputs, shared, self.bias)
-
-    def decode(self, inputs: Tensor) -> Tensor:
-        """Compute `forward` by the decode kernel; at most `DECODE_ROWS` rows."""
-        from llm_barber.runtime.kernels.decode import decode_product
-
-        return decode_product(self.values, self.bits, self.starts(), inputs, self.bias, BLOCK_COLUMNS)
-
-    def unpack(self) -> Tensor:
-        """Unpack the weight, (out, in), by the GPU's kernel."""
-        from llm_barber.runtime.kernels.unpack import unpack
-
-        return unpack(self.values, self.bits, self.starts(), self.shape, BLOCK_COLUMNS)
 
     def _ready_weight(self, bias: Tensor | None) -> avx512.Weight | None:
         """The weight, ready for products by AVX-512; None where these cannot be used."""
@@ -220,16 +200,6 @@ class PackedLinear(nn.Module):
         return f"in_features={columns}, out_features={rows}, kept={len(self.values) / (rows * columns):.0%}"
 
 
-def has_kernels(device: str) -> bool:
-    """True if Triton's kernels run on a device of this type."""
-    return device == "cuda" and HAS_TRITON
-
-
-def use_kernel(device: str, rows: int, differentiated: bool) -> bool:
-    """True if the decode kernel takes `rows` rows of inputs; it has no gradient."""
-    return has_kernels(device) and 1 <= rows <= DECODE_ROWS and not differentiated
-
-
 def use_native(values: Tensor, inputs: torch.dtype, columns: int, rows: int, differentiated: bool) -> bool:
     """True if AVX2 multiplies `rows` rows of inputs of this dtype with the packed weight; AVX-512 comes first."""
     if not values.is_cpu or inputs != values.dtype or differentiated or rows < 1:
@@ -253,26 +223,3 @@ def unpack_on_device(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Te
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     kept = ((bits[:, None] >> shifts) & 1).view(-1)[: shape[0] * shape[1]].bool()
     return values.new_zeros(shape[0] * shape[1]).masked_scatter_(kept, values).view(shape)
-
-
-def block_starts(bits: Tensor, shape: tuple[int, int], block: int) -> Tensor:
-    """Number of bits set before each block of columns of each row: (out, ⌈in / block⌉).
-
-    int32; int64 from 2³¹ weights on.
-
-    Example: bits of the rows 1010 and 0110, block=2 -> [[0, 1], [2, 3]].
-
-    Args:
-        bits: uint8, (⌈out · in / 8⌉,), row after row.
-        shape: out, in.
-        block: columns of a block.
-    """
-    rows, columns = shape
-    dtype = torch.int32 if rows * columns < 2**31 else torch.int64
-    counts = torch.from_numpy(POPCOUNT).to(bits.device)
-    before = counts[bits.int()].cumsum(0, dtype=dtype) - counts[bits.int()]  # each byte: set bits before it
-    first_columns = torch.arange(0, columns, block, device=bits.device)
-    bit = torch.arange(rows, device=bits.device)[:, None] * columns + first_columns
-    byte = bit >> 3
-    lower = bits[byte].int() & ((1 << (bit & 7)) - 1)  # bits of the byte that are before the block
-    return (before[byte] + counts[lower]).to(dtype)

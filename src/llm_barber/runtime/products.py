@@ -47,20 +47,24 @@ def shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
     return buffer[:weights]
 
 
-def is_plain(dtype: torch.dtype) -> bool:
+def is_plain(dtype: torch.dtype, device: str = "cpu") -> bool:
     """Test whether products outside of PyTorch may take the place of its own, for weights of this dtype.
 
     Autocast changes dtypes inside of PyTorch's linear.
 
+    Args:
+        dtype: of the weight.
+        device: type of the device of the product.
+
     Raises:
         SettingsError: `torch.jit.trace` is at work, which would miss these products.
     """
-    if torch._C._is_tracing():  # type: ignore[attr-defined]
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise SettingsError(
             "torch.jit.trace does not see the products of packed linears",
             "make the model dense first: model.dequantize(), or load it without keep_packed",
         )
-    return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == dtype
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == dtype
 
 
 def report_other_bits(values: Tensor, bits: Tensor, arguments: tuple[Any, ...]) -> None:

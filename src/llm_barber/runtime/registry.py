@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llm_barber.checkpoint.hub import hub_file, resolve_model
-from llm_barber.checkpoint.packed import DAMAGED, PACKED_INDEX, read_index
+from llm_barber.checkpoint.index import DAMAGED, PACKED_INDEX, read_index
 from llm_barber.checkpoint.packed_configuration import KEY, QUANT_METHOD, WEIGHTS, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.untrusted import check_file_name

@@ -10,6 +10,7 @@ from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
 from llm_barber.native import avx512, vnni
 from llm_barber.native.rows import Parts
+from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_linear import unpack_on_device
 from llm_barber.runtime.products import (
     count_rows,
@@ -25,8 +26,9 @@ class RoundedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
     On CPUs with AVX-512 (VBMI2 and VNNI) up to `vnni.ROWS` rows of inputs are rounded, too, and multiplied with the
-    packed weight (`vnni.Weight.multiply` says how). Otherwise each use unpacks the weight to its dtype, and inputs are
-    not rounded.
+    packed weight (`vnni.Weight.multiply` says how). On CUDA with Triton kernels multiply a few rows with the int8
+    values, and do not round inputs; they were not run on a real GPU. Otherwise each use unpacks the weight to its
+    dtype, and inputs are not rounded.
 
     Args:
         rounded: the weight, (out, in).
@@ -40,6 +42,7 @@ class RoundedLinear(nn.Module):
     values: Tensor
     bits: Tensor
     scales: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -54,6 +57,7 @@ class RoundedLinear(nn.Module):
         self.register_parameter("bias", bias)
         # By number of PyTorch's threads, dtype of inputs, and with or without the bias.
         self._ready: dict[tuple[int, torch.dtype, bool], vnni.Weight] = {}
+        self._places = on_gpu.PlacesOnGpu(self.shape)
         native.library()  # it has to be loaded before the process forks, to know a forked process
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,12 +69,20 @@ class RoundedLinear(nn.Module):
         super()._load_from_state_dict(*arguments)
         report_other_bits(self.values, self.bits, arguments)
         self._ready = {}
+        self._places = on_gpu.PlacesOnGpu(self.shape)
+        self._places.prepare(self.bits)
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
         self.dtype = function(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self._places.prepare(self.bits)
         return self
+
+    def gpu_weight(self) -> on_gpu.GpuWeight:
+        """The weight as the GPU's kernels read it."""
+        places, scales = self._places.of(self.bits), self.scales.view(torch.bfloat16)
+        return on_gpu.GpuWeight(places, self.values, scales, self.group, self.shape[1], self.packed_dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -83,6 +95,8 @@ class RoundedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
+        if on_gpu.has_kernels(self.values.device.type):
+            return self.gpu_weight().multiply(inputs, self.bias)
         bias = self._parameters["bias"]
         differentiated = is_differentiated(inputs, bias)
         columns = self.shape[1]
@@ -123,6 +137,8 @@ class RoundedLinear(nn.Module):
     def _unpack(self, into: Tensor | None) -> Tensor:
         """The weight as it was packed, in new memory or in `into`, (out, in)."""
         scales = self.scales.view(torch.bfloat16)
+        if on_gpu.has_kernels(self.values.device.type):
+            return self.gpu_weight().unpack()
         if not self.values.is_cpu:
             return restore_rows(
                 unpack_on_device(self.values, self.bits, self.shape), scales, self.group, self.packed_dtype

@@ -1,6 +1,6 @@
 """Check settings, each by itself and then together; one error names every problem."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Never, Self
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from llm_barber.errors import SettingsError
 from llm_barber.messages import Message, SettingName, joined, message
+from llm_barber.settings.wording import wording
 
 Rule = Callable[[], Iterable[Message]]  # yields a problem for each combination that does not work
 
@@ -59,7 +60,7 @@ class Settings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             details = _without_consequences(error.errors())
-            problems = [_problem(detail) for detail in details]
+            problems = [_problem(detail, type(self).model_fields) for detail in details]
             checked = self._without_wrong_values(values, {detail["loc"][0] for detail in details})
         for rule in checked.rules():
             with suppress(WrongValueError):  # the rule cannot be checked before that value is right
@@ -90,16 +91,8 @@ def _without_consequences(details: list[Any]) -> list[Any]:
     return [detail for detail in details if detail["type"] != "too_short" or detail["loc"][0] not in wrong_items]
 
 
-def _problem(detail: Any) -> Message:
-    """Pydantic's problem with a value, as a message that names the setting."""
+def _problem(detail: Any, settings: Collection[str]) -> Message:
+    """Pydantic's problem with a value, as a message that names the setting; `settings` are the names that there are."""
     name, *inside = detail["loc"]
     setting = SettingName(str(name), inside=tuple(inside))
-    if detail["type"] == "value_error":  # of a validator here, which says what was given
-        return message("{setting}: {error}", setting=setting, error=detail["ctx"]["error"])
-    if detail["type"] == "missing":
-        return message("{setting}: {said}", setting=setting, said=detail["msg"])
-    if detail["type"] == "too_short":
-        return message("{setting}: is empty: name at least one", setting=setting)
-    if detail["type"] in ("int_parsing", "int_from_float"):
-        return message("{setting}: {given!r} is not a whole number", setting=setting, given=detail["input"])
-    return message("{setting}: {said} (given: {given!r})", setting=setting, said=detail["msg"], given=detail["input"])
+    return message("{setting}: {words}", setting=setting, words=wording(detail, settings))

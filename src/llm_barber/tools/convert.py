@@ -78,11 +78,7 @@ def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
         if any(folder.glob("pytorch_model-*.bin")):
             raise ModelError(f"{model} has no {PICKLED_INDEX}, which lists its tensors", AGAIN)
         if not (folder / PICKLED).is_file():
-            has_safetensors = any(folder.glob("*.safetensors"))
-            raise ModelError(
-                f"{model} has no {PICKLED}",
-                "a model with safetensors needs no converting" if has_safetensors else "save it with save_pretrained()",
-            )
+            raise ModelError(f"{model} has no {PICKLED}", hint_without_pickled(folder, model))
         return {PICKLED: None}
     try:
         content = parse_json(index.read_bytes(), distinct_keys=True)
@@ -101,6 +97,15 @@ def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
         if not (folder / name).is_file():
             raise ModelError(f"shard {name} of {model} is missing", AGAIN)
     return dict(by_file)
+
+
+def hint_without_pickled(folder: Path, model: str) -> str:
+    """Say what to do with a model that has no pickled weights."""
+    if model.endswith(".gguf"):
+        return "`prune` and the other commands read a GGUF file themselves"
+    if any(folder.glob("*.safetensors")):
+        return "a model with safetensors needs no converting"
+    return "save it with save_pretrained()"
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from llm_barber.masking.pattern import parse_pattern
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.file import read_record, recorded_structure
 from llm_barber.record.layers import LinearResult
-from llm_barber.record.report import KeptWeights
+from llm_barber.record.report import KeptWeights, RunReport
 from llm_barber.record.rounding import Rounding, rounding_of
 from llm_barber.record.verification import folder_problems
 from llm_barber.settings.inspect import InspectConfig
@@ -48,6 +48,7 @@ class Inspection(BaseModel):
 
     `updated`: kept weights that differ from the dense model's, where the record says that the run updated them; None:
     not compared. `rounding`: of the kept weights, by which dense weights are rounded before they are compared.
+    `fine_tuned`: number of tensors that were trained after the run, as the record has it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,6 +60,7 @@ class Inspection(BaseModel):
     problems: tuple[str, ...]
     updated: int | None = None
     rounding: Rounding | None = None
+    fine_tuned: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -104,6 +106,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     inspected = []
     updates = record is not None and record.kept_weights is not KeptWeights.DENSE
     updated = 0 if updates and dense is not None else None
+    trained = _trained(record)
     for name in names:
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
@@ -121,14 +124,19 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
             problems += differences
             if updated is not None and name in linears:
                 updated += differing
-            elif differing:
+            elif differing and name not in trained:
                 problems.append(f"{name} differs from the dense model in {differing} kept weights")
         progress.advance(name)
     return Inspection(
         model=config.model, record=record is not None, compared_with=config.dense,
         linears=tuple(sorted(inspected, key=lambda linear: linear.layer)), problems=tuple(problems), updated=updated,
-        rounding=rounding,
+        rounding=rounding, fine_tuned=len(trained),
     )  # fmt: skip
+
+
+def _trained(record: RunReport | None) -> Set[str]:
+    """Names of the tensors that were fine-tuned after the run, which differ from the dense model's."""
+    return set() if record is None or record.fine_tuning is None else set(record.fine_tuning.tensors)
 
 
 def _is_rounded(name: str, rounding: Rounding | None) -> bool:

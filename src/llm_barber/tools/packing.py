@@ -14,16 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llm_barber.checkpoint.companions import CARD_NAME, EVALUATION_NAME, PAGE_NAME, RECORD_NAME
-from llm_barber.checkpoint.index import packed_index
-from llm_barber.checkpoint.packed import (
-    FORMAT_VERSION,
-    PACKED_INDEX,
-    ROUNDED_VERSION,
-    TABLE_KEY,
-    Table,
-    pack_tensors,
-    packed_name,
-)
+from llm_barber.checkpoint.index import FORMAT_VERSION, PACKED_INDEX, ROUNDED_VERSION, packed_index, packed_name
+from llm_barber.checkpoint.packed import pack_tensors
+from llm_barber.checkpoint.packed_table import TABLE_KEY, Table
 from llm_barber.checkpoint.packed_writer import name_format
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter

@@ -8,17 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from llm_barber.checkpoint.packed import (
-    ROUNDED_VERSION,
-    TABLE_KEY,
-    RoundedEntry,
-    RoundedTable,
-    StoredTensor,
-    can_be_rounded,
-    pack_tensor_rounded,
-    packed_name,
-    tensor_digest,
-)
+from llm_barber.checkpoint.index import ROUNDED_VERSION, packed_name
+from llm_barber.checkpoint.packed import can_be_rounded, pack_tensor_rounded
+from llm_barber.checkpoint.packed_table import TABLE_KEY, RoundedEntry, RoundedTable, StoredTensor, tensor_digest
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress

@@ -1,112 +1,166 @@
-"""The decode kernel against the dense product: in Triton's interpreter, or on a GPU where there is one."""
+"""The decode kernels against the product in float64: in Triton's interpreter, or on a GPU where there is one."""
 
-from pathlib import Path
+import sys
 
 import pytest
 import torch
-from torch import Tensor
 
-from llm_barber.checkpoint.encoding import pack
-from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.initial import initial_mask
-from llm_barber.masking.pattern import NofM, Pattern, Unstructured
-from llm_barber.masking.selection import apply_mask
-from llm_barber.runtime.packed_linear import DECODE_ROWS, PackedLinear, block_starts
-from tests.helpers.kernels import compile_kernel, launches
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
 
-kernel = pytest.importorskip(
-    "llm_barber.runtime.kernels.decode",
-    reason="the decode kernel is tested where Triton is: pip install '.[gpu]'",
-    exc_type=ImportError,
+from llm_barber.masking.pattern import Pattern, Unstructured
+from llm_barber.runtime.kernels import decode, decode_rows
+from llm_barber.runtime.kernels.decode import divide, divide_steps
+from llm_barber.runtime.kernels.decode_rows import divide_tiles
+from llm_barber.runtime.on_gpu import GROUPS
+from tests.helpers.kernels import launches
+from tests.runtime.kernels.packing import (
+    DEVICE,
+    TARGETS,
+    check_product,
+    packed_linear,
+    pruned,
+    rounded_linear,
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/__init__.py chooses the interpreter
-TARGETS: list[Pattern] = [Unstructured(0.5), Unstructured(0.7), Unstructured(0.6), NofM(2, 4), NofM(4, 8), NofM(1, 4)]
+
+HALF = Unstructured(0.5)
 
 
-def packed_linear(
-    rows: int, columns: int, target: Pattern, dtype: torch.dtype, bias: bool
-) -> tuple[PackedLinear, Tensor]:
-    weight = torch.randn(rows, columns).to(dtype)
-    weight = apply_mask(weight, initial_mask(weight.float().abs(), target, Granularity.LINEAR))
-    packed = pack(weight)
-    assert packed is not None
-    return PackedLinear(packed, torch.nn.Parameter(torch.randn(rows).to(dtype)) if bias else None), weight
-
-
-def check(linear: PackedLinear, weight: Tensor, inputs: Tensor) -> None:
-    with torch.no_grad():
-        output = linear.to(DEVICE).decode(inputs.to(DEVICE)).cpu()
-    linear.cpu()
-    bias = None if linear.bias is None else linear.bias.double()
-    expected = torch.nn.functional.linear(inputs.double(), weight.double(), bias)
-    assert output.shape == expected.shape
-    assert output.dtype == inputs.dtype
-    # Sums are float32; bfloat16 and float16 outputs are rounded once.
-    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[inputs.dtype]
-    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=1e-4)
-
-
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_equals_the_dense_product(target: Pattern, dtype: torch.dtype) -> None:
+@pytest.fixture(autouse=True)
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that a few lanes fill: programs take several rows and steps, so that the interpreter has few programs."""
     torch.manual_seed(0)
-    linear, weight = packed_linear(24, 320, target, dtype, bias=False)
-    check(linear, weight, torch.randn(1, 320).to(dtype))
+    if "as_on_gpus" not in request.fixturenames:
+        monkeypatch.setattr(decode, "THREADS", 1)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1000), (17, 7), (5, 256), (33, 257), (16, 511), (3, 13), (19, 40)])
-@pytest.mark.parametrize("tokens", [1, 3, DECODE_ROWS])
-def test_ragged_shapes(rows: int, columns: int, tokens: int) -> None:
-    torch.manual_seed(rows)
-    linear, weight = packed_linear(rows, columns, Unstructured(0.7), torch.float32, bias=True)
-    check(linear, weight, torch.randn(tokens, columns))
-    check(linear, weight, torch.randn(columns, tokens).T)  # not contiguous
+@pytest.fixture
+def as_on_gpus() -> None:
+    """Divide weights as on a real GPU."""
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [*((target, torch.bfloat16) for target in TARGETS), (HALF, torch.float16), (HALF, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_equals_the_dense_product(target: Pattern, dtype: torch.dtype, tokens: int) -> None:
+    weight = pruned(6, 320, target, dtype)
+    check_product(packed_linear(weight), weight, torch.randn(tokens, 320).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("columns", "group", "dtype"),
+    [
+        (320, 128, torch.float32), (320, 32, torch.float16), (384, 96, torch.bfloat16), (200, 64, torch.bfloat16),
+        (90, 128, torch.bfloat16), (1100, 1024, torch.bfloat16),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_values_rounded_to_int8(dtype: torch.dtype, columns: int, group: int, tokens: int) -> None:
+    """Products have the values times their scales, which are not rounded to the weight's dtype first."""
+    linear, weight = rounded_linear(pruned(6, columns, HALF, dtype), group, bias=True)
+    check_product(linear, weight, torch.randn(tokens, columns).to(dtype))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1500), (17, 7), (5, 256), (18, 257), (16, 511), (3, 13)])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [(1, torch.float32), (4, torch.float32), (3, torch.bfloat16), (16, torch.float16)]
+)
+def test_ragged_shapes(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> None:
+    weight = pruned(rows, columns, Unstructured(0.7), dtype)
+    linear = packed_linear(weight, bias=True)
+    check_product(linear, weight, torch.randn(tokens, columns).to(dtype))
+    check_product(linear, weight, torch.randn(columns, tokens).to(dtype).T)  # not contiguous
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "bias"), [(4000, False), (8192, True)])
+def test_split_columns_are_added(tokens: int, dtype: torch.dtype, bias: bool, columns: int) -> None:
+    weight = pruned(2, columns, HALF, dtype)
+    divided = divide(2, columns) if tokens == 1 or dtype == torch.float32 else divide_tiles(2, columns, 0)
+    assert (divided.splits > 1) == (columns == 8192 or divided.height == 16)
+    check_product(packed_linear(weight, bias), weight, torch.randn(tokens, columns).to(dtype))
+    linear, rounded = rounded_linear(weight, 128, bias)
+    check_product(linear, rounded, torch.randn(tokens, columns).to(dtype))
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+def test_two_products_of_the_same_are_the_same() -> None:
+    weight = pruned(2, 8192, HALF, torch.bfloat16)
+    linear = packed_linear(weight).to(DEVICE)
+    for tokens in (1, 6):
+        inputs = torch.randn(tokens, 8192, device=DEVICE).bfloat16()
+        outputs = [linear.gpu_weight().decode(inputs, None) for _ in range(2)]
+        assert torch.equal(*outputs)
 
 
 def test_other_dimensions_and_limits() -> None:
-    linear, weight = packed_linear(20, 24, Unstructured(0.6), torch.float32, bias=True)
-    check(linear, weight, torch.randn(24))
-    check(linear, weight, torch.randn(2, 3, 24))
-    assert kernel.MOST_ROWS == DECODE_ROWS
-    with pytest.raises(ValueError, match="9 rows"):
-        linear.to(DEVICE).decode(torch.randn(9, 24, device=DEVICE))
+    weight = pruned(8, 24, Unstructured(0.6), torch.float32)
+    linear = packed_linear(weight, bias=True)
+    check_product(linear, weight, torch.randn(24))
+    check_product(linear, weight, torch.randn(2, 1, 24))
+    check_product(packed_linear(weight.half()), weight.half(), torch.randn(2, 3, 24).half())
+    assert decode_rows.FEWEST_LANES * decode.CHUNK == GROUPS
+    with pytest.raises(ValueError, match="5 rows of inputs, the kernels take 1 to 4"):
+        linear.to(DEVICE).gpu_weight().decode(torch.randn(5, 24, device=DEVICE), None)
+
+
+def test_inputs_that_begin_anywhere_in_memory() -> None:
+    weight = pruned(6, 128, HALF, torch.bfloat16)
+    check_product(packed_linear(weight), weight, torch.randn(129).bfloat16()[1:])
 
 
 def test_rows_with_nothing_and_with_everything() -> None:
-    weight = torch.zeros(9, 300)
+    weight = torch.zeros(9, 300).half()
     weight[3] = torch.arange(1.0, 301)
     weight[8, 299] = 5
-    packed = pack(weight)
-    assert packed is not None
-    linear = PackedLinear(packed, None)
-    check(linear, weight, torch.ones(2, 300))
-    nothing = pack(torch.zeros(4, 8))
-    assert nothing is not None
-    check(PackedLinear(nothing, None), torch.zeros(4, 8), torch.ones(1, 8))
+    nothing = torch.zeros(4, 8).half()
+    for tokens in (1, 2):
+        check_product(packed_linear(weight), weight, torch.ones(tokens, 300).half())
+        check_product(packed_linear(nothing), nothing, torch.ones(tokens, 8).half())
 
 
-@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
-def test_starts_of_either_kind(kind: torch.dtype) -> None:
-    linear, weight = packed_linear(6, 600, Unstructured(0.5), torch.float32, bias=False)
-    starts, inputs = block_starts(linear.bits, linear.shape, 256).to(kind), torch.randn(2, 600)
-    parts = (tensor.to(DEVICE) for tensor in (linear.values, linear.bits, starts, inputs))
-    output = kernel.decode_product(*parts, None, 256).cpu()
-    torch.testing.assert_close(output, inputs @ weight.T, rtol=1e-5, atol=1e-4)
+def test_wide_starts() -> None:
+    """Starts of rows beyond 2¹⁶ columns."""
+    weight = pruned(1, 66_000, HALF, torch.float32)
+    check_product(packed_linear(weight), weight, torch.randn(1, 66_000) / 100)
 
 
-def test_a_launch_goes_to_the_device_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, _ = packed_linear(6, 600, Unstructured(0.5), torch.float32, bias=False)
-    events = launches(monkeypatch, kernel, "_decode")
-    linear.decode(torch.ones(1, 600))
+@pytest.mark.parametrize("special", [torch.inf, torch.nan])
+def test_special_inputs_spread_as_in_a_dense_product(special: float) -> None:
+    """A pruned weight is a zero, and zero times infinity is NaN."""
+    weight = pruned(6, 64, HALF, torch.float16)
+    for tokens in (1, 2):
+        inputs = torch.randn(tokens, 64).half()
+        inputs[0, 5] = special
+        check_product(packed_linear(weight), weight, inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_launch_goes_to_the_device_of_the_weight(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    linear = packed_linear(pruned(6, 600, HALF, torch.bfloat16))
+    module, name = (decode, "_decode") if tokens == 1 else (decode_rows, "_decode_rows")
+    events = launches(monkeypatch, module, name)
+    linear.gpu_weight().decode(torch.ones(tokens, 600).bfloat16(), None)
     assert events == [linear.values, "launch", linear.values]
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
-def test_it_compiles_for_a_gpu(tmp_path: Path, capability: int) -> None:
-    """The interpreter takes more than the compiler does; compiling needs no GPU."""
-    pointers = {**dict.fromkeys(["values", "inputs", "bias", "outputs"], "*bf16"), "bits": "*u8", "starts": "*i32"}
-    numbers = dict.fromkeys(["tokens", "rows", "columns", "blocks"], "i32")
-    for together in (1, 8):
-        constants = {"width": 256, "height": kernel.PRODUCTS // together, "together": together, "has_bias": True}
-        code = compile_kernel(kernel, "_decode", {**pointers, **numbers}, constants, capability, tmp_path)
-        assert code.spills == 0
+@pytest.mark.usefixtures("as_on_gpus")
+def test_how_weights_are_divided() -> None:
+    """Few programs where the weight is large, many where it is small; no lane beyond a tenth has nothing to do."""
+    assert tuple(vars(divide(4096, 4096)).values()) == (4, 128, 1, 4)
+    assert tuple(vars(divide(1024, 4096)).values()) == (1, 128, 1, 4)
+    assert tuple(vars(divide(576, 576)).values()) == (1, 32, 1, 3)
+    assert tuple(vars(divide(128, 8192)).values()) == (1, 128, 2, 4)
+    assert divide_steps(1 << 20, 100) == (1, 100)
+    assert divide_steps(1, 100) == (16, 7)
+    for rows in (1, 7, 576, 4096, 32000):
+        for columns in (8, 576, 1536, 4096, 11008):
+            divided = divide(rows, columns)
+            chunks = -(-columns // 64) * 8
+            assert divided.splits * divided.steps * divided.lanes >= chunks
+            assert (divided.splits - 1) * divided.steps * divided.lanes < chunks

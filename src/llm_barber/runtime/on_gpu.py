@@ -1,0 +1,101 @@
+"""Products of packed linears on a GPU, by Triton's kernels: which kernel takes a product, and what it reads."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from llm_barber.runtime.kernels.layout import DECODE_ROWS, Places, find_places
+from llm_barber.runtime.kernels.operators import packed_product, unpacked
+from llm_barber.runtime.products import is_differentiated, is_plain
+
+GROUPS = 32  # a scale of int8 values is for a multiple of so many columns, or for the whole row
+HAS_TRITON = find_spec("triton") is not None  # looked up once: a search in each product would take longer than it
+
+
+def has_kernels(device: str) -> bool:
+    """Test whether Triton's kernels run on a device of this type."""
+    return device == "cuda" and HAS_TRITON
+
+
+@dataclass(frozen=True)
+class GpuWeight:
+    """A packed weight as the kernels read it.
+
+    `places`: of its values. `values`: (kept,). `scales`: of int8 values, bfloat16, (out, ⌈in / group⌉); else None.
+    `group`: columns of a scale, or 0. `columns`: in. `dtype`: of the unpacked weight.
+    """
+
+    places: Places
+    values: Tensor
+    scales: Tensor | None
+    group: int
+    columns: int
+    dtype: torch.dtype
+
+    def multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """inputs · Wᵀ + bias, (…, out): a few rows of inputs with the packed weight, more with the unpacked one.
+
+        Args:
+            inputs: (…, in).
+            bias: (out,), or None.
+        """
+        if is_plain(inputs.dtype, "cuda") and not is_differentiated(inputs, bias) and self.can_decode(inputs, bias):
+            return self.decode(inputs, bias)
+        weight = self.unpack()
+        return nn.functional.linear(inputs, weight.to(inputs.dtype) if self.group else weight, bias)
+
+    def can_decode(self, inputs: Tensor, bias: Tensor | None) -> bool:
+        """Test whether the decode kernels take these inputs; PyTorch's linear takes others, or refuses them."""
+        if inputs.shape[-1] != self.columns or inputs.device != self.values.device:
+            return False
+        if bias is not None and bias.dtype != inputs.dtype:
+            return False
+        if not 1 <= inputs.numel() // self.columns <= DECODE_ROWS.get(inputs.dtype, 0):
+            return False
+        if self.group:
+            return self.group % GROUPS == 0 or self.group >= self.columns
+        return inputs.dtype == self.values.dtype
+
+    def decode(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """inputs · Wᵀ + bias, (…, out), by the decode kernels, which take them."""
+        places = self.places
+        return packed_product(  # type: ignore[no-any-return]
+            self.values, places.words, places.starts, places.row_starts, inputs, bias, self.scales, self.group
+        )
+
+    def unpack(self) -> Tensor:
+        """The weight, (out, in), of `dtype`."""
+        places = self.places
+        return unpacked(  # type: ignore[no-any-return]
+            self.values,
+            places.words,
+            places.starts,
+            places.row_starts,
+            self.scales,
+            self.group,
+            self.columns,
+            self.dtype,
+        )
+
+
+class PlacesOnGpu:
+    """Places of the values of a linear that may move or get other bits: found when it moves, not by a product."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._shape = shape
+        self._places: Places | None = None
+
+    def of(self, bits: Tensor) -> Places:
+        """Places of the values of these bits."""
+        if self._places is None or self._places.bits is not bits:
+            self._places = find_places(bits, self._shape)
+        return self._places
+
+    def prepare(self, bits: Tensor) -> None:
+        """Find the places where kernels will read them; forget them elsewhere."""
+        if has_kernels(bits.device.type):
+            self.of(bits)
+        else:
+            self._places = None
