@@ -9,17 +9,19 @@ interface below experimental: the pretend GPU is a process of its own, started b
 Each SETTINGS is JSON of `PruneConfig` or `EvaluateConfig`; the program prints how far its results are from the CPU's.
 With `room` in it, so many bytes of activations stay on the device, until its memory runs out after a layer. With
 `interrupted`, the run stops after its first layer, loses that layer's output, and goes on. With `counted`, it prints
-how often the host waits for the device in a step of tuning.
+how often the host waits for the device, by function: in a `step` of tuning, or in the whole `run`.
 """
 
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import llm_barber
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
 from llm_barber.method import layer as layer_module
 from llm_barber.method.layer import prune_layer
@@ -44,7 +47,19 @@ COPY, PLACES = ("aten::copy_", "aten::_to_copy"), ("aten::index", "aten::index_p
 
 
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")  # the host reads their result
-waits = [0]  # times that the host has waited for the device
+PACKAGE = Path(llm_barber.__file__).parent
+waits: Counter[str] = Counter()  # times that the host has waited for the device, by file and function
+
+
+def note_wait() -> None:
+    """Count a wait for the program's innermost function that is being called."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+        frame = frame.f_back
+    code = frame.f_code if frame is not None else note_wait.__code__
+    path = Path(code.co_filename)
+    waits[f"{path.relative_to(PACKAGE) if frame is not None else path.name} {code.co_qualname}"] += 1
+
 
 FAILING = 4  # number of the block whose result does not fit: the second block of the second layer
 
@@ -66,7 +81,8 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, _: Any, arguments: tuple[Any, ...] = (), named: Any = None) -> Any:
         named = dict(named or {})
         name = function._schema.name
-        waits[0] += name in WAITING
+        if name in WAITING:
+            note_wait()
         if name == "aten::_fused_sdp_choice":
             return SDPBackend.MATH.value
         tensors = [tensor for tensor in tree_leaves((arguments, named)) if isinstance(tensor, torch.Tensor)]
@@ -96,7 +112,8 @@ class PretendGpu(TorchFunctionMode):
         on_device = bool(arguments) and isinstance(arguments[0], OnDevice)
         if function is torch.Tensor.to:
             return _to(*arguments, **named)
-        waits[0] += on_device and function in (torch.Tensor.cpu, torch.Tensor.tolist)
+        if on_device and function in (torch.Tensor.cpu, torch.Tensor.tolist):
+            note_wait()
         if on_device and function is torch.Tensor.cpu:
             return arguments[0].inner.clone()
         if on_device and function is torch.Tensor.tolist:
@@ -172,7 +189,7 @@ def on_device() -> Iterator[None]:
         patch("llm_barber.loading.preparing.resolve_device", lambda _: DEVICE),
         patch("llm_barber.evaluation.evaluate.resolve_device", lambda _: DEVICE),
         patch("llm_barber.model.streams.SideStreams", WorstCopies),
-        patch("torch.Tensor.pin_memory", lambda values: values),
+        patch("llm_barber.checkpoint.source.pinned_copy", torch.Tensor.clone),
     ):
         yield
 
@@ -235,18 +252,24 @@ def difference(folder: Path, settings: dict[str, Any]) -> float:
     return differences.max().item()  # NaN if one is
 
 
-def waits_of_a_step(folder: Path, settings: dict[str, Any]) -> int:
-    """Least number of times that the host waits for the device between two of Adam's steps."""
-    counts: list[int] = []
+def waits_by_function(folder: Path, settings: dict[str, Any], counted: str) -> dict[str, int]:
+    """Number of times that the host waits for the device, by function.
+
+    `counted`: between two of Adam's steps where they are fewest, `step`, or in the whole `run`.
+    """
+    counts: list[Counter[str]] = []
     step = torch.optim.Adam.step
+    waits.clear()
 
     def noted(*arguments: Any) -> Any:
-        counts.append(waits[0])
+        counts.append(waits.copy())
         return step(*arguments)
 
     with sdpa_kernel(SDPBackend.MATH), on_device(), patch("torch.optim.Adam.step", noted):
         prune(PruneConfig(output=folder / "counted", overwrite=True, report=False, **settings))
-    return min(after - before for before, after in pairwise(counts))
+    if counted == "run":
+        return dict(waits)
+    return dict(min((after - before for before, after in pairwise(counts)), key=lambda between: between.total()))
 
 
 def difference_of_measures(settings: dict[str, Any]) -> float:
@@ -268,13 +291,13 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         for argument in sys.argv[1:]:
             settings = json.loads(argument)
-            if settings.pop("counted", False):
-                result: float = waits_of_a_step(Path(folder), settings)
+            if counted := settings.pop("counted", ""):
+                result: float | dict[str, int] = waits_by_function(Path(folder), settings, counted)
             elif "text" in settings:
                 result = difference_of_measures(settings)
             else:
                 result = difference(Path(folder), settings)
-            print(result, flush=True)
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.utils import backend_registration
 
-from tests.conftest import make_model
+from tests.conftest import make_model, save_tokens
 from tests.helpers.text import add_tokenizer
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
@@ -33,12 +34,12 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 FAMILIES = ("gpt2", "mixtral", "gpt_oss", "jamba", "falcon-rw", "deepseek_v2")
 
 
-def results(*settings: dict[str, Any]) -> list[float]:
+def results(*settings: dict[str, Any]) -> list[Any]:
     """Results of one process for all settings: starting it takes longer than most of these runs."""
     command = [sys.executable, "-m", "tests.pretend_gpu", *map(json.dumps, settings)]
     process = subprocess.run(command, capture_output=True, text=True)
     assert not process.returncode, process.stderr[-3000:]
-    return [float(line) for line in process.stdout.splitlines()]
+    return [json.loads(line) for line in process.stdout.splitlines()]
 
 
 def test_every_method_and_kind_of_model_gives_the_same_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
@@ -52,11 +53,28 @@ def test_every_method_and_kind_of_model_gives_the_same_tensors(tmp_path: Path, l
     assert tuned < 1e-4  # autograd adds up in another order on another device
 
 
-def test_a_step_of_tuning_waits_for_the_device_no_more_often_than_it_did(llama: Path, tokens: Path) -> None:
-    """Once for the ties of each linear, once for the scale of each sequence, and once for what is not finite."""
-    linears, sequences = 7, 4
-    settings = {"model": str(llama), "calibration": str(tokens), "preset": "mask", "guard": 0, "counted": True}
-    assert results({**settings, "dtype": "float32", "batch_size": 2}) == [linears + sequences + 1]
+CHECK_FINITE, BREAK_TIES = "model/gradients.py check_finite", "masking/selection.py _without_ties"
+
+
+def test_a_step_of_tuning_waits_for_the_device_twice(llama: Path, tokens: Path) -> None:
+    """Once for gradients that are not finite, once for ties; never for a sequence or a linear."""
+    settings = {"model": str(llama), "calibration": str(tokens), "preset": "mask", "guard": 0, "counted": "step"}
+    assert results({**settings, "dtype": "float32", "batch_size": 2}) == [{CHECK_FINITE: 1, BREAK_TIES: 1}]
+
+
+@pytest.mark.parametrize("preset", ["paper", "mask"])
+def test_the_device_is_not_waited_for_more_often_with_more_text(tmp_path: Path, llama: Path, preset: str) -> None:
+    """More windows are more steps of tuning, batches to embed, and windows of the allocation's loss; nothing else."""
+    runs = []
+    for windows in (8, 16):
+        calibration = save_tokens(tmp_path / f"{windows}.safetensors", sequences=windows)
+        settings = {"model": str(llama), "calibration": str(calibration), "preset": preset, "counted": "run"}
+        runs.append({**settings, "dtype": "float32", "batch_size": 2} | ({"guard": 0} if preset == "mask" else {}))
+    fewer, more = (Counter(waits) for waits in results(*runs))
+    layers, passes, steps = 2, 8, 2  # a step has four windows
+    embedded, lost = {"model/stepping.py capture": 4}, {"model/skeleton.py Skeleton.finish": 8}
+    tuned = {CHECK_FINITE: layers * passes * steps, BREAK_TIES: layers * passes * steps}
+    assert dict(more - fewer) == (embedded | lost | tuned if preset == "mask" else embedded)
 
 
 def test_measures_are_the_same(tmp_path: Path, llama: Path) -> None:

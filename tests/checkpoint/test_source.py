@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.locations import Location, TensorInfo, sharded_by
 from llm_barber.checkpoint.source import CheckpointSource
@@ -23,6 +24,25 @@ def test_single_and_sharded_read_the_same(llama: Path) -> None:
     assert sharded.keys() == single.keys()
     assert all(torch.equal(sharded[name], single[name]) for name in single)
     assert source.tensors["model.norm.weight"] == TensorInfo("b.safetensors", (32,), "F32")
+
+
+def test_tensors_are_copied_to_pinned_memory_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU copies from pinned memory while it computes; without a GPU no memory is pinned."""
+    copied: list[torch.Tensor] = []
+
+    def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.clone())
+        return copied[-1]
+
+    source = CheckpointSource(llama)
+    pageable = source.read(source.tensors)
+    monkeypatch.setattr("llm_barber.checkpoint.source.pinned_copy", pinned_copy)
+    assert all(torch.equal(tensor, pageable[name]) for name, tensor in source.read(source.tensors).items())
+    assert not copied
+    with ReadAhead(source, [list(source.tensors)], pinned=True) as ahead:
+        tensors = ahead.take()
+    assert [id(tensor) for tensor in tensors.values()] == [id(tensor) for tensor in copied]
+    assert all(torch.equal(tensor, pageable[name]) for name, tensor in tensors.items())
 
 
 def expect(folder: Path | str, message: str, hint: str, kind: type[Exception] = ModelError) -> None:

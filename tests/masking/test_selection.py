@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_barber.masking import selection
-from llm_barber.masking.selection import apply_mask, count_true, lowest, rank_within, sort_on_gpu, sort_values
+from llm_barber.masking.selection import (
+    apply_mask,
+    count_true,
+    lowest,
+    lowest_of_each,
+    rank_within,
+    sort_on_gpu,
+    sort_values,
+)
 from tests.conftest import bits
 
 rows = st.integers(1, 9).flatmap(
@@ -23,6 +31,18 @@ def test_lowest_is_a_stable_sort(scores: list[list[float]], data: st.DataObject)
     for row, count, mask in zip(scores, counts, chosen.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda i: (row[i], i))
         assert [i for i, is_chosen in enumerate(mask) if is_chosen] == sorted(order[:count])
+
+
+@given(st.lists(rows, max_size=3), st.data())
+def test_several_tensors_give_the_masks_of_each(tensors: list[list[list[float]]], data: st.DataObject) -> None:
+    scores = [torch.tensor(tensor) for tensor in tensors]
+    counts = [torch.tensor([data.draw(st.integers(0, len(row))) for row in tensor]) for tensor in tensors]
+    masks = lowest_of_each(scores, counts)
+    for mask, tensor, count in zip(masks, scores, counts, strict=True):
+        assert torch.equal(mask, lowest(tensor, count))
+        # A GPU breaks the ties of all groups, also of those without any.
+        members = selection._UpToBorder.of(tensor, count, None)
+        assert torch.equal(mask, selection._break_ties(tensor, members.border, count))
 
 
 @given(rows)

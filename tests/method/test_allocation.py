@@ -1,3 +1,5 @@
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_barber import PruneConfig, prune
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import BarberError, ModelError, NotFiniteError, SettingsError
 from llm_barber.masking.budget import removal_costs, spread_budget
 from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import FisherSums
+from llm_barber.method import allocation
+from llm_barber.model.streams import ActivationStreams
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.helpers.runs import read_untimed_files, run_stopped
 from tests.model.reference import captured, first_call
@@ -171,6 +176,37 @@ def test_by_loss_goes_on_with_the_sparsities_that_it_had(
     run_stopped(monkeypatch, model, tmp_path / "again", tokens, rebuild=False, allocation="loss")
     monkeypatch.setattr("llm_barber.run.stream.allocate", None)
     prune(PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, resume=True, **settings))
+    assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("room", "reads"), [(None, [2, 2, 2]), (1.5, [1, 2, 2]), (3, [1, 1, 1])])  # in layers
+def test_layers_that_fit_beside_the_activations_are_read_once(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, room: float | None, reads: list[int]
+) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors")
+    settings = {"dtype": "float32", "batch_size": 2, "report": False, "allocation": "loss", "rebuild": False}
+    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
+    tensors = load_file(model / "model.safetensors")
+    size = sum(tensor.nbytes for name, tensor in tensors.items() if ".layers.0." in name)
+    by_loss, read = allocation._by_loss, CheckpointSource.read
+    seen: Counter[str] = Counter()
+
+    def with_room(initial: Any, streams: ActivationStreams, *rest: Any) -> Any:
+        streams.memory.room = None if room is None else int(room * size)
+        with monkeypatch.context() as patched:
+            patched.setattr(CheckpointSource, "read", noted)
+            result = by_loss(initial, streams, *rest)
+        assert streams.memory.room == (None if room is None else int(room * size))
+        return result
+
+    def noted(source: CheckpointSource, names: Iterable[str], *rest: Any) -> Any:
+        names = list(names)
+        seen.update(name for name in names if name.endswith("q_proj.weight"))
+        return read(source, names, *rest)
+
+    monkeypatch.setattr(allocation, "_by_loss", with_room)
+    prune(PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, **settings))
+    assert [seen[f"model.layers.{index}.self_attn.q_proj.weight"] for index in range(3)] == reads
     assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
 
 

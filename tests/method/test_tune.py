@@ -21,6 +21,7 @@ from llm_barber.masking.saliency import wanda
 from llm_barber.method import distance as distances
 from llm_barber.method import tune
 from llm_barber.method.distance import Distance
+from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.report import RunReport
@@ -236,6 +237,28 @@ def test_passes(tmp_path: Path, model: Path, tokens: Path) -> None:
         report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4", overwrite=True, **settings)
         assert words in (report.refinement or "")
         assert not inspect(InspectConfig(model=tmp_path / "out", dense=model)).problems
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_the_run_for_the_masks_gives_the_target(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, mix: float
+) -> None:
+    """The bytes are those of a target from a run of its own, which is one run of each layer more."""
+    runs: list[int] = []
+    output = DecoderLayer.output
+
+    def noted(layer: DecoderLayer, hidden: Tensor) -> Tensor:
+        runs[-1] += len(hidden)
+        return output(layer, hidden)
+
+    monkeypatch.setattr(DecoderLayer, "output", noted)
+    for name in ("together", "apart"):
+        runs.append(0)
+        run(model, tmp_path / name, tokens, preset="mask", allocation="uniform", tune_passes=1, target_mix=mix)
+        monkeypatch.setattr(MethodMasks, "runs_layers", False)
+    assert runs == [0, 2 * SEQUENCES]
+    together, apart = (read_folder(tmp_path / name) for name in ("together", "apart"))
+    assert all(torch.equal(together[name], apart[name]) for name in together)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

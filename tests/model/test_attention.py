@@ -60,6 +60,29 @@ def test_it_equals_the_formula(heads: int, key_heads: int, tokens: int) -> None:
         assert (tensor.double() - wanted).norm() <= 0.01 * wanted.norm() + 1e-12
 
 
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_kept_weights_of_keys_change_no_bit(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed once, or, where they are too large to keep, again for the backward pass."""
+    calls: list[slice] = []
+    probabilities = attention._Heads.probabilities
+
+    def noted(heads: attention._Heads, block: slice) -> Tensor:
+        calls.append(block)
+        return probabilities(heads, block)
+
+    monkeypatch.setattr(attention._Heads, "probabilities", noted)
+    inputs = make_inputs(4, 2, tokens, torch.bfloat16)
+    size = 2 * 4 * sum(min(128, tokens - first) * min(first + 128, tokens) for first in range(0, tokens, 128)) * 2
+    by_room, blocks = [], []
+    for room in (size, size - 1):
+        monkeypatch.setattr(attention, "KEPT_BYTES", room)
+        by_room.append(with_gradients(CausalAttention.apply, inputs, 0.3))
+        blocks.append(len(calls))
+        calls.clear()
+    assert all(torch.equal(*pair) for pair in zip(*by_room, strict=True))
+    assert blocks == [-(-tokens // 128), 2 * -(-tokens // 128)]
+
+
 @pytest.mark.parametrize("offset", [0.0, 10.0, 60.0])
 @pytest.mark.parametrize("features", [64, 96])
 def test_large_scores_are_not_rounded(offset: float, features: int) -> None:

@@ -152,6 +152,17 @@ def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case)
     assert all(inputs.shape[:3] == (1, *hidden.shape[:2]) for inputs in seen.values())
 
 
+def test_a_layer_that_is_run_to_its_end_gives_its_output(case: Case) -> None:
+    module, architecture, hidden, arguments = case
+    layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
+    seen: dict[str, Tensor] = {}
+    output = layer.visit_inputs(hidden, seen.__setitem__, stop=False)
+    assert output is not None
+    assert torch.equal(output, layer.output(hidden))
+    assert set(seen) == set(architecture.linears)
+    assert layer.visit_inputs(hidden, seen.__setitem__) is None
+
+
 def test_reconstruction_error_is_the_mean_square_by_sequence() -> None:
     dense, sparse = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 0.0]], [[3.0, 1.0]]])
     assert reconstruction_errors(dense, sparse).tolist() == pytest.approx([2.5, 5.0])

@@ -102,6 +102,19 @@ def test_room_on_the_device_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.room is None
 
 
+def test_tensors_that_stay_on_the_device_take_room() -> None:
+    memory = ArrayMemory(room=1000)
+    tensors = [torch.zeros(100), torch.zeros(150)]
+    assert memory.keep_on_device(tensors)
+    assert memory.room == 0
+    assert not memory.keep_on_device([torch.zeros(1)])
+    del tensors
+    assert memory.room == 1000
+    assert not memory.keep_on_device([torch.zeros(200), torch.zeros(51)])
+    assert memory.room == 1000
+    assert not ArrayMemory().keep_on_device([])
+
+
 def run(model: Path, out: Path, tokens: Path, **settings: Any) -> None:
     prune(PruneConfig(model=model, output=out, calibration=tokens, **SETTINGS, **settings))
 

@@ -116,6 +116,27 @@ def test_the_allocation_looks_at_4096_tokens() -> None:
     assert costs.allocate.read == 2 * 2 * 117 * 2 + 84 * 2
 
 
+def test_the_allocation_reads_layers_once_that_stay_on_a_device() -> None:
+    on_host = Recipe(**{**MASK.__dict__, "allocation": Allocation.LOSS, "on_cpu": False})
+    size, arrays = 2 * 117 * 2, 3 * 60 * 4 * 2  # of both layers; of the activations while allocating
+    by_room = [run_costs(MODEL, replace(on_host, room=room)).allocate for room in (0, arrays + size // 2, 10**6)]
+    assert [costs.read - 84 * 2 for costs in by_room] == [2 * size, 1.5 * size, size]
+    peaks = [peak_footprint(MODEL, replace(on_host, room=room)).device for room in (arrays, arrays + size)]
+    assert peaks[1] >= peaks[0]
+
+
+def test_the_target_takes_no_pass_of_its_own_where_the_masks_take_one() -> None:
+    settings = RefineSettings(0, 0.5, False, held_out=0, passes=1, tunes_masks=True)
+    recipe = Recipe(**{**MASK.__dict__, "refine": settings})
+    wanda = run_costs(MODEL, recipe)
+    magnitude = run_costs(MODEL, replace(recipe, initial=Initial.MAGNITUDE))
+    layer = 2 * 60 * 112
+    assert (wanda.initial.products, magnitude.initial.products) == (2 * layer, 0)
+    assert magnitude.tune.products - wanda.tune.products == 2 * layer
+    all_dense = replace(recipe, refine=replace(settings, target_mix=1.0))  # which needs no dense layer on the input
+    assert run_costs(MODEL, all_dense).initial.products == 2 * (2 * 60 * (112 - 32))
+
+
 @pytest.mark.parametrize("recipe", [PAPER, MASK])
 def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
     alone, shared = run_costs(MODEL, recipe), run_costs(MODEL, recipe.among(2))

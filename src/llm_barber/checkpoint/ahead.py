@@ -54,5 +54,4 @@ class ReadAhead:
             self._next += 1
 
     def _read(self, names: list[str]) -> Tensors:
-        tensors = self._source.read(names)
-        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if self._pinned else tensors
+        return self._source.read(names, self._pinned)

@@ -136,10 +136,11 @@ class CheckpointSource:
         except SafetensorError as error:
             raise shard.damaged(error) from error
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], pinned: bool = False) -> dict[str, Tensor]:
         """Read tensors by the checkpoint's names, each file opened once.
 
-        The tensors are copies: no file stays mapped.
+        The tensors are copies: no file stays mapped. `pinned`: they lie in memory that a GPU can copy from while it
+        computes.
 
         Raises:
             ModelError: a file is damaged, or a tensor holds NaN or Inf.
@@ -154,8 +155,10 @@ class CheckpointSource:
                 for name in members:
                     if table is not None:
                         tensor = read_tensor(name, table, handle, file)
+                        tensor = pinned_copy(tensor) if pinned else tensor
                     else:
-                        tensor = handle.get_tensor(name).clone()
+                        mapped = handle.get_tensor(name)
+                        tensor = pinned_copy(mapped) if pinned else mapped.clone()
                     self._refuse_not_finite(name, tensor)
                     tensors[name] = tensor
                     if self._last is not None:
@@ -216,6 +219,11 @@ class CheckpointSource:
     @property
     def _shards(self) -> set[str]:
         return {info.file for info in self.tensors.values()}
+
+
+def pinned_copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor to pinned memory, in one copy even from a mapped file."""
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -116,6 +116,10 @@ class Job:
             return self.skeleton.head_name
         return f"{self.skeleton.layer_prefix(index)}{linear}"
 
+    def moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to the device, unless they are there."""
+        return {name: tensor.to(self.skeleton.device, non_blocking=True) for name, tensor in tensors.items()}
+
     def open_layer(self, index: int, tensors: Mapping[str, Tensor]) -> tuple[DecoderLayer, dict[str, Tensor]]:
         """Open a decoder layer; returns it with the weights of its linears by name, (out, in), on the device.
 
@@ -128,7 +132,7 @@ class Job:
         """
         skeleton = self.skeleton
         self._check_shared(index, tensors)
-        on_device = {key: tensor.to(skeleton.device, non_blocking=True) for key, tensor in tensors.items()}
+        on_device = self.moved(tensors)
         locations = layer_locations(skeleton, self.source, index)
         parameters = {name: location.of(on_device[location.tensor]) for name, location in locations.items()}
         module = skeleton.load_layer(index, parameters)

@@ -6,12 +6,15 @@ pass used (straight-through: Bengio et al., arXiv 1308.3432). For a pruned weigh
 the loss, for a kept weight how dropping it does.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM
-from llm_barber.masking.selection import lowest, rank_within
+from llm_barber.masking.selection import lowest_of_each, rank_within
 
 MARGIN = 0.01  # share of a row's mean score by which kept weights are moved up, and pruned weights down
 
@@ -71,9 +74,29 @@ def mask_from_scores(scores: Tensor, keep: Tensor, pruned: Tensor, pattern: NofM
     Returns:
         bool, (out, in), True survives.
     """
-    if pattern is None:
-        return ~lowest(scores, pruned[:, 0])
-    keep = keep.clone()
-    ranks = rank_within(by_pattern_group(scores, pattern))
-    by_pattern_group(keep, pattern).copy_(ranks >= pruned.unsqueeze(-1))
+    return masks_from_scores([Scored(scores, keep, pruned, pattern)])[0]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A linear whose mask follows from scores; the fields are the arguments of `mask_from_scores`."""
+
+    scores: Tensor
+    keep: Tensor
+    pruned: Tensor
+    pattern: NofM | None
+
+
+def masks_from_scores(linears: Sequence[Scored]) -> list[Tensor]:
+    """`mask_from_scores` of several linears; a GPU is waited for at most once, for ties in rows."""
+    by_row = [linear for linear in linears if linear.pattern is None]
+    of_rows = iter(lowest_of_each([linear.scores for linear in by_row], [linear.pruned[:, 0] for linear in by_row]))
+    return [~next(of_rows) if linear.pattern is None else _mask_of_groups(linear, linear.pattern) for linear in linears]
+
+
+def _mask_of_groups(linear: Scored, pattern: NofM) -> Tensor:
+    """Mask that scores define within the groups of M; the tails of rows stay as they are."""
+    keep = linear.keep.clone()
+    ranks = rank_within(by_pattern_group(linear.scores, pattern))
+    by_pattern_group(keep, pattern).copy_(ranks >= linear.pruned.unsqueeze(-1))
     return keep

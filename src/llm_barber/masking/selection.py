@@ -4,6 +4,9 @@ Real weights, dequantised ones above all, have many equal scores. A threshold wi
 overshoot; here the leftmost of the equal scores are taken, as in a stable sort.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy
 import torch
 from torch import Tensor
@@ -80,22 +83,63 @@ def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -
     Returns:
         bool, (groups, members), with exactly `count` True in each group.
     """
-    groups, members = scores.shape
-    counts = torch.as_tensor(count, device=scores.device).expand(groups)
+    counts = torch.as_tensor(count, device=scores.device).expand(len(scores))
     if counts.device.type == "cpu" and not counts.any():  # a GPU would wait for the answer
         return torch.zeros_like(scores, dtype=torch.bool)
-    ordered = sort_values(scores) if ordered is None else ordered
-    border = ordered.gather(1, (counts - 1).clamp(0, members - 1).unsqueeze(1))
-    border = border.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
-    chosen = scores <= border
-    surplus = count_true(chosen) != counts
-    if surplus.any():
-        chosen[surplus] = _break_ties(scores[surplus], border[surplus], counts[surplus])
-    return chosen
+    return _without_ties([_UpToBorder.of(scores, counts, ordered)])[0]
+
+
+def lowest_of_each(scores: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
+    """`lowest` of several tensors of scores; a GPU is waited for once, not once for each tensor.
+
+    Args:
+        scores: each (groups, members), float32, without NaN.
+        counts: of each, the number of members to mark in each group: int64 (groups,).
+    """
+    return _without_ties([_UpToBorder.of(*pair, None) for pair in zip(scores, counts, strict=True)])
+
+
+@dataclass(frozen=True)
+class _UpToBorder:
+    """Members up to the border of each group, the score of the last of its `counts` lowest members.
+
+    `chosen`: bool, (groups, members); with ties at the border, more than `counts` members. `surplus`: bool, (groups,),
+    True for groups with such ties.
+    """
+
+    scores: Tensor
+    counts: Tensor
+    border: Tensor
+    chosen: Tensor
+    surplus: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, counts: Tensor, ordered: Tensor | None) -> "_UpToBorder":
+        """Find the borders, from the sorted scores if they are known."""
+        ordered = sort_values(scores) if ordered is None else ordered
+        last = scores.shape[1] - 1
+        border, following = (ordered.gather(1, place.clamp(0, last).unsqueeze(1)) for place in (counts - 1, counts))
+        border = border.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
+        surplus = (following <= border).squeeze(1) & (counts <= last)
+        return cls(scores, counts, border, scores <= border, surplus)
+
+    def break_ties(self) -> Tensor:
+        """Members up to the border without the surplus; equal scores are taken from the left."""
+        if self.scores.device.type != "cpu":  # a GPU would wait to know which groups have ties
+            return _break_ties(self.scores, self.border, self.counts)
+        groups = self.surplus
+        self.chosen[groups] = _break_ties(self.scores[groups], self.border[groups], self.counts[groups])
+        return self.chosen
+
+
+def _without_ties(marked: Sequence[_UpToBorder]) -> list[Tensor]:
+    """Masks with exactly the wanted number of members in each group."""
+    tied: list[bool] = torch.stack([members.surplus.any() for members in marked]).tolist() if marked else []
+    return [members.break_ties() if ties else members.chosen for members, ties in zip(marked, tied, strict=True)]
 
 
 def _break_ties(scores: Tensor, border: Tensor, counts: Tensor) -> Tensor:
-    """Mark as `lowest` does, in groups with more than `counts` members at or below the border (groups, 1)."""
+    """Mark as `lowest` does, by the borders (groups, 1)."""
     below = scores < border
     tied = scores == border
     room = (counts - below.sum(1)).unsqueeze(1)

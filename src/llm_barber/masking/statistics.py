@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_barber.masking.by_rows import add_squares
+
 
 @contextmanager
 def exact_half_products(dtype: torch.dtype) -> Iterator[None]:
@@ -66,7 +68,12 @@ class InputSquares(RunningSums):
     def update(self, inputs: Tensor) -> None:
         """Add a batch of sequences."""
         for sequence in inputs:
-            self.total += sequence.float().square().sum(0)
+            if sequence.device.type != "cpu":  # one pass over the inputs instead of three
+                self.total += torch.linalg.vector_norm(sequence, dim=0, dtype=torch.float32).square()
+                continue
+            values = sequence.float()
+            squares = values.square() if sequence.dtype == torch.float32 else values.square_()  # a copy may change
+            self.total += squares.sum(0)
         self.sequences += len(inputs)
 
     @property
@@ -222,11 +229,10 @@ class GradientSquares(RunningSums):
             output_gradient: (sequences, tokens, out), each sequence divided by its `scale`.
             scale: (sequences,), float32.
         """
-        for sequence, gradient, factor in zip(inputs, output_gradient, scale.tolist(), strict=True):
+        for sequence, gradient, factor in zip(inputs, output_gradient, scale, strict=True):
             if gradient.dtype == torch.float16:  # a sum over tokens can exceed the largest float16, 65504
                 sequence, gradient = sequence.float(), gradient.float()
-            weight_gradient = (gradient.t() @ sequence).float()
-            self.total.addcmul_(weight_gradient, weight_gradient, value=factor * factor)
+            add_squares(self.total, gradient.t() @ sequence, factor)
         self.sequences += len(inputs)
 
     @property
@@ -255,7 +261,7 @@ class FisherSums(RunningSums):
             output_gradient: (sequences, tokens, out), each sequence divided by its `scale`.
             scale: (sequences,), float32.
         """
-        for sequence, gradient, factor in zip(inputs, output_gradient, scale.tolist(), strict=True):
+        for sequence, gradient, factor in zip(inputs, output_gradient, scale, strict=True):
             x, g = sequence.float().square(), (gradient.float() * factor).square()
             self.rows += x.sum(1) @ g
             self.columns += g.sum(1) @ x

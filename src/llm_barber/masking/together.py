@@ -42,7 +42,8 @@ def update_together(statistics: Sequence[Any], inputs: Tensor, *further: Tensor)
 
 def _input_squares(statistics: Sequence[InputSquares], inputs: Tensor) -> None:
     for sequence in inputs.unbind(1):
-        _add([statistic.total for statistic in statistics], sequence.float().square().sum(1))
+        squares = torch.linalg.vector_norm(sequence, dim=1, dtype=torch.float32).square_()  # one pass over the inputs
+        _add([statistic.total for statistic in statistics], squares)
     for statistic in statistics:
         statistic.sequences += inputs.shape[1]
 

@@ -1,11 +1,8 @@
 """Spread a sparsity over the linears, by passes over the dense model before anything is pruned."""
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
-from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.errors import ModelError, NotFiniteError, SettingsError
 from llm_barber.loading.job import Job
 from llm_barber.masking.budget import removal_costs, spread_budget
@@ -13,10 +10,10 @@ from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import FisherSums, InputSquares
 from llm_barber.messages import message
+from llm_barber.method.dense_layers import DenseLayers
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.method.input_statistics import collect_inputs
-from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.progress import Progress
 from llm_barber.settings.presets import Allocation
@@ -59,7 +56,7 @@ def _by_outliers(initial: InitialMasks, streams: ActivationStreams, sparsity: fl
     shares: dict[int, float] = {}
     sizes: dict[int, int] = {}
     progress.start("looking for outliers", job.layer_count)
-    for index, layer, weights in _layers(initial, streams, range(job.layer_count)):
+    for index, layer, weights in DenseLayers(initial, streams).opened(range(job.layer_count)):
         if layer.linears:
             squares = collect_inputs(layer, streams, InputSquares)
             scores = [wanda(weights[name], squares[name].mean) for name in layer.linears]
@@ -86,8 +83,9 @@ def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float,
     """Spread by what pruning a linear adds to the loss (`masking/budget.py`): forward, then back."""
     job = initial.job
     progress.start("looking for what pruning costs", 2 * job.layer_count)
-    inputs, gradients, few_tokens = _forward(initial, streams, progress)
-    costs = _backward(initial, streams, inputs, gradients, progress)
+    layers = DenseLayers(initial, streams)
+    inputs, gradients, few_tokens = _forward(initial, layers, streams, progress)
+    costs = _backward(initial, layers, streams, inputs, gradients, progress)
     if not any(cost.any() for cost, _ in costs.values()):
         raise ModelError(
             "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
@@ -102,7 +100,7 @@ def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float,
 
 
 def _forward(
-    initial: InitialMasks, streams: ActivationStreams, progress: Progress
+    initial: InitialMasks, layers: DenseLayers, streams: ActivationStreams, progress: Progress
 ) -> tuple[list[list[Tensor]], list[Tensor], set[str]]:
     """Run the dense model on the calibration text, and the loss on its first windows.
 
@@ -119,7 +117,7 @@ def _forward(
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # records the arguments that layers get
     inputs: list[list[Tensor]] = []
     few_tokens: set[str] = set()
-    for index, layer, _ in _layers(initial, streams, range(job.layer_count)):
+    for index, layer, _ in layers.opened(range(job.layer_count), wanted_again=True):
         layer.forget_tokens()
         inputs.append([streams.unpinned_copy(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
@@ -135,6 +133,7 @@ def _forward(
 
 def _backward(
     initial: InitialMasks,
+    layers: DenseLayers,
     streams: ActivationStreams,
     inputs: list[list[Tensor]],
     gradients: list[Tensor],
@@ -147,7 +146,7 @@ def _backward(
     """
     job = initial.job
     costs: dict[str, tuple[Tensor, int]] = {}
-    for index, layer, weights in _layers(initial, streams, range(job.layer_count)[::-1]):
+    for index, layer, weights in layers.opened(range(job.layer_count)[::-1]):
         sums = {name: FisherSums(tuple(weights[name].shape), streams.device) for name in layer.linears}
         for number, hidden in enumerate(inputs.pop()):
             gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], sums)
@@ -163,24 +162,6 @@ def _backward(
             costs[full_name] = cost, len(weights[name])
         progress.advance("back")
     return costs
-
-
-def _layers(
-    initial: InitialMasks, streams: ActivationStreams, order: Sequence[int]
-) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
-    """Dense decoder layers with the weights of their linears; the next layer is read ahead.
-
-    Of each layer, the linears that are pruned are selected.
-    """
-    job = initial.job
-    with ReadAhead(job.source, [job.layer_tensors[index] for index in order], streams.memory.pinned) as ahead:
-        for index in order:
-            try:
-                layer, weights = job.open_layer(index, ahead.take())
-                layer.select(initial.linears(index))
-                yield index, layer, weights
-            finally:
-                job.skeleton.release_layer(index)
 
 
 def _loss_gradient(job: Job, hidden: Tensor, tokens: Tensor) -> Tensor:

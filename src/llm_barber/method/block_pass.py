@@ -100,7 +100,9 @@ def propagate(block_pass: BlockPass, measured_from: int | None) -> float | None:
         activation is NaN or Inf.
     """
     layer, block, streams = block_pass.layer, block_pass.block, block_pass.streams
-    total, compared, finite = 0.0, 0, True
+    # A GPU is waited for once, after the last batch.
+    total, compared = torch.zeros((), dtype=torch.float64, device=streams.device), 0
+    finite = torch.ones((), dtype=torch.bool, device=streams.device)
     measured_from = streams.sequences if measured_from is None else measured_from
     for batch in streams.batches():
         hidden, replays = streams.read(HIDDEN, batch), block_pass.replays(batch)
@@ -112,15 +114,16 @@ def propagate(block_pass: BlockPass, measured_from: int | None) -> float | None:
         first = max(batch.start, measured_from)
         if first < batch.stop:
             dense_output = streams.read(DENSE_OUTPUT, slice(first, batch.stop))
-            total += reconstruction_errors(dense_output, output[first - batch.start :]).double().sum().item()
+            total += reconstruction_errors(dense_output, output[first - batch.start :]).double().sum()
             compared += batch.stop - first
         if block_pass.last:
             streams.write(DENSE_OUTPUT, batch, following)  # the dense output is not needed any more
-        finite = finite and all(bool(torch.isfinite(end)) for end in torch.aminmax(following))
-    total, all_compared, broken = streams.ranks.total(total, compared, not finite)
+        for end in torch.aminmax(following):
+            finite &= torch.isfinite(end)
+    error, all_compared, broken = streams.ranks.total(total.item(), compared, not finite)
     if broken:
         return float("nan")
-    return total / all_compared if all_compared else None
+    return error / all_compared if all_compared else None
 
 
 def measure_candidates(
@@ -139,7 +142,8 @@ def measure_candidates(
         between the dense block on the pruned model's activations (0) and on the dense model's (1), summed over windows.
     """
     layer, streams = block_pass.layer, block_pass.streams
-    errors, distances = [0.0] * len(candidates), [0.0] * len(candidates)
+    # By candidate, errors and distances; a GPU is waited for once, after the last batch.
+    totals = torch.zeros(2, len(candidates), dtype=torch.float64, device=streams.device)
     for batch in windows:
         layer.set_weights(dense_weights)
         dense_output = block_pass.output(batch)
@@ -150,11 +154,11 @@ def measure_candidates(
         for number, linears in enumerate(candidates):
             layer.set_weights({name: linears[name].weight for name in block_pass.block.linears})
             output = block_pass.output(batch)
-            errors[number] += reconstruction_errors(dense_output, output).double().sum().item()
-            distances[number] += reconstruction_errors(target, output).double().sum().item()
+            totals[0, number] += reconstruction_errors(dense_output, output).double().sum()
+            totals[1, number] += reconstruction_errors(target, output).double().sum()
     count = sum(batch.stop - batch.start for batch in windows)
-    *sums, sequences = streams.ranks.total(*errors, *distances, count)
-    return [error / sequences for error in sums[: len(errors)]], sums[len(errors) :]
+    *sums, sequences = streams.ranks.total(*totals.flatten().tolist(), count)
+    return [error / sequences for error in sums[: len(candidates)]], sums[len(candidates) :]
 
 
 def block_errors(

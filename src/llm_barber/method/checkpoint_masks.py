@@ -165,8 +165,18 @@ class CheckpointMasks:
             "give the pruned model as PRUNED; to prune a dense one: llm-barber prune",
         )
 
+    @property
+    def runs_layers(self) -> bool:
+        """False: the masks are read."""
+        return False
+
     def __call__(
-        self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
+        self,
+        index: int,
+        layer: DecoderLayer,
+        dense: Mapping[str, Tensor],
+        streams: ActivationStreams,
+        output: str | None = None,
     ) -> dict[str, PrunedLinear]:
         """One `PrunedLinear` for each linear in `dense` that is pruned."""
         result = {}

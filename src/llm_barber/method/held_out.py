@@ -43,21 +43,21 @@ def judge(
         streams: the layer's input, and its target (`TARGET`).
     """
     weights = {name: weight.to(layer.dtype) for name, weight in weights.items()}
-    errors: list[float] = []
-    largest_tokens = squares = 0.0
+    errors: list[Tensor] = []
     by_channel = torch.zeros_like(distance.weights, dtype=torch.float64)
+    largest_tokens = squares = by_channel.new_zeros(())
     for batch in streams.split()[1]:
         target, output = streams.read(TARGET, batch), layer.output_with(weights, streams.read(HIDDEN, batch))
         differences = distance.differences(target, output)
-        errors += distance.errors(target, differences).tolist()
-        largest_tokens += differences.by_token.max(1).values.sum().item()
-        squares += differences.by_token.sum().item()
+        errors.append(distance.errors(target, differences))
+        largest_tokens = largest_tokens + differences.by_token.max(1).values.sum()
+        squares = squares + differences.by_token.sum()
         by_channel += differences.by_channel.sum(0)
     streams.ranks.add_tensor(by_channel)
-    error, largest_tokens, squares = streams.ranks.total(math.fsum(errors), largest_tokens, squares)
-    return Judgement(
-        error / streams.held_out, _share(largest_tokens, squares), _share(by_channel.max().item(), squares)
-    )
+    error = math.fsum(torch.cat(errors).tolist()) if errors else 0.0  # this process may have no held-out window
+    error, largest_token, all_squares = streams.ranks.total(error, largest_tokens.item(), squares.item())
+    largest_channel = by_channel.max().item()
+    return Judgement(error / streams.held_out, _share(largest_token, all_squares), _share(largest_channel, all_squares))
 
 
 def _share(part: float, whole: float) -> float:

@@ -65,8 +65,18 @@ class InitialMasks(Protocol):
         """The linears of a layer that may be pruned."""
         ...
 
+    @property
+    def runs_layers(self) -> bool:
+        """Is every layer run with its dense weights, for the masks?"""
+        ...
+
     def __call__(
-        self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
+        self,
+        index: int,
+        layer: DecoderLayer,
+        dense: Mapping[str, Tensor],
+        streams: ActivationStreams,
+        output: str | None = None,
     ) -> dict[str, PrunedLinear]:
         """Initial masks of a layer.
 
@@ -75,6 +85,7 @@ class InitialMasks(Protocol):
             layer: with its dense weights.
             dense: dense weights of its prunable linears, (out, in).
             streams: the layer's input.
+            output: name of the array that takes the dense layer's output, if the layer is run (`runs_layers`).
 
         Returns:
             One `PrunedLinear` for each linear that is pruned; the others stay dense.

@@ -30,15 +30,27 @@ AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
 
 
 def collect_inputs(
-    layer: DecoderLayer, streams: ActivationStreams, statistic: Callable[[int, torch.device], AnyStatistic]
+    layer: DecoderLayer,
+    streams: ActivationStreams,
+    statistic: Callable[[int, torch.device], AnyStatistic],
+    output: str | None = None,
 ) -> dict[str, AnyStatistic]:
     """Running statistic of each linear's inputs, by linear, over the sequences of all processes.
 
     Linears that read the same tensor (q, k, v; gate, up) share one.
+
+    Args:
+        layer: the decoder layer.
+        streams: the layer's input.
+        statistic: makes a statistic of a number of features on a device.
+        output: name of the array that takes the layer's output; None: the layer is run to its last linear's input.
     """
     statistics: dict[str, AnyStatistic] = {}
     for batch in streams.batches():
-        layer.visit_inputs(streams.read(HIDDEN, batch), _Updating(layer, statistics, statistic))
+        updating = _Updating(layer, statistics, statistic)
+        following = layer.visit_inputs(streams.read(HIDDEN, batch), updating, stop=output is None)
+        if output is not None and following is not None:
+            streams.write(output, batch, following)
     for shared in {id(shared): shared for shared in statistics.values()}.values():
         streams.ranks.add(shared)
     return statistics

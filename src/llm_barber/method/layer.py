@@ -27,10 +27,11 @@ from llm_barber.method.outcome import BlockOutcome, block_result
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.rebuild import RebuildSettings, rebuild_block
 from llm_barber.method.refine import refine_block
+from llm_barber.method.targets import write_targets
 from llm_barber.method.tune import Tuned, tune_layer
 from llm_barber.model.architecture import Block, select_linears
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
+from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, TARGET, ActivationStreams
 from llm_barber.record.layers import BlockResult, Concentration
 from llm_barber.settings.refining import RefineSettings
 
@@ -68,7 +69,7 @@ def prune_layer(
     Raises:
         NotFiniteError: an activation or a gradient holds NaN or Inf.
     """
-    opened = _choose_initial_masks(job, index, tensors, initial, streams)
+    opened = _choose_initial_masks(job, index, tensors, initial, refine_settings, streams)
     tuned: Tuned | None = None
     if opened.linears and refine_settings is not None and refine_settings.of_layers:
         initial_keeps = {name: linear.keep for name, linear in opened.linears.items()}
@@ -88,7 +89,8 @@ class _OpenLayer:
     """A decoder layer while it is pruned.
 
     `weights`: dense weights of all its prunable linears, (out, in). `linears`: the linears that are pruned, as they are
-    so far. `blocks`: with these linears alone; a block may have none.
+    so far. `blocks`: with these linears alone; a block may have none. `target`: the array `TARGET` has the layer's
+    dense output.
     """
 
     index: int
@@ -96,6 +98,7 @@ class _OpenLayer:
     weights: dict[str, Tensor]
     linears: dict[str, PrunedLinear]
     blocks: tuple[Block, ...]
+    target: bool = False
 
     @property
     def dense(self) -> dict[str, Tensor]:
@@ -109,13 +112,23 @@ class _OpenLayer:
 
 
 def _choose_initial_masks(
-    job: Job, index: int, tensors: Mapping[str, Tensor], initial: InitialMasks, streams: ActivationStreams
+    job: Job,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    initial: InitialMasks,
+    refine_settings: RefineSettings | None,
+    streams: ActivationStreams,
 ) -> _OpenLayer:
-    """Open a layer and choose which weights of its linears the rebuild starts from."""
+    """Open a layer and choose which weights of its linears the rebuild starts from.
+
+    Where the layer is run for that, tuning's target comes from the same run.
+    """
     layer, weights = job.open_layer(index, tensors)
-    linears = initial(index, layer, weights, streams)
+    wanted = refine_settings is not None and refine_settings.of_layers and refine_settings.target_mix < 1
+    linears = initial(index, layer, weights, streams, TARGET if wanted else None)
     layer.select(linears)
-    return _OpenLayer(index, layer, weights, linears, select_linears(job.skeleton.blocks[index], linears))
+    blocks = select_linears(job.skeleton.blocks[index], linears)
+    return _OpenLayer(index, layer, weights, linears, blocks, target=wanted and initial.runs_layers)
 
 
 def _prune_blocks(
@@ -197,7 +210,8 @@ def _tune(
     Errors of blocks that were `rebuilt` are means over all windows, as their errors before are.
     """
     layer, dense = opened.layer, opened.dense
-    tuned = tune_layer(layer, dense, opened.linears, settings, streams, f"layer {opened.index}")
+    distance = write_targets(layer, None if opened.target else dense, settings.target_mix, streams)
+    tuned = tune_layer(layer, opened.linears, distance, settings, streams, f"layer {opened.index}")
     opened.linears = tuned.linears
     windows = list(streams.batches()) if rebuilt else measured_windows(settings, streams)
     errors = block_errors(layer, opened.blocks, dense, opened.linears, windows, streams)

@@ -111,8 +111,18 @@ class MethodMasks:
         """The linears of a layer that are pruned."""
         return tuple(self.targets_of(index))
 
+    @property
+    def runs_layers(self) -> bool:
+        """Are layers run for statistics of their inputs?"""
+        return self.method is not Initial.MAGNITUDE
+
     def __call__(
-        self, index: int, layer: DecoderLayer, dense: Mapping[str, Tensor], streams: ActivationStreams
+        self,
+        index: int,
+        layer: DecoderLayer,
+        dense: Mapping[str, Tensor],
+        streams: ActivationStreams,
+        output: str | None = None,
     ) -> dict[str, PrunedLinear]:
         """One `PrunedLinear` for each linear in `dense` that has a target."""
         targets = self.targets_of(index)
@@ -121,8 +131,8 @@ class MethodMasks:
         layer.select(targets)
         dense = {name: dense[name] for name in targets}
         layer.forget_tokens()
-        linears = self._by_method(index, layer, dense, streams, targets)
-        if self.method is not Initial.MAGNITUDE:
+        linears = self._by_method(index, layer, dense, streams, targets, output)
+        if self.runs_layers:
             linears = {name: replace(linear, few_tokens=False) for name, linear in linears.items()}
             for name in linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks)):
                 keep = self._mask(saliency.magnitude(dense[name]), targets[name])
@@ -136,6 +146,7 @@ class MethodMasks:
         dense: Mapping[str, Tensor],
         streams: ActivationStreams,
         targets: Mapping[str, Pattern],
+        output: str | None,
     ) -> dict[str, PrunedLinear]:
         """Masks of all linears, those of experts with few tokens among them."""
         match self.method:
@@ -143,19 +154,19 @@ class MethodMasks:
                 keeps = {name: self._mask(saliency.magnitude(weight), targets[name]) for name, weight in dense.items()}
             case Initial.WANDA | Initial.RIA:
                 score = SCORES[self.method]
-                squares = collect_inputs(layer, streams, InputSquares)
+                squares = collect_inputs(layer, streams, InputSquares, output)
                 keeps = {
                     name: self._mask(score(weight, squares[name].mean), targets[name]) for name, weight in dense.items()
                 }
             case Initial.DSNOT:
-                moments = collect_inputs(layer, streams, InputMoments)
+                moments = collect_inputs(layer, streams, InputMoments, output)
                 mlp = [name for block in self.job.blocks(index) if block.name == MLP for name in block.linears]
                 keeps = {
                     name: self._dsnot(weight, moments[name], targets[name], left_alone=name in mlp)
                     for name, weight in dense.items()
                 }
             case Initial.SPARSEGPT | Initial.ALPS:
-                return self._with_updates(index, layer, dense, streams, targets)
+                return self._with_updates(index, layer, dense, streams, targets, output)
         return {
             name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], _group_pattern(targets[name]))
             for name, keep in keeps.items()
@@ -179,9 +190,10 @@ class MethodMasks:
         dense: Mapping[str, Tensor],
         streams: ActivationStreams,
         targets: Mapping[str, Pattern],
+        output: str | None,
     ) -> dict[str, PrunedLinear]:
         """Masks of methods that update the weights that they keep."""
-        grams = collect_inputs(layer, streams, GramMatrix)
+        grams = collect_inputs(layer, streams, GramMatrix, output)
         result = {}
         latest: GramMatrix | None = None
         for name, weight in dense.items():

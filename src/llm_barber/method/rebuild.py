@@ -54,7 +54,7 @@ def rebuild_block(
     dense_weights = {name: dense[name] for name in block.linears}
     sparse_weights = {name: pruned[name].weight for name in block.linears}
     squares = {name: GradientSquares(tuple(dense[name].shape), dense[name].device) for name in block.linears}
-    total = 0.0
+    losses_sum = torch.zeros((), dtype=torch.float64, device=streams.device)
     layer.forget_tokens()
     for batch in streams.batches():
         hidden, replays = streams.read(HIDDEN, batch), block_pass.replays(batch)
@@ -65,13 +65,15 @@ def rebuild_block(
         streams.write(DENSE_OUTPUT, batch, dense_output)
         if not block_pass.last:  # blocks after it replay it, if nothing is swapped
             streams.write(block.output, batch, sparse_output)
-        total += losses.double().sum().item()
-    (total,) = streams.ranks.total(total)
+        losses_sum += losses.double().sum()
+    (total,) = streams.ranks.total(losses_sum.item())
     if not math.isfinite(total):
         raise overflowed(f"the output of {where}")
-    for name, statistic in squares.items():
+    for statistic in squares.values():
         streams.ranks.add(statistic)
-        if not torch.isfinite(statistic.total.max()):  # a NaN is a maximum too
+    maxima = torch.stack([statistic.total.max() for statistic in squares.values()])  # a NaN is a maximum too
+    for name, finite in zip(squares, maxima.isfinite().tolist(), strict=True):
+        if not finite:
             raise overflowed(f"a gradient of {where}, {name},")
     linears = freeze_linears_with_few_tokens(
         {name: pruned[name] for name in block.linears}, layer, streams.ranks, calls=2

@@ -1,8 +1,7 @@
 """Tune the masks of a decoder layer, its kept weights, or both, by a short run of Adam.
 
 The loss is the mean squared distance (`distance.py`) between the pruned layer's output, on the inputs that the pruned
-model gives it, and the dense layer's. The dense layer's inputs are the same (`target_mix` 0, as EBFT, 2024) or the
-dense model's (1); between, the two outputs are mixed. Masks follow from scores (`masking/scores.py`), which start as
+model gives it, and its target (`targets.py`). Masks follow from scores (`masking/scores.py`), which start as
 Wanda's. Held-out windows choose the pass whose result is kept, or none.
 """
 
@@ -12,18 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llm_barber.masking.by_rows import add_scaled, multiply
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.scores import count_pruned, mask_from_scores, starting_scores
+from llm_barber.masking.scores import Scored, count_pruned, masks_from_scores, starting_scores
 from llm_barber.masking.selection import apply_mask
 from llm_barber.masking.statistics import InputSquares
-from llm_barber.method.distance import Distance, usual_squares
+from llm_barber.method.distance import Distance
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.held_out import Judgement, judge
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import check_finite, scaled_by_sequence
-from llm_barber.model.streams import DENSE, HIDDEN, NEXT, TARGET, ActivationStreams
+from llm_barber.model.streams import HIDDEN, TARGET, ActivationStreams
 from llm_barber.record.layers import Concentration, kept_pass
 from llm_barber.settings.refining import RefineSettings
 
@@ -59,8 +59,8 @@ class Tuned:
 
 def tune_layer(
     layer: DecoderLayer,
-    dense: Mapping[str, Tensor],
     pruned: Linears,
+    distance: Distance,
     settings: RefineSettings,
     streams: ActivationStreams,
     where: str,
@@ -69,16 +69,15 @@ def tune_layer(
 
     Args:
         layer: the decoder layer, with any weights.
-        dense: dense weights, (out, in), by linear.
         pruned: masks and values to start from, by linear.
-        settings: target mix; number of held-out windows; passes over the other windows.
-        streams: the layer's input; unless the target mix is 0, also the dense model's output (`DENSE + NEXT`).
+        distance: from the targets, that of `targets.write_targets`.
+        settings: number of held-out windows; passes over the other windows.
+        streams: the layer's input and its target (`TARGET`).
         where: the layer's name in messages.
 
     Raises:
         NotFiniteError: a gradient holds NaN or Inf.
     """
-    distance = _write_targets(layer, dense, settings.target_mix, streams)
     return _descend(_Parameters(layer, pruned, settings, streams), layer, distance, settings, streams, where)
 
 
@@ -131,26 +130,30 @@ class _Parameters:
         return {name: apply_mask(self._values(name), linear.keep) for name, linear in self._linears.items()}
 
     def _values(self, name: str) -> Tensor:
-        """Current weights of a linear before its mask is applied: float32, (out, in)."""
-        values = self._linears[name].values.float()
-        if not self._changes:
-            return values
+        """Current weights of a linear whose values are tuned, before its mask is applied: float32, (out, in)."""
         row_steps, column_steps = self._steps[name]
-        return values.addcmul(self._changes[name].detach() * row_steps, column_steps)
+        return self._linears[name].values.float().addcmul(self._changes[name].detach() * row_steps, column_steps)
 
     def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Set the parameters' gradients, float32, from gradients by the weights, (out, in), in `SUM_DTYPES`."""
-        for name, scores in self._scores.items():
-            scores.grad = gradients[name].float() * self._values(name)
+        """Set the parameters' gradients, float32, from gradients by the weights, (out, in), in `SUM_DTYPES`.
+
+        The gradients by the weights are used up.
+        """
         for name, changes in self._changes.items():
             row_steps, column_steps = self._steps[name]
             changes.grad = (gradients[name].float() * row_steps).mul_(column_steps).mul_(self._linears[name].free)
+        for name, scores in self._scores.items():
+            values = self._values(name) if self._changes else self._linears[name].values
+            scores.grad = multiply(gradients[name].float(), values)
 
     def update_masks(self) -> None:
         """Make the masks from the scores, after a step of Adam."""
+        scored = []
         for name, scores in self._scores.items():
             linear = self._linears[name]
-            keep = mask_from_scores(scores.detach(), linear.keep, self._pruned_counts[name], linear.pattern)
+            scored.append(Scored(scores.detach(), linear.keep, self._pruned_counts[name], linear.pattern))
+        for name, keep in zip(self._scores, masks_from_scores(scored), strict=True):
+            linear = self._linears[name]
             # If values change, `weights` and `linears` compute the weight from them, and do not read the linear's.
             self._linears[name] = replace(linear, keep=keep) if self._changes else linear.with_mask(keep)
 
@@ -207,13 +210,17 @@ def _descend(
 
     generator = torch.Generator().manual_seed(0)
     linears = parameters.linears()
+    sums = {
+        name: torch.empty_like(weight, dtype=SUM_DTYPES[layer.dtype]) for name, weight in parameters.weights().items()
+    }
     judgements = [judge(layer, parameters.weights(), distance, streams)] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
             weights = {
                 name: weight.to(layer.dtype).detach().requires_grad_() for name, weight in parameters.weights().items()
             }
-            sums = {name: torch.zeros_like(weight, dtype=SUM_DTYPES[layer.dtype]) for name, weight in weights.items()}
+            for gradient in sums.values():
+                gradient.zero_()
             for sequence in steps[step].local_sequences:
                 _add_gradients(sums, layer, weights, streams, slice(sequence, sequence + 1), distance)
             for gradient in sums.values():
@@ -270,25 +277,6 @@ def _add_gradients(
         return scale, torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
 
     scale, gradients = layer.compute_gradients(compute)
-    factor = scale.item()
     for name, gradient in zip(weights, gradients, strict=True):
         if gradient is not None:  # the sequence may have no token for an expert
-            sums[name].add_(gradient, alpha=factor)
-
-
-def _write_targets(
-    layer: DecoderLayer, dense: Mapping[str, Tensor], target_mix: float, streams: ActivationStreams
-) -> Distance:
-    """Write the layer's target output for every window, and return the distance that measures from it."""
-    layer.set_weights(dense)
-    squares = []
-    for batch in streams.batches():
-        target = streams.read(DENSE + NEXT, batch) if target_mix else None
-        if target is None or target_mix < 1:
-            output = layer.output(streams.read(HIDDEN, batch))
-            target = output if target is None else output.float().lerp(target.float(), target_mix).to(layer.dtype)
-        streams.write(TARGET, batch, target)
-        squares.append(usual_squares(target))
-    total = torch.stack(squares).sum(0)
-    streams.ranks.add_tensor(total)
-    return Distance.of(total)
+            add_scaled(sums[name], gradient, scale)

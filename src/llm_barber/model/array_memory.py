@@ -4,6 +4,7 @@ import os
 import tempfile
 import weakref
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,15 @@ class ArrayMemory:
         self.room -= size
         weakref.finalize(array, self._give_back_room, size)
         return array
+
+    def keep_on_device(self, tensors: Collection[Tensor]) -> bool:
+        """Count tensors that are on the device as arrays, until they are gone; False: there is not enough room."""
+        if self.room is None or sum(tensor.nbytes for tensor in tensors) > self.room:
+            return False
+        for tensor in tensors:
+            self.room -= tensor.nbytes
+            weakref.finalize(tensor, self._give_back_room, tensor.nbytes)
+        return True
 
     def empty_off_device(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool | None = None) -> Tensor:
         """Allocate an array in host memory or a file, without initialising it.

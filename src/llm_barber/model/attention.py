@@ -2,9 +2,9 @@
 
 PyTorch's own kernel for CPUs reaches a tenth to a fifth of the rate of matrix products. Here a block of queries is
 multiplied by all the keys up to it; heads that share keys are multiplied together. That is as fast with large heads
-that share no keys, and up to 1.8 times as fast with small heads that share keys (docs/notebook/speed.md). Only query,
-key and value are kept for the backward pass. All other attention goes to PyTorch's kernel. `torch.func`'s transforms
-(`vmap`, `grad`) refuse this function.
+that share no keys, and up to 1.8 times as fast with small heads that share keys (docs/notebook/speed.md). Query, key
+and value are kept for the backward pass, and the weights of the keys where they are small; otherwise they are computed
+again. All other attention goes to PyTorch's kernel. `torch.func`'s transforms (`vmap`, `grad`) refuse this function.
 """
 
 import math
@@ -21,6 +21,7 @@ from llm_barber.model.device import multiplies_bfloat16
 
 QUERIES = 128  # in a block
 KEY_STEP = 8  # every eighth key is tried for a large score
+KEPT_BYTES = 2**26  # most bytes of a call's weights of keys that are kept for the backward pass
 
 
 def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -92,25 +93,30 @@ class CausalAttention(torch.autograd.Function):
         sequences, _, tokens, _ = query.shape
         # In memory it is (sequences, tokens, heads, features), as layers read it and as PyTorch's kernel returns it.
         output = query.new_empty(sequences, tokens, *heads.queries.shape[1:3], value.shape[-1])
+        keeps = any(ctx.needs_input_grad) and heads.probability_bytes <= KEPT_BYTES
+        kept: list[Tensor] = []
         for block in heads.blocks:
-            weighted = torch.bmm(heads.probabilities(block), heads.values[:, : block.stop])
+            probabilities = heads.probabilities(block)
+            weighted = torch.bmm(probabilities, heads.values[:, : block.stop])
             output[:, block] = heads.apart(weighted).permute(0, 3, 1, 2, 4)
-        ctx.save_for_backward(query, key, value)
+            if keeps:
+                kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.scale = scale
         return output.flatten(2, 3).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         """Gradients by query, key and value."""
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         heads = _Heads(query, key, value, ctx.scale)
         by_query = torch.empty(heads.queries.shape, dtype=query.dtype)
         sums = torch.promote_types(query.dtype, torch.float32)
         by_key, by_value = (torch.zeros(tensor.shape, dtype=sums) for tensor in (heads.keys, heads.values))
         by_output = torch.unflatten(gradient, 1, heads.queries.shape[1:3])
-        for block in heads.blocks:
+        for number, block in enumerate(heads.blocks):
             seen = slice(block.stop)
-            probabilities = heads.probabilities(block)
+            probabilities = kept[number] if kept else heads.probabilities(block)
             outer = heads.together(by_output, block)
             by_value[:, seen] += torch.bmm(probabilities.transpose(1, 2), outer)
             by_probability = torch.bmm(outer, heads.values[:, seen].transpose(1, 2))
@@ -141,6 +147,13 @@ class _Heads:
         tokens = query.shape[2]
         self.blocks = [slice(first, min(first + QUERIES, tokens)) for first in range(0, tokens, QUERIES)]
         self.later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+
+    @property
+    def probability_bytes(self) -> int:
+        """Bytes of the weights of all keys, in all blocks."""
+        pairs = sum((block.stop - block.start) * block.stop for block in self.blocks)
+        heads: int = self.queries.shape[:3].numel()
+        return heads * pairs * self.queries.element_size()
 
     def together(self, tensor: Tensor, block: slice) -> Tensor:
         """Rows of a block of queries, one matrix per key head; heads that share keys lie below each other."""

@@ -80,23 +80,23 @@ class DecoderLayer:
         return weight.t() if self._transposed else weight
 
     @torch.no_grad()
-    def visit_inputs(self, hidden: Tensor, visitor: InputVisitor) -> None:
-        """Hand the inputs of every linear to `visitor`, then end the run.
+    def visit_inputs(self, hidden: Tensor, visitor: InputVisitor, stop: bool = True) -> Tensor | None:
+        """Hand the inputs of every linear to `visitor`; return the output, or with `stop` end the run before.
 
-        Linears that read the same tensor are visited one after the other with the same object; experts' linears may be
-        visited together. A linear that is the module of several names is visited each time that it is called.
+        Linears that read the same tensor are visited with the same object; a linear of several names at each call.
 
         Raises:
             ModelError: a linear is not called.
         """
-        with self.hooks.visited(self.linears, len(hidden), visitor) as visits:
-            self._run(hidden)
+        with self.hooks.visited(self.linears, len(hidden), visitor, stop) as visits:
+            output = self._run(hidden)
         self._groups = visits.groups
         if visits.waiting:
             raise ModelError(
                 f"{type(self.module).__name__} does not call {', '.join(sorted(visits.waiting))}",
                 "a fused kernel may take its weight instead: leave it uninstalled or switch it off; or --exclude it",
             )
+        return output
 
     def input_groups(self, block: Block, hidden: Tensor) -> list[tuple[str, ...]]:
         """Group the block's linears that read the same tensor; groups are in the order of the calls."""

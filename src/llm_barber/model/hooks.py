@@ -54,8 +54,10 @@ class LayerHooks:
         self._flattened: dict[str, bool] = {}  # by block: its output is (sequences · tokens, hidden)
 
     @contextmanager
-    def visited(self, linears: Collection[str], sequences: int, visitor: InputVisitor) -> Iterator[Visits]:
-        """Hand the linears' inputs to `visitor`; the last linear ends the run.
+    def visited(
+        self, linears: Collection[str], sequences: int, visitor: InputVisitor, stop: bool = True
+    ) -> Iterator[Visits]:
+        """Hand the linears' inputs to `visitor`; with `stop` the last linear ends the run.
 
         Linears that read the same tensor are handed the same object.
         """
@@ -75,7 +77,7 @@ class LayerHooks:
                     group.append(name)
             visitor(rows)
             visits.waiting.difference_update(names)
-            if not visits.waiting and not self._called_again.intersection(linears):
+            if stop and not visits.waiting and not self._called_again.intersection(linears):
                 raise Reached
 
         with self._heard(linears, sequences, visit, before=True):

@@ -33,7 +33,8 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
         return NO_WORK
     by_loss = recipe.allocation is Allocation.LOSS
     tokens = recipe.loss_tokens if by_loss else recipe.local_tokens
-    total = NO_WORK
+    total, all_layers = NO_WORK, sum(layer.parameters for layer in model.layers) * recipe.stored
+    again = 1 - recipe.kept_on_device(all_layers, model.hidden) / all_layers if by_loss else 0
     for layer in model.layers:
         size = layer.parameters * recipe.stored
         for block in layer.blocks:
@@ -43,7 +44,7 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
                 continue
             back = Work(products=once.products, attention=BACKWARD_ATTENTION * once.attention, moved=2 * once.moved)
             total += once * 2 + back + _removal_cost_work(block, recipe, tokens)
-        total += Work(read=size, copied=size) * (2 if by_loss else 1)
+        total += Work(read=size, copied=size) * (1 + again)
     if by_loss:
         logits = tokens * model.vocabulary
         total += Work(
@@ -69,14 +70,15 @@ def _removal_cost_work(block: BlockShapes, recipe: Recipe, tokens: float) -> Wor
 def initial_mask_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
     """Work of a block's initial mask: a pass of the dense block, a statistic of the inputs, and ranking.
 
-    The layer's last block is computed up to the input of its last linear.
+    The layer's last block is computed up to the input of its last linear, unless tuning needs its output.
     """
     work = ranking_work(block, recipe)
     if recipe.initial is Initial.MAGNITUDE:
         return work
     tokens = recipe.local_tokens
-    work += forward_work(block, recipe, tokens, until_last=block is layer.blocks[-1])
-    work += streaming_work(block, recipe, tokens, 0.5)
+    whole = recipe.target_from_masks
+    work += forward_work(block, recipe, tokens, until_last=block is layer.blocks[-1] and not whole)
+    work += streaming_work(block, recipe, tokens, 1 if whole else 0.5)
     return work + statistics_work(block, recipe)
 
 

@@ -234,7 +234,9 @@ def _allocating(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
     of_arrays, of_inputs = _allocated_from(model, recipe)
     arrays = recipe.in_memory(of_arrays, model.hidden)
     on_device = recipe.on_device(model.hidden, recipe.allocating)
-    kept = Footprint(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, on_device)
+    all_layers = sum(layer.parameters for layer in model.layers) * recipe.stored
+    on_device_and_layers = on_device + recipe.kept_on_device(all_layers, model.hidden)
+    kept = Footprint(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, on_device_and_layers)
     layer = model.largest_layer
     size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
     batch = max(_batch(block, recipe) for block in layer.blocks)

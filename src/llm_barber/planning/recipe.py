@@ -115,6 +115,12 @@ class Recipe:
         return min(loss_windows(self.tokens), self.local_sequences) * self.tokens
 
     @property
+    def target_from_masks(self) -> bool:
+        """True if the run of the dense layer for its initial masks gives tuning's target, too."""
+        tunes = self.refine is not None and self.refine.of_layers and self.refine.target_mix < 1
+        return tunes and self.initial is not Initial.MAGNITUDE
+
+    @property
     def follows_dense(self) -> bool:
         """True if the dense model's activations go through the layers, too."""
         return self.refine is not None and self.refine.target_mix > 0
@@ -149,6 +155,12 @@ class Recipe:
     def allocating(self) -> int:
         """Number of arrays when allocating: the layer's inputs, and one that moves through the dense model."""
         return self.durable + 1
+
+    def kept_on_device(self, layers: float, width: int) -> float:
+        """Bytes of dense layers, of all their bytes, that stay on the device between the allocation's passes."""
+        if self.on_cpu or self.allocation is not Allocation.LOSS:
+            return 0
+        return min(layers, max(0.0, self.room - self.on_device(width, self.allocating)))
 
     def _staying(self, width: int, arrays: int | None = None) -> int:
         """Number of arrays that stay on the device."""

@@ -88,9 +88,9 @@ def unpacking(values: str, instructions: float) -> Budget:
 BUDGETS = [
     one_row("bf16", 4, 13),
     one_row("bf16", 1, 15),
-    one_row("fp16", 4, 13, "fp16"),
+    one_row("fp16", 4, 13.5, "fp16"),
     one_row("fp32", 4, 12, "fp32"),
-    one_row("i8", 4, 15.5),
+    one_row("i8", 4, 16.5),
     some_rows("bf16", 14, 4),
     some_rows("fp16", 14, 4, "fp16"),
     some_rows("i8", 19.5, 4),

@@ -1,0 +1,61 @@
+"""Arithmetic in place on large matrices of more bits than what is added to them.
+
+A CPU converts the other matrix in a temporary array. A few rows at a time, that array stays in its cache. On a GPU an
+operation converts as it reads, so that matrices are taken whole, and scales stay there: nothing waits for the device.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+NUMBERS = 2**17  # of a matrix that a CPU takes at a time
+
+
+def add_scaled(total: Tensor, values: Tensor, scale: Tensor) -> None:
+    """Add scale · values to a sum.
+
+    Args:
+        total: (out, in), float32 or float64.
+        values: (out, in), of at most as many bits.
+        scale: float32, (1,).
+    """
+    if total.device.type != "cpu":
+        total.addcmul_(values, scale)
+        return
+    factor = scale.item()
+    for part, added in _by_rows(total, values):
+        part.add_(added, alpha=factor)
+
+
+def add_squares(total: Tensor, values: Tensor, scale: Tensor) -> None:
+    """Add (scale · values)² to a sum.
+
+    Args:
+        total: (out, in), float32.
+        values: (out, in), of at most as many bits.
+        scale: float32, ().
+    """
+    if total.device.type != "cpu":
+        scaled = values * scale.view(1)  # float32: a scale without dimensions would leave the values' dtype
+        total.addcmul_(scaled, scaled)
+        return
+    factor = scale.item() ** 2
+    for part, added in _by_rows(total, values):
+        converted = added.float()
+        part.addcmul_(converted, converted, value=factor)
+
+
+def multiply(total: Tensor, values: Tensor) -> Tensor:
+    """Multiply a sum, (out, in), by values, (out, in), of at most as many bits; return the sum."""
+    if total.device.type != "cpu":
+        return total.mul_(values)
+    for part, factors in _by_rows(total, values):
+        part.mul_(factors)
+    return total
+
+
+def _by_rows(total: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of both matrices, a few rows at a time."""
+    rows = max(1, NUMBERS // max(1, total.shape[1]))
+    return zip(torch.split(total, rows), torch.split(values, rows), strict=True)

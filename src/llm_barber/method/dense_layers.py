@@ -1,0 +1,45 @@
+"""Dense decoder layers, opened one after the other for passes over the dense model before anything is pruned."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from llm_barber.checkpoint.ahead import ReadAhead
+from llm_barber.method.initial_masks import InitialMasks
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.streams import ActivationStreams
+
+
+class DenseLayers:
+    """Dense decoder layers, whose linears that are pruned are selected; the next layer is read ahead.
+
+    A layer that is wanted again stays on the device if there is room beside the activations: it is read and copied
+    once. On CPUs no layer stays, so that memory holds one layer at a time.
+
+    Args:
+        initial: says which linears are pruned.
+        streams: the activations, and the room that they leave.
+    """
+
+    def __init__(self, initial: InitialMasks, streams: ActivationStreams) -> None:
+        self._initial, self._streams = initial, streams
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def opened(
+        self, order: Sequence[int], wanted_again: bool = False
+    ) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
+        """Open layers in this order; each comes with its number and the weights of its linears, (out, in)."""
+        job, streams = self._initial.job, self._streams
+        read = [job.layer_tensors[index] for index in order if index not in self._kept]
+        with ReadAhead(job.source, read, streams.memory.pinned) as ahead:
+            for index in order:
+                tensors = self._kept.pop(index) if index in self._kept else job.moved(ahead.take())
+                try:
+                    layer, weights = job.open_layer(index, tensors)
+                    layer.select(self._initial.linears(index))
+                    yield index, layer, weights
+                finally:
+                    job.skeleton.release_layer(index)
+                if wanted_again and streams.memory.keep_on_device(tensors.values()):
+                    self._kept[index] = tensors
+                del tensors  # the next layer is taken before the name is set again
