@@ -38,8 +38,8 @@ def find_chunk(values, words, starts, chunk, inside, aside):  # type: ignore[no-
     start = tl.load(starts + place, mask=inside[None, :]).to(tl.uint32)
     shift = ((chunk & 7) << 3).to(tl.uint64)[None, :]
     below = (tl.full(shift.shape, 1, tl.uint64) << shift) - 1
-    size: tl.constexpr = values.dtype.element_ty.primitive_bitwidth // 8
-    offset = (start + count_bits(word & below)) * size
+    bits_of_value: tl.constexpr = values.dtype.element_ty.primitive_bitwidth
+    offset = (start + count_bits(word & below)) * (bits_of_value // 8)
     return (word >> shift).to(tl.uint32), (values.to(tl.pointer_type(tl.uint8)) + offset).to(values.dtype)
 
 
@@ -68,7 +68,8 @@ def take_four(values, bits):  # type: ignore[no-untyped-def]
         values: pointers to the first values, (height, lanes).
         bits: (height, lanes).
     """
-    counts = count_four(bits, values.dtype.element_ty.primitive_bitwidth // 8)
+    bits_of_value: tl.constexpr = values.dtype.element_ty.primitive_bitwidth
+    counts = count_four(bits, bits_of_value // 8)
     c0, c1, c2, c3 = counts & 255, (counts >> 8) & 255, (counts >> 16) & 255, counts >> 24
     w0 = tl.load(values, mask=c0 != 0, other=0)
     w1 = load_value(values, c0, c1 != c0)
@@ -117,7 +118,7 @@ def load_chunk(inputs, chunk, inside, lanes: tl.constexpr):  # type: ignore[no-u
         inside: whether the row has the chunk, (lanes,).
         lanes: number of chunks.
     """
-    if inputs.dtype.element_ty.primitive_bitwidth == 32:
+    if inputs.dtype.element_ty == tl.float32:
         x0, x1, x2, x3 = load_four(inputs, chunk * 8, inside, lanes)
         x4, x5, x6, x7 = load_four(inputs, chunk * 8 + 4, inside, lanes)
     else:
