@@ -60,8 +60,9 @@ def multiply(bucket: Bucket, inputs: Tensor, linears: Sequence[nn.Linear]) -> Te
     if len(linears) == 1:
         output: Tensor = linears[0](inputs)
         return output
-    weights = torch.stack([linear.weight for linear in linears]).transpose(1, 2)
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    matrices: list[Tensor] = [linear.weight for linear in linears]
+    weights = torch.stack(matrices).transpose(1, 2)
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     if bucket.ends is None:
         rows = inputs.view(len(linears), -1, inputs.shape[1])
         if biases:

@@ -47,7 +47,7 @@ class Layout:
     def inputs(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Rows of the tokens' states, (tokens, hidden), for each bucket."""
         token = self.routes.div(self.slots.shape[1], rounding_mode="floor")
-        return take(hidden, token, self.slots, self.has_padding).split([bucket.rows for bucket in self.buckets])
+        return self._by_bucket(take(hidden, token, self.slots, self.has_padding))
 
     def outputs(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of the routes, (tokens · k, features) in the order of tokens, from the rows of each bucket."""
@@ -62,7 +62,10 @@ class Layout:
     @cached_property
     def padding(self) -> tuple[Tensor, ...]:
         """Rows that are padded, bool (rows, 1), for each bucket."""
-        return (self.routes < 0).unsqueeze(1).split([bucket.rows for bucket in self.buckets])
+        return self._by_bucket((self.routes < 0).unsqueeze(1))
+
+    def _by_bucket(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(rows, [bucket.rows for bucket in self.buckets])
 
 
 class Routes:
@@ -183,7 +186,7 @@ class SequenceView:
         if self._target is not None:
             layout, index, back = self._target
             buckets, rows = layout.buckets, take(rows, index, back, layout.has_padding)
-        for bucket, part in zip(buckets, rows.split([bucket.rows for bucket in buckets]), strict=True):
+        for bucket, part in zip(buckets, torch.split(rows, [bucket.rows for bucket in buckets]), strict=True):
             yield bucket.experts, part.view(len(bucket.experts), self.sequences, -1, part.shape[-1])
 
 
