@@ -150,7 +150,8 @@ def test_a_checkpoint_that_has_it_once(tmp_path: Path, model: Path) -> None:
         {"format": "pt"},
     )
     tokens = save_tokens(tmp_path / "tokens.safetensors")
-    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, preset="mask", report=False))
+    settings: dict[str, Any] = {"dtype": "float32", "preset": "mask", "report": False}
+    prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
     written = read_folder(tmp_path / "out")
     assert not any("o_proj" in name for name in written)
     assert all((written[f"{name}.q_proj.weight"] == 0).float().mean() > 0.3 for name in NAMES)

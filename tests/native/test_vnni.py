@@ -8,12 +8,14 @@ from torch import Tensor
 from llm_barber import native
 from llm_barber.checkpoint.encoding import bitmask
 from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
-from llm_barber.native import Instructions, vnni
+from llm_barber.native import Instructions
+from llm_barber.native import rounded as native_rounded
+from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
 from llm_barber.native.rows import Parts
 from tests.helpers.threads import check_threads_and_fork
 from tests.native.test_avx512 import Guarded, make_weight
 
-pytestmark = pytest.mark.skipif(not vnni.can_multiply(64, 64), reason="needs a processor with VBMI2 and VNNI")
+pytestmark = pytest.mark.skipif(best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI")
 SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000)]
 
 
@@ -24,7 +26,7 @@ def weight_of(rounded: Rounded, bias: Tensor | None, dtype: torch.dtype, parts: 
     shape, columns = rounded.packed.shape, rounded.packed.shape[1]
     placed = [place(tensor).view(tensor.shape) for tensor in tensors]
     bias = None if bias is None else place(bias)
-    return vnni.Weight(*placed, bias, columns, rounded.group, dtype, Parts.of(bits, shape, parts))
+    return Weight(*placed, bias, columns, rounded.group, dtype, Parts.of(bits, shape, parts))
 
 
 def round_inputs(inputs: Tensor, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +124,7 @@ def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int, monke
         return memory[-1].tensor.view(tensor.shape)
 
     empty = torch.empty
-    monkeypatch.setattr(vnni.torch, "empty", lambda *shape, **kind: guarded(empty(*shape, **kind)))
+    monkeypatch.setattr(native_rounded.torch, "empty", lambda *shape, **kind: guarded(empty(*shape, **kind)))
     for sparsity in (0.2, 0.5, 0.95, 1.0):
         for rows in (1, 5):
             rounded = pack(make_weight(rows, columns, sparsity, dtype), 64)
@@ -142,7 +144,7 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
     values, bits = Guarded(torch.ones(40, dtype=torch.int8)).tensor, torch.full((32,), 255, dtype=torch.uint8)
     scales = torch.ones(4, 1).bfloat16().view(torch.int16)
     parts = Parts((0, 4), (0, 40), np.array([0, 40]))
-    weight = vnni.Weight(values, bits, scales, None, 64, 64, torch.float32, parts)
+    weight = Weight(values, bits, scales, None, 64, 64, torch.float32, parts)
     assert weight.multiply(torch.ones(1, 64)).round().tolist() == [[40, 0, 0, 0]]
 
 
@@ -173,15 +175,15 @@ def test_what_does_not_fit_is_refused() -> None:
     bits, scales = torch.from_numpy(bitmask(rounded.packed)), rounded.scales.view(torch.int16)
     values, parts = rounded.packed.values, Parts.of(bits, (4, 128), 1)
     right = [values, bits, scales, None, 128, 64, torch.float32, parts]
-    vnni.Weight(*right)
+    Weight(*right)
     for position, wrong in (
         (0, values[1:]), (0, values.view(torch.uint8)), (1, bits[1:]), (1, bits.view(torch.int8)), (2, scales[1:]),
         (2, scales.float()), (3, torch.ones(3)), (3, torch.ones(4).bfloat16()), (4, 64), (5, 128), (5, 32),
         (6, torch.float16), (7, Parts.of(bits, (8, 64), 1)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="product"):
-            vnni.Weight(*[wrong if number == position else part for number, part in enumerate(right)])
-    weight = vnni.Weight(*right)
+            Weight(*[wrong if number == position else part for number, part in enumerate(right)])
+    weight = Weight(*right)
     for inputs in (torch.ones(1, 64), torch.ones(9, 128), torch.ones(1, 128).bfloat16(), torch.ones(0, 128)):
         with pytest.raises(ValueError, match="inputs do not fit"):
             weight.multiply(inputs)
@@ -192,8 +194,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_instructions_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "instructions", lambda: Instructions.AVX2)
-    assert not vnni.can_multiply(64, 64)
+    assert find_kernel(64, 64) == Kernel.AVX2
     monkeypatch.setattr(native, "instructions", lambda: Instructions.AVX512)
-    assert vnni.can_multiply(64, 64)
-    assert not vnni.can_multiply(60, 64)
-    assert not vnni.can_multiply(128, 96)
+    assert find_kernel(64, 64) == Kernel.VNNI
+    assert find_kernel(128, 96) == Kernel.AVX2
+    assert find_kernel(60, 64) == Kernel.NUMPY

@@ -239,28 +239,28 @@ def test_saving_a_model_that_is_packed_in_memory_is_refused_until_it_is_dequanti
     )
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_without_the_package_loading_fails(tmp_path: Path, sharded: bool) -> None:
+def test_without_the_package_loading_fails(tmp_path: Path) -> None:
     """transformers alone must not give a model with random weights."""
-    _, packed = make_packed(tmp_path, sharded=sharded)
+    folders = [make_packed(tmp_path / str(sharded), sharded=sharded)[1] for sharded in (False, True)]
     program = f"""
 import sys
 sys.modules["llm_barber"] = None  # an import of it is an error
 from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained({str(packed)!r})
-except OSError as error:
-    print(error)
-    sys.exit(3)
+for folder in {[str(folder) for folder in folders]!r}:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except OSError as error:
+        print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 3, done.stderr
-    assert "no file named model.safetensors" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no file named model.safetensors") == 2
     assert "Unknown quantization type, got llm-barber" in done.stderr
-    entry = json.loads((packed / "config.json").read_text())["quantization_config"]
-    assert "pip install llm-barber" in entry["needs"]
-    assert "llm_barber.register()" in entry["needs"]
-    assert "transformers_weights" not in (packed / "config.json").read_text()
+    for folder in folders:
+        entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert "pip install llm-barber" in entry["needs"]
+        assert "llm_barber.register()" in entry["needs"]
+        assert "transformers_weights" not in (folder / "config.json").read_text()
 
 
 def test_importing_the_package_stays_light() -> None:
@@ -362,6 +362,57 @@ def test_wrong_arguments_have_hints(tmp_path: Path, llama: Path) -> None:
     )
     with pytest.raises(ModelError, match=r"config\.json"):
         AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_settings_may_be_a_dict(tmp_path: Path) -> None:
+    _, packed = make_packed(tmp_path)
+    for settings in ({"keep_packed": True}, {"quant_method": "llm-barber", "keep_packed": True, "verify": False}):
+        assert packed_linears(AutoModelForCausalLM.from_pretrained(packed, quantization_config=settings)) == 14
+    wrong = [({"keep_packed": "never"}, "cannot be 'never'"), ({"keep_pcked": True}, "no setting 'keep_pcked'")]
+    for settings, problem in wrong:
+        with pytest.raises(SettingsError, match=problem):
+            AutoModelForCausalLM.from_pretrained(packed, quantization_config=settings)
+    with pytest.raises(SettingsError, match="no setting 'keep_pcked'") as caught:
+        PackedConfig(keep_pcked=True)
+    assert "keep_packed and verify" in caught.value.hint
+    with pytest.raises(ValueError, match="but you are passing"):
+        AutoModelForCausalLM.from_pretrained(packed, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+@pytest.mark.parametrize("settings", [{"keep_packed": True}, {"verify": True, "keep_packed": "never", "other": 1}])
+def test_only_the_caller_chooses_how_a_folder_is_loaded(tmp_path: Path, settings: dict[str, Any]) -> None:
+    _, packed = make_packed(tmp_path)
+    entry = json.loads((packed / "config.json").read_text())["quantization_config"]
+    change_json(packed / "config.json", quantization_config={**entry, **settings})
+    words = f"config.json has {', '.join(map(repr, sorted(settings)))}, which is ignored: the caller chooses"
+    with pytest.warns(UserWarning, match=words):
+        assert packed_linears(AutoModelForCausalLM.from_pretrained(packed)) == 0
+    with pytest.warns(UserWarning, match=words):
+        model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=PackedConfig(keep_packed=True))
+    assert packed_linears(model) == 14
+    model.config.name_or_path = str(packed)  # what the caller chose before is the caller's choice
+    again = AutoModelForCausalLM.from_pretrained(packed, config=model.config)
+    assert packed_linears(again) == 14
+
+
+@pytest.mark.parametrize("loader", ["load", "from_pretrained"])
+def test_tensors_that_the_model_has_no_place_for_are_named(tmp_path: Path, loader: str) -> None:
+    dense, packed = make_packed(tmp_path)
+    change_json(packed / "config.json", num_hidden_layers=1)
+    change_json(dense / "config.json", num_hidden_layers=1)
+    with pytest.warns(UserWarning, match=r"no place for model\.layers\.1\..*, .* and 4 more of .*packed: left out"):
+        model = load(packed) if loader == "load" else AutoModelForCausalLM.from_pretrained(packed)
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(dense)))
+
+
+def test_computed_buffers_of_old_checkpoints_are_no_surprise(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    dense, _ = make_packed(tmp_path)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    pack(PackConfig(model=str(dense), output=tmp_path / "again"))
+    load(tmp_path / "again")
+    assert not [warning for warning in recwarn if "no place" in str(warning.message)]
 
 
 def test_verification_and_record(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from llm_barber import native
 from llm_barber.checkpoint.encoding import pack, unpack
@@ -120,3 +121,29 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(native.instructions() == Instructions.AVX2, reason="threads of PyTorch are used with AVX-512")
 def test_the_first_product_in_a_forked_process() -> None:
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("rounded", [False, True])
+def test_forward_mode_keeps_the_tangent(rounded: bool) -> None:
+    linear, dense = make_linears(torch.float32, rounded)
+    for rows in ROWS:
+        inputs, tangent = torch.randn(2, rows, 128).unbind()
+        with torch.no_grad(), forward_ad.dual_level():
+            outputs = forward_ad.unpack_dual(linear(forward_ad.make_dual(inputs, tangent)))
+        assert torch.equal(outputs.primal, dense(inputs))
+        assert torch.equal(outputs.tangent, nn.functional.linear(tangent, dense.weight))
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("rounded", [False, True])
+def test_transforms_of_torch_func(rounded: bool) -> None:
+    linear, dense = make_linears(torch.float32, rounded)
+    for rows in ROWS:
+        inputs, tangent = torch.randn(2, rows, 128).unbind()
+        primal, derivative = torch.func.jvp(linear, (inputs,), (tangent,))
+        assert torch.equal(primal, dense(inputs))
+        torch.testing.assert_close(derivative, nn.functional.linear(tangent, dense.weight))
+        torch.testing.assert_close(torch.func.vmap(linear)(inputs), dense(inputs))
+        gradient = torch.func.grad(lambda rows: linear(rows).square().sum())(inputs)
+        torch.testing.assert_close(gradient, torch.func.grad(lambda rows: dense(rows).square().sum())(inputs))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.index import PACKED_INDEX, read_index
 from llm_barber.checkpoint.locations import TensorInfo
-from llm_barber.checkpoint.packed_table import VALUES, RoundedEntry, Table, read_table
+from llm_barber.checkpoint.packed_table import Table, dense_infos, read_table
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_file_name, check_header, read_json
 from llm_barber.errors import ModelError
@@ -77,12 +78,7 @@ def _packed_headers(folder: Path, model: str) -> tuple[dict[str, TensorInfo], di
             table = tables[file] = read_table(file, version, handle.metadata(), stored)
         for name in (*stored, *table.packed):
             _refuse_repeated(name, tensors, file, model)
-        for name, (dtype, shape) in stored.items():
-            if not name.endswith(table.suffixes):
-                tensors[name] = TensorInfo(file, shape, dtype)
-        for name, entry in table.packed.items():
-            dtype = entry.dtype if isinstance(entry, RoundedEntry) else stored[name + VALUES][0]
-            tensors[name] = TensorInfo(file, entry.shape, dtype)
+        tensors |= {name: replace(info, file=file) for name, info in dense_infos(table, stored).items()}
     if {name: info.file for name, info in tensors.items()} != weight_map:
         raise ModelError(f"{PACKED_INDEX} and the shards of {model} do not agree", "get it again, whole")
     extra = {path.name for path in folder.glob("packed-*.safetensors")} - set(weight_map.values())

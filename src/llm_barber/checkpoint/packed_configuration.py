@@ -14,6 +14,7 @@ CONFIGURATION = "config.json"
 KEY = "quantization_config"
 QUANT_METHOD = "llm-barber"
 WEIGHTS = "weights"  # key of the entry: a shard, by which transformers finds the folder
+ENTRY_KEYS = {"quant_method", WEIGHTS, "needs"}
 NEEDS = (
     "pip install llm-barber, and in Python before from_pretrained: import llm_barber; llm_barber.register(). "
     "Or make an ordinary checkpoint of it: llm-barber unpack FOLDER DENSE"

@@ -13,9 +13,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 from torch import Tensor
 
+from llm_barber.checkpoint.dense_files import header_problem
 from llm_barber.checkpoint.digests import has_its_digest, with_digest
 from llm_barber.checkpoint.encoding import Encoding, places_bytes
 from llm_barber.checkpoint.index import DAMAGED, FORMAT_VERSION, PACKED_INDEX, ROUNDED_VERSION
+from llm_barber.checkpoint.locations import TensorInfo
 from llm_barber.checkpoint.untrusted import check_file_name, parse_json
 from llm_barber.errors import ModelError
 
@@ -61,13 +63,17 @@ class RoundedEntry(Entry):
 
 
 class Table(BaseModel):
-    """The table in a packed shard's metadata: the dense file's name and metadata, and the packed weights."""
+    """The table in a packed shard's metadata: the dense file's name and metadata, and the packed weights.
+
+    `header`: text of the dense file's header; None: safetensors writes the same.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int
     file: str
     metadata: dict[str, str] = Field(default_factory=dict)
+    header: str | None = None
     packed: Mapping[str, Entry] = Field(default_factory=dict)
 
     @property
@@ -80,7 +86,7 @@ class Table(BaseModel):
 
     def text(self) -> str:
         """The table as JSON."""
-        return self.model_dump_json()
+        return self.model_dump_json(exclude_none=True)
 
 
 class StoredTensor(BaseModel):
@@ -116,7 +122,7 @@ class RoundedTable(Table):
 
     def text(self) -> str:
         """The table as JSON, with its digest."""
-        return json.dumps(with_digest(self.model_dump(mode="json")))
+        return json.dumps(with_digest(self.model_dump(mode="json", exclude_none=True)))
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -154,11 +160,33 @@ def read_table(
     for name in shapes:
         if name.endswith(table.suffixes) and name not in parts:
             raise ModelError(f"{name} in {file} is not in its table", DAMAGED)
+    if table.header is not None:
+        problem = header_problem(table.header, dense_infos(table, shapes), table.metadata)
+        if problem is not None:
+            raise ModelError(f"the dense header that {file} keeps {problem}", DAMAGED)
     if isinstance(table, RoundedTable):
         listed = {name: (tensor.dtype, tensor.shape) for name, tensor in table.tensors.items()}
         if listed != dict(shapes):
             raise ModelError(f"{file} has other tensors than its table", DAMAGED)
     return table
+
+
+def dense_infos(table: Table, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+    """The tensors that a shard unpacks to.
+
+    Args:
+        table: of the shard, whose entries fit `shapes`.
+        shapes: as of `read_table`.
+    """
+    infos = {
+        name: TensorInfo(table.file, shape, dtype)
+        for name, (dtype, shape) in shapes.items()
+        if not name.endswith(table.suffixes)
+    }
+    for name, entry in table.packed.items():
+        dtype = entry.dtype if isinstance(entry, RoundedEntry) else shapes[name + VALUES][0]
+        infos[name] = TensorInfo(table.file, entry.shape, dtype)
+    return infos
 
 
 def _parse_table(file: str, text: str) -> Table:

@@ -30,7 +30,11 @@ class PackedWriter(CheckpointWriter):
         return packed_name(super()._name(number))
 
     def write_shard(
-        self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        name: str | None = None,
+        metadata: dict[str, str] | None = None,
+        header: str | None = None,
     ) -> None:
         """Write the next shard, with every matrix packed that becomes smaller.
 
@@ -39,6 +43,7 @@ class PackedWriter(CheckpointWriter):
         """
         assert name is None
         assert metadata is None
+        assert header is None
         dense = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         digest = hashlib.sha256(save(dense, METADATA)).hexdigest()
         stored, entries = pack_tensors(dense)

@@ -205,7 +205,11 @@ class CheckpointWriter:
         return list(self._written)
 
     def write_shard(
-        self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        name: str | None = None,
+        metadata: dict[str, str] | None = None,
+        header: str | None = None,
     ) -> None:
         """Write the next shard, durably.
 
@@ -213,6 +217,7 @@ class CheckpointWriter:
             tensors: by their names in the checkpoint.
             name: of the file; None: by its number.
             metadata: of the file's header; None: as transformers writes it.
+            header: text of the whole header, as of `save_tensors`.
 
         Raises:
             OSError: the disk is full.
@@ -224,6 +229,7 @@ class CheckpointWriter:
             {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
             temporary,
             {"format": "pt"} if metadata is None else metadata,
+            header,
         )
         digest = sync_file(temporary)
         temporary.rename(self.folder / name)

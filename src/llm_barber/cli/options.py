@@ -43,6 +43,7 @@ PANELS: dict[str, tuple[str, ...]] = {
 IN_PANELS = [name for names in PANELS.values() for name in names]
 METAVARS = {
     "against": "DENSE", "allocation": "SPREAD", "bandwidth": "BYTES/S", "blocks": "FILE", "calibration": "NAME|FILE",
+    "checks": "NAME,…",
     "dense": "DENSE", "exclude": "REGEX", "float32_flops": "FLOP/S", "flops": "FLOP/S", "include": "REGEX",
     "link": "BYTES/S", "memory_bandwidth": "BYTES/S", "methods": "NAME,…", "network": "BYTES/S", "pattern": "N:M",
     "processes": "N,…", "prompt": "TEXT", "reconstruct": "HOW", "seeds": "SEED,…", "skip_layers": "N,…",

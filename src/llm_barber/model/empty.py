@@ -42,8 +42,7 @@ def empty_model(
         Exception: any error that transformers raises.
     """
     build = auto_class(config).from_config if model_class is None else model_class._from_config
-    # Buffers (rotary frequencies) are in no checkpoint: they are computed. Parameters stay on `meta`.
-    with init_empty_weights(include_buffers=False), _OnMeta(), _bounded():
+    with parameters_on_meta():
         try:
             model: PreTrainedModel = build(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError:  # a family with its own attention code
@@ -53,6 +52,19 @@ def empty_model(
     join_tied_linears(model)
     model.eval().requires_grad_(False)
     return model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Let modules that are made inside a `with` statement have parameters on `meta`, not initialised.
+
+    Buffers (rotary frequencies) are in no checkpoint: they are computed.
+
+    Raises:
+        ModelError: there are more modules or larger buffers than in any model.
+    """
+    with init_empty_weights(include_buffers=False), _OnMeta(), _bounded():
+        yield
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

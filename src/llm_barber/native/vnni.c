@@ -6,9 +6,9 @@
  * the weights is subtracted. Sums are exact integers within a group of columns. At its end they are converted to float32,
  * multiplied by the scale of the weights times that of the inputs, and added in float32.
  *
- * `vnni.py` checks sizes before it calls. No function reads or writes beyond the given sizes.
+ * `rounded.py` checks sizes before it calls. No function reads or writes beyond the given sizes.
  */
-#include "avx512.h"
+#include "rounded.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,popcnt,fma")))
@@ -22,20 +22,6 @@ int packed_has_vnni(void) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("popcnt");
 }
-
-/* A packed weight W, (rows, columns), with rounded values; `_Weight` of `vnni.py`. Columns are a multiple of 8, and `group`
- * is a multiple of 64. */
-typedef struct {
-    const int8_t *values;
-    const uint8_t *bits;
-    const uint16_t *scales; /* bfloat16, (rows, groups) */
-    const void *bias;       /* bfloat16 or float32, as `bfloat16` says; or NULL */
-    const int64_t *row_ends, *value_ends; /* part k: rows row_ends[k] to row_ends[k + 1]; values before row_ends[k] */
-    const int64_t *block_starts;          /* number of values before each block of BLOCK_ROWS rows */
-    const openmp_t *openmp;               /* or NULL: the caller's thread computes all parts */
-    size_t rows, columns, kept, group, groups;
-    int parts, bfloat16; /* bfloat16: inputs, outputs and bias are bfloat16; else float32 */
-} rounded_t;
 
 typedef struct {
     const rounded_t *weight;
@@ -59,20 +45,6 @@ TARGET_VNNI INLINE __m512i expand8(uint64_t mask, const int8_t *values, size_t l
                                 : _mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, values);
     __asm__("" : "+v"(next));
     return _mm512_maskz_expand_epi8(mask, next);
-}
-
-INLINE float from_bfloat16(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
-}
-
-INLINE uint16_t to_bfloat16(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;           /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
 }
 
 TARGET_VNNI INLINE __m512 load_inputs(const void *inputs, size_t at, __mmask16 inside, int bfloat16) {
@@ -145,16 +117,7 @@ _Pragma("GCC unroll 8")
                                            _mm512_set1_ps(scale * p->input_scales[(size_t)t * w->groups + g]), total[t]);
         }
 _Pragma("GCC unroll 8")
-        for (int t = 0; t < tokens; t++) {
-            float sum = _mm512_reduce_add_ps(total[t]);
-            const size_t at = (size_t)t * w->rows + row;
-            if (w->bfloat16) {
-                if (w->bias) sum += from_bfloat16(((const uint16_t *)w->bias)[row]);
-                ((uint16_t *)p->outputs)[at] = to_bfloat16(sum);
-            } else {
-                ((float *)p->outputs)[at] = w->bias ? sum + ((const float *)w->bias)[row] : sum;
-            }
-        }
+        for (int t = 0; t < tokens; t++) write_output(w, p->outputs, (size_t)t, row, _mm512_reduce_add_ps(total[t]));
     }
 }
 

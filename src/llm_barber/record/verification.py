@@ -4,9 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save
-
 from llm_barber.checkpoint.companions import RECORD_NAME
+from llm_barber.checkpoint.dense_files import dense_digest
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
 from llm_barber.checkpoint.index import FORMAT_VERSION, PACKED_INDEX, dense_index, packed_index
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, packed_configuration, plain_configuration
@@ -147,4 +146,5 @@ def _unpacked_digest(source: CheckpointSource, name: str, packed: Mapping[str, s
         return None
     file = packed[name]
     tensors = source.read([tensor for tensor, info in source.tensors.items() if info.file == file])
-    return hashlib.sha256(save(tensors, source.packed[file].metadata)).hexdigest()
+    table = source.packed[file]
+    return dense_digest(tensors, table.metadata, table.header)

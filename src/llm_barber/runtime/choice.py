@@ -80,7 +80,8 @@ class Choice:
             are not named are dense.
         names: linears that may be packed.
         device: of the model.
-        measure: times of a weight, packed and dense.
+        measure: times of a weight, packed and dense; None: `measure_times`.
+        dtype: in which the model computes; None: that of each weight.
 
     Raises:
         SettingsError: `keep_packed` is none of these, or names a linear that is not in the model; "auto" elsewhere than
@@ -93,11 +94,13 @@ class Choice:
         names: Iterable[str],
         device: torch.device = CPU,
         measure: Callable[[Packed | Rounded], tuple[Times, Times]] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check(keep_packed, device)
         self.decisions: dict[str, bool] = dict.fromkeys(names, False)
         self._keep_packed = keep_packed
-        self._measure = measure or measure_times
+        self._measure = measure or self._measure_here
+        self._dtype = dtype
         self._timed: list[tuple[tuple[tuple[int, int], torch.dtype], float, bool]] = []  # shape, share, packed?
         if isinstance(keep_packed, Mapping):
             self._check_names(keep_packed)
@@ -136,6 +139,10 @@ class Choice:
         if self._keep_packed is not False:
             packed = sum(self.decisions.values())
             logger.info("keep_packed: %d linears packed, %d dense", packed, len(self.decisions) - packed)
+
+    def _measure_here(self, weight: Packed | Rounded) -> tuple[Times, Times]:
+        """Measure times; a weight with rounded values does not say in which dtype the model computes."""
+        return measure_times(weight) if isinstance(weight, Packed) else measure_times(weight, self._dtype)
 
     def _is_faster(self, weight: Packed | Rounded) -> bool:
         """Time a weight, unless a weight of this shape that keeps as many weights was timed already."""
@@ -191,11 +198,12 @@ def _unpacked(weight: Packed | Rounded) -> Tensor:
     return unpack(weight) if isinstance(weight, Packed) else unpack_rounded(weight)
 
 
-def measure_times(weight: Packed | Rounded) -> tuple[Times, Times]:
+def measure_times(weight: Packed | Rounded, dtype: torch.dtype | None = None) -> tuple[Times, Times]:
     """Times of a weight on this machine, packed and dense: the fastest of some rounds, in turn.
 
     Args:
         weight: of a linear; a large one stands for its first rows.
+        dtype: of inputs and of the dense weight, if the weight's values are rounded; None: the weight's.
     """
     dense_weight = _unpacked(weight)[: max(1, TIMED_WEIGHTS // weight.shape[1])]
     part: Packed | Rounded | None = weight
@@ -203,7 +211,9 @@ def measure_times(weight: Packed | Rounded) -> tuple[Times, Times]:
         part = pack(dense_weight) if isinstance(weight, Packed) else pack_rounded(dense_weight, weight.group)
     if part is None:  # only the other rows have zeros
         return Times(1, 1), Times(1, 1)
-    packed = PackedLinear(part, None) if isinstance(part, Packed) else RoundedLinear(part, None)
+    packed = PackedLinear(part, None) if isinstance(part, Packed) else RoundedLinear(part, None, dtype)
+    if isinstance(packed, RoundedLinear):
+        dense_weight = dense_weight.to(packed.dtype)
     cached = torch.zeros(CACHED_BYTES // 4)
     seconds = [[float("inf")] * 2 for _ in range(2)]
     inputs = [torch.ones(rows, weight.shape[1], dtype=dense_weight.dtype) for rows in (1, PROMPT)]

@@ -5,6 +5,7 @@ is raised: nothing that transformers initialised at random stays in the model.
 """
 
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,18 +13,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_barber.checkpoint.encoding import Packed, pack, unpack
+from llm_barber.checkpoint.encoding import Encoding, Packed, pack, unpack
 from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.naming import find_locations
 from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import empty_model, untie_head
-from llm_barber.model.experts import Experts
+from llm_barber.model.experts import Experts, is_fused
 from llm_barber.progress import Progress
 from llm_barber.runtime.choice import Choice, KeepPacked
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
+
+SHOWN_UNUSED = 5  # names of tensors in a warning
+# Buffers that old checkpoints have, and that transformers computes; it keeps silent about them, too.
+COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Filling:
         keep_packed: which linears stay packed in memory, as in `load`.
         progress: told of each parameter.
         requires_grad: dense parameters take gradients.
+        has_buffers: the buffers of the model were computed when it was built.
     """
 
     dtype: torch.dtype
@@ -43,6 +49,7 @@ class Filling:
     keep_packed: KeepPacked
     progress: Progress
     requires_grad: bool = False
+    has_buffers: bool = False
 
 
 def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> None:
@@ -54,8 +61,11 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
         SettingsError: `keep_packed` names other linears than the model's, or "auto" is not for this device.
         ModelError: a tensor is missing, damaged, or has another shape than the configuration says.
     """
-    split = empty_model(model.config, filling.dtype, type(model))  # the same model with each expert by itself
+    # The same model with its buffers, and with each expert by itself, as most checkpoints have them.
+    is_split = filling.has_buffers and not any(map(is_fused, model.modules()))
+    split = model if is_split else empty_model(model.config, filling.dtype, type(model))
     source.locations = find_locations(split, source.tensors)
+    _warn_of_unused(model, source)
     untie_head(model, {name: location.tensor for name, location in source.locations.items()})
     with source.kept_open():
         _fill_buffers(model, source, split, filling)  # before parameters, which a table's initialisation may touch
@@ -63,12 +73,28 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
     model.tie_weights()
 
 
+def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
+    """Name the checkpoint's tensors that the model has no place for, as when config.json says fewer layers."""
+    used = {location.tensor for location in source.locations.values()}
+    expected = [re.compile(pattern) for pattern in (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))]
+    unused = [
+        name for name in source.tensors if name not in used and not any(pattern.search(name) for pattern in expected)
+    ]
+    if unused:
+        more = f" and {len(unused) - SHOWN_UNUSED} more" if len(unused) > SHOWN_UNUSED else ""
+        warnings.warn(
+            f"{type(model).__name__}, as config.json describes it, has no place for {', '.join(unused[:SHOWN_UNUSED])}"
+            f"{more} of {source.model}: left out",
+            stacklevel=4,
+        )
+
+
 def _fill_parameters(
     model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling
 ) -> dict[str, bool]:
     """Read all parameters; whether each linear that may be packed is."""
     device = filling.device or next(model.parameters()).device
-    choice = Choice(filling.keep_packed, _packable_names(model), device)
+    choice = Choice(filling.keep_packed, _packable_names(model), device, dtype=filling.dtype)
     in_float32 = _float32_names(model, filling.dtype)
     names = [name for name, _ in model.named_parameters()]  # a tied parameter has its first name here
     filling.progress.start(f"loading {source.model}", len(names))
@@ -87,14 +113,22 @@ def _fill_parameters(
             setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=filling.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
-            bias = owner.bias  # it follows; it may still be on `meta`
-            linear = RoundedLinear(weight, bias, dtype) if isinstance(weight, Rounded) else PackedLinear(weight, bias)
+            linear = _packed_linear(weight, owner.bias, dtype)  # the bias follows; it may still be on `meta`
             for buffer_name, buffer in linear.named_buffers(recurse=False):
                 setattr(linear, buffer_name, buffer.to(device))
             setattr(model.get_submodule(parent), last, linear)
         filling.progress.advance(name)
     choice.report()
     return choice.decisions
+
+
+def _packed_linear(
+    weight: Packed | Rounded, bias: nn.Parameter | None, dtype: torch.dtype
+) -> PackedLinear | RoundedLinear:
+    """Linear of a weight that `read_packed` checked, or that was packed here."""
+    if isinstance(weight, Rounded):
+        return RoundedLinear(weight, bias, dtype, checked=True)
+    return PackedLinear(weight, bias, checked=weight.encoding is Encoding.BITMASK)
 
 
 def _packable_names(model: PreTrainedModel) -> list[str]:
@@ -111,7 +145,7 @@ def _packable_names(model: PreTrainedModel) -> list[str]:
 
 def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling) -> None:
     """Copy the buffers that the configuration determines; read those that the checkpoint has."""
-    for name, buffer in split.named_buffers(remove_duplicate=False):
+    for name, buffer in list(split.named_buffers(remove_duplicate=False)):
         set_buffer(model, name, buffer, filling.device or model.get_buffer(name).device)
     # transformers computes tables anew after loading, in float32; a model that was built in bfloat16 has rounded ones.
     for module in model.modules():

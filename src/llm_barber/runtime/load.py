@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from llm_barber.checkpoint.source import CheckpointSource
@@ -14,7 +13,7 @@ from llm_barber.errors import SettingsError
 from llm_barber.loading.opening import load_config, load_generation_config
 from llm_barber.messages import message
 from llm_barber.model.device import resolve_device
-from llm_barber.model.empty import auto_class, join_tied_linears
+from llm_barber.model.empty import auto_class, join_tied_linears, parameters_on_meta
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.choice import KeepPacked
@@ -64,11 +63,11 @@ def load(
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise SettingsError(message("{dtype} is {given!r}, not a dtype of PyTorch", given=dtype), "e.g. torch.bfloat16")
     dtype = dtype or config.dtype or torch.float32
-    with init_empty_weights(include_buffers=False):
+    with parameters_on_meta():
         loaded: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     loaded.tie_weights()
     join_tied_linears(loaded)
-    fill(loaded, source, Filling(dtype, target, keep_packed, progress))
+    fill(loaded, source, Filling(dtype, target, keep_packed, progress, has_buffers=True))
     generation_config = load_generation_config(source.folder)
     if generation_config is not None:
         loaded.generation_config = generation_config

@@ -18,6 +18,7 @@ from llm_barber.runtime.products import (
     dense_linear,
     is_differentiated,
     is_plain,
+    outside_transforms,
     report_other_bits,
     shared_buffer,
 )
@@ -40,17 +41,21 @@ class PackedLinear(nn.Module):
     Args:
         packed: the weight, (out, in).
         bias: a parameter, (out,), or None; it may still be empty.
+        checked: the parts of the weight fit together, and its places are a bit mask, as `read_packed` reads it.
+
+    Raises:
+        ValueError: the parts of the weight do not fit together.
     """
 
     values: Tensor
     bits: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
+    def __init__(self, packed: Packed, bias: nn.Parameter | None, checked: bool = False) -> None:
         super().__init__()
         self.shape = packed.shape
         self.register_buffer("values", packed.values)
-        self.register_buffer("bits", torch.from_numpy(bitmask(packed)))
+        self.register_buffer("bits", packed.places if checked else torch.from_numpy(bitmask(packed)))
         self.register_parameter("bias", bias)
         self._ready: dict[int, avx512.Weight] = {}  # by number of PyTorch's threads
         self._parts: dict[int, tuple[Tensor, Parts]] = {}  # by number of parts: the bits, and the rows of each part
@@ -87,8 +92,9 @@ class PackedLinear(nn.Module):
             return self.gpu_weight().unpack()
         if not self.values.is_cpu:
             return unpack_on_device(self.values, self.bits, self.shape)
-        weight = self.values.new_empty(self.shape)
-        self._unpack(weight)
+        with outside_transforms():
+            weight = self.values.new_empty(self.shape)
+            self._unpack(weight)
         return weight
 
     def dense(self) -> nn.Linear:

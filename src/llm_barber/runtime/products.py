@@ -5,14 +5,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from llm_barber.checkpoint.bits import POPCOUNT
 from llm_barber.errors import SettingsError
 
 
 def is_differentiated(inputs: Tensor, bias: Tensor | None) -> bool:
-    """Test whether autograd needs the product, which products outside of PyTorch cannot give it."""
+    """Test whether PyTorch needs the product to differentiate it, which products outside of PyTorch do not allow.
+
+    In reverse mode; in forward mode (`torch.autograd.forward_ad`); or within a transform of `torch.func`.
+    """
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def outside_transforms() -> Any:
+    """Context in which new tensors are memory also while a transform of `torch.func` runs, which would wrap them."""
+    return torch._C._DisableFuncTorch()
 
 
 def count_rows(inputs: Tensor, columns: int) -> int:

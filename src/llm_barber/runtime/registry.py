@@ -5,7 +5,8 @@ builds the empty model, opens a packed shard, and would initialise what it does 
 the initialisation off, and afterwards gives every parameter and buffer its value (`filling.py`), or raises an error.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llm_barber.checkpoint.hub import hub_file, resolve_model
 from llm_barber.checkpoint.index import DAMAGED, PACKED_INDEX, read_index
-from llm_barber.checkpoint.packed_configuration import KEY, QUANT_METHOD, WEIGHTS, names_packed
+from llm_barber.checkpoint.packed_configuration import ENTRY_KEYS, KEY, QUANT_METHOD, WEIGHTS, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.untrusted import check_file_name
 from llm_barber.errors import ModelError, SettingsError
@@ -39,17 +40,21 @@ IGNORED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpecte
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How `from_pretrained` loads a packed folder: `from_pretrained(PACKED, quantization_config=PackedConfig(…))`.
 
+    A dict of the same settings is taken, too.
+
     Args:
         keep_packed: as of `load`.
         verify: as of `load`.
         stored: the folder's entry in its config.json.
 
     Raises:
-        SettingsError: `keep_packed` has no such value.
+        SettingsError: `keep_packed` has no such value; there is no such setting.
     """
 
     def __init__(self, keep_packed: KeepPacked = False, verify: bool = False, **stored: Any) -> None:
         check_keep_packed(keep_packed, torch.device("cpu"))  # the value; `fill` checks the device
+        if unknown := stored.keys() - ENTRY_KEYS:
+            raise SettingsError(f"PackedConfig has no setting {min(unknown)!r}", "it has keep_packed and verify")
         register()
         self.quant_method = QUANT_METHOD
         self.keep_packed = keep_packed
@@ -212,16 +217,38 @@ def _with_packed(find: Callable[..., Any]) -> Callable[..., Any]:
         entry: Any = getattr(config, KEY, None)
         if isinstance(entry, PackedConfig):  # the configuration of a model that was loaded
             entry = config.quantization_config = entry.to_dict()
-        if not entry and _is_packed_folder(config.name_or_path):
+        elif names_packed({KEY: entry}):
+            entry = config.quantization_config = _folder_entry(entry)
+        elif not entry and _is_packed_folder(config.name_or_path):
             entry = config.quantization_config = {"quant_method": QUANT_METHOD}
-        if names_packed({KEY: entry}) and isinstance(quantization_config, PackedConfig):
-            chosen = {name: value for name, value in quantization_config.to_dict().items() if value is not None}
-            config.quantization_config = {**entry, **chosen}
-            quantization_config = None
+        if names_packed({KEY: entry}):
+            if isinstance(quantization_config, Mapping) and _is_of_packed(quantization_config):
+                quantization_config = PackedConfig(**quantization_config)
+            if isinstance(quantization_config, PackedConfig):
+                chosen = {name: value for name, value in quantization_config.to_dict().items() if value is not None}
+                config.quantization_config = {**entry, **chosen}
+                quantization_config = None
         return find(config, quantization_config, *arguments, **settings)
 
     find_quantizer.of_llm_barber = True  # type: ignore[attr-defined]
     return find_quantizer
+
+
+def _folder_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the entry in a folder's config.json may say: how to load the folder, only the caller chooses."""
+    others = sorted(entry.keys() - ENTRY_KEYS)
+    if others:
+        warnings.warn(
+            f"{KEY} in config.json has {', '.join(map(repr, others))}, which is ignored: the caller chooses how a "
+            f"packed folder is loaded, by {KEY}=PackedConfig(…)",
+            stacklevel=4,
+        )
+    return {name: entry[name] for name in ("quant_method", WEIGHTS) if entry.get(name) is not None}
+
+
+def _is_of_packed(settings: Mapping[str, Any]) -> bool:
+    """Tell whether a caller's dict holds settings of `PackedConfig`, not of another method."""
+    return bool(settings.get("quant_method", QUANT_METHOD) == QUANT_METHOD)
 
 
 def _is_packed_folder(name: str | None) -> bool:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from llm_barber import native
 from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
-from llm_barber.native import avx512, vnni
+from llm_barber.native import avx512
+from llm_barber.native.rounded import DTYPES, ROWS, Kernel, Weight, find_kernel
 from llm_barber.native.rows import Parts
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_linear import unpack_on_device
@@ -17,6 +18,7 @@ from llm_barber.runtime.products import (
     dense_linear,
     is_differentiated,
     is_plain,
+    outside_transforms,
     report_other_bits,
     shared_buffer,
 )
@@ -25,15 +27,16 @@ from llm_barber.runtime.products import (
 class RoundedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
-    On CPUs with AVX-512 (VBMI2 and VNNI) up to `vnni.ROWS` rows of inputs are rounded, too, and multiplied with the
-    packed weight (`vnni.Weight.multiply` says how). On CUDA with Triton kernels multiply a few rows with the int8
-    values, and do not round inputs; they were not run on a real GPU. Otherwise each use unpacks the weight to its
-    dtype, and inputs are not rounded.
+    On CPUs with AVX-512 (VBMI2 and VNNI) up to 8 rows of inputs are rounded, too, and multiplied with the packed weight
+    (`Weight.multiply` says how). With AVX2 up to 4 rows are multiplied, and not rounded. On CUDA with Triton kernels
+    multiply a few rows with the int8 values, and do not round inputs; they were not run on a real GPU. Otherwise each
+    use unpacks the weight to its dtype, and inputs are not rounded.
 
     Args:
         rounded: the weight, (out, in).
         bias: (out,), or None; it may still be empty.
         dtype: of `weight`, which the model computes in; None: the dtype that the weight was packed from.
+        checked: the parts of the weight fit together, and its places are a bit mask, as `read_packed` reads it.
 
     Raises:
         ValueError: the parts of the weight do not fit together.
@@ -44,19 +47,22 @@ class RoundedLinear(nn.Module):
     scales: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None, checked: bool = False) -> None:
         super().__init__()
-        bits = bitmask(rounded.packed)
-        check_rounded(rounded)
+        if checked:
+            bits = rounded.packed.places
+        else:
+            bits = torch.from_numpy(bitmask(rounded.packed))
+            check_rounded(rounded)
         self.shape, self.group, self.packed_dtype = rounded.packed.shape, rounded.group, rounded.dtype
         self.dtype = dtype or rounded.dtype
         self.register_buffer("values", rounded.packed.values)
-        self.register_buffer("bits", torch.from_numpy(bits))
+        self.register_buffer("bits", bits)
         # Integers, so that a change of the model's dtype leaves the scales as they are.
         self.register_buffer("scales", rounded.scales.contiguous().view(torch.int16))
         self.register_parameter("bias", bias)
         # By number of PyTorch's threads, dtype of inputs, and with or without the bias.
-        self._ready: dict[tuple[int, torch.dtype, bool], vnni.Weight] = {}
+        self._ready: dict[tuple[int, torch.dtype, bool], Weight] = {}
         self._places = on_gpu.PlacesOnGpu(self.shape)
         native.library()  # it has to be loaded before the process forks, to know a forked process
 
@@ -102,9 +108,9 @@ class RoundedLinear(nn.Module):
         columns = self.shape[1]
         rows = count_rows(inputs, columns)
         plain = not differentiated and is_plain(self.dtype)
-        if 1 <= rows <= vnni.ROWS and plain and inputs.is_cpu:
+        if 1 <= rows <= ROWS and plain and inputs.is_cpu:
             weight = self._ready_weight(bias, inputs.dtype)
-            if weight is not None:
+            if weight is not None and rows <= weight.kernel.rows:
                 return weight.multiply(inputs)
         # Autograd keeps the weight: it is not shared then.
         into = (
@@ -114,7 +120,7 @@ class RoundedLinear(nn.Module):
         )
         return nn.functional.linear(inputs, self._unpack(into).to(inputs.dtype), bias)
 
-    def _ready_weight(self, bias: Tensor | None, dtype: torch.dtype) -> vnni.Weight | None:
+    def _ready_weight(self, bias: Tensor | None, dtype: torch.dtype) -> Weight | None:
         """The weight, ready for products with inputs of `dtype`; None where there are none."""
         values, bits, scales = (self._buffers[name] for name in ("values", "bits", "scales"))
         assert values is not None
@@ -124,32 +130,32 @@ class RoundedLinear(nn.Module):
         weight = self._ready.get(key)
         if weight is not None and weight.is_of(values, bits, scales, bias):
             return weight
-        if not values.is_cpu or dtype not in vnni.DTYPES or not vnni.can_multiply(self.shape[1], self.group):
+        if not values.is_cpu or dtype not in DTYPES or find_kernel(self.shape[1], self.group) == Kernel.NUMPY:
             return None
         if bias is not None and (bias.dtype, bias.device) != (dtype, values.device):
             return None
         threads = max(1, min(key[0], self.shape[0], values.shape[0] // avx512.VALUES_A_THREAD))
         parts = Parts.of(bits, self.shape, threads)
-        weight = vnni.Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
+        weight = Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
         self._ready[key] = weight
         return weight
 
     def _unpack(self, into: Tensor | None) -> Tensor:
         """The weight as it was packed, in new memory or in `into`, (out, in)."""
-        scales = self.scales.view(torch.bfloat16)
         if on_gpu.has_kernels(self.values.device.type):
             return self.gpu_weight().unpack()
-        if not self.values.is_cpu:
-            return restore_rows(
-                unpack_on_device(self.values, self.bits, self.shape), scales, self.group, self.packed_dtype
-            )
-        into = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
-        weight = self._ready_weight(None, self.packed_dtype)
-        if weight is None:
+        with outside_transforms():
+            scales = self.scales.view(torch.bfloat16)
+            if not self.values.is_cpu:
+                quotients = unpack_on_device(self.values, self.bits, self.shape)
+                return restore_rows(quotients, scales, self.group, self.packed_dtype)
+            into = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
+            weight = self._ready_weight(None, self.packed_dtype)
+            if weight is not None:
+                weight.unpack(into)
+                return into
             packed = Packed(self.shape, Encoding.BITMASK, self.values, self.bits)
             return unpack_rounded(Rounded(packed, scales, self.group, self.packed_dtype), into.view(-1))
-        weight.unpack(into)
-        return into
 
     def extra_repr(self) -> str:
         """Shape, and the share of weights that is kept."""

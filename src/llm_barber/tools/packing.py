@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
 from torch import Tensor
 
 from llm_barber.checkpoint.companions import CARD_NAME, EVALUATION_NAME, PAGE_NAME, RECORD_NAME
@@ -28,10 +27,10 @@ from llm_barber.record.report import RunReport
 from llm_barber.record.rounding import Rounding, rounding_of
 from llm_barber.record.verification import folder_problems, refuse, written_otherwise
 from llm_barber.settings.copies import PackConfig, UnpackConfig, Values
-from llm_barber.tools.rounded_packing import Rounder, refuse_unpruned
+from llm_barber.tools.rounded_packing import Rounder, dense_header, refuse_unpruned
 
-# A shard to write: its name, tensors and metadata.
-Written = tuple[str, dict[str, Tensor], dict[str, str]]
+# A shard to write: its name, tensors and metadata, and its header if safetensors would write another.
+Written = tuple[str, dict[str, Tensor], dict[str, str], str | None]
 
 
 class PackReport(BaseModel):
@@ -98,9 +97,9 @@ def _exact(source: CheckpointSource) -> Conversion:
     def convert(file: str, tensors: dict[str, Tensor]) -> Written:
         stored, entries = pack_tensors(tensors)
         counts.update(entry.encoding.value for entry in entries.values())
-        with safe_open(source.folder / file, "pt") as handle:
-            table = Table(version=FORMAT_VERSION, file=file, metadata=handle.metadata() or {}, packed=entries)
-        return packed_name(file), stored, {TABLE_KEY: table.text()}
+        metadata, header = dense_header(source, file, tensors)
+        table = Table(version=FORMAT_VERSION, file=file, metadata=metadata, header=header, packed=entries)
+        return packed_name(file), stored, {TABLE_KEY: table.text()}, None
 
     return Conversion("packing", "packed", FORMAT_VERSION, convert, counts)
 
@@ -125,7 +124,7 @@ def unpack(config: UnpackConfig, progress: Progress | None = None) -> PackReport
 
     def convert(file: str, tensors: dict[str, Tensor]) -> Written:
         table = source.packed[file]
-        return table.file, tensors, table.metadata
+        return table.file, tensors, table.metadata, table.header
 
     conversion = Conversion("unpacking", "dense", None, convert, counts)
     report = _convert(config, source, read_record(source.folder), conversion, progress or Silent())
@@ -146,8 +145,8 @@ def _convert(
         progress.start(conversion.title, len(files))
         for file in files:
             tensors = source.read([name for name, info in source.tensors.items() if info.file == file])
-            name, stored, metadata = conversion.convert(file, tensors)
-            writer.write_shard(stored, name, metadata)
+            name, stored, metadata, header = conversion.convert(file, tensors)
+            writer.write_shard(stored, name, metadata, header)
             progress.advance(name)
         for path in source.companions():
             writer.copy(path, source.folder)

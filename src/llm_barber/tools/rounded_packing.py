@@ -1,13 +1,12 @@
 """Pack a pruned checkpoint with its kept weights rounded to int8: another model, and its record says so."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from llm_barber.checkpoint.dense_files import dense_digest, header_to_keep
 from llm_barber.checkpoint.index import ROUNDED_VERSION, packed_name
 from llm_barber.checkpoint.packed import can_be_rounded, pack_tensor_rounded
 from llm_barber.checkpoint.packed_table import TABLE_KEY, RoundedEntry, RoundedTable, StoredTensor, tensor_digest
@@ -49,6 +48,22 @@ def refuse_unpruned(source: CheckpointSource, record: RunReport | None, progress
     )
 
 
+def dense_header(
+    source: CheckpointSource, file: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, str], str | None]:
+    """Metadata of a dense file, and its header if safetensors would write another.
+
+    Args:
+        source: the dense checkpoint.
+        file: the file's name.
+        tensors: all tensors of the file.
+    """
+    path = source.folder / file
+    with safe_open(path, "pt") as handle:
+        metadata: dict[str, str] = handle.metadata() or {}
+    return metadata, header_to_keep(path, {name: source.tensors[name] for name in tensors}, tensors, metadata)
+
+
 class Rounder:
     """Packs shards with rounded values, and keeps what the record needs of them.
 
@@ -75,8 +90,9 @@ class Rounder:
         group = max(entry.group for entry in self._entries.values())
         return Rounding(group=group, errors={name: entry.error for name, entry in self._entries.items()})
 
-    def convert(self, file: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+    def convert(self, file: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str], None]:
         """Pack a shard: the name, tensors and metadata to write. `tensors` are taken out."""
+        metadata, header = dense_header(self._source, file, tensors)
         stored: dict[str, Tensor] = {}
         listed: dict[str, StoredTensor] = {}
         entries: dict[str, RoundedEntry] = {}
@@ -95,12 +111,12 @@ class Rounder:
                 self._count_zeros(name, tensor)
         self._entries |= entries
         self.counts.update(entry.encoding.value for entry in entries.values())
-        with safe_open(self._source.folder / file, "pt") as handle:
-            metadata = handle.metadata() or {}
         if self._with_record:
-            self._digests[file] = hashlib.sha256(save(restored, metadata)).hexdigest()
-        table = RoundedTable(version=ROUNDED_VERSION, file=file, metadata=metadata, packed=entries, tensors=listed)
-        return packed_name(file), stored, {TABLE_KEY: table.text()}
+            self._digests[file] = dense_digest(restored, metadata, header)
+        table = RoundedTable(
+            version=ROUNDED_VERSION, file=file, metadata=metadata, header=header, packed=entries, tensors=listed
+        )
+        return packed_name(file), stored, {TABLE_KEY: table.text()}, None
 
     def _count_zeros(self, name: str, tensor: Tensor) -> None:
         for linear in self._linears.get(name, []):

@@ -1,11 +1,14 @@
-"""Products with packed int8 values, and unpacking them, by AVX-512 with VBMI2 and VNNI: `vnni.c`.
+"""Products with packed int8 values, and unpacking them.
 
-Sizes are checked here, not in C. If the extension was not built, or the processor lacks the instructions, the weight is
-unpacked with NumPy.
+By AVX-512 with VBMI2 and VNNI (`vnni.c`), or by AVX2 (`rounded.c`). Sizes are checked here, not in C. If the extension
+was not built, or the processor lacks the instructions, the weight is unpacked with NumPy.
 """
 
 import ctypes
+import logging
+from enum import IntEnum
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +17,32 @@ from llm_barber import native
 from llm_barber.native import Instructions, avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 
-ROWS = 8  # most rows of inputs of a product
-STEP = 64  # columns that C takes at a time
+STEP = 64  # columns that VNNI takes at a time
 MOST_COLUMNS = 1 << 20  # a sum of more products of two int8 numbers may not fit int32
 DTYPES = (torch.bfloat16, torch.float32)  # of inputs and outputs
+BITS_IN_BYTE = 8  # groups of columns are whole bytes of the bit mask
+
+logger = logging.getLogger(__name__)
+
+
+class Kernel(IntEnum):
+    """Code that multiplies int8 values, by its instructions."""
+
+    NUMPY = 0  # unpacks for every product
+    AVX2 = 1
+    VNNI = 2
+
+    @property
+    def rows(self) -> int:
+        """Most rows of inputs of a product."""
+        return {Kernel.NUMPY: 0, Kernel.AVX2: 4, Kernel.VNNI: 8}[self]
+
+
+ROWS = Kernel.VNNI.rows  # most rows of inputs of any product
 
 
 class _Weight(ctypes.Structure):
-    """A packed weight as C sees it: `rounded_t` of `vnni.c`."""
+    """A packed weight as C sees it: `rounded_t` of `rounded.h`."""
 
     _fields_ = (
         *(
@@ -34,19 +55,63 @@ class _Weight(ctypes.Structure):
 
 
 @cache
-def has_instructions() -> bool:
+def has_vnni() -> bool:
     """Test whether the library was built with `vnni.c`, and the processor has the instructions."""
     find = getattr(native.library(), "packed_has_vnni", None)  # an extension that was built earlier lacks it
     return find is not None and bool(find())
 
 
-def can_multiply(columns: int, group: int) -> bool:
-    """Test whether a `Weight` of `columns` columns with scales by `group` columns can be multiplied."""
-    if native.library() is None or native.instructions() == Instructions.AVX2 or not has_instructions():
-        return False
-    if columns > MOST_COLUMNS:
-        return False
-    return columns % 8 == 0 and (group % STEP == 0 or group >= columns)
+def best_kernel() -> Kernel:
+    """The fastest code that this processor and the extension have; `native.ISA` may forbid VNNI."""
+    if native.library() is None:
+        kernel = Kernel.NUMPY
+    elif native.instructions() > Instructions.AVX2 and has_vnni():
+        kernel = Kernel.VNNI
+    else:  # an extension that was built earlier lacks it
+        kernel = Kernel.AVX2 if hasattr(native.library(), "packed_multiply_rounded_avx2") else Kernel.NUMPY
+    _report(kernel)
+    return kernel
+
+
+@cache
+def _report(kernel: Kernel) -> None:
+    """Log, once, how int8 values are multiplied."""
+    logger.info(
+        {
+            Kernel.VNNI: "int8 values: multiplied by VNNI, with inputs rounded to int8",
+            Kernel.AVX2: "int8 values: multiplied by AVX2, since the processor lacks AVX-512 with VBMI2 and VNNI, or "
+            f"{native.ISA} forbids it",
+            Kernel.NUMPY: "int8 values: unpacked by NumPy for every product, since the C extension is missing or old, "
+            "or the processor lacks AVX2",
+        }[kernel]
+    )
+
+
+def find_kernel(columns: int, group: int) -> Kernel:
+    """The fastest code for a weight of `columns` columns with scales by `group` columns."""
+    best = best_kernel()
+    if columns % BITS_IN_BYTE:
+        return Kernel.NUMPY
+    if best == Kernel.VNNI and columns <= MOST_COLUMNS and (group % STEP == 0 or group >= columns):
+        return Kernel.VNNI
+    whole_bytes = group % BITS_IN_BYTE == 0 or group >= columns
+    return min(best, Kernel.AVX2) if whole_bytes else Kernel.NUMPY
+
+
+@cache
+def _functions(kernel: Kernel) -> tuple[Any, Any]:
+    """C's functions that multiply a weight and that unpack it."""
+    loaded, pointer, number = native.library(), ctypes.c_void_p, ctypes.c_int
+    assert loaded is not None
+    if kernel == Kernel.VNNI:
+        multiply, restore = loaded.packed_multiply_rounded, loaded.packed_restore_rounded
+        multiply.argtypes = (pointer, pointer, pointer, number, ctypes.c_size_t, pointer, pointer)
+    else:
+        multiply, restore = loaded.packed_multiply_rounded_avx2, loaded.packed_restore_rounded_avx2
+        multiply.argtypes = (pointer, pointer, pointer, number)
+    restore.argtypes = (pointer, pointer)
+    multiply.restype = restore.restype = None
+    return multiply, restore
 
 
 class Weight:
@@ -83,7 +148,8 @@ class Weight:
         rows, groups = scales.shape
         tensors = [values, bits, scales, *([] if bias is None else [bias])]
         on_cpu = all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
-        if not can_multiply(columns, group) or dtype not in DTYPES or not on_cpu:
+        self.kernel = find_kernel(columns, group)
+        if self.kernel == Kernel.NUMPY or dtype not in DTYPES or not on_cpu:
             raise ValueError("the product needs contiguous tensors on the CPU, and columns in whole steps")
         ends = parts.row_ends, parts.value_ends, parts.block_starts
         if (
@@ -103,16 +169,11 @@ class Weight:
         self._openmp = avx512.openmp_functions()
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
         pointers = *self._pointers, *map(ctypes.addressof, self._ends), openmp
-        sizes = rows, columns, len(values), -(-group // STEP) * STEP, groups
+        step = STEP if self.kernel == Kernel.VNNI else BITS_IN_BYTE
+        sizes = rows, columns, len(values), -(-group // step) * step, groups
         self._weight = _Weight(*pointers, *sizes, len(ends[0]) - 1, dtype == torch.bfloat16)
         self._address = ctypes.addressof(self._weight)
-        loaded = native.library()
-        assert loaded is not None
-        self._multiply, self._restore = loaded.packed_multiply_rounded, loaded.packed_restore_rounded
-        pointer = ctypes.c_void_p
-        self._multiply.argtypes = (pointer, pointer, pointer, ctypes.c_int, ctypes.c_size_t, pointer, pointer)
-        self._restore.argtypes = (pointer, pointer)
-        self._multiply.restype = self._restore.restype = None
+        self._multiply, self._restore = _functions(self.kernel)
 
     def is_of(self, values: Tensor, bits: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
         """Test whether these are the weight's tensors, where they were in memory."""
@@ -123,24 +184,30 @@ class Weight:
         )
 
     def multiply(self, inputs: Tensor) -> Tensor:
-        """Compute inputs · Wᵀ + bias with rounded inputs: (…, out).
+        """Compute inputs · Wᵀ + bias: (…, out).
 
-        Each row of inputs is rounded to integers from −127 to 127 in the weight's groups of columns: x · (127 / largest
-        |x| of the group), to nearest, ties to even. Products are summed as integers within a group, and in float32 over
-        groups; the result is rounded once, after the bias. Inputs below 1e-35, in a group without larger ones, are 0. A
-        row of inputs with a NaN or an infinity has NaN outputs.
+        By AVX2, inputs are not rounded, and sums are float32. By VNNI, each row of inputs is rounded to integers from
+        −127 to 127 in the weight's groups of columns: x · (127 / largest |x| of the group), to nearest, ties to even.
+        Products are summed as integers within a group, and in float32 over groups. Inputs below 1e-35, in a group
+        without larger ones, are 0. A row of inputs with a NaN or an infinity has NaN outputs. Both round the result
+        once, after the bias.
 
         Args:
-            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `ROWS` input rows.
+            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `kernel.rows` input rows.
 
         Raises:
             ValueError: inputs do not fit the weight.
         """
         shape, columns = inputs.shape, self.columns
         tokens = inputs.numel() // columns
-        if shape[-1] != columns or inputs.dtype is not self.dtype or not inputs.is_cpu or not 1 <= tokens <= ROWS:
+        fits = shape[-1] == columns and 1 <= tokens <= self.kernel.rows
+        if not fits or inputs.dtype is not self.dtype or not inputs.is_cpu:
             raise ValueError("inputs do not fit the weight of the product")
         outputs = inputs.new_empty((*shape[:-1], self.rows))
+        if self.kernel == Kernel.AVX2:
+            inputs = inputs.float().contiguous()
+            self._multiply(self._address, inputs.data_ptr(), outputs.data_ptr(), tokens)
+            return outputs
         if not inputs.is_contiguous():
             inputs = inputs.contiguous()
         rounded = torch.empty(tokens * self._stride, dtype=torch.uint8, device="cpu")

@@ -1,0 +1,46 @@
+/* What the files with int8 values share: packed weights with rounded values, and outputs in bfloat16 or float32. */
+#ifndef LLM_BARBER_ROUNDED_H
+#define LLM_BARBER_ROUNDED_H
+#include "avx512.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+/* A packed weight W, (rows, columns), with rounded values; `_Weight` of `rounded.py`. Columns and `group` are multiples of
+ * 8; for VNNI, `group` is a multiple of 64. */
+typedef struct {
+    const int8_t *values;
+    const uint8_t *bits;
+    const uint16_t *scales; /* bfloat16, (rows, groups) */
+    const void *bias;       /* bfloat16 or float32, as `bfloat16` says; or NULL */
+    const int64_t *row_ends, *value_ends; /* part k: rows row_ends[k] to row_ends[k + 1]; values before row_ends[k] */
+    const int64_t *block_starts;          /* number of values before each block of BLOCK_ROWS rows */
+    const openmp_t *openmp;               /* or NULL: the caller's thread computes all parts */
+    size_t rows, columns, kept, group, groups;
+    int parts, bfloat16; /* bfloat16: inputs, outputs and bias are bfloat16; else float32 */
+} rounded_t;
+
+INLINE float from_bfloat16(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+INLINE uint16_t to_bfloat16(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;           /* NaN stays NaN */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
+}
+
+/* Writes the output of a row of W: the sum and the bias, rounded once. */
+INLINE void write_output(const rounded_t *w, void *outputs, size_t token, size_t row, float sum) {
+    const size_t at = token * w->rows + row;
+    if (w->bfloat16) {
+        if (w->bias) sum += from_bfloat16(((const uint16_t *)w->bias)[row]);
+        ((uint16_t *)outputs)[at] = to_bfloat16(sum);
+    } else {
+        ((float *)outputs)[at] = w->bias ? sum + ((const float *)w->bias)[row] : sum;
+    }
+}
+#endif
+#endif

@@ -1,0 +1,60 @@
+"""Comparison of masks: brute force, and what is judged a fault."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_barber.tools.selftest.bench import CPU, Bench, compare_masks
+from llm_barber.tools.selftest.masks import METHODS, check_masks, judge_masks
+from llm_barber.tools.selftest.result import NotRunError
+from llm_barber.tools.selftest.second_gpu import check_second_gpu
+
+
+def with_flipped_bits(folder: Path, copy: Path, count: int) -> Path:
+    """A copy of a pruned checkpoint with `count` other mask bits, a few in each of two linears."""
+    shutil.copytree(folder, copy)
+    path = next(copy.glob("model*.safetensors"))
+    tensors = load_file(path)
+    names = [name for name in sorted(tensors) if name.endswith("mlp.up_proj.weight")]
+    for number in range(count):
+        weight = tensors[names[number % len(names)]].view(-1)
+        place = 7 * number
+        weight[place] = 1.0 if weight[place] == 0 else 0.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_counts_every_bit_that_differs(tmp_path: Path, bench: Bench, count: int) -> None:
+    folder, _, _ = bench.prune(CPU, **METHODS["wanda"].settings)
+    copy = with_flipped_bits(folder, tmp_path / "copy", count)
+    size = bench.size
+    attention = 2 * size.hidden**2 + 2 * size.hidden * size.hidden // (size.heads // size.key_heads)
+    total = size.layers * (attention + 3 * size.hidden * size.intermediate)
+    assert compare_masks(folder, copy) == (count, total)
+    finding = judge_masks("wanda", folder, copy, 2.5 / total)
+    assert finding.passed is (count <= 2)
+    assert f"{count} of {total:,} mask bits differ" in finding.text
+
+
+def test_checkpoints_of_two_models_are_not_compared(bench: Bench) -> None:
+    first, _, _ = bench.prune(CPU, **METHODS["magnitude"].settings)
+    second, _, _ = bench.prune(CPU, model=bench.model("mixtral"), **METHODS["magnitude"].settings)
+    with pytest.raises(ValueError, match="other weights"):
+        compare_masks(first, second)
+
+
+def test_a_cpu_is_compared_with_no_other_device(bench: Bench) -> None:
+    for check in (check_masks, check_second_gpu):
+        with pytest.raises(NotRunError):
+            list(check(bench))
+
+
+def test_one_gpu_is_no_second(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(NotRunError, match="^PyTorch sees 1 GPU$"):
+        list(check_second_gpu(bench))
