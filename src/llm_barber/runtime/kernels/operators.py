@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 # `torch.library.custom_op` is shorter, and makes each call several times as long.
-_library = torch.library.Library("llm_barber", "DEF")
+_library = torch.library.Library("llm_barber", "DEF")  # type: ignore[no-untyped-call]
 _WEIGHT = "Tensor values, Tensor words, Tensor starts, Tensor row_starts"
-_library.define(f"packed_product({_WEIGHT}, Tensor inputs, Tensor? bias, Tensor? scales, int group) -> Tensor")
-_library.define(f"unpacked({_WEIGHT}, Tensor? scales, int group, int columns, ScalarType dtype) -> Tensor")
+_library.define(f"packed_product({_WEIGHT}, Tensor inputs, Tensor? bias, Tensor? scales, int group) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(f"unpacked({_WEIGHT}, Tensor? scales, int group, int columns, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _packed_product(
@@ -73,8 +73,8 @@ def _unpacked_shape(
     return values.new_empty((words.shape[0], columns), dtype=dtype)
 
 
-_library.impl("packed_product", _packed_product, "CompositeExplicitAutograd")
-_library.impl("unpacked", _unpacked, "CompositeExplicitAutograd")
+_library.impl("packed_product", _packed_product, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("unpacked", _unpacked, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("llm_barber::packed_product", _packed_product_shape, lib=_library)
 torch.library.register_fake("llm_barber::unpacked", _unpacked_shape, lib=_library)
 packed_product = torch.ops.llm_barber.packed_product.default
