@@ -4,7 +4,6 @@ import json
 import shutil
 import threading
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from llm_barber.checkpoint import activation_writer
 from llm_barber.checkpoint import durable as durable_module
-from llm_barber.checkpoint import writer as writer_module
+from llm_barber.checkpoint.behind import WriteBehind
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.state import Used
@@ -91,6 +91,7 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
         first.write_shard({"a": torch.ones(1)})
         with pytest.raises(OutputError, match="another run is writing"):
             write(tmp_path / "out")
+        first.wait_for_shards()
         assert (first.folder / "model-00001-of-00001.safetensors").exists()
         first.finish()
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
@@ -206,6 +207,7 @@ def test_a_shard_that_disappears_meanwhile_is_reported(tmp_path: Path) -> None:
     ):
         writer.write_shard({"a": torch.ones(1)})
         writer.finish_layer({}, {}, Used())
+        writer.wait_for_shards()
         (writer.folder / "model-00001-of-00001.safetensors").unlink()
         writer.finish()
     assert not (tmp_path / "out").exists()
@@ -220,7 +222,7 @@ def test_an_empty_work_folder_is_used(tmp_path: Path) -> None:
 
 def test_the_lock_is_held_until_activations_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second interruption ends the waiting, and not the writing: no other run may write in the folder meanwhile."""
-    goes_on, save = threading.Event(), writer_module.save_activations
+    goes_on, save = threading.Event(), activation_writer.save_activations
 
     def slow(*arguments: Any) -> Any:
         assert goes_on.wait(60)
@@ -229,12 +231,12 @@ def test_the_lock_is_held_until_activations_are_written(tmp_path: Path, monkeypa
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer_module, "save_activations", slow)
+    monkeypatch.setattr(activation_writer, "save_activations", slow)
     with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", 2, False, 0) as writer:
         writer.write_shard({"a": torch.ones(1)})
         writer.finish_layer({}, {}, Used())
         writer.keep_activations(1, {"hidden": torch.ones(1)})
-        monkeypatch.setattr(Future, "result", interrupted)  # the second interruption, while the writer waits
+        monkeypatch.setattr(WriteBehind, "wait", interrupted)  # the second interruption, while the writer waits
         raise KeyboardInterrupt
     monkeypatch.undo()
     with pytest.raises(OutputError, match="another run is writing"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llm_barber import PruneConfig, RunReport, prune
+from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.run import resuming as resuming_module
 from llm_barber.run import stream as run_module
 from tests.soak.children import KILLED, die_at
@@ -79,8 +80,19 @@ def run_killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull
     return status == KILLED
 
 
+def keep_each_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the input of each layer durable before the layer after it is finished, however long that takes."""
+
+    def begin(self: CheckpointWriter, _: int) -> bool:
+        self._activations.wait()
+        return True
+
+    monkeypatch.setattr(CheckpointWriter, "begin_activations", begin)
+
+
 def run_stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, **settings: Any) -> None:
-    """Run until `layers` layers are finished, then raise `KeyboardInterrupt` in the run."""
+    """Run until `layers` layers are finished, then raise `KeyboardInterrupt` in the run; each input is kept."""
+    keep_each_input(monkeypatch)
     whole, done = run_module.prune_layer, 0
 
     def stop(*values: Any) -> Any:

@@ -64,7 +64,7 @@ def test_the_passes_of_the_paper_by_hand() -> None:
     assert costs.read.read == 2 * 117 * 2
     assert costs.write.written == 2 * 117 * 2
     # What the second layer starts from: 60 tokens of 4 features in 2 bytes.
-    assert costs.keep == Work(written=60 * 4 * 2)
+    assert costs.keep == Work(kept=60 * 4 * 2)
     assert costs.embed.read == costs.embed.written == 84 * 2
     # Both sorts of the rebuild: elements times log2 of the row: rows of 4 but for down's 8, counted as the block's 4.
     assert costs.rebuild.sorted == 2 * 2 * 112 * 2
@@ -82,7 +82,7 @@ def test_refining_by_hand() -> None:
     assert MASK.rounds(4096) == pytest.approx(3 + 100 / 14)
     assert MASK.rounds(160) == pytest.approx(2 + 10 / 14)
     # What the next layer starts from, of the dense model, too.
-    assert costs.keep.written == 2 * 60 * 4 * 2
+    assert costs.keep.kept == 2 * 60 * 4 * 2
 
 
 def test_tuning_counts_three_forwards_a_pass() -> None:
@@ -142,8 +142,8 @@ def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
     alone, shared = run_costs(MODEL, recipe), run_costs(MODEL, recipe.among(2))
     assert alone.total.reduced == 0
     assert shared.total.reduced > 0
-    assert shared.write == alone.write + Work(reduced=alone.keep.written / 2)
-    assert shared.keep == alone.keep
+    assert shared.write == alone.write
+    assert shared.keep == alone.keep + Work(reduced=alone.keep.kept / 2)
     assert shared.propagate.products == alone.propagate.products / 2
     assert shared.refine.grams == alone.refine.grams / 2
     for name in ("searched", "sorted", "exact"):

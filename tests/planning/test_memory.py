@@ -41,7 +41,8 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         held = peak_footprint(model, replace(recipe, granularity=granularity))
         assert held.device == masks + rebuilding + ranking
-        assert held.host == streams + 2 * weights  # a layer's pruned weights on their way to a file
+        # A layer's pruned weights on their way to a file; the layer's input while it is written, however long.
+        assert held.host == streams + 2 * weights + 64 * 2
     for ranked, ranking in ((Granularity.LINEAR, 44 * linear), (Granularity.OUTPUT, 12 * linear + 32 * 2**24)):
         held = peak_footprint(model, replace(recipe, granularity=None, initial_granularity=ranked))
         assert held.device == masks + ranking
@@ -50,4 +51,17 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LONGEST_ON_GPU", linear)
     held = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK))
     assert held.device == masks + rebuilding + 24 * weights
-    assert held.host == streams + 8 * weights
+    assert held.host == streams + 8 * weights + 64 * 2
+
+
+def test_a_shard_that_is_written_takes_memory() -> None:
+    """On a GPU the whole layer on the host; on a CPU pruned weights, which are counted as such, take no more."""
+    block = BlockShapes("mlp", ((64, 64), (64, 64)), 0)
+    weights, others = 2 * 64 * 64, 5000
+    for on_cpu, shard in ((True, 2 * others), (False, 2 * (weights + others))):
+        recipe = replace(PAPER, sequences=1, tokens=1, batch=1, on_cpu=on_cpu, room=2**30)
+        layer = LayerShapes((block,), weights + others)
+        assert memory._shard(layer, recipe) == shard
+        held = peak_footprint(ModelShapes(64, 10, 64, 0, 0, (layer,)), recipe)
+        # A GPU has the arrays; on the host are a copy of the input, two layers, and pages of the one that is read.
+        assert on_cpu or held.host == 64 * 2 + 3 * 2 * (weights + others) + shard

@@ -46,8 +46,8 @@ def test_activations_stay_on_a_device_that_has_room(tmp_path: Path) -> None:
     medium, large = planned(DEVICE_LIBRARIES + DEVICE_MARGIN * held + 1.5 * array), planned(80e9)
     assert (medium.device_memory - held, large.device_memory - held) == (array, 3 * array)
     assert (small.on_device, medium.on_device, large.on_device) == (0, array, 3 * array)
-    # Off the device are copies of what a layer starts from, for as long as they are written.
-    assert small.host_memory == medium.host_memory == large.host_memory + 2 * array
+    # Off the device is, beside other arrays, what a layer started from, for as long as it is written.
+    assert small.host_memory == medium.host_memory + array == large.host_memory + 3 * array
     link = [
         sum(stage.seconds_by_kind["link"] for stage in run.stages if stage.name in ("initial", "rebuild", "propagate"))
         for run in (small, medium, large)
@@ -69,5 +69,6 @@ def test_activations_beyond_the_memory_go_to_files(tmp_path: Path) -> None:
     assert bound.host_memory <= 8 * 2**30
     assert bound.host_memory + bound.in_files == pytest.approx(free.host_memory, rel=0.2)
     read = [sum(stage.bytes_read for stage in run.stages) for run in (free, bound)]
-    assert read[1] > read[0] + 32 * bound.in_files  # once a layer at least
+    still_written = 2 * 128 * 2048 * 4096 * 2  # of both streams; nobody reads them
+    assert read[1] > read[0] + 32 * (bound.in_files - still_written)  # once a layer at least
     assert bound.seconds > free.seconds

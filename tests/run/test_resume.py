@@ -53,7 +53,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         if computed := [int(line) for line in lines if line not in passed]:
             # Of what was computed before only the layer that was in the making, or was not durable yet, is again.
             assert computed == list(range(computed[0], computed[-1] + 1))
-            assert computed[0] >= reached
+            assert computed[0] >= reached - 1  # the shard of the layer before may have been waiting
             reached = computed[-1]
         if not killed:
             break

@@ -1,5 +1,6 @@
 """Damaged files of an unfinished run cost the layers that they held, and no more."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -92,6 +93,30 @@ def test_an_edited_version_of_the_state_is_noticed(
     content = json.loads(state.read_text())
     state.write_text(json.dumps({**content, "version": 5}))
     check_resumed(monkeypatch, tmp_path, model, tokens, [2], [1])
+
+
+def test_a_state_of_an_earlier_version_is_gone_on_with(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In version 6, files of activations had a sha256."""
+    run(model, tmp_path / "whole", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
+    work = tmp_path / "out.partial"
+    for state in (work / STATE_NAME, work / STATE_BEFORE):
+        content = json.loads(state.read_text())
+        for saved in content["activations"]:
+            del saved["xxh3_128"]
+            saved["sha256"] = hashlib.sha256((work / saved["file"]).read_bytes()).hexdigest()
+        state.write_text(json.dumps(with_digest({**content, "version": 6})))
+    copied = shutil.copytree(work, tmp_path / "later.partial")
+    check_resumed(monkeypatch, tmp_path, model, tokens, [2])
+    monkeypatch.undo()
+    for state in (copied / STATE_NAME, copied / STATE_BEFORE):
+        content = json.loads(state.read_text())
+        state.write_text(json.dumps(with_digest({**content, "version": 8})))
+    with pytest.raises(OutputError, match="has version 8, this program goes on with 7") as caught:
+        run(model, tmp_path / "later", tokens, resume=True)
+    assert "--overwrite" in caught.value.hint
 
 
 def test_a_shard_that_the_state_miscounts_is_noticed(

@@ -2,37 +2,95 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Event
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from xxhash import xxh3_128
 
-from llm_barber.checkpoint.durable import save_tensors, sync_file, sync_folder
+from llm_barber.checkpoint.durable import sync_folder
 
 ACTIVATION_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # the compute dtypes
+PIECE = 2**26  # bytes that are written and made durable together, so that a shard never waits for more
 
 
 class Activations(BaseModel):
-    """A file of activations: all streams after the first `layers` decoder layers."""
+    """A file of activations: all streams after the first `layers` decoder layers.
+
+    `xxh3_128`: digest of the file, which finds accidents; nobody else is to trust the file. `sha256`: the digest that
+    earlier versions of the program wrote instead.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     layers: int
     file: str
-    sha256: str
+    sha256: str = ""
+    xxh3_128: str = ""
+
+    def fits(self, path: Path) -> bool:
+        """Tell whether a file has the digest."""
+        algorithm, digest = (xxh3_128, self.xxh3_128) if self.xxh3_128 else (hashlib.sha256, self.sha256)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, algorithm).hexdigest() == digest  # type: ignore[arg-type]
 
 
-def save_activations(folder: Path, layers: int, tensors: Mapping[str, Tensor]) -> Activations:
-    """Write a file of activations, durably."""
+class StoppedError(Exception):
+    """A file of activations is not needed any more."""
+
+
+def save_activations(folder: Path, layers: int, tensors: Mapping[str, Tensor], stop: Event) -> Activations:
+    """Write a file of activations, durably, piece by piece.
+
+    Args:
+        folder: the folder of the file.
+        layers: number of decoder layers that the activations have passed.
+        tensors: contiguous, in host memory; they must not change meanwhile.
+        stop: ends the writing between two pieces.
+
+    Raises:
+        OSError: the disk is full.
+        StoppedError: the writing was ended; a temporary file is left.
+    """
     path = folder / f"activations-{layers:05d}.safetensors"
     temporary = path.with_name(f"{path.name}.tmp")
-    save_tensors(tensors, temporary)
-    digest = sync_file(temporary)
+    digest, volatile = xxh3_128(), 0
+    with temporary.open("wb") as file:
+        for piece in _pieces(tensors):
+            if stop.is_set():
+                raise StoppedError
+            if volatile + len(piece) > PIECE:
+                file.flush()
+                os.fsync(file.fileno())
+                volatile = 0
+            file.write(piece)
+            digest.update(piece)
+            volatile += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.rename(path)
     sync_folder(folder)
-    return Activations(layers=layers, file=path.name, sha256=digest)
+    return Activations(layers=layers, file=path.name, xxh3_128=digest.hexdigest())
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Content of a safetensors file, header first, in pieces of at most `PIECE` bytes."""
+    names = {dtype: name for name, dtype in ACTIVATION_DTYPES.items()}
+    header, end = {}, 0
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        content = tensor.view(-1).view(torch.uint8).numpy().data
+        yield from (content[start : start + PIECE] for start in range(0, len(content), PIECE))
 
 
 def newest_activations(folder: Path, saved: Sequence[Activations]) -> tuple[int, dict[str, Tensor], list[str]]:
@@ -61,10 +119,7 @@ def load_activations(folder: Path, saved: Activations) -> dict[str, Tensor] | No
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != saved.sha256:
-                return None
-        return _mapped(path)
+        return _mapped(path) if saved.fits(path) else None
     except OSError:
         return None
 

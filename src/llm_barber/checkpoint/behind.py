@@ -1,26 +1,40 @@
-"""Write in a thread while the next decoder layer is computed."""
+"""Write in threads while decoder layers are computed.
+
+`writer.py` has two of these queues. One writes the shard of a layer, then the state that names it; the other writes
+activations, then the state that names them, which has the layers that they have passed. At most one shard and one file
+of activations wait to be written, so that memory is bounded.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
 
+Written = Future[None]
+
 
 class WriteBehind:
-    """A thread that writes one thing at a time; it does not keep an interrupted program from ending."""
+    """Writes one thing after the other, in threads that do not keep an interrupted program from ending.
+
+    After a write that failed nothing more is written.
+    """
 
     def __init__(self) -> None:
-        self._writing: Future[None] | None = None
+        self._last: Written | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Begin to write; the write before must have been waited for."""
-        assert self._writing is None, "wait for the write before"
-        self._writing = Future()
-        Thread(target=_fulfil, args=(self._writing, write), name="write behind", daemon=True).start()
+        """Begin to write, once all that was begun before is written."""
+        before, self._last = self._last, Future()
+        Thread(target=_fulfil, args=(before, self._last, write), name="write behind", daemon=True).start()
+
+    @property
+    def last(self) -> Written | None:
+        """The write that was begun last; None: nothing was."""
+        return self._last
 
     @property
     def busy(self) -> bool:
         """True while something is being written."""
-        return self._writing is not None and not self._writing.done()
+        return self._last is not None and not self._last.done()
 
     def wait(self) -> None:
         """Wait until all is written. An interruption ends the waiting, and not the writing.
@@ -28,25 +42,30 @@ class WriteBehind:
         Raises:
             OSError: the data could not be written.
         """
-        if self._writing is None:
-            return
-        writing, self._writing = self._writing, None
-        try:
-            writing.result()
-        except KeyboardInterrupt:
-            self._writing = writing
-            raise
+        if self._last is not None:
+            self._last.result()
+
+    def check(self) -> None:
+        """Do not wait, but raise the error of a write that failed.
+
+        Raises:
+            OSError: the data could not be written.
+        """
+        if not self.busy:
+            self.wait()
 
     def when_done(self, then: Callable[[], None]) -> None:
         """Call `then` once nothing is being written: now, or by the writing thread if nobody waits for it."""
-        if self._writing is None:
+        if self._last is None:
             then()
         else:
-            self._writing.add_done_callback(lambda _: then())
+            self._last.add_done_callback(lambda _: then())
 
 
-def _fulfil(writing: "Future[None]", write: Callable[[], None]) -> None:
+def _fulfil(before: Written | None, writing: Written, write: Callable[[], None]) -> None:
     try:
+        if before is not None:
+            before.result()
         write()
     except BaseException as error:
         writing.set_exception(error)

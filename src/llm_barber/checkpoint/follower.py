@@ -18,6 +18,7 @@ class Follower:
     next_is_written = True
     resumable = False
     saving = False
+    unwritten: tuple[Tensor, ...] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,10 +63,14 @@ class Follower:
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
         """Do nothing."""
 
+    def begin_activations(self, layers: int) -> bool:
+        """Return what the process that writes decides otherwise."""
+        return False
+
     def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
         """Do nothing."""
 
-    def wait_for_activations(self) -> None:
+    def wait_for_shards(self) -> None:
         """Do nothing."""
 
     def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_barber.checkpoint.state import Shard
 from llm_barber.checkpoint.untrusted import check_file_name, read_json
 from llm_barber.errors import ModelError
 
@@ -24,6 +25,12 @@ def dense_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """
     content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def index_of(shards: Mapping[str, Shard]) -> bytes:
+    """Content of `model.safetensors.index.json` of written shards; of packed shards, as they unpack."""
+    weight_map = {tensor: shard.file or name for name, shard in shards.items() for tensor in shard.tensors}
+    return dense_index(weight_map, sum(shard.bytes for shard in shards.values()))
 
 
 def packed_index(weight_map: Mapping[str, str], version: int) -> bytes:

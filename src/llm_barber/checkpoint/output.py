@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
-from llm_barber.checkpoint.durable import remove, sync_folder
+from llm_barber.checkpoint.durable import is_full, remove, sync_folder
 from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.checkpoint.replacing import check_replaceable
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state
@@ -57,6 +57,16 @@ def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = 
     if not overwrite:
         raise OutputError(f"{output} exists", "choose another output folder, or add --overwrite")
     check_replaceable(output)
+
+
+def unwritable(output: Path, error: OSError, resumable: bool) -> OutputError:
+    """Explain an error of the disk; `resumable`: an unfinished run stays, from which another run can go on."""
+    full = is_full(error)
+    again = "go on with --resume" if resumable else "start again; nothing half-written was left"
+    return OutputError(
+        f"the disk of {output} is full" if full else f"cannot write {output}: {error}",
+        f"{'free some space' if full else 'check the disk'} and {again}",
+    )
 
 
 def _check_room(output: Path, parent: Path, needed: int) -> None:

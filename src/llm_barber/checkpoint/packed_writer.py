@@ -1,7 +1,6 @@
 """Write a packed checkpoint directly: the shards that `pack` makes of a dense checkpoint's shards."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +28,25 @@ class PackedWriter(CheckpointWriter):
     def _name(self, number: int) -> str:
         return packed_name(super()._name(number))
 
-    def write_shard(
+    def _write_shard(
         self,
-        tensors: Mapping[str, Tensor],
-        name: str | None = None,
-        metadata: dict[str, str] | None = None,
-        header: str | None = None,
+        number: int,
+        tensors: dict[str, Tensor],
+        name: str | None,
+        metadata: dict[str, str] | None,
+        header: str | None,
     ) -> None:
-        """Write the next shard, with every matrix packed that becomes smaller.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Write a shard, durably, with every matrix packed that becomes smaller."""
         assert name is None
         assert metadata is None
         assert header is None
-        dense = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        digest = hashlib.sha256(save(dense, METADATA)).hexdigest()
-        stored, entries = pack_tensors(dense)
-        packed, file = self._name(self._count + 1), super()._name(self._count + 1)
+        digest = hashlib.sha256(save(tensors, METADATA)).hexdigest()
+        stored, entries = pack_tensors(tensors)
+        packed, file = self._name(number), super()._name(number)
         table = Table(version=FORMAT_VERSION, file=file, metadata=METADATA, packed=entries)
-        super().write_shard(stored, packed, {TABLE_KEY: table.text()})
-        size = sum(tensor.nbytes for tensor in dense.values())
-        unpacked = {"tensors": tuple(dense), "bytes": size, "file": file, "file_sha256": digest}
+        super()._write_shard(number, stored, packed, {TABLE_KEY: table.text()}, None)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        unpacked = {"tensors": tuple(tensors), "bytes": size, "file": file, "file_sha256": digest}
         self._written[packed] = self._written[packed].model_copy(update=unpacked)
 
     def _tensors(self, handle: Any) -> dict[str, Tensor]:
@@ -70,6 +65,7 @@ class PackedWriter(CheckpointWriter):
 
     def finish(self, with_index: bool = True) -> None:
         """Write the packed index and give the folder its name."""
+        self.wait_for_shards()
         weight_map = {tensor: name for name, shard in self._written.items() for tensor in shard.tensors}
         self.write_file(PACKED_INDEX, packed_index(weight_map, FORMAT_VERSION))
         super().finish(with_index=False)

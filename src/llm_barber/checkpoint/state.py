@@ -1,8 +1,9 @@
 """The state of a run in its work folder: enough to go on after the run was killed at any moment.
 
-A finished layer is durable once its shard is, and then this state. The activations that the next layer starts from
-become durable while that layer is computed: a run that was killed before makes them from the activations before, in one
-pass through the finished layer. The last two files of activations and the last two states are kept.
+A finished layer is durable once its shard is, and then this state; both are written while the next layer is computed.
+Activations are written after some layers, and the state names a file of them once it is durable and the state has the
+layers that they have passed: a run that was killed makes later ones from them, in a pass through the finished layers
+since. The last two files of activations and the last two states are kept.
 """
 
 import json
@@ -17,7 +18,8 @@ from llm_barber.checkpoint.durable import remove, write_durably
 from llm_barber.errors import OutputError
 
 STATE_NAME, STATE_BEFORE = "state.json", "state-before.json"
-STATE_VERSION = 6
+STATE_VERSION = 7
+READ_VERSIONS = (6, STATE_VERSION)  # in version 6, files of activations have another digest
 ACTIVATIONS_KEPT = 2
 START_AGAIN = "start again with --overwrite"
 
@@ -104,9 +106,9 @@ def read_state(folder: Path) -> RunState | None:
     state = _read(path) or _read(before)
     if state is None:
         raise OutputError(f"{path} is damaged", START_AGAIN)
-    if state.version != STATE_VERSION:
+    if state.version not in READ_VERSIONS:
         raise OutputError(f"{path} has version {state.version}, this program goes on with {STATE_VERSION}", START_AGAIN)
-    return state
+    return state.model_copy(update={"version": STATE_VERSION})
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -133,7 +135,7 @@ def _read(path: Path) -> RunState | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-        if (DIGEST in content or content.get("version") == STATE_VERSION) and not has_its_digest(content):
+        if (DIGEST in content or content.get("version") in READ_VERSIONS) and not has_its_digest(content):
             return None
         return RunState.model_validate(content)
     except (ValueError, TypeError, AttributeError, RecursionError):  # pydantic's errors are ValueErrors

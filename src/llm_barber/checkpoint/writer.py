@@ -2,8 +2,8 @@
 
 Each shard: temporary file → fsync → rename. The index is written last, then the folder is renamed. A run that ends
 early leaves at most `NAME.partial`, without an index, which no program takes for a model; once a layer is finished it
-stays, with the state (`state.py`) from which the run can go on. Activations are written while the next layer is
-computed.
+stays, with the state (`state.py`) from which the run can go on.
+All is written while the next layers are computed, in two threads (`behind.py`).
 """
 
 import hashlib
@@ -18,12 +18,13 @@ from typing import Any, Self
 from safetensors import safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.activations import newest_activations, save_activations
+from llm_barber.checkpoint.activation_writer import ActivationWriter
+from llm_barber.checkpoint.activations import Activations, newest_activations
 from llm_barber.checkpoint.behind import WriteBehind
-from llm_barber.checkpoint.durable import is_full, save_tensors, sync_file, write_durably
+from llm_barber.checkpoint.durable import save_tensors, sync_file, write_durably
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
-from llm_barber.checkpoint.index import dense_index
-from llm_barber.checkpoint.output import check_output, give_name
+from llm_barber.checkpoint.index import index_of
+from llm_barber.checkpoint.output import check_output, give_name, unwritable
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
 from llm_barber.checkpoint.state import ACTIVATIONS_KEPT, RunState, Shard, Used, write_state
 from llm_barber.checkpoint.unfinished import take_up
@@ -34,7 +35,7 @@ from llm_barber.errors import NotFiniteError, OutputError
 class CheckpointWriter:
     """An output folder in the making; a context manager, which removes it if no layer was finished.
 
-    `state` is all that is finished, by this run or by the unfinished run that it goes on with. `lost` names the files
+    `state`: all that is finished, by this run or by the unfinished run that it goes on with. `lost`: names of the files
     that the unfinished run had finished, and that are missing or damaged.
 
     Args:
@@ -76,7 +77,7 @@ class CheckpointWriter:
         self._written: dict[str, Shard] = {}
         self._companions: dict[str, str] = {}
         self._count = 0
-        self._behind = WriteBehind()
+        self._shards, self._activations = WriteBehind(), ActivationWriter(self.folder, self._claim_activations)
 
     def __enter__(self) -> Self:
         check_output(self.output, self.overwrite, self.needed, self.resume)
@@ -94,21 +95,20 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with suppress(Exception):  # the run's own error is reported
-                self.wait_for_activations()
+            try:
+                self._shards.wait()
+            except OSError as unwritten:
+                error = error or unwritten  # the run's own error is reported
+            with suppress(Exception):
+                self._activations.wait()
             if self.folder.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
                 with suppress(OSError):
                     self._work_folder.remove()
                 self._work_folder.remove_parents()
         finally:  # last: whoever holds the lock may take over the files in the folder
-            self._behind.when_done(self._work_folder.lock.close)
+            self._shards.when_done(partial(self._activations.when_done, self._work_folder.lock.close))
         if isinstance(error, OSError):
-            full = is_full(error)
-            again = "go on with --resume" if self.resumable else "start again; nothing half-written was left"
-            raise OutputError(
-                f"the disk of {self.output} is full" if full else f"cannot write {self.output}: {error}",
-                f"{'free some space' if full else 'check the disk'} and {again}",
-            ) from error
+            raise unwritable(self.output, error, self.resumable) from error
 
     @property
     def resumable(self) -> bool:
@@ -129,19 +129,21 @@ class CheckpointWriter:
             self._written = dict(self.state.shards)
         return reached, activations
 
-    def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        """Begin to write the activations after the first `layers` layers.
+    def begin_activations(self, layers: int) -> bool:
+        """Tell whether to keep the activations after the first `layers` layers; if so, this must be done next.
 
-        Unless they are repeatable, wait until they are durable. The arrays must not change until
-        `wait_for_activations`.
+        They must be kept where they are not repeatable; otherwise seldom enough that no layer waits for them.
         """
-        self._behind.start(partial(self._save, layers, streams))
-        if not self.repeatable:
-            self.wait_for_activations()
+        return not self.repeatable or self._activations.begin_if_due(layers)
 
-    def _save(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        newest = save_activations(self.folder, layers, streams)
-        before = (saved for saved in self.state.activations if saved.layers < layers)
+    def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
+        """Begin to write the activations after the first `layers` layers; they must not change while `unwritten`."""
+        self._activations.start(layers, streams, self._shards.last)
+        if not self.repeatable:
+            self._activations.wait()
+
+    def _claim_activations(self, newest: Activations) -> None:
+        before = (saved for saved in self.state.activations if saved.layers < newest.layers)
         activations = (*before, newest)[-ACTIVATIONS_KEPT:]
         self._update_state(activations=activations)
         for path in set(self.folder.glob("activations-*")) - {self.folder / saved.file for saved in activations}:
@@ -150,28 +152,32 @@ class CheckpointWriter:
     @property
     def saving(self) -> bool:
         """Tell whether activations are being written."""
-        return self._behind.busy
+        return self._activations.busy
 
-    def wait_for_activations(self) -> None:
-        """Wait until the activations that are being written are durable.
+    @property
+    def unwritten(self) -> tuple[Tensor, ...]:
+        """Arrays that are being written, and must not change."""
+        return self._activations.unwritten
 
-        Raises:
-            OSError: they could not be written.
-        """
-        self._behind.wait()
+    def wait_for_shards(self) -> None:
+        """Wait until all shards, and the layers that were finished, are durable."""
+        self._shards.wait()
 
     def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
-        """Make an allocation durable, and the seconds so far: an allocation can take as long as some layers."""
-        changes = {"sparsities": dict(sparsities), "seconds": dict(seconds)}
-        self._update_state(shards=dict(self._written), used=used, **changes)
+        """Begin to make an allocation durable, and the seconds so far: it can take as long as some layers."""
+        changes = {"sparsities": dict(sparsities), "seconds": dict(seconds), "used": used}
+        self._shards.start(lambda: self._update_state(shards=dict(self._written), **changes))
 
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
-        """Make a layer durable whose shard is written."""
-        layers = (*self.state.layers, dict(result))
-        self._update_state(shards=dict(self._written), layers=layers, seconds=dict(seconds), used=used)
+        """Begin to make a layer durable, after its shard."""
+        self._shards.start(partial(self._finish_layer, dict(result), dict(seconds), used))
+
+    def _finish_layer(self, result: dict[str, Any], seconds: dict[str, float], used: Used) -> None:
+        layers = (*self.state.layers, result)
+        self._update_state(shards=dict(self._written), layers=layers, seconds=seconds, used=used)
 
     def _update_state(self, **changes: Any) -> None:
-        with self._state_lock:
+        with self._state_lock:  # both threads write it
             state = self.state.model_copy(update=changes)
             write_state(self.folder, state)
             self.state = state  # only now: `state` must not claim what is not durable
@@ -201,7 +207,8 @@ class CheckpointWriter:
 
     @property
     def shard_names(self) -> list[str]:
-        """The shards written so far."""
+        """The shards so far, all written."""
+        self.wait_for_shards()
         return list(self._written)
 
     def write_shard(
@@ -211,29 +218,37 @@ class CheckpointWriter:
         metadata: dict[str, str] | None = None,
         header: str | None = None,
     ) -> None:
-        """Write the next shard, durably.
+        """Begin to write the next shard, once the shard before is durable.
 
         Args:
-            tensors: by their names in the checkpoint.
+            tensors: by their names in the checkpoint; they must not change any more.
             name: of the file; None: by its number.
             metadata: of the file's header; None: as transformers writes it.
             header: text of the whole header, as of `save_tensors`.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the shard before could not be written.
         """
+        self.wait_for_shards()
         self._count += 1
-        name = name or self._name(self._count)
+        on_host = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        self._shards.start(partial(self._write_shard, self._count, on_host, name, metadata, header))
+
+    def _write_shard(
+        self,
+        number: int,
+        tensors: dict[str, Tensor],
+        name: str | None,
+        metadata: dict[str, str] | None,
+        header: str | None,
+    ) -> None:
+        """Write a shard, durably."""
+        name = name or self._name(number)
         temporary = self.folder / f"{name}.tmp"
-        save_tensors(
-            {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
-            temporary,
-            {"format": "pt"} if metadata is None else metadata,
-            header,
-        )
+        save_tensors(tensors, temporary, {"format": "pt"} if metadata is None else metadata, header)
         digest = sync_file(temporary)
         temporary.rename(self.folder / name)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
         self._written[name] = Shard(sha256=digest, tensors=tuple(tensors), bytes=size)
 
     def write_file(self, name: str, content: bytes) -> None:
@@ -257,16 +272,10 @@ class CheckpointWriter:
     @property
     def digests(self) -> dict[str, str]:
         """sha256 of every shard, the index and every companion; of a packed checkpoint's files as they unpack."""
+        self.wait_for_shards()
         shards = {shard.file or name: shard.file_sha256 or shard.sha256 for name, shard in self._written.items()}
-        index = {} if [*shards] == [SINGLE_NAME] else {INDEX_NAME: hashlib.sha256(self._index).hexdigest()}
+        index = {} if [*shards] == [SINGLE_NAME] else {INDEX_NAME: hashlib.sha256(index_of(self._written)).hexdigest()}
         return {**shards, **index, **self._companions}
-
-    @property
-    def _index(self) -> bytes:
-        """Content of the index; of a packed checkpoint's index as it unpacks."""
-        shards = self._written.items()
-        weight_map = {tensor: shard.file or name for name, shard in shards for tensor in shard.tensors}
-        return dense_index(weight_map, sum(shard.bytes for _, shard in shards))
 
     def finish(self, with_index: bool = True) -> None:
         """Write the index and give the folder its name; the state goes last, so that a kill loses nothing.
@@ -276,8 +285,8 @@ class CheckpointWriter:
         Raises:
             OutputError: the output has come into existence meanwhile, or a shard is missing.
         """
-        with suppress(Exception):  # the layer that started from these activations is finished
-            self.wait_for_activations()
+        self.wait_for_shards()
+        self._activations.stop()
         check_output(self.output, self.overwrite)
         for name in self._written:
             if not (self.folder / name).is_file():
@@ -285,7 +294,7 @@ class CheckpointWriter:
                     f"{name} is not in {self.folder} any more", "go on with --resume, which makes it again"
                 )
         if with_index and self.shard_names != [SINGLE_NAME]:
-            self.write_file(INDEX_NAME, self._index)
+            self.write_file(INDEX_NAME, index_of(self._written))
         for path in self.folder.glob("activations-*"):
             path.unlink()
         give_name(self.folder, self.output)

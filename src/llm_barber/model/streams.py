@@ -3,7 +3,7 @@
 `array_memory.py` allocates the arrays. Batches of arrays that are not on the device are copied there, and back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ TARGET = "target"  # target of the output of a layer that is tuned
 NEXT = "next"  # input of the next decoder layer
 DENSE = "dense "  # prefix of a name: the same activations in the dense model
 DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
+BETWEEN_LAYERS = (HIDDEN, DENSE + HIDDEN)  # arrays that a layer starts from
 
 
 class ActivationStreams:
@@ -128,9 +129,18 @@ class ActivationStreams:
         self._forget(name)
         del self._arrays[name]
 
+    def let_go(self, arrays: Collection[Tensor]) -> None:
+        """Give up those of some arrays that no layer starts from: later layers write into new arrays.
+
+        Whoever still reads the arrays, for example to write them to a file, frees them.
+        """
+        for name, array in list(self._arrays.items()):
+            if name not in BETWEEN_LAYERS and any(array is read for read in arrays):
+                self.drop(name)
+
     def between_layers(self) -> dict[str, Tensor]:
         """Arrays in host memory that the next layer starts from, by name."""
-        names = [name for name in (HIDDEN, DENSE + HIDDEN) if name in self._arrays]
+        names = [name for name in BETWEEN_LAYERS if name in self._arrays]
         for name in names:
             self._settle(name)
         return {name: self._off_device(self._arrays[name]) for name in names}

@@ -17,7 +17,7 @@ STAGES = {
     "allocate": "finding how much of each linear goes",
     "layers": "computing the masks",
     "read": "reading the layers",
-    "write": "writing the layers",
+    "write": "waiting for files to be written",
 }
 
 

@@ -37,8 +37,8 @@ REBUILDING = 150  # bytes moved for each weight: scores, comparisons and masks
 class Costs:
     """Work of a process by stage.
 
-    The stages `initial` to `write` add up all layers. `keep`: write each layer's activations for `--resume`
-    while the next layer is computed. `head`: prune the output head.
+    The stages `initial` to `write` add up all layers. `keep`: write activations for `--resume`, here after each layer
+    (`waiting.py` says after how many). `head`: prune the output head.
     """
 
     embed: Work = NO_WORK
@@ -73,7 +73,7 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
         # Process 0 keeps the activations of all processes, which send it theirs.
         kept = 0 if last else recipe.durable * recipe.all_tokens * model.hidden * recipe.itemsize
         # Kept arrays that stay on the device are copied off it: they are the first to stay.
-        copied = size + kept / recipe.processes * (1 - recipe.moved_share(model.hidden, recipe.durable))
+        copied = kept / recipe.processes * (1 - recipe.moved_share(model.hidden, recipe.durable))
         costs += Costs(
             initial=sum((initial_mask_work(layer, block, recipe) for block in layer.blocks), NO_WORK),
             rebuild=sum((_rebuilding_work(block, recipe) for block in layer.blocks), NO_WORK),
@@ -81,8 +81,8 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
             tune=tuning_work(layer, recipe),
             propagate=_propagation_work(layer, recipe),
             read=Work(read=size, copied=size),
-            write=Work(written=size, copied=copied, reduced=kept * (recipe.processes - 1) / recipe.processes),
-            keep=Work(written=kept),
+            write=Work(written=size, copied=size),
+            keep=Work(kept=kept, copied=copied, reduced=kept * (recipe.processes - 1) / recipe.processes),
         )
     return costs
 

@@ -10,7 +10,7 @@ from llm_barber.planning.rates import KINDS
 class StageForecast(BaseModel):
     """Work of a stage in the process that has the most of it, and its seconds by resource.
 
-    The stage `keep` runs while a GPU computes layers: its seconds are those by which it outlasts the layers.
+    The stages `write` and `keep` run while a GPU computes layers: their seconds are those that the layers wait.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from math import log2
 from pathlib import Path
+from threading import Event
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from llm_barber.checkpoint.activations import save_activations
 from llm_barber.checkpoint.durable import sync_file
 from llm_barber.masking.selection import sort_values
 from llm_barber.masking.statistics import add_products, exact_half_products, gram_flops
@@ -65,7 +67,7 @@ def measured_rates(
     into = layer.blocks[0].linears[0][1]
     scores = torch.rand(256, into, device=device)
     halvings = scores.numel() * log2(into)
-    read, written = _disk()
+    read, written, kept = _disk()
     moved = _moved(stopwatch, recipe, into, dtype, device)
     return Rates(
         products=products.rate,
@@ -81,6 +83,7 @@ def measured_rates(
         reduced=network,
         read=read,
         written=written,
+        kept=kept,
     )
 
 
@@ -168,19 +171,23 @@ def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
     return rows * (columns + ROW) / seconds
 
 
-def _disk() -> tuple[float, float]:
-    """Bytes/s of reading a file just written, checked for NaN, and of writing one durably, hashed.
+def _disk() -> tuple[float, float, float]:
+    """Bytes/s of the disk, measured with files that lie in memory, too.
 
-    The file lies in the present folder, if that can be written.
+    Of reading a file, checked for NaN; of writing one durably, hashed as the output's files are; of writing
+    activations. The files lie in the present folder, if that can be written.
     """
-    values = torch.randn(DISK_BYTES // 4)
+    values = {"values": torch.randn(DISK_BYTES // 4)}
     here = Path.cwd()
     with tempfile.TemporaryDirectory(dir=here if os.access(here, os.W_OK) else None) as name:
         path = Path(name) / "rate.safetensors"
         start = time.perf_counter()
-        save_file({"values": values}, path)
+        save_file(values, path)
         sync_file(path)
         written = time.perf_counter()
         with safe_open(str(path), framework="pt") as handle:  # type: ignore[no-untyped-call]
             torch.aminmax(handle.get_tensor("values").clone())
-        return DISK_BYTES / (time.perf_counter() - written), DISK_BYTES / (written - start)
+        read = time.perf_counter()
+        save_activations(Path(name), 1, values, Event())
+        kept = time.perf_counter()
+    return DISK_BYTES / (read - written), DISK_BYTES / (written - start), DISK_BYTES / (kept - read)

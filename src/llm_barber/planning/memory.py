@@ -97,13 +97,15 @@ def _device(footprint: Footprint) -> float:
 
 def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> Footprint:
     """Arrays of calibration activations in memory; `arrays`: None: those that go from layer to layer."""
-    host = recipe.in_memory(recipe.activations(model.hidden, arrays), model.hidden)
+    outlasting = recipe.outlasting(model.hidden) if arrays is None else 0
+    host = recipe.in_memory(recipe.activations(model.hidden, arrays) + outlasting, model.hidden)
     return Footprint(host, recipe.on_device(model.hidden, arrays))
 
 
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
     """Bytes of activations in files, for want of memory, at their most: between layers or when allocating."""
-    most = max(recipe.activations(model.hidden), sum(_allocated_from(model, recipe)))
+    between_layers = recipe.activations(model.hidden) + recipe.outlasting(model.hidden)
+    most = max(between_layers, sum(_allocated_from(model, recipe)))
     return most - recipe.in_memory(most, model.hidden)
 
 
@@ -137,21 +139,27 @@ def _converted(recipe: Recipe) -> float:
 def _layer(layer: LayerShapes, recipe: Recipe) -> Footprint:
     """A layer as stored and as computed with, pruned weights and masks of it and of the previous layer.
 
-    The next layer is read ahead meanwhile. Methods that update weights hold the updated weights, too.
+    The next layer is read ahead meanwhile, and the previous layer's shard is written. Methods that update weights hold
+    the updated weights, too.
     """
     host = layer.parameters * recipe.stored
     device = layer.parameters * _converted(recipe) + (0 if recipe.on_cpu else host)
     copies = 3 if recipe.initial in UPDATING else 2
-    return Footprint(2 * host, device + layer.weights * (copies * recipe.stored + BOOL))
+    return Footprint(2 * host + _shard(layer, recipe), device + layer.weights * (copies * recipe.stored + BOOL))
+
+
+def _shard(layer: LayerShapes, recipe: Recipe) -> float:
+    """Bytes of a shard on the host while it is written; on a CPU without the pruned weights, counted as such."""
+    return max(0, layer.parameters - (layer.weights if recipe.on_cpu else 0)) * recipe.stored
 
 
 def _reading(model: ModelShapes, recipe: Recipe) -> Footprint:
-    """A layer is read through pages of the file, while the previous layer and its pruned weights are held."""
+    """A layer is read through pages of the file, while the previous layer is held and the one before is written."""
     layer = model.largest_layer
     size = layer.parameters * recipe.stored
     pruned = layer.weights * recipe.stored
     # Pruned weights are copied from the device to be written.
-    host = 3 * size + (pruned if recipe.on_cpu else 0)
+    host = 3 * size + _shard(layer, recipe) + (pruned if recipe.on_cpu else 0)
     return _streams(model, recipe) + Footprint(max(host, size + pruned), 0 if recipe.on_cpu else pruned)
 
 

@@ -1,6 +1,6 @@
 """Forecast a run (`llm-barber plan`): work by stage, peak memory, time and bottleneck."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -13,7 +13,7 @@ from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.model.device import free_device_memory, resolve_device, resolve_dtype
 from llm_barber.model.structure import find_architecture
 from llm_barber.planning.configuration import read_configuration
-from llm_barber.planning.costs import Costs, run_costs
+from llm_barber.planning.costs import run_costs
 from llm_barber.planning.description import settings_in_words, structure_lines
 from llm_barber.planning.forecast import Forecast, ProcessesForecast, StageForecast
 from llm_barber.planning.limits import device_room, left_for_activations
@@ -22,6 +22,7 @@ from llm_barber.planning.memory import in_files, peak_footprint
 from llm_barber.planning.rates import Rates, named_rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
+from llm_barber.planning.waiting import waiting_seconds, with_files_kept
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.text.calibration import READ_BYTES, READING_BYTES, text_size, token_shape
@@ -34,7 +35,6 @@ DEVICE_MEMORY = 80e9  # bytes of a named GPU's memory, by default
 NETWORK = 10e9  # bytes/s between processes of any machine, by default: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}  # bytes of a process that has only imported its libraries
 VOCABULARY_BYTES = 350  # of a tokenizer for each of its tokens, measured with 49,152 and 262,144 tokens
-LAYER_STAGES = ("initial", "rebuild", "refine", "tune", "propagate")  # computed while activations are kept
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def _rates(
     if config.flops is None:
         progress.stage("measuring this machine")
         rates = measured_rates(model, recipe, dtype, device, network)
-        return rates if config.bandwidth is None else replace(rates, read=config.bandwidth, written=config.bandwidth)
+        disk = config.bandwidth
+        return rates if disk is None else replace(rates, read=disk, written=disk, kept=disk)
     memory, link = config.memory_bandwidth or MEMORY_BANDWIDTH, config.link or LINK
     return named_rates(config.flops, config.float32_flops, memory, link, network, config.bandwidth or DISK, dtype)
 
@@ -193,7 +194,7 @@ def _forecast(
     footprint = peak_footprint(model, recipe)
     return ProcessesForecast(
         processes=recipe.processes,
-        stages=_stages(run_costs(model, recipe), rates, recipe),
+        stages=_stages(model, rates, recipe),
         host_memory=max(host_memory.bare + footprint.host, host_memory.reading),
         device_memory=None if recipe.on_cpu else footprint.device,
         on_device=recipe.on_device(model.hidden),
@@ -201,20 +202,15 @@ def _forecast(
     )
 
 
-def _stages(costs: Costs, rates: Rates, recipe: Recipe) -> tuple[StageForecast, ...]:
-    seconds = {stage.name: rates.seconds(getattr(costs, stage.name)) for stage in fields(costs)}
-    # A CPU that computes cannot hash, or copy to the system's pages, at the same time.
-    waits = recipe.on_cpu or not recipe.repeatable
-    layers = 0.0 if waits else sum(sum(seconds[name].values()) for name in LAYER_STAGES)
-    keep = sum(seconds["keep"].values())
-    share = max(0.0, keep - layers) / keep if keep else 0.0
-    seconds["keep"] = {kind: share * value for kind, value in seconds["keep"].items()}
+def _stages(model: ModelShapes, rates: Rates, recipe: Recipe) -> tuple[StageForecast, ...]:
+    costs = with_files_kept(run_costs(model, recipe), model, rates, recipe)
+    seconds = waiting_seconds(costs, model, rates, recipe)
     return tuple(
         StageForecast(
             name=name,
             flops=getattr(costs, name).flops,
             bytes_read=getattr(costs, name).read,
-            bytes_written=getattr(costs, name).written,
+            bytes_written=getattr(costs, name).written + getattr(costs, name).kept,
             seconds=sum(by_kind.values()),
             seconds_by_kind=by_kind,
         )

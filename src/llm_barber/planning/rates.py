@@ -11,7 +11,7 @@ KINDS = {
     "products": "compute", "gradients": "compute", "attention": "compute", "grams": "compute", "exact": "compute",
     "moved": "memory", "sorted": "memory", "ordered": "memory", "searched": "memory",
     "copied": "link", "reduced": "network",
-    "read": "disk", "written": "disk",
+    "read": "disk", "written": "disk", "kept": "disk",
 }  # fmt: skip
 # Assumed speeds of a named machine: shares of the rate of matrix products.
 ATTENTION_SHARE, FLOAT32_SHARE, TF32_SHARE = 0.5, 0.125, 0.5
@@ -36,6 +36,7 @@ class Rates:
     reduced: float
     read: float
     written: float
+    kept: float
 
     def seconds(self, work: Work) -> dict[str, float]:
         """Seconds of work by resource: compute, memory, link (host, device), network (processes), disk."""
@@ -71,5 +72,5 @@ def named_rates(
         products=flops, gradients=flops, attention=flops * ATTENTION_SHARE,
         grams=exact if dtype == torch.float32 else max(exact, flops * TF32_SHARE), exact=exact,
         moved=memory, sorted=sorting, ordered=sorting, searched=memory / SEARCHING_BYTES,
-        copied=link, reduced=network, read=disk, written=disk,
+        copied=link, reduced=network, read=disk, written=disk, kept=disk,
     )  # fmt: skip

@@ -25,8 +25,8 @@ class Recipe:
     """A run's settings as numbers.
 
     `batch`: sequences computed together. `itemsize`: bytes of a number in the compute dtype; `stored`: in the
-    checkpoint. `on_cpu`: host and device memory are the same. `refine`: None: no refining. `repeatable`: a layer need
-    not wait until the previous layer's output is durable. `processes` share the sequences.
+    checkpoint. `on_cpu`: host and device memory are the same. `refine`: None: no refining. `repeatable`: no layer
+    waits until the previous layer's output is durable. `processes` share the sequences.
     `room`: bytes of the device's memory that calibration activations may take. `activation_memory`: the same of the
     host's memory; None: any number. Further activations are files.
     """
@@ -136,8 +136,7 @@ class Recipe:
     def activations(self, width: int, arrays: int | None = None) -> float:
         """Bytes of arrays of `width` features that are off the device; None: the arrays between layers.
 
-        The next layer's inputs are copied off the device, once a layer, to make them durable; process 0 has those of
-        all processes.
+        A layer's inputs are copied off the device to make them durable; process 0 has those of all processes.
         """
         staying = self._staying(width, arrays)
         count = float(self._count(arrays) - staying)
@@ -145,6 +144,15 @@ class Recipe:
             count += min(staying, self.durable)
             count += self.durable * self.sequences / self.local_sequences if self.processes > 1 else 0
         return count * self._array(width)
+
+    def outlasting(self, width: int) -> float:
+        """Bytes of a layer's inputs, off the device, that are still being written when later layers need other arrays.
+
+        A CPU is slower than any disk, and process 0 of several writes copies.
+        """
+        if self.on_cpu or not self.repeatable or self.processes > 1:
+            return 0
+        return (self.durable - min(self._staying(width), self.durable)) * self._array(width)
 
     @property
     def durable(self) -> int:

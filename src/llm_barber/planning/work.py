@@ -11,8 +11,9 @@ class Work:
     FLOPs in the compute dtype: `products` of activations with weights, `gradients` of weights from activations,
     `attention`. FLOPs in float32: `grams` (of values that have the compute dtype) and `exact`. Bytes: `moved` through
     memory by everything but matrix products, `copied` between host and device, `reduced` over the processes, `read` and
-    `written` on disk. Elements times the binary logarithm of the number that is sorted together: `sorted` as values
-    alone, `ordered` with their order (`torch.sort`). `searched`: weights that rounds of swaps look at.
+    `written` on disk, `kept` there for `--resume`, with a faster hash than the output's. Elements times the binary
+    logarithm of the number that is sorted together: `sorted` as values alone, `ordered` with their order
+    (`torch.sort`). `searched`: weights that rounds of swaps look at.
     """
 
     products: float = 0
@@ -28,6 +29,7 @@ class Work:
     reduced: float = 0
     read: float = 0
     written: float = 0
+    kept: float = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))

@@ -1,7 +1,7 @@
 """Resume an unfinished run: its settings, its finished layers, and messages about both."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -129,19 +129,25 @@ def pass_layers(
 ) -> None:
     """Move the streams through finished layers whose output is not durable, or is damaged."""
     job, settings = prepared.job, prepared.refine_settings
-    progress.start("once more through finished layers", len(finished))
+    count = len(finished)
+    progress.start(f"once more through {count} finished layer{'s' if count > 1 else ''}", count)
     for result in finished:
         written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
         compute = partial(pass_layer, job, result, ahead.take(), written, settings, streams)
         with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
         progress.advance("")
-    writer.keep_activations(finished[-1].index + 1, gather_streams(prepared, streams))
+    keep_activations_if_due(prepared, finished[-1].index + 1, writer, streams)
 
 
-def gather_streams(prepared: PreparedRun, streams: ActivationStreams) -> dict[str, Tensor]:
-    """Gather the next layer's input from all processes on the process that writes."""
+def keep_activations_if_due(prepared: PreparedRun, layers: int, writer: Writer, streams: ActivationStreams) -> None:
+    """Begin to write the input of the layer after the first `layers`, if the process that writes decides so.
+
+    That process gathers the input from all processes.
+    """
     job, sequences = prepared.job, len(prepared.job.tokens.input_ids)
-    return job.ranks.gather(streams.between_layers(), sequences, streams.held_out, streams.memory.empty_off_device)
+    if job.ranks.from_first(writer.begin_activations(layers)):
+        arrays, empty = streams.between_layers(), streams.memory.empty_off_device
+        writer.keep_activations(layers, job.ranks.gather(arrays, sequences, streams.held_out, empty))
 
 
 def used_by(prepared: PreparedRun, writer: Writer, streams: ActivationStreams) -> Used:
@@ -176,6 +182,8 @@ def hint_at_resuming(writer: Writer, progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        with suppress(Exception):  # the run's own error is reported
+            writer.wait_for_shards()
         if writer.resumable and not isinstance(error, NotFiniteError):
             count = len(writer.state.layers)
             kept = (
@@ -186,5 +194,5 @@ def hint_at_resuming(writer: Writer, progress: Progress) -> Iterator[None]:
             goes_on = "{kept} kept in {folder}: the same command with {resume} goes on"
             progress.warn(message(goes_on, kept=kept, folder=writer.folder))
         if writer.saving:
-            progress.warn("what the next layer starts from is still being written: this waits for it")
+            progress.warn("what a layer starts from is still being written: this waits for it")
         raise

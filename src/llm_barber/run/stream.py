@@ -29,8 +29,8 @@ from llm_barber.run.resume_key import resume_key
 from llm_barber.run.resuming import (
     as_before,
     finished_layers,
-    gather_streams,
     hint_at_resuming,
+    keep_activations_if_due,
     pass_layers,
     tell_of_lost,
     used_by,
@@ -85,6 +85,7 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
                 _make_durable(prepared, results, seconds, writer, streams)
                 seconds["write"] += time.perf_counter() - written
                 progress.advance(_summary(results[-1]))
+        _wait_for_shards(writer, seconds)
         seconds["total"] = time.perf_counter() - began
         report = finish_output(prepared, writer, results, seconds, used_by(prepared, writer, streams))
     warn_of_results(prepared, report, progress)
@@ -163,21 +164,28 @@ def _make_durable(
     writer: Writer,
     streams: ActivationStreams,
 ) -> None:
-    """Make the last layer, whose shard is written, and the next layer's input durable.
+    """Begin to make the last layer, whose shard is being written, and now and then the next layer's input durable.
 
-    The input is written while the next layer is computed, unless it could not be computed again from the shards.
+    An input that could not be computed again from the shards is made durable, after each layer, before the layer is.
     """
 
     def keep_activations() -> None:
+        streams.let_go(writer.unwritten)
         if len(results) < len(prepared.job.steps):
-            writer.wait_for_activations()  # before the streams are gathered again
-            writer.keep_activations(len(results), gather_streams(prepared, streams))
+            keep_activations_if_due(prepared, len(results), writer, streams)
 
     if not prepared.config.runs_what_it_writes:
         keep_activations()
     writer.finish_layer(results[-1].model_dump(mode="json"), seconds, used_by(prepared, writer, streams))
     if prepared.config.runs_what_it_writes:
         keep_activations()
+
+
+def _wait_for_shards(writer: Writer, seconds: dict[str, float]) -> None:
+    """Wait until the last shard is durable."""
+    start = time.perf_counter()
+    writer.wait_for_shards()
+    seconds["write"] += time.perf_counter() - start
 
 
 def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:

@@ -43,6 +43,11 @@ class Writer(Protocol):
         ...
 
     @property
+    def unwritten(self) -> tuple[Tensor, ...]:
+        """Arrays of activations that are being written, and must not change."""
+        ...
+
+    @property
     def digests(self) -> dict[str, str]:
         """sha256 of each file of the output, by name."""
         ...
@@ -65,23 +70,27 @@ class Writer(Protocol):
         ...
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the next shard, durably."""
+        """Begin to write the next shard; the tensors must not change any more. Waits for the shard before."""
         ...
 
     def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
-        """Make an allocation durable."""
+        """Begin to make an allocation durable."""
         ...
 
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
-        """Make a layer durable whose shard is written."""
+        """Begin to make a layer durable, after its shard."""
+        ...
+
+    def begin_activations(self, layers: int) -> bool:
+        """Shall the activations after `layers` layers be kept? If so, this must be done next."""
         ...
 
     def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        """Write the activations after `layers` layers; they must not change until `wait_for_activations`."""
+        """Begin to write the activations after `layers` layers, which must not change while they are `unwritten`."""
         ...
 
-    def wait_for_activations(self) -> None:
-        """Wait until the activations that are being written are durable."""
+    def wait_for_shards(self) -> None:
+        """Wait until all shards and all finished layers are durable."""
         ...
 
     def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:

@@ -58,6 +58,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertR
                 name = min(expected ^ tensors.keys())
                 raise ModelError(f"{PICKLED_INDEX} and {file} do not agree on {name!r}", AGAIN)
             writer.write_shard(tensors)
+            writer.wait_for_shards()
             count += len(tensors)
             size += sum(tensor.nbytes for tensor in tensors.values())
             progress.advance(file)

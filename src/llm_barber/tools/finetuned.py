@@ -148,6 +148,7 @@ def _write(output: Path, overwrite: bool, trained: TrainedModel, copy: TrainedCo
             with safe_open(source.folder / file, "pt") as handle:
                 metadata = handle.metadata() or {}
             writer.write_shard(after, file, metadata)
+            writer.wait_for_shards()
             progress.advance(file)
         copy.refuse_filled()
         for path in source.companions():

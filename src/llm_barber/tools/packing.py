@@ -147,6 +147,7 @@ def _convert(
             tensors = source.read([name for name, info in source.tensors.items() if info.file == file])
             name, stored, metadata, header = conversion.convert(file, tensors)
             writer.write_shard(stored, name, metadata, header)
+            writer.wait_for_shards()
             progress.advance(name)
         for path in source.companions():
             writer.copy(path, source.folder)
