@@ -12,7 +12,7 @@ from llm_barber.masking.statistics import FisherSums, GradientSquares
 from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import reconstruction_errors
-from llm_barber.model.hooks import removed
+from llm_barber.model.hooks import InputVisitor, removed
 from tests.conftest import make_model
 from tests.model.reference import first_call
 
@@ -136,29 +136,34 @@ def test_replay_gives_the_layer_the_kept_output(case: Case) -> None:
     assert "forward" not in vars(module.get_submodule(attention.output))  # the replay is removed
 
 
+def noting(seen: dict[str, Tensor]) -> InputVisitor:
+    """Visitor that notes the inputs of each linear, (1, sequences, tokens, in)."""
+    return lambda rows: seen.update((str(name), part.values) for part in rows for name in part.names)
+
+
 def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case) -> None:
     module, architecture, hidden, arguments = case
     layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
     seen: dict[str, Tensor] = {}
     ended = []
     handle = module.register_forward_hook(lambda *_: ended.append(True))
-    layer.visit_inputs(hidden, seen.__setitem__)
+    layer.visit_inputs(hidden, noting(seen))
     handle.remove()
     assert set(seen) == set(architecture.linears)
     assert not ended
     assert seen["self_attn.q_proj"] is seen["self_attn.k_proj"]
-    assert all(inputs.shape[:2] == hidden.shape[:2] for inputs in seen.values())
+    assert all(inputs.shape[:3] == (1, *hidden.shape[:2]) for inputs in seen.values())
 
 
 def test_a_layer_that_is_run_to_its_end_gives_its_output(case: Case) -> None:
     module, architecture, hidden, arguments = case
     layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
     seen: dict[str, Tensor] = {}
-    output = layer.visit_inputs(hidden, seen.__setitem__, stop=False)
+    output = layer.visit_inputs(hidden, noting(seen), stop=False)
     assert output is not None
     assert torch.equal(output, layer.output(hidden))
     assert set(seen) == set(architecture.linears)
-    assert layer.visit_inputs(hidden, seen.__setitem__) is None
+    assert layer.visit_inputs(hidden, noting(seen)) is None
 
 
 def test_reconstruction_error_is_the_mean_square_by_sequence() -> None:

@@ -1,12 +1,14 @@
 """Running statistics of the inputs of a layer's linears."""
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from llm_barber.masking.together import update_together
 from llm_barber.model.block import DecoderLayer
+from llm_barber.model.gradients import Rows
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 
 
@@ -45,24 +47,51 @@ def collect_inputs(
     """
     statistics: dict[str, AnyStatistic] = {}
     for batch in streams.batches():
-        seen: list[Tensor] = []
-        updated: list[AnyStatistic] = []
-
-        def visit(name: str, inputs: Tensor, seen: list[Tensor] = seen, updated: list[AnyStatistic] = updated) -> None:
-            alone = name in layer.called_again  # called several times, it has more inputs than its neighbours
-            if not alone and seen and seen[-1] is inputs:
-                statistics[name] = updated[-1]
-                return
-            if name not in statistics:
-                statistics[name] = statistic(inputs.shape[-1], inputs.device)
-            statistics[name].update(inputs)
-            if not alone:
-                seen[:] = [inputs]
-                updated[:] = [statistics[name]]
-
-        following = layer.visit_inputs(streams.read(HIDDEN, batch), visit, stop=output is None)
+        updating = _Updating(layer, statistics, statistic)
+        following = layer.visit_inputs(streams.read(HIDDEN, batch), updating, stop=output is None)
         if output is not None and following is not None:
             streams.write(output, batch, following)
     for shared in {id(shared): shared for shared in statistics.values()}.values():
         streams.ranks.add(shared)
     return statistics
+
+
+class _Updating(Generic[AnyStatistic]):
+    """Updates statistics with the inputs of one run; calls with the same tensor update what they share once.
+
+    Args:
+        layer: the layer.
+        statistics: by linear; missing ones are added.
+        statistic: makes a statistic for a number of features.
+    """
+
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        statistics: dict[str, AnyStatistic],
+        statistic: Callable[[int, torch.device], AnyStatistic],
+    ) -> None:
+        self._layer, self._statistics, self._statistic = layer, statistics, statistic
+        self._latest: Tensor | None = None
+        self._updated: dict[tuple[int, int], AnyStatistic] = {}  # with the latest tensors, by index among and in them
+
+    def __call__(self, rows: Sequence[Rows]) -> None:
+        # A linear that is called several times has more inputs than its neighbours, and shares no statistic.
+        alone = any(not self._layer.called_again.isdisjoint(part.names) for part in rows)
+        if not alone and rows[0].values is not self._latest:
+            self._latest, self._updated = rows[0].values, {}
+        updated = {} if alone else self._updated
+        for number, (names, inputs) in enumerate(rows):
+            fresh = []
+            for index, name in enumerate(names):
+                if name is None:
+                    continue
+                if (number, index) not in updated:
+                    if name not in self._statistics:
+                        self._statistics[name] = self._statistic(inputs.shape[-1], inputs.device)
+                    updated[number, index] = self._statistics[name]
+                    fresh.append(index)
+                self._statistics[name] = updated[number, index]
+            if fresh:
+                chosen = inputs if len(fresh) == len(inputs) else inputs[fresh]
+                update_together([updated[number, index] for index in fresh], chosen)

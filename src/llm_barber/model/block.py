@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import FisherSums, GradientSquares
+from llm_barber.masking.together import update_together
 from llm_barber.model.architecture import Block
 from llm_barber.model.attention import fast_attention
-from llm_barber.model.experts import Experts
+from llm_barber.model.experts import Experts, mixture_of
 from llm_barber.model.fixed_order import FixedOrder, Result
-from llm_barber.model.gradients import LinearCall, by_linear, mean_squares, scaled_by_sequence
+from llm_barber.model.gradients import LinearCall, linear_gradients, mean_squares, scaled_by_sequence
 from llm_barber.model.hooks import InputVisitor, LayerHooks, Reached
 
 
@@ -62,7 +63,7 @@ class DecoderLayer:
 
     def belongs_to_expert(self, name: str) -> bool:
         """Test whether a linear belongs to an expert, which only some tokens reach."""
-        return name.rpartition(".")[0].rpartition(".")[0] in self.experts
+        return mixture_of(name) in self.experts
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,10 +81,9 @@ class DecoderLayer:
 
     @torch.no_grad()
     def visit_inputs(self, hidden: Tensor, visitor: InputVisitor, stop: bool = True) -> Tensor | None:
-        """Hand the input of every linear, (sequences, tokens, in), to `visitor`; with `stop`, then end the run.
+        """Hand the inputs of every linear to `visitor`; return the output, or with `stop` end the run before.
 
-        Linears that read the same tensor are visited one after the other with the same object; a linear of several
-        names is visited at each of its calls. Returns the layer's output, or None if the run was ended.
+        Linears that read the same tensor are visited with the same object; a linear of several names at each call.
 
         Raises:
             ModelError: a linear is not called.
@@ -181,8 +181,8 @@ class DecoderLayer:
 
         def run() -> tuple[list[LinearCall], Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
             outputs: list[Tensor] = []
-            recorded, stopped = self.hooks.recorded(block.linears), self.hooks.stop_at(block, outputs, len(hidden))
-            with recorded as calls, stopped, self.hooks.replayed(replays):
+            recorded = self.hooks.recorded(block.linears, len(hidden))
+            with recorded as calls, self.hooks.stop_at(block, outputs, len(hidden)), self.hooks.replayed(replays):
                 self._run(hidden)
             difference = outputs[0].detach().float() - sparse_output.float()
             scaled, scale = scaled_by_sequence(difference, outputs[0].dtype)
@@ -191,8 +191,8 @@ class DecoderLayer:
 
         calls, output, difference, scale, gradients = self.compute_gradients(run)
         factor = scale * (2 / difference[0].numel())  # d mean(d²)/dy = 2 d / (tokens · channels)
-        for name, (inputs, gradient) in by_linear(calls, gradients, len(hidden), block.output).items():
-            squares[name].update(inputs, gradient, factor)
+        for part in linear_gradients(calls, gradients, block.output):
+            update_together([squares[name] for name in part.names], part.inputs, part.gradients, factor)
         return output, mean_squares(difference)
 
     def loss_gradients(self, hidden: Tensor, gradient: Tensor, sums: Mapping[str, FisherSums]) -> Tensor:
@@ -212,7 +212,7 @@ class DecoderLayer:
         hidden = hidden.detach().requires_grad_()
 
         def run() -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
-            with self.hooks.recorded(tuple(self.linears)) as calls:
+            with self.hooks.recorded(self.linears, len(hidden)) as calls:
                 output = self._run(hidden)
             assert output is not None
             scaled, scale = scaled_by_sequence(gradient, output.dtype)
@@ -220,8 +220,8 @@ class DecoderLayer:
             return calls, scale, torch.autograd.grad(output, tensors, scaled, allow_unused=True)
 
         calls, scale, (by_hidden, *gradients) = self.compute_gradients(run)
-        for name, (inputs, by_output) in by_linear(calls, gradients, len(hidden), "the decoder layer").items():
-            sums[name].update(inputs, by_output, scale)
+        for part in linear_gradients(calls, gradients, "the decoder layer"):
+            update_together([sums[name] for name in part.names], part.inputs, part.gradients, scale)
         assert by_hidden is not None
         return by_hidden.float() * scale.view(-1, 1, 1)
 

@@ -1,19 +1,25 @@
 """Mixtures of experts: give each expert its own linears, in place of transformers' 3-D parameters.
 
-Most checkpoints store experts one by one, and each expert is pruned from the tokens that are routed to it. The inputs
-of an expert are padded with zeros to the same number of rows for every sequence. So the hooks of `block.py` see
-sequences, and an expert without tokens is called, too. Zeros add nothing to any statistic.
+Most checkpoints store experts one by one, and each expert is pruned from the tokens that are routed to it. Experts are
+computed one by one or together (`expert_products.py`). What listens to them gets the inputs and outputs of experts by
+sequence: padded with zeros to the same number of rows for every sequence, of an expert without tokens, too. Zeros add
+nothing to any statistic.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llm_barber.errors import ModelError
+from llm_barber.model.expert_products import choose_products, lay_out, multiply
+from llm_barber.model.routes import Bucket, Routes, SequenceView
 
 GATE_UP, GATE, UP, DOWN, BIAS = "gate_up_proj", "gate_proj", "up_proj", "down_proj", "_bias"
 
@@ -40,6 +46,12 @@ class Part:
         return (matrix.t() if self.transposed else matrix)[slice(*self.rows)]
 
 
+# Takes a linear's name inside an expert; its inputs, (rows, in), of one or more experts; its output, (rows, out), None
+# before it is computed; and the view of such rows by expert and sequence.
+Listener = Callable[[str, Tensor, Tensor | None, SequenceView], None]
+Linear = Callable[[str, Tensor], Tensor]  # of a linear's name and its inputs
+
+
 class Experts(nn.ModuleList):
     """Experts of a layer, each a module with linears, in place of a module with 3-D parameters.
 
@@ -52,7 +64,7 @@ class Experts(nn.ModuleList):
         tokens: number of tokens that each expert got since the layer was loaded, int64 (experts,).
     """
 
-    combine: Callable[[nn.Module, Tensor], Tensor]
+    combine: Callable[[Linear, Tensor], Tensor]
 
     def __init__(self, fused: nn.Module) -> None:
         self.transposed = bool(getattr(fused, "is_transposed", False))
@@ -67,6 +79,7 @@ class Experts(nn.ModuleList):
             shapes = {GATE: (inner, hidden), UP: (inner, hidden), DOWN: (hidden, inner)}
         super().__init__(_expert(shapes, bias, first) for _ in range(len(down)))
         self.inner = inner
+        self._shapes = list(shapes.values())
         self.biased = bias
         # Set as a submodule, it would be one more expert.
         self.__dict__["combine"] = _combine(fused, self.first == GATE_UP, self.separate)
@@ -74,6 +87,16 @@ class Experts(nn.ModuleList):
         self.tokens = torch.zeros(len(down), dtype=torch.int64, device="cpu")  # parameters may be on meta
         self._routes: tuple[Tensor, Tensor] | None = None
         self._same_routes = False
+        self._listeners: OrderedDict[int, tuple[bool, Listener]] = OrderedDict()
+
+    def listen(self, listener: Listener, before: bool) -> RemovableHandle:
+        """Call a function `before` or after each call of linears.
+
+        Hooks on the linears do not do: linears that are computed together are not called.
+        """
+        handle = RemovableHandle(self._listeners)
+        self._listeners[handle.id] = before, listener
+        return handle
 
     def parts(self, parameter: str) -> list[Part]:
         """Experts' parameters that a stacked parameter of transformers' module contains."""
@@ -111,34 +134,35 @@ class Experts(nn.ModuleList):
         if self._same_routes and self._routes is not None:
             top_k_index, top_k_weights = self._routes
         self._routes = (top_k_index, top_k_weights)
-        count, chosen = top_k_index.shape
-        routed = top_k_index.flatten()
-        order = routed.argsort(stable=True)  # by expert, then by token, and so by sequence
-        token = order // chosen
-        sequence = token // (count // self.sequences)
-        group = routed[order] * self.sequences + sequence
-        all_groups = torch.arange(len(self) * self.sequences, device=group.device)
-        first, after = (torch.searchsorted(group, all_groups, right=right) for right in (False, True))
-        sizes = (after - first).view(len(self), self.sequences)
-        # Each sequence of an expert gets as many rows as the expert's sequence with the most tokens.
-        room = sizes.amax(1).clamp_min(1)
-        slot = sequence * room[routed[order]] + torch.arange(len(order), device=group.device) - first[group]
-        counts, rooms = torch.stack([sizes.sum(1), room]).tolist()  # the only wait for the device
-        self.tokens += torch.tensor(counts, device="cpu")
-        outputs, start = [], 0
-        for number, expert in enumerate(self):
-            routes = slice(start, start + counts[number])
-            start = routes.stop
-            inputs = hidden_states.new_zeros(self.sequences * rooms[number], hidden_states.shape[1])
-            inputs = inputs.index_copy(0, slot[routes], hidden_states[token[routes]])
-            inner = self.combine(expert, inputs)
+        routes = Routes(top_k_index, len(self), self.sequences)
+        layout = lay_out(routes, choose_products(hidden_states, self._shapes))
+        self.tokens = self.tokens.to(hidden_states.device) + routes.counts
+        outputs = []
+        for bucket, inputs, padding in zip(layout.buckets, layout.inputs(hidden_states), layout.padding, strict=True):
+            linear = partial(self._linear, bucket, SequenceView(routes, layout, bucket, self.sequences))
+            inner = self.combine(linear, inputs)
             if self.biased:  # biases have made the padding nonzero
-                inner = torch.zeros_like(inner).index_copy(0, slot[routes], inner[slot[routes]])
-            outputs.append(expert.get_submodule(DOWN)(inner)[slot[routes]])
-        weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(1)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return weighted[back].view(count, chosen, -1).sum(1).to(hidden_states.dtype)
+                inner = inner.masked_fill(padding, 0)
+            outputs.append(linear(DOWN, inner))
+        weighted = layout.outputs(outputs) * top_k_weights.reshape(-1, 1)
+        return weighted.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+
+    def _linear(self, bucket: Bucket, view: SequenceView, name: str, inputs: Tensor) -> Tensor:
+        """Outputs of a linear of a bucket's experts, (rows, out)."""
+        linears = [cast(nn.Linear, self[expert].get_submodule(name)) for expert in bucket.experts]
+        for before, listener in self._listeners.values():
+            if before:
+                listener(name, inputs, None, view)
+        output = multiply(bucket, inputs, linears)
+        for before, listener in self._listeners.values():
+            if not before:
+                listener(name, inputs, output, view)
+        return output
+
+
+def mixture_of(linear: str) -> str:
+    """Path of the experts to which a linear belongs, if it is an expert's; else the path of some module."""
+    return linear.rpartition(".")[0].rpartition(".")[0]
 
 
 def split_experts(model: nn.Module) -> None:
@@ -181,14 +205,12 @@ def _expert(shapes: dict[str, tuple[int, int]], bias: bool, like: Tensor) -> nn.
     )
 
 
-def _combine(fused: nn.Module, gated: bool, separate: bool) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Function of an expert and its inputs that computes the inputs of its down projection."""
+def _combine(fused: nn.Module, gated: bool, separate: bool) -> Callable[[Linear, Tensor], Tensor]:
+    """Function of experts' linears and inputs that computes the inputs of their down projections."""
     if not gated:
         activation = cast(Callable[[Tensor], Tensor], fused.act_fn)
-        return lambda expert, inputs: activation(expert.get_submodule(UP)(inputs))
+        return lambda linear, inputs: activation(linear(UP, inputs))
     gate = cast(Callable[[Tensor], Tensor], fused._apply_gate)  # of the outputs of both, joined
     if not separate:
-        return lambda expert, inputs: gate(expert.get_submodule(GATE_UP)(inputs))
-    return lambda expert, inputs: gate(
-        torch.cat([expert.get_submodule(GATE)(inputs), expert.get_submodule(UP)(inputs)], dim=-1)
-    )
+        return lambda linear, inputs: gate(linear(GATE_UP, inputs))
+    return lambda linear, inputs: gate(torch.cat([linear(GATE, inputs), linear(UP, inputs)], dim=-1))

@@ -1,7 +1,9 @@
 """Reconstruction errors of outputs, and gradients by the outputs of linears."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,13 +11,38 @@ from torch import Tensor
 from llm_barber.errors import ModelError, NotFiniteError
 
 
+class Rows(NamedTuple):
+    """Values of linears, (linears, sequences, tokens, features), and their names; None: a linear that is left out."""
+
+    names: tuple[str | None, ...]
+    values: Tensor
+
+
+Splitter = Callable[[Tensor], list[Rows]]
+
+
 @dataclass(frozen=True)
 class LinearCall:
-    """One call of a linear: its input, detached, and its output, in the graph."""
+    """One call of a linear, or of the same linear of several experts.
 
-    name: str
+    Attributes:
+        inputs: (rows, in) or (sequences, tokens, in), detached.
+        output: the output, in the graph.
+        split: splits such inputs, or gradients by the output, into `Rows`.
+    """
+
     inputs: Tensor
     output: Tensor
+    split: Splitter
+
+
+@dataclass(frozen=True)
+class LinearGradients:
+    """Inputs of linears, (linears, sequences, tokens, in), and gradients by their outputs, (…, out)."""
+
+    names: tuple[str, ...]
+    inputs: Tensor
+    gradients: Tensor
 
 
 def reconstruction_errors(dense: Tensor, output: Tensor) -> Tensor:
@@ -26,39 +53,57 @@ def reconstruction_errors(dense: Tensor, output: Tensor) -> Tensor:
     return mean_squares(dense.float() - output.float())
 
 
-def by_linear(
-    calls: list[LinearCall], gradients: Sequence[Tensor | None], sequences: int, module: str
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs, and gradients by the outputs, of each linear, both (sequences, tokens, features).
+def linear_gradients(
+    calls: Sequence[LinearCall], gradients: Sequence[Tensor | None], module: str
+) -> list[LinearGradients]:
+    """Inputs of linears, and gradients by their outputs; linears that were called together are together.
 
     Several calls of a linear follow each other as more tokens; a call without a gradient is left out.
 
     Args:
         calls: the calls of the linears.
         gradients: the gradient by the output of each call; None: the loss does not depend on it.
-        sequences: number of sequences.
         module: the module whose output the gradients are of, for the error.
 
     Raises:
         ModelError: no call of some linear has a gradient.
     """
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    parts: list[LinearGradients] = []
+    missing: list[str] = []
     for call, gradient in zip(calls, gradients, strict=True):
-        if gradient is not None:
-            pair = by_sequence(call.inputs, sequences), by_sequence(gradient, sequences)
-            pairs.setdefault(call.name, []).append(pair)
-    for call in calls:
-        if call.name not in pairs:
-            raise ModelError(f"the output of {module} has no gradient by {call.name}", f"--exclude '{call.name}$'")
-    return {name: _join_tokens(of_linear) for name, of_linear in pairs.items()}
+        inputs = call.split(call.inputs)
+        if gradient is None:
+            missing += [name for rows in inputs for name in rows.names if name is not None]
+        else:
+            chosen = map(_chosen, inputs, call.split(gradient))
+            parts += [part for part in chosen if part.names]
+    counts = Counter(name for part in parts for name in part.names)
+    for name in missing:
+        if name not in counts:
+            raise ModelError(f"the output of {module} has no gradient by {name}", f"--exclude '{name}$'")
+    return parts if not counts or max(counts.values()) == 1 else _join_calls(parts)
 
 
-def _join_tokens(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Join inputs and gradients of several calls along the tokens."""
-    if len(pairs) == 1:
-        return pairs[0]
-    inputs, gradients = zip(*pairs, strict=True)
-    return torch.cat(inputs, 1), torch.cat(gradients, 1)
+def _chosen(inputs: Rows, gradients: Rows) -> LinearGradients:
+    """Inputs and gradients of the linears that have a name."""
+    chosen = [index for index, name in enumerate(inputs.names) if name is not None]
+    names = tuple(name for name in inputs.names if name is not None)
+    if len(names) == len(inputs.names):
+        return LinearGradients(names, inputs.values, gradients.values)
+    return LinearGradients(names, inputs.values[chosen], gradients.values[chosen])
+
+
+def _join_calls(parts: Sequence[LinearGradients]) -> list[LinearGradients]:
+    """Take linears apart, and join the calls of each along the tokens."""
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for part in parts:
+        for index, name in enumerate(part.names):
+            pair = part.inputs[index : index + 1], part.gradients[index : index + 1]
+            pairs.setdefault(name, []).append(pair)
+    joined = {
+        name: [torch.cat(tensors, 2) for tensors in zip(*of_linear, strict=True)] for name, of_linear in pairs.items()
+    }
+    return [LinearGradients((name,), inputs, gradients) for name, (inputs, gradients) in joined.items()]
 
 
 def scaled_by_sequence(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

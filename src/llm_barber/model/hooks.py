@@ -3,15 +3,21 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_barber.model.architecture import Block
-from llm_barber.model.gradients import LinearCall, by_sequence
+from llm_barber.model.experts import Experts, mixture_of
+from llm_barber.model.gradients import LinearCall, Rows, Splitter, by_sequence
+from llm_barber.model.routes import SequenceView
 
-InputVisitor = Callable[[str, Tensor], None]
+InputVisitor = Callable[[list[Rows]], None]  # takes the inputs of a linear, or of the same linear of several experts
+# Takes the inputs of a linear, or of the same linear of several experts; their output, None before it is computed; and
+# what splits such tensors by linear and sequence.
+_Listener = Callable[[Tensor, Tensor | None, Splitter], None]
 
 
 class Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -41,6 +47,7 @@ class LayerHooks:
 
     def __init__(self, module: nn.Module, called_again: Collection[str]) -> None:
         self._module = module
+        self._experts = {path: child for path, child in module.named_modules() if isinstance(child, Experts)}
         self._called_again = frozenset(called_again)
         # By block, what follows the states in its output tuple (attention weights): a replay returns it, too.
         self._output_tail: dict[str, tuple[Any, ...] | list[Any] | None] = {}
@@ -50,28 +57,30 @@ class LayerHooks:
     def visited(
         self, linears: Collection[str], sequences: int, visitor: InputVisitor, stop: bool = True
     ) -> Iterator[Visits]:
-        """Hand each linear's input, (sequences, tokens, in), to `visitor`; with `stop` the last linear ends the run.
+        """Hand the linears' inputs to `visitor`; with `stop` the last linear ends the run.
 
         Linears that read the same tensor are handed the same object.
         """
         visits = Visits([], set(linears))
-        latest: list[Tensor] = []  # the tensor that was read last, and the same by sequence
+        latest: list[Tensor] = []  # the tensor that was read last
+        groups: list[list[str]] = []  # of `visits`: the linears that read it
 
-        def visit(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-                if not latest or positional[0] is not latest[0]:
-                    latest[:] = positional[0], by_sequence(positional[0], sequences)
-                    visits.groups.append([])
+        def visit(read: Tensor, _: Tensor | None, split: Splitter) -> None:
+            rows = split(read)
+            names = [name for part in rows for name in part.names]
+            if not latest or read is not latest[0]:
+                latest[:] = [read]
+                groups[:] = [[] for _ in names]
+                visits.groups.extend(groups)
+            for name, group in zip(names, groups, strict=True):
                 if name in visits.waiting:
-                    visits.groups[-1].append(name)
-                visitor(name, latest[1])
-                visits.waiting.discard(name)
-                if stop and not visits.waiting and not self._called_again.intersection(linears):
-                    raise Reached
+                    group.append(name)
+            visitor(rows)
+            visits.waiting.difference_update(names)
+            if stop and not visits.waiting and not self._called_again.intersection(linears):
+                raise Reached
 
-            return hook
-
-        with removed(*(self._module.get_submodule(name).register_forward_pre_hook(visit(name)) for name in linears)):
+        with self._heard(linears, sequences, visit, before=True):
             yield visits
 
     @contextmanager
@@ -82,34 +91,68 @@ class LayerHooks:
         """
         collected: dict[str, Tensor] = {}
 
-        def note(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-                inputs = by_sequence(positional[0], sequences)
-                collected[name] = torch.cat([collected[name], inputs], 1) if name in collected else inputs
-                if stop and len(collected) == len(names) and not self._called_again.intersection(names):
-                    raise Reached
+        def note(read: Tensor, _: Tensor | None, split: Splitter) -> None:
+            for rows in split(read):
+                for name, inputs in zip(rows.names, rows.values, strict=True):
+                    if name is not None:
+                        collected[name] = torch.cat([collected[name], inputs], 1) if name in collected else inputs
+            if stop and len(collected) == len(names) and not self._called_again.intersection(names):
+                raise Reached
 
-            return hook
-
-        with removed(*(self._module.get_submodule(name).register_forward_pre_hook(note(name)) for name in names)):
+        with self._heard(names, sequences, note, before=True):
             yield collected
 
     @contextmanager
-    def recorded(self, linears: tuple[str, ...]) -> Iterator[list[LinearCall]]:
+    def recorded(self, linears: Collection[str], sequences: int) -> Iterator[list[LinearCall]]:
         """Collect the calls of linears, with their inputs and outputs, in the list that is yielded."""
         calls: list[LinearCall] = []
 
-        def record(name: str) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                # Weights require no gradient, so that autograd forms none: the graph starts at the first outputs.
-                output = output if output.requires_grad else output.requires_grad_()
-                calls.append(LinearCall(name, positional[0].detach(), output))
-                return output
+        def record(inputs: Tensor, output: Tensor | None, split: Splitter) -> None:
+            assert output is not None
+            # Weights require no gradient, so that autograd forms none: the graph starts at the first outputs.
+            calls.append(LinearCall(inputs.detach(), output.requires_grad_(), split))
+
+        with self._heard(linears, sequences, record, before=False):
+            yield calls
+
+    @contextmanager
+    def _heard(self, linears: Collection[str], sequences: int, listener: _Listener, before: bool) -> Iterator[None]:
+        """Call a function `before` or after each call of linears, within the context."""
+        latest: list[Tensor] = []  # the input that was split last, and the same by sequence
+
+        def split(name: str, values: Tensor) -> list[Rows]:
+            if not latest or values is not latest[0]:
+                latest[:] = values, by_sequence(values, sequences).unsqueeze(0)
+            return [Rows((name,), latest[1])]
+
+        def split_call(path: str, linear: str, view: SequenceView, values: Tensor) -> list[Rows]:
+            names = ([f"{path}.{expert}.{linear}" for expert in experts] for experts, _ in view(values))
+            chosen = (tuple(name if name in linears else None for name in of_part) for of_part in names)
+            return [Rows(of_part, part) for of_part, (_, part) in zip(chosen, view(values), strict=True)]
+
+        def of_linear(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+                listener(positional[0], output, partial(split, name))
 
             return hook
 
-        with removed(*(self._module.get_submodule(name).register_forward_hook(record(name)) for name in linears)):
-            yield calls
+        def of_experts(path: str) -> Callable[..., None]:
+            def hear(linear: str, inputs: Tensor, output: Tensor | None, view: SequenceView) -> None:
+                if any(f"{path}.{expert}.{linear}" in linears for expert in view.bucket.experts):
+                    listener(inputs, output, partial(split_call, path, linear, view))
+
+            return hear
+
+        handles = []
+        paths = self._experts.keys() & map(mixture_of, linears)
+        for name in linears:
+            module = self._module.get_submodule(name)
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            if mixture_of(name) not in paths:
+                handles.append(register(of_linear(name)))
+        handles += [self._experts[path].listen(of_experts(path), before) for path in paths]
+        with removed(*handles):
+            yield
 
     @contextmanager
     def stop_at(self, block: Block, outputs: list[Tensor], sequences: int, stop: bool = True) -> Iterator[None]:

@@ -10,8 +10,10 @@ from llm_barber.loading.job import OUTSIDE_SHARD_BYTES
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.selection import LONGEST_ON_GPU, SORTED_ON_GPU
 from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
+from llm_barber.masking.together import MATRIX_ELEMENTS
 from llm_barber.method.allocation import LOGITS
 from llm_barber.method.refine import MOMENTS_BYTES
+from llm_barber.model.expert_products import LARGE_WEIGHT
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.settings.initial import Initial
@@ -30,6 +32,8 @@ ERROR_ARRAYS = 6  # float32 arrays of a linear, when its error is computed
 SOLVING = 10  # float32 arrays of a linear, in least squares
 # Float32 copies of a Gram matrix, and of its linear, while a method that gathers Gram matrices updates weights.
 UPDATING = {Initial.SPARSEGPT: (4, 5), Initial.ALPS: (5, 8)}
+PADDED = 2  # rows of experts that are computed together, for each row that has a token (`model/routes.py`)
+STATISTIC_ARRAYS = 2  # float32 matrices of the statistics that are computed together
 LOGIT_ARRAYS = 4  # float32 arrays of the logits: themselves, their logarithm, gradients of both
 
 
@@ -167,7 +171,12 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
     """Bytes of one batch of sequences while a block is computed."""
     features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
     routed = recipe.batch_tokens * max(1, block.share * block.copies)
-    return routed * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
+    rows = routed * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
+    if recipe.on_cpu or block.copies == 1 or block.largest > LARGE_WEIGHT:
+        return rows
+    # A GPU computes experts together: their weights are stacked.
+    statistics = STATISTIC_ARRAYS * FLOAT32 * min(MATRIX_ELEMENTS, block.all_weights)
+    return PADDED * rows + recipe.itemsize * block.all_weights + statistics
 
 
 def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:

@@ -2,14 +2,20 @@
 
 PyTorch learns here the shape and dtype of their results, which it needs where there are no data. Triton is imported by
 the first call. Nothing depends on values of a tensor, and nothing waits for the GPU, so that CUDA graphs capture them.
+The operators have no gradient.
 """
 
 import torch
 from torch import Tensor
 
+# `torch.library.custom_op` is shorter, and makes each call several times as long.
+_library = torch.library.Library("llm_barber", "DEF")  # type: ignore[no-untyped-call]
+_WEIGHT = "Tensor values, Tensor words, Tensor starts, Tensor row_starts"
+_library.define(f"packed_product({_WEIGHT}, Tensor inputs, Tensor? bias, Tensor? scales, int group) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(f"unpacked({_WEIGHT}, Tensor? scales, int group, int columns, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 
-@torch.library.custom_op("llm_barber::packed_product", mutates_args=())
-def packed_product(
+
+def _packed_product(
     values: Tensor,
     words: Tensor,
     starts: Tensor,
@@ -25,8 +31,7 @@ def packed_product(
     return decode_product(values, words, starts, row_starts, inputs, bias, scales, group)
 
 
-@packed_product.register_fake
-def _(
+def _packed_product_shape(
     values: Tensor,
     words: Tensor,
     starts: Tensor,
@@ -39,8 +44,7 @@ def _(
     return inputs.new_empty((*inputs.shape[:-1], words.shape[0]))
 
 
-@torch.library.custom_op("llm_barber::unpacked", mutates_args=())
-def unpacked(
+def _unpacked(
     values: Tensor,
     words: Tensor,
     starts: Tensor,
@@ -56,8 +60,7 @@ def unpacked(
     return unpack(values, words, starts, row_starts, scales, group, columns, dtype)
 
 
-@unpacked.register_fake
-def _(
+def _unpacked_shape(
     values: Tensor,
     words: Tensor,
     starts: Tensor,
@@ -68,3 +71,11 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return values.new_empty((words.shape[0], columns), dtype=dtype)
+
+
+_library.impl("packed_product", _packed_product, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("unpacked", _unpacked, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("llm_barber::packed_product", _packed_product_shape, lib=_library)
+torch.library.register_fake("llm_barber::unpacked", _unpacked_shape, lib=_library)
+packed_product = torch.ops.llm_barber.packed_product.default
+unpacked = torch.ops.llm_barber.unpacked.default

@@ -1,0 +1,183 @@
+"""A layer of experts: its statistics, gradients and groups do not depend on how experts are computed."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm_barber.masking.statistics import FisherSums, GradientSquares, GramMatrix, InputMoments, InputSquares, mirror
+from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.model.architecture import Block
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.expert_products import Products
+from llm_barber.parallel.ranks import Ranks
+from tests.helpers.experts import EXPERTS, HIDDEN, TOGETHER, split
+
+SEQUENCES, TOKENS = 5, 24
+
+
+class Mixture(nn.Module):
+    """A router and experts; two for each token."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        with torch.no_grad():
+            self.router.weight[-1] = 0  # the last one has few tokens
+        self.experts = split(family, torch.float32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        states = hidden.flatten(0, 1)
+        weights, index = self.router(states).softmax(-1).topk(2)
+        return self.experts(states, index, weights).view_as(hidden)
+
+
+class Layer(nn.Module):
+    """A linear, then a mixture."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.mlp = nn.Linear(HIDDEN, HIDDEN), Mixture(family)
+        self.requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.first(hidden)
+        return hidden + self.mlp(hidden)
+
+
+def decoder_layer(family: str) -> tuple[DecoderLayer, Block]:
+    module = Layer(family)
+    linears = tuple(
+        name for name, child in module.named_modules() if isinstance(child, nn.Linear) and "router" not in name
+    )
+    block = Block("mlp", "mlp", tuple(name for name in linears if name.startswith("mlp")))
+    return DecoderLayer(module, linears, lambda *_: {}), block
+
+
+def states(seed: int = 0) -> Tensor:
+    return torch.randn(SEQUENCES, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def streams(hidden: Tensor) -> Any:
+    """A stand-in for the streams: two batches of sequences."""
+    return SimpleNamespace(
+        batches=lambda: (slice(0, 2), slice(2, SEQUENCES)), read=lambda _, batch: hidden[batch], ranks=Ranks()
+    )
+
+
+Computed = dict[str, dict[str, list[Tensor]]]
+
+
+def compute(family: str, chosen: Callable[[str], bool]) -> Computed:
+    """Statistics of a layer's chosen linears, by kind and linear."""
+    layer, block = decoder_layer(family)
+    hidden = states()
+    results: Computed = {}
+    layer.select([name for name in layer.linears if chosen(name)])
+    for statistic in (InputSquares, InputMoments, GramMatrix):
+        collected = collect_inputs(layer, streams(hidden), statistic)
+        results[statistic.__name__] = {name: list(of_linear.parts()) for name, of_linear in collected.items()}
+        if statistic is GramMatrix:
+            results["GramMatrix"] = {
+                name: [mirror(total.clone()), *rest] for name, (total, *rest) in results["GramMatrix"].items()
+            }
+    names = [name for name in block.linears if chosen(name)]
+    squares = {name: GradientSquares(tuple(layer.linears[name].weight.shape), hidden.device) for name in names}
+    fishers = {name: FisherSums(tuple(linear.weight.shape), hidden.device) for name, linear in layer.linears.items()}
+    reduced = Block(block.name, block.output, tuple(names))
+    by_input = []
+    for batch in (slice(0, 2), slice(2, SEQUENCES)):
+        output, losses = layer.block_gradients(reduced, hidden[batch], states(1)[batch], {}, squares)
+        by_input += [output, losses, layer.loss_gradients(hidden[batch], states(2)[batch], fishers)]
+    results["squares"] = {name: of_linear.parts() for name, of_linear in squares.items()}
+    results["fishers"] = {name: of_linear.parts() for name, of_linear in fishers.items()}
+    results["states"] = {"": by_input}
+    weights = {name: linear.weight.clone().requires_grad_() for name, linear in layer.linears.items()}
+    output = layer.output_with(weights, hidden[:1])
+    gradients = torch.autograd.grad(output.square().sum(), list(weights.values()), allow_unused=True)
+    results["tuning"] = {
+        name: [torch.zeros_like(weight) if gradient is None else gradient]
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+    }
+    inputs = layer.inputs_of(names, hidden, {})
+    results["inputs"] = {name: [values.square().sum(1)] for name, values in inputs.items()}
+    return results
+
+
+CHOSEN: dict[str, Callable[[str], bool]] = {
+    "all": lambda _: True,
+    "some": lambda name: name not in ("mlp.experts.1.gate_proj", "mlp.experts.2.up_proj") and "experts.3" not in name,
+}
+
+
+@pytest.mark.parametrize("which", CHOSEN)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("products", TOGETHER)
+def test_statistics_are_those_of_experts_one_by_one(
+    products: Products, family: str, which: str, force_products: Callable[[Products], None]
+) -> None:
+    force_products(Products.LOOP)
+    expected = compute(family, CHOSEN[which])
+    force_products(products)
+    results, again = compute(family, CHOSEN[which]), compute(family, CHOSEN[which])
+    for kind, of_kind in expected.items():
+        assert set(results[kind]) == set(of_kind)
+        largest = max(float(total.abs().max()) for totals in of_kind.values() for total in totals)
+        for name, totals in of_kind.items():
+            for result, same, of in zip(results[kind][name], again[kind][name], totals, strict=True):
+                assert torch.equal(result, same)
+                torch.testing.assert_close(result, of, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("products", [Products.LOOP, *TOGETHER])
+def test_gate_and_up_share_a_statistic_and_a_group(
+    products: Products, force_products: Callable[[Products], None]
+) -> None:
+    layer, block = decoder_layer("qwen3_moe")
+    force_products(products)
+    collected = collect_inputs(layer, streams(states()), InputSquares)
+    statistics = {id(statistic) for statistic in collected.values()}
+    assert len(statistics) == 1 + 2 * EXPERTS
+    for number in range(EXPERTS):
+        gate, up, down = (collected[f"mlp.experts.{number}.{name}_proj"] for name in ("gate", "up", "down"))
+        assert gate is up is not down
+    groups = layer.input_groups(block, states())
+    pairs = {tuple(f"mlp.experts.{number}.{name}_proj" for name in ("gate", "up")) for number in range(EXPERTS)}
+    assert set(groups) == pairs | {(f"mlp.experts.{number}.down_proj",) for number in range(EXPERTS)}
+    assert len(groups) == 2 * EXPERTS
+
+
+@pytest.mark.parametrize("products", [Products.LOOP, *TOGETHER])
+def test_several_calls_of_experts_count_as_more_tokens(
+    products: Products, force_products: Callable[[Products], None]
+) -> None:
+    """A layer that calls its experts on each half of the features' sum: gradients add up before they are squared."""
+    force_products(products)
+    layer, block = decoder_layer("nemotron_h")
+    mixture: Any = layer.module.mlp
+    once = mixture.forward
+    mixture.forward = lambda hidden: once(hidden) + once(-hidden)
+    hidden = states()[:2]
+    squares = {name: GradientSquares(tuple(layer.linears[name].weight.shape), hidden.device) for name in block.linears}
+    target = states(1)[:2]
+    layer.block_gradients(block, hidden, target, {}, squares)
+    weights = {name: layer.linears[name].weight.clone().requires_grad_() for name in block.linears}
+    expected = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for sequence in range(2):
+        for experts in layer.experts.values():
+            experts.sequences = 1
+        parameters = {f"{name.removeprefix('mlp.')}.weight": weight for name, weight in weights.items()}
+        states_of = hidden[sequence : sequence + 1] + layer.module.first(hidden[sequence : sequence + 1])
+        output = torch.func.functional_call(mixture, parameters, (states_of,))
+        loss = (output - target[sequence : sequence + 1]).square().mean()
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for name, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                expected[name] += gradient.square() / 2
+    assert max(float(of.max()) for of in expected.values()) > 0
+    for name, statistic in squares.items():
+        torch.testing.assert_close(statistic.mean, expected[name], rtol=1e-3, atol=1e-9)
