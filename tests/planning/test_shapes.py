@@ -25,7 +25,9 @@ def test_llama_3_to_the_digit(settings: dict[str, Any], parameters: int, weights
     assert run_costs(model, recipe).propagate.products == 2 * 128 * 2048 * weights
     peak = peak_footprint(model, Recipe(**{**recipe.__dict__, "on_cpu": False, "batch": 8}))
     stream = 128 * 2048 * model.hidden * 2
-    assert 3 * stream < peak.host < 3 * stream + 4 * model.layers[0].parameters * 2 + 3 * 2**30
+    # Beside three streams: a set of activations and a layer that are still being written.
+    layer = model.layers[0].parameters * 2
+    assert 3 * stream < peak.host < 4 * stream + 5 * layer + 3 * 2**30
     # Weights and pruned ones in two bytes, masks, squares of gradients in four.
     assert 6 * model.layers[0].weights < peak.device < 50 * model.layers[0].weights
 

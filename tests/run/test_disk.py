@@ -83,12 +83,12 @@ def test_a_full_disk_and_a_lost_source_leave_what_is_finished(
 
     read, reads = CheckpointSource.read, 0
 
-    def lost(self: CheckpointSource, names: Any) -> Any:
+    def lost(self: CheckpointSource, *arguments: Any) -> Any:
         nonlocal reads
         reads += 1
         if reads == 4:
             (model / "model.safetensors").rename(tmp_path / "elsewhere")
-        return read(self, names)
+        return read(self, *arguments)
 
     monkeypatch.setattr(CheckpointSource, "read", lost)
     with pytest.raises(BarberError) as gone:

@@ -113,7 +113,7 @@ def test_unknown_devices_and_models_are_refused_before_any_check(monkeypatch: py
         selftest(SelftestConfig(device="tpu"))
     with pytest.raises(ModelError, match="no such model"):
         selftest(SelftestConfig(device="cpu", model="/nothing/here"))
-    with pytest.raises(SettingsError, match="Input should be .masks., .repeat."):
+    with pytest.raises(SettingsError, match="'everything' is not one of masks, repeat"):
         SelftestConfig(checks="everything")
     if not torch.cuda.is_available():
         with pytest.raises(SettingsError, match="is not there"):
