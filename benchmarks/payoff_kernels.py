@@ -23,7 +23,7 @@ HEADINGS = [
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default=SHAPES, help="OUTxIN, separated by commas")
     parser.add_argument("--targets", default="0.5,0.6,0.7,2:4", help="sparsities and N:M patterns")
-    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--dtypes", default="bfloat16,float32,int8", help="of kept values; int8: of a bfloat16 weight")
     parser.add_argument("--rows", default="1,4,16", help="rows of inputs")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each side")

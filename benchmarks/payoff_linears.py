@@ -9,18 +9,21 @@ from typing import Any
 import payoff_native
 import torch
 from payoff_cells import Spread, in_turn, timed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_barber import native
 from llm_barber.checkpoint.encoding import pack
+from llm_barber.checkpoint.rounding import pack_rounded
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.selection import apply_mask
 from llm_barber.native import avx512
 from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.runtime.rounded_linear import RoundedLinear
 
+INT8 = "int8"  # kept values are rounded
 SECONDS = 0.05  # of one measurement, about
 
 
@@ -98,12 +101,9 @@ class Sides:
         height, width = map(int, shape.split("x"))
         generator = torch.Generator().manual_seed(0)
         scores = torch.randn(height, width, generator=generator)
-        weight = apply_mask(
-            scores.to(getattr(torch, dtype)), initial_mask(scores.abs(), pattern_of(target), Granularity.OUTPUT)
-        )
-        packed = pack(weight)
-        assert packed is not None
-        linear = PackedLinear(packed, None)
+        exact = torch.bfloat16 if dtype == INT8 else getattr(torch, dtype)
+        weight = apply_mask(scores.to(exact), initial_mask(scores.abs(), pattern_of(target), Granularity.OUTPUT))
+        linear = packed_linear(weight, dtype == INT8)
         self.size, self.packed_size = weight.nbytes, packed_bytes(linear)
         count = max(2, -(-packed_size // self.packed_size))
         self._dense = Rotation([weight.clone() for _ in range(count)])
@@ -175,7 +175,18 @@ class Repeated:
         return seconds
 
 
-def packed_bytes(linear: PackedLinear) -> int:
+def packed_linear(weight: Tensor, rounded: bool) -> nn.Module:
+    """Pack a weight, with its kept values as they are or rounded to int8."""
+    if rounded:
+        packed_to_int8 = pack_rounded(weight)
+        assert packed_to_int8 is not None
+        return RoundedLinear(packed_to_int8, None)
+    packed = pack(weight)
+    assert packed is not None
+    return PackedLinear(packed, None)
+
+
+def packed_bytes(linear: nn.Module) -> int:
     """Bytes that a product reads of a packed linear."""
     return sum(buffer.nbytes for buffer in linear.buffers() if buffer is not None)
 

@@ -96,7 +96,7 @@ class Measured:
         options = self._options
         for target in options.targets.split(","):
             for kind in options.kinds.split(","):
-                yield from self._rows_of(Side(kind, packed(self._source, target, options.work), target))
+                yield from self._rows_of(Side(kind, packed(self._source, target, kind, options.work), target))
         if self._llama is not None and self._dtype == "bfloat16":
             for kind in TYPES:
                 yield from self._rows_of_llama(kind)

@@ -25,6 +25,8 @@ CAVEATS = (
     "brackets, the better of those in the results, at the same sparsity.",
     "Ratios are against dense PyTorch in bfloat16, each side in turn with it: of the fastest measurements, in brackets "
     "of the medians. llama.cpp is another program: its ratios hold its lower overhead as well as its formats.",
+    "Rows with int8 values have the perplexity and KL of the same model before rounding; rounding adds the little that "
+    "[packed models](../guide/packed.md) gives.",
     "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens.",
 )
 

@@ -21,10 +21,12 @@ from llm_barber.tools.demo import demo_model
 RANDOM = "llama-7b-4-layers"
 SMOLLM = "smollm2-135m"
 DENSE = "dense"
+INT8 = "int8"  # kept values are rounded
 # What `load` is given for each kind of side.
 KINDS: dict[str, dict[str, Any]] = {
     "packed": {"keep_packed": True},
     "auto": {"keep_packed": "auto"},
+    INT8: {"keep_packed": True},
 }
 PROMPT = list(range(100, 108))
 LOADER = Path(__file__).parent / "payoff_load.py"
@@ -115,13 +117,13 @@ def pruned(source: Source, target: str, work: Path) -> Path:
     return output
 
 
-def packed(source: Source, target: str, work: Path) -> Path:
-    """Folder of the model pruned and packed, made unless it is there."""
+def packed(source: Source, target: str, kind: str, work: Path) -> Path:
+    """Folder of the model pruned and packed as a kind of side needs it, made unless it is there."""
     folder = pruned(source, target, work)
-    output = folder.with_name(f"{folder.name}-packed")
+    output = folder.with_name(f"{folder.name}-{INT8 if kind == INT8 else 'packed'}")
     if not output.exists():
         print(f"{output.name}: packing …", flush=True)
-        pack(PackConfig(model=str(folder), output=output, overwrite=True))
+        pack(PackConfig(model=str(folder), output=output, overwrite=True, values="int8" if kind == INT8 else "exact"))
     return output
 
 

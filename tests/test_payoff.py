@@ -132,16 +132,27 @@ def clock(monkeypatch: pytest.MonkeyPatch, linears: ModuleType) -> Iterator[Any]
     avx512._functions.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dense", "packed"),
+    [("bfloat16", 32768, 16384 + 2048), ("float32", 65536, 32768 + 2048), ("int8", 32768, 8192 + 2048 + 256)],
+)
 @pytest.mark.parametrize(("rows", "unpacks"), [(1, False), (300, None)])
 def test_sides_of_a_linear(
-    monkeypatch: pytest.MonkeyPatch, linears: ModuleType, clock: Any, rows: int, unpacks: bool | None
+    monkeypatch: pytest.MonkeyPatch,
+    linears: ModuleType,
+    clock: Any,
+    rows: int,
+    unpacks: bool | None,
+    dtype: str,
+    dense: int,
+    packed: int,
 ) -> None:
     """What is measured is there for each side; a product that unpacks its weight is known as such."""
     monkeypatch.setattr(linears, "SECONDS", 0.0)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    sides = linears.Sides("64x256", "bfloat16", "2:4", 1, clock)
+    sides = linears.Sides("64x256", dtype, "2:4", 1, clock)
     result = sides.measure(rows, 1, 2)
-    assert (result["bytes"], result["packed_bytes"], result["copies"]) == (32768, 16384 + 2048, 2)
+    assert (result["bytes"], result["packed_bytes"], result["copies"]) == (dense, packed, 2)
     assert {"pytorch", "packed"} <= set(result["seconds"])
     assert ("kernel" in result["seconds"]) is result["multiplied"]
     if unpacks is not None:

@@ -159,11 +159,11 @@ def test_models_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tiny = payoff_sides.Source("tiny", folder, tmp_path / "tiny.gguf")
     monkeypatch.setattr(payoff_models, "sources", lambda *arguments: [tiny])
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    loads, packed = list[str](), ["packed 0.5", "auto 0.5", "packed 2:4", "auto 2:4"]
+    loads, packed = list[str](), ["packed 0.5", "int8 0.5", "packed 2:4", "int8 2:4"]
     loading = {"seconds": 1.0, "memory": 2e6, "disk": 3e6}
     monkeypatch.setattr(payoff_sides.Side, "loading", lambda side, *_: (loads.append(side.name), loading)[1])
     command = (
-        f"models --targets 0.5,2:4 --kinds packed,auto --threads 1 --decode 2 --prefill 8 --rounds 1 --work {tmp_path}"
+        f"models --targets 0.5,2:4 --kinds packed,int8 --threads 1 --decode 2 --prefill 8 --rounds 1 --work {tmp_path}"
     )
     options = payoff.make_parser().parse_args([*command.split(" "), "--llama", sys.executable])
     payoff_models.run(options, tmp_path / "results")
@@ -172,7 +172,7 @@ def test_models_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sides = [*packed, "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_K_M"]
     names = [f"tiny bfloat16 {side} {part}" for side in sides for part in ("loading", "threads 1")]
     assert set(cells) == {"tiny bfloat16 dense loading", *names}
-    speeds = cells["tiny bfloat16 auto 2:4 threads 1"]["result"]
+    speeds = cells["tiny bfloat16 int8 2:4 threads 1"]["result"]
     assert all(speeds[part][side]["minimum"] > 0 for part in ("decoding", "prefill") for side in ("dense", "side"))
     monkeypatch.setattr(payoff_models, "in_turn", lambda *arguments: pytest.fail("it is measured again"))
     payoff_models.run(options, tmp_path / "results")

@@ -54,7 +54,7 @@ def test_prune_inspect_rebuild(tmp_path: Path, llama: Path, tokens: Path, capsys
 def test_inspect_exits_with_1_if_the_checkpoint_differs(
     tmp_path: Path, llama: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--calibration", tokens, "--preset", "paper", "--rebuild-ratio", "0.1", "--no-report", "--quiet")
+    arguments = ("--calibration", tokens, "--preset", "paper", "--rebuild-ratio", "0.5", "--no-report", "--quiet")
     assert call("prune", llama, tmp_path / "out", *arguments) == 0
     assert capsys.readouterr().err == ""
     other = make_model(tmp_path / "other", "llama", seed=5)
