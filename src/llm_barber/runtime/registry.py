@@ -235,7 +235,7 @@ def _with_packed(find: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _folder_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What the entry in a folder's config.json may say: how to load the folder, only the caller chooses."""
+    """Keep what a folder's config.json may say; a warning names the rest, since only the caller chooses how to load."""
     others = sorted(entry.keys() - ENTRY_KEYS)
     if others:
         warnings.warn(

@@ -130,7 +130,7 @@ def _whole(parameter: Tensor) -> Tensor:
 
 @dataclass
 class TrainedCopy:
-    """What changed between a pruned checkpoint and its trained copy, and the copy's record.
+    """A comparison of a pruned checkpoint with its trained copy, and the copy's record.
 
     Attributes:
         linears: prunable linears, by the tensors that they lie in.

@@ -2,8 +2,10 @@
 
 PyTorch learns here the shape and dtype of their results, which it needs where there are no data. Triton is imported by
 the first call. Nothing depends on values of a tensor, and nothing waits for the GPU, so that CUDA graphs capture them.
-The operators have no gradient.
+The operators have no gradient. The schemas below name the arguments of an operator and of its shape, in order.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,62 +17,30 @@ _library.define(f"packed_product({_WEIGHT}, Tensor inputs, Tensor? bias, Tensor?
 _library.define(f"unpacked({_WEIGHT}, Tensor? scales, int group, int columns, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-def _packed_product(
-    values: Tensor,
-    words: Tensor,
-    starts: Tensor,
-    row_starts: Tensor,
-    inputs: Tensor,
-    bias: Tensor | None,
-    scales: Tensor | None,
-    group: int,
-) -> Tensor:
+def _packed_product(*arguments: Any) -> Tensor:
     """Compute inputs · Wᵀ + bias without unpacking: `product.decode_product`."""
     from llm_barber.runtime.kernels.product import decode_product
 
-    return decode_product(values, words, starts, row_starts, inputs, bias, scales, group)
+    return decode_product(*arguments)
 
 
-def _packed_product_shape(
-    values: Tensor,
-    words: Tensor,
-    starts: Tensor,
-    row_starts: Tensor,
-    inputs: Tensor,
-    bias: Tensor | None,
-    scales: Tensor | None,
-    group: int,
-) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], words.shape[0]))
+def _packed_product_shape(*arguments: Any) -> Tensor:
+    _, words, _, _, inputs, *_ = arguments
+    shape: Tensor = inputs.new_empty((*inputs.shape[:-1], words.shape[0]))
+    return shape
 
 
-def _unpacked(
-    values: Tensor,
-    words: Tensor,
-    starts: Tensor,
-    row_starts: Tensor,
-    scales: Tensor | None,
-    group: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _unpacked(*arguments: Any) -> Tensor:
     """Unpack a weight, (out, in): `unpack.unpack`."""
     from llm_barber.runtime.kernels.unpack import unpack
 
-    return unpack(values, words, starts, row_starts, scales, group, columns, dtype)
+    return unpack(*arguments)
 
 
-def _unpacked_shape(
-    values: Tensor,
-    words: Tensor,
-    starts: Tensor,
-    row_starts: Tensor,
-    scales: Tensor | None,
-    group: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return values.new_empty((words.shape[0], columns), dtype=dtype)
+def _unpacked_shape(*arguments: Any) -> Tensor:
+    values, words, *_, columns, dtype = arguments
+    shape: Tensor = values.new_empty((words.shape[0], columns), dtype=dtype)
+    return shape
 
 
 _library.impl("packed_product", _packed_product, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
