@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before imports read it: without a network each request is tried for seconds
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -158,6 +160,11 @@ KNOWN: dict[str, dict[str, Any]] = {
     "starcoder2": LLAMA_LIKE,
 }  # fmt: skip
 FAMILIES = KNOWN | FOUND
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a time limit of their own take longest: they begin first, so that no processor waits for them."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,14 +1,12 @@
 """The examples run, on tiny models."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llm_barber import InspectConfig, inspect
+from tests.helpers.forked import ForkedProgram, run_script
 from tests.helpers.pages import ROOT
 from tests.helpers.trained import make_pruned
 
@@ -23,10 +21,10 @@ def test_finetune(tmp_path: Path, lora: bool) -> None:
     pruned, dense, out = make_pruned(tmp_path, tokenizer=True), tmp_path / "dense", tmp_path / "out"
     (tmp_path / "text.txt").write_text(TEXT)
     options = ["--steps", "20", "--batch", "2", "--seqlen", "32", "--rate", "1e-2", "--windows", "4"]
-    command = [sys.executable, str(EXAMPLE), str(pruned), str(dense), str(tmp_path / "text.txt"), str(out), *options]
-    command += ["--held-out", str(tmp_path / "text.txt"), *(["--lora", "8"] if lora else [])]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [str(pruned), str(dense), str(tmp_path / "text.txt"), str(out), *options]
+    arguments += ["--held-out", str(tmp_path / "text.txt"), *(["--lora", "8"] if lora else [])]
+    done = ForkedProgram(lambda: run_script(EXAMPLE, arguments), tmp_path, {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.wait() == 0, done.stderr[-3000:]
     rows = {
         row[0]: (float(row[1]), float(row[2])) for row in re.findall(r"^(\w+) +([\d.]+) +([\d.]+)$", done.stdout, re.M)
     }

@@ -8,6 +8,8 @@ import venv
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import make_model, save_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,7 @@ def build(folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.timeout(300)
 def test_wheel_is_whole_and_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     """A new environment with the wheel; its dependencies are borrowed from this one, which has them installed."""
     wheel = build(tmp_path)
@@ -38,10 +41,7 @@ def test_wheel_is_whole_and_works_in_an_environment_of_its_own(tmp_path: Path) -
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     site_packages = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site_packages), str(wheel)],
-        check=True,
-    )
+    zipfile.ZipFile(wheel).extractall(site_packages)  # which is all that pip does with a wheel of these files
     (site_packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     code = "import llm_barber.text.calibration as c; print(c.__file__, len(c.read_text('builtin')))"
     output = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path).stdout

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_barber.__main__ import main
 from llm_barber.cli import _main
 from llm_barber.settings.checked import Settings
 from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.plan import PlanConfig
 from tests.conftest import make_model, save_tokens
 from tests.helpers.commands import COMMANDS, CONFIGS, parameters
+from tests.helpers.forked import ForkedProgram
 
 ROOT = Path(__file__).parents[2]
 # Settings of `prune` that do not change a forecast, and that `plan` does not take.
@@ -246,19 +247,20 @@ def test_an_interrupted_run_can_be_resumed_and_does_not_look_complete(
     out = tmp_path / "out"
     # The preset does not read the whole model before the first layer, as the allocation by loss would.
     arguments = ["prune", model, out, "--calibration", tokens, "--preset", "paper", "--no-report"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llm_barber", *map(str, arguments)],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # processes in the background ignore SIGINT
-    )  # fmt: skip
+
+    def program() -> None:
+        sys.argv = ["llm-barber", *map(str, arguments)]
+        main()
+
+    process = ForkedProgram(program, tmp_path)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial/*-00004-of-*")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(sent_signal)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == code
+    os.kill(process.pid, sent_signal)
+    assert process.wait() == code
+    stdout, stderr = process.stdout, process.stderr
     assert "Traceback" not in stderr
     assert stdout == ""
     assert not out.exists()

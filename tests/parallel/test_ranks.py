@@ -68,6 +68,7 @@ def test_masks_are_the_released_ones(tmp_path: Path, count: int) -> None:
             assert torch.equal(written[name.removesuffix(".keep") + ".weight"] != 0, keep.bool()), (path, name)
 
 
+@pytest.mark.timeout(300)
 def test_torchrun_of_the_command_line(tmp_path: Path, run: Callable[..., RunReport]) -> None:
     run("alone", preset="paper")
     command = [

@@ -127,6 +127,7 @@ for number, settings in enumerate(json.loads(sys.argv[1])):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.timeout(300)
 def test_the_least_memory_that_is_accepted_is_enough(tmp_path: Path) -> None:
     """Private memory stays within the limit, for models whose layers are large against all else."""
     wide = {"vocab_size": 256, "max_position_embeddings": 64, "num_hidden_layers": 3}

@@ -85,9 +85,8 @@ def test_a_product_of_many_rows_unpacks_first(linear: PackedLinear | RoundedLine
 @pytest.mark.parametrize(("rows", "dynamic"), [(1, False), (16, True), (17, False)])
 def test_a_compiled_model_is_one_graph(linear: PackedLinear | RoundedLinear, rows: int, dynamic: bool) -> None:
     torch._dynamo.reset()
-    other = copy.deepcopy(linear)
-    square = packed_linear(pruned(320, 24, Unstructured(0.5), torch.bfloat16)).requires_grad_(False)
-    model = nn.Sequential(linear, nn.SiLU(), square, other)
+    square = packed_linear(pruned(24, 24, Unstructured(0.5), torch.bfloat16)).requires_grad_(False)
+    model = nn.Sequential(linear, nn.SiLU(), square, copy.deepcopy(square))
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
     inputs = torch.randn(1, rows, 320).bfloat16()
     with torch.no_grad():
