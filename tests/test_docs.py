@@ -1,5 +1,6 @@
 """The documentation agrees with the code; its links lead somewhere. Nothing here needs Sphinx."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -139,6 +140,10 @@ def test_guides_and_reference_are_generated_without_sphinx() -> None:
     api = code.python_api()
     assert all(f"\n### {name}\n" in api for name in llm_barber.__all__)
     assert all(f"`{name}`" in api for name in (*PruneConfig.model_fields, *CompareConfig.model_fields))
+    signatures = re.findall(r"```python\n(.*?)```", api, re.DOTALL)
+    assert len(signatures) > 10
+    for signature in signatures:  # Sphinx warns of what is not Python
+        ast.parse(f"def {signature.strip()}: ...")
     marks = {mark for page in DOCS.rglob("*.md") for mark in code.MARK.findall(page.read_text(encoding="utf-8"))}
     assert marks == set(code.GENERATED)
 

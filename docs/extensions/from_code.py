@@ -153,6 +153,13 @@ def _parameter(parameter: inspect.Parameter) -> str:
     return text if parameter.default is inspect.Parameter.empty else f"{text} = {parameter.default!r}"
 
 
+def _type_argument(argument: Any) -> str:
+    """What stands in the brackets of a type: a type, `…`, or the list of a callable's parameters."""
+    if argument is Ellipsis:
+        return "…"
+    return f"[{', '.join(map(_type, argument))}]" if isinstance(argument, list) else _type(argument)
+
+
 def _type(annotation: Any) -> str:
     """An annotation as people write it: without modules, without the checks of pydantic."""
     if typing.get_origin(annotation) is typing.Annotated:
@@ -167,7 +174,7 @@ def _type(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(map(repr, arguments))
     if origin is not None and arguments:
-        inner = ", ".join("…" if argument is Ellipsis else _type(argument) for argument in arguments)
+        inner = ", ".join(_type_argument(argument) for argument in arguments)
         return f"{getattr(origin, '__name__', str(origin))}[{inner}]"
     return getattr(annotation, "__name__", str(annotation))
 
