@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_barber.errors import ModelError, TaskError, first_line
+from llm_barber.evaluation.branches import Batch
 from llm_barber.evaluation.predictions import HiddenStates, measure_predictions
 from llm_barber.evaluation.result import Evaluation, TaskResult, TextResult
 from llm_barber.evaluation.streamed import StreamedModel
@@ -150,7 +151,7 @@ class Evaluator:
 
     def _states(self, model: StreamedModel, windows: Tensor, progress: Progress) -> HiddenStates:
         size = resolve_batch_size(self.config.batch_size, windows.shape[1], windows.shape[0], self.device)
-        batches = model.hidden_states(torch.split(windows, size), progress)
+        batches = model.hidden_states([Batch(part) for part in torch.split(windows, size)], progress)
         return HiddenStates(model, [window for batch in batches for window in batch])
 
     def _is_other(self, model: StreamedModel) -> bool:

@@ -10,19 +10,28 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 from llm_barber.errors import TaskError
-from llm_barber.evaluation.streamed import StreamedModel
+from llm_barber.evaluation.branches import Branched, Tokens, branched, make_batch
+from llm_barber.evaluation.streamed import MaskError, StreamedModel
 from llm_barber.loading.opening import check_vocabulary
 from llm_barber.model.device import resolve_batch_size
 from llm_barber.progress import Progress
 from llm_barber.text.windows import tokens_of
 
 PASS_BYTES = 2**30  # of activations in memory; more requests take another pass over the model's layers
-Tokens = tuple[int, ...]
+# Largest difference of states, relative to their norm, that the order of sums explains.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+NOT_SHARED = "the model heeds no mask between endings: computing the questions' contexts anew for each ending"
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context and continuation as token ids
 
 
 class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
-    """Answers lm-eval's requests for log-likelihoods; requests that read the same tokens share a sequence."""
+    """Answers lm-eval's requests for log-likelihoods.
+
+    Requests that read the same tokens share a sequence; those that begin alike share their beginning, if the model
+    heeds the mask that keeps them apart. The longest of them is computed both ways to see that.
+    """
+
+    shares_contexts = True  # as long as the model is not known to ignore the mask
 
     def __init__(self, model: StreamedModel, tokenizer: Any, batch_size: int | None, progress: Progress) -> None:
         super().__init__()
@@ -74,39 +83,72 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
             # The continuation's last token is predicted, not read.
             tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
             readers.setdefault(tokens, []).append(number)
+        if self.shares_contexts:
+            try:
+                return self._answers(list(branched(readers)), readers, requests)
+            except MaskError:
+                self.shares_contexts = False
+                self.progress.stage(NOT_SHARED)
+        return self._answers([Branched(tokens) for tokens in readers], readers, requests)
+
+    def _answers(
+        self, rows: list[Branched], readers: Mapping[Tokens, list[int]], requests: Sequence[Request]
+    ) -> list[tuple[float, bool]]:
+        """Answers to all requests, in their order.
+
+        Raises:
+            MaskError: sequences with branches get other states than sequences by themselves.
+        """
+        rows.sort(key=lambda row: len(row.tokens), reverse=True)
+        check = _check_of(rows)
         answers: dict[int, tuple[float, bool]] = {}
-        passes = list(self._passes(sorted(readers, key=len, reverse=True)))
-        for batches in passes:
-            states = self.model.hidden_states([_padded(batch) for batch in batches], self.progress)
-            for batch, hidden in zip(batches, states, strict=True):
+        for number, batches in enumerate(self._passes(rows)):
+            checked = [[row] for row in check] if number == 0 else []
+            states = self.model.hidden_states([make_batch(batch) for batch in checked + batches], self.progress)
+            if checked:
+                self._compare(check[0], *states[:2])
+            for batch, hidden in zip(batches, states[len(checked) :], strict=True):
                 answers |= self._score(batch, hidden, readers, requests)
         return [answers[number] for number in range(len(requests))]
 
-    def _passes(self, sequences: Sequence[Tokens]) -> Iterator[list[list[Tokens]]]:
+    def _compare(self, branching: Branched, states: Tensor, plain_states: Tensor) -> None:
+        """Compare the states of the last branch with those of the same tokens in a sequence of their own.
+
+        Raises:
+            MaskError: they differ by more than rounding.
+        """
+        own = plain_states[0, len(branching.beginning) :].float()
+        shared = states[0, branching.places()[-1][len(branching.beginning) :]].float()
+        if not (shared - own).norm() <= ROUNDING[self.model.skeleton.dtype] * own.norm():  # NaN differs, too
+            raise MaskError
+
+    def _passes(self, rows: Sequence[Branched]) -> Iterator[list[list[Branched]]]:
         """Batches of sequences of similar length for each pass over the layers.
 
-        The activations of a pass fit `PASS_BYTES`.
+        The activations of a pass, and its masks, fit `PASS_BYTES`.
         """
-        room = max(1, PASS_BYTES // (self.model.config.hidden_size * self.model.skeleton.dtype.itemsize))
+        room = max(1, PASS_BYTES // self.model.skeleton.dtype.itemsize)  # numbers
         device = self.model.skeleton.device
-        batches: list[list[Tokens]] = []
+        batches: list[list[Branched]] = []
         used = start = 0
-        while start < len(sequences):
-            length = len(sequences[start])
-            size = resolve_batch_size(self.requested_batch_size, length, len(sequences) - start, device)
-            batch = list(sequences[start : start + size])
-            if batches and used + len(batch) * length > room:
+        while start < len(rows):
+            length = len(rows[start].tokens)
+            size = resolve_batch_size(self.requested_batch_size, length, len(rows) - start, device)
+            batch = list(rows[start : start + size])
+            mask = 0 if all(row.is_plain for row in batch) else length
+            needed = len(batch) * length * (self.model.config.hidden_size + mask)
+            if batches and used + needed > room:
                 yield batches
                 batches, used = [], 0
             batches.append(batch)
-            used += len(batch) * length
+            used += needed
             start += size
         if batches:
             yield batches
 
     def _score(
         self,
-        batch: Sequence[Tokens],
+        batch: Sequence[Branched],
         hidden: Tensor,
         readers: Mapping[Tokens, list[int]],
         requests: Sequence[Request],
@@ -120,12 +162,13 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
         rows: list[Tensor] = []
         predicted: list[int] = []
         owners: list[tuple[int, int]] = []
-        for tokens, states in zip(batch, hidden, strict=True):
-            for number in readers[tokens]:
-                continuation = requests[number][2][-len(tokens) :]
-                rows.append(states[len(tokens) - len(continuation) : len(tokens)])
-                predicted += continuation
-                owners.append((number, len(continuation)))
+        for row, states in zip(batch, hidden, strict=True):
+            for tokens, places in zip(row.sequences, row.places(), strict=True):
+                for number in readers[tokens]:
+                    continuation = requests[number][2][-len(tokens) :]
+                    rows.append(states[places[len(tokens) - len(continuation) :]])
+                    predicted += continuation
+                    owners.append((number, len(continuation)))
         following = torch.tensor(predicted, device=self.model.skeleton.device).unsqueeze(1)
         log_likelihoods: list[float] = []
         greedy: list[bool] = []
@@ -151,10 +194,13 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def _padded(batch: Sequence[Tokens]) -> Tensor:
-    """Token ids, int64, (sequences, tokens), zeros after shorter sequences.
+def _check_of(rows: Sequence[Branched]) -> tuple[Branched, ...]:
+    """The sequences with branches whose last branch ends last, and that branch as a sequence of its own.
 
-    Causal attention does not read the zeros.
+    The last to end: layers may look back over so many tokens only. Empty: no sequence branches.
     """
-    rows = [torch.tensor(tokens, dtype=torch.int64) for tokens in batch]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    branching = [row for row in rows if not row.is_plain and row.branches[-1]]
+    if not branching:
+        return ()
+    longest = max(branching, key=lambda row: len(row.sequences[-1]))
+    return longest, Branched(longest.sequences[-1])

@@ -3,7 +3,7 @@
 Any model that can be pruned within the memory can be evaluated within it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,16 +11,22 @@ from torch import Tensor
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
+from llm_barber.evaluation.branches import Batch
 from llm_barber.loading.opening import check_tensors, layer_locations, load_config, open_skeleton
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.stepping import Arguments
 from llm_barber.model.structure import find_architecture
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record, recorded_structure
 
 CPU_LOGITS_BYTES = 24 * 2**20
 GPU_LOGITS_BYTES = 512 * 2**20
+
+
+class MaskError(Exception):
+    """A model takes no mask by which tokens read only some of the tokens before them."""
 
 
 class StreamedModel:
@@ -51,30 +57,57 @@ class StreamedModel:
         check_tensors(self.skeleton, self.source, with_head=True)
         self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.outside_names_and_head))
 
-    def hidden_states(self, batches: Sequence[Tensor], progress: Progress) -> list[Tensor]:
+    def hidden_states(self, batches: Sequence[Batch], progress: Progress) -> list[Tensor]:
         """The last decoder layer's output for each batch.
 
         Of shape (sequences, tokens, hidden), in the compute dtype, in host memory.
 
         Args:
-            batches: token ids, int64, (sequences, tokens), each of its own shape.
+            batches: sequences, each batch of a shape of its own.
             progress: told of each layer.
+
+        Raises:
+            MaskError: the model takes no mask, and a batch has one.
         """
         skeleton = self.skeleton
         states: list[Tensor] = []
-        for tokens in batches:
-            skeleton.embed(tokens, lambda hidden: states.append(hidden.cpu()))
+        masked: dict[int, list[Arguments]] = {}  # by number of the batch: keyword arguments of each layer's call
+        for number, batch in enumerate(batches):
+            if batch.visible is None:
+                skeleton.embed(batch.tokens, lambda hidden: states.append(hidden.cpu()))
+            else:
+                hidden, masked[number] = self._embed_masked(batch)
+                states.append(hidden.cpu())
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
             weights = self.source.read_locations(layer_locations(skeleton, self.source, index))
             module = skeleton.load_layer(index, weights)
-            layer = DecoderLayer(module, (), partial(skeleton.arguments, index))
             for number, hidden in enumerate(states):
+                layer = DecoderLayer(module, (), self._arguments(index, masked.get(number)))
                 states[number] = layer.output(hidden.to(skeleton.device)).cpu()
-            skeleton.tails[index] = layer.tail
+                skeleton.tails[index] = layer.tail
             skeleton.release_layer(index)
             progress.advance("")
         return states
+
+    def _embed_masked(self, batch: Batch) -> tuple[Tensor, list[Arguments]]:
+        """The states of a batch with a mask, and the keyword arguments of each layer's call.
+
+        Raises:
+            MaskError: the model takes no mask.
+        """
+        assert batch.positions is not None
+        assert batch.visible is not None
+        if self.skeleton.stepping is None:
+            self.skeleton.embed(batch.tokens[:1], lambda _: None)
+        try:
+            return self.skeleton.embed_masked(batch.tokens, batch.positions, batch.visible)
+        except Exception as error:  # models raise any error on what they do not know
+            raise MaskError from error
+
+    def _arguments(self, index: int, masked: list[Arguments] | None) -> Callable[[int, int], Arguments]:
+        """What gives the keyword arguments of a layer's call: of a batch with a mask, or of all of the same shape."""
+        return partial(self.skeleton.arguments, index) if masked is None else lambda *_: masked[index]
 
     @property
     def positions_at_once(self) -> int:

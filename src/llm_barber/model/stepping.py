@@ -102,7 +102,7 @@ def find_stepping(model: PreTrainedModel, layers: nn.ModuleList, device: torch.d
 
 
 def capture(
-    model: PreTrainedModel, layers: nn.ModuleList, tokens: Tensor, tail: int | None
+    model: PreTrainedModel, layers: nn.ModuleList, tokens: Tensor, tail: int | None, **inputs: Tensor
 ) -> tuple[Tensor, list[Arguments]]:
     """Capture the first layer's states, (sequences, tokens, hidden), and each layer's other arguments.
 
@@ -111,6 +111,7 @@ def capture(
         layers: its decoder layers.
         tokens: int64, (sequences, tokens), on the model's device.
         tail: `Stepping.tail`.
+        inputs: further arguments of the model, as `position_ids`.
     """
     states: list[Tensor] = []
     arguments: list[Arguments] = []
@@ -128,7 +129,7 @@ def capture(
         stack.enter_context(stepped_over(layers, tail))
         stack.enter_context(torch.no_grad())
         stack.enter_context(suppress(_LayersReached))
-        model.base_model(input_ids=tokens, use_cache=False)
+        model.base_model(input_ids=tokens, use_cache=False, **inputs)
     return states[0], arguments
 
 
