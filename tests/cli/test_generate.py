@@ -47,6 +47,8 @@ def test_the_text_is_on_stdout_and_its_speed_on_stderr(model: Path, capsys: pyte
     )
     assert re.search(r"^memory: weights [\d.]+ kB; the process grew by [\d.]+ (\wB|bytes)$", captured.err, re.M)
     assert "stopped after 6 tokens: --max-new-tokens lets it write more\n" in captured.err
+    assert call(model, "Once upon", "--max-new-tokens", 500) == 0
+    assert re.search(r"^stopped after \d\d tokens: the model's context is full$", capsys.readouterr().err, re.M)
 
 
 def test_two_models_side_by_side(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

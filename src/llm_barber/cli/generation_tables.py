@@ -17,13 +17,16 @@ NOTHING = "–"
 def show_generation(generation: Generation, config: GenerateConfig) -> None:
     """Print speed and memory of one model on stderr, or two models on stdout."""
     if config.against is None:
-        _show_speed(generation)
+        _show_speed(generation, config.max_new_tokens)
     else:
         _show_both(generation)
 
 
-def _show_speed(generation: Generation) -> None:
-    """End the line of the text, and print speed and memory below it, on stderr."""
+def _show_speed(generation: Generation, most_tokens: int) -> None:
+    """End the line of the text, and print speed and memory below it, on stderr.
+
+    `most_tokens`: that the text was allowed to have.
+    """
     result = generation.generated
     if not result.text.endswith("\n"):
         print(flush=True)
@@ -32,7 +35,9 @@ def _show_speed(generation: Generation) -> None:
     if not result.text.strip():
         console.print("the model wrote no text")
     elif not result.ended and not generation.interrupted:
-        console.print(f"stopped after {_tokens(len(result.tokens))}: --max-new-tokens lets it write more")
+        full = len(result.tokens) < most_tokens
+        reason = "the model's context is full" if full else "--max-new-tokens lets it write more"
+        console.print(f"stopped after {_tokens(len(result.tokens))}: {reason}")
     console.print(f"prefill: {_tokens(result.prefill.tokens)} at {_speed(result.prefill)}")
     if result.decode is not None:
         console.print(f"decode: {_tokens(result.decode.tokens)} at {_speed(result.decode)}")

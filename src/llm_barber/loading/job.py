@@ -92,7 +92,7 @@ class Job:
         return self.source.bytes + made
 
     def is_head(self, name: str) -> bool:
-        """Is a parameter, by its name in the model, the output head's matrix?"""
+        """Test whether a parameter, by its name in the model, is the output head's matrix."""
         return self.skeleton.model.get_parameter(name) is self.skeleton.head.weight
 
     def layer_prefix(self, index: int) -> str:

@@ -168,7 +168,7 @@ def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, mod
 
 
 def _is_finite(value: Any) -> bool:
-    """Are all numbers of a value finite, those in its lists and mappings included?"""
+    """Test whether all numbers of a value are finite, those in its lists and mappings included."""
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -188,7 +188,10 @@ def unusable_configuration(model: str, error: Exception) -> ModelError:
             f"the code of {model} comes with the checkpoint, and is not run",
             "architectures that transformers has itself are pruned",
         )
-    return ModelError(f"config.json of {model} cannot be used: {first_line(error)}", "get the file again")
+    return ModelError(
+        f"config.json of {model} cannot be used: {first_line(error)}",
+        "update transformers if it does not know the model, or get the file again if it is damaged",
+    )
 
 
 def load_generation_config(folder: Path) -> GenerationConfig | None:

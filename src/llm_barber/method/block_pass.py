@@ -67,7 +67,7 @@ def block_passes(layer: DecoderLayer, blocks: Sequence[Block], streams: Activati
 
 
 def follows_dense(settings: RefineSettings | None) -> bool:
-    """Does the run need the dense model's activations beside the pruned model's?"""
+    """Test whether the run needs the dense model's activations beside the pruned model's."""
     return settings is not None and settings.target_mix > 0
 
 

@@ -119,7 +119,7 @@ class CheckpointMasks:
         return SourceFiles(key=pruned_key(self.source), written=self.source.written)
 
     def _has_pruned_head(self) -> bool:
-        """Has PRUNED an output head of its own, with zeros that DENSE's lacks, more than by chance?"""
+        """Test whether PRUNED has an output head of its own, with zeros that DENSE's lacks, more than by chance."""
         model = self.job.skeleton.model
         if not isinstance(model.get_output_embeddings(), nn.Linear):
             return False

@@ -39,7 +39,7 @@ class InitialMasks(Protocol):
 
     @property
     def has_one_target(self) -> bool:
-        """Is one target known to hold for all linears?"""
+        """True if one target is known to hold for all linears."""
         ...
 
     @property
@@ -67,7 +67,7 @@ class InitialMasks(Protocol):
 
     @property
     def runs_layers(self) -> bool:
-        """Is every layer run with its dense weights, for the masks?"""
+        """True if every layer is run with its dense weights, for the masks."""
         ...
 
     def __call__(
@@ -94,5 +94,5 @@ class InitialMasks(Protocol):
 
 
 def prunes_layers(initial: InitialMasks) -> bool:
-    """Is any linear of the decoder layers pruned, not the output head alone?"""
+    """Test whether any linear of the decoder layers is pruned, not the output head alone."""
     return any(initial.linears(index) for index in range(initial.job.layer_count))

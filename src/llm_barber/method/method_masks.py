@@ -67,7 +67,7 @@ class MethodMasks:
 
     @property
     def has_one_target(self) -> bool:
-        """Has no linear a target of its own?"""
+        """True if no linear has a target of its own."""
         return not self.targets.exceptions
 
     @cached_property
@@ -113,7 +113,7 @@ class MethodMasks:
 
     @property
     def runs_layers(self) -> bool:
-        """Are layers run for statistics of their inputs?"""
+        """True if layers are run for statistics of their inputs."""
         return self.method is not Initial.MAGNITUDE
 
     def __call__(

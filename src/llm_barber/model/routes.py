@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def has_padding(self) -> bool:
-        """Are there rows without a route?"""
+        """True if there are rows without a route."""
         return len(self.routes) > self.slots.numel()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Where the values of a packed weight's rows begin, and how threads share its rows."""
+"""Find where the values of a packed weight's rows begin, and share its rows among threads."""
 
 from dataclasses import dataclass
 from typing import Self

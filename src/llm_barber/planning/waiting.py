@@ -1,4 +1,4 @@
-"""How long a run waits for its files: most are written while layers are computed."""
+"""Plan how long a run waits for its files: most are written while layers are computed."""
 
 from dataclasses import fields, replace
 

@@ -34,12 +34,12 @@ class Writer(Protocol):
 
     @property
     def resumable(self) -> bool:
-        """Could another run resume from here?"""
+        """True if another run could resume from here."""
         ...
 
     @property
     def saving(self) -> bool:
-        """Are activations being written?"""
+        """True while activations are being written."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class Writer(Protocol):
 
     @property
     def next_is_written(self) -> bool:
-        """Has the run that this one resumes written the next shard?"""
+        """True if the run that this one resumes has written the next shard."""
         ...
 
     def read_activations(self) -> tuple[int, dict[str, Tensor]]:

@@ -33,7 +33,7 @@ COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 @dataclass(frozen=True)
 class Filling:
-    """How a model is filled.
+    """Settings for filling a model.
 
     Attributes:
         dtype: of the weights; those that transformers keeps in float32 are float32.

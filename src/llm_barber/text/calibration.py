@@ -246,7 +246,7 @@ def _read_tokens(path: Path) -> Tensor:
     hint = "it must hold int64 `input_ids` of shape (sequences, tokens), two tokens or more"
     check_regular(path, CalibrationError)
     if not path.is_file():
-        raise CalibrationError(f"no such calibration file: {path}", hint)
+        raise CalibrationError(f"no such calibration file: {path}", "check the path")
     try:
         with safe_open(path, framework="pt") as file:
             check_header(path)

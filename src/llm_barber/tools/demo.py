@@ -63,7 +63,7 @@ UNTUNED = DemoMethod(
     {"preset": Preset.MASK, "refine": Refine.NONE},
 )
 # Most seconds that the dense model's perplexity takes, in a process of one thread, where masks are tuned. Then the
-# demonstration ends in about two minutes (docs/notebook/demo.md).
+# demonstration takes about as long as without (docs/notebook/demo.md).
 SECONDS_TO_TUNE = 6.0
 FULL_METHODS: Methods = {
     "magnitude": METHODS["magnitude"],
@@ -94,9 +94,9 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
     """
     progress = progress or Silent()
     source = config.model or str(demo_model())
-    claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     named = methods or (FULL_METHODS if config.full else METHODS)
-    count = _models_at_a_time(config)
+    count = _models_at_a_time(config)  # refuses a device that is not there, before a folder is made
+    claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     with worker_processes(count, make_row.__module__) if count > 1 else nullcontext() as pool:
         if config.model is None:
             progress.stage("converting the model to safetensors (the first time only)")

@@ -101,7 +101,8 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         recorded = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
         problems += _missing_linears(recorded.keys(), linears)
     rounding = rounding_of(source) if record is None else record.rounding
-    names = list(source.tensors if dense is not None else linears)
+    others = () if dense is None else [name for name in source.tensors if name not in linears]
+    names = [*linears, *others]
     progress.start("inspecting", len(names))
     inspected = []
     updates = record is not None and record.kept_weights is not KeptWeights.DENSE
