@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llm_barber import EvaluateConfig, evaluate
 from llm_barber.evaluation.branches import MOST_TOKENS, Branched, branched, make_batch
@@ -74,21 +75,13 @@ class Told(Silent):
         self.stages.append(title)
 
 
-def answers(folder: Path, shares: bool) -> tuple[list[tuple[float, bool]], StreamedLanguageModel, int]:
-    """The answers of a model, the language model, and the number of tokens that were computed."""
-    streamed, computed = StreamedModel(str(folder), torch.device("cpu"), torch.float32), 0
-    hidden_states = streamed.hidden_states
-
-    def counted(batches: Any, progress: Any) -> Any:
-        nonlocal computed
-        computed += sum(batch.tokens.numel() for batch in batches)
-        return hidden_states(batches, progress)
-
-    streamed.hidden_states = counted  # type: ignore[method-assign]
+def answers(folder: Path, shares: bool) -> tuple[list[tuple[float, bool]], StreamedLanguageModel]:
+    """The answers of a model, and the language model."""
+    streamed = StreamedModel(str(folder), torch.device("cpu"), torch.float32)
     language_model = StreamedLanguageModel(streamed, None, None, Told())
     language_model.shares_contexts = shares
     requests = [(("", ""), list(context), list(ending)) for context in CONTEXTS for ending in ENDINGS]
-    return language_model._loglikelihood_tokens(requests), language_model, computed
+    return language_model._loglikelihood_tokens(requests), language_model
 
 
 @pytest.mark.parametrize(
@@ -103,14 +96,32 @@ def test_answers_are_those_of_sequences_by_themselves(tmp_path: Path, family: st
     """Models that do not heed the mask are noticed, and computed sequence by sequence."""
     window = {"sliding_window": 32} if family in ("gemma3_text", "mistral") else {}  # longer than the sequences
     folder = make_model(tmp_path / family, family, **window)
-    expected, _, _ = answers(folder, False)
-    result, language_model, _ = answers(folder, True)
+    expected, _ = answers(folder, False)
+    result, language_model = answers(folder, True)
     assert language_model.shares_contexts is shares
     assert isinstance(language_model.progress, Told)
     assert (NOT_SHARED in language_model.progress.stages) is not shares
     for (value, greedy), (alone, alone_greedy) in zip(result, expected, strict=True):
         assert value == pytest.approx(alone, rel=1e-4)
         assert greedy is alone_greedy
+
+
+def test_layers_that_raise_an_error_are_computed_without_a_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    expected, _ = answers(folder, False)
+    forward = LlamaDecoderLayer.forward
+
+    def without_mask(self: LlamaDecoderLayer, *arguments: Any, **keywords: Any) -> Any:
+        if keywords.get("attention_mask") is not None:
+            raise ValueError("a mask of four dimensions")
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", without_mask)
+    result, language_model = answers(folder, True)
+    assert not language_model.shares_contexts
+    assert result == expected
 
 
 def test_a_window_of_attention_that_is_shorter_than_a_sequence_is_noticed(tmp_path: Path) -> None:

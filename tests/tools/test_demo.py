@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_barber import PruneConfig
+from llm_barber import PruneConfig, prune
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.cli import _main
 from llm_barber.errors import ModelError, OutputError
@@ -162,7 +162,7 @@ def test_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """One test: it turns the GGUF file into a checkpoint, and prunes and measures it four times."""
     monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
     methods = {name: (METHODS | FULL_METHODS)[name] for name in ("magnitude", "magnitude-rebuilt", "wanda", "mask")}
-    config = DemoConfig(output=tmp_path / "demo", samples=2, seqlen=128, windows=2)
+    config = DemoConfig(output=tmp_path / "demo", samples=4, seqlen=128, windows=4)
     rows = {row.name: row for row in demo(config, methods=methods)}
     assert list(rows) == ["dense", *methods]
     assert rows["dense"].perplexity < rows["mask"].perplexity < rows["wanda"].perplexity < rows["magnitude"].perplexity
@@ -172,10 +172,16 @@ def test_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert row.sparsity == pytest.approx(0.0 if name == "dense" else 0.5, abs=1e-6)
         AutoTokenizer.from_pretrained(row.folder)
     AutoModelForCausalLM.from_pretrained(rows["magnitude-rebuilt"].folder)
-    source = CheckpointSource(rows["magnitude"].folder)
+    # A GGUF file is a model like others.
+    report = prune(
+        PruneConfig(model=str(GGUF), output=tmp_path / "out", initial="magnitude", rebuild=False, samples=1, seqlen=32)
+    )
+    source = CheckpointSource(tmp_path / "out")
     assert len(source.tensors) == 272
     assert {info.dtype for info in source.tensors.values()} == {"BF16"}
     assert source.configuration["rope_theta"] == source.configuration["rope_parameters"]["rope_theta"] == 100000
+    assert report.sparsity == 0.5
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 Any model that can be pruned within the memory can be evaluated within it.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -27,6 +27,21 @@ GPU_LOGITS_BYTES = 512 * 2**20
 
 class MaskError(Exception):
     """A model takes no mask by which tokens read only some of the tokens before them."""
+
+
+@contextmanager
+def _masks_refused() -> Iterator[None]:
+    """Turn any error into `MaskError`: models raise whatever they like when they are given what they do not know."""
+    try:
+        yield
+    except Exception as error:
+        raise MaskError from error
+
+
+def _in_order(calls: Iterable[Arguments]) -> Callable[[int, int], Arguments]:
+    """Make a function of a batch's shape that returns the arguments of one call after another."""
+    following = iter(calls)
+    return lambda *_: next(following)
 
 
 class StreamedModel:
@@ -73,41 +88,28 @@ class StreamedModel:
         states: list[Tensor] = []
         masked: dict[int, list[Arguments]] = {}  # by number of the batch: keyword arguments of each layer's call
         for number, batch in enumerate(batches):
-            if batch.visible is None:
+            if batch.positions is None or batch.visible is None:
                 skeleton.embed(batch.tokens, lambda hidden: states.append(hidden.cpu()))
             else:
-                hidden, masked[number] = self._embed_masked(batch)
+                with _masks_refused():
+                    hidden, masked[number] = skeleton.embed_masked(batch.tokens, batch.positions, batch.visible)
                 states.append(hidden.cpu())
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
             weights = self.source.read_locations(layer_locations(skeleton, self.source, index))
             module = skeleton.load_layer(index, weights)
+            calls = [
+                masked[number][index] if number in masked else skeleton.arguments(index, *hidden.shape[:2])
+                for number, hidden in enumerate(states)
+            ]
+            layer = DecoderLayer(module, (), _in_order(calls))
             for number, hidden in enumerate(states):
-                layer = DecoderLayer(module, (), self._arguments(index, masked.get(number)))
-                states[number] = layer.output(hidden.to(skeleton.device)).cpu()
-                skeleton.tails[index] = layer.tail
+                with _masks_refused() if number in masked else nullcontext():
+                    states[number] = layer.output(hidden.to(skeleton.device)).cpu()
+            skeleton.tails[index] = layer.tail
             skeleton.release_layer(index)
             progress.advance("")
         return states
-
-    def _embed_masked(self, batch: Batch) -> tuple[Tensor, list[Arguments]]:
-        """The states of a batch with a mask, and the keyword arguments of each layer's call.
-
-        Raises:
-            MaskError: the model takes no mask.
-        """
-        assert batch.positions is not None
-        assert batch.visible is not None
-        if self.skeleton.stepping is None:
-            self.skeleton.embed(batch.tokens[:1], lambda _: None)
-        try:
-            return self.skeleton.embed_masked(batch.tokens, batch.positions, batch.visible)
-        except Exception as error:  # models raise any error on what they do not know
-            raise MaskError from error
-
-    def _arguments(self, index: int, masked: list[Arguments] | None) -> Callable[[int, int], Arguments]:
-        """What gives the keyword arguments of a layer's call: of a batch with a mask, or of all of the same shape."""
-        return partial(self.skeleton.arguments, index) if masked is None else lambda *_: masked[index]
 
     @property
     def positions_at_once(self) -> int:

@@ -185,12 +185,10 @@ class Skeleton:
             ModelError: the layers' arguments depend on the tokens, or the layers cannot be stepped over.
         """
         tokens = tokens.to(self.device)
-        if self.stepping is None:
-            self.stepping = find_stepping(self.model, self.layers, self.device)
-        states, arguments = capture(self.model, self.layers, tokens, self.stepping.tail)
+        states, arguments = self._capture(tokens)
         keep(states)
         if not self._arguments:  # arguments may depend on the tokens without an embedding, which gradients do not show
-            _, flipped_arguments = capture(self.model, self.layers, tokens.flip(1), self.stepping.tail)
+            _, flipped_arguments = self._capture(tokens.flip(1))
             for of_layer, of_flipped in zip(arguments, flipped_arguments, strict=True):
                 for name in different_tensors(of_layer, of_flipped):
                     raise depends_on_tokens(self.model, name)
@@ -212,10 +210,15 @@ class Skeleton:
         Raises:
             Exception: whatever a model raises that takes no such mask.
         """
-        assert self.stepping is not None, "call embed first"
         mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill(~visible, torch.finfo(self.dtype).min)
         inputs = {"attention_mask": mask.unsqueeze(1).to(self.device), "position_ids": positions.to(self.device)}
-        return capture(self.model, self.layers, tokens.to(self.device), self.stepping.tail, **inputs)
+        return self._capture(tokens.to(self.device), **inputs)
+
+    def _capture(self, tokens: Tensor, **inputs: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """Call `capture`, with layers stepped over as was found when it was called first."""
+        if self.stepping is None:
+            self.stepping = find_stepping(self.model, self.layers, self.device)
+        return capture(self.model, self.layers, tokens, self.stepping.tail, **inputs)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits, (sequences, tokens, vocabulary), from the last decoder layer's output.
