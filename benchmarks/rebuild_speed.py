@@ -36,7 +36,7 @@ from llm_barber.model.device import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 FORWARD_EQUIVALENTS = 5
 STAGES = {
     "initial mask: inputs' statistics": ("llm_barber.model.block", "DecoderLayer", "visit_inputs"),
-    "initial mask: ranking": ("llm_barber.method.method_masks", None, "initial_mask"),
+    "initial mask: ranking": ("llm_barber.method.initial_methods", None, "initial_mask"),
     "y_sparse, and block outputs after the rebuild": ("llm_barber.model.block", "DecoderLayer", "block_output"),
     "y_dense and gradients": ("llm_barber.model.block", "DecoderLayer", "block_gradients"),
     "  of which backward": ("torch.autograd", None, "grad"),

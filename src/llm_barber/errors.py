@@ -11,6 +11,7 @@ class BarberError(Exception):
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
+        self.add_note(f"hint: {hint}")  # Python shows it below a traceback
         self.message = message
         self.hint = hint
 

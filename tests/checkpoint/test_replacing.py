@@ -103,7 +103,7 @@ def test_checkpoints_of_hugging_face_are_replaced(model: Path) -> None:
 def test_many_files_are_counted(model: Path) -> None:
     for number in range(9):
         (model / f"photo-{number}.jpg").write_text("")
-    with pytest.raises(OutputError, match=r"photo-0.jpg, .*photo-4.jpg and 4 more$"):
+    with pytest.raises(OutputError, match=r"(?m)photo-0.jpg, .*photo-4.jpg and 4 more$"):
         check_replaceable(model)
 
 

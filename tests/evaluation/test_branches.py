@@ -28,8 +28,8 @@ def test_sequences_come_back_and_no_token_is_added(sequences: list[tuple[int, ..
     assert sorted(sequence for row in rows for sequence in row.sequences) == sorted(sequences)
     assert sum(len(row.tokens) for row in rows) <= sum(map(len, sequences))
     for row in rows:
-        for sequence, places in zip(row.sequences, row.places(), strict=True):
-            assert tuple(row.tokens[place] for place in places) == sequence
+        for sequence, indices in zip(row.sequences, row.indices(), strict=True):
+            assert tuple(row.tokens[index] for index in indices) == sequence
 
 
 def test_endings_of_a_question_share_its_context() -> None:
@@ -55,9 +55,9 @@ def test_a_token_reads_its_sequence_and_nothing_else() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 0, 0]]
     for number, each in enumerate((row, short)):
         expected = torch.zeros(5, 5, dtype=torch.bool)
-        for places in each.places():
-            for reader in places:
-                expected[reader, [place for place in places if place <= reader]] = True
+        for indices in each.indices():
+            for reader in indices:
+                expected[reader, [index for index in indices if index <= reader]] = True
         used = len(each.tokens)
         assert torch.equal(batch.visible[number, :used], expected[:used])
     plain = make_batch([short])

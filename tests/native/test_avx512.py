@@ -1,8 +1,6 @@
 """Products by AVX-512 against dense ones: rounding, threads, forced instructions, and arrays that end at a page."""
 
-import ctypes
 import logging
-import mmap
 import os
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from llm_barber.errors import SettingsError
 from llm_barber.native import Instructions, avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 from llm_barber.runtime.packed_linear import PackedLinear
+from tests.helpers.guarded import guarded
 from tests.helpers.threads import check_threads_and_fork
 
 LEVEL = native.instructions()
@@ -92,26 +91,6 @@ def test_bfloat16_outputs_are_rounded_to_nearest_even(level: Instructions) -> No
     assert outputs[0, 6].isnan()
 
 
-class Guarded:
-    """Memory whose end is the end of a page, behind which a page cannot be read or written."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        size = max(tensor.numel() * tensor.element_size(), 1)
-        pages = -(-size // mmap.PAGESIZE)
-        self.map = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        libc = ctypes.CDLL(None, use_errno=True)
-        protected = ctypes.c_void_p(start + pages * mmap.PAGESIZE)
-        assert libc.mprotect(protected, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-        offset = pages * mmap.PAGESIZE - tensor.numel() * tensor.element_size()
-        self.tensor = (
-            torch.frombuffer(self.map, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-            if (tensor.numel())
-            else tensor
-        )
-        self.tensor.copy_(tensor.flatten())
-
-
 @needs_avx512
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("columns", [8, 16, 24, 32, 40, 64, 152])
@@ -119,12 +98,6 @@ def test_nothing_is_read_behind_an_array(
     level: Instructions, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read beyond an array ends the process: every array ends where a page does."""
-    memory = []
-
-    def guarded(tensor: Tensor) -> Tensor:
-        memory.append(Guarded(tensor))
-        return memory[-1].tensor.view(tensor.shape)
-
     new_empty = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
     for sparsity in (0.0, 0.5, 0.95, 1.0):
@@ -148,8 +121,9 @@ def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count
         kept = generator.random(count) < density
         values = generator.integers(1, 2**16, kept.sum()).astype(kind)
         bits = np.packbits(kept, bitorder="little")
-        memory = [Guarded(torch.from_numpy(array.view(np.uint8))) for array in (values, bits, np.zeros(count, kind))]
-        arrays = [guarded.tensor.numpy() for guarded in memory]
+        arrays = [
+            guarded(torch.from_numpy(array.view(np.uint8))).numpy() for array in (values, bits, np.zeros(count, kind))
+        ]
         native.put(arrays[0].view(kind), arrays[1], arrays[2].view(kind))
         expected = np.zeros(count, kind)
         expected[kept] = values
@@ -160,8 +134,8 @@ def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Instructions, dtype: torch.dtype) -> None:
     """A file whose mask lies: the weights without a value are zero."""
-    values, bits = Guarded(torch.ones(40, dtype=dtype)), torch.full((32,), 255, dtype=torch.uint8)
-    ready = avx512.Weight(values.tensor, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
+    values, bits = guarded(torch.ones(40, dtype=dtype)), torch.full((32,), 255, dtype=torch.uint8)
+    ready = avx512.Weight(values, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
     assert ready.multiply(torch.ones(1, 64, dtype=dtype)).tolist() == [[40, 0, 0, 0]]
     unpacked = torch.ones(4, 64, dtype=dtype)
     ready.unpack(0, 4, unpacked)
@@ -188,7 +162,7 @@ def test_rows_are_unpacked_on_any_number_of_threads(dtype: torch.dtype, rows: in
             ready = avx512.Weight(*parts_of(weight), None, (rows, columns), make_parts(weight, min(parts, rows)), 1)
             for first in range(0, rows, BLOCK_ROWS):
                 for end in {*range(first, rows, BLOCK_ROWS), rows}:
-                    into = Guarded(torch.ones((end - first) * columns, dtype=dtype)).tensor
+                    into = guarded(torch.ones((end - first) * columns, dtype=dtype))
                     ready.unpack(first, end, into)
                     assert torch.equal(into.view(-1, columns), weight[first:end])
 
@@ -260,15 +234,15 @@ def test_products_by_amx_equal_dense_ones(
 ) -> None:
     """Rows, columns and inputs that are no whole tiles; several threads; every array ends where a page does."""
     amx_or_skip()
-    memory: list[Guarded] = []
-
-    def guarded(tensor: Tensor) -> Tensor:
-        memory.append(Guarded(tensor))
-        return memory[-1].tensor.view(tensor.shape)
-
     new_empty = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
-    monkeypatch.setattr(avx512._scratch, "of", lambda size: guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
+    memory: list[Tensor] = []  # its user has only the address
+
+    def scratch(size: int) -> Tensor:
+        memory.append(guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
+        return memory[-1]
+
+    monkeypatch.setattr(avx512._scratch, "of", scratch)
     monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
     monkeypatch.setattr(avx512, "TOGETHER", 40)
     weight = make_weight(rows, columns, sparsity, torch.bfloat16)
@@ -277,7 +251,6 @@ def test_products_by_amx_equal_dense_ones(
         for threads in (1, 3):
             ready = avx512.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1), threads)
             for tokens in (4, 15, 16, 17, 33, 64, 100):
-                memory.clear()
                 inputs = guarded(make_weight(tokens, columns, 0.1, torch.bfloat16, seed=tokens))
                 expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
                 sizes = inputs.double().abs() @ weight.double().abs().T + 1
@@ -294,8 +267,8 @@ def test_amx_rounds_to_nearest_even_and_trusts_no_mask() -> None:
     outputs = multiply(weight, inputs, None, 1)
     assert outputs[:, :6].tolist() == [[256, 258, 260, 258, 255, float("inf")]] * 20
     assert outputs[:, 6].isnan().all()
-    values, bits = Guarded(torch.ones(40, dtype=torch.bfloat16)), torch.full((32,), 255, dtype=torch.uint8)
-    ready = avx512.Weight(values.tensor, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
+    values, bits = guarded(torch.ones(40, dtype=torch.bfloat16)), torch.full((32,), 255, dtype=torch.uint8)
+    ready = avx512.Weight(values, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
     assert ready.multiply(torch.ones(16, 64).bfloat16()).tolist() == [[40, 0, 0, 0]] * 16
 
 

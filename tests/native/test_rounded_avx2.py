@@ -5,15 +5,16 @@ import logging
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llm_barber import native
 from llm_barber.checkpoint.rounding import Rounded, unpack_rounded
 from llm_barber.native import Instructions, rounded
 from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
 from llm_barber.native.rows import Parts
+from tests.helpers.guarded import guarded
 from tests.helpers.threads import check_threads_and_fork
-from tests.native.test_avx512 import Guarded, make_weight
+from tests.native.test_avx512 import make_weight
 from tests.native.test_vnni import SHAPES, dense_values, pack, weight_of
 
 pytestmark = pytest.mark.skipif(best_kernel() < Kernel.AVX2, reason="needs the C extension, and AVX2")
@@ -64,12 +65,6 @@ def test_weights_are_unpacked_bit_for_bit(dtype: torch.dtype, rows: int, columns
 @pytest.mark.parametrize("columns", [8, 56, 64, 72, 128, 200])
 def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int) -> None:
     """A read beyond an array ends the process: every array ends where a page does."""
-    memory = []
-
-    def guarded(tensor: Tensor) -> Tensor:
-        memory.append(Guarded(tensor))
-        return memory[-1].tensor.view(tensor.shape)
-
     for sparsity in (0.2, 0.5, 0.95, 1.0):
         for rows in (1, 5):
             packed = pack(make_weight(rows, columns, sparsity, dtype), 64)
@@ -87,7 +82,7 @@ def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int) -> No
 
 def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
     """A file whose mask lies: the weights without a value are zero."""
-    values, bits = Guarded(torch.ones(40, dtype=torch.int8)).tensor, torch.full((32,), 255, dtype=torch.uint8)
+    values, bits = guarded(torch.ones(40, dtype=torch.int8)), torch.full((32,), 255, dtype=torch.uint8)
     scales = torch.ones(4, 1).bfloat16().view(torch.int16)
     weight = Weight(values, bits, scales, None, 64, 64, torch.float32, Parts((0, 4), (0, 40), np.array([0, 40])))
     assert weight.multiply(torch.ones(1, 64)).tolist() == [[40, 0, 0, 0]]

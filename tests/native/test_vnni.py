@@ -12,8 +12,9 @@ from llm_barber.native import Instructions
 from llm_barber.native import rounded as native_rounded
 from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
 from llm_barber.native.rows import Parts
+from tests.helpers.guarded import guarded
 from tests.helpers.threads import check_threads_and_fork
-from tests.native.test_avx512 import Guarded, make_weight
+from tests.native.test_avx512 import make_weight
 
 pytestmark = pytest.mark.skipif(best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI")
 SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000)]
@@ -117,12 +118,6 @@ def test_weights_are_unpacked_bit_for_bit(dtype: torch.dtype, rows: int, columns
 @pytest.mark.parametrize("columns", [8, 56, 64, 72, 128, 200])
 def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read beyond an array ends the process: every array ends where a page does."""
-    memory = []
-
-    def guarded(tensor: Tensor) -> Tensor:
-        memory.append(Guarded(tensor))
-        return memory[-1].tensor.view(tensor.shape)
-
     empty = torch.empty
     monkeypatch.setattr(native_rounded.torch, "empty", lambda *shape, **kind: guarded(empty(*shape, **kind)))
     for sparsity in (0.2, 0.5, 0.95, 1.0):
@@ -141,7 +136,7 @@ def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int, monke
 
 def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
     """A file whose mask lies: the weights without a value are zero."""
-    values, bits = Guarded(torch.ones(40, dtype=torch.int8)).tensor, torch.full((32,), 255, dtype=torch.uint8)
+    values, bits = guarded(torch.ones(40, dtype=torch.int8)), torch.full((32,), 255, dtype=torch.uint8)
     scales = torch.ones(4, 1).bfloat16().view(torch.int16)
     parts = Parts((0, 4), (0, 40), np.array([0, 40]))
     weight = Weight(values, bits, scales, None, 64, 64, torch.float32, parts)

@@ -14,27 +14,42 @@ GPU = replace(PAPER, on_cpu=False)
 DEEP = replace(MODEL, layers=MODEL.layers * 16)
 
 
-def played(layers: int, of_a_layer: float, of_a_shard: float) -> float:
-    """Seconds of waiting for shards: the next one is begun when the one before is durable, the run ends with all."""
-    time = durable = waited = 0.0
-    for _ in range(layers):
-        time += of_a_layer
-        start = max(time, durable)
-        waited += start - time
-        time, durable = start, start + of_a_shard
-    return waited + durable - time
+def played(layers: int, reading: float, of_a_layer: float, writing: float) -> float:
+    """Seconds of waiting for a disk that serves one request after the other.
+
+    The next layer is asked for when a layer is taken. A shard is begun when the one before is durable; the run ends
+    when all are.
+    """
+    time = durable = 0.0
+    free = there = reading  # when the disk is idle, and the next layer read
+    for index in range(layers):
+        time = max(time, there)
+        if index + 1 < layers:
+            free = there = max(free, time) + reading
+        time = max(time + of_a_layer, durable)
+        free = durable = max(free, time) + writing
+    return durable - layers * of_a_layer
 
 
+@pytest.mark.parametrize("read", [1e5, 1e6, 1e9])
 @pytest.mark.parametrize("written", [1e4, 1e6, 2e6, 3e6, 1e8])
-def test_a_gpu_waits_for_slow_shards_and_the_last_one(written: float) -> None:
+def test_a_gpu_waits_for_a_slow_disk_the_first_layer_and_the_last_shard(written: float, read: float) -> None:
     costs = run_costs(DEEP, GPU)
-    rates = replace(RATES, written=written, moved=1e6)
+    rates = replace(RATES, written=written, read=read, moved=1e6)
     layer = sum(sum(rates.seconds(getattr(costs, name)).values()) for name in LAYER_STAGES) / 32
-    shard = 117 * 2 / written
+    reading, writing = costs.read.read / 32 / read, 117 * 2 / written
     waited = waiting_seconds(costs, DEEP, rates, GPU)
-    assert waited["write"]["disk"] == pytest.approx(played(32, layer, shard))
+    expected = played(32, reading, layer, writing)
+    assert waited["read"]["disk"] + waited["write"]["disk"] == pytest.approx(expected, abs=max(reading, writing, layer))
     assert waited["write"]["link"] == 32 * 117 * 2 / rates.copied  # off the device before
     assert waited["keep"]["disk"] == 0
+
+
+def test_an_allocation_waits_for_its_first_layer_and_a_slow_disk() -> None:
+    costs = Costs(allocate=Work(read=32.0, products=64.0))
+    for read, waited in ((1.0, 1.0), (0.25, 4 + 64 * 31 / 32)):
+        rates = replace(RATES, products=1.0, read=read)
+        assert waiting_seconds(costs, DEEP, rates, GPU)["allocate"]["disk"] == pytest.approx(waited)
 
 
 @pytest.mark.parametrize("changes", [{"on_cpu": True}, {"repeatable": False}], ids=["CPU", "not repeatable"])

@@ -1,14 +1,17 @@
 """All problems of settings are reported at once: wrong values, and values that do not go together."""
 
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import llm_barber
 from llm_barber.errors import SettingsError
 from llm_barber.settings.checked import Settings
 from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.copies import ConvertConfig
+from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 
@@ -115,3 +118,33 @@ def test_a_wrong_value_is_told_in_our_words(kind: type[Settings], values: dict[s
 
 def test_a_missing_value_is_told_in_our_words() -> None:
     assert error_of(PruneConfig, model="m") == "output: is missing: give it a value"
+
+
+def test_the_hint_says_what_a_wrong_setting_takes() -> None:
+    with pytest.raises(SettingsError) as caught:
+        PruneConfig(**PRUNE, samples=0)
+    assert caught.value.hint == "samples: Windows of text"
+    with pytest.raises(SettingsError) as caught:
+        PruneConfig(**PRUNE, pattern="2:4", sparsity=0.5)
+    assert "see --help" in caught.value.hint
+
+
+def test_a_call_without_settings_says_how_to_make_them() -> None:
+    with pytest.raises(SettingsError, match="prune takes a PruneConfig, not str") as caught:
+        llm_barber.prune("model")  # type: ignore[arg-type]
+    assert caught.value.hint == "call prune(PruneConfig(model=…, output=…))"
+    with pytest.raises(SettingsError, match="rebuild takes a RebuildConfig, not PruneConfig"):
+        llm_barber.rebuild(PruneConfig(**PRUNE))  # type: ignore[arg-type]
+
+
+def test_a_traceback_shows_the_hint() -> None:
+    with pytest.raises(SettingsError) as caught:
+        PruneConfig(**PRUNE, samples=0)
+    assert f"hint: {caught.value.hint}" in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("kind", [EvaluateConfig, CompareConfig])
+def test_a_limit_needs_tasks(kind: type[Settings]) -> None:
+    given: dict[str, Any] = {"model": "m"} if kind is EvaluateConfig else dict(PRUNE)
+    assert "limit needs tasks or tasks_folder" in error_of(kind, **given, limit=5)
+    kind(**given, limit=5, tasks=("boolq",))

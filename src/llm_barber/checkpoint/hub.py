@@ -84,9 +84,12 @@ def hub_file(model: str, file: str, revision: str | None = None) -> Path:
     """
     name, _, pinned = model.partition("@")
     with _explained(name, pinned or revision):
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import snapshot_download  # hf_hub_download would try an unreachable hub for 40 s
 
-        return Path(hf_hub_download(name, file, revision=pinned or revision))
+        path = Path(snapshot_download(name, revision=pinned or revision, allow_patterns=[file])) / file
+    if not path.is_file():
+        raise HubError(f"{name} has no {file} on the hub", "check the name and --revision")
+    return path
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -17,6 +17,7 @@ from llm_barber.checkpoint.state import (
     read_state,
 )
 from llm_barber.errors import OutputError
+from llm_barber.messages import Message, SettingName, joined, message
 
 
 def take_up(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool) -> tuple[RunState | None, list[str]]:
@@ -90,20 +91,29 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings, another model or another calibration text.
 
     Raises:
-        OutputError: the keys differ; the message names every difference.
+        OutputError: the keys differ; the message names every difference, and both values of a setting.
     """
     expected = json.loads(json.dumps(key))
-    differing_options = _differing(expected.pop("given", {}), _mapping(state.key.get("given")))
+    given, given_before = expected.pop("given", {}), _mapping(state.key.get("given"))
     differing = _differing(expected, {name: value for name, value in state.key.items() if name != "given"})
+    differences: list[str | Message] = [name for name in differing if name != "settings"]
     if "settings" in differing:
-        differing.remove("settings")
-        settings = differing_options or _differing(expected["settings"], _mapping(state.key.get("settings")))
-        differing = sorted({*differing, *settings})
-    if differing:
+        settings, before = expected["settings"], _mapping(state.key.get("settings"))
+        names = _differing(given, given_before)
+        differences.extend(_both_values(name, before.get(name), settings.get(name)) for name in names)
+        if not names:
+            differences.extend(_differing(settings, before))
+    if differences:
         raise OutputError(
-            f"the unfinished run was started with another {', '.join(differing)}",
+            Message("the unfinished run was started with another ", joined(", ", map(Message, differences))),
             f"repeat the settings and files that it was started with, or {START_AGAIN}",
         )
+
+
+def _both_values(setting: str, before: Any, given: Any) -> Message:
+    """A setting with its value in the unfinished run and its value now; None: the default."""
+    then, now = ("the default" if value is None else value for value in (before, given))
+    return message("{setting} (then {then}, now {now})", setting=SettingName(setting), then=then, now=now)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ app = typer.Typer(
     cls=HelpGroup,
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     help="Prune a large language model in one shot, then rebuild its mask block by block (arXiv 2408.10631).",
     epilog="Exit codes: 0 done, 1 a problem with files or models, 2 wrong options, 130 interrupted.",

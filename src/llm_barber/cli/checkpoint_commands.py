@@ -46,15 +46,15 @@ def inspect(config: InspectConfig, json: JsonOption = False, quiet: QuietOption 
 
 @command(
     PackConfig,
-    {"model": "OUT", "output": "PACKED"},
+    {"model": "PRUNED", "output": "PACKED"},
     ("llm-barber pack pruned packed", "llm-barber pack pruned packed-int8 --values int8"),
 )
 def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Store the pruned model OUT in fewer bytes, as kept values and their positions.
+    """Store the pruned model PRUNED in fewer bytes, as kept values and their positions.
 
     A bfloat16 model of which half is pruned takes about 56 % of its bytes. inspect, evaluate and generate read PACKED;
     other programs need it unpacked. --values int8 rounds kept weights: about 32 % of the bytes, and another model, so
-    that evaluate --against OUT is worth a run.
+    that evaluate --against PRUNED is worth a run.
     """
     _run_packing(config, json, quiet)
 

@@ -195,8 +195,8 @@ def show_packing(report: PackReport, unpacks: bool) -> None:
         soft_wrap=True,
     )
     if report.rounding is not None:
-        what = "this is not the model that was packed" if unpacks else "this is another model than the one packed"
-        console.print(f"{what}: kept weights are {report.rounding.words}", soft_wrap=True)
+        warning = "this is not the model that was packed" if unpacks else "this is another model than the one packed"
+        console.print(f"{warning}: kept weights are {report.rounding.words}", soft_wrap=True)
 
 
 def show_demo(config: DemoConfig, rows: list[DemoRow]) -> None:

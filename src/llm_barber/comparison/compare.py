@@ -20,10 +20,11 @@ from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import check_text
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.opening import check_positions, load_config, load_tokenizer
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
+from llm_barber.settings.checked import takes
 from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.text.calibration import load_calibration, token_shape
@@ -34,6 +35,7 @@ from llm_barber.usage import versions
 MARKER = "COMPARISON.txt"
 
 
+@takes(CompareConfig)
 def compare(
     config: CompareConfig,
     progress: Progress | None = None,
@@ -56,8 +58,9 @@ def compare(
         BarberError: model, text, tasks or output are wrong. The error of a single cell is noted in the result.
     """
     progress = progress or Silent()
-    folder = str(CheckpointSource(config.model, config.revision).folder)
-    _check_settings(config, folder)
+    source = CheckpointSource(config.model, config.revision)
+    folder = str(source.folder)
+    _check_settings(config, source)
     claim_folder(config.output, MARKER, "made by `llm-barber compare`, which keeps finished cells here and goes on")
     with locked(config.output / MARKER):
         runner = make_runner(config, folder, progress, evaluator)
@@ -87,12 +90,18 @@ def compare(
     return comparison
 
 
-def _check_settings(config: CompareConfig, folder: str) -> None:
-    """Refuse a wrong device, wrong tasks and wrong texts before anything is written."""
+def _check_settings(config: CompareConfig, source: CheckpointSource) -> None:
+    """Refuse a wrong device, wrong tasks, wrong texts and windows that are too long, before anything is written."""
     _compute(config)
     find_tasks(config.tasks, config.tasks_folder, config.limit)
-    for name in config.evaluation(folder).texts:
+    texts = config.evaluation(str(source.folder)).texts
+    for name in texts:
         check_text(name)
+    model_config = load_config(source).get_text_config()
+    if not config.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
+        check_positions(model_config, config.seqlen)
+    if texts:
+        check_positions(model_config, config.text_seqlen, "text_seqlen")
 
 
 def _resolved_settings(config: CompareConfig) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Branched:
         """The sequences, each by itself."""
         return [self.beginning + branch for branch in self.branches]
 
-    def places(self) -> list[Tensor]:
+    def indices(self) -> list[Tensor]:
         """The indices in `tokens` of each sequence, int64, (tokens of the sequence,)."""
         common, start = torch.arange(len(self.beginning)), len(self.beginning)
         result = []

@@ -20,6 +20,7 @@ from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_voca
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.progress import Progress, Silent
+from llm_barber.settings.checked import takes
 from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.windows import beginning_of_texts
 from llm_barber.usage import versions
@@ -35,6 +36,7 @@ class TokenisedText:
     begins_with_bos: bool
 
 
+@takes(EvaluateConfig)
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluation:
     """Measure perplexity as the field does, and zero-shot tasks through lm-eval.
 

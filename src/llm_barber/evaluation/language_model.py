@@ -117,9 +117,9 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
         Raises:
             MaskError: they differ by more than rounding.
         """
-        own = plain_states[0, len(branching.beginning) :].float()
-        shared = states[0, branching.places()[-1][len(branching.beginning) :]].float()
-        if not (shared - own).norm() <= ROUNDING[self.model.skeleton.dtype] * own.norm():  # NaN differs, too
+        plain = plain_states[0, len(branching.beginning) :].float()
+        shared = states[0, branching.indices()[-1][len(branching.beginning) :]].float()
+        if not (shared - plain).norm() <= ROUNDING[self.model.skeleton.dtype] * plain.norm():  # NaN differs, too
             raise MaskError
 
     def _passes(self, rows: Sequence[Branched]) -> Iterator[list[list[Branched]]]:
@@ -163,10 +163,10 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
         predicted: list[int] = []
         owners: list[tuple[int, int]] = []
         for row, states in zip(batch, hidden, strict=True):
-            for tokens, places in zip(row.sequences, row.places(), strict=True):
+            for tokens, indices in zip(row.sequences, row.indices(), strict=True):
                 for number in readers[tokens]:
                     continuation = requests[number][2][-len(tokens) :]
-                    rows.append(states[places[len(tokens) - len(continuation) :]])
+                    rows.append(states[indices[len(tokens) - len(continuation) :]])
                     predicted += continuation
                     owners.append((number, len(continuation)))
         following = torch.tensor(predicted, device=self.model.skeleton.device).unsqueeze(1)

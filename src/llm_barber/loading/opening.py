@@ -14,6 +14,7 @@ from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.loading.naming import find_locations
+from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.empty import untie_head
 from llm_barber.model.skeleton import Skeleton
@@ -232,14 +233,25 @@ def load_tokenizer(folder: Path) -> Any | None:
         ) from error
 
 
-def check_positions(config: PreTrainedConfig, seqlen: int) -> None:
-    """Refuse windows longer than the model's positions."""
+def check_positions(config: PreTrainedConfig, seqlen: int, setting: str | None = "seqlen") -> None:
+    """Refuse windows longer than the model's positions.
+
+    Args:
+        config: the model's.
+        seqlen: tokens of a window.
+        setting: name of the setting that gives this length; None: a file of tokens gives it.
+
+    Raises:
+        CalibrationError: the windows are too long.
+    """
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
-        raise CalibrationError(
-            f"windows of {seqlen} tokens are beyond the model's {positions} positions",
-            f"give --seqlen {positions} or less; compare's texts have a --text-seqlen, a .safetensors file its windows",
+        shorter = (
+            message("give {setting}, or less", setting=SettingName(setting, str(positions)))
+            if setting
+            else f"make a file with windows of {positions} tokens or less"
         )
+        raise CalibrationError(f"windows of {seqlen} tokens are beyond the model's {positions} positions", shorter)
 
 
 def check_vocabulary(config: PreTrainedConfig, tokens: Tensor) -> None:

@@ -157,7 +157,7 @@ def _read_windows(
             )
             setting, text = SettingName(name, str(getattr(settings, name))), settings.calibration
             progress.warn(message(unused, setting=setting, text=text, sequences=sequences, seqlen=seqlen))
-    check_positions(config, seqlen)
+    check_positions(config, seqlen, setting=None)
     check_vocabulary(config, tokens.input_ids)
     return tokens
 

@@ -124,11 +124,11 @@ def _choose_initial_masks(
     Where the layer is run for that, tuning's target comes from the same run.
     """
     layer, weights = job.open_layer(index, tensors)
-    wanted = refine_settings is not None and refine_settings.of_layers and refine_settings.target_mix < 1
-    linears = initial(index, layer, weights, streams, TARGET if wanted else None)
+    takes_target = refine_settings is not None and refine_settings.of_layers and refine_settings.target_mix < 1
+    linears = initial(index, layer, weights, streams, TARGET if takes_target else None)
     layer.select(linears)
     blocks = select_linears(job.skeleton.blocks[index], linears)
-    return _OpenLayer(index, layer, weights, linears, blocks, target=wanted and initial.runs_layers)
+    return _OpenLayer(index, layer, weights, linears, blocks, target=takes_target and initial.runs_layers)
 
 
 def _prune_blocks(

@@ -5,23 +5,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_barber.errors import overflowed
 from llm_barber.loading.job import Job
 from llm_barber.masking import saliency
-from llm_barber.masking.admm import admm, scaled_gram
-from llm_barber.masking.dsnot import dsnot
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.masking.selection import apply_mask
-from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
-from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import prunes_layers
+from llm_barber.method.initial_methods import MASK_METHODS, PrunableLinear
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.architecture import MLP
@@ -29,8 +26,6 @@ from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.targets import Targets
-
-SCORES = {Initial.WANDA: saliency.wanda, Initial.RIA: saliency.relative_importance}  # from weights and InputSquares
 
 
 class MethodMasks:
@@ -114,7 +109,7 @@ class MethodMasks:
     @property
     def runs_layers(self) -> bool:
         """True if layers are run for statistics of their inputs."""
-        return self.method is not Initial.MAGNITUDE
+        return self.method.reads_inputs
 
     def __call__(
         self,
@@ -135,7 +130,7 @@ class MethodMasks:
         if self.runs_layers:
             linears = {name: replace(linear, few_tokens=False) for name, linear in linears.items()}
             for name in linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks)):
-                keep = self._mask(saliency.magnitude(dense[name]), targets[name])
+                keep = initial_mask(saliency.magnitude(dense[name]), targets[name], self.granularity)
                 linears[name] = replace(linears[name], values=dense[name]).with_mask(keep).left_alone()
         return linears
 
@@ -149,71 +144,25 @@ class MethodMasks:
         output: str | None,
     ) -> dict[str, PrunedLinear]:
         """Masks of all linears, those of experts with few tokens among them."""
-        match self.method:
-            case Initial.MAGNITUDE:
-                keeps = {name: self._mask(saliency.magnitude(weight), targets[name]) for name, weight in dense.items()}
-            case Initial.WANDA | Initial.RIA:
-                score = SCORES[self.method]
-                squares = collect_inputs(layer, streams, InputSquares, output)
-                keeps = {
-                    name: self._mask(score(weight, squares[name].mean), targets[name]) for name, weight in dense.items()
-                }
-            case Initial.DSNOT:
-                moments = collect_inputs(layer, streams, InputMoments, output)
-                mlp = [name for block in self.job.blocks(index) if block.name == MLP for name in block.linears]
-                keeps = {
-                    name: self._dsnot(weight, moments[name], targets[name], left_alone=name in mlp)
-                    for name, weight in dense.items()
-                }
-            case Initial.SPARSEGPT | Initial.ALPS:
-                return self._with_updates(index, layer, dense, streams, targets, output)
-        return {
-            name: PrunedLinear(keep, apply_mask(dense[name], keep), dense[name], _group_pattern(targets[name]))
-            for name, keep in keeps.items()
-        }
-
-    def _mask(self, scores: Tensor, target: Pattern) -> Tensor:
-        return initial_mask(scores, target, self.granularity)
-
-    def _dsnot(self, weight: Tensor, moments: InputMoments, target: Pattern, left_alone: bool) -> Tensor:
-        """Wanda's mask, fine-tuned by DSnoT; the released program leaves MLPs' masks alone by default."""
-        score = saliency.wanda(weight, moments.squares.mean)
-        mask = self._mask(score, target)
-        if left_alone:
-            return mask
-        return dsnot(mask, weight, score, moments.mean, moments.variance, _group_pattern(target))
-
-    def _with_updates(
-        self,
-        index: int,
-        layer: DecoderLayer,
-        dense: Mapping[str, Tensor],
-        streams: ActivationStreams,
-        targets: Mapping[str, Pattern],
-        output: str | None,
-    ) -> dict[str, PrunedLinear]:
-        """Masks of methods that update the weights that they keep."""
-        grams = collect_inputs(layer, streams, GramMatrix, output)
-        result = {}
-        latest: GramMatrix | None = None
+        how = MASK_METHODS[self.method]
+        statistics: Mapping[str, Any] = {}
+        if how.statistic is not None:
+            statistics = collect_inputs(layer, streams, how.statistic, output)
+        in_mlp = {name for block in self.job.blocks(index) if block.name == MLP for name in block.linears}
+        pruned = {}
+        latest: Any = None
+        prepared: Any = None
         for name, weight in dense.items():
-            if grams[name] is not latest:  # q, k and v share a matrix, gate and up another
-                latest = grams[name]
-                gram = latest.mean
-                if not gram.diagonal().isfinite().all():
-                    raise overflowed(f"the input of layer {index} {name}")
-                if self.method is Initial.ALPS:
-                    scaled = scaled_gram(gram)
-                else:
-                    factor = inverse_factor(gram)
-            if self.method is Initial.ALPS:
-                keep, updated = admm(weight, gram, targets[name], self.granularity, scaled=scaled)
-            else:
-                keep, updated = sparsegpt(weight, gram, targets[name], factor=factor)
-            updated = updated.to(weight.dtype)
-            values = torch.where(keep, updated, weight) if self.keep_updates else weight
-            result[name] = PrunedLinear(keep, apply_mask(updated, keep), values, _group_pattern(targets[name]))
-        return result
+            message_name = f"layer {index} {name}"
+            if (statistic := statistics.get(name)) is not latest:
+                latest, prepared = statistic, how.prepare(statistic, message_name)
+            linear = PrunableLinear(message_name, weight, targets[name], self.granularity, name in in_mlp)
+            keep, updated = how.prune(linear, prepared)
+            values = updated = weight if updated is None else updated.to(weight.dtype)
+            if self.method.has_updates:
+                values = torch.where(keep, updated, weight) if self.keep_updates else weight
+            pruned[name] = PrunedLinear(keep, apply_mask(updated, keep), values, linear.group_pattern)
+        return pruned
 
 
 def _group_pattern(target: Pattern) -> NofM | None:

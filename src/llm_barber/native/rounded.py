@@ -178,7 +178,7 @@ class Weight:
     def is_of(self, values: Tensor, bits: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
         """Test whether these are the weight's tensors, where they were in memory."""
         tensors = values, bits, scales, bias
-        return all(tensor is own for tensor, own in zip(tensors, self._tensors, strict=True)) and all(
+        return all(tensor is known for tensor, known in zip(tensors, self._tensors, strict=True)) and all(
             tensor is None or tensor.data_ptr() == pointer
             for tensor, pointer in zip(tensors, self._pointers, strict=True)
         )

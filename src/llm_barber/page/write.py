@@ -11,12 +11,14 @@ from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
+from llm_barber.settings.checked import takes
 from llm_barber.settings.report import ReportConfig
 
 PAGE_MARK = b'<meta name="generator" content="LLM-Barber">'
 PAGE_BEGINNING = 1000  # bytes; the mark is among them
 
 
+@takes(ReportConfig)
 def report(config: ReportConfig) -> Path:
     """Write the page of a finished run, and return its path.
 

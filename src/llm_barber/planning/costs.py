@@ -28,7 +28,6 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import linear_refining_work, refining_work, tuning_work
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.planning.work import NO_WORK, Work, sorting_work
-from llm_barber.settings.initial import Initial
 
 REBUILDING = 150  # bytes moved for each weight: scores, comparisons and masks
 
@@ -125,9 +124,9 @@ def _propagation_work(layer: LayerShapes, recipe: Recipe) -> Work:
     total, tokens = NO_WORK, recipe.local_tokens
     for block in layer.blocks:
         changed = recipe.refine is not None and (recipe.refine.of_linears or recipe.granularity is not None)
-        again = changed and recipe.refine is not None and recipe.refine.of_layers and block is layer.blocks[0]
+        runs_twice = changed and recipe.refine is not None and recipe.refine.of_layers and block is layer.blocks[0]
         once = forward_work(block, recipe, tokens) + streaming_work(block, recipe, tokens, 2.5)
-        total += once * (2 if again else 1)
+        total += once * (2 if runs_twice else 1)
     return total
 
 
@@ -136,7 +135,7 @@ def _head_work(model: ModelShapes, recipe: Recipe) -> Work:
     block, tokens = model.head_block, recipe.local_tokens
     work = ranking_work(block, recipe)
     passes = 0
-    if recipe.initial is not Initial.MAGNITUDE:
+    if recipe.initial.reads_inputs:
         work += statistics_work(block, recipe)
         passes += 1
     if recipe.refine is not None:

@@ -34,7 +34,7 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
     by_loss = recipe.allocation is Allocation.LOSS
     tokens = recipe.loss_tokens if by_loss else recipe.local_tokens
     total, all_layers = NO_WORK, sum(layer.parameters for layer in model.layers) * recipe.stored
-    again = 1 - recipe.kept_on_device(all_layers, model.hidden) / all_layers if by_loss else 0
+    reread = 1 - recipe.kept_on_device(all_layers, model.hidden) / all_layers if by_loss else 0
     for layer in model.layers:
         size = layer.parameters * recipe.stored
         for block in layer.blocks:
@@ -44,7 +44,7 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
                 continue
             back = Work(products=once.products, attention=BACKWARD_ATTENTION * once.attention, moved=2 * once.moved)
             total += once * 2 + back + _removal_cost_work(block, recipe, tokens)
-        total += Work(read=size, copied=size) * (1 + again)
+        total += Work(read=size, copied=size) * (1 + reread)
     if by_loss:
         logits = tokens * model.vocabulary
         total += Work(
@@ -73,7 +73,7 @@ def initial_mask_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) ->
     The layer's last block is computed up to the input of its last linear, unless tuning needs its output.
     """
     work = ranking_work(block, recipe)
-    if recipe.initial is Initial.MAGNITUDE:
+    if not recipe.initial.reads_inputs:
         return work
     tokens = recipe.local_tokens
     whole = recipe.target_from_masks

@@ -178,8 +178,8 @@ def _disk() -> tuple[float, float, float]:
     activations. The files lie in the present folder, if that can be written.
     """
     values = {"values": torch.randn(DISK_BYTES // 4)}
-    here = Path.cwd()
-    with tempfile.TemporaryDirectory(dir=here if os.access(here, os.W_OK) else None) as name:
+    present = Path.cwd()
+    with tempfile.TemporaryDirectory(dir=present if os.access(present, os.W_OK) else None) as name:
         path = Path(name) / "rate.safetensors"
         start = time.perf_counter()
         save_file(values, path)

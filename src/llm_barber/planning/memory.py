@@ -148,7 +148,7 @@ def _layer(layer: LayerShapes, recipe: Recipe) -> Footprint:
     """
     host = layer.parameters * recipe.stored
     device = layer.parameters * _converted(recipe) + (0 if recipe.on_cpu else host)
-    copies = 3 if recipe.initial in UPDATING else 2
+    copies = 3 if recipe.initial.has_updates else 2
     return Footprint(2 * host + _shard(layer, recipe), device + layer.weights * (copies * recipe.stored + BOOL))
 
 

@@ -24,6 +24,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.planning.waiting import waiting_seconds, with_files_kept
 from llm_barber.progress import Progress, Silent
+from llm_barber.settings.checked import takes
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.text.calibration import READ_BYTES, READING_BYTES, text_size, token_shape
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
@@ -45,6 +46,7 @@ class HostMemory:
     reading: int
 
 
+@takes(PlanConfig)
 def plan(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     """Forecast the costs of a run from the model's configuration; takes seconds, downloads no weights.
 
@@ -59,7 +61,8 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     model_config = read_configuration(config.model, config.revision)
     stored = _stored_dtype(model_config)  # before the empty model sets another
     architecture = find_architecture(model_config, config.structure)
-    check_positions(model_config.get_text_config(), config.seqlen)
+    has_file = config.calibration.endswith(TOKEN_FILE_SUFFIX)
+    check_positions(model_config.get_text_config(), config.seqlen, None if has_file else "seqlen")
     skeleton = make_skeleton(model_config, architecture, torch.device("cpu"), dtype, config.model)
     check_conversions(skeleton.model, architecture.layers)
     model = model_shapes(skeleton)

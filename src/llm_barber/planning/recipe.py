@@ -118,7 +118,7 @@ class Recipe:
     def target_from_masks(self) -> bool:
         """True if the run of the dense layer for its initial masks gives tuning's target, too."""
         tunes = self.refine is not None and self.refine.of_layers and self.refine.target_mix < 1
-        return tunes and self.initial is not Initial.MAGNITUDE
+        return tunes and self.initial.reads_inputs
 
     @property
     def follows_dense(self) -> bool:

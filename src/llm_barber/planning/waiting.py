@@ -1,4 +1,4 @@
-"""Plan how long a run waits for its files: most are written while layers are computed."""
+"""Plan how long a run waits for its files: most are read and written while layers are computed."""
 
 from dataclasses import fields, replace
 
@@ -23,19 +23,31 @@ def with_files_kept(costs: Costs, model: ModelShapes, rates: Rates, recipe: Reci
 
 
 def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Recipe) -> Seconds:
-    """Seconds of each stage by resource; of `write` and `keep`, those that the run waits for.
+    """Seconds of each stage by resource; of the disk, those that the run waits for.
 
-    A CPU that computes cannot hash, or copy to the system's pages, at the same time: all seconds count. A GPU waits
-    for the last shard, for a shard that takes longer than the next layer, and for copies off the device.
+    A CPU that computes cannot hash, or copy to the system's pages, at the same time: all seconds count. On a GPU the
+    next layer is read, and the last one written, while a layer is computed. The run waits for the first layer, for the
+    last shard, for copies off the device, and where the disk takes longer for a layer and a shard than the GPU for a
+    layer. Activations are written seldom enough that nothing waits for them.
     """
     seconds = _seconds(costs, rates)
     if recipe.on_cpu or not recipe.repeatable:
         return seconds
-    layers, written = len(model.layers), seconds["write"]["disk"]
-    meanwhile = _computing(seconds) * (layers - 1) / layers
-    seconds["write"]["disk"] = max(written / layers, written - meanwhile)
+    layers = len(model.layers)
+    read, written = seconds["read"]["disk"], seconds["write"]["disk"]
+    waited = _waited(read + written, _computing(seconds), layers)
+    for name, disk in (("read", read), ("write", written)):
+        seconds[name]["disk"] = waited * disk / (read + written) if disk else 0.0
+    allocating = seconds["allocate"]
+    disk = allocating.pop("disk")
+    seconds["allocate"] = {**allocating, "disk": _waited(disk, sum(allocating.values()), layers)}
     seconds["keep"]["disk"] = 0.0
     return seconds
+
+
+def _waited(disk: float, computing: float, layers: int) -> float:
+    """Seconds of waiting for a disk that works while layers are computed: a layer's, and all that takes longer."""
+    return disk / layers + max(0.0, disk - computing) * (layers - 1) / layers
 
 
 def _seconds(costs: Costs, rates: Rates) -> Seconds:

@@ -1,5 +1,6 @@
 """The commands `prune` and `rebuild`: each opens and checks a run, and hands it to `stream.py`."""
 
+from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.output import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.loading.job import Job
@@ -15,12 +16,14 @@ from llm_barber.record.report import RunReport
 from llm_barber.run.finished import finished_run, tell_of_finished
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.stream import run
+from llm_barber.settings.checked import takes
 from llm_barber.settings.initial import Initial, rebuild_defaults
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 from llm_barber.settings.run import RunSettings
 from llm_barber.settings.targets import Targets
 
 
+@takes(PruneConfig)
 def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     """Prune a dense model, and rebuild or tune its masks; writes `config.output`.
 
@@ -50,6 +53,11 @@ def prepare_prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> Prep
         BarberError: as `prune`.
     """
     job = open_job(config.model, config, config.targets, progress, ranks)
+    if (job.source.folder / RECORD_NAME).is_file():
+        progress.warn(
+            f"{config.model} was pruned before: its zeros are ranked as weights; give the dense model, or call rebuild "
+            "to choose a pruned model's masks anew"
+        )
     rebuild_settings = _rebuild_settings(config, config.method, config.target)
     initial = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
     return PreparedRun(config.model, config, job, initial, rebuild_settings, config.method, config.method)
@@ -89,6 +97,7 @@ def _target_sparsity(report: RunReport, targets: Targets, job: Job) -> float:
     return pruned / report.weights
 
 
+@takes(RebuildConfig)
 def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunReport:
     """Rebuild the mask of a pruned model with its dense one; writes `config.output`.
 

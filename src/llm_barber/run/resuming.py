@@ -31,10 +31,10 @@ def as_before(prepared: PreparedRun, used: Used, progress: Progress) -> Prepared
 
     Warn of another machine, and of files that were written since.
     """
-    here = machine(prepared.job.skeleton.device)
-    if used.machine not in ("", here):
+    present = machine(prepared.job.skeleton.device)
+    if used.machine not in ("", present):
         progress.warn(
-            f"finished layers were computed on {used.machine}: here, on {here}, others may be rounded otherwise"
+            f"finished layers were computed on {used.machine}: here, on {present}, others may be rounded otherwise"
         )
     warn_of_written(prepared.job.source.written, used.written, progress)
     if used.batch_size is None or prepared.config.batch_size is not None:

@@ -40,7 +40,6 @@ class Filling:
         device: of the weights; None: each parameter's own.
         keep_packed: which linears stay packed in memory, as in `load`.
         progress: told of each parameter.
-        requires_grad: dense parameters take gradients.
         has_buffers: the buffers of the model were computed when it was built.
     """
 
@@ -48,7 +47,6 @@ class Filling:
     device: torch.device | None
     keep_packed: KeepPacked
     progress: Progress
-    requires_grad: bool = False
     has_buffers: bool = False
 
 
@@ -110,7 +108,7 @@ def _fill_parameters(
         else:
             weight = _read(source, name, shape, split)
         if isinstance(weight, Tensor):
-            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=filling.requires_grad))
+            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype)))
         else:
             parent, _, last = path.rpartition(".")
             linear = _packed_linear(weight, owner.bias, dtype)  # the bias follows; it may still be on `meta`

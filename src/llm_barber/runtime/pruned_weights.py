@@ -53,22 +53,22 @@ def find_pruned(model: nn.Module, folder: Path | None, share: float) -> list[Pru
         )
     _refuse_untrainable(model)
     folder = folder or _loaded_from(model)
-    found = None
+    weights = None
     if folder is not None:
         record = read_record(folder)
         if record is None:
             raise ModelError(
                 f"{folder} has no {RECORD_NAME}", "leave the folder out: matrices with zeros are found without a record"
             )
-        found = _by_record(model, folder, record)
-    if found is None:
-        found = [weight for weight in _matrices(model) if share <= _share(weight.parameter) < 1]
-    if not found:
+        weights = _by_record(model, folder, record)
+    if weights is None:
+        weights = [weight for weight in _matrices(model) if share <= _share(weight.parameter) < 1]
+    if not weights:
         raise ModelError(
             f"no matrix of the model has {share:.0%} zeros, so that there is nothing to hold",
             "load the pruned checkpoint, not the dense one; a lower share finds matrices with fewer zeros",
         )
-    return found
+    return weights
 
 
 def _refuse_untrainable(model: nn.Module) -> None:

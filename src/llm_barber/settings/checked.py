@@ -1,16 +1,21 @@
 """Check settings, each by itself and then together; one error names every problem."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any, Never, Self
+from typing import Any, Never, ParamSpec, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic.fields import FieldInfo
 
 from llm_barber.errors import SettingsError
 from llm_barber.messages import Message, SettingName, joined, message
 from llm_barber.settings.wording import wording
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Rule = Callable[[], Iterable[Message]]  # yields a problem for each combination that does not work
 
 
@@ -55,19 +60,27 @@ class Settings(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         problems: list[Message] = []
+        wrong: list[str] = []
         checked = self
         try:
             super().__init__(**values)
         except ValidationError as error:
             details = _without_consequences(error.errors())
             problems = [_problem(detail, type(self).model_fields) for detail in details]
-            checked = self._without_wrong_values(values, {detail["loc"][0] for detail in details})
+            wrong = list(dict.fromkeys(str(detail["loc"][0]) for detail in details))
+            checked = self._without_wrong_values(values, set(wrong))
         for rule in checked.rules():
             with suppress(WrongValueError):  # the rule cannot be checked before that value is right
                 for problem in rule():
                     problems.append(problem)
         if problems:
-            raise SettingsError(joined("; ", problems), "see --help for what each setting takes")
+            raise SettingsError(joined("; ", problems), self._hint(wrong))
+
+    @classmethod
+    def _hint(cls, wrong: Collection[str]) -> str:
+        """What the wrong settings take; a general hint where only a combination is wrong."""
+        descriptions = [described(name, cls.model_fields[name]) for name in wrong if name in cls.model_fields]
+        return joined("; ", descriptions) if descriptions else "see --help for what each setting takes"
 
     @classmethod
     def _without_wrong_values(cls, values: Mapping[str, Any], wrong: set[int | str]) -> Self:
@@ -83,6 +96,40 @@ class Settings(BaseModel):
     def rules(self) -> list[Rule]:
         """Rules about several settings; a rule is checked if the values that it uses are right by themselves."""
         return []
+
+
+def takes(kind: type[Settings]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a public function whose first argument is its settings: anything else raises a `SettingsError`.
+
+    Args:
+        kind: class of the settings.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            config = args[0] if args else kwargs.get("config")
+            if not isinstance(config, kind):
+                names = [name for name, field in kind.model_fields.items() if field.is_required()]
+                required = ", ".join(f"{name}=…" for name in sorted(names, key=lambda name: name == "output"))
+                raise SettingsError(
+                    f"{function.__name__} takes a {kind.__name__}, not {type(config).__name__}",
+                    f"call {function.__name__}({kind.__name__}({required}))",
+                )
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def described(name: str, field: FieldInfo) -> Message:
+    """Name of a setting with its description; settings in the description's backticks are parts of the message."""
+    parts: list[str | SettingName] = [SettingName(name), ": "]
+    for number, text in enumerate(re.split(r"`([^`]+)`", field.description or "")):
+        setting, _, value = text.partition(" ")
+        parts.append(SettingName(setting, value or None) if number % 2 else text)
+    return Message(*parts)
 
 
 def _without_consequences(details: list[Any]) -> list[Any]:

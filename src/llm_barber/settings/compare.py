@@ -12,7 +12,7 @@ from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.messages import Message, message
 from llm_barber.settings.base import COMMAS, Dtype, StructureSettings, absolute_folder
 from llm_barber.settings.checked import Rule
-from llm_barber.settings.evaluate import EvaluateConfig
+from llm_barber.settings.evaluate import EvaluateConfig, limit_needs_tasks
 from llm_barber.settings.initial import RELEASED_GRANULARITIES, RELEASED_RATIOS, Initial
 from llm_barber.settings.presets import Preset
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
@@ -154,7 +154,8 @@ class CompareConfig(StructureSettings):
 
     def rules(self) -> list[Rule]:
         """Rules about rows, targets and seeds."""
-        return [*super().rules(), self._rebuild_is_done, self._seeds_choose_windows, self._sparsity_can_be_spread]
+        rules = [self._rebuild_is_done, self._seeds_choose_windows, self._sparsity_can_be_spread]
+        return [*super().rules(), *rules, lambda: limit_needs_tasks(self.limit, bool(self.tasks or self.tasks_folder))]
 
     def _rebuild_is_done(self) -> Iterator[Message]:
         sets_rebuild = self.granularity is not None or self.rebuild_ratio is not None

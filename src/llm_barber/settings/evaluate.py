@@ -1,11 +1,14 @@
 """Settings of `evaluate`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from llm_barber.messages import Message, message
 from llm_barber.settings.base import COMMAS, Dtype, StructureSettings
+from llm_barber.settings.checked import Rule
 
 
 class EvaluateConfig(StructureSettings):
@@ -44,9 +47,19 @@ class EvaluateConfig(StructureSettings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Dtype = Field("auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)")
 
+    def rules(self) -> list[Rule]:
+        """Refuse a number of examples where no task has any."""
+        return [*super().rules(), lambda: limit_needs_tasks(self.limit, bool(self.tasks or self.tasks_folder))]
+
     @property
     def texts(self) -> tuple[str, ...]:
         """The texts to measure."""
         if self.text is not None:
             return self.text
         return () if self.tasks or self.tasks_folder else ("wikitext2",)
+
+
+def limit_needs_tasks(limit: int | None, has_tasks: bool) -> Iterator[Message]:
+    """Problem of a number of examples where no task has any."""
+    if limit is not None and not has_tasks:
+        yield message("{limit} needs {tasks} or {tasks_folder}")

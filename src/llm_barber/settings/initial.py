@@ -1,5 +1,7 @@
 """Methods of the initial mask, and the rebuild that the released experiments give each of them."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 
 from llm_barber.masking.granularity import Granularity
@@ -19,23 +21,47 @@ class Initial(StrEnum):
     @property
     def has_updates(self) -> bool:
         """True of methods that compute new values for kept weights."""
-        return self in (Initial.SPARSEGPT, Initial.ALPS)
+        return METHODS[self].has_updates
+
+    @property
+    def reads_inputs(self) -> bool:
+        """True of methods that need a statistic of the linears' inputs, so that layers are run for them."""
+        return METHODS[self].reads_inputs
 
     @property
     def compares_in_linear(self) -> bool:
         """True of methods whose released program compares the weights of a whole linear, not those of each row."""
-        return self in (Initial.MAGNITUDE, Initial.RIA, Initial.ALPS)
+        return METHODS[self].compares_in_linear
+
+    @property
+    def fixes_groups(self) -> bool:
+        """True of methods that choose the weights that they compare, so that `initial_granularity` is not free."""
+        return METHODS[self].fixes_groups
 
 
-# Granularity and rebuild ratio of the released experiments. RIA, DSnoT and ALPS have none there: each takes those of
-# the method that it resembles.
-RELEASED_REBUILD: dict[Initial, tuple[Granularity, float]] = {
-    Initial.MAGNITUDE: (Granularity.BLOCK, 0.1),
-    Initial.WANDA: (Granularity.OUTPUT, 0.01),
-    Initial.SPARSEGPT: (Granularity.LINEAR, 0.1),
-    Initial.RIA: (Granularity.OUTPUT, 0.01),
-    Initial.DSNOT: (Granularity.OUTPUT, 0.01),
-    Initial.ALPS: (Granularity.LINEAR, 0.1),
+@dataclass(frozen=True)
+class MethodFacts:
+    """What settings, tables and plans know about a method; `method/initial_methods.py` has what it does.
+
+    `granularity`, `ratio`: of the rebuild in the released experiments. The other fields: as `Initial`'s properties.
+    """
+
+    granularity: Granularity
+    ratio: float
+    reads_inputs: bool = True
+    compares_in_linear: bool = False
+    fixes_groups: bool = False
+    has_updates: bool = False
+
+
+# RIA, DSnoT and ALPS have no released experiments with a rebuild: each has the numbers of the method that it resembles.
+METHODS: dict[Initial, MethodFacts] = {
+    Initial.MAGNITUDE: MethodFacts(Granularity.BLOCK, 0.1, reads_inputs=False, compares_in_linear=True),
+    Initial.WANDA: MethodFacts(Granularity.OUTPUT, 0.01),
+    Initial.SPARSEGPT: MethodFacts(Granularity.LINEAR, 0.1, fixes_groups=True, has_updates=True),
+    Initial.RIA: MethodFacts(Granularity.OUTPUT, 0.01, compares_in_linear=True),
+    Initial.DSNOT: MethodFacts(Granularity.OUTPUT, 0.01),
+    Initial.ALPS: MethodFacts(Granularity.LINEAR, 0.1, compares_in_linear=True, has_updates=True),
 }
 
 
@@ -47,17 +73,17 @@ def rebuild_defaults(
     With N:M the default granularity is `output` for every method: the released program chooses N:M's growing weights
     per output row.
     """
-    default_granularity, default_ratio = RELEASED_REBUILD[initial]
-    if isinstance(pattern, NofM):
-        default_granularity = Granularity.OUTPUT
-    return granularity or default_granularity, default_ratio if ratio is None else ratio
+    method = METHODS[initial]
+    default = Granularity.OUTPUT if isinstance(pattern, NofM) else method.granularity
+    return granularity or default, method.ratio if ratio is None else ratio
 
 
-def _released(part: int) -> str:
-    """Granularities (0) or ratios (1) of `RELEASED_REBUILD` in words: those unlike Wanda's, then Wanda's."""
-    usual = RELEASED_REBUILD[Initial.WANDA][part]
-    different = [f"{method} {pair[part]}" for method, pair in RELEASED_REBUILD.items() if pair[part] != usual]
+def _released(values: Mapping[Initial, object]) -> str:
+    """Values of all methods in words: those unlike Wanda's, then Wanda's."""
+    usual = values[Initial.WANDA]
+    different = [f"{method} {value}" for method, value in values.items() if value != usual]
     return ", ".join([*different, f"else {usual}"])
 
 
-RELEASED_GRANULARITIES, RELEASED_RATIOS = _released(0), _released(1)  # "magnitude 0.1, sparsegpt 0.1, …, else 0.01"
+RELEASED_GRANULARITIES = _released({method: facts.granularity for method, facts in METHODS.items()})
+RELEASED_RATIOS = _released({method: facts.ratio for method, facts in METHODS.items()})  # "magnitude 0.1, …, else 0.01"

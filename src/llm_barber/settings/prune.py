@@ -112,8 +112,10 @@ class PruneConfig(RunSettings):
 
     def _updates_are_there(self) -> Iterator[Message]:
         if self.keep_updates and not self.method.has_updates:
-            needs = "{keep_updates} needs {initial:sparsegpt} or alps: {method} updates no weights"
-            yield message(needs, method=self.method)
+            first, *others = (method for method in Initial if method.has_updates)
+            needs = "{keep_updates} needs {initial}{others}: {method} updates no weights"
+            setting = SettingName("initial", first)
+            yield message(needs, initial=setting, others="".join(f" or {name}" for name in others), method=self.method)
         elif self.keep_updates and self.refines:
             yield message(
                 "{keep_updates} goes with neither {refine} nor {reconstruct}: these start from the dense weights"
@@ -131,8 +133,8 @@ class PruneConfig(RunSettings):
             yield message("{initial_granularity:block} is not defined: choose output, input or linear")
         if self.initial_granularity is not None and self.pattern is not None:
             yield message("{initial_granularity} is not for patterns: N:M compares within its groups of M")
-        if self.initial_granularity is not None and self.method is Initial.SPARSEGPT:
-            yield message("{initial_granularity} is not for sparsegpt: it compares within its blocks of columns")
+        if self.initial_granularity is not None and self.method.fixes_groups:
+            yield message("{initial_granularity} is not for {method}, which has groups of its own", method=self.method)
 
     @property
     def method(self) -> Initial:

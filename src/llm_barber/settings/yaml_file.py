@@ -15,12 +15,12 @@ class _DistinctKeys(yaml.BaseLoader):
     """All scalars as they are written: others read 2:4 as a number of base 60; a key that is there twice is refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, count in Counter(keys).items():
             if count > 1:
                 raise yaml.YAMLError(f"{key} is there twice")
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -33,6 +33,8 @@ def read_yaml(path: str | Path) -> Any:
     try:
         check_regular(Path(expanduser(path)), SettingsError)
         return yaml.load(Path(expanduser(path)).read_text(encoding="utf-8"), Loader=_DistinctKeys)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     except RecursionError as error:

@@ -13,6 +13,7 @@ from llm_barber.checkpoint.untrusted import check_file_name, parse_json
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
+from llm_barber.settings.checked import takes
 from llm_barber.settings.copies import ConvertConfig
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -35,6 +36,7 @@ class ConvertReport(BaseModel):
     bytes: int
 
 
+@takes(ConvertConfig)
 def convert(config: ConvertConfig, progress: Progress | None = None) -> ConvertReport:
     """Copy a checkpoint with safetensors in place of pickled weights, with one file in memory at a time.
 

@@ -28,15 +28,15 @@ class Clock(BaseStreamer):  # type: ignore[misc]
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, (1, tokens), at the first call, then each new token, (1,)."""
-        now = time.perf_counter()
+        called = time.perf_counter()
         if self._began is None:
-            self._began = now
+            self._began = called
         else:
-            self._times.append(now - self._uncounted)
+            self._times.append(called - self._uncounted)
             self.tokens += value.flatten().tolist()
         if self._text is not None:
             self._text.put(value)
-            self._uncounted += time.perf_counter() - now
+            self._uncounted += time.perf_counter() - called
 
     def end(self) -> None:
         """Hand out the text that the streamer of text still keeps."""

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 
 from llm_barber.checkpoint.folder import claim_folder
 from llm_barber.checkpoint.hub import resolve_model
+from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
+from llm_barber.loading.opening import check_positions, load_config
 from llm_barber.masking.granularity import Granularity
 from llm_barber.messages import message
 from llm_barber.model.device import resolve_device
@@ -94,6 +96,8 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
     """
     progress = progress or Silent()
     source = config.model or str(demo_model())
+    if config.model is not None:
+        check_positions(load_config(CheckpointSource(config.model)).get_text_config(), config.seqlen)
     named = methods or (FULL_METHODS if config.full else METHODS)
     count = _models_at_a_time(config)  # refuses a device that is not there, before a folder is made
     claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")

@@ -16,6 +16,7 @@ from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
+from llm_barber.settings.checked import takes
 from llm_barber.settings.generate import GenerateConfig, KeepPacked
 from llm_barber.tools.decoding import Clock, decode, settings_of_generation, speeds
 from llm_barber.tools.generation import GeneratedText, Generation
@@ -26,6 +27,7 @@ from llm_barber.usage import machine, versions
 TIMED_TOKENS = 32  # most new tokens of a round of timing
 
 
+@takes(GenerateConfig)
 def generate(config: GenerateConfig, progress: Progress | None = None, on_text: OnText | None = None) -> Generation:
     """Let a model continue a prompt, and measure its speed and memory; with `against`, another model's, too.
 

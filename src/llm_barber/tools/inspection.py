@@ -17,6 +17,7 @@ from llm_barber.record.layers import LinearResult
 from llm_barber.record.report import KeptWeights, RunReport
 from llm_barber.record.rounding import Rounding, rounding_of
 from llm_barber.record.verification import folder_problems
+from llm_barber.settings.checked import takes
 from llm_barber.settings.inspect import InspectConfig
 from llm_barber.tools.linears import FoundLinear, check_shapes, find_linears
 
@@ -74,6 +75,7 @@ class Inspection(BaseModel):
         return tuple(pattern for pattern in self.linears[0].patterns if pattern in common)
 
 
+@takes(InspectConfig)
 def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspection:
     """Read a checkpoint, tensor by tensor, and check it.
 

@@ -26,6 +26,7 @@ from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport
 from llm_barber.record.rounding import Rounding, rounding_of
 from llm_barber.record.verification import folder_problems, refuse, written_otherwise
+from llm_barber.settings.checked import takes
 from llm_barber.settings.copies import PackConfig, UnpackConfig, Values
 from llm_barber.tools.rounded_packing import Rounder, dense_header, refuse_unpruned
 
@@ -68,6 +69,7 @@ class Conversion:
     amend: Callable[[RunReport], RunReport] = lambda record: record
 
 
+@takes(PackConfig)
 def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     """Write a packed copy of a checkpoint.
 
@@ -104,6 +106,7 @@ def _exact(source: CheckpointSource) -> Conversion:
     return Conversion("packing", "packed", FORMAT_VERSION, convert, counts)
 
 
+@takes(UnpackConfig)
 def unpack(config: UnpackConfig, progress: Progress | None = None) -> PackReport:
     """Write the dense copy of a packed checkpoint, compared with the record.
 

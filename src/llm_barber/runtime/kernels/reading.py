@@ -33,9 +33,9 @@ def find_chunk(values, words, starts, chunk, inside, aside):  # type: ignore[no-
         inside: whether the row has the chunk, (lanes,); others have no bits.
         aside: numbers of the lanes, (lanes,).
     """
-    place = ((chunk >> 3) - aside)[None, :]
-    word = tl.load(words + place, mask=inside[None, :], other=0).to(tl.uint64, bitcast=True)
-    start = tl.load(starts + place, mask=inside[None, :]).to(tl.uint32)
+    offset = ((chunk >> 3) - aside)[None, :]
+    word = tl.load(words + offset, mask=inside[None, :], other=0).to(tl.uint64, bitcast=True)
+    start = tl.load(starts + offset, mask=inside[None, :]).to(tl.uint32)
     shift = ((chunk & 7) << 3).to(tl.uint64)[None, :]
     below = (tl.full(shift.shape, 1, tl.uint64) << shift) - 1
     bits_of_value: tl.constexpr = values.dtype.element_ty.primitive_bitwidth
@@ -99,9 +99,9 @@ def as_float32(weight):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def load_four(inputs, place, inside, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_four(inputs, offset, inside, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
     """Four inputs of each lane as float32, each (lanes,), by one load of 16 bytes of float32."""
-    x = tl.load(inputs + place[:, None] + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0)
+    x = tl.load(inputs + offset[:, None] + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0)
     even, odd = tl.split(tl.reshape(x.to(tl.float32), (lanes, 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)

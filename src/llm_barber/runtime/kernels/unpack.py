@@ -30,8 +30,8 @@ def _unpack(  # type: ignore[no-untyped-def]
     values += tl.load(row_starts + inside_row)[:, None]
     aside = tl.arange(0, lanes)
     chunk = tl.program_id(1) * lanes + aside
-    place = inside_row[:, None] * row_words + aside[None, :]
-    bits, first = find_chunk(values, words + place, starts + place, chunk, chunk < row_words * 8, aside)
+    offset = inside_row[:, None] * row_words + aside[None, :]
+    bits, first = find_chunk(values, words + offset, starts + offset, chunk, chunk < row_words * 8, aside)
     column = tl.program_id(1) * lanes * 8 + tl.arange(0, lanes * 8)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tile = take_tile(first, bits, height, lanes)

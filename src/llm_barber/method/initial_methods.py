@@ -1,0 +1,121 @@
+"""How each method of the initial mask prunes a linear: `MASK_METHODS` has a line for each.
+
+What settings, tables and plans know about a method is in `settings/initial.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_barber.errors import overflowed
+from llm_barber.masking import saliency
+from llm_barber.masking.admm import ScaledGram, admm, scaled_gram
+from llm_barber.masking.dsnot import dsnot
+from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.initial import initial_mask
+from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
+from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
+from llm_barber.settings.initial import Initial
+
+
+@dataclass(frozen=True)
+class PrunableLinear:
+    """A linear as a method sees it.
+
+    `name`: for messages. `weight`: (out, in), dense. `target`: sparsity or N:M. `granularity`: comparison group.
+    `in_mlp`: the linear belongs to an MLP.
+    """
+
+    name: str
+    weight: Tensor
+    target: Pattern
+    granularity: Granularity
+    in_mlp: bool = False
+
+    @property
+    def group_pattern(self) -> NofM | None:
+        """N:M of the target; None: unstructured."""
+        return self.target if isinstance(self.target, NofM) else None
+
+    def best(self, scores: Tensor) -> Tensor:
+        """Keep mask, bool (out, in), that keeps the highest scores, (out, in), of each comparison group."""
+        return initial_mask(scores, self.target, self.granularity)
+
+
+Pruned = tuple[Tensor, Tensor | None]  # keep mask, bool (out, in), and weights, (out, in); None: the dense ones
+
+
+@dataclass(frozen=True)
+class MaskMethod:
+    """How a method prunes a linear.
+
+    `prune`: from the linear, and what `prepare` made. `statistic`: class of the running statistic of the inputs; None:
+    the method looks at weights alone. `prepare`: from the statistic and the linear's name, what linears with the same
+    inputs share (q, k and v; gate and up), computed once for them.
+    """
+
+    prune: Callable[[PrunableLinear, Any], Pruned]
+    statistic: Callable[[int, torch.device], Any] | None = None
+    prepare: Callable[[Any, str], Any] = lambda statistic, name: statistic
+
+
+def _by_magnitude(linear: PrunableLinear, _: None) -> Pruned:
+    return linear.best(saliency.magnitude(linear.weight)), None
+
+
+def _by_wanda(linear: PrunableLinear, squares: InputSquares) -> Pruned:
+    return linear.best(saliency.wanda(linear.weight, squares.mean)), None
+
+
+def _by_ria(linear: PrunableLinear, squares: InputSquares) -> Pruned:
+    return linear.best(saliency.relative_importance(linear.weight, squares.mean)), None
+
+
+def _by_dsnot(linear: PrunableLinear, moments: InputMoments) -> Pruned:
+    """Wanda's mask, fine-tuned by DSnoT; the released program leaves MLPs' masks alone by default."""
+    scores = saliency.wanda(linear.weight, moments.squares.mean)
+    mask = linear.best(scores)
+    if linear.in_mlp:
+        return mask, None
+    return dsnot(mask, linear.weight, scores, moments.mean, moments.variance, linear.group_pattern), None
+
+
+def _by_sparsegpt(linear: PrunableLinear, prepared: tuple[Tensor, Tensor]) -> Pruned:
+    gram, factor = prepared
+    return sparsegpt(linear.weight, gram, linear.target, factor=factor)
+
+
+def _by_alps(linear: PrunableLinear, prepared: tuple[Tensor, ScaledGram]) -> Pruned:
+    gram, scaled = prepared
+    return admm(linear.weight, gram, linear.target, linear.granularity, scaled=scaled)
+
+
+def _with_factor(statistic: GramMatrix, name: str) -> tuple[Tensor, Tensor]:
+    gram = _finite_gram(statistic, name)
+    return gram, inverse_factor(gram)
+
+
+def _with_scaled_gram(statistic: GramMatrix, name: str) -> tuple[Tensor, ScaledGram]:
+    gram = _finite_gram(statistic, name)
+    return gram, scaled_gram(gram)
+
+
+def _finite_gram(statistic: GramMatrix, name: str) -> Tensor:
+    gram = statistic.mean
+    if not gram.diagonal().isfinite().all():
+        raise overflowed(f"the input of {name}")
+    return gram
+
+
+MASK_METHODS: dict[Initial, MaskMethod] = {
+    Initial.MAGNITUDE: MaskMethod(_by_magnitude),
+    Initial.WANDA: MaskMethod(_by_wanda, InputSquares),
+    Initial.RIA: MaskMethod(_by_ria, InputSquares),
+    Initial.DSNOT: MaskMethod(_by_dsnot, InputMoments),
+    Initial.SPARSEGPT: MaskMethod(_by_sparsegpt, GramMatrix, _with_factor),
+    Initial.ALPS: MaskMethod(_by_alps, GramMatrix, _with_scaled_gram),
+}

@@ -1,0 +1,109 @@
+"""Bytes between host and device, and launches, do not grow: runs on the pretend GPU (`tests/device_budgets.py`).
+
+A budget is what a run takes today. Whoever lowers it lowers the number here. Launches may be a few more with other
+versions of PyTorch and transformers.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils import backend_registration
+
+from tests.conftest import COMMON
+
+if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+    pytest.skip("this PyTorch has no devices written in Python", allow_module_level=True)
+
+HIDDEN, SEQUENCES, TOKENS = COMMON["hidden_size"], 4, 24  # of the tiny LLaMA, and of `save_tokens`
+WEIGHTS = 4 * 9216  # bytes of a layer's linears, in float32
+LAYER = WEIGHTS + 4 * 2 * HIDDEN  # with its norms
+ARRAY = 4 * SEQUENCES * TOKENS * HIDDEN  # bytes of an array of activations
+EMBEDDING = 4 * COMMON["vocab_size"] * HIDDEN
+TOKEN_IDS = 8 * SEQUENCES * TOKENS
+VERSIONS = 1.03
+SCALARS = 600  # bytes of a stage's errors, counts and flags that the host reads
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most bytes in each direction, and most launches, of a stage."""
+
+    to_device: int
+    to_host: int
+    launches: int
+
+    def allows(self, counts: dict[str, int]) -> bool:
+        limits = {**vars(self), "launches": VERSIONS * self.launches}
+        return all(counts[kind] <= limit for kind, limit in limits.items())
+
+
+# `room`: activations stay on the device. A layer's weights come once, and its activations not at all; off the device
+# each pass reads them, and writes them back. `other`: finished weights, and inputs of the next layer, for the disk.
+ROOM = 10**9
+TUNED = {"preset": "mask", "tune_passes": 1, "guard": 0}
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
+    "paper": (
+        {"preset": "paper", "room": ROOM},
+        {
+            "embed": Budget(EMBEDDING + TOKEN_IDS + 384, SCALARS, 90),
+            "layer": Budget(LAYER, SCALARS, 1349),
+            "other": Budget(SCALARS, 2 * WEIGHTS + ARRAY + SCALARS, 46),
+        },
+    ),
+    "paper, activations off the device": (
+        {"preset": "paper"},
+        {
+            "embed": Budget(EMBEDDING + TOKEN_IDS + 384, SCALARS, 88),
+            "layer": Budget(LAYER + 7 * ARRAY, 5 * ARRAY + SCALARS, 1341),
+            "other": Budget(SCALARS, 2 * WEIGHTS + SCALARS, 46),
+        },
+    ),
+    "mask": (  # the allocation reads both layers once, since they stay, and the output head
+        {**TUNED, "room": ROOM},
+        {
+            "embed": Budget(EMBEDDING + TOKEN_IDS + 384, SCALARS, 91),
+            "allocate": Budget(2 * LAYER + EMBEDDING + 2 * ARRAY + 2 * TOKEN_IDS, 2 * ARRAY + 4 * SCALARS, 1730),
+            "layer": Budget(LAYER, SCALARS, 2473),
+            "other": Budget(SCALARS, 2 * WEIGHTS + 2 * ARRAY + SCALARS, 46),
+        },
+    ),
+    "mask, activations off the device": (
+        TUNED,
+        {
+            "embed": Budget(EMBEDDING + TOKEN_IDS + 384, ARRAY + SCALARS, 88),
+            "allocate": Budget(4 * LAYER + EMBEDDING + 7 * ARRAY + 2 * TOKEN_IDS, 4 * ARRAY + 4 * SCALARS, 1725),
+            "layer": Budget(LAYER + 55 * ARRAY // 2, 11 * ARRAY + SCALARS, 2451),
+            "other": Budget(SCALARS, 2 * WEIGHTS + SCALARS, 46),
+        },
+    ),
+}
+
+
+def counts(*settings: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
+    """Counts of each run, by stage, from a process for all of them."""
+    command = [sys.executable, "-m", "tests.device_budgets", *map(json.dumps, settings)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert not process.returncode, process.stderr[-3000:]
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def test_a_budget_is_a_limit() -> None:
+    budget = Budget(to_device=10, to_host=5, launches=3)
+    assert budget.allows({"to_device": 10, "to_host": 5, "launches": 3})
+    for kind in vars(budget):
+        assert not budget.allows({"to_device": 0, "to_host": 0, "launches": 0, kind: 11})
+
+
+def test_no_stage_takes_more_than_its_budget(llama: Path, tokens: Path) -> None:
+    common = {"model": str(llama), "calibration": str(tokens), "dtype": "float32", "batch_size": 2}
+    for (name, (_, budgets)), stages in zip(
+        RUNS.items(), counts(*({**common, **settings} for settings, _ in RUNS.values())), strict=True
+    ):
+        assert stages.keys() == budgets.keys(), name
+        for stage, counted in stages.items():
+            assert budgets[stage].allows(counted), f"{name}, {stage}: {counted}, budget {budgets[stage]}"
