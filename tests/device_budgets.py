@@ -4,7 +4,7 @@
 
 Each SETTINGS is JSON of `PruneConfig`; the program prints a line of JSON for each: for each stage the bytes `to_device`
 and `to_host`, and the `launches`. Stages are those of a run's record, `layer` for the decoder layer that has the
-fewest, and `other`. With `room` in it, so many bytes of activations stay on the device.
+most, and `other`. With `room` in it, so many bytes of activations stay on the device.
 
 A launch is an operation on tensors of the device, as PyTorch dispatches it below autograd, that is neither a view nor
 an allocation: on CUDA it is one kernel or a few. Tensors that are created on the device are not counted.
@@ -63,8 +63,9 @@ class Counts:
             self.stage = before
 
     def result(self) -> dict[str, dict[str, int]]:
-        """Counts of each stage; `layer`: of the layer with the fewest launches."""
-        stages = {**self.by_stage, "layer": min(self.layers, key=lambda counts: counts["launches"])}
+        """Counts of each stage; `layer`: of each kind the most that a layer has."""
+        most = Counter({kind: max(counts[kind] for counts in self.layers) for kind in KINDS})
+        stages = {**self.by_stage, "layer": most}
         return {stage: {kind: counts[kind] for kind in KINDS} for stage, counts in stages.items()}
 
 
@@ -103,9 +104,9 @@ def counted(counts: Counts) -> Iterator[None]:
     def note_cpu(mode: Any, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         if arguments and isinstance(arguments[0], OnDevice) and function in (torch.Tensor.cpu, torch.Tensor.tolist):
             counts.add("to_host", size(arguments[0]))
-        return whole(mode, function, types, arguments, named)
+        return original(mode, function, types, arguments, named)
 
-    whole = pretend_gpu.PretendGpu.__torch_function__
+    original = pretend_gpu.PretendGpu.__torch_function__
     with ExitStack() as stack:
         stack.enter_context(patch.object(OnDevice, "__torch_dispatch__", classmethod(note_dispatch)))
         stack.enter_context(patch.object(pretend_gpu, "_to", note_to))

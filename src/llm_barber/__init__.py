@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llm_barber.runtime.registry import PackedConfig, register
     from llm_barber.runtime.trainer_callback import HoldZeros
     from llm_barber.settings.compare import CompareConfig
-    from llm_barber.settings.copies import ConvertConfig, PackConfig
+    from llm_barber.settings.copies import ConvertConfig, PackConfig, UnpackConfig
     from llm_barber.settings.evaluate import EvaluateConfig
     from llm_barber.settings.generate import GenerateConfig
     from llm_barber.settings.inspect import InspectConfig
@@ -58,6 +58,7 @@ __all__ = [
     "RebuildConfig",
     "ReportConfig",
     "RunReport",
+    "UnpackConfig",
     "compare",
     "convert",
     "evaluate",
@@ -101,6 +102,7 @@ _MODULES = {
     "RebuildConfig": "settings.prune",
     "ReportConfig": "settings.report",
     "RunReport": "record.report",
+    "UnpackConfig": "settings.copies",
     "compare": "comparison.compare",
     "convert": "tools.convert",
     "evaluate": "evaluation.evaluate",

@@ -126,6 +126,8 @@ def test_missing_argument_and_missing_model(capsys: pytest.CaptureFixture[str]) 
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(command, "--help") == 0
     output = capsys.readouterr().out
+    assert call(command, "-h") == 0
+    assert capsys.readouterr().out == output
     assert "Examples:" in output
     assert output.partition("Examples:")[2].count("llm-barber ") >= 2
     if command in ("prune", "rebuild", "plan"):

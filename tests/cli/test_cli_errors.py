@@ -134,7 +134,7 @@ def test_a_list_with_a_wrong_item_or_without_items_is_one_problem(
 
 
 def test_an_empty_list_from_python() -> None:
-    with pytest.raises(SettingsError, match=r"(?m)methods: is empty: name at least one$"):
+    with pytest.raises(SettingsError, match=r"(?m)^methods: is empty: name at least one$"):
         CONFIGS["compare"](model="m", output="o", methods=())
 
 

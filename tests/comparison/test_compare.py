@@ -16,7 +16,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Silent
 from llm_barber.settings.compare import Method
 from llm_barber.usage import machine
-from tests.conftest import Listener, make_model
+from tests.conftest import Listener, make_model, save_tokens
 from tests.helpers.tasks import QUESTIONS
 from tests.helpers.text import add_tokenizer
 
@@ -75,6 +75,25 @@ def numbers(comparison: Comparison) -> list[Any]:
         (cell.method, cell.rebuilt, cell.target, cell.seed, cell.result and cell.result.evaluation)
         for cell in comparison.cells
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"seqlen": 65}, "give seqlen 64, or less"),
+        ({"text_seqlen": 65}, "give text_seqlen 64, or less"),
+        ({"calibration": "long.safetensors", "seeds": (0,)}, "make a file with windows of 64 tokens or less"),
+    ],
+)
+def test_windows_beyond_the_positions_are_refused_at_once(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tokens(tmp_path / "long.safetensors", tokens=65)
+    with pytest.raises(CalibrationError, match="beyond the model's 64 positions") as caught:
+        compare(CompareConfig(**{**settings, **changes}))
+    assert caught.value.hint == hint
+    assert not (tmp_path / "out").exists()
 
 
 def test_cells_are_what_prune_and_evaluate_give(settings: dict[str, Any], tmp_path: Path, counter: Counter) -> None:

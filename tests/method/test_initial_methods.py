@@ -31,6 +31,8 @@ def test_facts_agree_with_the_function(method: Initial) -> None:
         assert keep.dtype == torch.bool
         assert int(keep.sum()) == keep.numel() // 2
         assert method.has_updates == (updated is not None)
+        rows, _ = how.prune(PrunableLinear("a linear", weight, target, Granularity.OUTPUT), prepared)
+        assert torch.equal(rows, keep) is (method.fixes_groups or isinstance(target, NofM))
 
 
 @pytest.mark.parametrize("method", [Initial.SPARSEGPT, Initial.ALPS])

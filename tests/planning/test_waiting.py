@@ -21,18 +21,18 @@ def played(layers: int, reading: float, of_a_layer: float, writing: float) -> fl
     when all are.
     """
     time = durable = 0.0
-    free = there = reading  # when the disk is idle, and the next layer read
+    idle = read = reading  # when the disk is idle, and the next layer there
     for index in range(layers):
-        time = max(time, there)
+        time = max(time, read)
         if index + 1 < layers:
-            free = there = max(free, time) + reading
+            idle = read = max(idle, time) + reading
         time = max(time + of_a_layer, durable)
-        free = durable = max(free, time) + writing
+        idle = durable = max(idle, time) + writing
     return durable - layers * of_a_layer
 
 
-@pytest.mark.parametrize("read", [1e5, 1e6, 1e9])
-@pytest.mark.parametrize("written", [1e4, 1e6, 2e6, 3e6, 1e8])
+@pytest.mark.parametrize("read", [1e2, 1e3, 1e5, 1e9])
+@pytest.mark.parametrize("written", [1e2, 1e3, 1e6, 1e8])
 def test_a_gpu_waits_for_a_slow_disk_the_first_layer_and_the_last_shard(written: float, read: float) -> None:
     costs = run_costs(DEEP, GPU)
     rates = replace(RATES, written=written, read=read, moved=1e6)
@@ -40,7 +40,7 @@ def test_a_gpu_waits_for_a_slow_disk_the_first_layer_and_the_last_shard(written:
     reading, writing = costs.read.read / 32 / read, 117 * 2 / written
     waited = waiting_seconds(costs, DEEP, rates, GPU)
     expected = played(32, reading, layer, writing)
-    assert waited["read"]["disk"] + waited["write"]["disk"] == pytest.approx(expected, abs=max(reading, writing, layer))
+    assert waited["read"]["disk"] + waited["write"]["disk"] == pytest.approx(expected, rel=0.03)
     assert waited["write"]["link"] == 32 * 117 * 2 / rates.copied  # off the device before
     assert waited["keep"]["disk"] == 0
 
@@ -53,12 +53,14 @@ def test_an_allocation_waits_for_its_first_layer_and_a_slow_disk() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"on_cpu": True}, {"repeatable": False}], ids=["CPU", "not repeatable"])
-def test_all_seconds_count_where_the_run_waits_for_everything(changes: dict[str, bool]) -> None:
+def test_all_seconds_of_writing_count_where_the_run_waits_for_it(changes: dict[str, bool]) -> None:
     recipe = replace(GPU, **changes)
     costs = run_costs(DEEP, recipe)
     waited = waiting_seconds(costs, DEEP, RATES, recipe)
     assert waited["write"]["disk"] == pytest.approx(32 * 117 * 2 / RATES.written)
     assert waited["keep"]["disk"] == pytest.approx(31 * 60 * 4 * 2 / RATES.kept)
+    reading = costs.read.read / RATES.read
+    assert waited["read"]["disk"] == pytest.approx(reading if recipe.on_cpu else reading / 32)
 
 
 @pytest.mark.parametrize(("of_a_file", "layers_between"), [(0.01, 1), (0.4, 4), (0.7, 7), (0.9, 8), (7, 8), (20, 20)])

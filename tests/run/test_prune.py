@@ -207,6 +207,14 @@ def test_a_missed_sparsity_is_said(tmp_path: Path, llama: Path, tokens: Path) ->
     assert "sparsity is 0.97" in missed
 
 
+def test_a_model_that_was_pruned_before_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    settings = {"calibration": tokens, "initial": "magnitude", "rebuild": False, "report": False}
+    for model, output, warned in ((llama, tmp_path / "once", False), (tmp_path / "once", tmp_path / "twice", True)):
+        told = Listener()
+        prune(PruneConfig(model=model, output=output, **settings), told)
+        assert any("was pruned before" in warning for warning in told.warnings) is warned
+
+
 def test_default_granularity_and_ratio_are_the_released_ones(tmp_path: Path, llama: Path, tokens: Path) -> None:
     defaults = {}
     for initial in ("magnitude", "wanda", "sparsegpt"):

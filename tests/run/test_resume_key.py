@@ -65,6 +65,14 @@ def test_what_the_preset_says_may_be_given(
     assert pruned_layers == [2]
 
 
+def test_a_method_that_is_given_means_another_preset(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
+    with pytest.raises(OutputError, match=r"another initial \(then the default, now wanda\)\n"):
+        run(model, tmp_path / "out", tokens, resume=True, initial="wanda")
+
+
 def test_the_same_tokens_in_other_windows_are_refused(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,10 +130,10 @@ def test_the_hint_says_what_a_wrong_setting_takes() -> None:
 
 
 def test_a_call_without_settings_says_how_to_make_them() -> None:
-    with pytest.raises(SettingsError, match="prune takes a PruneConfig, not str") as caught:
+    with pytest.raises(SettingsError, match="prune takes settings of type PruneConfig, not str") as caught:
         llm_barber.prune("model")  # type: ignore[arg-type]
     assert caught.value.hint == "call prune(PruneConfig(model=…, output=…))"
-    with pytest.raises(SettingsError, match="rebuild takes a RebuildConfig, not PruneConfig"):
+    with pytest.raises(SettingsError, match="rebuild takes settings of type RebuildConfig, not PruneConfig"):
         llm_barber.rebuild(PruneConfig(**PRUNE))  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_barber import PruneConfig, prune
+from llm_barber import BarberError, PruneConfig, prune
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.cli import _main
 from llm_barber.errors import ModelError, OutputError
@@ -51,10 +51,22 @@ def test_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "magnitude").mkdir()
     (tmp_path / "magnitude" / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match="exists and has no DEMO.txt"):
-        demo(DemoConfig(output=tmp_path, model="anything"))
-    with pytest.raises(OutputError, match="exists and has no DEMO.txt"):
-        demo(DemoConfig(output=tmp_path / "magnitude" / "config.json", model="anything"))
+    model = str(make_model(tmp_path / "model", "llama"))
+    for output in (tmp_path, tmp_path / "magnitude" / "config.json"):
+        with pytest.raises(OutputError, match="exists and has no DEMO.txt"):
+            demo(DemoConfig(output=output, model=model, seqlen=64))
+
+
+def test_a_model_that_cannot_be_demonstrated_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    for model, refused in (
+        (tmp_path / "empty", "has no config.json"),
+        (make_model(tmp_path / "model", "llama"), "beyond the model's 64 positions"),
+    ):
+        with pytest.raises(BarberError, match=refused):
+            demo(DemoConfig(output=output, model=str(model)))
+        assert not output.exists()
 
 
 @pytest.fixture

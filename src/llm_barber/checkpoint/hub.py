@@ -80,7 +80,7 @@ def hub_file(model: str, file: str, revision: str | None = None) -> Path:
 
     Raises:
         ModelError: the name is not a hub id.
-        HubError: the hub cannot be reached or does not have the model.
+        HubError: the hub cannot be reached, or does not have the model or the file.
     """
     name, _, pinned = model.partition("@")
     with _explained(name, pinned or revision):
@@ -88,7 +88,10 @@ def hub_file(model: str, file: str, revision: str | None = None) -> Path:
 
         path = Path(snapshot_download(name, revision=pinned or revision, allow_patterns=[file])) / file
     if not path.is_file():
-        raise HubError(f"{name} has no {file} on the hub", "check the name and --revision")
+        raise HubError(
+            f"{name} has no {file} on the hub, or the hub cannot be reached and its cache here lacks the file",
+            "check the name, --revision and the connection (HF_HUB_OFFLINE, proxies)",
+        )
     return path
 
 

@@ -31,11 +31,11 @@ class Schedule:
 
         The file before must be complete.
         """
-        seconds = self._clock()
-        is_cheap = self._seconds is None or self._seconds <= SHARE * (seconds - self._began)
+        clock_time = self._clock()
+        is_cheap = self._seconds is None or self._seconds <= SHARE * (clock_time - self._began)
         is_due = is_cheap or layers - self._layers >= MOST_LAYERS
         if is_due:
-            self._began, self._layers = seconds, layers
+            self._began, self._layers = clock_time, layers
         return is_due
 
     def end(self) -> None:

@@ -100,7 +100,11 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
     if "settings" in differing:
         settings, before = expected["settings"], _mapping(state.key.get("settings"))
         names = _differing(given, given_before)
-        differences.extend(_both_values(name, before.get(name), settings.get(name)) for name in names)
+        for name in names:
+            values = before.get(name), settings.get(name)
+            if values[0] == values[1]:  # the same by default and as given, but other settings depend on what is given
+                values = given_before.get(name), given.get(name)
+            differences.append(_both_values(name, *values))
         if not names:
             differences.extend(_differing(settings, before))
     if differences:
@@ -111,9 +115,11 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
 
 
 def _both_values(setting: str, before: Any, given: Any) -> Message:
-    """A setting with its value in the unfinished run and its value now; None: the default."""
-    then, now = ("the default" if value is None else value for value in (before, given))
-    return message("{setting} (then {then}, now {now})", setting=SettingName(setting), then=then, now=now)
+    """A setting with its value in the unfinished run and its value in this one; None or empty: the default."""
+    words = ["the default" if value in (None, [], {}) else value for value in (before, given)]
+    return message(
+        "{setting} (then {before}, now {given})", setting=SettingName(setting), before=words[0], given=words[1]
+    )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -98,7 +98,9 @@ def _check_settings(config: CompareConfig, source: CheckpointSource) -> None:
     for name in texts:
         check_text(name)
     model_config = load_config(source).get_text_config()
-    if not config.calibration.endswith(TOKEN_FILE_SUFFIX):  # such a file has its own length
+    if config.calibration.endswith(TOKEN_FILE_SUFFIX):
+        check_positions(model_config, token_shape(config.calibration)[1], None)
+    else:
         check_positions(model_config, config.seqlen)
     if texts:
         check_positions(model_config, config.text_seqlen, "text_seqlen")

@@ -144,10 +144,10 @@ class MethodMasks:
         output: str | None,
     ) -> dict[str, PrunedLinear]:
         """Masks of all linears, those of experts with few tokens among them."""
-        how = MASK_METHODS[self.method]
+        method = MASK_METHODS[self.method]
         statistics: Mapping[str, Any] = {}
-        if how.statistic is not None:
-            statistics = collect_inputs(layer, streams, how.statistic, output)
+        if method.statistic is not None:
+            statistics = collect_inputs(layer, streams, method.statistic, output)
         in_mlp = {name for block in self.job.blocks(index) if block.name == MLP for name in block.linears}
         pruned = {}
         latest: Any = None
@@ -155,9 +155,10 @@ class MethodMasks:
         for name, weight in dense.items():
             message_name = f"layer {index} {name}"
             if (statistic := statistics.get(name)) is not latest:
-                latest, prepared = statistic, how.prepare(statistic, message_name)
+                prepared = None  # frees the matrices of the linears before
+                latest, prepared = statistic, method.prepare(statistic, message_name)
             linear = PrunableLinear(message_name, weight, targets[name], self.granularity, name in in_mlp)
-            keep, updated = how.prune(linear, prepared)
+            keep, updated = method.prune(linear, prepared)
             values = updated = weight if updated is None else updated.to(weight.dtype)
             if self.method.has_updates:
                 values = torch.where(keep, updated, weight) if self.keep_updates else weight

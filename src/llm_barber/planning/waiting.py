@@ -28,20 +28,22 @@ def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Reci
     A CPU that computes cannot hash, or copy to the system's pages, at the same time: all seconds count. On a GPU the
     next layer is read, and the last one written, while a layer is computed. The run waits for the first layer, for the
     last shard, for copies off the device, and where the disk takes longer for a layer and a shard than the GPU for a
-    layer. Activations are written seldom enough that nothing waits for them.
+    layer. Activations are written seldom enough that nothing waits for them. Where a run cannot be repeated from
+    earlier activations, each layer waits for its files to be written.
     """
-    seconds = _seconds(costs, rates)
-    if recipe.on_cpu or not recipe.repeatable:
+    seconds, layers = _seconds(costs, rates), len(model.layers)
+    if recipe.on_cpu:
         return seconds
-    layers = len(model.layers)
-    read, written = seconds["read"]["disk"], seconds["write"]["disk"]
-    waited = _waited(read + written, _computing(seconds), layers)
-    for name, disk in (("read", read), ("write", written)):
-        seconds[name]["disk"] = waited * disk / (read + written) if disk else 0.0
+    behind = ("read", "write") if recipe.repeatable else ("read",)
+    disk = sum(seconds[name]["disk"] for name in behind)
+    waited = _waited(disk, _computing(seconds), layers)
+    for name in behind:
+        seconds[name]["disk"] *= waited / disk if disk else 0.0
+    if recipe.repeatable:
+        seconds["keep"]["disk"] = 0.0
     allocating = seconds["allocate"]
     disk = allocating.pop("disk")
-    seconds["allocate"] = {**allocating, "disk": _waited(disk, sum(allocating.values()), layers)}
-    seconds["keep"]["disk"] = 0.0
+    allocating["disk"] = _waited(disk, sum(allocating.values()), layers)
     return seconds
 
 

@@ -108,7 +108,7 @@ def _fill_parameters(
         else:
             weight = _read(source, name, shape, split)
         if isinstance(weight, Tensor):
-            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype)))
+            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=empty.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
             linear = _packed_linear(weight, owner.bias, dtype)  # the bias follows; it may still be on `meta`

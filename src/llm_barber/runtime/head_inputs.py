@@ -15,10 +15,10 @@ def avoid_weight_copies(head: nn.Module | None) -> None:
     of 262,144 tokens. The rows alone are a few kilobytes.
     """
     if type(head) is nn.Linear:
-        head.register_forward_pre_hook(_with_rows_in_a_row)
+        head.register_forward_pre_hook(_with_contiguous_rows)
 
 
-def _with_rows_in_a_row(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _with_contiguous_rows(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     states = inputs[0] if inputs else None
     if not isinstance(states, Tensor) or states.stride() == _strides(states.shape):
         return None
@@ -26,7 +26,7 @@ def _with_rows_in_a_row(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Strides of a tensor whose elements lie in a row, those of dimensions of size 1 among them."""
+    """Strides of a contiguous tensor, those of dimensions of size 1 among them."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)

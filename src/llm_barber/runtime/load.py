@@ -34,6 +34,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a checkpoint folder as a transformers model, one tensor after the other.
 
+    Parameters take gradients as transformers has it; with packed or semi-structured linears none does.
+
     Args:
         model: folder (packed or not), hub id or GGUF file.
         keep_packed: True keeps the weights of linears packed in memory where that is smaller; "auto" those that are
@@ -75,6 +77,7 @@ def load(
     if keep_packed:
         mark(loaded, PackedQuantizer(PackedConfig(keep_packed)))
     if semi_structured:
+        loaded.requires_grad_(False)  # training would change the other weights alone
         loaded.semi_structured = convert(loaded)
     return loaded
 

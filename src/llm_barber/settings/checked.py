@@ -110,10 +110,11 @@ def takes(kind: type[Settings]) -> Callable[[Callable[P, T]], Callable[P, T]]:
         def checked(*args: P.args, **kwargs: P.kwargs) -> T:
             config = args[0] if args else kwargs.get("config")
             if not isinstance(config, kind):
+                given = "" if config is None else f", not {type(config).__name__}"
                 names = [name for name, field in kind.model_fields.items() if field.is_required()]
                 required = ", ".join(f"{name}=…" for name in sorted(names, key=lambda name: name == "output"))
                 raise SettingsError(
-                    f"{function.__name__} takes a {kind.__name__}, not {type(config).__name__}",
+                    f"{function.__name__} takes settings of type {kind.__name__}{given}",
                     f"call {function.__name__}({kind.__name__}({required}))",
                 )
             return function(*args, **kwargs)

@@ -35,7 +35,7 @@ class Initial(StrEnum):
 
     @property
     def fixes_groups(self) -> bool:
-        """True of methods that choose the weights that they compare, so that `initial_granularity` is not free."""
+        """True of methods with comparison groups of their own; `initial_granularity` is refused then."""
         return METHODS[self].fixes_groups
 
 

@@ -134,7 +134,10 @@ class PruneConfig(RunSettings):
         if self.initial_granularity is not None and self.pattern is not None:
             yield message("{initial_granularity} is not for patterns: N:M compares within its groups of M")
         if self.initial_granularity is not None and self.method.fixes_groups:
-            yield message("{initial_granularity} is not for {method}, which has groups of its own", method=self.method)
+            yield message(
+                "{initial_granularity} is not for {method}, which chooses the weights that it compares",
+                method=self.method,
+            )
 
     @property
     def method(self) -> Initial:

@@ -96,10 +96,10 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
     """
     progress = progress or Silent()
     source = config.model or str(demo_model())
-    if config.model is not None:
-        check_positions(load_config(CheckpointSource(config.model)).get_text_config(), config.seqlen)
     named = methods or (FULL_METHODS if config.full else METHODS)
     count = _models_at_a_time(config)  # refuses a device that is not there, before a folder is made
+    if config.model is not None:
+        check_positions(load_config(CheckpointSource(config.model)).get_text_config(), config.seqlen)
     claim_folder(config.output, MARKER, "made by `llm-barber demo`, which replaces the models in here")
     with worker_processes(count, make_row.__module__) if count > 1 else nullcontext() as pool:
         if config.model is None:

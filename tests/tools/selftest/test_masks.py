@@ -56,5 +56,5 @@ def test_a_cpu_is_compared_with_no_other_device(bench: Bench) -> None:
 def test_one_gpu_is_no_second(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(NotRunError, match=r"(?m)PyTorch sees 1 GPU$"):
+    with pytest.raises(NotRunError, match=r"(?m)^PyTorch sees 1 GPU$"):
         list(check_second_gpu(bench))
