@@ -23,6 +23,7 @@ from llm_barber.model.empty import empty_model, untie_head
 from llm_barber.model.experts import Experts, is_fused
 from llm_barber.progress import Progress
 from llm_barber.runtime.choice import Choice, KeepPacked
+from llm_barber.runtime.huge_pages import HugePages
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
@@ -95,6 +96,9 @@ def _fill_parameters(
     choice = Choice(filling.keep_packed, _packable_names(model), device, dtype=filling.dtype)
     in_float32 = _float32_names(model, filling.dtype)
     names = [name for name, _ in model.named_parameters()]  # a tied parameter has its first name here
+    pages = HugePages()
+    if filling.keep_packed in (True, False) and not any(isinstance(module, Experts) for module in split.modules()):
+        source.copied = pages.moved  # what is read is kept as it is
     filling.progress.start(f"loading {source.model}", len(names))
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -108,14 +112,16 @@ def _fill_parameters(
         else:
             weight = _read(source, name, shape, split)
         if isinstance(weight, Tensor):
-            setattr(owner, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=empty.requires_grad))
+            value = pages.moved(weight.to(device, dtype))
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=empty.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
             linear = _packed_linear(weight, owner.bias, dtype)  # the bias follows; it may still be on `meta`
             for buffer_name, buffer in linear.named_buffers(recurse=False):
-                setattr(linear, buffer_name, buffer.to(device))
+                setattr(linear, buffer_name, pages.moved(buffer.to(device)))
             setattr(model.get_submodule(parent), last, linear)
         filling.progress.advance(name)
+    source.copied = Tensor.clone
     choice.report()
     return choice.decisions
 

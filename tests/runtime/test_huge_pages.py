@@ -1,0 +1,62 @@
+"""Tensors in huge pages are ordinary tensors: each has its values and a storage of its own."""
+
+import copy
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_barber.runtime import huge_pages
+from llm_barber.runtime.huge_pages import ALIGNMENT, CHUNK, HugePages
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+needs_huge_pages = pytest.mark.skipif(
+    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="the system has no huge pages"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.bool])
+def test_values_stay_when_the_memory_s_owner_goes(dtype: torch.dtype) -> None:
+    pages = HugePages()
+    tensors = [torch.randint(0, 2, shape).to(dtype) for shape in ((3, 5), (1,), (7, 64), ())]
+    tensors.append(torch.randint(0, 2, (6, 4)).to(dtype).t())
+    moved = [pages.moved(tensor) for tensor in tensors]
+    del pages
+    gc.collect()
+    for tensor, value in zip(tensors, moved, strict=True):
+        assert torch.equal(tensor, value)
+        assert (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
+        assert value.is_contiguous()
+        assert value.data_ptr() % ALIGNMENT == 0
+        assert value.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size() + ALIGNMENT
+    before = moved[0].clone()
+    copy.deepcopy(moved[0]).zero_()
+    assert torch.equal(moved[0], before)
+
+
+def test_tensors_do_not_overlap_in_any_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "CHUNK", 2**21)
+    pages = HugePages()
+    values = [pages.moved(torch.full((400_000,), number, dtype=torch.float32)) for number in range(8)]
+    values.append(pages.moved(torch.full((3_000_000,), 8, dtype=torch.float32)))  # longer than a chunk
+    assert all((value == number).all() for number, value in enumerate(values))
+
+
+def test_other_devices_and_empty_tensors_are_left_alone() -> None:
+    pages = HugePages()
+    for tensor in (torch.empty(3, device="meta"), torch.empty(0, 4)):
+        assert pages.moved(tensor) is tensor
+
+
+@needs_huge_pages
+def test_the_system_gives_huge_pages() -> None:
+    value = HugePages().moved(torch.ones(CHUNK, dtype=torch.uint8))
+    areas = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    for area in areas:
+        start, end = (int(address, 16) for address in area.split(" ", 1)[0].split("-"))
+        if start <= value.data_ptr() < end:
+            match = re.search(r"AnonHugePages:\s+(\d+) kB", area)
+            assert match is not None
+            assert int(match[1]) > 0
