@@ -44,10 +44,21 @@ def test_tensors_do_not_overlap_in_any_chunk(monkeypatch: pytest.MonkeyPatch) ->
     assert all((value == number).all() for number, value in enumerate(values))
 
 
-def test_other_devices_and_empty_tensors_are_left_alone() -> None:
+def test_what_is_on_another_device_or_there_already_is_left_alone() -> None:
     pages = HugePages()
-    for tensor in (torch.empty(3, device="meta"), torch.empty(0, 4)):
+    values = pages.moved(torch.ones(3))
+    for tensor in (torch.empty(3, device="meta"), values, values[1:]):
         assert pages.moved(tensor) is tensor
+    assert pages.moved(torch.empty(0, 4)).shape == (0, 4)
+
+
+def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "AVAILABLE", False)
+    tensor = torch.arange(12.0).view(3, 4).t()
+    copied = HugePages().moved(tensor)
+    assert copied.is_contiguous()
+    assert copied.data_ptr() != tensor.data_ptr()
+    assert torch.equal(copied, tensor)
 
 
 @needs_huge_pages
