@@ -55,7 +55,8 @@ def test_what_is_on_another_device_or_there_already_is_left_alone() -> None:
 def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "AVAILABLE", False)
     tensor = torch.arange(12.0).view(3, 4).t()
-    copied = HugePages().moved(tensor)
+    assert HugePages().moved(tensor) is tensor
+    copied = HugePages().copied(tensor)
     assert copied.is_contiguous()
     assert copied.data_ptr() != tensor.data_ptr()
     assert torch.equal(copied, tensor)

@@ -98,7 +98,7 @@ def _fill_parameters(
     names = [name for name, _ in model.named_parameters()]  # a tied parameter has its first name here
     pages = HugePages()
     if filling.keep_packed in (True, False) and not any(isinstance(module, Experts) for module in split.modules()):
-        source.copied = pages.moved  # what is read is kept as it is
+        source.copied = pages.copied  # what is read is kept as it is
     filling.progress.start(f"loading {source.model}", len(names))
     for name in names:
         path, _, leaf = name.rpartition(".")

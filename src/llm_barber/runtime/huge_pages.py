@@ -24,14 +24,19 @@ class HugePages:
         self._chunks: list[tuple[int, int]] = []  # first and last addresses of all
 
     def moved(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor to this memory, contiguous and with a storage of its own, unless it is there already.
+        """A tensor in this memory: a copy, unless it is there already.
 
-        A tensor on another device than the CPU is returned as it is. Where the system has no huge pages, the copy is in
-        ordinary memory.
+        It stays where it is on another device than the CPU, and where the system has no huge pages.
+        """
+        is_here = any(start <= tensor.data_ptr() < end for start, end in self._chunks) if AVAILABLE else True
+        return tensor if tensor.device.type != "cpu" or is_here else self.copied(tensor)
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor on the CPU to this memory, or to ordinary memory where the system has no huge pages.
+
+        The copy is contiguous and has a storage of its own.
         """
         size = tensor.numel() * tensor.element_size()
-        if tensor.device.type != "cpu" or self._has(tensor):
-            return tensor
         if not AVAILABLE or not size:
             return tensor.clone(memory_format=torch.contiguous_format)
         if self._next + size > self._end:
@@ -42,9 +47,6 @@ class HugePages:
         ).view(tensor.shape)
         self._next += -(-size // ALIGNMENT) * ALIGNMENT
         return values.copy_(tensor)
-
-    def _has(self, tensor: Tensor) -> bool:
-        return any(start <= tensor.data_ptr() < end for start, end in self._chunks)
 
     def _take_chunk(self, size: int) -> None:
         length = max(CHUNK, -(-size // PAGE) * PAGE) + PAGE
