@@ -117,8 +117,9 @@ def test_public_names() -> None:
         "BarberError", "CompareConfig", "Comparison", "ConvertConfig", "ConvertReport", "EvaluateConfig",
         "Evaluation", "Forecast", "GenerateConfig", "Generation", "HeldZeros", "HoldZeros", "InspectConfig",
         "Inspection", "PackConfig", "PackReport", "PackedConfig", "PlanConfig", "PruneConfig", "RebuildConfig",
-        "ReportConfig", "RunReport", "compare", "convert", "evaluate", "generate", "hold_zeros", "inspect", "load",
-        "merge_adapter", "pack", "plan", "prune", "rebuild", "register", "report", "save_finetuned", "unpack",
+        "ReportConfig", "RunReport", "UnpackConfig", "compare", "convert", "evaluate", "generate", "hold_zeros",
+        "inspect", "load", "merge_adapter", "pack", "plan", "prune", "rebuild", "register", "report", "save_finetuned",
+        "unpack",
     }  # fmt: skip
 
 

@@ -130,7 +130,9 @@ def test_a_list_with_a_wrong_item_or_without_items_is_one_problem(
 ) -> None:
     paths = [tmp_path / f"no-{argument}" for argument in ARGUMENTS[command]]
     assert call(command, *paths, *options.split()) == 2
-    assert capsys.readouterr().err == f"error: {message}\nhint: see --help for what each setting takes\n"
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: {message}"
+    assert hint.startswith(f"hint: {message.partition(': ')[0]}: ")  # what the option takes
 
 
 def test_an_empty_list_from_python() -> None:
@@ -141,7 +143,7 @@ def test_an_empty_list_from_python() -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("prune", "OUT is MODEL itself"), ("convert", "OUT is MODEL itself"), ("pack", "PACKED is OUT itself"),
+        ("prune", "OUT is MODEL itself"), ("convert", "OUT is MODEL itself"), ("pack", "PACKED is PRUNED itself"),
         ("unpack", "OUT is PACKED itself"),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ ARGUMENTS = {
     "rebuild": {"dense": "DENSE", "pruned": "PRUNED", "output": "OUT"},
     "plan": {"model": "MODEL_OR_CONFIG"},
     "inspect": {"model": "MODEL"},
-    "pack": {"model": "OUT", "output": "PACKED"},
+    "pack": {"model": "PRUNED", "output": "PACKED"},
     "unpack": {"model": "PACKED", "output": "OUT"},
     "convert": {"model": "MODEL", "output": "OUT"},
     "evaluate": {"model": "MODEL"},
