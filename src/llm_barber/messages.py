@@ -3,6 +3,7 @@
 Python users read `rebuild_ratio`, the command line shows `--rebuild-ratio`.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from string import Formatter
@@ -78,6 +79,19 @@ def message(template: str, **values: object) -> Message:
             parts.append(value)
         else:
             parts.append(format(formatter.convert_field(value, conversion), spec or ""))  # type: ignore[arg-type]
+    return Message(*parts)
+
+
+def marked(text: str) -> Message:
+    """Make names in backticks settings.
+
+    Example: "Seed of what `temperature` draws" has the parts `"Seed of what "`, `SettingName("temperature")`,
+    `" draws"`; `refine swaps` in backticks is `SettingName("refine", "swaps")`.
+    """
+    parts: list[str | SettingName] = []
+    for number, part in enumerate(re.split(r"`([^`]+)`", text)):
+        name, _, value = part.partition(" ")
+        parts.append(SettingName(name, value or None) if number % 2 else part)
     return Message(*parts)
 
 

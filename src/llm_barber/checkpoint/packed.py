@@ -5,7 +5,7 @@ A packed weight is two tensors, its kept values and their places (`encoding.py`)
 memory is taken.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -89,17 +89,13 @@ def read_tensor(name: str, table: Table, handle: Any, file: str) -> Tensor:
     return tensor.view(table.packed[name].shape)
 
 
-def read_packed(
-    name: str, table: Table, handle: Any, file: str, copied: Callable[[Tensor], Tensor]
-) -> Packed | Rounded:
+def read_packed(name: str, table: Table, handle: Any, file: str) -> Packed | Rounded:
     """Read a packed weight of an opened shard, with a bit mask for its places whatever its encoding.
-
-    `copied`: copies each part out of the file.
 
     Raises:
         ModelError: parts do not fit together, or a checksum does not fit.
     """
-    parts = _read_parts(name, table, handle, file, copied)
+    parts = _read_parts(name, table, handle, file)
     packed = parts if isinstance(parts, Packed) else parts.packed
     try:
         bits = torch.from_numpy(bitmask(packed))
@@ -111,26 +107,22 @@ def read_packed(
     return packed if isinstance(parts, Packed) else replace(parts, packed=packed)
 
 
-def _read_parts(
-    name: str, table: Table, handle: Any, file: str, copied: Callable[[Tensor], Tensor] = Tensor.clone
-) -> Packed | Rounded:
+def _read_parts(name: str, table: Table, handle: Any, file: str) -> Packed | Rounded:
     """Read the parts of a packed weight as they are stored.
 
     Raises:
         ModelError: a checksum does not fit.
     """
     entry = table.packed[name]
-    values, places, *scales = (_read_stored(name + suffix, table, handle, file, copied) for suffix in entry.suffixes)
+    values, places, *scales = (_read_stored(name + suffix, table, handle, file) for suffix in entry.suffixes)
     packed = Packed(entry.matrix, entry.encoding, values, places)
     if isinstance(entry, RoundedEntry):
         return Rounded(packed, scales[0], entry.group, DTYPES[entry.dtype])
     return packed
 
 
-def _read_stored(
-    name: str, table: Table, handle: Any, file: str, copied: Callable[[Tensor], Tensor] = Tensor.clone
-) -> Tensor:
+def _read_stored(name: str, table: Table, handle: Any, file: str) -> Tensor:
     """Read a stored tensor, a copy, so that no file stays mapped, and check it."""
-    tensor = copied(handle.get_tensor(name))
+    tensor: Tensor = handle.get_tensor(name).clone()
     table.check(name, tensor, file)
     return tensor

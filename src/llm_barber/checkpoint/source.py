@@ -4,7 +4,7 @@ Nothing is unpickled, and no code that comes with a model is run. What an index 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ class CheckpointSource:
         self.configuration = self._read_configuration()
         self.tensors, self.packed = read_headers(self.folder, self.model)
         check_counts(self.configuration, self.model, (info.shape for info in self.tensors.values()))
-        self.copied: Callable[[Tensor], Tensor] = Tensor.clone  # copies a tensor out of a file, to the user's memory
         self._last: LastShard | None = None
         files = {"config.json"} | self._shards
         # Modification times, ns: an unfinished run asks whether each file is still the one that it began with.
@@ -160,7 +159,7 @@ class CheckpointSource:
                         tensor = pinned_copy(tensor) if pinned else tensor
                     else:
                         mapped = handle.get_tensor(name)
-                        tensor = pinned_copy(mapped) if pinned else self.copied(mapped)
+                        tensor = pinned_copy(mapped) if pinned else mapped.clone()
                     self._refuse_not_finite(name, tensor)
                     tensors[name] = tensor
                     if self._last is not None:
@@ -191,7 +190,7 @@ class CheckpointSource:
         if table is None or entry is None or len(entry.shape) != 2 or location.part is not None:
             return None
         with self._shard(file) as handle:
-            packed = read_packed(location.tensor, table, handle, file, self.copied)
+            packed = read_packed(location.tensor, table, handle, file)
         if self._last is not None:
             self._last.bytes += packed.bytes
         if isinstance(packed, Packed):

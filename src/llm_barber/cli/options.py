@@ -5,8 +5,8 @@ panel of `--help` that shows the option, and its metavar where that of the type 
 """
 
 import inspect
-import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
@@ -16,6 +16,7 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
+from llm_barber.messages import SettingName, marked
 from llm_barber.settings.base import CommaSeparated
 from llm_barber.settings.checked import Settings
 
@@ -154,11 +155,10 @@ def _default(field: FieldInfo) -> Any:
 def _as_typed(description: str, typed: Mapping[str, str]) -> str:
     """Replace settings in backticks by options and arguments: `refine swaps` by --refine swaps."""
 
-    def replacement(match: re.Match[str]) -> str:
-        name, space, value = match[1].partition(" ")
-        return f"{typed.get(name, name)}{space}{value}"
+    def render(setting: SettingName) -> str:
+        return str(replace(setting, name=typed.get(setting.name, setting.name)))
 
-    return re.sub(r"`([^`]+)`", replacement, description)
+    return marked(description).rendered(render)
 
 
 def _with_choices_and_default(text: str, choices: str, default: Any) -> str:

@@ -99,3 +99,8 @@ def parse_pattern(text: str) -> NofM:
     if not (separator and kept.isdecimal() and of.isdecimal()):
         raise ValueError(f"pattern {text!r} is not N:M (for example 2:4, which keeps 2 of every 4)")
     return NofM(int(kept), int(of))
+
+
+def group_pattern(pattern: Pattern | None) -> NofM | None:
+    """N:M of a pattern; None: unstructured, or no pattern."""
+    return pattern if isinstance(pattern, NofM) else None

@@ -16,7 +16,7 @@ from llm_barber.masking.admm import ScaledGram, admm, scaled_gram
 from llm_barber.masking.dsnot import dsnot
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
-from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.masking.pattern import Pattern, group_pattern
 from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
 from llm_barber.settings.initial import Initial
@@ -35,11 +35,6 @@ class PrunableLinear:
     target: Pattern
     granularity: Granularity
     in_mlp: bool = False
-
-    @property
-    def group_pattern(self) -> NofM | None:
-        """N:M of the target; None: unstructured."""
-        return self.target if isinstance(self.target, NofM) else None
 
     def best(self, scores: Tensor) -> Tensor:
         """Keep mask, bool (out, in), that keeps the highest scores, (out, in), of each comparison group."""
@@ -81,7 +76,7 @@ def _by_dsnot(linear: PrunableLinear, moments: InputMoments) -> Pruned:
     mask = linear.best(scores)
     if linear.in_mlp:
         return mask, None
-    return dsnot(mask, linear.weight, scores, moments.mean, moments.variance, linear.group_pattern), None
+    return dsnot(mask, linear.weight, scores, moments.mean, moments.variance, group_pattern(linear.target)), None
 
 
 def _by_sparsegpt(linear: PrunableLinear, prepared: tuple[Tensor, Tensor]) -> Pruned:

@@ -14,7 +14,7 @@ from llm_barber.loading.job import Job
 from llm_barber.masking import saliency
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
-from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.masking.pattern import NofM, Pattern, group_pattern
 from llm_barber.masking.selection import apply_mask
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import prunes_layers
@@ -72,7 +72,7 @@ class MethodMasks:
         weights: Counter[NofM | None] = Counter()
         for index in range(self.job.layer_count):
             for name, target in self.targets_of(index).items():
-                weights[_group_pattern(target)] += math.prod(shapes[f"{self.job.linear_name(index, name)}.weight"])
+                weights[group_pattern(target)] += math.prod(shapes[f"{self.job.linear_name(index, name)}.weight"])
         return max(weights, key=weights.__getitem__, default=None)
 
     @cached_property
@@ -162,10 +162,5 @@ class MethodMasks:
             values = updated = weight if updated is None else updated.to(weight.dtype)
             if self.method.has_updates:
                 values = torch.where(keep, updated, weight) if self.keep_updates else weight
-            pruned[name] = PrunedLinear(keep, apply_mask(updated, keep), values, linear.group_pattern)
+            pruned[name] = PrunedLinear(keep, apply_mask(updated, keep), values, group_pattern(linear.target))
         return pruned
-
-
-def _group_pattern(target: Pattern) -> NofM | None:
-    """N:M that the rebuild keeps up; None: unstructured."""
-    return target if isinstance(target, NofM) else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.pattern import NofM
+from llm_barber.masking.pattern import NofM, group_pattern
 from llm_barber.method.allocation import loss_windows
 from llm_barber.method.refine_linear import swap_stages
 from llm_barber.model.array_memory import block_size
@@ -54,7 +54,7 @@ class Recipe:
         cls, config: PruneConfig, batch: int, dtype: torch.dtype, stored: torch.dtype, device: torch.device
     ) -> "Recipe":
         """Resolve the settings of a run of `prune`."""
-        pattern = config.target if isinstance(config.target, NofM) else None
+        pattern = group_pattern(config.target)
         granularity, _ = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, config.target)
         return cls(
             sequences=config.samples,

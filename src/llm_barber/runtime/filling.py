@@ -97,8 +97,6 @@ def _fill_parameters(
     in_float32 = _float32_names(model, filling.dtype)
     names = [name for name, _ in model.named_parameters()]  # a tied parameter has its first name here
     pages = HugePages()
-    if filling.keep_packed in (True, False) and not any(isinstance(module, Experts) for module in split.modules()):
-        source.copied = pages.copied  # what is read is kept as it is
     filling.progress.start(f"loading {source.model}", len(names))
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -121,7 +119,6 @@ def _fill_parameters(
                 setattr(linear, buffer_name, pages.moved(buffer.to(device)))
             setattr(model.get_submodule(parent), last, linear)
         filling.progress.advance(name)
-    source.copied = Tensor.clone
     choice.report()
     return choice.decisions
 

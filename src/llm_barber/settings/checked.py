@@ -1,6 +1,5 @@
 """Check settings, each by itself and then together; one error names every problem."""
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import wraps
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from llm_barber.errors import SettingsError
-from llm_barber.messages import Message, SettingName, joined, message
+from llm_barber.messages import Message, SettingName, joined, marked, message
 from llm_barber.settings.wording import wording
 
 P = ParamSpec("P")
@@ -78,7 +77,7 @@ class Settings(BaseModel):
 
     @classmethod
     def _hint(cls, wrong: Collection[str]) -> str:
-        """What the wrong settings take; a general hint where only a combination is wrong."""
+        """Describe the wrong settings, or give a general hint where only a combination is wrong."""
         descriptions = [described(name, cls.model_fields[name]) for name in wrong if name in cls.model_fields]
         return joined("; ", descriptions) if descriptions else "see --help for what each setting takes"
 
@@ -125,12 +124,8 @@ def takes(kind: type[Settings]) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def described(name: str, field: FieldInfo) -> Message:
-    """Name of a setting with its description; settings in the description's backticks are parts of the message."""
-    parts: list[str | SettingName] = [SettingName(name), ": "]
-    for number, text in enumerate(re.split(r"`([^`]+)`", field.description or "")):
-        setting, _, value = text.partition(" ")
-        parts.append(SettingName(setting, value or None) if number % 2 else text)
-    return Message(*parts)
+    """Name of a setting with its description."""
+    return Message(SettingName(name), ": ", marked(field.description or ""))
 
 
 def _without_consequences(details: list[Any]) -> list[Any]:

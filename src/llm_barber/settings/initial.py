@@ -41,7 +41,7 @@ class Initial(StrEnum):
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What settings, tables and plans know about a method; `method/initial_methods.py` has what it does.
+    """Facts of a method that settings and plans need; `method/initial_methods.py` has what it does.
 
     `granularity`, `ratio`: of the rebuild in the released experiments. The other fields: as `Initial`'s properties.
     """
