@@ -203,6 +203,7 @@ def test_debug_adds_a_traceback_and_changes_nothing_else(
     assert call(*arguments, "--debug") == code
     debugged = capsys.readouterr().err
     assert debugged.endswith(without)
+    assert debugged.count("hint: ") == 1
     assert debugged.startswith("Traceback ") is (options != ("--what",))  # typer reports unknown options itself
 
 

@@ -93,6 +93,7 @@ TARGET_AMX INLINE size_t unpack_row(const packed_t *w, size_t row, size_t next, 
     for (; c + STEP <= columns && next + STEP <= kept; c += STEP, bits += 4) {
         uint32_t mask;
         memcpy(&mask, bits, 4);
+        prefetch(values + next, bits);
         _mm512_store_si512(into + c, expand16(mask, _mm512_loadu_si512(values + next)));
         next += (size_t)_mm_popcnt_u32(mask);
     }

@@ -71,6 +71,7 @@ _Pragma("GCC unroll 4")
             for (int s = 0; s < sums; s++) {
                 uint32_t mask;
                 memcpy(&mask, bits + 4 * s, 4);
+                prefetch(values + next, bits);
                 __m512i weights = expand16(mask, _mm512_loadu_si512(values + next));
                 next += (size_t)_mm_popcnt_u32(mask);
 _Pragma("GCC unroll 16")
@@ -116,6 +117,7 @@ _Pragma("GCC unroll 16")
                                    left >= 32 ? 0xffff : left <= 16 ? 0 : (__mmask16)((1u << (left - 16)) - 1)};
             __m512 weights[2];
             if (bfloat16) {
+                prefetch((const uint16_t *)values + next, bits);
                 __m512i all = expand16(
                     mask, next_values16((const uint16_t *)values + next, left_of(kept, next)));
                 next += (size_t)_mm_popcnt_u32(mask);
@@ -125,6 +127,7 @@ _Pragma("GCC unroll 16")
             } else {
                 for (int half = 0; half < 2; half++) {
                     __mmask16 part = (__mmask16)(mask >> (16 * half));
+                    prefetch((const float *)values + next, bits);
                     weights[half] = expand32(
                         part, next_values32((const float *)values + next, left_of(kept, next)));
                     next += (size_t)_mm_popcnt_u32(part);

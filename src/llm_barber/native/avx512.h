@@ -11,13 +11,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "prefetch.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
 #define TARGET512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt,fma")))
 #define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt,fma")))
-#define INLINE __attribute__((always_inline)) static inline
-
 #define BLOCK_ROWS 16 /* rows of a block; `BLOCK_ROWS` of `avx512.py` */
 
 /* Functions of the OpenMP library that PyTorch has loaded: work runs on PyTorch's threads. Additional threads would wait

@@ -11,9 +11,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "prefetch.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,popcnt")))
+#define PREFETCHED 32 /* columns, whose values are at most two lines of the cache */
 
 static uint8_t compress16[256][16], expand16[256][16];
 static int32_t compress32[256][8], expand32[256][8], kept32[256][8];
@@ -132,8 +135,6 @@ AVX2 void packed_put32(const uint32_t *values, size_t kept, const uint8_t *bits,
     }
 }
 
-#define INLINE __attribute__((always_inline)) static inline
-
 INLINE void join(const uint8_t *mask, const uint8_t *table, size_t groups, uint8_t *places, const int together,
                  const int bits, const int width) {
     for (size_t g = 0; g < groups; g++, mask += together, places += width) {
@@ -181,6 +182,7 @@ AVX2 INLINE void product(
         __m256 sums[2][4];
         for (int t = 0; t < tokens; t++) sums[0][t] = sums[1][t] = _mm256_setzero_ps();
         for (size_t c = 0; c < columns; c += 16) {
+            if (c % PREFETCHED == 0) prefetch((const uint8_t *)values + next * (bfloat16 ? 2 : 4), bits);
             uint8_t byte = *bits++;
             __m256 eight = eight_floats(values, next, kept, byte, bfloat16);
             next += (size_t)__builtin_popcount(byte);

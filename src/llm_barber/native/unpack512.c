@@ -8,6 +8,7 @@ TARGET512 void packed_put16_512(const uint16_t *values, size_t kept, const uint8
     for (; i + 32 <= count && next + 32 <= kept; i += 32) {
         uint32_t mask;
         memcpy(&mask, bits + i / 8, 4);
+        prefetch(values + next, bits + i / 8);
         _mm512_storeu_si512(weights + i, expand16(mask, _mm512_loadu_si512(values + next)));
         next += (size_t)_mm_popcnt_u32(mask);
     }
@@ -25,6 +26,7 @@ TARGET512 void packed_put32_512(const uint32_t *values, size_t kept, const uint8
     for (; i + 16 <= count && next + 16 <= kept; i += 16) {
         uint16_t mask;
         memcpy(&mask, bits + i / 8, 2);
+        prefetch(values + next, bits + i / 8);
         _mm512_storeu_ps((float *)weights + i, expand32(mask, _mm512_loadu_ps((const float *)values + next)));
         next += (size_t)_mm_popcnt_u32(mask);
     }

@@ -14,6 +14,7 @@
 #define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,popcnt,fma")))
 #define STEP 64
 #define OFFSET 128 /* added to inputs */
+#define SCALES 16  /* groups whose scales are multiplied at once */
 
 /* 1: this processor has the instructions. */
 int packed_has_vnni(void) {
@@ -87,34 +88,59 @@ TARGET_VNNI static void round_inputs(const rounded_t *w, const void *inputs, siz
         }
 }
 
+/* Adds the products of columns `start` to `end` of a row to `sums`, one for each token, and 128 times its weights to
+ * `offsets`; returns the number of the next value. `whole`: there are 64 columns and 64 values for every step. */
+TARGET_VNNI INLINE size_t add_products(const rounded_product_t *p, const uint8_t *bits, size_t start, size_t end, size_t next,
+                                       __m512i *sums, __m512i *offsets, const int tokens, const int whole) {
+    const rounded_t *w = p->weight;
+    for (size_t c = start; c < end; c += STEP) {
+        const uint64_t mask = mask_of64(bits + c / 8, whole ? STEP : w->columns - c);
+        prefetch(w->values + next, bits + c / 8);
+        const __m512i weights = expand8(mask, w->values + next, whole ? STEP : left_of(w->kept, next));
+        next += (size_t)_mm_popcnt_u64(mask);
+        *offsets = _mm512_dpbusd_epi32(*offsets, _mm512_set1_epi8((char)OFFSET), weights);
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++)
+            sums[t] = _mm512_dpbusd_epi32(sums[t], _mm512_loadu_si512(p->inputs + (size_t)t * p->stride + c), weights);
+    }
+    return next;
+}
+
+/* Multiplies the scales of `SCALES` groups from `g` on of a row's weights by those of the inputs of each token. */
+TARGET_VNNI INLINE void multiply_scales(const rounded_product_t *p, size_t row, size_t g, float (*scales)[SCALES],
+                                        const int tokens) {
+    const rounded_t *w = p->weight;
+    const __mmask16 inside = inside16(w->groups - g);
+    const __m512 of_weights = load_inputs(w->scales, row * w->groups + g, inside, 1);
+_Pragma("GCC unroll 8")
+    for (int t = 0; t < tokens; t++)
+        _mm512_store_ps(scales[t], _mm512_mul_ps(of_weights, _mm512_maskz_loadu_ps(
+                                                                 inside, p->input_scales + (size_t)t * w->groups + g)));
+}
+
 /* Computes the outputs of rows `first` to `last` of W, whose values begin at number `next`. */
 TARGET_VNNI INLINE void rows_rounded(const rounded_product_t *p, size_t first, size_t last, size_t next, const int tokens) {
     const rounded_t *w = p->weight;
-    const __m512i offsets = _mm512_set1_epi8((char)OFFSET);
+    float scales[8][SCALES] __attribute__((aligned(64)));
     for (size_t row = first; row < last; row++) {
         const uint8_t *bits = w->bits + row * w->columns / 8;
         __m512 total[8];
 _Pragma("GCC unroll 8")
         for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
         for (size_t g = 0; g < w->groups; g++) {
-            const size_t start = g * w->group, end = start + w->group < w->columns ? start + w->group : w->columns;
-            __m512i sums[8], sum_of_offsets = _mm512_setzero_si512();
+            if (g % SCALES == 0) multiply_scales(p, row, g, scales, tokens);
+            const size_t start = g * w->group, end = start + w->group;
+            __m512i sums[8], offsets = _mm512_setzero_si512();
 _Pragma("GCC unroll 8")
             for (int t = 0; t < tokens; t++) sums[t] = _mm512_setzero_si512();
-            for (size_t c = start; c < end; c += STEP) {
-                const uint64_t mask = mask_of64(bits + c / 8, w->columns - c);
-                const __m512i weights = expand8(mask, w->values + next, left_of(w->kept, next));
-                next += (size_t)_mm_popcnt_u64(mask);
-                sum_of_offsets = _mm512_dpbusd_epi32(sum_of_offsets, offsets, weights);
-_Pragma("GCC unroll 8")
-                for (int t = 0; t < tokens; t++)
-                    sums[t] = _mm512_dpbusd_epi32(sums[t], _mm512_loadu_si512(p->inputs + (size_t)t * p->stride + c), weights);
-            }
-            const float scale = from_bfloat16(w->scales[row * w->groups + g]);
+            if (end <= w->columns && next + w->group <= w->kept)
+                next = add_products(p, bits, start, end, next, sums, &offsets, tokens, 1);
+            else
+                next = add_products(p, bits, start, end < w->columns ? end : w->columns, next, sums, &offsets, tokens, 0);
 _Pragma("GCC unroll 8")
             for (int t = 0; t < tokens; t++)
-                total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[t], sum_of_offsets)),
-                                           _mm512_set1_ps(scale * p->input_scales[(size_t)t * w->groups + g]), total[t]);
+                total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[t], offsets)),
+                                           _mm512_set1_ps(scales[t][g % SCALES]), total[t]);
         }
 _Pragma("GCC unroll 8")
         for (int t = 0; t < tokens; t++) write_output(w, p->outputs, (size_t)t, row, _mm512_reduce_add_ps(total[t]));
@@ -167,6 +193,7 @@ TARGET_VNNI static void restore_part(const void *task, int part) {
         for (size_t c = 0; c < w->columns; c += STEP) {
             const size_t left = w->columns - c;
             const uint64_t mask = mask_of64(w->bits + (row * w->columns + c) / 8, left);
+            prefetch(w->values + next, w->bits + (row * w->columns + c) / 8);
             const __m512i values = expand8(mask, w->values + next, left_of(w->kept, next));
             const __m512 scale = _mm512_set1_ps(from_bfloat16(w->scales[row * w->groups + c / w->group]));
             next += (size_t)_mm_popcnt_u64(mask);

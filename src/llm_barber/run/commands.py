@@ -1,5 +1,8 @@
 """The commands `prune` and `rebuild`: each opens and checks a run, and hands it to `stream.py`."""
 
+from collections.abc import Callable
+from typing import Any
+
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.output import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME
@@ -33,17 +36,6 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     progress = progress or Silent()
     with joined() as ranks:
         return _finished_before(config, progress, ranks) or _prune(config, progress, ranks)
-
-
-def prepare_run(config: PruneConfig | RebuildConfig, progress: Progress, ranks: Ranks) -> PreparedRun:
-    """Open and check a run of either command.
-
-    Raises:
-        BarberError: as `prune` and `rebuild`.
-    """
-    if isinstance(config, PruneConfig):
-        return prepare_prune(config, progress, ranks)
-    return prepare_rebuild(config, progress, ranks)
 
 
 def prepare_prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> PreparedRun:
@@ -122,6 +114,13 @@ def prepare_rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> 
     method = config.initial or initial.recorded_method
     settings = _rebuild_settings(config, method, initial.pattern)
     return PreparedRun(config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")
+
+
+# How each command opens and checks a run, by `RunSettings.command`.
+PREPARE: dict[str, Callable[[Any, Progress, Ranks], PreparedRun]] = {
+    "prune": prepare_prune,
+    "rebuild": prepare_rebuild,
+}
 
 
 def _finished_before(config: RunSettings, progress: Progress, ranks: Ranks) -> RunReport | None:

@@ -13,7 +13,7 @@ from llm_barber.parallel.ranks import Ranks
 from llm_barber.planning.limits import left_for_activations
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress, Silent
-from llm_barber.run.commands import prepare_run
+from llm_barber.run.commands import PREPARE
 from llm_barber.run.finished import finished_run, tell_of_finished
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.resume_key import resume_key
@@ -86,7 +86,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
     if complete is not None:
         tell_of_finished(config, complete, progress)
         config = config.model_copy(update={"overwrite": True})  # or the complete output would be in the way
-    prepared = prepare_run(config, progress, Ranks())
+    prepared = PREPARE[config.command](config, progress, Ranks())
     prepared.warn_of_settings(progress)
     job, rebuilt = prepared.job, prepared.rebuild_settings
     if config.memory is not None:

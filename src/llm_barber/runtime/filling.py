@@ -23,6 +23,7 @@ from llm_barber.model.empty import empty_model, untie_head
 from llm_barber.model.experts import Experts, is_fused
 from llm_barber.progress import Progress
 from llm_barber.runtime.choice import Choice, KeepPacked
+from llm_barber.runtime.head_inputs import avoid_weight_copies
 from llm_barber.runtime.huge_pages import HugePages
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
@@ -70,6 +71,7 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
         _fill_buffers(model, source, split, filling)  # before parameters, which a table's initialisation may touch
         model.keep_packed = _fill_parameters(model, source, split, filling)
     model.tie_weights()
+    avoid_weight_copies(model.get_output_embeddings())
 
 
 def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:

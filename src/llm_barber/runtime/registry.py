@@ -29,7 +29,6 @@ from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.choice import KeepPacked
 from llm_barber.runtime.choice import check as check_keep_packed
 from llm_barber.runtime.filling import Filling, fill
-from llm_barber.runtime.head_inputs import avoid_weight_copies
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
@@ -183,7 +182,6 @@ def mark(model: PreTrainedModel, quantizer: PackedQuantizer) -> None:
     """Tell transformers that a model has packed linears, if it has; otherwise make it an ordinary model."""
     if any(isinstance(module, PackedLinear | RoundedLinear) for module in model.modules()):
         model.requires_grad_(False)  # products that are differentiated unpack their weight
-        avoid_weight_copies(model.get_output_embeddings())
         model.hf_quantizer = quantizer
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD

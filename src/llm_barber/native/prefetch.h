@@ -1,0 +1,18 @@
+/* Asking for packed weights before they are needed. A processor foresees steps of equal length, but the values of a row
+ * take as many bytes as its mask has set bits: without this a core waits for memory half of the time. */
+#ifndef LLM_BARBER_PREFETCH_H
+#define LLM_BARBER_PREFETCH_H
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define INLINE __attribute__((always_inline)) static inline
+
+/* Asks for what lies some KiB behind the next values and the next bits. It may lie beyond the arrays: asking does not
+ * read, and does not fail. */
+INLINE void prefetch(const void *values, const void *bits) {
+    __builtin_prefetch((const void *)((uintptr_t)values + 4096));
+    __builtin_prefetch((const void *)((uintptr_t)bits + 1024));
+}
+#endif
+#endif
