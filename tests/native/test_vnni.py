@@ -17,6 +17,7 @@ from tests.helpers.threads import check_threads_and_fork
 from tests.native.test_avx512 import make_weight
 
 pytestmark = pytest.mark.skipif(best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI")
+needs_amx = pytest.mark.skipif(native.instructions() != Instructions.AMX, reason="needs a processor with AMX")
 SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000)]
 
 
@@ -27,7 +28,7 @@ def weight_of(rounded: Rounded, bias: Tensor | None, dtype: torch.dtype, parts: 
     shape, columns = rounded.packed.shape, rounded.packed.shape[1]
     placed = [place(tensor).view(tensor.shape) for tensor in tensors]
     bias = None if bias is None else place(bias)
-    return Weight(*placed, bias, columns, rounded.group, dtype, Parts.of(bits, shape, parts))
+    return Weight(*placed, bias, columns, rounded.group, dtype, Parts.of(bits, shape, parts), parts)
 
 
 def round_inputs(inputs: Tensor, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +84,35 @@ def test_sums_are_those_of_integers(dtype: torch.dtype, sparsity: float, rows: i
             assert (np.abs(outputs - target) <= 2e-6 * sizes + rounding).all()
 
 
+@needs_amx
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("group", [64, 128, 1024])
+def test_many_rows_of_inputs_are_not_rounded(sparsity: float, rows: int, columns: int, group: int) -> None:
+    """By AMX: sums of products of the unpacked weight, in float32, rounded once."""
+    rounded = pack(make_weight(rows, columns, sparsity, torch.bfloat16), group)
+    restored = unpack_rounded(rounded).double()
+    for tokens in (9, 16, 33):
+        inputs = make_weight(tokens, columns, 0.1, torch.bfloat16, seed=tokens)
+        for bias in (None, make_weight(1, rows, 0, torch.bfloat16)[0]):
+            outputs = weight_of(rounded, bias, torch.bfloat16, 1 + rows % 3).multiply(inputs).double()
+            expected = inputs.double() @ restored.T + (0 if bias is None else bias.double())
+            sizes = inputs.double().abs() @ restored.abs().T
+            assert ((outputs - expected).abs() <= 2e-6 * sizes + 2**-8 * expected.abs()).all()
+
+
+@needs_amx
+def test_the_largest_weights_stay_finite() -> None:
+    """A scale that lies: value times scale is cut at the largest number, as it is when the weight is unpacked."""
+    rounded = pack(make_weight(5, 128, 0.5, torch.bfloat16), 64)
+    scales = torch.full_like(rounded.scales, torch.finfo(torch.bfloat16).max)
+    hostile = Rounded(rounded.packed, scales, 64, torch.bfloat16)
+    inputs = torch.full((9, 128), 2.0**-20).bfloat16()
+    inputs[:, 1:] = 0
+    outputs = weight_of(hostile, None, torch.bfloat16).multiply(inputs)
+    assert torch.equal(outputs, inputs @ unpack_rounded(hostile).T)
+
+
 def test_integer_sums_are_exact() -> None:
     """Scales of 1: outputs are the sums, and equal integers; the largest sums of all are among them."""
     generator = np.random.default_rng(0)
@@ -125,10 +155,11 @@ def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int, monke
             rounded = pack(make_weight(rows, columns, sparsity, dtype), 64)
             restored = unpack_rounded(rounded)
             weight = weight_of(rounded, restored[:, 0].contiguous(), dtype, place=guarded)
-            inputs = guarded(make_weight(3, columns, 0, dtype, seed=1))
-            outputs = weight.multiply(inputs)
-            expected = inputs.double() @ restored.double().T + restored[:, 0].double()
-            torch.testing.assert_close(outputs.double(), expected, rtol=3e-2, atol=0.3)
+            for tokens in (3, 20)[: 1 + (weight.most_rows > 8)]:
+                inputs = guarded(make_weight(tokens, columns, 0, dtype, seed=1))
+                outputs = weight.multiply(inputs)
+                expected = inputs.double() @ restored.double().T + restored[:, 0].double()
+                torch.testing.assert_close(outputs.double(), expected, rtol=3e-2, atol=0.3)
             into = guarded(torch.empty(rows, columns, dtype=dtype))
             weight.unpack(into)
             assert torch.equal(into, restored)
@@ -139,7 +170,7 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
     values, bits = guarded(torch.ones(40, dtype=torch.int8)), torch.full((32,), 255, dtype=torch.uint8)
     scales = torch.ones(4, 1).bfloat16().view(torch.int16)
     parts = Parts((0, 4), (0, 40), np.array([0, 40]))
-    weight = Weight(values, bits, scales, None, 64, 64, torch.float32, parts)
+    weight = Weight(values, bits, scales, None, 64, 64, torch.float32, parts, 1)
     assert weight.multiply(torch.ones(1, 64)).round().tolist() == [[40, 0, 0, 0]]
 
 
@@ -169,7 +200,7 @@ def test_what_does_not_fit_is_refused() -> None:
     rounded = pack(make_weight(4, 128, 0.5, torch.float32), 64)
     bits, scales = torch.from_numpy(bitmask(rounded.packed)), rounded.scales.view(torch.int16)
     values, parts = rounded.packed.values, Parts.of(bits, (4, 128), 1)
-    right = [values, bits, scales, None, 128, 64, torch.float32, parts]
+    right = [values, bits, scales, None, 128, 64, torch.float32, parts, 1]
     Weight(*right)
     for position, wrong in (
         (0, values[1:]), (0, values.view(torch.uint8)), (1, bits[1:]), (1, bits.view(torch.int8)), (2, scales[1:]),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llm_barber import PackConfig, PruneConfig, load, native, pack, prune
 from llm_barber.checkpoint.rounding import pack_rounded, unpack_rounded
-from llm_barber.native import Instructions
+from llm_barber.native import Instructions, avx512
 from llm_barber.native.rounded import DTYPES, Kernel, best_kernel, find_kernel
 from llm_barber.runtime.rounded_linear import RoundedLinear
 from tests.conftest import make_model, save_tokens
@@ -52,7 +52,9 @@ def test_few_rows_are_near_and_many_are_equal(dtype: torch.dtype, columns: int, 
             outputs = linear(inputs)
             assert outputs.dtype == dtype
             distance, size = (outputs - expected).double().norm(), expected.double().norm()
-            if rows > used.rows:
+            if rows > used.rows and used == Kernel.VNNI and dtype == torch.bfloat16 and avx512.has_amx(rounded=True):
+                assert distance < 0.003 * size  # sums have another order
+            elif rows > used.rows:
                 assert torch.equal(outputs, expected)
             elif used == Kernel.VNNI:  # inputs are rounded
                 assert 0 < distance < 0.015 * size

@@ -1,4 +1,5 @@
-/* Products of packed bfloat16 weights with any number of input rows, by AMX: `outputs = inputs · Wᵀ + bias`.
+/* Products of packed weights with any number of input rows in bfloat16, by AMX: `outputs = inputs · Wᵀ + bias`. Values
+ * are bfloat16, or int8 with scales.
  *
  * 32 rows of W are unpacked into memory that stays in the core's cache, and multiplied there with all input rows, so that
  * the unpacked weight never goes to memory. A tile of W has 16 rows and 32 columns, as they are; a tile of the inputs has
@@ -7,7 +8,7 @@
  * Rounding: sums are float32, in the order of the columns; outputs are rounded once, after the bias. Numbers below 2⁻¹²⁶
  * are flushed to zero.
  */
-#include "avx512.h"
+#include "rounded.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #include <cpuid.h>
@@ -29,7 +30,8 @@ int packed_amx_start(void) {
 }
 
 typedef struct {
-    const packed_t *weight;
+    const packed_t *weight;   /* without values, if `rounded` has them */
+    const rounded_t *rounded; /* or NULL */
     const uint16_t *inputs;
     uint16_t *outputs;
     size_t tokens, steps, tiles; /* columns and tokens in whole tiles */
@@ -105,6 +107,32 @@ TARGET_AMX INLINE size_t unpack_row(const packed_t *w, size_t row, size_t next, 
     return next;
 }
 
+TARGET_AMX INLINE __m512 times_scale(__m128i values, __m512 scale) {
+    const __m512 largest = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f7f0000)); /* the largest bfloat16 number */
+    const __m512 weights = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values)), scale);
+    return _mm512_max_ps(_mm512_min_ps(weights, largest), _mm512_sub_ps(_mm512_setzero_ps(), largest));
+}
+
+/* Writes a row of W whose values are int8 as bfloat16: value times scale, rounded once. The last step may reach into the
+ * additional step of the memory's row. */
+TARGET_AMX INLINE size_t restore_row(const rounded_t *w, size_t row, size_t next, uint16_t *into) {
+    const uint8_t *bits = w->bits + row * w->columns / 8;
+    for (size_t c = 0; c < w->columns; c += ROUNDED_STEP, bits += ROUNDED_STEP / 8) {
+        const uint64_t mask = mask_of64(bits, w->columns - c);
+        prefetch(w->values + next, bits);
+        const __m512i values = expand8(mask, w->values + next, left_of(w->kept, next));
+        const __m512 scale = _mm512_set1_ps(from_bfloat16(w->scales[row * w->groups + c / w->group]));
+        next += (size_t)_mm_popcnt_u64(mask);
+        for (int half = 0; half < 2; half++) {
+            const __m256i part = half ? _mm512_extracti64x4_epi64(values, 1) : _mm512_castsi512_si256(values);
+            const __m512 low = times_scale(_mm256_castsi256_si128(part), scale);
+            const __m512 high = times_scale(_mm256_extracti128_si256(part, 1), scale);
+            _mm512_store_si512(into + c + 32 * half, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+    }
+    return next;
+}
+
 /* Writes 16 rows of outputs of 16 tokens, rounded: sums[row][token]. Rows and tokens that do not exist are left out. */
 TARGET_AMX static void write_tile(const amx_t *p, const float *sums, size_t row, size_t token) {
     const packed_t *w = p->weight;
@@ -163,7 +191,10 @@ TARGET_AMX static void multiply_part(const void *task, int part) {
         const size_t row = block * BLOCK_ROWS, blocks = last - block < 2 ? 1 : 2;
         const size_t end = row + blocks * BLOCK_ROWS < w->rows ? row + blocks * BLOCK_ROWS : w->rows;
         size_t next = (size_t)w->block_starts[block];
-        for (size_t r = row; r < end; r++) next = unpack_row(w, r, next, (uint16_t *)(unpacked + (r - row) * stride));
+        for (size_t r = row; r < end; r++) {
+            uint16_t *into = (uint16_t *)(unpacked + (r - row) * stride);
+            next = p->rounded ? restore_row(p->rounded, r, next, into) : unpack_row(w, r, next, into);
+        }
         for (size_t tile = 0; tile < p->tiles; tile += 2) {
             const int pair = tile + 1 < p->tiles;
             const uint8_t *a = unpacked, *b = p->arranged + tile * p->steps * TILE_BYTES;
@@ -196,14 +227,29 @@ TARGET_AMX static void multiply_part(const void *task, int part) {
     _tile_release();
 }
 
+static void multiply(const packed_t *weight, const rounded_t *rounded, const uint16_t *inputs, uint16_t *outputs,
+                     size_t tokens, int parts, uint8_t *scratch) {
+    const size_t steps = (weight->columns + STEP - 1) / STEP, tiles = (tokens + 15) / 16;
+    const amx_t task = {weight,  rounded, inputs, outputs, tokens, steps,
+                        tiles,   parts,   scratch, scratch + tiles * steps * TILE_BYTES};
+    packed_run_parts(weight->openmp, parts, arrange, &task);
+    packed_run_parts(weight->openmp, parts, multiply_part, &task);
+}
+
 /* Computes the product of `tokens` rows of inputs in `parts` parts. `scratch` has `packed_amx_scratch` bytes, and is
  * aligned to 64 bytes. */
 void packed_amx_multiply(const packed_t *weight, const uint16_t *inputs, uint16_t *outputs, size_t tokens, int parts,
                          uint8_t *scratch) {
-    const size_t steps = (weight->columns + STEP - 1) / STEP, tiles = (tokens + 15) / 16;
-    const amx_t task = {weight, inputs, outputs, tokens, steps, tiles, parts, scratch, scratch + tiles * steps * TILE_BYTES};
-    packed_run_parts(weight->openmp, parts, arrange, &task);
-    packed_run_parts(weight->openmp, parts, multiply_part, &task);
+    multiply(weight, NULL, inputs, outputs, tokens, parts, scratch);
+}
+
+/* Computes the same with int8 values; inputs are not rounded. */
+void packed_amx_multiply_rounded(const rounded_t *weight, const uint16_t *inputs, uint16_t *outputs, size_t tokens,
+                                 int parts, uint8_t *scratch) {
+    const packed_t as_packed = {.bits = weight->bits, .bias = weight->bias, .block_starts = weight->block_starts,
+                                .openmp = weight->openmp, .rows = weight->rows, .columns = weight->columns,
+                                .kept = weight->kept};
+    multiply(&as_packed, weight, inputs, outputs, tokens, parts, scratch);
 }
 #else
 int packed_amx_start(void) { return 0; }

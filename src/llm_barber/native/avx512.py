@@ -80,22 +80,52 @@ def openmp_functions() -> _OpenMP | None:
 
 @cache
 def _functions() -> tuple[Any, ...]:
-    """C's `packed_multiply`, `packed_unpack`, `packed_amx_multiply` and `packed_amx_scratch`.
+    """C's `packed_multiply` and `packed_unpack`; `packed_amx_scratch`, and products by AMX with exact and int8 values.
 
-    The last two are None where the compiler did not know AMX.
+    The last three are None where the compiler did not know AMX.
     """
     loaded, pointer, size, number = native.library(), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     arguments = {
         "multiply": (pointer, pointer, pointer, number),
         "unpack": (pointer, size, size, pointer),
-        "amx_multiply": (pointer, pointer, pointer, size, number, pointer),
         "amx_scratch": (size, size, number),
+        "amx_multiply": (pointer, pointer, pointer, size, number, pointer),
+        "amx_multiply_rounded": (pointer, pointer, pointer, size, number, pointer),
     }
     functions = [getattr(loaded, f"packed_{name}", None) for name in arguments]
     for function, types in zip(functions, arguments.values(), strict=True):
         if function is not None:
             function.argtypes, function.restype = types, size if types == arguments["amx_scratch"] else None
     return tuple(functions)
+
+
+def has_amx(rounded: bool) -> bool:
+    """Test whether AMX multiplies weights with exact values, or with int8 values."""
+    return native.instructions() == Instructions.AMX and _functions()[3 + rounded] is not None
+
+
+def multiply_by_amx(
+    weight: int, rounded: bool, inputs: Tensor, outputs: Tensor, shape: tuple[int, int], kept: int, threads: int
+) -> None:
+    """Multiply any number of rows of inputs, `TOGETHER` at a time.
+
+    Args:
+        weight: address of `packed_t`, or of `rounded_t` if `rounded`.
+        rounded: the weight's values are int8.
+        inputs: bfloat16, contiguous, (…, in).
+        outputs: bfloat16, contiguous, (…, out); written.
+        shape: out, in.
+        kept: number of values.
+        threads: the most threads.
+    """
+    (rows, columns), scratch_bytes, multiply = shape, _functions()[2], _functions()[3 + rounded]
+    tokens = inputs.numel() // columns
+    together = -(-tokens // -(-tokens // TOGETHER))
+    parts = max(1, min(threads, -(-rows // BLOCK_ROWS), kept * -(-together // ROWS) // VALUES_A_THREAD))
+    scratch = _scratch.of(scratch_bytes(columns, together, parts)).data_ptr()
+    for first in range(0, tokens, together):
+        addresses = inputs.data_ptr() + 2 * first * columns, outputs.data_ptr() + 2 * first * rows
+        multiply(weight, *addresses, min(together, tokens - first), parts, scratch)
 
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
@@ -156,7 +186,7 @@ class Weight:
         self._widens = narrow and level == Instructions.AVX512
         self._amx_rows = AMX_ROWS if level == Instructions.AMX else sys.maxsize
         self.fast_rows = sys.maxsize if level == Instructions.AMX else FAST_ROWS
-        self._kept, self._threads = kept, min(threads, len(ends[2]) - 1)
+        self._kept, self._threads = kept, threads
         pointers = *self._pointers, *map(ctypes.addressof, self._ends)
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
         self._weight = _Weight(*pointers, openmp, rows, columns, kept, len(ends[0]) - 1, narrow, level)
@@ -195,22 +225,13 @@ class Weight:
         if not inputs.is_contiguous():
             inputs = inputs.contiguous()
         if tokens >= self._amx_rows:
-            self._multiply_by_amx(inputs.data_ptr(), outputs.data_ptr(), tokens)
+            shape_of_weight = self.rows, columns
+            multiply_by_amx(self._address, False, inputs, outputs, shape_of_weight, self._kept, self._threads)
         elif tokens <= ROWS:
             self._functions[0](self._address, inputs.data_ptr(), outputs.data_ptr(), tokens)
         else:
             raise ValueError(f"a product of {tokens} input rows: the most is {ROWS}")
         return outputs
-
-    def _multiply_by_amx(self, inputs: int, outputs: int, tokens: int) -> None:
-        """Multiply `TOGETHER` rows of inputs at a time, from address to address."""
-        _, _, amx_multiply, amx_scratch = self._functions
-        together = -(-tokens // -(-tokens // TOGETHER))
-        parts = max(1, min(self._threads, self._kept * -(-together // ROWS) // VALUES_A_THREAD))
-        scratch = _scratch.of(amx_scratch(self.columns, together, parts)).data_ptr()
-        for first in range(0, tokens, together):
-            addresses = inputs + 2 * first * self.columns, outputs + 2 * first * self.rows
-            amx_multiply(self._address, *addresses, min(together, tokens - first), parts, scratch)
 
     def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
         """Write rows of W, on PyTorch's threads.

@@ -13,11 +13,11 @@
 #define AVX2 __attribute__((target("avx2,fma,popcnt")))
 #define PREFETCHED 64 /* columns, whose values are at most a line of the cache */
 
-static uint8_t expand8[256][8]; /* by a byte of the mask: the index of each weight's value among the next values */
+static uint8_t places_of[256][8]; /* by a byte of the mask: the index of each weight's value among the next values */
 
 __attribute__((constructor)) static void fill_table(void) {
     for (int byte = 0; byte < 256; byte++)
-        for (int i = 0, next = 0; i < 8; i++) expand8[byte][i] = byte >> i & 1 ? (uint8_t)next++ : 0x80; /* 0x80: zero */
+        for (int i = 0, next = 0; i < 8; i++) places_of[byte][i] = byte >> i & 1 ? (uint8_t)next++ : 0x80; /* 0x80: zero */
 }
 
 /* The next 8 weights as float32, without their scale. */
@@ -29,7 +29,7 @@ AVX2 INLINE __m256 next_eight(const rounded_t *w, size_t next, uint8_t byte) {
         if (left) memcpy(few, values, left);
         values = few;
     }
-    const __m128i places = _mm_loadl_epi64((const __m128i *)expand8[byte]);
+    const __m128i places = _mm_loadl_epi64((const __m128i *)places_of[byte]);
     const __m128i eight = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)values), places);
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
 }

@@ -18,6 +18,24 @@ typedef struct {
     int parts, bfloat16; /* bfloat16: inputs, outputs and bias are bfloat16; else float32 */
 } rounded_t;
 
+#define ROUNDED_STEP 64 /* columns that AVX-512 takes at a time */
+
+/* The next 64 bits of the mask; bits beyond the `left` weights are 0. `left` is a multiple of 8. */
+INLINE uint64_t mask_of64(const uint8_t *bits, size_t left) {
+    uint64_t mask = 0;
+    if (left >= ROUNDED_STEP) memcpy(&mask, bits, 8);
+    else memcpy(&mask, bits, left / 8);
+    return mask;
+}
+
+/* The next 64 values, moved to the positions of the mask's set bits. */
+TARGET512 INLINE __m512i expand8(uint64_t mask, const int8_t *values, size_t left) {
+    __m512i next = left >= ROUNDED_STEP ? _mm512_loadu_si512(values)
+                                : _mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, values);
+    __asm__("" : "+v"(next));
+    return _mm512_maskz_expand_epi8(mask, next);
+}
+
 INLINE float from_bfloat16(uint16_t value) {
     uint32_t bits = (uint32_t)value << 16;
     float number;

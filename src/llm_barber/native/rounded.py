@@ -1,11 +1,13 @@
 """Products with packed int8 values, and unpacking them.
 
-By AVX-512 with VBMI2 and VNNI (`vnni.c`), or by AVX2 (`rounded.c`). Sizes are checked here, not in C. If the extension
-was not built, or the processor lacks the instructions, the weight is unpacked with NumPy.
+A few rows of inputs by AVX-512 with VBMI2 and VNNI (`vnni.c`), or by AVX2 (`rounded.c`); more by AMX (`amx.c`). Sizes
+are checked here, not in C. If the extension was not built, or the processor lacks the instructions, the weight is
+unpacked with NumPy.
 """
 
 import ctypes
 import logging
+import sys
 from enum import IntEnum
 from functools import cache
 from typing import Any
@@ -36,9 +38,6 @@ class Kernel(IntEnum):
     def rows(self) -> int:
         """Most rows of inputs of a product."""
         return {Kernel.NUMPY: 0, Kernel.AVX2: 4, Kernel.VNNI: 8}[self]
-
-
-ROWS = Kernel.VNNI.rows  # most rows of inputs of any product
 
 
 class _Weight(ctypes.Structure):
@@ -120,6 +119,9 @@ class Weight:
     It keeps its tensors alive and is never changed, so that any number of threads may use it. It is valid while
     `is_of` says so.
 
+    Attributes:
+        most_rows: most rows of inputs of a product.
+
     Args:
         values: kept values of W, int8, (kept,).
         bits: bit mask of W, uint8, (out · in / 8,), with as many set bits as values.
@@ -128,7 +130,8 @@ class Weight:
         columns: in.
         group: columns of a scale.
         dtype: of inputs and outputs, one of `DTYPES`.
-        parts: how threads share the rows.
+        parts: how threads share the rows if there are few rows of inputs.
+        threads: the most threads of a product with many rows of inputs.
 
     Raises:
         ValueError: arguments do not fit together.
@@ -144,6 +147,7 @@ class Weight:
         group: int,
         dtype: torch.dtype,
         parts: Parts,
+        threads: int,
     ) -> None:
         rows, groups = scales.shape
         tensors = [values, bits, scales, *([] if bias is None else [bias])]
@@ -162,6 +166,9 @@ class Weight:
         ):
             raise ValueError("arguments of the product do not fit together")
         self.rows, self.columns, self.dtype = rows, columns, dtype
+        has_amx = self.kernel == Kernel.VNNI and dtype == torch.bfloat16 and avx512.has_amx(rounded=True)
+        self.most_rows = sys.maxsize if has_amx else self.kernel.rows
+        self._kept, self._threads = len(values), threads
         self._groups, self._stride = groups, -(-columns // STEP) * STEP
         self._tensors = values, bits, scales, bias
         self._pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
@@ -186,21 +193,22 @@ class Weight:
     def multiply(self, inputs: Tensor) -> Tensor:
         """Compute inputs · Wᵀ + bias: (…, out).
 
-        By AVX2, inputs are not rounded, and sums are float32. By VNNI, each row of inputs is rounded to integers from
-        −127 to 127 in the weight's groups of columns: x · (127 / largest |x| of the group), to nearest, ties to even.
-        Products are summed as integers within a group, and in float32 over groups. Inputs below 1e-35, in a group
-        without larger ones, are 0. A row of inputs with a NaN or an infinity has NaN outputs. Both round the result
-        once, after the bias.
+        By AVX2 and AMX, inputs are not rounded, and sums are float32; AMX rounds each weight, value times scale, to
+        bfloat16. By VNNI, which takes up to `kernel.rows` rows, each row of inputs is rounded to integers from −127 to
+        127 in the weight's groups of columns: x · (127 / largest |x| of the group), to nearest, ties to even. Products
+        are summed as integers within a group, and in float32 over groups. Inputs below 1e-35, in a group without larger
+        ones, are 0. A row of inputs with a NaN or an infinity has NaN outputs. All round the result once, after the
+        bias.
 
         Args:
-            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `kernel.rows` input rows.
+            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `most_rows` input rows.
 
         Raises:
             ValueError: inputs do not fit the weight.
         """
         shape, columns = inputs.shape, self.columns
         tokens = inputs.numel() // columns
-        fits = shape[-1] == columns and 1 <= tokens <= self.kernel.rows
+        fits = shape[-1] == columns and 1 <= tokens <= self.most_rows
         if not fits or inputs.dtype is not self.dtype or not inputs.is_cpu:
             raise ValueError("inputs do not fit the weight of the product")
         outputs = inputs.new_empty((*shape[:-1], self.rows))
@@ -210,6 +218,10 @@ class Weight:
             return outputs
         if not inputs.is_contiguous():
             inputs = inputs.contiguous()
+        if tokens > self.kernel.rows:
+            shape_of_weight = self.rows, columns
+            avx512.multiply_by_amx(self._address, True, inputs, outputs, shape_of_weight, self._kept, self._threads)
+            return outputs
         rounded = torch.empty(tokens * self._stride, dtype=torch.uint8, device="cpu")
         scales = torch.empty(tokens * self._groups, dtype=torch.float32, device="cpu")
         self._multiply(

@@ -12,7 +12,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,popcnt,fma")))
-#define STEP 64
+#define STEP ROUNDED_STEP
 #define OFFSET 128 /* added to inputs */
 #define SCALES 16  /* groups whose scales are multiplied at once */
 
@@ -32,21 +32,6 @@ typedef struct {
     size_t stride; /* columns, rounded up to whole steps */
     int tokens;
 } rounded_product_t;
-
-INLINE uint64_t mask_of64(const uint8_t *bits, size_t left) {
-    uint64_t mask = 0;
-    if (left >= STEP) memcpy(&mask, bits, 8);
-    else memcpy(&mask, bits, left / 8);
-    return mask;
-}
-
-/* The next 64 values, moved to the positions of the mask's set bits. */
-TARGET_VNNI INLINE __m512i expand8(uint64_t mask, const int8_t *values, size_t left) {
-    __m512i next = left >= STEP ? _mm512_loadu_si512(values)
-                                : _mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, values);
-    __asm__("" : "+v"(next));
-    return _mm512_maskz_expand_epi8(mask, next);
-}
 
 TARGET_VNNI INLINE __m512 load_inputs(const void *inputs, size_t at, __mmask16 inside, int bfloat16) {
     if (!bfloat16) return _mm512_maskz_loadu_ps(inside, (const float *)inputs + at);

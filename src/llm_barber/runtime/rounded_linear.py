@@ -9,7 +9,7 @@ from llm_barber import native
 from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
 from llm_barber.native import avx512
-from llm_barber.native.rounded import DTYPES, ROWS, Kernel, Weight, find_kernel
+from llm_barber.native.rounded import DTYPES, Kernel, Weight, find_kernel
 from llm_barber.native.rows import Parts
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_linear import unpack_on_device
@@ -28,9 +28,9 @@ class RoundedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
     On CPUs with AVX-512 (VBMI2 and VNNI) up to 8 rows of inputs are rounded, too, and multiplied with the packed weight
-    (`Weight.multiply` says how). With AVX2 up to 4 rows are multiplied, and not rounded. On CUDA with Triton kernels
-    multiply a few rows with the int8 values, and do not round inputs; they were not run on a real GPU. Otherwise each
-    use unpacks the weight to its dtype, and inputs are not rounded.
+    (`Weight.multiply` says how). With AMX more rows in bfloat16, and with AVX2 up to 4, are multiplied and not rounded.
+    On CUDA with Triton kernels multiply a few rows with the int8 values, and do not round inputs; they were not run on
+    a real GPU. Otherwise each use unpacks the weight to its dtype, and inputs are not rounded.
 
     Args:
         rounded: the weight, (out, in).
@@ -108,9 +108,9 @@ class RoundedLinear(nn.Module):
         columns = self.shape[1]
         rows = count_rows(inputs, columns)
         plain = not differentiated and is_plain(self.dtype)
-        if 1 <= rows <= ROWS and plain and inputs.is_cpu:
+        if rows and plain and inputs.is_cpu:
             weight = self._ready_weight(bias, inputs.dtype)
-            if weight is not None and rows <= weight.kernel.rows:
+            if weight is not None and rows <= weight.most_rows:
                 return weight.multiply(inputs)
         # Autograd keeps the weight: it is not shared then.
         into = (
@@ -136,7 +136,7 @@ class RoundedLinear(nn.Module):
             return None
         threads = max(1, min(key[0], self.shape[0], values.shape[0] // avx512.VALUES_A_THREAD))
         parts = Parts.of(bits, self.shape, threads)
-        weight = Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
+        weight = Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts, key[0])
         self._ready[key] = weight
         return weight
 
