@@ -84,7 +84,7 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
     """A file whose mask lies: the weights without a value are zero."""
     values, bits = guarded(torch.ones(40, dtype=torch.int8)), torch.full((32,), 255, dtype=torch.uint8)
     scales = torch.ones(4, 1).bfloat16().view(torch.int16)
-    weight = Weight(values, bits, scales, None, 64, 64, torch.float32, Parts((0, 4), (0, 40), np.array([0, 40])), 1)
+    weight = Weight(values, bits, scales, None, 64, 64, torch.float32, Parts((0, 4), (0, 40), np.array([0, 40])))
     assert weight.multiply(torch.ones(1, 64)).tolist() == [[40, 0, 0, 0]]
     into = torch.full((4, 64), 7.0)
     weight.unpack(into)

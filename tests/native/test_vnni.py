@@ -8,7 +8,7 @@ from torch import Tensor
 from llm_barber import native
 from llm_barber.checkpoint.encoding import bitmask
 from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
-from llm_barber.native import Instructions
+from llm_barber.native import Instructions, avx512
 from llm_barber.native import rounded as native_rounded
 from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
 from llm_barber.native.rows import Parts
@@ -18,7 +18,7 @@ from tests.native.test_avx512 import make_weight
 
 pytestmark = pytest.mark.skipif(best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI")
 needs_amx = pytest.mark.skipif(native.instructions() != Instructions.AMX, reason="needs a processor with AMX")
-SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000)]
+SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000), (2, 2200)]
 
 
 def weight_of(rounded: Rounded, bias: Tensor | None, dtype: torch.dtype, parts: int = 1, place=lambda tensor: tensor):
@@ -28,7 +28,7 @@ def weight_of(rounded: Rounded, bias: Tensor | None, dtype: torch.dtype, parts: 
     shape, columns = rounded.packed.shape, rounded.packed.shape[1]
     placed = [place(tensor).view(tensor.shape) for tensor in tensors]
     bias = None if bias is None else place(bias)
-    return Weight(*placed, bias, columns, rounded.group, dtype, Parts.of(bits, shape, parts), parts)
+    return Weight(*placed, bias, columns, rounded.group, dtype, Parts.of(bits, shape, parts))
 
 
 def round_inputs(inputs: Tensor, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,19 +86,61 @@ def test_sums_are_those_of_integers(dtype: torch.dtype, sparsity: float, rows: i
 
 @needs_amx
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (32, 40), (33, 72), (47, 136), (100, 64)])
 @pytest.mark.parametrize("group", [64, 128, 1024])
-def test_many_rows_of_inputs_are_not_rounded(sparsity: float, rows: int, columns: int, group: int) -> None:
-    """By AMX: sums of products of the unpacked weight, in float32, rounded once."""
+def test_many_rows_of_inputs_are_not_rounded(
+    sparsity: float, rows: int, columns: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By AMX: products with the unpacked weight. Several threads; every array ends where a page does."""
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
+    memory: list[Tensor] = []  # its user has only the address
+
+    def scratch(size: int) -> Tensor:
+        memory.append(guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
+        return memory[-1]
+
+    monkeypatch.setattr(avx512._scratch, "of", scratch)
+    monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
+    monkeypatch.setattr(avx512, "TOGETHER", 40)
     rounded = pack(make_weight(rows, columns, sparsity, torch.bfloat16), group)
     restored = unpack_rounded(rounded).double()
-    for tokens in (9, 16, 33):
-        inputs = make_weight(tokens, columns, 0.1, torch.bfloat16, seed=tokens)
-        for bias in (None, make_weight(1, rows, 0, torch.bfloat16)[0]):
-            outputs = weight_of(rounded, bias, torch.bfloat16, 1 + rows % 3).multiply(inputs).double()
-            expected = inputs.double() @ restored.T + (0 if bias is None else bias.double())
-            sizes = inputs.double().abs() @ restored.abs().T
-            assert ((outputs - expected).abs() <= 2e-6 * sizes + 2**-8 * expected.abs()).all()
+    for bias in (None, make_weight(1, rows, 0, torch.bfloat16)[0]):
+        for threads in (1, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            ready = weight_of(rounded, bias, torch.bfloat16, threads, place=guarded)
+            for tokens in (9, 16, 33, 100):
+                inputs = guarded(make_weight(tokens, columns, 0.1, torch.bfloat16, seed=tokens))
+                expected = inputs.double() @ restored.T + (0 if bias is None else bias.double())
+                sizes = inputs.double().abs() @ restored.abs().T + 1
+                outputs = ready.multiply(inputs).double()
+                assert ((outputs - expected).abs() <= 2e-6 * sizes + 2**-8 * expected.abs()).all()
+
+
+@needs_amx
+def test_without_amx_there_are_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded = pack(make_weight(4, 128, 0.5, torch.bfloat16), 64)
+    assert weight_of(rounded, None, torch.bfloat16).most_rows > 1000
+    functions = avx512._functions()
+    monkeypatch.setattr(avx512, "_functions", lambda: (*functions[:4], None))  # an older extension
+    assert weight_of(rounded, None, torch.bfloat16).most_rows == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "instructions", lambda: Instructions.AVX512BF16)
+    assert weight_of(rounded, None, torch.bfloat16).most_rows == 8
+
+
+@pytest.mark.parametrize("group", [2**64, 2**64 + 64, 2**63])
+def test_a_group_of_any_size_is_a_row(group: int) -> None:
+    """A file that lies: C has 64 bits for the columns of a scale."""
+    rounded = pack(make_weight(40, 200, 0.5, torch.bfloat16), 256)
+    hostile = Rounded(rounded.packed, rounded.scales, group, torch.bfloat16)
+    for tokens in (1, 20)[: 1 + (native.instructions() == Instructions.AMX)]:
+        inputs = make_weight(tokens, 200, 0, torch.bfloat16)
+        right, other = (weight_of(each, None, torch.bfloat16) for each in (rounded, hostile))
+        assert torch.equal(other.multiply(inputs), right.multiply(inputs))
+    into = torch.empty(40, 200, dtype=torch.bfloat16)
+    other.unpack(into)
+    assert torch.equal(into, unpack_rounded(rounded))
 
 
 @needs_amx
@@ -170,8 +212,15 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
     values, bits = guarded(torch.ones(40, dtype=torch.int8)), torch.full((32,), 255, dtype=torch.uint8)
     scales = torch.ones(4, 1).bfloat16().view(torch.int16)
     parts = Parts((0, 4), (0, 40), np.array([0, 40]))
-    weight = Weight(values, bits, scales, None, 64, 64, torch.float32, parts, 1)
+    weight = Weight(values, bits, scales, None, 64, 64, torch.float32, parts)
     assert weight.multiply(torch.ones(1, 64)).round().tolist() == [[40, 0, 0, 0]]
+    values, bits = guarded(torch.ones(100, dtype=torch.int8)), torch.full((64,), 255, dtype=torch.uint8)
+    scales = torch.ones(4, 2).bfloat16().view(torch.int16)
+    parts = Parts((0, 4), (0, 100), np.array([0, 100]))
+    weight = Weight(values, bits, scales, None, 128, 64, torch.bfloat16, parts)
+    for tokens in (1, 16)[: 1 + (weight.most_rows > 8)]:  # the second by AMX
+        outputs = weight.multiply(torch.ones(tokens, 128, dtype=torch.bfloat16))
+        assert outputs.round().tolist() == [[100, 0, 0, 0]] * tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -186,12 +235,17 @@ def test_inputs_that_have_no_scale(dtype: torch.dtype) -> None:
     assert outputs[2:].isnan().all()
 
 
-def test_threads_give_the_same_sums() -> None:
+@pytest.mark.parametrize(("tokens", "dtype"), [(2, torch.float32), (20, torch.bfloat16)])
+def test_threads_give_the_same_sums(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums by any number of threads, from several callers at once, and after a fork."""
-    rounded, inputs = pack(make_weight(61, 256, 0.5, torch.float32), 128), make_weight(2, 256, 0, torch.float32, seed=1)
-    alone = weight_of(rounded, None, torch.float32).multiply(inputs)
+    if tokens > 8 and native.instructions() < Instructions.AMX:
+        pytest.skip("needs a processor with AMX")
+    monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
+    rounded, inputs = pack(make_weight(61, 256, 0.5, dtype), 128), make_weight(tokens, 256, 0, dtype, seed=1)
+    alone = weight_of(rounded, None, dtype).multiply(inputs)
     for parts in (2, 3, 4, 61):
-        weight = weight_of(rounded, None, torch.float32, parts)
+        monkeypatch.setattr(torch, "get_num_threads", lambda parts=parts: parts)
+        weight = weight_of(rounded, None, dtype, parts)
         assert torch.equal(weight.multiply(inputs), alone)
     check_threads_and_fork(lambda: weight.multiply(inputs), alone)
 
@@ -200,7 +254,7 @@ def test_what_does_not_fit_is_refused() -> None:
     rounded = pack(make_weight(4, 128, 0.5, torch.float32), 64)
     bits, scales = torch.from_numpy(bitmask(rounded.packed)), rounded.scales.view(torch.int16)
     values, parts = rounded.packed.values, Parts.of(bits, (4, 128), 1)
-    right = [values, bits, scales, None, 128, 64, torch.float32, parts, 1]
+    right = [values, bits, scales, None, 128, 64, torch.float32, parts]
     Weight(*right)
     for position, wrong in (
         (0, values[1:]), (0, values.view(torch.uint8)), (1, bits[1:]), (1, bits.view(torch.int8)), (2, scales[1:]),

@@ -41,7 +41,7 @@ def make_linear(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("columns", "group"), [(192, 128), (200, 64), (90, 128), (96, 32)])
-def test_few_rows_are_near_and_many_are_equal(dtype: torch.dtype, columns: int, group: int) -> None:
+def test_few_rows_are_near_and_more_are_as_by_the_dense_weight(dtype: torch.dtype, columns: int, group: int) -> None:
     used = find_kernel(columns, group) if dtype in DTYPES else Kernel.NUMPY
     for bias in (False, True):
         linear, weight = make_linear(48, columns, dtype, bias, group)
@@ -52,7 +52,7 @@ def test_few_rows_are_near_and_many_are_equal(dtype: torch.dtype, columns: int, 
             outputs = linear(inputs)
             assert outputs.dtype == dtype
             distance, size = (outputs - expected).double().norm(), expected.double().norm()
-            if rows > used.rows and used == Kernel.VNNI and dtype == torch.bfloat16 and avx512.has_amx(rounded=True):
+            if rows > used.rows and used == Kernel.VNNI and dtype == torch.bfloat16 and avx512.has_amx_for_int8():
                 assert distance < 0.003 * size  # sums have another order
             elif rows > used.rows:
                 assert torch.equal(outputs, expected)
@@ -105,6 +105,10 @@ def test_a_packed_model_keeps_rounded_values(tmp_path: Path) -> None:
         assert 5 < 8 * size / weights < 5.5
         with torch.no_grad():
             expected = dense(ids).logits
-            assert torch.equal(kept(ids).logits, expected)  # 20 rows of inputs: inputs are not rounded
+            many = kept(ids).logits  # 20 rows of inputs: inputs are not rounded
             few = kept(ids[:, :1]).logits
+        if dtype == torch.bfloat16 and avx512.has_amx_for_int8():  # sums have another order
+            assert (many - expected).float().norm() < 0.01 * expected.float().norm()
+        else:
+            assert torch.equal(many, expected)
         assert (few - expected[:, :1]).float().norm() < 0.05 * expected[:, :1].float().norm()

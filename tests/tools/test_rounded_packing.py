@@ -214,6 +214,7 @@ def test_a_table_that_does_not_fit_is_refused(folders: Path, tmp_path: Path) -> 
 
     broken("damaged", digest=False, file="other.safetensors")
     broken("damaged", packed=entry(group=0))
+    broken("damaged", packed=entry(group=2**64 + 128))  # 128 in the 64 bits that C has for it
     broken("damaged", packed=entry(error=-1.0))
     broken("damaged", packed=entry(error="NaN"))
     broken("damaged", packed=entry(dtype="F64"))

@@ -53,7 +53,7 @@ class RoundedEntry(Entry):
     """
 
     dtype: Literal["BF16", "F16", "F32"]
-    group: PositiveInt
+    group: PositiveInt = Field(lt=1 << 31)
     error: NonNegativeFloat = Field(allow_inf_nan=False)
 
     @property

@@ -62,7 +62,7 @@ def _main(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except BarberError as error:
         if debug:
-            error.__notes__.clear()  # the hint, which follows below
+            error.__notes__.remove(f"hint: {error.hint}")  # it follows below
             traceback.print_exc()
         message, hint = (_with_typed_settings(text, arguments) for text in (error.message, error.hint))
         return _tell(message, hint, error.exit_code)

@@ -39,9 +39,11 @@ typedef struct {
     uint8_t *arranged, *unpacked;
 } amx_t;
 
-static size_t row_bytes(size_t steps) { return (steps + 1) * 64; } /* a step more: rows are in different sets of the cache */
+/* Bytes of an unpacked row. There is a step more than the row has: `restore_row` writes up to 32 columns into it, and rows
+ * lie in different sets of the cache. */
+static size_t row_bytes(size_t steps) { return (steps + 1) * 64; }
 
-/* Bytes of the memory that `packed_amx_multiply` works in. */
+/* Bytes of the memory that `packed_amx_multiply` and `packed_amx_multiply_rounded` work in. */
 size_t packed_amx_scratch(size_t columns, size_t tokens, int parts) {
     const size_t steps = (columns + STEP - 1) / STEP, tiles = (tokens + 15) / 16;
     return tiles * steps * TILE_BYTES + (size_t)parts * PAIR_ROWS * row_bytes(steps);

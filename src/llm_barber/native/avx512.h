@@ -18,7 +18,7 @@
 
 #define TARGET512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt,fma")))
 #define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt,fma")))
-#define BLOCK_ROWS 16 /* rows of a block; `BLOCK_ROWS` of `avx512.py` */
+#define BLOCK_ROWS 16 /* rows of a block; `BLOCK_ROWS` of `rows.py` */
 
 /* Functions of the OpenMP library that PyTorch has loaded: work runs on PyTorch's threads. Additional threads would wait
  * for these, which keep a core busy for a while after each operation. */

@@ -80,9 +80,9 @@ def openmp_functions() -> _OpenMP | None:
 
 @cache
 def _functions() -> tuple[Any, ...]:
-    """C's `packed_multiply` and `packed_unpack`; `packed_amx_scratch`, and products by AMX with exact and int8 values.
+    """The functions of C that `arguments` names, in its order; None for those that the extension does not have.
 
-    The last three are None where the compiler did not know AMX.
+    Where the compiler did not know AMX, it has none of the last three.
     """
     loaded, pointer, size, number = native.library(), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     arguments = {
@@ -99,9 +99,9 @@ def _functions() -> tuple[Any, ...]:
     return tuple(functions)
 
 
-def has_amx(rounded: bool) -> bool:
-    """Test whether AMX multiplies weights with exact values, or with int8 values."""
-    return native.instructions() == Instructions.AMX and _functions()[3 + rounded] is not None
+def has_amx_for_int8() -> bool:
+    """Test whether AMX multiplies weights with int8 values; an extension that was built earlier does not."""
+    return native.instructions() == Instructions.AMX and _functions()[4] is not None
 
 
 def multiply_by_amx(

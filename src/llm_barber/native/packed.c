@@ -16,7 +16,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,popcnt")))
-#define PREFETCHED 32 /* columns, whose values are at most two lines of the cache */
+#define PREFETCHED 32 /* columns from one prefetch to the next: their values are at most two lines of the cache */
 
 static uint8_t compress16[256][16], expand16[256][16];
 static int32_t compress32[256][8], expand32[256][8], kept32[256][8];

@@ -1,5 +1,5 @@
-/* Asking for packed weights before they are needed. A processor foresees steps of equal length, but the values of a row
- * take as many bytes as its mask has set bits: without this a core waits for memory half of the time. */
+/* Asking for packed weights before they are needed. A processor foresees reads in steps of equal length, but each step
+ * reads as many values as its mask has set bits: without this a core waits for memory half of the time. */
 #ifndef LLM_BARBER_PREFETCH_H
 #define LLM_BARBER_PREFETCH_H
 #include <stddef.h>

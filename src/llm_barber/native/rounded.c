@@ -11,7 +11,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define AVX2 __attribute__((target("avx2,fma,popcnt")))
-#define PREFETCHED 64 /* columns, whose values are at most a line of the cache */
+#define PREFETCHED 64 /* columns from one prefetch to the next: their values are at most a line of the cache */
 
 static uint8_t places_of[256][8]; /* by a byte of the mask: the index of each weight's value among the next values */
 
@@ -60,7 +60,7 @@ AVX2 INLINE void rows_float32(const product_t *p, size_t first, size_t last, siz
             __m256 sums[2][4];
             for (int t = 0; t < tokens; t++) sums[0][t] = sums[1][t] = _mm256_setzero_ps();
             for (size_t c = start; c < end; c += 16) {
-                if (c % PREFETCHED == 0) prefetch(w->values + next, bits);
+                if ((c - start) % PREFETCHED == 0) prefetch(w->values + next, bits);
                 uint8_t byte = *bits++;
                 __m256 eight = next_eight(w, next, byte);
                 next += (size_t)__builtin_popcount(byte);

@@ -5,7 +5,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 /* A packed weight W, (rows, columns), with rounded values; `_Weight` of `rounded.py`. Columns and `group` are multiples of
- * 8; for VNNI, `group` is a multiple of 64. */
+ * 8; for VNNI and AMX, `group` is a multiple of 64. */
 typedef struct {
     const int8_t *values;
     const uint8_t *bits;
@@ -31,7 +31,7 @@ INLINE uint64_t mask_of64(const uint8_t *bits, size_t left) {
 /* The next 64 values, moved to the positions of the mask's set bits. */
 TARGET512 INLINE __m512i expand8(uint64_t mask, const int8_t *values, size_t left) {
     __m512i next = left >= ROUNDED_STEP ? _mm512_loadu_si512(values)
-                                : _mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, values);
+                                        : _mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, values);
     __asm__("" : "+v"(next));
     return _mm512_maskz_expand_epi8(mask, next);
 }

@@ -77,7 +77,8 @@ def _report(kernel: Kernel) -> None:
     """Log, once, how int8 values are multiplied."""
     logger.info(
         {
-            Kernel.VNNI: "int8 values: multiplied by VNNI, with inputs rounded to int8",
+            Kernel.VNNI: "int8 values: a few rows of inputs are rounded to int8 and multiplied by VNNI"
+            + (", more are multiplied by AMX" if avx512.has_amx_for_int8() else ""),
             Kernel.AVX2: "int8 values: multiplied by AVX2, since the processor lacks AVX-512 with VBMI2 and VNNI, or "
             f"{native.ISA} forbids it",
             Kernel.NUMPY: "int8 values: unpacked by NumPy for every product, since the C extension is missing or old, "
@@ -130,8 +131,8 @@ class Weight:
         columns: in.
         group: columns of a scale.
         dtype: of inputs and outputs, one of `DTYPES`.
-        parts: how threads share the rows if there are few rows of inputs.
-        threads: the most threads of a product with many rows of inputs.
+        parts: how threads share the rows if there are few rows of inputs; with many there are as many threads as
+            PyTorch has when the weight is made.
 
     Raises:
         ValueError: arguments do not fit together.
@@ -147,7 +148,6 @@ class Weight:
         group: int,
         dtype: torch.dtype,
         parts: Parts,
-        threads: int,
     ) -> None:
         rows, groups = scales.shape
         tensors = [values, bits, scales, *([] if bias is None else [bias])]
@@ -166,9 +166,9 @@ class Weight:
         ):
             raise ValueError("arguments of the product do not fit together")
         self.rows, self.columns, self.dtype = rows, columns, dtype
-        has_amx = self.kernel == Kernel.VNNI and dtype == torch.bfloat16 and avx512.has_amx(rounded=True)
+        has_amx = self.kernel == Kernel.VNNI and dtype == torch.bfloat16 and avx512.has_amx_for_int8()
         self.most_rows = sys.maxsize if has_amx else self.kernel.rows
-        self._kept, self._threads = len(values), threads
+        self._kept, self._threads = len(values), torch.get_num_threads()
         self._groups, self._stride = groups, -(-columns // STEP) * STEP
         self._tensors = values, bits, scales, bias
         self._pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
@@ -177,7 +177,8 @@ class Weight:
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
         pointers = *self._pointers, *map(ctypes.addressof, self._ends), openmp
         step = STEP if self.kernel == Kernel.VNNI else BITS_IN_BYTE
-        sizes = rows, columns, len(values), -(-group // step) * step, groups
+        within_row = min(group, columns)  # C has 64 bits for a number that the file may make any size
+        sizes = rows, columns, len(values), -(-within_row // step) * step, groups
         self._weight = _Weight(*pointers, *sizes, len(ends[0]) - 1, dtype == torch.bfloat16)
         self._address = ctypes.addressof(self._weight)
         self._multiply, self._restore = _functions(self.kernel)

@@ -73,8 +73,9 @@ TARGET_VNNI static void round_inputs(const rounded_t *w, const void *inputs, siz
         }
 }
 
-/* Adds the products of columns `start` to `end` of a row to `sums`, one for each token, and 128 times its weights to
- * `offsets`; returns the number of the next value. `whole`: there are 64 columns and 64 values for every step. */
+/* Multiplies columns `start` to `end` of a row by the inputs of each token, and adds the products to `sums`. Adds the same
+ * weights, times 128, to `offsets`. Returns the number of the next value. `whole`: every step has 64 columns and 64
+ * values, so that nothing has to be looked up. */
 TARGET_VNNI INLINE size_t add_products(const rounded_product_t *p, const uint8_t *bits, size_t start, size_t end, size_t next,
                                        __m512i *sums, __m512i *offsets, const int tokens, const int whole) {
     const rounded_t *w = p->weight;
@@ -91,7 +92,7 @@ _Pragma("GCC unroll 8")
     return next;
 }
 
-/* Multiplies the scales of `SCALES` groups from `g` on of a row's weights by those of the inputs of each token. */
+/* Writes scale of the weights × scale of the inputs for groups `g` to `g + SCALES` of a row, for each token. */
 TARGET_VNNI INLINE void multiply_scales(const rounded_product_t *p, size_t row, size_t g, float (*scales)[SCALES],
                                         const int tokens) {
     const rounded_t *w = p->weight;
@@ -114,14 +115,14 @@ _Pragma("GCC unroll 8")
         for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
         for (size_t g = 0; g < w->groups; g++) {
             if (g % SCALES == 0) multiply_scales(p, row, g, scales, tokens);
-            const size_t start = g * w->group, end = start + w->group;
+            const size_t start = g * w->group, end = start + w->group < w->columns ? start + w->group : w->columns;
             __m512i sums[8], offsets = _mm512_setzero_si512();
 _Pragma("GCC unroll 8")
             for (int t = 0; t < tokens; t++) sums[t] = _mm512_setzero_si512();
-            if (end <= w->columns && next + w->group <= w->kept)
+            if ((end - start) % STEP == 0 && next + (end - start) <= w->kept)
                 next = add_products(p, bits, start, end, next, sums, &offsets, tokens, 1);
             else
-                next = add_products(p, bits, start, end < w->columns ? end : w->columns, next, sums, &offsets, tokens, 0);
+                next = add_products(p, bits, start, end, next, sums, &offsets, tokens, 0);
 _Pragma("GCC unroll 8")
             for (int t = 0; t < tokens; t++)
                 total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[t], offsets)),

@@ -55,7 +55,8 @@ class Filling:
 def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> None:
     """Give a model, built from the checkpoint's configuration, the checkpoint's weights; tie what is tied.
 
-    `model.keep_packed` says afterwards which linears are packed, by name.
+    `model.keep_packed` says afterwards which linears are packed, by name. The output head gets a hook that spares
+    copies of its weight (`head_inputs.py`).
 
     Raises:
         SettingsError: `keep_packed` names other linears than the model's, or "auto" is not for this device.

@@ -28,9 +28,9 @@ class RoundedLinear(nn.Module):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
     On CPUs with AVX-512 (VBMI2 and VNNI) up to 8 rows of inputs are rounded, too, and multiplied with the packed weight
-    (`Weight.multiply` says how). With AMX more rows in bfloat16, and with AVX2 up to 4, are multiplied and not rounded.
-    On CUDA with Triton kernels multiply a few rows with the int8 values, and do not round inputs; they were not run on
-    a real GPU. Otherwise each use unpacks the weight to its dtype, and inputs are not rounded.
+    (`Weight.multiply` says how). AMX multiplies more rows in bfloat16, and AVX2 up to 4; neither rounds inputs. On
+    CUDA, Triton's kernels multiply a few rows with the int8 values and do not round inputs; they were not run on a real
+    GPU. Otherwise each use unpacks the weight to its dtype, and inputs are not rounded.
 
     Args:
         rounded: the weight, (out, in).
@@ -136,7 +136,7 @@ class RoundedLinear(nn.Module):
             return None
         threads = max(1, min(key[0], self.shape[0], values.shape[0] // avx512.VALUES_A_THREAD))
         parts = Parts.of(bits, self.shape, threads)
-        weight = Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts, key[0])
+        weight = Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
         self._ready[key] = weight
         return weight
 
