@@ -29,11 +29,16 @@ CAVEATS = (
     "[packed models](../guide/packed.md) gives.",
     "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens.",
 )
+OLDER = "Rows with * were measured with an earlier version of this program."
 
 
 @dataclass
 class Entry:
-    """A row of a model's table; `faster` and `prefill`: ratio against dense by threads, of fastest and medians."""
+    """A row of a model's table.
+
+    `faster` and `prefill`: ratio against dense by threads, of fastest and medians. `older`: measured with an earlier
+    version of the program than the dense model.
+    """
 
     title: str
     quantised: bool
@@ -43,6 +48,7 @@ class Entry:
     perplexity: float | None = None
     divergence: float | None = None
     preset: str = ""
+    older: bool = False
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +65,8 @@ def run(options: argparse.Namespace, folder: Path | None) -> None:
     sentences = [sentence for name, rows in tables.items() for sentence in verdict(name, rows)]
     lines = ["<!-- written by benchmarks/payoff.py page -->", "# Prune, quantise, or both?", ""]
     lines += [wrapped(" ".join(sentences)), ""]
-    lines += [wrapped(f"- {caveat}", "  ") for caveat in (*CAVEATS, *surroundings(models))]
+    older = [OLDER] * any(row.older for rows in tables.values() for row in rows)
+    lines += [wrapped(f"- {caveat}", "  ") for caveat in (*CAVEATS, *older, *surroundings(models))]
     for name, rows in tables.items():
         lines += ["", f"## {name}", "", *model_table(rows)]
     kernels = read_cells(folder / "kernels.json")
@@ -82,7 +89,13 @@ def entries(model: str, cells: dict[str, dict[str, Any]], quality: dict[str, dic
         if name.startswith(prefix) and threads and side in made:
             made[side].faster[int(threads)] = ratios(cell["result"]["decoding"])
             made[side].prefill[int(threads)] = ratios(cell["result"]["prefill"])
+            made[side].older |= not made[side].quantised and is_older(cell, cells[f"{prefix}{DENSE} loading"])
     return sorted(made.values(), key=lambda row: (row.title != "dense PyTorch", not row.quantised))
+
+
+def is_older(cell: dict[str, Any], dense: dict[str, Any]) -> bool:
+    """Test whether a cell is of another version of the program than the dense model's, which each version measures."""
+    return bool(cell["code"] != dense["code"])
 
 
 def entry(side: str, loading: dict[str, float], kept: Sequence[KeptRow], measured: dict[str, Any] | None) -> Entry:
@@ -194,7 +207,7 @@ def model_table(rows: Sequence[Entry]) -> list[str]:
             ]
         cells.append(f"{row.perplexity:.2f}" + f" (`{row.preset}`)" * bool(row.preset) if row.perplexity else "–")
         cells.append(f"{row.divergence:.3f}" if row.divergence is not None else "–")
-        table.append(Row(row.title, tuple(cells), (False,) * len(cells)))
+        table.append(Row(row.title + " *" * row.older, tuple(cells), (False,) * len(cells)))
     return markdown_table(["", *headings], table)
 
 

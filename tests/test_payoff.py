@@ -236,10 +236,11 @@ def test_the_page_says_what_a_pruned_model_has_over_quantised_ones(page: ModuleT
 def test_the_page_is_made_of_kept_cells(tmp_path: Path, page: ModuleType, cells: ModuleType) -> None:
     spread = {"minimum": 1.0, "median": 1.0, "maximum": 1.0}
     half = {"minimum": 0.5, "median": 0.8, "maximum": 1.0}
-    around = {"settings": {}, "machine": "A processor", "instructions": "avx2", "versions": {"torch": "2"}}
+    around = {"settings": {}, "machine": "A processor", "instructions": "avx2", "versions": {"torch": "2"}, "code": "b"}
     loading = {"disk": 269e6, "memory": 296e6, "seconds": 2.5}
     models = {"smollm2-135m bfloat16 dense loading": {**around, "result": loading}}
-    for side in ("packed 0.5", "llama.cpp Q8_0"):
+    for side in ("packed 0.5", "llama.cpp Q8_0", "packed 0.7"):
+        around["code"] = "a" if side in ("llama.cpp Q8_0", "packed 0.7") else "b"
         name = f"smollm2-135m bfloat16 {side}"
         speeds = {"dense": spread, "side": half if "Q8_0" in side else spread}
         models[f"{name} loading"] = {**around, "result": {**loading, "disk": 140e6 + 10e6 * ("packed" in side)}}
@@ -253,6 +254,8 @@ def test_the_page_is_made_of_kept_cells(tmp_path: Path, page: ModuleType, cells:
     assert "On smollm2-135m, quantise: llama.cpp Q8_0 is smaller" in text
     assert "| llama.cpp Q8_0 | 140 | 52 % | 296 | 2.5 | 2.00 (1.25) | 2.00 (1.25) | 24.00 | 0.001 |" in text
     assert "| 50 %, packed | 150 | 56 % | 296 | 2.5 | 1.00 (1.00) | 1.00 (1.00) | 34.60 (`best`) | 0.384 |" in text
+    assert "| 70 %, packed * | 150 |" in text
+    assert "Rows with * were measured with an earlier version" in text
     assert "A processor, instructions avx2; torch 2." in text
 
 
