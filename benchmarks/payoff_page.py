@@ -16,7 +16,7 @@ from quality_sections import wrapped
 from llm_barber.comparison.tables import Row, markdown_table, target_title
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "payoff.md"
-TITLES = {"packed": "packed", "auto": "packed, `auto`", "int8": "packed, int8"}
+TITLES = {"packed": "packed", "int8": "packed, int8"}  # sides that are shown, with all quantised ones
 PEER = "llama.cpp"
 CAVEATS = (
     "The models were dequantised from 4-bit files, so that quantising them again loses less than quantising a model as "
@@ -27,6 +27,8 @@ CAVEATS = (
     "of the medians. llama.cpp is another program: its ratios hold its lower overhead as well as its formats.",
     "Rows with int8 values have the perplexity and KL of the same model before rounding; rounding adds the little that "
     "[packed models](../guide/packed.md) gives.",
+    "The machine was shared. When its memory is busy, a dense product loses more than a packed one, so that some "
+    "ratios of packed rows are too good: [the notebook](../notebook/packed-speed.md) has tokens per second.",
     "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens.",
 )
 OLDER = "Rows with * were measured with an earlier version of this program."
@@ -63,6 +65,9 @@ def run(options: argparse.Namespace, folder: Path | None) -> None:
         raise SystemExit("measure first: payoff.py models and payoff.py quality, both with --llama")
     tables = {name: entries(name, models, quality) for name in dict.fromkeys(cell.split(" ")[0] for cell in models)}
     sentences = [sentence for name, rows in tables.items() for sentence in verdict(name, rows)]
+    unknown = [name for name, rows in tables.items() if kept_rows(name) and not verdict(name, rows)]
+    if unknown:
+        sentences.append(f"Not judged, since the quality of quantised models was not measured: {listed(unknown)}.")
     lines = ["<!-- written by benchmarks/payoff.py page -->", "# Prune, quantise, or both?", ""]
     lines += [wrapped(" ".join(sentences)), ""]
     older = [OLDER] * any(row.older for rows in tables.values() for row in rows)
@@ -83,14 +88,15 @@ def entries(model: str, cells: dict[str, dict[str, Any]], quality: dict[str, dic
     for name, cell in cells.items():
         if name.startswith(prefix) and name.endswith(" loading"):
             side = name.removeprefix(prefix).removesuffix(" loading")
-            made[side] = entry(side, cell["result"], kept, quality.get(f"{model} {side.removeprefix(f'{PEER} ')}"))
+            if side.partition(" ")[0] in (DENSE, PEER, *TITLES):
+                made[side] = entry(side, cell["result"], kept, quality.get(f"{model} {side.removeprefix(f'{PEER} ')}"))
     for name, cell in cells.items():
         side, _, threads = name.removeprefix(prefix).partition(" threads ")
         if name.startswith(prefix) and threads and side in made:
             made[side].faster[int(threads)] = ratios(cell["result"]["decoding"])
             made[side].prefill[int(threads)] = ratios(cell["result"]["prefill"])
             made[side].older |= not made[side].quantised and is_older(cell, cells[f"{prefix}{DENSE} loading"])
-    return sorted(made.values(), key=lambda row: (row.title != "dense PyTorch", not row.quantised))
+    return sorted(made.values(), key=lambda row: (row.title != "dense PyTorch", "" if row.quantised else row.title))
 
 
 def is_older(cell: dict[str, Any], dense: dict[str, Any]) -> bool:
@@ -192,21 +198,20 @@ def model_table(rows: Sequence[Entry]) -> list[str]:
     """The table of a model."""
     threads = sorted({count for row in rows for count in row.faster})
     dense = next((row.loading["disk"] for row in rows if row.title == "dense PyTorch"), None)
-    headings = ["disk MB", "of dense", "memory MB", "load s"]
+    headings = ["disk MB", "of dense", "perplexity", "KL", "memory MB", "load s"]
     headings += [f"decode, {count} thread{'s' * (count > 1)}" for count in threads]
     headings += [f"prefill, {count} thread{'s' * (count > 1)}" for count in threads]
-    headings += ["perplexity", "KL"]
     table = []
     for row in rows:
         loading = row.loading
         cells = [f"{loading['disk'] / 1e6:,.0f}", f"{100 * loading['disk'] / dense:.0f} %" if dense else "–"]
+        cells.append(f"{row.perplexity:.2f}" + f" (`{row.preset}`)" * bool(row.preset) if row.perplexity else "–")
+        cells.append(f"{row.divergence:.3f}" if row.divergence is not None else "–")
         cells += [f"{loading['memory'] / 1e6:,.0f}", f"{loading['seconds']:.1f}"]
         for speeds in (row.faster, row.prefill):
             cells += [
                 f"{speeds[count][0]:.2f} ({speeds[count][1]:.2f})" if count in speeds else "–" for count in threads
             ]
-        cells.append(f"{row.perplexity:.2f}" + f" (`{row.preset}`)" * bool(row.preset) if row.perplexity else "–")
-        cells.append(f"{row.divergence:.3f}" if row.divergence is not None else "–")
         table.append(Row(row.title + " *" * row.older, tuple(cells), (False,) * len(cells)))
     return markdown_table(["", *headings], table)
 
