@@ -20,6 +20,10 @@ def kernel_section(cells: dict[str, dict[str, Any]]) -> list[str]:
     """A table for each dtype and number of threads, of the fastest measurements."""
     settings = next(iter(cells.values()))["settings"]
     note = NOTE.format(caches=settings["caches"], size=settings["last_level_cache"] >> 20)
+    newest = max(cells.values(), key=lambda cell: cell["date"])["code"]
+    older = sum(cell["code"] != newest for cell in cells.values())
+    if older:
+        note += f" {older} of {len(cells)} products were measured with an earlier version of this program."
     lines = ["## Single linears", "", wrapped(note)]
     results = {tuple(name.split(" ")): cell["result"] for name, cell in cells.items()}
     for dtype, threads in dict.fromkeys((key[1], key[6]) for key in results):
