@@ -64,8 +64,9 @@ def run(options: argparse.Namespace, folder: Path | None) -> None:
     if not models or not quality:
         raise SystemExit("measure first: payoff.py models and payoff.py quality, both with --llama")
     tables = {name: entries(name, models, quality) for name in dict.fromkeys(cell.split(" ")[0] for cell in models)}
-    sentences = [sentence for name, rows in tables.items() for sentence in verdict(name, rows)]
-    unknown = [name for name, rows in tables.items() if kept_rows(name) and not verdict(name, rows)]
+    verdicts = {name: verdict(name, rows) for name, rows in tables.items()}
+    sentences = [sentence for said in verdicts.values() for sentence in said]
+    unknown = [name for name, said in verdicts.items() if kept_rows(name) and not said]
     if unknown:
         sentences.append(f"Not judged, since the quality of quantised models was not measured: {listed(unknown)}.")
     lines = ["<!-- written by benchmarks/payoff.py page -->", "# Prune, quantise, or both?", ""]
@@ -90,18 +91,14 @@ def entries(model: str, cells: dict[str, dict[str, Any]], quality: dict[str, dic
             side = name.removeprefix(prefix).removesuffix(" loading")
             if side.partition(" ")[0] in (DENSE, PEER, *TITLES):
                 made[side] = entry(side, cell["result"], kept, quality.get(f"{model} {side.removeprefix(f'{PEER} ')}"))
+    newest = cells[f"{prefix}{DENSE} loading"]  # each version of the program measures it
     for name, cell in cells.items():
         side, _, threads = name.removeprefix(prefix).partition(" threads ")
         if name.startswith(prefix) and threads and side in made:
             made[side].faster[int(threads)] = ratios(cell["result"]["decoding"])
             made[side].prefill[int(threads)] = ratios(cell["result"]["prefill"])
-            made[side].older |= not made[side].quantised and is_older(cell, cells[f"{prefix}{DENSE} loading"])
+            made[side].older |= not made[side].quantised and cell["code"] != newest["code"]
     return sorted(made.values(), key=lambda row: (row.title != "dense PyTorch", "" if row.quantised else row.title))
-
-
-def is_older(cell: dict[str, Any], dense: dict[str, Any]) -> bool:
-    """Test whether a cell is of another version of the program than the dense model's, which each version measures."""
-    return bool(cell["code"] != dense["code"])
 
 
 def entry(side: str, loading: dict[str, float], kept: Sequence[KeptRow], measured: dict[str, Any] | None) -> Entry:

@@ -3,8 +3,11 @@
 import ctypes
 import mmap
 
+import pytest
 import torch
 from torch import Tensor
+
+from llm_barber.native import avx512
 
 
 def guarded(tensor: Tensor) -> Tensor:
@@ -19,3 +22,23 @@ def guarded(tensor: Tensor) -> Tensor:
     assert ctypes.CDLL(None, use_errno=True).mprotect(protected, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
     copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * mmap.PAGESIZE - size)
     return copy.copy_(tensor.flatten()).view(tensor.shape)
+
+
+def guard_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guard what `Tensor.new_empty` makes: the outputs of products."""
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
+
+
+def guard_products_by_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guard outputs and the memory that AMX works in; few rows of inputs and few values are divided, too."""
+    guard_outputs(monkeypatch)
+    memory: list[Tensor] = []  # its user has only the address
+
+    def scratch(size: int) -> Tensor:
+        memory.append(guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
+        return memory[-1]
+
+    monkeypatch.setattr(avx512._scratch, "of", scratch)
+    monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
+    monkeypatch.setattr(avx512, "TOGETHER", 40)

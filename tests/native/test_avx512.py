@@ -17,7 +17,7 @@ from llm_barber.errors import SettingsError
 from llm_barber.native import Instructions, avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 from llm_barber.runtime.packed_linear import PackedLinear
-from tests.helpers.guarded import guarded
+from tests.helpers.guarded import guard_outputs, guard_products_by_amx, guarded
 from tests.helpers.threads import check_threads_and_fork
 
 LEVEL = native.instructions()
@@ -98,8 +98,7 @@ def test_nothing_is_read_behind_an_array(
     level: Instructions, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read beyond an array ends the process: every array ends where a page does."""
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
+    guard_outputs(monkeypatch)
     for sparsity in (0.0, 0.5, 0.95, 1.0):
         for rows in (1, 5):
             weight = make_weight(rows, columns, sparsity, dtype)
@@ -234,17 +233,7 @@ def test_products_by_amx_equal_dense_ones(
 ) -> None:
     """Rows, columns and inputs that are no whole tiles; several threads; every array ends where a page does."""
     amx_or_skip()
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
-    memory: list[Tensor] = []  # its user has only the address
-
-    def scratch(size: int) -> Tensor:
-        memory.append(guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
-        return memory[-1]
-
-    monkeypatch.setattr(avx512._scratch, "of", scratch)
-    monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
-    monkeypatch.setattr(avx512, "TOGETHER", 40)
+    guard_products_by_amx(monkeypatch)
     weight = make_weight(rows, columns, sparsity, torch.bfloat16)
     values, bits = map(guarded, parts_of(weight))
     for bias in (None, guarded(make_weight(1, rows, 0, torch.bfloat16)[0])):

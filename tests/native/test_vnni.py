@@ -1,5 +1,7 @@
 """Products with int8 values by VNNI against integer arithmetic in NumPy; arrays that end at a page."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from llm_barber.native import Instructions, avx512
 from llm_barber.native import rounded as native_rounded
 from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
 from llm_barber.native.rows import Parts
-from tests.helpers.guarded import guarded
+from tests.helpers.guarded import guard_products_by_amx, guarded
 from tests.helpers.threads import check_threads_and_fork
 from tests.native.test_avx512 import make_weight
 
@@ -92,17 +94,7 @@ def test_many_rows_of_inputs_are_not_rounded(
     sparsity: float, rows: int, columns: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By AMX: products with the unpacked weight. Several threads; every array ends where a page does."""
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
-    memory: list[Tensor] = []  # its user has only the address
-
-    def scratch(size: int) -> Tensor:
-        memory.append(guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
-        return memory[-1]
-
-    monkeypatch.setattr(avx512._scratch, "of", scratch)
-    monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
-    monkeypatch.setattr(avx512, "TOGETHER", 40)
+    guard_products_by_amx(monkeypatch)
     rounded = pack(make_weight(rows, columns, sparsity, torch.bfloat16), group)
     restored = unpack_rounded(rounded).double()
     for bias in (None, make_weight(1, rows, 0, torch.bfloat16)[0]):
@@ -121,8 +113,8 @@ def test_many_rows_of_inputs_are_not_rounded(
 def test_without_amx_there_are_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rounded = pack(make_weight(4, 128, 0.5, torch.bfloat16), 64)
     assert weight_of(rounded, None, torch.bfloat16).most_rows > 1000
-    functions = avx512._functions()
-    monkeypatch.setattr(avx512, "_functions", lambda: (*functions[:4], None))  # an older extension
+    older = SimpleNamespace(**{**vars(avx512._functions()), "amx_multiply_rounded": None})
+    monkeypatch.setattr(avx512, "_functions", lambda: older)  # of an extension that was built earlier
     assert weight_of(rounded, None, torch.bfloat16).most_rows == 8
     monkeypatch.undo()
     monkeypatch.setattr(native, "instructions", lambda: Instructions.AVX512BF16)

@@ -10,7 +10,7 @@ import sys
 import threading
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -79,10 +79,10 @@ def openmp_functions() -> _OpenMP | None:
 
 
 @cache
-def _functions() -> tuple[Any, ...]:
-    """The functions of C that `arguments` names, in its order; None for those that the extension does not have.
+def _functions() -> SimpleNamespace:
+    """The functions of C that `arguments` names; None for those that the extension does not have.
 
-    Where the compiler did not know AMX, it has none of the last three.
+    An extension whose compiler did not know AMX has none for it.
     """
     loaded, pointer, size, number = native.library(), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     arguments = {
@@ -92,16 +92,17 @@ def _functions() -> tuple[Any, ...]:
         "amx_multiply": (pointer, pointer, pointer, size, number, pointer),
         "amx_multiply_rounded": (pointer, pointer, pointer, size, number, pointer),
     }
-    functions = [getattr(loaded, f"packed_{name}", None) for name in arguments]
-    for function, types in zip(functions, arguments.values(), strict=True):
+    functions = SimpleNamespace(**{name: getattr(loaded, f"packed_{name}", None) for name in arguments})
+    for name, types in arguments.items():
+        function = getattr(functions, name)
         if function is not None:
-            function.argtypes, function.restype = types, size if types == arguments["amx_scratch"] else None
-    return tuple(functions)
+            function.argtypes, function.restype = types, size if name == "amx_scratch" else None
+    return functions
 
 
 def has_amx_for_int8() -> bool:
     """Test whether AMX multiplies weights with int8 values; an extension that was built earlier does not."""
-    return native.instructions() == Instructions.AMX and _functions()[4] is not None
+    return native.instructions() == Instructions.AMX and _functions().amx_multiply_rounded is not None
 
 
 def multiply_by_amx(
@@ -118,11 +119,12 @@ def multiply_by_amx(
         kept: number of values.
         threads: the most threads.
     """
-    (rows, columns), scratch_bytes, multiply = shape, _functions()[2], _functions()[3 + rounded]
+    (rows, columns), functions = shape, _functions()
+    multiply = functions.amx_multiply_rounded if rounded else functions.amx_multiply
     tokens = inputs.numel() // columns
     together = -(-tokens // -(-tokens // TOGETHER))
     parts = max(1, min(threads, -(-rows // BLOCK_ROWS), kept * -(-together // ROWS) // VALUES_A_THREAD))
-    scratch = _scratch.of(scratch_bytes(columns, together, parts)).data_ptr()
+    scratch = _scratch.of(functions.amx_scratch(columns, together, parts)).data_ptr()
     for first in range(0, tokens, together):
         addresses = inputs.data_ptr() + 2 * first * columns, outputs.data_ptr() + 2 * first * rows
         multiply(weight, *addresses, min(together, tokens - first), parts, scratch)
@@ -228,7 +230,7 @@ class Weight:
             shape_of_weight = self.rows, columns
             multiply_by_amx(self._address, False, inputs, outputs, shape_of_weight, self._kept, self._threads)
         elif tokens <= ROWS:
-            self._functions[0](self._address, inputs.data_ptr(), outputs.data_ptr(), tokens)
+            self._functions.multiply(self._address, inputs.data_ptr(), outputs.data_ptr(), tokens)
         else:
             raise ValueError(f"a product of {tokens} input rows: the most is {ROWS}")
         return outputs
@@ -248,4 +250,4 @@ class Weight:
         inside = 0 <= first_row <= end_row <= self.rows and into.numel() == (end_row - first_row) * self.columns
         if not (whole and inside and into.is_contiguous() and into.is_cpu and into.dtype == self.dtype):
             raise ValueError("rows do not fit the place to which they are unpacked")
-        self._functions[1](self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())
+        self._functions.unpack(self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())

@@ -19,9 +19,9 @@ def avoid_weight_copies(head: nn.Module | None) -> None:
 
 
 def _with_contiguous_rows(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    states = (
-        inputs[0] if inputs and not torch._C._get_tracing_state() else None
-    )  # a trace would keep one answer for all
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return None  # a trace would keep one answer for inputs of all shapes
+    states = inputs[0] if inputs else None
     if not isinstance(states, Tensor) or states.stride() == _strides(states.shape):
         return None
     return states.clone(memory_format=torch.contiguous_format), *inputs[1:]
