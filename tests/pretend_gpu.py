@@ -33,6 +33,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 import llm_barber
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
+from llm_barber.checkpoint.memory import ordinary_memory
 from llm_barber.method import layer as layer_module
 from llm_barber.method.layer import prune_layer
 from llm_barber.model.array_memory import ArrayMemory
@@ -189,7 +190,7 @@ def on_device() -> Iterator[None]:
         patch("llm_barber.loading.preparing.resolve_device", lambda _: DEVICE),
         patch("llm_barber.evaluation.evaluate.resolve_device", lambda _: DEVICE),
         patch("llm_barber.model.streams.SideStreams", WorstCopies),
-        patch("llm_barber.checkpoint.source.pinned_copy", torch.Tensor.clone),
+        patch("llm_barber.checkpoint.ahead.pinned_memory", ordinary_memory),
     ):
         yield
 

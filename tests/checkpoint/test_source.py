@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.locations import Location, TensorInfo, sharded_by
+from llm_barber.checkpoint.memory import ordinary_memory
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import HubError, ModelError
 from llm_barber.loading.naming import find_locations
@@ -28,20 +29,20 @@ def test_single_and_sharded_read_the_same(llama: Path) -> None:
 
 def test_tensors_are_copied_to_pinned_memory_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU copies from pinned memory while it computes; without a GPU no memory is pinned."""
-    copied: list[torch.Tensor] = []
+    taken: list[torch.Tensor] = []
 
-    def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
-        copied.append(tensor.clone())
-        return copied[-1]
+    def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        taken.append(ordinary_memory(shape, dtype))
+        return taken[-1]
 
     source = CheckpointSource(llama)
     pageable = source.read(source.tensors)
-    monkeypatch.setattr("llm_barber.checkpoint.source.pinned_copy", pinned_copy)
+    monkeypatch.setattr("llm_barber.checkpoint.ahead.pinned_memory", pinned_memory)
     assert all(torch.equal(tensor, pageable[name]) for name, tensor in source.read(source.tensors).items())
-    assert not copied
+    assert not taken
     with ReadAhead(source, [list(source.tensors)], pinned=True) as ahead:
         tensors = ahead.take()
-    assert [id(tensor) for tensor in tensors.values()] == [id(tensor) for tensor in copied]
+    assert [id(tensor) for tensor in tensors.values()] == [id(tensor) for tensor in taken]
     assert all(torch.equal(tensor, pageable[name]) for name, tensor in tensors.items())
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llm_barber import PackConfig, PruneConfig, load, pack, prune
+from llm_barber.checkpoint.memory import Memory, copied
 from llm_barber.errors import ModelError
 from llm_barber.progress import Silent
 from llm_barber.runtime.packed_linear import PackedLinear
@@ -43,6 +44,23 @@ def test_equals_what_transformers_loads(tmp_path: Path, pruned: Path) -> None:
             words = expected.generate(ids[:2, :4], max_new_tokens=5, do_sample=False)
             assert torch.equal(kept.generate(ids[:2, :4], max_new_tokens=5, do_sample=False), words)
         assert "kept=" in repr(kept)
+
+
+def test_tensors_are_copied_from_the_file_once(tmp_path: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stays as it is stored is read into the memory that it keeps; converted tensors are copied again."""
+    again: list[torch.dtype] = []
+
+    def recorded(tensor: torch.Tensor, memory: Memory) -> torch.Tensor:
+        again.append(tensor.dtype)
+        return copied(tensor, memory)
+
+    pack(PackConfig(model=pruned, output=tmp_path / "packed"))
+    monkeypatch.setattr("llm_barber.runtime.huge_pages.copied", recorded)
+    for folder, keep_packed in ((pruned, False), (tmp_path / "packed", False), (tmp_path / "packed", True)):
+        load(folder, keep_packed=keep_packed)
+    assert not again
+    load(pruned, dtype=torch.float32)
+    assert set(again) == {torch.float32}
 
 
 def test_packed_linears_take_less_memory(tmp_path: Path) -> None:

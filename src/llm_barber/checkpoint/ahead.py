@@ -7,6 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
+from llm_barber.checkpoint.memory import ordinary_memory, pinned_memory
 from llm_barber.checkpoint.source import CheckpointSource
 
 Tensors = dict[str, Tensor]
@@ -54,4 +55,4 @@ class ReadAhead:
             self._next += 1
 
     def _read(self, names: list[str]) -> Tensors:
-        return self._source.read(names, self._pinned)
+        return self._source.read(names, pinned_memory if self._pinned else ordinary_memory)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.bits import as_integers, count_bits, find_kept, put_kept, take_kept
 from llm_barber.checkpoint.group_codes import GroupCodes, group_codes
+from llm_barber.checkpoint.memory import Memory, ordinary_memory
 
 
 class Encoding(StrEnum):
@@ -108,22 +109,21 @@ def encode(bits: np.ndarray, encoding: Encoding, weights: int) -> tuple[np.ndarr
     return (bits, bits) if codes is None else codes.encode(bits, weights)
 
 
-def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:
+def unpack(packed: Packed, memory: Memory = ordinary_memory) -> Tensor:
     """Unpack a weight, (out, in).
 
     Args:
         packed: the packed weight, maybe from a hostile file.
-        into: contiguous memory for the weight, (out · in,), of its dtype; None: new memory.
+        memory: for the weight.
 
     Raises:
         ValueError: sizes or counts do not fit together. They are checked before memory of the declared size is
-            allocated.
+            taken.
     """
     bits = bitmask(packed)
-    rows, columns = packed.shape
-    weight = torch.empty(rows * columns, dtype=packed.values.dtype, device="cpu") if into is None else into
-    put_kept(as_integers(packed.values), bits, as_integers(weight))
-    return weight.view(rows, columns)
+    weight = memory(packed.shape, packed.values.dtype)
+    put_kept(as_integers(packed.values), bits, as_integers(weight.view(-1)))
+    return weight
 
 
 def bitmask(packed: Packed) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask, pack, unpack
 from llm_barber.checkpoint.index import DAMAGED
+from llm_barber.checkpoint.memory import Memory, copied, ordinary_memory
 from llm_barber.checkpoint.packed_table import PLACES, VALUES, Entry, RoundedEntry, Table
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, pack_rounded, relative_error, unpack_rounded
 from llm_barber.errors import ModelError
@@ -73,29 +74,29 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def read_tensor(name: str, table: Table, handle: Any, file: str) -> Tensor:
-    """Read a tensor of an opened shard, unpacked if it is packed.
+def read_tensor(name: str, table: Table, handle: Any, file: str, memory: Memory = ordinary_memory) -> Tensor:
+    """Read a tensor of an opened shard into `memory`, unpacked if it is packed.
 
     Raises:
         ModelError: parts do not fit together, or a checksum does not fit.
     """
     if name not in table.packed:
-        return _read_stored(name, table, handle, file)
-    packed = _read_parts(name, table, handle, file)
+        return _read_stored(name, table, handle, file, memory)
+    packed = _read_parts(name, table, handle, file, ordinary_memory)
     try:
-        tensor = unpack(packed) if isinstance(packed, Packed) else unpack_rounded(packed)
+        tensor = unpack(packed, memory) if isinstance(packed, Packed) else unpack_rounded(packed, memory)
     except ValueError as error:
         raise ModelError(f"{name} in {file}: {error}", DAMAGED) from error
     return tensor.view(table.packed[name].shape)
 
 
-def read_packed(name: str, table: Table, handle: Any, file: str) -> Packed | Rounded:
-    """Read a packed weight of an opened shard, with a bit mask for its places whatever its encoding.
+def read_packed(name: str, table: Table, handle: Any, file: str, memory: Memory) -> Packed | Rounded:
+    """Read a packed weight of an opened shard into `memory`, with a bit mask for its places whatever its encoding.
 
     Raises:
         ModelError: parts do not fit together, or a checksum does not fit.
     """
-    parts = _read_parts(name, table, handle, file)
+    parts = _read_parts(name, table, handle, file, memory)
     packed = parts if isinstance(parts, Packed) else parts.packed
     try:
         bits = torch.from_numpy(bitmask(packed))
@@ -107,22 +108,22 @@ def read_packed(name: str, table: Table, handle: Any, file: str) -> Packed | Rou
     return packed if isinstance(parts, Packed) else replace(parts, packed=packed)
 
 
-def _read_parts(name: str, table: Table, handle: Any, file: str) -> Packed | Rounded:
+def _read_parts(name: str, table: Table, handle: Any, file: str, memory: Memory) -> Packed | Rounded:
     """Read the parts of a packed weight as they are stored.
 
     Raises:
         ModelError: a checksum does not fit.
     """
     entry = table.packed[name]
-    values, places, *scales = (_read_stored(name + suffix, table, handle, file) for suffix in entry.suffixes)
+    values, places, *scales = (_read_stored(name + suffix, table, handle, file, memory) for suffix in entry.suffixes)
     packed = Packed(entry.matrix, entry.encoding, values, places)
     if isinstance(entry, RoundedEntry):
         return Rounded(packed, scales[0], entry.group, DTYPES[entry.dtype])
     return packed
 
 
-def _read_stored(name: str, table: Table, handle: Any, file: str) -> Tensor:
+def _read_stored(name: str, table: Table, handle: Any, file: str, memory: Memory) -> Tensor:
     """Read a stored tensor, a copy, so that no file stays mapped, and check it."""
-    tensor: Tensor = handle.get_tensor(name).clone()
+    tensor = copied(handle.get_tensor(name), memory)
     table.check(name, tensor, file)
     return tensor

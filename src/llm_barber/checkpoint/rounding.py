@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.bits import as_integers, find_kept, put_kept, take_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask, encode, smallest_encoding
+from llm_barber.checkpoint.memory import Memory, ordinary_memory
 
 GROUP = 128  # columns with a scale of their own
 LARGEST = 127  # of a rounded value; the smallest is its negative
@@ -81,24 +82,23 @@ def pack_rounded(weight: Tensor, group: int = GROUP) -> Rounded | None:
     return Rounded(Packed((rows, columns), encoding, values, torch.from_numpy(places)), scales, group, weight.dtype)
 
 
-def unpack_rounded(rounded: Rounded, into: Tensor | None = None) -> Tensor:
+def unpack_rounded(rounded: Rounded, memory: Memory = ordinary_memory) -> Tensor:
     """Unpack a weight, (out, in), of `rounded.dtype`.
 
     Args:
         rounded: the packed weight, maybe from a hostile file.
-        into: contiguous memory for the weight, (out · in,), of its dtype; None: new memory.
+        memory: for the weight.
 
     Raises:
         ValueError: sizes or counts do not fit together, or a value or a scale is outside its range. Sizes are checked
-            before memory of the declared size is allocated.
+            before memory of the declared size is taken.
     """
     bits = bitmask(rounded.packed)
     check_rounded(rounded)
     rows, columns = rounded.packed.shape
     quotients = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
     put_kept(rounded.packed.values.numpy(), bits, quotients.view(-1).numpy())
-    weight = torch.empty(rows * columns, dtype=rounded.dtype, device="cpu") if into is None else into
-    weight = weight.view(rows, columns)
+    weight = memory((rows, columns), rounded.dtype)
     for part in _row_blocks(rows, columns):
         weight[part] = restore_rows(quotients[part], rounded.scales[part], rounded.group, rounded.dtype)
     return weight

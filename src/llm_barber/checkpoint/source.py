@@ -21,6 +21,7 @@ from llm_barber.checkpoint.headers import LastShard, OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
 from llm_barber.checkpoint.index import DAMAGED, PACKED_INDEX
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
+from llm_barber.checkpoint.memory import Memory, copied, ordinary_memory
 from llm_barber.checkpoint.packed import read_packed, read_tensor
 from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.rounding import Rounded
@@ -137,11 +138,10 @@ class CheckpointSource:
         except SafetensorError as error:
             raise shard.damaged(error) from error
 
-    def read(self, names: Iterable[str], pinned: bool = False) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], memory: Memory = ordinary_memory) -> dict[str, Tensor]:
         """Read tensors by the checkpoint's names, each file opened once.
 
-        The tensors are copies: no file stays mapped. `pinned`: they lie in memory that a GPU can copy from while it
-        computes.
+        The tensors are copies in `memory`: no file stays mapped.
 
         Raises:
             ModelError: a file is damaged, or a tensor holds NaN or Inf.
@@ -154,12 +154,10 @@ class CheckpointSource:
             with self._shard(file) as handle:
                 table = self.packed.get(file)
                 for name in members:
-                    if table is not None:
-                        tensor = read_tensor(name, table, handle, file)
-                        tensor = pinned_copy(tensor) if pinned else tensor
+                    if table is None:
+                        tensor = copied(handle.get_tensor(name), memory)
                     else:
-                        mapped = handle.get_tensor(name)
-                        tensor = pinned_copy(mapped) if pinned else mapped.clone()
+                        tensor = read_tensor(name, table, handle, file, memory)
                     self._refuse_not_finite(name, tensor)
                     tensors[name] = tensor
                     if self._last is not None:
@@ -174,14 +172,15 @@ class CheckpointSource:
                 "the checkpoint is damaged or overflowed when it was converted; get it again",
             )
 
-    def read_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read_parameters(self, names: Iterable[str], memory: Memory = ordinary_memory) -> dict[str, Tensor]:
         """Read parameters by the model's names; errors as of `read` and `location`."""
-        return self.read_locations({name: self.location(name) for name in names})
+        return self.read_locations({name: self.location(name) for name in names}, memory)
 
-    def read_packed(self, name: str) -> Packed | Rounded | None:
+    def read_packed(self, name: str, memory: Memory = ordinary_memory) -> Packed | Rounded | None:
         """Read a matrix as its shard packs it, with a bit mask; None: no shard has it as a packed matrix.
 
-        `name` is the model's; errors as of `read` and `location`.
+        `name` is the model's; values, bits and scales are copies in `memory`, but for bits that are decoded; errors as
+        of `read` and `location`.
         """
         location = self.location(name)
         file = self.tensors[location.tensor].file
@@ -190,16 +189,19 @@ class CheckpointSource:
         if table is None or entry is None or len(entry.shape) != 2 or location.part is not None:
             return None
         with self._shard(file) as handle:
-            packed = read_packed(location.tensor, table, handle, file)
+            packed = read_packed(location.tensor, table, handle, file, memory)
         if self._last is not None:
             self._last.bytes += packed.bytes
         if isinstance(packed, Packed):
             self._refuse_not_finite(location.tensor, packed.values)
         return packed
 
-    def read_locations(self, locations: Mapping[str, Location]) -> dict[str, Tensor]:
-        """Read the parameters at some locations, by their names in the mapping; errors as of `read`."""
-        tensors = self.read(dict.fromkeys(location.tensor for location in locations.values()))
+    def read_locations(self, locations: Mapping[str, Location], memory: Memory = ordinary_memory) -> dict[str, Tensor]:
+        """Read the parameters at some locations, by their names in the mapping; errors as of `read`.
+
+        `memory`: for the tensors, of which parameters may be parts.
+        """
+        tensors = self.read(dict.fromkeys(location.tensor for location in locations.values()), memory)
         return {name: location.of(tensors[location.tensor]) for name, location in locations.items()}
 
     def companions(self) -> list[Path]:
@@ -220,11 +222,6 @@ class CheckpointSource:
     @property
     def _shards(self) -> set[str]:
         return {info.file for info in self.tensors.values()}
-
-
-def pinned_copy(tensor: Tensor) -> Tensor:
-    """Copy a tensor to pinned memory, in one copy even from a mapped file."""
-    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def _all_finite(tensor: Tensor) -> bool:

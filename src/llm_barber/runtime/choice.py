@@ -105,6 +105,11 @@ class Choice:
         if isinstance(keep_packed, Mapping):
             self._check_names(keep_packed)
 
+    @property
+    def is_timed(self) -> bool:
+        """True if products are timed before it is known which weights stay packed."""
+        return self._keep_packed == "auto"
+
     def reads_packed(self, name: str) -> bool:
         """Test whether the weight of a linear is read as it is packed: it may stay so."""
         if isinstance(self._keep_packed, Mapping):
@@ -131,7 +136,7 @@ class Choice:
                     "give False for it, or the choice that was made for this checkpoint and dtype",
                 )
             return weight
-        self.decisions[name] = self._keep_packed != "auto" or self._is_faster(weight)
+        self.decisions[name] = not self.is_timed or self._is_faster(weight)
         return weight if self.decisions[name] else _unpacked(weight)
 
     def report(self) -> None:

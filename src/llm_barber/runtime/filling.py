@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_barber.checkpoint.encoding import Encoding, Packed, pack, unpack
+from llm_barber.checkpoint.memory import Memory, ordinary_memory
 from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
@@ -108,10 +109,12 @@ def _fill_parameters(
         device = filling.device or (model.device if empty.is_meta else empty.device)
         dtype = torch.float32 if in_float32 is not None and in_float32.search(name) else empty.dtype
         shape = tuple(empty.shape)
+        memory = _final_memory(pages, dtype, device)
         if leaf == "weight" and choice.reads_packed(path):
-            weight = choice.decide(path, _read_packed(source, name, shape, dtype))
+            read = _read_packed(source, name, shape, dtype, ordinary_memory if choice.is_timed else memory)
+            weight = choice.decide(path, read)
         else:
-            weight = _read(source, name, shape, split)
+            weight = _read(source, name, shape, split, memory)
         if isinstance(weight, Tensor):
             value = pages.moved(weight.to(device, dtype))
             setattr(owner, leaf, nn.Parameter(value, requires_grad=empty.requires_grad))
@@ -124,6 +127,16 @@ def _fill_parameters(
         filling.progress.advance(name)
     choice.report()
     return choice.decisions
+
+
+def _final_memory(pages: HugePages, dtype: torch.dtype, device: torch.device) -> Memory:
+    """Memory in huge pages for tensors that stay as they are read; ordinary memory for those that are converted."""
+
+    def memory(shape: tuple[int, ...], stored: torch.dtype) -> Tensor:
+        stays = stored == dtype or not stored.is_floating_point
+        return pages.empty(shape, stored) if stays else ordinary_memory(shape, stored)
+
+    return memory if device.type == "cpu" else ordinary_memory
 
 
 def _packed_linear(
@@ -168,34 +181,39 @@ def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str
     return re.compile("|".join(f"({name.replace('*', '.*')})" for name in plan)) if plan else None
 
 
-def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn.Module) -> Tensor:
-    """Read a parameter; stack it from its experts' where `split` has them one by one."""
+def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn.Module, memory: Memory) -> Tensor:
+    """Read a parameter into `memory`; stack it from its experts' where `split` has them one by one."""
     path, _, leaf = name.rpartition(".")
     experts = split.get_submodule(path)
     if not isinstance(experts, Experts):
-        tensor = source.read_parameters([name])[name]
+        is_whole = source.location(name).part is None
+        tensor = source.read_parameters([name], memory if is_whole else ordinary_memory)[name]
         _check_shape(name, tuple(tensor.shape), shape)
         return tensor
     parts = experts.parts(leaf)
     tensors = source.read_parameters([f"{path}.{part.name}" for part in parts])
-    stacked = torch.empty(shape, dtype=next(iter(tensors.values())).dtype, device="cpu")
+    stacked = memory(shape, next(iter(tensors.values())).dtype)
     for part in parts:
         part.of(stacked).copy_(tensors[f"{path}.{part.name}"])
     return stacked
 
 
 def _read_packed(
-    source: CheckpointSource, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    source: CheckpointSource, name: str, shape: tuple[int, ...], dtype: torch.dtype, memory: Memory
 ) -> Packed | Rounded | Tensor:
-    """Read a linear's weight, packed where that is smaller; rounded values as they are, whatever `dtype` is."""
-    packed = source.read_packed(name)
+    """Read a linear's weight, packed where that is smaller, into `memory`.
+
+    Rounded values stay as they are, whatever `dtype` is.
+    """
+    packed = source.read_packed(name, memory)
     if isinstance(packed, Rounded):
         _check_shape(name, packed.packed.shape, shape)
         return packed
-    if packed is None:  # it is stored dense
-        tensor = source.read_parameters([name])[name]
+    if packed is None:  # it is stored dense, or is a part of a packed stack
+        is_never_smaller = bool(source.packed) and source.location(name).part is None  # `pack` has looked at it
+        tensor = source.read_parameters([name], memory if is_never_smaller else ordinary_memory)[name]
         _check_shape(name, tuple(tensor.shape), shape)
-        return pack(tensor.to(dtype)) or tensor
+        return tensor if is_never_smaller and tensor.dtype == dtype else pack(tensor.to(dtype)) or tensor
     _check_shape(name, packed.shape, shape)
     packed = Packed(packed.shape, packed.encoding, packed.values.to(dtype), packed.places)
     return packed if packed.bytes < shape[0] * shape[1] * dtype.itemsize else unpack(packed)

@@ -5,11 +5,14 @@ speed that they reach with pages of 2 MiB (docs/notebook/packed-speed.md).
 """
 
 import ctypes
+import math
 import mmap
 from contextlib import suppress
 
 import torch
 from torch import Tensor
+
+from llm_barber.checkpoint.memory import copied, ordinary_memory
 
 PAGE, CHUNK, ALIGNMENT = 2**21, 2**26, 64  # bytes
 AVAILABLE = hasattr(mmap, "MADV_HUGEPAGE")  # on Linux
@@ -29,24 +32,23 @@ class HugePages:
         It stays where it is on another device than the CPU, and where the system has no huge pages.
         """
         is_here = any(start <= tensor.data_ptr() < end for start, end in self._chunks) if AVAILABLE else True
-        return tensor if tensor.device.type != "cpu" or is_here else self.copied(tensor)
+        return tensor if tensor.device.type != "cpu" or is_here else copied(tensor, self.empty)
 
-    def copied(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor on the CPU to this memory, or to ordinary memory where the system has no huge pages.
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor in this memory, or in ordinary memory where the system has no huge pages.
 
-        The copy is contiguous and has a storage of its own.
+        It is contiguous and has a storage of its own.
         """
-        size = tensor.numel() * tensor.element_size()
+        count = math.prod(shape)
+        size = count * dtype.itemsize
         if not AVAILABLE or not size:
-            return tensor.clone(memory_format=torch.contiguous_format)
+            return ordinary_memory(shape, dtype)
         if self._next + size > self._end:
             self._take_chunk(size)
         assert self._chunk is not None
-        values = torch.frombuffer(
-            self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._next - self._start
-        ).view(tensor.shape)
+        values = torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=self._next - self._start).view(shape)
         self._next += -(-size // ALIGNMENT) * ALIGNMENT
-        return values.copy_(tensor)
+        return values
 
     def _take_chunk(self, size: int) -> None:
         length = max(CHUNK, -(-size // PAGE) * PAGE) + PAGE

@@ -149,13 +149,13 @@ class RoundedLinear(nn.Module):
             if not self.values.is_cpu:
                 quotients = unpack_on_device(self.values, self.bits, self.shape)
                 return restore_rows(quotients, scales, self.group, self.packed_dtype)
-            into = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
+            unpacked = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
             weight = self._ready_weight(None, self.packed_dtype)
             if weight is not None:
-                weight.unpack(into)
-                return into
+                weight.unpack(unpacked)
+                return unpacked
             packed = Packed(self.shape, Encoding.BITMASK, self.values, self.bits)
-            return unpack_rounded(Rounded(packed, scales, self.group, self.packed_dtype), into.view(-1))
+            return unpack_rounded(Rounded(packed, scales, self.group, self.packed_dtype), lambda *_: unpacked)
 
     def extra_repr(self) -> str:
         """Shape, and the share of weights that is kept."""

@@ -1,0 +1,23 @@
+"""Memory for tensors that are read from files: the reader asks for it once sizes and counts are checked."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Memory = Callable[[tuple[int, ...], torch.dtype], Tensor]  # makes a contiguous tensor of a shape and a dtype
+
+
+def ordinary_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of the CPU."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory from which a GPU can copy while it computes."""
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+
+
+def copied(tensor: Tensor, memory: Memory) -> Tensor:
+    """Copy a tensor, which may lie in a mapped file, into new memory: one copy."""
+    return memory(tuple(tensor.shape), tensor.dtype).copy_(tensor)
