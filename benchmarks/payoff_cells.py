@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,7 +64,7 @@ class Cells:
         if kept is not None and {key: kept.get(key) for key in expected} == expected:
             return kept["result"]
         result: dict[str, Any] = json.loads(json.dumps(measure()))
-        self._cells[name] = {**expected, "date": date.today().isoformat(), "result": result}
+        self._cells[name] = {**expected, "date": datetime.now(UTC).isoformat(timespec="seconds"), "result": result}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(self._path, (json.dumps(self._cells, indent=1) + "\n").encode())
@@ -75,6 +75,11 @@ def read_cells(path: Path) -> dict[str, dict[str, Any]]:
     """Read the kept cells of a part by name; none if there is no file."""
     cells: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return cells
+
+
+def newest_code(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Digest of the measured code of the newest cell: cells with another were measured with an earlier version."""
+    return str(max(cells.values(), key=lambda cell: cell["date"])["code"])
 
 
 def surroundings() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from payoff_cells import Spread
+from payoff_cells import Spread, newest_code
 from quality_sections import wrapped
 
 from llm_barber.comparison.tables import Row, markdown_table, target_title
@@ -20,7 +20,7 @@ def kernel_section(cells: dict[str, dict[str, Any]]) -> list[str]:
     """A table for each dtype and number of threads, of the fastest measurements."""
     settings = next(iter(cells.values()))["settings"]
     note = NOTE.format(caches=settings["caches"], size=settings["last_level_cache"] >> 20)
-    newest = max(cells.values(), key=lambda cell: cell["date"])["code"]
+    newest = newest_code(cells)
     older = sum(cell["code"] != newest for cell in cells.values())
     if older:
         note += f" {older} of {len(cells)} products were measured with an earlier version of this program."

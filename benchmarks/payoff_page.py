@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from payoff_cells import RESULTS, read_cells
+from payoff_cells import RESULTS, newest_code, read_cells
 from payoff_kernel_tables import kernel_section
 from payoff_peers import TYPES
 from payoff_quality import KeptRow, kept_rows
@@ -21,15 +21,16 @@ PEER = "llama.cpp"
 CAVEATS = (
     "The models were dequantised from 4-bit files, so that quantising them again loses less than quantising a model as "
     "it was trained. Pruning has no such help.",
-    "A pruned row's speed, bytes and memory are of masks by magnitude; its perplexity and KL are of the preset in "
-    "brackets, the better of those in the results, at the same sparsity.",
+    "A pruned row's speed, bytes and memory are of masks by magnitude; its perplexity and KL are of the preset or "
+    "method in brackets, the better of those in the results, at the same sparsity.",
     "Ratios are against dense PyTorch in bfloat16, each side in turn with it: of the fastest measurements, in brackets "
     "of the medians. llama.cpp is another program: its ratios hold its lower overhead as well as its formats.",
     "Rows with int8 values have the perplexity and KL of the same model before rounding; rounding adds the little that "
     "[packed models](../guide/packed.md) gives.",
     "The machine was shared. When its memory is busy, a dense product loses more than a packed one, so that some "
     "ratios of packed rows are too good: [the notebook](../notebook/packed-speed.md) has tokens per second.",
-    "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens.",
+    "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens. Dense PyTorch and llama.cpp "
+    "map their files and read them when they first compute; packed weights are read and checked while they load.",
 )
 OLDER = "Rows with * were measured with an earlier version of this program."
 
@@ -91,13 +92,13 @@ def entries(model: str, cells: dict[str, dict[str, Any]], quality: dict[str, dic
             side = name.removeprefix(prefix).removesuffix(" loading")
             if side.partition(" ")[0] in (DENSE, PEER, *TITLES):
                 made[side] = entry(side, cell["result"], kept, quality.get(f"{model} {side.removeprefix(f'{PEER} ')}"))
-    newest = cells[f"{prefix}{DENSE} loading"]  # each version of the program measures it
+    newest = newest_code(cells)
     for name, cell in cells.items():
         side, _, threads = name.removeprefix(prefix).partition(" threads ")
         if name.startswith(prefix) and threads and side in made:
             made[side].faster[int(threads)] = ratios(cell["result"]["decoding"])
             made[side].prefill[int(threads)] = ratios(cell["result"]["prefill"])
-            made[side].older |= not made[side].quantised and cell["code"] != newest["code"]
+            made[side].older |= not made[side].quantised and cell["code"] != newest
     return sorted(made.values(), key=lambda row: (row.title != "dense PyTorch", "" if row.quantised else row.title))
 
 

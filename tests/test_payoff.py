@@ -236,11 +236,12 @@ def test_the_page_says_what_a_pruned_model_has_over_quantised_ones(page: ModuleT
 def test_the_page_is_made_of_kept_cells(tmp_path: Path, page: ModuleType, cells: ModuleType) -> None:
     spread = {"minimum": 1.0, "median": 1.0, "maximum": 1.0}
     half = {"minimum": 0.5, "median": 0.8, "maximum": 1.0}
-    around = {"settings": {}, "machine": "A processor", "instructions": "avx2", "versions": {"torch": "2"}, "code": "b"}
+    old, new = {"code": "a", "date": "2026-11-30"}, {"code": "b", "date": "2026-11-30T01:00:00+00:00"}
+    around = {"settings": {}, "machine": "A processor", "instructions": "avx2", "versions": {"torch": "2"}, **new}
     loading = {"disk": 269e6, "memory": 296e6, "seconds": 2.5}
     models = {"smollm2-135m bfloat16 dense loading": {**around, "result": loading}}
     for side in ("packed 0.5", "llama.cpp Q8_0", "packed 0.7"):
-        around["code"] = "a" if side in ("llama.cpp Q8_0", "packed 0.7") else "b"
+        around |= old if side in ("llama.cpp Q8_0", "packed 0.7") else new
         name = f"smollm2-135m bfloat16 {side}"
         speeds = {"dense": spread, "side": half if "Q8_0" in side else spread}
         models[f"{name} loading"] = {**around, "result": {**loading, "disk": 140e6 + 10e6 * ("packed" in side)}}

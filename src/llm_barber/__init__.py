@@ -1,4 +1,4 @@
-"""LLM-Barber: prune a large language model in one shot, then rebuild its mask block by block (arXiv 2408.10631)."""
+"""LLM-Barber: prune a large language model in one shot, without training: block-aware masks, after arXiv 2408.10631."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

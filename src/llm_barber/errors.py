@@ -60,6 +60,10 @@ class OutputError(BarberError):
     """An output that exists, is damaged, or cannot be written."""
 
 
+class UnfinishedRunError(OutputError):
+    """An unfinished run that cannot be continued: it is another run, or its state is damaged."""
+
+
 class VerificationError(BarberError):
     """A checkpoint that differs from its record or from the dense model."""
 

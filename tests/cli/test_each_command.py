@@ -102,7 +102,7 @@ def plan(models: Models) -> None:
 
 def inspect(models: Models) -> None:
     shown = run("inspect", models.pruned, "--dense", models.dense).stdout
-    assert "all as its record and" in shown
+    assert "agrees with its record and" in shown
     inspection = json.loads(run("inspect", models.pruned, "--json").stdout)
     assert inspection["sparsity"] == 0.5
     assert inspection["problems"] == []

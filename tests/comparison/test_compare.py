@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ from llm_barber.comparison.compare import MARKER
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Silent
+from llm_barber.run import stream
 from llm_barber.settings.compare import Method
 from llm_barber.usage import machine
-from tests.conftest import Listener, make_model, save_tokens
+from tests.conftest import Listener, change_json, make_model, save_tokens
 from tests.helpers.tasks import QUESTIONS
 from tests.helpers.text import add_tokenizer
 
@@ -165,6 +167,43 @@ def test_an_interrupted_comparison_goes_on(
     monkeypatch.setattr(module, "Evaluator", None)  # not even the texts are read
     assert numbers(compare(config)) == numbers(uninterrupted)
     assert again.calls == 0
+
+
+def test_an_interrupted_cell_goes_on_after_its_last_layer(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell of a large model takes hours: what a killed comparison leaves of it is gone on with, or made again."""
+    small = settings | {"methods": ("wanda",), "targets": ("0.5",), "seeds": (1,), "rebuild": False}
+    small |= {"rebuild_settings": {}}
+    expected = numbers(compare(CompareConfig(**small | {"output": tmp_path / "uninterrupted"})))
+    config = CompareConfig(**small)
+    layers: list[int] = []
+    prune_layer = stream.prune_layer
+
+    def stopping(job: Any, index: int, *arguments: Any) -> Any:
+        if index == 1 and layers.count(1) == 0:
+            layers.append(index)
+            raise KeyboardInterrupt
+        layers.append(index)
+        return prune_layer(job, index, *arguments)
+
+    monkeypatch.setattr(stream, "prune_layer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config)
+    (partial,) = (config.output / "work").iterdir()
+    (partial.parent / "of-another-cell.partial").mkdir()
+    assert numbers(compare(config)) == expected
+    assert layers == [0, 1, 1]
+    assert not partial.parent.exists()
+
+    layers.clear()
+    shutil.rmtree(config.output / "cells")
+    with pytest.raises(KeyboardInterrupt):
+        compare(config)
+    change_json(partial / "state.json", key={})
+    (partial / "state-before.json").unlink(missing_ok=True)
+    assert numbers(compare(config)) == expected
+    assert layers == [0, 1, 0, 1]
 
 
 def test_a_cell_is_computed_again_if_anything_it_depends_on_changed(settings: dict[str, Any], counter: Counter) -> None:

@@ -1,12 +1,14 @@
 import pytest
 import torch
 
-from llm_barber.method.distance import HUGE, HUGE_TOKEN, Distance, usual_squares
+from llm_barber.method.distance import HUGE_CHANNEL, HUGE_TOKEN, Distance, usual_squares
 from llm_barber.record.layers import kept_pass
 
 
 def test_channels_count_as_if_none_were_huge() -> None:
-    squares = torch.tensor([0.0, 1.0, 2.0, 2.0, 2.0, 2 * HUGE, 4 * HUGE, 200 * HUGE, 0.5], dtype=torch.float64)
+    squares = torch.tensor(
+        [0.0, 1.0, 2.0, 2.0, 2.0, 2 * HUGE_CHANNEL, 4 * HUGE_CHANNEL, 200 * HUGE_CHANNEL, 0.5], dtype=torch.float64
+    )
     assert Distance.of(squares).weights.tolist() == pytest.approx([1, 1, 1, 1, 1, 1, 0.5, 0.01, 1])
     assert Distance.of(torch.tensor([0.0, 0.0, 7.0])).weights.tolist() == pytest.approx([1, 1, 1e-6])
     assert Distance.of(torch.zeros(3)).weights.tolist() == [1, 1, 1]  # nothing to compare with
@@ -21,7 +23,7 @@ def test_a_huge_token_makes_no_channel_huge() -> None:
     assert squares.tolist() == pytest.approx(expected, rel=1e-6)
     weights = Distance.of(squares).weights
     assert weights[[0, 1, 3, 4]].tolist() == [1, 1, 1, 1]
-    assert weights[2].item() == pytest.approx(HUGE * sorted(expected)[2] / expected[2], rel=1e-5)
+    assert weights[2].item() == pytest.approx(HUGE_CHANNEL * sorted(expected)[2] / expected[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

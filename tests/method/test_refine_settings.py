@@ -82,7 +82,7 @@ def test_one_window_is_not_held_out(tmp_path: Path, model: Path) -> None:
         prune(PruneConfig(output=tmp_path / "out", **config), told)
     (message,) = (warning for warning in told.warnings if "held out" in warning)
     assert message == told.warnings[0]
-    assert message.startswith("no window can be held out of one")
+    assert message.startswith("there is one calibration window")
     planned = Listener()
     dry_run(PruneConfig(model=model, output=tmp_path / "other", calibration=tokens), planned)
     assert message in planned.warnings

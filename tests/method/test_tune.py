@@ -68,7 +68,7 @@ def tuned_in_memory(
             for (hidden, arguments), other in zip(calls, dense_calls, strict=True)
         ]
         squares = torch.stack([target.abs().median(-2).values.square().view(-1) for target in targets]).sum(0)
-        channel_weights = (distances.HUGE * squares.median() / squares).clamp(max=1)
+        channel_weights = (distances.HUGE_CHANNEL * squares.median() / squares).clamp(max=1)
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
         weights = {name: linear.weight.clone() for name, linear in linears.items()}
 
@@ -168,7 +168,7 @@ def test_masks_equal_those_tuned_in_memory(
     huge: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distances, "HUGE", huge)  # at 1, half of the channels count for less
+    monkeypatch.setattr(distances, "HUGE_CHANNEL", huge)  # at 1, half of the channels count for less
     target = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
     settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "tune_passes": 2, "guard": guard}
     report = run(model, tmp_path / "out", tokens, target_mix=mix, **settings, **target)

@@ -1,9 +1,13 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
 
 from llm_barber.errors import SettingsError
 from llm_barber.model.device import (
+    current_gpu_kept,
     fitting_batch,
     free_device_memory,
     is_out_of_memory,
@@ -47,6 +51,32 @@ def test_dtype(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: torch.
         monkeypatch.setattr(torch.cpu, name, lambda: has_bf16, raising=False)
     assert resolve_dtype("auto", CPU) == expected
     assert resolve_dtype("float16", CPU) == torch.float16
+
+
+def test_the_gpu_that_is_meant_is_asked_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["cuda:0"]
+
+    @contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
+    monkeypatch.setattr("torch.cuda.device", entered)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: current[-1] == "cuda:1")
+    assert resolve_dtype("auto", torch.device("cuda:1")) is torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cuda:0")) is torch.float32
+
+
+def test_the_caller_s_gpu_is_current_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [2]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: current.__setitem__(0, device))
+    with pytest.raises(KeyError), current_gpu_kept():
+        torch.cuda.set_device(1)
+        raise KeyError
+    assert current == [2]
 
 
 def test_batches_that_fit() -> None:

@@ -131,6 +131,18 @@ def test_counting_tokens_of_all_processes_twice_counts_them_once() -> None:
     assert experts.tokens.tolist() == [5, 40, 31, 32]
 
 
+def test_counts_of_a_process_without_tokens_are_on_the_device() -> None:
+    """Processes add them up: a count on the CPU would wait for counts on the GPU."""
+    config = make_config("mixtral")
+    skeleton = Skeleton(config, find_architecture(config), torch.device("cpu"), torch.float32)
+    layer = DecoderLayer(skeleton.layers[0], skeleton.linears(0), lambda *_: {})
+    for device in ("cpu", "meta"):
+        layer.module.to_empty(device=device)
+        layer.forget_tokens()
+        (totals,) = total_token_counts(layer, Ranks()).values()
+        assert totals.device.type == device
+
+
 def test_records_pages_and_packing_take_experts_together(tmp_path: Path, mixture: Path) -> None:
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     config = PruneConfig(model=mixture, output=tmp_path / "out", calibration=tokens, sparsity=0.7, dtype="float32")

@@ -24,10 +24,17 @@ def settings() -> tuple[bool, ...]:
 def test_settings_come_back_whatever_happens() -> None:
     matmul: Any = torch.backends.cuda.matmul
     assert settings() == (True, True, True)
-    with pytest.raises(KeyError), same_kernels():
-        assert settings() == SAME
-        raise KeyError
-    assert settings() == (True, True, True)
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = True
+    try:
+        with pytest.raises(KeyError), same_kernels():
+            assert settings() == SAME
+            assert matmul.fp32_precision == "ieee" if hasattr(matmul, "fp32_precision") else not matmul.allow_tf32
+            raise KeyError
+        assert settings() == (True, True, True)
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -40,11 +47,13 @@ def test_settings_come_back_whatever_happens() -> None:
 
 
 def test_versions_of_pytorch_without_a_flag_for_split_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul = SimpleNamespace(**dict.fromkeys(REDUCTIONS, True))
+    before = {**dict.fromkeys(REDUCTIONS, True), "allow_tf32": True}
+    matmul = SimpleNamespace(**before)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     with same_kernels():
         assert settings() == SAME
-    assert vars(matmul) == dict.fromkeys(REDUCTIONS, True)
+        assert not matmul.allow_tf32
+    assert vars(matmul) == before
 
 
 def test_attention_of_a_run_and_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

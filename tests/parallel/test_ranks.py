@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_barber import RunReport
+from llm_barber import PruneConfig, RunReport, prune
 from llm_barber.method import distance
+from llm_barber.model.expert_products import Products
 from llm_barber.parallel.ranks import Ranks, joined
-from tests.conftest import read_folder
+from tests.conftest import make_model, read_folder, save_tokens
 from tests.helpers.ranks import REFUSED, free_port, run_ranks
 from tests.helpers.released import REBUILT, make_pruned, rebuild_as_released, released_id
-from tests.helpers.runs import read_untimed_files
+from tests.helpers.runs import SETTINGS, read_untimed_files
 from tests.helpers.slow_disk import slow_activations
 
 
@@ -49,6 +50,27 @@ def test_masks_are_those_of_one_process(tmp_path: Path, run: Callable[..., RunRe
             [block.error_after for layer in result.layers for block in layer.blocks] for result in (report, record)
         )
         assert together == (alone if None in alone else pytest.approx(alone, rel=1e-3))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"initial": "wanda"}, {"preset": "mask", "refine": "swaps"}], ids=["wanda", "swaps"]
+)
+def test_experts_are_visited_in_another_order_by_each_process(
+    tmp_path: Path, force_products: Callable[[Products], None], settings: dict[str, Any]
+) -> None:
+    """Experts that are computed together come in an order that depends on the tokens of the process."""
+    force_products(Products.PADDED)
+    model = make_model(tmp_path / "dense", "qwen3_moe", num_experts=8, num_experts_per_tok=2)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=6, tokens=64)
+
+    def run(out: str) -> RunReport:
+        return prune(PruneConfig(model=model, output=tmp_path / out, calibration=tokens, **{**SETTINGS, **settings}))
+
+    run("alone")
+    assert run_ranks(2, lambda _: run("together")) == [0, 0]
+    expected, written = read_folder(tmp_path / "alone"), read_folder(tmp_path / "together")
+    differences = sum(int(((expected[name] != 0) != (written[name] != 0)).sum()) for name in expected)
+    assert differences <= 0.001 * sum(tensor.numel() for tensor in expected.values())
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -89,7 +111,9 @@ def test_tuning_together(
     tmp_path: Path, run: Callable[..., RunReport], preset: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All bits are equal: processes make the same steps, and their sums do not depend on the order."""
-    monkeypatch.setattr(distance, "HUGE", 1.0)  # half of the channels count for less; the windows of all decide which
+    monkeypatch.setattr(
+        distance, "HUGE_CHANNEL", 1.0
+    )  # half of the channels count for less; the windows of all decide which
     settings = {"preset": preset, "guard": 0.34, "tune_passes": 4, "dtype": dtype}
     report = run("alone", **settings)
     expected = read_folder(tmp_path / "alone")

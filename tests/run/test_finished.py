@@ -36,7 +36,7 @@ def test_a_finished_job_is_not_taken_for_one_of_other_files(tmp_path: Path, mode
     again = PruneConfig(**settings, resume=True)
     before = tokens.read_bytes()
     save_tokens(tokens, seed=99)
-    with pytest.raises(OutputError, match="is complete, but was made with another calibration text than is there now"):
+    with pytest.raises(OutputError, match="is complete, but was made with another calibration text"):
         prune(again)
     tokens.unlink()
     assert prune(again) == report  # nothing to compare with
@@ -44,7 +44,7 @@ def test_a_finished_job_is_not_taken_for_one_of_other_files(tmp_path: Path, mode
     assert prune(again) == report
     (shard,) = model.glob("*.safetensors")
     save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
-    with pytest.raises(OutputError, match="is complete, but was made with other files of .* than is there now"):
+    with pytest.raises(OutputError, match="is complete, but was made with other files of "):
         prune(again)
 
 

@@ -220,7 +220,7 @@ def test_models_without_an_adapter_are_refused(pruned: Path, monkeypatch: pytest
     monkeypatch.delitem(sys.modules, "peft")
     with pytest.raises(SettingsError, match="has no adapter to merge") as caught:
         merge_adapter(load_model(pruned))
-    assert "llm-barber[finetune]" in caught.value.hint
+    assert "pip install peft" in caught.value.hint
 
 
 def test_broken_adapters_are_not_merged(pruned: Path) -> None:

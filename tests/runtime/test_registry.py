@@ -29,6 +29,7 @@ from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.index import PACKED_INDEX
 from llm_barber.errors import BarberError, ModelError, NotFiniteError, SettingsError, VerificationError
 from llm_barber.model.empty import auto_class
+from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.registry import PackedQuantizer
 from tests.conftest import change_json, load_model, make_model, save_tokens
@@ -83,6 +84,20 @@ def assert_same_state(model: torch.nn.Module, expected: torch.nn.Module) -> None
             assert state[name].dtype == tensor.dtype, name
             assert state[name].requires_grad == tensor.requires_grad, name
             assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize("values", ["exact", "int8"])
+def test_a_gpu_s_kernels_have_what_they_need_before_the_first_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str
+) -> None:
+    """A CUDA graph may capture the first product: nothing may be made in it that later products read."""
+    dense = zero_weights(make_model(tmp_path / "dense", "llama", dtype=torch.bfloat16))
+    pack(PackConfig(model=str(dense), output=tmp_path / "packed", values=values))
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
+    monkeypatch.setattr(on_gpu, "find_places", lambda _, shape: found.append(shape))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=PackedConfig(keep_packed=True))
+    assert len(found) >= 14
 
 
 @pytest.mark.parametrize("sharded", [False, True])

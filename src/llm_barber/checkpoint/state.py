@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from llm_barber.checkpoint.activations import Activations
 from llm_barber.checkpoint.digests import DIGEST, has_its_digest, with_digest
 from llm_barber.checkpoint.durable import remove, write_durably
-from llm_barber.errors import OutputError
+from llm_barber.errors import OutputError, UnfinishedRunError
 
 STATE_NAME, STATE_BEFORE = "state.json", "state-before.json"
 STATE_VERSION = 7
@@ -98,16 +98,19 @@ def read_state(folder: Path) -> RunState | None:
     The previous state stands in for a damaged or missing one.
 
     Raises:
-        OutputError: both are damaged, or the state cannot be read or is of another version.
+        UnfinishedRunError: both are damaged, or the state is of another version.
+        OutputError: the state cannot be read.
     """
     path, before = folder / STATE_NAME, folder / STATE_BEFORE
     if not path.exists() and not before.exists():
         return None
     state = _read(path) or _read(before)
     if state is None:
-        raise OutputError(f"{path} is damaged", START_AGAIN)
+        raise UnfinishedRunError(f"{path} is damaged", START_AGAIN)
     if state.version not in READ_VERSIONS:
-        raise OutputError(f"{path} has version {state.version}, this program goes on with {STATE_VERSION}", START_AGAIN)
+        raise UnfinishedRunError(
+            f"{path} has version {state.version}, this program goes on with {STATE_VERSION}", START_AGAIN
+        )
     return state.model_copy(update={"version": STATE_VERSION})
 
 

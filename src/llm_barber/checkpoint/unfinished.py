@@ -16,7 +16,7 @@ from llm_barber.checkpoint.state import (
     mend_state,
     read_state,
 )
-from llm_barber.errors import OutputError
+from llm_barber.errors import OutputError, UnfinishedRunError
 from llm_barber.messages import Message, SettingName, joined, message
 
 
@@ -54,8 +54,8 @@ def unfinished_run(folder: Path, key: Mapping[str, Any], overwrite: bool, resume
     With `resume` the new run goes on with it, with `overwrite` it is cleared away.
 
     Raises:
-        OutputError: there is an unfinished run, and neither `resume` nor `overwrite` is set; or its key differs, or its
-            state is damaged.
+        OutputError: there is an unfinished run, and neither `resume` nor `overwrite` is set.
+        UnfinishedRunError: its key differs, or its state is damaged.
     """
     state = None if overwrite and not resume else read_state(folder)
     if state is not None and state.layers and not resume:
@@ -91,7 +91,7 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings, another model or another calibration text.
 
     Raises:
-        OutputError: the keys differ; the message names every difference, and both values of a setting.
+        UnfinishedRunError: the keys differ; the message names every difference, and both values of a setting.
     """
     expected = json.loads(json.dumps(key))
     given, given_before = expected.pop("given", {}), _mapping(state.key.get("given"))
@@ -108,7 +108,7 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
         if not names:
             differences.extend(_differing(settings, before))
     if differences:
-        raise OutputError(
+        raise UnfinishedRunError(
             Message("the unfinished run was started with another ", joined(", ", map(Message, differences))),
             f"repeat the settings and files that it was started with, or {START_AGAIN}",
         )

@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
-    help="Prune a large language model in one shot, then rebuild its mask block by block (arXiv 2408.10631).",
+    help="Prune a large language model in one shot, without training: block-aware masks, after arXiv 2408.10631.",
     epilog="Exit codes: 0 done, 1 a problem with files or models, 2 wrong options, 130 interrupted.",
 )
 

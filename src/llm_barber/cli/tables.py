@@ -97,8 +97,7 @@ def show_inspection(inspection: Inspection) -> None:
     elif not inspection.problems:
         against = [*(["its record"] if inspection.record else []), *filter(None, [inspection.compared_with])]
         rounded = ", rounded" if inspection.rounding is not None and inspection.compared_with is not None else ""
-        says = "says" if len(against) == 1 else "say"
-        console.print(f"all as {' and '.join(against)} {says}{rounded}", soft_wrap=True)
+        console.print(f"agrees with {' and '.join(against)}{rounded}", soft_wrap=True)
     if inspection.updated is not None:
         kept = sum(linear.weights - linear.zeros for linear in inspection.linears)
         console.print(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.checkpoint.durable import write_durably
+from llm_barber.checkpoint.output import clear, work_folder
 from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.comparison.result import CellResult, DenseResult
 from llm_barber.evaluation.evaluate import Evaluator
@@ -20,6 +21,7 @@ from llm_barber.usage import machine, reset_peak_memory
 
 CELLS = "cells"
 MODELS = "models"
+WORK = "work"  # the model of the cell at hand
 DENSE = "dense"
 CALIBRATION = "calibration"  # name of the calibration's part of a key
 # Files on which a model's numbers depend: weights, configuration, tokenizer.
@@ -53,7 +55,6 @@ class CellRunner:
         self.tasks = list(tasks)
         self.keep_models = keep_models
         (folder / CELLS).mkdir(exist_ok=True)
-        shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
 
     @property
     def evaluator(self) -> Evaluator:
@@ -106,7 +107,7 @@ class CellRunner:
         Args:
             name: of the cell and its file.
             settings: all that decides the result and is not in `common`; JSON.
-            make: writes the pruned model into a folder.
+            make: writes the pruned model into a folder, or continues what an interrupted comparison began to write.
             progress: told of each stage.
             with_tasks: measure the model on the tasks, too.
         """
@@ -114,13 +115,14 @@ class CellRunner:
         if stored is not None:
             return stored
         path, key = self._file_and_key(name, settings, with_tasks)
-        target = self.folder / MODELS / path.stem if self.keep_models else self.folder / "work" / name
+        work = self.folder / WORK
+        target = (self.folder / MODELS if self.keep_models else work) / path.stem
+        if work.is_dir():
+            clear(work, {target.name, work_folder(target).name})
         evaluator = self.evaluator
         reset_peak_memory()
         report = make(target)
         evaluation = evaluator.measure(str(target), progress, with_tasks)
-        if not self.keep_models:
-            shutil.rmtree(target)
         result = CellResult(
             name=name,
             key=key,
@@ -137,6 +139,7 @@ class CellRunner:
             evaluation=evaluation.model_copy(update={"model": name, "against": DENSE}),
         )
         write_durably(path, result.model_dump_json().encode())
+        shutil.rmtree(work, ignore_errors=True)
         return result
 
     def _file_and_key(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:

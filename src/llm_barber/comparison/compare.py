@@ -15,7 +15,7 @@ from llm_barber.comparison.cells import CALIBRATION, CellRunner, fingerprint, so
 from llm_barber.comparison.planned import Cell, cell_key, cell_settings, has_tasks, plan_cells
 from llm_barber.comparison.render import write_files
 from llm_barber.comparison.result import Comparison, ComparisonCell
-from llm_barber.errors import BarberError, SettingsError
+from llm_barber.errors import BarberError, SettingsError, UnfinishedRunError
 from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.evaluation.tasks import find_tasks
@@ -196,23 +196,26 @@ def _run_cell(
     }  # fmt: skip
 
     def make(target: Path) -> Any:
-        return prune(
-            PruneConfig(
-                model=folder,
-                output=target,
-                calibration=str(calibration),
-                batch_size=config.batch_size,
-                device=config.device,
-                dtype=config.dtype,
-                overwrite=True,
-                report=False,
-                layers=config.layers,
-                blocks=config.blocks,
-                bos=config.bos,
-                **cell_settings(config, cell),
-            ),
-            progress,
+        settings = PruneConfig(
+            model=folder,
+            output=target,
+            calibration=str(calibration),
+            batch_size=config.batch_size,
+            device=config.device,
+            dtype=config.dtype,
+            overwrite=True,
+            resume=True,
+            report=False,
+            layers=config.layers,
+            blocks=config.blocks,
+            bos=config.bos,
+            **cell_settings(config, cell),
         )
+        try:
+            return prune(settings, progress)
+        except UnfinishedRunError as error:
+            progress.warn(f"{cell.name} starts again: {error}")
+            return prune(settings.model_copy(update={"resume": False}), progress)
 
     try:
         return ComparisonCell(

@@ -5,7 +5,7 @@ batch size does not change them. Small sums, one number per channel, are float64
 hardly changes them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,6 +24,16 @@ def exact_half_products(dtype: torch.dtype) -> Iterator[None]:
     a half of the time.
     """
     formats = {torch.bfloat16: {"mkldnn": "bf16", "cuda": "tf32"}, torch.float16: {"cuda": "tf32"}}.get(dtype, {})
+    with float32_products(formats):
+        yield
+
+
+@contextmanager
+def float32_products(formats: Mapping[str, str]) -> Iterator[None]:
+    """Multiply float32 matrices in these formats, by PyTorch's backend: "ieee" (exact), "tf32" or "bf16".
+
+    PyTorch before 2.9 has a setting for "cuda" alone.
+    """
     with ExitStack() as stack:
         for backend, precision in formats.items():
             settings: Any = getattr(getattr(torch.backends, backend), "matmul", None)
@@ -32,7 +42,7 @@ def exact_half_products(dtype: torch.dtype) -> Iterator[None]:
                 settings.fp32_precision = precision
             elif backend == "cuda" and settings is not None:
                 stack.callback(setattr, settings, "allow_tf32", settings.allow_tf32)
-                settings.allow_tf32 = True
+                settings.allow_tf32 = precision == "tf32"
         yield
 
 

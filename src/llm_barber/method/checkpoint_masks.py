@@ -76,20 +76,20 @@ class CheckpointMasks:
 
     @property
     def method(self) -> None:
-        """None: the checkpoint has the masks."""
+        """Initial method; None: the masks are the checkpoint's."""
 
     @property
     def target(self) -> None:
-        """None: the masks have the checkpoint's sparsity."""
+        """Sparsity or N:M to reach; None: the masks have the checkpoint's sparsity."""
 
     @property
     def target_words(self) -> str:
-        """The pattern of the first layer, for people."""
+        """Pattern of the first layer, for people."""
         return str(self._first_pattern or "unstructured")
 
     @property
     def has_one_target(self) -> bool:
-        """False: linears may have been pruned to different patterns."""
+        """Whether all linears have one target; False: the checkpoint's may have different patterns."""
         return False
 
     @property
@@ -98,11 +98,15 @@ class CheckpointMasks:
         return self._first_pattern
 
     @property
+    def granularity(self) -> None:
+        """Weights that compete for the masks; None: the masks are read."""
+
+    @property
     def budget(self) -> None:
-        """None: the checkpoint says how sparse each linear is."""
+        """Sparsity that an allocation can spread; None: the checkpoint says how sparse each linear is."""
 
     def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
-        """Refused: there is no `budget`.
+        """Refuse sparsities: there is no `budget` to spread.
 
         Raises:
             TypeError: always.
@@ -159,7 +163,10 @@ class CheckpointMasks:
         if some_all_zero and some_left:
             return None
         if some_all_zero:
-            raise ModelError(f"all linears of {self.source.model} are zero", "is it PRUNED?")
+            raise ModelError(
+                f"all linears of {self.source.model} are zero",
+                "give the pruned model as PRUNED, and look whether its files are the right ones",
+            )
         raise ModelError(
             f"{self.source.model} is not pruned: it has no zeros that DENSE has not",
             "give the pruned model as PRUNED; to prune a dense one: llm-barber prune",
@@ -167,7 +174,7 @@ class CheckpointMasks:
 
     @property
     def runs_layers(self) -> bool:
-        """False: the masks are read."""
+        """Whether layers are run to find the masks; False: the masks are read."""
         return False
 
     def __call__(

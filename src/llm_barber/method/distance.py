@@ -16,8 +16,8 @@ import numpy
 import torch
 from torch import Tensor
 
-# A channel whose square exceeds `HUGE` times the median channel's counts as that large.
-HUGE = 30.0
+# A channel whose square exceeds `HUGE_CHANNEL` times the median channel's counts as that large.
+HUGE_CHANNEL = 30.0
 # A token whose square exceeds `HUGE_TOKEN` times the median token's counts as that large, on held-out windows only.
 HUGE_TOKEN = 10.0
 
@@ -36,7 +36,7 @@ class Distance:
     @classmethod
     def of(cls, squares: Tensor) -> "Distance":
         """Weigh channels by their usual squares (`usual_squares`), (hidden,), at least 0, in any unit."""
-        return cls(_bounded(squares, HUGE).float())
+        return cls(_bounded(squares, HUGE_CHANNEL).float())
 
     def errors(self, target: Tensor, differences: "Squares") -> Tensor:
         """Mean distance over tokens and channels of each sequence, in which huge tokens count for less.

@@ -33,8 +33,8 @@ def linears_with_few_tokens(layer: DecoderLayer, totals: Mapping[str, Tensor], c
     """
     linears = []
     for path, tokens in totals.items():
-        few = {f"{path}.{number}" for number in (tokens < calls * FEW_TOKENS).nonzero().flatten().tolist()}
-        linears += [name for name in layer.linears if name.rpartition(".")[0] in few]
+        idle = {f"{path}.{number}" for number in (tokens < calls * FEW_TOKENS).nonzero().flatten().tolist()}
+        linears += [name for name in layer.linears if name.rpartition(".")[0] in idle]
     return linears
 
 
@@ -45,9 +45,9 @@ def freeze_linears_with_few_tokens(
 
     Linears whose tokens were counted before stay as they are.
     """
-    few = set(linears_with_few_tokens(layer, total_token_counts(layer, ranks), calls))
+    idle = set(linears_with_few_tokens(layer, total_token_counts(layer, ranks), calls))
     result = dict(linears)
     for name, linear in linears.items():
         if linear.few_tokens is None:
-            result[name] = linear.left_alone() if name in few else replace(linear, few_tokens=False)
+            result[name] = linear.left_alone() if name in idle else replace(linear, few_tokens=False)
     return result

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from llm_barber.loading.job import Job
+from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
@@ -45,6 +46,11 @@ class InitialMasks(Protocol):
     @property
     def pattern(self) -> NofM | None:
         """N:M that settings of the run follow where they depend on one; None: unstructured."""
+        ...
+
+    @property
+    def granularity(self) -> Granularity | None:
+        """Weights that compete for the masks; None: they are read from a checkpoint."""
         ...
 
     @property

@@ -51,7 +51,9 @@ def collect_inputs(
         following = layer.visit_inputs(streams.read(HIDDEN, batch), updating, stop=output is None)
         if output is not None and following is not None:
             streams.write(output, batch, following)
-    for shared in {id(shared): shared for shared in statistics.values()}.values():
+    # Processes visit experts in other orders, by the tokens that each has: they add up statistics in one order.
+    in_order = [statistics[name] for name in layer.linears if name in statistics]
+    for shared in {id(shared): shared for shared in in_order}.values():
         streams.ranks.add(shared)
     return statistics
 

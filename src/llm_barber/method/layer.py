@@ -148,17 +148,17 @@ def _prune_blocks(
         if not block_pass.block.linears:
             for batch in dense_batches(refine_settings, streams):
                 block_pass.advance_dense(batch)
-        where = f"layer {opened.index} {block_pass.block.name}"
-        outcome = _prune_block(block_pass, opened, rebuild_settings, refine_settings, where)
+        label = f"layer {opened.index} {block_pass.block.name}"
+        outcome = _prune_block(block_pass, opened, rebuild_settings, refine_settings, label)
         unchanged = outcome.output_kept and all(
             torch.equal(linear.weight, opened.linears[name].weight) for name, linear in outcome.linears.items()
         )
         opened.update(outcome.linears)
-        if only_tuned:  # all that blocks behind need this block's output for is their error with the initial masks
+        if only_tuned:  # later blocks need this output only for their error with the initial masks
             assert refine_settings is not None
             block_pass.keep_output(measured_windows(refine_settings, streams))
         elif not (tunes and block_pass.last):
-            outcome = replace(outcome, error_after=_error_after(block_pass, outcome, unchanged, where))
+            outcome = replace(outcome, error_after=_error_after(block_pass, outcome, unchanged, label))
         outcomes.append(outcome)
     return outcomes
 
@@ -168,7 +168,7 @@ def _prune_block(
     opened: _OpenLayer,
     rebuild_settings: RebuildSettings | None,
     refine_settings: RefineSettings | None,
-    where: str,
+    label: str,
 ) -> BlockOutcome:
     """Rebuild a block's masks, then refine its linears one by one, as far as the settings ask for it."""
     initial = {name: opened.linears[name] for name in block_pass.block.linears}
@@ -176,7 +176,7 @@ def _prune_block(
     if not initial:
         return outcome
     if rebuild_settings is not None:
-        outcome = rebuild_block(block_pass, opened.dense, initial, rebuild_settings, where)
+        outcome = rebuild_block(block_pass, opened.dense, initial, rebuild_settings, label)
     if refine_settings is not None:
         # Refining starts from the values that are written, which may not be the initial method's updated weights.
         linears = {name: linear.with_mask(linear.keep) for name, linear in outcome.linears.items()}
@@ -189,11 +189,11 @@ def _prune_block(
     return outcome
 
 
-def _error_after(block_pass: BlockPass, outcome: BlockOutcome, unchanged: bool, where: str) -> float | None:
+def _error_after(block_pass: BlockPass, outcome: BlockOutcome, unchanged: bool, label: str) -> float | None:
     """Propagate through a final block, unless it is unchanged and its output known; return its error."""
     error = outcome.error_before if unchanged else propagate(block_pass, outcome.measured_from)
     if error is not None and not math.isfinite(error):
-        raise overflowed(f"the output of {where}")
+        raise overflowed(f"the output of {label}")
     return error
 
 
@@ -215,8 +215,8 @@ def _tune(
     opened.linears = tuned.linears
     windows = list(streams.batches()) if rebuilt else measured_windows(settings, streams)
     errors = block_errors(layer, opened.blocks, dense, opened.linears, windows, streams)
-    whole = BlockPass(layer, opened.blocks[-1], (), streams, last=True)
-    if math.isnan(propagate(whole, None) or 0):
+    last_pass = BlockPass(layer, opened.blocks[-1], (), streams, last=True)
+    if math.isnan(propagate(last_pass, None) or 0):
         raise overflowed(f"the output of layer {opened.index}")
     outcomes = [
         replace(outcome.tuned(tuned, initial_keeps, settings.of_linears), error_after=error)

@@ -88,7 +88,7 @@ class MethodMasks:
 
     @property
     def source_files(self) -> None:
-        """None: the masks depend on the dense model alone."""
+        """Files of a pruned model; None: the masks depend on the dense model alone."""
 
     def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
         """Prune linears, by their names in the model, to these sparsities."""

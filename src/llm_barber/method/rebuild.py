@@ -33,7 +33,7 @@ def rebuild_block(
     dense: Mapping[str, Tensor],
     pruned: Mapping[str, PrunedLinear],
     settings: RebuildSettings,
-    where: str,
+    label: str,
 ) -> BlockOutcome:
     """The method: x → y_sparse, y_dense → loss → G at dense weights → S = |W|·sqrt(mean G²) → swaps.
 
@@ -45,7 +45,7 @@ def rebuild_block(
         dense: dense weights, (out, in), by linear.
         pruned: initial masks and values, by linear.
         settings: granularity and ratio.
-        where: the layer and block, for a message.
+        label: the layer and block, for a message.
 
     Raises:
         NotFiniteError: an output or a gradient holds NaN or Inf.
@@ -68,13 +68,13 @@ def rebuild_block(
         losses_sum += losses.double().sum()
     (total,) = streams.ranks.total(losses_sum.item())
     if not math.isfinite(total):
-        raise overflowed(f"the output of {where}")
+        raise overflowed(f"the output of {label}")
     for statistic in squares.values():
         streams.ranks.add(statistic)
     maxima = torch.stack([statistic.total.max() for statistic in squares.values()])  # a NaN is a maximum too
     for name, finite in zip(squares, maxima.isfinite().tolist(), strict=True):
         if not finite:
-            raise overflowed(f"a gradient of {where}, {name},")
+            raise overflowed(f"a gradient of {label}, {name},")
     linears = freeze_linears_with_few_tokens(
         {name: pruned[name] for name in block.linears}, layer, streams.ranks, calls=2
     )

@@ -31,7 +31,7 @@ InputGroup = tuple[str, ...]  # linears that read one tensor, such as q, k and v
 class Refined:
     """A block's linears after refining.
 
-    `rejected`: on the held-out windows the refined linears were no better, so that these are the linears from before.
+    `rejected`: on the held-out windows the refined linears were no better; `linears` are then the unrefined ones.
     `error_before`: mean reconstruction error before, on the held-out windows, or on all if none is held out.
     """
 
@@ -62,7 +62,8 @@ def refine_block(
     current = {name: pruned[name].weight for name in block.linears}
     refined: dict[str, PrunedLinear] = {}
     groups = layer.input_groups(block, streams.read(HIDDEN, next(streams.batches())))
-    chunks = [chunk for level in _levels(groups) for chunk in _chunks(level, dense_weights)]
+    levels = _levels(groups, list(layer.linears))
+    chunks = [chunk for level in levels for chunk in _chunks(level, dense_weights)]
     for chunk in chunks:
         last = chunk is chunks[-1]
         linears = _refine_chunk(block_pass, chunk, pruned, current, dense_weights, settings, last)
@@ -82,7 +83,14 @@ def _refine_chunk(
 ) -> dict[str, PrunedLinear]:
     """Refine the linears of input groups that do not depend on each other.
 
-    Parameters are those of `_gather_moments`.
+    Args:
+        block_pass: the block.
+        chunk: input groups, the names of the linears of each.
+        pruned: masks and values to start from, by linear.
+        current: the block's weights so far, (out, in).
+        dense_weights: its dense weights, (out, in).
+        settings: as in `refine_block`.
+        last: as in `_gather_moments`.
     """
     names = [group[0] for group in chunk]
     moments = _gather_moments(block_pass, names, current, dense_weights, settings, last)
@@ -133,7 +141,7 @@ def _gather_moments(
 
 
 def _objective(moments: TargetMoments, mix: float) -> Objective | None:
-    """None: no window, or no token of an expert."""
+    """Objective of a linear; None: there is no window, or an expert was given no token."""
     return Objective.of(moments, mix) if moments.tokens else None
 
 
@@ -185,17 +193,18 @@ def _measure_unrefined(
     return Refined({name: pruned[name] for name in block_pass.block.linears}, False, error)
 
 
-def _levels(groups: list[InputGroup]) -> list[list[InputGroup]]:
+def _levels(groups: list[InputGroup], linears: list[str]) -> list[list[InputGroup]]:
     """Levels of input groups, in the order of data flow.
 
-    A level has the groups of the same names, one for each expert.
-
-    Groups of a level do not depend on each other.
+    A level has the groups of the same names, one for each expert, in the order of `linears`: processes visit experts in
+    other orders, by the tokens that each has, and must add up moments in one order. Groups of a level do not depend on
+    each other.
     """
     levels: dict[InputGroup, list[InputGroup]] = {}
     for group in groups:
         levels.setdefault(tuple(name.rpartition(".")[2] for name in group), []).append(group)
-    return list(levels.values())
+    number = {name: index for index, name in enumerate(linears)}
+    return [sorted(level, key=lambda group: number[group[0]]) for level in levels.values()]
 
 
 def _chunks(level: list[InputGroup], dense: Mapping[str, Tensor]) -> Iterator[list[InputGroup]]:

@@ -103,8 +103,8 @@ def _swap(
     if held_out is None:
         return swap_pairs(keep, weight, gram, swaps, linear_term, pruned.pattern, pruned.fixed)[0]
     lowest = held_out.error(apply_mask(weight, keep), weight)
-    for most in swap_stages(swaps, guarded=True):
-        keep, count = swap_pairs(keep, weight, gram, most, linear_term, pruned.pattern, pruned.fixed)
+    for stage_swaps in swap_stages(swaps, guarded=True):
+        keep, count = swap_pairs(keep, weight, gram, stage_swaps, linear_term, pruned.pattern, pruned.fixed)
         error = held_out.error(apply_mask(weight, keep), weight)
         better = error < lowest
         lowest = torch.where(better, error, lowest)

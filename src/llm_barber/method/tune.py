@@ -63,7 +63,7 @@ def tune_layer(
     distance: Distance,
     settings: RefineSettings,
     streams: ActivationStreams,
-    where: str,
+    label: str,
 ) -> Tuned:
     """Tune the masks, the kept weights, or both, of a layer's linears, as the settings say.
 
@@ -73,12 +73,12 @@ def tune_layer(
         distance: from the targets, that of `targets.write_targets`.
         settings: number of held-out windows; passes over the other windows.
         streams: the layer's input and its target (`TARGET`).
-        where: the layer's name in messages.
+        label: the layer's name in messages.
 
     Raises:
         NotFiniteError: a gradient holds NaN or Inf.
     """
-    return _descend(_Parameters(layer, pruned, settings, streams), layer, distance, settings, streams, where)
+    return _descend(_Parameters(layer, pruned, settings, streams), layer, distance, settings, streams, label)
 
 
 class _Parameters:
@@ -192,7 +192,7 @@ def _descend(
     distance: Distance,
     settings: RefineSettings,
     streams: ActivationStreams,
-    where: str,
+    label: str,
 ) -> Tuned:
     """Run all passes of Adam, and keep the last pass that beats the untuned layer on the held-out windows.
 
@@ -226,7 +226,7 @@ def _descend(
             for gradient in sums.values():
                 streams.ranks.add_tensor(gradient)
                 gradient *= 2 / (elements * steps[step].sequences)  # from half the sum of squares to their mean
-            check_finite(sums, where)
+            check_finite(sums, label)
             parameters.set_gradients(sums)
             optimizer.step()
             optimizer.zero_grad()  # the next step's activations need the memory

@@ -268,9 +268,10 @@ class DecoderLayer:
         return states
 
     def forget_tokens(self) -> None:
-        """Reset the count of tokens that each expert got."""
+        """Reset the count of tokens that each expert got; it is on the device, also if no tokens follow."""
         for experts in self.experts.values():
-            experts.tokens.zero_()
+            device = next(experts.parameters()).device
+            experts.tokens = torch.zeros_like(experts.tokens, device=device)
 
     def _tell_experts(self, sequences: int) -> None:
         """Set the number of sequences of the next call."""

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -57,6 +58,19 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def current_gpu_kept() -> Iterator[None]:
+    """Make the caller's current GPU current again when the context ends."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.current_device()
+    try:
+        yield
+    finally:
+        torch.cuda.set_device(before)
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Choose the dtype of that name; `auto` is the device's fastest dtype with float32's range.
 
@@ -71,7 +85,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Test whether the device has instructions for products in bfloat16."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):  # PyTorch asks the current GPU
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Private in torch; if a function is missing, the answer is the safe one, False.
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check is not None)

@@ -22,7 +22,7 @@ from transformers import (
 from llm_barber.errors import ModelError
 from llm_barber.model.experts import split_experts
 
-HUGE = 2**27  # numbers in a tensor; no buffer is larger
+MOST_NUMBERS = 2**27  # numbers in a tensor; no buffer is larger
 MOST_MODULES = 2**18  # in a model, before experts are split into linears
 INITIALISING = ("torch.nn.init", "transformers.initialization")
 
@@ -122,11 +122,13 @@ class _OnMeta(TorchFunctionMode):
         tensor = settings.get("tensor") if getattr(function, "__module__", None) in INITIALISING else None
         if tensor is not None and tensor.is_meta:
             return tensor
-        if function is torch.arange and any(isinstance(value, int | float) and value > HUGE for value in arguments):
+        if function is torch.arange and any(
+            isinstance(value, int | float) and value > MOST_NUMBERS for value in arguments
+        ):
             raise ModelError("config.json describes a buffer of more numbers than any model has", "get it again")
         if function in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
             size = arguments[0] if arguments and isinstance(arguments[0], tuple | list) else arguments
-            if all(isinstance(side, int) for side in size) and math.prod(size) > HUGE:
+            if all(isinstance(side, int) for side in size) and math.prod(size) > MOST_NUMBERS:
                 settings = {**settings, "device": "meta"}
         return function(*arguments, **settings)
 

@@ -7,6 +7,8 @@ A difference of two outputs measures pruning only if both come from the same ker
   memory-efficient one where attention has a mask. (On capability 8.6, 8.9 and 12.x heads of 193 to 224 features still
   differ: the flash kernel has no backward pass for them.)
 - Products in half precision: by default cuBLAS may add partial sums in half precision, depending on the shape.
+- Products in float32: a program, or an environment variable of its container, may have allowed TF32, which rounds
+  inputs to 10 bits. Only Gram matrices take it, where it is exact (`masking/statistics.py`).
 
 Only these settings of PyTorch change, and only within the context; on CPUs they have no effect.
 """
@@ -17,12 +19,14 @@ from typing import Any
 
 import torch
 
+from llm_barber.masking.statistics import float32_products
+
 REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 
 @contextmanager
 def same_kernels() -> Iterator[None]:
-    """Compute attention without cuDNN and add up half-precision products in float32, within the context."""
+    """Compute attention without cuDNN, and products without TF32 and sums in half precision, within the context."""
     cuda: Any = torch.backends.cuda
     with ExitStack() as stack:
         stack.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
@@ -30,6 +34,7 @@ def same_kernels() -> Iterator[None]:
         for name in REDUCTIONS:
             stack.callback(setattr, cuda.matmul, name, _reduction(cuda.matmul, name))
             setattr(cuda.matmul, name, False)
+        stack.enter_context(float32_products({"cuda": "ieee"}))
         yield
 
 

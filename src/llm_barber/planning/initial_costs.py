@@ -76,9 +76,9 @@ def initial_mask_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) ->
     if not recipe.initial.reads_inputs:
         return work
     tokens = recipe.local_tokens
-    whole = recipe.target_from_masks
-    work += forward_work(block, recipe, tokens, until_last=block is layer.blocks[-1] and not whole)
-    work += streaming_work(block, recipe, tokens, 1 if whole else 0.5)
+    needs_output = recipe.target_from_masks
+    work += forward_work(block, recipe, tokens, until_last=block is layer.blocks[-1] and not needs_output)
+    work += streaming_work(block, recipe, tokens, 1 if needs_output else 0.5)
     return work + statistics_work(block, recipe)
 
 

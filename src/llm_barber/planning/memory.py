@@ -100,7 +100,7 @@ def _device(footprint: Footprint) -> float:
 
 
 def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> Footprint:
-    """Arrays of calibration activations in memory; `arrays`: None: those that go from layer to layer."""
+    """Memory of arrays of calibration activations; `arrays`: as in `Recipe.on_device`."""
     outlasting = recipe.outlasting(model.hidden) if arrays is None else 0
     host = recipe.in_memory(recipe.activations(model.hidden, arrays) + outlasting, model.hidden)
     return Footprint(host, recipe.on_device(model.hidden, arrays))
@@ -109,8 +109,8 @@ def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> F
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
     """Bytes of activations in files, for want of memory, at their most: between layers or when allocating."""
     between_layers = recipe.activations(model.hidden) + recipe.outlasting(model.hidden)
-    most = max(between_layers, sum(_allocated_from(model, recipe)))
-    return most - recipe.in_memory(most, model.hidden)
+    peak = max(between_layers, sum(_allocated_from(model, recipe)))
+    return peak - recipe.in_memory(peak, model.hidden)
 
 
 def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
@@ -197,8 +197,11 @@ def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
     squares = FLOAT32 * weights
     passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
     competing = weights if recipe.granularity is Granularity.BLOCK else block.largest
-    whole = recipe.granularity in (Granularity.BLOCK, Granularity.LINEAR)
-    ranking = Footprint(device=(FLOAT32 + 5 * BOOL) * weights) + _ranking(competing, competing if whole else 0, recipe)
+    one_group = recipe.granularity in (Granularity.BLOCK, Granularity.LINEAR)
+    joined = FLOAT32 * competing if recipe.granularity is Granularity.BLOCK else 0  # the scores of all linears, copied
+    ranking = Footprint(device=(FLOAT32 + 5 * BOOL) * weights + joined) + _ranking(
+        competing, competing if one_group else 0, recipe
+    )
     return Footprint(device=squares) + max(Footprint(device=passes), ranking, key=_device)
 
 

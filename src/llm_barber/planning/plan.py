@@ -40,7 +40,10 @@ VOCABULARY_BYTES = 350  # of a tokenizer for each of its tokens, measured with 4
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of a process before its first layer: after reading the calibration text; at most meanwhile."""
+    """Host memory of a process before its first layer, bytes.
+
+    `bare`: once the calibration text is read. `reading`: the peak while it is read.
+    """
 
     bare: int
     reading: int
@@ -103,7 +106,7 @@ def _with_windows_of_file(config: PlanConfig) -> PlanConfig:
 
 def _check_settings(config: PlanConfig, progress: Progress) -> None:
     if config.include or config.exclude or config.skip_layers or config.sparsities:
-        progress.warn("counted as if every linear were pruned: what is left out, or left dense, takes less")
+        progress.warn("the plan counts every linear as pruned: a run that leaves linears dense takes less")
     if max(config.processes) > config.samples:
         raise SettingsError(
             f"{max(config.processes)} processes cannot share {config.samples} windows",
@@ -228,5 +231,5 @@ def _warn_of_device_memory(
     if needed > free:
         setting = "--device-memory: " if config.device_memory is not None else ""
         progress.warn(
-            f"{setting}{free / 2**30:.1f} GiB of the GPU's memory will hardly do: {needed / 2**30:.1f} GiB are held"
+            f"{setting}the run needs {needed / 2**30:.1f} GiB of the GPU's memory, and has {free / 2**30:.1f} GiB"
         )

@@ -126,15 +126,18 @@ class Recipe:
         return self.refine is not None and self.refine.target_mix > 0
 
     def on_device(self, width: int, arrays: int | None = None) -> float:
-        """Bytes of arrays of calibration activations that stay on the device; None: the arrays between layers."""
+        """Bytes of arrays of calibration activations that stay on the device.
+
+        `arrays`: number of arrays; None: of those that go from layer to layer.
+        """
         return self._staying(width, arrays) * self._array_size(width)
 
     def moved_share(self, width: int, arrays: int | None = None) -> float:
-        """Share of the arrays that is moved to the device and back; None: the arrays between layers."""
+        """Share of the arrays that is moved to the device and back; `arrays` as in `on_device`."""
         return 1 - self._staying(width, arrays) / self._count(arrays)
 
     def activations(self, width: int, arrays: int | None = None) -> float:
-        """Bytes of arrays of `width` features that are off the device; None: the arrays between layers.
+        """Bytes of arrays of `width` features that are off the device; `arrays` as in `on_device`.
 
         A layer's inputs are copied off the device to make them durable; process 0 has those of all processes.
         """
@@ -165,7 +168,7 @@ class Recipe:
         return self.durable + 1
 
     def kept_on_device(self, layers: float, width: int) -> float:
-        """Bytes of dense layers, of all their bytes, that stay on the device between the allocation's passes."""
+        """Bytes of the dense layers, `layers` bytes in all, that stay on the device between the allocation's passes."""
         if self.on_cpu or self.allocation is not Allocation.LOSS:
             return 0
         return min(layers, max(0.0, self.room - self.on_device(width, self.allocating)))
@@ -199,10 +202,10 @@ class Recipe:
 
     def rounds(self, columns: int) -> float:
         """Rounds of swaps of a row: each stage begins a round, until the row gains no more."""
-        left, rounds = columns * USEFUL_SWAPS, 0.0
+        useful, rounds = columns * USEFUL_SWAPS, 0.0
         for stage in self.swap_stages:
-            swaps = min(float(stage), left)
-            left -= swaps
+            swaps = min(float(stage), useful)
+            useful -= swaps
             rounds += 1 + swaps / SWAPS_OF_A_ROUND
             if not swaps:  # the first stage without a gain is the last
                 break

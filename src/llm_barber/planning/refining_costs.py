@@ -17,7 +17,7 @@ from llm_barber.planning.work import NO_WORK, Work
 from llm_barber.settings.refining import SEQUENCES_A_STEP
 
 TUNING = 80  # bytes moved for each weight and step: masked copy, its gradient, Adam
-ROW = 256  # weights that cost a round of swaps as much as the row itself does
+ROW = 256  # weights; a round of swaps costs as much for a row as for so many weights, beside those of the row
 
 
 def refining_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:

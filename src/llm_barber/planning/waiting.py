@@ -13,7 +13,7 @@ Seconds = dict[str, dict[str, float]]  # by stage and resource
 
 
 def with_files_kept(costs: Costs, model: ModelShapes, rates: Rates, recipe: Recipe) -> Costs:
-    """Count activations after as many layers as the schedule has them written; after each where a layer waits."""
+    """Count activations as often as the schedule has them written: after every layer if a run cannot be repeated."""
     seconds = _seconds(costs, rates)
     layer, file = _computing(seconds) / len(model.layers), sum(seconds["keep"].values()) / len(model.layers)
     if not recipe.repeatable or not layer:
@@ -48,7 +48,10 @@ def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Reci
 
 
 def _waited(disk: float, computing: float, layers: int) -> float:
-    """Seconds of waiting for a disk that works while layers are computed: a layer's, and all that takes longer."""
+    """Seconds that a run waits for a disk that works while layers are computed.
+
+    It waits for the first layer, and then for as long as the disk takes longer than the computing.
+    """
     return disk / layers + max(0.0, disk - computing) * (layers - 1) / layers
 
 

@@ -13,6 +13,7 @@ from llm_barber.masking.pattern import NofM, Pattern
 from llm_barber.method.checkpoint_masks import CheckpointMasks
 from llm_barber.method.method_masks import MethodMasks
 from llm_barber.method.rebuild import RebuildSettings
+from llm_barber.model.device import current_gpu_kept
 from llm_barber.parallel.ranks import Ranks, joined
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.report import RunReport
@@ -34,7 +35,7 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
         BarberError: whatever is wrong with settings, model, calibration text or output; nothing is left behind.
     """
     progress = progress or Silent()
-    with joined() as ranks:
+    with current_gpu_kept(), joined() as ranks:
         return _finished_before(config, progress, ranks) or _prune(config, progress, ranks)
 
 
@@ -97,7 +98,7 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
         BarberError: whatever is wrong with settings, models, calibration text or output; nothing is left behind.
     """
     progress = progress or Silent()
-    with joined() as ranks:
+    with current_gpu_kept(), joined() as ranks:
         return _finished_before(config, progress, ranks) or run(prepare_rebuild(config, progress, ranks), progress)
 
 

@@ -9,6 +9,7 @@ from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.output import work_folder
 from llm_barber.checkpoint.unfinished import unfinished_run
+from llm_barber.model.device import current_gpu_kept
 from llm_barber.parallel.ranks import Ranks
 from llm_barber.planning.limits import left_for_activations
 from llm_barber.planning.shapes import model_shapes
@@ -86,7 +87,8 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
     if complete is not None:
         tell_of_finished(config, complete, progress)
         config = config.model_copy(update={"overwrite": True})  # or the complete output would be in the way
-    prepared = PREPARE[config.command](config, progress, Ranks())
+    with current_gpu_kept():
+        prepared = PREPARE[config.command](config, progress, Ranks())
     prepared.warn_of_settings(progress)
     job, rebuilt = prepared.job, prepared.rebuild_settings
     if config.memory is not None:

@@ -53,10 +53,10 @@ def embed(
 def _batch_sizes(streams: ActivationStreams, refine_settings: RefineSettings | None) -> set[int]:
     """Sizes of all batches, and of the smaller batches that the run falls back to if memory runs out."""
     sizes = set()
-    whole = streams.batch_size
+    batch_size = streams.batch_size
     while streams.batch_size:
         sizes |= {batch.stop - batch.start for batch in streams.batches()}
         sizes |= refine_settings.batch_sizes(streams) if refine_settings else set()
         streams.batch_size //= 2
-    streams.batch_size = whole
+    streams.batch_size = batch_size
     return sizes

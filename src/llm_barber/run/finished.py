@@ -45,7 +45,7 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
         raise OutputError(f"{config.output} was complete, but {damage}", f"{PRUNE_AGAIN}, or get the file back")
     if changed := _changed(record, config, progress):
         raise OutputError(
-            f"{config.output} is complete, but was made with {changed} than is there now",
+            f"{config.output} is complete, but was made with {changed}",
             f"choose another output folder, or {PRUNE_AGAIN}",
         )
     return record

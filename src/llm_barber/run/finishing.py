@@ -81,7 +81,7 @@ def finish_output(
 def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress) -> None:
     """Warn of results that a user would not expect."""
     if prepared.job.skeleton.order.unavailable:
-        progress.warn("gradients were added up in no fixed order, since this model has none: another run may differ")
+        progress.warn("PyTorch adds up a gradient of this model in no fixed order: another run may give other bytes")
     if sinks := layers_ruled_by_one_token(report):
         layers = "layer" if len(sinks) == 1 else "layers"
         progress.warn(
@@ -96,10 +96,10 @@ def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress
         if linear.few_tokens
     }
     if idle_experts:
-        left = "those of magnitude" if prepared.command == "prune" else "left as they were"
+        masks = "those of magnitude" if prepared.command == "prune" else "left as they were"
         progress.warn(
             f"{len(idle_experts)} experts were given fewer than {FEW_TOKENS} calibration tokens: their masks are "
-            f"{left}; more --samples reach more of them"
+            f"{masks}; more --samples reach more of them"
         )
     if prepared.rebuild_settings is not None and report.swapped == 0:
         progress.warn(

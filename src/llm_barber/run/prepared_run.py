@@ -80,7 +80,7 @@ class PreparedRun:
             refine=self.refine_settings,
             prunes_head=job.prunes_head,
             processes=job.ranks.count,
-            initial_granularity=getattr(self.config, "initial_granularity", None),  # a rebuild has none
+            initial_granularity=self.initial.granularity,
         )
 
     @property
@@ -142,7 +142,7 @@ class PreparedRun:
         """Warn of effects of the settings that a user would not expect."""
         if self.refine_settings is not None and not self.refine_settings.held_out and self.config.guard != 0:
             progress.warn(
-                message("no window can be held out of one: all of the refining is kept, unchecked; give more {samples}")
+                message("there is one calibration window, so none is held out to check refining: give more {samples}")
             )
 
     @property

@@ -65,7 +65,7 @@ def tell_of_lost(writer: Writer, finished: int, progress: Progress) -> None:
     if writer.lost:
         progress.warn(
             f"{', '.join(writer.lost)} of the unfinished run is damaged or missing: {finished} finished layers are "
-            "whole, what else there was is made again"
+            "kept, the rest is computed again"
         )
 
 
@@ -189,10 +189,10 @@ def hint_at_resuming(writer: Writer, progress: Progress) -> Iterator[None]:
             kept = (
                 f"{count} finished layer{'s are' if count > 1 else ' is'}"
                 if count
-                else "what sparsity each linear is given is"
+                else "the sparsity of each linear is"
             )
             goes_on = "{kept} kept in {folder}: the same command with {resume} goes on"
             progress.warn(message(goes_on, kept=kept, folder=writer.folder))
         if writer.saving:
-            progress.warn("what a layer starts from is still being written: this waits for it")
+            progress.warn("activations are still being written: waiting for them")
         raise

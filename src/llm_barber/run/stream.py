@@ -164,9 +164,9 @@ def _make_durable(
     writer: Writer,
     streams: ActivationStreams,
 ) -> None:
-    """Begin to make the last layer, whose shard is being written, and now and then the next layer's input durable.
+    """Begin to make the pruned layer durable and, when the schedule says so, the next layer's input.
 
-    An input that could not be computed again from the shards is made durable, after each layer, before the layer is.
+    An input that cannot be computed again from the shards is written after every layer, before the layer is.
     """
 
     def keep_activations() -> None:

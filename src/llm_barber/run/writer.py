@@ -82,7 +82,7 @@ class Writer(Protocol):
         ...
 
     def begin_activations(self, layers: int) -> bool:
-        """Shall the activations after `layers` layers be kept? If so, this must be done next."""
+        """Decide whether to keep the activations after `layers` layers; if True, call `keep_activations` next."""
         ...
 
     def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:

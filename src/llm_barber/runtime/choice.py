@@ -21,6 +21,7 @@ from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
 from llm_barber.errors import SettingsError
 from llm_barber.messages import message
 from llm_barber.native import Instructions
+from llm_barber.runtime.on_gpu import CAPABILITY, has_kernels
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 KeepPacked = bool | Literal["auto"] | Mapping[str, bool]
 
 PROMPT, NEW = 256, 256  # tokens of the conversation
-GAIN = 0.97  # packed weights must take at most so much of the dense time: a choice is no noise
+GAIN = 0.97  # packed weights must take at most this share of the dense time, so that noise does not decide
 NEARLY = 0.05  # shapes are timed again where the share of kept weights differs by more
 MOST_TIMED = 16  # shapes, each at most `SECONDS` and a round: together less than a second
 SECONDS = 0.04
@@ -85,7 +86,7 @@ class Choice:
 
     Raises:
         SettingsError: `keep_packed` is none of these, or names a linear that is not in the model; "auto" elsewhere than
-            on the CPU.
+            on the CPU; the GPU is too old for the kernels.
     """
 
     def __init__(
@@ -192,6 +193,12 @@ def check(keep_packed: KeepPacked, device: torch.device) -> None:
                 raise SettingsError(shown, hint)
     elif not isinstance(keep_packed, bool) and keep_packed != "auto":
         raise SettingsError(message("{keep_packed} cannot be {value!r}", value=keep_packed), hint)
+    packs = any(keep_packed.values()) if isinstance(keep_packed, Mapping) else bool(keep_packed)
+    if packs and has_kernels(device.type) and torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise SettingsError(
+            message("{keep_packed} needs a GPU of compute capability 8.0, which {device} is not", device=device),
+            "give keep_packed=False",
+        )
     if keep_packed == "auto" and device.type != "cpu":
         raise SettingsError(
             message("{keep_packed:auto} times products on the CPU, not on {device}", device=device),

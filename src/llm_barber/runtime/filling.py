@@ -123,6 +123,7 @@ def _fill_parameters(
             linear = _packed_linear(weight, owner.bias, dtype)  # the bias follows; it may still be on `meta`
             for buffer_name, buffer in linear.named_buffers(recurse=False):
                 setattr(linear, buffer_name, pages.moved(buffer.to(device)))
+            linear.prepare()
             setattr(model.get_submodule(parent), last, linear)
         filling.progress.advance(name)
     choice.report()

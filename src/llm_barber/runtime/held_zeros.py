@@ -82,11 +82,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 class HeldZeros:
-    """The pruned weights that `hold_zeros` holds at zero; in a `with` statement until its end.
+    """The pruned weights that `hold_zeros` holds at zero, until `remove()` or the end of a `with` statement.
 
     `names`: the parameters, by their names in the model. `zeros`: number of weights that are held; `weights`: of all
-    weights of these parameters. `remove()` ends it. `apply()` sets the weights to zero, after a step of what is no
-    optimiser of PyTorch.
+    weights of these parameters. `apply()` sets the weights to zero: call it after a step that no PyTorch optimiser
+    made.
     """
 
     def __init__(self, pruned: list[PrunedWeight]) -> None:

@@ -1,4 +1,4 @@
-"""Weights in huge pages of memory: a processor that streams them looks up one address in 512.
+"""Weights in huge pages of memory: a processor translates one address where small pages need 512.
 
 Decoding reads every weight once a token. With pages of 4 KiB on a virtual machine such reads reach two thirds of the
 speed that they reach with pages of 2 MiB (docs/notebook/packed-speed.md).

@@ -72,13 +72,17 @@ class PackedLinear(nn.Module):
         report_other_bits(self.values, self.bits, arguments)
         self._ready, self._parts = {}, {}
         self._places = on_gpu.PlacesOnGpu(self.shape)
-        self._places.prepare(self.bits)
+        self.prepare()
 
     def _apply(self, *arguments: Any, **named: Any) -> "PackedLinear":
         """Move or convert the buffers; on a GPU, find what its kernels need."""
         super()._apply(*arguments, **named)  # type: ignore[no-untyped-call]
-        self._places.prepare(self.bits)
+        self.prepare()
         return self
+
+    def prepare(self) -> None:
+        """Find what the kernels of a GPU need, after `values` and `bits` have got there."""
+        self._places.prepare(self.bits)
 
     def gpu_weight(self) -> on_gpu.GpuWeight:
         """The weight as the GPU's kernels read it."""

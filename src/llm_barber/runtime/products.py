@@ -22,7 +22,7 @@ def is_differentiated(inputs: Tensor, bias: Tensor | None) -> bool:
 
 
 def outside_transforms() -> Any:
-    """Context in which new tensors are memory also while a transform of `torch.func` runs, which would wrap them."""
+    """Context in which new tensors are ordinary tensors: a running transform of `torch.func` does not wrap them."""
     return torch._C._DisableFuncTorch()
 
 

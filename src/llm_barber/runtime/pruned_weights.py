@@ -44,12 +44,12 @@ def find_pruned(model: nn.Module, folder: Path | None, share: float) -> list[Pru
     `share` zeros; embeddings, matrices that share an embedding's weights and matrices of nothing but zeros are none.
 
     Raises:
-        SettingsError: linears are packed or on `meta`; `share` is not above 0 and up to 1.
+        SettingsError: linears are packed or on `meta`; `share` is not above 0 and at most 1.
         ModelError: nothing is pruned, the record cannot be read, or the model lacks zeros that the record has.
     """
     if not 0 < share <= 1:
         raise SettingsError(
-            message("{share} is {given}, not above 0 and up to 1", given=share), "leave it out: it is 0.1 then"
+            message("{share} is {given}: it must be above 0 and at most 1", given=share), "leave it out: it is 0.1 then"
         )
     _refuse_untrainable(model)
     folder = folder or _loaded_from(model)
@@ -212,7 +212,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def count_zeros(tensor: Tensor) -> int:
-    """Number of zeros; of a tensor that processes share all of theirs, so that each of them has to ask."""
+    """Number of zeros of a tensor, over all processes that share it: each of them must call this."""
     zeros = (tensor.detach() == 0).sum()
     return int(zeros.full_tensor() if hasattr(zeros, "full_tensor") else zeros)
 

@@ -236,10 +236,10 @@ def _with_packed(find: Callable[..., Any]) -> Callable[..., Any]:
 
 def _folder_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what a folder's config.json may say; a warning names the rest, since only the caller chooses how to load."""
-    others = sorted(entry.keys() - ENTRY_KEYS)
-    if others:
+    ignored = sorted(entry.keys() - ENTRY_KEYS)
+    if ignored:
         warnings.warn(
-            f"{KEY} in config.json has {', '.join(map(repr, others))}, which is ignored: the caller chooses how a "
+            f"{KEY} in config.json has {', '.join(map(repr, ignored))}, which is ignored: the caller chooses how a "
             f"packed folder is loaded, by {KEY}=PackedConfig(…)",
             stacklevel=4,
         )

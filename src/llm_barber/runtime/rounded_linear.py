@@ -76,14 +76,18 @@ class RoundedLinear(nn.Module):
         report_other_bits(self.values, self.bits, arguments)
         self._ready = {}
         self._places = on_gpu.PlacesOnGpu(self.shape)
-        self._places.prepare(self.bits)
+        self.prepare()
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
         self.dtype = function(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        self._places.prepare(self.bits)
+        self.prepare()
         return self
+
+    def prepare(self) -> None:
+        """Find what the kernels of a GPU need, after `values` and `bits` have got there."""
+        self._places.prepare(self.bits)
 
     def gpu_weight(self) -> on_gpu.GpuWeight:
         """The weight as the GPU's kernels read it."""

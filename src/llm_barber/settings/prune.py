@@ -18,7 +18,7 @@ from llm_barber.settings.targets import Targets, compile_names, parse_target, re
 
 
 class PruneConfig(RunSettings):
-    """Settings of `prune`: choose an initial mask and rebuild it.
+    """Settings of `prune`: the initial mask, and the steps that improve it.
 
     Raises:
         SettingsError: any of them is wrong; all wrong ones are named.

@@ -24,8 +24,9 @@ SEQUENCES_A_STEP = 4  # of tuning
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """`swaps`: most swaps a row; None: the default, 0: none. `solve`: least squares.
+    """Settings of refining each linear and of tuning whole layers.
 
+    `swaps`: most swaps a row; None: the default, 0: none. `solve`: least squares.
     `target_mix`: 0: dense linears on the pruned model's activations, 1: on the dense model's (`docs/method/tuning.md`).
     `passes`: over the windows that tune layers, their masks, kept weights or both (`tune.py`). `held_out`:
     calibration windows, the last ones. `head_mix`: the target mix of the output head, whose mask is swapped, not tuned.

@@ -53,7 +53,7 @@ def merge_adapter(
     if not _is_peft(peft_model):
         raise SettingsError(
             f"a {type(peft_model).__name__} has no adapter to merge",
-            "give the model that get_peft_model or PeftModel.from_pretrained made (pip install 'llm-barber[finetune]')",
+            "give the model that get_peft_model or PeftModel.from_pretrained made (pip install peft)",
         )
     if any(hasattr(parameter, "to_local") for parameter in peft_model.parameters()):
         raise SettingsError(

@@ -21,7 +21,7 @@ from llm_barber.settings.generate import GenerateConfig, KeepPacked
 from llm_barber.tools.decoding import Clock, decode, settings_of_generation, speeds
 from llm_barber.tools.generation import GeneratedText, Generation
 from llm_barber.tools.prompt import open_tokenizer, prompt_tokens, read_prompt, room_for_text
-from llm_barber.tools.writer import OnText, Opened, Task, Writer, load_and_write
+from llm_barber.tools.writer import OnText, Opened, Task, TextWriter, load_and_write
 from llm_barber.usage import machine, versions
 
 TIMED_TOKENS = 32  # most new tokens of a round of timing
@@ -90,16 +90,16 @@ def _open(model: str, keep_packed: KeepPacked, progress: Progress) -> Opened:
 
 def _check_same_tokens(opened: list[Opened], tokenizer: Any) -> None:
     """Refuse a second model that does not share the first model's tokens."""
-    for other in opened[1:]:
-        check_same_vocabulary(opened[0].name, opened[0].config, other.name, other.config)
-        check_same_tokenizer(tokenizer, other.name, other.source.folder)
+    for against in opened[1:]:
+        check_same_vocabulary(opened[0].name, opened[0].config, against.name, against.config)
+        check_same_tokenizer(tokenizer, against.name, against.source.folder)
 
 
 def _write_and_time(
     task: Task, opened: list[Opened], progress: Progress, on_text: OnText | None
 ) -> tuple[list[GeneratedText], bool]:
     """Each model's result, and whether Ctrl-C ended the work before it was complete."""
-    writers: list[Writer] = []
+    writers: list[TextWriter] = []
     interrupted = False
     for model in opened:
         try:
@@ -120,7 +120,7 @@ def _write_and_time(
     return [_result(task, *pair) for pair in zip(writers, clocks, strict=True)], interrupted
 
 
-def _time_in_turn(task: Task, writers: list[Writer], progress: Progress) -> tuple[list[list[Clock]], bool]:
+def _time_in_turn(task: Task, writers: list[TextWriter], progress: Progress) -> tuple[list[list[Clock]], bool]:
     """Clocks of each complete round, a clock for each model, and whether Ctrl-C ended the timing."""
     count = min(TIMED_TOKENS, task.new_tokens)
     tokens = (writers[0].text.tokens * count)[:count]
@@ -140,7 +140,7 @@ def _time_in_turn(task: Task, writers: list[Writer], progress: Progress) -> tupl
     return rounds, True
 
 
-def _result(task: Task, writer: Writer, clocks: list[Clock]) -> GeneratedText:
+def _result(task: Task, writer: TextWriter, clocks: list[Clock]) -> GeneratedText:
     tokens = writer.text.tokens
     prefill, decoding = speeds(task.tokens.shape[1], clocks)
     parts = [*writer.model.parameters(), *writer.model.buffers()]

@@ -72,5 +72,5 @@ class Generation(BaseModel):
         return _ratio(self.generated.decode, self.against.decode) if self.against else None
 
 
-def _ratio(speed: Speed | None, other: Speed | None) -> float | None:
-    return None if speed is None or other is None else speed.per_second / other.per_second
+def _ratio(speed: Speed | None, against: Speed | None) -> float | None:
+    return None if speed is None or against is None else speed.per_second / against.per_second

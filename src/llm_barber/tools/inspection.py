@@ -103,8 +103,8 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         recorded = {(layer.index, linear.name): linear for layer in record.layers for linear in layer.linears}
         problems += _missing_linears(recorded.keys(), linears)
     rounding = rounding_of(source) if record is None else record.rounding
-    others = () if dense is None else [name for name in source.tensors if name not in linears]
-    names = [*linears, *others]
+    not_linears = () if dense is None else [name for name in source.tensors if name not in linears]
+    names = [*linears, *not_linears]
     progress.start("inspecting", len(names))
     inspected = []
     updates = record is not None and record.kept_weights is not KeptWeights.DENSE

@@ -71,10 +71,10 @@ def _linears_of_layers(source: CheckpointSource, skeleton: Skeleton) -> dict[str
                 continue
             linear = FoundLinear(index, name, location, skeleton.architecture.transposed)
             linears.setdefault(location.tensor, []).append(linear)
-            for other in skeleton.other_names(index, name):
-                copy = source.locations.get(f"{prefix}{other}.weight", location)
+            for alias in skeleton.other_names(index, name):
+                copy = source.locations.get(f"{prefix}{alias}.weight", location)
                 if copy != location:
-                    linears[copy.tensor] = [replace(linear, name=other, location=copy, alias=True)]
+                    linears[copy.tensor] = [replace(linear, name=alias, location=copy, alias=True)]
     return linears
 
 

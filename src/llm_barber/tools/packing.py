@@ -1,6 +1,6 @@
 """Pack a pruned checkpoint into fewer bytes, and unpack it, shard by shard.
 
-Both bit for bit, unless kept weights are rounded (`rounded_packing.py`).
+Both keep every bit, unless kept weights are rounded (`rounded_packing.py`).
 """
 
 from collections import Counter

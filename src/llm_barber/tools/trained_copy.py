@@ -51,7 +51,7 @@ class TrainedModel:
             for leaf, _ in model.get_submodule(path).named_parameters(recurse=False)
             for part in module.parts(leaf)
         }
-        # By tensor of the checkpoint: the parameters in it, each with the part of the model's parameter, and its place.
+        # By tensor of the checkpoint: its parameters, each with the part of the model's parameter and the location.
         self._members: dict[str, list[tuple[str, Part | None, Location]]] = {}
         for name, location in source.locations.items():
             parameter, part = parts.get(name, (name, None))
@@ -66,7 +66,7 @@ class TrainedModel:
                 "name the checkpoint that was trained: pruned=FOLDER; a model with parts of its own is written by "
                 "model.save_pretrained()",
             )
-        self._left = self.files
+        self._not_gathered = self.files
 
     def _check_shape(self, parameter: str, part: Part | None, name: str) -> None:
         shape = shape_of(Location(parameter, part), tuple(self._parameters[parameter].shape))
@@ -90,7 +90,7 @@ class TrainedModel:
         Raises:
             NotFiniteError: a trained value is NaN or Inf.
         """
-        self._left.remove(file)
+        self._not_gathered.remove(file)
         tensors = {name: tensor.clone() for name, tensor in before.items()}
         for name, location, value in self._values(file):
             location.of(tensors[name]).copy_(value)
@@ -104,19 +104,19 @@ class TrainedModel:
 
     def gather_rest(self) -> None:
         """Take part in gathering the parameters of all shards that were not asked for."""
-        for file in self._left:
+        for file in self._not_gathered:
             for _ in self._values(file):
                 pass
-        self._left = []
+        self._not_gathered = []
 
     def _values(self, file: str) -> Iterator[tuple[str, Location, Tensor]]:
-        """Tensor, place in it, and trained values of each parameter of a shard."""
+        """Tensor, location and trained values of each parameter of a shard."""
         gathered: dict[str, Tensor] = {}  # of the last module: experts in its stacks come one after the other
         for name, info in self.source.tensors.items():
             for parameter, part, location in self._members.get(name, ()) if info.file == file else ():
                 if parameter not in gathered:
                     module = parameter.rpartition(".")[0]
-                    gathered = {other: gathered[other] for other in gathered if other.rpartition(".")[0] == module}
+                    gathered = {key: values for key, values in gathered.items() if key.rpartition(".")[0] == module}
                     gathered[parameter] = _whole(self._parameters[parameter])
                 yield name, location, gathered[parameter] if part is None else part.of(gathered[parameter])
 
@@ -124,8 +124,8 @@ class TrainedModel:
 def _whole(parameter: Tensor) -> Tensor:
     """All elements of a parameter; processes that share it gather them together."""
     values: Any = parameter.detach()
-    whole: Tensor = values.full_tensor() if hasattr(values, "full_tensor") else values
-    return whole
+    full: Tensor = values.full_tensor() if hasattr(values, "full_tensor") else values
+    return full
 
 
 @dataclass

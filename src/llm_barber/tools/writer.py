@@ -54,7 +54,7 @@ class Task:
 
 
 @dataclass
-class Writer:
+class TextWriter:
     """A loaded model, the clock of its text, and the memory that it took, bytes."""
 
     name: str
@@ -64,7 +64,7 @@ class Writer:
     peak_memory: int | None
 
 
-def load_and_write(task: Task, opened: Opened, progress: Progress, on_text: OnText | None) -> tuple[Writer, bool]:
+def load_and_write(task: Task, opened: Opened, progress: Progress, on_text: OnText | None) -> tuple[TextWriter, bool]:
     """Load a model, warm it up, and let it write its text; False if Ctrl-C ended the text.
 
     Raises:
@@ -90,7 +90,7 @@ def load_and_write(task: Task, opened: Opened, progress: Progress, on_text: OnTe
     if not clock.tokens:
         raise KeyboardInterrupt
     peak = peak_device_memory(task.device) if on_gpu else peak_memory() if sys.platform == "linux" else None
-    return Writer(opened.name, model, ends, clock, None if peak is None else peak - before), finished
+    return TextWriter(opened.name, model, ends, clock, None if peak is None else peak - before), finished
 
 
 def _load(task: Task, opened: Opened, progress: Progress) -> PreTrainedModel:

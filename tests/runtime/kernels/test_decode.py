@@ -64,6 +64,15 @@ def test_values_rounded_to_int8(dtype: torch.dtype, columns: int, group: int, to
     check_product(linear, weight, torch.randn(tokens, columns).to(dtype))
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_no_scale_is_read_beyond_the_last(tokens: int) -> None:
+    """Rows of 96 columns end within a word of the mask: what lies behind the last scale must not reach an output."""
+    linear, weight = rounded_linear(pruned(6, 96, HALF, torch.bfloat16), 32)
+    scales = torch.full((linear.scales.numel() + 64,), -1, dtype=torch.int16)  # NaN behind them
+    linear.scales = scales[: linear.scales.numel()].copy_(linear.scales.view(-1)).view(linear.scales.shape)
+    check_product(linear, weight, torch.randn(tokens, 96).bfloat16())
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1500), (17, 7), (5, 256), (18, 257), (16, 511), (3, 13)])
 @pytest.mark.parametrize(
     ("tokens", "dtype"), [(1, torch.float32), (4, torch.float32), (3, torch.bfloat16), (16, torch.float16)]

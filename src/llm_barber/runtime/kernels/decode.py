@@ -95,7 +95,7 @@ def _decode(  # type: ignore[no-untyped-def]
         chunks = chunks + as_float32(w4) * x4[None, :] + as_float32(w5) * x5[None, :]
         chunks = chunks + as_float32(w6) * x6[None, :] + as_float32(w7) * x7[None, :]
         if group:
-            scale = scales + row[:, None] * groups + (chunk * 8 // group)[None, :]
+            scale = scales + row[:, None] * groups + tl.minimum(chunk * 8 // group, groups - 1)[None, :]
             sums += chunks * tl.load(scale, mask=inside[None, :], other=0).to(tl.float32)
         else:
             sums = chunks

@@ -66,5 +66,5 @@ def row_bytes(bits: Tensor, shape: tuple[int, int]) -> Tensor:
     last = len(bits)  # of the two padding bytes, for all bytes behind the end
     low, high = padded[byte.clamp(max=last)].int(), padded[(byte + 1).clamp(max=last)].int()
     shifted = (low | high << 8) >> (first_bit & 7)
-    left = (columns - 8 * torch.arange(words * 8, device=bits.device)).clamp(0, 8)  # columns of each byte
-    return (shifted & ((1 << left) - 1)).to(torch.uint8).view(-1)
+    counts = (columns - 8 * torch.arange(words * 8, device=bits.device)).clamp(0, 8)  # columns of each byte
+    return (shifted & ((1 << counts) - 1)).to(torch.uint8).view(-1)

@@ -1,4 +1,4 @@
-"""What the checks of `selftest` share: a device, a folder, small random models, and runs on them."""
+"""A bench for the checks of `selftest`: a device, a folder, small random models, and runs on them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -145,8 +145,8 @@ def compare_masks(first: Path, second: Path) -> tuple[int, int]:
     Raises:
         ValueError: the checkpoints are not of one model.
     """
-    masks, others = layer_weights(first), layer_weights(second)
-    if masks.keys() != others.keys():
+    first_weights, second_weights = layer_weights(first), layer_weights(second)
+    if first_weights.keys() != second_weights.keys():
         raise ValueError("the two checkpoints have other weights")
-    different = sum(int(((tensor != 0) != (others[name] != 0)).sum()) for name, tensor in masks.items())
-    return different, sum(tensor.numel() for tensor in masks.values())
+    different = sum(int(((tensor != 0) != (second_weights[name] != 0)).sum()) for name, tensor in first_weights.items())
+    return different, sum(tensor.numel() for tensor in first_weights.values())

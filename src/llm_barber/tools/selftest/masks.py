@@ -1,7 +1,7 @@
 """Masks on the GPU against masks on the CPU.
 
-The two add up products in another order, so that scores differ by rounding, and a weight whose score lies that near to
-another's may be kept in its place. A bound of the share of mask bits that differ separates rounding from faults: it is
+The two add up products in another order, so that scores differ by rounding, and two weights with nearly equal scores
+may change places in the ranking. A bound of the share of mask bits that differ separates rounding from faults: it is
 at least five times the share that rounding alone changes, and in float32 less than what products in TF32 would change.
 docs/notebook/machines.md has both shares, measured on a CPU. ALPS multiplies rounding: its bound finds gross faults.
 """
@@ -18,7 +18,7 @@ from llm_barber.tools.selftest.result import Finding, NotRunError
 
 
 @dataclass(frozen=True)
-class MaskMethod:
+class MaskCheck:
     """A way to prune, and the bounds of the share of mask bits that may differ between two devices, by dtype."""
 
     settings: Mapping[str, Any]
@@ -30,12 +30,12 @@ class MaskMethod:
         return self.float32 if dtype == torch.float32 else self.half
 
 
-def _initial(name: str, float32: float, half: float) -> MaskMethod:
-    return MaskMethod({"initial": name, "rebuild": False}, float32, half)
+def _initial(name: str, float32: float, half: float) -> MaskCheck:
+    return MaskCheck({"initial": name, "rebuild": False}, float32, half)
 
 
 # `guard` 0: held-out windows would decide for or against a whole block by a hair's breadth.
-METHODS: dict[str, MaskMethod] = {
+METHODS: dict[str, MaskCheck] = {
     # Ranks the stored weights, without any product: sorting, ties included, gives the same everywhere.
     "magnitude": _initial("magnitude", 0.0, 0.0),
     "wanda": _initial("wanda", 5e-5, 2e-3),
@@ -44,10 +44,10 @@ METHODS: dict[str, MaskMethod] = {
     "sparsegpt": _initial("sparsegpt", 5e-5, 2e-2),
     "alps": _initial("alps", 3e-2, 5e-2),
     # With the published ratio rows this short would swap no pair.
-    "paper": MaskMethod({"preset": "paper", "rebuild_ratio": 0.5}, 1e-4, 2e-2),
-    "swaps": MaskMethod({"refine": "swaps", "allocation": "uniform", "guard": 0}, 2e-3, 5e-2),
-    "mask": MaskMethod({"preset": "mask", "tune_passes": 2, "guard": 0}, 2e-3, 5e-2),
-    "best": MaskMethod({"preset": "best", "tune_passes": 2, "guard": 0}, 2e-3, 5e-2),
+    "paper": MaskCheck({"preset": "paper", "rebuild_ratio": 0.5}, 1e-4, 2e-2),
+    "swaps": MaskCheck({"refine": "swaps", "allocation": "uniform", "guard": 0}, 2e-3, 5e-2),
+    "mask": MaskCheck({"preset": "mask", "tune_passes": 2, "guard": 0}, 2e-3, 5e-2),
+    "best": MaskCheck({"preset": "best", "tune_passes": 2, "guard": 0}, 2e-3, 5e-2),
 }
 
 

@@ -3,7 +3,8 @@
 A product y = x · Wᵀ + b of n columns, summed in float32 in any order and then rounded to its dtype, is off by at most
 (n + 2) · 2⁻²⁴ · (Σ |x| |W| + |b|) + u · |y|, with u the dtype's rounding unit (Higham, Accuracy and Stability of
 Numerical Algorithms, 3.1). Two of the last term are allowed, for kernels that round before they add the bias. Where
-values are int8, kernels may round inputs to eight bits, too: half a step, max |x| / 254, for each weight.
+values are int8, `W` is the weight rounded to its dtype, which kernels need not round: u · Σ |x| |W| more. Those of CPUs
+may round inputs to eight bits, too: half a step, max |x| / 254, for each weight.
 """
 
 import math
@@ -53,7 +54,7 @@ def share_of_bound(
         inputs: (rows, in).
         weight: (out, in).
         bias: (out,), or None.
-        rounded: inputs may be rounded to eight bits.
+        rounded: the weight's values are int8.
     """
     values, weights = inputs.double(), weight.double()
     exact = linear(values, weights, None if bias is None else bias.double())
@@ -61,6 +62,8 @@ def share_of_bound(
     unit = torch.finfo(outputs.dtype).eps / 2
     bound = (weight.shape[1] + 2) * 2.0**-24 * sums + 2 * unit * exact.abs()
     if rounded:
+        bound += torch.finfo(weight.dtype).eps / 2 * sums
+    if rounded and outputs.is_cpu:
         bound += values.abs().amax(1, keepdim=True) / 254 * weights.abs().sum(1)
     return float(((outputs.double() - exact).abs() / bound.clamp_min(torch.finfo(outputs.dtype).tiny)).max())
 

@@ -13,7 +13,7 @@ ON_BOTH = ("wanda", "mask")  # methods of which both GPUs make masks
 
 
 def check_second_gpu(bench: Bench) -> Iterator[Finding]:
-    """Prune and multiply on another GPU while the first one is current.
+    """Prune and multiply on another GPU; the current GPU stays the first one.
 
     Raises:
         NotRunError: there is no other GPU.
@@ -30,8 +30,9 @@ def check_second_gpu(bench: Bench) -> Iterator[Finding]:
         reference, _, _ = bench.prune(first, **method.settings, dtype="float32")
         with torch.cuda.device(first):
             output, report, _ = bench.prune(second, **method.settings, dtype="float32")
+            stays = torch.cuda.current_device() == first.index
         finding = judge_masks(f"{name}, float32, {report.device} against {first}", reference, output, method.float32)
-        yield finding.model_copy(update={"passed": finding.passed and report.device == str(second)})
+        yield finding.model_copy(update={"passed": finding.passed and stays and report.device == str(second)})
     with torch.cuda.device(first):
         finding = judge_packed(second, bench.dtype, rounded=False)
     yield finding.model_copy(update={"text": f"{second}: {finding.text}"})
