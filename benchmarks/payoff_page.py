@@ -40,7 +40,7 @@ class Entry:
     """A row of a model's table.
 
     `faster` and `prefill`: ratio against dense by threads, of fastest and medians. `older`: measured with an earlier
-    version of the program than the dense model.
+    version of the program than the newest cell.
     """
 
     title: str

@@ -191,7 +191,7 @@ class Quality:
             )  # fmt: skip
             report = rebuild(
                 RebuildConfig(dense=self.setup.model, pruned=str(first), output=target, granularity=chosen[0],
-                              rebuild_ratio=chosen[1], calibration=calibration),
+                              rebuild_ratio=chosen[1], calibration=calibration, overwrite=True),
                 progress,
             )  # fmt: skip
             shutil.rmtree(first)

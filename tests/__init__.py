@@ -4,8 +4,10 @@ The choice is made before PyTorch and Triton are first imported. Workers of pyte
 """
 
 import os
+import re
 import sys
 
-if "PYTEST_XDIST_WORKER" not in os.environ and not {"gpu", "-mgpu"} & set(sys.argv):
+arguments = " ".join([*sys.argv, os.environ.get("PYTEST_ADDOPTS", "")])
+if "PYTEST_XDIST_WORKER" not in os.environ and not re.search(r"(^| )-m ?'?gpu", arguments):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"

@@ -61,7 +61,7 @@ class OutputError(BarberError):
 
 
 class UnfinishedRunError(OutputError):
-    """An unfinished run that cannot be continued: it is another run, or its state is damaged."""
+    """A run that cannot be resumed: it is another run, or its files are damaged."""
 
 
 class VerificationError(BarberError):

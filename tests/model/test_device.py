@@ -70,13 +70,20 @@ def test_the_gpu_that_is_meant_is_asked_for_bfloat16(monkeypatch: pytest.MonkeyP
 
 def test_the_caller_s_gpu_is_current_again(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [2]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: current.__setitem__(0, device))
+    monkeypatch.setattr("torch.cuda._maybe_exchange_device", lambda device: current.__setitem__(0, device))
     with pytest.raises(KeyError), current_gpu_kept():
-        torch.cuda.set_device(1)
+        current[0] = 1
         raise KeyError
     assert current == [2]
+
+
+def test_a_run_on_the_cpu_leaves_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("current_device", "set_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(f"torch.cuda.{name}", None)
+    with current_gpu_kept():
+        pass
 
 
 def test_batches_that_fit() -> None:

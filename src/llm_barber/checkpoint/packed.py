@@ -115,7 +115,10 @@ def _read_parts(name: str, table: Table, handle: Any, file: str, memory: Memory)
         ModelError: a checksum does not fit.
     """
     entry = table.packed[name]
-    values, places, *scales = (_read_stored(name + suffix, table, handle, file, memory) for suffix in entry.suffixes)
+    memories = {PLACES: memory if entry.encoding is Encoding.BITMASK else ordinary_memory}  # others are decoded
+    values, places, *scales = (
+        _read_stored(name + suffix, table, handle, file, memories.get(suffix, memory)) for suffix in entry.suffixes
+    )
     packed = Packed(entry.matrix, entry.encoding, values, places)
     if isinstance(entry, RoundedEntry):
         return Rounded(packed, scales[0], entry.group, DTYPES[entry.dtype])

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,10 +116,7 @@ class CellRunner:
         if stored is not None:
             return stored
         path, key = self._file_and_key(name, settings, with_tasks)
-        work = self.folder / WORK
-        target = (self.folder / MODELS if self.keep_models else work) / path.stem
-        if work.is_dir():
-            clear(work, {target.name, work_folder(target).name})
+        target = self.folder / (MODELS if self.keep_models else WORK) / path.stem
         evaluator = self.evaluator
         reset_peak_memory()
         report = make(target)
@@ -139,8 +137,26 @@ class CellRunner:
             evaluation=evaluation.model_copy(update={"model": name, "against": DENSE}),
         )
         write_durably(path, result.model_dump_json().encode())
-        shutil.rmtree(work, ignore_errors=True)
+        if not self.keep_models:
+            shutil.rmtree(target)
         return result
+
+    def clear_work(self, cells: Iterable[tuple[str, Mapping[str, Any], bool]]) -> None:
+        """Remove what interrupted comparisons left of other cells than these.
+
+        A work folder that is a link is left alone.
+
+        Args:
+            cells: the `name`, `settings` and `with_tasks` of each, as in `run`.
+        """
+        work = self.folder / WORK
+        if not work.is_dir() or work.is_symlink():
+            return
+        targets = [work / self._file_and_key(*cell)[0].stem for cell in cells]
+        with suppress(OSError):  # what cannot be removed is in no cell's way
+            clear(work, {target.name for target in targets} | {work_folder(target).name for target in targets})
+            if not any(work.iterdir()):
+                work.rmdir()
 
     def _file_and_key(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:
         """Path of a cell's file, which has a digest of its key in its name, and the key."""

@@ -66,6 +66,7 @@ def compare(
         runner = make_runner(config, folder, progress, evaluator)
         cells = list(plan_cells(config))
         missing = [cell for cell in cells if not _is_finished(runner, config, cell)]
+        _clear_work(runner, config, missing)
         settings = _resolved_settings(config)
         # Made before anything is measured: a text that is too short is reported at once, and no cell's time has it.
         calibrations = {
@@ -78,6 +79,7 @@ def compare(
             for cell in _announced(cells, missing, progress):
                 results.append(_run_cell(runner, config, folder, cell, calibrations.get(cell.seed), progress))
         finally:
+            _clear_work(runner, config, [cell for cell in missing if not _is_finished(runner, config, cell)])
             comparison = comparison.model_copy(update={"cells": tuple(results)})
             if write and results:  # stopped before the first cell: older tables stay
                 write_files(comparison, config.output)
@@ -204,7 +206,7 @@ def _run_cell(
             device=config.device,
             dtype=config.dtype,
             overwrite=True,
-            resume=True,
+            resume=not (config.keep_models and target.exists()),  # that model may be of an earlier program
             report=False,
             layers=config.layers,
             blocks=config.blocks,
@@ -226,6 +228,11 @@ def _run_cell(
     except BarberError as error:
         progress.warn(f"{cell.name}: {error}")
         return ComparisonCell(**values, failure=str(error))
+
+
+def _clear_work(runner: CellRunner, config: CompareConfig, missing: Sequence[Cell]) -> None:
+    """Keep what is begun of the missing cells alone."""
+    runner.clear_work((cell.name, cell_key(config, cell), has_tasks(config, cell)) for cell in missing)
 
 
 def _is_finished(runner: CellRunner, config: CompareConfig, cell: Cell) -> bool:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,15 +61,14 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def current_gpu_kept() -> Iterator[None]:
-    """Make the caller's current GPU current again when the context ends."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.cuda.current_device()
+    """Make the caller's current GPU current again when the context ends; a CPU's run leaves CUDA alone."""
+    cuda: Any = torch.cuda
+    before = cuda.current_device() if cuda.is_initialized() else 0
     try:
         yield
     finally:
-        torch.cuda.set_device(before)
+        if cuda.is_initialized():
+            cuda._maybe_exchange_device(before)  # `set_device` would take memory of a GPU that was not used so far
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -4,7 +4,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.errors import CalibrationError, ModelError, OutputError
+from llm_barber.errors import CalibrationError, ModelError, OutputError, UnfinishedRunError
 from llm_barber.loading.preparing import read_calibration
 from llm_barber.method.checkpoint_masks import pruned_key
 from llm_barber.progress import Progress
@@ -44,7 +44,7 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
             return None
         raise OutputError(f"{config.output} was complete, but {damage}", f"{PRUNE_AGAIN}, or get the file back")
     if changed := _changed(record, config, progress):
-        raise OutputError(
+        raise UnfinishedRunError(
             f"{config.output} is complete, but was made with {changed}",
             f"choose another output folder, or {PRUNE_AGAIN}",
         )

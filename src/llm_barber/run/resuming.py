@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
-from llm_barber.errors import NotFiniteError, OutputError
+from llm_barber.errors import NotFiniteError, UnfinishedRunError
 from llm_barber.loading.job import Job
 from llm_barber.messages import message
 from llm_barber.method.block_pass import dense_batches
@@ -106,13 +106,13 @@ def _check_counts(result: LayerResult, weights: Mapping[str, Tensor]) -> None:
     """Compare the zeros of a finished layer's shard with the counts in the state.
 
     Raises:
-        OutputError: the counts differ.
+        UnfinishedRunError: the counts differ.
     """
     for linear in result.linears:
         weight = weights[linear.name]
         zeros = weight.numel() - int(torch.count_nonzero(weight))
         if zeros != linear.zeros:
-            raise OutputError(
+            raise UnfinishedRunError(
                 f"layer {result.index} {linear.name} of the unfinished run has {zeros} zeros, {STATE_NAME} says "
                 f"{linear.zeros}",
                 START_AGAIN,
@@ -168,17 +168,17 @@ def finished_layers(writer: Writer) -> list[LayerResult]:
     """Results of the layers that the unfinished run had finished.
 
     Raises:
-        OutputError: the state is damaged.
+        UnfinishedRunError: the state is damaged.
     """
     try:
         return [LayerResult.model_validate(layer) for layer in writer.state.layers]
     except ValidationError as error:
-        raise OutputError(f"{writer.folder / STATE_NAME} is damaged", START_AGAIN) from error
+        raise UnfinishedRunError(f"{writer.folder / STATE_NAME} is damaged", START_AGAIN) from error
 
 
 @contextmanager
-def hint_at_resuming(writer: Writer, progress: Progress) -> Iterator[None]:
-    """When an error ends the run, say what is kept and how to resume."""
+def hint_at_resuming(writer: Writer, progress: Progress, resumes: bool) -> Iterator[None]:
+    """When an error ends the run, say what is kept and how to resume; `resumes`: the same command does."""
     try:
         yield
     except BaseException as error:
@@ -191,7 +191,7 @@ def hint_at_resuming(writer: Writer, progress: Progress) -> Iterator[None]:
                 if count
                 else "the sparsity of each linear is"
             )
-            goes_on = "{kept} kept in {folder}: the same command with {resume} goes on"
+            goes_on = f"{{kept}} kept in {{folder}}: the same command{'' if resumes else ' with {resume}'} goes on"
             progress.warn(message(goes_on, kept=kept, folder=writer.folder))
         if writer.saving:
             progress.warn("activations are still being written: waiting for them")

@@ -49,7 +49,7 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
     ranks, sequences = prepared.job.ranks, len(prepared.job.tokens.input_ids)
     if prepared.config.resume:
         progress.stage("checking what is finished")
-    with same_kernels(), _open_output(prepared) as writer, hint_at_resuming(writer, progress):
+    with same_kernels(), _open_output(prepared) as writer, hint_at_resuming(writer, progress, prepared.config.resume):
         reached, activations = writer.read_activations()
         reached, writer.state = ranks.from_first((reached, writer.state))
         results = finished_layers(writer)

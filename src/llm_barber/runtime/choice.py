@@ -21,7 +21,6 @@ from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
 from llm_barber.errors import SettingsError
 from llm_barber.messages import message
 from llm_barber.native import Instructions
-from llm_barber.runtime.on_gpu import CAPABILITY, has_kernels
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
@@ -86,7 +85,7 @@ class Choice:
 
     Raises:
         SettingsError: `keep_packed` is none of these, or names a linear that is not in the model; "auto" elsewhere than
-            on the CPU; the GPU is too old for the kernels.
+            on the CPU.
     """
 
     def __init__(
@@ -193,12 +192,6 @@ def check(keep_packed: KeepPacked, device: torch.device) -> None:
                 raise SettingsError(shown, hint)
     elif not isinstance(keep_packed, bool) and keep_packed != "auto":
         raise SettingsError(message("{keep_packed} cannot be {value!r}", value=keep_packed), hint)
-    packs = any(keep_packed.values()) if isinstance(keep_packed, Mapping) else bool(keep_packed)
-    if packs and has_kernels(device.type) and torch.cuda.get_device_capability(device) < CAPABILITY:
-        raise SettingsError(
-            message("{keep_packed} needs a GPU of compute capability 8.0, which {device} is not", device=device),
-            "give keep_packed=False",
-        )
     if keep_packed == "auto" and device.type != "cpu":
         raise SettingsError(
             message("{keep_packed:auto} times products on the CPU, not on {device}", device=device),

@@ -10,7 +10,6 @@ from llm_barber.runtime.kernels.layout import DECODE_ROWS, Places, find_places
 from llm_barber.runtime.kernels.operators import packed_product, unpacked
 from llm_barber.runtime.products import is_differentiated, is_plain
 
-CAPABILITY = (8, 0)  # least of a GPU, for products in bfloat16
 GROUPS = 32  # a scale of int8 values is for a multiple of so many columns, or for the whole row
 HAS_TRITON = find_spec("triton") is not None  # looked up once: a search in each product would take longer than it
 

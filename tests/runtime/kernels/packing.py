@@ -1,4 +1,4 @@
-"""Packed weights, and the kernels on them: in Triton's interpreter, or on a GPU where there is one."""
+"""Packed weights, and the kernels on them: in Triton's interpreter, or on the GPU that a test may see."""
 
 import torch
 from torch import Tensor
