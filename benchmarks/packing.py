@@ -64,7 +64,7 @@ def main() -> None:
                 assert torch.equal(unpack_into(packed, memory), weight)
                 copying = size / fastest(lambda: memory.copy_(weight.view(-1)), options.repeats)  # noqa: B023
                 packing = size / fastest(lambda: pack(weight), options.repeats)  # noqa: B023
-                unpacking = size / fastest(lambda: unpack_into(packed, memory), options.repeats)
+                unpacking = size / fastest(lambda: unpack_into(packed, memory), options.repeats)  # noqa: B023
                 rows.append(
                     [f"{height} × {width}, {name}", str(dtype).removeprefix("torch."), packed.encoding.value,
                      f"{copying:.1f}", f"{packing:.2f}", f"{packing / copying:.0%}", f"{unpacking:.2f}",
