@@ -8,7 +8,11 @@ import pytest
 from llm_barber import PruneConfig, RebuildConfig, prune
 from llm_barber.errors import SettingsError
 from llm_barber.masking.pattern import NofM
+from llm_barber.parallel.ranks import Ranks
+from llm_barber.progress import Silent
+from llm_barber.run.commands import prepare_prune
 from llm_barber.run.dry_run import dry_run
+from llm_barber.settings.presets import Preset
 from llm_barber.settings.refining import RefineSettings
 from tests.conftest import Listener, save_tokens
 from tests.helpers.tuned_runs import run
@@ -98,16 +102,21 @@ def test_the_share_that_is_held_out_is_read_as_it_is_written(share: float, seque
     assert settings.held_out == held_out
 
 
+def preset_of(config: PruneConfig) -> Preset | None:
+    """The preset that the record of a run names."""
+    return prepare_prune(config, Silent(), Ranks()).preset
+
+
 def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, model: Path, tokens: Path) -> None:
     common = {"model": model, "calibration": tokens, "report": False, "overwrite": True, "output": tmp_path / "out"}
-    assert prune(PruneConfig(**common, preset="mask", refine="tune")).resolved["preset"] == "mask"
+    assert preset_of(PruneConfig(**common, preset="mask", refine="tune")) is Preset.MASK
     for settings in (
         {"guard": 0.0},
         {"target_mix": 1.0},
         {"tune_passes": 1},
         {"preset": "mask", "initial": "magnitude"},
     ):
-        assert prune(PruneConfig(**common, **settings)).resolved["preset"] is None
+        assert preset_of(PruneConfig(**common, **settings)) is None
 
 
 @pytest.mark.parametrize(

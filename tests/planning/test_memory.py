@@ -27,7 +27,10 @@ def test_gram_matrices_of_all_blocks_are_held_at_once() -> None:
 
 
 def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 bytes a weight beside a sort and 32 for each weight sorted together: a long group is sorted as a whole."""
+    """12 bytes a weight beside a sort and 32 for each weight sorted together: a long group is sorted as a whole.
+
+    The scores of a block are joined in one more array of 4 bytes a weight.
+    """
     block = BlockShapes("mlp", ((5000, 4096), (4096, 5000)), 0)
     weights, linear = 2 * 5000 * 4096, 5000 * 4096
     model = ModelShapes(64, 10, 64, 0, 0, (LayerShapes((block,), 0),))
@@ -37,7 +40,7 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
         (Granularity.OUTPUT, 12 * linear + 32 * 2**24),
         (Granularity.INPUT, 12 * linear + 32 * 2**24),
         (Granularity.LINEAR, 44 * linear),
-        (Granularity.BLOCK, 44 * weights),
+        (Granularity.BLOCK, (44 + 4) * weights),
     ):
         held = peak_footprint(model, replace(recipe, granularity=granularity))
         assert held.device == masks + rebuilding + ranking
@@ -47,10 +50,10 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
         held = peak_footprint(model, replace(recipe, granularity=None, initial_granularity=ranked))
         assert held.device == masks + ranking
     on_cpu = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK, on_cpu=True))
-    assert on_cpu.host == streams + masks + rebuilding + 24 * weights
+    assert on_cpu.host == streams + masks + rebuilding + (24 + 4) * weights
     monkeypatch.setattr(memory, "LONGEST_ON_GPU", linear)
     held = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK))
-    assert held.device == masks + rebuilding + 24 * weights
+    assert held.device == masks + rebuilding + (24 + 4) * weights
     assert held.host == streams + 8 * weights + 64 * 2
 
 

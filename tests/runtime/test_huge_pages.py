@@ -17,11 +17,11 @@ needs_huge_pages = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.bool])
-def test_values_stay_when_the_memory_s_owner_goes(dtype: torch.dtype) -> None:
-    pages = HugePages()
-    tensors = [torch.randint(0, 2, shape).to(dtype) for shape in ((3, 5), (1,), (7, 64), ())]
-    tensors.append(torch.randint(0, 2, (6, 4)).to(dtype).t())
+def test_values_stay_when_the_memory_s_owner_goes() -> None:
+    pages, tensors = HugePages(), []
+    for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.bool):
+        tensors += [torch.randint(0, 2, shape).to(dtype) for shape in ((3, 5), (1,), (7, 64), ())]
+        tensors.append(torch.randint(0, 2, (6, 4)).to(dtype).t())
     moved = [pages.moved(tensor) for tensor in tensors]
     del pages
     gc.collect()
