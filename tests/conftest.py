@@ -175,12 +175,6 @@ def _disks_are_not_waited_for() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _pages_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a page takes as long as a tiny run: tests that look at pages have a fixture of this name that draws."""
-    monkeypatch.setattr("llm_barber.page.run_page.run_page", lambda *_: "not drawn")
-
-
 def make_config(family: str, **changes: Any) -> PreTrainedConfig:
     """The configuration of a family's tiny model."""
     settings = {**FAMILIES[family], **changes}

@@ -12,7 +12,6 @@ from llm_barber.parallel.ranks import Ranks
 from llm_barber.progress import Silent
 from llm_barber.run.commands import prepare_prune
 from llm_barber.run.dry_run import dry_run
-from llm_barber.settings.presets import Preset
 from llm_barber.settings.refining import RefineSettings
 from tests.conftest import Listener, save_tokens
 from tests.helpers.tuned_runs import run
@@ -102,14 +101,15 @@ def test_the_share_that_is_held_out_is_read_as_it_is_written(share: float, seque
     assert settings.held_out == held_out
 
 
-def preset_of(config: PruneConfig) -> Preset | None:
+def preset_of(config: PruneConfig) -> str | None:
     """The preset that the record of a run names."""
-    return prepare_prune(config, Silent(), Ranks()).preset
+    preset: str | None = prepare_prune(config, Silent(), Ranks()).resolved["preset"]
+    return preset
 
 
 def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, model: Path, tokens: Path) -> None:
     common = {"model": model, "calibration": tokens, "report": False, "overwrite": True, "output": tmp_path / "out"}
-    assert preset_of(PruneConfig(**common, preset="mask", refine="tune")) is Preset.MASK
+    assert preset_of(PruneConfig(**common, preset="mask", refine="tune")) == "mask"
     for settings in (
         {"guard": 0.0},
         {"target_mix": 1.0},

@@ -23,11 +23,6 @@ from llm_barber.runtime.load import load
 from tests.conftest import FAMILIES, make_config, make_model, read_folder, save_tokens
 
 
-@pytest.fixture(autouse=True)
-def _pages_are_not_drawn() -> None:
-    """Draw pages: a test looks at them."""
-
-
 def fused_experts() -> torch.nn.Module:
     """Six experts of a tiny model."""
     torch.manual_seed(0)

@@ -339,7 +339,7 @@ def test_models_that_cannot_be_held(pruned: Path, tmp_path: Path) -> None:
     assert "load the pruned checkpoint, not the dense one" in caught.value.hint
     with pytest.raises(ModelError, match=r"has no barber\.json"):
         hold_zeros(dense, tmp_path / "dense")
-    with pytest.raises(SettingsError, match="share is 0: it must be above 0"):
+    with pytest.raises(SettingsError, match="share is 0: it must be above 0 and at most 1"):
         hold_zeros(dense, share=0)
     pack(PackConfig(model=str(pruned), output=tmp_path / "packed"))
     with pytest.raises(SettingsError, match="packed in memory") as settings_error:

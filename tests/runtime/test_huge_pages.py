@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_barber.checkpoint.memory import copied
 from llm_barber.runtime import huge_pages
 from llm_barber.runtime.huge_pages import ALIGNMENT, CHUNK, HugePages
 
@@ -56,7 +57,10 @@ def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "AVAILABLE", False)
     tensor = torch.arange(12.0).view(3, 4).t()
     assert HugePages().moved(tensor) is tensor
-    assert HugePages().empty((3, 4), torch.float32).shape == (3, 4)
+    copy_of_it = copied(tensor, HugePages().empty)
+    assert copy_of_it.is_contiguous()
+    assert copy_of_it.data_ptr() != tensor.data_ptr()
+    assert torch.equal(copy_of_it, tensor)
 
 
 @needs_huge_pages

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_barber import BarberError, PruneConfig
+from llm_barber import BarberError, PruneConfig, prune
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.cli import _main
 from llm_barber.errors import ModelError, OutputError
@@ -171,24 +171,29 @@ def test_descriptions_say_how_the_demonstration_differs_from_the_default(methods
 @needs_model
 @pytest.mark.timeout(480)
 def test_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One test: it turns the GGUF file into a checkpoint, and prunes and measures it three times."""
+    """One test: it turns the GGUF file into a checkpoint, and prunes and measures it four times."""
     monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
-    methods = {name: (METHODS | FULL_METHODS)[name] for name in ("magnitude-rebuilt", "wanda", "mask")}
+    methods = {name: (METHODS | FULL_METHODS)[name] for name in ("magnitude", "magnitude-rebuilt", "wanda", "mask")}
     config = DemoConfig(output=tmp_path / "demo", samples=4, seqlen=128, windows=4)
     rows = {row.name: row for row in demo(config, methods=methods)}
     assert list(rows) == ["dense", *methods]
-    assert rows["dense"].perplexity < rows["mask"].perplexity < rows["wanda"].perplexity
-    assert rows["magnitude-rebuilt"].perplexity < 4 * rows["wanda"].perplexity  # not rebuilt, 5 times as large
+    assert rows["dense"].perplexity < rows["mask"].perplexity < rows["wanda"].perplexity < rows["magnitude"].perplexity
+    assert rows["magnitude-rebuilt"].perplexity < rows["magnitude"].perplexity / 2
     assert rows["dense"].sentence.startswith("The capital of France is Paris")
     for name, row in rows.items():
         assert row.sparsity == pytest.approx(0.0 if name == "dense" else 0.5, abs=1e-6)
         AutoTokenizer.from_pretrained(row.folder)
     AutoModelForCausalLM.from_pretrained(rows["magnitude-rebuilt"].folder)
-    source = CheckpointSource(GGUF)  # a GGUF file is a model like others
+    # A GGUF file is a model like others.
+    report = prune(
+        PruneConfig(model=str(GGUF), output=tmp_path / "out", initial="magnitude", rebuild=False, samples=1, seqlen=32)
+    )
+    source = CheckpointSource(tmp_path / "out")
     assert len(source.tensors) == 272
     assert {info.dtype for info in source.tensors.values()} == {"BF16"}
     assert source.configuration["rope_theta"] == source.configuration["rope_parameters"]["rope_theta"] == 100000
-    assert (source.folder / "tokenizer.json").exists()
+    assert report.sparsity == 0.5
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,6 @@ from tests.helpers.text import add_tokenizer
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def _pages_are_not_drawn() -> None:
-    """Draw pages: a test looks at them."""
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, `dense`, `pruned`, `packed` in int8, and `unpacked`."""
@@ -96,6 +91,7 @@ def test_records_pages_and_cards_say_so(folders: Path, capsys: pytest.CaptureFix
         show_inspection(inspection)
         shown = " ".join(capsys.readouterr().out.split())
         assert words in shown
+        assert "agrees with its record and" in shown
         assert "dense, rounded" in shown
     assert "their kept weights are rounded" in (folders / "packed" / "README.md").read_text()
     assert "the format is dense" in (folders / "unpacked" / "README.md").read_text()

@@ -89,7 +89,7 @@ class CheckpointMasks:
 
     @property
     def has_one_target(self) -> bool:
-        """Whether all linears have one target; False: the checkpoint's may have different patterns."""
+        """Always False: linears may have been pruned to different patterns."""
         return False
 
     @property
@@ -174,7 +174,7 @@ class CheckpointMasks:
 
     @property
     def runs_layers(self) -> bool:
-        """Whether layers are run to find the masks; False: the masks are read."""
+        """Always False: the masks are read, and no layer is run for them."""
         return False
 
     def __call__(

@@ -270,8 +270,7 @@ class DecoderLayer:
     def forget_tokens(self) -> None:
         """Reset the count of tokens that each expert got; it is on the device, also if no tokens follow."""
         for experts in self.experts.values():
-            device = next(experts.parameters()).device
-            experts.tokens = torch.zeros_like(experts.tokens, device=device)
+            experts.tokens = torch.zeros_like(experts.tokens, device=next(experts.parameters()).device)
 
     def _tell_experts(self, sequences: int) -> None:
         """Set the number of sequences of the next call."""
