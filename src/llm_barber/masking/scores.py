@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM
-from llm_barber.masking.selection import lowest_of_each, rank_within
+from llm_barber.masking.selection import lowest_of_each, rank_within, sort_values
 
 MARGIN = 0.01  # share of a row's mean score by which kept weights are moved up, and pruned weights down
 
@@ -37,7 +37,8 @@ def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed:
     """
     scores = saliency / saliency.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     stays = torch.zeros_like(keep) if fixed is None else fixed & keep
-    ordered = _groups(scores.masked_fill(stays, torch.inf), pattern).sort(-1).values
+    groups = _groups(scores.masked_fill(stays, torch.inf), pattern)
+    ordered = sort_values(groups[:, 0]).unsqueeze(1) if pattern is None else groups.sort(-1).values
     first_kept = count_pruned(keep, pattern).unsqueeze(-1)
     below, above = (ordered.gather(-1, index.clamp(0, ordered.shape[-1] - 1)) for index in (first_kept - 1, first_kept))
     border = torch.zeros_like(scores)

@@ -77,7 +77,7 @@ def block_result(block: Block, outcome: BlockOutcome, weights: Mapping[str, Tens
             name=name,
             shape=(weight.shape[0], weight.shape[1]),
             pruned=0,
-            zeros=weight.numel() - int(weight.count_nonzero()),
+            zeros=weight.numel() - int((weight != 0).count_nonzero()),
         )
         if name in outcome.masks:
             mask, linear = outcome.masks[name], outcome.linears[name]
