@@ -60,6 +60,12 @@ class Follower:
     def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
         """Do nothing."""
 
+    def keep_order(self, order: bytes, seconds: Mapping[str, float], used: Used) -> None:
+        """Do nothing."""
+
+    def read_order(self) -> None:
+        """Return nothing: the process that writes hands it out."""
+
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
         """Do nothing."""
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from llm_barber.checkpoint.channel_order import ChannelOrder
 from llm_barber.checkpoint.companions import companions, refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.digests import files_key
@@ -49,6 +50,7 @@ class CheckpointSource:
         self.configuration = self._read_configuration()
         self.tensors, self.packed = read_headers(self.folder, self.model)
         check_counts(self.configuration, self.model, (info.shape for info in self.tensors.values()))
+        self._order: ChannelOrder | None = None
         self._last: LastShard | None = None
         files = {"config.json"} | self._shards
         # Modification times, ns: an unfinished run asks whether each file is still the one that it began with.
@@ -82,6 +84,21 @@ class CheckpointSource:
     def bytes(self) -> int:
         """Size of all tensors, unpacked."""
         return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def order(self) -> ChannelOrder | None:
+        """The order in which `read` gives channels; None: as the files have them.
+
+        Raises:
+            ModelError: set to an order of other tensors.
+        """
+        return self._order
+
+    @order.setter
+    def order(self, order: ChannelOrder | None) -> None:
+        if order is not None:
+            order.check(self.tensors, self.model)
+        self._order = order
 
     def location(self, name: str) -> Location:
         """The location of a parameter, by the model's name.
@@ -155,14 +172,17 @@ class CheckpointSource:
                 table = self.packed.get(file)
                 for name in members:
                     if table is None:
-                        tensor = copied(handle.get_tensor(name), memory)
+                        tensor = copied(self._in_order(name, handle.get_tensor(name)), memory)
                     else:
-                        tensor = read_tensor(name, table, handle, file, memory)
+                        tensor = self._in_order(name, read_tensor(name, table, handle, file, memory))
                     self._refuse_not_finite(name, tensor)
                     tensors[name] = tensor
                     if self._last is not None:
                         self._last.bytes += tensor.nbytes
         return tensors
+
+    def _in_order(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self._order is None else self._order.apply(name, tensor)
 
     def _refuse_not_finite(self, name: str, values: Tensor) -> None:
         info = self.tensors[name]

@@ -60,7 +60,8 @@ class RunState(BaseModel):
     """All that is finished.
 
     `key`: the settings and files on which the result depends. `layers`: the record of each finished layer.
-    `sparsities`: by linear, if they were allocated. `seconds`: by stage.
+    `sparsities`: by linear, if they were allocated. `channel_order`: sha256 of `channel-order.json`, if channels were
+    reordered. `seconds`: by stage.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -70,6 +71,7 @@ class RunState(BaseModel):
     shards: dict[str, Shard] = {}
     layers: tuple[dict[str, Any], ...] = ()
     sparsities: dict[str, float] | None = None
+    channel_order: str | None = None
     seconds: dict[str, float] = {}
     used: Used = Used()
     activations: tuple[Activations, ...] = ()
@@ -77,7 +79,7 @@ class RunState(BaseModel):
     @property
     def begun(self) -> bool:
         """Tell whether another run can go on from here."""
-        return bool(self.layers) or self.sparsities is not None
+        return bool(self.layers) or self.sparsities is not None or self.channel_order is not None
 
     def of_first_layers(self, count: int) -> "RunState":
         """The state as it was after the first `count` layers.

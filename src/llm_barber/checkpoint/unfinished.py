@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.durable import sync_file
 from llm_barber.checkpoint.output import clear
@@ -44,6 +45,8 @@ def take_up(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool)
     kept_names = {LOCK_NAME}
     if state is not None:
         kept_names |= {STATE_NAME, STATE_BEFORE, *state.shards, *(saved.file for saved in state.activations)}
+        if state.channel_order is not None:
+            kept_names.add(ORDER_NAME)
     clear(folder, {name for name in kept_names if (folder / name).is_file()})
     return state, lost
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from llm_barber.checkpoint.activation_writer import ActivationWriter
 from llm_barber.checkpoint.activations import Activations, newest_activations
 from llm_barber.checkpoint.behind import WriteBehind
+from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.durable import save_tensors, sync_file, write_durably
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.index import index_of
@@ -167,6 +168,29 @@ class CheckpointWriter:
         """Begin to make an allocation durable, and the seconds so far: it can take as long as some layers."""
         changes = {"sparsities": dict(sparsities), "seconds": dict(seconds), "used": used}
         self._shards.start(lambda: self._update_state(shards=dict(self._written), **changes))
+
+    def keep_order(self, order: bytes, seconds: Mapping[str, float], used: Used) -> None:
+        """Begin to make the content of `channel-order.json` durable, and the seconds so far."""
+        self._shards.start(partial(self._keep_order, order, dict(seconds), used))
+
+    def _keep_order(self, order: bytes, seconds: dict[str, float], used: Used) -> None:
+        self.write_file(ORDER_NAME, order)
+        digest = hashlib.sha256(order).hexdigest()
+        self._update_state(shards=dict(self._written), channel_order=digest, seconds=seconds, used=used)
+
+    def read_order(self) -> bytes | None:
+        """The content of `channel-order.json` that the unfinished run made durable.
+
+        None: it has none, or it is missing or damaged.
+        """
+        path = self.folder / ORDER_NAME
+        if self.state.channel_order is None:
+            return None
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() == self.state.channel_order:
+            return content
+        self.lost.append(ORDER_NAME)
+        return None
 
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
         """Begin to make a layer durable, after its shard."""

@@ -25,7 +25,7 @@ CALIBRATION, TEXT, OUTPUT = "Calibration", "Text", "Output"
 PANELS: dict[str, tuple[str, ...]] = {
     "Method": (
         "methods", "targets", "preset", "sparsity", "pattern", "initial", "initial_granularity", "keep_updates",
-        "allocation", "rebuild", "granularity", "rebuild_ratio",
+        "allocation", "reorder", "rebuild", "granularity", "rebuild_ratio",
     ),
     "Quality": ("refine", "swaps", "reconstruct", "tune_passes", "target_mix", "guard"),
     CALIBRATION: ("calibration", "samples", "seqlen", "bos", "max_new_tokens", "temperature", "seed", "seeds"),

@@ -51,8 +51,9 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     if cell.method.preset is not None:
         settings["preset"] = cell.method.preset.value
         settings |= asdict(PRESETS[cell.method.preset])  # if a preset changes, its cells are done again
-        if "pattern" in settings:
-            del settings["allocation"]
+        del settings["allocation" if "pattern" in settings else "reorder"]
+        if settings.get("reorder") is False:
+            del settings["reorder"]
     if config.allow_dense_tail and "pattern" in settings:
         settings["allow_dense_tail"] = True
     if cell.rebuilt:

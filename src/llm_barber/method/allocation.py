@@ -10,7 +10,7 @@ from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import FisherSums, InputSquares
 from llm_barber.messages import message
-from llm_barber.method.dense_layers import DenseLayers
+from llm_barber.method.dense_layers import DenseLayers, first_input_kept
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.method.input_statistics import collect_inputs
@@ -18,7 +18,6 @@ from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.progress import Progress
 from llm_barber.settings.presets import Allocation
 
-START = "start"  # array of the first layer's input, while a pass overwrites it
 LOSS_TOKENS = 4096  # most tokens that gradients of the loss are taken on: each layer's input on them is kept
 LOGITS = 2**24  # most logits that are computed at once
 
@@ -40,14 +39,9 @@ def allocate(
         ModelError: the model's gradients are all zero.
         NotFiniteError: they are NaN or Inf.
     """
-    streams.copy(HIDDEN, START)
-    try:
-        if allocation is Allocation.OWL:
-            return _by_outliers(initial, streams, sparsity, progress)
-        return _by_loss(initial, streams, sparsity, progress)
-    finally:
-        streams.swap(START, HIDDEN)
-        streams.drop(START)
+    spread = _by_outliers if allocation is Allocation.OWL else _by_loss
+    with first_input_kept(streams):
+        return spread(initial, streams, sparsity, progress)
 
 
 def _by_outliers(initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.source import CheckpointSource
@@ -117,6 +118,10 @@ class CheckpointMasks:
         """All prunable linears of a layer: which are pruned is known when they are read."""
         return self.job.linears(index)
 
+    def patterns(self, index: int) -> dict[str, NofM]:
+        """Nothing: the masks are read, and their channels keep the checkpoint's order."""
+        return {}
+
     @property
     def source_files(self) -> SourceFiles:
         """The files of the pruned checkpoint that a rebuild reads, its record among them."""
@@ -225,6 +230,6 @@ class CheckpointMasks:
 
 
 def pruned_key(source: CheckpointSource) -> str:
-    """sha256 of the files that a rebuild reads of a pruned checkpoint; its record is one of them."""
-    record = source.folder / RECORD_NAME
-    return files_key({*source.weight_files, *([record] if record.is_file() else [])})
+    """sha256 of the files that a rebuild reads of a pruned checkpoint: weights, record and order of channels."""
+    beside = [path for path in (source.folder / RECORD_NAME, source.folder / ORDER_NAME) if path.is_file()]
+    return files_key({*source.weight_files, *beside})

@@ -1,13 +1,27 @@
 """Dense decoder layers, opened one after the other for passes over the dense model before anything is pruned."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.streams import ActivationStreams
+from llm_barber.model.streams import HIDDEN, ActivationStreams
+
+START = "start"  # array of the first layer's input, while a pass overwrites it
+
+
+@contextmanager
+def first_input_kept(streams: ActivationStreams) -> Iterator[None]:
+    """Leave the first layer's input as it was after a pass that overwrites it with other layers' inputs."""
+    streams.copy(HIDDEN, START)
+    try:
+        yield
+    finally:
+        streams.swap(START, HIDDEN)
+        streams.drop(START)
 
 
 class DenseLayers:

@@ -71,6 +71,10 @@ class InitialMasks(Protocol):
         """The linears of a layer that may be pruned."""
         ...
 
+    def patterns(self, index: int) -> dict[str, NofM]:
+        """N:M of a layer's linears that a method prunes to one, by linear; none where a checkpoint has the masks."""
+        ...
+
     @property
     def runs_layers(self) -> bool:
         """True if every layer is run with its dense weights, for the masks."""

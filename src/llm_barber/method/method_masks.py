@@ -106,6 +106,10 @@ class MethodMasks:
         """The linears of a layer that are pruned."""
         return tuple(self.targets_of(index))
 
+    def patterns(self, index: int) -> dict[str, NofM]:
+        """N:M of the linears of a layer that are pruned to one, by linear."""
+        return {name: target for name, target in self.targets_of(index).items() if isinstance(target, NofM)}
+
     @property
     def runs_layers(self) -> bool:
         """True if layers are run for statistics of their inputs."""

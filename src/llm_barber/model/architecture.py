@@ -4,7 +4,7 @@ To add a family, add a record to `ARCHITECTURES` and its name to the parity test
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,22 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """Channels inside a block that may change places: nothing but one linear reads them, as its inputs.
+
+    Attributes:
+        writers: paths, inside the decoder layer, of the linears whose outputs, multiplied or alone, the channels are.
+        reader: path of the linear whose inputs they are.
+        of_heads: they are the values of attention heads. Each stays in its head, and moves alike in all query heads
+            that share the key-value head.
+    """
+
+    writers: tuple[str, ...]
+    reader: str
+    of_heads: bool = False
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Record of a model family.
 
@@ -40,11 +56,13 @@ class Architecture:
         layers: path of the decoder layers, a module list.
         blocks: the blocks of a layer, in order.
         transposed: linears store their weights as (in, out).
+        channels: those that may change places; a layer may lack their linears.
     """
 
     layers: str
     blocks: tuple[Block, ...]
     transposed: bool = False
+    channels: tuple[Channels, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -104,6 +122,35 @@ def _expanded(linear: str, layer: "nn.Module") -> list[str]:
     )
 
 
+# Linears that, by their names, compute values or read them, and that compute an MLP's inner channels or read them.
+# Fused ones (q, k and v in one matrix) and those of routed experts are not among them: their channels keep their order.
+VALUES, VALUE_READERS = "v_proj", ("o_proj", "out_proj", "dense")
+INNER_CHANNELS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("w1", "w3"), "w2"),
+    (("fc1",), "fc2"),
+    (("fc_in",), "fc_out"),
+    (("c_fc",), "c_proj"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+)
+
+
+def _channels(block: Block) -> Iterator[Channels]:
+    """Channels that may change places between the linears of a block of a record."""
+    modules = {linear.rpartition(".")[0] for linear in block.linears if "*" not in linear}
+    for module in sorted(modules):
+        prefix = f"{module}." if module else ""
+        names = {linear.removeprefix(prefix) for linear in block.linears if linear.startswith(prefix)}
+        if VALUES in names:
+            reader = next(name for name in VALUE_READERS if name in names)
+            yield Channels((f"{prefix}{VALUES}",), f"{prefix}{reader}", of_heads=True)
+        for writers, reader in INNER_CHANNELS:
+            if reader in names and names.issuperset(writers):
+                yield Channels(tuple(f"{prefix}{writer}" for writer in writers), f"{prefix}{reader}")
+                break
+
+
 def _family(
     layers: str, attention: tuple[str, tuple[str, ...]], mlp: tuple[str, tuple[str, ...]], mlp_output: str | None = None
 ) -> Architecture:
@@ -114,7 +161,9 @@ def _family(
     ]
     if mlp_output is not None:
         blocks[1] = replace(blocks[1], output=mlp_output)
-    return Architecture(layers, tuple(blocks))
+    return Architecture(
+        layers, tuple(blocks), channels=tuple(channel for block in blocks for channel in _channels(block))
+    )
 
 
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+from llm_barber.checkpoint.channel_order import read_order
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.output import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME
+from llm_barber.errors import SettingsError
 from llm_barber.loading.job import Job
 from llm_barber.loading.preparing import open_job
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
+from llm_barber.messages import message
 from llm_barber.method.checkpoint_masks import CheckpointMasks
 from llm_barber.method.method_masks import MethodMasks
 from llm_barber.method.rebuild import RebuildSettings
@@ -53,7 +56,13 @@ def prepare_prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> Prep
         )
     rebuild_settings = _rebuild_settings(config, config.method, config.target)
     initial = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
-    return PreparedRun(config.model, config, job, initial, rebuild_settings, config.method, config.method)
+    prepared = PreparedRun(config.model, config, job, initial, rebuild_settings, config.method, config.method)
+    if config.reorder and not prepared.reorders:
+        raise SettingsError(
+            message("{reorder}: no channels of this model may change places"),
+            message("leave {reorder} out; docs/reference/families.md says in which families they may"),
+        )
+    return prepared
 
 
 def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
@@ -110,6 +119,7 @@ def prepare_rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> 
     """
     job = open_job(config.dense, config, None, progress, ranks)
     initial = CheckpointMasks(job, config.pruned, config.pattern, config.pruned_revision)
+    job.source.order = read_order(initial.source.folder)
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method

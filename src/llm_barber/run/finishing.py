@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
 from llm_barber.checkpoint.state import Used
@@ -30,8 +31,12 @@ def finish_output(
     """Write companion files, record, model card and page; give the complete output its name."""
     job = prepared.job
     for path in job.source.companions():
+        if path.name == ORDER_NAME:  # the dense model's own: what follows is that of this run
+            continue
         untied = job.prunes_head and path.name == CONFIGURATION
         writer.copy(path, job.source.folder, _untied(path) if untied else None)
+    if job.source.order is not None:
+        writer.copy(Path(ORDER_NAME), Path(), job.source.order.to_json())
     sequences, seqlen = job.tokens.input_ids.shape
     report = RunReport(
         command=prepared.command,

@@ -10,6 +10,7 @@ from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.messages import message
 from llm_barber.method.initial_masks import InitialMasks, prunes_layers
 from llm_barber.method.rebuild import RebuildSettings
+from llm_barber.method.reordering import MovableChannels, movable_channels
 from llm_barber.planning.recipe import Recipe
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
@@ -83,6 +84,17 @@ class PreparedRun:
             initial_granularity=self.initial.granularity,
         )
 
+    @cached_property
+    def movable_channels(self) -> list[list[MovableChannels]]:
+        """Channels that may change places, by layer; [] if there are none."""
+        by_layer = movable_channels(self.initial)
+        return by_layer if any(by_layer) else []
+
+    @property
+    def reorders(self) -> bool:
+        """True if channels are reordered before the first layer is pruned."""
+        return self.config.reorders and bool(self.movable_channels)
+
     @property
     def preset(self) -> Preset | None:
         """Preset that the run amounts to.
@@ -95,11 +107,13 @@ class PreparedRun:
         if config.refines and (other_method or any(number is not None for number in numbers)):
             return None
         steps = PresetSettings(
-            self.rebuild_settings is not None, config.refinement, config.reconstruction, self.allocation
+            self.rebuild_settings is not None, config.refinement, config.reconstruction, self.allocation, self.reorders
         )
         for preset, preset_steps in PRESETS.items():
             if self.initial.budget is None:
                 preset_steps = replace(preset_steps, allocation=Allocation.UNIFORM)
+            if not self.movable_channels:
+                preset_steps = replace(preset_steps, reorder=False)
             if steps == preset_steps:
                 return preset
         return None
@@ -112,7 +126,7 @@ class PreparedRun:
         resolved: dict[str, Any] = {
             "preset": self.preset, "rebuild": rebuilt is not None, "refine": config.refinement,
             "reconstruct": config.reconstruction, "allocation": self.allocation, "samples": sequences, "seqlen": tokens,
-            "batch_size": self.job.batch_size,
+            "batch_size": self.job.batch_size, "reorder": self.reorders,
         }  # fmt: skip
         if self.initial.method is not None:
             resolved["initial"] = self.initial.method

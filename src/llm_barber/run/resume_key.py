@@ -18,7 +18,7 @@ KNOWN_BY_CONTENT = {
 # Settings that have the same effect from the user and from the preset.
 LEFT_TO_PRESET = {
     "rebuild", "refine", "reconstruct", "allocation", "initial", "sparsity", "granularity", "rebuild_ratio", "guard",
-    "tune_passes",
+    "tune_passes", "reorder",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The run: stream decoder layers from disk to disk, one after the other; `method/` prunes each."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -7,14 +8,18 @@ from functools import partial
 from torch import Tensor
 
 from llm_barber.checkpoint.ahead import ReadAhead
+from llm_barber.checkpoint.channel_order import ORDER_NAME, ChannelOrder
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.output import work_folder
 from llm_barber.checkpoint.packed_writer import PackedWriter
+from llm_barber.checkpoint.state import START_AGAIN
 from llm_barber.checkpoint.writer import CheckpointWriter
+from llm_barber.errors import UnfinishedRunError
 from llm_barber.loading.job import Job
 from llm_barber.method.allocation import allocate
 from llm_barber.method.head import prune_head
 from llm_barber.method.layer import PrunedLayer, prune_layer
+from llm_barber.method.reordering import find_order
 from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
@@ -39,7 +44,7 @@ from llm_barber.run.writer import Writer
 from llm_barber.settings.base import Format
 from llm_barber.settings.presets import Allocation
 
-STAGES = ("embed", "allocate", "layers", "read", "write", "total")
+STAGES = ("embed", "reorder", "allocate", "layers", "read", "write", "total")
 
 
 def run(prepared: PreparedRun, progress: Progress) -> RunReport:
@@ -59,6 +64,7 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
         streams = _embed(prepared, writer, seconds, progress)
+        _reorder(prepared, streams, writer, seconds, began, progress)
         _allocate(prepared, streams, writer, seconds, began, progress)
         streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.memory.empty_off_device))
         activations = {}  # restore has copied them: free the memory
@@ -114,6 +120,38 @@ def _embed(prepared: PreparedRun, writer: Writer, seconds: dict[str, float], pro
         streams.copy(HIDDEN, DENSE + HIDDEN)
     seconds["embed"] += time.perf_counter() - start
     return streams
+
+
+def _reorder(
+    prepared: PreparedRun,
+    streams: ActivationStreams,
+    writer: Writer,
+    seconds: dict[str, float],
+    began: float,
+    progress: Progress,
+) -> None:
+    """Read the dense model's channels in another order from here on: the unfinished run's, or one that is found now.
+
+    `began` as in `_allocate`.
+
+    Raises:
+        UnfinishedRunError: the unfinished run's order is lost, and another one was found.
+    """
+    job = prepared.job
+    if not prepared.reorders:
+        return
+    content = job.ranks.from_first(writer.read_order())
+    if content is None:
+        start = time.perf_counter()
+        compute = partial(find_order, prepared.initial, prepared.movable_channels, streams, progress)
+        content = with_smaller_batches(compute, job.skeleton.drop_outside, job, streams, progress).to_json()
+        found = time.perf_counter()
+        if writer.state.channel_order not in (None, hashlib.sha256(content).hexdigest()):
+            raise UnfinishedRunError(f"{ORDER_NAME} of the unfinished run is lost or damaged", START_AGAIN)
+        seconds["reorder"] += found - start
+        seconds["total"] = found - began
+        writer.keep_order(content, seconds, used_by(prepared, writer, streams))
+    job.source.order = ChannelOrder.from_json(content)
 
 
 def _allocate(

@@ -77,6 +77,14 @@ class Writer(Protocol):
         """Begin to make an allocation durable."""
         ...
 
+    def keep_order(self, order: bytes, seconds: Mapping[str, float], used: Used) -> None:
+        """Begin to make the content of `channel-order.json` durable."""
+        ...
+
+    def read_order(self) -> bytes | None:
+        """The content of `channel-order.json` that the run that this one resumes found; None: none that is whole."""
+        ...
+
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
         """Begin to make a layer durable, after its shard."""
         ...

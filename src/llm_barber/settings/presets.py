@@ -44,18 +44,22 @@ class Preset(StrEnum):
 
 @dataclass(frozen=True)
 class PresetSettings:
-    """Settings of a preset; the allocation does not apply to N:M, whose sparsity is the same everywhere."""
+    """Settings of a preset.
+
+    The allocation is not for N:M, whose sparsity is the same everywhere; `reorder` is for N:M alone.
+    """
 
     rebuild: bool
     refine: Refine
     reconstruct: Reconstruct
     allocation: Allocation
+    reorder: bool
 
 
 PRESETS = {
-    Preset.PAPER: PresetSettings(True, Refine.NONE, Reconstruct.NONE, Allocation.UNIFORM),
-    Preset.MASK: PresetSettings(False, Refine.TUNE, Reconstruct.NONE, Allocation.LOSS),
-    Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS),
+    Preset.PAPER: PresetSettings(True, Refine.NONE, Reconstruct.NONE, Allocation.UNIFORM, False),
+    Preset.MASK: PresetSettings(False, Refine.TUNE, Reconstruct.NONE, Allocation.LOSS, True),
+    Preset.BEST: PresetSettings(False, Refine.TUNE, Reconstruct.TUNE, Allocation.LOSS, True),
 }
 # Raise a preset's revision whenever its masks or weights change: `compare` then measures its finished cells again.
 REVISIONS = {Preset.PAPER: 1, Preset.MASK: 5, Preset.BEST: 7}

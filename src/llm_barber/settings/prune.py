@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.pattern import Pattern, Unstructured, parse_pattern
+from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
 from llm_barber.messages import Message, SettingName, message
 from llm_barber.settings.base import COMMAS, same_folder
 from llm_barber.settings.checked import Rule
@@ -39,6 +39,9 @@ class PruneConfig(RunSettings):
     allocation: Allocation | None = Field(
         default=None,
         description="Spread of sparsity over linears (default: the preset's)",
+    )
+    reorder: bool | None = Field(
+        default=None, description="Reorder channels so that N:M keeps more (default: the preset's)"
     )
     include: tuple[str, ...] = Field(default=(), description="Prune only linears that match; repeatable")
     exclude: tuple[str, ...] = Field(default=(), description="Leave out linears that match; repeatable")
@@ -101,7 +104,7 @@ class PruneConfig(RunSettings):
     def rules(self) -> list[Rule]:
         """Rules about the initial mask, and those of every run."""
         chosen = (self._target_is_clear, self._updates_are_there, self._sparsity_can_be_spread, self._groups_are_free)
-        return [*chosen, *super().rules(), self._output_is_another]
+        return [*chosen, self._order_matters, *super().rules(), self._output_is_another]
 
     def _output_is_another(self) -> Iterable[Message]:
         return same_folder("model", self.model, self.output)
@@ -138,6 +141,21 @@ class PruneConfig(RunSettings):
                 "{initial_granularity} is not for {method}, which chooses the weights that it compares",
                 method=self.method,
             )
+
+    def _order_matters(self) -> Iterator[Message]:
+        if self.reorder and not self._has_patterns:
+            yield message("{reorder} needs {pattern}: without N:M the order of channels makes no difference")
+
+    @property
+    def _has_patterns(self) -> bool:
+        """True if any linear may be pruned to N:M."""
+        targets = (self.target, *(parse_target(target) for target in self.sparsities.values()))
+        return any(isinstance(target, NofM) for target in targets)
+
+    @property
+    def reorders(self) -> bool:
+        """True if channels are reordered first: as `reorder` says, or as the preset does for N:M."""
+        return self.reorder if self.reorder is not None else self._has_patterns and self.defaults.reorder
 
     @property
     def method(self) -> Initial:

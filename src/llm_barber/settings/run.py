@@ -129,6 +129,11 @@ class RunSettings(StructureSettings):
         return Allocation.UNIFORM
 
     @property
+    def reorders(self) -> bool:
+        """True if channels are reordered first; those of a pruned model keep its order."""
+        return False
+
+    @property
     def prunes_head(self) -> bool:
         """True if the output head is pruned, too."""
         return False

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
+from llm_barber.checkpoint.channel_order import read_order
 from llm_barber.checkpoint.rounding import round_trip
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
@@ -86,6 +87,8 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     progress = progress or Silent()
     source = CheckpointSource(config.model, config.revision)
     dense = CheckpointSource(config.dense, config.dense_revision) if config.dense is not None else None
+    if dense is not None:
+        dense.order = read_order(source.folder)
     record = read_record(source.folder)
     with_head = record is not None and record.prunes_head
     linears = find_linears(source, recorded_structure(record), with_head, progress)

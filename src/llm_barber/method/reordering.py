@@ -1,0 +1,150 @@
+"""Find an order of channels inside the blocks with which N:M keeps more, in a pass over the dense model.
+
+A linear's inputs can change places if the linears that compute them give their outputs in the new order, too
+(`Channels`, in the architecture's record): an MLP's inner channels, and the values of each attention head. The dense
+model computes the same in any such order; the run prunes it in the one that is found here.
+"""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_barber.checkpoint.channel_order import ChannelOrder, Reordered
+from llm_barber.loading.job import Job
+from llm_barber.masking.channel_order import order_channels
+from llm_barber.masking.pattern import NofM
+from llm_barber.masking.saliency import wanda
+from llm_barber.masking.statistics import InputSquares
+from llm_barber.method.dense_layers import DenseLayers, first_input_kept
+from llm_barber.method.initial_masks import InitialMasks
+from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.model.architecture import Channels
+from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.progress import Progress
+
+
+def find_order(
+    initial: InitialMasks,
+    movable: Sequence[Sequence["MovableChannels"]],
+    streams: ActivationStreams,
+    progress: Progress,
+) -> ChannelOrder:
+    """Order channels by Wanda's saliency, with the dense model's inputs.
+
+    The first layer's input is left as it was.
+
+    Args:
+        initial: says what is pruned.
+        movable: the channels that may change places, by layer.
+        streams: the first layer's input.
+        progress: is told of each layer.
+    """
+    job = initial.job
+    reordered: list[Reordered] = []
+    progress.start("looking for an order of channels", job.layer_count)
+    with first_input_kept(streams):
+        for index, layer, weights in DenseLayers(initial, streams).opened(range(job.layer_count)):
+            layer.select([part.channels.reader for part in movable[index]])
+            squares = collect_inputs(layer, streams, InputSquares, output=HIDDEN)
+            for part in movable[index]:
+                reader = part.channels.reader
+                reordered += part.reorder(wanda(weights[reader], squares[reader].mean))
+            progress.advance(f"inputs of {len(movable[index])} linears")
+    return ChannelOrder(reordered=tuple(reordered))
+
+
+@dataclass(frozen=True)
+class MovableChannels:
+    """Channels of a layer that may change places.
+
+    Attributes:
+        channels: the linears that write and read them.
+        pattern: N:M of the reader.
+        heads: number of key-value heads, within which they stay; 1 for an MLP.
+        width: number of channels of a head.
+        repeats: number of query heads that share a key-value head.
+        written, read: dimension that holds the channels, by the checkpoint's name of a tensor: in the writers' weights
+            and biases, and in the reader's weight.
+    """
+
+    channels: Channels
+    pattern: NofM
+    heads: int
+    width: int
+    repeats: int
+    written: dict[str, int]
+    read: dict[str, int]
+
+    def reorder(self, saliency: Tensor) -> list[Reordered]:
+        """Order the channels by the reader's saliency, float32 (out, in); [] where they are best left as they are."""
+        by_head = saliency.view(-1, self.heads, self.repeats, self.width)
+        orders = torch.stack(
+            [order_channels(by_head[:, head].flatten(0, 1), self.pattern).cpu() for head in range(self.heads)]
+        )
+        if orders.equal(torch.arange(self.width).expand_as(orders)):
+            return []
+        first = torch.arange(self.heads * self.repeats).view(self.heads, self.repeats, 1) * self.width
+        read = (first + orders.unsqueeze(1)).flatten()
+        written = (torch.arange(self.heads).unsqueeze(1) * self.width + orders).flatten()
+        if self.repeats == 1:
+            return [Reordered(tensors=self.written | self.read, order=tuple(written.tolist()))]
+        return [
+            Reordered(tensors=self.written, order=tuple(written.tolist())),
+            Reordered(tensors=self.read, order=tuple(read.tolist())),
+        ]
+
+
+def movable_channels(initial: InitialMasks) -> list[list[MovableChannels]]:
+    """Channels of each layer that may change places, and whose reader is pruned to N:M.
+
+    Left out are channels of tensors that hold several weights, that several layers share, or that have several names,
+    and of rows or heads that M does not divide.
+    """
+    shared = {name for pair in initial.job.skeleton.names_in_other_layers() for name in pair}
+    return [_movable_in_layer(initial, index, shared) for index in range(initial.job.layer_count)]
+
+
+def _movable_in_layer(initial: InitialMasks, index: int, shared: Set[str]) -> list[MovableChannels]:
+    job, patterns = initial.job, initial.patterns(index)
+    found = []
+    for channels in job.architecture.channels:
+        linears = (*channels.writers, channels.reader)
+        if channels.reader not in patterns or not set(linears) <= set(job.linears(index)):
+            continue
+        if any(job.skeleton.other_names(index, name) or f"{index}.{name}.weight" in shared for name in linears):
+            continue
+        movable = _movable(job, index, channels, patterns[channels.reader])
+        if movable is not None:
+            found.append(movable)
+    return found
+
+
+def _movable(job: Job, index: int, channels: Channels, pattern: NofM) -> MovableChannels | None:
+    """Sizes and tensors of some channels; None: a tensor holds several weights, or M divides no head."""
+    names = set(job.skeleton.layer_names(index))
+    written_dim, read_dim = (1, 0) if job.architecture.transposed else (0, 1)
+    written = {f"{name}.weight": written_dim for name in channels.writers}
+    written |= {f"{name}.bias": 0 for name in channels.writers if f"{name}.bias" in names}
+    read = {f"{channels.reader}.weight": read_dim}
+    prefix = job.skeleton.layer_prefix(index)
+    locations = {name: job.source.location(prefix + name) for name in (*written, *read)}
+    if any(location.part is not None for location in locations.values()):
+        return None
+    (size,) = {job.source.shape(prefix + name)[dim] for name, dim in written.items()}
+    inputs = job.source.shape(f"{prefix}{channels.reader}.weight")[read_dim]
+    heads = 1
+    if channels.of_heads:
+        heads = getattr(job.config, "num_key_value_heads", None) or job.config.num_attention_heads
+    if size % heads or inputs % size or size // heads % pattern.of:
+        return None
+    return MovableChannels(
+        channels,
+        pattern,
+        heads,
+        width=size // heads,
+        repeats=inputs // size,
+        written={locations[name].tensor: dim for name, dim in written.items()},
+        read={locations[name].tensor: dim for name, dim in read.items()},
+    )
