@@ -24,7 +24,7 @@ FORBIDDEN = {
 }
 ALLOWED_IN_MASKING = {
     "torch", "torch.nn.functional", "numpy", "collections.abc", "dataclasses", "enum", "fractions", "contextlib",
-    "typing",
+    "typing", "scipy.optimize",
 }  # fmt: skip
 
 

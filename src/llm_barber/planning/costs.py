@@ -12,6 +12,7 @@ from llm_barber.planning.initial_costs import (
     group_ranking_bytes,
     initial_mask_work,
     ranking_work,
+    reordering_work,
     statistics_work,
 )
 from llm_barber.planning.passes import (
@@ -41,6 +42,7 @@ class Costs:
     """
 
     embed: Work = NO_WORK
+    reorder: Work = NO_WORK
     allocate: Work = NO_WORK
     initial: Work = NO_WORK
     rebuild: Work = NO_WORK
@@ -64,7 +66,12 @@ class Costs:
 def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
     """Work of a run in the process that has the most sequences."""
     head = _head_work(model, recipe) if recipe.prunes_head else NO_WORK
-    costs = Costs(embed=_embedding_work(model, recipe), allocate=allocation_work(model, recipe), head=head)
+    costs = Costs(
+        embed=_embedding_work(model, recipe),
+        reorder=reordering_work(model, recipe),
+        allocate=allocation_work(model, recipe),
+        head=head,
+    )
     for index, layer in enumerate(model.layers):
         # No layer starts from the last layer's output.
         last = index == len(model.layers) - 1 and not recipe.prunes_head

@@ -49,6 +49,7 @@ def settings_in_words(recipe: Recipe) -> str:
     Example: "wanda, rebuilt within each output".
     """
     parts = [
+        "channels reordered" if recipe.reorders else "",
         f"allocation by {recipe.allocation}" if recipe.allocation.value != "uniform" else "",
         recipe.initial.value,
         f"rebuilt within each {recipe.granularity}" if recipe.granularity else "",

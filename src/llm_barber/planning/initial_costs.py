@@ -1,5 +1,6 @@
-"""Work of initial masks and of the allocation before them: input statistics, ranking, updates."""
+"""Work of initial masks and of what comes before them: the order of channels, and the allocation."""
 
+from llm_barber.masking.channel_order import ROWS, TOGETHER
 from llm_barber.masking.sparsegpt import STRIDE
 from llm_barber.masking.statistics import gram_flops
 from llm_barber.model.architecture import MLP
@@ -38,7 +39,7 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
     for layer in model.layers:
         size = layer.parameters * recipe.stored
         for block in layer.blocks:
-            once = forward_work(block, recipe, tokens) + streaming_work(block, recipe, tokens, 1, recipe.allocating)
+            once = forward_work(block, recipe, tokens) + streaming_work(block, recipe, tokens, 1, recipe.passing)
             if not by_loss:
                 total += once * 2 + ranking_work(block, recipe)
                 continue
@@ -53,6 +54,26 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
             products=4 * logits * model.head,
             moved=logits * (2 * recipe.itemsize + 6 * FLOAT32),
         )
+    return total
+
+
+def reordering_work(model: ModelShapes, recipe: Recipe) -> Work:
+    """Work of looking for an order of channels: forward through the layers, and assignments for each block's reader.
+
+    Counted for the last linear of each block, whether the architecture's record allows it or not.
+    """
+    if not recipe.reorders:
+        return NO_WORK
+    total = NO_WORK
+    for layer in model.layers:
+        size = layer.parameters * recipe.stored
+        for block in layer.blocks:
+            rows, columns = block.linears[-1] if block.linears else (0, 0)
+            compared = columns * TOGETHER * min(ROWS, rows)
+            squares = SQUARING * recipe.local_tokens * block.share * columns
+            total += forward_work(block, recipe, recipe.local_tokens) + Work(moved=3 * FLOAT32 * compared + squares)
+            total += streaming_work(block, recipe, recipe.local_tokens, 1, recipe.passing)
+        total += Work(read=size, copied=size)
     return total
 
 

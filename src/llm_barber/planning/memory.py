@@ -54,8 +54,8 @@ def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
     On a CPU all is in host memory. The two peaks may be at different moments.
     """
     moments = [*_embedding(model, recipe), _reading(model, recipe)]
-    if recipe.allocation is not Allocation.UNIFORM:
-        moments += _allocating(model, recipe)
+    if recipe.passes_dense:
+        moments += _passing_dense(model, recipe)
     streams = _streams(model, recipe)
     for layer in dict.fromkeys(model.layers):
         resident = streams + _layer(layer, recipe)
@@ -107,19 +107,19 @@ def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> F
 
 
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
-    """Bytes of activations in files, for want of memory, at their most: between layers or when allocating."""
+    """Bytes of activations in files, for want of memory, at their most: between layers, or before the first one."""
     between_layers = recipe.activations(model.hidden) + recipe.outlasting(model.hidden)
-    peak = max(between_layers, sum(_allocated_from(model, recipe)))
+    peak = max(between_layers, sum(_dense_activations(model, recipe)))
     return peak - recipe.in_memory(peak, model.hidden)
 
 
-def _allocated_from(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
-    """Bytes of activations when allocating: of arrays, and of every layer's input for some tokens."""
-    if recipe.allocation is Allocation.UNIFORM:
+def _dense_activations(model: ModelShapes, recipe: Recipe) -> tuple[float, float]:
+    """Bytes of activations in a pass over the dense model: of arrays, and of every layer's input for some tokens."""
+    if not recipe.passes_dense:
         return 0, 0
     by_loss = recipe.allocation is Allocation.LOSS
     inputs = len(model.layers) * recipe.loss_tokens * model.hidden * recipe.itemsize if by_loss else 0
-    return recipe.activations(model.hidden, recipe.allocating), inputs
+    return recipe.activations(model.hidden, recipe.passing), inputs
 
 
 def _embedding(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
@@ -240,23 +240,27 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Footprint:
     return Footprint(device=refined + max(moments))
 
 
-def _allocating(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
-    """Moments of a pass over the dense model: layers forward, the output head, and layers back."""
-    of_arrays, of_inputs = _allocated_from(model, recipe)
+def _passing_dense(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
+    """Moments of a pass over the dense model: layers forward; for the loss's gradients the output head, and back."""
+    of_arrays, of_inputs = _dense_activations(model, recipe)
     arrays = recipe.in_memory(of_arrays, model.hidden)
-    on_device = recipe.on_device(model.hidden, recipe.allocating)
+    on_device = recipe.on_device(model.hidden, recipe.passing)
     all_layers = sum(layer.parameters for layer in model.layers) * recipe.stored
     on_device_and_layers = on_device + recipe.kept_on_device(all_layers, model.hidden)
     kept = Footprint(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, on_device_and_layers)
     layer = model.largest_layer
     size, computed = layer.parameters * recipe.stored, layer.parameters * _converted(recipe)
     batch = max(_batch(block, recipe) for block in layer.blocks)
+    largest = max(block.largest for block in layer.blocks)
     reading = Footprint(arrays + 3 * size, computed + (0 if recipe.on_cpu else size))
     if recipe.allocation is not Allocation.LOSS:
-        return [reading + Footprint(device=on_device + batch)]
+        forward = [reading + Footprint(device=on_device + batch)]
+        if recipe.reorders:
+            forward.append(reading + Footprint(device=on_device) + _ranking(largest, 0, recipe))
+        return forward
     outside = Footprint(model.outside * recipe.stored, model.outside * _converted(recipe))
     logits = min(LOGITS, recipe.tokens * model.vocabulary) * (recipe.itemsize + LOGIT_ARRAYS * FLOAT32)
-    ordering = _ranking(max(block.largest for block in layer.blocks), 0, recipe)
+    ordering = _ranking(largest, 0, recipe)
     # The parameters are read as they are stored; once they are on a device, the copies on the host are freed.
     lasting = Footprint(outside.host if recipe.on_cpu and not outside.device else 0, outside.device)
     return [

@@ -26,7 +26,8 @@ class Recipe:
 
     `batch`: sequences computed together. `itemsize`: bytes of a number in the compute dtype; `stored`: in the
     checkpoint. `on_cpu`: host and device memory are the same. `refine`: None: no refining. `repeatable`: no layer
-    waits until the previous layer's output is durable. `processes` share the sequences.
+    waits until the previous layer's output is durable. `reorders`: channels are reordered first. `processes` share the
+    sequences.
     `room`: bytes of the device's memory that calibration activations may take. `activation_memory`: the same of the
     host's memory; None: any number. Further activations are files.
     """
@@ -44,6 +45,7 @@ class Recipe:
     refine: RefineSettings | None
     prunes_head: bool = False
     repeatable: bool = True
+    reorders: bool = False
     processes: int = 1
     room: int = 0
     activation_memory: int | None = None
@@ -70,6 +72,7 @@ class Recipe:
             refine=RefineSettings.of(config, config.target, config.samples, config.seqlen),
             prunes_head=config.prune_head,
             repeatable=config.runs_what_it_writes,
+            reorders=config.reorders,
             initial_granularity=config.initial_granularity,
         )
 
@@ -163,15 +166,20 @@ class Recipe:
         return 2 if self.follows_dense else 1
 
     @property
-    def allocating(self) -> int:
-        """Number of arrays when allocating: the layer's inputs, and one that moves through the dense model."""
+    def passes_dense(self) -> bool:
+        """True if the dense model is passed through before the first layer is pruned."""
+        return self.reorders or self.allocation is not Allocation.UNIFORM
+
+    @property
+    def passing(self) -> int:
+        """Number of arrays in such a pass: the layer's inputs, and one that moves through the dense model."""
         return self.durable + 1
 
     def kept_on_device(self, layers: float, width: int) -> float:
         """Bytes of the dense layers, `layers` bytes in all, that stay on the device between the allocation's passes."""
         if self.on_cpu or self.allocation is not Allocation.LOSS:
             return 0
-        return min(layers, max(0.0, self.room - self.on_device(width, self.allocating)))
+        return min(layers, max(0.0, self.room - self.on_device(width, self.passing)))
 
     def _staying(self, width: int, arrays: int | None = None) -> int:
         """Number of arrays that stay on the device."""

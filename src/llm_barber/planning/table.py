@@ -9,7 +9,8 @@ from llm_barber.planning.forecast import Forecast, ProcessesForecast, StageForec
 
 # Names of the stages, wherever people read them; `Costs` and JSON have the keys.
 STAGE_NAMES = {
-    "embed": "embed, copy what is outside the layers", "allocate": "allocate the sparsity", "initial": "initial mask",
+    "embed": "embed, copy what is outside the layers", "reorder": "reorder channels",
+    "allocate": "allocate the sparsity", "initial": "initial mask",
     "rebuild": "rebuild", "refine": "refine", "tune": "tune", "propagate": "propagate", "read": "read",
     "write": "write", "keep": "keep activations for --resume", "head": "output head",
 }  # fmt: skip

@@ -41,9 +41,9 @@ def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Reci
         seconds[name]["disk"] *= waited / disk if disk else 0.0
     if recipe.repeatable:
         seconds["keep"]["disk"] = 0.0
-    allocating = seconds["allocate"]
-    disk = allocating.pop("disk")
-    allocating["disk"] = _waited(disk, sum(allocating.values()), layers)
+    for name in ("reorder", "allocate"):
+        disk = seconds[name].pop("disk")
+        seconds[name]["disk"] = _waited(disk, sum(seconds[name].values()), layers)
     return seconds
 
 

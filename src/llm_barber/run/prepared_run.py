@@ -80,6 +80,7 @@ class PreparedRun:
             granularity=self.rebuild_settings.granularity if self.rebuild_settings else None,
             refine=self.refine_settings,
             prunes_head=job.prunes_head,
+            reorders=self.reorders,
             processes=job.ranks.count,
             initial_granularity=self.initial.granularity,
         )

@@ -86,9 +86,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     """
     progress = progress or Silent()
     source = CheckpointSource(config.model, config.revision)
-    dense = CheckpointSource(config.dense, config.dense_revision) if config.dense is not None else None
-    if dense is not None:
-        dense.order = read_order(source.folder)
+    dense = _open_dense(config, source)
     record = read_record(source.folder)
     with_head = record is not None and record.prunes_head
     linears = find_linears(source, recorded_structure(record), with_head, progress)
@@ -138,6 +136,15 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         linears=tuple(sorted(inspected, key=lambda linear: linear.layer)), problems=tuple(problems), updated=updated,
         rounding=rounding, fine_tuned=len(trained),
     )  # fmt: skip
+
+
+def _open_dense(config: InspectConfig, source: CheckpointSource) -> CheckpointSource | None:
+    """Open the dense model to compare with, if there is one, in the order of the checkpoint's channels."""
+    if config.dense is None:
+        return None
+    dense = CheckpointSource(config.dense, config.dense_revision)
+    dense.order = read_order(source.folder)
+    return dense
 
 
 def _trained(record: RunReport | None) -> Set[str]:
