@@ -22,7 +22,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"initial": "magnitude"},
     {"initial": "sparsegpt", "keep_updates": True},
     {"initial": "wanda", "rebuild_ratio": 0.5, "prune_head": True},
-    {"initial": "ria", "pattern": "2:4", "sparsity": None, "format": "packed"},
+    {"initial": "ria", "pattern": "2:4", "sparsity": None, "format": "packed", "reorder": True},
     {"initial": "dsnot", "rebuild": False},
     {"initial": "alps", "rebuild": False},
     TUNED,

@@ -34,8 +34,9 @@ from tests.helpers.runs import SETTINGS, read_untimed_files, read_untimed_record
         {"rebuild_ratio": 0.5},
         {"preset": "best", "target_mix": 0.5, "guard": 0.25},
         {**MASK_ALONE, "format": "packed", "prune_head": True},
+        {"preset": "mask", "pattern": "2:4", "tune_passes": 1, "guard": 0.25},
     ],
-    ids=["paper", "best", "SparseGPT's mask"],
+    ids=["paper", "best", "SparseGPT's mask", "reordered"],
 )
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     tmp_path: Path, model: Path, tokens: Path, settings: dict[str, Any]

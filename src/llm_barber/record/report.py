@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.digests import with_digest
 from llm_barber.record.finetuning import FineTuning
 from llm_barber.record.layers import ErrorChange, LayerResult, LinearResult, LinearTotals, Result
@@ -158,14 +159,18 @@ class RunReport(Result):
         spread = f"sparsity spread by {self.allocation}" if self.allocation != "uniform" else None
         rebuilt = f"rebuilt within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else None
         updated = "kept weights updated by the method" if self.kept_weights is KeptWeights.UPDATED else None
-        done = filter(None, [spread, rebuilt, self.refinement, updated])
+        ordered = "channels reordered" if self.reordered else None
+        done = filter(None, [ordered, spread, rebuilt, self.refinement, updated])
         preset = [f"preset {self.resolved['preset']}"] if self.resolved.get("preset") else []
         return "; ".join([*preset, *choices, *(list(done) or ["not rebuilt"])])
 
     @property
     def kept_values(self) -> str:
         """The source of the kept weights' values, and their rounding, in words."""
-        return self.kept_weights.words if self.rounding is None else self.rounding.of_values(self.kept_weights.words)
+        words = self.kept_weights.words
+        if self.kept_weights is KeptWeights.DENSE and self.reordered:
+            words = f"the dense model's in the recorded order ({ORDER_NAME}), bit for bit"
+        return words if self.rounding is None else self.rounding.of_values(words)
 
     @property
     def training(self) -> str:
@@ -176,6 +181,11 @@ class RunReport(Result):
     def prunes_head(self) -> bool:
         """True if the output head is pruned; its result is that of a layer after the last."""
         return bool(self.settings.get("prune_head"))
+
+    @property
+    def reordered(self) -> bool:
+        """True if the channels inside blocks are in another order than in the dense model."""
+        return ORDER_NAME in self.files
 
     @property
     def rejected(self) -> int:

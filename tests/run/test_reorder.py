@@ -1,0 +1,219 @@
+"""Pruning in an order of channels that keeps more: the dense model in that order is the same model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_barber import InspectConfig, PackConfig, RebuildConfig, UnpackConfig, inspect, pack, rebuild, unpack
+from llm_barber.checkpoint.channel_order import ORDER_NAME, ChannelOrder, read_order
+from llm_barber.checkpoint.state import STATE_NAME
+from llm_barber.errors import ModelError, SettingsError, UnfinishedRunError
+from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.run import stream as run_module
+from tests.conftest import KNOWN, load_model, make_config, make_model, read_folder
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import read_untimed_files, run, run_stopped
+
+WANDA: dict[str, Any] = {"initial": "wanda", "rebuild": False, "pattern": "2:4", "reorder": True}
+TUNED: dict[str, Any] = {"preset": "mask", "pattern": "2:4", "tune_passes": 1, "guard": 0.25}
+FIXED = {"phi3"}  # gate and up are one matrix, and q, k and v are
+
+
+def with_biases(folder: Path) -> Path:
+    """Give all biases values, which are zero in a new model."""
+    generator = torch.Generator().manual_seed(2)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith(".bias"):
+                tensors[name] = torch.rand(tensor.shape, generator=generator)
+        save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def in_order(folder: Path, order: ChannelOrder, out: Path) -> Path:
+    """The checkpoint with its channels in another order."""
+    shutil.copytree(folder, out)
+    for path in out.glob("*.safetensors"):
+        tensors = {name: order.apply(name, tensor) for name, tensor in load_file(path).items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    return out
+
+
+def test_families_without_movable_channels() -> None:
+    assert {family for family, record in ARCHITECTURES.items() if not record.channels} == FIXED
+
+
+@pytest.mark.parametrize("family", [family for family in KNOWN if family not in FIXED])
+def test_the_dense_model_in_the_recorded_order_gives_the_same_logits(tmp_path: Path, tokens: Path, family: str) -> None:
+    dense = with_biases(make_model(tmp_path / "dense", family))
+    run(dense, tmp_path / "out", tokens, **WANDA)
+    order = read_order(tmp_path / "out")
+    assert order is not None
+    moved = {name for part in order.reordered for name in part.tensors}
+    readers = {f".{channels.reader}.weight" for channels in ARCHITECTURES[make_config(family).model_type].channels}
+    present = {name for name in read_folder(dense) for reader in readers if name.endswith(reader)}
+    assert present
+    assert present <= moved
+    reordered = in_order(dense, order, tmp_path / "reordered")
+    assert any(not torch.equal(tensor, read_folder(dense)[name]) for name, tensor in read_folder(reordered).items())
+    windows = load_file(tokens)["input_ids"]
+    with torch.no_grad():
+        expected, logits = (load_model(folder, dtype=torch.float32)(windows).logits for folder in (dense, reordered))
+    assert (logits - expected).abs().max() < 3e-6 * expected.abs().max()
+    inspected = inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(dense)))
+    assert inspected.problems == ()
+    assert "2:4" in inspected.patterns
+    # Masks are those of a run on the reordered dense model.
+    run(reordered, tmp_path / "again", tokens, **{**WANDA, "reorder": False})
+    again, written = read_folder(tmp_path / "again"), read_folder(tmp_path / "out")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in again.items())
+
+
+def test_more_saliency_is_kept_than_in_the_models_order(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """Random inputs of an MLP's last linear are of about one size: its kept weights are the saliency that is kept."""
+    kept = {}
+    for reorder in (False, True):
+        run(llama, tmp_path / str(reorder), tokens, **{**WANDA, "reorder": reorder})
+        tensors = read_folder(tmp_path / str(reorder))
+        kept[reorder] = sum(float(tensor.abs().sum()) for name, tensor in tensors.items() if "down_proj" in name)
+    assert kept[True] > 1.005 * kept[False]
+
+
+def test_presets_reorder_for_patterns_alone(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    for name, settings, reorders in (
+        ("mask", TUNED, True),
+        ("unstructured", {**TUNED, "pattern": None}, False),
+        ("paper", {"preset": "paper", "pattern": "2:4"}, False),
+        ("off", {**TUNED, "reorder": False}, False),
+        ("own", {"preset": "mask", "tune_passes": 1, "sparsities": {"down_proj": "2:4"}}, True),
+    ):
+        report = run(llama, tmp_path / name, tokens, **settings)
+        assert report.resolved["reorder"] is reorders, name
+        assert (tmp_path / name / ORDER_NAME).is_file() is reorders, name
+        assert (ORDER_NAME in report.files) is reorders
+        assert ("in the recorded order" in (tmp_path / name / "README.md").read_text()) is reorders
+    order = read_order(tmp_path / "own")
+    assert order is not None
+    moved = {name for part in order.reordered for name in part.tensors}
+    assert moved
+    assert not any("v_proj" in name for name in moved)  # o_proj is not pruned to N:M
+
+
+def test_a_family_whose_channels_are_fixed(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "phi3", "phi3")
+    with pytest.raises(SettingsError, match="no channels of this model may change places"):
+        run(model, tmp_path / "out", tokens, **WANDA)
+    report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4")
+    assert report.resolved["reorder"] is False
+    assert report.resolved["preset"] == "mask"
+
+
+def test_without_patterns_it_is_refused(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    with pytest.raises(SettingsError, match=r"reorder needs pattern: without N:M"):
+        run(llama, tmp_path / "out", tokens, sparsity=0.5, reorder=True)
+
+
+def test_rows_and_heads_that_m_does_not_divide_keep_their_order(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "dense", "llama", intermediate_size=44, head_dim=12)
+    run(model, tmp_path / "out", tokens, **{**WANDA, "pattern": "4:8", "allow_dense_tail": True, "reorder": None})
+    with pytest.raises(SettingsError, match="no channels"):
+        run(model, tmp_path / "other", tokens, **{**WANDA, "pattern": "4:8", "allow_dense_tail": True})
+
+
+def test_a_rebuild_keeps_the_order(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(llama, tmp_path / "pruned", tokens, **WANDA)
+    settings = {"calibration": tokens, "dtype": "float32", "report": False, "rebuild_ratio": 0.5}
+    rebuild(RebuildConfig(dense=llama, pruned=tmp_path / "pruned", output=tmp_path / "out", **settings))
+    assert read_order(tmp_path / "out") == read_order(tmp_path / "pruned")
+    assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(llama))).problems == ()
+    assert inspect(InspectConfig(model=str(tmp_path / "pruned"), dense=str(llama))).problems == ()
+    (tmp_path / "pruned" / ORDER_NAME).write_text("{}")
+    with pytest.raises(ModelError, match=f"{ORDER_NAME} is damaged"):
+        rebuild(RebuildConfig(dense=llama, pruned=tmp_path / "pruned", output=tmp_path / "no", **settings))
+
+
+def test_the_order_is_verified(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(llama, tmp_path / "out", tokens, **WANDA)
+    path = tmp_path / "out" / ORDER_NAME
+    content = json.loads(path.read_text())
+    content["reordered"][0]["order"] = content["reordered"][0]["order"][::-1]
+    path.write_text(json.dumps(content))
+    problems = "; ".join(inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(llama))).problems)
+    assert f"{ORDER_NAME} has changed since it was written" in problems
+    assert "differs from the dense model" in problems
+    path.unlink()
+    problems = "; ".join(inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(llama))).problems)
+    assert f"{ORDER_NAME} is in the record, not in the folder" in problems
+
+
+def test_it_travels_with_a_packed_checkpoint(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(llama, tmp_path / "out", tokens, **WANDA)
+    expected = (tmp_path / "out" / ORDER_NAME).read_bytes()
+    pack(PackConfig(model=tmp_path / "out", output=tmp_path / "packed"))
+    assert (tmp_path / "packed" / ORDER_NAME).read_bytes() == expected
+    assert inspect(InspectConfig(model=str(tmp_path / "packed"), dense=str(llama))).problems == ()
+    unpack(UnpackConfig(model=tmp_path / "packed", output=tmp_path / "unpacked"))
+    assert (tmp_path / "unpacked" / ORDER_NAME).read_bytes() == expected
+
+
+def test_pruning_a_reordered_model_again_leaves_its_order_behind(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """The new checkpoint's dense model is the one that it was made from."""
+    run(llama, tmp_path / "first", tokens, **WANDA)
+    run(tmp_path / "first", tmp_path / "second", tokens, initial="wanda", rebuild=False)
+    assert read_order(tmp_path / "second") is None
+    run(tmp_path / "first", tmp_path / "third", tokens, **{**WANDA, "pattern": "1:4"})
+    assert inspect(InspectConfig(model=str(tmp_path / "third"), dense=str(tmp_path / "first"))).problems == ()
+
+
+@pytest.mark.parametrize("settings", [WANDA, TUNED], ids=["wanda", "mask"])
+def test_several_processes_find_the_same_order(
+    tmp_path: Path, llama: Path, tokens: Path, settings: dict[str, Any]
+) -> None:
+    run(llama, tmp_path / "alone", tokens, **settings)
+    assert run_ranks(2, lambda _: run(llama, tmp_path / "together", tokens, **settings)) == [0, 0]
+    assert read_untimed_files(tmp_path / "together") == read_untimed_files(tmp_path / "alone")
+
+
+def no_order(*_: Any) -> Any:
+    raise AssertionError("the order was found before")
+
+
+def test_a_run_that_goes_on_has_its_order(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens, **TUNED)
+    for layers in (0, 2):
+        out = tmp_path / f"out{layers}"
+        run_stopped(monkeypatch, model, out, tokens, layers=layers, **TUNED)
+        with monkeypatch.context() as patched:
+            patched.setattr(run_module, "find_order", no_order)
+            report = run(model, out, tokens, resume=True, **TUNED)
+        assert report.seconds["reorder"] > 0
+        assert read_untimed_files(out) == read_untimed_files(tmp_path / "whole")
+
+
+def test_an_order_that_is_lost_is_found_again(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens, **TUNED)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, **TUNED)
+    (tmp_path / "out.partial" / ORDER_NAME).write_text("{}")
+    run(model, tmp_path / "out", tokens, resume=True, **TUNED)
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
+
+
+def test_another_order_than_the_finished_layers_have_is_refused(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, **TUNED)
+    (tmp_path / "out.partial" / ORDER_NAME).unlink()
+    monkeypatch.setattr(run_module, "find_order", lambda *_: ChannelOrder(reordered=()))
+    with pytest.raises(UnfinishedRunError, match=f"{ORDER_NAME} of the unfinished run is lost or damaged"):
+        run(model, tmp_path / "out", tokens, resume=True, **TUNED)
+    assert (tmp_path / "out.partial" / STATE_NAME).is_file()
