@@ -161,8 +161,9 @@ def test_presets_are_what_the_page_says() -> None:
     page = TUNING.read_text(encoding="utf-8")
     for preset in Preset:
         (row,) = re.findall(rf"^\| `{preset}` \|.*$", page, re.MULTILINE)
-        _, _, allocation, _, rebuild, refine, reconstruct, _ = (cell.strip() for cell in row.split("|"))
+        _, _, order, allocation, _, rebuild, refine, reconstruct, _ = (cell.strip() for cell in row.split("|"))
         settings = PRESETS[preset]
+        assert order == ("one that keeps more" if settings.reorder else "the model's")
         assert allocation == {"uniform": "uniform", "loss": "by the loss"}[settings.allocation]
         assert rebuild == ("yes" if settings.rebuild else "no")
         assert refine == {"none": "no", "tune": "masks tuned"}[settings.refine]
