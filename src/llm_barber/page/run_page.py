@@ -14,6 +14,7 @@ from llm_barber.record.report import RunReport
 
 STAGES = {
     "embed": "embedding, copying the rest",
+    "reorder": "finding an order of channels",
     "allocate": "finding how much of each linear goes",
     "layers": "computing the masks",
     "read": "reading the layers",
