@@ -13,14 +13,14 @@ from llm_barber.planning.costs import run_costs
 from llm_barber.planning.memory import peak_footprint
 from llm_barber.planning.passes import forward_work
 from llm_barber.planning.recipe import Recipe
-from llm_barber.planning.shapes import ModelShapes
-from llm_barber.planning.work import Work
+from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
+from llm_barber.planning.work import NO_WORK, Work
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 from tests.conftest import FAMILIES
-from tests.helpers.plans import MASK, MODEL, PAPER, shapes_of
+from tests.helpers.plans import ATTENTION, MASK, MODEL, PAPER, shapes_of
 
 
 def test_dsnot_costs_sorts_in_attention_alone() -> None:
@@ -123,6 +123,19 @@ def test_the_allocation_reads_layers_once_that_stay_on_a_device() -> None:
     assert [costs.read - 84 * 2 for costs in by_room] == [2 * size, 1.5 * size, size]
     peaks = [peak_footprint(MODEL, replace(on_host, room=room)).device for room in (arrays, arrays + size)]
     assert peaks[1] >= peaks[0]
+
+
+def test_an_order_of_channels_takes_one_pass_over_the_dense_model() -> None:
+    costs = run_costs(MODEL, replace(MASK, reorders=True))
+    assert costs.reorder.products == 2 * (2 * 60 * 112)
+    assert costs.reorder.read == 2 * 117 * 2
+    # Each column of the blocks' last linears is compared with the groups that are taken together, in every row.
+    wider = replace(
+        MODEL, layers=(LayerShapes((ATTENTION, BlockShapes("mlp", ((16, 4), (4, 16)), 0)), 48 + 128 + 5),) * 2
+    )
+    more = run_costs(wider, replace(MASK, reorders=True)).reorder.moved - costs.reorder.moved
+    assert more > 2 * 8 * 3 * 4 * 256 * 4
+    assert run_costs(MODEL, MASK).reorder == NO_WORK
 
 
 def test_the_target_takes_no_pass_of_its_own_where_the_masks_take_one() -> None:

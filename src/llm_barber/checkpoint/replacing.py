@@ -16,7 +16,7 @@ INDEX_FILES = {INDEX_NAME, PACKED_INDEX}
 CHECKPOINT_FILE = re.compile(
     r"(model|packed-model)(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|packed\.index\.json"
     r"|pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"
-    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
+    r"|(config|channel-order|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
     r"|processor_config|preprocessor_config|image_processor_config|video_preprocessor_config|params|tekken)\.json"
     r"|(vocab|merges)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model(\.v\d+)?|[\w.-]+\.tiktoken|chat_template\.jinja"
     r"|(licen[cs]e|notice|use_policy)([.-][\w.-]+)?|\.gitattributes",

@@ -25,6 +25,7 @@ TIMED_RUNS: dict[str, dict[str, Any]] = {
 # Stages of a run's record, and those of a plan that happen in each.
 STAGES: Mapping[str, tuple[str, ...]] = {
     "embed": ("embed",),
+    "reorder": ("reorder",),
     "allocate": ("allocate",),
     "layers": ("initial", "rebuild", "refine", "tune", "propagate", "head"),
     "read": ("read",),
