@@ -93,21 +93,23 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
 
 def as_it_differs(variant: Variant, target: str, windows: int, seqlen: int) -> Variant:
     """Remove settings that equal the program's defaults, so that equal variants share a cell."""
-    for name in {"guard", "target_mix", "allocation"} & variant.keys():
+    for name in {"guard", "target_mix", "allocation", "reorder"} & variant.keys():
         others = {setting: value for setting, value in variant.items() if setting != name}
         if resolved(others, target, windows, seqlen) == resolved(variant, target, windows, seqlen):
             variant = others
     return variant
 
 
-def resolved(variant: Variant, target: str, windows: int, seqlen: int) -> tuple[RefineSettings | None, Allocation]:
+def resolved(
+    variant: Variant, target: str, windows: int, seqlen: int
+) -> tuple[RefineSettings | None, Allocation, bool]:
     """Resolve a variant's settings and the defaults of the others, as the program does."""
     with estimated(variant) as settings:
         config = PruneConfig(model="model", output=Path("out"), **target_settings(target), **settings)
     refined = RefineSettings.of(config, config.target, windows, seqlen)
     if refined is not None and not config.prune_head:
         refined = replace(refined, head_mix=0)  # of nothing
-    return refined, config.allocated_by
+    return refined, config.allocated_by, config.reorders
 
 
 def words(variant: Variant) -> str:
@@ -184,6 +186,8 @@ def main() -> None:
             settings = {**target_settings(target), **differing}
             read = text if "calibration" in settings else {"calibration": calibration}
             key = {**settings, "seed": options.seed, "revisions": REVISIONS}
+            if resolved(differing, target, options.samples, options.seqlen)[2]:
+                key["reorder"] = True
             make = partial(make_model, progress, {"model": model, **read, **settings})
             result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
             evaluation = result.evaluation.texts[0]

@@ -12,7 +12,7 @@ import torch
 
 def versions() -> dict[str, str]:
     """Versions that affect a result, of Python and packages, by name."""
-    packages = ("llm-barber", "torch", "transformers", "safetensors", "numpy")
+    packages = ("llm-barber", "torch", "transformers", "safetensors", "numpy", "scipy")
     return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
 
 

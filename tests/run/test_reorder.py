@@ -9,15 +9,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_barber import InspectConfig, PackConfig, RebuildConfig, UnpackConfig, inspect, pack, rebuild, unpack
+from llm_barber import (
+    CompareConfig,
+    InspectConfig,
+    PackConfig,
+    PruneConfig,
+    RebuildConfig,
+    UnpackConfig,
+    compare,
+    inspect,
+    pack,
+    prune,
+    rebuild,
+    unpack,
+)
 from llm_barber.checkpoint.channel_order import ORDER_NAME, ChannelOrder, read_order
 from llm_barber.checkpoint.state import STATE_NAME
-from llm_barber.errors import ModelError, SettingsError, UnfinishedRunError
+from llm_barber.errors import ModelError, NotFiniteError, SettingsError, UnfinishedRunError
+from llm_barber.masking.pattern import NofM
+from llm_barber.masking.statistics import InputSquares
+from llm_barber.method import reordering
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.run import stream as run_module
-from tests.conftest import KNOWN, load_model, make_config, make_model, read_folder
+from tests.conftest import KNOWN, Listener, load_model, make_config, make_model, read_folder
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import read_untimed_files, run, run_stopped
+from tests.helpers.runs import SETTINGS, read_untimed_files, run, run_stopped
+from tests.helpers.text import add_tokenizer
 
 WANDA: dict[str, Any] = {"initial": "wanda", "rebuild": False, "pattern": "2:4", "reorder": True}
 TUNED: dict[str, Any] = {"preset": "mask", "pattern": "2:4", "tune_passes": 1, "guard": 0.25}
@@ -94,7 +111,7 @@ def test_presets_reorder_for_patterns_alone(tmp_path: Path, llama: Path, tokens:
         ("own", {"preset": "mask", "tune_passes": 1, "sparsities": {"down_proj": "2:4"}}, True),
     ):
         report = run(llama, tmp_path / name, tokens, **settings)
-        assert report.resolved["reorder"] is reorders, name
+        assert report.resolved.get("reorder", False) is reorders, name
         assert (tmp_path / name / ORDER_NAME).is_file() is reorders, name
         assert (ORDER_NAME in report.files) is reorders
         assert ("in the recorded order" in (tmp_path / name / "README.md").read_text()) is reorders
@@ -107,10 +124,10 @@ def test_presets_reorder_for_patterns_alone(tmp_path: Path, llama: Path, tokens:
 
 def test_a_family_whose_channels_are_fixed(tmp_path: Path, tokens: Path) -> None:
     model = make_model(tmp_path / "phi3", "phi3")
-    with pytest.raises(SettingsError, match="no channels of this model may change places"):
+    with pytest.raises(SettingsError, match="no channels that a linear with N:M reads may change places"):
         run(model, tmp_path / "out", tokens, **WANDA)
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4")
-    assert report.resolved["reorder"] is False
+    assert "reorder" not in report.resolved
     assert report.resolved["preset"] == "mask"
 
 
@@ -120,10 +137,54 @@ def test_without_patterns_it_is_refused(tmp_path: Path, llama: Path, tokens: Pat
 
 
 def test_rows_and_heads_that_m_does_not_divide_keep_their_order(tmp_path: Path, tokens: Path) -> None:
-    model = make_model(tmp_path / "dense", "llama", intermediate_size=44, head_dim=12)
-    run(model, tmp_path / "out", tokens, **{**WANDA, "pattern": "4:8", "allow_dense_tail": True, "reorder": None})
+    for inner, head, moved in ((48, 12, {"mlp"}), (44, 16, {"self_attn"}), (44, 12, set())):
+        model = make_model(tmp_path / f"{inner}-{head}", "llama", intermediate_size=inner, head_dim=head)
+        settings = {**TUNED, "pattern": "4:8", "allow_dense_tail": True}
+        run(model, tmp_path / f"out-{inner}-{head}", tokens, **settings)
+        order = read_order(tmp_path / f"out-{inner}-{head}")
+        names = [name for part in (order.reordered if order else ()) for name in part.tensors]
+        assert {name.split(".")[3] for name in names} == moved
     with pytest.raises(SettingsError, match="no channels"):
-        run(model, tmp_path / "other", tokens, **{**WANDA, "pattern": "4:8", "allow_dense_tail": True})
+        run(model, tmp_path / "refused", tokens, **{**settings, "reorder": True})
+
+
+def test_every_query_head_decides_the_order_of_values(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although a part of the rows is looked at, as many in each query head of a key-value head."""
+    seen: list[torch.Tensor] = []
+
+    def look(saliency: torch.Tensor, pattern: NofM) -> torch.Tensor:
+        seen.append(saliency)
+        return torch.arange(saliency.shape[1])
+
+    monkeypatch.setattr(reordering, "order_channels", look)
+    model = make_model(tmp_path / "dense", "llama", num_attention_heads=4, num_key_value_heads=1, head_dim=8)
+    run(model, tmp_path / "out", tokens, **WANDA)
+    weight = read_folder(model)["model.layers.0.self_attn.o_proj.weight"].abs()
+    of_values = next(saliency for saliency in seen if saliency.shape == (4 * 32, 8))
+    for head in range(4):  # one head's rows after another's
+        ratios = of_values[32 * head : 32 * (head + 1)] / weight[:, 8 * head : 8 * (head + 1)]
+        assert torch.allclose(ratios, ratios[:1].expand_as(ratios), rtol=1e-4)
+
+
+def test_activations_that_overflow_are_told_of(
+    tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infinite = property(lambda self: torch.full_like(self.total, torch.inf).float())
+    monkeypatch.setattr(InputSquares, "mean", infinite)
+    with pytest.raises(NotFiniteError, match=r"the input of layer 0 \S+ holds NaN or Inf"):
+        run(llama, tmp_path / "out", tokens, **WANDA)
+
+
+def test_a_comparison_takes_families_whose_channels_are_fixed(tmp_path: Path, tokens: Path) -> None:
+    model = make_model(tmp_path / "phi3", "phi3")
+    add_tokenizer(model)
+    (tmp_path / "text.txt").write_text("ab cd " * 200)
+    settings = {"methods": ("mask",), "targets": ("2:4",), "calibration": str(tokens), "dtype": "float32"}
+    text = {"text": (str(tmp_path / "text.txt"),), "windows": 2, "text_seqlen": 24}
+    compared = compare(CompareConfig(model=str(model), output=tmp_path / "out", **settings, **text))
+    assert [(str(cell.method), str(cell.target)) for cell in compared.cells] == [("mask", "2:4")]
 
 
 def test_a_rebuild_keeps_the_order(tmp_path: Path, llama: Path, tokens: Path) -> None:
@@ -133,9 +194,34 @@ def test_a_rebuild_keeps_the_order(tmp_path: Path, llama: Path, tokens: Path) ->
     assert read_order(tmp_path / "out") == read_order(tmp_path / "pruned")
     assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(llama))).problems == ()
     assert inspect(InspectConfig(model=str(tmp_path / "pruned"), dense=str(llama))).problems == ()
-    (tmp_path / "pruned" / ORDER_NAME).write_text("{}")
+    # Both models have one order: there is nothing to reorder.
+    assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(tmp_path / "out"))).problems == ()
+    order = tmp_path / "pruned" / ORDER_NAME
+    content = order.read_text()
+    order.write_text("{}")
     with pytest.raises(ModelError, match=f"{ORDER_NAME} is damaged"):
         rebuild(RebuildConfig(dense=llama, pruned=tmp_path / "pruned", output=tmp_path / "no", **settings))
+    order.write_text(content.replace("[", "[ "))
+    with pytest.raises(ModelError, match=f"{ORDER_NAME} of .* is missing or was changed"):
+        rebuild(RebuildConfig(dense=llama, pruned=tmp_path / "pruned", output=tmp_path / "no", **settings))
+    order.unlink()
+    with pytest.raises(ModelError, match=f"{ORDER_NAME} of .* is missing or was changed"):
+        rebuild(RebuildConfig(dense=llama, pruned=tmp_path / "pruned", output=tmp_path / "no", **settings))
+
+
+def test_a_rebuild_looks_at_the_dense_zeros_in_the_order(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """Zeros of the dense model in a linear that moved and stayed dense are no mask."""
+    for path in llama.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if "gate_proj" in name:
+                tensor[::3, ::5] = 0
+        save_file(tensors, path, metadata={"format": "pt"})
+    run(llama, tmp_path / "pruned", tokens, **WANDA, exclude=("gate_proj",))
+    settings = {"calibration": tokens, "dtype": "float32", "report": False}
+    report = rebuild(RebuildConfig(dense=llama, pruned=tmp_path / "pruned", output=tmp_path / "out", **settings))
+    assert report.pattern == "2:4"
+    assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(llama))).problems == ()
 
 
 def test_the_order_is_verified(tmp_path: Path, llama: Path, tokens: Path) -> None:
@@ -204,7 +290,10 @@ def test_an_order_that_is_lost_is_found_again(
     run(model, tmp_path / "whole", tokens, **TUNED)
     run_stopped(monkeypatch, model, tmp_path / "out", tokens, **TUNED)
     (tmp_path / "out.partial" / ORDER_NAME).write_text("{}")
-    run(model, tmp_path / "out", tokens, resume=True, **TUNED)
+    listener = Listener()
+    config = PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, resume=True, **SETTINGS, **TUNED)
+    prune(config, listener)
+    assert any(f"{ORDER_NAME} of the unfinished run is damaged or missing" in line for line in listener.warnings)
     assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
 
 

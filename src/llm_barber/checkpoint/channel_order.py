@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.locations import TensorInfo
 from llm_barber.checkpoint.regular import check_regular
+from llm_barber.checkpoint.untrusted import parse_json
 from llm_barber.errors import ModelError
 
 ORDER_NAME = "channel-order.json"
@@ -29,7 +30,7 @@ class Reordered(BaseModel):
     model's channel `order[i]`.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     tensors: dict[str, Annotated[int, Field(ge=0)]] = Field(min_length=1)
     order: tuple[int, ...]
@@ -44,7 +45,7 @@ class Reordered(BaseModel):
 class ChannelOrder(BaseModel):
     """All channels of a checkpoint that are not where the dense model has them; each tensor is named once."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     version: Literal[1] = 1
     reordered: tuple[Reordered, ...]
@@ -85,27 +86,34 @@ class ChannelOrder(BaseModel):
         return json.dumps(self.model_dump(mode="json"), separators=(",", ":")).encode() + b"\n"
 
     @classmethod
-    def from_json(cls, content: bytes) -> Self:
-        """Read the content of a file.
+    def from_json(cls, content: bytes, path: Path = Path(ORDER_NAME)) -> Self:
+        """Read the content of a file; `path` is for the message.
 
         Raises:
             ModelError: it is damaged, or of another version of the program.
         """
         try:
+            parse_json(content, distinct_keys=True)
             return cls.model_validate_json(content)
         except ValidationError as error:
             problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ModelError(f"{ORDER_NAME} is damaged: {problem}", HINT) from error
+            raise ModelError(f"{path} is damaged: {problem}", HINT) from error
+        except ValueError as error:
+            raise ModelError(f"{path} is damaged: {error}", HINT) from error
 
 
 def read_order(folder: Path) -> ChannelOrder | None:
     """The order of a checkpoint's channels; None: they are where the dense model has them.
 
     Raises:
-        ModelError: the file is damaged.
+        ModelError: the file is damaged or cannot be read.
     """
     path = folder / ORDER_NAME
     if not path.exists():
         return None
     check_regular(path)
-    return ChannelOrder.from_json(path.read_bytes())
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error}", HINT) from error
+    return ChannelOrder.from_json(content, path)

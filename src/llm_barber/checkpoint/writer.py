@@ -187,10 +187,7 @@ class CheckpointWriter:
         if self.state.channel_order is None:
             return None
         content = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(content).hexdigest() == self.state.channel_order:
-            return content
-        self.lost.append(ORDER_NAME)
-        return None
+        return content if hashlib.sha256(content).hexdigest() == self.state.channel_order else None
 
     def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
         """Begin to make a layer durable, after its shard."""

@@ -51,9 +51,9 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     if cell.method.preset is not None:
         settings["preset"] = cell.method.preset.value
         settings |= asdict(PRESETS[cell.method.preset])  # if a preset changes, its cells are done again
-        del settings["allocation" if "pattern" in settings else "reorder"]
-        if settings.get("reorder") is False:
-            del settings["reorder"]
+        del settings["reorder"]  # only as far as the model allows it, unless it is asked for
+        if "pattern" in settings:
+            del settings["allocation"]
     if config.allow_dense_tail and "pattern" in settings:
         settings["allow_dense_tail"] = True
     if cell.rebuilt:
@@ -65,7 +65,12 @@ def cell_key(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     """All that decides a cell's result besides the settings that all cells share."""
     # An allocated method has the allocation of the preset `mask`.
     preset = Preset.MASK if cell.method.allocated else cell.method.preset
-    return {**cell_settings(config, cell), **({} if preset is None else {"revision": REVISIONS[preset]})}
+    key = cell_settings(config, cell)
+    if preset is not None:
+        key["revision"] = REVISIONS[preset]
+        if PRESETS[preset].reorder and "pattern" in key:
+            key["reorder"] = True
+    return key
 
 
 def has_tasks(config: CompareConfig, cell: Cell) -> bool:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from llm_barber.masking.pattern import NofM
 
-ROWS = 768  # about as many rows decide, spread over the matrix
+ROWS = 768  # rows that decide, spread over the matrix: as many at least, and fewer than twice as many
 TOGETHER = 256  # groups among which columns are assigned at once: the time grows with their cube
 STEP = 8  # columns whose gains are computed at once
 SEED = 0  # of the random numbers that choose the groups that are taken together
 
 
 def order_channels(saliency: Tensor, pattern: NofM) -> Tensor:
-    """Find an order of columns with which N:M keeps much saliency; never less than in their present order.
+    """Find an order of columns with which N:M keeps much saliency; in the rows that decide, never less than before.
 
     Columns are dealt into the groups by their sums, the largest first. Then, place by place, the columns that have this
     place in their groups are assigned to the groups anew, by an exact solution of the assignment problem

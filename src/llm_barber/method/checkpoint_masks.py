@@ -18,6 +18,7 @@ from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.file import read_record
 from llm_barber.record.report import SourceFiles
+from llm_barber.record.verification import recorded_order
 from llm_barber.settings.initial import Initial
 
 CHANCE = 0.01  # an output head with a larger share of zeros was pruned
@@ -38,7 +39,8 @@ class CheckpointMasks:
         revision: of a hub id.
 
     Raises:
-        ModelError: the pruned checkpoint is of another shape or architecture, or is not pruned.
+        ModelError: the pruned checkpoint is of another shape or architecture, or is not pruned, or lacks the order of
+            its channels.
     """
 
     def __init__(self, job: Job, pruned: str, pattern: str | None, revision: str | None = None) -> None:
@@ -47,6 +49,7 @@ class CheckpointMasks:
         self.source.locations = find_locations(job.skeleton.model, self.source.tensors)
         self._check_same_model()
         record = read_record(self.source.folder)
+        job.source.order = recorded_order(self.source, record)
         methods = {method.value for method in Initial}
         self.recorded_method = Initial(record.initial) if record and record.initial in methods else Initial.WANDA
         self.head_was_pruned = record.prunes_head if record is not None else self._has_pruned_head()

@@ -5,13 +5,14 @@ A linear's inputs can change places if the linears that compute them give their 
 model computes the same in any such order; the run prunes it in the one that is found here.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llm_barber.checkpoint.channel_order import ChannelOrder, Reordered
+from llm_barber.errors import overflowed
 from llm_barber.loading.job import Job
 from llm_barber.masking.channel_order import order_channels
 from llm_barber.masking.pattern import NofM
@@ -40,17 +41,23 @@ def find_order(
         movable: the channels that may change places, by layer.
         streams: the first layer's input.
         progress: is told of each layer.
+
+    Raises:
+        NotFiniteError: an activation holds NaN or Inf.
     """
-    job = initial.job
     reordered: list[Reordered] = []
-    progress.start("looking for an order of channels", job.layer_count)
+    last = max(index for index, parts in enumerate(movable) if parts)
+    progress.start("looking for an order of channels", last + 1)
     with first_input_kept(streams):
-        for index, layer, weights in DenseLayers(initial, streams).opened(range(job.layer_count)):
+        for index, layer, weights in DenseLayers(initial, streams).opened(range(last + 1)):
             layer.select([part.channels.reader for part in movable[index]])
-            squares = collect_inputs(layer, streams, InputSquares, output=HIDDEN)
+            squares = collect_inputs(layer, streams, InputSquares, output=None if index == last else HIDDEN)
             for part in movable[index]:
                 reader = part.channels.reader
-                reordered += part.reorder(wanda(weights[reader], squares[reader].mean))
+                mean = squares[reader].mean
+                if not mean.isfinite().all():
+                    raise overflowed(f"the input of layer {index} {reader}")
+                reordered += part.reorder(wanda(weights[reader], mean))
             progress.advance(f"inputs of {len(movable[index])} linears")
     return ChannelOrder(reordered=tuple(reordered))
 
@@ -80,9 +87,9 @@ class MovableChannels:
     def reorder(self, saliency: Tensor) -> list[Reordered]:
         """Order the channels by the reader's saliency, float32 (out, in); [] where they are best left as they are."""
         by_head = saliency.view(-1, self.heads, self.repeats, self.width)
-        orders = torch.stack(
-            [order_channels(by_head[:, head].flatten(0, 1), self.pattern).cpu() for head in range(self.heads)]
-        )
+        # One query head's rows after another's: `order_channels` looks at some rows, spread over all of them.
+        rows = by_head.permute(1, 2, 0, 3).flatten(1, 2)
+        orders = torch.stack([order_channels(of_head, self.pattern).cpu() for of_head in rows])
         if orders.equal(torch.arange(self.width).expand_as(orders)):
             return []
         first = torch.arange(self.heads * self.repeats).view(self.heads, self.repeats, 1) * self.width
@@ -99,21 +106,20 @@ class MovableChannels:
 def movable_channels(initial: InitialMasks) -> list[list[MovableChannels]]:
     """Channels of each layer that may change places, and whose reader is pruned to N:M.
 
-    Left out are channels of tensors that hold several weights, that several layers share, or that have several names,
-    and of rows or heads that M does not divide.
+    Left out are channels of tensors that hold several weights or have several names, and of rows or heads that M does
+    not divide.
     """
-    shared = {name for pair in initial.job.skeleton.names_in_other_layers() for name in pair}
-    return [_movable_in_layer(initial, index, shared) for index in range(initial.job.layer_count)]
+    return [_movable_in_layer(initial, index) for index in range(initial.job.layer_count)]
 
 
-def _movable_in_layer(initial: InitialMasks, index: int, shared: Set[str]) -> list[MovableChannels]:
+def _movable_in_layer(initial: InitialMasks, index: int) -> list[MovableChannels]:
     job, patterns = initial.job, initial.patterns(index)
     found = []
     for channels in job.architecture.channels:
         linears = (*channels.writers, channels.reader)
         if channels.reader not in patterns or not set(linears) <= set(job.linears(index)):
             continue
-        if any(job.skeleton.other_names(index, name) or f"{index}.{name}.weight" in shared for name in linears):
+        if any(job.skeleton.other_names(index, name) for name in linears):
             continue
         movable = _movable(job, index, channels, patterns[channels.reader])
         if movable is not None:
@@ -122,7 +128,9 @@ def _movable_in_layer(initial: InitialMasks, index: int, shared: Set[str]) -> li
 
 
 def _movable(job: Job, index: int, channels: Channels, pattern: NofM) -> MovableChannels | None:
-    """Sizes and tensors of some channels; None: a tensor holds several weights, or M divides no head."""
+    """Sizes and tensors of some channels; None: a tensor holds several weights, M divides no row or head, or the sizes
+    are not those of the configuration's heads.
+    """
     names = set(job.skeleton.layer_names(index))
     written_dim, read_dim = (1, 0) if job.architecture.transposed else (0, 1)
     written = {f"{name}.weight": written_dim for name in channels.writers}
@@ -134,17 +142,20 @@ def _movable(job: Job, index: int, channels: Channels, pattern: NofM) -> Movable
         return None
     (size,) = {job.source.shape(prefix + name)[dim] for name, dim in written.items()}
     inputs = job.source.shape(f"{prefix}{channels.reader}.weight")[read_dim]
-    heads = 1
+    heads = query_heads = 1
     if channels.of_heads:
-        heads = getattr(job.config, "num_key_value_heads", None) or job.config.num_attention_heads
-    if size % heads or inputs % size or size // heads % pattern.of:
+        query_heads = job.config.num_attention_heads
+        heads = getattr(job.config, "num_key_value_heads", None) or query_heads
+        if not isinstance(query_heads, int) or not isinstance(heads, int):  # layers with numbers of their own
+            return None
+    if size % heads or size // heads % pattern.of or inputs * heads != size * query_heads:
         return None
     return MovableChannels(
         channels,
         pattern,
         heads,
         width=size // heads,
-        repeats=inputs // size,
+        repeats=query_heads // heads,
         written={locations[name].tensor: dim for name, dim in written.items()},
         read={locations[name].tensor: dim for name, dim in read.items()},
     )

@@ -74,6 +74,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     batch = sequences_together(config, skeleton, device, config.samples, config.seqlen, int(free))
     host_memory = _host_memory(config, model, device)
     recipe = Recipe.of(config, batch, dtype, stored, device)
+    recipe = replace(recipe, reorders=recipe.reorders and bool(architecture.channels))
     rates = _rates(config, model, recipe, dtype, device, progress)
     runs = tuple(_forecast(config, model, recipe.among(count), rates, host_memory, free) for count in config.processes)
     _warn_of_device_memory(config, runs, free, progress)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_barber.checkpoint.channel_order import ORDER_NAME, ChannelOrder, read_order
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.dense_files import dense_digest
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
@@ -75,6 +76,22 @@ def unknown_files(source: CheckpointSource, record: RunReport) -> list[str]:
         if (source.folder / INDEX_NAME).exists():
             problems.append(f"{INDEX_NAME} is in the folder of a packed model")
     return problems
+
+
+def recorded_order(source: CheckpointSource, record: RunReport | None) -> ChannelOrder | None:
+    """The order of a checkpoint's channels; None: they are where the dense model has them.
+
+    Raises:
+        ModelError: the file is damaged, or is not the one that the record names.
+    """
+    order = read_order(source.folder)
+    expected = None if record is None else record.files.get(ORDER_NAME)
+    if expected is not None and _file_digest(source.folder, ORDER_NAME) != expected:
+        raise ModelError(
+            f"{ORDER_NAME} of {source.model} is missing or was changed: nothing else says where its channels are",
+            "copy it from where the checkpoint was pruned, or prune again",
+        )
+    return order
 
 
 def verify_folder(source: CheckpointSource, progress: Progress) -> None:

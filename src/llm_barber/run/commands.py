@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from llm_barber.checkpoint.channel_order import read_order
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.output import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME
@@ -59,8 +58,11 @@ def prepare_prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> Prep
     prepared = PreparedRun(config.model, config, job, initial, rebuild_settings, config.method, config.method)
     if config.reorder and not prepared.reorders:
         raise SettingsError(
-            message("{reorder}: no channels of this model may change places"),
-            message("leave {reorder} out; docs/reference/families.md says in which families they may"),
+            message("{reorder}: no channels that a linear with N:M reads may change places in this model"),
+            message(
+                "leave {reorder} out: the family has none (docs/reference/families.md), the linears that read them are "
+                "not pruned to N:M, or M divides neither a row nor a head"
+            ),
         )
     return prepared
 
@@ -119,7 +121,6 @@ def prepare_rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> 
     """
     job = open_job(config.dense, config, None, progress, ranks)
     initial = CheckpointMasks(job, config.pruned, config.pattern, config.pruned_revision)
-    job.source.order = read_order(initial.source.folder)
     if initial.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
     method = config.initial or initial.recorded_method

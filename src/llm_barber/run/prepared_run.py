@@ -127,8 +127,10 @@ class PreparedRun:
         resolved: dict[str, Any] = {
             "preset": self.preset, "rebuild": rebuilt is not None, "refine": config.refinement,
             "reconstruct": config.reconstruction, "allocation": self.allocation, "samples": sequences, "seqlen": tokens,
-            "batch_size": self.job.batch_size, "reorder": self.reorders,
+            "batch_size": self.job.batch_size,
         }  # fmt: skip
+        if self.reorders:
+            resolved["reorder"] = True
         if self.initial.method is not None:
             resolved["initial"] = self.initial.method
         if isinstance(self.initial.target, Unstructured):

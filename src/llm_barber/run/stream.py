@@ -135,18 +135,22 @@ def _reorder(
     `began` as in `_allocate`.
 
     Raises:
-        UnfinishedRunError: the unfinished run's order is lost, and another one was found.
+        UnfinishedRunError: the order of the finished layers is lost, and another one was found.
     """
     job = prepared.job
     if not prepared.reorders:
         return
     content = job.ranks.from_first(writer.read_order())
+    before = writer.state.channel_order
     if content is None:
+        if before is not None:
+            progress.warn(f"{ORDER_NAME} of the unfinished run is damaged or missing: the order is found again")
         start = time.perf_counter()
         compute = partial(find_order, prepared.initial, prepared.movable_channels, streams, progress)
-        content = with_smaller_batches(compute, job.skeleton.drop_outside, job, streams, progress).to_json()
+        order = with_smaller_batches(compute, job.skeleton.drop_outside, job, streams, progress)
+        content = job.ranks.from_first(order.to_json())  # devices may round otherwise
         found = time.perf_counter()
-        if writer.state.channel_order not in (None, hashlib.sha256(content).hexdigest()):
+        if writer.state.layers and before != hashlib.sha256(content).hexdigest():
             raise UnfinishedRunError(f"{ORDER_NAME} of the unfinished run is lost or damaged", START_AGAIN)
         seconds["reorder"] += found - start
         seconds["total"] = found - began

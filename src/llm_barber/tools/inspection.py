@@ -139,11 +139,15 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
 
 
 def _open_dense(config: InspectConfig, source: CheckpointSource) -> CheckpointSource | None:
-    """Open the dense model to compare with, if there is one, in the order of the checkpoint's channels."""
+    """Open the dense model to compare with, if there is one, in the order of the checkpoint's channels.
+
+    A model with the same file of an order has them there already: both were made from one dense model.
+    """
     if config.dense is None:
         return None
     dense = CheckpointSource(config.dense, config.dense_revision)
-    dense.order = read_order(source.folder)
+    order = read_order(source.folder)
+    dense.order = None if order == read_order(dense.folder) else order
     return dense
 
 
