@@ -17,10 +17,12 @@ from llm_barber import (
     RebuildConfig,
     UnpackConfig,
     compare,
+    hold_zeros,
     inspect,
     pack,
     prune,
     rebuild,
+    save_finetuned,
     unpack,
 )
 from llm_barber.checkpoint.channel_order import ORDER_NAME, ChannelOrder, read_order
@@ -255,6 +257,30 @@ def test_pruning_a_reordered_model_again_leaves_its_order_behind(tmp_path: Path,
     assert read_order(tmp_path / "second") is None
     run(tmp_path / "first", tmp_path / "third", tokens, **{**WANDA, "pattern": "1:4"})
     assert inspect(InspectConfig(model=str(tmp_path / "third"), dense=str(tmp_path / "first"))).problems == ()
+    pack(PackConfig(model=tmp_path / "first", output=tmp_path / "packed"))
+    run(tmp_path / "packed", tmp_path / "of-packed", tokens, **{**WANDA, "pattern": "1:4"})
+    expected, written = read_folder(tmp_path / "third"), read_folder(tmp_path / "of-packed")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
+    assert read_order(tmp_path / "of-packed") == read_order(tmp_path / "third")
+
+
+def test_it_travels_with_a_fine_tuned_checkpoint(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(llama, tmp_path / "out", tokens, **WANDA)
+    model = load_model(tmp_path / "out", dtype=torch.float32)
+    hold_zeros(model)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").mul_(1.5)
+    save_finetuned(model, tmp_path / "tuned")
+    assert read_order(tmp_path / "tuned") == read_order(tmp_path / "out")
+    inspected = inspect(InspectConfig(model=str(tmp_path / "tuned"), dense=str(llama)))
+    assert inspected.problems == ()
+    assert inspected.fine_tuned == 1
+    again = rebuild(
+        RebuildConfig(
+            dense=llama, pruned=tmp_path / "tuned", output=tmp_path / "rebuilt", calibration=tokens, **SETTINGS
+        )
+    )
+    assert again.reordered
 
 
 @pytest.mark.parametrize("settings", [WANDA, TUNED], ids=["wanda", "mask"])
