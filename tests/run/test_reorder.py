@@ -87,6 +87,7 @@ def test_the_dense_model_in_the_recorded_order_gives_the_same_logits(tmp_path: P
     assert (logits - expected).abs().max() < 3e-6 * expected.abs().max()
     inspected = inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(dense)))
     assert inspected.problems == ()
+    assert inspected.reordered
     assert "2:4" in inspected.patterns
     # Masks are those of a run on the reordered dense model.
     run(reordered, tmp_path / "again", tokens, **{**WANDA, "reorder": False})
@@ -196,8 +197,9 @@ def test_a_rebuild_keeps_the_order(tmp_path: Path, llama: Path, tokens: Path) ->
     assert read_order(tmp_path / "out") == read_order(tmp_path / "pruned")
     assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(llama))).problems == ()
     assert inspect(InspectConfig(model=str(tmp_path / "pruned"), dense=str(llama))).problems == ()
-    # Both models have one order: there is nothing to reorder.
-    assert inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(tmp_path / "out"))).problems == ()
+    same = inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(tmp_path / "out")))
+    assert same.problems == ()
+    assert not same.reordered  # both have one order
     order = tmp_path / "pruned" / ORDER_NAME
     content = order.read_text()
     order.write_text("{}")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import PAGE_NAME
 from llm_barber.comparison.result import Comparison
 from llm_barber.comparison.tables import blocks, headings, notes
@@ -88,6 +89,8 @@ def show_inspection(inspection: Inspection) -> None:
     if inspection.compared_with is not None:
         natural = sum(linear.zero_in_dense or 0 for linear in inspection.linears)
         console.print(f"weights that are zero in {inspection.compared_with} too: {natural:,}", soft_wrap=True)
+    if inspection.reordered:
+        console.print(f"channels of {inspection.compared_with} were put in the order of {ORDER_NAME}", soft_wrap=True)
     if inspection.rounding is not None:
         console.print(f"kept weights are {inspection.rounding.words}", soft_wrap=True)
     if inspection.fine_tuned:

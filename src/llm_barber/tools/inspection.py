@@ -50,7 +50,8 @@ class Inspection(BaseModel):
 
     `updated`: kept weights that differ from the dense model's, where the record says that the run updated them; None:
     not compared. `rounding`: of the kept weights, by which dense weights are rounded before they are compared.
-    `fine_tuned`: number of tensors that were trained after the run, as the record has it.
+    `fine_tuned`: number of tensors that were trained after the run, as the record has it. `reordered`: channels of the
+    dense model were put in the checkpoint's order before they were compared.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,6 +64,7 @@ class Inspection(BaseModel):
     updated: int | None = None
     rounding: Rounding | None = None
     fine_tuned: int = 0
+    reordered: bool = False
 
     @property
     def sparsity(self) -> float:
@@ -134,7 +136,7 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     return Inspection(
         model=config.model, record=record is not None, compared_with=config.dense,
         linears=tuple(sorted(inspected, key=lambda linear: linear.layer)), problems=tuple(problems), updated=updated,
-        rounding=rounding, fine_tuned=len(trained),
+        rounding=rounding, fine_tuned=len(trained), reordered=dense is not None and dense.order is not None,
     )  # fmt: skip
 
 
