@@ -1,7 +1,10 @@
 """Pruning in an order of channels that keeps more: the dense model in that order is the same model."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +286,18 @@ def test_it_travels_with_a_fine_tuned_checkpoint(tmp_path: Path, llama: Path, to
         )
     )
     assert again.reordered
+
+
+def test_the_page_says_how_to_undo_it(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    run(llama, tmp_path / "pruned", tokens, **WANDA)
+    page = Path(__file__).parents[2] / "docs" / "reference" / "channel-order.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    shard = next(path for path in (tmp_path / "pruned").glob("*.safetensors") if path.name.startswith("model-00002"))
+    code = re.sub(r"model-00002-of-\d+\.safetensors", shard.name, code)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    dense = read_folder(llama)
+    for name, tensor in load_file(tmp_path / "shard-in-the-dense-order.safetensors").items():
+        assert torch.equal(tensor, dense[name].where(tensor != 0, 0)), name
 
 
 @pytest.mark.parametrize("settings", [WANDA, TUNED], ids=["wanda", "mask"])
