@@ -61,7 +61,7 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
             f"{config.model_type} is an encoder, or has one", "only decoder models, which write text, are pruned"
         )
     try:
-        return analyse(config, options)
+        return _with_channels(analyse(config, options), config)
     except (ModelError, SettingsError):
         raise
     except Exception as error:  # models raise any error on odd settings
@@ -69,6 +69,16 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
             f"architecture {config.model_type!r} is not known, and its structure was not found: {first_line(error)}",
             f"{HOW_TO_DECIDE}; known are {', '.join(sorted(ARCHITECTURES))}",
         ) from error
+
+
+def _with_channels(architecture: Architecture, config: PreTrainedConfig) -> Architecture:
+    """Add the channels that may change places in a model with images: those of its language model's record."""
+    record = ARCHITECTURES.get(config.get_text_config().model_type)
+    if record is None:
+        return architecture
+    linears = set(architecture.linears)
+    channels = [part for part in record.channels if linears.issuperset((*part.writers, part.reader))]
+    return replace(architecture, channels=tuple(channels))
 
 
 def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -> Architecture:
