@@ -95,10 +95,11 @@ class MovableChannels:
         first = torch.arange(self.heads * self.repeats).view(self.heads, self.repeats, 1) * self.width
         read = (first + orders.unsqueeze(1)).flatten()
         written = (torch.arange(self.heads).unsqueeze(1) * self.width + orders).flatten()
-        if self.repeats == 1:
+        if self.repeats == self.channels.parts == 1:
             return [Reordered(tensors=self.written | self.read, order=tuple(written.tolist()))]
+        parts = torch.arange(self.channels.parts).unsqueeze(1) * len(written)
         return [
-            Reordered(tensors=self.written, order=tuple(written.tolist())),
+            Reordered(tensors=self.written, order=tuple((parts + written).flatten().tolist())),
             Reordered(tensors=self.read, order=tuple(read.tolist())),
         ]
 
@@ -140,7 +141,8 @@ def _movable(job: Job, index: int, channels: Channels, pattern: NofM) -> Movable
     locations = {name: job.source.location(prefix + name) for name in (*written, *read)}
     if any(location.part is not None for location in locations.values()):
         return None
-    (size,) = {job.source.shape(prefix + name)[dim] for name, dim in written.items()}
+    (outputs,) = {job.source.shape(prefix + name)[dim] for name, dim in written.items()}
+    size = outputs // channels.parts
     inputs = job.source.shape(f"{prefix}{channels.reader}.weight")[read_dim]
     heads = query_heads = 1
     if channels.of_heads:
@@ -148,7 +150,7 @@ def _movable(job: Job, index: int, channels: Channels, pattern: NofM) -> Movable
         heads = getattr(job.config, "num_key_value_heads", None) or query_heads
         if not isinstance(query_heads, int) or not isinstance(heads, int):  # layers with numbers of their own
             return None
-    if size % heads or size // heads % pattern.of or inputs * heads != size * query_heads:
+    if outputs % channels.parts or size % heads or size // heads % pattern.of or inputs * heads != size * query_heads:
         return None
     return MovableChannels(
         channels,

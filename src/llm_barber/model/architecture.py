@@ -41,11 +41,13 @@ class Channels:
         reader: path of the linear whose inputs they are.
         of_heads: they are the values of attention heads. Each stays in its head, and moves alike in all query heads
             that share the key-value head.
+        parts: number of equal parts of a writer's outputs that move alike: 2 where gate and up are one matrix.
     """
 
     writers: tuple[str, ...]
     reader: str
     of_heads: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,14 @@ def _expanded(linear: str, layer: "nn.Module") -> list[str]:
     )
 
 
-# Linears that, by their names, compute values or read them, and that compute an MLP's inner channels or read them.
-# Fused ones (q, k and v in one matrix) and those of routed experts are not among them: their channels keep their order.
+# Linears that, by their names, compute values or read them, and that compute an MLP's inner channels or read them. Not
+# among them are q, k and v in one matrix, and routed experts: their channels keep their order.
 VALUES, VALUE_READERS = "v_proj", ("o_proj", "out_proj", "dense")
+FUSED = "gate_up_proj"
 INNER_CHANNELS = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("up_proj",), "down_proj"),
+    ((FUSED,), "down_proj"),
     (("w1", "w3"), "w2"),
     (("fc1",), "fc2"),
     (("fc_in",), "fc_out"),
@@ -147,7 +151,8 @@ def _channels(block: Block) -> Iterator[Channels]:
             yield Channels((f"{prefix}{VALUES}",), f"{prefix}{reader}", of_heads=True)
         for writers, reader in INNER_CHANNELS:
             if reader in names and names.issuperset(writers):
-                yield Channels(tuple(f"{prefix}{writer}" for writer in writers), f"{prefix}{reader}")
+                parts = 2 if writers == (FUSED,) else 1
+                yield Channels(tuple(f"{prefix}{writer}" for writer in writers), f"{prefix}{reader}", parts=parts)
                 break
 
 
