@@ -7,13 +7,11 @@ from safetensors.torch import load_file, save_file
 
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.checkpoint.locations import Location, TensorInfo, sharded_by
+from llm_barber.checkpoint.locations import TensorInfo, sharded_by
 from llm_barber.checkpoint.memory import ordinary_memory
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import HubError, ModelError
-from llm_barber.loading.naming import find_locations
-from llm_barber.model.empty import empty_model
-from tests.conftest import change_json, make_config, make_model
+from tests.conftest import change_json
 from tests.helpers.shards import split_in_two_shards
 
 
@@ -157,18 +155,6 @@ def test_companions_leave_weights_code_and_records_behind(llama: Path) -> None:
 def test_groups_of_bounded_size() -> None:
     sizes = {name: TensorInfo("f", (count,), "BF16") for name, count in {"a": 10, "b": 10, "c": 100, "d": 1}.items()}
     assert list(sharded_by(sizes, sizes, 45)) == [["a", "b"], ["c"], ["d"]]
-
-
-def test_base_prefix_may_be_missing(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "opt", "opt")
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
-    source = CheckpointSource(folder)
-    source.locations = find_locations(empty_model(make_config("opt"), torch.float32), source.tensors)
-    name = "model.decoder.layers.0.fc1.weight"
-    assert source.location(name) == Location("decoder.layers.0.fc1.weight")
-    with pytest.raises(ModelError, match="has no tensor 'model.nothing'"):
-        source.location("model.nothing")
 
 
 def test_index_nested_too_deeply(llama: Path) -> None:

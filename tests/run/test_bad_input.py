@@ -1,29 +1,17 @@
 """Models, texts and settings that cannot be pruned: the message says why, and nothing is left."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from llm_barber import BarberError, PruneConfig, RebuildConfig, prune
-from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber import PruneConfig, RebuildConfig
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
-from llm_barber.loading.opening import load_config
-from tests.conftest import FAMILIES, change_json, make_model, save_tokens
+from tests.conftest import change_json, save_tokens
+from tests.helpers.failing_runs import expect_failure
 from tests.helpers.prune_runs import run
-
-
-def expect_failure(message: str, kind: type[BarberError], tmp_path: Path, **settings: object) -> BarberError:
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(kind, match=message) as caught:
-        prune(PruneConfig(**{"output": tmp_path / "out", **settings}))
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert caught.value.hint
-    return caught.value
 
 
 def test_bad_input_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, llama: Path, tokens: Path) -> None:
@@ -47,31 +35,6 @@ def test_bad_input_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, llama: 
     change_json(llama / "config.json", model_type="bert")
     error = expect_failure("bert is an encoder", ModelError, tmp_path, **good)
     assert "decoder models" in error.hint
-
-
-def test_shapes_that_do_not_fit_the_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    change_json(llama / "config.json", intermediate_size=48)
-    expect_failure("the configuration says", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
-
-
-def test_checkpoints_that_do_not_fit_their_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    good = {"model": str(llama), "calibration": str(tokens)}
-    whole = load_file(llama / "model.safetensors")
-    name = "model.layers.1.input_layernorm.weight"
-    for tensors, message in (
-        ({key: tensor for key, tensor in whole.items() if key != name}, f"has no tensor '{name}'"),
-        (whole | {name: torch.ones(7)}, f"{name} has shape \\(7,\\), the configuration says \\(32,\\)"),
-        (whole | {name: torch.ones(32, dtype=torch.int8)}, f"{name} is I8; F64"),
-    ):
-        save_file(tensors, llama / "model.safetensors", {"format": "pt"})
-        expect_failure(message, ModelError, tmp_path, **good)
-    save_file(whole, llama / "model.safetensors", {"format": "pt"})
-    change_json(llama / "config.json", num_hidden_layers=1)
-    expect_failure("has decoder layer 1, config.json says that there are 1", ModelError, tmp_path, **good)
-    change_json(llama / "config.json", num_hidden_layers=0)
-    expect_failure("does not describe a model", ModelError, tmp_path, **good)
-    change_json(llama / "config.json", num_hidden_layers=2, hidden_act="zzz")
-    expect_failure("does not describe a model: .*zzz", ModelError, tmp_path, **good)
 
 
 def test_odd_outputs(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,43 +101,6 @@ def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(SettingsError, match="contains dense"):
         RebuildConfig(dense=str(tmp_path / "a"), pruned="p", output=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "says"),
-    [
-        ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps: inf"),
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_parameters: "),
-        (
-            "gemma3",
-            {"text_config": {**FAMILIES["gemma3"]["text_config"], "rms_norm_eps": float("-inf")}},
-            "text_config.rms",
-        ),
-        ("bamba", {"time_step_limit": [0.0, float("inf")]}, None),  # its default
-    ],
-)
-def test_numbers_of_a_configuration_are_finite(
-    tmp_path: Path, tokens: Path, family: str, changes: dict[str, Any], says: str | None
-) -> None:
-    model = make_model(tmp_path / "model", family)
-    change_json(model / "config.json", **changes)
-    if says is None:
-        load_config(CheckpointSource(model))
-    else:
-        good = {"model": str(model), "calibration": str(tokens)}
-        expect_failure(f"config.json of .* says {re.escape(says)}", ModelError, tmp_path, **good)
-
-
-def test_positions_that_are_not_numbers(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    """An absurd frequency makes NaN, which equals no NaN, and is not what depends on the tokens."""
-    change_json(llama / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 0})
-    expect_failure("NaN or Inf", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
-
-
-def test_more_layers_than_tensors(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    change_json(llama / "config.json", num_hidden_layers=10**9)
-    good = {"model": str(llama), "calibration": str(tokens)}
-    expect_failure("says num_hidden_layers: 1,000,000,000, but its weights are", ModelError, tmp_path, **good)
 
 
 @pytest.mark.parametrize(
