@@ -94,7 +94,15 @@ def test_the_dense_model_in_the_recorded_order_gives_the_same_logits(tmp_path: P
     assert inspected.problems == ()
     assert inspected.reordered
     assert "2:4" in inspected.patterns
-    # Masks are those of a run on the reordered dense model.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_masks_are_those_of_the_reordered_dense_model(tmp_path: Path, tokens: Path, family: str) -> None:
+    dense = make_model(tmp_path / "dense", family)
+    run(dense, tmp_path / "out", tokens, **WANDA)
+    order = read_order(tmp_path / "out")
+    assert order is not None
+    reordered = in_order(dense, order, tmp_path / "reordered")
     run(reordered, tmp_path / "again", tokens, **{**WANDA, "reorder": False})
     again, written = read_folder(tmp_path / "again"), read_folder(tmp_path / "out")
     assert all(torch.equal(tensor, written[name]) for name, tensor in again.items())
