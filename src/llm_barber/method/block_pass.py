@@ -68,7 +68,7 @@ def block_passes(layer: DecoderLayer, blocks: Sequence[Block], streams: Activati
 
 def follows_dense(settings: RefineSettings | None) -> bool:
     """Test whether the run needs the dense model's activations beside the pruned model's."""
-    return settings is not None and settings.target_mix > 0
+    return settings is not None and settings.follows_dense
 
 
 def measured_windows(settings: RefineSettings, streams: ActivationStreams) -> list[slice]:

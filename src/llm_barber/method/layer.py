@@ -124,7 +124,7 @@ def _choose_initial_masks(
     Where the layer is run for that, tuning's target comes from the same run.
     """
     layer, weights = job.open_layer(index, tensors)
-    takes_target = refine_settings is not None and refine_settings.of_layers and refine_settings.target_mix < 1
+    takes_target = refine_settings is not None and refine_settings.aims_at_dense_layers
     linears = initial(index, layer, weights, streams, TARGET if takes_target else None)
     layer.select(linears)
     blocks = select_linears(job.skeleton.blocks[index], linears)

@@ -120,13 +120,12 @@ class Recipe:
     @property
     def target_from_masks(self) -> bool:
         """True if the run of the dense layer for its initial masks gives tuning's target, too."""
-        tunes = self.refine is not None and self.refine.of_layers and self.refine.target_mix < 1
-        return tunes and self.initial.reads_inputs
+        return self.refine is not None and self.refine.aims_at_dense_layers and self.initial.reads_inputs
 
     @property
     def follows_dense(self) -> bool:
         """True if the dense model's activations go through the layers, too."""
-        return self.refine is not None and self.refine.target_mix > 0
+        return self.refine is not None and self.refine.follows_dense
 
     def on_device(self, width: int, arrays: int | None = None) -> float:
         """Bytes of arrays of calibration activations that stay on the device.

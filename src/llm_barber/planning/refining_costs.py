@@ -97,7 +97,7 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
             moved=2 * once.moved,
         ) * passes  # fmt: skip
         work += forward_work(block, recipe, held_out) * (passes + 1)
-        if recipe.refine.target_mix < 1 and not recipe.target_from_masks:
+        if recipe.refine.aims_at_dense_layers and not recipe.target_from_masks:
             work += forward_work(block, recipe, recipe.local_tokens)
         work += streaming_work(block, recipe, recipe.local_tokens, passes + 1)
     step = Work(moved=TUNING * layer.weights * (2 if both else 1)) + reduction_work(

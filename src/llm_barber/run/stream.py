@@ -17,6 +17,7 @@ from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import UnfinishedRunError
 from llm_barber.loading.job import Job
 from llm_barber.method.allocation import allocate
+from llm_barber.method.block_pass import follows_dense
 from llm_barber.method.head import prune_head
 from llm_barber.method.layer import PrunedLayer, prune_layer
 from llm_barber.method.reordering import find_order
@@ -116,7 +117,7 @@ def _embed(prepared: PreparedRun, writer: Writer, seconds: dict[str, float], pro
     job, refine_settings = prepared.job, prepared.refine_settings
     memory = activation_memory(job, prepared.config, prepared.recipe, writer)
     streams = embed(job, _copy_outside(job, writer), refine_settings, memory, progress)
-    if refine_settings is not None and refine_settings.target_mix:
+    if follows_dense(refine_settings):
         streams.copy(HIDDEN, DENSE + HIDDEN)
     seconds["embed"] += time.perf_counter() - start
     return streams

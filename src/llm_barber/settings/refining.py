@@ -80,6 +80,16 @@ class RefineSettings:
         return self.tunes_masks or self.tunes_weights
 
     @property
+    def aims_at_dense_layers(self) -> bool:
+        """True if tuning's target needs the dense layer's output on what the pruned model gives it."""
+        return self.of_layers and self.target_mix < 1
+
+    @property
+    def follows_dense(self) -> bool:
+        """True if the target needs the dense model's own activations, which then go through the layers, too."""
+        return self.target_mix > 0
+
+    @property
     def of_head(self) -> "RefineSettings":
         """Settings for the output head: swaps and least squares, as it belongs to no layer that could be tuned."""
         swaps, solve = None if self.tunes_masks else self.swaps, self.solve or self.tunes_weights
