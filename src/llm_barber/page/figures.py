@@ -152,7 +152,8 @@ def heat_map(
         axes.spines[:].set_visible(True)
         _layer_axis(axes, layers, positions=range(len(layers)))
         scale = figure.add_axes(inside(figure, left=figure.bbox.width - 84, right=70, top=8, bottom=48))
-        bar = figure.colorbar(mesh, cax=scale, ticks=MaxNLocator(4, steps=STEPS))
+        steps = min(4, 3 * len(rows) // 2)  # labels of a low bar would overlap
+        bar = figure.colorbar(mesh, cax=scale, ticks=MaxNLocator(steps, steps=STEPS))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}{SPACE}%"))
         bar.outline.set_edgecolor(RULE)
         return svg(figure, name, label)
