@@ -6,9 +6,8 @@ can ruin all other channels. The norm in front of the next linears scales huge c
 
 Huge tokens: in most models one token of a window, mostly the first, has states that are a hundred times as large as
 those of the other tokens (an attention sink). Its error arises in the layer that writes it, and later layers hand it
-on. It hides whether the other tokens come nearer, so held-out windows count it for less. So do gradients where kept
-weights are tuned: these would fit the sink. Gradients for masks alone count it in full: it makes no difference there
-(`docs/method/tuning.md` has the measurements).
+on. It hides whether the other tokens come nearer, so held-out windows count it for less. Gradients count it in full:
+Adam scales the steps of each weight separately (`docs/method/tuning.md` has the measurements).
 """
 
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from torch import Tensor
 
 # A channel whose square exceeds `HUGE_CHANNEL` times the median channel's counts as that large.
 HUGE_CHANNEL = 30.0
-# A token whose square exceeds `HUGE_TOKEN` times the median token's counts as that large, on held-out windows and where
-# kept weights are tuned.
+# A token whose square exceeds `HUGE_TOKEN` times the median token's counts as that large, on held-out windows only.
 HUGE_TOKEN = 10.0
 
 LEAST = 1e-6  # least weight of a channel or token; the median is (nearly) zero where most of them are
@@ -65,13 +63,9 @@ class Distance:
         by_token, by_channel = (torch.linalg.vector_norm(values, dim=axis).square_() for axis in (2, 1))
         return Squares(by_token, by_channel)
 
-    def gradient(self, target: Tensor, output: Tensor, bounds_tokens: bool = False) -> Tensor:
-        """Gradient of half the summed distance by the output: float32, (sequences, tokens, hidden).
-
-        `bounds_tokens`: huge tokens count for less, as in `errors`.
-        """
-        gradient = (output.float() - target.float()) * self.weights
-        return gradient * self._token_weights(target).unsqueeze(-1) if bounds_tokens else gradient
+    def gradient(self, target: Tensor, output: Tensor) -> Tensor:
+        """Gradient of half the summed distance by the output: float32, (sequences, tokens, hidden)."""
+        return (output.float() - target.float()) * self.weights
 
 
 @dataclass(frozen=True)
@@ -85,8 +79,9 @@ class Squares:
 def _bounded(squares: Tensor, huge: float) -> Tensor:
     """Factor of each square, (n,), that lowers it to `huge` times the median; 1 for smaller squares."""
     bound = torch.maximum(huge * squares.median(), LEAST * squares.max())
-    # All squares may be zero. A GPU is not waited for to know it.
-    return torch.where(bound > 0, bound / squares.clamp_min(bound), 1.0)
+    if bound == 0:  # all squares are zero
+        return torch.ones_like(squares)
+    return bound / squares.clamp_min(bound)
 
 
 def usual_squares(targets: Tensor) -> Tensor:

@@ -222,8 +222,7 @@ def _descend(
             for gradient in sums.values():
                 gradient.zero_()
             for sequence in steps[step].local_sequences:
-                part = slice(sequence, sequence + 1)
-                _add_gradients(sums, layer, weights, streams, part, distance, settings.tunes_weights)
+                _add_gradients(sums, layer, weights, streams, slice(sequence, sequence + 1), distance)
             for gradient in sums.values():
                 streams.ranks.add_tensor(gradient)
                 gradient *= 2 / (elements * steps[step].sequences)  # from half the sum of squares to their mean
@@ -265,17 +264,16 @@ def _add_gradients(
     streams: ActivationStreams,
     sequence: slice,
     distance: Distance,
-    bounds_tokens: bool = False,
 ) -> None:
     """Add one sequence's gradients by the weights to the sums, (out, in), by linear.
 
-    The loss is half the distance, summed over tokens and channels; `bounds_tokens` as in `Distance.gradient`.
+    The loss is half the distance, summed over tokens and channels.
     """
     hidden, target = streams.read(HIDDEN, sequence), streams.read(TARGET, sequence)
 
     def compute() -> tuple[Tensor, tuple[Tensor | None, ...]]:
         output = layer.output_with(weights, hidden)
-        scaled, scale = scaled_by_sequence(distance.gradient(target, output.detach(), bounds_tokens), output.dtype)
+        scaled, scale = scaled_by_sequence(distance.gradient(target, output.detach()), output.dtype)
         return scale, torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
 
     scale, gradients = layer.compute_gradients(compute)
