@@ -73,14 +73,22 @@ DAMAGES: tuple[Callable[[Path, random.Random], str], ...] = (
 
 
 def damage(path: Path, chance: random.Random) -> str:
-    """Damage a file in any way; JSON in half of the cases by a value that stays JSON.
+    """Damage a file in any way; JSON, if it is whole, in half of the cases by a value that stays JSON.
 
     Returns:
         What was done, for a report.
     """
-    if path.suffix == ".json" and chance.random() < 0.5:
+    if path.suffix == ".json" and chance.random() < 0.5 and is_json(path):
         return edit_json(path, chance)
     return chance.choice(DAMAGES)(path, chance)
+
+
+def is_json(path: Path) -> bool:
+    """Test whether a file holds a JSON object; an earlier damage may have left something else."""
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except ValueError:
+        return False
 
 
 def edit_json(path: Path, chance: random.Random) -> str:

@@ -15,7 +15,7 @@ from llm_barber.checkpoint.digests import with_digest
 from tests.conftest import Listener, make_model, save_tokens
 from tests.helpers.text import add_tokenizer
 from tests.soak.children import Fault, Outcome, run
-from tests.soak.damage import damage, edit_json
+from tests.soak.damage import damage, edit_json, is_json
 
 COMMON: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
 RUNS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def killed_run(soak: Soak, work: Path, chance: random.Random) -> str:
         state = output.with_name("out.partial") / "state.json"
         fallback = {state, state.with_name("state-before.json")} <= set(left)
         if state in left and chance.random() < 0.7:
-            damages.append(edit_json(state, chance) if _is_json(state) else damage(state, chance))
+            damages.append(edit_json(state, chance) if is_json(state) else damage(state, chance))
         else:
             damages.append(damage(chance.choice(left), chance))
         notes.append(damages[-1])
@@ -187,13 +187,6 @@ def damaged_model(soak: Soak, work: Path, chance: random.Random) -> str:
 TRIALS: tuple[Callable[[Soak, Path, random.Random], str], ...] = (
     killed_run, packed_folder, finished_output, edited_record, unknown_file, killed_run, changed_input, damaged_model,
 )  # fmt: skip
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text()), dict)
-    except ValueError:
-        return False
 
 
 def _noticed(output: Path) -> bool:
