@@ -127,16 +127,15 @@ def _expanded(linear: str, layer: "nn.Module") -> list[str]:
 # Linears that, by their names, compute values or read them, and that compute an MLP's inner channels or read them. Not
 # among them are q, k and v in one matrix, and routed experts: their channels keep their order.
 VALUES, VALUE_READERS = "v_proj", ("o_proj", "out_proj", "dense")
-FUSED = "gate_up_proj"
 INNER_CHANNELS = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("up_proj",), "down_proj"),
-    ((FUSED,), "down_proj"),
-    (("w1", "w3"), "w2"),
-    (("fc1",), "fc2"),
-    (("fc_in",), "fc_out"),
-    (("c_fc",), "c_proj"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
+    Channels(("gate_proj", "up_proj"), "down_proj"),
+    Channels(("up_proj",), "down_proj"),
+    Channels(("gate_up_proj",), "down_proj", parts=2),
+    Channels(("w1", "w3"), "w2"),
+    Channels(("fc1",), "fc2"),
+    Channels(("fc_in",), "fc_out"),
+    Channels(("c_fc",), "c_proj"),
+    Channels(("dense_h_to_4h",), "dense_4h_to_h"),
 )
 
 
@@ -149,10 +148,10 @@ def _channels(block: Block) -> Iterator[Channels]:
         if VALUES in names:
             reader = next(name for name in VALUE_READERS if name in names)
             yield Channels((f"{prefix}{VALUES}",), f"{prefix}{reader}", of_heads=True)
-        for writers, reader in INNER_CHANNELS:
-            if reader in names and names.issuperset(writers):
-                parts = 2 if writers == (FUSED,) else 1
-                yield Channels(tuple(f"{prefix}{writer}" for writer in writers), f"{prefix}{reader}", parts=parts)
+        for inner in INNER_CHANNELS:
+            if names.issuperset((*inner.writers, inner.reader)):
+                writers = tuple(f"{prefix}{writer}" for writer in inner.writers)
+                yield replace(inner, writers=writers, reader=f"{prefix}{inner.reader}")
                 break
 
 

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -45,6 +46,7 @@ from llm_barber.run.writer import Writer
 from llm_barber.settings.base import Format
 from llm_barber.settings.presets import Allocation
 
+Found = TypeVar("Found")
 STAGES = ("embed", "reorder", "allocate", "layers", "read", "write", "total")
 
 
@@ -146,15 +148,11 @@ def _reorder(
     if content is None:
         if before is not None:
             progress.warn(f"{ORDER_NAME} of the unfinished run is damaged or missing: the order is found again")
-        start = time.perf_counter()
-        compute = partial(find_order, prepared.initial, prepared.movable_channels, streams, progress)
-        order = with_smaller_batches(compute, job.skeleton.drop_outside, job, streams, progress)
+        find = partial(find_order, prepared.initial, prepared.movable_channels, streams, progress)
+        order = _pass_dense(find, "reorder", prepared, streams, seconds, began, progress)
         content = job.ranks.from_first(order.to_json())  # devices may round otherwise
-        found = time.perf_counter()
         if writer.state.layers and before != hashlib.sha256(content).hexdigest():
             raise UnfinishedRunError(f"{ORDER_NAME} of the unfinished run is lost or damaged", START_AGAIN)
-        seconds["reorder"] += found - start
-        seconds["total"] = found - began
         writer.keep_order(content, seconds, used_by(prepared, writer, streams))
     job.source.order = ChannelOrder.from_json(content)
 
@@ -177,14 +175,28 @@ def _allocate(
         return
     sparsities = writer.state.sparsities
     if sparsities is None:
-        start = time.perf_counter()
-        compute = partial(allocate, allocation, initial, streams, initial.budget, progress)
-        sparsities = with_smaller_batches(compute, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)
-        allocated = time.perf_counter()
-        seconds["allocate"] += allocated - start
-        seconds["total"] = allocated - began
+        spread = partial(allocate, allocation, initial, streams, initial.budget, progress)
+        sparsities = _pass_dense(spread, "allocate", prepared, streams, seconds, began, progress)
         writer.keep_sparsities(sparsities, seconds, used_by(prepared, writer, streams))
     initial.set_sparsities(sparsities)
+
+
+def _pass_dense(
+    compute: Callable[[], Found],
+    stage: str,
+    prepared: PreparedRun,
+    streams: ActivationStreams,
+    seconds: dict[str, float],
+    began: float,
+    progress: Progress,
+) -> Found:
+    """Return what a pass over the dense model finds; count its seconds as a `stage`, and in the total since `began`."""
+    start = time.perf_counter()
+    found = with_smaller_batches(compute, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)
+    passed = time.perf_counter()
+    seconds[stage] += passed - start
+    seconds["total"] = passed - began
+    return found
 
 
 def _prune_step(
