@@ -93,7 +93,8 @@ def test_a_statistic_without_a_grouped_sum_is_updated_linear_by_linear() -> None
         torch.testing.assert_close(statistic.total, expected.expand(OUT, IN))
     targets = [TargetMoments(IN, CPU) for _ in range(LINEARS)]
     update_together(targets, inputs, inputs)
-    assert all(not target.difference.any() for target in targets)
+    for target in targets:  # one of two products is of a triangle alone, and may be rounded differently
+        torch.testing.assert_close(target.difference, torch.zeros(IN, IN), atol=1e-6 * float(target.gram.max()), rtol=0)
     assert targets[0].tokens == SEQUENCES * TOKENS
 
 

@@ -47,7 +47,8 @@ def test_a_prompt_s_last_logits_copy_no_weight(tmp_path: Path, family: str, keep
         logits = loaded(prompt, logits_to_keep=1, use_cache=False).logits
     assert products.names == ["aten::mm"]
     with torch.inference_mode():
-        assert torch.equal(logits, loaded(prompt, use_cache=False).logits[:, -1:])
+        # Products of other numbers of rows are rounded differently on some processors.
+        torch.testing.assert_close(logits, loaded(prompt, use_cache=False).logits[:, -1:])
 
 
 @pytest.mark.parametrize("sequences", [1, 2])

@@ -143,8 +143,9 @@ def test_it_trains_as_a_masked_parametrisation_does(name: str) -> None:
             nn.utils.clip_grad_norm_(candidate.parameters(), 0.1)
             optimizer.step()
         for index in (0, 2):
-            assert torch.equal(model[index].weight, oracle[index].weight)
-            assert torch.equal(model[index].bias, oracle[index].bias)
+            assert torch.equal(model[index].weight == 0, oracle[index].weight == 0)
+            torch.testing.assert_close(model[index].weight, oracle[index].weight, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(model[index].bias, oracle[index].bias, rtol=1e-6, atol=1e-7)
 
 
 def test_infinite_gradients_of_pruned_weights_do_not_count() -> None:
