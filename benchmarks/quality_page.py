@@ -25,10 +25,10 @@ from llm_barber.comparison.tables import (
     REBUILT,
     TITLES,
     Row,
-    blocks,
     headings,
     markdown_table,
     notes,
+    tables_by_target,
     target_title,
 )
 from llm_barber.settings.compare import Method
@@ -61,8 +61,8 @@ def write_page(folder: Path, name: str, title: str, results: Results) -> None:
     lines = ["<!-- written by benchmarks/quality.py -->", f"# {title}", ""]
     lines += [wrapped(f"- {note}", "  ") for note in [*notes(comparison), *_other_seeds(comparison)]]
     lines += ["", f"![Perplexity by sparsity]({name}.svg)", ""]
-    for block in blocks(comparison):
-        lines += [f"## {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
+    for table in tables_by_target(comparison):
+        lines += [f"## {table.title}", "", *markdown_table(["method", *headings(comparison)], table.rows), ""]
     lines += _gap(comparison)
     if results.elsewhere:
         lines += _elsewhere(results.elsewhere, comparison)

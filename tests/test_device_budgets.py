@@ -1,4 +1,6 @@
-"""Bytes between host and device, and launches, do not grow: runs on the pretend GPU (`tests/device_budgets.py`).
+"""Bytes between host and device, and launches, do not grow.
+
+Runs are on the pretend GPU (`tests/helpers/device_budgets.py`).
 
 A budget is what a run takes today. Whoever lowers it lowers the number here. Launches may be a few more with other
 versions of PyTorch and transformers.
@@ -86,7 +88,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
 
 def counts(*settings: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
     """Counts of each run, by stage, from a process for all of them."""
-    command = [sys.executable, "-m", "tests.device_budgets", *map(json.dumps, settings)]
+    command = [sys.executable, "-m", "tests.helpers.device_budgets", *map(json.dumps, settings)]
     process = subprocess.run(command, capture_output=True, text=True)
     assert not process.returncode, process.stderr[-3000:]
     return [json.loads(line) for line in process.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""Every step works on a device that is not the CPU, with the tensors that the CPU gives (`tests/pretend_gpu.py`)."""
+"""Every step works on a device that is not the CPU (`tests/helpers/pretend_gpu.py`), with the tensors of the CPU."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ FAMILIES = ("gpt2", "mixtral", "gpt_oss", "jamba", "falcon-rw", "deepseek_v2")
 
 def results(*settings: dict[str, Any]) -> list[Any]:
     """Results of one process for all settings: starting it takes longer than most of these runs."""
-    command = [sys.executable, "-m", "tests.pretend_gpu", *map(json.dumps, settings)]
+    command = [sys.executable, "-m", "tests.helpers.pretend_gpu", *map(json.dumps, settings)]
     process = subprocess.run(command, capture_output=True, text=True)
     assert not process.returncode, process.stderr[-3000:]
     return [json.loads(line) for line in process.stdout.splitlines()]

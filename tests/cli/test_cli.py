@@ -212,7 +212,7 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ("--no-rebuild", "--rebuild-ratio", 1, "--granularity", "block"),
-            "--granularity and --rebuild-ratio are of the",
+            "--granularity and --rebuild-ratio need the rebuild: leave out --no-rebuild",
         ),
         (("--swaps", 3), "--swaps needs --refine swaps"),
         (("--refine", "swaps", "--swaps", 10**20), "--swaps: 100000000000000000000 is too large: the most is 1000000"),

@@ -167,7 +167,10 @@ def test_arguments_are_named_as_the_help_names_them(
         (("--dtype", "int8"), "--dtype: 'int8' is not one of auto, "),
         (("--layers", "nothing.there"), "--layers nothing.there is not a list of layers"),
         (("--keep-updates",), "--keep-updates needs --initial sparsegpt or alps: wanda updates no weights"),
-        (("--preset", "paper", "--guard", "0.5"), "--guard is of --refine and --reconstruct, and --preset paper has"),
+        (
+            ("--preset", "paper", "--guard", "0.5"),
+            "--guard needs --refine or --reconstruct, which --preset paper does not",
+        ),
         (("--memory", "1MiB"), "--memory: 1 MiB are not enough"),
     ],
 )

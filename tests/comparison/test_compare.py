@@ -417,7 +417,7 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
     assert (once.targets, once.seeds, once.methods) == (("0.5", "2:4"), (0,), (Method.RIA,))
     with pytest.raises(SettingsError, match="presets have their own"):
         CompareConfig(model="m", output="o", methods=("mask", "paper"), rebuild_ratio=0.5)
-    with pytest.raises(SettingsError, match="switched off"):
+    with pytest.raises(SettingsError, match="need the rebuild"):
         CompareConfig(**settings | {"rebuild": False})
     with pytest.raises(CalibrationError, match="no such text"):
         compare(CompareConfig(**settings | {"text": ("nothing",)}))

@@ -3,13 +3,13 @@ import io
 
 import pytest
 
-from llm_barber.comparison.tables import blocks, comma_separated, markdown, perplexities
+from llm_barber.comparison.tables import comma_separated, markdown, perplexities, tables_by_target
 from llm_barber.settings.compare import Method
 from tests.helpers.comparisons import make_cell, make_comparison
 
 
 def test_means_spreads_and_bests() -> None:
-    first, second = blocks(make_comparison())
+    first, second = tables_by_target(make_comparison())
     assert (first.title, second.title) == ("50 %", "2:4")
     dense, wanda, rebuilt, magnitude = first.rows
     # perplexity, KL, easy, hard, mean of both, seconds, memory

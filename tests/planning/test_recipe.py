@@ -12,6 +12,7 @@ from llm_barber.masking.pattern import NofM
 from llm_barber.method import allocation, refine_linear
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.refine_linear import Objective
+from llm_barber.parallel.ranks import Ranks
 from llm_barber.planning.recipe import Recipe
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
@@ -49,6 +50,18 @@ def test_a_plan_counts_the_swaps_that_a_run_makes(
     planned = replace(recipe_of(preset="mask"), refine=settings, pattern=None).swap_stages
     assert list(planned) == swaps_of_a_run(monkeypatch, settings)
     assert sum(planned) == settings.swaps_of(None)
+
+
+@pytest.mark.parametrize(
+    ("windows", "held_out", "processes"), [(20, 3, 3), (10, 3, 3), (16, 2, 4), (32, 1, 8), (2, 1, 4)]
+)
+def test_a_plan_counts_the_held_out_windows_that_the_busiest_process_has(
+    windows: int, held_out: int, processes: int
+) -> None:
+    recipe = replace(recipe_of(samples=windows, seqlen=64), refine=RefineSettings(None, 0.5, False, held_out=held_out))
+    started = min(windows, processes)
+    shares = [Ranks(rank, started).shares(windows, held_out)[1] for rank in range(started)]
+    assert recipe.among(processes).held_out == 64 * max(len(range(windows)[share]) for share in shares)
 
 
 def test_stages_by_hand() -> None:

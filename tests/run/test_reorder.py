@@ -36,6 +36,7 @@ from llm_barber.masking.statistics import InputSquares
 from llm_barber.method import reordering
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.run import stream as run_module
+from llm_barber.run.dry_run import dry_run
 from tests.conftest import KNOWN, Listener, load_model, make_config, make_model, read_folder
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import SETTINGS, read_untimed_files, run, run_stopped
@@ -126,7 +127,9 @@ def test_presets_reorder_for_patterns_alone(tmp_path: Path, llama: Path, tokens:
         ("off", {**TUNED, "reorder": False}, False),
         ("own", {"preset": "mask", "tune_passes": 1, "sparsities": {"down_proj": "2:4"}}, True),
     ):
-        report = run(llama, tmp_path / name, tokens, **settings)
+        config = PruneConfig(model=llama, output=tmp_path / name, calibration=tokens, **{**SETTINGS, **settings})
+        assert dry_run(config).reorders is reorders, name
+        report = prune(config)
         assert report.resolved.get("reorder", False) is reorders, name
         assert (tmp_path / name / ORDER_NAME).is_file() is reorders, name
         assert (ORDER_NAME in report.files) is reorders

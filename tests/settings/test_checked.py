@@ -39,14 +39,14 @@ def error_of(kind: type[Settings], **values: Any) -> str:
             {**PRUNE, "sparsities": 1, "allocation": "owl", "pattern": "2:4"},
             ("sparsities: ", "allocation is not for patterns"),
         ),
-        (RebuildConfig, {**REBUILD, "rebuild": False, "rebuild_ratio": 2}, ("rebuild_ratio: ", "is switched off")),
+        (RebuildConfig, {**REBUILD, "rebuild": False, "rebuild_ratio": 2}, ("rebuild_ratio: ", "need the rebuild")),
         (RebuildConfig, {**REBUILD, "swaps": 0, "preset": "mask"}, ("swaps: ", "swaps needs refine swaps")),
         (RebuildConfig, {**REBUILD, "seed": -1, "rebuild": False}, ("seed: ", "leave nothing to do")),
         (PlanConfig, {"model": "m", "link": -1}, ("link: ", "are of a named machine")),
         (
             CompareConfig,
             {**PRUNE, "granularity": "row", "rebuild": False, "calibration": "a.safetensors", "seeds": (0, 1)},
-            ("granularity: ", "which is switched off", "give one seed"),
+            ("granularity: ", "need the rebuild", "give one seed"),
         ),
     ],
 )  # fmt: skip

@@ -72,7 +72,7 @@ def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
         ({"exclude": ("c_attn",)}, "exclude: 'c_attn' is found in no linear's name"),
         ({"sparsities": {"c_attn": 0.5}}, "sparsities: 'c_attn' is found in no linear's name"),
         ({"sparsities": {"3": 0.5}}, "sparsities: there is no decoder layer 3"),
-        ({"sparsities": {"0": 0.5, "-3": 0.2}}, "sparsities: two numbers are of one layer"),
+        ({"sparsities": {"0": 0.5, "-3": 0.2}}, "sparsities names one layer twice"),
         ({"skip_layers": (3,)}, "there is no decoder layer 3"),
         ({"skip_layers": (0, 1, -1)}, "leave nothing to prune"),
     ):
@@ -117,3 +117,7 @@ def test_files_that_yaml_cannot_read_safely(tmp_path: Path) -> None:
             PruneConfig(**good, sparsities=path)
     with pytest.raises(SettingsError, match="there is no file"):
         PruneConfig(**good, sparsities="~nobody-here/x.yaml")
+    with pytest.raises(SettingsError) as refused:
+        PruneConfig(**good, sparsities="/dev/null", guard=3)
+    assert "/dev/null is a device, not a regular file" in str(refused.value)
+    assert "guard: 3" in str(refused.value)  # all wrong values are named

@@ -13,7 +13,7 @@ Written = Future[None]
 
 
 class WriteBehind:
-    """Writes one thing after the other, in threads that do not keep an interrupted program from ending.
+    """A queue of writes, done one after the other in threads that do not keep an interrupted program from ending.
 
     After a write that failed nothing more is written.
     """

@@ -21,10 +21,17 @@ CHECKED_TOGETHER = 1 << 14  # bytes of a bit mask
 class GroupCodes:
     """Codes of the groups of M weights with N values, as look-up tables by a byte of the bit mask and back.
 
-    A byte has one group (M = 8) or two (M = 4). By byte, (256,): `fitting`, bool, no group keeps more than N; `codes`,
-    uint8, the codes of the groups, the first in the lowest bits, each of the first way that keeps at least the group's
-    weights; `filled`, uint8, the byte that the codes stand for, with exactly N bits in each group. By codes: `bytes`,
-    uint8, that byte; `valid`, bool, the codes exist. `width`: bits of a code. `ways`: number of codes.
+    A byte of the mask has one group (M = 8) or two (M = 4). A code names a way to keep N weights of a group.
+
+    Attributes:
+        width: bits of a code.
+        ways: number of codes.
+        fitting: bool, (256,), by byte: no group keeps more than N.
+        codes: uint8, (256,), by byte: the codes of its groups, the first group's in the lowest bits. A group that keeps
+            fewer than N has the first code whose way keeps all of its weights.
+        filled: uint8, (256,), by byte: the byte that its codes stand for, with exactly N bits in each group.
+        bytes: uint8, by codes: the byte that they stand for.
+        valid: bool, by codes: these codes exist.
     """
 
     n: int

@@ -53,15 +53,18 @@ def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = Fals
     """Store the pruned model PRUNED in fewer bytes, as kept values and their positions.
 
     A bfloat16 model of which half is pruned takes about 56 % of its bytes. inspect, evaluate and generate read PACKED;
-    other programs need it unpacked. --values int8 rounds kept weights: about 32 % of the bytes, and another model, so
-    that evaluate --against PRUNED is worth a run.
+    other programs need it unpacked. --values int8 rounds kept weights: about 32 % of the bytes. That changes the
+    model: check it with evaluate --against PRUNED.
     """
     _run_packing(config, json, quiet)
 
 
 @command(UnpackConfig, {"model": "PACKED", "output": "OUT"}, ("llm-barber unpack packed unpacked",))
 def unpack(config: UnpackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Write the files that were packed, bit for bit; of rounded values a dense model that is not the one packed."""
+    """Restore the files that were packed, bit for bit.
+
+    Of a model with int8 values it writes a dense model whose weights are rounded.
+    """
     _run_packing(config, json, quiet)
 
 

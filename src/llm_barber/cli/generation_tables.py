@@ -1,4 +1,4 @@
-"""What `generate` prints besides the streamed text: speed and memory, and two models side by side."""
+"""Tables of `generate`: speed and memory, and two models side by side."""
 
 from collections.abc import Callable, Sequence
 

@@ -57,7 +57,7 @@ def _names(parameter: Any) -> str:
     """Show an argument or option as the user types it: `MODEL`, `--samples N`, `--bos/--no-bos`."""
     if parameter.param_type_name == "argument":
         return str(parameter.metavar)
-    names = "/".join((*parameter.opts, *parameter.secondary_opts))
+    names = "/".join((*sorted(parameter.opts, key=len, reverse=True), *parameter.secondary_opts))  # --help/-h
     return names if parameter.is_flag or not parameter.metavar else f"{names} {parameter.metavar}"
 
 

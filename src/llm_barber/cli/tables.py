@@ -12,7 +12,7 @@ from rich.table import Table
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import PAGE_NAME
 from llm_barber.comparison.result import Comparison
-from llm_barber.comparison.tables import blocks, headings, notes
+from llm_barber.comparison.tables import headings, notes, tables_by_target
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport
@@ -104,8 +104,8 @@ def show_inspection(inspection: Inspection) -> None:
     if inspection.updated is not None:
         kept = sum(linear.weights - linear.zeros for linear in inspection.linears)
         console.print(
-            f"kept weights that are not those of {inspection.compared_with}: {inspection.updated:,} of {kept:,}; the "
-            "record has them changed, so that only zeros, shapes and what is not pruned could be checked",
+            f"{inspection.updated:,} of {kept:,} kept weights are not those of {inspection.compared_with}, as the "
+            "record says; so only zeros, shapes and tensors that are not pruned were compared",
             soft_wrap=True,
         )
 
@@ -173,12 +173,12 @@ def _show_tasks(console: Console, evaluation: Evaluation) -> None:
 def show_comparison(comparison: Comparison, folder: Path) -> None:
     """Print the tables of a comparison, its notes, and the path of its page."""
     console = Console(highlight=False)
-    for block in blocks(comparison):
-        table = Table(title=escape(f"{block.title}: {comparison.model}"))
+    for part in tables_by_target(comparison):
+        table = Table(title=escape(f"{part.title}: {comparison.model}"))
         table.add_column("method")
         for heading in headings(comparison):
             table.add_column(escape(heading), justify="right")
-        for row in block.rows:
+        for row in part.rows:
             cells = [f"[bold]{cell}[/]" if best else cell for cell, best in zip(row.cells, row.best, strict=True)]
             table.add_row(row.title, *cells)
         console.print(table)

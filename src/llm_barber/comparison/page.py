@@ -3,7 +3,7 @@
 from markupsafe import Markup
 
 from llm_barber.comparison.result import Comparison
-from llm_barber.comparison.tables import REBUILT, TITLES, blocks, headings, notes, perplexities, target_title
+from llm_barber.comparison.tables import REBUILT, TITLES, headings, notes, perplexities, tables_by_target, target_title
 from llm_barber.page.environment import environment, model_name
 from llm_barber.page.figures import standalone
 from llm_barber.page.lines import Line, perplexity_lines
@@ -18,7 +18,7 @@ def comparison_page(comparison: Comparison) -> str:
         .render(
             comparison=comparison,
             name=model_name(comparison.model),
-            blocks=blocks(comparison),
+            tables=tables_by_target(comparison),
             headings=headings(comparison),
             notes=notes(comparison),
             plot=comparison_figure(comparison),

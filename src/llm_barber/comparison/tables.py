@@ -45,7 +45,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a block: its title, its formatted numbers, and for each if it is the best of its column."""
+    """A row of a table: its title, its formatted numbers, and for each if it is the best of its column."""
 
     title: str
     cells: tuple[str, ...]
@@ -53,7 +53,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Block:
+class TargetTable:
     """The rows of one sparsity or pattern."""
 
     title: str
@@ -85,12 +85,12 @@ def headings(comparison: Comparison) -> list[str]:
     return [*(column.heading for column in columns(comparison.dense)), "seconds", "peak GiB"]
 
 
-def blocks(comparison: Comparison) -> list[Block]:
-    """A block of rows for each target: means, with ± the sample standard deviation over several seeds."""
-    return [_block(comparison, target) for target in dict.fromkeys(cell.target for cell in comparison.cells)]
+def tables_by_target(comparison: Comparison) -> list[TargetTable]:
+    """A table for each target: means, with ± the sample standard deviation over several seeds."""
+    return [_table(comparison, target) for target in dict.fromkeys(cell.target for cell in comparison.cells)]
 
 
-def _block(comparison: Comparison, target: str) -> Block:
+def _table(comparison: Comparison, target: str) -> TargetTable:
     measured = columns(comparison.dense)
     groups: dict[tuple[Method, bool], list[ComparisonCell]] = {}
     for cell in comparison.cells:
@@ -110,7 +110,7 @@ def _block(comparison: Comparison, target: str) -> Block:
         cells.append(_mean([result.peak_memory / 2**30 for result in results], ".2f"))
         best = [bool(row) and fmean(row) == best_mean for row, best_mean in zip(numbers, best_means, strict=True)]
         rows.append(Row(TITLES[method] + (REBUILT if rebuilt else ""), tuple(cells), (*best, False, False)))
-    return Block(target_title(target), tuple(rows))
+    return TargetTable(target_title(target), tuple(rows))
 
 
 def perplexities(comparison: Comparison) -> dict[tuple[Method, bool], dict[str, float]]:
@@ -184,10 +184,10 @@ def _notes_on_rebuilds(cells: Iterable[ComparisonCell]) -> list[str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown: a table for each block, and the notes."""
+    """The comparison as Markdown: a table for each target, and the notes."""
     lines = [f"# {comparison.model}: methods side by side", ""]
-    for block in blocks(comparison):
-        lines += [f"## {block.title}", "", *markdown_table(["method", *headings(comparison)], block.rows), ""]
+    for table in tables_by_target(comparison):
+        lines += [f"## {table.title}", "", *markdown_table(["method", *headings(comparison)], table.rows), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes(comparison)), ""])
 
 

@@ -38,9 +38,9 @@ class TokenisedText:
 
 @takes(EvaluateConfig)
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evaluation:
-    """Measure perplexity as the field does, and zero-shot tasks through lm-eval.
+    """Measure perplexity on windows without overlap, and multiple-choice tasks through lm-eval.
 
-    Perplexity: windows without overlap, mean over all tokens except each window's first. Models are computed decoder
+    Perplexity: exp of the mean of −log p over all tokens except each window's first. Models are computed decoder
     layer by decoder layer.
 
     Raises:

@@ -113,5 +113,5 @@ def _perplexity(loss: float, where: str) -> float:
     except OverflowError as error:
         raise ModelError(
             f"perplexity of {where} overflows: its mean loss is {loss:.4g} nats a token",
-            "the model is broken; a uniform guess has log(vocabulary)",
+            "the model predicts worse than a uniform guess, whose loss is log(vocabulary): check its weights",
         ) from error

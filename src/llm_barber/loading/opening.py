@@ -196,7 +196,7 @@ def unusable_configuration(model: str, error: Exception) -> ModelError:
 
 
 def load_generation_config(folder: Path) -> GenerationConfig | None:
-    """How a model's folder says that its text is generated; None: it does not say.
+    """Settings of text generation in a model's folder; None: it has none.
 
     Raises:
         ModelError: the file is damaged.

@@ -42,9 +42,9 @@ def order_channels(saliency: Tensor, pattern: NofM) -> Tensor:
         shuffled = torch.randperm(groups, generator=generator).to(order.device)
         for together in torch.split(shuffled, TOGETHER):
             order[together, place] = _assign(saliency, order[together], place, pattern.kept)
-    present, found = torch.arange(columns, device=order.device), order.flatten()
-    better = kept_saliency(saliency, found, pattern) > kept_saliency(saliency, present, pattern)
-    return found if better else present
+    present, assigned = torch.arange(columns, device=order.device), order.flatten()
+    better = kept_saliency(saliency, assigned, pattern) > kept_saliency(saliency, present, pattern)
+    return assigned if better else present
 
 
 def kept_saliency(saliency: Tensor, order: Tensor, pattern: NofM) -> float:

@@ -1,6 +1,6 @@
-"""How each method of the initial mask prunes a linear: `MASK_METHODS` has a line for each.
+"""Methods of the initial mask: `MASK_METHODS` has a line for each, with the function that prunes one linear.
 
-What settings, tables and plans know about a method is in `settings/initial.py`.
+`settings/initial.py` has the facts that settings, tables and plans need.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ Pruned = tuple[Tensor, Tensor | None]  # keep mask, bool (out, in), and weights,
 
 @dataclass(frozen=True)
 class MaskMethod:
-    """How a method prunes a linear.
+    """The functions of a method.
 
     `prune`: from the linear, and what `prepare` made. `statistic`: class of the running statistic of the inputs; None:
     the method looks at weights alone. `prepare`: from the statistic and the linear's name, what linears with the same

@@ -27,7 +27,7 @@ from llm_barber.method.outcome import BlockOutcome, block_result
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.rebuild import RebuildSettings, rebuild_block
 from llm_barber.method.refine import refine_block
-from llm_barber.method.targets import write_targets
+from llm_barber.method.target_output import write_targets
 from llm_barber.method.tune import Tuned, tune_layer
 from llm_barber.model.architecture import Block, select_linears
 from llm_barber.model.block import DecoderLayer

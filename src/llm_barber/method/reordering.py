@@ -115,7 +115,7 @@ def movable_channels(initial: InitialMasks) -> list[list[MovableChannels]]:
 
 def _movable_in_layer(initial: InitialMasks, index: int) -> list[MovableChannels]:
     job, patterns = initial.job, initial.patterns(index)
-    found = []
+    movable_here = []
     for channels in job.architecture.channels:
         linears = (*channels.writers, channels.reader)
         if channels.reader not in patterns or not set(linears) <= set(job.linears(index)):
@@ -124,8 +124,8 @@ def _movable_in_layer(initial: InitialMasks, index: int) -> list[MovableChannels
             continue
         movable = _movable(job, index, channels, patterns[channels.reader])
         if movable is not None:
-            found.append(movable)
-    return found
+            movable_here.append(movable)
+    return movable_here
 
 
 def _movable(job: Job, index: int, channels: Channels, pattern: NofM) -> MovableChannels | None:

@@ -21,7 +21,7 @@ GROUPED_ALIGNMENT = 16  # bytes that divide the strides of what `grouped_mm` tak
 
 
 class Products(Enum):
-    """How experts' products are computed."""
+    """Ways to compute experts' products."""
 
     LOOP = "one by one"
     PADDED = "padded to buckets, by bmm"

@@ -148,5 +148,5 @@ def check_finite(gradients: Mapping[str, Tensor], where: str) -> None:
         name = list(gradients)[int(finite.int().argmin())]
         raise NotFiniteError(
             f"a gradient of {where}, {name}, holds NaN or Inf on the calibration text",
-            "compute with a wider range: --dtype bfloat16 or float32; or --refine swaps, or none",
+            "use --dtype bfloat16 or float32, or do without gradients: --refine swaps, or none",
         )

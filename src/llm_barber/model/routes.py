@@ -149,7 +149,7 @@ def join_experts(rooms: Sequence[int]) -> list[tuple[int, ...]]:
 
 @dataclass
 class SequenceView:
-    """Views rows of a layout by expert and sequence, (experts, sequences, rows, features), zeros where padded.
+    """A view of the rows of a layout by expert and sequence, (experts, sequences, rows, features), zeros where padded.
 
     The view of the tensor that was viewed last is kept: linears that read the same rows get the same objects.
 

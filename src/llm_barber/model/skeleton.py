@@ -107,7 +107,9 @@ class Skeleton:
         head = self.model.get_output_embeddings()
         names = [name for name, module in self.model.named_modules() if module is head]
         if not names or not isinstance(head, nn.Linear):
-            raise ModelError(f"{type(self.model).__name__} has no output head that is a linear", "leave it dense")
+            raise ModelError(
+                f"{type(self.model).__name__} has no output head that is a linear", "leave out --prune-head"
+            )
         return str(names[0])
 
     @property

@@ -107,7 +107,7 @@ def _streams(model: ModelShapes, recipe: Recipe, arrays: int | None = None) -> F
 
 
 def in_files(model: ModelShapes, recipe: Recipe) -> float:
-    """Bytes of activations in files, for want of memory, at their most: between layers, or before the first one."""
+    """Most bytes of activations that lie in files at any moment: between layers, or before the first layer."""
     between_layers = recipe.activations(model.hidden) + recipe.outlasting(model.hidden)
     peak = max(between_layers, sum(_dense_activations(model, recipe)))
     return peak - recipe.in_memory(peak, model.hidden)
@@ -158,7 +158,7 @@ def _shard(layer: LayerShapes, recipe: Recipe) -> float:
 
 
 def _reading(model: ModelShapes, recipe: Recipe) -> Footprint:
-    """A layer is read through pages of the file, while the previous layer is held and the one before is written."""
+    """Memory while a layer is read through pages of the file; the previous layer is held, the one before is written."""
     layer = model.largest_layer
     size = layer.parameters * recipe.stored
     pruned = layer.weights * recipe.stored

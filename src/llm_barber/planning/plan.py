@@ -25,15 +25,11 @@ from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.planning.waiting import waiting_seconds, with_files_kept
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings.checked import takes
-from llm_barber.settings.plan import PlanConfig
+from llm_barber.settings.plan import DEVICE_MEMORY, DISK, LINK, MEMORY_BANDWIDTH, NETWORK, PlanConfig
 from llm_barber.text.calibration import READ_BYTES, READING_BYTES, text_size, token_shape
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.usage import current_memory
 
-# Defaults of a named machine: bytes/s of the device's memory, between host and device, and of the disk.
-MEMORY_BANDWIDTH, LINK, DISK = 2e12, 10e9, 2e9
-DEVICE_MEMORY = 80e9  # bytes of a named GPU's memory, by default
-NETWORK = 10e9  # bytes/s between processes of any machine, by default: it is not measured
 BARE_PROCESS = {"cpu": 0.65 * 2**30, "cuda": 2.0 * 2**30}  # bytes of a process that has only imported its libraries
 VOCABULARY_BYTES = 350  # of a tokenizer for each of its tokens, measured with 49,152 and 262,144 tokens
 

@@ -10,6 +10,7 @@ from llm_barber.masking.pattern import NofM, group_pattern
 from llm_barber.method.allocation import loss_windows
 from llm_barber.method.refine_linear import swap_stages
 from llm_barber.model.array_memory import block_size
+from llm_barber.parallel.ranks import Ranks
 from llm_barber.settings.initial import Initial, rebuild_defaults
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import PruneConfig
@@ -105,7 +106,11 @@ class Recipe:
     @property
     def held_out(self) -> int:
         """Held-out tokens of the process that has the most."""
-        return 0 if self.refine is None else math.ceil(self.refine.held_out / self.processes) * self.tokens
+        if self.refine is None:
+            return 0
+        count = min(self.processes, self.sequences)
+        shares = (Ranks(rank, count).shares(self.sequences, self.refine.held_out)[1] for rank in range(count))
+        return max(share.stop - share.start for share in shares) * self.tokens
 
     @property
     def batch_tokens(self) -> int:

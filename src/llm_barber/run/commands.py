@@ -34,7 +34,8 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
     """Prune a dense model, and rebuild or tune its masks; writes `config.output`.
 
     Raises:
-        BarberError: whatever is wrong with settings, model, calibration text or output; nothing is left behind.
+        BarberError: whatever is wrong with settings, model, calibration text or output. Layers that were
+            finished stay in `OUT.partial`, for `resume`.
     """
     progress = progress or Silent()
     with current_gpu_kept(), joined() as ranks:
@@ -106,7 +107,8 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
     """Rebuild the mask of a pruned model with its dense one; writes `config.output`.
 
     Raises:
-        BarberError: whatever is wrong with settings, models, calibration text or output; nothing is left behind.
+        BarberError: whatever is wrong with settings, models, calibration text or output. Layers that were
+            finished stay in `OUT.partial`, for `resume`.
     """
     progress = progress or Silent()
     with current_gpu_kept(), joined() as ranks:
@@ -122,7 +124,7 @@ def prepare_rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> 
     job = open_job(config.dense, config, None, progress, ranks)
     initial = CheckpointMasks(job, config.pruned, config.pattern, config.pruned_revision)
     if initial.head_was_pruned:
-        progress.warn(f"the output head of {config.pruned} was pruned, too: it is DENSE's in the result")
+        progress.warn(f"the output head of {config.pruned} was pruned: OUT gets the head of {config.dense}")
     method = config.initial or initial.recorded_method
     settings = _rebuild_settings(config, method, initial.pattern)
     return PreparedRun(config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")

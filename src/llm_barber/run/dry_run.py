@@ -42,6 +42,7 @@ class DryRun(BaseModel):
     granularity: str | None
     rebuild_ratio: float | None
     allocation: str
+    reorders: bool
     refinement: str | None
     calibration: str
     sequences: int
@@ -66,6 +67,7 @@ class DryRun(BaseModel):
             ("to prune", f"{self.linears} linears with {self.weights:,} weights, {self.pattern}"),
             ("initial mask", self.method),
             ("sparsity of linears", "the same" if self.allocation == "uniform" else f"by {self.allocation}"),
+            ("order of channels", "chosen for N:M" if self.reorders else "the dense model's"),
             ("rebuild", rebuilt),
             ("refining", self.refinement or "no"),
             ("calibration", f"{self.calibration}: {self.sequences} windows of {self.tokens} tokens"),
@@ -113,6 +115,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         granularity=rebuilt.granularity if rebuilt else None,
         rebuild_ratio=rebuilt.ratio if rebuilt else None,
         allocation=prepared.allocation,
+        reorders=prepared.reorders,
         refinement=prepared.refinement,
         calibration=job.tokens.source,
         sequences=sequences,

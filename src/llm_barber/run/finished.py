@@ -54,7 +54,7 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
 def tell_of_finished(config: RunSettings, record: RunReport, progress: Progress) -> None:
     """Say that the output is complete, and which of its files the run did not write."""
     if unknown := unknown_files(CheckpointSource(config.output), record):
-        progress.warn(f"{config.output} is not as it was written: {'; '.join(unknown[:3])}")
+        progress.warn(f"{config.output} has files that this program did not write: {'; '.join(unknown[:3])}")
     progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
 
 

@@ -187,8 +187,8 @@ def hint_at_resuming(writer: Writer, progress: Progress, resumes: bool) -> Itera
             count = len(writer.state.layers)
             kept = f"{count} finished layer{'s are' if count > 1 else ' is'}"
             if not count:
-                found = "order of channels" if writer.state.channel_order else "sparsity of each linear"
-                kept = f"the {found} is"
+                recorded = "order of channels" if writer.state.channel_order else "sparsity of each linear"
+                kept = f"the {recorded} is"
             goes_on = f"{{kept}} kept in {{folder}}: the same command{'' if resumes else ' with {resume}'} goes on"
             progress.warn(message(goes_on, kept=kept, folder=writer.folder))
         if writer.saving:

@@ -192,11 +192,11 @@ def _pass_dense(
 ) -> Found:
     """Return what a pass over the dense model finds; count its seconds as a `stage`, and in the total since `began`."""
     start = time.perf_counter()
-    found = with_smaller_batches(compute, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)
+    result = with_smaller_batches(compute, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)
     passed = time.perf_counter()
     seconds[stage] += passed - start
     seconds["total"] = passed - began
-    return found
+    return result
 
 
 def _prune_step(

@@ -69,7 +69,7 @@ def is_faster(packed: Times, dense: Times, weighted: bool) -> bool:
 
 
 class Choice:
-    """Which linears stay packed.
+    """The choice of the linears that stay packed.
 
     Attributes:
         decisions: by the linear's name in the model; filled while weights are loaded. As `keep_packed` of another

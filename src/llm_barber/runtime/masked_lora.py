@@ -19,7 +19,7 @@ from llm_barber.errors import SettingsError
 
 
 class MaskedLora(LoraVariant):  # type: ignore[misc]
-    """How PEFT computes and merges LoRA of a pruned linear.
+    """LoRA of a pruned linear, as PEFT computes and merges it.
 
     The mask is where the frozen weight is not zero: it takes no memory between calls, and its part of a sharded weight
     is there whenever the weight is. The masked product, as large as the weight, is computed again in the backward pass.

@@ -38,7 +38,9 @@ IGNORED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpecte
 
 @register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How `from_pretrained` loads a packed folder: `from_pretrained(PACKED, quantization_config=PackedConfig(…))`.
+    """Settings with which `from_pretrained` loads a packed folder.
+
+    Example: `from_pretrained(PACKED, quantization_config=PackedConfig(…))`.
 
     A dict of the same settings is taken, too.
 

@@ -9,12 +9,13 @@ from pydantic import Field, field_validator
 
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import Unstructured, parse_pattern
-from llm_barber.messages import Message, message
+from llm_barber.messages import Message, SettingName, message
 from llm_barber.settings.base import COMMAS, Dtype, StructureSettings, absolute_folder
 from llm_barber.settings.checked import Rule
 from llm_barber.settings.evaluate import EvaluateConfig, limit_needs_tasks
 from llm_barber.settings.initial import RELEASED_GRANULARITIES, RELEASED_RATIOS, Initial
 from llm_barber.settings.presets import Preset
+from llm_barber.settings.run import BATCH_SIZE, NEEDS_REBUILD
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 ALLOCATED = "-allocated"
@@ -88,7 +89,7 @@ class CompareConfig(StructureSettings):
     targets: Annotated[tuple[str, ...], *COMMAS] = Field(
         ("0.5", "0.6", "0.7", "2:4", "4:8"),
         min_length=1,
-        description="Sparsities and N:M patterns, a block of rows each",
+        description="Sparsities and N:M patterns, a table each",
     )
     rebuild: bool = Field(True, description="Each method also with its mask rebuilt")
     granularity: Granularity | None = Field(
@@ -115,7 +116,7 @@ class CompareConfig(StructureSettings):
     bos: bool = Field(
         True,
         description="Begin each window, of texts too, with BOS if the tokenizer begins texts with it; many published "
-        "numbers do not",
+        "numbers are without",
     )
     seeds: Annotated[tuple[Seed, ...], *COMMAS] = Field(
         (0,), min_length=1, description="Seeds of the choice of windows; several give mean and spread"
@@ -129,7 +130,7 @@ class CompareConfig(StructureSettings):
     tasks_folder: Path | None = Field(None, description="Folder with NAME.jsonl of each task, as in evaluate")
     limit: int | None = Field(None, ge=2, description="Most examples of each task (default: all)")
     task_seeds: int | None = Field(None, ge=0, description="Number of seeds measured on tasks (default: all)")
-    batch_size: int | None = Field(None, ge=1, description="Most windows at a time (default: by the device)")
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Dtype = Field("auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)")
     revision: str | None = Field(None, description="Revision of a hub id")
@@ -160,7 +161,7 @@ class CompareConfig(StructureSettings):
     def _rebuild_is_done(self) -> Iterator[Message]:
         sets_rebuild = self.granularity is not None or self.rebuild_ratio is not None
         if not self.rebuild and (sets_rebuild or self.rebuild_settings):
-            yield message("{granularity} and {rebuild_ratio} are of the rebuild, which is switched off")
+            yield message(NEEDS_REBUILD, no_rebuild=SettingName("rebuild", False))
         elif sets_rebuild and all(method.preset for method in self.methods):
             yield message("{granularity} and {rebuild_ratio} are of methods that are rebuilt; presets have their own")
 

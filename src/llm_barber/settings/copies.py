@@ -35,7 +35,7 @@ class UnpackConfig(CopySettings):
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
-    model: str = Field(description="Folder of a pruned model to pack, or of a packed one to unpack")
+    model: str = Field(description="Folder of a packed model")
 
 
 class PackConfig(UnpackConfig):
@@ -45,6 +45,7 @@ class PackConfig(UnpackConfig):
         SettingsError: any of them is wrong; all wrong ones are named.
     """
 
+    model: str = Field(description="Folder of a pruned model")
     values: Values = Field(Values.EXACT, description="Kept weights as they are, or rounded: smaller, another model")
 
 

@@ -30,7 +30,8 @@ class EvaluateConfig(StructureSettings):
     seqlen: int = Field(2048, ge=2, description="Tokens a window")
     bos: bool = Field(
         True,
-        description="Begin each window with BOS if the tokenizer begins texts with it; many published numbers do not",
+        description="Begin each window with BOS if the tokenizer begins texts with it; many published numbers are "
+        "without",
     )
     tasks: Annotated[tuple[str, ...], *COMMAS] = Field(
         (),

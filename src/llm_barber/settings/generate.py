@@ -16,7 +16,7 @@ ROUNDS = 5
 
 
 class KeepPacked(StrEnum):
-    """Which pruned linears stay packed in memory: those that are faster so on this CPU, all, or none."""
+    """Pruned linears that stay packed in memory: those that are faster so on this CPU, all, or none."""
 
     AUTO = "auto"
     YES = "yes"

@@ -85,5 +85,11 @@ def _released(values: Mapping[Initial, object]) -> str:
     return ", ".join([*different, f"else {usual}"])
 
 
+def methods_with(fact: str, last: str = "and") -> str:
+    """Names of the methods for which a property is true, in words. Example: ("has_updates", "or")."""
+    *names, end = (method.value for method in Initial if getattr(method, fact))
+    return f"{', '.join(names)} {last} {end}"
+
+
 RELEASED_GRANULARITIES = _released({method: facts.granularity for method, facts in METHODS.items()})
 RELEASED_RATIOS = _released({method: facts.ratio for method, facts in METHODS.items()})  # "magnitude 0.1, …, else 0.01"

@@ -12,6 +12,10 @@ from llm_barber.settings.checked import Rule
 from llm_barber.settings.prune import PruneConfig
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Defaults of a machine given by `flops`: bytes of the GPU's memory; bytes/s of the device's memory, between host and
+# device, and of the disk.
+DEVICE_MEMORY, MEMORY_BANDWIDTH, LINK, DISK = 80e9, 2e12, 10e9, 2e9
+NETWORK = 10e9  # bytes/s between processes of any machine, by default: it is not measured
 
 
 class PlanConfig(PruneConfig):
@@ -25,29 +29,35 @@ class PlanConfig(PruneConfig):
     output: Path = Field(default=Path("pruned"), description="Not written")
     device_memory: Size | None = Field(
         default=None,
-        description="GPU memory to stay within (default: all that is free; 80 GB of a machine given by `flops`)",
+        description=f"GPU memory to stay within (default: all that is free; {DEVICE_MEMORY / 1e9:g} GB of a "
+        "machine given by `flops`)",
     )
     processes: Annotated[tuple[int, ...], COMMAS[1]] = Field(
         default=(1,), description="Numbers of processes, on a machine each, that share the windows"
     )
     flops: Rate | None = Field(
         default=None,
-        description="Matrix products of another machine, in FLOP/s as reached, 400e12 for an H100 "
-        "(default: this machine, measured)",
+        description="FLOP/s that matrix products reach on the machine to plan for, 400e12 on an H100 (default: this "
+        "machine's, measured)",
     )
     float32_flops: Rate | None = Field(
         default=None,
         description="The same in float32, for swaps and least squares (default: an eighth of `flops`)",
     )
     memory_bandwidth: Rate | None = Field(
-        default=None, description="Memory of the device that computes, with `flops` (default: 2e12)"
+        default=None,
+        description=f"Bytes/s of the device's memory; needs `flops` (default: {MEMORY_BANDWIDTH / 1e9:g}e9)",
     )
-    link: Rate | None = Field(default=None, description="Between host and device, with `flops` (default: 10e9)")
+    link: Rate | None = Field(
+        default=None, description=f"Bytes/s between host and device; needs `flops` (default: {LINK / 1e9:g}e9)"
+    )
     network: Rate | None = Field(
-        default=None, description="Between processes; GPUs of one machine reach 100e9 (default: 10e9)"
+        default=None,
+        description=f"Bytes/s between processes; GPUs of one machine reach 100e9 (default: {NETWORK / 1e9:g}e9)",
     )
     bandwidth: Rate | None = Field(
-        default=None, description="Disk, reading and writing (default: measured in this folder; with `flops` 2e9)"
+        default=None,
+        description=f"Bytes/s of the disk (default: measured in this folder; with `flops` {DISK / 1e9:g}e9)",
     )
 
     @field_validator("processes", mode="before")

@@ -11,7 +11,7 @@ from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_patter
 from llm_barber.messages import Message, SettingName, message
 from llm_barber.settings.base import COMMAS, same_folder
 from llm_barber.settings.checked import Rule
-from llm_barber.settings.initial import Initial
+from llm_barber.settings.initial import Initial, methods_with
 from llm_barber.settings.presets import Allocation, Preset
 from llm_barber.settings.run import RunSettings
 from llm_barber.settings.targets import Targets, compile_names, parse_target, read_targets
@@ -32,10 +32,12 @@ class PruneConfig(RunSettings):
     pattern: str | None = Field(None, description="Keep N of every M inputs instead, as 2:4")
     initial_granularity: Granularity | None = Field(
         default=None,
-        description="Comparison group of the initial mask: output, input or linear (default: linear for magnitude, ria "
-        "and alps, else output)",
+        description=f"Comparison group of the initial mask: output, input or linear (default: linear for "
+        f"{methods_with('compares_in_linear')}, else output)",
     )
-    keep_updates: bool = Field(default=False, description="Keep weights that sparsegpt or alps updated")
+    keep_updates: bool = Field(
+        default=False, description=f"Keep the weights that {methods_with('has_updates', 'or')} updated"
+    )
     allocation: Allocation | None = Field(
         default=None,
         description="Spread of sparsity over linears (default: the preset's)",
@@ -115,10 +117,12 @@ class PruneConfig(RunSettings):
 
     def _updates_are_there(self) -> Iterator[Message]:
         if self.keep_updates and not self.method.has_updates:
-            first, *others = (method for method in Initial if method.has_updates)
-            needs = "{keep_updates} needs {initial}{others}: {method} updates no weights"
+            first, *further = (method for method in Initial if method.has_updates)
+            needs = "{keep_updates} needs {initial}{further}: {method} updates no weights"
             setting = SettingName("initial", first)
-            yield message(needs, initial=setting, others="".join(f" or {name}" for name in others), method=self.method)
+            yield message(
+                needs, initial=setting, further="".join(f" or {name}" for name in further), method=self.method
+            )
         elif self.keep_updates and self.refines:
             yield message(
                 "{keep_updates} goes with neither {refine} nor {reconstruct}: these start from the dense weights"
@@ -232,7 +236,8 @@ class RebuildConfig(RunSettings):
     )
     initial: Initial | None = Field(
         None,
-        description="Method that pruned it; decides granularity and ratio (default: its record's, else wanda)",
+        description="Method that pruned PRUNED; sets the defaults of granularity and ratio (default: its record's, "
+        "else wanda)",
     )
     pattern: str | None = Field(None, description="N:M to keep, or unstructured (default: found in `pruned`)")
     preset: Preset | None = Field(
@@ -249,8 +254,8 @@ class RebuildConfig(RunSettings):
 
     def rules(self) -> list[Rule]:
         """Rules about both models, and those of every run."""
-        others = [partial(same_folder, name, getattr(self, name), self.output) for name in ("dense", "pruned")]
-        return [*super().rules(), self._something_is_to_do, *others]
+        in_output = [partial(same_folder, name, getattr(self, name), self.output) for name in ("dense", "pruned")]
+        return [*super().rules(), self._something_is_to_do, *in_output]
 
     def _something_is_to_do(self) -> Iterator[Message]:
         if not self.rebuilds and not self.refines:

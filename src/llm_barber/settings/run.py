@@ -11,7 +11,9 @@ from llm_barber.settings.base import Dtype, Format, OutputFolder, Size, Structur
 from llm_barber.settings.checked import Rule
 from llm_barber.settings.initial import RELEASED_GRANULARITIES, RELEASED_RATIOS
 from llm_barber.settings.presets import (
+    FEWEST_PASSES,
     GUARD,
+    MOST_PASSES,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     PRESETS,
@@ -25,6 +27,9 @@ from llm_barber.settings.presets import (
     Reconstruct,
     Refine,
 )
+
+BATCH_SIZE = "Most windows at a time; can change bfloat16 rounding (default: by the device)"
+NEEDS_REBUILD = "{granularity} and {rebuild_ratio} need the rebuild: leave out {no_rebuild}"
 
 
 class RunSettings(StructureSettings):
@@ -69,7 +74,8 @@ class RunSettings(StructureSettings):
         default=None,
         ge=1,
         le=1000,
-        description="Passes of tuning over the text (default: 2 to 8 by its length; for masks and weights twice that)",
+        description="Passes of tuning over the text (default: "
+        f"{FEWEST_PASSES} to {MOST_PASSES} by its length; for masks and weights twice that)",
     )
     guard: float | None = Field(
         default=None,
@@ -87,9 +93,7 @@ class RunSettings(StructureSettings):
     seqlen: int = Field(2048, ge=2, description="Tokens a window")
     bos: bool = Field(True, description="Begin each window with BOS if the tokenizer begins texts with it")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the choice of windows")
-    batch_size: int | None = Field(
-        None, ge=1, description="Most windows at a time; can change bfloat16 rounding (default: by the device)"
-    )
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Dtype = Field("auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)")
     memory: Size | None = Field(
@@ -177,7 +181,7 @@ class RunSettings(StructureSettings):
 
     def _rebuild_is_on(self) -> Iterator[Message]:
         if self.rebuild is False and (self.granularity is not None or self.rebuild_ratio is not None):
-            yield message("{granularity} and {rebuild_ratio} are of the rebuild, which is switched off")
+            yield message(NEEDS_REBUILD, no_rebuild=SettingName("rebuild", False))
 
     def _weights_fit_masks(self) -> Iterator[Message]:
         if self.refinement is Refine.TUNE and self.reconstruction is Reconstruct.LEAST_SQUARES:
@@ -186,7 +190,7 @@ class RunSettings(StructureSettings):
 
     def _targets_are_used(self) -> Iterator[Message]:
         unused = (
-            "{setting} is of {refine} and {reconstruct}, and {preset} has neither: give one of them, or {mask}, too"
+            "{setting} needs {refine} or {reconstruct}, which {preset} does not use: give one of them, or {mask}, too"
         )
         preset, mask = (SettingName("preset", value) for value in (self.preset_name, Preset.MASK))
         for name in ("target_mix", "guard"):

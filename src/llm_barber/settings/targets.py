@@ -93,7 +93,7 @@ def compile_names(expressions: Sequence[str]) -> list[re.Pattern[str]]:
     """Regular expressions of linears' names.
 
     Raises:
-        ValueError: an expression is not regular.
+        ValueError: an expression is not a valid regular expression.
     """
     compiled = []
     for expression in expressions:
@@ -188,11 +188,11 @@ class Targets:
         for name in head:
             if self.of(layers, name, layers) is None or any(re.search(expression, name) for expression in self.exclude):
                 raise SettingsError(
-                    f"{name} is to be pruned, and left out", "leave out --prune-head, or what excludes it"
+                    f"--prune-head prunes {name}, and another setting leaves it out", "leave out one of the two"
                 )
         numbers = [int(expression) % layers for expression in self.exceptions if _is_number(expression)]
         if len(numbers) > len(set(numbers)):
-            raise SettingsError(message("{sparsities}: two numbers are of one layer"), f"-1 is layer {layers - 1}")
+            raise SettingsError(message("{sparsities} names one layer twice"), f"-1 is layer {layers - 1}")
         for index in self.skip_layers:
             self._check_layer("skip_layers", index, layers)
         selected = 0

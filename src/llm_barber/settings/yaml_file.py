@@ -27,12 +27,13 @@ def read_yaml(path: str | Path) -> Any:
     """A YAML file's content; all scalars are text.
 
     Raises:
-        ValueError: it cannot be read, or a key is there twice.
-        SettingsError: it is no regular file.
+        ValueError: it is no regular file, cannot be read, or has a key twice.
     """
     try:
         check_regular(Path(expanduser(path)), SettingsError)
         return yaml.load(Path(expanduser(path)).read_text(encoding="utf-8"), Loader=_DistinctKeys)
+    except SettingsError as error:
+        raise ValueError(str(error)) from error
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:

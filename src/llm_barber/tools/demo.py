@@ -64,8 +64,8 @@ UNTUNED = DemoMethod(
     "what `prune` does by default, without tuning, which would take too long on this processor",
     {"preset": Preset.MASK, "refine": Refine.NONE},
 )
-# Most seconds that the dense model's perplexity takes, in a process of one thread, where masks are tuned. With more,
-# the demonstration would take longer than two and a half minutes (docs/notebook/demo.md).
+# Most seconds that the dense model's perplexity takes, in a process of one thread, where masks are tuned: with more,
+# tuning would make the demonstration too long (docs/notebook/demo.md).
 SECONDS_TO_TUNE = 6.0
 FULL_METHODS: Methods = {
     "magnitude": METHODS["magnitude"],

@@ -34,7 +34,7 @@ ADDED = 256  # outputs of a program that adds the sums of splits
 
 @dataclass(frozen=True)
 class Division:
-    """How programs divide a weight.
+    """The division of a weight among programs.
 
     `height`: rows of a program. `lanes`: chunks that it takes at once. `splits`: programs that share a row's columns.
     `steps`: of each of them.

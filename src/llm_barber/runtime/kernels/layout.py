@@ -1,4 +1,4 @@
-"""How the kernels read the places of kept weights: words of bits, and how many values come before each."""
+"""Places of kept weights as the kernels read them: words of bits, and the number of values before each word."""
 
 from dataclasses import dataclass
 

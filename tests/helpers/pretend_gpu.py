@@ -4,7 +4,7 @@ It refuses what CUDA refuses: operations on tensors of both devices, numpy array
 the devices are made as early, or arrive as late, as they could (`tests/model/test_copies.py`). PyTorch calls the
 interface below experimental: the pretend GPU is a process of its own, started by `tests/test_pretend_gpu.py`.
 
-    python -m tests.pretend_gpu SETTINGS…
+    python -m tests.helpers.pretend_gpu SETTINGS…
 
 Each SETTINGS is JSON of `PruneConfig` or `EvaluateConfig`; the program prints how far its results are from the CPU's.
 With `room` in it, so many bytes of activations stay on the device, until its memory runs out after a layer. With

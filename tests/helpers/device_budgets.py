@@ -1,6 +1,6 @@
 """Bytes between the host and the pretend GPU, and launches, by stage of a run.
 
-    python -m tests.device_budgets SETTINGS…
+    python -m tests.helpers.device_budgets SETTINGS…
 
 Each SETTINGS is JSON of `PruneConfig`; the program prints a line of JSON for each: for each stage the bytes `to_device`
 and `to_host`, and the `launches`. Stages are those of a run's record, `layer` for the decoder layer that has the
@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llm_barber import PruneConfig, prune
 from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.run import stream
-from tests import pretend_gpu
-from tests.pretend_gpu import DEVICE, OnDevice, on_device
+from tests.helpers import pretend_gpu
+from tests.helpers.pretend_gpu import DEVICE, OnDevice, on_device
 
 STAGES = {"_embed": "embed", "_allocate": "allocate", "_prune_step": "layer"}  # by the functions of `run/stream.py`
 KINDS = ("to_device", "to_host", "launches")
