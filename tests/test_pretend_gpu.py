@@ -79,7 +79,7 @@ def test_the_device_is_waited_for_as_seldom_as_can_be(tmp_path: Path, llama: Pat
     """
     common = {"model": str(llama), "dtype": "float32", "batch_size": 2}
     step = {**common, **TUNED, "calibration": str(tokens), "guard": 0, "counted": "step"}
-    presets = {"paper": {"preset": "paper"}, "mask": {**TUNED, "guard": 0}}
+    presets = {"paper": {"preset": "paper"}, "mask": {**TUNED, "guard": 0}, "held out": {**TUNED, "guard": 0.25}}
     texts = [save_tokens(tmp_path / f"{windows}.safetensors", sequences=windows) for windows in (8, 16)]
     runs = [
         {**common, **preset, "calibration": str(text), "counted": "run"}
@@ -91,5 +91,6 @@ def test_the_device_is_waited_for_as_seldom_as_can_be(tmp_path: Path, llama: Pat
     layers, steps = 2, 2  # a step has four windows
     embedded, lost = {"model/stepping.py capture": 4}, {"model/skeleton.py Skeleton.finish": 8}
     tuned = {CHECK_FINITE: layers * PASSES * steps, BREAK_TIES: layers * PASSES * steps}
+    held_out = {CHECK_FINITE: layers * PASSES, BREAK_TIES: layers * PASSES}  # 6 and 12 windows make 2 and 3 steps
     added = [dict(more - fewer) for fewer, more in zip(in_runs[::2], in_runs[1::2], strict=True)]
-    assert added == [embedded, embedded | lost | tuned]
+    assert added == [embedded, embedded | lost | tuned, embedded | lost | held_out]

@@ -9,6 +9,7 @@ from llm_barber.masking import selection
 from llm_barber.masking.selection import (
     apply_mask,
     count_true,
+    equal_runs,
     lowest,
     lowest_of_each,
     rank_within,
@@ -37,12 +38,37 @@ def test_lowest_is_a_stable_sort(scores: list[list[float]], data: st.DataObject)
 def test_several_tensors_give_the_masks_of_each(tensors: list[list[list[float]]], data: st.DataObject) -> None:
     scores = [torch.tensor(tensor) for tensor in tensors]
     counts = [torch.tensor([data.draw(st.integers(0, len(row))) for row in tensor]) for tensor in tensors]
-    masks = lowest_of_each(scores, counts)
+    masks = lowest_of_each(scores, counts, [None] * len(scores))
     for mask, tensor, count in zip(masks, scores, counts, strict=True):
         assert torch.equal(mask, lowest(tensor, count))
         # A GPU breaks the ties of all groups, also of those without any.
         members = selection._UpToBorder.of(tensor, count, None)
         assert torch.equal(mask, selection._break_ties(tensor, members.border, count))
+
+
+@given(rows, st.data())
+def test_borders_that_a_gpu_selects_are_those_of_a_sort(scores: list[list[float]], data: st.DataObject) -> None:
+    tensor = torch.tensor(scores)
+    tensor[tensor == 1] = -0.0
+    tensor[tensor == 3] = torch.inf
+    counts = torch.tensor([data.draw(st.integers(0, tensor.shape[1])) for _ in scores])
+    runs = equal_runs(counts)
+    assert (runs is None) is (int((counts.diff() != 0).sum()) >= selection.MOST_RUNS)
+    if runs is None:
+        runs = tuple((1, count) for count in counts.tolist())
+    selected, of_sort = (
+        selection._UpToBorder._selected(tensor, counts, runs),
+        selection._UpToBorder.of(tensor, counts),
+    )
+    for name in ("border", "chosen", "surplus"):
+        assert torch.equal(getattr(selected, name), getattr(of_sort, name)), name
+    assert torch.equal(selection._without_ties([selected])[0], lowest(tensor, counts))
+
+
+def test_equal_runs() -> None:
+    assert equal_runs(torch.tensor([3, 3, 2])) == ((2, 3), (1, 2))
+    assert equal_runs(torch.tensor([0])) == ((1, 0),)
+    assert equal_runs(torch.tensor([1, 2, 1])) is None
 
 
 @given(rows)

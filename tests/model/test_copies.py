@@ -1,13 +1,15 @@
 """Batches that are read ahead, and results that are written late, hold the right values."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from llm_barber import PruneConfig, prune
-from llm_barber.model.copies import Copies
+from llm_barber.model.copies import BATCHES_AHEAD, Copies, SideStreams
 from tests.conftest import save_tokens
 from tests.helpers.copies import LateCopier, use_copier
 from tests.helpers.runs import read_untimed_files
@@ -88,3 +90,32 @@ def test_a_run_gives_the_same_bytes(
     assert read_untimed_files(tmp_path / "beside") == read_untimed_files(tmp_path / "plain")
     assert copier.started < 1.5 * copier.waited  # most guesses are right
     assert copier.waited_back < copier.waited / 2  # and most results are on their way while others are computed
+
+
+class Stream:
+    """A CUDA stream that computes nothing before it is waited for."""
+
+    waited: ClassVar[list[int]] = []  # numbers of the events that the process has waited for
+
+    def __init__(self) -> None:
+        self.events = 0
+
+    def wait_event(self, _: Any) -> None:
+        pass
+
+    def record_event(self) -> Any:
+        self.events += 1
+        return SimpleNamespace(synchronize=partial(self.waited.append, self.events))
+
+
+def test_a_process_is_not_far_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits until the batch of `BATCHES_AHEAD` batches ago is read, and for nothing younger."""
+    present = Stream()
+    monkeypatch.setattr(Stream, "waited", [])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: present)
+    streams = SideStreams(torch.device("cuda:0"))
+    batch = SimpleNamespace(record_stream=lambda stream: None)
+    for number in range(1, 8):
+        assert streams.wait((batch, object())) is batch  # type: ignore[arg-type]
+        assert Stream.waited == list(range(1, number - BATCHES_AHEAD + 1))

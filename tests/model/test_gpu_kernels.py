@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
+from llm_barber.model.fixed_order import in_fixed_order
 from llm_barber.model.gpu_kernels import REDUCTIONS, same_kernels
 from tests.conftest import make_model, save_tokens
 from tests.helpers.text import add_tokenizer
@@ -44,6 +45,22 @@ def test_settings_come_back_whatever_happens() -> None:
         assert not matmul.allow_bf16_reduced_precision_reduction_split_k
     finally:
         matmul.allow_bf16_reduced_precision_reduction = True
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_a_program_s_deterministic_mode_is_off_meanwhile(warn_only: bool) -> None:
+    """It refuses `torch.median` on CUDA in some versions, whose values are deterministic."""
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        with same_kernels():
+            assert not torch.are_deterministic_algorithms_enabled()
+            with in_fixed_order():
+                assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_versions_of_pytorch_without_a_flag_for_split_sums(monkeypatch: pytest.MonkeyPatch) -> None:

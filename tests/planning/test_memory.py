@@ -36,6 +36,7 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelShapes(64, 10, 64, 0, 0, (LayerShapes((block,), 0),))
     recipe = replace(PAPER, sequences=1, tokens=1, batch=1, on_cpu=False)
     streams, masks, rebuilding = 3 * 64 * 2, 5 * weights, (4 + 4 + 5) * weights
+    shard = 2 * 2**26  # of 41 MB each
     for granularity, ranking in (
         (Granularity.OUTPUT, 12 * linear + 32 * 2**24),
         (Granularity.INPUT, 12 * linear + 32 * 2**24),
@@ -44,8 +45,8 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         held = peak_footprint(model, replace(recipe, granularity=granularity))
         assert held.device == masks + rebuilding + ranking
-        # A layer's pruned weights on their way to a file; the layer's input while it is written, however long.
-        assert held.host == streams + 2 * weights + 64 * 2
+        # A layer's pruned weights on their way to a file, in pinned blocks; the layer's input while it is written.
+        assert held.host == streams + shard + 64 * 2
     for ranked, ranking in ((Granularity.LINEAR, 44 * linear), (Granularity.OUTPUT, 12 * linear + 32 * 2**24)):
         held = peak_footprint(model, replace(recipe, granularity=None, initial_granularity=ranked))
         assert held.device == masks + ranking
@@ -54,11 +55,11 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LONGEST_ON_GPU", linear)
     held = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK))
     assert held.device == masks + rebuilding + (24 + 4) * weights
-    assert held.host == streams + 8 * weights + 64 * 2
+    assert held.host == streams + 8 * weights + shard + 64 * 2
 
 
 def test_a_shard_that_is_written_takes_memory() -> None:
-    """On a GPU the whole layer on the host; on a CPU pruned weights, which are counted as such, take no more."""
+    """On a GPU the whole layer on the host, its linears in pinned blocks; on a CPU pruned weights take no more."""
     block = BlockShapes("mlp", ((64, 64), (64, 64)), 0)
     weights, others = 2 * 64 * 64, 5000
     for on_cpu, shard in ((True, 2 * others), (False, 2 * (weights + others))):

@@ -167,8 +167,8 @@ def test_inputs_of_another_width_are_refused() -> None:
 
 def test_a_gpu_has_all_that_its_kernels_read_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph captures no lazy computation: places are found when the module moves or loads a state."""
-    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
     (linear, _), (other, _), computed = make_linear(40, 300), make_linear(40, 300, seed=1), []
+    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
 
     def noted(bits: Tensor, shape: tuple[int, int]) -> Places:
         computed.append(bits)
@@ -207,4 +207,4 @@ def test_no_forward_searches_for_triton(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(on_gpu, "find_spec", None)
     linear, dense = make_linear(40, 64)
     check(linear, dense)
-    assert not on_gpu.has_kernels("cpu")
+    assert not on_gpu.has_kernels(torch.device("cpu"))

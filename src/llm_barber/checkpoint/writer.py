@@ -23,6 +23,7 @@ from llm_barber.checkpoint.activations import Activations, newest_activations
 from llm_barber.checkpoint.behind import WriteBehind
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.durable import save_tensors, sync_file, write_durably
+from llm_barber.checkpoint.host_copies import start_copies
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.index import index_of
 from llm_barber.checkpoint.output import check_output, give_name, unwritable
@@ -252,8 +253,14 @@ class CheckpointWriter:
         """
         self.wait_for_shards()
         self._count += 1
-        on_host = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        self._shards.start(partial(self._write_shard, self._count, on_host, name, metadata, header))
+        on_host, wait_for_copies = start_copies(tensors)
+        write = partial(self._write_shard, self._count, on_host, name, metadata, header)
+
+        def write_copies() -> None:
+            wait_for_copies()
+            write()
+
+        self._shards.start(write_copies)
 
     def _write_shard(
         self,

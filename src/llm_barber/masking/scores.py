@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_barber.masking.initial import by_pattern_group
 from llm_barber.masking.pattern import NofM
-from llm_barber.masking.selection import lowest_of_each, rank_within, sort_values
+from llm_barber.masking.selection import Runs, lowest_of_each, rank_within, sort_values
 
 MARGIN = 0.01  # share of a row's mean score by which kept weights are moved up, and pruned weights down
 
@@ -80,18 +80,23 @@ def mask_from_scores(scores: Tensor, keep: Tensor, pruned: Tensor, pattern: NofM
 
 @dataclass(frozen=True)
 class Scored:
-    """A linear whose mask follows from scores; the fields are the arguments of `mask_from_scores`."""
+    """A linear whose mask follows from scores; the fields are the arguments of `mask_from_scores`.
+
+    `runs`: `equal_runs` of the numbers to prune in each row; None: they are not known, or the mask is of N:M.
+    """
 
     scores: Tensor
     keep: Tensor
     pruned: Tensor
     pattern: NofM | None
+    runs: Runs | None = None
 
 
 def masks_from_scores(linears: Sequence[Scored]) -> list[Tensor]:
     """`mask_from_scores` of several linears; a GPU is waited for at most once, for ties in rows."""
     by_row = [linear for linear in linears if linear.pattern is None]
-    of_rows = iter(lowest_of_each([linear.scores for linear in by_row], [linear.pruned[:, 0] for linear in by_row]))
+    counts, runs = [linear.pruned[:, 0] for linear in by_row], [linear.runs for linear in by_row]
+    of_rows = iter(lowest_of_each([linear.scores for linear in by_row], counts, runs))
     return [~next(of_rows) if linear.pattern is None else _mask_of_groups(linear, linear.pattern) for linear in linears]
 
 

@@ -14,6 +14,11 @@ from torch import Tensor
 # A GPU sorts whole groups, at most this many members together, unless a single group has more.
 SORTED_ON_GPU = 2**24
 LONGEST_ON_GPU = 2**31 - 1  # members of a group: the most that `torch.sort` takes on CUDA
+# A GPU selects the border of a group, without sorting it, in one block of threads: so many groups keep it busy.
+SELECTED_ON_GPU = 64
+MOST_RUNS = 2  # of groups whose borders are selected together
+
+Runs = tuple[tuple[int, int], ...]  # groups that follow each other, and the number of members to mark in each of them
 
 
 def sort_values(scores: Tensor) -> Tensor:
@@ -83,20 +88,37 @@ def lowest(scores: Tensor, count: int | Tensor, ordered: Tensor | None = None) -
     Returns:
         bool, (groups, members), with exactly `count` True in each group.
     """
-    counts = torch.as_tensor(count, device=scores.device).expand(len(scores))
-    if counts.device.type == "cpu" and not counts.any():  # a GPU would wait for the answer
+    given = torch.as_tensor(count)
+    on_host = given.device.type == "cpu"  # a GPU would be waited for
+    if on_host and not given.any():
         return torch.zeros_like(scores, dtype=torch.bool)
-    return _without_ties([_UpToBorder.of(scores, counts, ordered)])[0]
+    runs = equal_runs(given.expand(len(scores))) if on_host and scores.device.type != "cpu" else None
+    if runs is None:
+        counts = given.to(scores.device).expand(len(scores))
+    else:  # made on the device: a copy would be waited for
+        counts = torch.cat([torch.full((groups,), number, device=scores.device) for groups, number in runs])
+    return _without_ties([_UpToBorder.of(scores, counts, ordered, runs)])[0]
 
 
-def lowest_of_each(scores: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
+def lowest_of_each(scores: Sequence[Tensor], counts: Sequence[Tensor], runs: Sequence[Runs | None]) -> list[Tensor]:
     """`lowest` of several tensors of scores; a GPU is waited for once, not once for each tensor.
 
     Args:
         scores: each (groups, members), float32, without NaN.
         counts: of each, the number of members to mark in each group: int64 (groups,).
+        runs: `equal_runs` of each one's counts; None: they are not known.
     """
-    return _without_ties([_UpToBorder.of(*pair, None) for pair in zip(scores, counts, strict=True)])
+    of_each = zip(scores, counts, runs, strict=True)
+    return _without_ties([_UpToBorder.of(tensor, wanted, None, known) for tensor, wanted, known in of_each])
+
+
+def equal_runs(counts: Tensor) -> Runs | None:
+    """Runs of groups that have as many members to mark, of int64 (groups,); None: more than `MOST_RUNS`.
+
+    A GPU that has the counts is waited for. Example: [3, 3, 2] -> ((2, 3), (1, 2)).
+    """
+    numbers, lengths = (values.tolist() for values in torch.unique_consecutive(counts, return_counts=True))
+    return tuple(zip(lengths, numbers, strict=True)) if len(numbers) <= MOST_RUNS else None
 
 
 @dataclass(frozen=True)
@@ -114,14 +136,31 @@ class _UpToBorder:
     surplus: Tensor
 
     @classmethod
-    def of(cls, scores: Tensor, counts: Tensor, ordered: Tensor | None) -> "_UpToBorder":
+    def of(
+        cls, scores: Tensor, counts: Tensor, ordered: Tensor | None = None, runs: Runs | None = None
+    ) -> "_UpToBorder":
         """Find the borders, from the sorted scores if they are known."""
+        if ordered is None and runs is not None and scores.device.type != "cpu" and len(scores) >= SELECTED_ON_GPU:
+            return cls._selected(scores, counts, runs)
         ordered = sort_values(scores) if ordered is None else ordered
         last = scores.shape[1] - 1
         border, following = (ordered.gather(1, place.clamp(0, last).unsqueeze(1)) for place in (counts - 1, counts))
         border = border.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
         surplus = (following <= border).squeeze(1) & (counts <= last)
         return cls(scores, counts, border, scores <= border, surplus)
+
+    @classmethod
+    def _selected(cls, scores: Tensor, counts: Tensor, runs: Runs) -> "_UpToBorder":
+        """Find the borders without sorting, which on a GPU takes several times as long."""
+        parts = torch.split(scores, [groups for groups, _ in runs])
+        border = torch.cat(
+            [
+                part.kthvalue(count, 1, keepdim=True).values if count else part.new_full((len(part), 1), -torch.inf)
+                for part, (_, count) in zip(parts, runs, strict=True)
+            ]
+        )
+        chosen = scores <= border
+        return cls(scores, counts, border, chosen, count_true(chosen) > counts)
 
     def break_ties(self) -> Tensor:
         """Members up to the border without the surplus; equal scores are taken from the left."""

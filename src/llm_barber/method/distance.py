@@ -79,9 +79,8 @@ class Squares:
 def _bounded(squares: Tensor, huge: float) -> Tensor:
     """Factor of each square, (n,), that lowers it to `huge` times the median; 1 for smaller squares."""
     bound = torch.maximum(huge * squares.median(), LEAST * squares.max())
-    if bound == 0:  # all squares are zero
-        return torch.ones_like(squares)
-    return bound / squares.clamp_min(bound)
+    # All squares may be zero. A GPU is not waited for to know it.
+    return torch.where(bound > 0, bound / squares.clamp_min(bound), 1.0)
 
 
 def usual_squares(targets: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ def _medians(sizes: Tensor) -> Tensor:
     16 bits that is nearly ten times as fast as `torch.median`.
     """
     if sizes.device.type != "cpu":
-        return sizes.median(1).values
+        return sizes.transpose(1, 2).contiguous().median(-1).values  # a GPU reads rows faster than columns
     bits = sizes.view({2: torch.int16, 4: torch.int32}[sizes.element_size()])
     middle = (sizes.shape[1] - 1) // 2
     # Sequences are transposed separately, which is faster than together.

@@ -14,7 +14,7 @@ from torch import Tensor
 from llm_barber.masking.by_rows import add_scaled, multiply
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.scores import Scored, count_pruned, masks_from_scores, starting_scores
-from llm_barber.masking.selection import apply_mask
+from llm_barber.masking.selection import apply_mask, equal_runs
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.method.distance import Distance
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
@@ -90,6 +90,11 @@ class _Parameters:
     def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
         self._linears = dict(pruned)
         self._pruned_counts = {name: count_pruned(linear.keep, linear.pattern) for name, linear in pruned.items()}
+        self._runs = {
+            name: equal_runs(self._pruned_counts[name][:, 0])
+            for name, linear in pruned.items()
+            if linear.pattern is None and settings.tunes_masks
+        }
         self._scores: dict[str, Tensor] = {}
         self._changes: dict[str, Tensor] = {}  # of the values, in units of `_steps`
         self._steps: dict[str, tuple[Tensor, Tensor]] = {}
@@ -151,7 +156,8 @@ class _Parameters:
         scored = []
         for name, scores in self._scores.items():
             linear = self._linears[name]
-            scored.append(Scored(scores.detach(), linear.keep, self._pruned_counts[name], linear.pattern))
+            counts = self._pruned_counts[name]
+            scored.append(Scored(scores.detach(), linear.keep, counts, linear.pattern, self._runs.get(name)))
         for name, keep in zip(self._scores, masks_from_scores(scored), strict=True):
             linear = self._linears[name]
             # If values change, `weights` and `linears` compute the weight from them, and do not read the linear's.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 COPIES_BACK = 2  # results that are copied back at a time
+BATCHES_AHEAD = 4  # batches on the device that the process may be ahead of what is computed
 Copied = tuple[Tensor, torch.cuda.Event | None]
 
 
@@ -37,6 +38,7 @@ class SideStreams:
         self._to_device = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._to_host = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._under_way: deque[torch.cuda.Event] = deque()
+        self._reads: deque[torch.cuda.Event] = deque()
 
     def start(self, values: Tensor) -> Copied:
         """Start a copy. It waits for nothing: the reader of an array has waited for copies back to it."""
@@ -44,12 +46,18 @@ class SideStreams:
             return values.to(self._device, non_blocking=True), self._to_device.record_event()
 
     def wait(self, copied: Copied) -> Tensor:
-        """Let the present stream wait; the copy's memory is not reused before that stream has used it."""
+        """Let the present stream wait; the copy's memory is not reused before that stream has used it.
+
+        A process that is far ahead of the device waits for it: otherwise batches pile up there.
+        """
         values, done = copied
         assert done is not None
         present = torch.cuda.current_stream(self._device)
         present.wait_event(done)
         values.record_stream(present)
+        self._reads.append(present.record_event())
+        if len(self._reads) > BATCHES_AHEAD:
+            self._reads.popleft().synchronize()
         return values
 
     def start_back(self, values: Tensor, target: Tensor) -> None:

@@ -18,6 +18,7 @@ from llm_barber.model.routes import Bucket, Layout, Routes
 # reading it takes 10 µs at 3 TB/s. Copying it into a stack would only cost time.
 LARGE_WEIGHT = 2**24
 GROUPED_ALIGNMENT = 16  # bytes that divide the strides of what `grouped_mm` takes
+GROUPED_GPUS = (9, 10)  # compute capabilities, without the minor number, for which PyTorch has its kernel
 
 
 class Products(Enum):
@@ -46,7 +47,7 @@ def _has_grouped_kernel(inputs: Tensor) -> bool:
         hasattr(nn.functional, "grouped_mm")  # torch 2.10 and later
         and inputs.device.type == "cuda"
         and inputs.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(inputs.device) >= (9, 0)
+        and torch.cuda.get_device_capability(inputs.device)[0] in GROUPED_GPUS
     )
 
 

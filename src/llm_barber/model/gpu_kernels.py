@@ -10,6 +10,9 @@ A difference of two outputs measures pruning only if both come from the same ker
 - Products in float32: a program, or an environment variable of its container, may have allowed TF32, which rounds
   inputs to 10 bits. Only Gram matrices take it, where it is exact (`masking/statistics.py`).
 
+- Deterministic mode: a program may have switched it on. It would refuse operations whose values are deterministic, as
+  those of `torch.median`, and whose indices nobody reads. What needs it here switches it on itself (`fixed_order.py`).
+
 Only these settings of PyTorch change, and only within the context; on CPUs they have no effect.
 """
 
@@ -26,7 +29,7 @@ REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_prec
 
 @contextmanager
 def same_kernels() -> Iterator[None]:
-    """Compute attention without cuDNN, and products without TF32 and sums in half precision, within the context."""
+    """Set what the module's first lines name, within the context."""
     cuda: Any = torch.backends.cuda
     with ExitStack() as stack:
         stack.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
@@ -34,6 +37,10 @@ def same_kernels() -> Iterator[None]:
         for name in REDUCTIONS:
             stack.callback(setattr, cuda.matmul, name, _reduction(cuda.matmul, name))
             setattr(cuda.matmul, name, False)
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        before = torch.are_deterministic_algorithms_enabled()
+        stack.callback(torch.use_deterministic_algorithms, before, warn_only=warn_only)
+        torch.use_deterministic_algorithms(False)
         stack.enter_context(float32_products({"cuda": "ieee"}))
         yield
 

@@ -17,7 +17,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from llm_barber.checkpoint.activations import save_activations
 from llm_barber.checkpoint.durable import sync_file
-from llm_barber.masking.selection import sort_values
+from llm_barber.masking.selection import SORTED_ON_GPU, sort_values
 from llm_barber.masking.statistics import add_products, exact_half_products, gram_flops
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
 from llm_barber.model.attention import fast_attention
@@ -65,7 +65,8 @@ def measured_rates(
         weight = torch.randn(min(into, 1024), into, device=device)
         exact.add(2 * len(weight) * into**2, stopwatch.least(partial(torch.matmul, weight, total)))
     into = layer.blocks[0].linears[0][1]
-    scores = torch.rand(256, into, device=device)
+    # A GPU is timed with as much as a run gives it at a time: less would be time of launches.
+    scores = torch.rand(256 if device.type == "cpu" else max(1, SORTED_ON_GPU // into), into, device=device)
     halvings = scores.numel() * log2(into)
     read, written, kept = _disk()
     moved = _moved(stopwatch, recipe, into, dtype, device)
@@ -163,7 +164,7 @@ def _copied(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.d
 
 def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
     """Weights a second in a round of swaps, with rows long enough to make all swaps in one round."""
-    rows, columns = 256, 1024
+    rows, columns = 256 if device.type == "cpu" else 4096, 1024
     inputs, weight = (torch.randn(count, columns, device=device) for count in (2 * columns, rows))
     gram = inputs.t() @ inputs / len(inputs)
     keep = weight.abs() > weight.abs().median(1, keepdim=True).values

@@ -13,6 +13,7 @@ from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
 from llm_barber.masking.together import MATRIX_ELEMENTS
 from llm_barber.method.allocation import LOGITS
 from llm_barber.method.refine import MOMENTS_BYTES
+from llm_barber.model.array_memory import block_size
 from llm_barber.model.expert_products import LARGE_WEIGHT
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
@@ -153,8 +154,15 @@ def _layer(layer: LayerShapes, recipe: Recipe) -> Footprint:
 
 
 def _shard(layer: LayerShapes, recipe: Recipe) -> float:
-    """Bytes of a shard on the host while it is written; on a CPU without the pruned weights, counted as such."""
-    return max(0, layer.parameters - (layer.weights if recipe.on_cpu else 0)) * recipe.stored
+    """Bytes of a shard on the host while it is written; on a CPU without the pruned weights, counted as such.
+
+    From a GPU they come in pinned memory, which PyTorch takes in blocks.
+    """
+    others = max(0, layer.parameters - layer.weights) * recipe.stored
+    if recipe.on_cpu:
+        return others
+    shapes = ((block.copies, rows * columns) for block in layer.blocks for rows, columns in block.linears)
+    return others + sum(copies * block_size(weights * recipe.stored) for copies, weights in shapes)
 
 
 def _reading(model: ModelShapes, recipe: Recipe) -> Footprint:

@@ -1,5 +1,6 @@
 """Repeat a computation that did not fit the device's memory, first with activations off the device."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -77,4 +78,5 @@ def with_smaller_batches(
 
 def _empty_cache() -> None:
     if torch.cuda.is_available():
+        gc.collect()  # what failed may be in cycles, which hold memory of the device
         torch.cuda.empty_cache()

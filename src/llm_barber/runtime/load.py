@@ -1,8 +1,6 @@
 """Load a pruned checkpoint as a transformers model, with linears dense or packed in memory."""
 
-import warnings
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -83,11 +81,9 @@ def load(
 
 
 def _check_settings(device: torch.device, keep_packed: KeepPacked, semi_structured: bool) -> None:
-    """Refuse settings that the device does not allow; warn of a slow product."""
+    """Refuse settings that the device does not allow."""
     check_keep_packed(keep_packed, device)
     if semi_structured:
         if any(keep_packed.values()) if isinstance(keep_packed, Mapping) else keep_packed:
             raise SettingsError(message("{keep_packed} and {semi_structured} exclude each other"), "choose one of them")
         check_device(device, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
-    if keep_packed and device.type == "cuda" and find_spec("triton") is None:
-        warnings.warn("without Triton every product unpacks its weight: pip install triton", stacklevel=3)

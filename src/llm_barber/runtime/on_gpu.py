@@ -1,6 +1,8 @@
 """Products of packed linears on a GPU, by Triton's kernels: which kernel takes a product, and what it reads."""
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -11,12 +13,49 @@ from llm_barber.runtime.kernels.operators import packed_product, unpacked
 from llm_barber.runtime.products import is_differentiated, is_plain
 
 GROUPS = 32  # a scale of int8 values is for a multiple of so many columns, or for the whole row
-HAS_TRITON = find_spec("triton") is not None  # looked up once: a search in each product would take longer than it
+OLDEST_GPU = (8, 0)  # compute capability: Triton compiles bfloat16 for no older GPU
+INSTEAD = "every product with a packed weight unpacks it"
 
 
-def has_kernels(device: str) -> bool:
-    """Test whether Triton's kernels run on a device of this type."""
-    return device == "cuda" and HAS_TRITON
+def has_kernels(device: torch.device) -> bool:
+    """Test whether Triton's kernels run on a device; warn, once for each GPU, why they do not."""
+    if device.type != "cuda":
+        return False
+    return _runs_kernels(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _runs_kernels(index: int) -> bool:
+    """Test a GPU by its number: a first launch compiles C, which fails without a compiler or Python's headers."""
+    if find_spec("triton") is None:
+        warnings.warn(f"without Triton {INSTEAD}: pip install triton", stacklevel=4)
+        return False
+    if torch.cuda.get_device_capability(index) < OLDEST_GPU:
+        name = torch.cuda.get_device_name(index)
+        warnings.warn(f"Triton's kernels need compute capability 8.0: on {name} {INSTEAD}", stacklevel=4)
+        return False
+    try:
+        _launch(torch.device("cuda", index))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"Triton's kernels do not run here, so that {INSTEAD} ({type(error).__name__}: {reason}); Triton needs a C "
+            "compiler and Python's headers (Debian: gcc, python3-dev)",
+            stacklevel=4,
+        )
+        return False
+    return True
+
+
+def _launch(device: torch.device) -> None:
+    """Unpack a small weight, of which half is kept.
+
+    Raises:
+        Exception: whatever Triton raises.
+    """
+    bits = torch.full((8,), 0b0101_0101, dtype=torch.uint8, device=device)
+    values = torch.ones(32, dtype=torch.bfloat16, device=device)
+    GpuWeight(find_places(bits, (1, 64)), values, None, 0, 64, torch.bfloat16).unpack()
 
 
 @dataclass(frozen=True)
@@ -81,11 +120,15 @@ class GpuWeight:
 
 
 class PlacesOnGpu:
-    """Places of the values of a linear that may move or get other bits: found when it moves, not by a product."""
+    """Places of the values of a linear that may move or get other bits: found when it moves, not by a product.
+
+    `usable`: the linear is where the kernels run.
+    """
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self._shape = shape
         self._places: Places | None = None
+        self.usable = False
 
     def of(self, bits: Tensor) -> Places:
         """Places of the values of these bits."""
@@ -95,7 +138,8 @@ class PlacesOnGpu:
 
     def prepare(self, bits: Tensor) -> None:
         """Find the places where kernels will read them; forget them elsewhere."""
-        if has_kernels(bits.device.type):
+        self.usable = has_kernels(bits.device)
+        if self.usable:
             self.of(bits)
         else:
             self._places = None

@@ -61,6 +61,7 @@ class PackedLinear(nn.Module):
         self._parts: dict[int, tuple[Tensor, Parts]] = {}  # by number of parts: the bits, and the rows of each part
         self._places = on_gpu.PlacesOnGpu(packed.shape)
         native.library()  # it has to be loaded before the process forks, to know a forked process
+        self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy, which has pointers of its own."""
@@ -92,7 +93,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The unpacked weight, (out, in)."""
-        if on_gpu.has_kernels(self.values.device.type):
+        if self._places.usable:
             return self.gpu_weight().unpack()
         if not self.values.is_cpu:
             return unpack_on_device(self.values, self.bits, self.shape)
@@ -107,7 +108,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
-        if on_gpu.has_kernels(self.values.device.type):
+        if self._places.usable:
             return self.gpu_weight().multiply(inputs, self.bias)
         bias = self._parameters["bias"]
         differentiated = is_differentiated(inputs, bias)

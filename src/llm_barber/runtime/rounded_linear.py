@@ -65,6 +65,7 @@ class RoundedLinear(nn.Module):
         self._ready: dict[tuple[int, torch.dtype, bool], Weight] = {}
         self._places = on_gpu.PlacesOnGpu(self.shape)
         native.library()  # it has to be loaded before the process forks, to know a forked process
+        self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy, which has pointers of its own."""
@@ -105,7 +106,7 @@ class RoundedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
-        if on_gpu.has_kernels(self.values.device.type):
+        if self._places.usable:
             return self.gpu_weight().multiply(inputs, self.bias)
         bias = self._parameters["bias"]
         differentiated = is_differentiated(inputs, bias)
@@ -146,7 +147,7 @@ class RoundedLinear(nn.Module):
 
     def _unpack(self, into: Tensor | None) -> Tensor:
         """The weight as it was packed, in new memory or in `into`, (out, in)."""
-        if on_gpu.has_kernels(self.values.device.type):
+        if self._places.usable:
             return self.gpu_weight().unpack()
         with outside_transforms():
             scales = self.scales.view(torch.bfloat16)

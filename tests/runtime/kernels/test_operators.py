@@ -1,7 +1,9 @@
 """The kernels as operators: what torch.compile and CUDA graphs need of them, as far as a CPU can tell."""
 
 import copy
+import re
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -124,9 +126,54 @@ def test_what_the_kernels_do_not_take_goes_to_pytorch(linear: PackedLinear | Rou
         linear(torch.ones(2, 320))
 
 
-def test_kernels_are_for_cuda_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_gpu, "HAS_TRITON", True)
-    assert on_gpu.has_kernels("cuda")
-    assert not on_gpu.has_kernels("cpu")
-    monkeypatch.setattr(on_gpu, "HAS_TRITON", False)
-    assert not on_gpu.has_kernels("cuda")
+@pytest.mark.parametrize(
+    ("has_triton", "capability", "launch", "words"),
+    [
+        (True, (8, 0), None, None),
+        (True, (12, 0), None, None),
+        (False, (9, 0), None, "without Triton every product .* pip install triton"),
+        (True, (7, 5), None, "need compute capability 8.0: on a card every product"),
+        (
+            True,
+            (9, 0),
+            RuntimeError("Failed to find C compiler.\nSpecify it"),
+            r"RuntimeError: Failed to find C compiler\.",
+        ),
+    ],
+)
+def test_where_the_kernels_run(
+    monkeypatch: pytest.MonkeyPatch,
+    has_triton: bool,
+    capability: tuple[int, int],
+    launch: Exception | None,
+    words: str | None,
+) -> None:
+    launched: list[torch.device] = []
+
+    def noted(device: torch.device) -> None:
+        launched.append(device)
+        if launch is not None:
+            raise launch
+
+    monkeypatch.setattr(on_gpu, "find_spec", lambda _: has_triton or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(on_gpu, "_launch", noted)
+    on_gpu._runs_kernels.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for name in ("cuda:1", "cuda"):  # the current one: asked once
+                assert on_gpu.has_kernels(torch.device(name)) is (words is None)
+            assert not on_gpu.has_kernels(torch.device("cpu"))
+    finally:
+        on_gpu._runs_kernels.cache_clear()
+    assert launched == [torch.device("cuda:1")] * (has_triton and capability >= (8, 0))
+    assert len(caught) == (words is not None)
+    assert words is None or re.search(words, str(caught[0].message))
+
+
+def test_the_launch_that_tests_a_gpu() -> None:
+    """In Triton's interpreter: its weight is what it says."""
+    on_gpu._launch(torch.device("cpu"))

@@ -66,8 +66,8 @@ def test_int8_values_are_restored_bit_for_bit(dtype: torch.dtype, columns: int, 
 
 def test_many_rows_of_inputs_are_multiplied_with_the_unpacked_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(6, 600).masked_fill(torch.rand(6, 600) < 0.6, 0)
-    linear = packed_linear(weight)
     monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
+    linear = packed_linear(weight)
     inputs = torch.randn(5, 600)
     torch.testing.assert_close(linear(inputs), inputs @ weight.T)
     events = launches(monkeypatch, kernel, "_unpack")

@@ -9,12 +9,11 @@ from torch.nn.functional import linear
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 from llm_barber.tools.selftest import products
-from llm_barber.tools.selftest.bench import Bench
+from llm_barber.tools.selftest.bench import Bench, half_pruned
 from llm_barber.tools.selftest.products import (
     check_attention,
     check_packed,
     check_semi_structured,
-    half_pruned,
     same_attention,
     share_of_bound,
 )

@@ -150,3 +150,10 @@ def compare_masks(first: Path, second: Path) -> tuple[int, int]:
         raise ValueError("the two checkpoints have other weights")
     different = sum(int(((tensor != 0) != (second_weights[name] != 0)).sum()) for name, tensor in first_weights.items())
     return different, sum(tensor.numel() for tensor in first_weights.values())
+
+
+def half_pruned(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A random weight, (out, in), of which half is zero."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    return weight.masked_fill(torch.rand(shape, generator=generator) < 0.5, 0.0).to(device, dtype)

@@ -8,10 +8,8 @@ may round inputs to eight bits, too: half a step, max |x| / 254, for each weight
 """
 
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +24,15 @@ from llm_barber.runtime.load import load
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 from llm_barber.runtime.semi_structured import CAPABILITY
-from llm_barber.tools.selftest.bench import Bench
+from llm_barber.tools.selftest.bench import Bench, half_pruned
 from llm_barber.tools.selftest.result import Finding, NotRunError
+from llm_barber.tools.selftest.speeds import packed_speed
 
 # (out, in): whole blocks of the kernels, odd sizes, a single output, rows that are no whole number of bytes.
 SHAPES = ((512, 1024), (320, 1000), (1, 64), (33, 70))
 INPUT_ROWS = (1, 2, 4, 5, 8, 9, 16, 17, 40)  # on both sides of what kernels take
-TIMED_SHAPE, TIMED_CALLS = (4096, 4096), 50
 # Heads, heads of keys and features of a head; each with a causal flag, and with a mask.
 HEADS = ((8, 8, 64), (8, 2, 128), (4, 1, 80), (4, 4, 256))
-
-
-def half_pruned(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A random weight, (out, in), of which half is zero."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator)
-    return weight.masked_fill(torch.rand(shape, generator=generator) < 0.5, 0.0).to(device, dtype)
 
 
 def share_of_bound(
@@ -112,35 +103,6 @@ def _packed_module(weight: Tensor, bias: Tensor | None, rounded: bool) -> Packed
         return None if parts is None else RoundedLinear(parts, parameter)
     packed = pack(weight)
     return None if packed is None else PackedLinear(packed, parameter)
-
-
-@torch.no_grad()
-def packed_speed(bench: Bench) -> str:
-    """Times of products with one row of inputs, packed and dense, in words."""
-    weight = half_pruned(TIMED_SHAPE, bench.dtype, torch.device("cpu"))
-    packed = pack(weight)
-    assert packed is not None
-    module, dense = PackedLinear(packed, None).to(bench.device), weight.to(bench.device)
-    inputs = torch.randn(1, TIMED_SHAPE[1], device=bench.device, dtype=bench.dtype)
-    times = [_microseconds(bench, product) for product in (lambda: module(inputs), lambda: linear(inputs, dense))]
-    kernel = "by Triton" if find_spec("triton") else "without Triton, unpacked each time"
-    return (
-        f"one row of inputs, {TIMED_SHAPE[0]} × {TIMED_SHAPE[1]}, half pruned: packed {times[0]:.1f} µs ({kernel}), "
-        f"dense {times[1]:.1f} µs"
-    )
-
-
-def _microseconds(bench: Bench, product: Callable[[], Tensor]) -> float:
-    """Least microseconds a call, of five rounds after one to warm up."""
-    seconds: list[float] = []
-    for _ in range(6):
-        torch.cuda.synchronize(bench.device)
-        start = time.perf_counter()
-        for _ in range(TIMED_CALLS):
-            product()
-        torch.cuda.synchronize(bench.device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]) / TIMED_CALLS * 1e6
 
 
 def check_semi_structured(bench: Bench) -> Iterator[Finding]:

@@ -1,0 +1,72 @@
+"""Speed of products with packed and with dense weights on a GPU."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from llm_barber.checkpoint.encoding import pack
+from llm_barber.runtime.on_gpu import has_kernels
+from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.tools.selftest.bench import Bench, half_pruned
+
+SHAPE, ROUNDS = (4096, 4096), 5
+ROTATED_BYTES = 2**28  # of packed weights that are multiplied in turn: no GPU's cache holds them
+Product = Callable[[], Tensor]
+
+
+@torch.no_grad()
+def packed_speed(bench: Bench) -> str:
+    """Times of products of one row of inputs with packed and with dense weights, in words.
+
+    Weights come from memory, as those of a model do. In a CUDA graph, where the kernels can be captured, nothing but
+    the kernels takes time.
+    """
+    weight = half_pruned(SHAPE, bench.dtype, torch.device("cpu"))
+    packed = pack(weight)
+    assert packed is not None
+    count = -(-ROTATED_BYTES // packed.bytes)
+    module = PackedLinear(packed, None).to(bench.device)
+    modules = [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+    weights = [weight.to(bench.device, copy=True) for _ in range(count)]
+    inputs = torch.randn(1, SHAPE[1], device=bench.device, dtype=bench.dtype)
+    captures = has_kernels(bench.device)
+    times = {
+        "packed": _times(bench.device, [partial(each, inputs) for each in modules], captures),
+        "dense": _times(bench.device, [partial(linear, inputs, each) for each in weights], captures),
+    }
+    shown = ", ".join(f"{name} {words}" for name, words in times.items())
+    kernel = "" if captures else " (without Triton: unpacked each time)"
+    return f"one row of inputs, {SHAPE[0]} × {SHAPE[1]}, half pruned, weights from memory: {shown}{kernel}"
+
+
+def _times(device: torch.device, products: Sequence[Product], captures: bool) -> str:
+    """Microseconds of a product, called from Python and, if they can be captured, in a CUDA graph, in words."""
+    called = f"{_microseconds(device, partial(_call, products)) / len(products):.1f} µs"
+    if not captures:
+        return called
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        _call(products)
+    return f"{called} ({_microseconds(device, graph.replay) / len(products):.1f} in a CUDA graph)"
+
+
+def _call(products: Sequence[Product]) -> None:
+    for product in products:
+        product()
+
+
+def _microseconds(device: torch.device, call: Callable[[], None]) -> float:
+    """Least microseconds of several calls, after one to warm up."""
+    seconds: list[float] = []
+    for _ in range(ROUNDS + 1):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]) * 1e6
