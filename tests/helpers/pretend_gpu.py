@@ -128,6 +128,8 @@ class PretendGpu(TorchFunctionMode):
             return None
         named.pop("pin_memory", None)
         if named.get("device") is not None and torch.device(named["device"]) == DEVICE:
+            if function in (torch.tensor, torch.as_tensor):  # of values of the host
+                note_wait()
             return OnDevice(function(*arguments, **{**named, "device": "cpu"}))
         return function(*arguments, **named)
 
@@ -144,9 +146,11 @@ def _to(values: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         elif argument is not None:
             device = torch.device(argument)
     device = torch.device(named.pop("device", None) or device or values.device)
-    named.pop("non_blocking", None)
+    non_blocking = named.pop("non_blocking", False)
     if device.type == "meta":
         return values.to(device, *others, **named)
+    if device == DEVICE and not isinstance(values, OnDevice) and not non_blocking:
+        note_wait()  # until the copy is complete
     with torch._C.DisableTorchFunctionSubclass():
         cast = torch.Tensor.to(values, *others, **named) if others or named else values
     if (device == DEVICE) is isinstance(cast, OnDevice):
@@ -162,7 +166,7 @@ class WorstCopies(LateCopier):
         self._device = device
 
     def start(self, values: torch.Tensor) -> Copied:
-        return super().start(values)[0].to(self._device), None
+        return super().start(values)[0].to(self._device, non_blocking=True), None
 
 
 def _copy(values: torch.Tensor, place: torch.Tensor, _: bool = False) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from llm_barber.runtime.load import load
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.tools.selftest.bench import CPU, Bench
-from llm_barber.tools.selftest.graphs import Decoder, check_graphs, check_no_waits, decode_eagerly
+from llm_barber.tools.selftest.graphs import Decoder, check_graphs, check_no_waits, decode_eagerly, judge_logits
 from llm_barber.tools.selftest.result import NotRunError
 
 
@@ -19,6 +19,27 @@ def test_logits_of_steps_are_those_of_the_whole_text(bench: Bench) -> None:
     logits = decode_eagerly(Decoder(model, prompt, len(tokens)), tokens)
     whole = model(torch.cat([prompt, tokens.view(1, -1)], 1)).logits[0, 8:]
     torch.testing.assert_close(logits[:, 0, 0], whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_compiled_step_gives_the_same_logits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a CPU can tell: PyTorch traces a step with packed weights and a cache of fixed size."""
+    modes: list[str] = []
+    compile_model = torch.compile
+
+    def traced(model: torch.nn.Module, mode: str) -> torch.nn.Module:
+        modes.append(mode)
+        return compile_model(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    folder, _, _ = bench.prune(CPU, initial="magnitude", rebuild=False, format="packed")
+    model = load(folder, keep_packed=True, dtype=torch.float32)
+    prompt, tokens = torch.arange(8)[None], torch.arange(3)[:, None, None] + 8
+    expected = decode_eagerly(Decoder(model, prompt, len(tokens)), tokens)
+    compiled = decode_eagerly(Decoder(model, prompt, len(tokens)).compile(), tokens)
+    assert modes == ["reduce-overhead"]
+    assert judge_logits("compiled", compiled, expected).passed
+    assert not judge_logits("compiled", compiled + 1e-3 * expected.abs().max(), expected).passed
 
 
 def test_a_cpu_has_no_graphs(bench: Bench) -> None:
