@@ -49,7 +49,7 @@ class Budget:
 # each pass reads them, and writes them back. `other`: finished weights, and inputs of the next layer, for the disk.
 ROOM = 10**9
 TUNED = {"preset": "mask", "tune_passes": 1, "guard": 0}
-RUNS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
+RUN_BUDGETS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
     "paper": (
         {"preset": "paper", "room": ROOM},
         {
@@ -105,7 +105,7 @@ def test_a_budget_is_a_limit() -> None:
 def test_no_stage_takes_more_than_its_budget(llama: Path, tokens: Path) -> None:
     common = {"model": str(llama), "calibration": str(tokens), "dtype": "float32", "batch_size": 2}
     for (name, (_, budgets)), stages in zip(
-        RUNS.items(), counts(*({**common, **settings} for settings, _ in RUNS.values())), strict=True
+        RUN_BUDGETS.items(), counts(*({**common, **settings} for settings, _ in RUN_BUDGETS.values())), strict=True
     ):
         assert stages.keys() == budgets.keys(), name
         for stage, counted in stages.items():

@@ -40,7 +40,11 @@ def test_a_gpu_is_waited_for_by_whoever_writes(monkeypatch: pytest.MonkeyPatch) 
         events.append("record")
         return SimpleNamespace(synchronize=lambda: events.append("wait"))
 
-    monkeypatch.setattr(host_copies, "pinned_memory", lambda *_: Pinned())
+    def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Pinned:
+        assert (shape, dtype) == (OnGpu.shape, OnGpu.dtype)
+        return Pinned()
+
+    monkeypatch.setattr(host_copies, "pinned_memory", pinned)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: record(device))
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_barber import PruneConfig, prune
-from llm_barber.model.copies import BATCHES_AHEAD, Copies, SideStreams
+from llm_barber.model.copies import READS_AHEAD, Copies, SideStreams
 from tests.conftest import save_tokens
 from tests.helpers.copies import LateCopier, use_copier
 from tests.helpers.runs import read_untimed_files
@@ -109,7 +109,7 @@ class Stream:
 
 
 def test_a_process_is_not_far_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits until the batch of `BATCHES_AHEAD` batches ago is read, and for nothing younger."""
+    """It waits until the device has come to the read of `READS_AHEAD` reads ago, and for nothing younger."""
     present = Stream()
     monkeypatch.setattr(Stream, "waited", [])
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
@@ -118,4 +118,4 @@ def test_a_process_is_not_far_ahead_of_the_device(monkeypatch: pytest.MonkeyPatc
     batch = SimpleNamespace(record_stream=lambda stream: None)
     for number in range(1, 8):
         assert streams.wait((batch, object())) is batch  # type: ignore[arg-type]
-        assert Stream.waited == list(range(1, number - BATCHES_AHEAD + 1))
+        assert Stream.waited == list(range(1, number - READS_AHEAD + 1))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_barber.masking.pattern import NofM
 from llm_barber.planning.costs import run_costs
+from llm_barber.planning.initial_costs import ranking_work
 from llm_barber.planning.memory import peak_footprint
 from llm_barber.planning.passes import forward_work
 from llm_barber.planning.recipe import Recipe
@@ -163,6 +164,18 @@ def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
         assert getattr(shared.total, name) == getattr(alone.total, name)
     assert recipe.among(4).local_sequences == 2  # of six: the busiest has two
     assert peak_footprint(MODEL, recipe.among(2)).host < peak_footprint(MODEL, recipe).host
+
+
+@pytest.mark.parametrize(("on_cpu", "rows", "selects"), [(True, 64, False), (False, 64, True), (False, 63, False)])
+def test_a_gpu_selects_the_border_of_rows_and_sorts_what_is_compared_in_a_linear(
+    on_cpu: bool, rows: int, selects: bool
+) -> None:
+    block, weights = BlockShapes("mlp", ((rows, 8),), 0), rows * 8
+    recipe = replace(PAPER, on_cpu=on_cpu)
+    by_row = ranking_work(block, recipe)
+    assert by_row.moved == (60 + 32 * selects) * weights
+    assert by_row.sorted == (0 if selects else 3 * weights)  # log2 of 8
+    assert ranking_work(block, replace(recipe, initial=Initial.RIA)).sorted > 0
 
 
 def test_a_pattern_is_ranked_without_sorting() -> None:

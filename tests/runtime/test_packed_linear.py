@@ -1,6 +1,7 @@
 """Packed linears: the parts that GPUs use, run on the CPU, against brute force; the choice between them."""
 
 import copy
+import io
 import pickle
 import threading
 
@@ -187,16 +188,16 @@ def test_a_gpu_has_all_that_its_kernels_read_before_the_first_product(monkeypatc
     nn.Sequential(linear).float()
     copied = copy.deepcopy(linear)
     check_places(copied, linear.bits)
-    assert len(computed) == 1
+    assert len(computed) == 2  # a copy has places of its own
     assert set(linear.state_dict()) == {"values", "bits", "bias"}
     linear.bits, linear.values = other.bits, other.values  # replaced: the places are of other bits
     check_places(linear, other.bits)
     check_places(copied, copied.bits)
     flipped = other.bits.flip(0)
     linear.load_state_dict({**other.state_dict(), "bits": flipped})  # in place
-    assert len(computed) == 3
+    assert len(computed) == 4
     check_places(linear, flipped)
-    assert len(computed) == 3
+    assert len(computed) == 4
     monkeypatch.setattr(on_gpu, "has_kernels", lambda _: False)
     linear.to("cpu")  # back: a GPU's memory is not held
     assert linear._places._places is None
@@ -206,5 +207,30 @@ def test_no_forward_searches_for_triton(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("importlib.util.find_spec", None)
     monkeypatch.setattr(on_gpu, "find_spec", None)
     linear, dense = make_linear(40, 64)
+    monkeypatch.setattr(on_gpu, "has_kernels", None)  # asked when the linear was made
     check(linear, dense)
-    assert not on_gpu.has_kernels(torch.device("cpu"))
+    assert torch.equal(linear.weight, dense.weight)
+
+
+def test_a_linear_is_asked_for_its_device_where_its_buffers_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate moves buffers by replacing them, and `torch.load` maps a file of a GPU to a CPU."""
+    monkeypatch.setattr(on_gpu, "has_kernels", lambda device: device.type == "meta")  # stands for a GPU
+    linear, dense = make_linear(40, 64)
+    on_cpu = dict(linear._buffers)
+    for name, buffer in on_cpu.items():
+        linear._buffers[name] = buffer.to("meta")
+    assert linear._places.usable(linear.bits)
+    linear._buffers.update(on_cpu)
+    assert not linear._places.usable(linear.bits)
+    check(linear, dense)
+
+
+def test_a_linear_whose_places_are_found_can_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
+    linear, _ = make_linear(40, 64)  # the kernels read the bits of whole words, as another dtype
+    file = io.BytesIO()
+    torch.save(linear, file)
+    file.seek(0)
+    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: False)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again.weight, linear.to("cpu").weight)

@@ -30,7 +30,7 @@ def start_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Call
 
 
 def _start_copy(tensor: Tensor) -> Tensor:
-    """Copy by the stream that computes: memory that is freed is not used again before."""
+    """Copy by the stream that computes: memory that is freed is not used again before the copy is complete."""
     if tensor.device.type != "cuda":
         return tensor.cpu().contiguous()
     return pinned_memory(tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=True)

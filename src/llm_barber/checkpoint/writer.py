@@ -99,7 +99,9 @@ class CheckpointWriter:
         try:
             try:
                 self._shards.wait()
-            except OSError as unwritten:
+            except (OSError, RuntimeError) as unwritten:  # of the disk, or of a GPU's copy
+                if error is None and isinstance(unwritten, RuntimeError):
+                    raise
                 error = error or unwritten  # the run's own error is reported
             with suppress(Exception):
                 self._activations.wait()

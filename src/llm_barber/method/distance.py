@@ -80,7 +80,7 @@ def _bounded(squares: Tensor, huge: float) -> Tensor:
     """Factor of each square, (n,), that lowers it to `huge` times the median; 1 for smaller squares."""
     bound = torch.maximum(huge * squares.median(), LEAST * squares.max())
     # All squares may be zero. A GPU is not waited for to know it.
-    return torch.where(bound > 0, bound / squares.clamp_min(bound), 1.0)
+    return torch.where(bound == 0, 1.0, bound / squares.clamp_min(bound))
 
 
 def usual_squares(targets: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Tune the masks of a decoder layer, its kept weights, or both, by a short run of Adam.
 
 The loss is the mean squared distance (`distance.py`) between the pruned layer's output, on the inputs that the pruned
-model gives it, and its target (`targets.py`). Masks follow from scores (`masking/scores.py`), which start as
+model gives it, and its target (`target_output.py`). Masks follow from scores (`masking/scores.py`), which start as
 Wanda's. Held-out windows choose the pass whose result is kept, or none.
 """
 
@@ -70,7 +70,7 @@ def tune_layer(
     Args:
         layer: the decoder layer, with any weights.
         pruned: masks and values to start from, by linear.
-        distance: from the targets, that of `targets.write_targets`.
+        distance: from the targets, that of `target_output.write_targets`.
         settings: number of held-out windows; passes over the other windows.
         streams: the layer's input and its target (`TARGET`).
         label: the layer's name in messages.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 COPIES_BACK = 2  # results that are copied back at a time
-BATCHES_AHEAD = 4  # batches on the device that the process may be ahead of what is computed
+READS_AHEAD = 4  # batches of arrays that the process may have read before the device has come to them
 Copied = tuple[Tensor, torch.cuda.Event | None]
 
 
@@ -56,7 +56,7 @@ class SideStreams:
         present.wait_event(done)
         values.record_stream(present)
         self._reads.append(present.record_event())
-        if len(self._reads) > BATCHES_AHEAD:
+        if len(self._reads) > READS_AHEAD:
             self._reads.popleft().synchronize()
         return values
 

@@ -9,11 +9,10 @@ A difference of two outputs measures pruning only if both come from the same ker
 - Products in half precision: by default cuBLAS may add partial sums in half precision, depending on the shape.
 - Products in float32: a program, or an environment variable of its container, may have allowed TF32, which rounds
   inputs to 10 bits. Only Gram matrices take it, where it is exact (`masking/statistics.py`).
+- Deterministic mode: a program may have switched it on. It would refuse `torch.median` and `torch.kthvalue`, whose
+  values are deterministic, and whose indices nobody reads. Gradients switch it on themselves (`fixed_order.py`).
 
-- Deterministic mode: a program may have switched it on. It would refuse operations whose values are deterministic, as
-  those of `torch.median`, and whose indices nobody reads. What needs it here switches it on itself (`fixed_order.py`).
-
-Only these settings of PyTorch change, and only within the context; on CPUs they have no effect.
+Only these settings of PyTorch change, and only within the context; on CPUs the first three have no effect.
 """
 
 from collections.abc import Iterator
@@ -37,10 +36,10 @@ def same_kernels() -> Iterator[None]:
         for name in REDUCTIONS:
             stack.callback(setattr, cuda.matmul, name, _reduction(cuda.matmul, name))
             setattr(cuda.matmul, name, False)
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        before = torch.are_deterministic_algorithms_enabled()
-        stack.callback(torch.use_deterministic_algorithms, before, warn_only=warn_only)
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            stack.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+            torch.use_deterministic_algorithms(False)
         stack.enter_context(float32_products({"cuda": "ieee"}))
         yield
 

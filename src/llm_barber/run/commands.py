@@ -35,7 +35,7 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunReport:
 
     Raises:
         BarberError: whatever is wrong with settings, model, calibration text or output. Layers that were
-            finished stay in `OUT.partial`, for `resume`.
+            finished stay in `OUT.partial`, for `resume`, but not after NaN or Inf.
     """
     progress = progress or Silent()
     with current_gpu_kept(), joined() as ranks:
@@ -108,7 +108,7 @@ def rebuild(config: RebuildConfig, progress: Progress | None = None) -> RunRepor
 
     Raises:
         BarberError: whatever is wrong with settings, models, calibration text or output. Layers that were
-            finished stay in `OUT.partial`, for `resume`.
+            finished stay in `OUT.partial`, for `resume`, but not after NaN or Inf.
     """
     progress = progress or Silent()
     with current_gpu_kept(), joined() as ranks:

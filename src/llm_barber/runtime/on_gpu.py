@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from llm_barber.model.device import is_out_of_memory
 from llm_barber.runtime.kernels.layout import DECODE_ROWS, Places, find_places
 from llm_barber.runtime.kernels.operators import packed_product, unpacked
 from llm_barber.runtime.products import is_differentiated, is_plain
@@ -37,6 +38,8 @@ def _runs_kernels(index: int) -> bool:
     try:
         _launch(torch.device("cuda", index))
     except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise  # and is not remembered
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
             f"Triton's kernels do not run here, so that {INSTEAD} ({type(error).__name__}: {reason}); Triton needs a C "
@@ -120,15 +123,13 @@ class GpuWeight:
 
 
 class PlacesOnGpu:
-    """Places of the values of a linear that may move or get other bits: found when it moves, not by a product.
-
-    `usable`: the linear is where the kernels run.
-    """
+    """Places of the values of a linear that may move or get other bits: found when it moves, not by a product."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self._shape = shape
         self._places: Places | None = None
-        self.usable = False
+        self._device: torch.device | None = None
+        self._runs = False
 
     def of(self, bits: Tensor) -> Places:
         """Places of the values of these bits."""
@@ -136,10 +137,16 @@ class PlacesOnGpu:
             self._places = find_places(bits, self._shape)
         return self._places
 
+    def usable(self, bits: Tensor) -> bool:
+        """Test whether the kernels run where the bits are; asked again only when these are somewhere else."""
+        if bits.device != self._device:
+            self._device, self._runs = bits.device, has_kernels(bits.device)
+        return self._runs
+
     def prepare(self, bits: Tensor) -> None:
         """Find the places where kernels will read them; forget them elsewhere."""
-        self.usable = has_kernels(bits.device)
-        if self.usable:
+        self._device = None
+        if self.usable(bits):
             self.of(bits)
         else:
             self._places = None

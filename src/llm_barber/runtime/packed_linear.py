@@ -64,8 +64,13 @@ class PackedLinear(nn.Module):
         self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of a copy, which has pointers of its own."""
-        return {**self.__dict__, "_ready": {}, "_parts": {}}
+        """State of a copy, which has pointers and places of its own."""
+        return {**self.__dict__, "_ready": {}, "_parts": {}, "_places": on_gpu.PlacesOnGpu(self.shape)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy; on a GPU, find what its kernels need."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.prepare()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load buffers in place: other bits have other starts."""
@@ -93,7 +98,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The unpacked weight, (out, in)."""
-        if self._places.usable:
+        if self._places.usable(self.bits):
             return self.gpu_weight().unpack()
         if not self.values.is_cpu:
             return unpack_on_device(self.values, self.bits, self.shape)
@@ -108,7 +113,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
-        if self._places.usable:
+        if self._places.usable(self.bits):
             return self.gpu_weight().multiply(inputs, self.bias)
         bias = self._parameters["bias"]
         differentiated = is_differentiated(inputs, bias)

@@ -68,8 +68,13 @@ class RoundedLinear(nn.Module):
         self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of a copy, which has pointers of its own."""
-        return {**self.__dict__, "_ready": {}}
+        """State of a copy, which has pointers and places of its own."""
+        return {**self.__dict__, "_ready": {}, "_places": on_gpu.PlacesOnGpu(self.shape)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy; on a GPU, find what its kernels need."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.prepare()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load buffers in place: other bits have other starts."""
@@ -106,7 +111,7 @@ class RoundedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
-        if self._places.usable:
+        if self._places.usable(self.bits):
             return self.gpu_weight().multiply(inputs, self.bias)
         bias = self._parameters["bias"]
         differentiated = is_differentiated(inputs, bias)
@@ -147,7 +152,7 @@ class RoundedLinear(nn.Module):
 
     def _unpack(self, into: Tensor | None) -> Tensor:
         """The weight as it was packed, in new memory or in `into`, (out, in)."""
-        if self._places.usable:
+        if self._places.usable(self.bits):
             return self.gpu_weight().unpack()
         with outside_transforms():
             scales = self.scales.view(torch.bfloat16)

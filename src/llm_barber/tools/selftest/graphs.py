@@ -50,10 +50,12 @@ class Decoder:
 
 @torch.no_grad()
 def check_graphs(bench: Bench) -> Iterator[Finding]:
-    """Decode with packed weights: without a wait, and in a CUDA graph that gives what eager decoding gives.
+    """Decode with packed weights: without a wait, and in CUDA graphs that give what eager decoding gives.
+
+    One graph is captured here, and others by `torch.compile`.
 
     Raises:
-        NotRunError: the device is a CPU.
+        NotRunError: the device is a CPU, or Triton's kernels do not run on it.
     """
     if not bench.on_gpu:
         raise NotRunError("a CPU has no CUDA graphs")

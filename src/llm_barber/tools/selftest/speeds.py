@@ -40,7 +40,7 @@ def packed_speed(bench: Bench) -> str:
         "dense": _times(bench.device, [partial(linear, inputs, each) for each in weights], captures),
     }
     shown = ", ".join(f"{name} {words}" for name, words in times.items())
-    kernel = "" if captures else " (without Triton: unpacked each time)"
+    kernel = "" if captures else " (Triton's kernels do not run here: unpacked each time)"
     return f"one row of inputs, {SHAPE[0]} × {SHAPE[1]}, half pruned, weights from memory: {shown}{kernel}"
 
 
