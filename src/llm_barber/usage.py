@@ -7,6 +7,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -67,9 +68,8 @@ def peak_memory() -> int:
 
 
 def current_memory() -> int:
-    """Current resident set of this process, in bytes; the largest so far where only that is known."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak_memory()
+    """Current resident set of this process, in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def reset_peak_memory() -> None:

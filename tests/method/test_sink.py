@@ -100,7 +100,7 @@ def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, den
     assert all(share is not None for share in shares)
     ruled = [layer.index for layer in report.layers if layer.concentration and layer.concentration.token_after > 0.5]
     assert 0 in ruled
-    assert any(f"({', '.join(map(str, ruled))}): an attention sink" in message for message in listener.warnings)
+    assert any(f": {', '.join(map(str, ruled))}. Held-out windows" in message for message in listener.warnings)
     assert RunReport.model_validate_json(report.to_json()) == report
 
 

@@ -33,7 +33,9 @@ class HelpCommand(TyperCommand):
                 panel = OPTIONS
             else:
                 panel = getattr(parameter, "rich_help_panel", None) or OUTPUT
-            panels.setdefault(panel, []).append((_names(parameter), getattr(parameter, "help", None) or ""))
+            panels.setdefault(panel, []).append(
+                (_names(parameter), (getattr(parameter, "help", None) or "").removesuffix("."))
+            )
         usage = " ".join([ctx.command_path, "[OPTIONS]", *(names for names, _ in panels.get(ARGUMENTS, []))])
         _print_help(usage, self.help, panels, self.epilog)
 
@@ -48,9 +50,16 @@ class HelpGroup(TyperGroup):
             command = self.get_command(ctx, name)
             if command is not None:
                 commands.append((name, _paragraphs(command.help)[0]))
-        options: Rows = [(_names(option), getattr(option, "help", None) or "") for option in self.get_params(ctx)]
+        options: Rows = [
+            (_names(option), (getattr(option, "help", None) or "").removesuffix(".")) for option in self.get_params(ctx)
+        ]
         usage = f"{ctx.command_path} COMMAND [OPTIONS] …"
         _print_help(usage, self.help, {COMMANDS: commands, OPTIONS: options}, self.epilog)
+
+
+def _row(parameter: Any) -> tuple[str, str]:
+    """Row of a panel: an argument or option as the user types it, and its help text."""
+    return _names(parameter), (getattr(parameter, "help", None) or "").removesuffix(".")
 
 
 def _names(parameter: Any) -> str:

@@ -90,9 +90,9 @@ def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress
     if sinks := layers_ruled_by_one_token(report):
         layers = "layer" if len(sinks) == 1 else "layers"
         progress.warn(
-            f"one token of a window holds most of the distance that tuning lowers in {len(sinks)} {layers} of "
-            f"{len(report.layers)} ({', '.join(map(str, sinks))}): an attention sink, whose error is handed on. "
-            f"Held-out windows count it as {HUGE_TOKEN:g} median tokens; the page of the run has its share"
+            f"after tuning, one token of a window (an attention sink) has more than half of the remaining distance in "
+            f"{len(sinks)} {layers} of {len(report.layers)}: {', '.join(map(str, sinks))}. Held-out windows count it "
+            f"as {HUGE_TOKEN:g} median tokens; the page of the run has its share"
         )
     idle_experts = {
         (layer.index, linear.name.rpartition(".")[0])
