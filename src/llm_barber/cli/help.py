@@ -33,9 +33,7 @@ class HelpCommand(TyperCommand):
                 panel = OPTIONS
             else:
                 panel = getattr(parameter, "rich_help_panel", None) or OUTPUT
-            panels.setdefault(panel, []).append(
-                (_names(parameter), (getattr(parameter, "help", None) or "").removesuffix("."))
-            )
+            panels.setdefault(panel, []).append(_row(parameter))
         usage = " ".join([ctx.command_path, "[OPTIONS]", *(names for names, _ in panels.get(ARGUMENTS, []))])
         _print_help(usage, self.help, panels, self.epilog)
 
@@ -50,9 +48,7 @@ class HelpGroup(TyperGroup):
             command = self.get_command(ctx, name)
             if command is not None:
                 commands.append((name, _paragraphs(command.help)[0]))
-        options: Rows = [
-            (_names(option), (getattr(option, "help", None) or "").removesuffix(".")) for option in self.get_params(ctx)
-        ]
+        options: Rows = [_row(option) for option in self.get_params(ctx)]
         usage = f"{ctx.command_path} COMMAND [OPTIONS] …"
         _print_help(usage, self.help, {COMMANDS: commands, OPTIONS: options}, self.epilog)
 
