@@ -7,7 +7,8 @@ can ruin all other channels. The norm in front of the next linears scales huge c
 Huge tokens: in most models one token of a window, mostly the first, has states that are a hundred times as large as
 those of the other tokens (an attention sink). Its error arises in the layer that writes it, and later layers hand it
 on. It hides whether the other tokens come nearer, so held-out windows count it for less. Gradients count it in full:
-Adam scales the steps of each weight separately (`docs/method/tuning.md` has the measurements).
+Adam scales the steps of each weight separately, and where it counts for less, tuned weights ruin it
+(`docs/method/tuning.md` has the measurements).
 """
 
 from dataclasses import dataclass
