@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from llm_barber.checkpoint import activation_writer
 from llm_barber.checkpoint import durable as durable_module
+from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.behind import WriteBehind
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.output import check_output
@@ -323,3 +324,21 @@ def test_folders_in_the_work_folder_are_no_obstacle(tmp_path: Path) -> None:
             assert writer.next_is_written is (settings == {"resume": True})
             assert not (writer.folder / "additional_chat_templates").exists()
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+
+
+@pytest.mark.parametrize("own", [None, ValueError("of the run")])
+def test_a_copy_that_fails_does_not_hide_the_error_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: Exception | None
+) -> None:
+    """A GPU's error arrives in the writing thread; nothing is written of what was not copied."""
+
+    def fail() -> None:
+        raise RuntimeError("a copy failed")
+
+    monkeypatch.setattr(writer_module, "start_copies", lambda tensors: (dict(tensors), fail))
+    expected = own or RuntimeError("a copy failed")
+    with pytest.raises(type(expected), match=str(expected)), CheckpointWriter(tmp_path / "out", 1, False, 1) as writer:
+        writer.write_shard({"a": torch.ones(2)})
+        if own is not None:
+            raise own
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -144,8 +144,13 @@ def test_it_trains_as_a_masked_parametrisation_does(name: str) -> None:
             optimizer.step()
         for index in (0, 2):
             assert torch.equal(model[index].weight == 0, oracle[index].weight == 0)
-            torch.testing.assert_close(model[index].weight, oracle[index].weight, rtol=1e-6, atol=1e-7)
-            torch.testing.assert_close(model[index].bias, oracle[index].bias, rtol=1e-6, atol=1e-7)
+            for tensor, expected in (
+                (model[index].weight, oracle[index].weight),
+                (model[index].bias, oracle[index].bias),
+            ):
+                # Means of rows and columns, which Adafactor takes, are rounded differently on some processors.
+                tolerance = 1e-6 if name == "adafactor" else 0
+                torch.testing.assert_close(tensor, expected, rtol=tolerance, atol=tolerance / 10)
 
 
 def test_infinite_gradients_of_pruned_weights_do_not_count() -> None:

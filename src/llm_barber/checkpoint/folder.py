@@ -39,8 +39,7 @@ def take_lock(path: Path, output: Path) -> IO[str]:
     """Hold a lock file until it is closed.
 
     The operating system releases the lock when the process ends, however it ends. The file keeps its content: it may be
-    the marker of a folder. (The package `filelock` may remove the file, or, where the file system has no locks, fall
-    back to one that a killed process keeps.)
+    the marker of a folder.
 
     Args:
         path: the lock file.

@@ -99,10 +99,11 @@ class CheckpointWriter:
         try:
             try:
                 self._shards.wait()
-            except (OSError, RuntimeError) as unwritten:  # of the disk, or of a GPU's copy
-                if error is None and isinstance(unwritten, RuntimeError):
-                    raise
+            except OSError as unwritten:
                 error = error or unwritten  # the run's own error is reported
+            except RuntimeError:  # a GPU's copy
+                if error is None:
+                    raise
             with suppress(Exception):
                 self._activations.wait()
             if self.folder.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
@@ -256,13 +257,8 @@ class CheckpointWriter:
         self.wait_for_shards()
         self._count += 1
         on_host, wait_for_copies = start_copies(tensors)
-        write = partial(self._write_shard, self._count, on_host, name, metadata, header)
-
-        def write_copies() -> None:
-            wait_for_copies()
-            write()
-
-        self._shards.start(write_copies)
+        self._shards.start(wait_for_copies)
+        self._shards.start(partial(self._write_shard, self._count, on_host, name, metadata, header))
 
     def _write_shard(
         self,

@@ -45,7 +45,7 @@ def measured_rates(
         device: the device that computes.
         network: bytes/s between processes, which are not measured.
     """
-    stopwatch = _Stopwatch(device)
+    stopwatch = Stopwatch(device)
     layer = model.largest_layer
     shapes = {(min(rows, LARGEST), min(columns, LARGEST)) for block in layer.blocks for rows, columns in block.linears}
     rows = recipe.batch_tokens
@@ -107,7 +107,9 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class _Stopwatch:
+class Stopwatch:
+    """Times runs on a device."""
+
     device: torch.device
 
     def least(self, run: Callable[[], object], times: int = 5) -> float:
@@ -126,7 +128,7 @@ class _Stopwatch:
 
 
 def _attention(
-    stopwatch: _Stopwatch, model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device
+    stopwatch: Stopwatch, model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device
 ) -> float:
     """FLOP/s of causal attention, with heads of 64 features that share no keys.
 
@@ -140,7 +142,7 @@ def _attention(
     return 2 * sequences * recipe.tokens**2 * heads * 64 / seconds
 
 
-def _moved(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
+def _moved(stopwatch: Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
     """Bytes/s of the steps between matrix products: conversions, products and sums of a batch."""
     hidden, gate = (torch.randn(recipe.batch_tokens, features, dtype=dtype, device=device) for _ in range(2))
 
@@ -154,7 +156,7 @@ def _moved(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dt
     return hidden.numel() * touched / stopwatch.least(chain)
 
 
-def _copied(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
+def _copied(stopwatch: Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
     """Bytes/s from host memory to the device; on a CPU within its memory."""
     batch = torch.randn(recipe.batch_tokens, features, dtype=dtype)
     batch = batch if device.type == "cpu" else batch.pin_memory()  # as activations and read layers are
@@ -162,7 +164,7 @@ def _copied(stopwatch: _Stopwatch, recipe: Recipe, features: int, dtype: torch.d
     return batch.numel() * recipe.itemsize / stopwatch.least(lambda: copy.copy_(batch, non_blocking=True))
 
 
-def _searched(stopwatch: _Stopwatch, device: torch.device) -> float:
+def _searched(stopwatch: Stopwatch, device: torch.device) -> float:
     """Weights a second in a round of swaps, with rows long enough to make all swaps in one round."""
     rows, columns = 256 if device.type == "cpu" else 4096, 1024
     inputs, weight = (torch.randn(count, columns, device=device) for count in (2 * columns, rows))

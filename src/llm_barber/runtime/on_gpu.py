@@ -131,6 +131,10 @@ class PlacesOnGpu:
         self._device: torch.device | None = None
         self._runs = False
 
+    def __reduce__(self) -> tuple[type["PlacesOnGpu"], tuple[tuple[int, int]]]:
+        """Start a copy without places: it may be read on another device."""
+        return PlacesOnGpu, (self._shape,)
+
     def of(self, bits: Tensor) -> Places:
         """Places of the values of these bits."""
         if self._places is None or self._places.bits is not bits:

@@ -64,8 +64,8 @@ class PackedLinear(nn.Module):
         self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of a copy, which has pointers and places of its own."""
-        return {**self.__dict__, "_ready": {}, "_parts": {}, "_places": on_gpu.PlacesOnGpu(self.shape)}
+        """State of a copy, which has pointers of its own."""
+        return {**self.__dict__, "_ready": {}, "_parts": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy; on a GPU, find what its kernels need."""

@@ -1,7 +1,6 @@
 """Speed of products with packed and with dense weights on a GPU."""
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,11 +9,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llm_barber.checkpoint.encoding import pack
+from llm_barber.planning.measured_rates import Stopwatch
 from llm_barber.runtime.on_gpu import has_kernels
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.tools.selftest.bench import Bench, half_pruned
 
-SHAPE, ROUNDS = (4096, 4096), 5
+SHAPE = (4096, 4096)
 ROTATED_BYTES = 2**28  # of packed weights that are multiplied in turn: no GPU's cache holds them
 Product = Callable[[], Tensor]
 
@@ -46,27 +46,16 @@ def packed_speed(bench: Bench) -> str:
 
 def _times(device: torch.device, products: Sequence[Product], captures: bool) -> str:
     """Microseconds of a product, called from Python and, if they can be captured, in a CUDA graph, in words."""
-    called = f"{_microseconds(device, partial(_call, products)) / len(products):.1f} µs"
+    stopwatch, microseconds = Stopwatch(device), 1e6 / len(products)
+    called = f"{stopwatch.least(partial(_call, products)) * microseconds:.1f} µs"
     if not captures:
         return called
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph):
         _call(products)
-    return f"{called} ({_microseconds(device, graph.replay) / len(products):.1f} in a CUDA graph)"
+    return f"{called} ({stopwatch.least(graph.replay) * microseconds:.1f} in a CUDA graph)"
 
 
 def _call(products: Sequence[Product]) -> None:
     for product in products:
         product()
-
-
-def _microseconds(device: torch.device, call: Callable[[], None]) -> float:
-    """Least microseconds of several calls, after one to warm up."""
-    seconds: list[float] = []
-    for _ in range(ROUNDS + 1):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]) * 1e6
