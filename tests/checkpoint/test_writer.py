@@ -244,7 +244,7 @@ def test_the_lock_is_held_until_activations_are_written(tmp_path: Path, monkeypa
         write(tmp_path / "out")
     goes_on.set()
     deadline = time.monotonic() + 60
-    while not writer._work_folder.lock.closed and time.monotonic() < deadline:
+    while writer._work_folder.lock.is_locked and time.monotonic() < deadline:
         time.sleep(0.01)
     with CheckpointWriter(tmp_path / "out", 2, False, 0, resume=True) as again:
         reached, activations = again.read_activations()
@@ -256,16 +256,16 @@ def test_the_lock_is_taken_again_after_its_folder_was_removed(tmp_path: Path, mo
     """Another run has removed its work folder after this one opened the lock in it."""
     flock, opened = fcntl.flock, []
 
-    def late(lock: Any, how: int) -> None:
-        if not opened:
-            shutil.rmtree(tmp_path / "out.partial")
-        opened.append(lock)
+    def late(lock: int, how: int) -> None:
+        if how == fcntl.LOCK_EX | fcntl.LOCK_NB:
+            if not opened:
+                shutil.rmtree(tmp_path / "out.partial")
+            opened.append(lock)
         flock(lock, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
     write(tmp_path / "out")
     assert len(opened) == 2
-    assert opened[0].closed
 
 
 def test_an_output_finished_by_another_run_before_the_lock_stays(

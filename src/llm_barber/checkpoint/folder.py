@@ -1,15 +1,18 @@
 """A folder that belongs to one command: marked by a file, and locked for one run at a time."""
 
-import fcntl
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from llm_barber.errors import OutputError
 
 ATTEMPTS = 100  # to make a folder that another run may remove meanwhile
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system that has no locks
 
 
 def claim_folder(folder: Path, marker: str, explanation: str) -> None:
@@ -35,32 +38,40 @@ def claim_folder(folder: Path, marker: str, explanation: str) -> None:
         raise OutputError(f"cannot write {folder}: {error.strerror}", "choose another output folder") from error
 
 
-def take_lock(path: Path, output: Path) -> IO[str]:
-    """Hold a lock file until it is closed.
+def take_lock(path: Path, output: Path) -> FileLock:
+    """Hold a lock file until the lock is released, by any thread.
 
     The operating system releases the lock when the process ends, however it ends. The file keeps its content: it may be
     the marker of a folder.
 
     Args:
-        path: the lock file.
+        path: the lock file; made if its folder exists.
         output: the folder that the holder writes, for messages.
 
     Raises:
         OutputError: another run holds the lock, or the file system has no locks.
+        FileNotFoundError: the folder does not exist, or another run has removed it meanwhile.
         OSError: the file cannot be written.
     """
-    file = path.open("r+" if path.exists() else "w")
+
+    def check_path(locked_file: int) -> None:
+        if not os.path.samestat(os.fstat(locked_file), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    lock = FileLock(path, blocking=False, thread_local=False, preserve_lock_file=True, on_acquired=check_path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if not isinstance(error, BlockingIOError):
-            raise OutputError(
-                f"{path} cannot be locked: {error.strerror}",
-                "some shared file systems have no locks unless mounted with them (flock); choose a folder on another",
-            ) from error
+        lock.acquire()
+    except Timeout as error:
+        path.stat()  # FileNotFoundError: the file was removed before it was locked
         raise OutputError(f"another run is writing {output}", "wait for it, or choose another output folder") from error
-    return file
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        raise OutputError(
+            f"{path} cannot be locked: {error.strerror}",
+            "some shared file systems have no locks unless mounted with them (flock); choose a folder on another",
+        ) from error
+    return lock
 
 
 @contextmanager
@@ -71,32 +82,29 @@ def locked(path: Path) -> Iterator[None]:
         OutputError: another run holds the lock, or the file cannot be written.
     """
     try:
-        file = take_lock(path, path.parent)
+        lock = take_lock(path, path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
-    with file:
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def make_locked(folder: Path, name: str, output: Path) -> IO[str]:
+def make_locked(folder: Path, name: str, output: Path) -> FileLock:
     """Make a folder that its run removes in the end, and hold the lock file `name` in it.
 
     Raises:
         OutputError: another run holds the lock, or the folder cannot be made.
     """
-    for attempts_left in reversed(range(ATTEMPTS)):
+    for attempt in count(1):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = take_lock(folder / name, output)
+            return take_lock(folder / name, output)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and attempts_left:
-                continue
-            raise _cannot_write(folder, error) from error
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), (folder / name).stat()):
-                return lock
-        lock.close()  # the locked file is of a folder that another run has removed meanwhile
-    raise OutputError(f"cannot write {folder}: it is removed again and again", "choose another output folder")
+            if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS:
+                raise _cannot_write(folder, error) from error
+    raise AssertionError  # for mypy: `count` has no end
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

@@ -32,7 +32,7 @@ class WorkFolder:
         try:
             self._check_again(overwrite)
         except BaseException:
-            self.lock.close()
+            self.lock.release()
             raise
 
     def _check_again(self, overwrite: bool) -> None:

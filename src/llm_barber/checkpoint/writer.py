@@ -87,7 +87,7 @@ class CheckpointWriter:
         try:
             state, self.lost = take_up(self.folder, self.state.key, self.overwrite, self.resume)
         except BaseException:
-            self._work_folder.lock.close()
+            self._work_folder.lock.release()
             raise
         if state is not None:
             self.state, self._written = state, dict(state.shards)
@@ -111,7 +111,7 @@ class CheckpointWriter:
                     self._work_folder.remove()
                 self._work_folder.remove_parents()
         finally:  # last: whoever holds the lock may take over the files in the folder
-            self._shards.when_done(partial(self._activations.when_done, self._work_folder.lock.close))
+            self._shards.when_done(partial(self._activations.when_done, self._work_folder.lock.release))
         if isinstance(error, OSError):
             raise unwritable(self.output, error, self.resumable) from error
 
