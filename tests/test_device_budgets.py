@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils import backend_registration
 
-from tests.conftest import COMMON
+from llm_barber import PruneConfig
+from llm_barber.planning.launches import allocation_launches, layer_launches
+from llm_barber.planning.recipe import Recipe
+from tests.conftest import COMMON, FAMILIES
+from tests.helpers.plans import shapes_of
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this PyTorch has no devices written in Python", allow_module_level=True)
@@ -87,6 +92,16 @@ RUN_BUDGETS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
 }
 
 
+# Of the plan's launches in a layer, as a share of those counted: other versions, and attention in several kernels.
+LAUNCHES_ARE_LIKE = (0.7, 1.3)
+RUNS_OF_PLANS: dict[str, dict[str, Any]] = {
+    "paper": {"preset": "paper"},
+    "mask": {"preset": "mask"},
+    "best": {"preset": "best"},
+    "mask, 2:4": {"preset": "mask", "pattern": "2:4"},
+}
+
+
 def counts(*settings: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
     """Counts of each run, by stage, from a process for all of them."""
     command = [sys.executable, "-m", "tests.helpers.device_budgets", *map(json.dumps, settings)]
@@ -110,3 +125,19 @@ def test_no_stage_takes_more_than_its_budget(llama: Path, tokens: Path) -> None:
         assert stages.keys() == budgets.keys(), name
         for stage, counted in stages.items():
             assert budgets[stage].allows(counted), f"{name}, {stage}: {counted}, budget {budgets[stage]}"
+
+
+def test_a_plan_knows_the_launches(llama: Path, tokens: Path) -> None:
+    common: dict[str, Any] = {"model": str(llama), "calibration": str(tokens), "dtype": "float32", "batch_size": 2}
+    settings = [{**common, **changes} for changes in RUNS_OF_PLANS.values()]
+    model = shapes_of(FAMILIES["llama"])
+    for (name, changes), stages in zip(RUNS_OF_PLANS.items(), counts(*settings), strict=True):
+        config = PruneConfig(**common, **changes, output=tokens.parent / "out", samples=SEQUENCES, seqlen=TOKENS)
+        recipe = Recipe.of(config, 2, torch.float32, torch.float32, torch.device("cuda"))
+        planned = sum(layer_launches(model.layers[0], recipe).values())
+        low, high = (share * stages["layer"]["launches"] for share in LAUNCHES_ARE_LIKE)
+        assert low <= planned <= high, f"{name}: {planned} planned, {stages['layer']['launches']} counted"
+        if "allocate" in stages:
+            planned = allocation_launches(model, recipe)
+            low, high = (share * stages["allocate"]["launches"] for share in LAUNCHES_ARE_LIKE)
+            assert low <= planned <= high, f"{name}: {planned} planned, {stages['allocate']['launches']} counted"

@@ -35,7 +35,7 @@ def played(layers: int, reading: float, of_a_layer: float, writing: float) -> fl
 @pytest.mark.parametrize("written", [1e2, 1e3, 1e6, 1e8])
 def test_a_gpu_waits_for_a_slow_disk_the_first_layer_and_the_last_shard(written: float, read: float) -> None:
     costs = run_costs(DEEP, GPU)
-    rates = replace(RATES, written=written, read=read, moved=1e6)
+    rates = replace(RATES, written=written, read=read, moved=1e6, launches=1e12)
     layer = sum(sum(rates.seconds(getattr(costs, name)).values()) for name in LAYER_STAGES) / 32
     reading, writing = costs.read.read / 32 / read, 117 * 2 / written
     waited = waiting_seconds(costs, DEEP, rates, GPU)
@@ -43,6 +43,14 @@ def test_a_gpu_waits_for_a_slow_disk_the_first_layer_and_the_last_shard(written:
     assert waited["read"]["disk"] + waited["write"]["disk"] == pytest.approx(expected, rel=0.03)
     assert waited["write"]["link"] == 32 * 117 * 2 / rates.copied  # off the device before
     assert waited["keep"]["disk"] == 0
+
+
+def test_a_gpu_waits_for_launches_that_take_longer_than_its_work() -> None:
+    """Two seconds of products; launches of one second are hidden behind them, and of five seconds three are not."""
+    for launches, waited in ((10, 0), (50, 3)):
+        costs = Costs(tune=Work(products=2, launches=launches))
+        seconds = waiting_seconds(costs, DEEP, replace(RATES, products=1.0, launches=10.0), GPU)["tune"]
+        assert (seconds["compute"], seconds["launches"]) == (2, waited)
 
 
 def test_an_allocation_waits_for_its_first_layer_and_a_slow_disk() -> None:

@@ -10,7 +10,8 @@ from llm_barber.planning.rates import KINDS
 class StageForecast(BaseModel):
     """Work of a stage in the process that has the most of it, and its seconds by resource.
 
-    The stages `write` and `keep` run while a GPU computes layers: their seconds are those that the layers wait.
+    The stages `write` and `keep` run while a GPU computes layers: their seconds are those that the layers wait. Seconds
+    of launches are those that a GPU waits for the host to start its next kernel.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,7 +47,7 @@ class ProcessesForecast(BaseModel):
 
     @property
     def bottleneck(self) -> str:
-        """The resource that takes most of the time: compute, memory, link, network or disk."""
+        """The resource that takes most of the time: compute, memory, link, network, disk or launches."""
         kinds = {kind: sum(stage.seconds_by_kind[kind] for stage in self.stages) for kind in KINDS.values()}
         return max(kinds, key=lambda kind: kinds[kind])
 

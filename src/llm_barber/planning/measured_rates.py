@@ -29,6 +29,7 @@ from llm_barber.planning.shapes import ModelShapes
 
 LARGEST = 4096  # rows and columns of measured matrices, at most
 DISK_BYTES = 2**26  # of the measured file
+LAUNCHES = 1000  # of one measurement
 SECONDS = 1.0  # for one measurement
 
 
@@ -85,6 +86,7 @@ def measured_rates(
         read=read,
         written=written,
         kept=kept,
+        launches=_launches(stopwatch, device),
     )
 
 
@@ -172,6 +174,17 @@ def _searched(stopwatch: Stopwatch, device: torch.device) -> float:
     keep = weight.abs() > weight.abs().median(1, keepdim=True).values
     seconds = stopwatch.least(lambda: swap_pairs(keep, weight, gram, SWAPS_A_ROUND), 2)
     return rows * (columns + ROW) / seconds
+
+
+def _launches(stopwatch: Stopwatch, device: torch.device) -> float:
+    """Operations a second that PyTorch starts, each on one number."""
+    number = torch.zeros(1, device=device)
+
+    def start_all() -> None:
+        for _ in range(LAUNCHES):
+            number.add_(1)
+
+    return LAUNCHES / stopwatch.least(start_all)
 
 
 def _disk() -> tuple[float, float, float]:

@@ -11,17 +11,18 @@ KINDS = {
     "products": "compute", "gradients": "compute", "attention": "compute", "grams": "compute", "exact": "compute",
     "moved": "memory", "sorted": "memory", "ordered": "memory", "searched": "memory",
     "copied": "link", "reduced": "network",
-    "read": "disk", "written": "disk", "kept": "disk",
+    "read": "disk", "written": "disk", "kept": "disk", "launches": "launches",
 }  # fmt: skip
 # Assumed speeds of a named machine: shares of the rate of matrix products.
 ATTENTION_SHARE, FLOAT32_SHARE, TF32_SHARE = 0.5, 0.125, 0.5
 # Bytes that memory moves: to sort an element, for each halving; for a weight, in a round of swaps.
 SORTING_BYTES, SEARCHING_BYTES = 8, 400
+LAUNCHES = 150_000.0  # kernels a second that PyTorch starts, assumed for a named machine
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Amounts a second, of each kind of `Work`; FLOP/s, bytes/s, elements/s."""
+    """Amounts a second, of each kind of `Work`; FLOP/s, bytes/s, elements/s, launches/s."""
 
     products: float
     gradients: float
@@ -37,9 +38,10 @@ class Rates:
     read: float
     written: float
     kept: float
+    launches: float
 
     def seconds(self, work: Work) -> dict[str, float]:
-        """Seconds of work by resource: compute, memory, link (host, device), network (processes), disk."""
+        """Seconds of work by resource: compute, memory, link (host, device), network (processes), disk, launches."""
         seconds = dict.fromkeys(KINDS.values(), 0.0)
         for kind in fields(self):
             seconds[KINDS[kind.name]] += getattr(work, kind.name) / getattr(self, kind.name)
@@ -73,4 +75,5 @@ def named_rates(
         grams=exact if dtype == torch.float32 else max(exact, flops * TF32_SHARE), exact=exact,
         moved=memory, sorted=sorting, ordered=sorting, searched=memory / SEARCHING_BYTES,
         copied=link, reduced=network, read=disk, written=disk, kept=disk,
+        launches=LAUNCHES,
     )  # fmt: skip

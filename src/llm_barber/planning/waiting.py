@@ -9,6 +9,7 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes
 
 LAYER_STAGES = ("initial", "rebuild", "refine", "tune", "propagate")  # computed while files are written
+DEVICE_KINDS = ("compute", "memory", "link")  # resources that are busy while the host starts further kernels
 Seconds = dict[str, dict[str, float]]  # by stage and resource
 
 
@@ -56,7 +57,12 @@ def _waited(disk: float, computing: float, layers: int) -> float:
 
 
 def _seconds(costs: Costs, rates: Rates) -> Seconds:
-    return {stage.name: rates.seconds(getattr(costs, stage.name)) for stage in fields(costs)}
+    """Seconds of each stage by resource; of launches, those that are not hidden behind the device's work."""
+    seconds = {stage.name: rates.seconds(getattr(costs, stage.name)) for stage in fields(costs)}
+    for by_kind in seconds.values():
+        of_device = sum(by_kind[kind] for kind in DEVICE_KINDS)
+        by_kind["launches"] = max(0.0, by_kind["launches"] - of_device)
+    return seconds
 
 
 def _computing(seconds: Seconds) -> float:

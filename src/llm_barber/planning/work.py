@@ -13,7 +13,7 @@ class Work:
     memory by everything but matrix products, `copied` between host and device, `reduced` over the processes, `read` and
     `written` on disk, `kept` there for `--resume`, with a faster hash than the output's. Elements times the binary
     logarithm of the number that is sorted together: `sorted` as values alone, `ordered` with their order
-    (`torch.sort`). `searched`: weights that rounds of swaps look at.
+    (`torch.sort`). `searched`: weights that rounds of swaps look at. `launches`: kernels that a GPU starts.
     """
 
     products: float = 0
@@ -30,6 +30,7 @@ class Work:
     read: float = 0
     written: float = 0
     kept: float = 0
+    launches: float = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))

@@ -1,0 +1,83 @@
+"""Kernels that a GPU starts in each stage of a run: the host takes time for each, however little the kernel does.
+
+The numbers were counted in runs of a tiny LLaMA on a pretended GPU, and `tests/test_device_budgets.py` compares a plan
+with such runs. Other families start a few more, or fewer.
+"""
+
+import math
+from collections.abc import Iterable
+
+from llm_barber.model.architecture import ATTENTION
+from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
+from llm_barber.settings.presets import Allocation
+
+# In a pass of a block over a batch, beside one for each linear: norm, activation and residual; rotary embeddings.
+BLOCK, ROTARY = 11, 9
+BACKWARD = 1.25  # times the forward
+STATISTICS = 7  # of the inputs that some linears read, for a batch
+# For each linear of a layer: its initial mask; the ranking of the rebuild; errors of blocks; starting scores of tuning.
+MASK, REBUILT, ERRORS, SCORES = 20, 73, 40, 37
+# For each linear and batch: gradients of the rebuild, and of the allocation.
+REBUILD_GRADIENTS, ALLOCATION_GRADIENTS = 11, 40
+# Of tuning: for a sequence, and for each linear of it; for each linear in a step, and more where both masks and weights
+# are tuned, or for N:M; for a batch of held-out windows.
+SEQUENCE, SUMS, STEP, BOTH, PATTERN, JUDGED = 20, 2, 23, 13, 25, 45
+
+
+def layer_launches(layer: LayerShapes, recipe: Recipe) -> dict[str, float]:
+    """Kernels of a decoder layer, by stage of `Costs`; for a GPU."""
+    once = _forward(layer.blocks)
+    batches = _batches(recipe, recipe.local_sequences)
+    linears, groups = _linears(layer.blocks), sum(len(block.groups) for block in layer.blocks)
+    launches: dict[str, float] = {"initial": MASK * linears, "propagate": batches * once}
+    if recipe.initial.reads_inputs:
+        launches["initial"] += batches * (once + STATISTICS * groups)
+    if recipe.granularity is not None:
+        passes = (2 + BACKWARD) * once + REBUILD_GRADIENTS * linears
+        launches["rebuild"] = batches * passes + REBUILT * linears
+    if recipe.refine is not None:
+        measured = _batches(recipe, recipe.held_out // recipe.tokens or recipe.local_sequences)
+        launches["refine"] = (4 * measured + batches * recipe.follows_dense) * once + ERRORS * linears
+        if recipe.refine.of_layers:
+            launches["tune"] = _tuning(once, linears, groups, recipe)
+    return launches
+
+
+def _tuning(once: float, linears: int, groups: int, recipe: Recipe) -> float:
+    """Kernels of tuning a layer, of which a pass over a batch starts `once`."""
+    settings = recipe.refine
+    assert settings is not None
+    held_out = recipe.held_out // recipe.tokens
+    sequences = settings.passes * (recipe.local_sequences - held_out)
+    of_sequence = (1 + BACKWARD) * once + SEQUENCE + SUMS * linears
+    both = settings.tunes_masks and settings.tunes_weights
+    of_step = linears * (STEP + BOTH * both + PATTERN * (settings.tunes_masks and recipe.pattern is not None))
+    judged = (settings.passes + 1) * _batches(recipe, held_out) * (once + JUDGED)
+    before = _batches(recipe, recipe.local_sequences) * (once + STATISTICS * groups) + SCORES * linears
+    return before + sequences * of_sequence + settings.passes * recipe.tune_steps * of_step + judged
+
+
+def allocation_launches(model: ModelShapes, recipe: Recipe) -> float:
+    """Kernels of spreading the sparsity over the linears by the loss; for a GPU."""
+    if recipe.allocation is not Allocation.LOSS:
+        return 0
+    batches = _batches(recipe, recipe.loss_tokens // recipe.tokens)
+    return batches * sum(
+        (2 + BACKWARD) * _forward(layer.blocks) + ALLOCATION_GRADIENTS * _linears(layer.blocks)
+        for layer in model.layers
+    )  # fmt: skip
+
+
+def _batches(recipe: Recipe, sequences: int) -> int:
+    return math.ceil(sequences / recipe.batch)
+
+
+def _linears(blocks: Iterable[BlockShapes]) -> int:
+    """Linears of a layer; experts that are alike are computed together."""
+    return sum(len(block.linears) for block in blocks)
+
+
+def _forward(blocks: Iterable[BlockShapes]) -> int:
+    """Kernels of one pass of a layer over a batch."""
+    return sum(len(block.linears) + BLOCK + ROTARY * (block.name == ATTENTION) for block in blocks)
