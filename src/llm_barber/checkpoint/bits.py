@@ -1,10 +1,8 @@
 """Bit masks of weights: find the weights that are not +0.0, take them out, put them back.
 
-One bit a weight. Block by block, in threads.
-
-In C if that was built (`llm_barber.native`), which is as fast as copying memory; else with NumPy. The temporaries of a
-block fit a core's cache: NumPy's list of positions costs 8 bytes a weight, and through memory it would cost more than
-the rest together.
+A mask has one bit a weight. Threads take blocks: in C if that was built (`llm_barber.native`), which is as fast as
+copying memory; else with NumPy. The temporaries of a block fit a core's cache: NumPy's list of positions costs 8 bytes
+a weight, and through memory it would cost more than the rest together.
 """
 
 from collections.abc import Callable

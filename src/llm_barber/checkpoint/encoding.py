@@ -1,6 +1,6 @@
 """Pack a pruned weight into fewer bytes: its kept values and their places.
 
-Bit for bit, for every float dtype.
+A weight of any float dtype comes back bit for bit.
 
 `bitmask`: one bit a weight, set where the weight is kept. `2:4` and `4:8`: every group of M consecutive weights keeps
 exactly N (a group with fewer keeps zeros, too), and a code says which (`group_codes.py`). A weight is kept if it is not

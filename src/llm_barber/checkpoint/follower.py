@@ -70,7 +70,7 @@ class Follower:
         """Do nothing."""
 
     def begin_activations(self, layers: int) -> bool:
-        """Return what the process that writes decides otherwise."""
+        """Return False: the process that writes decides."""
         return False
 
     def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """The state of a run in its work folder: enough to go on after the run was killed at any moment.
 
 A finished layer is durable once its shard is, and then this state; both are written while the next layer is computed.
-Activations are written after some layers, and the state names a file of them once it is durable and the state has the
-layers that they have passed: a run that was killed makes later ones from them, in a pass through the finished layers
+Activations are written after some layers. The state names a file of them once the file is durable and the state has the
+layers before it. A run that resumes makes later activations from that file, in a pass through the layers finished
 since. The last two files of activations and the last two states are kept.
 """
 

@@ -1,9 +1,8 @@
 """Write a checkpoint shard by shard into a work folder; only the whole checkpoint gets its name.
 
 Each shard: temporary file → fsync → rename. The index is written last, then the folder is renamed. A run that ends
-early leaves at most `NAME.partial`, without an index, which no program takes for a model; once a layer is finished it
-stays, with the state (`state.py`) from which the run can go on.
-All is written while the next layers are computed, in two threads (`behind.py`).
+early leaves at most `NAME.partial`, without an index, which no program takes for a model. It stays if it has a state
+(`state.py`) from which the run can go on. Two threads write while the next layers are computed (`behind.py`).
 """
 
 import hashlib
@@ -35,7 +34,7 @@ from llm_barber.errors import NotFiniteError, OutputError
 
 
 class CheckpointWriter:
-    """An output folder in the making; a context manager, which removes it if no layer was finished.
+    """An output folder in the making; a context manager, which removes it if there is nothing to resume.
 
     `state`: all that is finished, by this run or by the unfinished run that it goes on with. `lost`: names of the files
     that the unfinished run had finished, and that are missing or damaged.

@@ -20,7 +20,7 @@ SHOWN_PROBLEMS = 5
 def inspect(config: InspectConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Show sparsity and N:M patterns of MODEL, and check it against its record and a dense model.
 
-    Exits with 1 if something differs.
+    The exit code is 1 if something differs.
     """
     from llm_barber.cli.progress import ConsoleProgress
 
@@ -52,9 +52,9 @@ def inspect(config: InspectConfig, json: JsonOption = False, quiet: QuietOption 
 def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Store the pruned model PRUNED in fewer bytes, as kept values and their positions.
 
-    A bfloat16 model of which half is pruned takes about 56 % of its bytes. inspect, evaluate and generate read PACKED;
-    other programs need it unpacked. --values int8 rounds kept weights: about 32 % of the bytes. That changes the
-    model: check it with evaluate --against PRUNED.
+    At 50 % sparsity the pruned linears of a bfloat16 model take 56 % of their bytes. inspect, evaluate and generate
+    read PACKED; other programs need it unpacked. --values int8 rounds kept weights, to 32 % of the bytes. That changes
+    the model: check it with evaluate --against PRUNED.
     """
     _run_packing(config, json, quiet)
 
@@ -63,7 +63,7 @@ def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = Fals
 def unpack(config: UnpackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Restore the files that were packed, bit for bit.
 
-    Of a model with int8 values it writes a dense model whose weights are rounded.
+    A model with int8 values becomes a dense model whose weights are rounded.
     """
     _run_packing(config, json, quiet)
 

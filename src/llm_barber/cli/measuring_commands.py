@@ -42,8 +42,8 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of MODEL, its accuracy on tasks, and its distance from another model.
 
-    Perplexity is measured on windows without overlap, as a mean over tokens. Tasks are zero-shot, through lm-eval (the
-    extra `eval`). Both are computed one decoder layer at a time.
+    Perplexity is exp of the mean loss over the tokens of windows without overlap. Tasks are zero-shot, through lm-eval
+    (the extra `eval`). Both are computed one decoder layer at a time.
     """
     from llm_barber.cli.progress import ConsoleProgress
 
@@ -154,8 +154,8 @@ def report(config: ReportConfig) -> None:
 def selftest(config: SelftestConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Check on a GPU that masks, memory and kernels are right, and print a report to paste into an issue.
 
-    It is meant to take ten minutes at most. Models are random and made here: nothing is downloaded. On a CPU it runs
-    the checks that a CPU can run. Exits with 1 if a check fails, or if none could run.
+    It should take ten minutes at most. Models are random, except that of timed runs: nothing is downloaded. On a CPU it
+    runs the checks that a CPU can run. The exit code is 1 if a check fails, or if none could run.
     """
     from llm_barber.cli.progress import ConsoleProgress
 

@@ -26,7 +26,7 @@ def prune(
 ) -> None:
     """Prune MODEL, refine or rebuild its mask, and write OUT, which loads as MODEL does.
 
-    Kept weights stay the dense model's, bit for bit, unless --reconstruct, --preset best or --keep-updates.
+    Kept weights stay the dense model's, bit for bit, unless --reconstruct, --preset best or --keep-updates is given.
     With N:M, --preset mask and best first reorder channels inside blocks; the dense model's output stays the same.
     """
     _run_or_check(config, dry_run, json, quiet)

@@ -96,7 +96,7 @@ def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float,
 def _forward(
     initial: InitialMasks, layers: DenseLayers, streams: ActivationStreams, progress: Progress
 ) -> tuple[list[list[Tensor]], list[Tensor], set[str]]:
-    """Run the dense model on the calibration text, and the loss on its first windows.
+    """Run the dense model and its loss on the first calibration windows.
 
     Returns:
         The layers' inputs on these windows, (sequences, tokens, hidden), by layer and batch; the loss's gradients at

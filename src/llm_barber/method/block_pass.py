@@ -89,7 +89,7 @@ def dense_batches(settings: RefineSettings | None, streams: ActivationStreams) -
 
 
 def propagate(block_pass: BlockPass, measured_from: int | None) -> float | None:
-    """Run a final block; keep its output, or, after the last block, the layer's as `DENSE_OUTPUT`.
+    """Run a final block and keep its output; of the last block, keep the layer's output as `DENSE_OUTPUT`.
 
     Args:
         block_pass: the block.
@@ -133,13 +133,14 @@ def measure_candidates(
     windows: Sequence[slice],
     mix: float,
 ) -> tuple[list[float], list[float]]:
-    """Measure a block with each of several sets of linears; it has the last of them afterwards.
+    """Measure a block with each candidate's linears; afterwards it has the last candidate's.
 
     The block's dense output on these windows is kept as `DENSE_OUTPUT`.
 
     Returns:
-        For each candidate the mean reconstruction error, and the squared distance from the target that lies at `mix`
-        between the dense block on the pruned model's activations (0) and on the dense model's (1), summed over windows.
+        For each candidate, the mean reconstruction error, and its squared distance from the target, summed over
+        windows. The target is the dense block's output on activations of the pruned model (`mix` 0), of the dense model
+        (1), or between both.
     """
     layer, streams = block_pass.layer, block_pass.streams
     # By candidate, errors and distances; a GPU is waited for once, after the last batch.

@@ -15,7 +15,7 @@ START = "start"  # array of the first layer's input, while a pass overwrites it
 
 @contextmanager
 def first_input_kept(streams: ActivationStreams) -> Iterator[None]:
-    """Leave the first layer's input as it was after a pass that overwrites it with other layers' inputs."""
+    """Restore the first layer's input after a pass that overwrites it with other layers' inputs."""
     streams.copy(HIDDEN, START)
     try:
         yield

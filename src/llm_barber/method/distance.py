@@ -5,9 +5,9 @@ Huge channels: in some models a few channels are hundreds of times as large as t
 can ruin all other channels. The norm in front of the next linears scales huge channels down.
 
 Huge tokens: in most models one token of a window, mostly the first, has states that are a hundred times as large as
-those of the other tokens (an attention sink). Its error arises in the layer that writes it, and later layers hand it
-on. It hides whether the other tokens come nearer, so held-out windows count it for less. Gradients count it in full:
-Adam scales the steps of each weight separately, and where it counts for less, tuned weights ruin it
+those of the other tokens (an attention sink). Its error arises in the layer that writes the sink, and later layers hand
+it on. The sink hides whether the other tokens come nearer, so held-out windows count it for less. Gradients count it in
+full: Adam scales the steps of each weight separately, and tuned weights ruin a sink that counts for less
 (`docs/method/tuning.md` has the measurements).
 """
 

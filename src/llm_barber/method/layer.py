@@ -121,7 +121,7 @@ def _choose_initial_masks(
 ) -> _OpenLayer:
     """Open a layer and choose which weights of its linears the rebuild starts from.
 
-    Where the layer is run for that, tuning's target comes from the same run.
+    If choosing masks runs the layer, the same run gives tuning's target.
     """
     layer, weights = job.open_layer(index, tensors)
     takes_target = refine_settings is not None and refine_settings.aims_at_dense_layers
@@ -140,7 +140,7 @@ def _prune_blocks(
 ) -> list[BlockOutcome]:
     """Rebuild and refine the blocks in turn; a block is final before the next block is looked at.
 
-    Where the layer `tunes` afterwards, errors after pruning, and the layer's output, are left to tuning.
+    If the layer is tuned afterwards (`tunes`), tuning measures the errors after pruning and keeps the layer's output.
     """
     only_tuned = tunes and rebuild_settings is None and refine_settings is not None and not refine_settings.of_linears
     outcomes = []

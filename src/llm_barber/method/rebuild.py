@@ -35,10 +35,10 @@ def rebuild_block(
     settings: RebuildSettings,
     label: str,
 ) -> BlockOutcome:
-    """The method: x → y_sparse, y_dense → loss → G at dense weights → S = |W|·sqrt(mean G²) → swaps.
+    """Rebuild a block: x → y_sparse, y_dense → loss → G at dense weights → S = |W|·sqrt(mean G²) → swaps.
 
-    The block's output with the initial masks is kept for the blocks after it, for the case that nothing is swapped; its
-    dense output is kept as `DENSE_OUTPUT`.
+    The block's output with the initial masks is kept: later blocks replay it if nothing is swapped. Its dense output is
+    kept as `DENSE_OUTPUT`.
 
     Args:
         block_pass: the block.

@@ -1,9 +1,9 @@
 """Refine a block's linears one by one, on the pruned model's inputs: swaps and least squares.
 
 The linears of a block are taken in the order in which data flows through them: q, k and v, then the output projection
-on their pruned output; gate and up, then down. The target of each linear is its dense output, on inputs that lie
-between those of the sparse model (`target_mix` 0) and those of the dense model (1): so that a linear makes up for
-errors of earlier layers.
+on their pruned output; gate and up, then down. The target of each linear is its dense output, on inputs between those
+of the sparse model (`target_mix` 0) and those of the dense model (1). With a mix above 0, a linear makes up for errors
+of earlier layers.
 
 Some calibration windows are held out. They decide how many of a row's swaps are kept, how strongly least squares is
 damped, and whether the refined block is kept.

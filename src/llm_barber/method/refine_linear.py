@@ -17,7 +17,7 @@ from llm_barber.masking.swaps import swap_pairs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.settings.refining import RefineSettings
 
-# Shares of the most swaps after which the held-out windows measure each row's error.
+# Held-out windows measure each row's error after these shares of the most swaps.
 CHECKPOINTS = (0.25, 0.5, 1.0)
 # From strong to weak: each damping starts from the solution of the one before, until the held-out error rises.
 DAMPINGS = (0.3, 0.1, 0.03, 0.01)

@@ -129,8 +129,9 @@ def _movable_in_layer(initial: InitialMasks, index: int) -> list[MovableChannels
 
 
 def _movable(job: Job, index: int, channels: Channels, pattern: NofM) -> MovableChannels | None:
-    """Sizes and tensors of some channels; None: a tensor holds several weights, M divides no row or head, or the sizes
-    are not those of the configuration's heads.
+    """Sizes and tensors of some channels; None: they may not change places.
+
+    They may not if a tensor holds several weights, M does not divide a row or head, or the sizes do not fit the heads.
     """
     names = set(job.skeleton.layer_names(index))
     written_dim, read_dim = (1, 0) if job.architecture.transposed else (0, 1)

@@ -38,8 +38,8 @@ REBUILDING = 150  # bytes moved for each weight: scores, comparisons and masks
 class Costs:
     """Work of a process by stage.
 
-    The stages `initial` to `write` add up all layers. `keep`: write activations for `--resume`, here after each layer
-    (`waiting.py` says after how many). `head`: prune the output head.
+    The stages `initial` to `write` add up all layers. `keep`: write activations for `--resume`, counted after each
+    layer until `waiting.py` corrects it. `head`: prune the output head.
     """
 
     embed: Work = NO_WORK

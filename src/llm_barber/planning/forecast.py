@@ -10,8 +10,8 @@ from llm_barber.planning.rates import KINDS
 class StageForecast(BaseModel):
     """Work of a stage in the process that has the most of it, and its seconds by resource.
 
-    The stages `write` and `keep` run while a GPU computes layers: their seconds are those that the layers wait. Seconds
-    of launches are those that a GPU waits for the host to start its next kernel.
+    A disk works while a GPU computes layers: seconds of the disk are those that the run waits for it. Seconds of
+    launches are those that a GPU waits for the host to start its next kernel.
     """
 
     model_config = ConfigDict(frozen=True)

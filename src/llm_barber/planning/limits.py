@@ -31,7 +31,7 @@ def device_room(free: float, model: ModelShapes, recipe: Recipe) -> int:
 
 
 def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: Recipe) -> int:
-    """Bytes of `memory` that a process, of `process` bytes before its first layer, leaves at its peak.
+    """Bytes of `memory` that a run leaves at its peak; `process`: its bytes before the first layer.
 
     Raises:
         SettingsError: nothing is left.

@@ -188,10 +188,9 @@ def _launches(stopwatch: Stopwatch, device: torch.device) -> float:
 
 
 def _disk() -> tuple[float, float, float]:
-    """Bytes/s of the disk, measured with files that lie in memory, too.
+    """Bytes/s of reading a file, checked for NaN; of writing one durably, hashed; of writing activations.
 
-    Of reading a file, checked for NaN; of writing one durably, hashed as the output's files are; of writing
-    activations. The files lie in the present folder, if that can be written.
+    The system caches these files. They lie in the present folder, if that can be written.
     """
     values = {"values": torch.randn(DISK_BYTES // 4)}
     present = Path.cwd()

@@ -158,7 +158,7 @@ class Recipe:
     def outlasting(self, width: int) -> float:
         """Bytes of a layer's inputs, off the device, that are still being written when later layers need other arrays.
 
-        A CPU is slower than any disk, and process 0 of several writes copies.
+        0 on a CPU, where writing ends first, and with several processes, of which process 0 writes copies.
         """
         if self.on_cpu or not self.repeatable or self.processes > 1:
             return 0

@@ -17,7 +17,7 @@ from llm_barber.planning.work import NO_WORK, Work
 from llm_barber.settings.refining import SEQUENCES_A_STEP
 
 TUNING = 80  # bytes moved for each weight and step: masked copy, its gradient, Adam
-ROW = 256  # weights; a round of swaps costs as much for a row as for so many weights, beside those of the row
+ROW = 256  # weights; a round of swaps costs this many weights a row, beside the row's own
 
 
 def refining_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
@@ -79,8 +79,8 @@ def _linear_work(recipe: Recipe, rows: int, columns: int) -> Work:
 def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
     """Work of tuning a layer by Adam.
 
-    The windows take a forward and twice as much back; held-out windows are measured before and after each pass; the
-    targets take a forward. Before, the inputs' mean squares are gathered; masks are chosen anew at every step.
+    First, the inputs' mean squares are gathered, and the targets take a forward. Each pass takes a forward and twice as
+    much back; held-out windows are measured before the first pass and after each. Each step chooses masks anew.
     """
     if recipe.refine is None or not recipe.refine.of_layers:
         return NO_WORK

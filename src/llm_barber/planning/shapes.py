@@ -1,4 +1,4 @@
-"""The sizes that costs follow from, read off the empty model: no configuration is interpreted."""
+"""The sizes that costs follow from, read off the empty model and its configuration."""
 
 from dataclasses import dataclass
 

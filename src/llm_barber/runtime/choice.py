@@ -207,7 +207,7 @@ def measure_times(weight: Packed | Rounded, dtype: torch.dtype | None = None) ->
     """Times of a weight on this machine, packed and dense: the fastest of some rounds, in turn.
 
     Args:
-        weight: of a linear; a large one stands for its first rows.
+        weight: of a linear; the first rows stand for a large one.
         dtype: of inputs and of the dense weight, if the weight's values are rounded; None: the weight's.
     """
     dense_weight = _unpacked(weight)[: max(1, TIMED_WEIGHTS // weight.shape[1])]

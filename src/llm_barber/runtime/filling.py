@@ -95,7 +95,7 @@ def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
 def _fill_parameters(
     model: PreTrainedModel, source: CheckpointSource, split: nn.Module, filling: Filling
 ) -> dict[str, bool]:
-    """Read all parameters; whether each linear that may be packed is."""
+    """Read all parameters; return, by name, whether each linear that may be packed is packed."""
     device = filling.device or next(model.parameters()).device
     choice = Choice(filling.keep_packed, _packable_names(model), device, dtype=filling.dtype)
     in_float32 = _float32_names(model, filling.dtype)

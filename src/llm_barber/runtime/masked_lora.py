@@ -21,8 +21,8 @@ from llm_barber.errors import SettingsError
 class MaskedLora(LoraVariant):  # type: ignore[misc]
     """LoRA of a pruned linear, as PEFT computes and merges it.
 
-    The mask is where the frozen weight is not zero: it takes no memory between calls, and its part of a sharded weight
-    is there whenever the weight is. The masked product, as large as the weight, is computed again in the backward pass.
+    The nonzeros of the frozen weight are the mask: it takes no memory between calls, and each part of a sharded weight
+    has its own. The masked product, as large as the weight, is computed again in the backward pass.
     """
 
     @staticmethod

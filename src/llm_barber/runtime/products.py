@@ -12,9 +12,9 @@ from llm_barber.errors import SettingsError
 
 
 def is_differentiated(inputs: Tensor, bias: Tensor | None) -> bool:
-    """Test whether PyTorch needs the product to differentiate it, which products outside of PyTorch do not allow.
+    """Test whether PyTorch differentiates the product, so that it must compute the product itself.
 
-    In reverse mode; in forward mode (`torch.autograd.forward_ad`); or within a transform of `torch.func`.
+    It does in reverse mode, in forward mode (`torch.autograd.forward_ad`) and within a transform of `torch.func`.
     """
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True

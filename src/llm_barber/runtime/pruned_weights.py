@@ -41,7 +41,7 @@ def find_pruned(model: nn.Module, folder: Path | None, share: float) -> list[Pru
     """Find the parameters of a model that have pruned weights, matrices and stacks of experts' matrices.
 
     They are the linears that the record of `folder` has as pruned. Without a record they are the matrices with at least
-    `share` zeros; embeddings, matrices that share an embedding's weights and matrices of nothing but zeros are none.
+    `share` zeros, except embeddings, matrices that share an embedding's weights and matrices of nothing but zeros.
 
     Raises:
         SettingsError: linears are packed or on `meta`; `share` is not above 0 and at most 1.

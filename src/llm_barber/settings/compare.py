@@ -83,8 +83,8 @@ class CompareConfig(StructureSettings):
     methods: Annotated[tuple[Method, ...], *COMMAS] = Field(
         ROWS,
         min_length=1,
-        description="Rows; also paper, alps, and sparsegpt-allocated and alps-allocated, whose "
-        "sparsity is spread by the loss",
+        description="Rows of the tables; not by default: paper, alps, and sparsegpt-allocated and alps-allocated, "
+        "whose sparsity is spread by the loss",
     )
     targets: Annotated[tuple[str, ...], *COMMAS] = Field(
         ("0.5", "0.6", "0.7", "2:4", "4:8"),
@@ -116,7 +116,7 @@ class CompareConfig(StructureSettings):
     bos: bool = Field(
         True,
         description="Begin each window, of texts too, with BOS if the tokenizer begins texts with it; many published "
-        "numbers are without",
+        "numbers are measured without BOS",
     )
     seeds: Annotated[tuple[Seed, ...], *COMMAS] = Field(
         (0,), min_length=1, description="Seeds of the choice of windows; several give mean and spread"

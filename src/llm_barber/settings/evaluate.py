@@ -31,7 +31,7 @@ class EvaluateConfig(StructureSettings):
     bos: bool = Field(
         True,
         description="Begin each window with BOS if the tokenizer begins texts with it; many published numbers are "
-        "without",
+        "measured without BOS",
     )
     tasks: Annotated[tuple[str, ...], *COMMAS] = Field(
         (),

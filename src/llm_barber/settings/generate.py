@@ -44,9 +44,7 @@ class GenerateConfig(Settings):
     prompt: str = Field(
         description=f"Text to continue, or message to a chat model; {STANDARD_INPUT} reads standard input"
     )
-    against: str | None = Field(
-        None, description="Let this model write, too, and time both in turn; it is not kept packed in memory"
-    )
+    against: str | None = Field(None, description="Let this model, dense in memory, write, too, and time both in turn")
     max_new_tokens: int = Field(128, ge=1, description="Most tokens to write; fewer if the model ends its text")
     temperature: Annotated[float, AfterValidator(_not_too_cold)] = Field(
         0.0,

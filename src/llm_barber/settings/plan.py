@@ -33,7 +33,7 @@ class PlanConfig(PruneConfig):
         "machine given by `flops`)",
     )
     processes: Annotated[tuple[int, ...], COMMAS[1]] = Field(
-        default=(1,), description="Numbers of processes, on a machine each, that share the windows"
+        default=(1,), description="Numbers of processes, on a device each, that share the windows"
     )
     flops: Rate | None = Field(
         default=None,

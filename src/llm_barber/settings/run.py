@@ -48,7 +48,7 @@ class RunSettings(StructureSettings):
     )
     preset: Preset | None = Field(
         default=None,
-        description="mask: dense weights; best: tunes weights, too; paper: as published (default: mask; paper "
+        description="mask: tune masks; best: tune weights, too; paper: rebuild as published (default: mask; paper "
         "with `initial` or a setting of the rebuild)",
     )
     refine: Refine | None = Field(

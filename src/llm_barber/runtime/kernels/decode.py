@@ -11,7 +11,7 @@ at the end. Where a matrix has too few rows to fill a GPU, programs share the co
 their sums in a fixed order. int8 values are multiplied as they are, and each chunk's sum by the scale of its group.
 Products are summed in float32: the same inputs give the same bits.
 
-Instructions a weight decide, beside bytes: docs/notebook/packed-speed.md has the counts, and a test keeps them. The
+Beside bytes, instructions a weight decide the speed: docs/notebook/packed-speed.md counts them, a test checks it. The
 kernel is tested in Triton's interpreter, on a CPU, and compiled for compute capability 8.0 to 9.0: it has not run on a
 GPU yet. Related are MACKO (arXiv 2511.13061) and SpInfer (EuroSys 2025), whose formats differ.
 """
