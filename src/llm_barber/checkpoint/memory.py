@@ -1,5 +1,6 @@
 """Memory for tensors that are read from files: the reader asks for it once sizes and counts are checked."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -14,8 +15,15 @@ def ordinary_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory from which a GPU can copy while it computes."""
-    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+    """Memory with which a GPU can copy while it computes.
+
+    Where the system refuses to pin memory, as some containers do, it is ordinary memory, with a warning.
+    """
+    try:
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+    except RuntimeError as error:  # CUDA's errors are of this class
+        warnings.warn(f"memory cannot be pinned, so the GPU waits for copies: {error}", stacklevel=2)
+        return ordinary_memory(shape, dtype)
 
 
 def copied(tensor: Tensor, memory: Memory) -> Tensor:
