@@ -27,6 +27,7 @@ from llm_barber.runtime.choice import Choice, KeepPacked
 from llm_barber.runtime.head_inputs import avoid_weight_copies
 from llm_barber.runtime.huge_pages import HugePages
 from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
 SHOWN_UNUSED = 5  # names of tensors in a warning
@@ -140,9 +141,7 @@ def _final_memory(pages: HugePages, dtype: torch.dtype, device: torch.device) ->
     return memory if device.type == "cpu" else ordinary_memory
 
 
-def _packed_linear(
-    weight: Packed | Rounded, bias: nn.Parameter | None, dtype: torch.dtype
-) -> PackedLinear | RoundedLinear:
+def _packed_linear(weight: Packed | Rounded, bias: nn.Parameter | None, dtype: torch.dtype) -> PackedModule:
     """Linear of a weight that `read_packed` checked, or that was packed here."""
     if isinstance(weight, Rounded):
         return RoundedLinear(weight, bias, dtype, checked=True)

@@ -13,20 +13,19 @@ from llm_barber.checkpoint.encoding import Packed, bitmask
 from llm_barber.native import avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 from llm_barber.runtime import on_gpu
+from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.products import (
     count_rows,
-    dense_linear,
     is_differentiated,
     is_plain,
     outside_transforms,
-    report_other_bits,
     shared_buffer,
 )
 
 CACHED_BYTES = 1 << 21  # unpacked rows that stay in a core's cache until they are multiplied
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedModule):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
     On the CPU, up to four rows of inputs (eight with AVX-512, any number in bfloat16 with AMX) are multiplied with the
@@ -47,48 +46,16 @@ class PackedLinear(nn.Module):
         ValueError: the parts of the weight do not fit together.
     """
 
-    values: Tensor
-    bits: Tensor
-    bias: nn.Parameter | None
+    _ready: dict[int, avx512.Weight]  # by number of PyTorch's threads
+    _parts: dict[int, tuple[Tensor, Parts]]  # by number of parts: the bits, and the rows of each part
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None, checked: bool = False) -> None:
-        super().__init__()
-        self.shape = packed.shape
-        self.register_buffer("values", packed.values)
-        self.register_buffer("bits", packed.places if checked else torch.from_numpy(bitmask(packed)))
-        self.register_parameter("bias", bias)
-        self._ready: dict[int, avx512.Weight] = {}  # by number of PyTorch's threads
-        self._parts: dict[int, tuple[Tensor, Parts]] = {}  # by number of parts: the bits, and the rows of each part
-        self._places = on_gpu.PlacesOnGpu(packed.shape)
-        native.library()  # it has to be loaded before the process forks, to know a forked process
+        bits = packed.places if checked else torch.from_numpy(bitmask(packed))
+        super().__init__(packed.shape, packed.values, bits, bias)
         self.prepare()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """State of a copy, which has pointers of its own."""
-        return {**self.__dict__, "_ready": {}, "_parts": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy; on a GPU, find what its kernels need."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.prepare()
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Load buffers in place: other bits have other starts."""
-        super()._load_from_state_dict(*arguments)
-        report_other_bits(self.values, self.bits, arguments)
-        self._ready, self._parts = {}, {}
-        self._places = on_gpu.PlacesOnGpu(self.shape)
-        self.prepare()
-
-    def _apply(self, *arguments: Any, **named: Any) -> "PackedLinear":
-        """Move or convert the buffers; on a GPU, find what its kernels need."""
-        super()._apply(*arguments, **named)  # type: ignore[no-untyped-call]
-        self.prepare()
-        return self
-
-    def prepare(self) -> None:
-        """Find what the kernels of a GPU need, after `values` and `bits` have got there."""
-        self._places.prepare(self.bits)
+    def _nothing_ready(self) -> dict[str, Any]:
+        return {"_ready": {}, "_parts": {}}
 
     def gpu_weight(self) -> on_gpu.GpuWeight:
         """The weight as the GPU's kernels read it."""
@@ -106,10 +73,6 @@ class PackedLinear(nn.Module):
             weight = self.values.new_empty(self.shape)
             self._unpack(weight)
         return weight
-
-    def dense(self) -> nn.Linear:
-        """An ordinary linear with the unpacked weight."""
-        return dense_linear(self)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
@@ -209,11 +172,6 @@ class PackedLinear(nn.Module):
             parts = Parts.of(self.bits, self.shape, threads)
             self._parts[threads] = self.bits, parts
         return parts
-
-    def extra_repr(self) -> str:
-        """Shape, and the share of weights that is kept."""
-        rows, columns = self.shape
-        return f"in_features={columns}, out_features={rows}, kept={len(self.values) / (rows * columns):.0%}"
 
 
 def use_native(values: Tensor, inputs: torch.dtype, columns: int, rows: int, differentiated: bool) -> bool:

@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from llm_barber.checkpoint.bits import POPCOUNT
@@ -29,15 +29,6 @@ def outside_transforms() -> Any:
 def count_rows(inputs: Tensor, columns: int) -> int:
     """Number of rows of inputs, (…, columns); 0 for another width: PyTorch's linear says what is wrong."""
     return inputs.numel() // columns if inputs.shape[-1] == columns else 0
-
-
-def dense_linear(packed: Any) -> nn.Linear:
-    """An ordinary linear with the unpacked weight and the bias of a packed one, without gradients of the weight."""
-    rows, columns = packed.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(packed.weight, requires_grad=False)
-    linear.register_parameter("bias", packed.bias)
-    return linear.train(packed.training)
 
 
 class _Buffers(threading.local):

@@ -5,7 +5,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from llm_barber import native
 from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
 from llm_barber.native import avx512
@@ -13,18 +12,17 @@ from llm_barber.native.rounded import DTYPES, Kernel, Weight, find_kernel
 from llm_barber.native.rows import Parts
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_linear import unpack_on_device
+from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.products import (
     count_rows,
-    dense_linear,
     is_differentiated,
     is_plain,
     outside_transforms,
-    report_other_bits,
     shared_buffer,
 )
 
 
-class RoundedLinear(nn.Module):
+class RoundedLinear(PackedModule):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
     On CPUs with AVX-512 (VBMI2 and VNNI) up to 8 rows of inputs are rounded, too, and multiplied with the packed weight
@@ -42,58 +40,29 @@ class RoundedLinear(nn.Module):
         ValueError: the parts of the weight do not fit together.
     """
 
-    values: Tensor
-    bits: Tensor
     scales: Tensor
-    bias: nn.Parameter | None
+    _ready: dict[tuple[int, torch.dtype, bool], Weight]  # by threads of PyTorch, dtype of inputs, and without a bias
 
     def __init__(self, rounded: Rounded, bias: Any, dtype: torch.dtype | None = None, checked: bool = False) -> None:
-        super().__init__()
         if checked:
             bits = rounded.packed.places
         else:
             bits = torch.from_numpy(bitmask(rounded.packed))
             check_rounded(rounded)
-        self.shape, self.group, self.packed_dtype = rounded.packed.shape, rounded.group, rounded.dtype
-        self.dtype = dtype or rounded.dtype
-        self.register_buffer("values", rounded.packed.values)
-        self.register_buffer("bits", bits)
+        super().__init__(rounded.packed.shape, rounded.packed.values, bits, bias)
+        self.group, self.packed_dtype, self.dtype = rounded.group, rounded.dtype, dtype or rounded.dtype
         # Integers, so that a change of the model's dtype leaves the scales as they are.
         self.register_buffer("scales", rounded.scales.contiguous().view(torch.int16))
-        self.register_parameter("bias", bias)
-        # By number of PyTorch's threads, dtype of inputs, and with or without the bias.
-        self._ready: dict[tuple[int, torch.dtype, bool], Weight] = {}
-        self._places = on_gpu.PlacesOnGpu(self.shape)
-        native.library()  # it has to be loaded before the process forks, to know a forked process
         self.prepare()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """State of a copy, which has pointers of its own."""
-        return {**self.__dict__, "_ready": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy; on a GPU, find what its kernels need."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.prepare()
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Load buffers in place: other bits have other starts."""
-        super()._load_from_state_dict(*arguments)
-        report_other_bits(self.values, self.bits, arguments)
-        self._ready = {}
-        self._places = on_gpu.PlacesOnGpu(self.shape)
-        self.prepare()
+    def _nothing_ready(self) -> dict[str, Any]:
+        return {"_ready": {}}
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
         self.dtype = function(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        self.prepare()
+        super()._apply(function, recurse)
         return self
-
-    def prepare(self) -> None:
-        """Find what the kernels of a GPU need, after `values` and `bits` have got there."""
-        self._places.prepare(self.bits)
 
     def gpu_weight(self) -> on_gpu.GpuWeight:
         """The weight as the GPU's kernels read it."""
@@ -104,10 +73,6 @@ class RoundedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The unpacked weight, (out, in)."""
         return self._unpack(None).to(self.dtype)
-
-    def dense(self) -> nn.Linear:
-        """An ordinary linear with the unpacked weight."""
-        return dense_linear(self)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs · Wᵀ + bias, (…, out)."""
@@ -168,7 +133,5 @@ class RoundedLinear(nn.Module):
             return unpack_rounded(Rounded(packed, scales, self.group, self.packed_dtype), lambda *_: unpacked)
 
     def extra_repr(self) -> str:
-        """Shape, and the share of weights that is kept."""
-        rows, columns = self.shape
-        kept = len(self.values) / (rows * columns)
-        return f"in_features={columns}, out_features={rows}, kept={kept:.0%}, int8 by {self.group} columns"
+        """Shape, the share of weights that is kept, and the columns of a scale."""
+        return f"{super().extra_repr()}, int8 by {self.group} columns"

@@ -22,6 +22,7 @@ from llm_barber.model.fixed_order import in_fixed_order
 from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.runtime.load import load
 from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.rounded_linear import RoundedLinear
 from llm_barber.runtime.semi_structured import CAPABILITY
 from llm_barber.tools.selftest.bench import Bench, half_pruned
@@ -95,7 +96,7 @@ def judge_packed(device: torch.device, dtype: torch.dtype, rounded: bool) -> Fin
     return Finding(text=text, passed=products > 0 and largest <= 1 and exact)
 
 
-def _packed_module(weight: Tensor, bias: Tensor | None, rounded: bool) -> PackedLinear | RoundedLinear | None:
+def _packed_module(weight: Tensor, bias: Tensor | None, rounded: bool) -> PackedModule | None:
     """A linear that keeps the weight packed; None: it takes no fewer bytes."""
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
     if rounded:
