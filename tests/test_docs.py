@@ -27,7 +27,7 @@ from llm_barber.settings.presets import (
     Preset,
 )
 from llm_barber.settings.selftest import Check
-from llm_barber.tools.selftest.masks import METHODS
+from llm_barber.tools.selftest.masks import MASK_CHECKS
 from tests.conftest import FAMILIES, make_config
 from tests.helpers.pages import (
     CONTRIBUTING,
@@ -199,7 +199,7 @@ def test_checks_of_selftest_and_their_bounds_are_what_the_guide_says() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) % \| ([\d.]+) % \|$", bounds, re.MULTILINE)
     assert {name: (float(full), float(half)) for name, full, half in rows} == {
         name: (pytest.approx(100 * method.float32), pytest.approx(100 * method.half))
-        for name, method in METHODS.items()
+        for name, method in MASK_CHECKS.items()
     }
 
 
@@ -282,4 +282,4 @@ def test_families_are_those_of_the_tests() -> None:
     tested = {make_config(family).model_type for family in FAMILIES}
     assert listed == tested
     assert f"{len(tested)} model types are tested, in {len(FAMILIES)} configurations" in words(FAMILIES_PAGE)
-    assert f"{len(ARCHITECTURES)} of these have a record" in page
+    assert f"{len(ARCHITECTURES)} of these have an entry" in page

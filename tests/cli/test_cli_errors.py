@@ -161,17 +161,17 @@ def test_arguments_are_named_as_the_help_names_them(
             ("--include", "q_proj", "--exclude", "q_proj"),
             "--include, --exclude, --skip-layers and --sparsities leave nothing to prune",
         ),
-        (("--exclude", "target_mix"), "--exclude: 'target_mix' is found in no linear's name"),
+        (("--exclude", "target_mix"), "--exclude: no linear's name matches 'target_mix'"),
         (("--skip-layers", "7"), "--skip-layers: there is no decoder layer 7"),
         (("--device", "tpu"), "--device: unknown device 'tpu'"),
         (("--dtype", "int8"), "--dtype: 'int8' is not one of auto, "),
-        (("--layers", "nothing.there"), "--layers nothing.there is not a list of layers"),
+        (("--layers", "nothing.there"), "--layers nothing.there is not the path of a list of decoder layers"),
         (("--keep-updates",), "--keep-updates needs --initial sparsegpt or alps: wanda updates no weights"),
         (
             ("--preset", "paper", "--guard", "0.5"),
             "--guard needs --refine or --reconstruct, which --preset paper does not",
         ),
-        (("--memory", "1MiB"), "--memory: 1 MiB are not enough"),
+        (("--memory", "1MiB"), "--memory: 1 MiB is too little"),
     ],
 )
 def test_settings_that_do_not_fit_are_named_as_they_are_typed(

@@ -279,6 +279,7 @@ def test_a_cell_that_fails_is_named_and_others_go_on(settings: dict[str, Any], c
         (Method.MAGNITUDE, "3:7"), (Method.WANDA, "3:7"),
     ]  # fmt: skip
     assert "does not divide" in str(comparison.failures[0].failure)
+    assert "--allow-dense-tail" in str(comparison.failures[0].hint)
     page = (settings["output"] / "comparison.md").read_text()
     assert "Not done: Wanda at 3:7, seed 0: pattern 3:7 does not divide" in page
 
@@ -344,7 +345,7 @@ def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None
     assert spread is not None
     assert spread.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
     assert spread.evaluation.texts[0].perplexity != plain.evaluation.texts[0].perplexity
-    with pytest.raises(SettingsError, match="alps-allocated need a sparsity as target"):
+    with pytest.raises(SettingsError, match="alps-allocated: give a sparsity in targets"):
         CompareConfig(**small | {"methods": ("alps-allocated",), "targets": ("2:4",)})
 
 
@@ -427,7 +428,7 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "mine").touch()
-    with pytest.raises(OutputError, match=f"exists and has no {MARKER}"):
+    with pytest.raises(OutputError, match=f"was not made by this command: it has no {MARKER}"):
         compare(CompareConfig(**settings | {"output": other}))
     claim_folder(settings["output"], MARKER, "")
     with locked(settings["output"] / MARKER), pytest.raises(OutputError, match="another run is writing"):
@@ -446,5 +447,5 @@ def test_layers_and_blocks_that_the_user_names(settings: dict[str, Any], tmp_pat
     assert named.evaluation.texts[0].perplexity != default.evaluation.texts[0].perplexity
     again = compare(CompareConfig(**settings)).cells[-1].result
     assert again == default
-    with pytest.raises(SettingsError, match="nothing.there is not a list"):
+    with pytest.raises(SettingsError, match="nothing.there is not the path of a list"):
         compare(CompareConfig(**settings, layers="nothing.there"))

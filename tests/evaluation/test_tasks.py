@@ -197,7 +197,7 @@ def test_bad_input(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(TaskError, match="no file for task piqa") as caught:
         evaluate(settings(model, folder, tasks=("piqa",)))
     assert "arc_easy, hellaswag, winogrande" in caught.value.hint
-    with pytest.raises(TaskError, match="is not there"):
+    with pytest.raises(TaskError, match="there is no folder"):
         evaluate(settings(model, tmp_path / "none"))
     with pytest.raises(TaskError, match="lm-eval has no task no_such_task"):
         evaluate(settings(model, folder, tasks_folder=None, tasks=("no_such_task",)))

@@ -17,7 +17,7 @@ from tests.helpers.failing_runs import expect_failure
 
 def test_shapes_that_do_not_fit_the_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:
     change_json(llama / "config.json", intermediate_size=48)
-    expect_failure("the configuration says", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
+    expect_failure("its config.json says", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
 
 
 def test_checkpoints_that_do_not_fit_their_configuration(tmp_path: Path, llama: Path, tokens: Path) -> None:
@@ -26,7 +26,7 @@ def test_checkpoints_that_do_not_fit_their_configuration(tmp_path: Path, llama: 
     name = "model.layers.1.input_layernorm.weight"
     for tensors, message in (
         ({key: tensor for key, tensor in whole.items() if key != name}, f"has no tensor '{name}'"),
-        (whole | {name: torch.ones(7)}, f"{name} has shape \\(7,\\), the configuration says \\(32,\\)"),
+        (whole | {name: torch.ones(7)}, f"{name} of .* has shape \\(7,\\), its config.json says \\(32,\\)"),
         (whole | {name: torch.ones(32, dtype=torch.int8)}, f"{name} is I8; F64"),
     ):
         save_file(tensors, llama / "model.safetensors", {"format": "pt"})

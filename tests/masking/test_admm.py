@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llm_barber.masking.admm import admm
+from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.held_patterns import holds
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.least_squares import least_squares, squared_distance
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured

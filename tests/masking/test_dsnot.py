@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from llm_barber.masking.dsnot import dsnot
+from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.held_patterns import holds
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.saliency import wanda

@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
+from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.granularity import Granularity
-from llm_barber.masking.held_patterns import holds
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.swaps import swap_pairs

@@ -221,7 +221,7 @@ def test_refused(tmp_path: Path, tokens: Path) -> None:
     with pytest.raises(SettingsError, match="lm_head") as caught:
         run(model, tmp_path / "out", tokens, sparsities={"lm_head": 0.3})
     assert "--prune-head" in caught.value.hint
-    with pytest.raises(SettingsError, match="not enough, with all calibration activations in files"):
+    with pytest.raises(SettingsError, match="too little, even with all calibration activations in files"):
         run(
             make_model(tmp_path / "wide", "llama", vocab_size=10**6),
             tmp_path / "out",

@@ -8,11 +8,11 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.statistics import GramMatrix
 from llm_barber.method.initial_methods import MASK_METHODS, PrunableLinear
-from llm_barber.settings.initial import METHODS, Initial
+from llm_barber.settings.initial import METHOD_FACTS, Initial
 
 
 def test_each_method_has_its_facts_and_its_function() -> None:
-    assert set(METHODS) == set(MASK_METHODS) == set(Initial)
+    assert set(METHOD_FACTS) == set(MASK_METHODS) == set(Initial)
 
 
 @pytest.mark.parametrize("method", Initial)

@@ -40,7 +40,7 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert resolve_device("auto") == resolve_device("cpu") == CPU
-    for name, message in (("tpu", "unknown device"), ("meta", "unknown device"), ("cuda:1", "PyTorch sees 0")):
+    for name, message in (("tpu", "unknown device"), ("meta", "unknown device"), ("cuda:1", "PyTorch sees no GPU")):
         with pytest.raises(SettingsError, match=message):
             resolve_device(name)
 

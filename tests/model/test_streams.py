@@ -163,7 +163,7 @@ def test_less_memory_on_the_device_means_smaller_batches_and_the_same_bytes(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run_module, "prune_layer", never)
-    with pytest.raises(DeviceMemoryError, match="one sequence of 24 tokens, which takes about 0.0 GiB") as caught:
+    with pytest.raises(DeviceMemoryError, match="one window of 24 tokens, which takes about 0.0 GiB") as caught:
         run(llama, tmp_path / "never", tokens)
     assert "--seqlen" in caught.value.hint
 

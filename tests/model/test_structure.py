@@ -160,20 +160,23 @@ def test_a_user_decides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "model.norm"}, "model.norm is not a list of layers"),
-        ({"layers": "model.nothing"}, "model.nothing is not a list of layers"),
+        ({"layers": "model.norm"}, "model.norm is not the path of a list of decoder layers"),
+        ({"layers": "model.nothing"}, "model.nothing is not the path of a list of decoder layers"),
         ({"blocks": BLOCKS.replace("output: mlp", "output: mpl")}, "no layer has a module 'mpl'"),
         ({"blocks": BLOCKS.replace("mlp.up_proj", "mlp.upp")}, "no layer has a linear 'mlp.upp'"),
         ({"blocks": BLOCKS.replace("mlp.up_proj", "input_layernorm")}, "'input_layernorm' is not a linear"),
         ({"blocks": BLOCKS.replace("mlp.up_proj", "self_attn.q_proj")}, "'self_attn.q_proj' is not inside 'mlp'"),
         ({"blocks": BLOCKS.replace("mlp.up_proj", "mlp.down_proj")}, "'mlp.down_proj' is there twice"),
-        ({"blocks": "only: {output: mlp, linears: mlp.up_proj}"}, "does not describe blocks"),
+        (
+            {"blocks": "only: {output: mlp, linears: mlp.up_proj}"},
+            "block only has linears that are not a list of paths",
+        ),
         ({"blocks": "{}"}, "does not describe blocks"),
-        ({"blocks": "only: [mlp]"}, "does not describe blocks"),
-        ({"blocks": "only: {output: mlp, linears: [[1]]}"}, "does not describe blocks"),
+        ({"blocks": "only: [mlp]"}, "block only is not a mapping"),
+        ({"blocks": "only: {output: mlp, linears: [[1]]}"}, "block only has linears that are not a list of paths"),
         ({"blocks": BLOCKS + BLOCKS}, "only is there twice"),
         ({"blocks": "{"}, "blocks.yaml cannot be read"),
-        ({"blocks": "only: {output: mlp, linears: []}"}, "does not describe blocks"),
+        ({"blocks": "only: {output: mlp, linears: []}"}, "block only has no linears"),
         (
             {"blocks": BLOCKS + "again: {output: mlp, linears: [mlp.gate_proj]}"},
             "'mlp' is the output of two blocks",
@@ -190,7 +193,10 @@ def test_a_user_decides(tmp_path: Path) -> None:
             {"blocks": "a: {output: mlp.up_proj, linears: [mlp.gate_proj, mlp.up_proj]}"},
             "'mlp.up_proj' does not depend on 'mlp.gate_proj'",
         ),
-        ({"blocks": "only: {output: mlp, linears: [mlp.up_proj], extra: 3}"}, "does not describe blocks"),
+        (
+            {"blocks": "only: {output: mlp, linears: [mlp.up_proj], extra: 3}"},
+            "has output, linears, extra, and needs output and linears",
+        ),
     ],
 )
 def test_wrong_decisions_say_what_there_is(tmp_path: Path, options: dict[str, str], message: str) -> None:

@@ -167,12 +167,12 @@ def test_a_text_that_is_too_long_to_read_is_told_of_before(tmp_path: Path, llama
 
 def test_a_dry_run_says_what_memory_lacks(tmp_path: Path, llama: Path, tokens: Path) -> None:
     config = PruneConfig(model=str(llama), output=tmp_path / "out", calibration=str(tokens), memory="1MiB")
-    with pytest.raises(SettingsError, match="not enough, with all calibration activations in files"):
+    with pytest.raises(SettingsError, match="too little, even with all calibration activations in files"):
         dry_run(config)
 
 
 def test_what_is_needed_besides_activations_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    with pytest.raises(SettingsError, match="not enough, with all calibration activations in files") as caught:
+    with pytest.raises(SettingsError, match="too little, even with all calibration activations in files") as caught:
         run(llama, tmp_path / "out", tokens, memory="1MiB")
     least = float(caught.value.hint.split()[3])
     assert 0.9 * current_memory() < least * 2**30 < 1.2 * current_memory() + 2**27

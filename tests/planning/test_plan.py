@@ -107,7 +107,11 @@ def test_linears_that_are_left_out_are_counted_with_a_warning(tmp_path: Path) ->
         ({"memory_bandwidth": 1e12}, SettingsError, "give flops, too"),
         ({"link": 5e9}, SettingsError, "between processes it is network"),
         ({"network": float("inf")}, SettingsError, "network"),
-        ({"memory": "1GiB", "flops": 1e12}, SettingsError, "not enough, with all calibration activations in files"),
+        (
+            {"memory": "1GiB", "flops": 1e12},
+            SettingsError,
+            "too little, even with all calibration activations",
+        ),
         ({"pattern": "3:16", "sparsity": 0.5}, SettingsError, "exclude each other"),
         ({"pattern": "2:5", "flops": 1e12}, BarberError, "does not divide"),
         ({"seqlen": 10**6, "flops": 1e12}, BarberError, "beyond the model's 131072 positions"),

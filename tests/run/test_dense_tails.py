@@ -7,7 +7,7 @@ import torch
 
 from llm_barber import InspectConfig, RebuildConfig, inspect, rebuild
 from llm_barber.errors import ModelError
-from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import parse_pattern
 from tests.conftest import make_model, read_folder
 from tests.helpers.targeted_runs import run

@@ -21,12 +21,12 @@ def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens
     before = read_untimed_files(tmp_path / "out")
     for name in (STATE_NAME, STATE_BEFORE, "llm-barber.lock"):
         (tmp_path / "out" / name).write_text("{}")
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match="by a run with other settings: rebuild_ratio .then the default, now 0.5"):
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))  # another run
     assert prune(PruneConfig(**settings, resume=True)) == report
     assert read_untimed_files(tmp_path / "out") == before
     assert prune(PruneConfig(**settings, resume=True)) == report  # a finished job, queued again
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match="is complete, by a run with other settings"):
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber import InspectConfig, PruneConfig, RunReport, inspect, prune
-from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.runtime.load import load
 from tests.conftest import FAMILIES, Listener, bits, load_model, make_model, read_folder, save_tokens

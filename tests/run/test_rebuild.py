@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import InspectConfig, RebuildConfig, inspect, rebuild
 from llm_barber.checkpoint import hub
 from llm_barber.errors import ModelError
-from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import NofM
 from tests.conftest import make_model, read_folder
 from tests.helpers.prune_runs import is_linear, run

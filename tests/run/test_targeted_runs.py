@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RebuildConfig, inspect, prune, rebuild
 from llm_barber.errors import ModelError
-from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import NofM
 from llm_barber.planning.plan import plan
 from llm_barber.run.dry_run import dry_run

@@ -20,8 +20,8 @@ from llm_barber.settings.presets import MOST_PASSES, Allocation, Preset, Refine
 from llm_barber.text import calibration
 from llm_barber.text.calibration import read_text
 from llm_barber.tools.demo import (
+    DEMO_METHODS,
     FULL_METHODS,
-    METHODS,
     PACKAGE_REQUIREMENT,
     PICTURE,
     SECONDS_TO_TUNE,
@@ -52,8 +52,12 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "magnitude").mkdir()
     (tmp_path / "magnitude" / "config.json").write_text("{}")
     model = str(make_model(tmp_path / "model", "llama"))
-    for output in (tmp_path, tmp_path / "magnitude" / "config.json"):
-        with pytest.raises(OutputError, match="exists and has no DEMO.txt"):
+    refused = {
+        tmp_path: "was not made by this command: it has no DEMO.txt",
+        tmp_path / "magnitude" / "config.json": "is a file",
+    }
+    for output, message in refused.items():
+        with pytest.raises(OutputError, match=message):
             demo(DemoConfig(output=output, model=model, seqlen=64))
 
 
@@ -88,9 +92,9 @@ def test_the_commands_that_it_prints_work_as_printed(
     out, err = capsys.readouterr()
     assert err.startswith("loading PyTorch and transformers\n")
     commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  $ ")]
-    assert len(commands) == len(METHODS) + 5
-    names = [*METHODS, "default", "pattern-2-4"]
-    pruned = {name: read_folder(tmp_path / "demo-output" / name) for name in METHODS}
+    assert len(commands) == len(DEMO_METHODS) + 5
+    names = [*DEMO_METHODS, "default", "pattern-2-4"]
+    pruned = {name: read_folder(tmp_path / "demo-output" / name) for name in DEMO_METHODS}
     for command in commands:
         arguments = command[command.index("llm_barber") + 1 :]  # after `python -m`
         assert _main([*arguments, "--quiet"]) == 0, arguments
@@ -107,7 +111,7 @@ def test_the_commands_that_it_prints_work_as_printed(
 def test_models_side_by_side_are_those_of_one_after_the_other(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    methods = {name: METHODS[name] for name in ("wanda", "paper")}
+    methods = {name: DEMO_METHODS[name] for name in ("wanda", "paper")}
     rows = {}
     for count in (1, 2):
         monkeypatch.setattr("llm_barber.tools.demo._models_at_a_time", lambda _, count=count: count)
@@ -129,7 +133,7 @@ def test_a_slow_dense_model_leaves_out_the_tuning(
     monkeypatch.setattr("llm_barber.tools.demo.SECONDS_TO_TUNE", 0.0)
     assert _main(["demo", f"--model={tiny}", f"--output={tmp_path / 'out'}", "--json", "--quiet", *SIZE]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [(row["name"], row["sparsity"]) for row in rows] == [("dense", 0), *((name, 0.5) for name in METHODS)]
+    assert [(row["name"], row["sparsity"]) for row in rows] == [("dense", 0), *((name, 0.5) for name in DEMO_METHODS)]
     assert rows[-1]["description"] == tuned_or_not(1.0).description
     assert "--refine none" in " ".join(rows[-1]["arguments"])
 
@@ -158,7 +162,7 @@ def test_a_slow_processor_leaves_out_the_tuning_and_says_so(seconds: float, refi
     assert ("without tuning" in method.description) is (refine is Refine.NONE)
 
 
-@pytest.mark.parametrize("methods", [METHODS, FULL_METHODS])
+@pytest.mark.parametrize("methods", [DEMO_METHODS, FULL_METHODS])
 def test_descriptions_say_how_the_demonstration_differs_from_the_default(methods: Methods) -> None:
     *_, method = methods.values()
     passes = method.settings["tune_passes"]
@@ -173,7 +177,9 @@ def test_descriptions_say_how_the_demonstration_differs_from_the_default(methods
 def test_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test: it turns the GGUF file into a checkpoint, and prunes and measures it four times."""
     monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
-    methods = {name: (METHODS | FULL_METHODS)[name] for name in ("magnitude", "magnitude-rebuilt", "wanda", "mask")}
+    methods = {
+        name: (DEMO_METHODS | FULL_METHODS)[name] for name in ("magnitude", "magnitude-rebuilt", "wanda", "mask")
+    }
     config = DemoConfig(output=tmp_path / "demo", samples=4, seqlen=128, windows=4)
     rows = {row.name: row for row in demo(config, methods=methods)}
     assert list(rows) == ["dense", *methods]

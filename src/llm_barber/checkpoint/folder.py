@@ -15,8 +15,22 @@ ATTEMPTS = 100  # to make a folder that another run may remove meanwhile
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system that has no locks
 
 
+def check_claimable(folder: Path, marker: str) -> None:
+    """Refuse a file, and a folder of other files without the marker.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file", "choose another output folder")
+    if folder.is_dir() and not (folder / marker).is_file() and any(folder.iterdir()):
+        raise OutputError(
+            f"{folder} was not made by this command: it has no {marker}", "give a new folder, or an empty one"
+        )
+
+
 def claim_folder(folder: Path, marker: str, explanation: str) -> None:
-    """Make the folder and its marker file, or recognise the marker; a folder of other files is refused.
+    """Make the folder and its marker file, or recognise the marker.
 
     Args:
         folder: the folder.
@@ -24,16 +38,14 @@ def claim_folder(folder: Path, marker: str, explanation: str) -> None:
         explanation: content of the marker file.
 
     Raises:
-        OutputError: the folder exists without the marker, or cannot be written.
+        OutputError: as `check_claimable`, or the folder cannot be written.
     """
-    path = folder / marker
-    if path.is_file():
+    check_claimable(folder, marker)
+    if (folder / marker).is_file():
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and has no {marker}", "choose another output folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(explanation + "\n", encoding="utf-8")
+        (folder / marker).write_text(explanation + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}", "choose another output folder") from error
 

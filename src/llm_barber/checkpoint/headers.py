@@ -142,9 +142,7 @@ class OpenedShard:
             if self.path.exists():
                 return ModelError(f"{self.path} may not be read", "check its permissions: ls -l, chmod")
             return ModelError(f"{self.path} is not there any more", "put it back")
-        return ModelError(
-            f"{self.path.name} is truncated or not a safetensors file ({error})", "get the file again, whole"
-        )
+        return ModelError(f"{self.path} is truncated or not a safetensors file ({error})", "get the file again, whole")
 
 
 class LastShard:

@@ -39,6 +39,19 @@ def resolve_model(model: str, revision: str | None = None, pickled: bool = False
             file.
         HubError: the hub cannot be reached or does not have the model.
     """
+    path = local_path(model)
+    if path is not None:
+        return path if path.is_dir() else converted_gguf(path)
+    name, _, pinned = model.partition("@")
+    return _download(name, pinned or revision, HUB_PATTERNS + (PICKLED_PATTERNS if pickled else []))
+
+
+def local_path(model: str) -> Path | None:
+    """The folder or GGUF file of a model; None: the name is a hub id, which nobody has looked up.
+
+    Raises:
+        ModelError: as `resolve_model`.
+    """
     try:
         path = Path(model).expanduser()
         is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
@@ -51,12 +64,11 @@ def resolve_model(model: str, revision: str | None = None, pickled: bool = False
         check_regular(path)
     if is_file:
         if path.suffix == ".gguf":
-            return converted_gguf(path)
+            return path
         raise ModelError(f"{model} is a file, not a model", "give the folder of a checkpoint, a GGUF file or a hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", model) or model.endswith(".gguf"):
         raise ModelError(f"no such model: {model}", "give the folder of a checkpoint, a GGUF file or a hub id")
-    name, _, pinned = model.partition("@")
-    return _download(name, pinned or revision, HUB_PATTERNS + (PICKLED_PATTERNS if pickled else []))
+    return None
 
 
 def check_folder(folder: Path) -> None:

@@ -188,7 +188,7 @@ class CheckpointSource:
         info = self.tensors[name]
         if info.dtype in FLOAT_DTYPES and not _all_finite(values):
             raise NotFiniteError(
-                f"{name} in {info.file} holds NaN or Inf",
+                f"{name} in {self.folder / info.file} holds NaN or Inf",
                 "the checkpoint is damaged or overflowed when it was converted; get it again",
             )
 

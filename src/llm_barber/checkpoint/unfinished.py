@@ -98,18 +98,18 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
     """
     expected = json.loads(json.dumps(key))
     given, given_before = expected.pop("given", {}), _mapping(state.key.get("given"))
-    differing = _differing(expected, {name: value for name, value in state.key.items() if name != "given"})
+    differing = differing_names(expected, {name: value for name, value in state.key.items() if name != "given"})
     differences: list[str | Message] = [name for name in differing if name != "settings"]
     if "settings" in differing:
         settings, before = expected["settings"], _mapping(state.key.get("settings"))
-        names = _differing(given, given_before)
+        names = differing_names(given, given_before)
         for name in names:
             values = before.get(name), settings.get(name)
             if values[0] == values[1]:  # the same by default and as given, but other settings depend on what is given
                 values = given_before.get(name), given.get(name)
-            differences.append(_both_values(name, *values))
+            differences.append(both_values(name, *values))
         if not names:
-            differences.extend(_differing(settings, before))
+            differences.extend(differing_names(settings, before))
     if differences:
         raise UnfinishedRunError(
             Message("the unfinished run was started with another ", joined(", ", map(Message, differences))),
@@ -117,8 +117,8 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
         )
 
 
-def _both_values(setting: str, before: Any, given: Any) -> Message:
-    """A setting with its value in the unfinished run and its value in this one; None or empty: the default."""
+def both_values(setting: str, before: Any, given: Any) -> Message:
+    """A setting with its value in an earlier run and its value in this one; None or empty: the default."""
     words = ["the default" if value in (None, [], {}) else value for value in (before, given)]
     return message(
         "{setting} (then {before}, now {given})", setting=SettingName(setting), before=words[0], given=words[1]
@@ -130,6 +130,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+def differing_names(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Sorted names whose values differ, or that only one mapping has."""
     return [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]

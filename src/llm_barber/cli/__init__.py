@@ -69,8 +69,7 @@ def _main(arguments: list[str]) -> int:
     except UsageError as error:
         if not error.format_message():  # there are no arguments, and typer has shown the help
             return 2
-        path = error.ctx.command_path if error.ctx else "llm-barber"
-        return _tell(error.format_message(), f"see {path} --help", 2)
+        return _tell(error.format_message(), f"see {_command_path(error, arguments)} --help", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _tell("interrupted", INTERRUPTED_HINT, INTERRUPTED)
     except BrokenPipeError:
@@ -88,6 +87,14 @@ def _main(arguments: list[str]) -> int:
             "this is a defect: run again with --debug and report the traceback",
             1,
         )
+
+
+def _command_path(error: UsageError, arguments: list[str]) -> str:
+    """The command that an error is about, as it is typed."""
+    if error.ctx is not None:
+        return str(error.ctx.command_path)
+    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    return " ".join(["llm-barber", *(word for word in arguments[:1] if word in names)])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -131,7 +131,7 @@ def compare(config: CompareConfig, json: JsonOption = False, quiet: QuietOption 
         raise ModelError(
             f"{len(comparison.failures)} of {len(comparison.cells)} cells could not be done: "
             f"{comparison.failures[0].failure}",
-            "the table names them; the others are kept",
+            f"{comparison.failures[0].hint}; the notes below the table name all errors",
         )
 
 

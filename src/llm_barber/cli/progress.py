@@ -70,6 +70,9 @@ class ConsoleProgress:
         # Bars and messages of libraries would interrupt this progress.
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
+        from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity_error()
         return self
 
     def __exit__(

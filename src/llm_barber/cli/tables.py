@@ -190,10 +190,11 @@ def show_comparison(comparison: Comparison, folder: Path) -> None:
 def show_packing(report: PackReport, unpacks: bool) -> None:
     """Print the size of the packed or unpacked model beside the size before, and the rounding."""
     console = Console(highlight=False, markup=False)
-    packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none, is it pruned?"
+    packed = ", ".join(f"{count} as {encoding}" for encoding, count in report.packed.items()) or "none"
+    matrices = f"matrices that were packed: {packed}; dense before" if unpacks else f"packed matrices: {packed}; dense"
     console.print(
         f"{report.output}: {readable_bytes(report.bytes_after)}, {report.bytes_after / report.bytes_before:.1%} of "
-        f"{readable_bytes(report.bytes_before)}; packed matrices: {packed}; dense ones: {report.left_dense}",
+        f"{readable_bytes(report.bytes_before)}; {matrices}: {report.left_dense}",
         soft_wrap=True,
     )
     if report.rounding is not None:

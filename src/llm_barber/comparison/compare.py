@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_barber.checkpoint.durable import save_tensors
-from llm_barber.checkpoint.folder import claim_folder, locked
+from llm_barber.checkpoint.folder import check_claimable, claim_folder, locked
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.planned import Cell, cell_key, cell_settings, has_tasks, plan_cells
@@ -20,14 +20,14 @@ from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import check_text
-from llm_barber.loading.opening import check_positions, load_config, load_tokenizer
+from llm_barber.loading.opening import check_positions, load_config, load_tokenizer, warn_of_revision
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
 from llm_barber.settings.checked import takes
 from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.prune import PruneConfig
-from llm_barber.text.calibration import load_calibration, token_shape
+from llm_barber.text.calibration import check_calibration, load_calibration, token_shape
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import beginning_of_texts
 from llm_barber.usage import versions
@@ -58,9 +58,11 @@ def compare(
         BarberError: model, text, tasks or output are wrong. The error of a single cell is noted in the result.
     """
     progress = progress or Silent()
+    _check_before_opening(config)
+    warn_of_revision("revision", config.revision, config.model, progress)
     source = CheckpointSource(config.model, config.revision)
     folder = str(source.folder)
-    _check_settings(config, source)
+    _check_lengths(config, source)
     claim_folder(config.output, MARKER, "made by `llm-barber compare`, which keeps finished cells here and goes on")
     with locked(config.output / MARKER):
         runner = make_runner(config, folder, progress, evaluator)
@@ -92,19 +94,24 @@ def compare(
     return comparison
 
 
-def _check_settings(config: CompareConfig, source: CheckpointSource) -> None:
-    """Refuse a wrong device, wrong tasks, wrong texts and windows that are too long, before anything is written."""
+def _check_before_opening(config: CompareConfig) -> None:
+    """Refuse a wrong device, wrong tasks, wrong texts and another command's folder, before a model is downloaded."""
     _compute(config)
     find_tasks(config.tasks, config.tasks_folder, config.limit)
-    texts = config.evaluation(str(source.folder)).texts
-    for name in texts:
+    for name in config.evaluation(config.model).texts:
         check_text(name)
+    check_calibration(config.calibration)
+    check_claimable(config.output, MARKER)
+
+
+def _check_lengths(config: CompareConfig, source: CheckpointSource) -> None:
+    """Refuse windows that are too long for the model, before anything is written."""
     model_config = load_config(source).get_text_config()
     if config.calibration.endswith(TOKEN_FILE_SUFFIX):
         check_positions(model_config, token_shape(config.calibration)[1], None)
     else:
         check_positions(model_config, config.seqlen)
-    if texts:
+    if config.evaluation(config.model).texts:
         check_positions(model_config, config.text_seqlen, "text_seqlen")
 
 
@@ -227,7 +234,7 @@ def _run_cell(
         raise
     except BarberError as error:
         progress.warn(f"{cell.name}: {error}")
-        return ComparisonCell(**values, failure=str(error))
+        return ComparisonCell(**values, failure=str(error), hint=str(error.hint))
 
 
 def _clear_work(runner: CellRunner, config: CompareConfig, missing: Sequence[Cell]) -> None:

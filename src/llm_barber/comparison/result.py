@@ -43,7 +43,7 @@ class DenseResult(BaseModel):
 
 
 class ComparisonCell(BaseModel):
-    """A cell of a comparison with its result, or with the error that stopped it."""
+    """A cell of a comparison with its result, or with the error that stopped it, and what to do about it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,6 +53,7 @@ class ComparisonCell(BaseModel):
     seed: int
     result: CellResult | None = None
     failure: str | None = None
+    hint: str | None = None
 
 
 class Comparison(BaseModel):

@@ -134,14 +134,15 @@ def notes(comparison: Comparison) -> list[str]:
         + (" (mean ± sample standard deviation over seeds)." if len(settings["seeds"]) > 1 else "."),
         *_notes_on_tests(comparison),
         *_notes_on_rebuilds(comparison.cells),
-        "Seconds: of pruning, from the first layer read to the last written; peak memory: of the process meanwhile, "
-        "with what it keeps to measure with; bold: the best of its block. "
+        "Seconds: pruning, from the first layer read to the last written. Peak memory: the whole process meanwhile, "
+        "with the dense model's predictions. Bold: the best of its column. "
         f"{comparison.dtype} on {comparison.device}; "
         + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
         + ".",
     ]
     machines = dict.fromkeys(cell.result.machine or "not noted" for cell in comparison.cells if cell.result)
-    lines.append(f"Machine{'s' if len(machines) > 1 else ''}: {'; '.join(machines)}.")
+    if machines:
+        lines.append(f"Machine{'s' if len(machines) > 1 else ''}: {'; '.join(machines)}.")
     return lines + [f"Not done: {_title(cell)}: {cell.failure}." for cell in comparison.failures]
 
 

@@ -14,7 +14,7 @@ from llm_barber.evaluation.predictions import HiddenStates, measure_predictions
 from llm_barber.evaluation.result import Evaluation, TaskResult, TextResult
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskRun, compare_tasks, find_tasks
-from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
+from llm_barber.evaluation.texts import check_text, evaluation_text, evaluation_windows
 from llm_barber.loading.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_vocabulary
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
@@ -74,6 +74,8 @@ class Evaluator:
         self.tasks = find_tasks(config.tasks, config.tasks_folder, config.limit)
         if self.tasks:  # wrong tasks are reported before texts are measured
             _import_harness().check_names(self.tasks)
+        for name in config.texts:  # before a model is downloaded
+            check_text(name)
         progress.stage(f"opening {config.model}")
         model = StreamedModel(config.model, self.device, self.dtype, config.structure)
         self.other = None

@@ -61,7 +61,7 @@ def find_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> 
     if folder is None:
         return tuple(Task(name) for name in selected)
     if not folder.is_dir():
-        raise TaskError(f"tasks folder {folder} is not there", "give a folder with one .jsonl file a task")
+        raise TaskError(f"there is no folder {folder}", "give a folder with one .jsonl file a task")
     files = {_plain(path.stem): path for path in sorted(folder.glob("*.jsonl"))}
     if not files:
         raise TaskError(f"no .jsonl file in {folder}", "give a folder with one .jsonl file a task")

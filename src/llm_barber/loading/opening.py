@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from llm_barber.checkpoint.hub import local_path
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
 from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
@@ -18,6 +19,7 @@ from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.empty import untie_head
 from llm_barber.model.skeleton import Skeleton
+from llm_barber.progress import Progress
 from llm_barber.text.windows import beginning_of_texts
 
 GENERATION_CONFIG = "generation_config.json"
@@ -91,7 +93,7 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
         expected = tuple(skeleton.model.get_parameter(name).shape)
         if shape != expected:
             raise ModelError(
-                f"{name} has shape {shape}, the configuration says {expected}",
+                f"{name} of {source.model} has shape {shape}, its config.json says {expected}",
                 "config.json and the weights do not belong together",
             )
         if info.dtype not in FLOAT_DTYPES:
@@ -229,8 +231,15 @@ def load_tokenizer(folder: Path) -> Any | None:
     except BaseException as error:  # tokenizers raise all kinds of errors; those in Rust raise a BaseException
         raise CalibrationError(
             f"the tokenizer in {folder} cannot be loaded: {first_line(error)}",
-            "mend it, or give --calibration a safetensors file with input_ids",
+            "get the tokenizer's files again",
         ) from error
+
+
+def warn_of_revision(setting: str, revision: str | None, model: str, progress: Progress) -> None:
+    """Warn of a revision of a model that is no hub id; `setting`: its name."""
+    if revision is not None and local_path(model) is not None:
+        unused = "{setting} counts for nothing: {model} is not a hub id"
+        progress.warn(message(unused, setting=SettingName(setting, revision), model=model))
 
 
 def check_positions(config: PreTrainedConfig, seqlen: int, setting: str | None = "seqlen") -> None:

@@ -17,6 +17,7 @@ from llm_barber.loading.opening import (
     load_config,
     load_tokenizer,
     open_skeleton,
+    warn_of_revision,
 )
 from llm_barber.messages import SettingName, message
 from llm_barber.model.device import (
@@ -34,7 +35,7 @@ from llm_barber.progress import Progress
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.run import RunSettings
 from llm_barber.settings.targets import Targets
-from llm_barber.text.calibration import CalibrationTokens, check_text_fits, load_calibration
+from llm_barber.text.calibration import CalibrationTokens, check_calibration, check_text_fits, load_calibration
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 
@@ -94,6 +95,8 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
     dtype = resolve_dtype(settings.dtype, device)
     if ranks.is_first:  # other processes write nothing, and may see the folder that the first process is making
         check_output(settings.output, settings.overwrite)
+    check_calibration(settings.calibration)  # before a model is downloaded
+    warn_of_revision("revision", settings.revision, model, progress)
     progress.stage(f"opening {model}")
     source = CheckpointSource(model, settings.revision)
     config = load_config(source)
@@ -131,6 +134,8 @@ def _choose_device(settings: RunSettings, ranks: Ranks, progress: Progress) -> t
         torch.cuda.set_device(device)
     elif settings.device_memory is not None:
         progress.warn(message("{device_memory} counts for nothing without a GPU; {memory} bounds the host's"))
+    if device.type == "cpu" and settings.activations_off_device:
+        progress.warn(message("{activations_off_device} counts for nothing without a GPU"))
     return device
 
 

@@ -1,6 +1,6 @@
 """Patterns of sparsity: an unstructured fraction, or N kept of every M consecutive inputs of a row.
 
-Imports no torch, so that the command line starts fast; `held_patterns.py` finds the patterns of tensors.
+Imports no torch, so that the command line starts fast; `find_patterns.py` finds the patterns of tensors.
 """
 
 from dataclasses import dataclass

@@ -243,9 +243,9 @@ class _WorkingSet:
     def _exchange(self, pair: "_Pair", active: Tensor) -> None:
         """Swap a pair in the rows that are `active`, bool (rows,)."""
         rows, grow, drop = self._rows, pair.grow, pair.drop
-        both = pair.grow_cross[rows, drop]
+        cross_term = pair.grow_cross[rows, drop]
         # To undo the move of a weight changes the error by the negative of its move, plus the cross term of the pair.
-        undo_grow, undo_drop = both - self.grow[rows, grow], both - self.drop[rows, drop]
+        undo_grow, undo_drop = cross_term - self.grow[rows, grow], cross_term - self.drop[rows, drop]
         to_others = pair.drop_cross.sub_(pair.grow_cross).mul_(active.unsqueeze(1))
         self.grow.sub_(to_others)
         self.drop.add_(to_others)

@@ -11,7 +11,7 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.job import Job
 from llm_barber.loading.naming import find_locations
-from llm_barber.masking.held_patterns import find_pattern, holds
+from llm_barber.masking.find_patterns import find_pattern, holds
 from llm_barber.masking.pattern import NofM, parse_pattern
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer

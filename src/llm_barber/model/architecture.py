@@ -1,6 +1,6 @@
 """Records of model families: the path of the decoder layers, and the linears of each block.
 
-To add a family, add a record to `ARCHITECTURES` and its name to the parity test (see CONTRIBUTING.md).
+To add a family, add an entry to `ARCHITECTURES` and its name to the parity test (see CONTRIBUTING.md).
 """
 
 import re
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # settings import this file, and the command line starts before torch is loaded
     from torch import Tensor, nn
 
-ATTENTION, MLP = "attention", "mlp"  # names of blocks, in every record
+ATTENTION, MLP = "attention", "mlp"  # names of blocks, in every entry
 
 
 @dataclass(frozen=True)
 class Block:
     """One block of a decoder layer.
 
-    In a record, `*` stands for the number of every expert. A layer may lack blocks and linears of its record: they are
+    In an entry, `*` stands for the number of every expert. A layer may lack blocks and linears of its entry: they are
     left out.
 
     Attributes:
@@ -140,7 +140,7 @@ INNER_CHANNELS = (
 
 
 def _channels(block: Block) -> Iterator[Channels]:
-    """Channels that may change places between the linears of a block of a record."""
+    """Channels that may change places between the linears of a block of an entry."""
     modules = {linear.rpartition(".")[0] for linear in block.linears if "*" not in linear}
     for module in sorted(modules):
         prefix = f"{module}." if module else ""

@@ -18,12 +18,12 @@ def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
         SettingsError: a block, or a linear of a block, is in no layer, or is named twice, or lies outside its output.
     """
     assert isinstance(layers, nn.ModuleList)
-    record = Architecture("", blocks)
-    present = [block for layer in layers for block in record.blocks_of(layer)]
+    stated = Architecture("", blocks)
+    present = [block for layer in layers for block in stated.blocks_of(layer)]
     for block in blocks:
         if block.output not in {of_layer.output for of_layer in present}:
             raise SettingsError(
-                message("{blocks}: no layer has a module {output!r}", output=block.output), _paths_hint(layers[0])
+                message("{blocks}: no layer has a module {output!r}", output=block.output), _modules_hint(layers[0])
             )
         for linear in block.linears:
             pattern = linear.split(".*.")
@@ -76,6 +76,13 @@ def _stands_for(pattern: list[str], name: str) -> bool:
     return name == pattern[0] if len(pattern) == 1 else name.startswith(pattern[0]) and name.endswith(pattern[1])
 
 
+def _modules_hint(layer: nn.Module) -> str:
+    holders = dict.fromkeys(
+        name.rpartition(".")[0] or name for name, module in layer.named_modules() if is_linear(module)
+    )
+    return f"modules that hold linears: {', '.join(holders)}"
+
+
 def _paths_hint(layer: nn.Module) -> str:
     return f"a layer has {', '.join(name for name, module in layer.named_modules() if is_linear(module))}"
 
@@ -93,8 +100,8 @@ def check_layers(model: nn.Module, path: str) -> str:
     if not isinstance(layers, nn.ModuleList):
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise SettingsError(
-            message("{layers} is not a list of layers", layers=SettingName("layers", path)),
-            f"lists are: {', '.join(lists[:20])}" if lists else "",
+            message("{layers} is not the path of a list of decoder layers", layers=SettingName("layers", path)),
+            f"paths of lists: {', '.join(lists[:20])}" if lists else message("leave out {layers}"),
         )
     return path
 

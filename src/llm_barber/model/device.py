@@ -51,9 +51,12 @@ def resolve_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise SettingsError(message("{device}: unknown device {name!r}", name=name), "use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        missing = "{device} is not there: PyTorch sees {count}"
-        shown = message(missing, device=SettingName("device", name), count=torch.cuda.device_count())
-        raise SettingsError(shown, "use --device cpu")
+        count = torch.cuda.device_count()
+        present = "no GPU" if not count else "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise SettingsError(
+            message("{device}: PyTorch sees {present}", device=SettingName("device", name), present=present),
+            "use --device cpu" if count else "use --device cpu, or install a PyTorch that is built for GPUs",
+        )
     if device.type == "cuda":  # before the first product: otherwise PyTorch takes cuBLAS to add up in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device

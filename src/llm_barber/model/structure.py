@@ -1,4 +1,4 @@
-"""Structure of a model: its family's record, or an analysis that runs one decoder layer of each kind.
+"""Structure of a model: its family's entry, or an analysis that runs one decoder layer of each kind.
 
 The analysis takes the largest module list for the decoder layers. The blocks of a layer are its modules that contain
 linears, in the order of their first calls; linears directly in the layer form one more block. The analysis runs on the
@@ -46,16 +46,16 @@ HOW_TO_DECIDE = "--layers PATH says where the decoder layers are, --blocks FILE 
 
 
 def find_architecture(config: PreTrainedConfig, options: StructureOptions | None = None) -> Architecture:
-    """Find the structure of a model: its family's record, or an analysis.
+    """Find the structure of a model: its family's entry, or an analysis.
 
     Raises:
         ModelError: transformers cannot build the model, or its structure is ambiguous.
         SettingsError: the options do not fit the model.
     """
     options = options or StructureOptions()
-    record = ARCHITECTURES.get(config.model_type)
-    if record is not None and options == StructureOptions():
-        return record
+    entry = ARCHITECTURES.get(config.model_type)
+    if entry is not None and options == StructureOptions():
+        return entry
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{config.model_type} is an encoder, or has one", "only decoder models, which write text, are pruned"
@@ -72,12 +72,12 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
 
 
 def _with_channels(architecture: Architecture, config: PreTrainedConfig) -> Architecture:
-    """Add the channels that may change places in a model with images: those of its language model's record."""
-    record = ARCHITECTURES.get(config.get_text_config().model_type)
-    if record is None:
+    """Add the channels that may change places in a model with images: those of its language model's entry."""
+    entry = ARCHITECTURES.get(config.get_text_config().model_type)
+    if entry is None:
         return architecture
     linears = set(architecture.linears)
-    channels = [part for part in record.channels if linears.issuperset((*part.writers, part.reader))]
+    channels = [part for part in entry.channels if linears.issuperset((*part.writers, part.reader))]
     return replace(architecture, channels=tuple(channels))
 
 

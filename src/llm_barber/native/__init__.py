@@ -56,14 +56,14 @@ def instructions() -> Instructions:
     Raises:
         SettingsError: the variable holds something else.
     """
-    most = _processor_instructions()
-    level = _limited(most)
+    present = _processor_instructions()
+    level = _limited(present)
     if library() is None:
         logger.info("packed weights: unpacked by NumPy, since the C extension is missing or the processor lacks AVX2")
-    elif most == Instructions.AVX2:
+    elif present == Instructions.AVX2:
         logger.info("packed weights: AVX2, since the processor lacks AVX-512 with VBMI2, or the C extension is old")
     else:
-        logger.info("packed weights: %s; the processor has %s", level.name, most.name)
+        logger.info("packed weights: %s; the processor has %s", level.name, present.name)
     return level
 
 

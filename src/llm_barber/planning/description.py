@@ -14,7 +14,7 @@ def structure_lines(skeleton: Skeleton, known: bool) -> tuple[str, ...]:
         skeleton: the empty model.
         known: the architecture has a record, so that its structure was not searched for.
     """
-    lines = [f"layers: {skeleton.architecture.layers}, {'as recorded' if known else 'found by structure'}"]
+    lines = [f"layers: {skeleton.architecture.layers}, {'known for this family' if known else 'found by structure'}"]
     kinds: dict[tuple[Block, ...], list[int]] = {}
     for index, blocks in enumerate(skeleton.blocks):
         alike = (

@@ -51,8 +51,9 @@ def _tuning(once: float, linears: int, groups: int, recipe: Recipe) -> float:
     held_out = recipe.held_out // recipe.tokens
     sequences = settings.passes * (recipe.local_sequences - held_out)
     of_sequence = (1 + BACKWARD) * once + SEQUENCE + SUMS * linears
-    both = settings.tunes_masks and settings.tunes_weights
-    of_step = linears * (STEP + BOTH * both + PATTERN * (settings.tunes_masks and recipe.pattern is not None))
+    masks_and_weights = settings.tunes_masks and settings.tunes_weights
+    groups_of_m = settings.tunes_masks and recipe.pattern is not None
+    of_step = linears * (STEP + BOTH * masks_and_weights + PATTERN * groups_of_m)
     judged = (settings.passes + 1) * _batches(recipe, held_out) * (once + JUDGED)
     before = _batches(recipe, recipe.local_sequences) * (once + STATISTICS * groups) + SCORES * linears
     return before + sequences * of_sequence + settings.passes * recipe.tune_steps * of_step + judged

@@ -42,7 +42,7 @@ def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: 
     if needed > memory:
         raise SettingsError(
             message(
-                "{memory}: {given} are not enough, with all calibration activations in files",
+                "{memory}: {given} is too little, even with all calibration activations in files",
                 given=readable_bytes(memory, 1024),
             ),
             f"give at least {math.ceil(100 * needed / 2**30) / 100:.2f} GiB; a smaller --batch-size or --seqlen needs "

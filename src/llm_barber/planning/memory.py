@@ -158,11 +158,11 @@ def _shard(layer: LayerShapes, recipe: Recipe) -> float:
 
     From a GPU they come in pinned memory, which PyTorch takes in blocks.
     """
-    others = max(0, layer.parameters - layer.weights) * recipe.stored
+    unpruned = max(0, layer.parameters - layer.weights) * recipe.stored
     if recipe.on_cpu:
-        return others
+        return unpruned
     shapes = ((block.copies, rows * columns) for block in layer.blocks for rows, columns in block.linears)
-    return others + sum(copies * block_size(weights * recipe.stored) for copies, weights in shapes)
+    return unpruned + sum(copies * block_size(weights * recipe.stored) for copies, weights in shapes)
 
 
 def _reading(model: ModelShapes, recipe: Recipe) -> Footprint:

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_barber.checkpoint.companions import RECORD_NAME
+from llm_barber.checkpoint.hub import local_path
 from llm_barber.checkpoint.output import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import SettingsError
 from llm_barber.loading.job import Job
+from llm_barber.loading.opening import warn_of_revision
 from llm_barber.loading.preparing import open_job
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
@@ -121,6 +123,8 @@ def prepare_rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> 
     Raises:
         BarberError: as `rebuild`.
     """
+    local_path(config.pruned)  # a wrong path is refused before the dense model is downloaded
+    warn_of_revision("pruned_revision", config.pruned_revision, config.pruned, progress)
     job = open_job(config.dense, config, None, progress, ranks)
     initial = CheckpointMasks(job, config.pruned, config.pattern, config.pruned_revision)
     if initial.head_was_pruned:

@@ -4,8 +4,10 @@ from os.path import expanduser
 from pathlib import Path
 
 from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.checkpoint.unfinished import both_values, differing_names
 from llm_barber.errors import CalibrationError, ModelError, OutputError, UnfinishedRunError
 from llm_barber.loading.preparing import read_calibration
+from llm_barber.messages import Message, joined
 from llm_barber.method.checkpoint_masks import pruned_key
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
@@ -27,6 +29,7 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
 
     Raises:
         OutputError: a file of the output is missing or changed; or the models or the calibration text have changed.
+        UnfinishedRunError: the output is complete, by a run with other settings.
     """
     try:
         record = read_record(config.output) if config.resume else None
@@ -37,8 +40,15 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
     if record is None or record.command != config.command:
         return None
     recorded = {name: value for name, value in record.settings.items() if name not in NOT_IN_KEY}
-    if recorded != config.model_dump(mode="json", exclude=NOT_IN_KEY):
-        return None
+    given = config.model_dump(mode="json", exclude=NOT_IN_KEY)
+    if recorded != given:
+        if config.overwrite:
+            return None
+        both = (both_values(name, recorded.get(name), given.get(name)) for name in differing_names(recorded, given))
+        raise UnfinishedRunError(
+            Message(f"{config.output} is complete, by a run with other settings: ", joined(", ", both)),
+            f"choose another output folder, or {PRUNE_AGAIN}",
+        )
     if damage := _damage(config.output, record, progress):
         if config.overwrite:
             return None

@@ -62,18 +62,18 @@ def with_smaller_batches(
             seqlen = job.tokens.input_ids.shape[1]
             needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, experts_per_token(skeleton.model.config))
             raise DeviceMemoryError(
-                f"the device's memory is too small for one sequence of {seqlen} tokens, which takes about "
+                f"the device's memory is too small for one window of {seqlen} tokens, which takes about "
                 f"{needed / 2**30:.1f} GiB",
                 "use a shorter --seqlen, --dtype bfloat16, a larger device, or --device cpu",
             )
         if streams.ranks.count > 1:  # other processes are in the middle of the computation
             raise DeviceMemoryError(
-                f"the device's memory is too small for {streams.batch_size} sequences together",
+                f"the device's memory is too small for {streams.batch_size} windows at a time",
                 f"go on with --resume --batch-size {max(1, streams.batch_size // 2)}",
             )
         streams.halve_batches()
         _empty_cache()
-        progress.warn(f"the device's memory is too small: {streams.batch_size} sequences together from now on")
+        progress.warn(f"the device's memory is too small: {streams.batch_size} windows at a time from now on")
 
 
 def _empty_cache() -> None:

@@ -25,7 +25,7 @@ from llm_barber.settings.refining import RefineSettings
 from llm_barber.usage import machine, peak_device_memory, peak_memory
 
 
-def as_before(prepared: PreparedRun, used: Used, progress: Progress) -> PreparedRun:
+def take_over_batch_size(prepared: PreparedRun, used: Used, progress: Progress) -> PreparedRun:
     """Take over the unfinished run's batch size, so that results are rounded alike.
 
     Warn of another machine, and of files that were written since.

@@ -34,11 +34,11 @@ from llm_barber.run.out_of_memory import with_smaller_batches
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.resume_key import resume_key
 from llm_barber.run.resuming import (
-    as_before,
     finished_layers,
     hint_at_resuming,
     keep_activations_if_due,
     pass_layers,
+    take_over_batch_size,
     tell_of_lost,
     used_by,
 )
@@ -46,7 +46,7 @@ from llm_barber.run.writer import Writer
 from llm_barber.settings.base import Format
 from llm_barber.settings.presets import Allocation
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 STAGES = ("embed", "reorder", "allocate", "layers", "read", "write", "total")
 
 
@@ -62,7 +62,7 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
         reached, writer.state = ranks.from_first((reached, writer.state))
         results = finished_layers(writer)
         tell_of_lost(writer, len(results), progress)
-        prepared = as_before(prepared, writer.state.used, progress)
+        prepared = take_over_batch_size(prepared, writer.state.used, progress)
         job = prepared.job
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
@@ -182,14 +182,14 @@ def _allocate(
 
 
 def _pass_dense(
-    compute: Callable[[], Found],
+    compute: Callable[[], Result],
     stage: str,
     prepared: PreparedRun,
     streams: ActivationStreams,
     seconds: dict[str, float],
     began: float,
     progress: Progress,
-) -> Found:
+) -> Result:
     """Return what a pass over the dense model finds; count its seconds as a `stage`, and in the total since `began`."""
     start = time.perf_counter()
     result = with_smaller_batches(compute, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)

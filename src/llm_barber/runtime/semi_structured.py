@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.masking.held_patterns import holds
+from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import NofM
 from llm_barber.messages import message
 

@@ -171,7 +171,7 @@ class CompareConfig(StructureSettings):
 
     def _sparsity_can_be_spread(self) -> Iterator[Message]:
         if all(method.allocated for method in self.methods) and all(":" in target for target in self.targets):
-            spread = "{methods} need a sparsity as target, which they spread over linears; N:M is the same in all"
+            spread = "{methods}: give a sparsity in {targets}; N:M cannot be spread over linears"
             yield message(spread, methods=", ".join(self.methods))
 
     def evaluation(self, folder: str) -> EvaluateConfig:

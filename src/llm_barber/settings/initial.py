@@ -21,22 +21,22 @@ class Initial(StrEnum):
     @property
     def has_updates(self) -> bool:
         """True of methods that compute new values for kept weights."""
-        return METHODS[self].has_updates
+        return METHOD_FACTS[self].has_updates
 
     @property
     def reads_inputs(self) -> bool:
         """True of methods that need a statistic of the linears' inputs, so that layers are run for them."""
-        return METHODS[self].reads_inputs
+        return METHOD_FACTS[self].reads_inputs
 
     @property
     def compares_in_linear(self) -> bool:
         """True of methods whose released program compares the weights of a whole linear, not those of each row."""
-        return METHODS[self].compares_in_linear
+        return METHOD_FACTS[self].compares_in_linear
 
     @property
     def fixes_groups(self) -> bool:
         """True of methods with comparison groups of their own; `initial_granularity` is refused then."""
-        return METHODS[self].fixes_groups
+        return METHOD_FACTS[self].fixes_groups
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class MethodFacts:
 
 
 # RIA, DSnoT and ALPS have no released experiments with a rebuild: each has the numbers of the method that it resembles.
-METHODS: dict[Initial, MethodFacts] = {
+METHOD_FACTS: dict[Initial, MethodFacts] = {
     Initial.MAGNITUDE: MethodFacts(Granularity.BLOCK, 0.1, reads_inputs=False, compares_in_linear=True),
     Initial.WANDA: MethodFacts(Granularity.OUTPUT, 0.01),
     Initial.SPARSEGPT: MethodFacts(Granularity.LINEAR, 0.1, fixes_groups=True, has_updates=True),
@@ -73,7 +73,7 @@ def rebuild_defaults(
     With N:M the default granularity is `output` for every method: the released program chooses N:M's growing weights
     per output row.
     """
-    method = METHODS[initial]
+    method = METHOD_FACTS[initial]
     default = Granularity.OUTPUT if isinstance(pattern, NofM) else method.granularity
     return granularity or default, method.ratio if ratio is None else ratio
 
@@ -91,5 +91,8 @@ def methods_with(fact: str, last: str = "and") -> str:
     return f"{', '.join(names)} {last} {end}"
 
 
-RELEASED_GRANULARITIES = _released({method: facts.granularity for method, facts in METHODS.items()})
-RELEASED_RATIOS = _released({method: facts.ratio for method, facts in METHODS.items()})  # "magnitude 0.1, …, else 0.01"
+RELEASED_GRANULARITIES = _released({method: facts.granularity for method, facts in METHOD_FACTS.items()})
+# For example "magnitude 0.1, …, else 0.01".
+RELEASED_RATIOS = _released(
+    {method: facts.ratio for method, facts in METHOD_FACTS.items()}
+)  # "magnitude 0.1, …, else 0.01"

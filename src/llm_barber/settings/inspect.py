@@ -1,8 +1,11 @@
 """Settings of `inspect`."""
 
+from collections.abc import Iterator
+
 from pydantic import Field
 
-from llm_barber.settings.checked import Settings
+from llm_barber.messages import Message, message
+from llm_barber.settings.checked import Rule, Settings
 
 
 class InspectConfig(Settings):
@@ -16,3 +19,11 @@ class InspectConfig(Settings):
     dense: str | None = Field(None, description="Verify that kept weights equal this model's, bit for bit or rounded")
     revision: str | None = Field(None, description="Revision of `model`, if it is a hub id")
     dense_revision: str | None = Field(None, description="Revision of `dense`, if it is a hub id")
+
+    def rules(self) -> list[Rule]:
+        """A revision belongs to a model."""
+        return [*super().rules(), self._revision_has_a_model]
+
+    def _revision_has_a_model(self) -> Iterator[Message]:
+        if self.dense_revision is not None and self.dense is None:
+            yield message("{dense_revision} needs {dense}")

@@ -106,7 +106,13 @@ class PruneConfig(RunSettings):
     def rules(self) -> list[Rule]:
         """Rules about the initial mask, and those of every run."""
         chosen = (self._target_is_clear, self._updates_are_there, self._sparsity_can_be_spread, self._groups_are_free)
-        return [*chosen, self._order_matters, *super().rules(), self._output_is_another]
+        further = (self._order_matters, self._rows_have_groups)
+        return [*chosen, *further, *super().rules(), self._output_is_another]
+
+    def _rows_have_groups(self) -> Iterator[Message]:
+        groups = self.pattern is not None or any(":" in str(target) for target in self.sparsities.values())
+        if self.allow_dense_tail and not groups:
+            yield message("{allow_dense_tail} needs N:M, from {pattern} or {sparsities}")
 
     def _output_is_another(self) -> Iterable[Message]:
         return same_folder("model", self.model, self.output)

@@ -58,17 +58,26 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
     from llm_barber.settings.yaml_file import read_yaml
 
     content = read_yaml(path)
-    if not isinstance(content, dict) or not content or not all(map(_is_block, content.values())):
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} does not describe blocks: {how}")
+    for name, value in content.items():
+        if problem := _block_problem(value):
+            raise ValueError(f"{path}: block {name} {problem}; {how}")
     return tuple(Block(str(name), block["output"], tuple(block["linears"])) for name, block in content.items())
 
 
-def _is_block(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"output", "linears"}:
-        return False
+def _block_problem(value: Any) -> str | None:
+    """What is wrong with the description of a block, as a verb and its object; None: nothing."""
+    if not isinstance(value, dict):
+        return "is not a mapping"
+    if value.keys() != {"output", "linears"}:
+        return f"has {', '.join(map(str, value)) or 'nothing'}, and needs output and linears"
+    if not isinstance(value["output"], str):
+        return "has an output that is not a path"
     linears = value["linears"]
-    named = isinstance(linears, list) and linears and all(isinstance(linear, str) for linear in linears)
-    return isinstance(value["output"], str) and bool(named)
+    if not isinstance(linears, list) or not all(isinstance(linear, str) for linear in linears):
+        return "has linears that are not a list of paths"
+    return None if linears else "has no linears"
 
 
 def _number(value: Any) -> Any:
@@ -183,7 +192,7 @@ class Targets:
                     self._check_layer(setting, int(expression), layers)
                 elif not any(re.search(expression, name) for name in names):
                     hint = without_head if "head" in expression else example
-                    missing = "{setting}: {expression!r} is found in no linear's name"
+                    missing = "{setting}: no linear's name matches {expression!r}"
                     raise SettingsError(message(missing, setting=SettingName(setting), expression=expression), hint)
         for name in head:
             if self.of(layers, name, layers) is None or any(re.search(expression, name) for expression in self.exclude):
@@ -201,7 +210,7 @@ class Targets:
                 target = self.of(index, name, layers)
                 selected += target is not None
                 if isinstance(target, NofM):
-                    otherwise = "leave out --prune-head" if index == layers else "leave it out with --exclude"
+                    otherwise = "leave out --prune-head" if index == layers else "leave the linear out with --exclude"
                     self._check_groups(name, shape[1], target, otherwise)
         if not selected:
             nothing = "{include}, {exclude}, {skip_layers} and {sparsities} leave nothing to prune"
@@ -211,7 +220,7 @@ class Targets:
     def _check_layer(setting: str, index: int, layers: int) -> None:
         if not -layers <= index < layers:
             missing = message("{setting}: there is no decoder layer {index}", setting=SettingName(setting), index=index)
-            raise SettingsError(missing, f"there are {layers}, 0 to {layers - 1}")
+            raise SettingsError(missing, f"the model has decoder layers 0 to {layers - 1}")
 
     def _check_groups(self, name: str, columns: int, pattern: NofM, otherwise: str) -> None:
         """Refuse rows that are no whole number of groups; `otherwise` says how the linear is not pruned."""

@@ -64,6 +64,9 @@ class CalibrationTokens:
         return int(first[0]) if (first == first[0]).all() else None
 
 
+OWN_TOKENS = "give --calibration a safetensors file with input_ids"
+
+
 def known_calibrations() -> str:
     """Known names and kinds of files, for messages."""
     return f"{', '.join(['builtin', *HUB_SETS])}, or a file ending in {', '.join(SUFFIXES)}"
@@ -95,11 +98,14 @@ def load_calibration(
     if name.endswith(TOKEN_FILE_SUFFIX):
         return CalibrationTokens(_read_tokens(Path(expanduser(name))), name)
     text = read_text(name, samples * seqlen)
-    tokenizer = find_tokenizer()
+    try:
+        tokenizer = find_tokenizer()
+    except CalibrationError as error:
+        raise CalibrationError(error.message, f"{error.hint}, or {OWN_TOKENS}") from error
     if tokenizer is None:
         raise CalibrationError(
             "the model has no tokenizer, which calibration text needs",
-            "add its tokenizer files, or give --calibration a safetensors file with input_ids",
+            f"add its tokenizer files, or {OWN_TOKENS}",
         )
     windows, tokens = windows_of(text, tokenizer, seqlen, bos)
     count = len(windows)
@@ -156,6 +162,22 @@ def token_shape(name: str) -> tuple[int, int]:
     return sequences, tokens
 
 
+def check_calibration(name: str) -> None:
+    """Refuse a name that is neither a known text nor a file; nothing is read.
+
+    Raises:
+        CalibrationError: it is neither.
+    """
+    if name in BUILTIN or name in HUB_SETS:
+        return
+    path = Path(expanduser(name))
+    check_regular(path, CalibrationError)
+    if not path.is_file():
+        is_file_name = path.suffix or len(path.parts) > 1
+        hint = "check the path: there is no such file" if is_file_name else f"known are {known_calibrations()}"
+        raise CalibrationError(f"no such calibration text: {name}", hint)
+
+
 def read_text(name: str, tokens_wanted: int | None = None) -> str:
     """Read the text of a name or file; of a streamed set, ample characters for `tokens_wanted` tokens.
 
@@ -163,16 +185,12 @@ def read_text(name: str, tokens_wanted: int | None = None) -> str:
         CalibrationError: the text is unknown or unreadable.
         HubError: the hub cannot be reached.
     """
+    check_calibration(name)
     if name in BUILTIN:
         return (files("llm_barber") / "data" / BUILTIN[name]).read_text(encoding="utf-8")
     if name in HUB_SETS:
         return _read_hub(name, tokens_wanted)
     path = Path(expanduser(name))
-    check_regular(path, CalibrationError)
-    if not path.is_file():
-        is_file_name = path.suffix or len(path.parts) > 1
-        hint = "check the path: there is no such file" if is_file_name else f"known are {known_calibrations()}"
-        raise CalibrationError(f"no such calibration text: {name}", hint)
     try:
         match path.suffix:
             case ".jsonl":
@@ -182,7 +200,7 @@ def read_text(name: str, tokens_wanted: int | None = None) -> str:
             case _:
                 return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text", f"known are {known_calibrations()}") from error
+        raise CalibrationError(f"{path} is not UTF-8 text", "save it as UTF-8, for example with iconv") from error
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
 

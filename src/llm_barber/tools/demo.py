@@ -49,7 +49,7 @@ AT_A_TIME = 2  # models that are pruned and measured side by side, where there a
 
 Methods = dict[str, DemoMethod]  # by name of the folder
 
-METHODS: Methods = {
+DEMO_METHODS: Methods = {
     "magnitude": DemoMethod(  # looks at weights alone, so that a window of any text does
         "the smallest weights are gone", {"initial": Initial.MAGNITUDE, "rebuild": False}, ONE_WINDOW
     ),
@@ -68,12 +68,12 @@ UNTUNED = DemoMethod(
 # tuning would make the demonstration too long (docs/notebook/demo.md).
 SECONDS_TO_TUNE = 6.0
 FULL_METHODS: Methods = {
-    "magnitude": METHODS["magnitude"],
+    "magnitude": DEMO_METHODS["magnitude"],
     "magnitude-rebuilt": DemoMethod(
         "magnitude's mask, rebuilt as published",
         {"initial": Initial.MAGNITUDE, "granularity": Granularity.BLOCK, "rebuild_ratio": 0.1},
     ),
-    "wanda": METHODS[WANDA],
+    "wanda": DEMO_METHODS[WANDA],
     "preset-mask": DemoMethod(
         "what `prune` does by default, but tuned in 2 passes; the default makes up to 8", {"tune_passes": 2}
     ),
@@ -88,15 +88,15 @@ def demo(config: DemoConfig, progress: Progress | None = None, methods: Methods 
     Args:
         config: the settings.
         progress: told of each stage and each perplexity.
-        methods: None: `FULL_METHODS` of a full demonstration; otherwise `METHODS`, in which a slow processor leaves out
-            the tuning.
+        methods: None: `FULL_METHODS` of a full demonstration; otherwise `DEMO_METHODS`, in which a slow processor
+            leaves out the tuning.
 
     Raises:
         BarberError: the model is not there, or a run cannot be done.
     """
     progress = progress or Silent()
     source = config.model or str(demo_model())
-    named = methods or (FULL_METHODS if config.full else METHODS)
+    named = methods or (FULL_METHODS if config.full else DEMO_METHODS)
     count = _models_at_a_time(config)  # refuses a device that is not there, before a folder is made
     if config.model is not None:
         check_positions(load_config(CheckpointSource(config.model)).get_text_config(), config.seqlen)
@@ -161,7 +161,7 @@ def _tasks(
 
 def tuned_or_not(seconds: float) -> DemoMethod:
     """The default method, tuned if the dense model's perplexity took so few seconds that there is time for it."""
-    return METHODS[TUNED] if seconds <= SECONDS_TO_TUNE else UNTUNED
+    return DEMO_METHODS[TUNED] if seconds <= SECONDS_TO_TUNE else UNTUNED
 
 
 def next_commands(config: DemoConfig, rows: list[DemoRow]) -> list[tuple[str, tuple[str, ...]]]:

@@ -10,7 +10,8 @@ from llm_barber.checkpoint.channel_order import read_order
 from llm_barber.checkpoint.rounding import round_trip
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.masking.held_patterns import held_patterns, holds
+from llm_barber.loading.opening import warn_of_revision
+from llm_barber.masking.find_patterns import find_patterns, holds
 from llm_barber.masking.pattern import parse_pattern
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.file import read_record, recorded_structure
@@ -87,8 +88,9 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
         HubError: the hub cannot be reached.
     """
     progress = progress or Silent()
+    warn_of_revision("revision", config.revision, config.model, progress)
     source = CheckpointSource(config.model, config.revision)
-    dense = _open_dense(config, source)
+    dense = _open_dense(config, source, progress)
     record = read_record(source.folder)
     with_head = record is not None and record.prunes_head
     linears = find_linears(source, recorded_structure(record), with_head, progress)
@@ -140,13 +142,14 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     )  # fmt: skip
 
 
-def _open_dense(config: InspectConfig, source: CheckpointSource) -> CheckpointSource | None:
+def _open_dense(config: InspectConfig, source: CheckpointSource, progress: Progress) -> CheckpointSource | None:
     """Open the dense model to compare with, if there is one, in the order of the checkpoint's channels.
 
     A model with the same file of an order has them there already: both were made from one dense model.
     """
     if config.dense is None:
         return None
+    warn_of_revision("dense_revision", config.dense_revision, config.dense, progress)
     dense = CheckpointSource(config.dense, config.dense_revision)
     order = read_order(source.folder)
     dense.order = None if order == read_order(dense.folder) else order
@@ -195,7 +198,7 @@ def _inspect_linear(linear: FoundLinear, tensor: Tensor, dense: Tensor | None) -
         layer=linear.layer,
         shape=(tensor.shape[0], tensor.shape[1]),
         zeros=tensor.numel() - int(nonzero.sum()),
-        patterns=tuple(str(pattern) for pattern in held_patterns(nonzero, None if dense is None else dense == 0)),
+        patterns=tuple(str(pattern) for pattern in find_patterns(nonzero, None if dense is None else dense == 0)),
         zero_in_dense=None if dense is None else int((dense == 0).sum()),
     )
 

@@ -84,7 +84,10 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
         raise ModelError(f"{config.model} is packed already", "to get the dense files back: llm-barber unpack")
     record = read_record(source.folder)
     if config.values is Values.EXACT:
-        return _convert(config, source, record, _exact(source), progress)
+        report = _convert(config, source, record, _exact(source), progress)
+        if not report.packed:
+            progress.warn(f"{config.model} has no matrix that packing makes smaller: is it pruned?")
+        return report
     refuse_unpruned(source, record, progress)
     rounder = Rounder(source, record, progress)
     conversion = Conversion("packing", "rounded", ROUNDED_VERSION, rounder.convert, rounder.counts, rounder.amend)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm_barber.tools.selftest.bench import CPU, Bench, Size, compare_masks
-from llm_barber.tools.selftest.masks import METHODS
+from llm_barber.tools.selftest.masks import MASK_CHECKS
 from tests.helpers.noise import REORDERED, TF32, Noise
 
 SIZE = Size(128, 352, 1, 4, 2, 128, windows=8, tokens=64)
@@ -17,7 +17,7 @@ NOT_TOLD = {"magnitude", "alps"}  # nothing is multiplied; rounding changes near
 def shares(folder: Path, name: str, dtype: str, *sizes: float) -> list[float]:
     """Share of the mask's bits that noise of each size changes."""
     bench = Bench(CPU, torch.float32, folder, SIZE)
-    settings = {**METHODS[name].settings, "dtype": dtype}
+    settings = {**MASK_CHECKS[name].settings, "dtype": dtype}
     reference, _, _ = bench.prune(CPU, **settings)
     changed = []
     for size in sizes:
@@ -28,15 +28,15 @@ def shares(folder: Path, name: str, dtype: str, *sizes: float) -> list[float]:
     return changed
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", MASK_CHECKS)
 def test_a_float32_bound_tells_rounding_from_tf32(tmp_path: Path, name: str) -> None:
     rounding, fault = shares(tmp_path, name, "float32", REORDERED, TF32)
-    assert MARGIN * rounding <= METHODS[name].float32
-    assert (fault > METHODS[name].float32) is (name not in NOT_TOLD)
+    assert MARGIN * rounding <= MASK_CHECKS[name].float32
+    assert (fault > MASK_CHECKS[name].float32) is (name not in NOT_TOLD)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "paper", "mask"])
 def test_a_half_precision_bound_allows_rounding(tmp_path: Path, name: str) -> None:
     (rounding,) = shares(tmp_path, name, "bfloat16", REORDERED)
-    assert MARGIN * rounding <= METHODS[name].half
+    assert MARGIN * rounding <= MASK_CHECKS[name].half
     assert (rounding > 0) is (name in ("paper", "mask")), "the noise does not reach the products"

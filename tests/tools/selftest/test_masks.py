@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_barber.settings.initial import Initial
 from llm_barber.tools.selftest.bench import CPU, Bench, compare_masks
-from llm_barber.tools.selftest.masks import METHODS, check_masks, judge_masks
+from llm_barber.tools.selftest.masks import MASK_CHECKS, check_masks, judge_masks
 from llm_barber.tools.selftest.result import NotRunError
 from llm_barber.tools.selftest.second_gpu import check_second_gpu
 
@@ -28,8 +29,12 @@ def with_flipped_bits(folder: Path, copy: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
+def test_every_method_has_bounds() -> None:
+    assert set(MASK_CHECKS) >= set(Initial)
+
+
 def test_counts_every_bit_that_differs(tmp_path: Path, bench: Bench, count: int) -> None:
-    folder, _, _ = bench.prune(CPU, **METHODS["wanda"].settings)
+    folder, _, _ = bench.prune(CPU, **MASK_CHECKS["wanda"].settings)
     copy = with_flipped_bits(folder, tmp_path / "copy", count)
     size = bench.size
     attention = 2 * size.hidden**2 + 2 * size.hidden * size.hidden // (size.heads // size.key_heads)
@@ -41,8 +46,8 @@ def test_counts_every_bit_that_differs(tmp_path: Path, bench: Bench, count: int)
 
 
 def test_checkpoints_of_two_models_are_not_compared(bench: Bench) -> None:
-    first, _, _ = bench.prune(CPU, **METHODS["magnitude"].settings)
-    second, _, _ = bench.prune(CPU, model=bench.model("mixtral"), **METHODS["magnitude"].settings)
+    first, _, _ = bench.prune(CPU, **MASK_CHECKS["magnitude"].settings)
+    second, _, _ = bench.prune(CPU, model=bench.model("mixtral"), **MASK_CHECKS["magnitude"].settings)
     with pytest.raises(ValueError, match="other weights"):
         compare_masks(first, second)
 

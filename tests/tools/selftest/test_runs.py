@@ -77,7 +77,7 @@ def test_a_run_that_recovers_passes(bench: Bench, monkeypatch: pytest.MonkeyPatc
     memory = Memory(bench, monkeypatch)
     recovered, masks = check_memory(bench)
     assert recovered.passed, recovered
-    assert "sequences together from now on" in recovered.text
+    assert "windows at a time from now on" in recovered.text
     assert masks.passed
     assert memory.limit == 1000  # as before
 

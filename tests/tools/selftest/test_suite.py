@@ -116,7 +116,7 @@ def test_unknown_devices_and_models_are_refused_before_any_check(monkeypatch: py
     with pytest.raises(SettingsError, match="'everything' is not one of masks, repeat"):
         SelftestConfig(checks="everything")
     if not torch.cuda.is_available():
-        with pytest.raises(SettingsError, match="is not there"):
+        with pytest.raises(SettingsError, match="PyTorch sees no GPU"):
             selftest(SelftestConfig(device="cuda"))
 
 

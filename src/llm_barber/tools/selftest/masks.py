@@ -35,7 +35,7 @@ def _initial(name: str, float32: float, half: float) -> MaskCheck:
 
 
 # `guard` 0: held-out windows would decide for or against a whole block by a hair's breadth.
-METHODS: dict[str, MaskCheck] = {
+MASK_CHECKS: dict[str, MaskCheck] = {
     # Ranks the stored weights, without any product: sorting, ties included, gives the same everywhere.
     "magnitude": _initial("magnitude", 0.0, 0.0),
     "wanda": _initial("wanda", 5e-5, 2e-3),
@@ -60,7 +60,7 @@ def check_masks(bench: Bench) -> Iterator[Finding]:
     if bench.device.type == "cpu":
         raise NotRunError("the device is the CPU itself")
     for dtype in bench.dtypes:
-        for name, method in METHODS.items():
+        for name, method in MASK_CHECKS.items():
             settings = {**method.settings, "dtype": str(dtype).removeprefix("torch.")}
             reference, _, _ = bench.prune(CPU, **settings)
             output, _, _ = bench.prune(bench.device, **settings)

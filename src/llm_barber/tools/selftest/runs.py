@@ -12,7 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llm_barber.tools.selftest.bench import Bench, Size
-from llm_barber.tools.selftest.masks import METHODS, judge_masks
+from llm_barber.tools.selftest.masks import MASK_CHECKS, judge_masks
 from llm_barber.tools.selftest.result import Finding, NotRunError
 
 # Runs that are repeated: every step of the presets, experts, and N:M.
@@ -53,7 +53,7 @@ def check_memory(bench: Bench) -> Iterator[Finding]:
     """
     if not bench.on_gpu:
         raise NotRunError("a CPU's memory has no such limit")
-    method = METHODS["paper"]
+    method = MASK_CHECKS["paper"]
     settings = {
         **method.settings, "dtype": "float32", "model": bench.model(size=ROOMY), "calibration": bench.windows(ROOMY),
     }  # fmt: skip

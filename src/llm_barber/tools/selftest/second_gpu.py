@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from llm_barber.tools.selftest.bench import Bench
-from llm_barber.tools.selftest.masks import METHODS, judge_masks
+from llm_barber.tools.selftest.masks import MASK_CHECKS, judge_masks
 from llm_barber.tools.selftest.products import judge_packed
 from llm_barber.tools.selftest.result import Finding, NotRunError
 
@@ -26,7 +26,7 @@ def check_second_gpu(bench: Bench) -> Iterator[Finding]:
     first = torch.device("cuda", bench.device.index or 0)
     second = torch.device("cuda", 1 if first.index == 0 else 0)
     for name in ON_BOTH:
-        method = METHODS[name]
+        method = MASK_CHECKS[name]
         reference, _, _ = bench.prune(first, **method.settings, dtype="float32")
         with torch.cuda.device(first):
             output, report, _ = bench.prune(second, **method.settings, dtype="float32")

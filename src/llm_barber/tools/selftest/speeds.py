@@ -36,8 +36,8 @@ def packed_speed(bench: Bench) -> str:
     inputs = torch.randn(1, SHAPE[1], device=bench.device, dtype=bench.dtype)
     captures = has_kernels(bench.device)
     times = {
-        "packed": _times(bench.device, [partial(each, inputs) for each in modules], captures),
-        "dense": _times(bench.device, [partial(linear, inputs, each) for each in weights], captures),
+        "packed": _times(bench.device, [partial(module, inputs) for module in modules], captures),
+        "dense": _times(bench.device, [partial(linear, inputs, weight) for weight in weights], captures),
     }
     shown = ", ".join(f"{name} {words}" for name, words in times.items())
     kernel = "" if captures else " (Triton's kernels do not run here: unpacked each time)"

@@ -15,7 +15,7 @@ from llm_barber.settings.selftest import Check, SelftestConfig
 from llm_barber.tools.selftest.bench import SMALL, TINY, Bench
 from llm_barber.tools.selftest.card import all_versions, describe_machine
 from llm_barber.tools.selftest.graphs import check_graphs
-from llm_barber.tools.selftest.masks import METHODS, check_masks
+from llm_barber.tools.selftest.masks import MASK_CHECKS, check_masks
 from llm_barber.tools.selftest.products import HEADS, check_attention, check_packed, check_semi_structured
 from llm_barber.tools.selftest.result import CheckResult, Finding, NotRunError, SelftestReport, Status, TimedRun
 from llm_barber.tools.selftest.runs import REPEATED, check_memory, check_repeat, check_waits
@@ -36,7 +36,9 @@ class CheckEntry:
 
 CHECKS: dict[Check, CheckEntry] = {
     Check.MASKS: CheckEntry(
-        "masks of the GPU are the CPU's, but for rounding", check_masks, lambda bench: len(METHODS) * len(bench.dtypes)
+        "masks of the GPU are the CPU's, but for rounding",
+        check_masks,
+        lambda bench: len(MASK_CHECKS) * len(bench.dtypes),
     ),
     Check.REPEAT: CheckEntry("the same run gives the same bytes", check_repeat, lambda _: len(REPEATED)),
     Check.SECOND_GPU: CheckEntry("another GPU gives the same masks", check_second_gpu, lambda _: len(ON_BOTH) + 1),

@@ -1,12 +1,12 @@
 import torch
 
-from llm_barber.masking.held_patterns import find_pattern, held_patterns, holds
+from llm_barber.masking.find_patterns import find_pattern, find_patterns, holds
 from llm_barber.masking.pattern import NofM
 
 
-def test_held_patterns_give_the_smallest_n() -> None:
+def test_find_patterns_give_the_smallest_n() -> None:
     nonzero = torch.tensor([[1, 0, 0, 1, 0, 0, 1, 0]], dtype=torch.bool)
-    assert held_patterns(nonzero) == [NofM(1, 2), NofM(2, 4)]
+    assert find_patterns(nonzero) == [NofM(1, 2), NofM(2, 4)]
     assert holds(NofM(2, 4), nonzero)
     assert not holds(NofM(1, 4), nonzero)
     assert holds(NofM(1, 3), nonzero)  # but for a tail of two

@@ -19,7 +19,7 @@ def holds(pattern: NofM, nonzero: Tensor) -> bool:
     return nonzero.shape[1] >= pattern.of and fullest_group(nonzero, pattern.of) <= pattern.kept
 
 
-def held_patterns(nonzero: Tensor, zero_in_dense: Tensor | None = None) -> list[NofM]:
+def find_patterns(nonzero: Tensor, zero_in_dense: Tensor | None = None) -> list[NofM]:
     """Patterns that hold: for each M of `GROUP_SIZES` the smallest N, if it is less than M.
 
     Where M does not divide the row, its tail has to be dense.
@@ -50,7 +50,7 @@ def find_pattern(nonzero: Tensor, zero_in_dense: Tensor) -> NofM | None:
         zero_in_dense: bool, (out, in), weights that are zero in the dense model, and may have been kept.
     """
     rows, columns = nonzero.shape
-    for pattern in held_patterns(nonzero, zero_in_dense):
+    for pattern in find_patterns(nonzero, zero_in_dense):
         covered = pattern.covered(columns)
         kept_at_most = int(nonzero[:, :covered].sum()) + int(zero_in_dense[:, :covered].sum())
         if kept_at_most >= pattern.kept * (rows * covered // pattern.of):
