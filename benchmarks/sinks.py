@@ -6,7 +6,8 @@ An attention sink is a token whose states are far larger than those of the other
 DENSE, and through PRUNED if it is named. It prints two tables:
 
 - by decoder layer: the largest token of the layer's output, and its share of the squared difference between DENSE and
-  PRUNED, plain and with huge channels capped as in the distance that tuning lowers (`method/distance.py`);
+  PRUNED, plain and with huge channels capped as in the distance that tuning lowers (`method/distance.py`); and the
+  number of false sinks: tokens that are over three times as large in PRUNED as in DENSE;
 - by kind of linear: the largest token's share of the sums over tokens that Wanda, SparseGPT, ALPS, swaps and least
   squares rank by (‖x‖² by channel, the diagonal of the Gram matrix), the largest over all layers.
 """
@@ -27,7 +28,8 @@ from llm_barber.method.distance import Distance, usual_squares
 from llm_barber.text.windows import windows_of
 
 NORMS = ["after layer", "largest token", "its norm / median", "its share of squares", "largest channel's share"]
-DIFFERENCES = ["of the difference", "… channels capped", "its relative error", "median token's"]
+DIFFERENCES = ["of the difference", "… channels capped", "its relative error", "median token's", "false sinks"]
+FALSE_SINK = 3  # times a token's norm in the dense model
 INPUTS = ["inputs of", "largest token's share of ‖X‖²", "in layer", "channels where it has over half", "in layer"]
 
 
@@ -77,14 +79,16 @@ def norms(state: Tensor) -> list[str]:
 
 
 def differences(dense: Tensor, pruned: Tensor) -> list[str]:
-    """The largest token's share of the squared difference, plain and with channels capped, and relative errors."""
+    """The largest token's share of the squared difference, plain and capped; relative errors; false sinks."""
     squares = (pruned - dense).square()
     of_tokens, norm = squares.sum(1), dense.square().sum(1)
     largest = int(norm.argmax())
     capped = Distance.of(usual_squares(dense[None])).differences(dense[None], pruned[None]).by_token[0]
     shares = [tokens[largest] / tokens.sum() for tokens in (of_tokens, capped)]
     relative = of_tokens / norm
-    return [*(f"{share:.0%}" for share in shares), f"{relative[largest]:.1%}", f"{relative.median():.1%}"]
+    false_sinks = (pruned.square().sum(1) > FALSE_SINK**2 * norm).sum().item()
+    errors = [f"{relative[largest]:.1%}", f"{relative.median():.1%}"]
+    return [*(f"{share:.0%}" for share in shares), *errors, str(false_sinks)]
 
 
 def input_rows(shares: dict[str, list[InputShares]]) -> list[list[str]]:
