@@ -20,19 +20,9 @@ from llm_barber import (
 )
 from llm_barber.checkpoint import hub
 from llm_barber.errors import BarberError, SettingsError
-from llm_barber.progress import Silent
+from tests.conftest import Listener
 
 HUB_ID = "someone/model"
-
-
-class Warnings(Silent):
-    """Keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.texts.append(str(text))
 
 
 @pytest.fixture
@@ -72,11 +62,11 @@ def test_a_wrong_text_and_the_output_of_another_command(tmp_path: Path) -> None:
 
 
 def test_settings_that_count_for_nothing_are_told_of(tmp_path: Path, llama: Path, tokens: Path) -> None:
-    progress = Warnings()
+    progress = Listener()
     settings = {"model": str(llama), "output": tmp_path / "out", "calibration": str(tokens), "device": "cpu"}
     prune(PruneConfig(**settings, initial="magnitude", revision="main", activations_off_device=True), progress)
     inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(llama), dense_revision="main"), progress)
-    unused = [text for text in progress.texts if "counts for nothing" in text]
+    unused = [text for text in progress.warnings if "counts for nothing" in text]
     assert unused == [
         "activations_off_device counts for nothing without a GPU",
         f"revision main counts for nothing: {llama} is not a hub id",

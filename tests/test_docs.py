@@ -182,7 +182,7 @@ def test_defaults_are_what_pages_say() -> None:
     assert "one in 32 where masks are tuned, at least one; one in eight where" in text
     assert f"at most {SWAPS} swaps a row, and {PATTERN_SWAPS} with N:M" in text
     assert (MOST_PASSES, FEWEST_PASSES) == (8, 2)
-    assert f"Tuning reads {TUNE_TOKENS:,} tokens in passes over the text, at least two and at most eight" in text
+    assert f"makes as many passes over the text as {TUNE_TOKENS:,} tokens allow, at least two and at most eight" in text
     fields = PruneConfig.model_fields
     start = words(DOCS / "guide" / "quickstart.md")
     assert f"`--samples {fields['samples'].default} --seqlen {fields['seqlen'].default}`" in start

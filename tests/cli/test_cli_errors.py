@@ -186,6 +186,11 @@ def test_settings_that_do_not_fit_are_named_as_they_are_typed(
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+def test_a_usage_error_names_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("prune", "model", "--sparsity") == 2
+    assert capsys.readouterr().err.endswith("hint: see llm-barber prune --help\n")
+
+
 def test_a_switch_that_is_off_is_named_with_no(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("rebuild", "dense", "pruned", tmp_path / "out", "--no-rebuild") == 2
     error = "error: --no-rebuild, --refine none and --reconstruct none leave nothing to do\n"

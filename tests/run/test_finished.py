@@ -10,6 +10,7 @@ from llm_barber import PruneConfig, prune
 from llm_barber.checkpoint.companions import REPLACED
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import OutputError
+from llm_barber.run import finished
 from tests.conftest import save_tokens
 from tests.helpers.runs import read_untimed_files
 
@@ -46,6 +47,16 @@ def test_a_finished_job_is_not_taken_for_one_of_other_files(tmp_path: Path, mode
     save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
     with pytest.raises(OutputError, match="is complete, but was made with other files of "):
         prune(again)
+
+
+def test_a_record_without_a_newer_setting_is_of_the_same_run(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(**settings))
+    assert report.settings.pop("target_mix", 0) is None
+    monkeypatch.setattr(finished, "read_record", lambda _: report)
+    assert prune(PruneConfig(**settings, resume=True)) is report
 
 
 def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, tokens: Path) -> None:

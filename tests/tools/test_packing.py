@@ -18,7 +18,7 @@ from llm_barber.checkpoint.packed_table import TABLE_KEY
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, OutputError, SettingsError
 from llm_barber.runtime.load import load
-from tests.conftest import make_model, save_tokens
+from tests.conftest import Listener, make_model, save_tokens
 from tests.helpers.damage import damaged
 from tests.helpers.text import add_tokenizer
 
@@ -110,6 +110,13 @@ def test_transposed_weights_are_packed_and_loaded(tmp_path: Path) -> None:
         expected = load(tmp_path / "out")(inputs).logits
         assert torch.equal(load(tmp_path / "packed")(inputs).logits, expected)
         assert torch.equal(load(tmp_path / "packed", keep_packed=True)(inputs).logits, expected)
+
+
+def test_a_model_that_is_not_pruned_is_packed_with_a_warning(tmp_path: Path, llama: Path) -> None:
+    listener = Listener()
+    report = pack(PackConfig(model=str(llama), output=tmp_path / "packed"), listener)
+    assert report.packed == {}
+    assert listener.warnings == [f"{llama} has no matrix that packing makes smaller: is it pruned?"]
 
 
 def test_bad_input(tmp_path: Path, pruned: Path) -> None:

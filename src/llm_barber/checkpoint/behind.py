@@ -1,7 +1,7 @@
 """Write in threads while decoder layers are computed.
 
 `writer.py` has two of these queues. One writes the shard of a layer, then the state that names it. The other writes
-activations, and names them in the state once it has the layers before them. At most one shard and one file of
+activations, and names them in the state once the state has the layers before them. At most one shard and one file of
 activations wait to be written, so that memory is bounded.
 """
 

@@ -12,7 +12,13 @@ from filelock import FileLock, Timeout
 from llm_barber.errors import OutputError
 
 ATTEMPTS = 100  # to make a folder that another run may remove meanwhile
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system that has no locks
+WITHOUT_LOCKS = (
+    errno.EINVAL,
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+)  # errors of a file system that has no locks
 
 
 def check_claimable(folder: Path, marker: str) -> None:
@@ -70,6 +76,7 @@ def take_lock(path: Path, output: Path) -> FileLock:
         if not os.path.samestat(os.fstat(locked_file), path.stat()):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
+    path.parent.stat()  # `FileLock` would make the folder
     lock = FileLock(path, blocking=False, thread_local=False, preserve_lock_file=True, on_acquired=check_path)
     try:
         lock.acquire()

@@ -131,7 +131,8 @@ def compare(config: CompareConfig, json: JsonOption = False, quiet: QuietOption 
         raise ModelError(
             f"{len(comparison.failures)} of {len(comparison.cells)} cells could not be done: "
             f"{comparison.failures[0].failure}",
-            f"{comparison.failures[0].hint}; the notes below the table name all errors",
+            f"{comparison.failures[0].hint}; {'`cells` has' if json else 'the last notes have'} all errors, "
+            "and the other cells are kept",
         )
 
 

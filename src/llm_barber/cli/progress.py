@@ -65,13 +65,12 @@ class ConsoleProgress:
             LOGGER.addHandler(self._log)
         self._bars.start()
         self.stage("loading PyTorch and transformers")
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging as transformers_logging
 
         # Bars and messages of libraries would interrupt this progress.
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        from huggingface_hub.utils import logging as hub_logging
-
         hub_logging.set_verbosity_error()
         return self
 

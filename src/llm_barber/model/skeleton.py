@@ -29,7 +29,7 @@ class Skeleton:
 
     Args:
         config: the model's configuration.
-        architecture: its record.
+        architecture: its entry, or what was found.
         device: the device that computes layers.
         dtype: the compute dtype.
         model: result of `empty_model(config, dtype)`; None: computed here.

@@ -12,7 +12,7 @@ def structure_lines(skeleton: Skeleton, known: bool) -> tuple[str, ...]:
 
     Args:
         skeleton: the empty model.
-        known: the architecture has a record, so that its structure was not searched for.
+        known: the family has an entry, so that its structure was not searched for.
     """
     lines = [f"layers: {skeleton.architecture.layers}, {'known for this family' if known else 'found by structure'}"]
     kinds: dict[tuple[Block, ...], list[int]] = {}

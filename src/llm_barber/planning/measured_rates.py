@@ -17,11 +17,13 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from llm_barber.checkpoint.activations import save_activations
 from llm_barber.checkpoint.durable import sync_file
+from llm_barber.checkpoint.memory import pinned_memory
 from llm_barber.masking.selection import SORTED_ON_GPU, sort_values
 from llm_barber.masking.statistics import add_products, exact_half_products, gram_flops
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
 from llm_barber.model.attention import fast_attention
 from llm_barber.model.gpu_kernels import same_kernels
+from llm_barber.planning.rates import LAUNCHES as ASSUMED_LAUNCHES
 from llm_barber.planning.rates import Rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import ROW
@@ -86,7 +88,7 @@ def measured_rates(
         read=read,
         written=written,
         kept=kept,
-        launches=_launches(stopwatch, device),
+        launches=ASSUMED_LAUNCHES if device.type == "cpu" else _launches(stopwatch, device),
     )
 
 
@@ -161,7 +163,8 @@ def _moved(stopwatch: Stopwatch, recipe: Recipe, features: int, dtype: torch.dty
 def _copied(stopwatch: Stopwatch, recipe: Recipe, features: int, dtype: torch.dtype, device: torch.device) -> float:
     """Bytes/s from host memory to the device; on a CPU within its memory."""
     batch = torch.randn(recipe.batch_tokens, features, dtype=dtype)
-    batch = batch if device.type == "cpu" else batch.pin_memory()  # as activations and read layers are
+    if device.type != "cpu":  # as activations and read layers are
+        batch = pinned_memory(tuple(batch.shape), dtype).copy_(batch)
     copy = torch.empty_like(batch, device=device)
     return batch.numel() * recipe.itemsize / stopwatch.least(lambda: copy.copy_(batch, non_blocking=True))
 

@@ -79,7 +79,7 @@ def _rates_line(forecast: Forecast) -> str:
     several = any(run.processes > 1 for run in forecast.runs)
     network = f", {amount(rates['reduced'])}B/s between processes" if several else ""
     on_gpu = forecast.runs[0].device_memory is not None
-    launches = f", {amount(rates['launches'])}kernels/s started" if on_gpu else ""
+    launches = f", {rates['launches']:,.0f} kernels/s started" if on_gpu else ""
     return (
         f"{'this machine, as measured just now' if forecast.measured else 'a machine with'}: "
         f"{amount(rates['products'])}FLOP/s, {amount(rates['grams'])}FLOP/s of Gram matrices, "

@@ -41,10 +41,10 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
         return None
     recorded = {name: value for name, value in record.settings.items() if name not in NOT_IN_KEY}
     given = config.model_dump(mode="json", exclude=NOT_IN_KEY)
-    if recorded != given:
+    if differing := differing_names(recorded, given):
         if config.overwrite:
             return None
-        both = (both_values(name, recorded.get(name), given.get(name)) for name in differing_names(recorded, given))
+        both = (both_values(name, recorded.get(name), given.get(name)) for name in differing)
         raise UnfinishedRunError(
             Message(f"{config.output} is complete, by a run with other settings: ", joined(", ", both)),
             f"choose another output folder, or {PRUNE_AGAIN}",

@@ -93,6 +93,4 @@ def methods_with(fact: str, last: str = "and") -> str:
 
 RELEASED_GRANULARITIES = _released({method: facts.granularity for method, facts in METHOD_FACTS.items()})
 # For example "magnitude 0.1, …, else 0.01".
-RELEASED_RATIOS = _released(
-    {method: facts.ratio for method, facts in METHOD_FACTS.items()}
-)  # "magnitude 0.1, …, else 0.01"
+RELEASED_RATIOS = _released({method: facts.ratio for method, facts in METHOD_FACTS.items()})

@@ -28,11 +28,11 @@ def with_flipped_bits(folder: Path, copy: Path, count: int) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("count", [0, 1, 6])
 def test_every_method_has_bounds() -> None:
     assert set(MASK_CHECKS) >= set(Initial)
 
 
+@pytest.mark.parametrize("count", [0, 1, 6])
 def test_counts_every_bit_that_differs(tmp_path: Path, bench: Bench, count: int) -> None:
     folder, _, _ = bench.prune(CPU, **MASK_CHECKS["wanda"].settings)
     copy = with_flipped_bits(folder, tmp_path / "copy", count)
