@@ -35,7 +35,7 @@ from quality_stages import Quality, together
 from llm_barber.cli.progress import ConsoleProgress
 from llm_barber.comparison.tables import markdown
 from llm_barber.progress import Progress
-from llm_barber.settings.compare import PEERS, Method
+from llm_barber.settings.compare import PEERS, CompareRow
 
 STAGES = ("choice", "first", "order", "sequences", "main", "rows")
 
@@ -105,7 +105,7 @@ def read_setup(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         limit=options.limit,
         targets=tuple(options.targets.split(",")),
         counts=read_numbers(options.counts),
-        methods=tuple(Method(name) for name in options.methods.split(",") if name),
+        methods=tuple(CompareRow(name) for name in options.methods.split(",") if name),
         rows=extra_rows,
         rebuild_settings=read_settings(options.settings_of) if options.settings_of else None,
     )

@@ -31,7 +31,7 @@ from llm_barber.comparison.tables import (
     tables_by_target,
     target_title,
 )
-from llm_barber.settings.compare import Method
+from llm_barber.settings.compare import CompareRow
 
 Elsewhere = Sequence[Mapping[str, Any]]  # what `llm_compressor.py` keeps
 
@@ -92,7 +92,7 @@ def _other_seeds(comparison: Comparison) -> list[str]:
     others: dict[tuple[int, ...], dict[str, list[str]]] = {}
     for (title, target), seeds in row_seeds.items():
         # Magnitude looks at no text: it is the same for every seed.
-        if sorted(seeds) != usual and title != TITLES[Method.MAGNITUDE]:
+        if sorted(seeds) != usual and title != TITLES[CompareRow.MAGNITUDE]:
             others.setdefault(tuple(sorted(seeds)), {}).setdefault(title, []).append(target)
     return [
         f"Seeds {', '.join(map(str, seeds))}: "
@@ -117,11 +117,11 @@ def _gap(comparison: Comparison) -> list[str]:
         for target in targets:
             gaps = []
             for (other, was_rebuilt, at, seed), value in logarithms.items():
-                wanda = logarithms.get((Method.WANDA, False, at, seed))
+                wanda = logarithms.get((CompareRow.WANDA, False, at, seed))
                 if (other, was_rebuilt, at) == (method, rebuilt, target) and wanda is not None:
                     gaps.append((wanda - value) / (wanda - dense))
             cells.append(f"{sum(gaps) / len(gaps):z.0%}" if gaps else "–")
-        if (method, rebuilt) != (Method.WANDA, False):
+        if (method, rebuilt) != (CompareRow.WANDA, False):
             rows.append(Row(TITLES[method] + REBUILT * rebuilt, tuple(cells), (False,) * len(cells)))
     return [
         "## How much of what Wanda loses each method wins back",
@@ -142,7 +142,7 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
     wanda = {
         cell.target: math.log(perplexity(cell.result))
         for cell in comparison.cells
-        if (cell.method, cell.rebuilt, cell.seed) == (Method.WANDA, False, 0) and cell.result is not None
+        if (cell.method, cell.rebuilt, cell.seed) == (CompareRow.WANDA, False, 0) and cell.result is not None
     }
     table = []
     known = [row for row in elsewhere if row["target"] in wanda]
@@ -155,7 +155,7 @@ def _elsewhere(elsewhere: Elsewhere, comparison: Comparison) -> list[str]:
         measured = [f"{100 * value:.1f}" for value in (*values, fmean(values))] if values else ["–"] * len(accuracies)
         cells = [f"{row['perplexity']:.2f}", f"{row['divergence']:.3f}", f"{gap:z.0%}", *measured]
         cells.append(f"{row['seconds']:.0f}")
-        name = TITLES[Method.SPARSEGPT_UPDATES if row["method"] == "sparsegpt" else Method(row["method"])]
+        name = TITLES[CompareRow.SPARSEGPT_UPDATES if row["method"] == "sparsegpt" else CompareRow(row["method"])]
         table.append(Row(f"{target_title(row['target'])}: {name}", tuple(cells), (False,) * len(cells)))
     versions = " and ".join(dict.fromkeys(str(row["llm-compressor"]) for row in elsewhere))
     machines = "; ".join(dict.fromkeys(str(row["machine"]) for row in elsewhere))

@@ -13,11 +13,11 @@ from llm_barber.comparison.tables import (
 from llm_barber.masking.granularity import Granularity
 from llm_barber.page.figures import standalone
 from llm_barber.page.lines import Line, perplexity_lines
-from llm_barber.settings.compare import Method
+from llm_barber.settings.compare import CompareRow
 
-Choice = Mapping[tuple[Method, Granularity, float], CellResult]
-Sequences = Mapping[tuple[Method, bool, int], CellResult]
-Order = Mapping[Method, tuple[CellResult, CellResult]]
+Choice = Mapping[tuple[CompareRow, Granularity, float], CellResult]
+Sequences = Mapping[tuple[CompareRow, bool, int], CellResult]
+Order = Mapping[CompareRow, tuple[CellResult, CellResult]]
 
 WIDTH = 100  # of prose
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_barber.masking.granularity import Granularity
-from llm_barber.settings.compare import PEERS, Method
+from llm_barber.settings.compare import PEERS, CompareRow
 
 ROOT = Path(__file__).parent.parent
 CALIBRATION, VALIDATION, TEST = "text/c4-sample.txt", "text/wikitext2-validation.txt", "text/wikitext2-raw-test.txt"
@@ -15,17 +15,17 @@ TASK_TARGETS = ("0.5", "2:4")
 CALIBRATION_SEQUENCES = (4, 8, 16, 32, 64, 128)
 DEFAULT_NAME, DEFAULT_TITLE = "smollm2-135m", "SmolLM2-135M-Instruct (from a 4-bit GGUF)"
 # Rows beside the paper's method and its peers: ADMM as a baseline, and the presets.
-BEYOND = (Method.ALPS, Method.MASK, Method.BEST)
+BEYOND = (CompareRow.ALPS, CompareRow.MASK, CompareRow.BEST)
 REBUILT = "+rebuild"
 
-RebuildSettings = dict[Method, tuple[Granularity, float]]
+RebuildSettings = dict[CompareRow, tuple[Granularity, float]]
 
 
 @dataclass(frozen=True)
 class Rows:
     """Extra rows: a method at some targets with some seeds; with `rebuild` its masks are rebuilt, too."""
 
-    method: Method
+    method: CompareRow
     targets: tuple[str, ...]
     seeds: tuple[int, ...]
     rebuild: bool
@@ -37,7 +37,10 @@ class Rows:
         method, _, targets = row.partition("=")
         name = method.removesuffix(REBUILT)
         rows = cls(
-            Method(name), tuple(targets.split(",")), read_numbers(row_seeds) if row_seeds else seeds, name != method
+            CompareRow(name),
+            tuple(targets.split(",")),
+            read_numbers(row_seeds) if row_seeds else seeds,
+            name != method,
         )
         if unknown := set(rows.targets) - set(TARGETS):
             raise ValueError(f"no target {', '.join(map(repr, sorted(unknown)))}")
@@ -68,7 +71,7 @@ class Setup:
     limit: int = 300
     targets: tuple[str, ...] = TARGETS
     counts: tuple[int, ...] = CALIBRATION_SEQUENCES
-    methods: tuple[Method, ...] = PEERS
+    methods: tuple[CompareRow, ...] = PEERS
     rows: tuple[Rows, ...] = field(default=())
     rebuild_settings: RebuildSettings | None = None
 
@@ -107,4 +110,4 @@ def write_settings(name: str, settings: RebuildSettings) -> None:
 def read_settings(name: str) -> RebuildSettings:
     """Read the settings that `write_settings` kept."""
     kept = json.loads((results_folder(name) / "settings.json").read_text(encoding="utf-8"))
-    return {Method(method): (Granularity(granularity), ratio) for method, (granularity, ratio) in kept.items()}
+    return {CompareRow(method): (Granularity(granularity), ratio) for method, (granularity, ratio) in kept.items()}

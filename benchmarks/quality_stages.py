@@ -23,7 +23,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Progress
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune, rebuild
-from llm_barber.settings.compare import CompareConfig, Method
+from llm_barber.settings.compare import CompareConfig, CompareRow
 from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 
@@ -31,12 +31,12 @@ from llm_barber.settings.prune import PruneConfig, RebuildConfig
 GRANULARITIES = (Granularity.OUTPUT, Granularity.INPUT, Granularity.LINEAR, Granularity.BLOCK)
 RATIO = 0.1
 RATIOS = {Granularity.OUTPUT: (0.01, 0.03, 0.3), Granularity.BLOCK: (0.01, 0.03, 0.3, 1.0)}
-FULL = (Method.MAGNITUDE, Method.WANDA)
+FULL = (CompareRow.MAGNITUDE, CompareRow.WANDA)
 CALIBRATION_ROWS = (
-    (Method.WANDA, False),
-    (Method.WANDA, True),
-    (Method.MAGNITUDE, True),
-    (Method.MASK, False),
+    (CompareRow.WANDA, False),
+    (CompareRow.WANDA, True),
+    (CompareRow.MAGNITUDE, True),
+    (CompareRow.MASK, False),
 )
 
 
@@ -70,17 +70,23 @@ class Quality:
             self.evaluators = {evaluation: Evaluator(evaluation, progress)}
         return self.evaluators[evaluation]
 
-    def choice_cells(self) -> list[tuple[Method, Granularity, float]]:
+    def choice_cells(self) -> list[tuple[CompareRow, Granularity, float]]:
         """The settings of the rebuild that are tried, by method."""
         cells = []
-        for method in (Method.MAGNITUDE, Method.WANDA, Method.SPARSEGPT, Method.RIA, Method.DSNOT):
+        for method in (
+            CompareRow.MAGNITUDE,
+            CompareRow.WANDA,
+            CompareRow.SPARSEGPT,
+            CompareRow.RIA,
+            CompareRow.DSNOT,
+        ):
             granularities = GRANULARITIES if method in FULL else (Granularity.OUTPUT, Granularity.BLOCK)
             cells += [(method, granularity, RATIO) for granularity in granularities]
             if method in FULL:
                 cells += [(method, granularity, ratio) for granularity, ratios in RATIOS.items() for ratio in ratios]
         return cells
 
-    def choice(self, progress: Progress) -> dict[tuple[Method, Granularity, float], CellResult]:
+    def choice(self, progress: Progress) -> dict[tuple[CompareRow, Granularity, float], CellResult]:
         """Measure the settings that are tried, at 50 % with the first seed."""
         results = {}
         for method, granularity, ratio in self.choice_cells():
@@ -91,7 +97,7 @@ class Quality:
             results[method, granularity, ratio] = _only(comparison, True)
         return results
 
-    def chosen(self, progress: Progress) -> dict[Method, tuple[Granularity, float]]:
+    def chosen(self, progress: Progress) -> dict[CompareRow, tuple[Granularity, float]]:
         """Choose each method's setting with the lowest perplexity on the validation text."""
         if self.setup.rebuild_settings is not None:
             return self.setup.rebuild_settings
@@ -100,7 +106,7 @@ class Quality:
         for method in dict.fromkeys(key[0] for key in results):
             candidates = {key[1:]: results[key].evaluation.texts[1].perplexity for key in results if key[0] is method}
             best[method] = min(candidates, key=candidates.__getitem__)
-        best[Method.SPARSEGPT_UPDATES] = best[Method.SPARSEGPT]
+        best[CompareRow.SPARSEGPT_UPDATES] = best[CompareRow.SPARSEGPT]
         return best
 
     def first(self, progress: Progress) -> Comparison:
@@ -121,7 +127,7 @@ class Quality:
         self,
         progress: Progress,
         seeds: tuple[int, ...] | None,
-        methods: tuple[Method, ...] | None = None,
+        methods: tuple[CompareRow, ...] | None = None,
         targets: tuple[str, ...] | None = None,
         rebuild: bool = True,
     ) -> Comparison:
@@ -140,7 +146,7 @@ class Quality:
             parts.append(self.compare(CompareConfig(**settings, **(tasks if target in with_tasks else {})), progress))
         return parts[0].model_copy(update={"cells": tuple(cell for part in parts for cell in part.cells)})
 
-    def sequences(self, progress: Progress) -> dict[tuple[Method, bool, int], CellResult]:
+    def sequences(self, progress: Progress) -> dict[tuple[CompareRow, bool, int], CellResult]:
         """Some rows at 50 %, first seed, by the number of calibration sequences."""
         chosen = self.chosen(progress)
         results = {}
@@ -156,11 +162,11 @@ class Quality:
                 results[method, rebuilt, count] = _only(self.compare(config, progress), rebuilt)
         return results
 
-    def order(self, progress: Progress) -> dict[Method, tuple[CellResult, CellResult]]:
+    def order(self, progress: Progress) -> dict[CompareRow, tuple[CellResult, CellResult]]:
         """Initial mask and rebuild in one pass over the layers, and in two runs as released; 50 %."""
         chosen = self.chosen(progress)
         results = {}
-        for method in (Method.MAGNITUDE, Method.WANDA, Method.SPARSEGPT):
+        for method in (CompareRow.MAGNITUDE, CompareRow.WANDA, CompareRow.SPARSEGPT):
             settings = {"rebuild_settings": {method: chosen[method]}}
             config = CompareConfig(**self.common, methods=(method,), targets=("0.5",), **settings)
             fused = _only(self.compare(config, progress), True)
@@ -168,13 +174,13 @@ class Quality:
         return results
 
     def _two_runs(
-        self, config: CompareConfig, method: Method, chosen: tuple[Granularity, float], progress: Progress
+        self, config: CompareConfig, method: CompareRow, chosen: tuple[Granularity, float], progress: Progress
     ) -> CellResult:
         with locked(config.output / MARKER):
             return self._run_both(config, method, chosen, progress)
 
     def _run_both(
-        self, config: CompareConfig, method: Method, chosen: tuple[Granularity, float], progress: Progress
+        self, config: CompareConfig, method: CompareRow, chosen: tuple[Granularity, float], progress: Progress
     ) -> CellResult:
         runner = make_runner(config, self.setup.model, progress, lambda: self.evaluator(config, progress))
         seed = self.setup.seeds[0]

@@ -10,7 +10,7 @@ import llm_barber
 from llm_barber import CompareConfig, PruneConfig, RunReport
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
-from llm_barber.settings.compare import ROWS, Method
+from llm_barber.settings.compare import ROWS, CompareRow
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import (
     FEWEST_PASSES,
@@ -220,7 +220,7 @@ def test_compare_has_the_rows_that_the_guide_says() -> None:
     assert (
         "magnitude, SparseGPT (its mask, and its updates), Wanda, RIA, DSnoT and the presets `mask` and `best`" in text
     )
-    assert all(f"`{method}`" in text for method in Method if method not in ROWS)
+    assert all(f"`{method}`" in text for method in CompareRow if method not in ROWS)
 
 
 def test_contributing_says_where_everything_is() -> None:
@@ -264,7 +264,7 @@ def test_contributing_has_the_rooms_in_their_order() -> None:
 def test_contributing_says_where_methods_have_their_names() -> None:
     page = CONTRIBUTING.read_text(encoding="utf-8")
     section = page[page.index("## Add a method") : page.index("## Add an architecture")]
-    for kind in (Initial, Method):
+    for kind in (Initial, CompareRow):
         assert f"`{kind.__module__.removeprefix('llm_barber.').replace('.', '/')}.py`" in section
 
 

@@ -16,7 +16,7 @@ from llm_barber.errors import CalibrationError, ModelError, OutputError, Setting
 from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Silent
 from llm_barber.run import stream
-from llm_barber.settings.compare import Method
+from llm_barber.settings.compare import CompareRow
 from llm_barber.usage import machine
 from tests.conftest import Listener, change_json, make_model, save_tokens
 from tests.helpers.tasks import QUESTIONS
@@ -36,7 +36,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "output": tmp_path / "out",
         "methods": ("magnitude", "wanda"),
         "targets": ("0.5", "2:4"),
-        "rebuild_settings": {Method.WANDA: (Granularity.BLOCK, 0.5)},
+        "rebuild_settings": {CompareRow.WANDA: (Granularity.BLOCK, 0.5)},
         "calibration": str(tmp_path / "text.txt"),
         "samples": 3,
         "seqlen": 24,
@@ -117,7 +117,7 @@ def test_cells_are_what_prune_and_evaluate_give(settings: dict[str, Any], tmp_pa
             EvaluateConfig(model=by_hand.output, against=settings["model"], text=settings["text"], windows=4, seqlen=24,
                            dtype="float32")
         )  # fmt: skip
-        cell = cells[Method.WANDA, True, target, 1]
+        cell = cells[CompareRow.WANDA, True, target, 1]
         assert cell is not None
         assert cell.evaluation.texts == measured.texts
         assert (cell.sparsity, cell.swapped, cell.granularity) == (by_hand.sparsity, by_hand.swapped, "block")
@@ -276,7 +276,7 @@ def test_a_cell_that_fails_is_named_and_others_go_on(settings: dict[str, Any], c
     small = settings | {"rebuild": False, "rebuild_settings": {}, "seeds": (0,), "targets": ("0.5", "3:7")}
     comparison = compare(CompareConfig(**small))
     assert [(cell.method, cell.target) for cell in comparison.failures] == [
-        (Method.MAGNITUDE, "3:7"), (Method.WANDA, "3:7"),
+        (CompareRow.MAGNITUDE, "3:7"), (CompareRow.WANDA, "3:7"),
     ]  # fmt: skip
     assert "does not divide" in str(comparison.failures[0].failure)
     assert "--allow-dense-tail" in str(comparison.failures[0].hint)
@@ -299,7 +299,7 @@ def test_files(settings: dict[str, Any]) -> None:
     (expected,) = [
         cell.result.evaluation.texts[0].perplexity
         for cell in comparison.cells
-        if cell.result and (cell.method, cell.rebuilt, cell.target, cell.seed) == (Method.WANDA, True, "2:4", 1)
+        if cell.result and (cell.method, cell.rebuilt, cell.target, cell.seed) == (CompareRow.WANDA, True, "2:4", 1)
     ]
     assert perplexities == [expected]
     assert (folder / "comparison.svg").read_text().startswith("<svg")
@@ -324,14 +324,24 @@ def test_presets_are_default_rows_and_alps_is_not(settings: dict[str, Any]) -> N
     comparison = compare(CompareConfig(**small))
     assert not comparison.failures
     rows = [(cell.method, cell.rebuilt) for cell in comparison.cells if cell.target == "0.5"]
-    assert rows[:4] == [(Method.ALPS, False), (Method.ALPS, True), (Method.MASK, False), (Method.BEST, False)]
-    published = [cell.result for cell in comparison.cells if cell.method is Method.PAPER]
+    assert rows[:4] == [
+        (CompareRow.ALPS, False),
+        (CompareRow.ALPS, True),
+        (CompareRow.MASK, False),
+        (CompareRow.BEST, False),
+    ]
+    published = [cell.result for cell in comparison.cells if cell.method is CompareRow.PAPER]
     assert [(result.granularity, result.rebuild_ratio) for result in published if result] == [("output", 0.01)] * 2
-    assert [cell.result.swapped > 0 for cell in comparison.cells if cell.method is Method.MASK and cell.result] == [
+    assert [cell.result.swapped > 0 for cell in comparison.cells if cell.method is CompareRow.MASK and cell.result] == [
         True
     ] * 2
-    not_default = {Method.ALPS, Method.PAPER, Method.SPARSEGPT_ALLOCATED, Method.ALPS_ALLOCATED}
-    assert set(Method) - set(CompareConfig(model="m", output="o").methods) == not_default
+    not_default = {
+        CompareRow.ALPS,
+        CompareRow.PAPER,
+        CompareRow.SPARSEGPT_ALLOCATED,
+        CompareRow.ALPS_ALLOCATED,
+    }
+    assert set(CompareRow) - set(CompareConfig(model="m", output="o").methods) == not_default
 
 
 def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None:
@@ -339,8 +349,12 @@ def test_allocated_rows_are_of_sparsities_only(settings: dict[str, Any]) -> None
     comparison = compare(CompareConfig(**small))
     assert not comparison.failures
     results = {(cell.method, cell.target): cell.result for cell in comparison.cells}
-    assert results.keys() == {(Method.ALPS, "0.5"), (Method.ALPS, "2:4"), (Method.ALPS_ALLOCATED, "0.5")}
-    plain, spread = results[Method.ALPS, "0.5"], results[Method.ALPS_ALLOCATED, "0.5"]
+    assert results.keys() == {
+        (CompareRow.ALPS, "0.5"),
+        (CompareRow.ALPS, "2:4"),
+        (CompareRow.ALPS_ALLOCATED, "0.5"),
+    }
+    plain, spread = results[CompareRow.ALPS, "0.5"], results[CompareRow.ALPS_ALLOCATED, "0.5"]
     assert plain is not None
     assert spread is not None
     assert spread.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
@@ -415,7 +429,7 @@ def test_bad_input(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="seeds.0: -1 is too small: the least is 0"):
         CompareConfig(**settings | {"seeds": (-1,)})
     once = CompareConfig(**settings | {"targets": ("0.5", "0.50", "2:4"), "seeds": (0, 0), "methods": ("ria", "ria")})
-    assert (once.targets, once.seeds, once.methods) == (("0.5", "2:4"), (0,), (Method.RIA,))
+    assert (once.targets, once.seeds, once.methods) == (("0.5", "2:4"), (0,), (CompareRow.RIA,))
     with pytest.raises(SettingsError, match="presets have their own"):
         CompareConfig(model="m", output="o", methods=("mask", "paper"), rebuild_ratio=0.5)
     with pytest.raises(SettingsError, match="need the rebuild"):

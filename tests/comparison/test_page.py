@@ -6,7 +6,7 @@ import pytest
 
 from llm_barber.comparison.page import comparison_page, comparison_picture
 from llm_barber.comparison.result import Comparison
-from llm_barber.settings.compare import Method
+from llm_barber.settings.compare import CompareRow
 from tests.helpers.comparisons import make_cell, make_comparison
 from tests.page.browser import measure, needs_browser
 
@@ -14,7 +14,7 @@ from tests.page.browser import measure, needs_browser
 def make_wide() -> Comparison:
     cells = tuple(
         make_cell(method, rebuilt, target, 0, 10.0 * (2 + number), accuracy=0.5)
-        for number, method in enumerate(Method)
+        for number, method in enumerate(CompareRow)
         for rebuilt in (False, True)
         for target in ("0.5", "0.6", "0.7", "2:4", "4:8")
     )
@@ -52,12 +52,12 @@ def test_every_method_of_the_key_has_a_colour_of_its_own_in_both_schemes() -> No
     page = comparison_page(make_wide())
     key = page[page.index('class="key"') :]
     used = re.findall(r'<i style="border-color: var\((--[\w-]+)\)">', key[: key.index("</p>")])
-    assert len(set(used)) == len(used) == len(Method)
+    assert len(set(used)) == len(used) == len(CompareRow)
     schemes = [
         dict(re.findall(r"(--series-\d+): (#\w+)", part)) for part in page.split("prefers-color-scheme: dark")[:2]
     ]
     for scheme in schemes:
-        assert len({scheme[name] for name in used}) == len(Method)
+        assert len({scheme[name] for name in used}) == len(CompareRow)
 
 
 @needs_browser

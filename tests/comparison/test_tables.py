@@ -4,7 +4,7 @@ import io
 import pytest
 
 from llm_barber.comparison.tables import comma_separated, markdown, perplexities, tables_by_target
-from llm_barber.settings.compare import Method
+from llm_barber.settings.compare import CompareRow
 from tests.helpers.comparisons import make_cell, make_comparison
 
 
@@ -22,7 +22,7 @@ def test_means_spreads_and_bests() -> None:
     assert (wanda.best[2], rebuilt.best[2]) == (True, False)
     assert magnitude.cells[2] == "–"
     assert second.rows[1].cells[0] == "–"
-    assert perplexities(make_comparison())[Method.WANDA, False] == {"0.5": pytest.approx(23.0)}
+    assert perplexities(make_comparison())[CompareRow.WANDA, False] == {"0.5": pytest.approx(23.0)}
 
 
 def test_markdown_and_notes() -> None:
@@ -35,7 +35,9 @@ def test_markdown_and_notes() -> None:
 
 
 def test_every_machine_is_named() -> None:
-    cells = tuple(make_cell(Method.WANDA, False, "0.5", seed, 20.0, machine=f"box {seed // 2}") for seed in range(4))
+    cells = tuple(
+        make_cell(CompareRow.WANDA, False, "0.5", seed, 20.0, machine=f"box {seed // 2}") for seed in range(4)
+    )
     assert "- Machines: box 0; box 1." in markdown(make_comparison().model_copy(update={"cells": cells}))
 
 

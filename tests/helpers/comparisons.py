@@ -4,7 +4,7 @@ from typing import Any
 
 from llm_barber.comparison.result import CellResult, Comparison, ComparisonCell
 from llm_barber.evaluation.result import Evaluation
-from llm_barber.settings.compare import Method
+from llm_barber.settings.compare import CompareRow
 
 
 def make_evaluation(perplexity: float, accuracy: float | None) -> Evaluation:
@@ -29,7 +29,7 @@ def make_evaluation(perplexity: float, accuracy: float | None) -> Evaluation:
 
 
 def make_cell(
-    method: Method, rebuilt: bool, target: str, seed: int, perplexity: float | None, **changes: Any
+    method: CompareRow, rebuilt: bool, target: str, seed: int, perplexity: float | None, **changes: Any
 ) -> ComparisonCell:
     """A cell of the comparison; a perplexity of None: it has no result."""
     result = None
@@ -55,11 +55,11 @@ def make_comparison() -> Comparison:
         versions={"torch": "2.6"},
         dense=make_evaluation(10.0, 0.6),
         cells=(
-            make_cell(Method.WANDA, False, "0.5", 0, 20.0, accuracy=0.5),
-            make_cell(Method.WANDA, False, "0.5", 1, 22.0),
-            make_cell(Method.WANDA, False, "0.5", 2, 27.0),
-            make_cell(Method.WANDA, True, "0.5", 0, 18.0, accuracy=0.4),
-            make_cell(Method.MAGNITUDE, False, "0.5", 0, 50.0),
-            make_cell(Method.WANDA, False, "2:4", 0, None, failure="it broke"),
+            make_cell(CompareRow.WANDA, False, "0.5", 0, 20.0, accuracy=0.5),
+            make_cell(CompareRow.WANDA, False, "0.5", 1, 22.0),
+            make_cell(CompareRow.WANDA, False, "0.5", 2, 27.0),
+            make_cell(CompareRow.WANDA, True, "0.5", 0, 18.0, accuracy=0.4),
+            make_cell(CompareRow.MAGNITUDE, False, "0.5", 0, 50.0),
+            make_cell(CompareRow.WANDA, False, "2:4", 0, None, failure="it broke"),
         ),
     )

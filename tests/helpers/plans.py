@@ -30,7 +30,7 @@ MLP = BlockShapes("mlp", ((8, 4), (4, 8)), 0)
 LAYER = LayerShapes((ATTENTION, MLP), 48 + 64 + 5)
 MODEL = ModelShapes(hidden=4, vocabulary=10, head=4, embedding=40, outside=84, layers=(LAYER, LAYER))
 PAPER = Recipe(
-    sequences=6, tokens=10, batch=2, itemsize=2, stored=2, on_cpu=True, initial=Initial.WANDA, pattern=None,
+    sequences=6, tokens=10, batch=2, itemsize=2, stored=2, on_cpu=True, method=Initial.WANDA, pattern=None,
     allocation=Allocation.UNIFORM, granularity=Granularity.OUTPUT, refine=None,
 )  # fmt: skip
 RATES = named_rates(4e14, None, 2e12, 1e10, 5e9, 2e9, torch.bfloat16)

@@ -27,7 +27,7 @@ from tests.helpers.plans import ATTENTION, MASK, MODEL, PAPER, shapes_of
 def test_dsnot_costs_sorts_in_attention_alone() -> None:
     """MLPs keep Wanda's masks."""
     wanda, dsnot = (
-        run_costs(MODEL, replace(PAPER, initial=method)).initial for method in (Initial.WANDA, Initial.DSNOT)
+        run_costs(MODEL, replace(PAPER, method=method)).initial for method in (Initial.WANDA, Initial.DSNOT)
     )
     # Two sorts of every weight of attention's three linears, 4 a row, in both layers.
     assert dsnot.ordered - wanda.ordered == 2 * 2 * 3 * 16 * 2
@@ -143,7 +143,7 @@ def test_the_target_takes_no_pass_of_its_own_where_the_masks_take_one() -> None:
     settings = RefineSettings(0, 0.5, False, held_out=0, passes=1, tunes_masks=True)
     recipe = Recipe(**{**MASK.__dict__, "refine": settings})
     wanda = run_costs(MODEL, recipe)
-    magnitude = run_costs(MODEL, replace(recipe, initial=Initial.MAGNITUDE))
+    magnitude = run_costs(MODEL, replace(recipe, method=Initial.MAGNITUDE))
     layer = 2 * 60 * 112
     assert (wanda.initial.products, magnitude.initial.products) == (2 * layer, 0)
     assert magnitude.tune.products - wanda.tune.products == 2 * layer
@@ -175,7 +175,7 @@ def test_a_gpu_selects_the_border_of_rows_and_sorts_what_is_compared_in_a_linear
     by_row = ranking_work(block, recipe)
     assert by_row.moved == (60 + 32 * selects) * weights
     assert by_row.sorted == (0 if selects else 3 * weights)  # log2 of 8
-    assert ranking_work(block, replace(recipe, initial=Initial.RIA)).sorted > 0
+    assert ranking_work(block, replace(recipe, method=Initial.RIA)).sorted > 0
 
 
 def test_a_pattern_is_ranked_without_sorting() -> None:

@@ -22,7 +22,7 @@ def test_gram_matrices_of_all_blocks_are_held_at_once() -> None:
         (Initial.SPARSEGPT, 4 * 128 * 128 + 5 * 64 * 128),
         (Initial.ALPS, 5 * 128 * 128 + 8 * 64 * 128),
     ):
-        held = peak_footprint(wide, replace(small, initial=method)).host
+        held = peak_footprint(wide, replace(small, method=method)).host
         assert held == streams_and_masks + grams + 4 * working
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llm_barber.settings.compare import CompareConfig, Method, target_settings
+from llm_barber.settings.compare import CompareConfig, CompareRow, target_settings
 from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset
 
 
@@ -12,7 +12,7 @@ from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset
 class Cell:
     """One way to prune the model: a method, without or with rebuild, at a target, with a calibration seed."""
 
-    method: Method
+    method: CompareRow
     rebuilt: bool
     target: str
     seed: int
@@ -34,7 +34,7 @@ def plan_cells(config: CompareConfig) -> Iterator[Cell]:
                 if method.allocated and ":" in target:
                     continue
                 for rebuilt in (False, True) if config.rebuild and method.preset is None else (False,):
-                    if rebuilt or method is not Method.MAGNITUDE or seed == config.seeds[0]:
+                    if rebuilt or method is not CompareRow.MAGNITUDE or seed == config.seeds[0]:
                         yield Cell(method, rebuilt, target, seed)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from llm_barber.evaluation.result import Evaluation
-from llm_barber.settings.compare import Method
+from llm_barber.settings.compare import CompareRow
 
 
 class CellResult(BaseModel):
@@ -47,7 +47,7 @@ class ComparisonCell(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    method: Method
+    method: CompareRow
     rebuilt: bool
     target: str
     seed: int

@@ -10,21 +10,21 @@ from statistics import fmean, stdev
 from llm_barber.comparison.result import Comparison, ComparisonCell
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.environment import MISSING
-from llm_barber.settings.compare import Method
+from llm_barber.settings.compare import CompareRow
 
 TITLES = {
-    Method.MAGNITUDE: "magnitude",
-    Method.SPARSEGPT: "SparseGPT, dense weights",
-    Method.SPARSEGPT_UPDATES: "SparseGPT, its updates",
-    Method.WANDA: "Wanda",
-    Method.RIA: "RIA",
-    Method.DSNOT: "DSnoT on Wanda",
-    Method.ALPS: "ALPS, its weights",
-    Method.MASK: "preset mask",
-    Method.BEST: "preset best",
-    Method.PAPER: "preset paper",
-    Method.SPARSEGPT_ALLOCATED: "SparseGPT, its updates, allocated",
-    Method.ALPS_ALLOCATED: "ALPS, its weights, allocated",
+    CompareRow.MAGNITUDE: "magnitude",
+    CompareRow.SPARSEGPT: "SparseGPT, dense weights",
+    CompareRow.SPARSEGPT_UPDATES: "SparseGPT, its updates",
+    CompareRow.WANDA: "Wanda",
+    CompareRow.RIA: "RIA",
+    CompareRow.DSNOT: "DSnoT on Wanda",
+    CompareRow.ALPS: "ALPS, its weights",
+    CompareRow.MASK: "preset mask",
+    CompareRow.BEST: "preset best",
+    CompareRow.PAPER: "preset paper",
+    CompareRow.SPARSEGPT_ALLOCATED: "SparseGPT, its updates, allocated",
+    CompareRow.ALPS_ALLOCATED: "ALPS, its weights, allocated",
 }
 REBUILT = " + rebuild"
 ACCURACY = "acc"
@@ -92,7 +92,7 @@ def tables_by_target(comparison: Comparison) -> list[TargetTable]:
 
 def _table(comparison: Comparison, target: str) -> TargetTable:
     measured = columns(comparison.dense)
-    groups: dict[tuple[Method, bool], list[ComparisonCell]] = {}
+    groups: dict[tuple[CompareRow, bool], list[ComparisonCell]] = {}
     for cell in comparison.cells:
         if cell.target == target:
             groups.setdefault((cell.method, cell.rebuilt), []).append(cell)
@@ -113,9 +113,9 @@ def _table(comparison: Comparison, target: str) -> TargetTable:
     return TargetTable(target_title(target), tuple(rows))
 
 
-def perplexities(comparison: Comparison) -> dict[tuple[Method, bool], dict[str, float]]:
+def perplexities(comparison: Comparison) -> dict[tuple[CompareRow, bool], dict[str, float]]:
     """Mean perplexity over seeds on the first text, by (method, rebuilt) and then by target."""
-    values: dict[tuple[Method, bool], dict[str, list[float]]] = {}
+    values: dict[tuple[CompareRow, bool], dict[str, list[float]]] = {}
     for cell in comparison.cells:
         if cell.result is not None and cell.result.evaluation.texts:
             points = values.setdefault((cell.method, cell.rebuilt), {})

@@ -30,7 +30,7 @@ def loss_windows(tokens: int) -> int:
 
 
 def allocate(
-    allocation: Allocation, initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
+    allocation: Allocation, initial_masks: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
 ) -> Sparsities:
     """Spread a sparsity over the linears that are pruned; the first layer's input is left as it was.
 
@@ -41,16 +41,18 @@ def allocate(
     """
     spread = _by_outliers if allocation is Allocation.OWL else _by_loss
     with first_input_kept(streams):
-        return spread(initial, streams, sparsity, progress)
+        return spread(initial_masks, streams, sparsity, progress)
 
 
-def _by_outliers(initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
+def _by_outliers(
+    initial_masks: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
+) -> Sparsities:
     """Spread by the outliers of layers (OWL, arXiv 2310.05175), in one pass forward."""
-    job = initial.job
+    job = initial_masks.job
     shares: dict[int, float] = {}
     sizes: dict[int, int] = {}
     progress.start("looking for outliers", job.layer_count)
-    for index, layer, weights in DenseLayers(initial, streams).opened(range(job.layer_count)):
+    for index, layer, weights in DenseLayers(initial_masks, streams).opened(range(job.layer_count)):
         if layer.linears:
             squares = collect_inputs(layer, streams, InputSquares)
             scores = [wanda(weights[name], squares[name].mean) for name in layer.linears]
@@ -69,22 +71,24 @@ def _by_outliers(initial: InitialMasks, streams: ActivationStreams, sparsity: fl
     return {
         job.linear_name(index, name): layer_sparsity
         for index, layer_sparsity in zip(shares, sparsities, strict=True)
-        for name in initial.linears(index)
+        for name in initial_masks.linears(index)
     }
 
 
-def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress) -> Sparsities:
+def _by_loss(
+    initial_masks: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
+) -> Sparsities:
     """Spread by what pruning a linear adds to the loss (`masking/budget.py`): forward, then back."""
-    job = initial.job
+    job = initial_masks.job
     progress.start("looking for what pruning costs", 2 * job.layer_count)
-    layers = DenseLayers(initial, streams)
-    inputs, gradients, few_tokens = _forward(initial, layers, streams, progress)
-    costs = _backward(initial, layers, streams, inputs, gradients, progress)
+    layers = DenseLayers(initial_masks, streams)
+    inputs, gradients, few_tokens = _forward(initial_masks, layers, streams, progress)
+    costs = _backward(initial_masks, layers, streams, inputs, gradients, progress)
     if not any(cost.any() for cost, _ in costs.values()):
         raise ModelError(
             "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
         )
-    names = [job.linear_name(index, name) for index in range(job.layer_count) for name in initial.linears(index)]
+    names = [job.linear_name(index, name) for index in range(job.layer_count) for name in initial_masks.linears(index)]
     spread = [name for name in names if name not in few_tokens]  # the costs of idle experts are hardly known
     sparsities = []
     if spread:
@@ -94,7 +98,7 @@ def _by_loss(initial: InitialMasks, streams: ActivationStreams, sparsity: float,
 
 
 def _forward(
-    initial: InitialMasks, layers: DenseLayers, streams: ActivationStreams, progress: Progress
+    initial_masks: InitialMasks, layers: DenseLayers, streams: ActivationStreams, progress: Progress
 ) -> tuple[list[list[Tensor]], list[Tensor], set[str]]:
     """Run the dense model and its loss on the first calibration windows.
 
@@ -102,7 +106,7 @@ def _forward(
         The layers' inputs on these windows, (sequences, tokens, hidden), by layer and batch; the loss's gradients at
         the last layer's output, by batch; linears, by their names in the model, of experts with few tokens.
     """
-    job, skeleton = initial.job, initial.job.skeleton
+    job, skeleton = initial_masks.job, initial_masks.job.skeleton
     windows = loss_windows(job.tokens.input_ids.shape[1])  # the first of all: some processes may have none of them
     batches = pieces(0, streams.count_among_first(windows), streams.batch_size)
     tokens = streams.select_local(job.tokens.input_ids)
@@ -126,7 +130,7 @@ def _forward(
 
 
 def _backward(
-    initial: InitialMasks,
+    initial_masks: InitialMasks,
     layers: DenseLayers,
     streams: ActivationStreams,
     inputs: list[list[Tensor]],
@@ -138,7 +142,7 @@ def _backward(
     Returns:
         Costs of removing weights (`removal_costs`), and the number of rows, by the linear's name in the model.
     """
-    job = initial.job
+    job = initial_masks.job
     costs: dict[str, tuple[Tensor, int]] = {}
     for index, layer, weights in layers.opened(range(job.layer_count)[::-1]):
         sums = {name: FisherSums(tuple(weights[name].shape), streams.device) for name in layer.linears}

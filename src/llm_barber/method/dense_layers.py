@@ -31,26 +31,26 @@ class DenseLayers:
     once. On CPUs no layer stays, so that memory holds one layer at a time.
 
     Args:
-        initial: says which linears are pruned.
+        initial_masks: says which linears are pruned.
         streams: the activations, and the room that they leave.
     """
 
-    def __init__(self, initial: InitialMasks, streams: ActivationStreams) -> None:
-        self._initial, self._streams = initial, streams
+    def __init__(self, initial_masks: InitialMasks, streams: ActivationStreams) -> None:
+        self._initial_masks, self._streams = initial_masks, streams
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def opened(
         self, order: Sequence[int], wanted_again: bool = False
     ) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
         """Open layers in this order; each comes with its number and the weights of its linears, (out, in)."""
-        job, streams = self._initial.job, self._streams
+        job, streams = self._initial_masks.job, self._streams
         read = [job.layer_tensors[index] for index in order if index not in self._kept]
         with ReadAhead(job.source, read, streams.memory.pinned) as ahead:
             for index in order:
                 tensors = self._kept.pop(index) if index in self._kept else job.moved(ahead.take())
                 try:
                     layer, weights = job.open_layer(index, tensors)
-                    layer.select(self._initial.linears(index))
+                    layer.select(self._initial_masks.linears(index))
                     yield index, layer, weights
                 finally:
                     job.skeleton.release_layer(index)

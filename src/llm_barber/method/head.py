@@ -44,7 +44,7 @@ class _End(nn.Module):
 def prune_head(
     job: Job,
     tensors: Mapping[str, Tensor],
-    initial: InitialMasks,
+    initial_masks: InitialMasks,
     refine_settings: RefineSettings | None,
     streams: ActivationStreams,
 ) -> PrunedLayer:
@@ -53,7 +53,7 @@ def prune_head(
     Args:
         job: the opened model.
         tensors: the head's, by the checkpoint's names; empty if the checkpoint has the embedding only.
-        initial: gives its mask.
+        initial_masks: gives its mask.
         refine_settings: None: the run does not refine.
         streams: the last decoder layer's output; for a target mix, the dense model's, too.
     """
@@ -63,7 +63,7 @@ def prune_head(
         _learn_what_layers_return(job, streams)
     weight = _fill_outside(job, tensors)
     layer = DecoderLayer(_End(skeleton, name), (name,), lambda *_: {})
-    pruned = initial(job.layer_count, layer, {name: weight}, streams)[name]
+    pruned = initial_masks(job.layer_count, layer, {name: weight}, streams)[name]
     initial_keep = pruned.keep
     if refine_settings is not None:
         settings = refine_settings.of_head

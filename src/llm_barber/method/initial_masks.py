@@ -103,6 +103,6 @@ class InitialMasks(Protocol):
         ...
 
 
-def prunes_layers(initial: InitialMasks) -> bool:
+def prunes_layers(initial_masks: InitialMasks) -> bool:
     """Test whether any linear of the decoder layers is pruned, not the output head alone."""
-    return any(initial.linears(index) for index in range(initial.job.layer_count))
+    return any(initial_masks.linears(index) for index in range(initial_masks.job.layer_count))

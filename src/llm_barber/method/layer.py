@@ -50,7 +50,7 @@ def prune_layer(
     job: Job,
     index: int,
     tensors: Mapping[str, Tensor],
-    initial: InitialMasks,
+    initial_masks: InitialMasks,
     rebuild_settings: RebuildSettings | None,
     refine_settings: RefineSettings | None,
     streams: ActivationStreams,
@@ -61,7 +61,7 @@ def prune_layer(
         job: the opened model.
         index: of the layer.
         tensors: of the layer, by the checkpoint's names.
-        initial: gives the initial masks.
+        initial_masks: gives the initial masks.
         rebuild_settings: None: masks are not rebuilt.
         refine_settings: None: neither linears are refined nor layers tuned.
         streams: the layer's input; afterwards the next layer's.
@@ -69,7 +69,7 @@ def prune_layer(
     Raises:
         NotFiniteError: an activation or a gradient holds NaN or Inf.
     """
-    opened = _choose_initial_masks(job, index, tensors, initial, refine_settings, streams)
+    opened = _choose_initial_masks(job, index, tensors, initial_masks, refine_settings, streams)
     tuned: Tuned | None = None
     if opened.linears and refine_settings is not None and refine_settings.of_layers:
         initial_keeps = {name: linear.keep for name, linear in opened.linears.items()}
@@ -115,7 +115,7 @@ def _choose_initial_masks(
     job: Job,
     index: int,
     tensors: Mapping[str, Tensor],
-    initial: InitialMasks,
+    initial_masks: InitialMasks,
     refine_settings: RefineSettings | None,
     streams: ActivationStreams,
 ) -> _OpenLayer:
@@ -125,10 +125,10 @@ def _choose_initial_masks(
     """
     layer, weights = job.open_layer(index, tensors)
     takes_target = refine_settings is not None and refine_settings.aims_at_dense_layers
-    linears = initial(index, layer, weights, streams, TARGET if takes_target else None)
+    linears = initial_masks(index, layer, weights, streams, TARGET if takes_target else None)
     layer.select(linears)
     blocks = select_linears(job.skeleton.blocks[index], linears)
-    return _OpenLayer(index, layer, weights, linears, blocks, target=takes_target and initial.runs_layers)
+    return _OpenLayer(index, layer, weights, linears, blocks, target=takes_target and initial_masks.runs_layers)
 
 
 def _prune_blocks(
@@ -171,12 +171,12 @@ def _prune_block(
     label: str,
 ) -> BlockOutcome:
     """Rebuild a block's masks, then refine its linears one by one, as far as the settings ask for it."""
-    initial = {name: opened.linears[name] for name in block_pass.block.linears}
-    outcome = BlockOutcome.initial(initial)
-    if not initial:
+    initial_linears = {name: opened.linears[name] for name in block_pass.block.linears}
+    outcome = BlockOutcome.initial(initial_linears)
+    if not initial_linears:
         return outcome
     if rebuild_settings is not None:
-        outcome = rebuild_block(block_pass, opened.dense, initial, rebuild_settings, label)
+        outcome = rebuild_block(block_pass, opened.dense, initial_linears, rebuild_settings, label)
     if refine_settings is not None:
         # Refining starts from the values that are written, which may not be the initial method's updated weights.
         linears = {name: linear.with_mask(linear.keep) for name, linear in outcome.linears.items()}
@@ -185,7 +185,7 @@ def _prune_block(
             streams = block_pass.streams
             measured_from = streams.held_out_start if streams.held_out else 0
             outcome = replace(outcome, error_before=refined.error_before, measured_from=measured_from)
-        outcome = outcome.refined(initial, refined.linears, refined.rejected)
+        outcome = outcome.refined(initial_linears, refined.linears, refined.rejected)
     return outcome
 
 

@@ -48,10 +48,10 @@ class BlockOutcome:
         return replace(self, linears=linears, masks=self._masks_since(initial_keeps, linears), rejected=rejected)
 
     def refined(
-        self, initial: Mapping[str, PrunedLinear], linears: dict[str, PrunedLinear], rejected: bool
+        self, initial_linears: Mapping[str, PrunedLinear], linears: dict[str, PrunedLinear], rejected: bool
     ) -> "BlockOutcome":
         """The block after its linears, which had the masks `initial` at first, were refined one by one."""
-        initial_keeps = {name: linear.keep for name, linear in initial.items()}
+        initial_keeps = {name: linear.keep for name, linear in initial_linears.items()}
         return replace(self, linears=linears, masks=self._masks_since(initial_keeps, linears), rejected=rejected)
 
     def _masks_since(

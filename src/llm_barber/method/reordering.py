@@ -27,7 +27,7 @@ from llm_barber.progress import Progress
 
 
 def find_order(
-    initial: InitialMasks,
+    initial_masks: InitialMasks,
     movable: Sequence[Sequence["MovableChannels"]],
     streams: ActivationStreams,
     progress: Progress,
@@ -37,7 +37,7 @@ def find_order(
     The first layer's input is left as it was.
 
     Args:
-        initial: says what is pruned.
+        initial_masks: says what is pruned.
         movable: the channels that may change places, by layer.
         streams: the first layer's input.
         progress: is told of each layer.
@@ -49,7 +49,7 @@ def find_order(
     last = max(index for index, parts in enumerate(movable) if parts)
     progress.start("looking for an order of channels", last + 1)
     with first_input_kept(streams):
-        for index, layer, weights in DenseLayers(initial, streams).opened(range(last + 1)):
+        for index, layer, weights in DenseLayers(initial_masks, streams).opened(range(last + 1)):
             layer.select([part.channels.reader for part in movable[index]])
             squares = collect_inputs(layer, streams, InputSquares, output=None if index == last else HIDDEN)
             for part in movable[index]:
@@ -104,17 +104,17 @@ class MovableChannels:
         ]
 
 
-def movable_channels(initial: InitialMasks) -> list[list[MovableChannels]]:
+def movable_channels(initial_masks: InitialMasks) -> list[list[MovableChannels]]:
     """Channels of each layer that may change places, and whose reader is pruned to N:M.
 
     Left out are channels of tensors that hold several weights or have several names, and of rows or heads that M does
     not divide.
     """
-    return [_movable_in_layer(initial, index) for index in range(initial.job.layer_count)]
+    return [_movable_in_layer(initial_masks, index) for index in range(initial_masks.job.layer_count)]
 
 
-def _movable_in_layer(initial: InitialMasks, index: int) -> list[MovableChannels]:
-    job, patterns = initial.job, initial.patterns(index)
+def _movable_in_layer(initial_masks: InitialMasks, index: int) -> list[MovableChannels]:
+    job, patterns = initial_masks.job, initial_masks.patterns(index)
     movable_here = []
     for channels in job.architecture.channels:
         linears = (*channels.writers, channels.reader)

@@ -149,7 +149,7 @@ def _head_work(model: ModelShapes, recipe: Recipe) -> Work:
     block, tokens = model.head_block, recipe.local_tokens
     work = ranking_work(block, recipe)
     passes = 0
-    if recipe.initial.reads_inputs:
+    if recipe.method.reads_inputs:
         work += statistics_work(block, recipe)
         passes += 1
     if recipe.refine is not None:

@@ -51,7 +51,7 @@ def settings_in_words(recipe: Recipe) -> str:
     parts = [
         "channels reordered" if recipe.reorders else "",
         f"allocation by {recipe.allocation}" if recipe.allocation.value != "uniform" else "",
-        recipe.initial.value,
+        recipe.method.value,
         f"rebuilt within each {recipe.granularity}" if recipe.granularity else "",
         recipe.refine.words if recipe.refine else "",
         str(recipe.pattern) if recipe.pattern else "",

@@ -98,7 +98,7 @@ def initial_mask_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) ->
     The layer's last block is computed up to the input of its last linear, unless tuning needs its output.
     """
     work = ranking_work(block, recipe)
-    if not recipe.initial.reads_inputs:
+    if not recipe.method.reads_inputs:
         return work
     tokens = recipe.local_tokens
     needs_output = recipe.target_from_masks
@@ -115,10 +115,10 @@ def ranking_work(block: BlockShapes, recipe: Recipe) -> Work:
         if recipe.pattern is not None:
             work += Work(moved=moved + group_ranking_bytes(recipe, rows * columns))
             continue
-        if not recipe.on_cpu and not recipe.initial.compares_in_linear and rows >= SELECTED_ON_GPU:
+        if not recipe.on_cpu and not recipe.method.compares_in_linear and rows >= SELECTED_ON_GPU:
             work += Work(moved=moved + SELECTING * rows * columns)
             continue
-        group_size = rows * columns if recipe.initial.compares_in_linear else columns
+        group_size = rows * columns if recipe.method.compares_in_linear else columns
         work += Work(moved=moved, sorted=sorting_work(rows * columns, group_size))
     return work * block.copies
 
@@ -137,8 +137,8 @@ def statistics_work(block: BlockShapes, recipe: Recipe) -> Work:
     routed = recipe.local_tokens * block.share
     for group in block.groups:
         columns = group[0][1]
-        if recipe.initial in DECOMPOSITION:
-            work += Work(grams=gram_flops(routed, columns), exact=DECOMPOSITION[recipe.initial] * columns**3)
+        if recipe.method in DECOMPOSITION:
+            work += Work(grams=gram_flops(routed, columns), exact=DECOMPOSITION[recipe.method] * columns**3)
             work += reduction_work(recipe, FLOAT32 * columns**2)
         else:
             work += Work(moved=SQUARING * routed * columns) + reduction_work(recipe, FLOAT32 * columns)
@@ -150,7 +150,7 @@ def statistics_work(block: BlockShapes, recipe: Recipe) -> Work:
 def _update_work(recipe: Recipe, block: BlockShapes, rows: int, columns: int) -> Work:
     """Work of a method on one linear beyond a statistic and a ranking."""
     weights = rows * columns
-    match recipe.initial:
+    match recipe.method:
         case Initial.SPARSEGPT:  # a stride of columns corrects all later columns, a column those of its stride
             return Work(exact=weights * columns, moved=3 * FLOAT32 * STRIDE * weights)
         case Initial.ALPS:

@@ -32,7 +32,7 @@ def layer_launches(layer: LayerShapes, recipe: Recipe) -> dict[str, float]:
     batches = _batches(recipe, recipe.local_sequences)
     linears, groups = _linears(layer.blocks), sum(len(block.groups) for block in layer.blocks)
     launches: dict[str, float] = {"initial": MASK * linears, "propagate": batches * once}
-    if recipe.initial.reads_inputs:
+    if recipe.method.reads_inputs:
         launches["initial"] += batches * (once + STATISTICS * groups)
     if recipe.granularity is not None:
         passes = (2 + BACKWARD) * once + REBUILD_GRADIENTS * linears

@@ -78,7 +78,7 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
     """Moments of a layer: its masks are chosen, rebuilt, refined and tuned; without the layer itself."""
     largest = max((block.largest for block in layer.blocks), default=0)
     moments = [_ranking(largest, largest if recipe.ranks_linears else 0, recipe)]
-    if recipe.initial in UPDATING and layer.blocks:
+    if recipe.method in UPDATING and layer.blocks:
         moments.append(_updating(layer, recipe))
     for block in layer.blocks:
         moments.append(Footprint(device=_batch(block, recipe)))
@@ -149,7 +149,7 @@ def _layer(layer: LayerShapes, recipe: Recipe) -> Footprint:
     """
     host = layer.parameters * recipe.stored
     device = layer.parameters * _converted(recipe) + (0 if recipe.on_cpu else host)
-    copies = 3 if recipe.initial.has_updates else 2
+    copies = 3 if recipe.method.has_updates else 2
     return Footprint(2 * host + _shard(layer, recipe), device + layer.weights * (copies * recipe.stored + BOOL))
 
 
@@ -190,7 +190,7 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
 def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
     """Gram matrices of the layer, with a batch or with the arrays of one linear, whichever is larger."""
     grams = sum(FLOAT32 * group[0][1] ** 2 * block.copies for block in layer.blocks for group in block.groups)
-    matrices, arrays = UPDATING[recipe.initial]
+    matrices, arrays = UPDATING[recipe.method]
     working = [
         FLOAT32 * (matrices * columns**2 + arrays * rows * columns)
         for block in layer.blocks

@@ -39,7 +39,7 @@ class Recipe:
     itemsize: int
     stored: int
     on_cpu: bool
-    initial: Initial
+    method: Initial
     pattern: NofM | None
     allocation: Allocation
     granularity: Granularity | None  # of the rebuild; None: no rebuild
@@ -66,7 +66,7 @@ class Recipe:
             itemsize=dtype.itemsize,
             stored=stored.itemsize,
             on_cpu=device.type == "cpu",
-            initial=config.method,
+            method=config.method,
             pattern=pattern,
             allocation=config.allocated_by,
             granularity=granularity if config.rebuilds else None,
@@ -85,7 +85,7 @@ class Recipe:
     def ranks_linears(self) -> bool:
         """True if the weights of a whole linear compete for the initial mask."""
         if self.initial_granularity is None:
-            return self.initial.compares_in_linear
+            return self.method.compares_in_linear
         return self.initial_granularity is Granularity.LINEAR
 
     @property
@@ -125,7 +125,7 @@ class Recipe:
     @property
     def target_from_masks(self) -> bool:
         """True if the run of the dense layer for its initial masks gives tuning's target, too."""
-        return self.refine is not None and self.refine.aims_at_dense_layers and self.initial.reads_inputs
+        return self.refine is not None and self.refine.aims_at_dense_layers and self.method.reads_inputs
 
     @property
     def follows_dense(self) -> bool:

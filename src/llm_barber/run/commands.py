@@ -57,8 +57,8 @@ def prepare_prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> Prep
             "to choose a pruned model's masks anew"
         )
     rebuild_settings = _rebuild_settings(config, config.method, config.target)
-    initial = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
-    prepared = PreparedRun(config.model, config, job, initial, rebuild_settings, config.method, config.method)
+    initial_masks = MethodMasks(job, config.method, config.targets, config.initial_granularity, config.keep_updates)
+    prepared = PreparedRun(config.model, config, job, initial_masks, rebuild_settings, config.method, config.method)
     if config.reorder and not prepared.reorders:
         raise SettingsError(
             message("{reorder}: no channels that a linear with N:M reads may change places in this model"),
@@ -126,12 +126,12 @@ def prepare_rebuild(config: RebuildConfig, progress: Progress, ranks: Ranks) -> 
     local_path(config.pruned)  # a wrong path is refused before the dense model is downloaded
     warn_of_revision("pruned_revision", config.pruned_revision, config.pruned, progress)
     job = open_job(config.dense, config, None, progress, ranks)
-    initial = CheckpointMasks(job, config.pruned, config.pattern, config.pruned_revision)
-    if initial.head_was_pruned:
+    initial_masks = CheckpointMasks(job, config.pruned, config.pattern, config.pruned_revision)
+    if initial_masks.head_was_pruned:
         progress.warn(f"the output head of {config.pruned} was pruned: OUT gets the head of {config.dense}")
-    method = config.initial or initial.recorded_method
-    settings = _rebuild_settings(config, method, initial.pattern)
-    return PreparedRun(config.dense, config, job, initial, settings, method, f"mask of {config.pruned}")
+    method = config.initial or initial_masks.recorded_method
+    settings = _rebuild_settings(config, method, initial_masks.pattern)
+    return PreparedRun(config.dense, config, job, initial_masks, settings, method, f"mask of {config.pruned}")
 
 
 # How each command opens and checks a run, by `RunSettings.command`.

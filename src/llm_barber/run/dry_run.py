@@ -111,7 +111,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         linears=len(shapes),
         weights=sum(rows * columns for rows, columns in shapes),
         method=prepared.label,
-        pattern=prepared.initial.target_words,
+        pattern=prepared.initial_masks.target_words,
         granularity=rebuilt.granularity if rebuilt else None,
         rebuild_ratio=rebuilt.ratio if rebuilt else None,
         allocation=prepared.allocation,
@@ -135,6 +135,6 @@ def _pruned_shapes(prepared: PreparedRun) -> list[tuple[int, ...]]:
     pruned = [
         shapes[f"{job.linear_name(index, name)}.weight"]
         for index in range(job.layer_count)
-        for name in prepared.initial.linears(index)
+        for name in prepared.initial_masks.linears(index)
     ]
     return [*pruned, tuple(job.skeleton.head.weight.shape)] if job.prunes_head else pruned

@@ -28,7 +28,7 @@ class PreparedRun:
         model: the dense model, as it was named.
         config: settings of the command.
         job: the opened dense model.
-        initial: gives the initial masks.
+        initial_masks: gives the initial masks.
         rebuild_settings: None: masks are not rebuilt.
         method: method of the initial masks.
         label: the initial masks, for people.
@@ -37,7 +37,7 @@ class PreparedRun:
     model: str
     config: RunSettings
     job: Job
-    initial: InitialMasks
+    initial_masks: InitialMasks
     rebuild_settings: RebuildSettings | None
     method: str
     label: str
@@ -60,7 +60,7 @@ class PreparedRun:
     @cached_property
     def pruned_files(self) -> SourceFiles | None:
         """The files of a rebuild's pruned model, as they are when this is first read; None: another command."""
-        return self.initial.source_files
+        return self.initial_masks.source_files
 
     @property
     def recipe(self) -> Recipe:
@@ -74,7 +74,7 @@ class PreparedRun:
             itemsize=job.skeleton.dtype.itemsize,
             stored=round(sum(tensor.bytes for tensor in layers) / sum(math.prod(tensor.shape) for tensor in layers)),
             on_cpu=job.skeleton.device.type == "cpu",
-            initial=self.initial.method or Initial.MAGNITUDE,  # a checkpoint's masks need no statistics, either
+            method=self.initial_masks.method or Initial.MAGNITUDE,  # a checkpoint's masks need no statistics, either
             pattern=None,
             allocation=self.allocation,
             granularity=self.rebuild_settings.granularity if self.rebuild_settings else None,
@@ -82,13 +82,13 @@ class PreparedRun:
             prunes_head=job.prunes_head,
             reorders=self.reorders,
             processes=job.ranks.count,
-            initial_granularity=self.initial.granularity,
+            initial_granularity=self.initial_masks.granularity,
         )
 
     @cached_property
     def movable_channels(self) -> list[list[MovableChannels]]:
         """Channels that may change places, by layer; [] if there are none."""
-        by_layer = movable_channels(self.initial)
+        by_layer = movable_channels(self.initial_masks)
         return by_layer if any(by_layer) else []
 
     @property
@@ -104,14 +104,14 @@ class PreparedRun:
         """
         config = self.config
         numbers = (config.guard, config.target_mix, config.tune_passes, config.swaps)
-        other_method = self.initial.method not in (None, Initial.WANDA)
+        other_method = self.initial_masks.method not in (None, Initial.WANDA)
         if config.refines and (other_method or any(number is not None for number in numbers)):
             return None
         steps = PresetSettings(
             self.rebuild_settings is not None, config.refinement, config.reconstruction, self.allocation, self.reorders
         )
         for preset, preset_steps in PRESETS.items():
-            if self.initial.budget is None:
+            if self.initial_masks.budget is None:
                 preset_steps = replace(preset_steps, allocation=Allocation.UNIFORM)
             if not self.movable_channels:
                 preset_steps = replace(preset_steps, reorder=False)
@@ -131,10 +131,10 @@ class PreparedRun:
         }  # fmt: skip
         if self.reorders:
             resolved["reorder"] = True
-        if self.initial.method is not None:
-            resolved["initial"] = self.initial.method
-        if isinstance(self.initial.target, Unstructured):
-            resolved["sparsity"] = self.initial.target.sparsity
+        if self.initial_masks.method is not None:
+            resolved["initial"] = self.initial_masks.method
+        if isinstance(self.initial_masks.target, Unstructured):
+            resolved["sparsity"] = self.initial_masks.target.sparsity
         if rebuilt is not None:
             resolved |= {"granularity": rebuilt.granularity, "rebuild_ratio": rebuilt.ratio}
         if refined is not None:
@@ -148,12 +148,12 @@ class PreparedRun:
     @property
     def pattern(self) -> NofM | None:
         """N:M of most weights that are pruned; of a rebuild, of the first layer that was pruned."""
-        return self.initial.pattern
+        return self.initial_masks.pattern
 
     @property
     def allocation(self) -> Allocation:
         """Allocation of sparsity over the linears."""
-        return Allocation.UNIFORM if self.initial.budget is None else self.config.allocated_by
+        return Allocation.UNIFORM if self.initial_masks.budget is None else self.config.allocated_by
 
     def warn_of_settings(self, progress: Progress) -> None:
         """Warn of effects of the settings that a user would not expect."""
@@ -168,7 +168,7 @@ class PreparedRun:
         settings, head = self.refine_settings, self.job.prunes_head
         if settings is None:
             return None
-        parts = [settings.words] if prunes_layers(self.initial) else []
+        parts = [settings.words] if prunes_layers(self.initial_masks) else []
         if head and (settings.of_layers or not parts):  # otherwise the head is refined as the linears are
             parts.append(settings.words_of_head)
         return "; ".join(parts)

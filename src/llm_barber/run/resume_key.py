@@ -32,7 +32,7 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
     left_to_preset = set(LEFT_TO_PRESET)
     if not job.prunes_head:  # the head has a default mix of its own, which a given mix replaces
         left_to_preset.add("target_mix")
-    if prepared.initial.has_one_target:  # the default depends on the pattern, a given number is for every pattern
+    if prepared.initial_masks.has_one_target:  # the default depends on the pattern, a given number is for every pattern
         left_to_preset.add("swaps")
     resolved = {name: value for name, value in prepared.resolved.items() if name in left_to_preset}
     revisions: dict[str, Any] = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}

@@ -148,7 +148,7 @@ def _reorder(
     if content is None:
         if before is not None:
             progress.warn(f"{ORDER_NAME} of the unfinished run is damaged or missing: the order is found again")
-        find = partial(find_order, prepared.initial, prepared.movable_channels, streams, progress)
+        find = partial(find_order, prepared.initial_masks, prepared.movable_channels, streams, progress)
         order = _pass_dense(find, "reorder", prepared, streams, seconds, began, progress)
         content = job.ranks.from_first(order.to_json())  # devices may round otherwise
         if writer.state.layers and before != hashlib.sha256(content).hexdigest():
@@ -170,15 +170,15 @@ def _allocate(
     `began`: time on the clock at which the run would have begun without interruptions. A new allocation is kept with
     its seconds, and with the total of the run so far.
     """
-    initial, allocation = prepared.initial, prepared.allocation
-    if initial.budget is None or allocation is Allocation.UNIFORM:
+    initial_masks, allocation = prepared.initial_masks, prepared.allocation
+    if initial_masks.budget is None or allocation is Allocation.UNIFORM:
         return
     sparsities = writer.state.sparsities
     if sparsities is None:
-        spread = partial(allocate, allocation, initial, streams, initial.budget, progress)
+        spread = partial(allocate, allocation, initial_masks, streams, initial_masks.budget, progress)
         sparsities = _pass_dense(spread, "allocate", prepared, streams, seconds, began, progress)
         writer.keep_sparsities(sparsities, seconds, used_by(prepared, writer, streams))
-    initial.set_sparsities(sparsities)
+    initial_masks.set_sparsities(sparsities)
 
 
 def _pass_dense(
@@ -204,10 +204,12 @@ def _prune_step(
 ) -> PrunedLayer:
     """Prune a decoder layer, or, after the last layer, the output head."""
     job, settings = prepared.job, prepared.refine_settings
-    compute = partial(prune_layer, job, index, tensors, prepared.initial, prepared.rebuild_settings, settings, streams)
+    compute = partial(
+        prune_layer, job, index, tensors, prepared.initial_masks, prepared.rebuild_settings, settings, streams
+    )
     release: Callable[[], None] = partial(job.skeleton.release_layer, index)
     if index == job.layer_count:
-        compute = partial(prune_head, job, tensors, prepared.initial, settings, streams)
+        compute = partial(prune_head, job, tensors, prepared.initial_masks, settings, streams)
         release = job.skeleton.drop_outside
     return with_smaller_batches(compute, release, job, streams, progress)
 

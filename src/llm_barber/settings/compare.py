@@ -22,7 +22,7 @@ ALLOCATED = "-allocated"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class Method(StrEnum):
+class CompareRow(StrEnum):
     """A row of the table: a method of initial masks, or a preset.
 
     `sparsegpt` has the dense weights under its mask, `sparsegpt-updates` its updated weights. `mask`, `best` and
@@ -48,7 +48,9 @@ class Method(StrEnum):
         """The method of the row's initial mask."""
         if self.preset is not None:
             return Initial.WANDA
-        return Initial.SPARSEGPT if self is Method.SPARSEGPT_UPDATES else Initial(self.value.removesuffix(ALLOCATED))
+        return (
+            Initial.SPARSEGPT if self is CompareRow.SPARSEGPT_UPDATES else Initial(self.value.removesuffix(ALLOCATED))
+        )
 
     @property
     def preset(self) -> Preset | None:
@@ -58,7 +60,7 @@ class Method(StrEnum):
     @property
     def keeps_updates(self) -> bool:
         """True if kept weights have the values that the method computed."""
-        return self.initial.has_updates and self is not Method.SPARSEGPT
+        return self.initial.has_updates and self is not CompareRow.SPARSEGPT
 
     @property
     def allocated(self) -> bool:
@@ -67,8 +69,8 @@ class Method(StrEnum):
 
 
 # Methods of the paper and their peers. ALPS, `…-allocated` and `paper` are compared only if `methods` names them.
-PEERS = tuple(row for row in Method if row.preset is None and row is not Method.ALPS and not row.allocated)
-ROWS = (*PEERS, Method.MASK, Method.BEST)  # default of `methods`
+PEERS = tuple(row for row in CompareRow if row.preset is None and row is not CompareRow.ALPS and not row.allocated)
+ROWS = (*PEERS, CompareRow.MASK, CompareRow.BEST)  # default of `methods`
 
 
 class CompareConfig(StructureSettings):
@@ -80,7 +82,7 @@ class CompareConfig(StructureSettings):
 
     model: str = Field(description="Folder, hub id (org/name[@revision]) or GGUF file")
     output: Path = Field(description="Folder for results; a comparison there continues where it stopped")
-    methods: Annotated[tuple[Method, ...], *COMMAS] = Field(
+    methods: Annotated[tuple[CompareRow, ...], *COMMAS] = Field(
         ROWS,
         min_length=1,
         description="Rows of the tables; not by default: paper, alps, and sparsegpt-allocated and alps-allocated, "
@@ -103,7 +105,7 @@ class CompareConfig(StructureSettings):
         le=1,
         description=f"Share of the beneficial pairs to swap, except a preset's (default: {RELEASED_RATIOS})",
     )
-    rebuild_settings: dict[Method, tuple[Granularity, float]] = Field(
+    rebuild_settings: dict[CompareRow, tuple[Granularity, float]] = Field(
         default_factory=dict, description="Granularity and ratio by method, before `granularity` and `rebuild_ratio`"
     )
     calibration: str = Field(
