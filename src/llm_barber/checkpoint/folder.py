@@ -4,7 +4,6 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,13 +11,8 @@ from filelock import FileLock, Timeout
 from llm_barber.errors import OutputError
 
 ATTEMPTS = 100  # to make a folder that another run may remove meanwhile
-WITHOUT_LOCKS = (
-    errno.EINVAL,
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-)  # errors of a file system that has no locks
+# Errors of a file system that has no locks.
+WITHOUT_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def check_claimable(folder: Path, marker: str) -> None:
@@ -116,14 +110,15 @@ def make_locked(folder: Path, name: str, output: Path) -> FileLock:
     Raises:
         OutputError: another run holds the lock, or the folder cannot be made.
     """
-    for attempt in count(1):
+    attempts_left = ATTEMPTS
+    while True:
+        attempts_left -= 1
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return take_lock(folder / name, output)
         except OSError as error:
-            if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS:
+            if not isinstance(error, FileNotFoundError) or not attempts_left:
                 raise _cannot_write(folder, error) from error
-    raise AssertionError  # for mypy: `count` has no end
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

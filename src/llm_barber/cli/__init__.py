@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from llm_barber.cli.app import app
-from llm_barber.cli.typed import as_typed, empty_argument
+from llm_barber.cli.typed import as_typed, empty_argument, find_command
 from llm_barber.errors import BarberError, SettingsError
 from llm_barber.messages import Message
 
@@ -93,8 +93,8 @@ def _command_path(error: UsageError, arguments: list[str]) -> str:
     """The command that an error is about, as it is typed."""
     if error.ctx is not None:
         return str(error.ctx.command_path)
-    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    return " ".join(["llm-barber", *(word for word in arguments[:1] if word in names)])
+    command = find_command(arguments)
+    return "llm-barber" if command is None else f"llm-barber {command.name}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

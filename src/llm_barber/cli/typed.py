@@ -9,14 +9,19 @@ from llm_barber.cli.app import app
 from llm_barber.messages import SettingName
 
 
+def find_command(words: Sequence[str]) -> Any | None:
+    """Find the command that these words call; None: they call none."""
+    commands: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    return next((commands[word] for word in words if word in commands), None)
+
+
 def as_typed(words: Sequence[str]) -> Callable[[SettingName], str]:
     """Renderer of settings as options of the command in these words.
 
     A setting that the command does not take keeps its name.
     """
-    commands: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    command = next((word for word in words if word in commands), None)
-    parameters = {} if command is None else {parameter.name: parameter for parameter in commands[command].params}
+    command = find_command(words)
+    parameters = {} if command is None else {parameter.name: parameter for parameter in command.params}
 
     def render(setting: SettingName) -> str:
         parameter = parameters.get(setting.name)
@@ -39,9 +44,8 @@ def empty_argument(words: Sequence[str]) -> str | None:
 
     Example: ["prune", "model", "--overwrite", ""] -> "OUT", ["prune", "model", "out", "--layers="] -> "--layers".
     """
-    commands: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    command = next((word for word in words if word in commands), None)
-    parameters = [] if command is None else commands[command].params
+    command = find_command(words)
+    parameters = [] if command is None else command.params
     takes_value = {
         name: not parameter.is_flag
         for parameter in parameters
@@ -50,7 +54,7 @@ def empty_argument(words: Sequence[str]) -> str | None:
     }
     arguments = iter([parameter.metavar for parameter in parameters if parameter.param_type_name == "argument"])
     option = None
-    for word in words[words.index(command) + 1 :] if command is not None else []:
+    for word in words[words.index(command.name) + 1 :] if command is not None else []:
         name, equals, value = word.partition("=")
         if option is not None:
             target, content, option = option, word, None

@@ -67,11 +67,10 @@ class Costs:
 def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
     """Work of a run in the process that has the most sequences."""
     head = _head_work(model, recipe) if recipe.prunes_head else NO_WORK
-    allocated = Work(launches=0 if recipe.on_cpu else allocation_launches(model, recipe))
     costs = Costs(
         embed=_embedding_work(model, recipe),
         reorder=reordering_work(model, recipe),
-        allocate=allocation_work(model, recipe) + allocated,
+        allocate=allocation_work(model, recipe) + Work(launches=allocation_launches(model, recipe)),
         head=head,
     )
     for index, layer in enumerate(model.layers):
@@ -82,7 +81,7 @@ def run_costs(model: ModelShapes, recipe: Recipe) -> Costs:
         kept = 0 if last else recipe.durable * recipe.all_tokens * model.hidden * recipe.itemsize
         # Kept arrays that stay on the device are copied off it: they are the first to stay.
         copied = kept / recipe.processes * (1 - recipe.moved_share(model.hidden, recipe.durable))
-        costs += Costs() if recipe.on_cpu else _launches(layer, recipe)
+        costs += _launches(layer, recipe)
         costs += Costs(
             initial=sum((initial_mask_work(layer, block, recipe) for block in layer.blocks), NO_WORK),
             rebuild=sum((_rebuilding_work(block, recipe) for block in layer.blocks), NO_WORK),

@@ -27,7 +27,9 @@ SEQUENCE, SUMS, STEP, BOTH, PATTERN, JUDGED = 20, 2, 23, 13, 25, 45
 
 
 def layer_launches(layer: LayerShapes, recipe: Recipe) -> dict[str, float]:
-    """Kernels of a decoder layer, by stage of `Costs`; for a GPU."""
+    """Kernels of a decoder layer, by stage of `Costs`; none on a CPU."""
+    if recipe.on_cpu:
+        return {}
     once = _forward(layer.blocks)
     batches = _batches(recipe, recipe.local_sequences)
     linears, groups = _linears(layer.blocks), sum(len(block.groups) for block in layer.blocks)
@@ -61,8 +63,8 @@ def _tuning(once: float, linears: int, groups: int, recipe: Recipe) -> float:
 
 
 def allocation_launches(model: ModelShapes, recipe: Recipe) -> float:
-    """Kernels of spreading the sparsity over the linears by the loss; for a GPU."""
-    if recipe.allocation is not Allocation.LOSS:
+    """Kernels of spreading the sparsity over the linears by the loss; 0 on a CPU."""
+    if recipe.on_cpu or recipe.allocation is not Allocation.LOSS:
         return 0
     batches = _batches(recipe, recipe.loss_tokens // recipe.tokens)
     return batches * sum(

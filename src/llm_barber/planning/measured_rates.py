@@ -23,15 +23,14 @@ from llm_barber.masking.statistics import add_products, exact_half_products, gra
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
 from llm_barber.model.attention import fast_attention
 from llm_barber.model.gpu_kernels import same_kernels
-from llm_barber.planning.rates import LAUNCHES as ASSUMED_LAUNCHES
-from llm_barber.planning.rates import Rates
+from llm_barber.planning.rates import LAUNCHES, Rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import ROW
 from llm_barber.planning.shapes import ModelShapes
 
 LARGEST = 4096  # rows and columns of measured matrices, at most
 DISK_BYTES = 2**26  # of the measured file
-LAUNCHES = 1000  # of one measurement
+STARTED = 1000  # operations of one measurement
 SECONDS = 1.0  # for one measurement
 
 
@@ -88,7 +87,7 @@ def measured_rates(
         read=read,
         written=written,
         kept=kept,
-        launches=ASSUMED_LAUNCHES if device.type == "cpu" else _launches(stopwatch, device),
+        launches=LAUNCHES if device.type == "cpu" else _launches(stopwatch, device),
     )
 
 
@@ -184,10 +183,10 @@ def _launches(stopwatch: Stopwatch, device: torch.device) -> float:
     number = torch.zeros(1, device=device)
 
     def start_all() -> None:
-        for _ in range(LAUNCHES):
+        for _ in range(STARTED):
             number.add_(1)
 
-    return LAUNCHES / stopwatch.least(start_all)
+    return STARTED / stopwatch.least(start_all)
 
 
 def _disk() -> tuple[float, float, float]:

@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,7 @@ class PackedLinear(PackedModule):
         ValueError: the parts of the weight do not fit together.
     """
 
+    kept_ready = ("_ready", "_parts")
     _ready: dict[int, avx512.Weight]  # by number of PyTorch's threads
     _parts: dict[int, tuple[Tensor, Parts]]  # by number of parts: the bits, and the rows of each part
 
@@ -53,9 +53,6 @@ class PackedLinear(PackedModule):
         bits = packed.places if checked else torch.from_numpy(bitmask(packed))
         super().__init__(packed.shape, packed.values, bits, bias)
         self.prepare()
-
-    def _nothing_ready(self) -> dict[str, Any]:
-        return {"_ready": {}, "_parts": {}}
 
     def gpu_weight(self) -> on_gpu.GpuWeight:
         """The weight as the GPU's kernels read it."""

@@ -1,5 +1,6 @@
 """What linears with packed weights share: their buffers, and what products keep ready for them."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from llm_barber.runtime import on_gpu
 from llm_barber.runtime.products import report_other_bits
 
 
-class PackedModule(nn.Module):
+class PackedModule(nn.Module, ABC):
     """A module with a packed weight.
 
     `shape`: of the weight, (out, in). `values`: kept values, (kept,). `bits`: uint8, (⌈out · in / 8⌉,), which weights
@@ -18,6 +19,7 @@ class PackedModule(nn.Module):
 
     values: Tensor
     bits: Tensor
+    kept_ready: tuple[str, ...] = ("_ready",)  # names of the dictionaries that keep what products on CPUs need
     bias: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, int], values: Tensor, bits: Tensor, bias: nn.Parameter | None) -> None:
@@ -31,13 +33,13 @@ class PackedModule(nn.Module):
         native.library()  # it has to be loaded before the process forks, to know a forked process
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
         """The unpacked weight, (out, in)."""
-        raise NotImplementedError
 
     def _nothing_ready(self) -> dict[str, Any]:
         """Attributes that keep what products on CPUs need, before the first product."""
-        raise NotImplementedError
+        return {name: {} for name in self.kept_ready}
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy, which has pointers of its own."""

@@ -55,9 +55,6 @@ class RoundedLinear(PackedModule):
         self.register_buffer("scales", rounded.scales.contiguous().view(torch.int16))
         self.prepare()
 
-    def _nothing_ready(self) -> dict[str, Any]:
-        return {"_ready": {}}
-
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         """Change dtype or device as `nn.Module.to` does; values, bits and scales keep their dtypes."""
         self.dtype = function(torch.empty(0, dtype=self.dtype, device="cpu")).dtype

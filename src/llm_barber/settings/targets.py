@@ -67,7 +67,7 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
 
 
 def _block_problem(value: Any) -> str | None:
-    """What is wrong with the description of a block, as a verb and its object; None: nothing."""
+    """Say what is wrong with the description of a block, as a verb and its object; None: nothing."""
     if not isinstance(value, dict):
         return "is not a mapping"
     if value.keys() != {"output", "linears"}:

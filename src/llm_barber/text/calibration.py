@@ -37,6 +37,7 @@ HUB_SETS: dict[str, dict[str, Any]] = {
     },
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
 }
+OWN_TOKENS = "give --calibration a safetensors file with input_ids"
 JSON_LINE = 'each line: {"text": "…"}'
 # Characters of a streamed set to read per token. English has about 4.5; more, so that windows are not adjacent.
 CHARACTERS_PER_TOKEN = 12
@@ -62,9 +63,6 @@ class CalibrationTokens:
         """First token of all windows, usually BOS; None: windows begin with different tokens."""
         first = self.input_ids[:, 0]
         return int(first[0]) if (first == first[0]).all() else None
-
-
-OWN_TOKENS = "give --calibration a safetensors file with input_ids"
 
 
 def known_calibrations() -> str:
