@@ -41,8 +41,8 @@ def test_experts_get_their_share_of_the_tokens() -> None:
     experts, shared = sorted(parts, key=lambda part: -part.copies)
     assert (experts.copies, experts.share, experts.linears) == (4, 0.5, ((16, 32), (16, 32), (32, 16)))
     assert (shared.copies, shared.share, shared.linears) == (1, 1, ((48, 32), (48, 32), (32, 48)))
-    assert experts.beside == shared.weights
-    assert shared.beside == experts.all_weights == 4 * experts.weights
+    assert experts.other_weights == shared.weights
+    assert shared.other_weights == experts.all_weights == 4 * experts.weights
     assert mixture.weights == attention.weights + 4 * experts.weights + shared.weights
     tokens = PAPER.sequences * PAPER.tokens
     active = attention.weights + 2 * experts.weights + shared.weights

@@ -45,8 +45,8 @@ def show_run(report: RunReport) -> None:
         for name, change in report.error_changes().items()
     ]
     if changes and (report.granularity or report.refinement):
-        beside = ", from the dense block on the pruned model's activations" if report.tuning else ""
-        console.print(f"mean reconstruction error{beside}: {', '.join(changes)}", soft_wrap=True)
+        measured_from = ", from the dense block on the pruned model's activations" if report.tuning else ""
+        console.print(f"mean reconstruction error{measured_from}: {', '.join(changes)}", soft_wrap=True)
     if report.tuning is not None:
         console.print(report.tuning, soft_wrap=True)
     console.print(

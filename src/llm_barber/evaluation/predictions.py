@@ -86,8 +86,8 @@ def _add_comparison(sums: Sums, logits: Tensor, log_total: Tensor, reference: Te
     """
     top = reference.amax(1, keepdim=True)
     # The same token is the most likely one of both models; finding its number would take ten times as long.
-    same = (reference == top) & (logits == logits.amax(1, keepdim=True))
-    sums.agreement += same.any(1).sum().item()
+    agrees = (reference == top) & (logits == logits.amax(1, keepdim=True))
+    sums.agreement += agrees.any(1).sum().item()
     weights = (reference - top).exp_()
     total = weights.sum(1)
     other_log_total = top.squeeze(1) + total.log()

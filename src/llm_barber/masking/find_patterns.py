@@ -34,9 +34,9 @@ def find_patterns(nonzero: Tensor, zero_in_dense: Tensor | None = None) -> list[
     for size in GROUP_SIZES:
         # If a row is a single group, its number of weights is no pattern.
         if columns > size and kept[:, columns // size * size :].all():
-            most = fullest_group(nonzero, size)
-            if 1 <= most < size:
-                held.append(NofM(most, size))
+            kept_at_most = fullest_group(nonzero, size)
+            if 1 <= kept_at_most < size:
+                held.append(NofM(kept_at_most, size))
     return held
 
 

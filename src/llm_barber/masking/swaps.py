@@ -186,21 +186,21 @@ class _WorkingSet:
         """Change of p since the round began, (rows, set)."""
         return torch.where(self._was_kept, self.weight, -self.weight) * self.moved
 
-    def swap(self, smallest: Tensor, most: Tensor, steps: int) -> Tensor:
+    def swap(self, smallest: Tensor, most_swaps: Tensor, steps: int) -> Tensor:
         """Swap the best pair of each row, again and again.
 
         Args:
             smallest: float32, (rows,), negative: a swap has to change its row's error by less than this.
-            most: int64, (rows,), maximal number of swaps of each row.
+            most_swaps: int64, (rows,), maximal number of swaps of each row.
             steps: maximal number of swaps of any row.
 
         Returns:
             The number of swaps of each row, int64 (rows,).
         """
-        count = torch.zeros_like(most)
+        count = torch.zeros_like(most_swaps)
         for _ in range(steps):
             pair = self._best_of_two() if self._within is None else self._best_in_groups(self._within)
-            active = (pair.change < smallest) & (count < most)
+            active = (pair.change < smallest) & (count < most_swaps)
             if not active.any():
                 break
             self._exchange(pair, active)

@@ -234,5 +234,5 @@ class CheckpointMasks:
 
 def pruned_key(source: CheckpointSource) -> str:
     """sha256 of the files that a rebuild reads of a pruned checkpoint: weights, record and order of channels."""
-    beside = [path for path in (source.folder / RECORD_NAME, source.folder / ORDER_NAME) if path.is_file()]
-    return files_key({*source.weight_files, *beside})
+    described_by = [path for path in (source.folder / RECORD_NAME, source.folder / ORDER_NAME) if path.is_file()]
+    return files_key({*source.weight_files, *described_by})

@@ -150,8 +150,8 @@ class Skeleton:
         shared = []
         for name, parameter in self.layers.named_parameters(remove_duplicate=False):
             path, first_path = name.rpartition(".")[0], first[id(parameter)].rpartition(".")[0]
-            same = self.layers.get_submodule(path) is self.layers.get_submodule(first_path)
-            if not same or path.partition(".")[0] != first_path.partition(".")[0]:
+            is_first_list = self.layers.get_submodule(path) is self.layers.get_submodule(first_path)
+            if not is_first_list or path.partition(".")[0] != first_path.partition(".")[0]:
                 shared.append((name, first[id(parameter)]))
         return shared
 

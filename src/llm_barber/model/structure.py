@@ -236,12 +236,14 @@ def _merged(known: list[Block], blocks: list[Block]) -> list[Block]:
     merged = list(known)
     position = 0
     for block in blocks:
-        same = [index for index, earlier in enumerate(merged) if earlier.output == block.output]
-        if same:
-            old = merged[same[0]]
+        with_this_output = [index for index, earlier in enumerate(merged) if earlier.output == block.output]
+        if with_this_output:
+            old = merged[with_this_output[0]]
             name = old.name if old.name == block.name else block.output
-            merged[same[0]] = Block(name, block.output, tuple(dict.fromkeys((*old.linears, *block.linears))))
-            position = same[0] + 1
+            merged[with_this_output[0]] = Block(
+                name, block.output, tuple(dict.fromkeys((*old.linears, *block.linears)))
+            )
+            position = with_this_output[0] + 1
         else:
             outputs = {present.output for present in blocks}
             while position < len(merged) and merged[position].output not in outputs:

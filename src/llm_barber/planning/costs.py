@@ -122,7 +122,7 @@ def _rebuilding_work(block: BlockShapes, recipe: Recipe) -> Work:
     )
     group_size = {
         Granularity.OUTPUT: block.linears[0][1], Granularity.INPUT: block.linears[0][0],
-        Granularity.LINEAR: block.largest, Granularity.BLOCK: weights + block.beside,
+        Granularity.LINEAR: block.largest, Granularity.BLOCK: weights + block.other_weights,
     }[recipe.granularity]  # fmt: skip
     ranking = Work(
         moved=REBUILDING * weights + 2 * group_ranking_bytes(recipe, weights),

@@ -201,7 +201,7 @@ def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
 
 def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
     """Squares of gradients, with a batch and a gradient or with scores and ranking, the larger of both."""
-    weights = block.all_weights + block.beside
+    weights = block.all_weights + block.other_weights
     squares = FLOAT32 * weights
     passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
     competing = weights if recipe.granularity is Granularity.BLOCK else block.largest
@@ -233,7 +233,7 @@ def _refining(block: BlockShapes, recipe: Recipe) -> Footprint:
     """
     assert recipe.refine is not None
     streams = 2 if recipe.follows_dense else 1
-    refined = (block.all_weights + block.beside) * (recipe.stored + BOOL)
+    refined = (block.all_weights + block.other_weights) * (recipe.stored + BOOL)
     moments = []
     for group in block.groups:
         matrix = FLOAT32 * group[0][1] ** 2

@@ -16,7 +16,7 @@ class BlockShapes:
 
     All but the last read one tensor, the block's input; the last reads what the block makes of their outputs.
     `attention_width`: heads × head size; 0 without attention. `copies`: number of experts with these shapes, to each of
-    which a `share` of the tokens is routed. `beside`: weights of the block's other parts.
+    which a `share` of the tokens is routed. `other_weights`: weights of the block's other parts.
     """
 
     name: str
@@ -24,7 +24,7 @@ class BlockShapes:
     attention_width: int
     copies: int = 1
     share: float = 1
-    beside: int = 0
+    other_weights: int = 0
 
     @property
     def weights(self) -> int:
@@ -152,7 +152,7 @@ def _parts(layer: nn.Module, block: Block, architecture: Architecture, chosen: i
             attention_width=of_part[-1][1] if block.name == ATTENTION else 0,
             copies=copies[part],
             share=min(1.0, chosen / copies[part]) if copies[part] > 1 else 1,
-            beside=sum(weights.values()) - weights[part],
+            other_weights=sum(weights.values()) - weights[part],
         )
         for part, of_part in shapes.items()
     ]

@@ -34,10 +34,10 @@ def activation_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: W
         return memory
     left = left_for_activations(settings.memory, current_memory(), shapes, recipe)
     # Beside the output. Another machine may lack that folder: there, where temporary files go (`TMPDIR`).
-    beside = (
+    folders = (
         folder for folder in (writer.folder, writer.folder.parent) if folder.is_dir() and os.access(folder, os.W_OK)
     )
-    return replace(memory, limit=left, folder=next(beside, None))
+    return replace(memory, limit=left, folder=next(folders, None))
 
 
 def _limit_device(device: torch.device, device_memory: int | None) -> None:

@@ -44,9 +44,9 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
     if differing := differing_names(recorded, given):
         if config.overwrite:
             return None
-        both = (both_values(name, recorded.get(name), given.get(name)) for name in differing)
+        differences = (both_values(name, recorded.get(name), given.get(name)) for name in differing)
         raise UnfinishedRunError(
-            Message(f"{config.output} is complete, by a run with other settings: ", joined(", ", both)),
+            Message(f"{config.output} is complete, by a run with other settings: ", joined(", ", differences)),
             f"choose another output folder, or {PRUNE_AGAIN}",
         )
     if damage := _damage(config.output, record, progress):

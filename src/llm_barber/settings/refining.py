@@ -122,10 +122,10 @@ class RefineSettings:
     @property
     def words(self) -> str:
         """The refining of decoder layers in words, for records and tables."""
-        most = f"{SWAPS} (with N:M {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
+        most_swaps = f"{SWAPS} (with N:M {PATTERN_SWAPS})" if self.swaps is None else str(self.swaps)
         tuned = ["masks"] * self.tunes_masks + ["weights"] * self.tunes_weights
         parts = [
-            f"at most {most} exact swaps a row" if self.swaps != 0 else "",
+            f"at most {most_swaps} exact swaps a row" if self.swaps != 0 else "",
             "least squares of the kept weights" if self.solve else "",
             f"{self.passes} pass{'es that tune' if self.passes > 1 else ' that tunes'} {' and '.join(tuned)}"
             if tuned

@@ -142,14 +142,14 @@ def check_attention(bench: Bench) -> Iterator[Finding]:
     """
     for dtype in bench.dtypes:
         for heads, key_heads, features in HEADS:
-            same, kernels = True, set()
+            agrees, kernels = True, set()
             for masked in (False, True):
                 equal, kernel = same_attention(bench.device, dtype, (heads, key_heads, features), masked)
-                same &= equal
+                agrees &= equal
                 kernels.add(f"{'with a mask' if masked else 'causal'}: {kernel}")
             name = f"{heads} heads of {features} features, {key_heads} of keys, {str(dtype).removeprefix('torch.')}"
-            shown = f"{name}: {'the same bytes' if same else 'other bytes'} with a gradient"
-            yield Finding(text=f"{shown} ({', '.join(sorted(kernels))})", passed=same)
+            shown = f"{name}: {'the same bytes' if agrees else 'other bytes'} with a gradient"
+            yield Finding(text=f"{shown} ({', '.join(sorted(kernels))})", passed=agrees)
 
 
 def same_attention(
