@@ -98,6 +98,21 @@ def test_pinned_memory_is_counted_as_it_is_taken(tmp_path: Path, monkeypatch: py
     assert memory.used == 3072
 
 
+def test_activations_that_cannot_be_pinned_are_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def refuse(shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: OS call failed or operation not supported on this OS")
+        return empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    memory = ArrayMemory(limit=4000)
+    with pytest.warns(UserWarning, match="activations cannot be pinned, .* copies: CUDA error: OS call failed"):
+        array = memory.empty_off_device((257,), torch.float32, pinned=True)
+    assert (array.shape, array.dtype, memory.used) == ((257,), torch.float32, 2048)
+
+
 def test_room_on_the_device_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     there: list[int] = []
     empty = torch.empty

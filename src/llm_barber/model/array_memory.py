@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Collection
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm_barber.errors import first_line
 from llm_barber.model.device import is_out_of_memory
 
 CPU = torch.device("cpu")
@@ -78,7 +80,8 @@ class ArrayMemory:
         Args:
             shape: the array's shape.
             dtype: its dtype.
-            pinned: whether host memory is pinned; None: if the device is not a CPU.
+            pinned: whether host memory is pinned; None: if the device is not a CPU. Where the system refuses to pin
+                memory it is ordinary memory, counted as pinned, with a warning.
 
         Raises:
             OSError: the array has to be a file, and the disk is full; the error names the folder.
@@ -92,7 +95,7 @@ class ArrayMemory:
                 self.spare[block] -= 1
             else:
                 self.used += block
-            array = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            array = _empty_pinned(shape, dtype) if pinned else torch.empty(shape, dtype=dtype)
             weakref.finalize(array, self._give_back, block, pinned)
             return array
         descriptor, path = tempfile.mkstemp(prefix="llm-barber-", suffix=".activations", dir=self.folder)
@@ -116,6 +119,16 @@ class ArrayMemory:
     def _give_back_room(self, size: int) -> None:
         """Add the bytes of an array that is gone to the device's room."""
         self.room = None if self.room is None else self.room + size
+
+
+def _empty_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Allocate pinned memory, or ordinary memory with a warning where the system refuses to pin it."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:  # CUDA's errors are of this class
+        reason = first_line(error)
+        warnings.warn(f"activations cannot be pinned, so the GPU waits for their copies: {reason}", stacklevel=3)
+        return torch.empty(shape, dtype=dtype)
 
 
 def _enlarge(descriptor: int, start: int, size: int) -> None:
