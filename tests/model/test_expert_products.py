@@ -200,7 +200,7 @@ def test_products_are_chosen_by_device_dtype_and_size(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(expert_products.nn.functional, "grouped_mm", lambda *_: None, raising=False)
     for capability in ((8, 0), (9, 0), (10, 3), (12, 0)):
-        fast = Products.GROUPED if capability in ((9, 0), (10, 3)) else Products.PADDED
+        fast = Products.GROUPED if capability == (9, 0) else Products.PADDED
         assert choose_products(on_gpu(torch.bfloat16), shapes) is fast
         assert choose_products(on_gpu(torch.float32), shapes) is Products.PADDED
         assert choose_products(on_gpu(torch.bfloat16), [(768, 2052)]) is Products.PADDED  # strides of 16 bytes

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llm_barber.masking.granularity import Granularity
+from llm_barber.masking.pattern import NofM
 from llm_barber.planning import memory
 from llm_barber.planning.memory import peak_footprint
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
@@ -29,7 +30,8 @@ def test_gram_matrices_of_all_blocks_are_held_at_once() -> None:
 def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     """12 bytes a weight beside a sort and 32 for each weight sorted together: a long group is sorted as a whole.
 
-    The scores of a block are joined in one more array of 4 bytes a weight.
+    Rows and columns are sorted a few at a time, into one more array of 4 bytes a weight. The scores of a block are
+    joined in one more array of 4 bytes a weight.
     """
     block = BlockShapes("mlp", ((5000, 4096), (4096, 5000)), 0)
     weights, linear = 2 * 5000 * 4096, 5000 * 4096
@@ -38,8 +40,8 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     streams, masks, rebuilding = 3 * 64 * 2, 5 * weights, (4 + 4 + 5) * weights
     shard = 2 * 2**26  # of 41 MB each
     for granularity, ranking in (
-        (Granularity.OUTPUT, 12 * linear + 32 * 2**24),
-        (Granularity.INPUT, 12 * linear + 32 * 2**24),
+        (Granularity.OUTPUT, (12 + 4) * linear + 32 * 2**24),
+        (Granularity.INPUT, (12 + 4) * linear + 32 * 2**24),
         (Granularity.LINEAR, 44 * linear),
         (Granularity.BLOCK, (44 + 4) * weights),
     ):
@@ -47,7 +49,7 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
         assert held.device == masks + rebuilding + ranking
         # A layer's pruned weights on their way to a file, in pinned blocks; the layer's input while it is written.
         assert held.host == streams + shard + 64 * 2
-    for ranked, ranking in ((Granularity.LINEAR, 44 * linear), (Granularity.OUTPUT, 12 * linear + 32 * 2**24)):
+    for ranked, ranking in ((Granularity.LINEAR, 44 * linear), (Granularity.OUTPUT, (12 + 4) * linear + 32 * 2**24)):
         held = peak_footprint(model, replace(recipe, granularity=None, initial_granularity=ranked))
         assert held.device == masks + ranking
     on_cpu = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK, on_cpu=True))
@@ -56,6 +58,26 @@ def test_a_gpu_needs_memory_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     held = peak_footprint(model, replace(recipe, granularity=Granularity.BLOCK))
     assert held.device == masks + rebuilding + (24 + 4) * weights
     assert held.host == streams + 8 * weights + shard + 64 * 2
+
+
+def test_alps_sorts_a_linear_on_a_gpu_beside_its_arrays() -> None:
+    """By hand: 5 copies of a Gram matrix, 8 of the linear, 32 bytes for each weight that is sorted; the head, too."""
+    layer = LayerShapes((BlockShapes("mlp", ((128, 64),), 0),), 0)
+    model = ModelShapes(64, 512, 64, 0, 0, (layer,))
+    recipe = replace(PAPER, granularity=None, sequences=1, tokens=1, batch=1, method=Initial.ALPS, on_cpu=False)
+    gram, solving = 4 * 64**2, 4 * 5 * 64**2
+    for pattern, sorting in ((None, 32), (NofM(2, 4), 0)):
+        held = peak_footprint(model, replace(recipe, pattern=pattern)).device
+        assert held == 128 * 64 * 7 + gram + solving + (8 * 4 + sorting) * 128 * 64
+    with_head = peak_footprint(model, replace(recipe, prunes_head=True)).device
+    assert with_head == 512 * 64 * 5 + gram + solving + (8 * 4 + 32) * 512 * 64
+
+
+def test_attention_that_stores_its_scores_takes_memory() -> None:
+    block = BlockShapes("attention", ((64, 64), (64, 64)), 64)
+    recipe = replace(PAPER, sequences=4, tokens=100, batch=2)
+    plain, stored = (memory._batch(replace(block, pair_bytes=pair_bytes), recipe) for pair_bytes in (0, 24))
+    assert stored - plain == 2 * 100 * 100 * 24
 
 
 def test_a_shard_that_is_written_takes_memory() -> None:

@@ -27,6 +27,7 @@ from llm_barber.model.device import (
     resolve_batch_size,
     resolve_device,
     resolve_dtype,
+    score_bytes,
 )
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
@@ -49,8 +50,9 @@ def sequences_together(
     suits = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
     if settings.batch_size is not None or device.type != "cuda":
         return suits
-    chosen = experts_per_token(skeleton.model.config)
-    return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, chosen))
+    config = skeleton.model.config
+    sizes = experts_per_token(config), score_bytes(config)
+    return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, *sizes))
 
 
 def read_calibration(settings: RunSettings, folder: Path) -> CalibrationTokens:

@@ -240,15 +240,25 @@ class GradientSquares(RunningSums):
             scale: (sequences,), float32.
         """
         for sequence, gradient, factor in zip(inputs, output_gradient, scale, strict=True):
-            if gradient.dtype == torch.float16:  # a sum over tokens can exceed the largest float16, 65504
-                sequence, gradient = sequence.float(), gradient.float()
-            add_squares(self.total, gradient.t() @ sequence, factor)
+            add_squares(self.total, weight_gradients(gradient, sequence), factor)
         self.sequences += len(inputs)
 
     @property
     def mean(self) -> Tensor:
         """Mean squared gradient, float32 (out, in)."""
         return self.total / self.sequences.item()
+
+
+def weight_gradients(output_gradients: Tensor, inputs: Tensor) -> Tensor:
+    """Gradients by weights, (…, out, in), of gradients by outputs, (…, tokens, out), and inputs, (…, tokens, in).
+
+    They have the gradients' dtype, or float32 for float16, since a sum over tokens can exceed the largest float16,
+    65504.
+    """
+    if output_gradients.dtype != torch.float16:
+        return output_gradients.transpose(-2, -1) @ inputs
+    with exact_half_products(torch.float16):
+        return output_gradients.float().transpose(-2, -1) @ inputs.float()
 
 
 class FisherSums(RunningSums):

@@ -18,6 +18,7 @@ from llm_barber.masking.statistics import (
     InputMoments,
     InputSquares,
     exact_half_products,
+    weight_gradients,
 )
 
 # Most elements of matrices that are computed together; so many keep a GPU busy for longer than starting takes.
@@ -74,10 +75,8 @@ def _gradient_squares(
     statistics: Sequence[GradientSquares], inputs: Tensor, output_gradients: Tensor, scale: Tensor
 ) -> None:
     for sequence, gradients, factor in zip(inputs.unbind(1), output_gradients.unbind(1), scale, strict=True):
-        if gradients.dtype == torch.float16:  # a sum over tokens can exceed the largest float16, 65504
-            sequence, gradients = sequence.float(), gradients.float()
         for part in _parts(len(statistics), inputs.shape[-1] * gradients.shape[-1]):
-            products = torch.bmm(gradients[part].transpose(1, 2), sequence[part]).float()
+            products = weight_gradients(gradients[part], sequence[part]).float()
             _add([statistic.total for statistic in statistics[part]], products.mul_(factor).square_())
     for statistic in statistics:
         statistic.sequences += inputs.shape[1]

@@ -1,10 +1,17 @@
-"""Causal attention in bfloat16 on a CPU as products of matrices, by blocks of queries.
+"""Attention by faster ways than those that PyTorch takes by itself.
 
-PyTorch's own kernel for CPUs reaches a tenth to a fifth of the rate of matrix products. Here a block of queries is
-multiplied by all the keys up to it; heads that share keys are multiplied together. That is as fast with large heads
-that share no keys, and up to 1.8 times as fast with small heads that share keys (docs/notebook/speed.md). Query, key
-and value are kept for the backward pass, and the weights of the keys where they are small; otherwise they are computed
-again. All other attention goes to PyTorch's kernel. `torch.func`'s transforms (`vmap`, `grad`) refuse this function.
+On GPUs where the flash kernel does not run (float32, or compute capability below 8.0), PyTorch has no fused kernel for
+heads that share keys, and would store the scores of all pairs of tokens. There keys and values are repeated for each
+head, and the memory-efficient kernel computes attention.
+
+On CPUs causal attention in bfloat16 is computed as products of matrices, by blocks of queries. PyTorch's own kernel
+reaches a tenth to a fifth of the rate of matrix products. Here a block of queries is multiplied by all the keys up to
+it; heads that share keys are multiplied together. That is as fast with large heads that share no keys, and up to 1.8
+times as fast with small heads that share keys (docs/notebook/speed.md). Query, key and value are kept for the backward
+pass, and the weights of the keys where they are small; otherwise they are computed again. `torch.func`'s transforms
+(`vmap`, `grad`) refuse this function.
+
+All other attention goes to the kernel that PyTorch chooses.
 """
 
 import math
@@ -19,15 +26,47 @@ from torch.overrides import TorchFunctionMode
 
 from llm_barber.model.device import multiplies_bfloat16
 
+FLASH_CAPABILITY = 8  # compute capability, without the minor number, of the first GPUs with the flash kernel
 QUERIES = 128  # in a block
 KEY_STEP = 8  # every eighth key is tried for a large score
 KEPT_BYTES = 2**26  # most bytes of a call's weights of keys that are kept for the backward pass
 
 
 def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Let attention go by blocks of queries within the context, if the device computes that faster."""
-    faster = device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16(device)
-    return BlockedAttention() if faster else nullcontext()
+    """Let attention be computed within the context as it is fastest on the device."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16(device):
+        return BlockedAttention()
+    if device.type == "cuda" and not _has_flash_kernel(device, dtype):
+        return RepeatedKeys()
+    return nullcontext()
+
+
+def _has_flash_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Test for PyTorch's flash kernel on a GPU; it takes heads that share keys as they are."""
+    return dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] >= FLASH_CAPABILITY
+
+
+class RepeatedKeys(TorchFunctionMode):
+    """Gives each head keys and values of its own in `scaled_dot_product_attention`, within the context."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        arguments: tuple[Any, ...] = (),
+        keywords: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the function; heads that share keys get copies."""
+        keywords = dict(keywords or {})
+        if function is scaled_dot_product_attention and len(arguments) >= 3 and keywords.pop("enable_gqa", False):
+            query, *shared = arguments[:3]
+            arguments = (query, *(repeat_heads(tensor, query.shape[1]) for tensor in shared), *arguments[3:])
+        return function(*arguments, **keywords)
+
+
+def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Repeat keys or values, (sequences, key heads, tokens, features), for `heads` heads; neighbours share."""
+    return tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
 class BlockedAttention(TorchFunctionMode):

@@ -67,6 +67,8 @@ def peak_footprint(model: ModelShapes, recipe: Recipe) -> Footprint:
         working = Footprint()
         if recipe.refine is not None:
             working = _refining(head, replace(recipe, refine=recipe.refine.of_head))
+        if recipe.method in UPDATING:
+            working = max(working, _updating(LayerShapes((head,), head.weights), recipe), key=_device)
         ranking = _ranking(head.weights, head.weights if recipe.ranks_linears else 0, recipe)
         moments.append(streams + outside + pruned + max(working, ranking, key=_device))
     if recipe.on_cpu:
@@ -180,6 +182,7 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
     features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
     routed = recipe.batch_tokens * max(1, block.share * block.copies)
     rows = routed * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
+    rows += recipe.batch_tokens * recipe.tokens * block.pair_bytes
     if recipe.on_cpu or block.copies == 1 or block.largest > LARGE_WEIGHT:
         return rows
     # A GPU computes experts together: their weights are stacked.
@@ -190,13 +193,16 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
 def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
     """Gram matrices of the layer, with a batch or with the arrays of one linear, whichever is larger."""
     grams = sum(FLOAT32 * group[0][1] ** 2 * block.copies for block in layer.blocks for group in block.groups)
-    matrices, arrays = UPDATING[recipe.method]
-    working = [
-        FLOAT32 * (matrices * columns**2 + arrays * rows * columns)
-        for block in layer.blocks
-        for rows, columns in block.linears
-    ]
+    working = [_solving(rows, columns, recipe) for block in layer.blocks for rows, columns in block.linears]
     return Footprint(device=grams + max(*working, *(_batch(block, recipe) for block in layer.blocks)))
+
+
+def _solving(rows: int, columns: int, recipe: Recipe) -> float:
+    """Copies of a Gram matrix and of its linear, (rows, columns), and the sort that chooses the linear's mask."""
+    matrices, arrays = UPDATING[recipe.method]
+    sorts = recipe.method is Initial.ALPS and recipe.ranks_linears and recipe.pattern is None and not recipe.on_cpu
+    sorting = SORTING if sorts and rows * columns <= LONGEST_ON_GPU else 0
+    return FLOAT32 * (matrices * columns**2 + arrays * rows * columns) + sorting * rows * columns
 
 
 def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
@@ -223,7 +229,8 @@ def _ranking(weights: float, group: float, recipe: Recipe) -> Footprint:
     if group > LONGEST_ON_GPU:
         return Footprint(HOST_SORTING * group, RANKING * weights)
     together = max(group, min(weights, SORTED_ON_GPU))
-    return Footprint(device=max(RANKING * weights, BESIDE_SORT * weights + SORTING * together))
+    filled = 0 if group else FLOAT32 * weights  # by the sort, piece by piece
+    return Footprint(device=max(RANKING * weights, BESIDE_SORT * weights + filled + SORTING * together))
 
 
 def _refining(block: BlockShapes, recipe: Recipe) -> Footprint:

@@ -1,11 +1,11 @@
 """The sizes that costs follow from, read off the empty model and its configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from llm_barber.model.architecture import ATTENTION, Architecture, Block
-from llm_barber.model.device import experts_per_token
+from llm_barber.model.device import experts_per_token, score_bytes
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
 
@@ -15,7 +15,8 @@ class BlockShapes:
     """A block, or a part of it: shapes of its linears, (out, in), in the order of the data flow.
 
     All but the last read one tensor, the block's input; the last reads what the block makes of their outputs.
-    `attention_width`: heads × head size; 0 without attention. `copies`: number of experts with these shapes, to each of
+    `attention_width`: heads × head size; 0 without attention. `pair_bytes`: memory for each pair of a sequence's tokens
+    where attention stores its scores, else 0. `copies`: number of experts with these shapes, to each of
     which a `share` of the tokens is routed. `other_weights`: weights of the block's other parts.
     """
 
@@ -25,6 +26,7 @@ class BlockShapes:
     copies: int = 1
     share: float = 1
     other_weights: int = 0
+    pair_bytes: int = 0
 
     @property
     def weights(self) -> int:
@@ -116,10 +118,15 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
 
 def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
     layer = skeleton.layers[index]
-    chosen = experts_per_token(skeleton.model.config)
+    config = skeleton.model.config
+    chosen, pair_bytes = experts_per_token(config), score_bytes(config)
     blocks = [block for block in skeleton.blocks[index] if block.linears]
     return LayerShapes(
-        blocks=tuple(part for block in blocks for part in _parts(layer, block, skeleton.architecture, chosen)),
+        blocks=tuple(
+            replace(part, pair_bytes=pair_bytes if part.attention_width else 0)
+            for block in blocks
+            for part in _parts(layer, block, skeleton.architecture, chosen)
+        ),
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
     )
 

@@ -17,7 +17,8 @@ from llm_barber.settings.prune import PruneConfig
 
 CPU = torch.device("cpu")
 NORM_SPREAD = 1.0  # standard deviation of the logarithm of norms' weights: channels differ, as in trained models
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# So many that in some windows an expert has no token.
+EXPERTS = {"num_local_experts": 32, "num_experts_per_tok": 2}
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ class Bench:
             save_file({"input_ids": ids}, path)
         return path
 
-    def prune(self, device: torch.device, **settings: Any) -> tuple[Path, RunReport, list[str]]:
-        """Prune a random model, the LLaMA if `settings` name none; returns the output, its record, and warnings."""
+    def prune(self, device: torch.device, family: str = "llama", **settings: Any) -> tuple[Path, RunReport, list[str]]:
+        """Prune a random model, of a family if `settings` name none; returns the output, its record, and warnings."""
         self._runs += 1
         output = self.folder / f"run-{self._runs}"
         listener = Listener()
-        common = {"model": self.model(), "calibration": self.windows(), "report": False}
+        common = {"model": self.model(family), "calibration": self.windows(), "report": False}
         config = PruneConfig(output=output, device=str(device), **{**common, **settings})
         return output, prune(config, listener), listener.warnings
 

@@ -18,6 +18,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from llm_barber.checkpoint.encoding import pack
 from llm_barber.checkpoint.rounding import pack_rounded
+from llm_barber.model.attention import RepeatedKeys, fast_attention, repeat_heads
 from llm_barber.model.fixed_order import in_fixed_order
 from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.runtime.load import load
@@ -169,26 +170,29 @@ def same_attention(
     query, key, value = (
         torch.randn(2, count, tokens, heads[2], generator=generator).to(device, dtype) for count in counts
     )
-    if heads[0] != heads[1]:  # as transformers does where a kernel takes no shared keys
-        key, value = (part.repeat_interleave(heads[0] // heads[1], 1) for part in (key, value))
+    shared = heads[0] != heads[1]
+    if shared and (masked or isinstance(fast_attention(device, dtype), RepeatedKeys)):
+        # By transformers where there is a mask, and by a run where a kernel takes no shared keys.
+        key, value = (repeat_heads(part, heads[0]) for part in (key, value))
+        shared = False
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril() if masked else None
     with same_kernels():
         with torch.no_grad():
-            plain = scaled_dot_product_attention(query, key, value, mask, is_causal=not masked)
+            plain = scaled_dot_product_attention(query, key, value, mask, is_causal=not masked, enable_gqa=shared)
         with in_fixed_order(), torch.enable_grad():
-            parts = [part.detach().requires_grad_() for part in (query, key, value)]
-            graded = scaled_dot_product_attention(parts[0], parts[1], parts[2], mask, is_causal=not masked)
+            q, k, v = parts = [part.detach().requires_grad_() for part in (query, key, value)]
+            graded = scaled_dot_product_attention(q, k, v, mask, is_causal=not masked, enable_gqa=shared)
             gradients = torch.autograd.grad(graded.float().square().sum(), parts)
-        kernel = _kernel_name(query, key, value, mask, masked)
+        kernel = _kernel_name(query, key, value, mask, not masked, shared)
     finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
     return torch.equal(plain, graded.detach()) and finite, kernel
 
 
-def _kernel_name(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, masked: bool) -> str:
+def _kernel_name(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, shared: bool) -> str:
     """Name of the kernel that PyTorch chooses; `unknown` where it does not tell."""
     choose = getattr(torch, "_fused_sdp_choice", None)
     if choose is None:
         return "unknown"
-    chosen = choose(query, key, value, mask, 0.0, not masked)
+    chosen = choose(query, key, value, mask, 0.0, causal, enable_gqa=shared)
     names = {int(backend.value): name for name, backend in SDPBackend.__members__.items()}
     return names.get(int(chosen), "unknown").lower().replace("_", " ")

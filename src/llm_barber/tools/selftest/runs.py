@@ -32,9 +32,7 @@ WAITS = 2  # most waits of a step of tuning for the GPU, as on the pretend GPU
 def check_repeat(bench: Bench) -> Iterator[Finding]:
     """Run twice, and compare every file on which a loaded model depends."""
     for name, settings in REPEATED.items():
-        family = settings.get("family", "llama")
-        run_settings = {key: value for key, value in settings.items() if key != "family"}
-        runs = [bench.prune(bench.device, model=bench.model(family), **run_settings) for _ in range(2)]
+        runs = [bench.prune(bench.device, **settings) for _ in range(2)]
         files = [report.files for _, report, _ in runs]
         changed = sorted(path for path in files[0] if files[0][path] != files[1].get(path))
         unordered = any("no fixed order" in warning for _, _, heard in runs for warning in heard)
