@@ -116,7 +116,7 @@ class _Rows:
     def __post_init__(self) -> None:
         """Compute how growing, or dropping, each weight changes the error; infinite where that is impossible."""
         slope = 2 * self.weight * self.slope
-        fixed = torch.tensor(False, device=slope.device) if self.fixed is None else self.fixed
+        fixed = torch.zeros((), dtype=torch.bool, device=slope.device) if self.fixed is None else self.fixed
         self.grow = torch.where(self.keep | fixed, torch.inf, self.square - slope)
         self.drop = torch.where(self.keep & ~fixed, slope.add_(self.square), torch.inf)
 
@@ -201,9 +201,10 @@ class _WorkingSet:
         for _ in range(steps):
             pair = self._best_of_two() if self._within is None else self._best_in_groups(self._within)
             active = (pair.change < smallest) & (count < most_swaps)
-            if not active.any():
+            rows = active.nonzero().squeeze(1)  # a GPU is waited for here alone
+            if not len(rows):
                 break
-            self._exchange(pair, active)
+            self._exchange(pair, active, rows)
             count += active
         return count
 
@@ -240,20 +241,21 @@ class _WorkingSet:
         drop = grow - grow % size + drop_member
         return _Pair(grow, drop, change, self._cross(grow), self._cross(drop))
 
-    def _exchange(self, pair: "_Pair", active: Tensor) -> None:
-        """Swap a pair in the rows that are `active`, bool (rows,)."""
-        rows, grow, drop = self._rows, pair.grow, pair.drop
-        cross_term = pair.grow_cross[rows, drop]
+    def _exchange(self, pair: "_Pair", active: Tensor, rows: Tensor) -> None:
+        """Swap a pair in the rows that are `active`, bool (rows,); `rows`: int64, their indices."""
+        grow, drop = pair.grow, pair.drop
+        cross_term = pair.grow_cross[self._rows, drop]
         # To undo the move of a weight changes the error by the negative of its move, plus the cross term of the pair.
-        undo_grow, undo_drop = cross_term - self.grow[rows, grow], cross_term - self.drop[rows, drop]
+        undo_grow = cross_term - self.grow[self._rows, grow]
+        undo_drop = cross_term - self.drop[self._rows, drop]
         to_others = pair.drop_cross.sub_(pair.grow_cross).mul_(active.unsqueeze(1))
         self.grow.sub_(to_others)
         self.drop.add_(to_others)
-        rows, grow, drop = rows[active], grow[active], drop[active]
+        grow, drop = grow[rows], drop[rows]
         self.grow[rows, grow] = torch.inf
         self.drop[rows, drop] = torch.inf
-        self.drop[rows, grow] = undo_grow[active]
-        self.grow[rows, drop] = undo_drop[active]
+        self.drop[rows, grow] = undo_grow[rows]
+        self.grow[rows, drop] = undo_drop[rows]
         self.moved[rows, grow] ^= True
         self.moved[rows, drop] ^= True
 
