@@ -1,13 +1,15 @@
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.masking.swaps import swap_pairs
+from llm_barber.masking.swaps import _Rows, swap_pairs
 
 Mask = tuple[bool, ...]  # of one row
 
@@ -283,3 +285,33 @@ def test_rows_shorter_than_a_group_have_nothing_to_swap() -> None:
     swapped_keep, count = swap_pairs(torch.ones_like(weight, dtype=torch.bool), weight, gram, 5, pattern=NofM(4, 8))
     assert swapped_keep.all()
     assert not count.any()
+
+
+class _Waits(TorchDispatchMode):
+    """Counts operations for whose result, or for the size of it, the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        name = function.__name__.partition(".")[0]
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            tensor is not None and tensor.dtype == torch.bool for tensor in arguments[1]
+        )
+        self.count += by_mask or name in ("nonzero", "_local_scalar_dense", "masked_select", "equal")
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 100])
+def test_a_step_of_swaps_waits_once_for_a_gpu(steps: int) -> None:
+    weight, gram, _ = make(rows=8, columns=64)
+    keep = initial_mask(weight.abs(), Unstructured(0.5), Granularity.OUTPUT)
+    slope = (weight * ~keep) @ gram
+    rows = _Rows(keep, weight, slope, weight.square() * gram.diagonal(), None)
+    working = rows.working_set(rows.promising(), gram, None)
+    with _Waits() as waits:
+        done = working.swap(torch.full((8,), -1e-6), torch.full((8,), 100), steps)
+    most = int(done.max())
+    assert 0 < most < 100
+    assert waits.count == min(steps, most + 1)

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from transformers import MambaConfig
 
 from llm_barber.errors import SettingsError
 from llm_barber.model.device import (
@@ -15,7 +16,7 @@ from llm_barber.model.device import (
     resolve_batch_size,
     resolve_device,
     resolve_dtype,
-    score_bytes,
+    stored_score_bytes,
 )
 from llm_barber.model.empty import empty_model
 from tests.conftest import make_config
@@ -101,8 +102,8 @@ def test_batches_that_fit() -> None:
         assert fitting_batch(layers, 5, free, torch.bfloat16, experts_per_token=2) == sequences
         assert fitting_batch(layers, 5, free - 1, torch.bfloat16, experts_per_token=2) == max(1, sequences - 1)
     free = 40 * weights + 3 * (5 * token + 5**2 * 24)  # 24 bytes for each pair of tokens
-    assert fitting_batch(layers, 5, free, torch.bfloat16, 2, bytes_per_pair=24) == 3
-    assert fitting_batch(layers, 5, free - 1, torch.bfloat16, 2, bytes_per_pair=24) == 2
+    assert fitting_batch(layers, 5, free, torch.bfloat16, 2, score_bytes=24) == 3
+    assert fitting_batch(layers, 5, free - 1, torch.bfloat16, 2, score_bytes=24) == 2
     assert fitting_batch(layers, 5, 0, torch.bfloat16) == 1
     assert fitting_batch(layers, 5, 10**6, torch.bfloat16) > fitting_batch(layers, 5, 10**6, torch.float32)
 
@@ -113,14 +114,20 @@ def test_memory_that_one_sequence_needs_is_what_fits_one() -> None:
     assert fitting_batch(layers, 5, 2 * needed, torch.bfloat16) >= 2
     weights, token = 2 * 8 * 16 + 16 + 8, 10 * 4 * 16 + 2 * 2 * (24 + 24)
     assert needed == 40 * weights + 5 * token
-    assert needed_memory(layers, 5, torch.bfloat16, bytes_per_pair=24) == needed + 5**2 * 24
+    assert needed_memory(layers, 5, torch.bfloat16, score_bytes=24) == needed + 5**2 * 24
 
 
 @pytest.mark.parametrize(("family", "stores"), [("gemma2", True), ("llama", False)])
 def test_families_whose_attention_stores_scores(family: str, stores: bool) -> None:
     config = make_config(family)
     empty_model(config, torch.float32)
-    assert score_bytes(config) == (12 * config.num_attention_heads if stores else 0)
+    assert stored_score_bytes(config) == (16 * config.num_attention_heads if stores else 0)
+
+
+def test_a_model_without_attention_stores_no_scores() -> None:
+    config = MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=16)
+    empty_model(config, torch.float32)
+    assert stored_score_bytes(config) == 0
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_alps_sorts_a_linear_on_a_gpu_beside_its_arrays() -> None:
 def test_attention_that_stores_its_scores_takes_memory() -> None:
     block = BlockShapes("attention", ((64, 64), (64, 64)), 64)
     recipe = replace(PAPER, sequences=4, tokens=100, batch=2)
-    plain, stored = (memory._batch(replace(block, pair_bytes=pair_bytes), recipe) for pair_bytes in (0, 24))
+    plain, stored = (memory._batch(replace(block, score_bytes=score_bytes), recipe) for score_bytes in (0, 24))
     assert stored - plain == 2 * 100 * 100 * 24
 
 

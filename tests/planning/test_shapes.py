@@ -9,7 +9,7 @@ from llm_barber.model.device import experts_per_token
 from llm_barber.planning.costs import run_costs
 from llm_barber.planning.memory import peak_footprint
 from llm_barber.planning.recipe import Recipe
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, make_config
 from tests.helpers.plans import LLAMA_8B, LLAMA_70B, MASK, PAPER, shapes_of
 
 
@@ -30,6 +30,13 @@ def test_llama_3_to_the_digit(settings: dict[str, Any], parameters: int, weights
     assert 3 * stream < peak.host < 4 * stream + 5 * layer + 3 * 2**30
     # Weights and pruned ones in two bytes, masks, squares of gradients in four.
     assert 6 * model.layers[0].weights < peak.device < 50 * model.layers[0].weights
+
+
+@pytest.mark.parametrize(("family", "stored"), [("gemma2", 16), ("llama", 0)])
+def test_attention_that_stores_scores_has_their_bytes(family: str, stored: int) -> None:
+    settings = FAMILIES[family]
+    (attention, mlp) = shapes_of(settings, family).layers[0].blocks
+    assert (attention.score_bytes, mlp.score_bytes) == (stored * make_config(family).num_attention_heads, 0)
 
 
 def test_experts_get_their_share_of_the_tokens() -> None:

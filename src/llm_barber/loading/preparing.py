@@ -27,7 +27,7 @@ from llm_barber.model.device import (
     resolve_batch_size,
     resolve_device,
     resolve_dtype,
-    score_bytes,
+    stored_score_bytes,
 )
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
@@ -51,8 +51,15 @@ def sequences_together(
     if settings.batch_size is not None or device.type != "cuda":
         return suits
     config = skeleton.model.config
-    sizes = experts_per_token(config), score_bytes(config)
-    return min(suits, fitting_batch(skeleton.layers, seqlen, free, skeleton.dtype, *sizes))
+    fitting = fitting_batch(
+        skeleton.layers,
+        seqlen,
+        free,
+        skeleton.dtype,
+        experts_per_token=experts_per_token(config),
+        score_bytes=stored_score_bytes(config),
+    )
+    return min(suits, fitting)
 
 
 def read_calibration(settings: RunSettings, folder: Path) -> CalibrationTokens:

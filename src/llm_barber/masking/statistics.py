@@ -250,7 +250,7 @@ class GradientSquares(RunningSums):
 
 
 def weight_gradients(output_gradients: Tensor, inputs: Tensor) -> Tensor:
-    """Gradients by weights, (…, out, in), of gradients by outputs, (…, tokens, out), and inputs, (…, tokens, in).
+    """Gradients by weights, (…, out, in), from gradients by outputs, (…, tokens, out), and inputs, (…, tokens, in).
 
     They have the gradients' dtype, or float32 for float16, since a sum over tokens can exceed the largest float16,
     65504.

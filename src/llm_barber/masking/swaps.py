@@ -201,7 +201,7 @@ class _WorkingSet:
         for _ in range(steps):
             pair = self._best_of_two() if self._within is None else self._best_in_groups(self._within)
             active = (pair.change < smallest) & (count < most_swaps)
-            rows = active.nonzero().squeeze(1)  # a GPU is waited for here alone
+            rows = active.nonzero().squeeze(1)  # the only wait for a GPU in a step
             if not len(rows):
                 break
             self._exchange(pair, active, rows)

@@ -2,7 +2,8 @@
 
 On GPUs where the flash kernel does not run (float32, or compute capability below 8.0), PyTorch has no fused kernel for
 heads that share keys, and would store the scores of all pairs of tokens. There keys and values are repeated for each
-head, and the memory-efficient kernel computes attention.
+head, and the memory-efficient kernel computes attention. (Where it runs, it takes heads that share keys if the call
+says so. That of Falcon's multi-query attention does not, and PyTorch stores its scores.)
 
 On CPUs causal attention in bfloat16 is computed as products of matrices, by blocks of queries. PyTorch's own kernel
 reaches a tenth to a fifth of the rate of matrix products. Here a block of queries is multiplied by all the keys up to
@@ -58,9 +59,11 @@ class RepeatedKeys(TorchFunctionMode):
     ) -> Any:
         """Call the function; heads that share keys get copies."""
         keywords = dict(keywords or {})
-        if function is scaled_dot_product_attention and len(arguments) >= 3 and keywords.pop("enable_gqa", False):
+        if function is scaled_dot_product_attention and len(arguments) >= 3:
             query, *shared = arguments[:3]
-            arguments = (query, *(repeat_heads(tensor, query.shape[1]) for tensor in shared), *arguments[3:])
+            if query.dim() == 4 and shared[0].shape[1] != query.shape[1]:
+                arguments = (query, *(repeat_heads(tensor, query.shape[1]) for tensor in shared), *arguments[3:])
+                keywords.pop("enable_gqa", None)
         return function(*arguments, **keywords)
 
 

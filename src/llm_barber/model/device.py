@@ -22,9 +22,9 @@ GPU_BATCH_TOKENS = 8192
 BYTES_PER_WEIGHT = 40  # of the layer: as read, as computed with, pruned, mask, statistics and their ranking
 # Arrays of a batch: float32 arrays of the widest linear's size, and arrays of all linears' inputs and outputs.
 INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 2
-# Where attention stores the scores of all pairs of tokens, bytes for each pair and head: of the scores, of their
-# softmax in float32 and of its copy in the compute dtype, with what autograd keeps.
-SCORE_BYTES = 12
+# Where attention stores the scores of all pairs of tokens, bytes for each pair and head: of the scores, of what caps
+# them, of their softmax in float32 and of its copy in the compute dtype, with what autograd keeps.
+SCORE_BYTES = 16
 # Names in configurations of the number of experts that a router chooses for a token.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 # Parts of errors that say that a device is out of memory: of CUDA's runtime, its driver, ROCm, NCCL and Triton; of the
@@ -125,7 +125,7 @@ def fitting_batch(
     free: int,
     dtype: torch.dtype,
     experts_per_token: int = 1,
-    bytes_per_pair: int = 0,
+    score_bytes: int = 0,
 ) -> int:
     """Estimate how many sequences can be computed together in `free` bytes; at least one.
 
@@ -137,21 +137,21 @@ def fitting_batch(
         free: bytes of free memory.
         dtype: the compute dtype.
         experts_per_token: number of experts that a router chooses for a token.
-        bytes_per_pair: of the scores of a pair of tokens (`score_bytes`).
+        score_bytes: of all heads' scores of a pair of tokens, where attention stores them (`stored_score_bytes`).
     """
     sequences = free
     for weights, per_token in _needs(layers, dtype, experts_per_token):
-        sequences = min(sequences, (free - weights) // (per_token * seqlen + bytes_per_pair * seqlen**2))
+        sequences = min(sequences, (free - weights) // (per_token * seqlen + score_bytes * seqlen**2))
     return max(1, sequences)
 
 
 def needed_memory(
-    layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_per_token: int = 1, bytes_per_pair: int = 0
+    layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_per_token: int = 1, score_bytes: int = 0
 ) -> int:
     """Estimate the bytes that the largest layer takes with one sequence; arguments as of `fitting_batch`."""
     needs = _needs(layers, dtype, experts_per_token)
     largest = max((weights + per_token * seqlen for weights, per_token in needs), default=0)
-    return largest + bytes_per_pair * seqlen**2
+    return largest + score_bytes * seqlen**2
 
 
 def _needs(layers: nn.ModuleList, dtype: torch.dtype, experts_per_token: int) -> Iterator[tuple[int, int]]:
@@ -171,10 +171,11 @@ def experts_per_token(config: PreTrainedConfig) -> int:
     return max((max(count) if isinstance(count, list | tuple) else int(count) for count in counts if count), default=1)
 
 
-def score_bytes(config: PreTrainedConfig) -> int:
-    """Bytes for each pair of a sequence's tokens where attention stores its scores; 0 where a kernel does not."""
+def stored_score_bytes(config: PreTrainedConfig) -> int:
+    """Bytes of all heads' scores of a pair of tokens where attention stores them; 0 where a kernel does not."""
     text = config.get_text_config()
-    return SCORE_BYTES * text.num_attention_heads if text._attn_implementation == "eager" else 0
+    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
+    return SCORE_BYTES * heads if text._attn_implementation == "eager" else 0
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -44,7 +44,7 @@ def choose_products(inputs: Tensor, shapes: Iterable[tuple[int, int]]) -> Produc
 
 
 def _has_grouped_kernel(inputs: Tensor) -> bool:
-    """Test for a kernel of `grouped_mm`; elsewhere PyTorch, if it has the function, loops over experts itself."""
+    """Test for a kernel of `grouped_mm` that is taken; without one PyTorch would loop over experts itself."""
     return (
         hasattr(nn.functional, "grouped_mm")  # torch 2.10 and later
         and inputs.device.type == "cuda"

@@ -4,11 +4,12 @@ A difference of two outputs measures pruning only if both come from the same ker
 
 - Attention: on GPUs of compute capability 9.0 and 10.0 PyTorch prefers cuDNN's kernel, but not in deterministic mode,
   which gradients take (`fixed_order.py`). Without cuDNN's, both are computed by the flash kernel, or by the
-  memory-efficient one where attention has a mask. (On capability 8.6, 8.9 and 12.x heads of 193 to 224 features still
-  differ: the flash kernel has no backward pass for them.)
+  memory-efficient one in float32, below capability 8.0, and where attention has a mask. (On capability 8.6, 8.9 and
+  12.x heads of 193 to 224 features still differ: the flash kernel has no backward pass for them.)
 - Products in half precision: by default cuBLAS may add partial sums in half precision, depending on the shape.
 - Products in float32: a program, or an environment variable of its container, may have allowed TF32, which rounds
-  inputs to 10 bits. Only Gram matrices take it, where it is exact (`masking/statistics.py`).
+  inputs to 10 bits. Only Gram matrices and float16 gradients of weights take it, where it is exact
+  (`masking/statistics.py`).
 - Deterministic mode: a program may have switched it on. It would refuse `torch.median` and `torch.kthvalue`, whose
   values are deterministic, and whose indices nobody reads. Gradients switch it on themselves (`fixed_order.py`).
 

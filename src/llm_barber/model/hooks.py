@@ -49,8 +49,8 @@ class LayerHooks:
         self._module = module
         self._experts = {path: child for path, child in module.named_modules() if isinstance(child, Experts)}
         self._called_again = frozenset(called_again)
-        # By block, what follows the states in its output tuple: a replay returns as many values. Tensors, such as the
-        # weights of attention, are None, since no layer reads them and they may be large.
+        # By block, what follows the states in its output tuple: a replay returns it, too, but for attention weights,
+        # which are large and which no layer reads.
         self._output_tail: dict[str, tuple[Any, ...] | list[Any] | None] = {}
         self._flattened: dict[str, bool] = {}  # by block: its output is (sequences · tokens, hidden)
 
@@ -161,7 +161,7 @@ class LayerHooks:
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensor = output if isinstance(output, Tensor) else output[0]
-            self._output_tail[block.output] = None if isinstance(output, Tensor) else _without_tensors(output[1:])
+            self._output_tail[block.output] = None if isinstance(output, Tensor) else _without_weights(output[1:])
             self._flattened[block.output] = tensor.dim() == 2
             outputs.append(by_sequence(tensor, sequences))
             if stop:
@@ -187,8 +187,9 @@ class LayerHooks:
                 del module.forward
 
 
-def _without_tensors(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...] | list[Any]:
-    return type(values)(None if isinstance(value, Tensor) else value for value in values)
+def _without_weights(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...] | list[Any]:
+    """Replace attention weights, (sequences, heads, tokens, tokens), by None."""
+    return type(values)(None if isinstance(value, Tensor) and value.dim() == 4 else value for value in values)
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
     features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
     routed = recipe.batch_tokens * max(1, block.share * block.copies)
     rows = routed * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
-    rows += recipe.batch_tokens * recipe.tokens * block.pair_bytes
+    rows += recipe.batch_tokens * recipe.tokens * block.score_bytes
     if recipe.on_cpu or block.copies == 1 or block.largest > LARGE_WEIGHT:
         return rows
     # A GPU computes experts together: their weights are stacked.
@@ -229,7 +229,7 @@ def _ranking(weights: float, group: float, recipe: Recipe) -> Footprint:
     if group > LONGEST_ON_GPU:
         return Footprint(HOST_SORTING * group, RANKING * weights)
     together = max(group, min(weights, SORTED_ON_GPU))
-    filled = 0 if group else FLOAT32 * weights  # by the sort, piece by piece
+    filled = 0 if group else FLOAT32 * weights  # sorted scores, filled piece by piece
     return Footprint(device=max(RANKING * weights, BESIDE_SORT * weights + filled + SORTING * together))
 
 

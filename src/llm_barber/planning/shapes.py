@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from llm_barber.model.architecture import ATTENTION, Architecture, Block
-from llm_barber.model.device import experts_per_token, score_bytes
+from llm_barber.model.device import experts_per_token, stored_score_bytes
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
 
@@ -15,8 +15,8 @@ class BlockShapes:
     """A block, or a part of it: shapes of its linears, (out, in), in the order of the data flow.
 
     All but the last read one tensor, the block's input; the last reads what the block makes of their outputs.
-    `attention_width`: heads × head size; 0 without attention. `pair_bytes`: memory for each pair of a sequence's tokens
-    where attention stores its scores, else 0. `copies`: number of experts with these shapes, to each of
+    `attention_width`: heads × head size; 0 without attention. `score_bytes`: of all heads' scores of a pair of tokens
+    where attention stores them, else 0. `copies`: number of experts with these shapes, to each of
     which a `share` of the tokens is routed. `other_weights`: weights of the block's other parts.
     """
 
@@ -26,7 +26,7 @@ class BlockShapes:
     copies: int = 1
     share: float = 1
     other_weights: int = 0
-    pair_bytes: int = 0
+    score_bytes: int = 0
 
     @property
     def weights(self) -> int:
@@ -119,11 +119,11 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
 def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
     layer = skeleton.layers[index]
     config = skeleton.model.config
-    chosen, pair_bytes = experts_per_token(config), score_bytes(config)
+    chosen, score_bytes = experts_per_token(config), stored_score_bytes(config)
     blocks = [block for block in skeleton.blocks[index] if block.linears]
     return LayerShapes(
         blocks=tuple(
-            replace(part, pair_bytes=pair_bytes if part.attention_width else 0)
+            replace(part, score_bytes=score_bytes if part.attention_width else 0)
             for block in blocks
             for part in _parts(layer, block, skeleton.architecture, chosen)
         ),

@@ -8,7 +8,7 @@ import torch
 
 from llm_barber.errors import BarberError
 from llm_barber.loading.job import Job
-from llm_barber.model.device import experts_per_token, is_out_of_memory, needed_memory, score_bytes
+from llm_barber.model.device import experts_per_token, is_out_of_memory, needed_memory, stored_score_bytes
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.progress import Progress
 
@@ -60,8 +60,14 @@ def with_smaller_batches(
             continue
         if streams.batch_size == 1:
             seqlen = job.tokens.input_ids.shape[1]
-            sizes = experts_per_token(skeleton.model.config), score_bytes(skeleton.model.config)
-            needed = needed_memory(skeleton.layers, seqlen, skeleton.dtype, *sizes)
+            config = skeleton.model.config
+            needed = needed_memory(
+                skeleton.layers,
+                seqlen,
+                skeleton.dtype,
+                experts_per_token=experts_per_token(config),
+                score_bytes=stored_score_bytes(config),
+            )
             raise DeviceMemoryError(
                 f"the device's memory is too small for one window of {seqlen} tokens, which takes about "
                 f"{needed / 2**30:.1f} GiB",

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from llm_barber.method.few_tokens import FEW_TOKENS
 from llm_barber.settings.initial import Initial
-from llm_barber.tools.selftest.bench import CPU, Bench, compare_masks
+from llm_barber.tools.selftest.bench import CPU, SMALL, TINY, Bench, Size, compare_masks
 from llm_barber.tools.selftest.masks import MASK_CHECKS, check_masks, judge_masks
 from llm_barber.tools.selftest.result import NotRunError
 from llm_barber.tools.selftest.second_gpu import check_second_gpu
@@ -30,6 +32,18 @@ def with_flipped_bits(folder: Path, copy: Path, count: int) -> Path:
 
 def test_every_method_has_bounds() -> None:
     assert set(MASK_CHECKS) >= set(Initial)
+
+
+@pytest.mark.parametrize("size", [SMALL, TINY])
+@torch.no_grad()
+def test_some_experts_that_are_tuned_have_windows_without_tokens(tmp_path: Path, size: Size) -> None:
+    bench = Bench(CPU, torch.float32, tmp_path, size)
+    model = AutoModelForCausalLM.from_pretrained(bench.model("mixtral"))
+    ids = load_file(bench.windows("mixtral"))["input_ids"]
+    routed = model(ids, output_router_logits=True).router_logits[0].topk(model.config.num_experts_per_tok).indices
+    experts = torch.arange(model.config.num_local_experts)
+    tokens = (routed.view(len(ids), -1, 1) == experts).sum(1)  # (windows, experts)
+    assert ((tokens.sum(0) >= FEW_TOKENS) & (tokens == 0).any(0)).sum() >= 3
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])

@@ -17,8 +17,9 @@ from llm_barber.settings.prune import PruneConfig
 
 CPU = torch.device("cpu")
 NORM_SPREAD = 1.0  # standard deviation of the logarithm of norms' weights: channels differ, as in trained models
-# So many that in some windows an expert has no token.
-EXPERTS = {"num_local_experts": 32, "num_experts_per_tok": 2}
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+# Windows for experts are many and short: each expert has enough tokens to be tuned, and none in some windows.
+WINDOWS_FOR_EXPERTS, TOKENS_FOR_EXPERTS = 4, 16  # for each window of the size; of a window
 
 
 @dataclass(frozen=True)
@@ -88,22 +89,28 @@ class Bench:
             save_random_model(folder, family, size)
         return folder
 
-    def windows(self, size: Size | None = None) -> Path:
-        """File of random calibration windows."""
+    def windows(self, family: str = "llama", size: Size | None = None) -> Path:
+        """File of random calibration windows for a model of a family."""
         size = size or self.size
-        path = self.folder / f"windows-{size.windows}-{size.tokens}-{size.vocabulary}.safetensors"
+        count, tokens = size.windows, size.tokens
+        if family == "mixtral":
+            count, tokens = count * WINDOWS_FOR_EXPERTS, TOKENS_FOR_EXPERTS
+        path = self.folder / f"windows-{count}-{tokens}-{size.vocabulary}.safetensors"
         if not path.exists():
             generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(0, size.vocabulary, (size.windows, size.tokens), generator=generator)
+            ids = torch.randint(0, size.vocabulary, (count, tokens), generator=generator)
             save_file({"input_ids": ids}, path)
         return path
 
     def prune(self, device: torch.device, family: str = "llama", **settings: Any) -> tuple[Path, RunReport, list[str]]:
-        """Prune a random model, of a family if `settings` name none; returns the output, its record, and warnings."""
+        """Prune the random model of a family, or the model that `settings` name.
+
+        Returns the output, its record, and warnings.
+        """
         self._runs += 1
         output = self.folder / f"run-{self._runs}"
         listener = Listener()
-        common = {"model": self.model(family), "calibration": self.windows(), "report": False}
+        common = {"model": self.model(family), "calibration": self.windows(family), "report": False}
         config = PruneConfig(output=output, device=str(device), **{**common, **settings})
         return output, prune(config, listener), listener.warnings
 

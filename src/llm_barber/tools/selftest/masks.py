@@ -48,7 +48,7 @@ MASK_CHECKS: dict[str, MaskCheck] = {
     "swaps": MaskCheck({"refine": "swaps", "allocation": "uniform", "guard": 0}, 2e-3, 5e-2),
     "mask": MaskCheck({"preset": "mask", "tune_passes": 2, "guard": 0}, 2e-3, 5e-2),
     "best": MaskCheck({"preset": "best", "tune_passes": 2, "guard": 0}, 2e-3, 5e-2),
-    "experts": MaskCheck({"family": "mixtral", "preset": "mask", "tune_passes": 2, "guard": 0}, 5e-4, 5e-2),
+    "experts": MaskCheck({"family": "mixtral", "preset": "mask", "tune_passes": 2, "guard": 0}, 2e-3, 5e-2),
 }
 
 

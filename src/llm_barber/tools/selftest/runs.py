@@ -53,7 +53,8 @@ def check_memory(bench: Bench) -> Iterator[Finding]:
         raise NotRunError("a CPU's memory has no such limit")
     method = MASK_CHECKS["paper"]
     settings = {
-        **method.settings, "dtype": "float32", "model": bench.model(size=ROOMY), "calibration": bench.windows(ROOMY),
+        **method.settings, "dtype": "float32",
+        "model": bench.model(size=ROOMY), "calibration": bench.windows(size=ROOMY),
     }  # fmt: skip
     small, _, _ = _reserved(bench, **settings, batch_size=1, activations_off_device=True)
     large, reference, _ = _reserved(bench, **settings, batch_size=ROOMY.windows)

@@ -58,7 +58,7 @@ def fitting_size(model: str, size: Size) -> Size:
 def time_runs(bench: Bench, model: str | None, progress: Progress) -> Iterator[tuple[Finding, TimedRun]]:
     """Plan and make each run; a run that ends is a check that has passed, whatever its time."""
     source, name = timed_model(bench, model)
-    windows = bench.windows(fitting_size(source, TIMED if bench.on_gpu else bench.size))
+    windows = bench.windows(size=fitting_size(source, TIMED if bench.on_gpu else bench.size))
     for preset, settings in TIMED_RUNS.items():
         compute = {"device": str(bench.device), "dtype": bench.dtype_name}
         common: dict[str, Any] = {**settings, **compute, "model": source, "calibration": str(windows)}
