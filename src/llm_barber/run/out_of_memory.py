@@ -40,7 +40,6 @@ def with_smaller_batches(
     Raises:
         DeviceMemoryError: one sequence does not fit, or other processes wait for this one.
     """
-    skeleton = job.skeleton
     while True:
         try:
             return compute()
@@ -59,15 +58,7 @@ def with_smaller_batches(
             progress.warn("the device's memory is too small: activations lie in host memory from now on")
             continue
         if streams.batch_size == 1:
-            seqlen = job.tokens.input_ids.shape[1]
-            config = skeleton.model.config
-            needed = needed_memory(
-                skeleton.layers,
-                seqlen,
-                skeleton.dtype,
-                experts_per_token=experts_per_token(config),
-                score_bytes=stored_score_bytes(config),
-            )
+            seqlen, needed = _needed_by_a_window(job)
             raise DeviceMemoryError(
                 f"the device's memory is too small for one window of {seqlen} tokens, which takes about "
                 f"{needed / 2**30:.1f} GiB",
@@ -81,6 +72,20 @@ def with_smaller_batches(
         streams.halve_batches()
         _empty_cache()
         progress.warn(f"the device's memory is too small: {streams.batch_size} windows at a time from now on")
+
+
+def _needed_by_a_window(job: Job) -> tuple[int, int]:
+    """Tokens of a calibration window, and an estimate of the bytes that the largest layer takes with one."""
+    skeleton, seqlen = job.skeleton, job.tokens.input_ids.shape[1]
+    config = skeleton.model.config
+    needed = needed_memory(
+        skeleton.layers,
+        seqlen,
+        skeleton.dtype,
+        experts_per_token=experts_per_token(config),
+        score_bytes=stored_score_bytes(config),
+    )
+    return seqlen, needed
 
 
 def _empty_cache() -> None:
