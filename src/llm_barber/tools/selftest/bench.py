@@ -18,7 +18,7 @@ from llm_barber.settings.prune import PruneConfig
 CPU = torch.device("cpu")
 NORM_SPREAD = 1.0  # standard deviation of the logarithm of norms' weights: channels differ, as in trained models
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
-# Windows for experts are many and short: each expert has enough tokens to be tuned, and none in some windows.
+# Windows for experts are many and short, so that some experts with enough tokens to be tuned have windows without one.
 WINDOWS_FOR_EXPERTS, TOKENS_FOR_EXPERTS = 4, 16  # for each window of the size; of a window
 
 
