@@ -16,6 +16,7 @@ All other attention goes to the kernel that PyTorch chooses.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -47,8 +48,8 @@ def _has_flash_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] >= FLASH_CAPABILITY
 
 
-class RepeatedKeys(TorchFunctionMode):
-    """Gives each head keys and values of its own in `scaled_dot_product_attention`, within the context."""
+class _AttentionMode(TorchFunctionMode, ABC):
+    """Lets calls of `scaled_dot_product_attention` within the context go to `attend`."""
 
     def __torch_function__(
         self,
@@ -57,14 +58,24 @@ class RepeatedKeys(TorchFunctionMode):
         arguments: tuple[Any, ...] = (),
         keywords: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the function; heads that share keys get copies."""
-        keywords = dict(keywords or {})
-        if function is scaled_dot_product_attention and len(arguments) >= 3:
-            query, *shared = arguments[:3]
-            if query.dim() == 4 and shared[0].shape[1] != query.shape[1]:
-                arguments = (query, *(repeat_heads(tensor, query.shape[1]) for tensor in shared), *arguments[3:])
-                keywords.pop("enable_gqa", None)
-        return function(*arguments, **keywords)
+        """Call the function, or `attend` in its place."""
+        attends = function is scaled_dot_product_attention and len(arguments) >= 3
+        return (self.attend if attends else function)(*arguments, **(keywords or {}))
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **keywords: Any) -> Tensor:
+        """Compute what `scaled_dot_product_attention` computes of the same arguments."""
+
+
+class RepeatedKeys(_AttentionMode):
+    """Gives each head keys and values of its own."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **keywords: Any) -> Tensor:
+        """Call PyTorch's function; heads that share keys get copies."""
+        if query.dim() == 4 and key.shape[1] != query.shape[1]:
+            key, value = (repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
+            keywords.pop("enable_gqa", None)
+        return scaled_dot_product_attention(query, key, value, *others, **keywords)
 
 
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -72,25 +83,17 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
-class BlockedAttention(TorchFunctionMode):
-    """Lets `scaled_dot_product_attention` go by blocks of queries where it can, within the context."""
+class BlockedAttention(_AttentionMode):
+    """Computes attention by blocks of queries where it can."""
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Iterable[type],
-        arguments: tuple[Any, ...] = (),
-        keywords: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call the function; causal attention goes to `CausalAttention`."""
-        keywords = keywords or {}
-        if function is scaled_dot_product_attention and len(arguments) == 3 and _by_blocks(*arguments, **keywords):
-            query, key, value = arguments
-            scale = keywords.get("scale")
-            return CausalAttention.apply(  # type: ignore[no-untyped-call]
-                query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
-            )
-        return function(*arguments, **keywords)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **keywords: Any) -> Tensor:
+        """Let causal attention go to `CausalAttention`, and all other to PyTorch's function."""
+        if others or not _by_blocks(query, key, value, **keywords):
+            return scaled_dot_product_attention(query, key, value, *others, **keywords)
+        scale = keywords.get("scale")
+        return CausalAttention.apply(  # type: ignore[no-untyped-call,no-any-return]
+            query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
+        )
 
 
 def _by_blocks(

@@ -140,8 +140,8 @@ def fitting_batch(
         score_bytes: of all heads' scores of a pair of tokens, where attention stores them (`stored_score_bytes`).
     """
     sequences = free
-    for weights, per_token in _needs(layers, dtype, experts_per_token):
-        sequences = min(sequences, (free - weights) // (per_token * seqlen + score_bytes * seqlen**2))
+    for weights, of_sequence in _needs(layers, seqlen, dtype, experts_per_token, score_bytes):
+        sequences = min(sequences, (free - weights) // of_sequence)
     return max(1, sequences)
 
 
@@ -149,20 +149,22 @@ def needed_memory(
     layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_per_token: int = 1, score_bytes: int = 0
 ) -> int:
     """Estimate the bytes that the largest layer takes with one sequence; arguments as of `fitting_batch`."""
-    needs = _needs(layers, dtype, experts_per_token)
-    largest = max((weights + per_token * seqlen for weights, per_token in needs), default=0)
-    return largest + score_bytes * seqlen**2
+    needs = _needs(layers, seqlen, dtype, experts_per_token, score_bytes)
+    return max((weights + of_sequence for weights, of_sequence in needs), default=0)
 
 
-def _needs(layers: nn.ModuleList, dtype: torch.dtype, experts_per_token: int) -> Iterator[tuple[int, int]]:
-    """Bytes that each layer takes for its weights, and bytes for each token."""
+def _needs(
+    layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_per_token: int, score_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """Bytes that each layer takes for its weights, and bytes for each sequence."""
     for layer in layers:
         shapes = {kind_of(name): tuple(weight.shape) for name, weight in layer.named_parameters() if weight.dim() == 2}
         # A linear reads an array of one side and writes one of the other, whether its weight is (out, in) or (in, out).
         sides = sum(sum(shape) * (experts_per_token if "*" in kind else 1) for kind, shape in shapes.items())
         widest = max((max(shape) for shape in shapes.values()), default=1)
         token = INPUT_ARRAYS * 4 * widest + OUTPUT_ARRAYS * dtype.itemsize * sides
-        yield BYTES_PER_WEIGHT * sum(weight.numel() for weight in layer.parameters()), token
+        weights = BYTES_PER_WEIGHT * sum(weight.numel() for weight in layer.parameters())
+        yield weights, token * seqlen + score_bytes * seqlen**2
 
 
 def experts_per_token(config: PreTrainedConfig) -> int:

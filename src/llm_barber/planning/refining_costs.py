@@ -85,10 +85,7 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
     if recipe.refine is None or not recipe.refine.of_layers:
         return NO_WORK
     passes, held_out = recipe.refine.passes, recipe.held_out
-    masks, tunes_masks_and_weights = (
-        recipe.refine.tunes_masks,
-        recipe.refine.tunes_masks and recipe.refine.tunes_weights,
-    )
+    tunes_masks, tunes_weights = recipe.refine.tunes_masks, recipe.refine.tunes_weights
     # A step has SEQUENCES_A_STEP sequences: no more processes share it, and the others wait.
     trained = (recipe.local_tokens - held_out) * max(1, recipe.processes / SEQUENCES_A_STEP)
     work = NO_WORK
@@ -103,10 +100,10 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         if recipe.refine.aims_at_dense_layers and not recipe.target_from_masks:
             work += forward_work(block, recipe, recipe.local_tokens)
         work += streaming_work(block, recipe, recipe.local_tokens, passes + 1)
-    step = Work(moved=TUNING * layer.weights * (2 if tunes_masks_and_weights else 1)) + reduction_work(
+    step = Work(moved=TUNING * layer.weights * (2 if tunes_masks and tunes_weights else 1)) + reduction_work(
         recipe, max(FLOAT32, 2 * recipe.itemsize) * layer.weights
     )
     for block in layer.blocks:
         work += forward_work(block, recipe, recipe.local_tokens) + statistics_work(block, recipe)
-        work += ranking_work(block, recipe) * (passes * recipe.tune_steps) if masks else NO_WORK
+        work += ranking_work(block, recipe) * (passes * recipe.tune_steps) if tunes_masks else NO_WORK
     return work + step * (passes * recipe.tune_steps)

@@ -1,10 +1,10 @@
 """The sizes that costs follow from, read off the empty model and its configuration."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
-from llm_barber.model.architecture import ATTENTION, Architecture, Block
+from llm_barber.model.architecture import ATTENTION, Block
 from llm_barber.model.device import experts_per_token, stored_score_bytes
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
@@ -15,9 +15,9 @@ class BlockShapes:
     """A block, or a part of it: shapes of its linears, (out, in), in the order of the data flow.
 
     All but the last read one tensor, the block's input; the last reads what the block makes of their outputs.
-    `attention_width`: heads × head size; 0 without attention. `score_bytes`: of all heads' scores of a pair of tokens
-    where attention stores them, else 0. `copies`: number of experts with these shapes, to each of
-    which a `share` of the tokens is routed. `other_weights`: weights of the block's other parts.
+    `attention_width`: heads × head size; 0 without attention. `copies`: number of experts with these shapes, to each of
+    which a `share` of the tokens is routed. `other_weights`: weights of the block's other parts. `score_bytes`: of all
+    heads' scores of a pair of tokens where attention stores them, else 0.
     """
 
     name: str
@@ -118,24 +118,16 @@ def model_shapes(skeleton: Skeleton) -> ModelShapes:
 
 def _layer(skeleton: Skeleton, index: int) -> LayerShapes:
     layer = skeleton.layers[index]
-    config = skeleton.model.config
-    chosen, score_bytes = experts_per_token(config), stored_score_bytes(config)
     blocks = [block for block in skeleton.blocks[index] if block.linears]
     return LayerShapes(
-        blocks=tuple(
-            replace(part, score_bytes=score_bytes if part.attention_width else 0)
-            for block in blocks
-            for part in _parts(layer, block, skeleton.architecture, chosen)
-        ),
+        blocks=tuple(part for block in blocks for part in _parts(layer, block, skeleton)),
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
     )
 
 
-def _parts(layer: nn.Module, block: Block, architecture: Architecture, chosen: int) -> list[BlockShapes]:
-    """Shapes of a block; of a mixture, its experts, which are alike, and each other module by itself.
-
-    `chosen`: experts to which each token is routed.
-    """
+def _parts(layer: nn.Module, block: Block, skeleton: Skeleton) -> list[BlockShapes]:
+    """Shapes of a block; of a mixture, its experts, which are alike, and each other module by itself."""
+    chosen = experts_per_token(skeleton.model.config)
     experts = {name: len(module) for name, module in layer.named_modules() if isinstance(module, Experts)}
     shapes: dict[str, list[tuple[int, int]]] = {}
     copies: dict[str, int] = {}
@@ -145,7 +137,7 @@ def _parts(layer: nn.Module, block: Block, architecture: Architecture, chosen: i
             continue  # has the shape of the first expert's
         part = f"{mixture}.0" if mixture else name.rpartition(".")[0] if experts else block.output
         shape = tuple(layer.get_submodule(name).get_parameter("weight").shape)
-        rows, columns = shape[::-1] if architecture.transposed else shape
+        rows, columns = shape[::-1] if skeleton.architecture.transposed else shape
         shapes.setdefault(part, []).append((rows, columns))
         copies[part] = experts[mixture] if mixture else 1
     weights = {
@@ -160,6 +152,7 @@ def _parts(layer: nn.Module, block: Block, architecture: Architecture, chosen: i
             copies=copies[part],
             share=min(1.0, chosen / copies[part]) if copies[part] > 1 else 1,
             other_weights=sum(weights.values()) - weights[part],
+            score_bytes=stored_score_bytes(skeleton.model.config) if block.name == ATTENTION else 0,
         )
         for part, of_part in shapes.items()
     ]
