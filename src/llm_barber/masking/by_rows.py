@@ -29,17 +29,13 @@ def add_scaled(total: Tensor, values: Tensor, scale: Tensor) -> None:
 
 
 def add_squares(total: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Add (scale · values)² to a sum.
+    """Add (scale · values)² to a sum, on a CPU.
 
     Args:
         total: (out, in), float32.
         values: (out, in), of at most as many bits.
         scale: float32, ().
     """
-    if total.device.type != "cpu":
-        scaled = values * scale.view(1)  # float32: a scale without dimensions would leave the values' dtype
-        total.addcmul_(scaled, scaled)
-        return
     factor = scale.item() ** 2
     for part, added in _by_rows(total, values):
         converted = added.float()

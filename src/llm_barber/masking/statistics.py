@@ -231,16 +231,22 @@ class GradientSquares(RunningSums):
         self.total = torch.zeros(shape, device=device)
         self.sequences = _new_count()
 
-    def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor) -> None:
+    def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor, factor: float = 1.0) -> None:
         """Add a batch.
 
         Args:
             inputs: (sequences, tokens, in).
-            output_gradient: (sequences, tokens, out), each sequence divided by its `scale`.
-            scale: (sequences,), float32.
+            output_gradient: (sequences, tokens, out), each sequence divided by its `scale` and by `factor`.
+            scale: (sequences,), float32, powers of two.
+            factor: the same for all sequences.
         """
-        for sequence, gradient, factor in zip(inputs, output_gradient, scale, strict=True):
-            add_squares(self.total, weight_gradients(gradient, sequence), factor)
+        if inputs.device.type == "cpu":
+            for sequence, gradient, scaling in zip(inputs, output_gradient, scale * factor, strict=True):
+                add_squares(self.total, weight_gradients(gradient, sequence), scaling)
+        else:  # gradients by outputs are smaller than those by weights, which are then read once
+            for sequence, gradient, scaling in zip(inputs, output_gradient, scale, strict=True):
+                products = weight_gradients(gradient, sequence, scaling)
+                self.total.addcmul_(products, products, value=factor**2)
         self.sequences += len(inputs)
 
     @property
@@ -249,16 +255,18 @@ class GradientSquares(RunningSums):
         return self.total / self.sequences.item()
 
 
-def weight_gradients(output_gradients: Tensor, inputs: Tensor) -> Tensor:
+def weight_gradients(output_gradients: Tensor, inputs: Tensor, scale: Tensor | None = None) -> Tensor:
     """Gradients by weights, (…, out, in), from gradients by outputs, (…, tokens, out), and inputs, (…, tokens, in).
 
     They have the gradients' dtype, or float32 for float16, since a sum over tokens can exceed the largest float16,
-    65504.
+    65504. A scale, float32, (), multiplies them; if it is a power of two, no bit of their significands changes.
     """
     if output_gradients.dtype != torch.float16:
-        return output_gradients.transpose(-2, -1) @ inputs
+        scaled = output_gradients if scale is None else output_gradients * scale
+        return scaled.transpose(-2, -1) @ inputs
     with exact_half_products(torch.float16):
-        return output_gradients.float().transpose(-2, -1) @ inputs.float()
+        scaled = output_gradients.float() if scale is None else output_gradients.float() * scale
+        return scaled.transpose(-2, -1) @ inputs.float()
 
 
 class FisherSums(RunningSums):

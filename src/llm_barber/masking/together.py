@@ -25,20 +25,25 @@ from llm_barber.masking.statistics import (
 MATRIX_ELEMENTS = 2**24
 
 
-def update_together(statistics: Sequence[Any], inputs: Tensor, *further: Tensor) -> None:
+def update_together(statistics: Sequence[Any], inputs: Tensor, *further: Tensor | float) -> None:
     """Update a statistic of each of n linears.
 
     Args:
         statistics: n statistics of one kind.
         inputs: (n, sequences, tokens, in).
-        further: further arguments of `update`: tensors (n, sequences, …), except scales, (sequences,).
+        further: further arguments of `update`: tensors (n, sequences, …), except scales, (sequences,), and numbers.
     """
     together = TOGETHER.get(type(statistics[0]))
     if together is not None and len(statistics) > 1:
         together(statistics, inputs, *further)
         return
     for index, statistic in enumerate(statistics):
-        statistic.update(inputs[index], *(part if part.dim() == 1 else part[index] for part in further))
+        statistic.update(inputs[index], *(_of_linear(part, index) for part in further))
+
+
+def _of_linear(part: Tensor | float, index: int) -> Tensor | float:
+    """A linear's part of a further argument."""
+    return part[index] if isinstance(part, Tensor) and part.dim() > 1 else part
 
 
 def _input_squares(statistics: Sequence[InputSquares], inputs: Tensor) -> None:
@@ -72,12 +77,12 @@ def _gram_matrices(statistics: Sequence[GramMatrix], inputs: Tensor) -> None:
 
 
 def _gradient_squares(
-    statistics: Sequence[GradientSquares], inputs: Tensor, output_gradients: Tensor, scale: Tensor
+    statistics: Sequence[GradientSquares], inputs: Tensor, output_gradients: Tensor, scale: Tensor, factor: float = 1.0
 ) -> None:
-    for sequence, gradients, factor in zip(inputs.unbind(1), output_gradients.unbind(1), scale, strict=True):
+    for sequence, gradients, scaling in zip(inputs.unbind(1), output_gradients.unbind(1), scale * factor, strict=True):
         for part in _parts(len(statistics), inputs.shape[-1] * gradients.shape[-1]):
             products = weight_gradients(gradients[part], sequence[part]).float()
-            _add([statistic.total for statistic in statistics[part]], products.mul_(factor).square_())
+            _add([statistic.total for statistic in statistics[part]], products.mul_(scaling).square_())
     for statistic in statistics:
         statistic.sequences += inputs.shape[1]
 

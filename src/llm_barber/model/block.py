@@ -190,9 +190,9 @@ class DecoderLayer:
             return calls, outputs[0].detach(), difference, scale, gradients
 
         calls, output, difference, scale, gradients = self.compute_gradients(run)
-        factor = scale * (2 / difference[0].numel())  # d mean(d²)/dy = 2 d / (tokens · channels)
+        factor = 2 / difference[0].numel()  # d mean(d²)/dy = 2 d / (tokens · channels)
         for part in linear_gradients(calls, gradients, block.output):
-            update_together([squares[name] for name in part.names], part.inputs, part.gradients, factor)
+            update_together([squares[name] for name in part.names], part.inputs, part.gradients, scale, factor)
         return output, mean_squares(difference)
 
     def loss_gradients(self, hidden: Tensor, gradient: Tensor, sums: Mapping[str, FisherSums]) -> Tensor:

@@ -20,9 +20,9 @@ from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
     FLOAT32,
     INPUT_TOUCHES,
-    SQUARING,
     forward_work,
     reduction_work,
+    squaring_work,
     streaming_work,
     weight_count,
 )
@@ -118,8 +118,8 @@ def _rebuilding_work(block: BlockShapes, recipe: Recipe) -> Work:
         products=2 * routed * (block.weights - first),
         gradients=2 * routed * block.weights,
         attention=BACKWARD_ATTENTION * once.attention,
-        moved=once.moved + recipe.local_sequences * weights * SQUARING,
-    )
+        moved=once.moved,
+    ) + squaring_work(recipe, gradients=recipe.local_sequences * weights)
     group_size = {
         Granularity.OUTPUT: block.linears[0][1], Granularity.INPUT: block.linears[0][0],
         Granularity.LINEAR: block.largest, Granularity.BLOCK: weights + block.other_weights,

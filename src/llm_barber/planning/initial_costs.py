@@ -11,6 +11,7 @@ from llm_barber.planning.passes import (
     SQUARING,
     forward_work,
     reduction_work,
+    squaring_work,
     streaming_work,
 )
 from llm_barber.planning.recipe import Recipe
@@ -74,8 +75,8 @@ def reordering_work(model: ModelShapes, recipe: Recipe) -> Work:
         for block in layer.blocks:
             rows, columns = block.linears[-1] if block.linears else (0, 0)
             compared = columns * TOGETHER * min(ROWS, rows) if block.name == MLP else 0
-            squares = SQUARING * recipe.local_tokens * block.share * columns
-            total += forward_work(block, recipe, recipe.local_tokens) + Work(moved=3 * FLOAT32 * compared + squares)
+            total += forward_work(block, recipe, recipe.local_tokens) + Work(moved=3 * FLOAT32 * compared)
+            total += squaring_work(recipe, inputs=recipe.local_tokens * block.share * columns)
             total += streaming_work(block, recipe, recipe.local_tokens, 1, recipe.passing)
         total += Work(read=size, copied=size)
     return total
@@ -141,7 +142,7 @@ def statistics_work(block: BlockShapes, recipe: Recipe) -> Work:
             work += Work(grams=gram_flops(routed, columns), exact=DECOMPOSITION[recipe.method] * columns**3)
             work += reduction_work(recipe, FLOAT32 * columns**2)
         else:
-            work += Work(moved=SQUARING * routed * columns) + reduction_work(recipe, FLOAT32 * columns)
+            work += squaring_work(recipe, inputs=routed * columns) + reduction_work(recipe, FLOAT32 * columns)
         for rows, _ in group:
             work += _update_work(recipe, block, rows, columns)
     return work * block.copies

@@ -9,7 +9,9 @@ FLOAT32 = 4
 # of a block's input; by rotary embeddings, activations and masks for each output of its first linears.
 INPUT_TOUCHES, OUTPUT_TOUCHES = 16, 5
 BACKWARD_ATTENTION = 2.5  # times the forward: five products instead of two
-SQUARING = 18  # bytes moved for each number: float copy, square and sum
+# Bytes moved for each number of which squares are added up: float copy, square and sum on a CPU. A GPU squares inputs
+# as it reads them, and a gradient as it adds it to its sum.
+SQUARING, GPU_GRADIENT = 18, 10
 
 
 def forward_work(block: BlockShapes, recipe: Recipe, tokens: float, until_last: bool = False) -> Work:
@@ -57,3 +59,10 @@ def streaming_work(
 def reduction_work(recipe: Recipe, size: float) -> Work:
     """Work of adding up an array of `size` bytes over the processes: a ring sends it nearly twice."""
     return Work(reduced=2 * size * (recipe.processes - 1) / recipe.processes)
+
+
+def squaring_work(recipe: Recipe, inputs: float = 0, gradients: float = 0) -> Work:
+    """Work of adding up squares of so many numbers of inputs and of gradients by weights."""
+    if recipe.on_cpu:
+        return Work(moved=SQUARING * (inputs + gradients))
+    return Work(moved=recipe.itemsize * inputs + GPU_GRADIENT * gradients)
