@@ -10,6 +10,7 @@ from llm_barber.masking.statistics import (
     InputSquares,
     TargetMoments,
     exact_half_products,
+    weight_gradients,
 )
 
 
@@ -61,6 +62,15 @@ def test_gradient_squares_square_before_they_sum() -> None:
         / 5
     )
     torch.testing.assert_close(squares.mean.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_powers_of_two_scale_gradients_by_weights_exactly(dtype: torch.dtype) -> None:
+    gradient = torch.randn(7, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    products = weight_gradients(gradient, inputs(dtype)[0])
+    for exponent in (-40, 0, 40):  # float16 has no such numbers
+        scale = torch.tensor(2.0**exponent)
+        assert torch.equal(weight_gradients(gradient, inputs(dtype)[0], scale).float(), products.float() * scale)
 
 
 def test_half_precision_products_do_not_overflow() -> None:
