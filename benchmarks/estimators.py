@@ -32,10 +32,10 @@ class Gradients(GradientSquares):
         super().__init__(shape, device)
         self.sums = torch.zeros(shape, device=device)
 
-    def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor) -> None:
-        super().update(inputs, output_gradient, scale)
-        for sequence, gradient, factor in zip(inputs, output_gradient, scale.tolist(), strict=True):
-            self.sums.add_((gradient.t() @ sequence).float(), alpha=factor)
+    def update(self, inputs: Tensor, output_gradient: Tensor, scale: Tensor, factor: float = 1.0) -> None:
+        super().update(inputs, output_gradient, scale, factor)
+        for sequence, gradient, scaling in zip(inputs, output_gradient, (scale * factor).tolist(), strict=True):
+            self.sums.add_((gradient.t() @ sequence).float(), alpha=scaling)
 
     @property
     def signed(self) -> Tensor:

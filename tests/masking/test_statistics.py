@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -96,14 +94,9 @@ def test_batches_do_not_change_a_bit() -> None:
     assert torch.equal(whole.mean, parts.mean)
 
 
-def _precisions() -> list[str] | None:
-    """Formats of float32 products on CPUs and on GPUs; None: PyTorch before 2.9 has no such setting."""
-    matmuls = [getattr(getattr(torch.backends, backend), "matmul", None) for backend in ("mkldnn", "cuda")]
-    return (
-        [matmul.fp32_precision for matmul in matmuls]
-        if all(hasattr(matmul, "fp32_precision") for matmul in matmuls)
-        else None
-    )
+def _precisions() -> list[str]:
+    """Formats of float32 products on CPUs and on GPUs."""
+    return [getattr(torch.backends, backend).matmul.fp32_precision for backend in ("mkldnn", "cuda")]
 
 
 def test_products_of_bfloat16_inputs_are_not_rounded() -> None:
@@ -122,10 +115,8 @@ def test_products_of_bfloat16_inputs_are_not_rounded() -> None:
     assert ((moments.difference - difference).abs().max() / exact.diagonal().mean() * len(values)).item() < 1e-5
 
 
-@pytest.mark.skipif(_precisions() is None, reason="PyTorch before 2.9")
 def test_float32_products_take_a_form_that_holds_the_values_exactly() -> None:
     before = _precisions()
-    assert before is not None
     precisions = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         with pytest.raises(KeyError), exact_half_products(dtype):
@@ -134,14 +125,3 @@ def test_float32_products_take_a_form_that_holds_the_values_exactly() -> None:
         assert _precisions() == before
     # Bits after the first: 7 of bfloat16, 10 of float16 and TF32.
     assert precisions == {torch.bfloat16: ["bf16", "tf32"], torch.float16: [before[0], "tf32"], torch.float32: before}
-
-
-def test_older_versions_of_pytorch_multiply_as_tf32_by_their_own_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch 2.6 to 2.8 have `allow_tf32`, and no `fp32_precision`."""
-    matmul = SimpleNamespace(allow_tf32=False)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    for dtype, allowed in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
-        with pytest.raises(KeyError), exact_half_products(dtype):
-            assert matmul.allow_tf32 is allowed
-            raise KeyError
-        assert vars(matmul) == {"allow_tf32": False}

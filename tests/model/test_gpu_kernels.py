@@ -30,7 +30,7 @@ def test_settings_come_back_whatever_happens() -> None:
     try:
         with pytest.raises(KeyError), same_kernels():
             assert settings() == SAME
-            assert matmul.fp32_precision == "ieee" if hasattr(matmul, "fp32_precision") else not matmul.allow_tf32
+            assert matmul.fp32_precision == "ieee"
             raise KeyError
         assert settings() == (True, True, True)
         assert matmul.allow_tf32
@@ -64,12 +64,12 @@ def test_a_program_s_deterministic_mode_is_off_meanwhile(warn_only: bool) -> Non
 
 
 def test_versions_of_pytorch_without_a_flag_for_split_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {**dict.fromkeys(REDUCTIONS, True), "allow_tf32": True}
+    before = {**dict.fromkeys(REDUCTIONS, True), "fp32_precision": "tf32"}
     matmul = SimpleNamespace(**before)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     with same_kernels():
         assert settings() == SAME
-        assert not matmul.allow_tf32
+        assert matmul.fp32_precision == "ieee"
     assert vars(matmul) == before
 
 

@@ -30,19 +30,12 @@ def exact_half_products(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def float32_products(formats: Mapping[str, str]) -> Iterator[None]:
-    """Multiply float32 matrices in these formats, by PyTorch's backend: "ieee" (exact), "tf32" or "bf16".
-
-    PyTorch before 2.9 has a setting for "cuda" alone.
-    """
+    """Multiply float32 matrices in these formats, by PyTorch's backend: "ieee" (exact), "tf32" or "bf16"."""
     with ExitStack() as stack:
         for backend, precision in formats.items():
-            settings: Any = getattr(getattr(torch.backends, backend), "matmul", None)
-            if hasattr(settings, "fp32_precision"):  # torch 2.9 and later
-                stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
-                settings.fp32_precision = precision
-            elif backend == "cuda" and settings is not None:
-                stack.callback(setattr, settings, "allow_tf32", settings.allow_tf32)
-                settings.allow_tf32 = precision == "tf32"
+            settings: Any = getattr(torch.backends, backend).matmul
+            stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
+            settings.fp32_precision = precision
         yield
 
 
