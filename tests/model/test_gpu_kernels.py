@@ -36,6 +36,14 @@ def test_settings_come_back_whatever_happens() -> None:
         assert matmul.allow_tf32
     finally:
         matmul.allow_tf32 = before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction_split_k"),
+    reason="PyTorch 2.9 has no flag for split sums",
+)
+def test_the_flag_for_split_sums_comes_back() -> None:
+    matmul: Any = torch.backends.cuda.matmul
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
     try:
         with sdpa_kernel(SDPBackend.MATH):
