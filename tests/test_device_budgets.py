@@ -20,7 +20,7 @@ from torch.utils import backend_registration
 from llm_barber import PruneConfig
 from llm_barber.planning.launches import allocation_launches, layer_launches
 from llm_barber.planning.recipe import Recipe
-from tests.conftest import COMMON, FAMILIES
+from tests.conftest import COMMON, FAMILIES, make_model
 from tests.helpers.plans import shapes_of
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
@@ -94,11 +94,14 @@ RUN_BUDGETS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
 
 # Of the plan's launches in a layer, as a share of those counted: other versions, and attention in several kernels.
 LAUNCHES_ARE_LIKE = (0.7, 1.3)
-RUNS_OF_PLANS: dict[str, dict[str, Any]] = {
-    "paper": {"preset": "paper"},
-    "mask": {"preset": "mask"},
-    "best": {"preset": "best"},
-    "mask, 2:4": {"preset": "mask", "pattern": "2:4"},
+RUNS_OF_PLANS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "paper": {"preset": "paper"},
+        "mask": {"preset": "mask"},
+        "best": {"preset": "best"},
+        "mask, 2:4": {"preset": "mask", "pattern": "2:4"},
+    },
+    "mixtral": {"paper": {"preset": "paper"}, "mask, one pass": TUNED},
 }
 
 
@@ -127,11 +130,13 @@ def test_no_stage_takes_more_than_its_budget(llama: Path, tokens: Path) -> None:
             assert budgets[stage].allows(counted), f"{name}, {stage}: {counted}, budget {budgets[stage]}"
 
 
-def test_a_plan_knows_the_launches(llama: Path, tokens: Path) -> None:
-    common: dict[str, Any] = {"model": str(llama), "calibration": str(tokens), "dtype": "float32", "batch_size": 2}
-    settings = [{**common, **changes} for changes in RUNS_OF_PLANS.values()]
-    model = shapes_of(FAMILIES["llama"])
-    for (name, changes), stages in zip(RUNS_OF_PLANS.items(), counts(*settings), strict=True):
+@pytest.mark.parametrize("family", RUNS_OF_PLANS)
+def test_a_plan_knows_the_launches(family: str, tmp_path: Path, tokens: Path) -> None:
+    folder, runs = make_model(tmp_path / family, family), RUNS_OF_PLANS[family]
+    common: dict[str, Any] = {"model": str(folder), "calibration": str(tokens), "dtype": "float32", "batch_size": 2}
+    settings = [{**common, **changes} for changes in runs.values()]
+    model = shapes_of(FAMILIES[family], family)
+    for (name, changes), stages in zip(runs.items(), counts(*settings), strict=True):
         config = PruneConfig(**common, **changes, output=tokens.parent / "out", samples=SEQUENCES, seqlen=TOKENS)
         recipe = Recipe.of(config, 2, torch.float32, torch.float32, torch.device("cuda"))
         planned = sum(layer_launches(model.layers[0], recipe).values())

@@ -7,6 +7,8 @@ from llm_barber.masking.statistics import (
     InputMoments,
     InputSquares,
     TargetMoments,
+    _add_squares_at_once,
+    _add_squares_by_rows,
     exact_half_products,
     weight_gradients,
 )
@@ -60,6 +62,18 @@ def test_gradient_squares_square_before_they_sum() -> None:
         / 5
     )
     torch.testing.assert_close(squares.mean.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_squares_are_added_at_once_as_by_rows(dtype: torch.dtype) -> None:
+    """A GPU's way, on the CPU; a model's gradients are as small as the factor makes them."""
+    gradient = torch.randn(7, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    at_once, by_rows = torch.ones(3, 6) * 1e-9, torch.ones(3, 6) * 1e-9
+    for add, total in ((_add_squares_at_once, at_once), (_add_squares_by_rows, by_rows)):
+        add(total, inputs(dtype)[0], gradient, torch.tensor(2.0**-9), 2 / 300)
+    exact = (gradient.double().t() @ inputs(dtype)[0].double() * 2**-9 * 2 / 300) ** 2 + 1e-9
+    torch.testing.assert_close(at_once, by_rows, rtol=1e-6, atol=0)
+    torch.testing.assert_close(at_once.double(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

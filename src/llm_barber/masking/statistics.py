@@ -233,19 +233,26 @@ class GradientSquares(RunningSums):
             scale: (sequences,), float32, powers of two.
             factor: the same for all sequences.
         """
-        if inputs.device.type == "cpu":
-            for sequence, gradient, scaling in zip(inputs, output_gradient, scale * factor, strict=True):
-                add_squares(self.total, weight_gradients(gradient, sequence), scaling)
-        else:  # gradients by outputs are smaller than those by weights, which are then read once
-            for sequence, gradient, scaling in zip(inputs, output_gradient, scale, strict=True):
-                products = weight_gradients(gradient, sequence, scaling)
-                self.total.addcmul_(products, products, value=factor**2)
+        add = _add_squares_by_rows if inputs.device.type == "cpu" else _add_squares_at_once
+        for sequence, gradient, scaling in zip(inputs, output_gradient, scale, strict=True):
+            add(self.total, sequence, gradient, scaling, factor)
         self.sequences += len(inputs)
 
     @property
     def mean(self) -> Tensor:
         """Mean squared gradient, float32 (out, in)."""
         return self.total / self.sequences.item()
+
+
+def _add_squares_by_rows(total: Tensor, inputs: Tensor, output_gradient: Tensor, scale: Tensor, factor: float) -> None:
+    """Add a sequence's squared gradient to `total`, (out, in), as a CPU is fastest: a few rows at a time."""
+    add_squares(total, weight_gradients(output_gradient, inputs), scale * factor)
+
+
+def _add_squares_at_once(total: Tensor, inputs: Tensor, output_gradient: Tensor, scale: Tensor, factor: float) -> None:
+    """Add a sequence's squared gradient to `total`, (out, in), as a GPU is fastest: in one pass over both."""
+    products = weight_gradients(output_gradient, inputs, scale)
+    total.addcmul_(products, products, value=factor**2)
 
 
 def weight_gradients(output_gradients: Tensor, inputs: Tensor, scale: Tensor | None = None) -> Tensor:

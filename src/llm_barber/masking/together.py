@@ -79,10 +79,15 @@ def _gram_matrices(statistics: Sequence[GramMatrix], inputs: Tensor) -> None:
 def _gradient_squares(
     statistics: Sequence[GradientSquares], inputs: Tensor, output_gradients: Tensor, scale: Tensor, factor: float = 1.0
 ) -> None:
-    for sequence, gradients, scaling in zip(inputs.unbind(1), output_gradients.unbind(1), scale * factor, strict=True):
+    for sequence, gradients, scaling in zip(inputs.unbind(1), output_gradients.unbind(1), scale, strict=True):
         for part in _parts(len(statistics), inputs.shape[-1] * gradients.shape[-1]):
-            products = weight_gradients(gradients[part], sequence[part]).float()
-            _add([statistic.total for statistic in statistics[part]], products.mul_(scaling).square_())
+            totals = [statistic.total for statistic in statistics[part]]
+            if inputs.device.type == "cpu":
+                products = weight_gradients(gradients[part], sequence[part]).float()
+                _add(totals, products.mul_(scaling * factor).square_())
+            else:  # totals of another dtype than the products would be added one by one
+                products = weight_gradients(gradients[part], sequence[part], scaling).float()
+                torch._foreach_addcmul_(totals, products.unbind(0), products.unbind(0), value=factor**2)
     for statistic in statistics:
         statistic.sequences += inputs.shape[1]
 

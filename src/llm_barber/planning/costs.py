@@ -21,8 +21,8 @@ from llm_barber.planning.passes import (
     FLOAT32,
     INPUT_TOUCHES,
     forward_work,
+    gradient_squares_work,
     reduction_work,
-    squaring_work,
     streaming_work,
     weight_count,
 )
@@ -119,7 +119,7 @@ def _rebuilding_work(block: BlockShapes, recipe: Recipe) -> Work:
         gradients=2 * routed * block.weights,
         attention=BACKWARD_ATTENTION * once.attention,
         moved=once.moved,
-    ) + squaring_work(recipe, gradients=recipe.local_sequences * weights)
+    ) + gradient_squares_work(block, recipe)
     group_size = {
         Granularity.OUTPUT: block.linears[0][1], Granularity.INPUT: block.linears[0][0],
         Granularity.LINEAR: block.largest, Granularity.BLOCK: weights + block.other_weights,

@@ -10,8 +10,8 @@ from llm_barber.planning.passes import (
     FLOAT32,
     SQUARING,
     forward_work,
+    input_squares_work,
     reduction_work,
-    squaring_work,
     streaming_work,
 )
 from llm_barber.planning.recipe import Recipe
@@ -76,7 +76,7 @@ def reordering_work(model: ModelShapes, recipe: Recipe) -> Work:
             rows, columns = block.linears[-1] if block.linears else (0, 0)
             compared = columns * TOGETHER * min(ROWS, rows) if block.name == MLP else 0
             total += forward_work(block, recipe, recipe.local_tokens) + Work(moved=3 * FLOAT32 * compared)
-            total += squaring_work(recipe, inputs=recipe.local_tokens * block.share * columns)
+            total += input_squares_work(recipe, recipe.local_tokens * block.share * columns)
             total += streaming_work(block, recipe, recipe.local_tokens, 1, recipe.passing)
         total += Work(read=size, copied=size)
     return total
@@ -142,7 +142,10 @@ def statistics_work(block: BlockShapes, recipe: Recipe) -> Work:
             work += Work(grams=gram_flops(routed, columns), exact=DECOMPOSITION[recipe.method] * columns**3)
             work += reduction_work(recipe, FLOAT32 * columns**2)
         else:
-            work += squaring_work(recipe, inputs=routed * columns) + reduction_work(recipe, FLOAT32 * columns)
+            # Of a mean and a variance (DSnoT) inputs are read about as often on a GPU as on a CPU.
+            moments = recipe.method is Initial.DSNOT
+            work += Work(moved=SQUARING * routed * columns) if moments else input_squares_work(recipe, routed * columns)
+            work += reduction_work(recipe, FLOAT32 * columns)
         for rows, _ in group:
             work += _update_work(recipe, block, rows, columns)
     return work * block.copies

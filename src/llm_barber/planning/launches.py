@@ -1,7 +1,8 @@
 """Kernels that a GPU starts in each stage of a run: the host takes time for each, however little the kernel does.
 
-The numbers were counted in runs of a tiny LLaMA on a pretended GPU, and `tests/test_device_budgets.py` compares a plan
-with such runs. Other dense models start up to a fifth more. Not counted: loops over columns (SparseGPT, ALPS, DSnoT)
+The numbers were counted in runs of a tiny LLaMA and a tiny Mixtral on a pretended GPU, and
+`tests/test_device_budgets.py` compares a plan with such runs. Other dense models start up to a fifth more. Experts with
+few tokens, which start fewer in tuning, are counted as others. Not counted: loops over columns (SparseGPT, ALPS, DSnoT)
 and over rounds of swaps, the order of channels, allocation by outliers, and the output head.
 """
 
@@ -13,8 +14,9 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.settings.presets import Allocation
 
-# In a pass of a block over a batch, beside one for each linear: norm, activation and residual; rotary embeddings.
-BLOCK, ROTARY = 11, 9
+# In a pass of a block over a batch, beside one for each linear: norm, activation and residual; rotary embeddings;
+# routing of tokens to experts.
+BLOCK, ROTARY, ROUTING = 11, 9, 50
 BACKWARD = 1.25  # times the forward
 STATISTICS = 7  # of the inputs that some linears read, for a batch
 # For each linear of a layer: its initial mask; the ranking of the rebuild; errors of blocks; starting scores of tuning.
@@ -37,7 +39,7 @@ def layer_launches(layer: LayerShapes, recipe: Recipe) -> dict[str, float]:
     if recipe.method.reads_inputs:
         launches["initial"] += batches * (once + STATISTICS * groups)
     if recipe.granularity is not None:
-        passes = (2 + BACKWARD) * once + REBUILD_GRADIENTS * linears
+        passes = (2 + BACKWARD) * once + REBUILD_GRADIENTS * _kinds(layer.blocks)
         launches["rebuild"] = batches * passes + REBUILT * linears
     if recipe.refine is not None:
         measured = _batches(recipe, recipe.held_out // recipe.tokens or recipe.local_sequences)
@@ -68,9 +70,8 @@ def allocation_launches(model: ModelShapes, recipe: Recipe) -> float:
         return 0
     batches = _batches(recipe, recipe.loss_tokens // recipe.tokens)
     return batches * sum(
-        (2 + BACKWARD) * _forward(layer.blocks) + ALLOCATION_GRADIENTS * _linears(layer.blocks)
-        for layer in model.layers
-    )  # fmt: skip
+        (2 + BACKWARD) * _forward(layer.blocks) + ALLOCATION_GRADIENTS * _kinds(layer.blocks) for layer in model.layers
+    )
 
 
 def _batches(recipe: Recipe, sequences: int) -> int:
@@ -78,10 +79,18 @@ def _batches(recipe: Recipe, sequences: int) -> int:
 
 
 def _linears(blocks: Iterable[BlockShapes]) -> int:
-    """Linears of a layer; experts that are alike are computed together."""
+    """Linears of a layer, of all experts: masks, scores and sums are each linear's own."""
+    return sum(len(block.linears) * block.copies for block in blocks)
+
+
+def _kinds(blocks: Iterable[BlockShapes]) -> int:
+    """Linears of a layer, of one expert: what products and statistics of experts are computed for together."""
     return sum(len(block.linears) for block in blocks)
 
 
 def _forward(blocks: Iterable[BlockShapes]) -> int:
-    """Kernels of one pass of a layer over a batch."""
-    return sum(len(block.linears) + BLOCK + ROTARY * (block.name == ATTENTION) for block in blocks)
+    """Kernels of one pass of a layer over a batch; experts are computed together."""
+    return sum(
+        len(block.linears) + BLOCK + ROTARY * (block.name == ATTENTION) + ROUTING * (block.copies > 1)
+        for block in blocks
+    )

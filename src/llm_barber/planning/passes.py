@@ -9,9 +9,7 @@ FLOAT32 = 4
 # of a block's input; by rotary embeddings, activations and masks for each output of its first linears.
 INPUT_TOUCHES, OUTPUT_TOUCHES = 16, 5
 BACKWARD_ATTENTION = 2.5  # times the forward: five products instead of two
-# Bytes moved for each number of which squares are added up: float copy, square and sum on a CPU. A GPU squares inputs
-# as it reads them, and a gradient as it adds it to its sum.
-SQUARING, GPU_GRADIENT = 18, 10
+SQUARING = 18  # bytes moved for each number of which squares are added up: float copy, square and sum
 
 
 def forward_work(block: BlockShapes, recipe: Recipe, tokens: float, until_last: bool = False) -> Work:
@@ -61,8 +59,20 @@ def reduction_work(recipe: Recipe, size: float) -> Work:
     return Work(reduced=2 * size * (recipe.processes - 1) / recipe.processes)
 
 
-def squaring_work(recipe: Recipe, inputs: float = 0, gradients: float = 0) -> Work:
-    """Work of adding up squares of so many numbers of inputs and of gradients by weights."""
+def input_squares_work(recipe: Recipe, numbers: float) -> Work:
+    """Work of adding up squares of so many numbers of inputs; a GPU squares them as it reads them."""
+    return Work(moved=numbers * (SQUARING if recipe.on_cpu else recipe.itemsize))
+
+
+def gradient_squares_work(block: BlockShapes, recipe: Recipe) -> Work:
+    """Work of adding up squares of a block's gradients by weights, of all sequences.
+
+    A GPU first scales gradients by outputs, and then reads the gradients by weights of a linear once, with their sum;
+    those of experts are converted before.
+    """
+    weights = recipe.local_sequences * block.all_weights
     if recipe.on_cpu:
-        return Work(moved=SQUARING * (inputs + gradients))
-    return Work(moved=recipe.itemsize * inputs + GPU_GRADIENT * gradients)
+        return Work(moved=SQUARING * weights)
+    outputs = recipe.local_tokens * block.share * block.copies * sum(rows for rows, _ in block.linears)
+    of_weight = SQUARING if block.copies > 1 else recipe.itemsize + 2 * FLOAT32
+    return Work(moved=of_weight * weights + 2 * recipe.itemsize * outputs)
