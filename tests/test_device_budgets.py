@@ -97,9 +97,9 @@ LAUNCHES_ARE_LIKE = (0.7, 1.3)
 RUNS_OF_PLANS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "paper": {"preset": "paper"},
-        "mask": {"preset": "mask"},
-        "best": {"preset": "best"},
-        "mask, 2:4": {"preset": "mask", "pattern": "2:4"},
+        "mask": {"preset": "mask", "tune_passes": 2},
+        "best": {"preset": "best", "tune_passes": 2},
+        "mask, 2:4": {"preset": "mask", "pattern": "2:4", "tune_passes": 2},
     },
     "mixtral": {"paper": {"preset": "paper"}, "mask, one pass": TUNED},
 }
