@@ -17,7 +17,7 @@ from llm_barber.masking.statistics import (
     TargetMoments,
     mirror,
 )
-from llm_barber.masking.together import update_together
+from llm_barber.masking.together import _add_squares, _square_and_add, update_together
 from tests.helpers.experts import Operations
 
 LINEARS, SEQUENCES, TOKENS, IN, OUT = 5, 3, 11, 70, 4
@@ -78,18 +78,34 @@ def test_together_equals_one_after_the_other(
     assert all(not part.any() for part in sums(grouped[-1]) if part.numel() > 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_squares_are_added_as_a_gpu_adds_them(dtype: torch.dtype) -> None:
+    inputs, gradients, _ = batch(dtype, 0)
+    totals = [[torch.ones(OUT, IN) for _ in range(LINEARS)] for _ in range(2)]
+    for add, total in zip((_add_squares, _square_and_add), totals, strict=True):
+        add(total, inputs[:, 1], gradients[:, 1], torch.tensor(0.25), 0.3)
+    for at_once, squared in zip(*totals, strict=True):
+        torch.testing.assert_close(at_once, squared, rtol=1e-6, atol=0)
+    expected = 1 + (0.25 * 0.3 * gradients[1, 1].double().t() @ inputs[1, 1].double()) ** 2
+    rtol = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(totals[0][1].double(), expected, rtol=rtol, atol=rtol)
+    assert (totals[0][1] > 1.01).any()
+
+
 def test_a_statistic_without_a_grouped_sum_is_updated_linear_by_linear() -> None:
     class Own(GradientSquares):
         """A statistic of a caller."""
 
-        def update(self, inputs: torch.Tensor, output_gradient: torch.Tensor, scale: torch.Tensor) -> None:
-            self.total += scale.sum() + inputs.sum() + output_gradient.sum()
+        def update(
+            self, inputs: torch.Tensor, output_gradient: torch.Tensor, scale: torch.Tensor, factor: float = 1.0
+        ) -> None:
+            self.total += scale.sum() + inputs.sum() + output_gradient.sum() + factor
 
     inputs, gradients, scale = batch(torch.float32, 0)
     statistics = [Own((OUT, IN), CPU) for _ in range(LINEARS)]
-    update_together(statistics, inputs, gradients, scale)
+    update_together(statistics, inputs, gradients, scale, 0.5)
     for index, statistic in enumerate(statistics):
-        expected = scale.sum() + inputs[index].sum() + gradients[index].sum()
+        expected = scale.sum() + inputs[index].sum() + gradients[index].sum() + 0.5
         torch.testing.assert_close(statistic.total, expected.expand(OUT, IN))
     targets = [TargetMoments(IN, CPU) for _ in range(LINEARS)]
     update_together(targets, inputs, inputs)

@@ -82,14 +82,24 @@ def _gradient_squares(
     for sequence, gradients, scaling in zip(inputs.unbind(1), output_gradients.unbind(1), scale, strict=True):
         for part in _parts(len(statistics), inputs.shape[-1] * gradients.shape[-1]):
             totals = [statistic.total for statistic in statistics[part]]
-            if inputs.device.type == "cpu":
-                products = weight_gradients(gradients[part], sequence[part]).float()
-                _add(totals, products.mul_(scaling * factor).square_())
-            else:  # totals of another dtype than the products would be added one by one
-                products = weight_gradients(gradients[part], sequence[part], scaling).float()
-                torch._foreach_addcmul_(totals, products.unbind(0), products.unbind(0), value=factor**2)
+            add = _square_and_add if inputs.device.type == "cpu" else _add_squares
+            add(totals, sequence[part], gradients[part], scaling, factor)
     for statistic in statistics:
         statistic.sequences += inputs.shape[1]
+
+
+def _square_and_add(
+    totals: list[Tensor], inputs: Tensor, output_gradients: Tensor, scale: Tensor, factor: float
+) -> None:
+    """Add a sequence's squared gradients of n linears to their totals, as a CPU does: scaled, squared, added."""
+    _add(totals, weight_gradients(output_gradients, inputs).float().mul_(scale * factor).square_())
+
+
+def _add_squares(totals: list[Tensor], inputs: Tensor, output_gradients: Tensor, scale: Tensor, factor: float) -> None:
+    """Add a sequence's squared gradients of n linears to their totals, as a GPU does: squared as they are added."""
+    # They are converted before: PyTorch would add to totals of another dtype one by one.
+    products = weight_gradients(output_gradients, inputs, scale).float().unbind(0)
+    torch._foreach_addcmul_(totals, products, products, value=factor**2)
 
 
 def _fisher_sums(statistics: Sequence[FisherSums], inputs: Tensor, output_gradients: Tensor, scale: Tensor) -> None:

@@ -142,7 +142,7 @@ def statistics_work(block: BlockShapes, recipe: Recipe) -> Work:
             work += Work(grams=gram_flops(routed, columns), exact=DECOMPOSITION[recipe.method] * columns**3)
             work += reduction_work(recipe, FLOAT32 * columns**2)
         else:
-            # Of a mean and a variance (DSnoT) inputs are read about as often on a GPU as on a CPU.
+            # DSnoT's mean and variance take several passes over the inputs on a GPU, too.
             moments = recipe.method is Initial.DSNOT
             work += Work(moved=SQUARING * routed * columns) if moments else input_squares_work(recipe, routed * columns)
             work += reduction_work(recipe, FLOAT32 * columns)

@@ -2,8 +2,8 @@
 
 The numbers were counted in runs of a tiny LLaMA and a tiny Mixtral on a pretended GPU, and
 `tests/test_device_budgets.py` compares a plan with such runs. Other dense models start up to a fifth more. Experts with
-few tokens, which start fewer in tuning, are counted as others. Not counted: loops over columns (SparseGPT, ALPS, DSnoT)
-and over rounds of swaps, the order of channels, allocation by outliers, and the output head.
+few tokens, which tuning leaves out, are counted like experts with many. Not counted: loops over columns (SparseGPT,
+ALPS, DSnoT) and over rounds of swaps, the order of channels, allocation by outliers, and the output head.
 """
 
 import math
@@ -84,7 +84,7 @@ def _linears(blocks: Iterable[BlockShapes]) -> int:
 
 
 def _kinds(blocks: Iterable[BlockShapes]) -> int:
-    """Linears of a layer, of one expert: what products and statistics of experts are computed for together."""
+    """Linears of a layer, of one expert: products and statistics take all experts at once."""
     return sum(len(block.linears) for block in blocks)
 
 

@@ -68,11 +68,12 @@ def gradient_squares_work(block: BlockShapes, recipe: Recipe) -> Work:
     """Work of adding up squares of a block's gradients by weights, of all sequences.
 
     A GPU first scales gradients by outputs, and then reads the gradients by weights of a linear once, with their sum;
-    those of experts are converted before.
+    those of experts are converted to float32 before. (In float16 all are float32, which is not counted.)
     """
     weights = recipe.local_sequences * block.all_weights
     if recipe.on_cpu:
         return Work(moved=SQUARING * weights)
     outputs = recipe.local_tokens * block.share * block.copies * sum(rows for rows, _ in block.linears)
-    of_weight = SQUARING if block.copies > 1 else recipe.itemsize + 2 * FLOAT32
+    converted = block.copies > 1 and recipe.itemsize < FLOAT32
+    of_weight = SQUARING if converted else recipe.itemsize + 2 * FLOAT32
     return Work(moved=of_weight * weights + 2 * recipe.itemsize * outputs)
