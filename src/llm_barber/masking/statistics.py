@@ -261,12 +261,11 @@ def weight_gradients(output_gradients: Tensor, inputs: Tensor, scale: Tensor | N
     They have the gradients' dtype, or float32 for float16, since a sum over tokens can exceed the largest float16,
     65504. A scale, float32, (), multiplies them; if it is a power of two, no bit of their significands changes.
     """
-    if output_gradients.dtype != torch.float16:
-        scaled = output_gradients if scale is None else output_gradients * scale
-        return scaled.transpose(-2, -1) @ inputs
-    with exact_half_products(torch.float16):
-        scaled = output_gradients.float() if scale is None else output_gradients.float() * scale
-        return scaled.transpose(-2, -1) @ inputs.float()
+    if output_gradients.dtype == torch.float16:
+        with exact_half_products(torch.float16):
+            return weight_gradients(output_gradients.float(), inputs.float(), scale)
+    scaled = output_gradients if scale is None else output_gradients * scale
+    return scaled.transpose(-2, -1) @ inputs
 
 
 class FisherSums(RunningSums):
