@@ -68,8 +68,13 @@ def measured(folder: Path, dense: Path) -> dict[str, Any]:
     return {**model, "text": [str(folder / "text.txt")], "windows": 4, "seqlen": 24}
 
 
-WAITS = {"paper": 174, "mask": 243, "held out": 267}  # of a run with 8 windows, 2 layers and 14 linears
-CHECK_FINITE, BREAK_TIES = "model/gradients.py check_finite", "masking/selection.py _without_ties"
+# Most waits of each line of the program, in a run with 8 windows, 2 layers and 14 linears.
+WAITS: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "data" / "waits.json").read_text())
+CHECK_FINITE = "model/gradients.py: if not finite.all():"
+BREAK_TIES = (
+    "masking/selection.py: tied: list[bool] = torch.stack([members.surplus.any() for members in marked]).tolist() "
+    "if marked else []"
+)
 
 
 @pytest.mark.timeout(300)
@@ -90,14 +95,22 @@ def test_the_device_is_waited_for_as_seldom_as_can_be(tmp_path: Path, llama: Pat
     in_a_step, *in_runs = (Counter(waits) for waits in results(step, *runs))
     assert in_a_step == {CHECK_FINITE: 1, BREAK_TIES: 1}
     layers, steps = 2, 2  # a step has four windows
-    embedded = {"model/stepping.py capture": 4, "model/skeleton.py Skeleton.embed": 4}  # for the copy of token ids
+    embedded = {  # for the copy of token ids
+        "model/stepping.py: model.base_model(input_ids=tokens, use_cache=False, **inputs)": 4,
+        "model/skeleton.py: tokens = tokens.to(self.device)": 4,
+    }
     # Of the allocation: token ids, and layers' inputs, which lie in host memory that is not pinned.
-    copied = {"method/allocation.py _loss_gradient": 4, "method/allocation.py _backward": 8}
-    lost = {"model/skeleton.py Skeleton.finish": 8} | copied
+    copied = {
+        "method/allocation.py: following = tokens[:, 1:].to(hidden.device)": 4,
+        "method/allocation.py: gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], "
+        "sums)": 8,
+    }
+    lost = {"model/skeleton.py: logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits": 8} | copied
     tuned = {CHECK_FINITE: layers * PASSES * steps, BREAK_TIES: layers * PASSES * steps}
     held_out = {CHECK_FINITE: layers * PASSES, BREAK_TIES: layers * PASSES}  # 6 and 12 windows make 2 and 3 steps
     added = [dict(more - fewer) for fewer, more in zip(in_runs[::2], in_runs[1::2], strict=True)]
     assert added == [embedded, embedded | lost | tuned, embedded | lost | held_out]
-    # Of a whole run with eight windows: for each layer and linear, too. Whoever lowers the number lowers it here.
+    # Whoever adds a line that waits, or changes one, changes its budget.
     for name, waits in zip(presets, in_runs[::2], strict=True):
-        assert sum(waits.values()) <= WAITS[name], (name, waits)
+        beyond = {line: count for line, count in waits.items() if count > WAITS[name].get(line, 0)}
+        assert not beyond, f"{name}: {beyond}, of {dict(waits)}"

@@ -9,7 +9,7 @@ interface below experimental: the pretend GPU is a process of its own, started b
 Each SETTINGS is JSON of `PruneConfig` or `EvaluateConfig`; the program prints how far its results are from the CPU's.
 With `room` in it, so many bytes of activations stay on the device, until its memory runs out after a layer. With
 `interrupted`, the run stops after its first layer, loses that layer's output, and goes on. With `counted`, it prints
-how often the host waits for the device, by function: in a `step` of tuning, or in the whole `run`.
+how often the host waits for the device, by line of the program: in a `step` of tuning, or in the whole `run`.
 """
 
 import json
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
+from linecache import getline
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -49,17 +50,19 @@ COPY, PLACES = ("aten::copy_", "aten::_to_copy"), ("aten::index", "aten::index_p
 
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")  # the host reads their result
 PACKAGE = Path(llm_barber.__file__).parent
-waits: Counter[str] = Counter()  # times that the host has waited for the device, by file and function
+waits: Counter[str] = Counter()  # times that the host has waited for the device, by file and line's text
 
 
 def note_wait() -> None:
-    """Count a wait for the program's innermost function that is being called."""
+    """Count a wait for the program's innermost line that is being run."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
         frame = frame.f_back
-    code = frame.f_code if frame is not None else note_wait.__code__
-    path = Path(code.co_filename)
-    waits[f"{path.relative_to(PACKAGE) if frame is not None else path.name} {code.co_qualname}"] += 1
+    if frame is None:
+        waits["outside of the program"] += 1
+        return
+    path = Path(frame.f_code.co_filename)
+    waits[f"{path.relative_to(PACKAGE)}: {getline(str(path), frame.f_lineno).strip()}"] += 1
 
 
 FAILING = 4  # number of the block whose result does not fit: the second block of the second layer
@@ -257,8 +260,8 @@ def difference(folder: Path, settings: dict[str, Any]) -> float:
     return differences.max().item()  # NaN if one is
 
 
-def waits_by_function(folder: Path, settings: dict[str, Any], counted: str) -> dict[str, int]:
-    """Number of times that the host waits for the device, by function.
+def waits_by_line(folder: Path, settings: dict[str, Any], counted: str) -> dict[str, int]:
+    """Number of times that the host waits for the device, by file and line.
 
     `counted`: between two of Adam's steps where they are fewest, `step`, or in the whole `run`.
     """
@@ -297,7 +300,7 @@ def main() -> None:
         for argument in sys.argv[1:]:
             settings = json.loads(argument)
             if counted := settings.pop("counted", ""):
-                result: float | dict[str, int] = waits_by_function(Path(folder), settings, counted)
+                result: float | dict[str, int] = waits_by_line(Path(folder), settings, counted)
             elif "text" in settings:
                 result = difference_of_measures(settings)
             else:

@@ -10,7 +10,7 @@ from llm_barber.cli import _main
 from llm_barber.errors import BarberError, ModelError, SettingsError
 from llm_barber.planning.forecast import Forecast
 from llm_barber.planning.plan import plan
-from llm_barber.planning.rates import KINDS
+from llm_barber.planning.rates import KINDS, disk_rates
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.text.calibration import token_shape
 from tests.conftest import Listener, save_tokens
@@ -51,7 +51,8 @@ def test_a_gpu_does_not_wait_for_activations(tmp_path: Path) -> None:
         (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=bandwidth, preset="paper")).runs
         stages = {stage.name: stage for stage in run.stages}
         layer = sum(stages[name].seconds for name in ("initial", "rebuild", "propagate")) / 32
-        file = (each / bandwidth + stages["keep"].seconds * each / stages["keep"].bytes_written) / 32
+        copied = stages["keep"].seconds / stages["keep"].bytes_written
+        file = each * (1 / disk_rates(bandwidth)["kept"] + copied) / 32
         expected = max(1, min(file / (0.1 * layer), 8), file / layer)
         assert stages["keep"].bytes_written == pytest.approx(each / expected)
         assert stages["keep"].seconds == stages["keep"].seconds_by_kind["link"]  # copies off the device
@@ -60,7 +61,7 @@ def test_a_gpu_does_not_wait_for_activations(tmp_path: Path) -> None:
     assert distances == sorted(distances)
     assert distances[0] < distances[1] < 8 == distances[2] < distances[3]
     alone: dict[str, Any] = {"initial": "sparsegpt", "rebuild": False}
-    for settings, waited in ((alone, each / 2e9), ({**alone, "keep_updates": True}, 0)):
+    for settings, waited in ((alone, each / disk_rates(2e9)["kept"]), ({**alone, "keep_updates": True}, 0)):
         (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=2e9, **settings)).runs
         (keep,) = (stage for stage in run.stages if stage.name == "keep")
         # Each layer waits if other weights are written than those that ran.

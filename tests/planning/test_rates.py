@@ -1,8 +1,9 @@
 """Rates of a named machine, and how amounts and times are printed."""
 
+import pytest
 import torch
 
-from llm_barber.planning.rates import named_rates
+from llm_barber.planning.rates import SHA256, disk_rates, named_rates
 from llm_barber.planning.table import amount, duration
 from llm_barber.planning.work import Work
 from tests.helpers.plans import RATES
@@ -16,3 +17,10 @@ def test_rates_by_hand() -> None:
     }  # fmt: skip
     assert (amount(16.1e9), amount(12)) == ("16.1 G", "12 ")
     assert (duration(8.31), duration(720), duration(12240)) == ("8.3 s", "12 min", "3.4 h")
+
+
+def test_what_is_written_is_hashed() -> None:
+    slow, fast = disk_rates(1e9), disk_rates(2e10)
+    assert (slow["read"], slow["written"]) == (1e9, 1e9)  # hashed while the disk writes
+    assert fast["written"] == SHA256
+    assert fast["kept"] == pytest.approx(1e10)  # hashed before the disk writes

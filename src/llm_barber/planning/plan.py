@@ -19,7 +19,7 @@ from llm_barber.planning.forecast import Forecast, ProcessesForecast, StageForec
 from llm_barber.planning.limits import device_room, left_for_activations
 from llm_barber.planning.measured_rates import measured_rates
 from llm_barber.planning.memory import in_files, peak_footprint
-from llm_barber.planning.rates import Rates, named_rates
+from llm_barber.planning.rates import Rates, disk_rates, named_rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes, model_shapes
 from llm_barber.planning.waiting import waiting_seconds, with_files_kept
@@ -180,7 +180,7 @@ def _rates(
         progress.stage("measuring this machine")
         rates = measured_rates(model, recipe, dtype, device, network)
         disk = config.bandwidth
-        return rates if disk is None else replace(rates, read=disk, written=disk, kept=disk)
+        return rates if disk is None else replace(rates, **disk_rates(disk))
     memory, link = config.memory_bandwidth or MEMORY_BANDWIDTH, config.link or LINK
     return named_rates(config.flops, config.float32_flops, memory, link, network, config.bandwidth or DISK, dtype)
 

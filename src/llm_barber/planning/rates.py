@@ -18,6 +18,9 @@ ATTENTION_SHARE, FLOAT32_SHARE, TF32_SHARE = 0.5, 0.125, 0.5
 # Bytes that memory moves: to sort an element, for each halving; for a weight, in a round of swaps.
 SORTING_BYTES, SEARCHING_BYTES = 8, 400
 LAUNCHES = 150_000.0  # kernels a second that PyTorch starts, assumed for a named machine
+# Bytes/s of a core that hashes, assumed for a named machine: SHA-256 (of the output, by instructions for it; an AMD
+# EPYC took 1.8e9) and XXH3 (of activations for `--resume`).
+SHA256, XXH3 = 1.5e9, 2e10
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,16 @@ def named_rates(
         products=flops, gradients=flops, attention=flops * ATTENTION_SHARE,
         grams=exact if dtype == torch.float32 else max(exact, flops * TF32_SHARE), exact=exact,
         moved=memory, sorted=sorting, ordered=sorting, searched=memory / SEARCHING_BYTES,
-        copied=link, reduced=network, read=disk, written=disk, kept=disk,
-        launches=LAUNCHES,
+        copied=link, reduced=network, launches=LAUNCHES, **disk_rates(disk),
     )  # fmt: skip
+
+
+def disk_rates(disk: float) -> dict[str, float]:
+    """Bytes/s of reading, of writing the output, and of writing activations, with their hashes.
+
+    The output is hashed while the disk writes it, and activations before.
+
+    Args:
+        disk: bytes/s of the disk.
+    """
+    return {"read": disk, "written": min(disk, SHA256), "kept": 1 / (1 / disk + 1 / XXH3)}

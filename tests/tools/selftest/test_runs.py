@@ -1,6 +1,5 @@
-"""Runs that are repeated, run out of memory and wait: what is a fault, with a GPU's functions replaced."""
+"""Runs that are repeated and run out of memory: what is a fault, with a GPU's functions replaced."""
 
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ from llm_barber.method import layer as layer_module
 from llm_barber.tools.selftest import runs
 from llm_barber.tools.selftest.bench import CPU, TINY, Bench
 from llm_barber.tools.selftest.result import NotRunError
-from llm_barber.tools.selftest.runs import REPEATED, check_memory, check_repeat, check_waits, judge_waits, noted_waits
+from llm_barber.tools.selftest.runs import REPEATED, check_memory, check_repeat
 
 
 def test_the_same_bytes_pass_and_others_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,54 +95,6 @@ def test_a_batch_that_takes_no_more_memory_is_not_limited(bench: Bench, monkeypa
         list(check_memory(bench))
 
 
-@pytest.fixture
-def sync_modes(monkeypatch: pytest.MonkeyPatch) -> list[str | int]:
-    """PyTorch's modes of synchronisation that are set."""
-    modes: list[str | int] = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    return modes
-
-
-def wait() -> None:
-    warnings.warn("called a synchronizing CUDA operation (Triggered internally at …)", stacklevel=2)
-
-
-def test_waits_between_two_steps_are_noted_by_line(sync_modes: list[str | int]) -> None:
-    values = torch.zeros(2, requires_grad=True)
-    optimizer = torch.optim.Adam([values])
-    values.grad = torch.ones(2)
-    with noted_waits() as steps:
-        wait()  # before the first step
-        for waits in (3, 1, 0):
-            optimizer.step()
-            for _ in range(waits):
-                wait()
-            warnings.warn("another warning", stacklevel=1)
-    assert sync_modes == ["warn", 0]
-    assert [len(lines) for lines in steps] == [3, 1, 0]
-    assert len(set(steps[0])) == 1
-    assert steps[0][0].startswith("test_runs.py:")
-    optimizer.step()
-    assert len(steps) == 3
-    finding = judge_waits(steps, 1)  # the last interval is no step
-    assert finding.passed
-    assert "waits 1 times (budget 1): test_runs.py:" in finding.text
-    assert not judge_waits(steps, 0).passed
-    assert not judge_waits([[]], 5).passed
-    assert not judge_waits([], 5).passed
-
-
-def test_a_run_has_steps_to_count(bench: Bench, sync_modes: list[str | int], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Bench.prune
-    monkeypatch.setattr(Bench, "prune", lambda self, _, **settings: whole(self, CPU, **settings))
-    bench.device = torch.device("cuda", 0)
-    (finding,) = check_waits(bench)
-    assert finding.passed
-    assert "waits 0 times" in finding.text
-
-
-def test_nothing_of_it_runs_on_a_cpu(bench: Bench) -> None:
-    for check in (check_memory, check_waits):
-        with pytest.raises(NotRunError):
-            list(check(bench))
+def test_a_cpu_has_no_such_memory(bench: Bench) -> None:
+    with pytest.raises(NotRunError):
+        list(check_memory(bench))

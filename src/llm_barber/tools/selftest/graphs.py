@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from llm_barber.runtime.on_gpu import has_kernels
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.tools.selftest.bench import Bench
 from llm_barber.tools.selftest.result import Finding, NotRunError
+from llm_barber.tools.selftest.waits import waits_are_errors
 
 PROMPT, WARM_UPS, REPLAYS = 8, 3, 3  # tokens
 TOLERANCE = 1e-4  # of the largest logit: float32, in a graph, where libraries may choose another kernel
@@ -103,17 +103,6 @@ def check_no_waits(decoder: Decoder) -> Finding:
     except RuntimeError as error:
         return Finding(text=f"a step of decoding waits for the GPU: {str(error).splitlines()[0]}", passed=False)
     return Finding(text="a step of decoding does not wait for the GPU", passed=True)
-
-
-@contextmanager
-def waits_are_errors() -> Iterator[None]:
-    """Let every operation that waits for the GPU raise a RuntimeError within the context."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def replay_graph(decoder: Decoder, tokens: Tensor) -> Tensor:

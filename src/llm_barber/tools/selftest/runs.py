@@ -1,15 +1,12 @@
-"""Runs that are repeated, run out of memory, and wait for the GPU."""
+"""Runs that are repeated, and that run out of memory."""
 
 import math
-import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llm_barber.tools.selftest.bench import Bench, Size
 from llm_barber.tools.selftest.masks import MASK_CHECKS, judge_masks
@@ -24,9 +21,6 @@ REPEATED: dict[str, dict[str, Any]] = {
 }
 # Windows long enough that a batch of them takes far more memory than a window, and than the weights.
 ROOMY = Size(256, 704, 2, 8, 4, 512, windows=16, tokens=1024)
-SYNCHRONISES = "synchronizing CUDA operation"  # in PyTorch's warning
-SHOWN_LINES = 8
-WAITS = 2  # most waits of a step of tuning for the GPU, as on the pretend GPU
 
 
 def check_repeat(bench: Bench) -> Iterator[Finding]:
@@ -92,53 +86,3 @@ def limited_memory(device: torch.device, limit: float) -> Iterator[None]:
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
         torch.cuda.empty_cache()
-
-
-def check_waits(bench: Bench) -> Iterator[Finding]:
-    """Count how often a step of tuning waits for the GPU, by line of the code.
-
-    Raises:
-        NotRunError: the device is a CPU.
-    """
-    if not bench.on_gpu:
-        raise NotRunError("nothing waits for a CPU")
-    with noted_waits() as steps:
-        bench.prune(bench.device, preset="mask", tune_passes=2, guard=0)
-    yield judge_waits(steps, WAITS)
-
-
-def judge_waits(steps: list[list[str]], budget: int) -> Finding:
-    """Compare the waits of the step that has the fewest with a budget; other intervals have more than a step."""
-    if len(steps) < 2:  # the last interval ends with the run
-        return Finding(text="no step of tuning was seen", passed=False)
-    lines = min(steps[:-1], key=len)
-    shown = [f"{line} × {count}" for line, count in Counter(lines).most_common(SHOWN_LINES)]
-    return Finding(
-        text=f"a step of tuning waits {len(lines)} times (budget {budget}){': ' if shown else ''}{', '.join(shown)}",
-        passed=len(lines) <= budget,
-    )
-
-
-@contextmanager
-def noted_waits() -> Iterator[list[list[str]]]:
-    """Note the lines of the code that wait for the GPU, between each two steps of an optimizer, within the context."""
-    steps: list[list[str]] = []
-
-    def begin(*_: Any) -> None:
-        steps.append([])
-
-    def note(message: Warning | str, category: type[Warning], filename: str, line: int, *_: Any) -> None:
-        if SYNCHRONISES in str(message) and steps:
-            steps[-1].append(f"{Path(filename).name}:{line}")
-
-    before = torch.cuda.get_sync_debug_mode()
-    hook = register_optimizer_step_post_hook(begin)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note  # type: ignore[assignment]
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield steps
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-            hook.remove()

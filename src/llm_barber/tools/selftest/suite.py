@@ -18,9 +18,10 @@ from llm_barber.tools.selftest.graphs import check_graphs
 from llm_barber.tools.selftest.masks import MASK_CHECKS, check_masks
 from llm_barber.tools.selftest.products import HEADS, check_attention, check_packed, check_semi_structured
 from llm_barber.tools.selftest.result import CheckResult, Finding, NotRunError, SelftestReport, Status, TimedRun
-from llm_barber.tools.selftest.runs import REPEATED, check_memory, check_repeat, check_waits
+from llm_barber.tools.selftest.runs import REPEATED, check_memory, check_repeat
 from llm_barber.tools.selftest.second_gpu import ON_BOTH, check_second_gpu
 from llm_barber.tools.selftest.times import time_runs
+from llm_barber.tools.selftest.waits import check_waits
 
 PACKAGE = Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ CHECKS: dict[Check, CheckEntry] = {
     Check.REPEAT: CheckEntry("the same run gives the same bytes", check_repeat, lambda _: len(REPEATED)),
     Check.SECOND_GPU: CheckEntry("another GPU gives the same masks", check_second_gpu, lambda _: len(ON_BOTH) + 1),
     Check.MEMORY: CheckEntry("a run goes on when the GPU's memory runs out", check_memory, lambda _: 2),
-    Check.WAITS: CheckEntry("a step of tuning hardly waits for the GPU", check_waits, lambda _: 1),
+    Check.WAITS: CheckEntry("a step of tuning hardly waits for the GPU", check_waits, lambda _: 2),
     Check.ATTENTION: CheckEntry(
         "attention is the same with and without a gradient",
         check_attention,
