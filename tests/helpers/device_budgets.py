@@ -1,13 +1,15 @@
-"""Bytes between the host and the pretend GPU, and launches, by stage of a run.
+"""Bytes between the host and the pretend GPU, launches, and bytes of its memory, by stage of a run.
 
     python -m tests.helpers.device_budgets SETTINGS…
 
 Each SETTINGS is JSON of `PruneConfig`; the program prints a line of JSON for each: for each stage the bytes `to_device`
-and `to_host`, and the `launches`. Stages are those of a run's record, `layer` for the decoder layer that has the
-most, and `other`. With `room` in it, so many bytes of activations stay on the device.
+and `to_host`, the `launches`, and the bytes `moved` in the device's memory. Stages are those of a run's record, `layer`
+for the decoder layer that has the most, and `other`. With `room` in it, so many bytes of activations stay on the
+device.
 
 A launch is an operation on tensors of the device, as PyTorch dispatches it below autograd, that is neither a view nor
-an allocation: on CUDA it is one kernel or a few. Tensors that are created on the device are not counted.
+an allocation: on CUDA it is one kernel or a few. Tensors that are created on the device are not counted. A launch moves
+the tensors that it reads or writes, once each; matrix products, and sorts, are left out, as plans count them apart.
 """
 
 import json
@@ -22,6 +24,7 @@ from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from llm_barber import PruneConfig, prune
 from llm_barber.model.array_memory import ArrayMemory
@@ -30,12 +33,17 @@ from tests.helpers import pretend_gpu
 from tests.helpers.pretend_gpu import DEVICE, OnDevice, on_device
 
 STAGES = {"_embed": "embed", "_allocate": "allocate", "_prune_step": "layer"}  # by the functions of `run/stream.py`
-KINDS = ("to_device", "to_host", "launches")
+KINDS = ("to_device", "to_host", "launches", "moved")
 # Operations that start nothing on the device, though they are no views.
 NO_LAUNCH = (
     "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_local_scalar_dense", "aten::_fused_sdp_choice",
     "aten::lift_fresh", "aten::set_", "aten::resize_", "aten::record_stream", "aten::equal",
 )  # fmt: skip
+
+WRITTEN = ("aten::zero_", "aten::copy_", "aten::fill_")  # they do not read what they write to
+# Operations that plans count in other ways than by bytes moved.
+NOT_MOVED = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_", "aten::sort")
+READS = {"aten::kthvalue": 8}  # times that an operation reads its input, where it is not once; see `SELECTING`
 
 
 class Counts:
@@ -80,6 +88,27 @@ def size(values: torch.Tensor) -> int:
     return values.numel() * values.element_size()
 
 
+def moved(function: Any, arguments: Any, named: Any, result: Any) -> int:
+    """Bytes of the tensors that an operation reads and writes."""
+    schema = function._schema
+    if schema.name in NOT_MOVED:
+        return 0
+    read, written = {}, {id(tensor): tensor for tensor in on_the_device(result)}
+    for number, argument in enumerate(schema.arguments):
+        given = arguments[number] if number < len(arguments) else (named or {}).get(argument.name)
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        for tensor in on_the_device(given):
+            if changed:
+                written[id(tensor)] = tensor
+            if not changed or not (argument.kwarg_only or schema.name in WRITTEN):
+                read[id(tensor)] = tensor
+    return READS.get(schema.name, 1) * sum(map(size, read.values())) + sum(map(size, written.values()))
+
+
+def on_the_device(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, OnDevice)]
+
+
 @contextmanager
 def counted(counts: Counts) -> Iterator[None]:
     """Count what the pretend GPU does within the context."""
@@ -87,13 +116,16 @@ def counted(counts: Counts) -> Iterator[None]:
 
     def note_dispatch(kind: type, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         name = function._schema.name
-        if name == "aten::copy_" and isinstance(arguments[0], OnDevice) is not isinstance(arguments[1], OnDevice):
+        between = name == "aten::copy_" and isinstance(arguments[0], OnDevice) is not isinstance(arguments[1], OnDevice)
+        if between:
             counts.add("to_device" if isinstance(arguments[0], OnDevice) else "to_host", size(arguments[1]))
         elif name == "aten::_local_scalar_dense":
             counts.add("to_host", size(arguments[0]))
-        elif is_launch(function):
+        result = dispatch(kind, function, types, arguments, named)
+        if not between and is_launch(function):
             counts.add("launches")
-        return dispatch(kind, function, types, arguments, named)
+            counts.add("moved", moved(function, arguments, named, result))
+        return result
 
     def note_to(values: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         result = to(values, *arguments, **named)

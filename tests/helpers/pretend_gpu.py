@@ -65,6 +65,31 @@ def note_wait() -> None:
     waits[f"{path.relative_to(PACKAGE)}: {getline(str(path), frame.f_lineno).strip()}"] += 1
 
 
+def rms_norm(
+    hidden: torch.Tensor, shape: list[int], weight: torch.Tensor | None, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What CUDA's kernel computes: the normalised states, and the root that their gradient needs."""
+    root = hidden.float().pow(2).mean(-1, keepdim=True).add(epsilon).rsqrt()
+    return torch.nn.functional.rms_norm(hidden, shape, weight, epsilon), root
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    shape: list[int],
+    root: torch.Tensor,
+    weight: torch.Tensor | None,
+    mask: list[bool],
+) -> tuple[torch.Tensor, None]:
+    """Gradient by the input, the only one that a run needs, in the order of autograd's operations on a CPU."""
+    assert mask == [True, False]
+    wide = hidden.float()
+    of_normalised = (gradient if weight is None else gradient * weight).float()
+    of_mean = (of_normalised * wide).sum(-1, keepdim=True) * root.pow(3) * -0.5 / shape[-1]
+    return (of_normalised * root + of_mean * (wide * 2)).to(hidden.dtype), None
+
+
+NORMS = {"aten::_fused_rms_norm": rms_norm, "aten::_fused_rms_norm_backward": rms_norm_backward}
 FAILING = 4  # number of the block whose result does not fit: the second block of the second layer
 
 
@@ -98,7 +123,8 @@ class OnDevice(torch.Tensor):
         arguments, named = tree_map_only(OnDevice, lambda tensor: tensor.inner, (arguments, named))
         if device is not None and torch.device(device).type == "meta":
             return function(*arguments, **named, device=device)
-        result = function(*arguments, **named)
+        kernel = NORMS.get(name, function)
+        result = kernel(*arguments, **named)
         if device is not None and torch.device(device).type == "cpu":
             return result
         # A tensor that was written in place is returned as the wrapper that came in.
@@ -180,10 +206,13 @@ def _copy(values: torch.Tensor, place: torch.Tensor, _: bool = False) -> torch.T
 
 def _register(library: torch.library.Library) -> None:
     """Tell PyTorch how its own operations make tensors there, as long as the library lives."""
-    operations: dict[str, Callable[..., torch.Tensor]] = {
+    operations: dict[str, Callable[..., Any]] = {
         "empty.memory_format": lambda size, dtype=None, **_: OnDevice(torch.empty(size, dtype=dtype)),
         "empty_strided": lambda *shape, dtype=None, **_: OnDevice(torch.empty_strided(*shape, dtype=dtype)),
         "_copy_from": _copy,
+        # Never called, since `OnDevice` comes first: as CUDA, the device has a kernel of its own for these.
+        "_fused_rms_norm": rms_norm,
+        "_fused_rms_norm_backward": rms_norm_backward,
     }
     for name, operation in operations.items():
         library.impl(name, operation, "PrivateUse1")

@@ -35,7 +35,7 @@ def played(layers: int, reading: float, of_a_layer: float, writing: float) -> fl
 @pytest.mark.parametrize("written", [1e2, 1e3, 1e6, 1e8])
 def test_a_gpu_waits_for_a_slow_disk_the_first_layer_and_the_last_shard(written: float, read: float) -> None:
     costs = run_costs(DEEP, GPU)
-    rates = replace(RATES, written=written, read=read, moved=1e6, launches=1e12)
+    rates = replace(RATES, written=written, read=read, moved=1.6e6, launches=1e12)
     layer = sum(sum(rates.seconds(getattr(costs, name)).values()) for name in LAYER_STAGES) / 32
     reading, writing = costs.read.read / 32 / read, 117 * 2 / written
     waited = waiting_seconds(costs, DEEP, rates, GPU)

@@ -12,6 +12,16 @@ from torch import Tensor
 NUMBERS = 2**17  # of a matrix that a CPU takes at a time
 
 
+def set_scaled(total: Tensor, values: Tensor, scale: Tensor) -> None:
+    """Begin a sum with scale · values; its numbers so far are not read. The arguments are those of `add_scaled`."""
+    if total.device.type != "cpu":
+        torch.mul(values, scale, out=total)
+        return
+    factor = scale.item()
+    for part, first in _by_rows(total, values):
+        part.copy_(first).mul_(factor)
+
+
 def add_scaled(total: Tensor, values: Tensor, scale: Tensor) -> None:
     """Add scale · values to a sum.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llm_barber.masking.by_rows import add_scaled, multiply
+from llm_barber.masking.by_rows import add_scaled, multiply, set_scaled
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.scores import Scored, count_pruned, masks_from_scores, starting_scores
 from llm_barber.masking.selection import apply_mask, equal_runs
@@ -225,10 +225,11 @@ def _descend(
             weights = {
                 name: weight.to(layer.dtype).detach().requires_grad_() for name, weight in parameters.weights().items()
             }
-            for gradient in sums.values():
-                gradient.zero_()
+            empty = set(sums)
             for sequence in steps[step].local_sequences:
-                _add_gradients(sums, layer, weights, streams, slice(sequence, sequence + 1), distance)
+                _add_gradients(sums, empty, layer, weights, streams, slice(sequence, sequence + 1), distance)
+            for name in empty:
+                sums[name].zero_()
             for gradient in sums.values():
                 streams.ranks.add_tensor(gradient)
                 gradient *= 2 / (elements * steps[step].sequences)  # from half the sum of squares to their mean
@@ -265,6 +266,7 @@ def _concentration(judgements: list[Judgement]) -> Concentration | None:
 
 def _add_gradients(
     sums: Mapping[str, Tensor],
+    empty: set[str],
     layer: DecoderLayer,
     weights: Mapping[str, Tensor],
     streams: ActivationStreams,
@@ -273,7 +275,7 @@ def _add_gradients(
 ) -> None:
     """Add one sequence's gradients by the weights to the sums, (out, in), by linear.
 
-    The loss is half the distance, summed over tokens and channels.
+    The loss is half the distance, summed over tokens and channels. Sums named in `empty` begin here, and leave the set.
     """
     hidden, target = streams.read(HIDDEN, sequence), streams.read(TARGET, sequence)
 
@@ -285,4 +287,5 @@ def _add_gradients(
     scale, gradients = layer.compute_gradients(compute)
     for name, gradient in zip(weights, gradients, strict=True):
         if gradient is not None:  # the sequence may have no token for an expert
-            add_scaled(sums[name], gradient, scale)
+            (set_scaled if name in empty else add_scaled)(sums[name], gradient, scale)
+            empty.discard(name)

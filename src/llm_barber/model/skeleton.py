@@ -12,6 +12,7 @@ from llm_barber.model.architecture import Architecture
 from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import empty_model, language_model_prefix
 from llm_barber.model.fixed_order import FixedOrder
+from llm_barber.model.fused_norms import fuse_norms
 from llm_barber.model.stepping import (
     Arguments,
     Stepping,
@@ -55,6 +56,8 @@ class Skeleton:
         self.tails: dict[int, int | None] = {}
         self.stepping: Stepping | None = None  # known once tokens were embedded
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
+        if device.type != "cpu":
+            fuse_norms(self.layers)
         self.blocks = [architecture.blocks_of(layer) for layer in self.layers]
         # By (sequences, tokens): keyword arguments of each layer's call.
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}

@@ -19,9 +19,12 @@ from llm_barber.planning.launches import allocation_launches, layer_launches
 from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
     FLOAT32,
-    INPUT_TOUCHES,
+    backward_bytes,
+    error_work,
     forward_work,
     gradient_squares_work,
+    input_touches,
+    loss_work,
     reduction_work,
     streaming_work,
     weight_count,
@@ -118,8 +121,9 @@ def _rebuilding_work(block: BlockShapes, recipe: Recipe) -> Work:
         products=2 * routed * (block.weights - first),
         gradients=2 * routed * block.weights,
         attention=BACKWARD_ATTENTION * once.attention,
-        moved=once.moved,
-    ) + gradient_squares_work(block, recipe)
+        moved=once.moved if recipe.on_cpu else backward_bytes(recipe, once),
+    )
+    back += loss_work(block, recipe, tokens) + gradient_squares_work(block, recipe)
     group_size = {
         Granularity.OUTPUT: block.linears[0][1], Granularity.INPUT: block.linears[0][0],
         Granularity.LINEAR: block.largest, Granularity.BLOCK: weights + block.other_weights,
@@ -139,6 +143,7 @@ def _propagation_work(layer: LayerShapes, recipe: Recipe) -> Work:
         changed = recipe.refine is not None and (recipe.refine.of_linears or recipe.granularity is not None)
         runs_twice = changed and recipe.refine is not None and recipe.refine.of_layers and block is layer.blocks[0]
         once = forward_work(block, recipe, tokens) + streaming_work(block, recipe, tokens, 2.5)
+        once += error_work(block, recipe, tokens)
         total += once * (2 if runs_twice else 1)
     return total
 
@@ -159,5 +164,5 @@ def _head_work(model: ModelShapes, recipe: Recipe) -> Work:
         read=model.outside * recipe.stored,
         written=block.weights * recipe.stored if model.tied else 0,
         copied=model.outside * recipe.itemsize + passes * hidden * recipe.moved_share(model.hidden),
-        moved=passes * INPUT_TOUCHES * hidden,
+        moved=passes * input_touches(recipe) * hidden,
     )

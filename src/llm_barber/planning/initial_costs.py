@@ -9,6 +9,7 @@ from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
     FLOAT32,
     SQUARING,
+    backward_bytes,
     forward_work,
     input_squares_work,
     reduction_work,
@@ -24,6 +25,7 @@ from llm_barber.settings.presets import Allocation
 RANKING, REMOVAL_COSTS = 60, 40
 # Bytes moved for each weight to select the border of its row on a GPU, which reads a row 16 times, mostly from caches.
 SELECTING = 32
+COMPARED, COPIED = 21, 20  # bytes moved to rank within groups: for two weights that are compared, for each weight
 ADMM_STEPS, ADMM_BYTES = 100, 60  # of ALPS, which ends when the mask has settled, after 300 steps at most
 DECOMPOSITION = {Initial.SPARSEGPT: 2, Initial.ALPS: 12}  # FLOPs over in³: Cholesky and inverse; eigenvectors
 
@@ -47,7 +49,8 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
             if not by_loss:
                 total += once * 2 + ranking_work(block, recipe)
                 continue
-            back = Work(products=once.products, attention=BACKWARD_ATTENTION * once.attention, moved=2 * once.moved)
+            moved = backward_bytes(recipe, once)
+            back = Work(products=once.products, attention=BACKWARD_ATTENTION * once.attention, moved=moved)
             total += once * 2 + back + _removal_cost_work(block, recipe, tokens)
         total += Work(read=size, copied=size) * (1 + reread)
     if by_loss:
@@ -129,7 +132,7 @@ def group_ranking_bytes(recipe: Recipe, weights: float) -> float:
 
     M(M - 1)/2 comparisons, of an Mth of the weights each, and copies.
     """
-    return 0 if recipe.pattern is None else 8 * recipe.pattern.of * weights
+    return 0 if recipe.pattern is None else (COMPARED * (recipe.pattern.of - 1) / 2 + COPIED) * weights
 
 
 def statistics_work(block: BlockShapes, recipe: Recipe) -> Work:

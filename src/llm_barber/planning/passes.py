@@ -5,9 +5,15 @@ from llm_barber.planning.shapes import BlockShapes
 from llm_barber.planning.work import Work
 
 FLOAT32 = 4
-# Times that a number is read or written outside matrix products: by norms, residuals and comparisons for each feature
-# of a block's input; by rotary embeddings, activations and masks for each output of its first linears.
+# Times that a CPU reads or writes a number outside matrix products: by norms, residuals and comparisons, for each
+# feature of a block's input; by rotary embeddings, activations and masks, for each output of its first linears.
 INPUT_TOUCHES, OUTPUT_TOUCHES = 16, 5
+# The same on a GPU, where a test counts them: for a feature, by the norm, which is two kernels, and by the residual;
+# for an output, by rotary embeddings in attention, and by the activation in an MLP.
+NORM, RESIDUAL, ROTARY, ACTIVATION = 4, 3, 20 / 3, 2.5
+# On a GPU: bytes moved by a pass back, for each byte of a pass forward; times that a number of a block's output is read
+# or written by a loss that gradients begin with, by an error that is reported, and by storing it.
+BACKWARD_MOVED, LOSS, ERROR, STORED = 3, 22, 22, 2
 BACKWARD_ATTENTION = 2.5  # times the forward: five products instead of two
 SQUARING = 18  # bytes moved for each number of which squares are added up: float copy, square and sum
 
@@ -16,11 +22,39 @@ def forward_work(block: BlockShapes, recipe: Recipe, tokens: float, until_last: 
     """Work of one pass of a block over some tokens; `until_last`: without its last linear."""
     weights = block.weights - (weight_count(block.linears[-1]) if until_last else 0)
     features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
-    touched = INPUT_TOUCHES * features + OUTPUT_TOUCHES * first
+    touched = input_touches(recipe) * features + _output_touches(block, recipe) * first
     # Causal: half of all pairs of tokens, in two products.
     attention = 2 * tokens * recipe.tokens * block.attention_width
     routed = tokens * block.share * block.copies
     return Work(products=2 * routed * weights, attention=attention, moved=routed * touched * recipe.itemsize)
+
+
+def input_touches(recipe: Recipe) -> float:
+    """Times that a feature of a block's input is read or written outside matrix products, in a forward pass."""
+    return INPUT_TOUCHES if recipe.on_cpu else NORM + RESIDUAL
+
+
+def _output_touches(block: BlockShapes, recipe: Recipe) -> float:
+    if recipe.on_cpu:
+        return OUTPUT_TOUCHES
+    return ROTARY if block.attention_width else ACTIVATION
+
+
+def error_work(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
+    """Work of comparing a block's output with another, and of storing it; a CPU's is part of its passes."""
+    touched = 0 if recipe.on_cpu else ERROR + STORED
+    return Work(moved=touched * tokens * block.linears[-1][0] * recipe.itemsize)
+
+
+def loss_work(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
+    """Work of a loss of a block's output, and of its gradient by that output; a CPU's is part of its passes."""
+    touched = 0 if recipe.on_cpu else LOSS
+    return Work(moved=touched * tokens * block.linears[-1][0] * recipe.itemsize)
+
+
+def backward_bytes(recipe: Recipe, once: Work) -> float:
+    """Bytes moved by a pass back; `once`: the pass forward."""
+    return (2 if recipe.on_cpu else BACKWARD_MOVED) * once.moved
 
 
 def weight_count(linear: tuple[int, int]) -> int:
@@ -30,7 +64,7 @@ def weight_count(linear: tuple[int, int]) -> int:
 
 def input_work(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
     """Work on the way to a block's first linears: no matrix product."""
-    return Work(moved=INPUT_TOUCHES * tokens * block.linears[0][1] * recipe.itemsize)
+    return Work(moved=input_touches(recipe) * tokens * block.linears[0][1] * recipe.itemsize)
 
 
 def streaming_work(

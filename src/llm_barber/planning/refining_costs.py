@@ -1,13 +1,17 @@
 """Work of refining: swaps and least squares of a block's linears, tuning of a layer."""
 
+from dataclasses import replace
+
 from llm_barber.masking.statistics import gram_flops
 from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
-from llm_barber.planning.initial_costs import ranking_work, statistics_work
+from llm_barber.planning.initial_costs import RANKING, ranking_work, statistics_work
 from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
     FLOAT32,
+    backward_bytes,
     forward_work,
     input_work,
+    loss_work,
     reduction_work,
     streaming_work,
 )
@@ -16,7 +20,11 @@ from llm_barber.planning.shapes import BlockShapes, LayerShapes
 from llm_barber.planning.work import NO_WORK, Work
 from llm_barber.settings.refining import SEQUENCES_A_STEP
 
-TUNING = 80  # bytes moved for each weight and step: masked copy, its gradient, Adam
+TUNING = 80  # bytes that a CPU moves for each weight and step: masked copy, its gradient, Adam
+# Bytes that a GPU moves for each weight: once, to begin with scores, and with changes of values; for each sequence, to
+# add its gradient to the sum; for each step, to use the sum, and for Adam; more if masks and values are tuned; to make
+# masks of scores, beside finding borders or ranks.
+SCORES, CHANGES, SUMMED, ADAM, BOTH, MASKED = 250, 320, 8, 46, 120, 13
 ROW = 256  # weights; a round of swaps costs this many weights a row, beside the row's own
 
 
@@ -94,16 +102,35 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         work += once * passes
         work += Work(
             products=once.products, gradients=once.products, attention=BACKWARD_ATTENTION * once.attention,
-            moved=2 * once.moved,
+            moved=backward_bytes(recipe, once),
         ) * passes  # fmt: skip
         work += forward_work(block, recipe, held_out) * (passes + 1)
         if recipe.refine.aims_at_dense_layers and not recipe.target_from_masks:
             work += forward_work(block, recipe, recipe.local_tokens)
         work += streaming_work(block, recipe, recipe.local_tokens, passes + 1)
-    step = Work(moved=TUNING * layer.weights * (2 if tunes_masks and tunes_weights else 1)) + reduction_work(
-        recipe, max(FLOAT32, 2 * recipe.itemsize) * layer.weights
-    )
+    work += loss_work(layer.blocks[-1], recipe, passes * trained)
+    summed = max(FLOAT32, 2 * recipe.itemsize)  # bytes of the sum of gradients
+    step = Work(moved=_step_bytes(recipe) * layer.weights) + reduction_work(recipe, summed * layer.weights)
     for block in layer.blocks:
-        work += forward_work(block, recipe, recipe.local_tokens) + statistics_work(block, recipe)
-        work += ranking_work(block, recipe) * (passes * recipe.tune_steps) if tunes_masks else NO_WORK
+        work += forward_work(block, recipe, recipe.local_tokens, until_last=block is layer.blocks[-1])
+        work += statistics_work(block, recipe)
+        step += _mask_work(block, recipe) if tunes_masks else NO_WORK
+    if not recipe.on_cpu:
+        added = passes * trained / recipe.tokens * (SUMMED + recipe.itemsize)
+        work += Work(moved=(added + SCORES * tunes_masks + CHANGES * tunes_weights) * layer.weights)
     return work + step * (passes * recipe.tune_steps)
+
+
+def _step_bytes(recipe: Recipe) -> float:
+    """Bytes moved for each weight in a step of tuning, but for its masks, and on a GPU for sums of gradients."""
+    assert recipe.refine is not None
+    both = recipe.refine.tunes_masks and recipe.refine.tunes_weights
+    return TUNING * (1 + both) if recipe.on_cpu else ADAM + BOTH * both
+
+
+def _mask_work(block: BlockShapes, recipe: Recipe) -> Work:
+    """Work of making a block's masks from scores."""
+    ranking = ranking_work(block, recipe)
+    if recipe.on_cpu:
+        return ranking
+    return replace(ranking, moved=ranking.moved - (RANKING - MASKED) * block.all_weights)
