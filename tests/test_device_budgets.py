@@ -110,7 +110,7 @@ RUNS_OF_PLANS: dict[str, dict[str, dict[str, Any]]] = {
 # Planned bytes of a layer beside those counted, at most so far from 1.
 BYTES_ARE_LIKE = 0.1
 PROPORTIONS = {
-    "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 RUNS_OF_BYTES: dict[int, tuple[dict[str, Any], ...]] = {
     8: (

@@ -32,8 +32,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {**TUNED, "room": 10**9},
     {"preset": "mask", "allocation": "owl", "refine": "swaps", "reconstruct": "least-squares", "room": 60_000},
 )
-# Weights as (in, out); experts, apart and stacked; state spaces; positions by ALiBi; complex rotations.
-FAMILIES = ("gpt2", "mixtral", "gpt_oss", "jamba", "falcon-rw", "deepseek_v2")
+# Weights as (in, out); experts, apart and stacked; state spaces; positions by ALiBi; complex rotations;
+# norms at the ends of blocks.
+FAMILIES = ("gpt2", "mixtral", "gpt_oss", "jamba", "falcon-rw", "deepseek_v2", "gemma2")
 
 
 def results(*settings: dict[str, Any]) -> list[Any]:

@@ -24,7 +24,7 @@ def test_sums_are_their_definitions(numbers: int, of_values: torch.dtype, monkey
         begun = torch.full_like(before, torch.nan, dtype=dtype)
         set_scaled(begun, values, SCALE)
         assert torch.equal(begun, values.to(dtype) * 0.75)
-        assert torch.equal(begun, torch.mul(values, SCALE, out=torch.empty_like(begun)))  # as a GPU begins
+        assert torch.equal(begun, torch.mul(values, SCALE.to(dtype), out=torch.empty_like(begun)))  # as a GPU begins
         product = before.to(dtype, copy=True)
         assert multiply(product, values) is product
         assert torch.equal(product, before.to(dtype) * values.to(dtype))

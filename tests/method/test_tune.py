@@ -272,12 +272,18 @@ def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     streams.write("hidden", slice(0, 1), hidden.to(dtype))
     target = hidden.to(dtype) @ weight.to(dtype).t() * (1 + 0.02 * torch.randn(8, generator=generator)).to(dtype)
     streams.write(tune.TARGET, slice(0, 1), target)
-    sums = {"0": torch.zeros(8, 8)}
+    results: list[Tensor] = []
     plain = Distance(torch.ones(8))
-    tune._add_gradients(sums, set(), layer, {"0": weight.to(dtype).requires_grad_()}, streams, slice(0, 1), plain)
+    for begun in (True, False):
+        sums = {"0": torch.full((8, 8), torch.nan if begun else 0.0)}
+        empty = {"0"} if begun else set[str]()
+        tune._add_gradients(sums, empty, layer, {"0": weight.to(dtype).requires_grad_()}, streams, slice(0, 1), plain)
+        assert not empty
+        results.append(sums["0"])
+    assert torch.equal(*results)
     difference = (hidden.to(dtype) @ weight.to(dtype).t()).double() - target.double()
     expected = difference[0].t() @ hidden[0].to(dtype).double()
-    assert (sums["0"] - expected).norm() < 0.02 * expected.norm()
+    assert (results[0] - expected).norm() < 0.02 * expected.norm()
 
 
 def test_broken_gradients_are_an_error(

@@ -65,6 +65,7 @@ class Norm(nn.Module):
             squares = (hidden - hidden.mean(-1, keepdim=True)).float().pow(2)
         mean = squares.sum(-1, keepdim=True) if self.change == "sum" else squares.mean(-1, keepdim=True)
         inverse = 1 / (mean.sqrt() + self.eps) if self.change == "after the root" else torch.rsqrt(mean + self.eps)
+        assert self.change != "asserts", "not this one"
         normalised = self.weight * (hidden.float() * inverse).to(hidden.dtype)
         if self.change == "wants a matrix":
             return normalised + hidden.view(2, 2, -1)
@@ -78,11 +79,20 @@ class Gated(Norm):
 
 
 @pytest.mark.parametrize(
-    "change", ["bias", "two numbers", "centred", "sum", "after the root", "wants a matrix", "tuple"]
+    "change", ["bias", "two numbers", "centred", "sum", "after the root", "wants a matrix", "tuple", "asserts"]
 )
 def test_a_norm_that_computes_something_else_is_left_alone(change: str) -> None:
     assert len(list(rms_norms(nn.ModuleList([Norm()])))) == 1
     assert not list(rms_norms(nn.ModuleList([Norm(change), Gated(), nn.LayerNorm(FEATURES)])))
+
+
+def test_modules_with_other_settings_are_tried_apart() -> None:
+    norms = nn.ModuleList([Norm(), Norm("sum"), Norm()])
+    assert [norm.module for norm in rms_norms(norms)] == [norms[0], norms[2]]
+    with torch.device("meta"):
+        assert len(list(rms_norms(norms))) == 2
+    norms[0].eps = -1.0
+    assert len(list(rms_norms(norms))) == 1
 
 
 def test_a_fused_norm_keeps_its_hooks_and_other_dtypes() -> None:
@@ -97,6 +107,7 @@ def test_a_fused_norm_keeps_its_hooks_and_other_dtypes() -> None:
     torch.testing.assert_close(norm(hidden), expected)
     assert not calls
     assert len(seen) == 1
+    assert torch.equal(norm(hidden=hidden), expected)
     assert norm(hidden.bfloat16()).dtype == original(hidden.bfloat16()).dtype  # by the module: its weight is float32
     assert calls
 

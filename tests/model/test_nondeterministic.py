@@ -1,8 +1,8 @@
 """No gradient that is taken in a fixed order uses an operation for which PyTorch has no deterministic CUDA kernel.
 
 A dispatch mode logs the operations inside `in_fixed_order`, forward and backward, for every family of the tests. CUDA
-runs the same operations, but for attention, which PyTorch computes by one of its fused kernels: these have a
-deterministic backward pass in this mode.
+runs the same operations, but for attention and RMS norms, which PyTorch computes by fused kernels: those of attention
+have a deterministic backward pass in this mode, and no norm is on PyTorch's list.
 """
 
 import re
@@ -139,6 +139,10 @@ def test_gradients_of_a_family(tmp_path: Path, logged: Logged, family: str) -> N
     assert {name for name in logged.operations if "backward" in name}, "no backward pass was seen"
     assert logged.nondeterministic == KNOWN.get(family, set())
     assert not any("no fixed order" in warning for warning in heard.warnings)  # which only a GPU knows
+
+
+def test_no_norm_is_on_the_list() -> None:
+    assert not [title for title in NONDETERMINISTIC if "norm" in title.lower()]
 
 
 def test_the_list_is_that_of_the_documentation() -> None:

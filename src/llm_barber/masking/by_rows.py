@@ -15,7 +15,7 @@ NUMBERS = 2**17  # of a matrix that a CPU takes at a time
 def set_scaled(total: Tensor, values: Tensor, scale: Tensor) -> None:
     """Begin a sum with scale · values; its numbers so far are not read. The arguments are those of `add_scaled`."""
     if total.device.type != "cpu":
-        torch.mul(values, scale, out=total)
+        torch.mul(values, scale.to(total.dtype), out=total)
         return
     factor = scale.item()
     for part, first in _by_rows(total, values):

@@ -1,17 +1,18 @@
 """RMS norms by PyTorch's `rms_norm` on a GPU.
 
 transformers computes an RMS norm in six operations, which read and write 36 bytes of memory for each bfloat16 number.
-`rms_norm` is one kernel on a GPU, and reads and writes 4, or 8 with a weight that is multiplied afterwards. A module
-is replaced if one of `FORMS` gives its bits in every dtype: it rounds where the module rounds. (On a GPU sums may be
+`rms_norm` is one kernel on a GPU, and reads and writes 4; forms that round where a module rounds take 4 to 20. A module
+computes in one of `FORMS` if that gives its bits on the CPU, in float32, bfloat16 and float16. (On a GPU sums may be
 ordered otherwise.) Modules are known by what they compute, not by their names.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn.functional import rms_norm
 
 # Outputs, (…, features), from hidden states, a weight, (features,), of their dtype, and ε.
 Form = Callable[[Tensor, Tensor, float], Tensor]
-PROBES = 32  # rows that a form is tried on
+PROBES = 16  # tokens of each of two sequences that a form is tried on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +37,8 @@ def _weight_within(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def _offset_weight(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Multiply by 1 + weight before rounding (Gemma)."""
-    return rms_norm(hidden.float(), weight.shape, 1 + weight.float(), epsilon).to(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return rms_norm(hidden.to(wide), weight.shape, 1 + weight.to(wide), epsilon).to(hidden.dtype)
 
 
 FORMS: tuple[Form, ...] = (_weight_after, _weight_within, _offset_weight)
@@ -55,20 +57,21 @@ def fuse_norms(modules: nn.Module) -> None:
     """Let the RMS norms among some modules compute with PyTorch's `rms_norm`.
 
     Args:
-        modules: with any weights, on `meta`, too. Hooks on the norms stay.
+        modules: their weights may be on `meta`. Hooks on the norms stay.
     """
     for norm in rms_norms(modules):
         norm.module.forward = partial(_forward, norm, norm.module.forward)
 
 
 def rms_norms(modules: nn.Module) -> Iterator[RmsNorm]:
-    """Find the modules that compute an RMS norm in one of `FORMS`; each class and size is tried once."""
-    known: dict[tuple[type, int, float], Form | None] = {}
+    """Find the modules that compute an RMS norm in one of `FORMS`; modules that look alike are tried once."""
+    known: dict[tuple[Any, ...], Form | None] = {}
     for module in modules.modules():
         epsilon = _epsilon(module)
         if epsilon is None:
             continue
-        key = (type(module), module.get_parameter("weight").numel(), epsilon)
+        settings = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+        key = (type(module), module.get_parameter("weight").numel(), *sorted(settings.items()))
         if key not in known:
             tried = (RmsNorm(module, epsilon, form) for form in FORMS)
             known[key] = next(
@@ -86,24 +89,26 @@ def _epsilon(module: nn.Module) -> float | None:
         return None
     numbers = [value for value in vars(module).values() if isinstance(value, float)]
     takes_one = len(inspect.signature(module.forward).parameters) == 1
-    return numbers[0] if len(numbers) == 1 and takes_one else None
+    return numbers[0] if len(numbers) == 1 and numbers[0] > 0 and takes_one else None
 
 
 def _has_its_bits(norm: RmsNorm, dtype: torch.dtype) -> bool:
     """Try the module and the form on the CPU, with a random weight, and inputs so small that ε counts."""
     features = norm.module.get_parameter("weight").numel()
-    made = torch.Generator().manual_seed(0)
-    weight = (torch.rand(features, generator=made) + 0.5).to(dtype)
-    hidden = (torch.randn(PROBES, features, generator=made) * math.sqrt(norm.epsilon)).to(dtype)
-    try:
-        output = functional_call(norm.module, {"weight": weight}, (hidden,))
-    except (RuntimeError, TypeError, ValueError):  # it wants another shape
-        return False
-    expected = norm.form(hidden, weight, norm.epsilon)
+    with torch.device("cpu"):
+        made = torch.Generator().manual_seed(0)
+        weight = (torch.rand(features, generator=made) + 0.5).to(dtype)
+        hidden = (torch.randn(2, PROBES, features, generator=made) * math.sqrt(norm.epsilon)).to(dtype)
+        expected = norm.form(hidden, weight, norm.epsilon)
+        output = None
+        with suppress(Exception):  # a module that takes no such input is not of this form
+            output = functional_call(norm.module, {"weight": weight}, (hidden,))
     return isinstance(output, Tensor) and output.dtype == dtype and torch.equal(output, expected)
 
 
-def _forward(norm: RmsNorm, unfused: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+def _forward(norm: RmsNorm, unfused: Callable[..., Tensor], *arguments: Tensor, **named: Tensor) -> Tensor:
     """Normalise hidden states, (…, features); the module itself does so if its weight has another dtype."""
-    weight = cast(Tensor, norm.module.weight)
-    return unfused(hidden) if hidden.dtype != weight.dtype else norm.form(hidden, weight, norm.epsilon)
+    weight, (hidden,) = cast(Tensor, norm.module.weight), (*arguments, *named.values())
+    if hidden.dtype != weight.dtype:
+        return unfused(*arguments, **named)
+    return norm.form(hidden, weight, norm.epsilon)

@@ -174,6 +174,7 @@ class LayerHooks:
     def replayed(self, replays: Mapping[str, Tensor]) -> Iterator[None]:
         """Let modules return kept outputs, (sequences, tokens, hidden) by path, instead of computing them."""
         modules = [self._module.get_submodule(path) for path in replays]
+        before = [vars(module).get("forward") for module in modules]  # of a norm, on a GPU
         for module, (path, output) in zip(modules, replays.items(), strict=True):
             tensor = output.flatten(0, 1) if self._flattened[path] else output
             tail = self._output_tail[path]
@@ -183,8 +184,10 @@ class LayerHooks:
         try:
             yield
         finally:
-            for module in modules:
+            for module, forward in zip(modules, before, strict=True):
                 del module.forward
+                if forward is not None:
+                    module.forward = forward
 
 
 def _without_weights(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...] | list[Any]:

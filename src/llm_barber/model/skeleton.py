@@ -57,7 +57,7 @@ class Skeleton:
         self.stepping: Stepping | None = None  # known once tokens were embedded
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
         if device.type != "cpu":
-            fuse_norms(self.layers)
+            fuse_norms(self.model)
         self.blocks = [architecture.blocks_of(layer) for layer in self.layers]
         # By (sequences, tokens): keyword arguments of each layer's call.
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}

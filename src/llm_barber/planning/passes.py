@@ -9,11 +9,11 @@ FLOAT32 = 4
 # feature of a block's input; by rotary embeddings, activations and masks, for each output of its first linears.
 INPUT_TOUCHES, OUTPUT_TOUCHES = 16, 5
 # The same on a GPU, where a test counts them: for a feature, by the norm, which is two kernels, and by the residual;
-# for an output, by rotary embeddings in attention, and by the activation in an MLP.
-NORM, RESIDUAL, ROTARY, ACTIVATION = 4, 3, 20 / 3, 2.5
-# On a GPU: bytes moved by a pass back, for each byte of a pass forward; times that a number of a block's output is read
-# or written by a loss that gradients begin with, by an error that is reported, and by storing it.
-BACKWARD_MOVED, LOSS, ERROR, STORED = 3, 22, 22, 2
+# for an output, by rotary embeddings, if it is one of queries or keys, and by the activation of an MLP.
+NORM, RESIDUAL, ROTARY, ACTIVATION = 4, 3, 10, 2.5
+# On a GPU: bytes moved by a pass back, for each byte of a pass forward; bytes moved for a number of a block's output by
+# a loss that gradients begin with, and by an error that is reported; times that storing reads or writes it.
+BACKWARD_MOVED, LOSS, ERROR, STORED = 3, 44, 44, 2
 BACKWARD_ATTENTION = 2.5  # times the forward: five products instead of two
 SQUARING = 18  # bytes moved for each number of which squares are added up: float copy, square and sum
 
@@ -22,7 +22,7 @@ def forward_work(block: BlockShapes, recipe: Recipe, tokens: float, until_last: 
     """Work of one pass of a block over some tokens; `until_last`: without its last linear."""
     weights = block.weights - (weight_count(block.linears[-1]) if until_last else 0)
     features, first = block.linears[0][1], sum(rows for rows, _ in block.linears[:-1])
-    touched = input_touches(recipe) * features + _output_touches(block, recipe) * first
+    touched = input_touches(recipe) * features + _output_touches(block, recipe, first)
     # Causal: half of all pairs of tokens, in two products.
     attention = 2 * tokens * recipe.tokens * block.attention_width
     routed = tokens * block.share * block.copies
@@ -34,22 +34,23 @@ def input_touches(recipe: Recipe) -> float:
     return INPUT_TOUCHES if recipe.on_cpu else NORM + RESIDUAL
 
 
-def _output_touches(block: BlockShapes, recipe: Recipe) -> float:
+def _output_touches(block: BlockShapes, recipe: Recipe, outputs: int) -> float:
+    """Times that all outputs of a block's first linears, so many for a token, are read or written beside products."""
     if recipe.on_cpu:
-        return OUTPUT_TOUCHES
-    return ROTARY if block.attention_width else ACTIVATION
+        return OUTPUT_TOUCHES * outputs
+    # Keys are as wide as values: the outputs are queries, as wide as the attention, and twice the keys.
+    return ROTARY * (outputs + block.attention_width) / 2 if block.attention_width else ACTIVATION * outputs
 
 
 def error_work(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
     """Work of comparing a block's output with another, and of storing it; a CPU's is part of its passes."""
-    touched = 0 if recipe.on_cpu else ERROR + STORED
-    return Work(moved=touched * tokens * block.linears[-1][0] * recipe.itemsize)
+    moved = 0 if recipe.on_cpu else ERROR + STORED * recipe.itemsize
+    return Work(moved=moved * tokens * block.linears[-1][0])
 
 
 def loss_work(block: BlockShapes, recipe: Recipe, tokens: float) -> Work:
     """Work of a loss of a block's output, and of its gradient by that output; a CPU's is part of its passes."""
-    touched = 0 if recipe.on_cpu else LOSS
-    return Work(moved=touched * tokens * block.linears[-1][0] * recipe.itemsize)
+    return Work(moved=0 if recipe.on_cpu else LOSS * tokens * block.linears[-1][0])
 
 
 def backward_bytes(recipe: Recipe, once: Work) -> float:

@@ -9,6 +9,7 @@ from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
     FLOAT32,
     backward_bytes,
+    error_work,
     forward_work,
     input_work,
     loss_work,
@@ -21,10 +22,10 @@ from llm_barber.planning.work import NO_WORK, Work
 from llm_barber.settings.refining import SEQUENCES_A_STEP
 
 TUNING = 80  # bytes that a CPU moves for each weight and step: masked copy, its gradient, Adam
-# Bytes that a GPU moves for each weight: once, to begin with scores, and with changes of values; for each sequence, to
-# add its gradient to the sum; for each step, to use the sum, and for Adam; more if masks and values are tuned; to make
-# masks of scores, beside finding borders or ranks.
-SCORES, CHANGES, SUMMED, ADAM, BOTH, MASKED = 250, 320, 8, 46, 120, 13
+# Bytes that a GPU moves for each weight: once, to begin with scores, and with changes of values; for each step, to use
+# the sum of gradients, and for Adam; more if masks and values are tuned; to make masks of scores, beside finding
+# borders or ranks.
+SCORES, CHANGES, ADAM, BOTH, MASKED = 250, 320, 50, 120, 13
 ROW = 256  # weights; a round of swaps costs this many weights a row, beside the row's own
 
 
@@ -108,7 +109,8 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         if recipe.refine.aims_at_dense_layers and not recipe.target_from_masks:
             work += forward_work(block, recipe, recipe.local_tokens)
         work += streaming_work(block, recipe, recipe.local_tokens, passes + 1)
-    work += loss_work(layer.blocks[-1], recipe, passes * trained)
+    for last in layer.blocks[-1:]:
+        work += loss_work(last, recipe, passes * trained) + error_work(last, recipe, (passes + 1) * held_out)
     summed = max(FLOAT32, 2 * recipe.itemsize)  # bytes of the sum of gradients
     step = Work(moved=_step_bytes(recipe) * layer.weights) + reduction_work(recipe, summed * layer.weights)
     for block in layer.blocks:
@@ -116,7 +118,9 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         work += statistics_work(block, recipe)
         step += _mask_work(block, recipe) if tunes_masks else NO_WORK
     if not recipe.on_cpu:
-        added = passes * trained / recipe.tokens * (SUMMED + recipe.itemsize)
+        # A sequence's gradient is read, and so is the sum, which is then written; the first one's begins the sum.
+        sequences, steps = passes * trained / recipe.tokens, passes * recipe.tune_steps
+        added = sequences * (recipe.itemsize + 2 * summed) - steps * summed
         work += Work(moved=(added + SCORES * tunes_masks + CHANGES * tunes_weights) * layer.weights)
     return work + step * (passes * recipe.tune_steps)
 

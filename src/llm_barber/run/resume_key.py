@@ -3,6 +3,7 @@
 from typing import Any
 
 from llm_barber.method.held_out import JUDGE_REVISION
+from llm_barber.model.gpu_kernels import REVISION as GPU_REVISION
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.settings.presets import REVISIONS, Preset
 from llm_barber.usage import versions
@@ -38,6 +39,8 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
     revisions: dict[str, Any] = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
     if prepared.refine_settings is not None and prepared.refine_settings.of_layers:
         revisions["revision of the held-out windows"] = JUDGE_REVISION
+    if job.skeleton.device.type != "cpu":
+        revisions["revision of a GPU's kernels"] = GPU_REVISION
     key = {
         "command": prepared.command,
         "given": given,

@@ -18,6 +18,7 @@ class Check(StrEnum):
     MEMORY = "memory"
     WAITS = "waits"
     ATTENTION = "attention"
+    NORMS = "norms"
     PACKED = "packed"
     SEMI_STRUCTURED = "semi-structured"
     GRAPHS = "graphs"

@@ -1,18 +1,11 @@
 """The bounds of masks lie between what rounding changes, and what a fault changes: measured on a CPU, with noise."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
-from llm_barber.model.fused_norms import fuse_norms
-from llm_barber.model.skeleton import Skeleton
 from llm_barber.tools.selftest.bench import CPU, Bench, Size, compare_masks
 from llm_barber.tools.selftest.masks import MASK_CHECKS
 from tests.helpers.noise import REORDERED, TF32, Noise
@@ -23,20 +16,6 @@ MARGIN = 5  # a bound is at least so many times the share of bits that rounding 
 NOT_TOLD = {"magnitude", "alps"}  # nothing is multiplied; rounding changes nearly as much as TF32
 
 
-@contextmanager
-def as_on_a_gpu(size: float) -> Iterator[None]:
-    """Add noise of a size to products, and compute norms by PyTorch's kernel, within the context."""
-    make = Skeleton.__init__
-
-    def fused(self: Skeleton, *arguments: Any) -> None:
-        make(self, *arguments)
-        with _disable_current_modes():  # no noise while norms are tried
-            fuse_norms(self.layers)
-
-    with patch.object(Skeleton, "__init__", fused), Noise(size):
-        yield
-
-
 def shares(folder: Path, name: str, dtype: str, *sizes: float) -> list[float]:
     """Share of the mask's bits that noise of each size changes."""
     settings = {**MASK_CHECKS[name].settings, "dtype": dtype}
@@ -44,7 +23,7 @@ def shares(folder: Path, name: str, dtype: str, *sizes: float) -> list[float]:
     reference, _, _ = bench.prune(CPU, **settings)
     changed = []
     for size in sizes:
-        with as_on_a_gpu(size):
+        with Noise(size):
             output, _, _ = bench.prune(CPU, **settings)
         different, total = compare_masks(reference, output)
         changed.append(different / total)

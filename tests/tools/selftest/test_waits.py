@@ -1,6 +1,7 @@
 """Waits for the GPU: what is counted and refused, with PyTorch's modes replaced."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,20 +73,23 @@ def test_waits_between_two_steps_are_noted_by_line(sync: SyncMode) -> None:
 
 
 def test_a_step_may_wait_where_it_has_to(pretended: Bench, sync: SyncMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_finite = tune.check_finite
+    def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            sync.waits()
+            return function(*arguments)
 
-    def waiting(*arguments: Any) -> None:
-        sync.waits()
-        check_finite(*arguments)
+        return run
 
-    monkeypatch.setattr(tune, "check_finite", waiting)
+    at_functions = {(module, name): waiting(getattr(module, name)) for module, name in waits.WAITING}
+    for (module, name), function in at_functions.items():
+        monkeypatch.setattr(module, name, function)
     counted, refused = check_waits(pretended)
     assert counted.passed
-    assert "waits 1 times (budget 2): test_waits.py:" in counted.text
+    assert "waits 2 times (budget 2): test_waits.py:" in counted.text
     assert refused.passed
-    assert "outside of check_finite and _without_ties is an error" in refused.text
+    assert "does not wait outside of check_finite and _without_ties" in refused.text
     assert sync.mode == "default"
-    assert tune.check_finite is waiting  # as before
+    assert all(getattr(*place) is function for place, function in at_functions.items())  # as before
 
 
 def test_a_step_must_not_wait_elsewhere(pretended: Bench, sync: SyncMode, monkeypatch: pytest.MonkeyPatch) -> None:

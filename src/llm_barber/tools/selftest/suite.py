@@ -10,12 +10,14 @@ from pathlib import Path
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import first_line
 from llm_barber.model.device import resolve_device, resolve_dtype
+from llm_barber.model.fused_norms import FORMS
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings.selftest import Check, SelftestConfig
 from llm_barber.tools.selftest.bench import SMALL, TINY, Bench
 from llm_barber.tools.selftest.card import all_versions, describe_machine
 from llm_barber.tools.selftest.graphs import check_graphs
 from llm_barber.tools.selftest.masks import MASK_CHECKS, check_masks
+from llm_barber.tools.selftest.norms import check_norms
 from llm_barber.tools.selftest.products import HEADS, check_attention, check_packed, check_semi_structured
 from llm_barber.tools.selftest.result import CheckResult, Finding, NotRunError, SelftestReport, Status, TimedRun
 from llm_barber.tools.selftest.runs import REPEATED, check_memory, check_repeat
@@ -49,6 +51,11 @@ CHECKS: dict[Check, CheckEntry] = {
         "attention is the same with and without a gradient",
         check_attention,
         lambda bench: len(HEADS) * len(bench.dtypes),
+    ),
+    Check.NORMS: CheckEntry(
+        "norms are right, and their gradients the same each time",
+        check_norms,
+        lambda bench: len(FORMS) * (len(bench.dtypes) + 1),
     ),
     Check.PACKED: CheckEntry(
         "products with packed weights are right",
