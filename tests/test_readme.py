@@ -27,9 +27,11 @@ TASK_EXAMPLES = 300  # of the cells that tables show
 
 
 def perplexities(model: str, method: str, target: str) -> list[float]:
+    """Perplexities of a method's cells; those that the present program would make, with channels reordered, first."""
     folder = ROOT / "benchmarks" / "results" / model / "cells"
     cells = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{method}-{target}-seed0-*.json"))]
     shown = [cell for cell in cells if all(task[2] == TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
+    shown.sort(key=lambda cell: not cell["key"].get("reorder"))
     return [cell["evaluation"]["texts"][0]["perplexity"] for cell in shown]
 
 
