@@ -9,7 +9,7 @@ versions of PyTorch and transformers.
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ RUNS_OF_PLANS: dict[str, dict[str, dict[str, Any]]] = {
 # Planned bytes of a layer beside those counted, at most so far from 1.
 BYTES_ARE_LIKE = 0.1
 PROPORTIONS = {
-    "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 RUNS_OF_BYTES: dict[int, tuple[dict[str, Any], ...]] = {
     8: (
@@ -119,7 +120,7 @@ RUNS_OF_BYTES: dict[int, tuple[dict[str, Any], ...]] = {
         {"preset": "best", "tune_passes": 2},
         {"preset": "mask", "tune_passes": 2, "pattern": "2:4"},
     ),
-    48: ({"preset": "paper"}, {"preset": "mask", "tune_passes": 1}),
+    32: ({"preset": "paper"}, {"preset": "mask", "tune_passes": 1}),
 }
 
 
@@ -159,7 +160,7 @@ def test_a_plan_knows_the_bytes_that_move(tmp_path: Path) -> None:
         for changes, stages in zip(runs, counts(*({**each, "room": ROOM} for each in settings)), strict=True):
             config = PruneConfig(**common, **changes, output=tmp_path / "out", samples=windows, seqlen=TOKENS)
             recipe = Recipe.of(config, 4, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
-            costs = run_costs(replace(model, layers=model.layers[:1]), recipe)
+            costs = run_costs(model, recipe)
             planned = sum(getattr(costs, stage).moved for stage in LAYER_STAGES)
             counted = stages["layer"]["moved"]
             assert abs(planned / counted - 1) < BYTES_ARE_LIKE, f"{changes}, {windows}: {planned} planned, {counted}"
