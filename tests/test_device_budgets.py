@@ -153,32 +153,37 @@ def test_a_plan_knows_the_bytes_that_move(tmp_path: Path) -> None:
     """With few windows weights move most of the bytes, with many activations do, in proportions of a real LLaMA."""
     folder = make_model(tmp_path / "llama", "llama", torch.bfloat16, **PROPORTIONS)
     model = shapes_of({**COMMON, **PROPORTIONS})
-    for windows, runs in RUNS_OF_BYTES.items():
+    runs: list[tuple[int, dict[str, Any]]] = []
+    for windows, of_windows in RUNS_OF_BYTES.items():
         text = save_tokens(tmp_path / f"{windows}.safetensors", windows, TOKENS)
-        common: dict[str, Any] = {"model": str(folder), "calibration": str(text), "dtype": "bfloat16", "batch_size": 4}
-        settings = [{**common, **changes} for changes in runs]
-        for changes, stages in zip(runs, counts(*({**each, "room": ROOM} for each in settings)), strict=True):
-            config = PruneConfig(**common, **changes, output=tmp_path / "out", samples=windows, seqlen=TOKENS)
-            recipe = Recipe.of(config, 4, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
-            costs = run_costs(model, recipe)
-            planned = sum(getattr(costs, stage).moved for stage in LAYER_STAGES)
-            counted = stages["layer"]["moved"]
-            assert abs(planned / counted - 1) < BYTES_ARE_LIKE, f"{changes}, {windows}: {planned} planned, {counted}"
+        common = {"model": str(folder), "calibration": str(text), "dtype": "bfloat16", "batch_size": 4}
+        runs += [(windows, {**common, **changes}) for changes in of_windows]
+    for (windows, settings), stages in zip(
+        runs, counts(*({**settings, "room": ROOM} for _, settings in runs)), strict=True
+    ):
+        config = PruneConfig(**settings, output=tmp_path / "out", samples=windows, seqlen=TOKENS)
+        recipe = Recipe.of(config, 4, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
+        costs = run_costs(model, recipe)
+        planned = sum(getattr(costs, stage).moved for stage in LAYER_STAGES)
+        counted = stages["layer"]["moved"]
+        assert abs(planned / counted - 1) < BYTES_ARE_LIKE, f"{settings}: {planned} planned, {counted} counted"
 
 
-@pytest.mark.parametrize("family", RUNS_OF_PLANS)
-def test_a_plan_knows_the_launches(family: str, tmp_path: Path, tokens: Path) -> None:
-    folder, runs = make_model(tmp_path / family, family), RUNS_OF_PLANS[family]
-    common: dict[str, Any] = {"model": str(folder), "calibration": str(tokens), "dtype": "float32", "batch_size": 2}
-    settings = [{**common, **changes} for changes in runs.values()]
-    model = shapes_of(FAMILIES[family], family)
-    for (name, changes), stages in zip(runs.items(), counts(*settings), strict=True):
-        config = PruneConfig(**common, **changes, output=tokens.parent / "out", samples=SEQUENCES, seqlen=TOKENS)
+def test_a_plan_knows_the_launches(tmp_path: Path, tokens: Path) -> None:
+    common: dict[str, Any] = {"calibration": str(tokens), "dtype": "float32", "batch_size": 2}
+    runs = [
+        (family, {**common, **changes, "model": str(make_model(tmp_path / family, family))})
+        for family, of_family in RUNS_OF_PLANS.items()
+        for changes in of_family.values()
+    ]
+    names = [f"{family}, {name}" for family, of_family in RUNS_OF_PLANS.items() for name in of_family]
+    for name, (family, settings), stages in zip(names, runs, counts(*(each for _, each in runs)), strict=True):
+        model = shapes_of(FAMILIES[family], family)
+        config = PruneConfig(**settings, output=tokens.parent / "out", samples=SEQUENCES, seqlen=TOKENS)
         recipe = Recipe.of(config, 2, torch.float32, torch.float32, torch.device("cuda"))
-        planned = sum(layer_launches(model.layers[0], recipe).values())
-        low, high = (share * stages["layer"]["launches"] for share in LAUNCHES_ARE_LIKE)
-        assert low <= planned <= high, f"{name}: {planned} planned, {stages['layer']['launches']} counted"
+        planned = {"layer": sum(layer_launches(model.layers[0], recipe).values())}
         if "allocate" in stages:
-            planned = allocation_launches(model, recipe)
-            low, high = (share * stages["allocate"]["launches"] for share in LAUNCHES_ARE_LIKE)
-            assert low <= planned <= high, f"{name}: {planned} planned, {stages['allocate']['launches']} counted"
+            planned["allocate"] = allocation_launches(model, recipe)
+        for stage, number in planned.items():
+            low, high = (share * stages[stage]["launches"] for share in LAUNCHES_ARE_LIKE)
+            assert low <= number <= high, f"{name}, {stage}: {number} planned, {stages[stage]['launches']} counted"
