@@ -111,11 +111,14 @@ def initial_mask_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) ->
     return work + statistics_work(block, recipe)
 
 
-def ranking_work(block: BlockShapes, recipe: Recipe) -> Work:
-    """Work of ranking a block's weights for an initial mask."""
+def ranking_work(block: BlockShapes, recipe: Recipe, moved_beside: float = RANKING) -> Work:
+    """Work of ranking a block's weights for a mask.
+
+    `moved_beside`: bytes moved for each weight beside finding borders or ranks.
+    """
     work = NO_WORK
     for rows, columns in block.linears:
-        moved = RANKING * rows * columns
+        moved = moved_beside * rows * columns
         if recipe.pattern is not None:
             work += Work(moved=moved + group_ranking_bytes(recipe, rows * columns))
             continue

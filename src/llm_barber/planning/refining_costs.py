@@ -1,7 +1,5 @@
 """Work of refining: swaps and least squares of a block's linears, tuning of a layer."""
 
-from dataclasses import replace
-
 from llm_barber.masking.statistics import gram_flops
 from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
 from llm_barber.planning.initial_costs import RANKING, ranking_work, statistics_work
@@ -116,7 +114,7 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
     for block in layer.blocks:
         work += forward_work(block, recipe, recipe.local_tokens, until_last=block is layer.blocks[-1])
         work += statistics_work(block, recipe)
-        step += _mask_work(block, recipe) if tunes_masks else NO_WORK
+        step += ranking_work(block, recipe, RANKING if recipe.on_cpu else MASKED) if tunes_masks else NO_WORK
     if not recipe.on_cpu:
         # A sequence's gradient is read, and so is the sum, which is then written; the first one's begins the sum.
         sequences, steps = passes * trained / recipe.tokens, passes * recipe.tune_steps
@@ -130,11 +128,3 @@ def _step_bytes(recipe: Recipe) -> float:
     assert recipe.refine is not None
     both = recipe.refine.tunes_masks and recipe.refine.tunes_weights
     return TUNING * (1 + both) if recipe.on_cpu else ADAM + BOTH * both
-
-
-def _mask_work(block: BlockShapes, recipe: Recipe) -> Work:
-    """Work of making a block's masks from scores."""
-    ranking = ranking_work(block, recipe)
-    if recipe.on_cpu:
-        return ranking
-    return replace(ranking, moved=ranking.moved - (RANKING - MASKED) * block.all_weights)

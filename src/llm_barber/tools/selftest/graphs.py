@@ -13,7 +13,7 @@ from llm_barber.runtime.on_gpu import has_kernels
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.tools.selftest.bench import Bench
 from llm_barber.tools.selftest.result import Finding, NotRunError
-from llm_barber.tools.selftest.waits import waits_are_errors
+from llm_barber.tools.selftest.waits import sync_mode
 
 PROMPT, WARM_UPS, REPLAYS = 8, 3, 3  # tokens
 TOLERANCE = 1e-4  # of the largest logit: float32, in a graph, where libraries may choose another kernel
@@ -98,7 +98,7 @@ def check_no_waits(decoder: Decoder) -> Finding:
     """Decode a token in PyTorch's mode in which a wait for the GPU is an error."""
     decoder.step()
     try:
-        with waits_are_errors():
+        with sync_mode("error"):
             decoder.step()
     except RuntimeError as error:
         return Finding(text=f"a step of decoding waits for the GPU: {str(error).splitlines()[0]}", passed=False)

@@ -38,10 +38,8 @@ def judge_norm(device: torch.device, dtype: torch.dtype, form: Form) -> Finding:
         generator = torch.Generator().manual_seed(features)
         hidden = torch.randn(4, 33, features, generator=generator)
         hidden[:, 0] *= HUGE
-        weight, incoming = (
-            torch.rand(features, generator=generator) + 0.5,
-            torch.randn(hidden.shape, generator=generator),
-        )
+        weight = torch.rand(features, generator=generator) + 0.5
+        incoming = torch.randn(hidden.shape, generator=generator)
         arguments = [part.to(device, dtype) for part in (hidden, weight, incoming)]
         results = [_with_gradient(form, *arguments) for _ in range(2)]
         exact = _with_gradient(form, *(part.cpu().double() for part in arguments))

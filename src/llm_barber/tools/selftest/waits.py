@@ -80,12 +80,8 @@ def _allowed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function wait for the GPU."""
 
     def run(*arguments: Any) -> Any:
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        try:
+        with sync_mode("default"):
             return function(*arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
 
     return run
 
@@ -114,24 +110,24 @@ def noted_waits() -> Iterator[list[list[str]]]:
         if SYNCHRONISES in str(message) and steps:
             steps[-1].append(f"{Path(filename).name}:{line}")
 
-    before = torch.cuda.get_sync_debug_mode()
-    hook = register_optimizer_step_post_hook(begin)
-    with warnings.catch_warnings():
+    with ExitStack() as stack:
+        stack.callback(register_optimizer_step_post_hook(begin).remove)
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
         warnings.showwarning = note  # type: ignore[assignment]
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield steps
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-            hook.remove()
+        stack.enter_context(sync_mode("warn"))
+        yield steps
 
 
 @contextmanager
-def waits_are_errors() -> Iterator[None]:
-    """Let every operation that waits for the GPU raise a RuntimeError within the context."""
+def sync_mode(mode: str) -> Iterator[None]:
+    """Set what PyTorch does when an operation waits for the GPU, within the context.
+
+    Args:
+        mode: `default`: nothing; `warn`: warn; `error`: raise a RuntimeError.
+    """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
