@@ -3,16 +3,16 @@
     python benchmarks/payoff.py kernels              # products of single linears
     python benchmarks/payoff.py models --llama LLAMA/bin/python --model gemma3-270m=GGUF
     python benchmarks/payoff.py quality --data DATA --llama LLAMA/bin/python --model gemma3-270m=GGUF
-    python benchmarks/payoff.py page                 # docs/results/payoff.md, from what was kept
+    python benchmarks/payoff.py page                 # docs/results/payoff*.md, from what was kept
 
-Each prints a table. Finished cells are kept in `benchmarks/results/payoff/PART.json`, and measured again when settings,
+Each prints a table. Finished cells are kept in `benchmarks/results/payoff/INSTRUCTIONS/PART.json`, those of quality,
+which does not hang on instructions, in `benchmarks/results/payoff/quality.json`. They are measured again when settings,
 machine, versions or the measured code change. `--quick` takes two minutes and keeps nothing. Masks are by magnitude:
 sizes and speeds depend on the share of pruned weights, not on which these are. `LLM_BARBER_ISA=avx2` measures the path
-for processors without AVX-512, and `models --without-c` NumPy alone; their cells go to folders of their own.
+for processors without AVX-512, and `models --without-c` NumPy alone.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import payoff_kernels
@@ -31,7 +31,7 @@ def main() -> None:
     quick = getattr(options, "quick", False)
     if quick:
         vars(options).update(PARTS[options.part].QUICK)
-    PARTS[options.part].run(options, None if quick else folder_of_results(getattr(options, "without_c", False)))
+    PARTS[options.part].run(options, None if quick else folder_of_results(options))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,10 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def folder_of_results(without_c: bool) -> Path:
-    """Folder of the kept cells; one of its own where instructions are forced."""
-    forced = "numpy" if without_c else os.environ.get(native.ISA)
-    return RESULTS / forced if forced else RESULTS
+def folder_of_results(options: argparse.Namespace) -> Path:
+    """Folder of the kept cells: speeds have one for each set of instructions."""
+    if options.part in ("quality", "page"):
+        return RESULTS
+    with_c = native.library() is not None and not getattr(options, "without_c", False)
+    return RESULTS / (native.instructions().name.lower() if with_c else "numpy")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write `docs/results/payoff.md` from the kept cells: tables, and what they say."""
+"""Write `docs/results/payoff*.md` from the kept cells: tables, and what they say."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,9 @@ from quality_sections import wrapped
 
 from llm_barber.comparison.tables import Row, markdown_table, target_title
 
-PAGE = Path(__file__).parents[1] / "docs" / "results" / "payoff.md"
+DOCS = Path(__file__).parents[1] / "docs" / "results"
+PAGES = {"avx512bf16": "payoff.md", "amx": "payoff-amx.md"}  # by the instructions of the processor
+PROCESSORS = {"avx512bf16": "with AVX-512 and no AMX", "amx": "with AMX"}
 TITLES = {"packed": "packed", "int8": "packed, int8"}  # sides that are shown, with all quantised ones
 PEER = "llama.cpp"
 CAVEATS = (
@@ -32,6 +34,7 @@ CAVEATS = (
     "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens. Dense PyTorch and llama.cpp "
     "map their files and read them when they first compute; packed weights are read and checked while they load.",
 )
+Cells = dict[str, dict[str, Any]]  # kept cells by their names
 OLDER = "Rows with * were measured with an earlier version of this program."
 
 
@@ -55,35 +58,48 @@ class Entry:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--page", type=Path, default=PAGE, help="where to write it")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write them to")
 
 
 def run(options: argparse.Namespace, folder: Path | None) -> None:
-    """Write the page and print its first paragraph."""
+    """Write a page for each set of instructions that was measured, and print its first paragraph."""
     folder = folder or RESULTS
-    models, quality = read_cells(folder / "models.json"), read_cells(folder / "quality.json")
-    if not models or not quality:
+    quality = read_cells(folder / "quality.json")
+    measured = {name: read_cells(folder / name / "models.json") for name in PAGES}
+    if not quality or not any(measured.values()):
         raise SystemExit("measure first: payoff.py models and payoff.py quality, both with --llama")
+    for instructions, models in measured.items():
+        if models:
+            kernels = read_cells(folder / instructions / "kernels.json")
+            sentences, lines = page(instructions, models, kernels, quality)
+            path = options.docs / PAGES[instructions]
+            path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+            print(f"{path} is written. It begins:\n\n{sentences}\n")
+
+
+def page(instructions: str, models: Cells, kernels: Cells, quality: Cells) -> tuple[str, list[str]]:
+    """What the cells of a set of instructions say in words, and the lines of their page."""
     tables = {name: entries(name, models, quality) for name in dict.fromkeys(cell.split(" ")[0] for cell in models)}
     verdicts = {name: verdict(name, rows) for name, rows in tables.items()}
     sentences = [sentence for said in verdicts.values() for sentence in said]
     unknown = [name for name, said in verdicts.items() if kept_rows(name) and not said]
     if unknown:
         sentences.append(f"Not judged, since the quality of quantised models was not measured: {listed(unknown)}.")
-    lines = ["<!-- written by benchmarks/payoff.py page -->", "# Prune, quantise, or both?", ""]
-    lines += [wrapped(" ".join(sentences)), ""]
+    title = f"# Prune, quantise, or both? On a processor {PROCESSORS[instructions]}"
+    others = [f"[{PROCESSORS[name]}]({other})" for name, other in PAGES.items() if name != instructions]
+    said = wrapped(" ".join(sentences))
+    lines = ["<!-- written by benchmarks/payoff.py page -->", title, "", said, ""]
+    lines += [wrapped(f"The same on a processor {listed(others)}."), ""]
     older = [OLDER] * any(row.older for rows in tables.values() for row in rows)
     lines += [wrapped(f"- {caveat}", "  ") for caveat in (*CAVEATS, *older, *surroundings(models))]
     for name, rows in tables.items():
         lines += ["", f"## {name}", "", *model_table(rows)]
-    kernels = read_cells(folder / "kernels.json")
     if kernels:
         lines += ["", *kernel_section(kernels)]
-    options.page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    print(f"{options.page} is written. It begins:\n\n{wrapped(' '.join(sentences))}")
+    return said, lines
 
 
-def entries(model: str, cells: dict[str, dict[str, Any]], quality: dict[str, dict[str, Any]]) -> list[Entry]:
+def entries(model: str, cells: Cells, quality: Cells) -> list[Entry]:
     """Rows of a model in bfloat16: dense, quantised, packed."""
     prefix, made = f"{model} bfloat16 ", {}
     kept = kept_rows(model)
@@ -214,7 +230,7 @@ def model_table(rows: Sequence[Entry]) -> list[str]:
     return markdown_table(["", *headings], table)
 
 
-def surroundings(cells: dict[str, dict[str, Any]]) -> list[str]:
+def surroundings(cells: Cells) -> list[str]:
     """Lines that name machines, instructions and versions of the cells."""
     lines = {
         f"{cell['machine']}, instructions {cell['instructions']}; "

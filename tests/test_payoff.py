@@ -247,11 +247,12 @@ def test_the_page_is_made_of_kept_cells(tmp_path: Path, page: ModuleType, cells:
         models[f"{name} loading"] = {**around, "result": {**loading, "disk": 140e6 + 10e6 * ("packed" in side)}}
         models[f"{name} threads 1"] = {**around, "result": {"decoding": speeds, "prefill": speeds}}
     quality = {"perplexity": 24.0, "divergence": 0.001}
-    for part, content in (("models", models), ("quality", {"smollm2-135m Q8_0": {**around, "result": quality}})):
-        (tmp_path / f"{part}.json").write_text(json.dumps(content))
-    target = tmp_path / "payoff.md"
-    page.run(type("Options", (), {"page": target}), tmp_path)
-    text = target.read_text()
+    (tmp_path / "amx").mkdir()
+    (tmp_path / "amx" / "models.json").write_text(json.dumps(models))
+    (tmp_path / "quality.json").write_text(json.dumps({"smollm2-135m Q8_0": {**around, "result": quality}}))
+    page.run(type("Options", (), {"docs": tmp_path}), tmp_path)
+    assert not (tmp_path / "payoff.md").exists()
+    text = (tmp_path / "payoff-amx.md").read_text()
     assert "On smollm2-135m, quantise: llama.cpp Q8_0 is smaller" in text
     assert "| llama.cpp Q8_0 | 140 | 52 % | 24.00 | 0.001 | 296 | 2.5 | 2.00 (1.25) | 2.00 (1.25) |" in text
     assert "| 50 %, packed | 150 | 56 % | 34.60 (`best`) | 0.384 | 296 | 2.5 | 1.00 (1.00) | 1.00 (1.00) |" in text
@@ -262,5 +263,5 @@ def test_the_page_is_made_of_kept_cells(tmp_path: Path, page: ModuleType, cells:
 
 def test_a_page_of_nothing_is_not_written(tmp_path: Path, page: ModuleType) -> None:
     with pytest.raises(SystemExit, match="measure first"):
-        page.run(type("Options", (), {"page": tmp_path / "payoff.md"}), tmp_path)
+        page.run(type("Options", (), {"docs": tmp_path}), tmp_path)
     assert not (tmp_path / "payoff.md").exists()

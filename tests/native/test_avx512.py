@@ -16,6 +16,7 @@ from llm_barber.checkpoint.encoding import pack
 from llm_barber.errors import SettingsError
 from llm_barber.native import Instructions, avx512
 from llm_barber.native.rows import BLOCK_ROWS, Parts
+from llm_barber.runtime import packed_linear
 from llm_barber.runtime.packed_linear import PackedLinear
 from tests.helpers.guarded import guard_outputs, guard_products_by_amx, guarded
 from tests.helpers.threads import check_threads_and_fork
@@ -214,7 +215,7 @@ def test_which_rows_are_multiplied_packed(
     assert packed is not None
     linear = PackedLinear(packed, None)
     monkeypatch.setattr(avx512.Weight, "multiply", lambda weight, inputs: inputs)
-    monkeypatch.setattr(PackedLinear, "_multiply_blocks", lambda linear, weight, inputs: None)
+    monkeypatch.setattr(packed_linear, "multiply_blocks", lambda weight, inputs, bias: None)
     for rows in (1, avx512.FAST_ROWS, avx512.FAST_ROWS + 1, 1000):
         packed_product = linear(torch.ones(rows, 64, dtype=dtype)) is not None
         amx = dtype == torch.bfloat16 and level == Instructions.AMX

@@ -11,7 +11,7 @@ from llm_barber import native
 from llm_barber.checkpoint.rounding import Rounded, unpack_rounded
 from llm_barber.native import Instructions, rounded
 from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
-from llm_barber.native.rows import Parts
+from llm_barber.native.rows import BLOCK_ROWS, Parts
 from tests.helpers.guarded import guarded
 from tests.helpers.threads import check_threads_and_fork
 from tests.native.test_avx512 import make_weight
@@ -55,10 +55,13 @@ def test_weights_are_unpacked_bit_for_bit(dtype: torch.dtype, rows: int, columns
         packed = pack(weight, group)
         for scales in (packed.scales, torch.full_like(packed.scales, torch.finfo(torch.bfloat16).max)):
             hostile = Rounded(packed.packed, scales, group, dtype)
-            into = torch.full((rows, columns), 7, dtype=dtype)
-            weight_of(hostile, None, dtype, 1 + rows % 3).unpack(into)
             kind = torch.int16 if dtype == torch.bfloat16 else torch.int32
-            assert torch.equal(into.view(kind), unpack_rounded(hostile).view(kind))
+            expected, ready = unpack_rounded(hostile).view(kind), weight_of(hostile, None, dtype, 1 + rows % 3)
+            for first in range(0, rows, BLOCK_ROWS):
+                for end in {*range(first, rows, BLOCK_ROWS), rows}:
+                    into = guarded(torch.full((end - first, columns), 7, dtype=dtype))
+                    ready.unpack(first, end, into)
+                    assert torch.equal(into.view(kind), expected[first:end])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -76,7 +79,7 @@ def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int) -> No
             expected = inputs.double() @ restored.double().T + restored[:, 0].double()
             torch.testing.assert_close(outputs.double(), expected, rtol=1e-2, atol=0.1)
             into = guarded(torch.empty(rows, columns, dtype=dtype))
-            weight.unpack(into)
+            weight.unpack(0, rows, into)
             assert torch.equal(into, restored)
 
 
@@ -87,7 +90,7 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
     weight = Weight(values, bits, scales, None, 64, 64, torch.float32, Parts((0, 4), (0, 40), np.array([0, 40])))
     assert weight.multiply(torch.ones(1, 64)).tolist() == [[40, 0, 0, 0]]
     into = torch.full((4, 64), 7.0)
-    weight.unpack(into)
+    weight.unpack(0, 4, into)
     assert into.sum(1).tolist() == [40, 0, 0, 0]
 
 
@@ -115,9 +118,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for inputs in (torch.ones(1, 64), torch.ones(5, 128), torch.ones(1, 128).bfloat16(), torch.ones(0, 128)):
         with pytest.raises(ValueError, match="inputs do not fit"):
             weight.multiply(inputs)
-    for into in (torch.ones(4, 64), torch.ones(4, 128).bfloat16(), torch.ones(128, 4).T):
-        with pytest.raises(ValueError, match="does not fit"):
-            weight.unpack(into)
+    for first, end, into in (
+        (0, 4, torch.ones(4, 64)), (0, 4, torch.ones(4, 128).bfloat16()), (0, 4, torch.ones(128, 4).T),
+        (0, 8, torch.ones(8, 128)), (1, 4, torch.ones(3, 128)), (0, 3, torch.ones(3, 128)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="unpacked"):
+            weight.unpack(first, end, into)
 
 
 class OldLibrary:

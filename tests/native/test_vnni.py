@@ -13,7 +13,7 @@ from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
 from llm_barber.native import Instructions, avx512
 from llm_barber.native import rounded as native_rounded
 from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
-from llm_barber.native.rows import Parts
+from llm_barber.native.rows import BLOCK_ROWS, Parts
 from tests.helpers.guarded import guard_products_by_amx, guarded
 from tests.helpers.threads import check_threads_and_fork
 from tests.native.test_avx512 import make_weight
@@ -131,7 +131,7 @@ def test_a_group_of_any_size_is_a_row(group: int) -> None:
         right, other = (weight_of(each, None, torch.bfloat16) for each in (rounded, hostile))
         assert torch.equal(other.multiply(inputs), right.multiply(inputs))
     into = torch.empty(40, 200, dtype=torch.bfloat16)
-    other.unpack(into)
+    other.unpack(0, 40, into)
     assert torch.equal(into, unpack_rounded(rounded))
 
 
@@ -172,10 +172,13 @@ def test_weights_are_unpacked_bit_for_bit(dtype: torch.dtype, rows: int, columns
         rounded = pack(weight, 64)
         for scales in (rounded.scales, torch.full_like(rounded.scales, torch.finfo(torch.bfloat16).max)):
             hostile = Rounded(rounded.packed, scales, 64, dtype)
-            into = torch.full((rows, columns), 7, dtype=dtype)
-            weight_of(hostile, None, dtype, 1 + rows % 3).unpack(into)
             kind = torch.int16 if dtype == torch.bfloat16 else torch.int32
-            assert torch.equal(into.view(kind), unpack_rounded(hostile).view(kind))
+            expected, ready = unpack_rounded(hostile).view(kind), weight_of(hostile, None, dtype, 1 + rows % 3)
+            for first in range(0, rows, BLOCK_ROWS):
+                for end in {*range(first, rows, BLOCK_ROWS), rows}:
+                    into = guarded(torch.full((end - first, columns), 7, dtype=dtype))
+                    ready.unpack(first, end, into)
+                    assert torch.equal(into.view(kind), expected[first:end])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -195,7 +198,7 @@ def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int, monke
                 expected = inputs.double() @ restored.double().T + restored[:, 0].double()
                 torch.testing.assert_close(outputs.double(), expected, rtol=3e-2, atol=0.3)
             into = guarded(torch.empty(rows, columns, dtype=dtype))
-            weight.unpack(into)
+            weight.unpack(0, rows, into)
             assert torch.equal(into, restored)
 
 
@@ -259,9 +262,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for inputs in (torch.ones(1, 64), torch.ones(9, 128), torch.ones(1, 128).bfloat16(), torch.ones(0, 128)):
         with pytest.raises(ValueError, match="inputs do not fit"):
             weight.multiply(inputs)
-    for into in (torch.ones(4, 64), torch.ones(4, 128).bfloat16(), torch.ones(128, 4).T):
-        with pytest.raises(ValueError, match="does not fit"):
-            weight.unpack(into)
+    for first, end, into in (
+        (0, 4, torch.ones(4, 64)), (0, 4, torch.ones(4, 128).bfloat16()), (0, 4, torch.ones(128, 4).T),
+        (0, 8, torch.ones(8, 128)), (1, 4, torch.ones(3, 128)), (0, 3, torch.ones(3, 128)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="unpacked"):
+            weight.unpack(first, end, into)
 
 
 def test_instructions_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llm_barber.checkpoint.encoding import pack
-from llm_barber.runtime import on_gpu
-from llm_barber.runtime import packed_linear as module
+from llm_barber.runtime import on_gpu, products
 from llm_barber.runtime.kernels.layout import Places, find_places
 from llm_barber.runtime.packed_linear import PackedLinear, unpack_on_device
 
@@ -118,8 +117,9 @@ def test_blocks_equal_the_whole(dtype: torch.dtype, bias: bool, rows: int, monke
     """Whole weights, blocks of 16 rows, and blocks between."""
     linear, dense = make_linear(rows, 64, dtype, bias)
     inputs = torch.randn(3, 11, 64).to(dtype)
-    for cached in (1, 5_000, 1 << 21):
-        monkeypatch.setattr(module, "CACHED_BYTES", cached)
+    monkeypatch.setattr(products, "SHARED_ROWS", 16)
+    for cached in (1, 5_000, 1 << 22):
+        monkeypatch.setattr(products, "CACHED_BYTES", cached)
         torch.testing.assert_close(linear(inputs), dense(inputs), rtol=1e-2, atol=1e-2)
     assert linear(inputs[:, :0]).shape == (3, 0, rows)
 

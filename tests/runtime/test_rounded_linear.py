@@ -11,6 +11,7 @@ from llm_barber import PackConfig, PruneConfig, load, native, pack, prune
 from llm_barber.checkpoint.rounding import pack_rounded, unpack_rounded
 from llm_barber.native import Instructions, avx512
 from llm_barber.native.rounded import DTYPES, Kernel, best_kernel, find_kernel
+from llm_barber.runtime import products
 from llm_barber.runtime.rounded_linear import RoundedLinear
 from tests.conftest import make_model, save_tokens
 
@@ -62,6 +63,20 @@ def test_few_rows_are_near_and_more_are_as_by_the_dense_weight(dtype: torch.dtyp
                 assert distance < (0.005 if dtype == torch.bfloat16 else 1e-6) * size
         batched = torch.randn(2, 3, columns).to(dtype)
         assert torch.equal(linear(batched).view(6, -1), linear(batched.view(6, columns)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [16, 100, 257])
+def test_blocks_equal_the_whole(bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 rows, and blocks between."""
+    monkeypatch.setattr(products, "SHARED_ROWS", 16)
+    for dtype in DTYPES:
+        linear, weight = make_linear(rows, 128, dtype, bias)
+        inputs = torch.randn(3, 11, 128).to(dtype)
+        expected = nn.functional.linear(inputs, weight, linear.bias)
+        for cached in (1, 10_000):
+            monkeypatch.setattr(products, "CACHED_BYTES", cached)
+            torch.testing.assert_close(linear(inputs), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_gradients_of_inputs() -> None:

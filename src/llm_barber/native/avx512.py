@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_barber import native
 from llm_barber.native import Instructions
-from llm_barber.native.rows import BLOCK_ROWS, Parts
+from llm_barber.native.rows import BLOCK_ROWS, Parts, check_unpacked
 
 ROWS = 16  # most rows of inputs of a product by AVX-512
 FAST_ROWS = 8  # most rows of inputs with which such a product is faster than unpacking the weight and multiplying
@@ -246,8 +246,5 @@ class Weight:
         Raises:
             ValueError: rows are not whole blocks, or do not fit `into`.
         """
-        whole = first_row % BLOCK_ROWS == 0 and (end_row % BLOCK_ROWS == 0 or end_row == self.rows)
-        inside = 0 <= first_row <= end_row <= self.rows and into.numel() == (end_row - first_row) * self.columns
-        if not (whole and inside and into.is_contiguous() and into.is_cpu and into.dtype == self.dtype):
-            raise ValueError("rows do not fit the place to which they are unpacked")
+        check_unpacked(first_row, end_row, (self.rows, self.columns), self.dtype, into)
         self._functions.unpack(self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())

@@ -96,11 +96,6 @@ void packed_multiply_rounded_avx2(const rounded_t *weight, const float *inputs, 
     packed_run_parts(weight->openmp, weight->parts, multiply_part, &product);
 }
 
-typedef struct {
-    const rounded_t *weight;
-    void *into;
-} restore_t;
-
 /* Writes 8 weights, rounded once, within the finite numbers, without -0.0. */
 AVX2 INLINE void restore_eight(__m256 weights, void *into, size_t at, int bfloat16) {
     const __m256 largest = _mm256_castsi256_ps(_mm256_set1_epi32(bfloat16 ? 0x7f7f0000 : 0x7f7fffff));
@@ -120,23 +115,24 @@ AVX2 INLINE void restore_eight(__m256 weights, void *into, size_t at, int bfloat
 AVX2 static void restore_part(const void *task, int part) {
     const restore_t *t = task;
     const rounded_t *w = t->weight;
-    const size_t last = (size_t)w->row_ends[part + 1];
-    size_t next = (size_t)w->value_ends[part];
-    for (size_t row = (size_t)w->row_ends[part]; row < last; row++)
+    const size_t begin = t->first * BLOCK_ROWS, first = restored_row(t, part), last = restored_row(t, part + 1);
+    size_t next = (size_t)w->block_starts[first / BLOCK_ROWS];
+    for (size_t row = first; row < last; row++)
         for (size_t g = 0, c = 0; g < w->groups; g++) {
             const __m256 scale = _mm256_set1_ps(from_bfloat16(w->scales[row * w->groups + g]));
             for (const size_t end = c + w->group < w->columns ? c + w->group : w->columns; c < end; c += 8) {
                 const size_t at = row * w->columns + c;
                 const uint8_t byte = w->bits[at / 8];
-                restore_eight(_mm256_mul_ps(next_eight(w, next, byte), scale), t->into, at, w->bfloat16);
+                const __m256 weights = _mm256_mul_ps(next_eight(w, next, byte), scale);
+                restore_eight(weights, t->into, at - begin * w->columns, w->bfloat16);
                 next += (size_t)__builtin_popcount(byte);
             }
         }
 }
 
-/* Writes W, (rows, columns), in bfloat16 or float32, as the weight says. */
-void packed_restore_rounded_avx2(const rounded_t *weight, void *into) {
-    const restore_t task = {weight, into};
+/* Writes the rows of the blocks `first` to `last` in bfloat16 or float32, as the weight says. */
+void packed_restore_rows_avx2(const rounded_t *weight, size_t first, size_t last, void *into) {
+    const restore_t task = {weight, first, last, into};
     packed_run_parts(weight->openmp, weight->parts, restore_part, &task);
 }
 #endif

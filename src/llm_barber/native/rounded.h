@@ -18,6 +18,20 @@ typedef struct {
     int parts, bfloat16; /* bfloat16: inputs, outputs and bias are bfloat16; else float32 */
 } rounded_t;
 
+/* Unpacking of the rows of the blocks `first` to `last`. */
+typedef struct {
+    const rounded_t *weight;
+    size_t first, last;
+    void *into;
+} restore_t;
+
+/* First row of a part of the rows to unpack: parts have whole blocks. */
+INLINE size_t restored_row(const restore_t *t, int part) {
+    const size_t blocks = t->last - t->first;
+    const size_t row = (t->first + blocks * (size_t)part / (size_t)t->weight->parts) * BLOCK_ROWS;
+    return row < t->weight->rows ? row : t->weight->rows;
+}
+
 #define ROUNDED_STEP 64 /* columns that AVX-512 takes at a time */
 
 /* The next 64 bits of the mask; bits beyond the `left` weights are 0. `left` is a multiple of 8. */

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_barber import native
 from llm_barber.native import Instructions, avx512
-from llm_barber.native.rows import BLOCK_ROWS, Parts
+from llm_barber.native.rows import BLOCK_ROWS, Parts, check_unpacked
 
 STEP = 64  # columns that VNNI takes at a time
 MOST_COLUMNS = 1 << 20  # a sum of more products of two int8 numbers may not fit int32
@@ -62,12 +62,10 @@ def has_vnni() -> bool:
 
 def best_kernel() -> Kernel:
     """The fastest code that this processor and the extension have; `native.ISA` may forbid VNNI."""
-    if native.library() is None:
+    if not hasattr(native.library(), "packed_restore_rows_avx2"):  # an extension that was built earlier lacks it
         kernel = Kernel.NUMPY
-    elif native.instructions() > Instructions.AVX2 and has_vnni():
-        kernel = Kernel.VNNI
-    else:  # an extension that was built earlier lacks it
-        kernel = Kernel.AVX2 if hasattr(native.library(), "packed_multiply_rounded_avx2") else Kernel.NUMPY
+    else:
+        kernel = Kernel.VNNI if native.instructions() > Instructions.AVX2 and has_vnni() else Kernel.AVX2
     _report(kernel)
     return kernel
 
@@ -104,12 +102,12 @@ def _functions(kernel: Kernel) -> tuple[Any, Any]:
     loaded, pointer, number = native.library(), ctypes.c_void_p, ctypes.c_int
     assert loaded is not None
     if kernel == Kernel.VNNI:
-        multiply, restore = loaded.packed_multiply_rounded, loaded.packed_restore_rounded
+        multiply, restore = loaded.packed_multiply_rounded, loaded.packed_restore_rows
         multiply.argtypes = (pointer, pointer, pointer, number, ctypes.c_size_t, pointer, pointer)
     else:
-        multiply, restore = loaded.packed_multiply_rounded_avx2, loaded.packed_restore_rounded_avx2
+        multiply, restore = loaded.packed_multiply_rounded_avx2, loaded.packed_restore_rows_avx2
         multiply.argtypes = (pointer, pointer, pointer, number)
-    restore.argtypes = (pointer, pointer)
+    restore.argtypes = (pointer, ctypes.c_size_t, ctypes.c_size_t, pointer)
     multiply.restype = restore.restype = None
     return multiply, restore
 
@@ -231,16 +229,16 @@ class Weight:
         )  # fmt: skip
         return outputs
 
-    def unpack(self, into: Tensor) -> None:
-        """Write W, of the weight's dtype, on PyTorch's threads.
+    def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
+        """Write rows of W, on PyTorch's threads.
 
         Args:
-            into: contiguous, with a place for each weight.
+            first_row: a multiple of `BLOCK_ROWS`.
+            end_row: a multiple of `BLOCK_ROWS`, or the number of rows.
+            into: contiguous, with a place for each weight of these rows, of the weight's dtype.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: rows are not whole blocks, or do not fit `into`.
         """
-        fits = into.numel() == self.rows * self.columns and into.dtype == self.dtype
-        if not (fits and into.is_contiguous() and into.is_cpu):
-            raise ValueError("the weight does not fit the place to which it is unpacked")
-        self._restore(self._address, into.data_ptr())
+        check_unpacked(first_row, end_row, (self.rows, self.columns), self.dtype, into)
+        self._restore(self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())

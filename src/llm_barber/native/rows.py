@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 BLOCK_ROWS = 16  # rows of a block: `BLOCK_ROWS` of `avx512.h`
@@ -38,3 +39,16 @@ class Parts:
         ends = [0, *np.searchsorted(before, shares).tolist(), rows]
         block_starts = np.append(before[:-1:BLOCK_ROWS], before[-1])
         return cls(tuple(ends), tuple(before[ends].tolist()), block_starts)
+
+
+def check_unpacked(first_row: int, end_row: int, shape: tuple[int, int], dtype: torch.dtype, into: Tensor) -> None:
+    """Check that some rows of a weight, (out, in), of a dtype fit the place to which they are unpacked.
+
+    Raises:
+        ValueError: rows are not whole blocks, or do not fit `into`.
+    """
+    rows, columns = shape
+    whole = first_row % BLOCK_ROWS == 0 and (end_row % BLOCK_ROWS == 0 or end_row == rows)
+    inside = 0 <= first_row <= end_row <= rows and into.numel() == (end_row - first_row) * columns
+    if not (whole and inside and into.is_contiguous() and into.is_cpu and into.dtype == dtype):
+        raise ValueError("rows do not fit the place to which they are unpacked")

@@ -12,6 +12,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,popcnt,fma")))
+#define TARGET_VNNI_BF16 \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,avx512bf16,popcnt,fma")))
 #define STEP ROUNDED_STEP
 #define OFFSET 128 /* added to inputs */
 #define SCALES 16  /* groups whose scales are multiplied at once */
@@ -150,11 +152,6 @@ void packed_multiply_rounded(const rounded_t *weight, const void *inputs, void *
     packed_run_parts(weight->openmp, weight->parts, multiply_part, &product);
 }
 
-typedef struct {
-    const rounded_t *weight;
-    void *into;
-} restore_t;
-
 /* Writes 16 weights, value times scale rounded once, within the finite numbers, without -0.0. */
 TARGET_VNNI INLINE void restore16(__m128i values, __m512 scale, __mmask16 inside, void *into, size_t at, int bfloat16) {
     const __m512 largest = _mm512_castsi512_ps(_mm512_set1_epi32(bfloat16 ? 0x7f7f0000 : 0x7f7fffff));
@@ -171,29 +168,71 @@ TARGET_VNNI INLINE void restore16(__m128i values, __m512 scale, __mmask16 inside
     _mm256_mask_storeu_epi16((uint16_t *)into + at, inside, _mm512_cvtepi32_epi16(bits));
 }
 
-TARGET_VNNI static void restore_part(const void *task, int part) {
+/* Writes the next 64 weights, or the `left` of a row. */
+TARGET_VNNI INLINE void restore_step(__m512i values, uint16_t scale, size_t left, void *into, size_t at, int bfloat16) {
+    const __m128i quarters[4] = {_mm512_castsi512_si128(values), _mm512_extracti32x4_epi32(values, 1),
+                                 _mm512_extracti32x4_epi32(values, 2), _mm512_extracti32x4_epi32(values, 3)};
+    for (size_t q = 0; q < 4 && 16 * q < left; q++)
+        restore16(quarters[q], _mm512_set1_ps(from_bfloat16(scale)), inside16(left - 16 * q), into, at + 16 * q, bfloat16);
+}
+
+/* Scales whose products with integers up to 127 are normal numbers of bfloat16: they need no care for zeros and limits. */
+INLINE int is_plain_scale(uint16_t scale) { return scale >= 0x1000 && scale < 0x7000; }
+
+/* Writes 64 weights in bfloat16, value times a plain scale, rounded once. */
+TARGET_VNNI_BF16 INLINE void restore64(__m512i values, __m512 scale, uint16_t *into) {
+    for (int half = 0; half < 2; half++) {
+        const __m256i each = half ? _mm512_extracti64x4_epi64(values, 1) : _mm512_castsi512_si256(values);
+        const __m512i low = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(each));
+        const __m512i high = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(each, 1));
+        const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_cvtepi32_ps(high), scale),
+                                                     _mm512_mul_ps(_mm512_cvtepi32_ps(low), scale));
+        _mm512_storeu_si512(into + 32 * half, (__m512i)rounded);
+    }
+}
+
+/* `restore_part` for bfloat16 weights, where the processor rounds to bfloat16. */
+TARGET_VNNI_BF16 static void restore_part_bf16(const void *task, int part) {
     const restore_t *t = task;
     const rounded_t *w = t->weight;
-    size_t next = (size_t)w->value_ends[part];
-    for (size_t row = (size_t)w->row_ends[part]; row < (size_t)w->row_ends[part + 1]; row++)
+    const size_t begin = t->first * BLOCK_ROWS, first = restored_row(t, part), last = restored_row(t, part + 1);
+    size_t next = (size_t)w->block_starts[first / BLOCK_ROWS];
+    for (size_t row = first; row < last; row++)
         for (size_t c = 0; c < w->columns; c += STEP) {
-            const size_t left = w->columns - c;
+            const size_t left = w->columns - c, to = (row - begin) * w->columns + c;
             const uint64_t mask = mask_of64(w->bits + (row * w->columns + c) / 8, left);
             prefetch(w->values + next, w->bits + (row * w->columns + c) / 8);
             const __m512i values = expand8(mask, w->values + next, left_of(w->kept, next));
-            const __m512 scale = _mm512_set1_ps(from_bfloat16(w->scales[row * w->groups + c / w->group]));
+            const uint16_t bits = w->scales[row * w->groups + c / w->group];
             next += (size_t)_mm_popcnt_u64(mask);
-            const __m128i quarters[4] = {_mm512_castsi512_si128(values), _mm512_extracti32x4_epi32(values, 1),
-                                         _mm512_extracti32x4_epi32(values, 2), _mm512_extracti32x4_epi32(values, 3)};
-            for (size_t q = 0; q < 4 && 16 * q < left; q++)
-                restore16(quarters[q], scale, inside16(left - 16 * q), t->into, row * w->columns + c + 16 * q, w->bfloat16);
+            if (left >= STEP && is_plain_scale(bits))
+                restore64(values, _mm512_set1_ps(from_bfloat16(bits)), (uint16_t *)t->into + to);
+            else
+                restore_step(values, bits, left, t->into, to, 1);
         }
 }
 
-/* Writes W, (rows, columns), in bfloat16 or float32, as the weight says. */
-void packed_restore_rounded(const rounded_t *weight, void *into) {
-    const restore_t task = {weight, into};
-    packed_run_parts(weight->openmp, weight->parts, restore_part, &task);
+TARGET_VNNI static void restore_part(const void *task, int part) {
+    const restore_t *t = task;
+    const rounded_t *w = t->weight;
+    const size_t begin = t->first * BLOCK_ROWS, first = restored_row(t, part), last = restored_row(t, part + 1);
+    size_t next = (size_t)w->block_starts[first / BLOCK_ROWS];
+    for (size_t row = first; row < last; row++)
+        for (size_t c = 0; c < w->columns; c += STEP) {
+            const size_t left = w->columns - c, to = (row - begin) * w->columns + c;
+            const uint64_t mask = mask_of64(w->bits + (row * w->columns + c) / 8, left);
+            prefetch(w->values + next, w->bits + (row * w->columns + c) / 8);
+            const __m512i values = expand8(mask, w->values + next, left_of(w->kept, next));
+            next += (size_t)_mm_popcnt_u64(mask);
+            restore_step(values, w->scales[row * w->groups + c / w->group], left, t->into, to, w->bfloat16);
+        }
+}
+
+/* Writes the rows of the blocks `first` to `last` in bfloat16 or float32, as the weight says. */
+void packed_restore_rows(const rounded_t *weight, size_t first, size_t last, void *into) {
+    const restore_t task = {weight, first, last, into};
+    const int rounds = weight->bfloat16 && __builtin_cpu_supports("avx512bf16");
+    packed_run_parts(weight->openmp, weight->parts, rounds ? restore_part_bf16 : restore_part, &task);
 }
 #else
 int packed_has_vnni(void) { return 0; }

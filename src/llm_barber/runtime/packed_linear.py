@@ -10,18 +10,17 @@ from llm_barber import native
 from llm_barber.checkpoint.bits import as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
 from llm_barber.native import avx512
-from llm_barber.native.rows import BLOCK_ROWS, Parts
+from llm_barber.native.rows import Parts
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.products import (
     count_rows,
     is_differentiated,
     is_plain,
+    multiply_blocks,
     outside_transforms,
     shared_buffer,
 )
-
-CACHED_BYTES = 1 << 21  # unpacked rows that stay in a core's cache until they are multiplied
 
 
 class PackedLinear(PackedModule):
@@ -82,7 +81,7 @@ class PackedLinear(PackedModule):
         weight = self._ready_weight(bias)
         plain = not differentiated and is_plain(self.values.dtype)
         if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and plain:
-            return weight.multiply(inputs) if rows <= weight.fast_rows else self._multiply_blocks(weight, inputs)
+            return weight.multiply(inputs) if rows <= weight.fast_rows else multiply_blocks(weight, inputs, bias)
         if inputs.is_cpu and plain and use_native(self.values, inputs.dtype, columns, rows, differentiated):
             return self._multiply_by_avx2(inputs)
         if differentiated or not self.values.is_cpu:
@@ -106,28 +105,6 @@ class PackedLinear(PackedModule):
         weight = avx512.Weight(values, bits, bias, self.shape, self._divided(self._threads()), threads)
         self._ready[threads] = weight
         return weight
-
-    def _multiply_blocks(self, weight: avx512.Weight, inputs: Tensor) -> Tensor:
-        """Compute `forward` by unpacking some rows of the weight and multiplying them, one block after the other."""
-        rows, columns = self.shape
-        blocks = -(-rows * columns * self.values.element_size() // CACHED_BYTES)
-        step = -(-rows // (blocks * BLOCK_ROWS)) * BLOCK_ROWS
-        buffer = shared_buffer(self.values.dtype, min(step, rows) * columns)
-        if step >= rows:
-            block = buffer.view(self.shape)
-            weight.unpack(0, rows, block)
-            return nn.functional.linear(inputs, block, self.bias)
-        outputs = inputs.new_empty((*inputs.shape[:-1], rows))
-        flat, flat_outputs = inputs.reshape(-1, columns), outputs.view(-1, rows)
-        for first in range(0, rows, step):
-            end = min(first + step, rows)
-            block = buffer[: (end - first) * columns].view(-1, columns)
-            weight.unpack(first, end, block)
-            if self.bias is None:
-                torch.mm(flat, block.T, out=flat_outputs[:, first:end])
-            else:
-                torch.addmm(self.bias[first:end], flat, block.T, out=flat_outputs[:, first:end])
-        return outputs
 
     def _multiply_by_avx2(self, inputs: Tensor) -> Tensor:
         """Compute `forward` without unpacking, summed in float32; at most `native.PRODUCT_ROWS` rows."""

@@ -1,14 +1,17 @@
 """Shared parts of linears that stay packed in memory: what a product may do, and memory for unpacked weights."""
 
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from llm_barber.checkpoint.bits import POPCOUNT
 from llm_barber.errors import SettingsError
+
+CACHED_BYTES = 1 << 22  # most bytes of unpacked rows that are multiplied at once, while they are in the cache
+SHARED_ROWS = 128  # a block has a multiple of so many rows, which PyTorch's threads share evenly
 
 
 def is_differentiated(inputs: Tensor, bias: Tensor | None) -> bool:
@@ -47,6 +50,45 @@ def shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
     if buffer is None or len(buffer) < weights:
         buffer = _buffers.by_dtype[dtype] = torch.empty(weights, dtype=dtype, device="cpu")
     return buffer[:weights]
+
+
+class Unpacked(Protocol):
+    """A weight, (rows, columns), whose rows can be unpacked a few at a time."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
+        """Write some rows; `first_row`, and `end_row` unless it is the last, are multiples of 16."""
+
+
+def multiply_blocks(weight: Unpacked, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute inputs · Wᵀ + bias, (…, rows), by unpacking some rows of W and multiplying them, block after block.
+
+    Args:
+        weight: W.
+        inputs: (…, columns), on the CPU, of the weight's dtype.
+        bias: (rows,), of the weight's dtype; or None.
+    """
+    rows, columns = weight.rows, weight.columns
+    step = max(1, CACHED_BYTES // (columns * weight.dtype.itemsize * SHARED_ROWS)) * SHARED_ROWS
+    buffer = shared_buffer(weight.dtype, min(step, rows) * columns)
+    if step >= rows:
+        whole = buffer.view(rows, columns)
+        weight.unpack(0, rows, whole)
+        return nn.functional.linear(inputs, whole, bias)
+    outputs = inputs.new_empty((*inputs.shape[:-1], rows))
+    flat, flat_outputs = inputs.reshape(-1, columns), outputs.view(-1, rows)
+    for first in range(0, rows, step):
+        end = min(first + step, rows)
+        block = buffer[: (end - first) * columns].view(-1, columns)
+        weight.unpack(first, end, block)
+        if bias is None:
+            torch.mm(flat, block.T, out=flat_outputs[:, first:end])
+        else:
+            torch.addmm(bias[first:end], flat, block.T, out=flat_outputs[:, first:end])
+    return outputs
 
 
 def is_plain(dtype: torch.dtype, device: str = "cpu") -> bool:

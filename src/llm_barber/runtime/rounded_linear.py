@@ -17,6 +17,7 @@ from llm_barber.runtime.products import (
     count_rows,
     is_differentiated,
     is_plain,
+    multiply_blocks,
     outside_transforms,
     shared_buffer,
 )
@@ -84,6 +85,8 @@ class RoundedLinear(PackedModule):
             weight = self._ready_weight(bias, inputs.dtype)
             if weight is not None and rows <= weight.most_rows:
                 return weight.multiply(inputs)
+            if weight is not None and weight.dtype is self.packed_dtype:
+                return multiply_blocks(weight, inputs, bias)
         # Autograd keeps the weight: it is not shared then.
         into = (
             None
@@ -124,7 +127,7 @@ class RoundedLinear(PackedModule):
             unpacked = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
             weight = self._ready_weight(None, self.packed_dtype)
             if weight is not None:
-                weight.unpack(unpacked)
+                weight.unpack(0, self.shape[0], unpacked)
                 return unpacked
             packed = Packed(self.shape, Encoding.BITMASK, self.values, self.bits)
             return unpack_rounded(Rounded(packed, scales, self.group, self.packed_dtype), lambda *_: unpacked)
