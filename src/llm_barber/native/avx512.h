@@ -71,16 +71,24 @@ INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
 /* Number of values left; 0 if the mask has more set bits than there are values. */
 INLINE size_t left_of(size_t kept, size_t next) { return next < kept ? kept - next : 0; }
 
+/* Zeros for VPEXPAND to write to. On Zen 4 it waits for what its target was before, even where it sets the rest to zero,
+ * so that each step would wait for the one before it. Nothing waits for a register that is cleared in this way. */
+TARGET512 INLINE __m512i cleared(void) {
+    __m512i zeros;
+    __asm__("vpxor %x0, %x0, %x0" : "=x"(zeros));
+    return zeros;
+}
+
 /* Moves values to the positions of the mask's set bits. The assembly statement keeps the compiler from folding the load
  * into VPEXPANDW. */
 TARGET512 INLINE __m512i expand16(uint32_t mask, __m512i values) {
     __asm__("" : "+v"(values));
-    return _mm512_maskz_expand_epi16(mask, values);
+    return _mm512_mask_expand_epi16(cleared(), mask, values);
 }
 
 TARGET512 INLINE __m512 expand32(__mmask16 mask, __m512 values) {
     __asm__("" : "+v"(values));
-    return _mm512_maskz_expand_ps(mask, values);
+    return _mm512_mask_expand_ps(_mm512_castsi512_ps(cleared()), mask, values);
 }
 
 TARGET512 INLINE __m512i next_values16(const uint16_t *values, size_t left) {

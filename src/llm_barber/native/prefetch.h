@@ -11,8 +11,8 @@
 /* Asks for what lies some KiB behind the next values and the next bits. It may lie beyond the arrays: asking does not
  * read, and does not fail. */
 INLINE void prefetch(const void *values, const void *bits) {
-    __builtin_prefetch((const void *)((uintptr_t)values + 4096));
-    __builtin_prefetch((const void *)((uintptr_t)bits + 1024));
+    __builtin_prefetch((const void *)((uintptr_t)values + 2048));
+    __builtin_prefetch((const void *)((uintptr_t)bits + 512));
 }
 #endif
 #endif

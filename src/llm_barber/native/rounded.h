@@ -47,7 +47,7 @@ TARGET512 INLINE __m512i expand8(uint64_t mask, const int8_t *values, size_t lef
     __m512i next = left >= ROUNDED_STEP ? _mm512_loadu_si512(values)
                                         : _mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, values);
     __asm__("" : "+v"(next));
-    return _mm512_maskz_expand_epi8(mask, next);
+    return _mm512_mask_expand_epi8(cleared(), mask, next);
 }
 
 INLINE float from_bfloat16(uint16_t value) {
