@@ -5,11 +5,11 @@
     python benchmarks/payoff.py quality --data DATA --llama LLAMA/bin/python --model gemma3-270m=GGUF
     python benchmarks/payoff.py page                 # docs/results/payoff*.md, from what was kept
 
-Each prints a table. Finished cells are kept in `benchmarks/results/payoff/INSTRUCTIONS/PART.json`, those of quality,
-which does not hang on instructions, in `benchmarks/results/payoff/quality.json`. They are measured again when settings,
-machine, versions or the measured code change. `--quick` takes two minutes and keeps nothing. Masks are by magnitude:
-sizes and speeds depend on the share of pruned weights, not on which these are. `LLM_BARBER_ISA=avx2` measures the path
-for processors without AVX-512, and `models --without-c` NumPy alone.
+Each prints a table. Finished cells are kept in `benchmarks/results/payoff`, those of speed in a folder by the
+instructions that the processor has, and measured again when settings, machine, versions or the measured code change.
+`--quick` takes two minutes and keeps nothing. Masks are by magnitude: sizes and speeds depend on the share of pruned
+weights, not on which these are. `LLM_BARBER_ISA=avx2` measures the path for processors without AVX-512, and `models
+--without-c` NumPy alone; their cells go to folders of their own.
 """
 
 import argparse
@@ -46,11 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def folder_of_results(options: argparse.Namespace) -> Path:
-    """Folder of the kept cells: speeds have one for each set of instructions."""
+    """Folder of the kept cells: speeds have one by the processor's instructions, in it one where fewer are forced."""
     if options.part in ("quality", "page"):
         return RESULTS
-    with_c = native.library() is not None and not getattr(options, "without_c", False)
-    return RESULTS / (native.instructions().name.lower() if with_c else "numpy")
+    present = native.processor_instructions()
+    folder = RESULTS / present.name.lower()
+    if native.library() is None or getattr(options, "without_c", False):
+        return folder / "numpy"
+    used = native.instructions()
+    return folder if used == present else folder / used.name.lower()
 
 
 if __name__ == "__main__":

@@ -92,11 +92,11 @@ def surroundings() -> dict[str, Any]:
 
 
 def digest_of_sources(folders: Sequence[str]) -> str:
-    """Digest of the package's Python and C files in some of its folders."""
+    """Digest of the package's Python and C files, headers too, in some of its folders."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted((SOURCES / folder).rglob("*")):
-            if path.suffix in (".py", ".c"):
+            if path.suffix in (".py", ".c", ".h"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

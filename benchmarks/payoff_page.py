@@ -29,12 +29,12 @@ CAVEATS = (
     "of the medians. llama.cpp is another program: its ratios hold its lower overhead as well as its formats.",
     "Rows with int8 values have the perplexity and KL of the same model before rounding; rounding adds the little that "
     "[packed models](../guide/packed.md) gives.",
-    "The machine was shared. When its memory is busy, a dense product loses more than a packed one, so that some "
-    "ratios of packed rows are too good: [the notebook](../notebook/packed-speed.md) has tokens per second.",
+    "When the memory of a shared machine is busy, a dense product loses more than a packed one, so that ratios of "
+    "packed rows are too good: [the notebook](../notebook/packed-speed.md) has tokens per second, and says which.",
     "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens. Dense PyTorch and llama.cpp "
     "map their files and read them when they first compute; packed weights are read and checked while they load.",
 )
-Cells = dict[str, dict[str, Any]]  # kept cells by their names
+Kept = dict[str, dict[str, Any]]  # cells by their names
 OLDER = "Rows with * were measured with an earlier version of this program."
 
 
@@ -62,23 +62,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path | None) -> None:
-    """Write a page for each set of instructions that was measured, and print its first paragraph."""
+    """Write the pages of `PAGES` whose processors were measured, and print the first paragraph of each."""
     folder = folder or RESULTS
     quality = read_cells(folder / "quality.json")
     measured = {name: read_cells(folder / name / "models.json") for name in PAGES}
     if not quality or not any(measured.values()):
         raise SystemExit("measure first: payoff.py models and payoff.py quality, both with --llama")
-    for instructions, models in measured.items():
-        if models:
-            kernels = read_cells(folder / instructions / "kernels.json")
-            sentences, lines = page(instructions, models, kernels, quality)
-            path = options.docs / PAGES[instructions]
-            path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-            print(f"{path} is written. It begins:\n\n{sentences}\n")
+    written = [name for name in PAGES if measured[name]]
+    for name in written:
+        kernels = read_cells(folder / name / "kernels.json")
+        said, lines = page(name, written, measured[name], kernels, quality)
+        path = options.docs / PAGES[name]
+        path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        print(f"{path} is written. It begins:\n\n{said}\n")
 
 
-def page(instructions: str, models: Cells, kernels: Cells, quality: Cells) -> tuple[str, list[str]]:
-    """What the cells of a set of instructions say in words, and the lines of their page."""
+def page(
+    instructions: str, written: Sequence[str], models: Kept, kernels: Kept, quality: Kept
+) -> tuple[str, list[str]]:
+    """What the cells of a processor say in words, and the lines of its page; `written`: instructions with a page."""
     tables = {name: entries(name, models, quality) for name in dict.fromkeys(cell.split(" ")[0] for cell in models)}
     verdicts = {name: verdict(name, rows) for name, rows in tables.items()}
     sentences = [sentence for said in verdicts.values() for sentence in said]
@@ -86,10 +88,11 @@ def page(instructions: str, models: Cells, kernels: Cells, quality: Cells) -> tu
     if unknown:
         sentences.append(f"Not judged, since the quality of quantised models was not measured: {listed(unknown)}.")
     title = f"# Prune, quantise, or both? On a processor {PROCESSORS[instructions]}"
-    others = [f"[{PROCESSORS[name]}]({other})" for name, other in PAGES.items() if name != instructions]
+    others = [f"[{PROCESSORS[name]}]({PAGES[name]})" for name in written if name != instructions]
     said = wrapped(" ".join(sentences))
     lines = ["<!-- written by benchmarks/payoff.py page -->", title, "", said, ""]
-    lines += [wrapped(f"The same on a processor {listed(others)}."), ""]
+    if others:
+        lines += [wrapped(f"The same on a processor {listed(others)}."), ""]
     older = [OLDER] * any(row.older for rows in tables.values() for row in rows)
     lines += [wrapped(f"- {caveat}", "  ") for caveat in (*CAVEATS, *older, *surroundings(models))]
     for name, rows in tables.items():
@@ -99,7 +102,7 @@ def page(instructions: str, models: Cells, kernels: Cells, quality: Cells) -> tu
     return said, lines
 
 
-def entries(model: str, cells: Cells, quality: Cells) -> list[Entry]:
+def entries(model: str, cells: Kept, quality: Kept) -> list[Entry]:
     """Rows of a model in bfloat16: dense, quantised, packed."""
     prefix, made = f"{model} bfloat16 ", {}
     kept = kept_rows(model)
@@ -230,7 +233,7 @@ def model_table(rows: Sequence[Entry]) -> list[str]:
     return markdown_table(["", *headings], table)
 
 
-def surroundings(cells: Cells) -> list[str]:
+def surroundings(cells: Kept) -> list[str]:
     """Lines that name machines, instructions and versions of the cells."""
     lines = {
         f"{cell['machine']}, instructions {cell['instructions']}; "

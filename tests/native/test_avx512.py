@@ -215,7 +215,7 @@ def test_which_rows_are_multiplied_packed(
     assert packed is not None
     linear = PackedLinear(packed, None)
     monkeypatch.setattr(avx512.Weight, "multiply", lambda weight, inputs: inputs)
-    monkeypatch.setattr(packed_linear, "multiply_blocks", lambda weight, inputs, bias: None)
+    monkeypatch.setattr(packed_linear, "multiply_unpacked", lambda weight, inputs, bias: None)
     for rows in (1, avx512.FAST_ROWS, avx512.FAST_ROWS + 1, 1000):
         packed_product = linear(torch.ones(rows, 64, dtype=dtype)) is not None
         amx = dtype == torch.bfloat16 and level == Instructions.AMX
@@ -290,7 +290,7 @@ def test_the_log_says_what_is_used(
 ) -> None:  # fmt: skip
     monkeypatch.setenv(native.ISA, forced)
     monkeypatch.setattr(native, "library", lambda: object() if built else None)
-    monkeypatch.setattr(native, "_processor_instructions", lambda: most)
+    monkeypatch.setattr(native, "processor_instructions", lambda: most)
     with caplog.at_level(logging.INFO, logger="llm_barber"):
         native.instructions.__wrapped__()
     assert text in caplog.text

@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from llm_barber import native
+from llm_barber.checkpoint.bits import as_integers
 from llm_barber.checkpoint.encoding import pack
+from llm_barber.native import Instructions
 from llm_barber.runtime.packed_linear import PackedLinear, use_native
+from tests.helpers.guarded import guarded
+from tests.native.test_avx512 import make_weight, parts_of
 
 pytestmark = pytest.mark.skipif(
     native.library() is None, reason="src/llm_barber/native/packed.c is not built here: pip install -e ."
@@ -77,6 +81,32 @@ def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
             native.join(np.zeros(4, np.uint8), np.zeros(256, np.uint8), layout, np.zeros(3 * groups, np.uint8))
     monkeypatch.setattr(native, "library", lambda: None)
     assert not use_native(values, torch.float32, 16, 1, differentiated=False)
+
+
+@pytest.mark.parametrize("level", [Instructions.AVX2, Instructions.AVX512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [8, 16, 40, 200])
+def test_nothing_is_read_or_written_behind_an_array(
+    level: Instructions, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An access beyond an array ends the process: every array ends where a page does."""
+    if level > native.processor_instructions():
+        pytest.skip(f"needs {level.name}")
+    monkeypatch.setattr(native, "instructions", lambda: level)
+    for sparsity in (0.0, 0.5, 1.0):
+        weight = guarded(make_weight(3, columns, sparsity, dtype))
+        values, bits = map(guarded, parts_of(weight))
+        inputs, outputs = guarded(make_weight(4, columns, 0, torch.float32, seed=1)), guarded(torch.zeros(4, 3))
+        native.product(values, bits, inputs, outputs)
+        torch.testing.assert_close(outputs, inputs @ weight.float().T, rtol=1e-5, atol=1e-4)
+        flat, mask = as_integers(weight.view(-1)), guarded(torch.zeros_like(bits))
+        native.find(flat, mask.numpy())
+        assert torch.equal(mask, bits)
+        taken, into = guarded(torch.zeros_like(values)), guarded(torch.ones_like(weight))
+        native.take(flat, mask.numpy(), as_integers(taken))
+        native.put(as_integers(taken), mask.numpy(), as_integers(into.view(-1)))
+        assert torch.equal(taken, values)
+        assert torch.equal(into, weight)
 
 
 def test_a_mask_with_too_many_bits_reads_nothing_beyond() -> None:

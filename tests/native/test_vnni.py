@@ -165,15 +165,23 @@ def test_integer_sums_are_exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_weights_are_unpacked_bit_for_bit(dtype: torch.dtype, rows: int, columns: int) -> None:
-    for size in (1.0, 1e-38, 1e38):
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (70, 128)])
+@pytest.mark.parametrize("level", [Instructions.AVX512, Instructions.AVX512BF16])
+def test_weights_are_unpacked_bit_for_bit(
+    dtype: torch.dtype, rows: int, columns: int, level: Instructions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of all sizes, with AVX-512 BF16 and without it; rows in any blocks, on three threads."""
+    if level > native.instructions():
+        pytest.skip(f"needs {level.name}")
+    monkeypatch.setattr(native, "instructions", lambda: level)
+    for size in (1.0, 1e-38, 2.0**-90, 2.0**102, 1e38):
         weight = (make_weight(rows, columns, 0.5, torch.float32) * size).clamp(-3e38, 3e38).to(dtype)
         rounded = pack(weight, 64)
         for scales in (rounded.scales, torch.full_like(rounded.scales, torch.finfo(torch.bfloat16).max)):
             hostile = Rounded(rounded.packed, scales, 64, dtype)
             kind = torch.int16 if dtype == torch.bfloat16 else torch.int32
-            expected, ready = unpack_rounded(hostile).view(kind), weight_of(hostile, None, dtype, 1 + rows % 3)
+            expected = unpack_rounded(hostile).view(kind)
+            ready = weight_of(hostile, None, dtype, min(rows, 3), place=guarded)
             for first in range(0, rows, BLOCK_ROWS):
                 for end in {*range(first, rows, BLOCK_ROWS), rows}:
                     into = guarded(torch.full((end - first, columns), 7, dtype=dtype))

@@ -119,7 +119,7 @@ def test_blocks_equal_the_whole(dtype: torch.dtype, bias: bool, rows: int, monke
     inputs = torch.randn(3, 11, 64).to(dtype)
     monkeypatch.setattr(products, "SHARED_ROWS", 16)
     for cached in (1, 5_000, 1 << 22):
-        monkeypatch.setattr(products, "CACHED_BYTES", cached)
+        monkeypatch.setattr(products, "UNPACKED_BYTES", cached)
         torch.testing.assert_close(linear(inputs), dense(inputs), rtol=1e-2, atol=1e-2)
     assert linear(inputs[:, :0]).shape == (3, 0, rows)
 

@@ -75,7 +75,7 @@ def test_blocks_equal_the_whole(bias: bool, rows: int, monkeypatch: pytest.Monke
         inputs = torch.randn(3, 11, 128).to(dtype)
         expected = nn.functional.linear(inputs, weight, linear.bias)
         for cached in (1, 10_000):
-            monkeypatch.setattr(products, "CACHED_BYTES", cached)
+            monkeypatch.setattr(products, "UNPACKED_BYTES", cached)
             torch.testing.assert_close(linear(inputs), expected, rtol=1e-2, atol=1e-2)
 
 

@@ -56,7 +56,7 @@ def instructions() -> Instructions:
     Raises:
         SettingsError: the variable holds something else.
     """
-    present = _processor_instructions()
+    present = processor_instructions()
     level = _limited(present)
     if library() is None:
         logger.info("packed weights: unpacked by NumPy, since the C extension is missing or the processor lacks AVX2")
@@ -67,7 +67,7 @@ def instructions() -> Instructions:
     return level
 
 
-def _processor_instructions() -> Instructions:
+def processor_instructions() -> Instructions:
     """Instructions that the processor and the extension have."""
     loaded = library()
     find_level = getattr(loaded, "packed_instructions", None)  # an extension that was built earlier lacks it

@@ -71,8 +71,9 @@ INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
 /* Number of values left; 0 if the mask has more set bits than there are values. */
 INLINE size_t left_of(size_t kept, size_t next) { return next < kept ? kept - next : 0; }
 
-/* Zeros for VPEXPAND to write to. On Zen 4 it waits for what its target was before, even where it sets the rest to zero,
- * so that each step would wait for the one before it. Nothing waits for a register that is cleared in this way. */
+/* Zeros for VPEXPAND to write to. On Zen 4 it waits for the former value of its target, even where it sets the rest to
+ * zero, so that each step would wait for the one before it. It does not wait where the target was just cleared, or copied
+ * from a register that was. */
 TARGET512 INLINE __m512i cleared(void) {
     __m512i zeros;
     __asm__("vpxor %x0, %x0, %x0" : "=x"(zeros));

@@ -115,7 +115,7 @@ AVX2 INLINE void restore_eight(__m256 weights, void *into, size_t at, int bfloat
 AVX2 static void restore_part(const void *task, int part) {
     const restore_t *t = task;
     const rounded_t *w = t->weight;
-    const size_t begin = t->first * BLOCK_ROWS, first = restored_row(t, part), last = restored_row(t, part + 1);
+    const size_t begin = t->first * BLOCK_ROWS, first = start_of_part(t, part), last = start_of_part(t, part + 1);
     size_t next = (size_t)w->block_starts[first / BLOCK_ROWS];
     for (size_t row = first; row < last; row++)
         for (size_t g = 0, c = 0; g < w->groups; g++) {

@@ -15,18 +15,19 @@ typedef struct {
     const int64_t *block_starts;          /* number of values before each block of BLOCK_ROWS rows */
     const openmp_t *openmp;               /* or NULL: the caller's thread computes all parts */
     size_t rows, columns, kept, group, groups;
-    int parts, bfloat16; /* bfloat16: inputs, outputs and bias are bfloat16; else float32 */
+    int parts, bfloat16;  /* bfloat16: inputs, outputs and bias are bfloat16; else float32 */
+    int has_bf16;         /* AVX-512 BF16 may be used */
 } rounded_t;
 
-/* Unpacking of the rows of the blocks `first` to `last`. */
+/* Unpacking the rows of the blocks `first` to `last`, on as many threads as the weight has parts. */
 typedef struct {
     const rounded_t *weight;
     size_t first, last;
     void *into;
 } restore_t;
 
-/* First row of a part of the rows to unpack: parts have whole blocks. */
-INLINE size_t restored_row(const restore_t *t, int part) {
+/* Row at which a part of the rows to unpack begins, and the part before ends: parts have whole blocks. */
+INLINE size_t start_of_part(const restore_t *t, int part) {
     const size_t blocks = t->last - t->first;
     const size_t row = (t->first + blocks * (size_t)part / (size_t)t->weight->parts) * BLOCK_ROWS;
     return row < t->weight->rows ? row : t->weight->rows;

@@ -49,7 +49,7 @@ class _Weight(ctypes.Structure):
             for name in ("values", "bits", "scales", "bias", "row_ends", "value_ends", "block_starts", "openmp")
         ),
         *((name, ctypes.c_size_t) for name in ("rows", "columns", "kept", "group", "groups")),
-        *((name, ctypes.c_int) for name in ("parts", "bfloat16")),
+        *((name, ctypes.c_int) for name in ("parts", "bfloat16", "has_bf16")),
     )
 
 
@@ -177,7 +177,8 @@ class Weight:
         step = STEP if self.kernel == Kernel.VNNI else BITS_IN_BYTE
         within_row = min(group, columns)  # C has 64 bits for a number that the file may make any size
         sizes = rows, columns, len(values), -(-within_row // step) * step, groups
-        self._weight = _Weight(*pointers, *sizes, len(ends[0]) - 1, dtype == torch.bfloat16)
+        has_bf16 = native.instructions() >= Instructions.AVX512BF16
+        self._weight = _Weight(*pointers, *sizes, len(ends[0]) - 1, dtype == torch.bfloat16, has_bf16)
         self._address = ctypes.addressof(self._weight)
         self._multiply, self._restore = _functions(self.kernel)
 

@@ -1,4 +1,5 @@
-/* Products with packed weights whose values are int8, by AVX-512 with VBMI2 and VNNI; and unpacking them.
+/* Products with packed weights whose values are int8, by AVX-512 with VBMI2 and VNNI; and unpacking them, with BF16 if the
+ * processor has it.
  *
  * A step takes the next 64 columns of a row: it loads 64 values, the most that may be kept, moves them to the positions of
  * the mask's set bits (VPEXPANDB), multiplies them by 64 inputs (VPDPBUSD), and advances by as many values as bits are
@@ -191,11 +192,11 @@ TARGET_VNNI_BF16 INLINE void restore64(__m512i values, __m512 scale, uint16_t *i
     }
 }
 
-/* `restore_part` for bfloat16 weights, where the processor rounds to bfloat16. */
+/* `restore_part` for bfloat16 weights, by AVX-512 BF16: the same bits. */
 TARGET_VNNI_BF16 static void restore_part_bf16(const void *task, int part) {
     const restore_t *t = task;
     const rounded_t *w = t->weight;
-    const size_t begin = t->first * BLOCK_ROWS, first = restored_row(t, part), last = restored_row(t, part + 1);
+    const size_t begin = t->first * BLOCK_ROWS, first = start_of_part(t, part), last = start_of_part(t, part + 1);
     size_t next = (size_t)w->block_starts[first / BLOCK_ROWS];
     for (size_t row = first; row < last; row++)
         for (size_t c = 0; c < w->columns; c += STEP) {
@@ -215,7 +216,7 @@ TARGET_VNNI_BF16 static void restore_part_bf16(const void *task, int part) {
 TARGET_VNNI static void restore_part(const void *task, int part) {
     const restore_t *t = task;
     const rounded_t *w = t->weight;
-    const size_t begin = t->first * BLOCK_ROWS, first = restored_row(t, part), last = restored_row(t, part + 1);
+    const size_t begin = t->first * BLOCK_ROWS, first = start_of_part(t, part), last = start_of_part(t, part + 1);
     size_t next = (size_t)w->block_starts[first / BLOCK_ROWS];
     for (size_t row = first; row < last; row++)
         for (size_t c = 0; c < w->columns; c += STEP) {
@@ -231,8 +232,8 @@ TARGET_VNNI static void restore_part(const void *task, int part) {
 /* Writes the rows of the blocks `first` to `last` in bfloat16 or float32, as the weight says. */
 void packed_restore_rows(const rounded_t *weight, size_t first, size_t last, void *into) {
     const restore_t task = {weight, first, last, into};
-    const int rounds = weight->bfloat16 && __builtin_cpu_supports("avx512bf16");
-    packed_run_parts(weight->openmp, weight->parts, rounds ? restore_part_bf16 : restore_part, &task);
+    const int by_bf16 = weight->bfloat16 && weight->has_bf16;
+    packed_run_parts(weight->openmp, weight->parts, by_bf16 ? restore_part_bf16 : restore_part, &task);
 }
 #else
 int packed_has_vnni(void) { return 0; }

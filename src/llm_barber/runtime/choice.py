@@ -22,6 +22,7 @@ from llm_barber.errors import SettingsError
 from llm_barber.messages import message
 from llm_barber.native import Instructions
 from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.runtime.products import SHARED_ROWS
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
 CPU = torch.device("cpu")
@@ -210,7 +211,7 @@ def measure_times(weight: Packed | Rounded, dtype: torch.dtype | None = None) ->
         weight: of a linear; the first rows stand for a large one.
         dtype: of inputs and of the dense weight, if the weight's values are rounded; None: the weight's.
     """
-    dense_weight = _unpacked(weight)[: max(1, TIMED_WEIGHTS // weight.shape[1])]
+    dense_weight = _unpacked(weight)[: max(1, TIMED_WEIGHTS // (weight.shape[1] * SHARED_ROWS)) * SHARED_ROWS]
     part: Packed | Rounded | None = weight
     if len(dense_weight) < weight.shape[0]:
         part = pack(dense_weight) if isinstance(weight, Packed) else pack_rounded(dense_weight, weight.group)

@@ -17,7 +17,7 @@ from llm_barber.runtime.products import (
     count_rows,
     is_differentiated,
     is_plain,
-    multiply_blocks,
+    multiply_unpacked,
     outside_transforms,
     shared_buffer,
 )
@@ -81,7 +81,7 @@ class PackedLinear(PackedModule):
         weight = self._ready_weight(bias)
         plain = not differentiated and is_plain(self.values.dtype)
         if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and plain:
-            return weight.multiply(inputs) if rows <= weight.fast_rows else multiply_blocks(weight, inputs, bias)
+            return weight.multiply(inputs) if rows <= weight.fast_rows else multiply_unpacked(weight, inputs, bias)
         if inputs.is_cpu and plain and use_native(self.values, inputs.dtype, columns, rows, differentiated):
             return self._multiply_by_avx2(inputs)
         if differentiated or not self.values.is_cpu:

@@ -1,4 +1,4 @@
-"""Shared parts of linears that stay packed in memory: what a product may do, and memory for unpacked weights."""
+"""Shared parts of linears that stay packed in memory: products with many rows of inputs, and what a product may do."""
 
 import threading
 from typing import Any, Protocol
@@ -9,9 +9,10 @@ from torch.autograd import forward_ad
 
 from llm_barber.checkpoint.bits import POPCOUNT
 from llm_barber.errors import SettingsError
+from llm_barber.native.rows import BLOCK_ROWS
 
-CACHED_BYTES = 1 << 22  # most bytes of unpacked rows that are multiplied at once, while they are in the cache
-SHARED_ROWS = 128  # a block has a multiple of so many rows, which PyTorch's threads share evenly
+UNPACKED_BYTES = 1 << 22  # of rows that are unpacked and multiplied at once; fewer rows than `SHARED_ROWS` never are
+SHARED_ROWS = 128  # rows are unpacked in multiples of this, which PyTorch's threads share evenly; of `BLOCK_ROWS`, too
 
 
 def is_differentiated(inputs: Tensor, bias: Tensor | None) -> bool:
@@ -52,19 +53,19 @@ def shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
     return buffer[:weights]
 
 
-class Unpacked(Protocol):
-    """A weight, (rows, columns), whose rows can be unpacked a few at a time."""
+class CanUnpackRows(Protocol):
+    """A packed weight, (rows, columns), that unpacks a few rows at a time."""
 
     rows: int
     columns: int
     dtype: torch.dtype
 
     def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
-        """Write some rows; `first_row`, and `end_row` unless it is the last, are multiples of 16."""
+        """Write some rows; `first_row`, and `end_row` unless it is `rows`, are multiples of `BLOCK_ROWS`."""
 
 
-def multiply_blocks(weight: Unpacked, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute inputs · Wᵀ + bias, (…, rows), by unpacking some rows of W and multiplying them, block after block.
+def multiply_unpacked(weight: CanUnpackRows, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute inputs · Wᵀ + bias, (…, rows): some rows of W are unpacked and multiplied, then the next ones.
 
     Args:
         weight: W.
@@ -72,7 +73,8 @@ def multiply_blocks(weight: Unpacked, inputs: Tensor, bias: Tensor | None) -> Te
         bias: (rows,), of the weight's dtype; or None.
     """
     rows, columns = weight.rows, weight.columns
-    step = max(1, CACHED_BYTES // (columns * weight.dtype.itemsize * SHARED_ROWS)) * SHARED_ROWS
+    least = -(-torch.get_num_threads() * BLOCK_ROWS // SHARED_ROWS)  # so that every thread has rows to unpack
+    step = max(least, UNPACKED_BYTES // (columns * weight.dtype.itemsize * SHARED_ROWS)) * SHARED_ROWS
     buffer = shared_buffer(weight.dtype, min(step, rows) * columns)
     if step >= rows:
         whole = buffer.view(rows, columns)
@@ -82,12 +84,12 @@ def multiply_blocks(weight: Unpacked, inputs: Tensor, bias: Tensor | None) -> Te
     flat, flat_outputs = inputs.reshape(-1, columns), outputs.view(-1, rows)
     for first in range(0, rows, step):
         end = min(first + step, rows)
-        block = buffer[: (end - first) * columns].view(-1, columns)
-        weight.unpack(first, end, block)
+        part = buffer[: (end - first) * columns].view(-1, columns)
+        weight.unpack(first, end, part)
         if bias is None:
-            torch.mm(flat, block.T, out=flat_outputs[:, first:end])
+            torch.mm(flat, part.T, out=flat_outputs[:, first:end])
         else:
-            torch.addmm(bias[first:end], flat, block.T, out=flat_outputs[:, first:end])
+            torch.addmm(bias[first:end], flat, part.T, out=flat_outputs[:, first:end])
     return outputs
 
 

@@ -17,7 +17,7 @@ from llm_barber.runtime.products import (
     count_rows,
     is_differentiated,
     is_plain,
-    multiply_blocks,
+    multiply_unpacked,
     outside_transforms,
     shared_buffer,
 )
@@ -29,7 +29,8 @@ class RoundedLinear(PackedModule):
     On CPUs with AVX-512 (VBMI2 and VNNI) up to 8 rows of inputs are rounded, too, and multiplied with the packed weight
     (`Weight.multiply` says how). AMX multiplies more rows in bfloat16, and AVX2 up to 4; neither rounds inputs. On
     CUDA, Triton's kernels multiply a few rows with the int8 values and do not round inputs; they were not run on a real
-    GPU. Otherwise each use unpacks the weight to its dtype, and inputs are not rounded.
+    GPU. Otherwise each product unpacks the weight, with AVX-512 and AVX2 a few rows at a time, and does not round
+    inputs.
 
     Args:
         rounded: the weight, (out, in).
@@ -81,12 +82,12 @@ class RoundedLinear(PackedModule):
         columns = self.shape[1]
         rows = count_rows(inputs, columns)
         plain = not differentiated and is_plain(self.dtype)
-        if rows and plain and inputs.is_cpu:
+        if rows and plain and inputs.is_cpu and inputs.dtype is self.dtype:
             weight = self._ready_weight(bias, inputs.dtype)
             if weight is not None and rows <= weight.most_rows:
                 return weight.multiply(inputs)
             if weight is not None and weight.dtype is self.packed_dtype:
-                return multiply_blocks(weight, inputs, bias)
+                return multiply_unpacked(weight, inputs, bias)
         # Autograd keeps the weight: it is not shared then.
         into = (
             None
