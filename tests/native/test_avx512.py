@@ -22,15 +22,22 @@ from tests.helpers.guarded import guard_outputs, guard_products_by_amx, guarded
 from tests.helpers.threads import check_threads_and_fork
 
 LEVEL = native.instructions()
-needs_avx512 = pytest.mark.skipif(LEVEL == 0, reason="needs a processor with AVX-512 and VBMI2")
+needs_c = pytest.mark.skipif(
+    native.library() is None, reason="src/llm_barber/native is not built here: pip install -e ."
+)
 
 
-@pytest.fixture(params=[Instructions.AVX512, Instructions.AVX512BF16, Instructions.AMX], ids=lambda level: level.name)
+@pytest.fixture(params=Instructions, ids=lambda level: level.name)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Instructions:
     if request.param > LEVEL:
         pytest.skip(f"needs {request.param.name}")
     monkeypatch.setattr(native, "instructions", lambda: request.param)
     return Instructions(request.param)
+
+
+def most_tokens(level: Instructions) -> int:
+    """Most rows of inputs of a product."""
+    return avx512.AVX2_ROWS if level == Instructions.AVX2 else avx512.ROWS
 
 
 def make_weight(rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -58,7 +65,7 @@ def multiply(weight: Tensor, inputs: Tensor, bias: Tensor | None, parts: int) ->
     return avx512.Weight(*parts_of(weight), bias, shape, make_parts(weight, parts), parts).multiply(inputs)
 
 
-@needs_avx512
+@needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.99, 1.0])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 24), (7, 40), (33, 96), (12, 1000), (5, 136)])
@@ -67,7 +74,7 @@ def test_products_equal_dense_ones(
     level: Instructions, dtype: torch.dtype, sparsity: float, rows: int, columns: int, parts: int
 ) -> None:
     weight = make_weight(rows, columns, sparsity, dtype)
-    for tokens in (1, 2, 3, 5, 8, 16):
+    for tokens in (1, 2, 3, 5, 8, 16) if level > Instructions.AVX2 else (1, 2, 3, 4):
         inputs = make_weight(tokens, columns, 0.1, dtype, seed=tokens)
         for bias in (None, make_weight(1, rows, 0, dtype)[0]):
             outputs = multiply(weight, inputs, bias, parts)
@@ -79,7 +86,7 @@ def test_products_equal_dense_ones(
             assert outputs.dtype == dtype
 
 
-@needs_avx512
+@needs_c
 def test_bfloat16_outputs_are_rounded_to_nearest_even(level: Instructions) -> None:
     """Sums of 256 and small numbers, of which bfloat16 keeps eight bits; infinities and NaN stay so."""
     inputs = torch.tensor([[256, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.bfloat16)
@@ -92,7 +99,7 @@ def test_bfloat16_outputs_are_rounded_to_nearest_even(level: Instructions) -> No
     assert outputs[0, 6].isnan()
 
 
-@needs_avx512
+@needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("columns", [8, 16, 24, 32, 40, 64, 152])
 def test_nothing_is_read_behind_an_array(
@@ -106,13 +113,13 @@ def test_nothing_is_read_behind_an_array(
             values, bits = map(guarded, parts_of(weight))
             bias = guarded(weight[:, 0].contiguous())
             ready = avx512.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1), 1)
-            for tokens in range(1, avx512.ROWS + 1):
+            for tokens in range(1, most_tokens(level) + 1):
                 inputs = guarded(make_weight(tokens, columns, 0, dtype, seed=1))
                 expected = inputs.double() @ weight.double().T + bias.double()
                 torch.testing.assert_close(ready.multiply(inputs).double(), expected, rtol=1e-2, atol=1e-2)
 
 
-@needs_avx512
+@needs_c
 @pytest.mark.parametrize("kind", [np.uint16, np.uint32])
 @pytest.mark.parametrize("count", [8, 16, 24, 32, 40, 56, 64, 160])
 def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count: int) -> None:
@@ -130,7 +137,7 @@ def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count
         assert np.array_equal(arrays[2].view(kind), expected)
 
 
-@needs_avx512
+@needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Instructions, dtype: torch.dtype) -> None:
     """A file whose mask lies: the weights without a value are zero."""
@@ -142,9 +149,9 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Inst
     assert unpacked.flatten().tolist() == [1] * 40 + [0] * 216
 
 
-@needs_avx512
+@needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_threads_give_the_same_sums(dtype: torch.dtype) -> None:
+def test_threads_give_the_same_sums(level: Instructions, dtype: torch.dtype) -> None:
     """Sums by any number of threads, from several callers at once, and after a fork."""
     weight, inputs = make_weight(61, 256, 0.5, dtype), make_weight(2, 256, 0, dtype, seed=1)
     alone = multiply(weight, inputs, None, 1)
@@ -152,10 +159,12 @@ def test_threads_give_the_same_sums(dtype: torch.dtype) -> None:
     check_threads_and_fork(lambda: multiply(weight, inputs, None, 3), alone)
 
 
-@needs_avx512
+@needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (16, 24), (40, 32), (47, 136)])
-def test_rows_are_unpacked_on_any_number_of_threads(dtype: torch.dtype, rows: int, columns: int) -> None:
+def test_rows_are_unpacked_on_any_number_of_threads(
+    level: Instructions, dtype: torch.dtype, rows: int, columns: int
+) -> None:
     for sparsity in (0.0, 0.5, 1.0):
         weight = make_weight(rows, columns, sparsity, dtype)
         for parts in (1, 2, 3, 7):
@@ -167,8 +176,8 @@ def test_rows_are_unpacked_on_any_number_of_threads(dtype: torch.dtype, rows: in
                     assert torch.equal(into.view(-1, columns), weight[first:end])
 
 
-@needs_avx512
-def test_what_does_not_fit_is_refused() -> None:
+@needs_c
+def test_what_does_not_fit_is_refused(level: Instructions) -> None:
     weight, inputs = make_weight(4, 16, 0.5, torch.float32), torch.ones(1, 16)
     values, bits = parts_of(weight)
     parts, shape = make_parts(weight, 1), (4, 16)
@@ -193,7 +202,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (torch.ones(1, 24), torch.ones(2, 8), torch.ones(0, 16), inputs.bfloat16()):
         with pytest.raises(ValueError, match="product"):
             ready.multiply(wrong)
-    with pytest.raises(ValueError, match="17 input rows: the most is 16"):
+    with pytest.raises(ValueError, match=f"17 input rows: the most is {most_tokens(level)}"):
         ready.multiply(torch.ones(17, 16))
     with pytest.raises(ValueError, match="product"):
         ready.multiply(torch.empty(1, 16, device="meta"))
@@ -205,21 +214,22 @@ def test_what_does_not_fit_is_refused() -> None:
             ready.unpack(first, end, into)
 
 
-@needs_avx512
+@needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_which_rows_are_multiplied_packed(
     level: Instructions, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few rows by AVX-512, many unpacked; with AMX any number of bfloat16 rows."""
+    """Few rows by AVX-512 or AVX2, many unpacked; with AMX any number of bfloat16 rows."""
     packed = pack(make_weight(16, 64, 0.5, dtype))
     assert packed is not None
     linear = PackedLinear(packed, None)
     monkeypatch.setattr(avx512.Weight, "multiply", lambda weight, inputs: inputs)
     monkeypatch.setattr(packed_linear, "multiply_unpacked", lambda weight, inputs, bias: None)
-    for rows in (1, avx512.FAST_ROWS, avx512.FAST_ROWS + 1, 1000):
+    for rows in (1, 4, 5, avx512.FAST_ROWS, avx512.FAST_ROWS + 1, 1000):
         packed_product = linear(torch.ones(rows, 64, dtype=dtype)) is not None
         amx = dtype == torch.bfloat16 and level == Instructions.AMX
-        assert packed_product == (rows <= avx512.FAST_ROWS or amx)
+        most = avx512.AVX2_ROWS if level == Instructions.AVX2 else avx512.FAST_ROWS
+        assert packed_product == (rows <= most or amx)
 
 
 def amx_or_skip() -> None:
@@ -262,8 +272,8 @@ def test_amx_rounds_to_nearest_even_and_trusts_no_mask() -> None:
     assert ready.multiply(torch.ones(16, 64).bfloat16()).tolist() == [[40, 0, 0, 0]] * 16
 
 
-@needs_avx512
-def test_inputs_may_have_gaps() -> None:
+@needs_c
+def test_inputs_may_have_gaps(level: Instructions) -> None:
     weight, inputs = make_weight(5, 16, 0.5, torch.float32), make_weight(16, 3, 0, torch.float32, seed=1).T
     torch.testing.assert_close(multiply(weight, inputs, None, 1), inputs @ weight.T)
 
@@ -310,7 +320,7 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@needs_avx512
+@needs_c
 def test_threads_of_a_linear_share_its_values(three_threads: None) -> None:
     """The first rows are full: each thread has about a third of the values."""
     weight = make_weight(2000, 512, 0.9, torch.bfloat16)

@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from llm_barber.errors import SettingsError
 
@@ -21,7 +19,6 @@ ITEMS = (2, 4)  # bytes of a weight
 # Layouts of the codes of 2:4 and 4:8: bytes of codes, bytes of the bit mask that they encode, bits that encode a byte.
 LAYOUTS = ((3, 4, 6), (7, 8, 7))
 ISA = "LLM_BARBER_ISA"  # the environment variable that forces fewer instructions: avx2, avx512, avx512bf16 or amx
-PRODUCT_ROWS = 4  # rows of inputs that a product takes
 
 
 logger = logging.getLogger(__name__)
@@ -161,38 +158,6 @@ def _by_table(
     source, target = (mask, codes) if name == "join" else (codes, mask)
     function = getattr(library(), f"packed_{name}")
     function(source.ctypes, table.ctypes, ctypes.c_size_t(units), target.ctypes, code_bytes)
-
-
-def can_multiply(columns: int, dtype: torch.dtype) -> bool:
-    """Test whether `product` accepts weights with this number of columns."""
-    return library() is not None and columns % 8 == 0 and dtype in (torch.bfloat16, torch.float32)
-
-
-def product(values: Tensor, bits: Tensor, inputs: Tensor, outputs: Tensor) -> None:
-    """Compute outputs = inputs · Wᵀ, in float32, for some rows of W.
-
-    Args:
-        values: bfloat16 or float32, (kept,), the kept weights of these rows.
-        bits: uint8, (rows · in / 8,), the bit mask of these rows; it has as many set bits as there are values.
-        inputs: float32, (input rows, in), contiguous; at most `PRODUCT_ROWS` input rows.
-        outputs: float32, (input rows, rows), contiguous along the rows; it is written.
-    """
-    rows, columns = outputs.shape[1], inputs.shape[1]
-    loaded = library()
-    contiguous = all(part.is_contiguous() for part in (values, bits, inputs))
-    if loaded is None or not can_multiply(columns, values.dtype) or not contiguous:
-        raise ValueError("the product needs contiguous parts, and columns that are a multiple of 8")
-    in_float32 = inputs.dtype == outputs.dtype == torch.float32 and len(inputs) == len(outputs)
-    if not in_float32 or not all(part.is_cpu for part in (values, bits, inputs, outputs)):
-        raise ValueError("the product needs inputs and outputs in float32, and all parts on the CPU")
-    if len(bits) * 8 != rows * columns or not 1 <= len(inputs) <= PRODUCT_ROWS or outputs.stride(1) != 1:
-        raise ValueError("parts of the product do not fit together")
-    loaded.packed_product(
-        *(ctypes.c_void_p(values.data_ptr()), ctypes.c_size_t(len(values)), ctypes.c_void_p(bits.data_ptr())),
-        *(ctypes.c_size_t(rows), ctypes.c_size_t(columns), ctypes.c_void_p(inputs.data_ptr())),
-        *(ctypes.c_void_p(outputs.data_ptr()), ctypes.c_size_t(outputs.stride(0))),
-        *(int(values.dtype == torch.bfloat16), len(inputs)),
-    )
 
 
 def _check(flat: np.ndarray, bits: np.ndarray) -> None:

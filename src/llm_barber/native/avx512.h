@@ -37,7 +37,7 @@ typedef struct {
     const int64_t *block_starts;          /* number of values before each block of BLOCK_ROWS rows */
     const openmp_t *openmp;               /* or NULL: the caller's thread computes all parts */
     size_t rows, columns, kept;
-    int parts, bfloat16, level; /* level: 1: values are float32 or widened to it; 2 or 3: multiplied as bfloat16 */
+    int parts, bfloat16, level; /* level: 0: AVX2; 1: values are float32 or widened to it; 2 or 3: multiplied as bfloat16 */
 } packed_t;
 
 /* Calls `function` with `task` and the number of each part, on as many threads as there are parts. The caller's thread
@@ -45,6 +45,10 @@ typedef struct {
 void packed_run_parts(const openmp_t *openmp, int parts, void (*function)(const void *task, int part), const void *task);
 
 int packed_amx_start(void); /* amx.c */
+
+/* Write `count` weights, a multiple of 8, from `kept` values (packed.c). */
+void packed_put16(const uint16_t *values, size_t kept, const uint8_t *bits, size_t count, uint16_t *weights);
+void packed_put32(const uint32_t *values, size_t kept, const uint8_t *bits, size_t count, uint32_t *weights);
 
 /* First block of a part of `parts`: parts have whole blocks, and about as many values each. */
 static inline size_t packed_first_block(const packed_t *weight, int part, int parts) {

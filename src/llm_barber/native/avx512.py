@@ -1,7 +1,6 @@
-"""Products with packed weights, and unpacking, by AVX-512 and AMX: `avx512.c`, `amx.c` and `unpack512.c`.
+"""Products with packed weights, and unpacking, by AVX-512 and AMX (`avx512.c`, `amx.c`, `unpack512.c`) or AVX2.
 
-Sizes are checked here, not in C. If the extension was not built, or the processor lacks the instructions,
-`native.product` (AVX2) or unpacking takes its place.
+Sizes are checked here, not in C. If the extension was not built, or the processor lacks AVX2, NumPy unpacks weights.
 """
 
 import ctypes
@@ -21,6 +20,7 @@ from llm_barber.native.rows import BLOCK_ROWS, Parts, check_unpacked
 
 ROWS = 16  # most rows of inputs of a product by AVX-512
 FAST_ROWS = 8  # most rows of inputs with which such a product is faster than unpacking the weight and multiplying
+AVX2_ROWS = 4  # most rows of inputs of a product by AVX2
 AMX_ROWS = 4  # fewest rows of inputs with which AMX is faster than AVX-512
 TOGETHER = 1024  # rows of inputs that AMX takes at a time: more do not fit the caches
 VALUES_A_THREAD = 1 << 16  # fewest values, times tiles of inputs, that are worth a thread of their own
@@ -87,6 +87,7 @@ def _functions() -> SimpleNamespace:
     loaded, pointer, size, number = native.library(), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     arguments = {
         "multiply": (pointer, pointer, pointer, number),
+        "multiply_avx2": (pointer, pointer, pointer, number),
         "unpack": (pointer, size, size, pointer),
         "amx_scratch": (size, size, number),
         "amx_multiply": (pointer, pointer, pointer, size, number, pointer),
@@ -132,7 +133,7 @@ def multiply_by_amx(
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
     """Test whether a `Weight` of `columns` columns with these dtypes can be multiplied."""
-    if native.library() is None or native.instructions() == Instructions.AVX2:
+    if not hasattr(native.library(), "packed_multiply_avx2"):  # an extension that was built earlier lacks it
         return False
     return columns % 8 == 0 and values == inputs and values in (torch.bfloat16, torch.float32)
 
@@ -184,10 +185,11 @@ class Weight:
         self._ends = tuple((ctypes.c_int64 * len(end))(*end) for end in ends)
         self._openmp = openmp_functions()
         narrow = self.dtype == torch.bfloat16
-        level = native.instructions() if narrow else Instructions.AVX512
+        level = native.instructions() if narrow else min(native.instructions(), Instructions.AVX512)
+        self._by_avx2 = level == Instructions.AVX2
         self._widens = narrow and level == Instructions.AVX512
         self._amx_rows = AMX_ROWS if level == Instructions.AMX else sys.maxsize
-        self.fast_rows = sys.maxsize if level == Instructions.AMX else FAST_ROWS
+        self.fast_rows = {Instructions.AMX: sys.maxsize, Instructions.AVX2: AVX2_ROWS}.get(level, FAST_ROWS)
         self._kept, self._threads = kept, threads
         pointers = *self._pointers, *map(ctypes.addressof, self._ends)
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
@@ -211,8 +213,8 @@ class Weight:
         """Compute inputs · Wᵀ + bias, summed in float32 and rounded once: (…, out).
 
         Args:
-            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `ROWS` input rows, with AMX any number. Up to
-                `fast_rows` this is faster than `unpack` and a dense product.
+            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `ROWS` input rows, with AMX any number, with AVX2
+                up to `AVX2_ROWS`. Up to `fast_rows` this is faster than `unpack` and a dense product.
 
         Raises:
             ValueError: inputs do not fit the weight.
@@ -221,6 +223,8 @@ class Weight:
         tokens = inputs.numel() // columns
         if shape[-1] != columns or inputs.dtype is not self.dtype or not inputs.is_cpu or tokens < 1:
             raise ValueError("inputs do not fit the weight of the product")
+        if self._by_avx2:
+            return self._multiply_by_avx2(inputs, tokens)
         outputs = inputs.new_empty((*shape[:-1], self.rows))
         if self._widens:
             inputs = inputs.float()
@@ -234,6 +238,17 @@ class Weight:
         else:
             raise ValueError(f"a product of {tokens} input rows: the most is {ROWS}")
         return outputs
+
+    def _multiply_by_avx2(self, inputs: Tensor, tokens: int) -> Tensor:
+        if tokens > AVX2_ROWS:
+            raise ValueError(f"a product of {tokens} input rows: the most is {AVX2_ROWS}")
+        shape, bias = (*inputs.shape[:-1], self.rows), self._tensors[2]
+        inputs = inputs.float().contiguous()
+        sums = inputs.new_empty(shape)
+        self._functions.multiply_avx2(self._address, inputs.data_ptr(), sums.data_ptr(), tokens)
+        if bias is not None:
+            sums += bias
+        return sums.to(self.dtype)
 
     def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
         """Write rows of W, on PyTorch's threads.

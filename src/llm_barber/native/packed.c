@@ -11,15 +11,15 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "prefetch.h"
+#include "avx512.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,popcnt")))
 #define PREFETCHED 32 /* columns from one prefetch to the next: their values are at most two lines of the cache */
 
-static uint8_t compress16[256][16], expand16[256][16];
-static int32_t compress32[256][8], expand32[256][8], kept32[256][8];
+static uint8_t compress16[256][16], spread16[256][16];
+static int32_t compress32[256][8], spread32[256][8], kept32[256][8];
 
 /* Fills the tables and returns 1; returns 0 if this processor lacks AVX2, FMA or POPCNT. Called once, before
  * all else. */
@@ -29,16 +29,16 @@ int packed_start(void) {
     for (int byte = 0; byte < 256; byte++) {
         int next = 0;
         memset(compress16[byte], 0x80, 16);
-        memset(expand16[byte], 0x80, 16); /* at 0x80 the shuffle writes a zero */
+        memset(spread16[byte], 0x80, 16); /* at 0x80 the shuffle writes a zero */
         for (int i = 0; i < 8; i++) {
             kept32[byte][i] = byte >> i & 1 ? -1 : 0;
             if (!(byte >> i & 1)) continue;
             for (int half = 0; half < 2; half++) {
                 compress16[byte][2 * next + half] = (uint8_t)(2 * i + half);
-                expand16[byte][2 * i + half] = (uint8_t)(2 * next + half);
+                spread16[byte][2 * i + half] = (uint8_t)(2 * next + half);
             }
             compress32[byte][next] = i;
-            expand32[byte][i] = next++;
+            spread32[byte][i] = next++;
         }
     }
     return 1;
@@ -103,7 +103,7 @@ AVX2 static inline __m128i expand_eight16(const uint16_t *values, ptrdiff_t left
         if (left > 0) memcpy(few, values, (size_t)left * sizeof *few);
         values = few;
     }
-    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)values), TABLE16(expand16, byte));
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)values), TABLE16(spread16, byte));
 }
 
 AVX2 static inline __m256i expand_eight32(const uint32_t *values, ptrdiff_t left, uint8_t byte) {
@@ -113,7 +113,7 @@ AVX2 static inline __m256i expand_eight32(const uint32_t *values, ptrdiff_t left
         values = few;
     }
     __m256i eight = _mm256_loadu_si256((const __m256i *)values);
-    return _mm256_and_si256(_mm256_permutevar8x32_epi32(eight, TABLE32(expand32, byte)), TABLE32(kept32, byte));
+    return _mm256_and_si256(_mm256_permutevar8x32_epi32(eight, TABLE32(spread32, byte)), TABLE32(kept32, byte));
 }
 
 /* Undoes `packed_take`: writes `count` weights, a multiple of 8, from `kept` values, and zeros elsewhere. */
@@ -204,15 +204,32 @@ AVX2 INLINE void product(
     }
 }
 
-/* Computes the product for 1 to 4 tokens. */
-AVX2 void packed_product(const void *values, size_t kept, const uint8_t *bits, size_t rows, size_t columns,
-                         const float *inputs, float *outputs, size_t stride, int bfloat16, int tokens) {
-#define CASE(number)                                                                                              \
-    case number:                                                                                                  \
-        if (bfloat16) product(values, kept, bits, rows, columns, inputs, outputs, stride, 1, number);             \
-        else product(values, kept, bits, rows, columns, inputs, outputs, stride, 0, number);                      \
+typedef struct {
+    const packed_t *weight;
+    const float *inputs;
+    float *outputs;
+    int tokens;
+} product_t;
+
+AVX2 static void product_part(const void *task, int part) {
+    const product_t *p = task;
+    const packed_t *w = p->weight;
+    const size_t row = (size_t)w->row_ends[part], rows = (size_t)w->row_ends[part + 1] - row, columns = w->columns;
+    const size_t next = (size_t)w->value_ends[part], kept = (size_t)w->value_ends[part + 1] - next;
+    const void *values = (const uint8_t *)w->values + next * (w->bfloat16 ? 2 : 4);
+    const uint8_t *bits = w->bits + row * columns / 8;
+#define CASE(number)                                                                                          \
+    case number:                                                                                              \
+        if (w->bfloat16) product(values, kept, bits, rows, columns, p->inputs, p->outputs + row, w->rows, 1, number); \
+        else product(values, kept, bits, rows, columns, p->inputs, p->outputs + row, w->rows, 0, number);     \
         break;
-    switch (tokens) { CASE(1) CASE(2) CASE(3) CASE(4) }
+    switch (p->tokens) { CASE(1) CASE(2) CASE(3) CASE(4) }
+}
+
+/* Computes outputs = inputs · Wᵀ, without the bias, for 1 to 4 tokens: inputs and outputs are float32. */
+void packed_multiply_avx2(const packed_t *weight, const float *inputs, float *outputs, int tokens) {
+    const product_t task = {weight, inputs, outputs, tokens};
+    packed_run_parts(weight->openmp, weight->parts, product_part, &task);
 }
 
 #else

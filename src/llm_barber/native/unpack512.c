@@ -1,4 +1,4 @@
-/* Unpacking with AVX-512, as `packed_put16` and `packed_put32` of `packed.c` do it with AVX2, and on several threads. */
+/* Unpacking with AVX-512, as `packed_put16` and `packed_put32` of `packed.c` do it with AVX2; both on several threads. */
 #include "avx512.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -56,8 +56,10 @@ static void unpack_part(const void *task, int part) {
     const size_t kept = (size_t)w->block_starts[last] - next;
     const uint8_t *bits = w->bits + row * w->columns / 8, *values = (const uint8_t *)w->values + next * size;
     uint8_t *into = t->into + (first - t->first) * BLOCK_ROWS * w->columns * size;
-    if (w->bfloat16) packed_put16_512((const uint16_t *)values, kept, bits, count, (uint16_t *)into);
-    else packed_put32_512((const uint32_t *)values, kept, bits, count, (uint32_t *)into);
+    if (w->bfloat16)
+        (w->level ? packed_put16_512 : packed_put16)((const uint16_t *)values, kept, bits, count, (uint16_t *)into);
+    else
+        (w->level ? packed_put32_512 : packed_put32)((const uint32_t *)values, kept, bits, count, (uint32_t *)into);
 }
 
 /* Writes the rows of the blocks `first` to `last` to `into`. */

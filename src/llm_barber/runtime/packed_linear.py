@@ -1,12 +1,8 @@
 """A linear whose weight stays packed in memory: kept values and a bit a weight, for every encoding."""
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 
-from llm_barber import native
 from llm_barber.checkpoint.bits import as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
 from llm_barber.native import avx512
@@ -28,7 +24,7 @@ class PackedLinear(PackedModule):
 
     On the CPU, up to four rows of inputs (eight with AVX-512, any number in bfloat16 with AMX) are multiplied with the
     packed weight where `llm_barber.native` was built. Otherwise the weight is unpacked into a buffer that all linears
-    share in a thread; with AVX-512 a few rows at a time, which are multiplied while they are in the cache. On CUDA with
+    share in a thread; in C a few rows at a time, which are multiplied while they are in the cache. On CUDA with
     Triton, up to `layout.DECODE_ROWS` rows of inputs go through the decode kernels, which do not unpack; for more rows
     a kernel unpacks the weight on the GPU. The kernels' places of values are found when the module moves there, so that
     a CUDA graph can capture every later product. Nothing of this was run on a real GPU.
@@ -82,8 +78,6 @@ class PackedLinear(PackedModule):
         plain = not differentiated and is_plain(self.values.dtype)
         if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and plain:
             return weight.multiply(inputs) if rows <= weight.fast_rows else multiply_unpacked(weight, inputs, bias)
-        if inputs.is_cpu and plain and use_native(self.values, inputs.dtype, columns, rows, differentiated):
-            return self._multiply_by_avx2(inputs)
         if differentiated or not self.values.is_cpu:
             return nn.functional.linear(inputs, self.weight, self.bias)  # autograd keeps the weight: it is not shared
         shared = shared_buffer(self.values.dtype, self.shape[0] * columns).view(self.shape)
@@ -91,7 +85,7 @@ class PackedLinear(PackedModule):
         return nn.functional.linear(inputs, shared, self.bias)
 
     def _ready_weight(self, bias: Tensor | None) -> avx512.Weight | None:
-        """The weight, ready for products by AVX-512; None where these cannot be used."""
+        """The weight, ready for products in C; None where these cannot be used."""
         values, bits, threads = self._buffers["values"], self._buffers["bits"], torch.get_num_threads()
         assert values is not None
         assert bits is not None
@@ -105,27 +99,6 @@ class PackedLinear(PackedModule):
         weight = avx512.Weight(values, bits, bias, self.shape, self._divided(self._threads()), threads)
         self._ready[threads] = weight
         return weight
-
-    def _multiply_by_avx2(self, inputs: Tensor) -> Tensor:
-        """Compute `forward` without unpacking, summed in float32; at most `native.PRODUCT_ROWS` rows."""
-        rows, columns = self.shape
-        parts = self._divided(self._threads())
-        flat = inputs.reshape(-1, columns).float().contiguous()
-        outputs = torch.empty(len(flat), rows, dtype=torch.float32, device="cpu")
-
-        def multiply(part: int) -> None:
-            (first_row, end_row), (first, end) = parts.row_ends[part : part + 2], parts.value_ends[part : part + 2]
-            bits = self.bits[first_row * columns // 8 : end_row * columns // 8]
-            native.product(self.values[first:end], bits, flat, outputs[:, first_row:end_row])
-
-        count = len(parts.row_ends) - 1
-        if count == 1:
-            multiply(0)
-        else:
-            list(_pool(count).map(multiply, range(count)))
-        if self.bias is not None:
-            outputs += self.bias.float()
-        return outputs.to(inputs.dtype).view(*inputs.shape[:-1], rows)
 
     def _unpack(self, into: Tensor) -> None:
         """Write the weight, on the CPU."""
@@ -146,18 +119,6 @@ class PackedLinear(PackedModule):
             parts = Parts.of(self.bits, self.shape, threads)
             self._parts[threads] = self.bits, parts
         return parts
-
-
-def use_native(values: Tensor, inputs: torch.dtype, columns: int, rows: int, differentiated: bool) -> bool:
-    """True if AVX2 multiplies `rows` rows of inputs of this dtype with the packed weight; AVX-512 comes first."""
-    if not values.is_cpu or inputs != values.dtype or differentiated or rows < 1:
-        return False
-    return rows <= native.PRODUCT_ROWS and native.can_multiply(columns, values.dtype)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
 
 
 def unpack_on_device(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
