@@ -273,6 +273,20 @@ def test_amx_rounds_to_nearest_even_and_trusts_no_mask() -> None:
 
 
 @needs_c
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_linear_takes_inputs_of_any_shape(level: Instructions, dtype: torch.dtype) -> None:
+    weight, bias = make_weight(17, 40, 0.5, dtype), make_weight(1, 34, 0, dtype)[0]
+    packed = pack(weight)
+    assert packed is not None
+    for given in (None, bias[:17], bias[::2]):  # the last one has gaps
+        linear = PackedLinear(packed, None if given is None else torch.nn.Parameter(given, requires_grad=False))
+        for shape in ((40,), (1, 40), (2, 2, 40), (1, 3, 40), (0, 40), (3, 11, 40)):
+            inputs = torch.randn(shape).to(dtype)
+            expected = torch.nn.functional.linear(inputs, weight, given)
+            torch.testing.assert_close(linear(inputs), expected, rtol=1e-2, atol=2e-2)
+
+
+@needs_c
 def test_inputs_may_have_gaps(level: Instructions) -> None:
     weight, inputs = make_weight(5, 16, 0.5, torch.float32), make_weight(16, 3, 0, torch.float32, seed=1).T
     torch.testing.assert_close(multiply(weight, inputs, None, 1), inputs @ weight.T)

@@ -54,6 +54,14 @@ def test_nothing_is_read_or_written_behind_an_array(
         assert torch.equal(into, weight)
 
 
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 bytes of bits for 16 weights"):
+        native.find(np.zeros(16, np.int16), np.zeros(1, np.uint8))
+    for layout, groups in (((3, 4, 6), 2), ((3, 4, 5), 1)):
+        with pytest.raises(ValueError, match="do not fit together"):
+            native.join(np.zeros(4, np.uint8), np.zeros(256, np.uint8), layout, np.zeros(3 * groups, np.uint8))
+
+
 def test_a_mask_with_too_many_bits_reads_nothing_beyond() -> None:
     """Values that are not there are zeros: the C functions know the sizes, and do not trust the mask."""
     into = np.full(16, 9, dtype=np.int16)

@@ -119,8 +119,10 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(native.library() is None, reason="threads of PyTorch are used in C")
-def test_the_first_product_in_a_forked_process() -> None:
-    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
+@pytest.mark.parametrize("forced", ["", "avx2"])
+def test_the_first_product_in_a_forked_process(forced: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", native.ISA: forced}
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120, env=environment)
 
 
 @pytest.mark.usefixtures("instructions")
@@ -135,6 +137,15 @@ def test_forward_mode_keeps_the_tangent(rounded: bool) -> None:
         assert torch.equal(outputs.tangent, nn.functional.linear(tangent, dense.weight))
 
 
+def bias_gradient(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Gradient of the sum of outputs by a bias of ones, by `torch.func`."""
+
+    def total(bias: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {"bias": bias}, inputs).square().sum()
+
+    return torch.func.grad(total)(torch.ones_like(module.bias))
+
+
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("rounded", [False, True])
 def test_transforms_of_torch_func(rounded: bool) -> None:
@@ -145,5 +156,7 @@ def test_transforms_of_torch_func(rounded: bool) -> None:
         assert torch.equal(primal, dense(inputs))
         torch.testing.assert_close(derivative, nn.functional.linear(tangent, dense.weight))
         torch.testing.assert_close(torch.func.vmap(linear)(inputs), dense(inputs))
+        derivatives = [bias_gradient(module, inputs) for module in (linear, dense)]
+        torch.testing.assert_close(*derivatives)
         gradient = torch.func.grad(lambda rows: linear(rows).square().sum())(inputs)
         torch.testing.assert_close(gradient, torch.func.grad(lambda rows: dense(rows).square().sum())(inputs))

@@ -133,7 +133,9 @@ def multiply_by_amx(
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
     """Test whether a `Weight` of `columns` columns with these dtypes can be multiplied."""
-    if not hasattr(native.library(), "packed_multiply_avx2"):  # an extension that was built earlier lacks it
+    loaded = native.library()
+    by_avx2 = native.instructions() == Instructions.AVX2
+    if loaded is None or (by_avx2 and not hasattr(loaded, "packed_multiply_avx2")):  # one built earlier lacks it
         return False
     return columns % 8 == 0 and values == inputs and values in (torch.bfloat16, torch.float32)
 

@@ -41,7 +41,7 @@ class PackedLinear(PackedModule):
     """
 
     kept_ready = ("_ready", "_parts")
-    _ready: dict[int, avx512.Weight]  # by number of PyTorch's threads
+    _ready: dict[tuple[int, bool], avx512.Weight]  # by number of PyTorch's threads, and without a bias
     _parts: dict[int, tuple[Tensor, Parts]]  # by number of parts: the bits, and the rows of each part
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None, checked: bool = False) -> None:
@@ -74,7 +74,7 @@ class PackedLinear(PackedModule):
         differentiated = is_differentiated(inputs, bias)
         columns = self.shape[1]
         rows = count_rows(inputs, columns)
-        weight = self._ready_weight(bias)
+        weight = None if differentiated else self._ready_weight(bias)
         plain = not differentiated and is_plain(self.values.dtype)
         if weight is not None and rows and inputs.dtype is weight.dtype and inputs.is_cpu and plain:
             return weight.multiply(inputs) if rows <= weight.fast_rows else multiply_unpacked(weight, inputs, bias)
@@ -89,20 +89,22 @@ class PackedLinear(PackedModule):
         values, bits, threads = self._buffers["values"], self._buffers["bits"], torch.get_num_threads()
         assert values is not None
         assert bits is not None
-        weight = self._ready.get(threads)
+        weight = self._ready.get((threads, bias is None))
         if weight is not None and weight.is_of(values, bits, bias):
             return weight
         if not values.is_cpu or not avx512.can_multiply(self.shape[1], values.dtype, values.dtype):
             return None
-        if bias is not None and (bias.dtype, bias.device) != (values.dtype, values.device):
+        if bias is not None and (
+            (bias.dtype, bias.device) != (values.dtype, values.device) or not bias.is_contiguous()
+        ):
             return None
         weight = avx512.Weight(values, bits, bias, self.shape, self._divided(self._threads()), threads)
-        self._ready[threads] = weight
+        self._ready[threads, bias is None] = weight
         return weight
 
     def _unpack(self, into: Tensor) -> None:
         """Write the weight, on the CPU."""
-        weight = self._ready_weight(self._parameters["bias"])
+        weight = self._ready_weight(None)
         if weight is None:
             put_kept(as_integers(self.values), self.bits.numpy(), as_integers(into.view(-1)))
         else:
