@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, folder: Path | None) -> None:
 def page(
     instructions: str, written: Sequence[str], models: Kept, kernels: Kept, quality: Kept
 ) -> tuple[str, list[str]]:
-    """What the cells of a processor say in words, and the lines of its page; `written`: instructions with a page."""
+    """Say in words what the cells of a processor show, and make its page; `written`: instructions with a page."""
     tables = {name: entries(name, models, quality) for name in dict.fromkeys(cell.split(" ")[0] for cell in models)}
     verdicts = {name: verdict(name, rows) for name, rows in tables.items()}
     sentences = [sentence for said in verdicts.values() for sentence in said]
