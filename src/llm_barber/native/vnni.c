@@ -169,6 +169,16 @@ TARGET_VNNI INLINE void restore16(__m128i values, __m512 scale, __mmask16 inside
     _mm256_mask_storeu_epi16((uint16_t *)into + at, inside, _mm512_cvtepi32_epi16(bits));
 }
 
+/* The values of the next 64 weights of a row, in their places; `next` moves on to those after them. */
+TARGET_VNNI INLINE __m512i restored_values(const rounded_t *w, size_t row, size_t column, size_t *next) {
+    const uint8_t *bits = w->bits + (row * w->columns + column) / 8;
+    const uint64_t mask = mask_of64(bits, w->columns - column);
+    prefetch(w->values + *next, bits);
+    const __m512i values = expand8(mask, w->values + *next, left_of(w->kept, *next));
+    *next += (size_t)_mm_popcnt_u64(mask);
+    return values;
+}
+
 /* Writes the next 64 weights, or the `left` of a row. */
 TARGET_VNNI INLINE void restore_step(__m512i values, uint16_t scale, size_t left, void *into, size_t at, int bfloat16) {
     const __m128i quarters[4] = {_mm512_castsi512_si128(values), _mm512_extracti32x4_epi32(values, 1),
@@ -201,11 +211,8 @@ TARGET_VNNI_BF16 static void restore_part_bf16(const void *task, int part) {
     for (size_t row = first; row < last; row++)
         for (size_t c = 0; c < w->columns; c += STEP) {
             const size_t left = w->columns - c, to = (row - begin) * w->columns + c;
-            const uint64_t mask = mask_of64(w->bits + (row * w->columns + c) / 8, left);
-            prefetch(w->values + next, w->bits + (row * w->columns + c) / 8);
-            const __m512i values = expand8(mask, w->values + next, left_of(w->kept, next));
+            const __m512i values = restored_values(w, row, c, &next);
             const uint16_t bits = w->scales[row * w->groups + c / w->group];
-            next += (size_t)_mm_popcnt_u64(mask);
             if (left >= STEP && is_plain_scale(bits))
                 restore64(values, _mm512_set1_ps(from_bfloat16(bits)), (uint16_t *)t->into + to);
             else
@@ -221,10 +228,7 @@ TARGET_VNNI static void restore_part(const void *task, int part) {
     for (size_t row = first; row < last; row++)
         for (size_t c = 0; c < w->columns; c += STEP) {
             const size_t left = w->columns - c, to = (row - begin) * w->columns + c;
-            const uint64_t mask = mask_of64(w->bits + (row * w->columns + c) / 8, left);
-            prefetch(w->values + next, w->bits + (row * w->columns + c) / 8);
-            const __m512i values = expand8(mask, w->values + next, left_of(w->kept, next));
-            next += (size_t)_mm_popcnt_u64(mask);
+            const __m512i values = restored_values(w, row, c, &next);
             restore_step(values, w->scales[row * w->groups + c / w->group], left, t->into, to, w->bfloat16);
         }
 }
