@@ -19,7 +19,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.selection import apply_mask
-from llm_barber.native import avx512, rounded
+from llm_barber.native import amx, rounded, unrounded
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
@@ -72,8 +72,8 @@ def install_clock() -> TimedLibrary | None:
 
 def forget_functions() -> None:
     """Let the package look up C's functions anew, from what `native.library` returns."""
-    avx512._functions.cache_clear()
-    rounded._functions.cache_clear()
+    for module in (amx, rounded, unrounded):
+        module._functions.cache_clear()
 
 
 class Products(TorchDispatchMode):

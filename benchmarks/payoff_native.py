@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm_barber.native import avx512
+from llm_barber.native.threads import openmp_functions
 
 SOURCE = Path(__file__).parent / "native" / "dense.c"
 ROWS = (1, 4, 16)  # rows of inputs that the dense kernel takes
@@ -95,5 +95,5 @@ def _run(weight: Tensor, inputs: Tensor | None, outputs: Tensor, kind: int, thre
         weight.data_ptr(), None if inputs is None else inputs.data_ptr(), outputs.data_ptr(), *weight.shape,
         1 if inputs is None else inputs.shape[0], kind,
     )  # fmt: skip
-    openmp = avx512.openmp_functions()
+    openmp = openmp_functions()
     loaded.dense_run(ctypes.byref(dense), threads, None if openmp is None else ctypes.byref(openmp))

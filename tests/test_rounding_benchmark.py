@@ -11,7 +11,7 @@ from llm_barber import PruneConfig, load, prune
 from llm_barber.native.rounded import Kernel, find_kernel
 from tests.conftest import make_model, save_tokens
 from tests.native import test_vnni as vnni
-from tests.native.test_avx512 import make_weight
+from tests.native.test_unrounded import make_weight
 
 
 @pytest.fixture

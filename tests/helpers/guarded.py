@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_barber.native import avx512
+from llm_barber.native import amx, threads
 
 
 def guarded(tensor: Tensor) -> Tensor:
@@ -39,6 +39,6 @@ def guard_products_by_amx(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.append(guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
         return memory[-1]
 
-    monkeypatch.setattr(avx512._scratch, "of", scratch)
-    monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
-    monkeypatch.setattr(avx512, "TOGETHER", 40)
+    monkeypatch.setattr(amx._scratch, "of", scratch)
+    monkeypatch.setattr(threads, "VALUES_A_THREAD", 16)
+    monkeypatch.setattr(amx, "TOGETHER", 40)

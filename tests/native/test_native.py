@@ -10,7 +10,7 @@ from llm_barber.checkpoint.encoding import pack
 from llm_barber.native import Instructions
 from llm_barber.runtime.packed_linear import PackedLinear
 from tests.helpers.guarded import guarded
-from tests.native.test_avx512 import make_weight, parts_of
+from tests.native.test_unrounded import make_weight, parts_of
 
 pytestmark = pytest.mark.skipif(
     native.library() is None, reason="src/llm_barber/native/packed.c is not built here: pip install -e ."

@@ -14,7 +14,7 @@ from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 from tests.helpers.guarded import guarded
 from tests.helpers.threads import check_threads_and_fork
-from tests.native.test_avx512 import make_weight
+from tests.native.test_unrounded import make_weight
 from tests.native.test_vnni import SHAPES, dense_values, pack, weight_of
 
 pytestmark = pytest.mark.skipif(best_kernel() < Kernel.AVX2, reason="needs the C extension, and AVX2")

@@ -14,7 +14,7 @@ from torch import Tensor
 from llm_barber import native
 from llm_barber.checkpoint.encoding import pack
 from llm_barber.errors import SettingsError
-from llm_barber.native import Instructions, avx512
+from llm_barber.native import Instructions, unrounded
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 from llm_barber.runtime import packed_linear
 from llm_barber.runtime.packed_linear import PackedLinear
@@ -37,7 +37,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> In
 
 def most_tokens(level: Instructions) -> int:
     """Most rows of inputs of a product."""
-    return avx512.AVX2_ROWS if level == Instructions.AVX2 else avx512.ROWS
+    return unrounded.AVX2_ROWS if level == Instructions.AVX2 else unrounded.ROWS
 
 
 def make_weight(rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -62,7 +62,7 @@ def make_parts(weight: Tensor, parts: int) -> Parts:
 
 def multiply(weight: Tensor, inputs: Tensor, bias: Tensor | None, parts: int) -> Tensor:
     shape = weight.shape[0], weight.shape[1]
-    return avx512.Weight(*parts_of(weight), bias, shape, make_parts(weight, parts), parts).multiply(inputs)
+    return unrounded.Weight(*parts_of(weight), bias, shape, make_parts(weight, parts), parts).multiply(inputs)
 
 
 @needs_c
@@ -112,7 +112,7 @@ def test_nothing_is_read_behind_an_array(
             weight = make_weight(rows, columns, sparsity, dtype)
             values, bits = map(guarded, parts_of(weight))
             bias = guarded(weight[:, 0].contiguous())
-            ready = avx512.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1), 1)
+            ready = unrounded.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1), 1)
             for tokens in range(1, most_tokens(level) + 1):
                 inputs = guarded(make_weight(tokens, columns, 0, dtype, seed=1))
                 expected = inputs.double() @ weight.double().T + bias.double()
@@ -142,7 +142,7 @@ def test_unpacking_stays_within_its_arrays(kind: type[np.unsignedinteger], count
 def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Instructions, dtype: torch.dtype) -> None:
     """A file whose mask lies: the weights without a value are zero."""
     values, bits = guarded(torch.ones(40, dtype=dtype)), torch.full((32,), 255, dtype=torch.uint8)
-    ready = avx512.Weight(values, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
+    ready = unrounded.Weight(values, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
     assert ready.multiply(torch.ones(1, 64, dtype=dtype)).tolist() == [[40, 0, 0, 0]]
     unpacked = torch.ones(4, 64, dtype=dtype)
     ready.unpack(0, 4, unpacked)
@@ -168,7 +168,7 @@ def test_rows_are_unpacked_on_any_number_of_threads(
     for sparsity in (0.0, 0.5, 1.0):
         weight = make_weight(rows, columns, sparsity, dtype)
         for parts in (1, 2, 3, 7):
-            ready = avx512.Weight(*parts_of(weight), None, (rows, columns), make_parts(weight, min(parts, rows)), 1)
+            ready = unrounded.Weight(*parts_of(weight), None, (rows, columns), make_parts(weight, min(parts, rows)), 1)
             for first in range(0, rows, BLOCK_ROWS):
                 for end in {*range(first, rows, BLOCK_ROWS), rows}:
                     into = guarded(torch.ones((end - first) * columns, dtype=dtype))
@@ -197,8 +197,8 @@ def test_what_does_not_fit_is_refused(level: Instructions) -> None:
         (values, bits, None, shape, Parts((0, 4), (0, kept), np.array([0, kept + 1]))),
     ):
         with pytest.raises(ValueError, match="product"):
-            avx512.Weight(*arguments, 1)
-    ready = avx512.Weight(values, bits, None, shape, parts, 1)
+            unrounded.Weight(*arguments, 1)
+    ready = unrounded.Weight(values, bits, None, shape, parts, 1)
     for wrong in (torch.ones(1, 24), torch.ones(2, 8), torch.ones(0, 16), inputs.bfloat16()):
         with pytest.raises(ValueError, match="product"):
             ready.multiply(wrong)
@@ -223,12 +223,12 @@ def test_which_rows_are_multiplied_packed(
     packed = pack(make_weight(16, 64, 0.5, dtype))
     assert packed is not None
     linear = PackedLinear(packed, None)
-    monkeypatch.setattr(avx512.Weight, "multiply", lambda weight, inputs: inputs)
+    monkeypatch.setattr(unrounded.Weight, "multiply", lambda weight, inputs: inputs)
     monkeypatch.setattr(packed_linear, "multiply_unpacked", lambda weight, inputs, bias: None)
-    for rows in (1, 4, 5, avx512.FAST_ROWS, avx512.FAST_ROWS + 1, 1000):
+    for rows in (1, 4, 5, unrounded.FAST_ROWS, unrounded.FAST_ROWS + 1, 1000):
         packed_product = linear(torch.ones(rows, 64, dtype=dtype)) is not None
         amx = dtype == torch.bfloat16 and level == Instructions.AMX
-        most = avx512.AVX2_ROWS if level == Instructions.AVX2 else avx512.FAST_ROWS
+        most = unrounded.AVX2_ROWS if level == Instructions.AVX2 else unrounded.FAST_ROWS
         assert packed_product == (rows <= most or amx)
 
 
@@ -249,7 +249,7 @@ def test_products_by_amx_equal_dense_ones(
     values, bits = map(guarded, parts_of(weight))
     for bias in (None, guarded(make_weight(1, rows, 0, torch.bfloat16)[0])):
         for threads in (1, 3):
-            ready = avx512.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1), threads)
+            ready = unrounded.Weight(values, bits, bias, (rows, columns), make_parts(weight, 1), threads)
             for tokens in (4, 15, 16, 17, 33, 64, 100):
                 inputs = guarded(make_weight(tokens, columns, 0.1, torch.bfloat16, seed=tokens))
                 expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -268,7 +268,7 @@ def test_amx_rounds_to_nearest_even_and_trusts_no_mask() -> None:
     assert outputs[:, :6].tolist() == [[256, 258, 260, 258, 255, float("inf")]] * 20
     assert outputs[:, 6].isnan().all()
     values, bits = guarded(torch.ones(40, dtype=torch.bfloat16)), torch.full((32,), 255, dtype=torch.uint8)
-    ready = avx512.Weight(values, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
+    ready = unrounded.Weight(values, bits, None, (4, 64), Parts((0, 4), (0, 40), np.array([0, 40])), 1)
     assert ready.multiply(torch.ones(16, 64).bfloat16()).tolist() == [[40, 0, 0, 0]] * 16
 
 

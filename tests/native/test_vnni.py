@@ -10,13 +10,13 @@ from torch import Tensor
 from llm_barber import native
 from llm_barber.checkpoint.encoding import bitmask
 from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
-from llm_barber.native import Instructions, avx512
+from llm_barber.native import Instructions, amx
 from llm_barber.native import rounded as native_rounded
 from llm_barber.native.rounded import Kernel, Weight, best_kernel, find_kernel
 from llm_barber.native.rows import BLOCK_ROWS, Parts
 from tests.helpers.guarded import guard_products_by_amx, guarded
 from tests.helpers.threads import check_threads_and_fork
-from tests.native.test_avx512 import make_weight
+from tests.native.test_unrounded import make_weight
 
 pytestmark = pytest.mark.skipif(best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI")
 needs_amx = pytest.mark.skipif(native.instructions() != Instructions.AMX, reason="needs a processor with AMX")
@@ -113,8 +113,8 @@ def test_many_rows_of_inputs_are_not_rounded(
 def test_without_amx_there_are_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rounded = pack(make_weight(4, 128, 0.5, torch.bfloat16), 64)
     assert weight_of(rounded, None, torch.bfloat16).most_rows > 1000
-    older = SimpleNamespace(**{**vars(avx512._functions()), "amx_multiply_rounded": None})
-    monkeypatch.setattr(avx512, "_functions", lambda: older)  # of an extension that was built earlier
+    older = SimpleNamespace(**{**vars(amx._functions()), "multiply_rounded": None})
+    monkeypatch.setattr(amx, "_functions", lambda: older)  # of an extension that was built earlier
     assert weight_of(rounded, None, torch.bfloat16).most_rows == 8
     monkeypatch.undo()
     monkeypatch.setattr(native, "instructions", lambda: Instructions.AVX512BF16)
@@ -243,7 +243,7 @@ def test_threads_give_the_same_sums(tokens: int, dtype: torch.dtype, monkeypatch
     """Sums by any number of threads, from several callers at once, and after a fork."""
     if tokens > 8 and native.instructions() < Instructions.AMX:
         pytest.skip("needs a processor with AMX")
-    monkeypatch.setattr(avx512, "VALUES_A_THREAD", 16)
+    monkeypatch.setattr("llm_barber.native.threads.VALUES_A_THREAD", 16)
     rounded, inputs = pack(make_weight(61, 256, 0.5, dtype), 128), make_weight(tokens, 256, 0, dtype, seed=1)
     alone = weight_of(rounded, None, dtype).multiply(inputs)
     for parts in (2, 3, 4, 61):

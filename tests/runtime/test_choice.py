@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,11 +83,14 @@ def test_each_shape_is_timed_once_for_a_share_of_kept_weights() -> None:
 
 
 def test_few_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After `MOST_TIMED` the nearest share of the shape decides; a new shape is timed nevertheless."""
-    monkeypatch.setattr(module, "MOST_TIMED", 3)
+    """After `MOST_SECONDS` the nearest share of the shape decides; a new shape is timed nevertheless."""
+    now = 0.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
     shares: list[float] = []
 
     def measure(weight: Packed) -> tuple[Times, Times]:
+        nonlocal now
+        now += 0.4 * module.MOST_SECONDS
         shares.append(len(weight.values) / (weight.shape[0] * weight.shape[1]))
         return faster(weight) if shares[-1] < 0.4 else slower(weight)
 
@@ -121,6 +125,33 @@ def test_times_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed_weight is not None
     packed, dense = module.measure_times(packed_weight)
     assert not is_faster(packed, dense, weighted=True)
+
+
+@pytest.mark.parametrize(("milliseconds", "rows"), [(1e-9, 256), (1, 256), (4, 160), (19, 32), (1000, 32)])
+def test_slow_products_are_timed_with_fewer_rows(milliseconds: float, rows: int) -> None:
+    assert module.rows_in_time(milliseconds / 1000) == rows
+
+
+def test_a_slow_machine_times_a_weight_in_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row takes 1 ms dense, and unpacking takes 10 ms: the whole prompt 256 ms and 266 ms."""
+    now, linear = 0.0, torch.nn.functional.linear
+
+    def slow(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 1e-3 * len(inputs)
+        return linear(inputs, weight)
+
+    def slow_packed(packed: PackedLinear, inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 1e-3 * len(inputs) + 0.01
+        return linear(inputs, packed.weight)
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(torch.nn.functional, "linear", slow)
+    monkeypatch.setattr(PackedLinear, "forward", slow_packed)
+    packed, dense = module.measure_times(make_packed(16, 32, 0.5))
+    assert now < 0.5
+    assert [packed.decode, packed.prefill, dense.decode, dense.prefill] == pytest.approx([0.011, 0.266, 0.001, 0.256])
 
 
 @pytest.fixture

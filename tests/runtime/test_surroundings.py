@@ -77,6 +77,22 @@ def test_autocast_decides_the_dtype_of_outputs(rounded: bool) -> None:
 
 
 @pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("rounded", [False, True])
+def test_views(rounded: bool) -> None:
+    """Inputs whose numbers in memory have the other sign, and a bias with gaps."""
+    for dtype in (torch.bfloat16, torch.float32):
+        linear, dense = make_linears(dtype, rounded)
+        for rows in ROWS:
+            inputs = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+            expected = linear(inputs)
+            torch.testing.assert_close(linear(torch._neg_view(-inputs)), expected, rtol=0.02, atol=0.3)
+        spread = torch.stack([dense.bias, dense.bias], 1)[:, 0]
+        linear.bias = nn.Parameter(spread, requires_grad=False)
+        assert not linear.bias.is_contiguous()
+        check(linear, dense, dtype)
+
+
+@pytest.mark.usefixtures("instructions")
 def test_inputs_of_another_dtype_are_refused_as_by_a_dense_linear() -> None:
     linear, dense = make_linears(torch.bfloat16)
     for rows in ROWS:

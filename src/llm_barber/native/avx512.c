@@ -1,5 +1,5 @@
 /* Products with packed weights: `outputs = inputs · Wᵀ + bias`, in which W is read as it is packed: bit mask and kept
- * values. Plain C with AVX-512, called through ctypes. `avx512.py` checks sizes before it calls. If this file was not
+ * values. Plain C with AVX-512, called through ctypes. `unrounded.py` checks sizes before it calls. If this file was not
  * built, or the processor lacks the instructions, `packed.c` (AVX2) or unpacking takes its place. No function reads or
  * writes beyond the given sizes.
  *

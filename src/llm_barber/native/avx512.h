@@ -28,7 +28,7 @@ typedef struct {
     int (*thread_count)(void);                                      /* omp_get_num_threads */
 } openmp_t;
 
-/* A packed weight W, (rows, columns); `_Weight` of `avx512.py`. Columns are a multiple of 8. */
+/* A packed weight W, (rows, columns); `_Weight` of `unrounded.py`. Columns are a multiple of 8. */
 typedef struct {
     const void *values;
     const uint8_t *bits;

@@ -1,5 +1,5 @@
 /* Bit masks and the values they keep, eight weights at a time, with AVX2. Plain C, called through ctypes. `__init__.py`,
- * and `avx512.py` for products, describe the arguments of each function and check sizes before they call. If this file was not built, NumPy computes
+ * and `unrounded.py` for products, describe the arguments of each function and check sizes before they call. If this file was not built, NumPy computes
  * the same.
  *
  * Eight weights are one byte of the bit mask. The byte selects a row of a table: for expanding, the index of each

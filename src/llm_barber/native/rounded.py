@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from llm_barber import native
-from llm_barber.native import Instructions, avx512
+from llm_barber.native import Instructions, amx
 from llm_barber.native.rows import BLOCK_ROWS, Parts, check_unpacked
+from llm_barber.native.threads import openmp_functions
 
 STEP = 64  # columns that VNNI takes at a time
 MOST_COLUMNS = 1 << 20  # a sum of more products of two int8 numbers may not fit int32
@@ -76,7 +77,7 @@ def _report(kernel: Kernel) -> None:
     logger.info(
         {
             Kernel.VNNI: "int8 values: a few rows of inputs are rounded to int8 and multiplied by VNNI"
-            + (", more are multiplied by AMX" if avx512.has_amx_for_int8() else ""),
+            + (", more are multiplied by AMX" if amx.multiplies_int8() else ""),
             Kernel.AVX2: "int8 values: multiplied by AVX2, since the processor lacks AVX-512 with VBMI2 and VNNI, or "
             f"{native.ISA} forbids it",
             Kernel.NUMPY: "int8 values: unpacked by NumPy for every product, since the C extension is missing or old, "
@@ -164,14 +165,14 @@ class Weight:
         ):
             raise ValueError("arguments of the product do not fit together")
         self.rows, self.columns, self.dtype = rows, columns, dtype
-        has_amx = self.kernel == Kernel.VNNI and dtype == torch.bfloat16 and avx512.has_amx_for_int8()
+        has_amx = self.kernel == Kernel.VNNI and dtype == torch.bfloat16 and amx.multiplies_int8()
         self.most_rows = sys.maxsize if has_amx else self.kernel.rows
         self._kept, self._threads = len(values), torch.get_num_threads()
         self._groups, self._stride = groups, -(-columns // STEP) * STEP
         self._tensors = values, bits, scales, bias
         self._pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
         self._ends = tuple((ctypes.c_int64 * len(end))(*end) for end in ends)
-        self._openmp = avx512.openmp_functions()
+        self._openmp = openmp_functions()
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
         pointers = *self._pointers, *map(ctypes.addressof, self._ends), openmp
         step = STEP if self.kernel == Kernel.VNNI else BITS_IN_BYTE
@@ -220,7 +221,7 @@ class Weight:
             inputs = inputs.contiguous()
         if tokens > self.kernel.rows:
             shape_of_weight = self.rows, columns
-            avx512.multiply_by_amx(self._address, True, inputs, outputs, shape_of_weight, self._kept, self._threads)
+            amx.multiply(self._address, True, inputs, outputs, shape_of_weight, self._kept, self._threads)
             return outputs
         rounded = torch.empty(tokens * self._stride, dtype=torch.uint8, device="cpu")
         scales = torch.empty(tokens * self._groups, dtype=torch.float32, device="cpu")

@@ -31,9 +31,10 @@ KeepPacked = bool | Literal["auto"] | Mapping[str, bool]
 PROMPT, NEW = 256, 256  # tokens of the conversation
 GAIN = 0.97  # packed weights must take at most this share of the dense time, so that noise does not decide
 NEARLY = 0.05  # shapes are timed again where the share of kept weights differs by more
-MOST_TIMED = 16  # shapes, each at most `SECONDS` and a round: together less than a second
-SECONDS = 0.04
+SECONDS = 0.04  # of one weight's rounds; the last round may go on beyond them
 ROUNDS = 20
+PROBE, LONGEST = 32, 0.02  # rows of a first product; seconds of a product, in which fewer rows than `PROMPT` are timed
+MOST_SECONDS = 0.5  # of all weights; then a weight is timed only if its shape is new: together less than a second
 TIMED_WEIGHTS = 1 << 22  # larger weights are timed by their first rows
 CACHED_BYTES = 1 << 22  # more than a core's own cache: what was in it must be read again
 
@@ -103,6 +104,7 @@ class Choice:
         self._measure = measure or self._measure_here
         self._dtype = dtype
         self._timed: list[tuple[tuple[tuple[int, int], torch.dtype], float, bool]] = []  # shape, share, packed?
+        self._seconds = 0.0  # of all measurements
         if isinstance(keep_packed, Mapping):
             self._check_names(keep_packed)
 
@@ -155,9 +157,11 @@ class Choice:
         rows, columns = weight.shape
         shape, share = (weight.shape, weight.values.dtype), len(weight.values) / (rows * columns)
         timed = [(abs(other - share), packed) for key, other, packed in self._timed if key == shape]
-        if timed and (min(timed)[0] <= NEARLY or len(self._timed) >= MOST_TIMED):
+        if timed and (min(timed)[0] <= NEARLY or self._seconds >= MOST_SECONDS):
             return min(timed)[1]
+        start = time.perf_counter()
         packed, dense = self._measure(weight)
+        self._seconds += time.perf_counter() - start
         faster = is_faster(packed, dense, native.instructions() > Instructions.AVX2)
         logger.info(
             "keep_packed: %d × %d, %.0f %% kept: packed takes %.2f of the dense time in decoding, %.2f in reading a "
@@ -222,10 +226,14 @@ def measure_times(weight: Packed | Rounded, dtype: torch.dtype | None = None) ->
         dense_weight = dense_weight.to(packed.dtype)
     cached = torch.zeros(CACHED_BYTES // 4)
     seconds = [[float("inf")] * 2 for _ in range(2)]
-    inputs = [torch.ones(rows, weight.shape[1], dtype=dense_weight.dtype) for rows in (1, PROMPT)]
     linears: list[Callable[[Tensor], Tensor]] = [packed, lambda rows: nn.functional.linear(rows, dense_weight)]
     start = time.perf_counter()
     with torch.no_grad():
+        prompt = torch.ones(PROMPT, weight.shape[1], dtype=dense_weight.dtype)
+        before = time.perf_counter()
+        linears[1](prompt[:PROBE])
+        prompt = prompt[: rows_in_time(time.perf_counter() - before)]
+        inputs = prompt[:1], prompt
         for linear in linears:  # the first call prepares, and touches new memory
             linear(inputs[0]), linear(inputs[1])
         for number in range(ROUNDS):
@@ -237,4 +245,26 @@ def measure_times(weight: Packed | Rounded, dtype: torch.dtype | None = None) ->
                     seconds[side][kind] = min(seconds[side][kind], time.perf_counter() - before)
             if number and time.perf_counter() - start > SECONDS:
                 break
-    return Times(*seconds[0]), Times(*seconds[1])
+    prefill = of_whole_prompt(seconds[0][1], seconds[1][1], len(prompt))
+    return Times(seconds[0][0], prefill[0]), Times(seconds[1][0], prefill[1])
+
+
+def rows_in_time(seconds: float) -> int:
+    """Rows of a prompt whose dense product takes at most `LONGEST`, a multiple of `PROBE` from it to `PROMPT`.
+
+    Example: 1 ms -> 256 rows; 4 ms -> 160 rows; 1 s -> 32 rows.
+
+    Args:
+        seconds: of the product of `PROBE` rows.
+    """
+    return max(PROBE, min(PROMPT, int(LONGEST / max(seconds, 1e-9)) * PROBE))
+
+
+def of_whole_prompt(packed: float, dense: float, rows: int) -> tuple[float, float]:
+    """Seconds of `PROMPT` rows, packed and dense, from those of some rows: what a packed product takes more, to unpack
+    the weight, does not grow with the rows.
+
+    Example: 30 ms packed and 20 ms dense with 64 rows -> 90 ms and 80 ms with 256.
+    """
+    more = (PROMPT / rows - 1) * dense
+    return packed + more, dense + more

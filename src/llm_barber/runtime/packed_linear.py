@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from llm_barber.checkpoint.bits import as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
-from llm_barber.native import avx512
+from llm_barber.native import unrounded
 from llm_barber.native.rows import Parts
+from llm_barber.native.threads import VALUES_A_THREAD
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.products import (
@@ -41,7 +42,7 @@ class PackedLinear(PackedModule):
     """
 
     kept_ready = ("_ready", "_parts")
-    _ready: dict[tuple[int, bool], avx512.Weight]  # by number of PyTorch's threads, and without a bias
+    _ready: dict[tuple[int, bool], unrounded.Weight]  # by number of PyTorch's threads, and without a bias
     _parts: dict[int, tuple[Tensor, Parts]]  # by number of parts: the bits, and the rows of each part
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None, checked: bool = False) -> None:
@@ -84,7 +85,7 @@ class PackedLinear(PackedModule):
         self._unpack(shared)
         return nn.functional.linear(inputs, shared, self.bias)
 
-    def _ready_weight(self, bias: Tensor | None) -> avx512.Weight | None:
+    def _ready_weight(self, bias: Tensor | None) -> unrounded.Weight | None:
         """The weight, ready for products in C; None where these cannot be used."""
         values, bits, threads = self._buffers["values"], self._buffers["bits"], torch.get_num_threads()
         assert values is not None
@@ -92,13 +93,13 @@ class PackedLinear(PackedModule):
         weight = self._ready.get((threads, bias is None))
         if weight is not None and weight.is_of(values, bits, bias):
             return weight
-        if not values.is_cpu or not avx512.can_multiply(self.shape[1], values.dtype, values.dtype):
+        if not values.is_cpu or not unrounded.can_multiply(self.shape[1], values.dtype, values.dtype):
             return None
         if bias is not None and (
             (bias.dtype, bias.device) != (values.dtype, values.device) or not bias.is_contiguous()
         ):
             return None
-        weight = avx512.Weight(values, bits, bias, self.shape, self._divided(self._threads()), threads)
+        weight = unrounded.Weight(values, bits, bias, self.shape, self._divided(self._threads()), threads)
         self._ready[threads, bias is None] = weight
         return weight
 
@@ -112,7 +113,7 @@ class PackedLinear(PackedModule):
 
     def _threads(self) -> int:
         """Number of threads of a product: few values are multiplied sooner than a second thread would begin."""
-        return max(1, min(torch.get_num_threads(), self.shape[0], self.values.shape[0] // avx512.VALUES_A_THREAD))
+        return max(1, min(torch.get_num_threads(), self.shape[0], self.values.shape[0] // VALUES_A_THREAD))
 
     def _divided(self, threads: int) -> Parts:
         """Rows of each thread."""

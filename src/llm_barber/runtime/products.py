@@ -31,8 +31,11 @@ def outside_transforms() -> Any:
 
 
 def count_rows(inputs: Tensor, columns: int) -> int:
-    """Number of rows of inputs, (…, columns); 0 for another width: PyTorch's linear says what is wrong."""
-    return inputs.numel() // columns if inputs.shape[-1] == columns else 0
+    """Number of rows of inputs, (…, columns); 0 where PyTorch's linear has to do the work.
+
+    It says what is wrong with another width, and knows views whose numbers in memory have the other sign.
+    """
+    return inputs.numel() // columns if inputs.shape[-1] == columns and not inputs.is_neg() else 0
 
 
 class _Buffers(threading.local):
