@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def check_threads_and_fork(multiply: Callable[[], Tensor], expected: Tensor) -> None:
-    """Compare the product of three threads at once, and of a forked process, with the expected one, bit for bit."""
+    """Compare the product of three threads at once, and of a forked process, with the expected one, bit for bit.
+
+    `multiply` must do no more than that: an operation of PyTorch with several threads hangs in a forked process.
+    """
     results: list[bool] = []
 
     def call() -> None:

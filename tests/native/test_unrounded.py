@@ -156,7 +156,8 @@ def test_threads_give_the_same_sums(level: Instructions, dtype: torch.dtype) -> 
     weight, inputs = make_weight(61, 256, 0.5, dtype), make_weight(2, 256, 0, dtype, seed=1)
     alone = multiply(weight, inputs, None, 1)
     assert all(torch.equal(multiply(weight, inputs, None, parts), alone) for parts in (2, 3, 4, 61))
-    check_threads_and_fork(lambda: multiply(weight, inputs, None, 3), alone)
+    ready = unrounded.Weight(*parts_of(weight), None, tuple(weight.shape), make_parts(weight, 3), 3)
+    check_threads_and_fork(lambda: ready.multiply(inputs), alone)
 
 
 @needs_c
