@@ -68,13 +68,13 @@ def multiply(weight: Tensor, inputs: Tensor, bias: Tensor | None, parts: int) ->
 @needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.99, 1.0])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 24), (7, 40), (33, 96), (12, 1000), (5, 136)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 24), (7, 40), (33, 96), (12, 1000), (5, 136), (200, 72)])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_products_equal_dense_ones(
     level: Instructions, dtype: torch.dtype, sparsity: float, rows: int, columns: int, parts: int
 ) -> None:
     weight = make_weight(rows, columns, sparsity, dtype)
-    for tokens in (1, 2, 3, 5, 8, 16) if level > Instructions.AVX2 else (1, 2, 3, 4):
+    for tokens in (1, 2, 3, 5, 8, 9, 16) if level > Instructions.AVX2 else (1, 2, 3, 4):
         inputs = make_weight(tokens, columns, 0.1, dtype, seed=tokens)
         for bias in (None, make_weight(1, rows, 0, dtype)[0]):
             outputs = multiply(weight, inputs, bias, parts)
@@ -108,7 +108,7 @@ def test_nothing_is_read_behind_an_array(
     """A read beyond an array ends the process: every array ends where a page does."""
     guard_outputs(monkeypatch)
     for sparsity in (0.0, 0.5, 0.95, 1.0):
-        for rows in (1, 5):
+        for rows in (1, 5, 52):
             weight = make_weight(rows, columns, sparsity, dtype)
             values, bits = map(guarded, parts_of(weight))
             bias = guarded(weight[:, 0].contiguous())
@@ -147,15 +147,25 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Inst
     unpacked = torch.ones(4, 64, dtype=dtype)
     ready.unpack(0, 4, unpacked)
     assert unpacked.flatten().tolist() == [1] * 40 + [0] * 216
+    rows = 64  # of which several are multiplied at once
+    bits, starts = torch.full((rows * 8,), 255, dtype=torch.uint8), np.array([0, 40, 40, 40, 40])
+    ready = unrounded.Weight(values, bits, None, (rows, 64), Parts((0, rows), (0, 40), starts), 1)
+    for tokens in range(1, most_tokens(level) + 1):
+        assert ready.multiply(torch.ones(tokens, 64, dtype=dtype)).tolist() == [[40] + [0] * (rows - 1)] * tokens
 
 
 @needs_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_threads_give_the_same_sums(level: Instructions, dtype: torch.dtype) -> None:
-    """Sums by any number of threads, from several callers at once, and after a fork."""
-    weight, inputs = make_weight(61, 256, 0.5, dtype), make_weight(2, 256, 0, dtype, seed=1)
-    alone = multiply(weight, inputs, None, 1)
-    assert all(torch.equal(multiply(weight, inputs, None, parts), alone) for parts in (2, 3, 4, 61))
+    """Sums by any number of threads, from several callers at once, and after a fork.
+
+    With one part, 48 rows are multiplied three at once and 13 singly; with four parts, all singly.
+    """
+    weight = make_weight(61, 256, 0.5, dtype)
+    for tokens in range(most_tokens(level), 0, -1):
+        inputs = make_weight(tokens, 256, 0, dtype, seed=1)
+        alone = multiply(weight, inputs, None, 1)
+        assert all(torch.equal(multiply(weight, inputs, None, parts), alone) for parts in (2, 3, 4, 61))
     ready = unrounded.Weight(*parts_of(weight), None, tuple(weight.shape), make_parts(weight, 3), 3)
     check_threads_and_fork(lambda: ready.multiply(inputs), alone)
 
@@ -221,16 +231,18 @@ def test_which_rows_are_multiplied_packed(
     level: Instructions, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few rows by AVX-512 or AVX2, many unpacked; with AMX any number of bfloat16 rows."""
+    narrow = dtype == torch.bfloat16
     packed = pack(make_weight(16, 64, 0.5, dtype))
     assert packed is not None
     linear = PackedLinear(packed, None)
     monkeypatch.setattr(unrounded.Weight, "multiply", lambda weight, inputs: inputs)
     monkeypatch.setattr(packed_linear, "multiply_unpacked", lambda weight, inputs, bias: None)
-    for rows in (1, 4, 5, unrounded.FAST_ROWS, unrounded.FAST_ROWS + 1, 1000):
+    most = unrounded.AVX2_ROWS if level == Instructions.AVX2 else unrounded.ROWS
+    if narrow and level in (Instructions.AVX512, Instructions.AMX):
+        most = unrounded.WIDENED_ROWS if level == Instructions.AVX512 else 1000
+    for rows in (1, 4, 5, 8, 9, 16, 17, 1000):
         packed_product = linear(torch.ones(rows, 64, dtype=dtype)) is not None
-        amx = dtype == torch.bfloat16 and level == Instructions.AMX
-        most = unrounded.AVX2_ROWS if level == Instructions.AVX2 else unrounded.FAST_ROWS
-        assert packed_product == (rows <= most or amx)
+        assert packed_product == (rows <= most)
 
 
 def amx_or_skip() -> None:

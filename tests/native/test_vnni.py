@@ -20,7 +20,7 @@ from tests.native.test_unrounded import make_weight
 
 pytestmark = pytest.mark.skipif(best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI")
 needs_amx = pytest.mark.skipif(native.instructions() != Instructions.AMX, reason="needs a processor with AMX")
-SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000), (2, 2200)]
+SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000), (2, 2200), (200, 136)]
 
 
 def weight_of(rounded: Rounded, bias: Tensor | None, dtype: torch.dtype, parts: int = 1, place=lambda tensor: tensor):
@@ -69,7 +69,7 @@ def pack(weight: Tensor, group: int) -> Rounded:
 def test_sums_are_those_of_integers(dtype: torch.dtype, sparsity: float, rows: int, columns: int, group: int) -> None:
     rounded = pack(make_weight(rows, columns, sparsity, dtype), group)
     values, weight_scales = dense_values(rounded), rounded.scales.double().numpy()
-    for tokens in (1, 2, 5, 8):
+    for tokens in (1, 2, 4, 5, 8):
         inputs = make_weight(tokens, columns, 0.1, dtype, seed=tokens)
         whole, scales = round_inputs(inputs, group)
         expected = np.zeros((tokens, rows))
@@ -196,11 +196,11 @@ def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int, monke
     empty = torch.empty
     monkeypatch.setattr(native_rounded.torch, "empty", lambda *shape, **kind: guarded(empty(*shape, **kind)))
     for sparsity in (0.2, 0.5, 0.95, 1.0):
-        for rows in (1, 5):
+        for rows in (1, 5, 52):
             rounded = pack(make_weight(rows, columns, sparsity, dtype), 64)
             restored = unpack_rounded(rounded)
             weight = weight_of(rounded, restored[:, 0].contiguous(), dtype, place=guarded)
-            for tokens in (3, 20)[: 1 + (weight.most_rows > 8)]:
+            for tokens in (1, 3, 20)[: 2 + (weight.most_rows > 8)]:
                 inputs = guarded(make_weight(tokens, columns, 0, dtype, seed=1))
                 outputs = weight.multiply(inputs)
                 expected = inputs.double() @ restored.double().T + restored[:, 0].double()
@@ -217,6 +217,12 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them() -> None:
     parts = Parts((0, 4), (0, 40), np.array([0, 40]))
     weight = Weight(values, bits, scales, None, 64, 64, torch.float32, parts)
     assert weight.multiply(torch.ones(1, 64)).round().tolist() == [[40, 0, 0, 0]]
+    rows = 64  # of which several are multiplied at once
+    bits, scales = torch.full((rows * 8,), 255, dtype=torch.uint8), torch.ones(rows, 1).bfloat16().view(torch.int16)
+    parts = Parts((0, rows), (0, 40), np.array([0, 40, 40, 40, 40]))
+    weight = Weight(values, bits, scales, None, 64, 64, torch.float32, parts)
+    for tokens in (1, 3, 8):
+        assert weight.multiply(torch.ones(tokens, 64)).round().tolist() == [[40] + [0] * (rows - 1)] * tokens
     values, bits = guarded(torch.ones(100, dtype=torch.int8)), torch.full((64,), 255, dtype=torch.uint8)
     scales = torch.ones(4, 2).bfloat16().view(torch.int16)
     parts = Parts((0, 4), (0, 100), np.array([0, 100]))

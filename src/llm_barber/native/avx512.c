@@ -12,6 +12,8 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <unistd.h>
 
+#define PASS_TOKENS 8 /* most input rows that are multiplied at once: their sums stay in registers */
+
 /* Instructions of this processor: 0: no AVX-512 with VBMI2; 1: AVX-512 with VBMI2; 2: AVX512-BF16 as well; 3: AMX as
  * well. */
 int packed_instructions(void) {
@@ -51,133 +53,207 @@ TARGET512 INLINE void write_output(const product_t *p, size_t token, size_t row,
     ((uint16_t *)p->outputs)[at] = rounded;
 }
 
-/* Computes the outputs of rows `first` to `last` of W, whose values begin at number `next`. Each token has `sums`
- * accumulators, so that an addition does not wait for the one before it. */
-TARGET_BF16 INLINE void rows_bfloat16(const product_t *p, size_t first, size_t last, size_t next, const int tokens,
-                                      const int sums) {
-    const size_t columns = p->weight->columns, kept = p->weight->kept;
-    const uint16_t *values = p->weight->values, *inputs = p->inputs;
-    for (size_t row = first; row < last; row++) {
-        const uint8_t *bits = p->weight->bits + row * columns / 8;
-        __m512 total[16][4];
-_Pragma("GCC unroll 16")
-        for (int t = 0; t < tokens; t++)
+/* Computes `tokens` outputs, from token `from` on, of `streams` rows of W; `nexts` are the numbers of the rows' first
+ * values, and then of the values behind them. Inputs are read once for all rows. Each output has `sums` accumulators, so that an addition does
+ * not wait for the one before it. An output has the same bits whatever `streams` is. */
+TARGET_BF16 INLINE void row_bfloat16(const product_t *p, const size_t *rows, size_t *nexts, size_t from, const int streams,
+                                      const int tokens, const int sums) {
+    const int plain = streams > 1; /* as many values are left as there are columns */
+    const size_t columns = p->weight->columns, kept = p->weight->kept, step = (size_t)(32 * sums);
+    const uint16_t *values = p->weight->values, *inputs = (const uint16_t *)p->inputs + from * columns;
+    const uint8_t *bits[STREAMS];
+    size_t next[STREAMS], c = 0;
+    __m512 total[STREAMS][PASS_TOKENS][2];
 _Pragma("GCC unroll 4")
-            for (int s = 0; s < sums; s++) total[t][s] = _mm512_setzero_ps();
-        size_t c = 0;
-        const size_t step = (size_t)(32 * sums);
-        for (; c + step <= columns && next + step <= kept; c += step, bits += step / 8)
+    for (int r = 0; r < streams; r++) {
+        bits[r] = p->weight->bits + rows[r] * columns / 8;
+        next[r] = nexts[r];
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++) total[r][t][0] = total[r][t][1] = _mm512_setzero_ps();
+    }
+    for (; c + step <= columns; c += step)
+_Pragma("GCC unroll 2")
+        for (int s = 0; s < sums; s++) {
+            __m512i weights[STREAMS];
 _Pragma("GCC unroll 4")
-            for (int s = 0; s < sums; s++) {
+            for (int r = 0; r < streams; r++) {
                 uint32_t mask;
-                memcpy(&mask, bits + 4 * s, 4);
-                prefetch(values + next, bits);
-                __m512i weights = expand16(mask, _mm512_loadu_si512(values + next));
-                next += (size_t)_mm_popcnt_u32(mask);
-_Pragma("GCC unroll 16")
-                for (int t = 0; t < tokens; t++)
-                    total[t][s] = _mm512_dpbf16_ps(total[t][s], (__m512bh)weights,
-                                                   (__m512bh)_mm512_loadu_si512(inputs + (size_t)t * columns + c + 32 * s));
+                memcpy(&mask, bits[r] + c / 8 + 4 * s, 4);
+                prefetch(values + next[r], bits[r] + c / 8);
+                weights[r] = expand16(mask, next_values16(values + next[r], plain ? 32 : left_of(kept, next[r])));
+                next[r] += (size_t)_mm_popcnt_u32(mask);
             }
-        for (; c < columns; c += 32, bits += 4) {
-            uint32_t mask = mask_of(bits, columns - c);
-            __mmask32 inside = columns - c >= 32 ? 0xffffffffu : ((uint32_t)1 << (columns - c)) - 1;
-            __m512i weights = expand16(mask, next_values16(values + next, left_of(kept, next)));
-            next += (size_t)_mm_popcnt_u32(mask);
-_Pragma("GCC unroll 16")
-            for (int t = 0; t < tokens; t++)
-                total[t][0] = _mm512_dpbf16_ps(
-                    total[t][0], (__m512bh)weights,
-                    (__m512bh)_mm512_maskz_loadu_epi16(inside, inputs + (size_t)t * columns + c));
-        }
-_Pragma("GCC unroll 16")
-        for (int t = 0; t < tokens; t++) {
+_Pragma("GCC unroll 8")
+            for (int t = 0; t < tokens; t++) {
+                const __m512i part = _mm512_loadu_si512(inputs + (size_t)t * columns + c + 32 * s);
 _Pragma("GCC unroll 4")
-            for (int s = 1; s < sums; s++) total[t][0] = _mm512_add_ps(total[t][0], total[t][s]);
-            write_output(p, (size_t)t, row, _mm512_reduce_add_ps(total[t][0]));
+                for (int r = 0; r < streams; r++)
+                    total[r][t][s] = _mm512_dpbf16_ps(total[r][t][s], (__m512bh)weights[r], (__m512bh)part);
+            }
         }
+    for (; c < columns; c += 32) {
+        const size_t left = columns - c;
+        const __mmask32 inside = left >= 32 ? 0xffffffffu : ((uint32_t)1 << left) - 1;
+_Pragma("GCC unroll 4")
+        for (int r = 0; r < streams; r++) {
+            const uint32_t mask = mask_of(bits[r] + c / 8, left);
+            const __m512i weights = expand16(mask, next_values16(values + next[r], left_of(kept, next[r])));
+            next[r] += (size_t)_mm_popcnt_u32(mask);
+_Pragma("GCC unroll 8")
+            for (int t = 0; t < tokens; t++)
+                total[r][t][0] =
+                    _mm512_dpbf16_ps(total[r][t][0], (__m512bh)weights,
+                                     (__m512bh)_mm512_maskz_loadu_epi16(inside, inputs + (size_t)t * columns + c));
+        }
+    }
+_Pragma("GCC unroll 4")
+    for (int r = 0; r < streams; r++) {
+        nexts[r] = next[r];
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++)
+            write_output(p, from + (size_t)t, rows[r],
+                         _mm512_reduce_add_ps(_mm512_add_ps(total[r][t][0], total[r][t][1])));
     }
 }
 
 /* Computes the same with float32 inputs. bfloat16 values are widened; the two halves of 32 weights follow each other. */
-TARGET512 INLINE void rows_float32(const product_t *p, size_t first, size_t last, size_t next, const int tokens,
-                                   const int bfloat16) {
+TARGET512 INLINE void row_float32(const product_t *p, const size_t *rows, size_t *nexts, size_t from, const int streams,
+                                   const int tokens, const int sums, const int bfloat16) {
+    const int plain = streams > 1;
     const size_t columns = p->weight->columns, kept = p->weight->kept;
     const void *values = p->weight->values;
-    const float *inputs = p->inputs;
-    for (size_t row = first; row < last; row++) {
-        const uint8_t *bits = p->weight->bits + row * columns / 8;
-        __m512 total[16][2];
-_Pragma("GCC unroll 16")
-        for (int t = 0; t < tokens; t++) total[t][0] = total[t][1] = _mm512_setzero_ps();
-        for (size_t c = 0; c < columns; c += 32, bits += 4) {
-            uint32_t mask = mask_of(bits, columns - c);
-            const size_t left = columns - c;
-            __mmask16 inside[2] = {left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1),
-                                   left >= 32 ? 0xffff : left <= 16 ? 0 : (__mmask16)((1u << (left - 16)) - 1)};
-            __m512 weights[2];
+    const float *inputs = (const float *)p->inputs + from * columns;
+    const uint8_t *bits[STREAMS];
+    size_t next[STREAMS];
+    __m512 total[STREAMS][PASS_TOKENS][2];
+_Pragma("GCC unroll 4")
+    for (int r = 0; r < streams; r++) {
+        bits[r] = p->weight->bits + rows[r] * columns / 8;
+        next[r] = nexts[r];
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++) total[r][t][0] = total[r][t][1] = _mm512_setzero_ps();
+    }
+    for (size_t c = 0; c < columns; c += 32) {
+        const size_t left = columns - c;
+        const __mmask16 inside[2] = {left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1),
+                                     left >= 32 ? 0xffff : left <= 16 ? 0 : (__mmask16)((1u << (left - 16)) - 1)};
+        __m512 weights[STREAMS][2];
+_Pragma("GCC unroll 4")
+        for (int r = 0; r < streams; r++) {
+            const uint32_t mask = mask_of(bits[r] + c / 8, left);
             if (bfloat16) {
-                prefetch((const uint16_t *)values + next, bits);
-                __m512i all = expand16(
-                    mask, next_values16((const uint16_t *)values + next, left_of(kept, next)));
-                next += (size_t)_mm_popcnt_u32(mask);
-                weights[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
-                weights[1] =
+                prefetch((const uint16_t *)values + next[r], bits[r] + c / 8);
+                const __m512i all =
+                    expand16(mask, next_values16((const uint16_t *)values + next[r],
+                                                 plain && left >= 32 ? 32 : left_of(kept, next[r])));
+                next[r] += (size_t)_mm_popcnt_u32(mask);
+                weights[r][0] =
+                    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
+                weights[r][1] =
                     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)), 16));
             } else {
+_Pragma("GCC unroll 2")
                 for (int half = 0; half < 2; half++) {
-                    __mmask16 part = (__mmask16)(mask >> (16 * half));
-                    prefetch((const float *)values + next, bits);
-                    weights[half] = expand32(
-                        part, next_values32((const float *)values + next, left_of(kept, next)));
-                    next += (size_t)_mm_popcnt_u32(part);
+                    const __mmask16 part = (__mmask16)(mask >> (16 * half));
+                    prefetch((const float *)values + next[r], bits[r] + c / 8);
+                    weights[r][half] =
+                        expand32(part, next_values32((const float *)values + next[r],
+                                                     plain && left >= 32 ? 16 : left_of(kept, next[r])));
+                    next[r] += (size_t)_mm_popcnt_u32(part);
                 }
             }
-_Pragma("GCC unroll 16")
-            for (int t = 0; t < tokens; t++)
-                for (int half = 0; half < 2; half++)
-                    total[t][half] = _mm512_fmadd_ps(
-                        weights[half], _mm512_maskz_loadu_ps(inside[half], inputs + (size_t)t * columns + c + 16 * half),
-                        total[t][half]);
         }
-_Pragma("GCC unroll 16")
+_Pragma("GCC unroll 8")
         for (int t = 0; t < tokens; t++)
-            write_output(p, (size_t)t, row, _mm512_reduce_add_ps(_mm512_add_ps(total[t][0], total[t][1])));
+_Pragma("GCC unroll 2")
+            for (int half = 0; half < 2; half++) {
+                const __m512 part = _mm512_maskz_loadu_ps(inside[half], inputs + (size_t)t * columns + c + 16 * half);
+_Pragma("GCC unroll 4")
+                for (int r = 0; r < streams; r++) {
+                    __m512 *sum = &total[r][t][sums > 1 ? half : 0];
+                    *sum = _mm512_fmadd_ps(weights[r][half], part, *sum);
+                }
+            }
+    }
+_Pragma("GCC unroll 4")
+    for (int r = 0; r < streams; r++) {
+        nexts[r] = next[r];
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++)
+            write_output(p, from + (size_t)t, rows[r],
+                         _mm512_reduce_add_ps(_mm512_add_ps(total[r][t][0], total[r][t][1])));
     }
 }
 
-/* Calls `function` with a constant number of input rows. Its last argument is `few` for 1 and 2 rows, `some` for 3 to 8,
- * and `many` for 9 to 16. */
-#define CASES(function, few, some, many)                                                                              \
-    switch (p->tokens) {                                                                                              \
-        CASE(function, 1, few) CASE(function, 2, few) CASE(function, 3, some) CASE(function, 4, some)                 \
-        CASE(function, 5, some) CASE(function, 6, some) CASE(function, 7, some) CASE(function, 8, some)               \
-        CASE(function, 9, many) CASE(function, 10, many) CASE(function, 11, many) CASE(function, 12, many)            \
-        CASE(function, 13, many) CASE(function, 14, many) CASE(function, 15, many) CASE(function, 16, many)           \
+/* Computes outputs of up to `count` rows of each stream, and moves `rows` and `nexts` on. Several streams end where one
+ * has fewer values left than there are columns. Returns the number of rows. */
+typedef size_t (*pass_t)(const product_t *p, size_t *rows, size_t *nexts, size_t count, size_t from);
+typedef struct {
+    pass_t one, several;
+} passes_t;
+
+/* Passes for a number of input rows. */
+#define PASS(name, target, row, streams, ...)                                                                         \
+    target static size_t name(const product_t *p, size_t *rows, size_t *nexts, size_t count, size_t from) {           \
+        const size_t columns = p->weight->columns, kept = p->weight->kept;                                            \
+        for (size_t done = 0; done < count; done++) {                                                                 \
+            for (int r = 0; r < streams; r++)                                                                         \
+                if (streams > 1 && nexts[r] + columns > kept) return done;                                            \
+            row(p, rows, nexts, from, streams, __VA_ARGS__);                                                          \
+            for (int r = 0; r < streams; r++) rows[r]++;                                                              \
+        }                                                                                                             \
+        return count;                                                                                                 \
     }
-#define CASE(function, number, last_argument)                                                                         \
-    case number: function(p, first, last, next, number, last_argument); break;
+#define PASSES(tokens, sums)                                                                                          \
+    PASS(one_bfloat16_##tokens, TARGET_BF16, row_bfloat16, 1, tokens, sums)                                           \
+    PASS(several_bfloat16_##tokens, TARGET_BF16, row_bfloat16, STREAMS, tokens, sums)                                 \
+    PASS(one_widened_##tokens, TARGET512, row_float32, 1, tokens, sums, 1)                                            \
+    PASS(several_widened_##tokens, TARGET512, row_float32, STREAMS, tokens, sums, 1)                                  \
+    PASS(one_float32_##tokens, TARGET512, row_float32, 1, tokens, sums, 0)                                            \
+    PASS(several_float32_##tokens, TARGET512, row_float32, STREAMS, tokens, sums, 0)
+PASSES(1, 2) PASSES(2, 2) PASSES(3, 1) PASSES(4, 1) PASSES(5, 1) PASSES(6, 1) PASSES(7, 1) PASSES(8, 1)
 
-TARGET_BF16 static void some_rows_bfloat16(const product_t *p, size_t first, size_t last, size_t next) {
-    CASES(rows_bfloat16, 4, 2, 1)
+#define TABLE(kind)                                                                                                   \
+    static const passes_t kind##_passes[PASS_TOKENS] = {                                                              \
+        {one_##kind##_1, several_##kind##_1}, {one_##kind##_2, several_##kind##_2},                                   \
+        {one_##kind##_3, several_##kind##_3}, {one_##kind##_4, several_##kind##_4},                                   \
+        {one_##kind##_5, several_##kind##_5}, {one_##kind##_6, several_##kind##_6},                                   \
+        {one_##kind##_7, several_##kind##_7}, {one_##kind##_8, several_##kind##_8},                                   \
+    };
+TABLE(bfloat16) TABLE(widened) TABLE(float32)
+
+/* Computes all outputs of up to `count` rows of one stream or of several. More tokens than a pass takes are multiplied row
+ * after row: the second pass over a row finds it in the cache. */
+static size_t multiply_rows(const product_t *p, const passes_t *passes, int streams, size_t *rows, size_t *nexts,
+                            size_t count) {
+    const passes_t *full = &passes[PASS_TOKENS - 1], *last = &passes[(p->tokens - 1) % PASS_TOKENS];
+    const pass_t first_pass = streams > 1 ? full->several : full->one, last_pass = streams > 1 ? last->several : last->one;
+    if (p->tokens <= PASS_TOKENS) return last_pass(p, rows, nexts, count, 0);
+    for (size_t done = 0; done < count; done++) {
+        size_t same_rows[STREAMS], same_nexts[STREAMS];
+        memcpy(same_rows, rows, (size_t)streams * sizeof(size_t));
+        memcpy(same_nexts, nexts, (size_t)streams * sizeof(size_t));
+        if (!first_pass(p, same_rows, same_nexts, 1, 0)) return done;
+        last_pass(p, rows, nexts, 1, PASS_TOKENS);
+    }
+    return count;
 }
 
-TARGET512 static void some_rows_widened(const product_t *p, size_t first, size_t last, size_t next) {
-    CASES(rows_float32, 1, 1, 1)
-}
-
-TARGET512 static void some_rows_float32(const product_t *p, size_t first, size_t last, size_t next) {
-    CASES(rows_float32, 0, 0, 0)
-}
-
+/* Computes the outputs of a part's rows: of its shares side by side, and of the rows that are left over one by one. */
 static void multiply_part(const void *task, int part) {
     const product_t *p = task;
     const packed_t *w = p->weight;
-    const size_t first = (size_t)w->row_ends[part], last = (size_t)w->row_ends[part + 1];
-    const size_t next = (size_t)w->value_ends[part];
-    if (!w->bfloat16) some_rows_float32(p, first, last, next);
-    else if (w->level > 1) some_rows_bfloat16(p, first, last, next);
-    else some_rows_widened(p, first, last, next);
+    const passes_t *passes = !w->bfloat16 ? float32_passes : w->level > 1 ? bfloat16_passes : widened_passes;
+    size_t row = (size_t)w->row_ends[part], next = (size_t)w->value_ends[part], rows[STREAMS], nexts[STREAMS];
+    const size_t last = (size_t)w->row_ends[part + 1];
+    const size_t share = divide_rows(w->block_starts, row, last, STREAMS, rows, nexts);
+    if (share) {
+        multiply_rows(p, passes, 1, &row, &next, rows[0] - row);
+        const size_t done = multiply_rows(p, passes, STREAMS, rows, nexts, share);
+        for (int r = 0; r < STREAMS; r++) multiply_rows(p, passes, 1, &rows[r], &nexts[r], share - done);
+        row = rows[STREAMS - 1], next = nexts[STREAMS - 1];
+    }
+    multiply_rows(p, passes, 1, &row, &next, last - row);
 }
 
 /* Computes the product of `tokens` rows of inputs, 1 to 16. */

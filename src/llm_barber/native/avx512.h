@@ -64,6 +64,22 @@ static inline size_t packed_first_block(const packed_t *weight, int part, int pa
     return first;
 }
 
+#define STREAMS 3 /* most rows that are multiplied at once; they are far apart, since a core gets more from memory by several
+                   * streams of reads than by one */
+
+/* Divides rows `first` to `last` into as many shares as there are streams. Share r begins with row `rows[r]`, the first of a
+ * block, and with value `nexts[r]`. Rows before the first share and behind the last one are left over. Returns the number of
+ * rows of a share. */
+INLINE size_t divide_rows(const int64_t *block_starts, size_t first, size_t last, int streams, size_t *rows, size_t *nexts) {
+    const size_t block = (first + BLOCK_ROWS - 1) / BLOCK_ROWS, end = last / BLOCK_ROWS;
+    const size_t share = end > block ? (end - block) / (size_t)streams : 0;
+    for (size_t r = 0; r < (size_t)streams; r++) {
+        rows[r] = (block + r * share) * BLOCK_ROWS;
+        nexts[r] = (size_t)block_starts[block + r * share];
+    }
+    return share * BLOCK_ROWS;
+}
+
 /* The next 32 bits of the mask; bits beyond the `left` weights are 0. `left` is a multiple of 8. */
 INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
     uint32_t mask = 0;

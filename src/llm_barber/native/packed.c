@@ -1,6 +1,6 @@
 /* Bit masks and the values they keep, eight weights at a time, with AVX2. Plain C, called through ctypes. `__init__.py`,
- * and `unrounded.py` for products, describe the arguments of each function and check sizes before they call. If this file was not built, NumPy computes
- * the same.
+ * and `unrounded.py` for products, describe the arguments of each function and check sizes before they call. If this file
+ * was not built, NumPy computes the same.
  *
  * Eight weights are one byte of the bit mask. The byte selects a row of a table: for expanding, the index of each
  * weight's value among the next values; for compressing, the indices of the kept weights, in order. Values are read and

@@ -19,7 +19,7 @@ from llm_barber.native.rows import BLOCK_ROWS, Parts, check_unpacked
 from llm_barber.native.threads import openmp_functions
 
 ROWS = 16  # most rows of inputs of a product by AVX-512
-FAST_ROWS = 8  # most rows of inputs with which such a product is faster than unpacking the weight and multiplying
+WIDENED_ROWS = 8  # without BF16: with more rows of bfloat16 it is faster to unpack the weight and multiply
 AVX2_ROWS = 4  # most rows of inputs of a product by AVX2
 
 
@@ -113,7 +113,10 @@ class Weight:
         self._by_avx2 = level == Instructions.AVX2
         self._widens = narrow and level == Instructions.AVX512
         self._amx_rows = amx.FEWEST_ROWS if level == Instructions.AMX else sys.maxsize
-        self.fast_rows = {Instructions.AMX: sys.maxsize, Instructions.AVX2: AVX2_ROWS}.get(level, FAST_ROWS)
+        if self._widens:
+            self.fast_rows = WIDENED_ROWS
+        else:
+            self.fast_rows = {Instructions.AMX: sys.maxsize, Instructions.AVX2: AVX2_ROWS}.get(level, ROWS)
         self._kept, self._threads = kept, threads
         pointers = *self._pointers, *map(ctypes.addressof, self._ends)
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)

@@ -76,23 +76,37 @@ TARGET_VNNI static void round_inputs(const rounded_t *w, const void *inputs, siz
         }
 }
 
-/* Multiplies columns `start` to `end` of a row by the inputs of each token, and adds the products to `sums`. Adds the same
- * weights, times 128, to `offsets`. Returns the number of the next value. `whole`: every step has 64 columns and 64
- * values, so that nothing has to be looked up. */
-TARGET_VNNI INLINE size_t add_products(const rounded_product_t *p, const uint8_t *bits, size_t start, size_t end, size_t next,
-                                       __m512i *sums, __m512i *offsets, const int tokens, const int whole) {
+/* Rows of W that are multiplied at once, and what is known of them. */
+typedef struct {
+    size_t row, next; /* the row, and the number of its next value */
+    const uint8_t *bits;
+    __m512i sums[8], offsets; /* of a group: products of each token, and weights times 128 */
+    __m512 total[8];
+} stream_t;
+
+/* Multiplies columns `start` to `end` of the streams' rows by the inputs of each token. `whole`: every step has 64 columns
+ * and 64 values, so that nothing has to be looked up. */
+TARGET_VNNI INLINE void add_products(const rounded_product_t *p, stream_t *streams, size_t start, size_t end,
+                                     const int count, const int tokens, const int whole) {
     const rounded_t *w = p->weight;
     for (size_t c = start; c < end; c += STEP) {
-        const uint64_t mask = mask_of64(bits + c / 8, whole ? STEP : w->columns - c);
-        prefetch(w->values + next, bits + c / 8);
-        const __m512i weights = expand8(mask, w->values + next, whole ? STEP : left_of(w->kept, next));
-        next += (size_t)_mm_popcnt_u64(mask);
-        *offsets = _mm512_dpbusd_epi32(*offsets, _mm512_set1_epi8((char)OFFSET), weights);
+        __m512i weights[STREAMS];
+_Pragma("GCC unroll 4")
+        for (int r = 0; r < count; r++) {
+            stream_t *s = &streams[r];
+            const uint64_t mask = mask_of64(s->bits + c / 8, whole ? STEP : w->columns - c);
+            prefetch(w->values + s->next, s->bits + c / 8);
+            weights[r] = expand8(mask, w->values + s->next, whole ? STEP : left_of(w->kept, s->next));
+            s->next += (size_t)_mm_popcnt_u64(mask);
+            s->offsets = _mm512_dpbusd_epi32(s->offsets, _mm512_set1_epi8((char)OFFSET), weights[r]);
+        }
 _Pragma("GCC unroll 8")
-        for (int t = 0; t < tokens; t++)
-            sums[t] = _mm512_dpbusd_epi32(sums[t], _mm512_loadu_si512(p->inputs + (size_t)t * p->stride + c), weights);
+        for (int t = 0; t < tokens; t++) {
+            const __m512i part = _mm512_loadu_si512(p->inputs + (size_t)t * p->stride + c);
+_Pragma("GCC unroll 4")
+            for (int r = 0; r < count; r++) streams[r].sums[t] = _mm512_dpbusd_epi32(streams[r].sums[t], part, weights[r]);
+        }
     }
-    return next;
 }
 
 /* Writes scale of the weights × scale of the inputs for groups `g` to `g + SCALES` of a row, for each token. */
@@ -107,41 +121,75 @@ _Pragma("GCC unroll 8")
                                                                  inside, p->input_scales + (size_t)t * w->groups + g)));
 }
 
-/* Computes the outputs of rows `first` to `last` of W, whose values begin at number `next`. */
-TARGET_VNNI INLINE void rows_rounded(const rounded_product_t *p, size_t first, size_t last, size_t next, const int tokens) {
+/* Computes the outputs of `share` rows of each of `count` streams, of which stream r begins at row `rows[r]` and with value
+ * `nexts[r]`; moves both on. */
+TARGET_VNNI INLINE void rows_rounded(const rounded_product_t *p, size_t *rows, size_t *nexts, size_t share, const int count,
+                                     const int tokens) {
     const rounded_t *w = p->weight;
-    float scales[8][SCALES] __attribute__((aligned(64)));
-    for (size_t row = first; row < last; row++) {
-        const uint8_t *bits = w->bits + row * w->columns / 8;
-        __m512 total[8];
+    float scales[STREAMS][8][SCALES] __attribute__((aligned(64)));
+    for (size_t done = 0; done < share; done++) {
+        stream_t streams[STREAMS];
+_Pragma("GCC unroll 4")
+        for (int r = 0; r < count; r++) {
+            streams[r].row = rows[r];
+            streams[r].next = nexts[r];
+            streams[r].bits = w->bits + rows[r] * w->columns / 8;
 _Pragma("GCC unroll 8")
-        for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
+            for (int t = 0; t < tokens; t++) streams[r].total[t] = _mm512_setzero_ps();
+        }
         for (size_t g = 0; g < w->groups; g++) {
-            if (g % SCALES == 0) multiply_scales(p, row, g, scales, tokens);
             const size_t start = g * w->group, end = start + w->group < w->columns ? start + w->group : w->columns;
-            __m512i sums[8], offsets = _mm512_setzero_si512();
+            int whole = (end - start) % STEP == 0;
+_Pragma("GCC unroll 4")
+            for (int r = 0; r < count; r++) {
+                if (g % SCALES == 0) multiply_scales(p, streams[r].row, g, scales[r], tokens);
+                whole &= streams[r].next + (end - start) <= w->kept;
+                streams[r].offsets = _mm512_setzero_si512();
 _Pragma("GCC unroll 8")
-            for (int t = 0; t < tokens; t++) sums[t] = _mm512_setzero_si512();
-            if ((end - start) % STEP == 0 && next + (end - start) <= w->kept)
-                next = add_products(p, bits, start, end, next, sums, &offsets, tokens, 1);
-            else
-                next = add_products(p, bits, start, end, next, sums, &offsets, tokens, 0);
+                for (int t = 0; t < tokens; t++) streams[r].sums[t] = _mm512_setzero_si512();
+            }
+            if (whole) add_products(p, streams, start, end, count, tokens, 1);
+            else add_products(p, streams, start, end, count, tokens, 0);
+_Pragma("GCC unroll 4")
+            for (int r = 0; r < count; r++)
+_Pragma("GCC unroll 8")
+                for (int t = 0; t < tokens; t++)
+                    streams[r].total[t] = _mm512_fmadd_ps(
+                        _mm512_cvtepi32_ps(_mm512_sub_epi32(streams[r].sums[t], streams[r].offsets)),
+                        _mm512_set1_ps(scales[r][t][g % SCALES]), streams[r].total[t]);
+        }
+_Pragma("GCC unroll 4")
+        for (int r = 0; r < count; r++) {
 _Pragma("GCC unroll 8")
             for (int t = 0; t < tokens; t++)
-                total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[t], offsets)),
-                                           _mm512_set1_ps(scales[t][g % SCALES]), total[t]);
+                write_output(w, p->outputs, (size_t)t, rows[r], _mm512_reduce_add_ps(streams[r].total[t]));
+            rows[r]++;
+            nexts[r] = streams[r].next;
         }
-_Pragma("GCC unroll 8")
-        for (int t = 0; t < tokens; t++) write_output(w, p->outputs, (size_t)t, row, _mm512_reduce_add_ps(total[t]));
     }
 }
 
+/* Computes the outputs of a part's rows: of its shares side by side, and of the rows that are left over one by one. */
+TARGET_VNNI INLINE void part_rounded(const rounded_product_t *p, int part, const int streams, const int tokens) {
+    const rounded_t *w = p->weight;
+    size_t row = (size_t)w->row_ends[part], next = (size_t)w->value_ends[part], rows[STREAMS], nexts[STREAMS];
+    const size_t last = (size_t)w->row_ends[part + 1];
+    const size_t share = streams > 1 ? divide_rows(w->block_starts, row, last, streams, rows, nexts) : 0;
+    if (share) {
+        rows_rounded(p, &row, &next, rows[0] - row, 1, tokens);
+        rows_rounded(p, rows, nexts, share, streams, tokens);
+        row = rows[streams - 1], next = nexts[streams - 1];
+    }
+    rows_rounded(p, &row, &next, last - row, 1, tokens);
+}
+
+/* The more tokens, the fewer rows have sums that fit the registers. */
 TARGET_VNNI static void multiply_part(const void *task, int part) {
     const rounded_product_t *p = task;
-    const size_t first = (size_t)p->weight->row_ends[part], last = (size_t)p->weight->row_ends[part + 1];
-    const size_t next = (size_t)p->weight->value_ends[part];
-#define CASE(tokens) case tokens: rows_rounded(p, first, last, next, tokens); break;
-    switch (p->tokens) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+#define CASE(tokens, streams) case tokens: part_rounded(p, part, streams, tokens); break;
+    switch (p->tokens) {
+        CASE(1, 3) CASE(2, 3) CASE(3, 2) CASE(4, 2) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1)
+    }
 }
 
 /* Computes the product of `tokens` rows of inputs, 1 to 8.
