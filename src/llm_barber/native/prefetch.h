@@ -8,8 +8,8 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define INLINE __attribute__((always_inline)) static inline
 
-/* Asks for what lies 2 KiB behind the next values, and half a KiB behind the next bits. It may lie beyond the arrays: asking does not
- * read, and does not fail. */
+/* Asks for what lies 2 KiB behind the next values, and half a KiB behind the next bits. It may lie beyond the arrays: asking
+ * does not read, and does not fail. */
 INLINE void prefetch(const void *values, const void *bits) {
     __builtin_prefetch((const void *)((uintptr_t)values + 2048));
     __builtin_prefetch((const void *)((uintptr_t)bits + 512));

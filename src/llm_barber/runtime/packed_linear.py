@@ -23,12 +23,13 @@ from llm_barber.runtime.products import (
 class PackedLinear(PackedModule):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
-    On the CPU, up to four rows of inputs (eight with AVX-512, any number in bfloat16 with AMX) are multiplied with the
-    packed weight where `llm_barber.native` was built. Otherwise the weight is unpacked into a buffer that all linears
-    share in a thread; in C a few rows at a time, which are multiplied while they are in the cache. On CUDA with
-    Triton, up to `layout.DECODE_ROWS` rows of inputs go through the decode kernels, which do not unpack; for more rows
-    a kernel unpacks the weight on the GPU. The kernels' places of values are found when the module moves there, so that
-    a CUDA graph can capture every later product. Nothing of this was run on a real GPU.
+    On the CPU, up to four rows of inputs (16 with AVX-512, but 8 of bfloat16 without its BF16; any number of bfloat16
+    with AMX) are multiplied with the packed weight where `llm_barber.native` was built. Otherwise the weight is
+    unpacked into a buffer that all linears share in a thread; in C a few rows at a time, which are multiplied while
+    they are in the cache. On CUDA with Triton, up to `layout.DECODE_ROWS` rows of inputs go through the decode kernels,
+    which do not unpack; for more rows a kernel unpacks the weight on the GPU. The kernels' places of values are found
+    when the module moves there, so that a CUDA graph can capture every later product. Nothing of this was run on a real
+    GPU.
 
     Buffers may be moved, replaced and loaded, but `bits` must not be written in place.
 
