@@ -18,19 +18,25 @@ from llm_barber.comparison.tables import Row, markdown_table, target_title
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 PAGES = {"avx512bf16": "payoff.md", "amx": "payoff-amx.md"}  # by the instructions of the processor
 PROCESSORS = {"avx512bf16": "with AVX-512 and no AMX", "amx": "with AMX"}
-TITLES = {"packed": "packed", "int8": "packed, int8"}  # sides that are shown, with all quantised ones
+TITLES = {
+    "packed": "packed",
+    "int8": "packed, int8",
+    "auto": "packed by `auto`",
+}  # sides that are shown, with all quantised ones
 PEER = "llama.cpp"
 CAVEATS = (
     "The models were dequantised from 4-bit files, so that quantising them again loses less than quantising a model as "
     "it was trained. Pruning has no such help.",
-    "A pruned row's speed, bytes and memory are of masks by magnitude; its perplexity and KL are of the preset or "
-    "method in brackets, the better of those in the results, at the same sparsity.",
-    "Ratios are against dense PyTorch in bfloat16, each side in turn with it: of the fastest measurements, in brackets "
-    "of the medians. llama.cpp is another program: its ratios hold its lower overhead as well as its formats.",
+    "Two models share a pruned row. One, pruned by magnitude, gives speed, bytes and memory, which do not depend on "
+    "the mask. The other, pruned to the same sparsity by the preset or method in brackets, gives perplexity and KL.",
+    "Speeds are tokens per second, the fastest measurement. Each side took turns with dense PyTorch in bfloat16: in "
+    "brackets is the ratio to it, of the fastest measurements and of the medians. `models.json` beside the results "
+    "has the slowest, too. llama.cpp is another program, which gains by doing less around the products as well.",
     "Rows with int8 values have the perplexity and KL of the same model before rounding; rounding adds the little that "
     "[packed models](../guide/packed.md) gives.",
+    "`auto` times each shape of linear while the model is loaded, and leaves dense what is not faster packed.",
     "When the memory of a shared machine is busy, a dense product loses more than a packed one, so that ratios of "
-    "packed rows are too good: [the notebook](../notebook/packed-speed.md) has tokens per second, and says which.",
+    "packed rows are too good: [the notebook](../notebook/packed-speed.md) says which.",
     "Memory is what loading adds to a process; of llama.cpp with a context of 1024 tokens. Dense PyTorch and llama.cpp "
     "map their files and read them when they first compute; packed weights are read and checked while they load.",
 )
@@ -42,8 +48,8 @@ OLDER = "Rows with * were measured with an earlier version of this program."
 class Entry:
     """A row of a model's table.
 
-    `faster` and `prefill`: ratio against dense by threads, of fastest and medians. `older`: measured with an earlier
-    version of the program than the newest cell.
+    `faster` and `prefill`: ratio against dense by threads, of fastest and medians. `decode_rate` and `prefill_rate`:
+    tokens per second by threads. `older`: measured with an earlier version of the program than the newest cell.
     """
 
     title: str
@@ -51,6 +57,8 @@ class Entry:
     loading: dict[str, float]
     faster: dict[int, tuple[float, float]] = field(default_factory=dict)
     prefill: dict[int, tuple[float, float]] = field(default_factory=dict)
+    decode_rate: dict[int, float] = field(default_factory=dict)
+    prefill_rate: dict[int, float] = field(default_factory=dict)
     perplexity: float | None = None
     divergence: float | None = None
     preset: str = ""
@@ -115,10 +123,20 @@ def entries(model: str, cells: Kept, quality: Kept) -> list[Entry]:
     for name, cell in cells.items():
         side, _, threads = name.removeprefix(prefix).partition(" threads ")
         if name.startswith(prefix) and threads and side in made:
-            made[side].faster[int(threads)] = ratios(cell["result"]["decoding"])
-            made[side].prefill[int(threads)] = ratios(cell["result"]["prefill"])
+            result, settings, count = cell["result"], cell["settings"], int(threads)
+            made[side].faster[count] = ratios(result["decoding"])
+            made[side].prefill[count] = ratios(result["prefill"])
+            for row, of in ((made[side], "side"), (made.get(DENSE), DENSE)):
+                if row is not None:
+                    note_rate(row.decode_rate, count, settings["decode"] / result["decoding"][of]["minimum"])
+                    note_rate(row.prefill_rate, count, settings["prefill"] / result["prefill"][of]["minimum"])
             made[side].older |= not made[side].quantised and cell["code"] != newest
     return sorted(made.values(), key=lambda row: (row.title != "dense PyTorch", "" if row.quantised else row.title))
+
+
+def note_rate(rates: dict[int, float], threads: int, rate: float) -> None:
+    """Keep the best rate of a number of threads: the dense side was measured with every other one."""
+    rates[threads] = max(rate, rates.get(threads, 0.0))
 
 
 def entry(side: str, loading: dict[str, float], kept: Sequence[KeptRow], measured: dict[str, Any] | None) -> Entry:
@@ -216,8 +234,8 @@ def model_table(rows: Sequence[Entry]) -> list[str]:
     threads = sorted({count for row in rows for count in row.faster})
     dense = next((row.loading["disk"] for row in rows if row.title == "dense PyTorch"), None)
     headings = ["disk MB", "of dense", "perplexity", "KL", "memory MB", "load s"]
-    headings += [f"decode, {count} thread{'s' * (count > 1)}" for count in threads]
-    headings += [f"prefill, {count} thread{'s' * (count > 1)}" for count in threads]
+    headings += [f"decode tokens/s, {count} thread{'s' * (count > 1)}" for count in threads]
+    headings += [f"prefill tokens/s, {count} thread{'s' * (count > 1)}" for count in threads]
     table = []
     for row in rows:
         loading = row.loading
@@ -225,18 +243,29 @@ def model_table(rows: Sequence[Entry]) -> list[str]:
         cells.append(f"{row.perplexity:.2f}" + f" (`{row.preset}`)" * bool(row.preset) if row.perplexity else "–")
         cells.append(f"{row.divergence:.3f}" if row.divergence is not None else "–")
         cells += [f"{loading['memory'] / 1e6:,.0f}", f"{loading['seconds']:.1f}"]
-        for speeds in (row.faster, row.prefill):
-            cells += [
-                f"{speeds[count][0]:.2f} ({speeds[count][1]:.2f})" if count in speeds else "–" for count in threads
-            ]
+        for rates, speeds in ((row.decode_rate, row.faster), (row.prefill_rate, row.prefill)):
+            cells += [speed_cell(rates.get(count), speeds.get(count)) for count in threads]
         table.append(Row(row.title + " *" * row.older, tuple(cells), (False,) * len(cells)))
     return markdown_table(["", *headings], table)
 
 
+def speed_cell(rate: float | None, against_dense: tuple[float, float] | None) -> str:
+    """Tokens per second, and the ratios to dense.
+
+    Example: 40.13, (1.93, 1.91) -> "40.1 (1.93, 1.91)".
+    """
+    if rate is None:
+        return "–"
+    shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+    return shown if against_dense is None else f"{shown} ({against_dense[0]:.2f}, {against_dense[1]:.2f})"
+
+
 def surroundings(cells: Kept) -> list[str]:
-    """Lines that name machines, instructions and versions of the cells."""
+    """Lines that name machines, instructions, versions and days of the cells."""
+    days = sorted({cell["date"][:10] for cell in cells.values()})
+    measured = " to ".join(dict.fromkeys((days[0], days[-1])))
     lines = {
-        f"{cell['machine']}, instructions {cell['instructions']}; "
+        f"{cell['machine']}, instructions {cell['instructions']}; measured {measured}; "
         + ", ".join(f"{package} {number}" for package, number in cell["versions"].items())
         + "."
         for cell in cells.values()

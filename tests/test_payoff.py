@@ -237,7 +237,13 @@ def test_the_page_is_made_of_kept_cells(tmp_path: Path, page: ModuleType, cells:
     spread = {"minimum": 1.0, "median": 1.0, "maximum": 1.0}
     half = {"minimum": 0.5, "median": 0.8, "maximum": 1.0}
     old, new = {"code": "a", "date": "2026-11-30"}, {"code": "b", "date": "2026-11-30T01:00:00+00:00"}
-    around = {"settings": {}, "machine": "A processor", "instructions": "avx2", "versions": {"torch": "2"}, **new}
+    around = {
+        "settings": {"decode": 20, "prefill": 250},
+        "machine": "A processor",
+        "instructions": "avx2",
+        "versions": {"torch": "2"},
+        **new,
+    }
     loading = {"disk": 269e6, "memory": 296e6, "seconds": 2.5}
     models = {"smollm2-135m bfloat16 dense loading": {**around, "result": loading}}
     for side in ("packed 0.5", "llama.cpp Q8_0", "packed 0.7"):
@@ -254,11 +260,15 @@ def test_the_page_is_made_of_kept_cells(tmp_path: Path, page: ModuleType, cells:
     assert not (tmp_path / "payoff.md").exists()
     text = (tmp_path / "payoff-amx.md").read_text()
     assert "On smollm2-135m, quantise: llama.cpp Q8_0 is smaller" in text
-    assert "| llama.cpp Q8_0 | 140 | 52 % | 24.00 | 0.001 | 296 | 2.5 | 2.00 (1.25) | 2.00 (1.25) |" in text
-    assert "| 50 %, packed | 150 | 56 % | 34.60 (`best`) | 0.384 | 296 | 2.5 | 1.00 (1.00) | 1.00 (1.00) |" in text
+    assert "| llama.cpp Q8_0 | 140 | 52 % | 24.00 | 0.001 | 296 | 2.5 | 40.0 (2.00, 1.25) | 500 (2.00, 1.25) |" in text
+    assert (
+        "| 50 %, packed | 150 | 56 % | 34.60 (`best`) | 0.384 | 296 | 2.5 | 20.0 (1.00, 1.00) | 250 (1.00, 1.00) |"
+        in text
+    )
     assert "| 70 %, packed * | 150 |" in text
+    assert "| dense PyTorch | 269 | 100 % | – | – | 296 | 2.5 | 20.0 | 250 |" in text
     assert "Rows with * were measured with an earlier version" in text
-    assert "A processor, instructions avx2; torch 2." in text
+    assert "A processor, instructions avx2; measured 2026-11-30; torch 2." in text
 
 
 def test_a_page_of_nothing_is_not_written(tmp_path: Path, page: ModuleType) -> None:
