@@ -36,7 +36,9 @@ AS_LOADED = "_mm512_maskz_expandloadu_epi16("
 IN_REGISTER = "llm_barber_expand("
 EXPAND = """
 static inline __m512i llm_barber_expand(__mmask32 mask, const void *values) {
-    return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+    __m512i next = _mm512_loadu_si512(values);
+    __asm__("" : "+v"(next)); // keeps the compiler from folding the load into the expansion again
+    return _mm512_maskz_expand_epi16(mask, next);
 }
 """
 PADDING = 32  # values
