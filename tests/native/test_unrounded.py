@@ -108,7 +108,7 @@ def test_nothing_is_read_behind_an_array(
     """A read beyond an array ends the process: every array ends where a page does."""
     guard_outputs(monkeypatch)
     for sparsity in (0.0, 0.5, 0.95, 1.0):
-        for rows in (1, 5, 52):
+        for rows in (1, 5, 48, 52):  # the last two: of which three are multiplied at once
             weight = make_weight(rows, columns, sparsity, dtype)
             values, bits = map(guarded, parts_of(weight))
             bias = guarded(weight[:, 0].contiguous())
@@ -147,11 +147,28 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Inst
     unpacked = torch.ones(4, 64, dtype=dtype)
     ready.unpack(0, 4, unpacked)
     assert unpacked.flatten().tolist() == [1] * 40 + [0] * 216
-    rows = 64  # of which several are multiplied at once
-    bits, starts = torch.full((rows * 8,), 255, dtype=torch.uint8), np.array([0, 40, 40, 40, 40])
-    ready = unrounded.Weight(values, bits, None, (rows, 64), Parts((0, rows), (0, 40), starts), 1)
-    for tokens in range(1, most_tokens(level) + 1):
-        assert ready.multiply(torch.ones(tokens, 64, dtype=dtype)).tolist() == [[40] + [0] * (rows - 1)] * tokens
+
+
+@needs_c
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_at_once_read_no_values_that_a_mask_makes_up(level: Instructions, dtype: torch.dtype) -> None:
+    """A file whose mask lies, in a weight of which three rows are multiplied at once.
+
+    All bits are set. Where 80 values are left, the first rows at once, 0, 16 and 32, still find 64 each; the next ones,
+    multiplied singly, find 16, 8 and none.
+    """
+    if level == Instructions.AVX2:
+        pytest.skip("multiplies one row after another")
+    rows, bits = 64, guarded(torch.full((512,), 255, dtype=torch.uint8))
+    for kept, starts, expected in (
+        (40, [0, 40, 40, 40, 40], {0: 40}),
+        (80, [0, 8, 16, 24, 80], {0: 64, 1: 16, 16: 64, 17: 8, 32: 64}),
+    ):
+        values, parts = guarded(torch.ones(kept, dtype=dtype)), Parts((0, rows), (0, kept), np.array(starts))
+        ready = unrounded.Weight(values, bits, None, (rows, 64), parts, 1)
+        for tokens in range(1, min(most_tokens(level), ready.fast_rows) + 1):
+            outputs = ready.multiply(torch.ones(tokens, 64, dtype=dtype))
+            assert outputs.tolist() == [[expected.get(row, 0) for row in range(rows)]] * tokens
 
 
 @needs_c
@@ -159,15 +176,22 @@ def test_a_mask_with_more_bits_than_values_reads_nothing_behind_them(level: Inst
 def test_threads_give_the_same_sums(level: Instructions, dtype: torch.dtype) -> None:
     """Sums by any number of threads, from several callers at once, and after a fork.
 
-    With one part, 48 rows are multiplied three at once and 13 singly; with four parts, all singly.
+    Of one part most rows are multiplied three at once, until few values are left, since the last rows have none. Of two
+    parts as well, and the second begins within a block. Of 200 parts all rows are multiplied singly.
     """
-    weight = make_weight(61, 256, 0.5, dtype)
-    for tokens in range(most_tokens(level), 0, -1):
+    weight = make_weight(200, 256, 0.5, dtype)
+    weight[150:] = 0
+    values, bits = parts_of(weight)
+    one, *several = (
+        unrounded.Weight(values, bits, None, (200, 256), make_parts(weight, parts), parts)
+        for parts in (1, 2, 3, 4, 200)
+    )
+    for tokens in range(1, most_tokens(level) + 1):
         inputs = make_weight(tokens, 256, 0, dtype, seed=1)
-        alone = multiply(weight, inputs, None, 1)
-        assert all(torch.equal(multiply(weight, inputs, None, parts), alone) for parts in (2, 3, 4, 61))
-    ready = unrounded.Weight(*parts_of(weight), None, tuple(weight.shape), make_parts(weight, 3), 3)
-    check_threads_and_fork(lambda: ready.multiply(inputs), alone)
+        assert all(torch.equal(ready.multiply(inputs), one.multiply(inputs)) for ready in several)
+    inputs = make_weight(2, 256, 0, dtype, seed=1)
+    alone = one.multiply(inputs)
+    check_threads_and_fork(lambda: several[1].multiply(inputs), alone)
 
 
 @needs_c

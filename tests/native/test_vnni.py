@@ -20,7 +20,7 @@ from tests.native.test_unrounded import make_weight
 
 pytestmark = pytest.mark.skipif(best_kernel() != Kernel.VNNI, reason="needs a processor with VBMI2 and VNNI")
 needs_amx = pytest.mark.skipif(native.instructions() != Instructions.AMX, reason="needs a processor with AMX")
-SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000), (2, 2200), (200, 136)]
+SHAPES = [(1, 8), (3, 24), (7, 64), (5, 136), (33, 200), (12, 1000), (2, 2200), (200, 136), (66, 1096)]
 
 
 def weight_of(rounded: Rounded, bias: Tensor | None, dtype: torch.dtype, parts: int = 1, place=lambda tensor: tensor):
@@ -196,7 +196,7 @@ def test_nothing_is_read_behind_an_array(dtype: torch.dtype, columns: int, monke
     empty = torch.empty
     monkeypatch.setattr(native_rounded.torch, "empty", lambda *shape, **kind: guarded(empty(*shape, **kind)))
     for sparsity in (0.2, 0.5, 0.95, 1.0):
-        for rows in (1, 5, 52):
+        for rows in (1, 5, 48, 52):  # the last two: of which several are multiplied at once
             rounded = pack(make_weight(rows, columns, sparsity, dtype), 64)
             restored = unpack_rounded(rounded)
             weight = weight_of(rounded, restored[:, 0].contiguous(), dtype, place=guarded)
@@ -244,19 +244,23 @@ def test_inputs_that_have_no_scale(dtype: torch.dtype) -> None:
     assert outputs[2:].isnan().all()
 
 
-@pytest.mark.parametrize(("tokens", "dtype"), [(2, torch.float32), (20, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [*((tokens, torch.float32) for tokens in (1, 2, 3, 4, 8)), (20, torch.bfloat16)]
+)
 def test_threads_give_the_same_sums(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums by any number of threads, from several callers at once, and after a fork."""
     if tokens > 8 and native.instructions() < Instructions.AMX:
         pytest.skip("needs a processor with AMX")
     monkeypatch.setattr("llm_barber.native.threads.VALUES_A_THREAD", 16)
-    rounded, inputs = pack(make_weight(61, 256, 0.5, dtype), 128), make_weight(tokens, 256, 0, dtype, seed=1)
+    weight = make_weight(200, 256, 0.5, dtype)
+    weight[150:] = 0
+    rounded, inputs = pack(weight, 128), make_weight(tokens, 256, 0, dtype, seed=1)
     alone = weight_of(rounded, None, dtype).multiply(inputs)
-    for parts in (2, 3, 4, 61):
+    for parts in (2, 4, 200, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda parts=parts: parts)
-        weight = weight_of(rounded, None, dtype, parts)
-        assert torch.equal(weight.multiply(inputs), alone)
-    check_threads_and_fork(lambda: weight.multiply(inputs), alone)
+        ready = weight_of(rounded, None, dtype, parts)
+        assert torch.equal(ready.multiply(inputs), alone)
+    check_threads_and_fork(lambda: ready.multiply(inputs), alone)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -10,8 +10,6 @@
 #include "avx512.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <unistd.h>
-
 #define PASS_TOKENS 8 /* most input rows that are multiplied at once: their sums stay in registers */
 
 /* Instructions of this processor: 0: no AVX-512 with VBMI2; 1: AVX-512 with VBMI2; 2: AVX512-BF16 as well; 3: AMX as
@@ -53,12 +51,14 @@ TARGET512 INLINE void write_output(const product_t *p, size_t token, size_t row,
     ((uint16_t *)p->outputs)[at] = rounded;
 }
 
-/* Computes `tokens` outputs, from token `from` on, of `streams` rows of W; `nexts` are the numbers of the rows' first
- * values, and then of the values behind them. Inputs are read once for all rows. Each output has `sums` accumulators, so that an addition does
- * not wait for the one before it. An output has the same bits whatever `streams` is. */
-TARGET_BF16 INLINE void row_bfloat16(const product_t *p, const size_t *rows, size_t *nexts, size_t from, const int streams,
+/* Computes `tokens` outputs, from token `from` on, of the row of W at which each of `streams` streams is. `nexts[r]` is the
+ * number of the first value of row `rows[r]`, and afterwards of the row behind it. Inputs are read once for all streams.
+ * Each output has `sums` accumulators, so that an addition does not wait for the one before it. An output has the same bits
+ * whatever `streams` is. The caller of several streams has checked that each has as many values left as there are columns:
+ * no load is masked then. */
+TARGET_BF16 INLINE void rows_bfloat16(const product_t *p, const size_t *rows, size_t *nexts, size_t from, const int streams,
                                       const int tokens, const int sums) {
-    const int plain = streams > 1; /* as many values are left as there are columns */
+    const int plain = streams > 1;
     const size_t columns = p->weight->columns, kept = p->weight->kept, step = (size_t)(32 * sums);
     const uint16_t *values = p->weight->values, *inputs = (const uint16_t *)p->inputs + from * columns;
     const uint8_t *bits[STREAMS];
@@ -117,7 +117,7 @@ _Pragma("GCC unroll 8")
 }
 
 /* Computes the same with float32 inputs. bfloat16 values are widened; the two halves of 32 weights follow each other. */
-TARGET512 INLINE void row_float32(const product_t *p, const size_t *rows, size_t *nexts, size_t from, const int streams,
+TARGET512 INLINE void rows_float32(const product_t *p, const size_t *rows, size_t *nexts, size_t from, const int streams,
                                    const int tokens, const int sums, const int bfloat16) {
     const int plain = streams > 1;
     const size_t columns = p->weight->columns, kept = p->weight->kept;
@@ -185,32 +185,32 @@ _Pragma("GCC unroll 8")
     }
 }
 
-/* Computes outputs of up to `count` rows of each stream, and moves `rows` and `nexts` on. Several streams end where one
- * has fewer values left than there are columns. Returns the number of rows. */
+/* Computes outputs of up to `count` rows of each stream, and moves `rows` and `nexts` on. Several streams stop where one has
+ * fewer values left than there are columns. Returns the number of rows that each stream has moved on. */
 typedef size_t (*pass_t)(const product_t *p, size_t *rows, size_t *nexts, size_t count, size_t from);
 typedef struct {
     pass_t one, several;
 } passes_t;
 
-/* Passes for a number of input rows. */
-#define PASS(name, target, row, streams, ...)                                                                         \
+/* For each dtype and number of input rows, `one_…` for one stream and `several_…` for `STREAMS`. */
+#define PASS(name, target, rows_at_once, streams, ...)                                                                \
     target static size_t name(const product_t *p, size_t *rows, size_t *nexts, size_t count, size_t from) {           \
         const size_t columns = p->weight->columns, kept = p->weight->kept;                                            \
         for (size_t done = 0; done < count; done++) {                                                                 \
             for (int r = 0; r < streams; r++)                                                                         \
-                if (streams > 1 && nexts[r] + columns > kept) return done;                                            \
-            row(p, rows, nexts, from, streams, __VA_ARGS__);                                                          \
+                if (streams > 1 && left_of(kept, nexts[r]) < columns) return done;                                    \
+            rows_at_once(p, rows, nexts, from, streams, __VA_ARGS__);                                                 \
             for (int r = 0; r < streams; r++) rows[r]++;                                                              \
         }                                                                                                             \
         return count;                                                                                                 \
     }
 #define PASSES(tokens, sums)                                                                                          \
-    PASS(one_bfloat16_##tokens, TARGET_BF16, row_bfloat16, 1, tokens, sums)                                           \
-    PASS(several_bfloat16_##tokens, TARGET_BF16, row_bfloat16, STREAMS, tokens, sums)                                 \
-    PASS(one_widened_##tokens, TARGET512, row_float32, 1, tokens, sums, 1)                                            \
-    PASS(several_widened_##tokens, TARGET512, row_float32, STREAMS, tokens, sums, 1)                                  \
-    PASS(one_float32_##tokens, TARGET512, row_float32, 1, tokens, sums, 0)                                            \
-    PASS(several_float32_##tokens, TARGET512, row_float32, STREAMS, tokens, sums, 0)
+    PASS(one_bfloat16_##tokens, TARGET_BF16, rows_bfloat16, 1, tokens, sums)                                          \
+    PASS(several_bfloat16_##tokens, TARGET_BF16, rows_bfloat16, STREAMS, tokens, sums)                                \
+    PASS(one_widened_##tokens, TARGET512, rows_float32, 1, tokens, sums, 1)                                           \
+    PASS(several_widened_##tokens, TARGET512, rows_float32, STREAMS, tokens, sums, 1)                                 \
+    PASS(one_float32_##tokens, TARGET512, rows_float32, 1, tokens, sums, 0)                                           \
+    PASS(several_float32_##tokens, TARGET512, rows_float32, STREAMS, tokens, sums, 0)
 PASSES(1, 2) PASSES(2, 2) PASSES(3, 1) PASSES(4, 1) PASSES(5, 1) PASSES(6, 1) PASSES(7, 1) PASSES(8, 1)
 
 #define TABLE(kind)                                                                                                   \
@@ -222,8 +222,8 @@ PASSES(1, 2) PASSES(2, 2) PASSES(3, 1) PASSES(4, 1) PASSES(5, 1) PASSES(6, 1) PA
     };
 TABLE(bfloat16) TABLE(widened) TABLE(float32)
 
-/* Computes all outputs of up to `count` rows of one stream or of several. More tokens than a pass takes are multiplied row
- * after row: the second pass over a row finds it in the cache. */
+/* Computes all outputs of up to `count` rows of each stream, of which there are 1 or `STREAMS`; returns as `pass_t` does.
+ * Where the tokens need two passes, each row has both before the next row is read: the second finds it in the cache. */
 static size_t multiply_rows(const product_t *p, const passes_t *passes, int streams, size_t *rows, size_t *nexts,
                             size_t count) {
     const passes_t *full = &passes[PASS_TOKENS - 1], *last = &passes[(p->tokens - 1) % PASS_TOKENS];
@@ -260,32 +260,6 @@ static void multiply_part(const void *task, int part) {
 void packed_multiply(const packed_t *weight, const void *inputs, void *outputs, int tokens) {
     const product_t product = {weight, inputs, outputs, tokens};
     packed_run_parts(weight->openmp, weight->parts, multiply_part, &product);
-}
-
-typedef struct {
-    const openmp_t *openmp;
-    int parts;
-    void (*function)(const void *, int);
-    const void *task;
-} parts_t;
-
-static void run_thread(void *all) {
-    const parts_t *p = all;
-    for (int part = p->openmp->thread_number(); part < p->parts; part += p->openmp->thread_count())
-        p->function(p->task, part);
-}
-
-/* The process that loaded this library. A forked one has none of its threads. */
-static pid_t loaded_by;
-__attribute__((constructor)) static void note_process(void) { loaded_by = getpid(); }
-
-void packed_run_parts(const openmp_t *openmp, int parts, void (*function)(const void *, int), const void *task) {
-    if (parts > 1 && openmp && loaded_by == getpid()) {
-        parts_t all = {openmp, parts, function, task};
-        openmp->parallel(run_thread, &all, (unsigned)parts, 0);
-        return;
-    }
-    for (int part = 0; part < parts; part++) function(task, part);
 }
 #else
 int packed_instructions(void) { return 0; }

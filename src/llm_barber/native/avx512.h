@@ -40,7 +40,7 @@ typedef struct {
     int parts, bfloat16, level; /* level: 0: AVX2; 1: values are float32 or widened to it; 2 or 3: multiplied as bfloat16 */
 } packed_t;
 
-/* Calls `function` with `task` and the number of each part, on as many threads as there are parts. The caller's thread
+/* threads.c: calls `function` with `task` and the number of each part, on as many threads as there are parts. The caller's thread
  * computes all parts in a forked process, which has none of the threads. */
 void packed_run_parts(const openmp_t *openmp, int parts, void (*function)(const void *task, int part), const void *task);
 
@@ -69,7 +69,7 @@ static inline size_t packed_first_block(const packed_t *weight, int part, int pa
 
 /* Divides rows `first` to `last` into as many shares as there are streams. Share r begins with row `rows[r]`, the first of a
  * block, and with value `nexts[r]`. Rows before the first share and behind the last one are left over. Returns the number of
- * rows of a share. */
+ * rows of a share; 0 if there are too few, and then `rows` and `nexts` mean nothing. */
 INLINE size_t divide_rows(const int64_t *block_starts, size_t first, size_t last, int streams, size_t *rows, size_t *nexts) {
     const size_t block = (first + BLOCK_ROWS - 1) / BLOCK_ROWS, end = last / BLOCK_ROWS;
     const size_t share = end > block ? (end - block) / (size_t)streams : 0;

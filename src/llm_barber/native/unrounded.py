@@ -140,8 +140,8 @@ class Weight:
         """Compute inputs · Wᵀ + bias, summed in float32 and rounded once: (…, out).
 
         Args:
-            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `ROWS` input rows, with AMX any number, with AVX2
-                up to `AVX2_ROWS`. Up to `fast_rows` this is faster than `unpack` and a dense product.
+            inputs: (…, in), of the weight's dtype, on the CPU; 1 to `ROWS` input rows, with AVX2 `AVX2_ROWS`, with
+                AMX any number of bfloat16. Up to `fast_rows` this is faster than `unpack` and a dense product.
 
         Raises:
             ValueError: inputs do not fit the weight.

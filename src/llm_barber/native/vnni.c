@@ -76,24 +76,24 @@ TARGET_VNNI static void round_inputs(const rounded_t *w, const void *inputs, siz
         }
 }
 
-/* Rows of W that are multiplied at once, and what is known of them. */
+/* The row at which one of several streams is. */
 typedef struct {
-    size_t row, next; /* the row, and the number of its next value */
-    const uint8_t *bits;
+    size_t next;         /* number of its next value */
+    const uint8_t *bits; /* of the row */
     __m512i sums[8], offsets; /* of a group: products of each token, and weights times 128 */
     __m512 total[8];
 } stream_t;
 
 /* Multiplies columns `start` to `end` of the streams' rows by the inputs of each token. `whole`: every step has 64 columns
- * and 64 values, so that nothing has to be looked up. */
-TARGET_VNNI INLINE void add_products(const rounded_product_t *p, stream_t *streams, size_t start, size_t end,
-                                     const int count, const int tokens, const int whole) {
+ * and 64 values, so that no load is masked. */
+TARGET_VNNI INLINE void add_products(const rounded_product_t *p, stream_t *at, size_t start, size_t end,
+                                     const int streams, const int tokens, const int whole) {
     const rounded_t *w = p->weight;
     for (size_t c = start; c < end; c += STEP) {
         __m512i weights[STREAMS];
 _Pragma("GCC unroll 4")
-        for (int r = 0; r < count; r++) {
-            stream_t *s = &streams[r];
+        for (int r = 0; r < streams; r++) {
+            stream_t *s = &at[r];
             const uint64_t mask = mask_of64(s->bits + c / 8, whole ? STEP : w->columns - c);
             prefetch(w->values + s->next, s->bits + c / 8);
             weights[r] = expand8(mask, w->values + s->next, whole ? STEP : left_of(w->kept, s->next));
@@ -104,7 +104,7 @@ _Pragma("GCC unroll 8")
         for (int t = 0; t < tokens; t++) {
             const __m512i part = _mm512_loadu_si512(p->inputs + (size_t)t * p->stride + c);
 _Pragma("GCC unroll 4")
-            for (int r = 0; r < count; r++) streams[r].sums[t] = _mm512_dpbusd_epi32(streams[r].sums[t], part, weights[r]);
+            for (int r = 0; r < streams; r++) at[r].sums[t] = _mm512_dpbusd_epi32(at[r].sums[t], part, weights[r]);
         }
     }
 }
@@ -121,50 +121,49 @@ _Pragma("GCC unroll 8")
                                                                  inside, p->input_scales + (size_t)t * w->groups + g)));
 }
 
-/* Computes the outputs of `share` rows of each of `count` streams, of which stream r begins at row `rows[r]` and with value
- * `nexts[r]`; moves both on. */
-TARGET_VNNI INLINE void rows_rounded(const rounded_product_t *p, size_t *rows, size_t *nexts, size_t share, const int count,
-                                     const int tokens) {
+/* Computes the outputs of `count` rows of each stream. Stream r begins with row `rows[r]` and value `nexts[r]`, which move
+ * on. */
+TARGET_VNNI INLINE void rows_rounded(const rounded_product_t *p, size_t *rows, size_t *nexts, size_t count,
+                                     const int streams, const int tokens) {
     const rounded_t *w = p->weight;
     float scales[STREAMS][8][SCALES] __attribute__((aligned(64)));
-    for (size_t done = 0; done < share; done++) {
-        stream_t streams[STREAMS];
+    for (size_t done = 0; done < count; done++) {
+        stream_t at[STREAMS];
 _Pragma("GCC unroll 4")
-        for (int r = 0; r < count; r++) {
-            streams[r].row = rows[r];
-            streams[r].next = nexts[r];
-            streams[r].bits = w->bits + rows[r] * w->columns / 8;
+        for (int r = 0; r < streams; r++) {
+            at[r].next = nexts[r];
+            at[r].bits = w->bits + rows[r] * w->columns / 8;
 _Pragma("GCC unroll 8")
-            for (int t = 0; t < tokens; t++) streams[r].total[t] = _mm512_setzero_ps();
+            for (int t = 0; t < tokens; t++) at[r].total[t] = _mm512_setzero_ps();
         }
         for (size_t g = 0; g < w->groups; g++) {
             const size_t start = g * w->group, end = start + w->group < w->columns ? start + w->group : w->columns;
             int whole = (end - start) % STEP == 0;
 _Pragma("GCC unroll 4")
-            for (int r = 0; r < count; r++) {
-                if (g % SCALES == 0) multiply_scales(p, streams[r].row, g, scales[r], tokens);
-                whole &= streams[r].next + (end - start) <= w->kept;
-                streams[r].offsets = _mm512_setzero_si512();
+            for (int r = 0; r < streams; r++) {
+                if (g % SCALES == 0) multiply_scales(p, rows[r], g, scales[r], tokens);
+                whole &= left_of(w->kept, at[r].next) >= end - start;
+                at[r].offsets = _mm512_setzero_si512();
 _Pragma("GCC unroll 8")
-                for (int t = 0; t < tokens; t++) streams[r].sums[t] = _mm512_setzero_si512();
+                for (int t = 0; t < tokens; t++) at[r].sums[t] = _mm512_setzero_si512();
             }
-            if (whole) add_products(p, streams, start, end, count, tokens, 1);
-            else add_products(p, streams, start, end, count, tokens, 0);
+            if (whole) add_products(p, at, start, end, streams, tokens, 1);
+            else add_products(p, at, start, end, streams, tokens, 0);
 _Pragma("GCC unroll 4")
-            for (int r = 0; r < count; r++)
+            for (int r = 0; r < streams; r++)
 _Pragma("GCC unroll 8")
                 for (int t = 0; t < tokens; t++)
-                    streams[r].total[t] = _mm512_fmadd_ps(
-                        _mm512_cvtepi32_ps(_mm512_sub_epi32(streams[r].sums[t], streams[r].offsets)),
-                        _mm512_set1_ps(scales[r][t][g % SCALES]), streams[r].total[t]);
+                    at[r].total[t] = _mm512_fmadd_ps(
+                        _mm512_cvtepi32_ps(_mm512_sub_epi32(at[r].sums[t], at[r].offsets)),
+                        _mm512_set1_ps(scales[r][t][g % SCALES]), at[r].total[t]);
         }
 _Pragma("GCC unroll 4")
-        for (int r = 0; r < count; r++) {
+        for (int r = 0; r < streams; r++) {
 _Pragma("GCC unroll 8")
             for (int t = 0; t < tokens; t++)
-                write_output(w, p->outputs, (size_t)t, rows[r], _mm512_reduce_add_ps(streams[r].total[t]));
+                write_output(w, p->outputs, (size_t)t, rows[r], _mm512_reduce_add_ps(at[r].total[t]));
             rows[r]++;
-            nexts[r] = streams[r].next;
+            nexts[r] = at[r].next;
         }
     }
 }

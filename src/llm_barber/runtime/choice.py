@@ -261,8 +261,10 @@ def rows_in_time(seconds: float) -> int:
 
 
 def of_whole_prompt(packed: float, dense: float, rows: int) -> tuple[float, float]:
-    """Seconds of `PROMPT` rows, packed and dense, from those of some rows: what a packed product takes more, to unpack
-    the weight, does not grow with the rows.
+    """Seconds of `PROMPT` rows, packed and dense, from those of some rows.
+
+    The dense time grows with the rows. A packed product takes as much more than that as with few rows: it unpacks the
+    weight once.
 
     Example: 30 ms packed and 20 ms dense with 64 rows -> 90 ms and 80 ms with 256.
     """
