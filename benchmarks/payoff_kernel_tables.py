@@ -29,7 +29,7 @@ def kernel_section(cells: dict[str, dict[str, Any]]) -> list[str]:
     note += OLDER * bool(older)
     lines = ["## Single linears", "", wrapped(note)]
     results = {tuple(name.split(" ")): cell["result"] for name, cell in cells.items()}
-    for dtype, threads in dict.fromkeys((key[1], key[6]) for key in results):
+    for dtype, threads in sorted({(key[1], key[6]) for key in results}, key=lambda each: (each[0], int(each[1]))):
         shown = {key: result for key, result in results.items() if (key[1], key[6]) == (dtype, threads)}
         counts = sorted({int(key[4]) for key in shown})
         rows = [

@@ -181,16 +181,14 @@ def verdict(model: str, rows: Iterable[Entry]) -> list[str]:
             f"On {model}, quantise: {listed(by_all)} {verb} smaller, nearer to the dense model and faster than every "
             "pruned row."
         ]
+    kept = [row for row in pruned if not beaten[row.title]]
     if lost:
-        winners = listed(list(dict.fromkeys(other for title in lost for other in beaten[title])))
+        winners = " or ".join(dict.fromkeys(other for title in lost for other in beaten[title]))
+        rows = quoted(lost) if len(lost) <= len(kept) else f"every pruned row but {quoted([r.title for r in kept])}"
         sentences.append(
-            f"On {model}, quantise rather than prune to {listed(lost)}: {winners} is smaller, nearer to the dense "
-            "model and faster."
+            f"On {model}, quantise: {winners} is smaller, nearer to the dense model and faster than {rows}."
         )
-    for row in pruned:
-        if not beaten[row.title]:
-            sentences += [f"On {model}, {row.title} {against(row, quantised)}."]
-    return sentences
+    return sentences + [f"On {model}, {quoted([row.title])} {against(row, quantised)}." for row in kept]
 
 
 def beats(quantised: Entry, pruned: Entry) -> bool:
@@ -219,6 +217,14 @@ def against(row: Entry, quantised: Sequence[Entry]) -> str:
         distances = f"at a KL of {row.divergence:.3f} against {other.divergence:.3f}"
         parts.append(f"is {listed(better or ['not better'])} than {other.title}, {distances}")
     return listed(parts)
+
+
+def quoted(titles: Sequence[str]) -> str:
+    """Join titles of rows, which have commas.
+
+    Example: "50 %, packed", "2:4, packed" -> “50 %, packed” and “2:4, packed”.
+    """
+    return listed([f"“{title}”" for title in titles])
 
 
 def listed(words: Sequence[str]) -> str:

@@ -4,9 +4,7 @@
     pip install ninja sympy
     python benchmarks/sparamx.py --sparamx Hardware-Aware-Automated-Machine-Learning/SparAMX
 
-SparAMX's kernel without AMX is built for this processor, which needs AVX-512 with VBMI2 and BF16. It expands values
-while it loads them, which is slow on AMD's processors of the fourth generation. *In registers* is the same kernel with
-a plain load, and an expansion in a register.
+SparAMX's kernel without AMX is built for this processor, which needs AVX-512 with VBMI2 and BF16.
 """
 
 import argparse
@@ -31,17 +29,6 @@ from llm_barber.masking.selection import apply_mask
 
 SHAPES = "4096x4096,14336x4096,4096x14336"  # SparAMX's layout wants rows in multiples of 512 a thread
 SOURCE, LAYER = "csrc/avx_sparse_linear.cpp", "layer/avx_sparse_linear.py"
-# The expansion as it is, and the same in a register. Up to 62 bytes behind the values are read: they are padded.
-AS_LOADED = "_mm512_maskz_expandloadu_epi16("
-IN_REGISTER = "llm_barber_expand("
-EXPAND = """
-static inline __m512i llm_barber_expand(__mmask32 mask, const void *values) {
-    __m512i next = _mm512_loadu_si512(values);
-    __asm__("" : "+v"(next)); // keeps the compiler from folding the load into the expansion again
-    return _mm512_maskz_expand_epi16(mask, next);
-}
-"""
-PADDING = 32  # values
 SECONDS = 0.05  # of one measurement, about
 
 
@@ -54,7 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each side")
     options = parser.parse_args()
-    kernels = build(options.sparamx, options.work)
+    kernel = build(options.sparamx, options.work)
     rows = []
     with torch.inference_mode():
         for shape in options.shapes.split(","):
@@ -62,46 +49,31 @@ def main() -> None:
                 for threads in numbers(options.threads):
                     print(f"{shape} {target} threads {threads} …", flush=True)
                     rows.append([shape.replace("x", " × "), target, str(threads), *measure(shape, target, threads,
-                                 kernels, options.rounds)])  # fmt: skip
+                                 kernel, options.rounds)])  # fmt: skip
     show(
         f"One row of inputs, bfloat16, weights from memory; µs, minimum / median / maximum of {options.rounds}",
-        ["weight", "pruned", "threads", "PyTorch, dense", *kernels, "PackedLinear", "SparAMX / ours"],
+        ["weight", "pruned", "threads", "PyTorch, dense", "SparAMX", "PackedLinear", "SparAMX / ours"],
         rows,
     )
 
 
-def build(sparamx: Path, work: Path) -> dict[str, type[nn.Module]]:
-    """Build SparAMX's kernel, as it is and with expansions in registers; return the classes of linears by name."""
-    source = (sparamx / SOURCE).read_text(encoding="utf-8")
-    classes = {}
-    for name, title, text in (
-        ("sparamx_as_it_is", "SparAMX", source),
-        ("sparamx_in_registers", "SparAMX in registers", with_expansion(source)),
-    ):
-        folder = work / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "kernel.cpp").write_text(text, encoding="utf-8")
-        extension = cpp_extension.load(
-            name, [str(folder / "kernel.cpp")], extra_cflags=["-O3", "-fopenmp", "-DNDEBUG", "-march=native"],
-            build_directory=str(folder),
-        )  # fmt: skip
-        package, layer = ModuleType("sparamx"), ModuleType(name)
-        vars(package)["avx_sparse_linear"] = extension
-        sys.modules["sparamx"] = package  # SparAMX's layer imports its kernel from there
-        exec(compile((sparamx / LAYER).read_text(encoding="utf-8"), LAYER, "exec"), vars(layer))
-        classes[title] = layer.AvxSparseLinear
-    return classes
+def build(sparamx: Path, work: Path) -> type[Any]:
+    """Build SparAMX's kernel, and return its class of linears."""
+    work.mkdir(parents=True, exist_ok=True)
+    extension = cpp_extension.load(
+        "sparamx_kernel", [str(sparamx / SOURCE)], extra_cflags=["-O3", "-fopenmp", "-DNDEBUG", "-march=native"],
+        build_directory=str(work),
+    )  # fmt: skip
+    package, layer = ModuleType("sparamx"), ModuleType("sparamx_layer")
+    vars(package)["avx_sparse_linear"] = extension
+    sys.modules["sparamx"] = package  # SparAMX's layer imports its kernel from there
+    exec(compile((sparamx / LAYER).read_text(encoding="utf-8"), LAYER, "exec"), vars(layer))
+    linear: type[Any] = layer.AvxSparseLinear
+    return linear
 
 
-def with_expansion(source: str) -> str:
-    """SparAMX's source, with values expanded in a register."""
-    assert AS_LOADED in source
-    include = "#include <immintrin.h>\n"
-    return source.replace(include, include + EXPAND, 1).replace(AS_LOADED, IN_REGISTER)
-
-
-def measure(shape: str, target: str, threads: int, kernels: dict[str, type[Any]], rounds: int) -> list[str]:
-    """Microseconds of each side, and the ratio of the fastest of SparAMX's to ours."""
+def measure(shape: str, target: str, threads: int, kernel: type[Any], rounds: int) -> list[str]:
+    """Microseconds of each side, and the ratio of SparAMX's to ours."""
     torch.set_num_threads(threads)
     height, width = map(int, shape.split("x"))
     scores = torch.randn(height, width, generator=torch.Generator().manual_seed(0))
@@ -109,22 +81,20 @@ def measure(shape: str, target: str, threads: int, kernels: dict[str, type[Any]]
     inputs = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(1)).bfloat16()
     linear = packed_linear(weight, False)
     count = max(2, -(-2 * last_level_cache() // packed_bytes(linear)))
-    dense = Rotation([weight.clone() for _ in range(count)])
-    sides: dict[str, Callable[[], Tensor]] = {"PyTorch": lambda: nn.functional.linear(inputs, dense.next())}
-    for title, kernel in kernels.items():
-        of_sparamx = kernel.from_weights(weight, num_threads=threads)
-        of_sparamx.weight_values.data = nn.functional.pad(of_sparamx.weight_values.data, (0, PADDING))
-        copies = Rotation([deepcopy(of_sparamx) for _ in range(count)])
-        sides[title] = lambda copies=copies: copies.next()(inputs)  # type: ignore[misc]
-    ours = Rotation([deepcopy(linear) for _ in range(count)])
-    sides["ours"] = lambda: ours.next()(inputs)
+    sparamx = kernel.from_weights(weight, num_threads=threads)
+    dense, theirs, ours = (Rotation([deepcopy(each) for _ in range(count)]) for each in (weight, sparamx, linear))
+    sides: dict[str, Callable[[], Tensor]] = {
+        "PyTorch": lambda: nn.functional.linear(inputs, dense.next()),
+        "SparAMX": lambda: theirs.next()(inputs),
+        "ours": lambda: ours.next()(inputs),
+    }
     works = {}
     for name, work in sides.items():
         check(work()[0], inputs[0], weight)
         works[name] = Repeated(work, max(1, round(SECONDS / min(timed(work)() for _ in range(3)))), None, None)
     spreads = {name: Spread(**seconds) for name, seconds in in_turn(works, rounds).items()}
-    fastest = min(spreads[title].minimum for title in kernels)
-    return [*(spread.shown(1e6) for spread in spreads.values()), f"{fastest / spreads['ours'].minimum:.2f}"]
+    ratio = spreads["SparAMX"].minimum / spreads["ours"].minimum
+    return [*(spread.shown(1e6) for spread in spreads.values()), f"{ratio:.2f}"]
 
 
 if __name__ == "__main__":
