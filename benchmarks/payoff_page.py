@@ -104,7 +104,7 @@ def page(
     older = [OLDER] * any(row.older for rows in tables.values() for row in rows)
     lines += [wrapped(f"- {caveat}", "  ") for caveat in (*CAVEATS, *older, *surroundings(models))]
     for name, rows in tables.items():
-        lines += ["", f"## {name}", "", *model_table(rows)]
+        lines += ["", f"## {name}", "", *model_tables(rows)]
     if kernels:
         lines += ["", *kernel_section(kernels)]
     return said, lines
@@ -235,24 +235,30 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
-def model_table(rows: Sequence[Entry]) -> list[str]:
-    """The table of a model."""
-    threads = sorted({count for row in rows for count in row.faster})
+def model_tables(rows: Sequence[Entry]) -> list[str]:
+    """The tables of a model: what each row takes and how near it is to the dense model; how fast it is."""
     dense = next((row.loading["disk"] for row in rows if row.title == "dense PyTorch"), None)
-    headings = ["disk MB", "of dense", "perplexity", "KL", "memory MB", "load s"]
-    headings += [f"decode tokens/s, {count} thread{'s' * (count > 1)}" for count in threads]
-    headings += [f"prefill tokens/s, {count} thread{'s' * (count > 1)}" for count in threads]
-    table = []
+    sizes, speeds = [], []
+    threads = sorted({count for row in rows for count in row.faster})
     for row in rows:
-        loading = row.loading
+        loading, title = row.loading, row.title + " *" * row.older
         cells = [f"{loading['disk'] / 1e6:,.0f}", f"{100 * loading['disk'] / dense:.0f} %" if dense else "–"]
         cells.append(f"{row.perplexity:.2f}" + f" (`{row.preset}`)" * bool(row.preset) if row.perplexity else "–")
         cells.append(f"{row.divergence:.3f}" if row.divergence is not None else "–")
         cells += [f"{loading['memory'] / 1e6:,.0f}", f"{loading['seconds']:.1f}"]
-        for rates, speeds in ((row.decode_rate, row.faster), (row.prefill_rate, row.prefill)):
-            cells += [speed_cell(rates.get(count), speeds.get(count)) for count in threads]
-        table.append(Row(row.title + " *" * row.older, tuple(cells), (False,) * len(cells)))
-    return markdown_table(["", *headings], table)
+        sizes.append(Row(title, tuple(cells), (False,) * len(cells)))
+        cells = [
+            speed_cell(rates.get(count), ratios_of.get(count))
+            for rates, ratios_of in ((row.decode_rate, row.faster), (row.prefill_rate, row.prefill))
+            for count in threads
+        ]
+        speeds.append(Row(title, tuple(cells), (False,) * len(cells)))
+    headings = [f"{kind}, {count} thread{'s' * (count > 1)}" for kind in ("decode", "prefill") for count in threads]
+    return [
+        *markdown_table(["", "disk MB", "of dense", "perplexity", "KL", "memory MB", "load s"], sizes),
+        "",
+        *markdown_table(["tokens per second", *headings], speeds),
+    ]
 
 
 def speed_cell(rate: float | None, against_dense: tuple[float, float] | None) -> str:

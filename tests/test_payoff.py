@@ -259,13 +259,16 @@ def test_the_page_is_made_of_kept_cells(tmp_path: Path, page: ModuleType, cells:
     assert not (tmp_path / "payoff.md").exists()
     text = (tmp_path / "payoff-amx.md").read_text()
     assert "On smollm2-135m, quantise: llama.cpp Q8_0 is smaller" in text
-    assert "| llama.cpp Q8_0 | 140 | 52 % | 24.00 | 0.001 | 296 | 2.5 | 40.0 (2.00, 1.25) | 500 (2.00, 1.25) |" in text
-    assert (
-        "| 50 %, packed | 150 | 56 % | 34.60 (`best`) | 0.384 | 296 | 2.5 | 20.0 (1.00, 1.00) | 250 (1.00, 1.00) |"
-        in text
-    )
-    assert "| 70 %, packed * | 150 |" in text
-    assert "| dense PyTorch | 269 | 100 % | – | – | 296 | 2.5 | 20.0 | 250 |" in text
+    for row in (
+        "| llama.cpp Q8_0 | 140 | 52 % | 24.00 | 0.001 | 296 | 2.5 |",
+        "| llama.cpp Q8_0 | 40.0 (2.00, 1.25) | 500 (2.00, 1.25) |",
+        "| 50 %, packed | 150 | 56 % | 34.60 (`best`) | 0.384 | 296 | 2.5 |",
+        "| 50 %, packed | 20.0 (1.00, 1.00) | 250 (1.00, 1.00) |",
+        "| 70 %, packed * | 150 |",
+        "| dense PyTorch | 269 | 100 % | – | – | 296 | 2.5 |",
+        "| dense PyTorch | 20.0 | 250 |",
+    ):
+        assert row in text, row
     assert "Rows with * were measured with an earlier version" in text
     assert "A processor, instructions avx2; measured 2026-11-30; torch 2." in text
 
