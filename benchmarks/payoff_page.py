@@ -29,9 +29,10 @@ CAVEATS = (
     "it was trained. Pruning has no such help.",
     "Two models share a pruned row. One, pruned by magnitude, gives speed, bytes and memory, which do not depend on "
     "the mask. The other, pruned to the same sparsity by the preset or method in brackets, gives perplexity and KL.",
-    "Speeds are tokens per second, the fastest measurement. Each side took turns with dense PyTorch in bfloat16: in "
-    "brackets is the ratio to it, of the fastest measurements and of the medians. `models.json` beside the results "
-    "has the slowest, too. llama.cpp is another program, which gains by doing less around the products as well.",
+    "Speeds are tokens per second, the fastest measurement; the dense row shows its fastest of all. Each side took "
+    "turns with dense PyTorch in bfloat16: in brackets is the ratio to the dense turns beside it, of the fastest "
+    "measurements and of the medians. `models.json` beside the results has the slowest, too. llama.cpp is another "
+    "program, which gains by doing less around the products as well.",
     "Rows with int8 values have the perplexity and KL of the same model before rounding; rounding adds the little that "
     "[packed models](../guide/packed.md) gives.",
     "`auto` times each shape of linear while the model is loaded, and leaves dense what is not faster packed.",
@@ -178,15 +179,15 @@ def verdict(model: str, rows: Iterable[Entry]) -> list[str]:
     if by_all:
         verb = "are each" if len(by_all) > 1 else "is"
         return [
-            f"On {model}, quantise: {listed(by_all)} {verb} smaller, nearer to the dense model and faster than every "
-            "pruned row."
+            f"On {model}, quantise: {listed(by_all)} {verb} smaller, nearer to the dense model and faster at decoding "
+            "than every pruned row whose quality was measured."
         ]
     kept = [row for row in pruned if not beaten[row.title]]
     if lost:
         winners = " or ".join(dict.fromkeys(other for title in lost for other in beaten[title]))
         rows = quoted(lost) if len(lost) <= len(kept) else f"every pruned row but {quoted([r.title for r in kept])}"
         sentences.append(
-            f"On {model}, quantise: {winners} is smaller, nearer to the dense model and faster than {rows}."
+            f"On {model}, quantise: {winners} is smaller, nearer to the dense model and faster at decoding than {rows}."
         )
     return sentences + [f"On {model}, {quoted([row.title])} {against(row, quantised)}." for row in kept]
 
@@ -212,7 +213,7 @@ def against(row: Entry, quantised: Sequence[Entry]) -> str:
     for other in quantised:
         better = ["smaller"] * (row.loading["disk"] < other.loading["disk"])
         both = row.faster.keys() & other.faster.keys()
-        better += ["faster"] * any(row.faster[threads] > other.faster[threads] for threads in both)
+        better += ["faster at decoding"] * any(row.faster[threads] > other.faster[threads] for threads in both)
         better += ["nearer to the dense model"] * (row.divergence < other.divergence)  # type: ignore[operator]
         distances = f"at a KL of {row.divergence:.3f} against {other.divergence:.3f}"
         parts.append(f"is {listed(better or ['not better'])} than {other.title}, {distances}")

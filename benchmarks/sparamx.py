@@ -1,6 +1,7 @@
 """Compare the product of a packed linear with SparAMX's (arXiv 2502.12444), one row of inputs, weights from memory.
 
     git clone https://github.com/IntelLabs/Hardware-Aware-Automated-Machine-Learning
+    git -C Hardware-Aware-Automated-Machine-Learning checkout fc29bc7    # the commit that was measured
     pip install ninja sympy
     python benchmarks/sparamx.py --sparamx Hardware-Aware-Automated-Machine-Learning/SparAMX
 

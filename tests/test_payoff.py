@@ -213,10 +213,12 @@ def test_the_page_says_quantise_where_that_is_smaller_better_and_faster(page: Mo
     )
     half, most = entry(page, "50 %, packed", 65, 1.4, 0.4), entry(page, "70 %, packed", 50, 1.7, 1.3)
     assert page.verdict("model", [half, most, q8, q4]) == [
-        "On model, quantise: llama.cpp Q4_K_M is smaller, nearer to the dense model and faster than every pruned row."
+        "On model, quantise: llama.cpp Q4_K_M is smaller, nearer to the dense model and faster at decoding than every "
+        "pruned row whose quality was measured."
     ]
     assert page.verdict("model", [half, most, q8]) == [
-        "On model, quantise: llama.cpp Q8_0 is smaller, nearer to the dense model and faster than “50 %, packed”.",
+        "On model, quantise: llama.cpp Q8_0 is smaller, nearer to the dense model and faster at decoding than “50 %, "
+        "packed”.",
         "On model, “70 %, packed” is smaller than llama.cpp Q8_0, at a KL of 1.300 against 0.001.",
     ]
 
@@ -224,7 +226,8 @@ def test_the_page_says_quantise_where_that_is_smaller_better_and_faster(page: Mo
 def test_the_page_says_what_a_pruned_model_has_over_quantised_ones(page: ModuleType) -> None:
     q8 = entry(page, "llama.cpp Q8_0", 53, 1.2, 0.001)
     assert page.verdict("model", [entry(page, "50 %, packed", 40, 1.4, 0.4), q8]) == [
-        "On model, “50 %, packed” is smaller and faster than llama.cpp Q8_0, at a KL of 0.400 against 0.001."
+        "On model, “50 %, packed” is smaller and faster at decoding than llama.cpp Q8_0, at a KL of 0.400 against "
+        "0.001."
     ]
     assert page.verdict("model", [entry(page, "50 %, packed", 40, 1.4, None), q8]) == []  # its quality is not known
     assert page.verdict("model", [entry(page, "50 %, packed", 53, 1.2, 0.4), q8]) == [

@@ -31,24 +31,16 @@ typedef struct {
     int tokens;
 } product_t;
 
+/* Writes an output: the sum and the bias, rounded once. */
 TARGET512 INLINE void write_output(const product_t *p, size_t token, size_t row, float sum) {
     const packed_t *w = p->weight;
-    size_t at = token * w->rows + row;
-    if (!w->bfloat16) {
+    const size_t at = token * w->rows + row;
+    if (w->bfloat16) {
+        if (w->bias) sum += from_bfloat16(((const uint16_t *)w->bias)[row]);
+        ((uint16_t *)p->outputs)[at] = to_bfloat16(sum);
+    } else {
         ((float *)p->outputs)[at] = w->bias ? sum + ((const float *)w->bias)[row] : sum;
-        return;
     }
-    uint32_t bits;
-    if (w->bias) {
-        float bias;
-        bits = (uint32_t)((const uint16_t *)w->bias)[row] << 16;
-        memcpy(&bias, &bits, 4);
-        sum += bias;
-    }
-    memcpy(&bits, &sum, 4);
-    uint16_t rounded = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
-    if ((bits & 0x7fffffff) > 0x7f800000) rounded = 0x7fc0;                  /* NaN stays NaN */
-    ((uint16_t *)p->outputs)[at] = rounded;
 }
 
 /* Computes `tokens` outputs, from token `from` on, of the row of W at which each of `streams` streams is. `nexts[r]` is the

@@ -80,6 +80,20 @@ INLINE size_t divide_rows(const int64_t *block_starts, size_t first, size_t last
     return share * BLOCK_ROWS;
 }
 
+INLINE float from_bfloat16(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+INLINE uint16_t to_bfloat16(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;           /* NaN stays NaN */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
+}
+
 /* The next 32 bits of the mask; bits beyond the `left` weights are 0. `left` is a multiple of 8. */
 INLINE uint32_t mask_of(const uint8_t *bits, size_t left) {
     uint32_t mask = 0;

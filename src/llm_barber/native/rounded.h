@@ -51,20 +51,6 @@ TARGET512 INLINE __m512i expand8(uint64_t mask, const int8_t *values, size_t lef
     return _mm512_mask_expand_epi8(cleared(), mask, next);
 }
 
-INLINE float from_bfloat16(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
-}
-
-INLINE uint16_t to_bfloat16(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;           /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
-}
-
 /* Writes the output of a row of W: the sum and the bias, rounded once. */
 INLINE void write_output(const rounded_t *w, void *outputs, size_t token, size_t row, float sum) {
     const size_t at = token * w->rows + row;

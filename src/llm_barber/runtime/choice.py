@@ -33,8 +33,9 @@ GAIN = 0.97  # packed weights must take at most this share of the dense time, so
 NEARLY = 0.05  # shapes are timed again where the share of kept weights differs by more
 SECONDS = 0.04  # of one weight's rounds; the last round may go on beyond them
 ROUNDS = 20
-PROBE, LONGEST = 32, 0.02  # rows of a first product; seconds of a product, in which fewer rows than `PROMPT` are timed
-MOST_SECONDS = 0.5  # of all weights; then a weight is timed only if its shape is new: together less than a second
+PROBE = 32  # rows of a first product, by which rows of the prompt are chosen
+LONGEST = 0.02  # seconds of a product; a prompt that takes longer is cut to fewer rows
+MOST_SECONDS = 0.5  # of all measurements; after that only new shapes are timed: together less than a second
 TIMED_WEIGHTS = 1 << 22  # larger weights are timed by their first rows
 CACHED_BYTES = 1 << 22  # more than a core's own cache: what was in it must be read again
 
@@ -263,8 +264,7 @@ def rows_in_time(seconds: float) -> int:
 def of_whole_prompt(packed: float, dense: float, rows: int) -> tuple[float, float]:
     """Seconds of `PROMPT` rows, packed and dense, from those of some rows.
 
-    The dense time grows with the rows. A packed product takes as much more than that as with few rows: it unpacks the
-    weight once.
+    The dense time grows with the rows. Unpacking the weight is taken to cost the same for any number of rows.
 
     Example: 30 ms packed and 20 ms dense with 64 rows -> 90 ms and 80 ms with 256.
     """

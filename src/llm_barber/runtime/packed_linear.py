@@ -23,8 +23,8 @@ from llm_barber.runtime.products import (
 class PackedLinear(PackedModule):
     """A drop-in for `nn.Linear` without gradients of its weight.
 
-    On the CPU, up to four rows of inputs (16 with AVX-512, but 8 of bfloat16 without its BF16; any number of bfloat16
-    with AMX) are multiplied with the packed weight where `llm_barber.native` was built. Otherwise the weight is
+    On the CPU the packed weight is multiplied with few rows of inputs where `llm_barber.native` was built: 4 with AVX2,
+    16 with AVX-512 (8 of bfloat16 without its BF16), any number of bfloat16 with AMX. Otherwise the weight is
     unpacked into a buffer that all linears share in a thread; in C a few rows at a time, which are multiplied while
     they are in the cache. On CUDA with Triton, up to `layout.DECODE_ROWS` rows of inputs go through the decode kernels,
     which do not unpack; for more rows a kernel unpacks the weight on the GPU. The kernels' places of values are found
