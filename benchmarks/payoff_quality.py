@@ -28,7 +28,7 @@ KEPT = {
     "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b-32x512",
 }
 PRESETS = ("mask", "best")
-WITHOUT_PRESETS = ("sparsegpt-updates",)  # shown of a model whose kept results have no preset
+WITHOUT_PRESETS = ("sparsegpt-updates", "wanda")  # shown of a sparsity for which the kept results have no preset
 TASK_EXAMPLES = 300  # of the cells that the tables have; cells with more are second runs
 TEXT = "text/wikitext2-raw-test.txt"
 SOURCES = ("evaluation",)  # folders of the package that the results depend on
@@ -165,7 +165,9 @@ def kept_rows(model: str, targets: tuple[str, ...] = ("0.5", "0.7", "2:4")) -> l
     if model not in KEPT:
         return []
     folder = ROOT / KEPT[model] / "cells"
-    return list(_kept_rows(folder, PRESETS, targets)) or list(_kept_rows(folder, WITHOUT_PRESETS, targets))
+    rows = list(_kept_rows(folder, PRESETS, targets))
+    left = tuple(target for target in targets if target not in {row.target for row in rows})
+    return rows + list(_kept_rows(folder, WITHOUT_PRESETS, left))
 
 
 def _kept_rows(folder: Path, methods: tuple[str, ...], targets: tuple[str, ...]) -> Iterator[KeptRow]:
