@@ -17,7 +17,7 @@ NOTE = (
     "inputs; u: the weight is unpacked first. *µs*: the packed linear with the fewest rows, minimum / median / "
     "maximum."
 )
-OLDER = " Rows with * were measured with an earlier version of this program."
+OLDER = "Rows with * were measured with an earlier version of this program."
 
 
 def kernel_section(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -26,7 +26,7 @@ def kernel_section(cells: dict[str, dict[str, Any]]) -> list[str]:
     note = NOTE.format(caches=settings["caches"], size=settings["last_level_cache"] >> 20)
     newest = newest_code(cells)
     older = {tuple(name.split(" ")) for name, cell in cells.items() if cell["code"] != newest}
-    note += OLDER * bool(older)
+    note += f" {OLDER}" * bool(older)
     lines = ["## Single linears", "", wrapped(note)]
     results = {tuple(name.split(" ")): cell["result"] for name, cell in cells.items()}
     for dtype, threads in sorted({(key[1], key[6]) for key in results}, key=lambda each: (each[0], int(each[1]))):

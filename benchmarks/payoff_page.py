@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from payoff_cells import RESULTS, newest_code, read_cells
-from payoff_kernel_tables import kernel_section
+from payoff_kernel_tables import OLDER, kernel_section
 from payoff_peers import TYPES
 from payoff_quality import KeptRow, kept_rows
 from payoff_sides import DENSE
@@ -42,7 +42,6 @@ CAVEATS = (
     "map their files and read them when they first compute; packed weights are read and checked while they load.",
 )
 Kept = dict[str, dict[str, Any]]  # cells by their names
-OLDER = "Rows with * were measured with an earlier version of this program."
 
 
 @dataclass
@@ -185,9 +184,10 @@ def verdict(model: str, rows: Iterable[Entry]) -> list[str]:
     kept = [row for row in pruned if not beaten[row.title]]
     if lost:
         winners = " or ".join(dict.fromkeys(other for title in lost for other in beaten[title]))
-        rows = quoted(lost) if len(lost) <= len(kept) else f"every pruned row but {quoted([r.title for r in kept])}"
+        others = quoted(lost) if len(lost) <= len(kept) else f"every pruned row but {quoted([r.title for r in kept])}"
         sentences.append(
-            f"On {model}, quantise: {winners} is smaller, nearer to the dense model and faster at decoding than {rows}."
+            f"On {model}, quantise: {winners} is smaller, nearer to the dense model and faster at decoding than "
+            f"{others}."
         )
     return sentences + [f"On {model}, {quoted([row.title])} {against(row, quantised)}." for row in kept]
 

@@ -43,6 +43,33 @@ TARGET512 INLINE void write_output(const product_t *p, size_t token, size_t row,
     }
 }
 
+typedef __m512 sums_t[PASS_TOKENS][2]; /* of a row of W: up to two accumulators for each output */
+
+/* Finds the bits and the number of the first value of each stream's row, and clears its sums. */
+TARGET512 INLINE void begin_rows(const product_t *p, const size_t *rows, const size_t *nexts, const uint8_t **bits,
+                                 size_t *next, sums_t *total, const int streams, const int tokens) {
+_Pragma("GCC unroll 4")
+    for (int r = 0; r < streams; r++) {
+        bits[r] = p->weight->bits + rows[r] * p->weight->columns / 8;
+        next[r] = nexts[r];
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++) total[r][t][0] = total[r][t][1] = _mm512_setzero_ps();
+    }
+}
+
+/* Writes the outputs of each stream's row, from token `from` on, and the number of the value behind it. */
+TARGET512 INLINE void end_rows(const product_t *p, const size_t *rows, size_t *nexts, size_t from, const size_t *next,
+                               sums_t *total, const int streams, const int tokens) {
+_Pragma("GCC unroll 4")
+    for (int r = 0; r < streams; r++) {
+        nexts[r] = next[r];
+_Pragma("GCC unroll 8")
+        for (int t = 0; t < tokens; t++)
+            write_output(p, from + (size_t)t, rows[r],
+                         _mm512_reduce_add_ps(_mm512_add_ps(total[r][t][0], total[r][t][1])));
+    }
+}
+
 /* Computes `tokens` outputs, from token `from` on, of the row of W at which each of `streams` streams is. `nexts[r]` is the
  * number of the first value of row `rows[r]`, and afterwards of the row behind it. Inputs are read once for all streams.
  * Each output has `sums` accumulators, so that an addition does not wait for the one before it. An output has the same bits
@@ -55,14 +82,8 @@ TARGET_BF16 INLINE void rows_bfloat16(const product_t *p, const size_t *rows, si
     const uint16_t *values = p->weight->values, *inputs = (const uint16_t *)p->inputs + from * columns;
     const uint8_t *bits[STREAMS];
     size_t next[STREAMS], c = 0;
-    __m512 total[STREAMS][PASS_TOKENS][2];
-_Pragma("GCC unroll 4")
-    for (int r = 0; r < streams; r++) {
-        bits[r] = p->weight->bits + rows[r] * columns / 8;
-        next[r] = nexts[r];
-_Pragma("GCC unroll 8")
-        for (int t = 0; t < tokens; t++) total[r][t][0] = total[r][t][1] = _mm512_setzero_ps();
-    }
+    sums_t total[STREAMS];
+    begin_rows(p, rows, nexts, bits, next, total, streams, tokens);
     for (; c + step <= columns; c += step)
 _Pragma("GCC unroll 2")
         for (int s = 0; s < sums; s++) {
@@ -98,14 +119,7 @@ _Pragma("GCC unroll 8")
                                      (__m512bh)_mm512_maskz_loadu_epi16(inside, inputs + (size_t)t * columns + c));
         }
     }
-_Pragma("GCC unroll 4")
-    for (int r = 0; r < streams; r++) {
-        nexts[r] = next[r];
-_Pragma("GCC unroll 8")
-        for (int t = 0; t < tokens; t++)
-            write_output(p, from + (size_t)t, rows[r],
-                         _mm512_reduce_add_ps(_mm512_add_ps(total[r][t][0], total[r][t][1])));
-    }
+    end_rows(p, rows, nexts, from, next, total, streams, tokens);
 }
 
 /* Computes the same with float32 inputs. bfloat16 values are widened; the two halves of 32 weights follow each other. */
@@ -117,14 +131,8 @@ TARGET512 INLINE void rows_float32(const product_t *p, const size_t *rows, size_
     const float *inputs = (const float *)p->inputs + from * columns;
     const uint8_t *bits[STREAMS];
     size_t next[STREAMS];
-    __m512 total[STREAMS][PASS_TOKENS][2];
-_Pragma("GCC unroll 4")
-    for (int r = 0; r < streams; r++) {
-        bits[r] = p->weight->bits + rows[r] * columns / 8;
-        next[r] = nexts[r];
-_Pragma("GCC unroll 8")
-        for (int t = 0; t < tokens; t++) total[r][t][0] = total[r][t][1] = _mm512_setzero_ps();
-    }
+    sums_t total[STREAMS];
+    begin_rows(p, rows, nexts, bits, next, total, streams, tokens);
     for (size_t c = 0; c < columns; c += 32) {
         const size_t left = columns - c;
         const __mmask16 inside[2] = {left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1),
@@ -167,14 +175,7 @@ _Pragma("GCC unroll 4")
                 }
             }
     }
-_Pragma("GCC unroll 4")
-    for (int r = 0; r < streams; r++) {
-        nexts[r] = next[r];
-_Pragma("GCC unroll 8")
-        for (int t = 0; t < tokens; t++)
-            write_output(p, from + (size_t)t, rows[r],
-                         _mm512_reduce_add_ps(_mm512_add_ps(total[r][t][0], total[r][t][1])));
-    }
+    end_rows(p, rows, nexts, from, next, total, streams, tokens);
 }
 
 /* Computes outputs of up to `count` rows of each stream, and moves `rows` and `nexts` on. Several streams stop where one has

@@ -40,8 +40,8 @@ typedef struct {
     int parts, bfloat16, level; /* level: 0: AVX2; 1: values are float32 or widened to it; 2 or 3: multiplied as bfloat16 */
 } packed_t;
 
-/* threads.c: calls `function` with `task` and the number of each part, on as many threads as there are parts. The caller's thread
- * computes all parts in a forked process, which has none of the threads. */
+/* threads.c: calls `function` with `task` and the number of each part, on as many threads as there are parts. In a forked
+ * process, which has none of the threads, the caller's thread computes all parts. */
 void packed_run_parts(const openmp_t *openmp, int parts, void (*function)(const void *task, int part), const void *task);
 
 int packed_amx_start(void); /* amx.c */

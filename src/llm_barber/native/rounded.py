@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_barber import native
 from llm_barber.native import Instructions, amx
-from llm_barber.native.rows import BLOCK_ROWS, Parts, check_unpacked
+from llm_barber.native.rows import BLOCK_ROWS, Parts, UnpacksRows
 from llm_barber.native.threads import openmp_functions
 
 STEP = 64  # columns that VNNI takes at a time
@@ -113,7 +113,7 @@ def _functions(kernel: Kernel) -> tuple[Any, Any]:
     return multiply, restore
 
 
-class Weight:
+class Weight(UnpacksRows):
     """A packed weight W with int8 values, ready for products: sizes are checked and pointers are taken once.
 
     It keeps its tensors alive and is never changed, so that any number of threads may use it. It is valid while
@@ -181,7 +181,7 @@ class Weight:
         has_bf16 = native.instructions() >= Instructions.AVX512BF16
         self._weight = _Weight(*pointers, *sizes, len(ends[0]) - 1, dtype == torch.bfloat16, has_bf16)
         self._address = ctypes.addressof(self._weight)
-        self._multiply, self._restore = _functions(self.kernel)
+        self._multiply, self._unpack = _functions(self.kernel)
 
     def is_of(self, values: Tensor, bits: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
         """Test whether these are the weight's tensors, where they were in memory."""
@@ -230,17 +230,3 @@ class Weight:
             scales.data_ptr(),
         )  # fmt: skip
         return outputs
-
-    def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
-        """Write rows of W, on PyTorch's threads.
-
-        Args:
-            first_row: a multiple of `BLOCK_ROWS`.
-            end_row: a multiple of `BLOCK_ROWS`, or the number of rows.
-            into: contiguous, with a place for each weight of these rows, of the weight's dtype.
-
-        Raises:
-            ValueError: rows are not whole blocks, or do not fit `into`.
-        """
-        check_unpacked(first_row, end_row, (self.rows, self.columns), self.dtype, into)
-        self._restore(self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())

@@ -1,7 +1,7 @@
 """Find where the values of a packed weight's rows begin, and share its rows among threads."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,14 +41,34 @@ class Parts:
         return cls(tuple(ends), tuple(before[ends].tolist()), block_starts)
 
 
-def check_unpacked(first_row: int, end_row: int, shape: tuple[int, int], dtype: torch.dtype, into: Tensor) -> None:
-    """Check that some rows of a weight, (out, in), of a dtype fit the place to which they are unpacked.
+class UnpacksRows:
+    """A packed weight, (rows, columns), that C unpacks some rows at a time, on PyTorch's threads.
 
-    Raises:
-        ValueError: rows are not whole blocks, or do not fit `into`.
+    Attributes:
+        rows: out.
+        columns: in.
+        dtype: of the unpacked weight.
     """
-    rows, columns = shape
-    whole = first_row % BLOCK_ROWS == 0 and (end_row % BLOCK_ROWS == 0 or end_row == rows)
-    inside = 0 <= first_row <= end_row <= rows and into.numel() == (end_row - first_row) * columns
-    if not (whole and inside and into.is_contiguous() and into.is_cpu and into.dtype == dtype):
-        raise ValueError("rows do not fit the place to which they are unpacked")
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    _address: int  # of the weight as C sees it
+    _unpack: Any  # C's function
+
+    def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
+        """Write rows of W.
+
+        Args:
+            first_row: a multiple of `BLOCK_ROWS`.
+            end_row: a multiple of `BLOCK_ROWS`, or the number of rows.
+            into: contiguous, with a place for each weight of these rows, of the weight's dtype.
+
+        Raises:
+            ValueError: rows are not whole blocks, or do not fit `into`.
+        """
+        whole = first_row % BLOCK_ROWS == 0 and (end_row % BLOCK_ROWS == 0 or end_row == self.rows)
+        inside = 0 <= first_row <= end_row <= self.rows and into.numel() == (end_row - first_row) * self.columns
+        if not (whole and inside and into.is_contiguous() and into.is_cpu and into.dtype == self.dtype):
+            raise ValueError("rows do not fit the place to which they are unpacked")
+        self._unpack(self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())

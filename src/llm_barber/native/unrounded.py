@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_barber import native
 from llm_barber.native import Instructions, amx
-from llm_barber.native.rows import BLOCK_ROWS, Parts, check_unpacked
+from llm_barber.native.rows import BLOCK_ROWS, Parts, UnpacksRows
 from llm_barber.native.threads import openmp_functions
 
 ROWS = 16  # most rows of inputs of a product by AVX-512
@@ -62,7 +62,7 @@ def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool
     return columns % 8 == 0 and values == inputs and values in (torch.bfloat16, torch.float32)
 
 
-class Weight:
+class Weight(UnpacksRows):
     """A packed weight W, ready for products: sizes are checked and pointers are taken once, not in each product.
 
     It keeps its tensors alive and is never changed, so that any number of threads may use it. It is valid while
@@ -126,6 +126,7 @@ class Weight:
         self._weight = _Weight(*pointers, openmp, rows, columns, kept, len(ends[0]) - 1, narrow, level)
         self._address = ctypes.addressof(self._weight)
         self._functions = _functions()
+        self._unpack = self._functions.unpack
 
     def is_of(self, values: Tensor, bits: Tensor, bias: Tensor | None) -> bool:
         """Test whether these are the weight's tensors, where they were in memory."""
@@ -179,17 +180,3 @@ class Weight:
         if bias is not None:
             sums += bias
         return sums.to(self.dtype)
-
-    def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
-        """Write rows of W, on PyTorch's threads.
-
-        Args:
-            first_row: a multiple of `BLOCK_ROWS`.
-            end_row: a multiple of `BLOCK_ROWS`, or the number of rows.
-            into: contiguous, with a place for each weight of these rows, of the weight's dtype.
-
-        Raises:
-            ValueError: rows are not whole blocks, or do not fit `into`.
-        """
-        check_unpacked(first_row, end_row, (self.rows, self.columns), self.dtype, into)
-        self._functions.unpack(self._address, first_row // BLOCK_ROWS, -(-end_row // BLOCK_ROWS), into.data_ptr())

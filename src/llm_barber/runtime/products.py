@@ -1,7 +1,7 @@
 """Shared parts of linears that stay packed in memory: products with many rows of inputs, and what a product may do."""
 
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from llm_barber.checkpoint.bits import POPCOUNT
 from llm_barber.errors import SettingsError
-from llm_barber.native.rows import BLOCK_ROWS
+from llm_barber.native.rows import BLOCK_ROWS, UnpacksRows
 
 UNPACKED_BYTES = 1 << 22  # of rows that are unpacked and multiplied at once; fewer rows than `SHARED_ROWS` never are
 SHARED_ROWS = 128  # rows are unpacked in multiples of this, which PyTorch's threads share evenly; of `BLOCK_ROWS`, too
@@ -56,18 +56,7 @@ def shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
     return buffer[:weights]
 
 
-class CanUnpackRows(Protocol):
-    """A packed weight, (rows, columns), that unpacks a few rows at a time."""
-
-    rows: int
-    columns: int
-    dtype: torch.dtype
-
-    def unpack(self, first_row: int, end_row: int, into: Tensor) -> None:
-        """Write some rows; `first_row`, and `end_row` unless it is `rows`, are multiples of `BLOCK_ROWS`."""
-
-
-def multiply_unpacked(weight: CanUnpackRows, inputs: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_unpacked(weight: UnpacksRows, inputs: Tensor, bias: Tensor | None) -> Tensor:
     """Compute inputs · Wᵀ + bias, (…, rows): some rows of W are unpacked and multiplied, then the next ones.
 
     Args:
