@@ -84,6 +84,11 @@ def is_launch(function: Any) -> bool:
     return not views and not schema.name.startswith(NO_LAUNCH)
 
 
+def is_of_attention(function: Any, arguments: Any) -> bool:
+    """Test for an operation on heads: attention is several operations here, and one kernel on a GPU."""
+    return function._schema.name != "llm_barber::rotate" and any(part.dim() > 3 for part in on_the_device(arguments))
+
+
 def size(values: torch.Tensor) -> int:
     return values.numel() * values.element_size()
 
@@ -91,7 +96,7 @@ def size(values: torch.Tensor) -> int:
 def moved(function: Any, arguments: Any, named: Any, result: Any) -> int:
     """Bytes of the tensors that an operation reads and writes."""
     schema = function._schema
-    if schema.name in NOT_MOVED:
+    if schema.name in NOT_MOVED or is_of_attention(function, arguments):
         return 0
     read, written = {}, {id(tensor): tensor for tensor in on_the_device(result)}
     for number, argument in enumerate(schema.arguments):

@@ -21,11 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.disasm import get_sass
-for module, name, kinds, constants, capability, warps in json.loads(sys.argv[1]):
+for module, name, kinds, constants, capability, warps, multiples in json.loads(sys.argv[1]):
     kernel = getattr(importlib.import_module(module), name)
     constants |= {key: triton.language.dtype(value) for key, value in constants.items() if isinstance(value, str)}
     ordered = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
-    divisible = [number for number, name in enumerate(ordered) if ordered[name].startswith("*") or name == "columns"]
+    divisible = [number for number, name in enumerate(ordered) if ordered[name].startswith("*") or name in multiples]
     attributes = {(number,): [["tt.divisibility", 16]] for number in divisible}
     source = ASTSource(fn=kernel, signature=ordered, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps}
@@ -38,8 +38,9 @@ for module, name, kinds, constants, capability, warps in json.loads(sys.argv[1])
 class Source:
     """A kernel and what it is compiled for.
 
-    `kinds`: type of each argument, for example `*bf16`; pointers, and a number of columns, are multiples of 16.
-    `constants`: compile-time arguments; a text is the name of a dtype. `capability`: compute capability, 90 for 9.0.
+    `kinds`: type of each argument, for example `*bf16`; pointers are multiples of 16. `constants`: compile-time
+    arguments; a text is the name of a dtype. `capability`: compute capability, 90 for 9.0. `multiples`: numbers that
+    are multiples of 16.
     """
 
     module: ModuleType
@@ -48,6 +49,7 @@ class Source:
     constants: dict[str, Any]
     capability: int
     warps: int
+    multiples: tuple[str, ...] = ("columns",)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,15 @@ def compile_kernels(sources: list[Source], cache: Path) -> list[MachineCode]:
     """
     described = json.dumps(
         [
-            [source.module.__name__, source.name, source.kinds, source.constants, source.capability, source.warps]
+            [
+                source.module.__name__,
+                source.name,
+                source.kinds,
+                source.constants,
+                source.capability,
+                source.warps,
+                source.multiples,
+            ]
             for source in sources
         ]
     )

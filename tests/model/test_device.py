@@ -7,11 +7,11 @@ from torch import nn
 from transformers import MambaConfig
 
 from llm_barber.errors import SettingsError
+from llm_barber.gpu.out_of_memory import is_out_of_memory
 from llm_barber.model.device import (
     current_gpu_kept,
     fitting_batch,
     free_device_memory,
-    is_out_of_memory,
     needed_memory,
     resolve_batch_size,
     resolve_device,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_barber.gpu.steps import add_squares as add_squares_in_turn
 from llm_barber.masking.by_rows import add_squares
 
 
@@ -214,6 +215,9 @@ class TargetMoments(RunningSums):
         return mirror(self._gram.clone()).sub_(self._crossed).div_(self.tokens.item())
 
 
+SEQUENCES_TOGETHER, GRADIENT_BYTES = 4, 2**30  # a GPU holds gradients of so many sequences, or so many bytes, at a time
+
+
 class GradientSquares(RunningSums):
     """Mean over sequences of the squared gradient of a weight (arXiv 2408.10631).
 
@@ -233,9 +237,13 @@ class GradientSquares(RunningSums):
             scale: (sequences,), float32, powers of two.
             factor: the same for all sequences.
         """
-        add = _add_squares_by_rows if inputs.device.type == "cpu" else _add_squares_at_once
-        for sequence, gradient, scaling in zip(inputs, output_gradient, scale, strict=True):
-            add(self.total, sequence, gradient, scaling, factor)
+        if inputs.device.type == "cpu":
+            for sequence, gradient, scaling in zip(inputs, output_gradient, scale, strict=True):
+                _add_squares_by_rows(self.total, sequence, gradient, scaling, factor)
+        else:
+            size = gradients_together(self.total.numel(), inputs.element_size())
+            for part in (slice(first, first + size) for first in range(0, len(inputs), size)):
+                _add_squares_at_once(self.total, inputs[part], output_gradient[part], scale[part], factor)
         self.sequences += len(inputs)
 
     @property
@@ -250,22 +258,25 @@ def _add_squares_by_rows(total: Tensor, inputs: Tensor, output_gradient: Tensor,
 
 
 def _add_squares_at_once(total: Tensor, inputs: Tensor, output_gradient: Tensor, scale: Tensor, factor: float) -> None:
-    """Add a sequence's squared gradient to `total`, (out, in), as a GPU is fastest: in one pass over both."""
-    products = weight_gradients(output_gradient, inputs, scale)
-    total.addcmul_(products, products, value=factor**2)
+    """Add squared gradients of some sequences to `total`, (out, in), as a GPU is fastest: in one pass over all."""
+    add_squares_in_turn(total, weight_gradients(output_gradient, inputs), scale * factor)
 
 
-def weight_gradients(output_gradients: Tensor, inputs: Tensor, scale: Tensor | None = None) -> Tensor:
+def gradients_together(weights: int, itemsize: int) -> int:
+    """Number of sequences whose gradients by so many weights a GPU holds and adds up at a time."""
+    return max(1, min(SEQUENCES_TOGETHER, GRADIENT_BYTES // (weights * itemsize)))
+
+
+def weight_gradients(output_gradients: Tensor, inputs: Tensor) -> Tensor:
     """Gradients by weights, (…, out, in), from gradients by outputs, (…, tokens, out), and inputs, (…, tokens, in).
 
     They have the gradients' dtype, or float32 for float16, since a sum over tokens can exceed the largest float16,
-    65504. A scale, float32, (), multiplies them; if it is a power of two, no bit of their significands changes.
+    65504.
     """
     if output_gradients.dtype == torch.float16:
         with exact_half_products(torch.float16):
-            return weight_gradients(output_gradients.float(), inputs.float(), scale)
-    scaled = output_gradients if scale is None else output_gradients * scale
-    return scaled.transpose(-2, -1) @ inputs
+            return weight_gradients(output_gradients.float(), inputs.float())
+    return output_gradients.transpose(-2, -1) @ inputs
 
 
 class FisherSums(RunningSums):

@@ -97,9 +97,9 @@ def _square_and_add(
 
 def _add_squares(totals: list[Tensor], inputs: Tensor, output_gradients: Tensor, scale: Tensor, factor: float) -> None:
     """Add a sequence's squared gradients of n linears to their totals, as a GPU does: squared as they are added."""
-    # They are converted before: PyTorch would add to totals of another dtype one by one.
-    products = weight_gradients(output_gradients, inputs, scale).float().unbind(0)
-    torch._foreach_addcmul_(totals, products, products, value=factor**2)
+    # Scaled as they are converted to float32: PyTorch would add to totals of another dtype one by one.
+    products = (weight_gradients(output_gradients, inputs) * (scale * factor).view(1, 1, 1)).unbind(0)
+    torch._foreach_addcmul_(totals, products, products)
 
 
 def _fisher_sums(statistics: Sequence[FisherSums], inputs: Tensor, output_gradients: Tensor, scale: Tensor) -> None:

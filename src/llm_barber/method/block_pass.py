@@ -149,14 +149,15 @@ def measure_candidates(
         layer.set_weights(dense_weights)
         dense_output = block_pass.output(batch)
         streams.write(DENSE_OUTPUT, batch, dense_output)
-        target = dense_output.float()
+        target = None
         if mix:
-            target = target.lerp(streams.read(DENSE + block_pass.block.output, batch).float(), mix)
+            target = dense_output.float().lerp(streams.read(DENSE + block_pass.block.output, batch).float(), mix)
         for number, linears in enumerate(candidates):
             layer.set_weights({name: linears[name].weight for name in block_pass.block.linears})
             output = block_pass.output(batch)
-            totals[0, number] += reconstruction_errors(dense_output, output).double().sum()
-            totals[1, number] += reconstruction_errors(target, output).double().sum()
+            error = reconstruction_errors(dense_output, output).double().sum()
+            totals[0, number] += error
+            totals[1, number] += error if target is None else reconstruction_errors(target, output).double().sum()
     count = sum(batch.stop - batch.start for batch in windows)
     *sums, sequences = streams.ranks.total(*totals.flatten().tolist(), count)
     return [error / sequences for error in sums[: len(candidates)]], sums[len(candidates) :]

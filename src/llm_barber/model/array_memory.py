@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_barber.errors import first_line
-from llm_barber.model.device import is_out_of_memory
+from llm_barber.gpu.out_of_memory import is_out_of_memory
 
 CPU = torch.device("cpu")
 

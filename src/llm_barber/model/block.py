@@ -19,7 +19,7 @@ from llm_barber.model.architecture import Block
 from llm_barber.model.attention import fast_attention
 from llm_barber.model.experts import Experts, mixture_of
 from llm_barber.model.fixed_order import FixedOrder, Result
-from llm_barber.model.gradients import LinearCall, linear_gradients, mean_squares, scaled_by_sequence
+from llm_barber.model.gradients import LinearCall, differences, linear_gradients, mean_squares, scaled_by_sequence
 from llm_barber.model.hooks import InputVisitor, LayerHooks, Reached
 
 
@@ -184,7 +184,7 @@ class DecoderLayer:
             recorded = self.hooks.recorded(block.linears, len(hidden))
             with recorded as calls, self.hooks.stop_at(block, outputs, len(hidden)), self.hooks.replayed(replays):
                 self._run(hidden)
-            difference = outputs[0].detach().float() - sparse_output.float()
+            difference = differences(outputs[0].detach(), sparse_output)
             scaled, scale = scaled_by_sequence(difference, outputs[0].dtype)
             gradients = torch.autograd.grad(outputs[0], [call.output for call in calls], scaled, allow_unused=True)
             return calls, outputs[0].detach(), difference, scale, gradients

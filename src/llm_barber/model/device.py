@@ -1,7 +1,6 @@
 """Choose the device, the compute dtype, and the number of sequences to compute together."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,11 +26,6 @@ INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 2
 SCORE_BYTES = 16
 # Names in configurations of the number of experts that a router chooses for a token.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-# Parts of errors that say that a device is out of memory: of CUDA's runtime, its driver, ROCm, NCCL and Triton; of the
-# allocations of cuBLAS, cuDNN, cuSOLVER, cuSPARSE and cuFFT; of the same libraries where a handle finds no room.
-OUT_OF_MEMORY = re.compile(
-    "out of memory|ALLOC_FAILED|(NOT_INITIALIZED|INTERNAL_ERROR).*Create|CUDNN_STATUS_NOT_INITIALIZED", re.IGNORECASE
-)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -178,8 +172,3 @@ def stored_score_bytes(config: PreTrainedConfig) -> int:
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     return SCORE_BYTES * heads if text._attn_implementation == "eager" else 0
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Test whether an error says that the device is out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)) is not None

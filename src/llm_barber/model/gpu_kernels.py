@@ -24,7 +24,8 @@ import torch
 
 from llm_barber.masking.statistics import float32_products
 
-REVISION = 2  # of what a GPU computes: higher whenever the same run may give other bits there; 2: norms
+# Of what a GPU computes: higher whenever the same run may give other bits there; 2: norms; 3: rotary and SwiGLU.
+REVISION = 3
 REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 

@@ -50,7 +50,12 @@ def reconstruction_errors(dense: Tensor, output: Tensor) -> Tensor:
 
     Takes outputs of shape (sequences, tokens, hidden); returns float32 of shape (sequences,).
     """
-    return mean_squares(dense.float() - output.float())
+    return mean_squares(differences(dense, output))
+
+
+def differences(left: Tensor, right: Tensor) -> Tensor:
+    """left − right, float32; a GPU converts `right` as it reads it."""
+    return left.float() - right
 
 
 def linear_gradients(
@@ -119,7 +124,8 @@ def scaled_by_sequence(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     """
     peak = torch.linalg.vector_norm(gradient, torch.inf, dim=(1, 2))
     scale = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent)
-    return (gradient / scale.view(-1, 1, 1)).to(dtype), scale
+    scaled = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.div(gradient, scale.view(-1, 1, 1), out=scaled), scale
 
 
 def mean_squares(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from llm_barber.settings.presets import Allocation
 
 # In a pass of a block over a batch, beside one for each linear: norm, activation and residual; rotary embeddings;
 # routing of tokens to experts.
-BLOCK, ROTARY, ROUTING = 7, 9, 50
+BLOCK, ROTARY, ROUTING = 7, 2, 50
 BACKWARD = 1.25  # times the forward
 STATISTICS = 7  # of the inputs that some linears read, for a batch
 # For each linear of a layer: its initial mask; the ranking of the rebuild; errors of blocks; starting scores of tuning.

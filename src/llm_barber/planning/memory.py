@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from llm_barber.loading.job import OUTSIDE_SHARD_BYTES
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.selection import LONGEST_ON_GPU, SORTED_ON_GPU
+from llm_barber.masking.statistics import gradients_together
 from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
 from llm_barber.masking.together import MATRIX_ELEMENTS
 from llm_barber.method.allocation import LOGITS
@@ -209,7 +210,8 @@ def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
     """Squares of gradients, with a batch and a gradient or with scores and ranking, the larger of both."""
     weights = block.all_weights + block.other_weights
     squares = FLOAT32 * weights
-    passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
+    together = 1 if recipe.on_cpu else min(recipe.batch, gradients_together(block.largest, recipe.itemsize))
+    passes = _batch(block, recipe) + (together * recipe.itemsize + FLOAT32) * block.largest
     competing = weights if recipe.granularity is Granularity.BLOCK else block.largest
     one_group = recipe.granularity in (Granularity.BLOCK, Granularity.LINEAR)
     joined = FLOAT32 * competing if recipe.granularity is Granularity.BLOCK else 0  # the scores of all linears, copied

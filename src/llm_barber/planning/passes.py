@@ -1,5 +1,6 @@
 """Work of a pass over the calibration tokens, in any stage: forward, inputs, streams and sums."""
 
+from llm_barber.masking.statistics import gradients_together
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes
 from llm_barber.planning.work import Work
@@ -10,10 +11,10 @@ FLOAT32 = 4
 INPUT_TOUCHES, OUTPUT_TOUCHES = 16, 5
 # The same on a GPU, where a test counts them: for a feature, by the norm, which is two kernels, and by the residual;
 # for an output, by rotary embeddings, if it is one of queries or keys, and by the activation of an MLP.
-NORM, RESIDUAL, ROTARY, ACTIVATION = 4, 3, 10, 2.5
+NORM, RESIDUAL, ROTARY, ACTIVATION = 4, 3, 2, 1.5
 # On a GPU: bytes moved by a pass back, for each byte of a pass forward; bytes moved for a number of a block's output by
 # a loss that gradients begin with, and by an error that is reported; times that storing reads or writes it.
-BACKWARD_MOVED, LOSS, ERROR, STORED = 3, 44, 44, 2
+BACKWARD_MOVED, LOSS, ERROR, STORED = 2, 30, 24, 2
 BACKWARD_ATTENTION = 2.5  # times the forward: five products instead of two
 SQUARING = 18  # bytes moved for each number of which squares are added up: float copy, square and sum
 
@@ -102,13 +103,11 @@ def input_squares_work(recipe: Recipe, numbers: float) -> Work:
 def gradient_squares_work(block: BlockShapes, recipe: Recipe) -> Work:
     """Work of adding up squares of a block's gradients by weights, of all sequences.
 
-    A GPU first scales gradients by outputs, and then reads the gradients by weights of a linear once, with their sum;
-    those of experts are converted to float32 before. (In float16 all are float32, which is not counted.)
+    A GPU reads the gradients of some sequences once, and their sum once for all of these; those of experts are
+    converted to float32 before, and read one by one. (In float16 all are float32, which is not counted.)
     """
     weights = recipe.local_sequences * block.all_weights
-    if recipe.on_cpu:
+    if recipe.on_cpu or (block.copies > 1 and recipe.itemsize < FLOAT32):
         return Work(moved=SQUARING * weights)
-    outputs = recipe.local_tokens * block.share * block.copies * sum(rows for rows, _ in block.linears)
-    converted = block.copies > 1 and recipe.itemsize < FLOAT32
-    of_weight = SQUARING if converted else recipe.itemsize + 2 * FLOAT32
-    return Work(moved=of_weight * weights + 2 * recipe.itemsize * outputs)
+    together = min(recipe.batch, gradients_together(block.largest, recipe.itemsize))
+    return Work(moved=(recipe.itemsize + 2 * FLOAT32 / together) * weights)

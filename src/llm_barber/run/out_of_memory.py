@@ -7,8 +7,9 @@ from typing import TypeVar
 import torch
 
 from llm_barber.errors import BarberError
+from llm_barber.gpu.out_of_memory import is_out_of_memory
 from llm_barber.loading.job import Job
-from llm_barber.model.device import experts_per_token, is_out_of_memory, needed_memory, stored_score_bytes
+from llm_barber.model.device import experts_per_token, needed_memory, stored_score_bytes
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.progress import Progress
 

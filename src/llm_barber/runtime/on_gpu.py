@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from llm_barber.model.device import is_out_of_memory
+from llm_barber.gpu.out_of_memory import is_out_of_memory
 from llm_barber.runtime.kernels.layout import DECODE_ROWS, Places, find_places
 from llm_barber.runtime.kernels.operators import packed_product, unpacked
 from llm_barber.runtime.products import is_differentiated, is_plain
@@ -38,7 +38,7 @@ def _runs_kernels(index: int) -> bool:
     try:
         _launch(torch.device("cuda", index))
     except Exception as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise  # and is not remembered
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(

@@ -19,6 +19,7 @@ class Check(StrEnum):
     WAITS = "waits"
     ATTENTION = "attention"
     NORMS = "norms"
+    KERNELS = "kernels"
     PACKED = "packed"
     SEMI_STRUCTURED = "semi-structured"
     GRAPHS = "graphs"

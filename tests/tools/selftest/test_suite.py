@@ -21,6 +21,7 @@ from llm_barber.tools.selftest.suite import CHECKS, run_check, run_checks, selft
 
 NEEDS_A_GPU = {
     Check.MASKS, Check.SECOND_GPU, Check.MEMORY, Check.WAITS, Check.SEMI_STRUCTURED, Check.GRAPHS,
+    Check.KERNELS,
 }  # fmt: skip
 
 

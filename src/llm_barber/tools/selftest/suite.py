@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import first_line
+from llm_barber.gpu.kernels import DTYPES
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.model.fused_norms import FORMS
 from llm_barber.progress import Progress, Silent
@@ -16,6 +17,7 @@ from llm_barber.settings.selftest import Check, SelftestConfig
 from llm_barber.tools.selftest.bench import SMALL, TINY, Bench
 from llm_barber.tools.selftest.card import all_versions, describe_machine
 from llm_barber.tools.selftest.graphs import check_graphs
+from llm_barber.tools.selftest.kernels import STEPS, check_kernels
 from llm_barber.tools.selftest.masks import MASK_CHECKS, check_masks
 from llm_barber.tools.selftest.norms import check_norms
 from llm_barber.tools.selftest.products import HEADS, check_attention, check_packed, check_semi_structured
@@ -56,6 +58,11 @@ CHECKS: dict[Check, CheckEntry] = {
         "norms are right, and their gradients the same each time",
         check_norms,
         lambda bench: len(FORMS) * (len(bench.dtypes) + 1),
+    ),
+    Check.KERNELS: CheckEntry(
+        "rotary embeddings, SwiGLU and squares of gradients are PyTorch's, in one kernel each",
+        check_kernels,
+        lambda _: len(DTYPES) + len(STEPS),
     ),
     Check.PACKED: CheckEntry(
         "products with packed weights are right",

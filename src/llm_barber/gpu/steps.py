@@ -1,0 +1,155 @@
+"""Steps between matrix products as one operator of PyTorch each, `torch.ops.llm_barber.…`.
+
+- Rotary embeddings: PyTorch's own operations read and write five times as many bytes.
+- SwiGLU: nearly twice as many.
+- Squares of gradients, added up: two and a half times as many for four gradients.
+
+A GPU that has the kernels (`kernels.py`) computes each in one. Other devices compute PyTorch's operations, in the same
+order, with the same roundings between them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+
+from llm_barber.gpu.kernels import gradients_in_steps, has_kernels
+
+# `runtime/kernels/operators.py` defines the other operators of this name.
+_library = torch.library.Library("llm_barber", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("rotate(Tensor states, Tensor cosine, Tensor sine, bool back) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("gate(Tensor gates, Tensor ups) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("gate_back(Tensor gradient, Tensor gates, Tensor ups) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_library.define("add_squares(Tensor(a!) total, Tensor gradients, Tensor factors) -> ()")  # type: ignore[no-untyped-call]
+
+
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate queries or keys: states · cosine + (−x₂, x₁) · sine, with x₁ and x₂ the halves of each head.
+
+    Args:
+        states: (sequences, heads, tokens, features).
+        cosine: (1 or sequences, tokens, features), of the states' dtype, without a gradient.
+        sine: like `cosine`.
+    """
+    rotated: Tensor = _Rotation.apply(states, cosine, sine)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+def gate(gates: Tensor, ups: Tensor) -> Tensor:
+    """SwiGLU: SiLU(gates) · ups, both (…, columns) of one dtype."""
+    gated: Tensor = _Gating.apply(gates, ups)  # type: ignore[no-untyped-call]
+    return gated
+
+
+def add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
+    """Add (f g)² of each of n gradients g, (n, out, in), one after the other, to a sum.
+
+    Args:
+        total: float32, (out, in).
+        gradients: of float32 or fewer bits.
+        factors: float32, (n,).
+    """
+    torch.ops.llm_barber.add_squares(total, gradients, factors)
+
+
+class _Rotation(torch.autograd.Function):
+    """`rotate` with its gradient by the states."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        rotated: Tensor = torch.ops.llm_barber.rotate(states, cosine, sine, False)
+        return rotated
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.llm_barber.rotate(gradient, *ctx.saved_tensors, True), None, None
+
+
+class _Gating(torch.autograd.Function):
+    """`gate` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, ups: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, ups)
+        gated: Tensor = torch.ops.llm_barber.gate(gates, ups)
+        return gated
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        by_gates, by_ups = torch.ops.llm_barber.gate_back(gradient, *ctx.saved_tensors)
+        return by_gates, by_ups
+
+
+def _rotate(states: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
+    if has_kernels(states.device):
+        from llm_barber.gpu import rotary
+
+        return rotary.rotate(_with_last_stride_1(states), cosine.contiguous(), sine.contiguous(), back)
+    return rotate_in_steps(states, cosine, sine, back)
+
+
+def _gate(gates: Tensor, ups: Tensor) -> Tensor:
+    if has_kernels(gates.device):
+        from llm_barber.gpu import gate
+
+        return gate.gate(_rows(gates), _rows(ups)).view(gates.shape)
+    return gate_in_steps(gates, ups)
+
+
+def _gate_back(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, ...]:
+    if has_kernels(gates.device):
+        from llm_barber.gpu import gate
+
+        return tuple(by.view(gates.shape) for by in gate.gate_back(*map(_rows, (gradient, gates, ups))))
+    return gradients_in_steps(gradient, gates, ups)
+
+
+def _add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
+    if has_kernels(total.device) and total.is_contiguous():
+        from llm_barber.gpu import squares
+
+        squares.add_squares(total, gradients.contiguous(), factors.contiguous())
+    else:
+        add_squares_in_steps(total, gradients, factors)
+
+
+_library.impl("rotate", _rotate, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("gate", _gate, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("gate_back", _gate_back, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("add_squares", _add_squares, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+def rotate_in_steps(states: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
+    """`rotate`, or its way back, by PyTorch's operations, in the order of transformers."""
+    cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
+    if not back:
+        first, second = states.chunk(2, -1)
+        return states * cosine + torch.cat((-second, first), -1) * sine
+    first, second = (states * sine).chunk(2, -1)
+    return states * cosine + torch.cat((second, -first), -1)
+
+
+def gate_in_steps(gates: Tensor, ups: Tensor) -> Tensor:
+    """`gate` by PyTorch's operations."""
+    return silu(gates) * ups
+
+
+def add_squares_in_steps(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
+    """`add_squares` by PyTorch's operations."""
+    for gradient, factor in zip(gradients, factors, strict=True):
+        scaled = gradient.float() * factor
+        total.addcmul_(scaled, scaled)
+
+
+def _with_last_stride_1(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """View a tensor, (…, columns), as rows whose columns lie side by side; copy it where that cannot be."""
+    return _with_last_stride_1(tensor.reshape(-1, tensor.shape[-1]))

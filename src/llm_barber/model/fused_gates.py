@@ -1,0 +1,152 @@
+"""SwiGLU of MLPs and of experts in one operation (`gpu/steps.py`).
+
+An MLP is known by what it computes: down(SiLU(gate(x)) · up(x)), whatever its linears are called, with gate and up in
+one linear or in two. One that gives other bits on the CPU, in any of three dtypes, stays. So do others' activations,
+such as Gemma's.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llm_barber.gpu.kernels import DTYPES
+from llm_barber.gpu.steps import gate
+from llm_barber.model.experts import GATE, GATE_UP, UP, Experts, Linear
+
+TOKENS, HIDDEN, INNER = 5, 6, 10  # of what a module is tried on
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which children of an MLP are what; `up` is None if `gate` is the linear of both.
+
+    `gate_first`: of the outputs of one linear for both, the first half are the gate's.
+    """
+
+    gate: str
+    up: str | None
+    down: str
+    gate_first: bool = True
+
+    def compute(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Output of the MLP, of the shape of its input."""
+        linear: Callable[[str], Any] = module.get_submodule
+        if self.up is None:
+            halves = linear(self.gate)(hidden).chunk(2, -1)
+            inner = gate(*(halves if self.gate_first else reversed(halves)))
+        else:
+            inner = gate(linear(self.gate)(hidden), linear(self.up)(hidden))
+        return cast(Tensor, linear(self.down)(inner))
+
+
+def fuse_gates(modules: nn.Module) -> None:
+    """Let the MLPs and experts among some modules compute SwiGLU in one operation.
+
+    Args:
+        modules: their weights may be on `meta`. Hooks on them and on their linears stay.
+    """
+    for module, roles in gated_mlps(modules):
+        module.forward = partial(_forward, module, roles)
+    for module in modules.modules():
+        if isinstance(module, Experts) and _is_swiglu(module):
+            module.__dict__["combine"] = _combine_separate if module.separate else _combine_joined
+
+
+def gated_mlps(modules: nn.Module) -> Iterator[tuple[nn.Module, Roles]]:
+    """Find the MLPs whose forward is SwiGLU between linears; modules that look alike are tried once."""
+    known: dict[tuple[Any, ...], Roles | None] = {}
+    for module in modules.modules():
+        linears = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
+        if not _may_be_gated(module, linears):
+            continue
+        settings = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+        others = (type(child) for name, child in module.named_children() if name not in linears)
+        key = (type(module), *((name, linears[name].bias is None) for name in linears), *others, *settings.items())
+        if key not in known:
+            tried = (roles for roles in _possible_roles(list(linears)) if _has_its_bits(module, roles, linears))
+            known[key] = next(tried, None)
+        roles = known[key]
+        if roles is not None:
+            yield module, roles
+
+
+def _may_be_gated(module: nn.Module, linears: dict[str, nn.Linear]) -> bool:
+    """Test for a module of two or three linears, without other parameters, that takes one tensor."""
+    if len(linears) not in (2, 3):
+        return False
+    own = sum(1 for _ in module.parameters()) == sum(1 for linear in linears.values() for _ in linear.parameters())
+    return own and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _possible_roles(names: list[str]) -> Iterator[Roles]:
+    for order in permutations(names):
+        if len(order) == 2:
+            yield from (Roles(order[0], None, order[1], first) for first in (True, False))
+        else:
+            gate_name, up_name, down_name = order
+            yield Roles(gate_name, up_name, down_name)
+
+
+def _has_its_bits(module: nn.Module, roles: Roles, linears: dict[str, nn.Linear]) -> bool:
+    """Try the module's forward and `Roles.compute` on the CPU, with small random linears in place of the module's."""
+    return all(_has_its_bits_in(dtype, module, roles, linears) for dtype in DTYPES)
+
+
+def _has_its_bits_in(dtype: torch.dtype, module: nn.Module, roles: Roles, linears: dict[str, nn.Linear]) -> bool:
+    shapes = {roles.gate: (HIDDEN, INNER * (2 if roles.up is None else 1)), roles.down: (INNER, HIDDEN)}
+    if roles.up is not None:
+        shapes[roles.up] = (HIDDEN, INNER)
+    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        made = torch.Generator().manual_seed(0)
+        small = copy.copy(module)
+        small.__dict__["_modules"] = dict(module.named_children())
+        for name, linear in linears.items():
+            small._modules[name] = nn.Linear(*shapes[name], bias=linear.bias is not None, dtype=dtype)
+            for parameter in small.get_submodule(name).parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=made))
+        hidden, output = torch.randn(2, TOKENS, HIDDEN, generator=made).to(dtype), None
+        with suppress(Exception):  # a module that takes no such linears is not of this form
+            output = small.forward(hidden)
+        expected = roles.compute(small, hidden)
+    return isinstance(output, Tensor) and output.dtype == dtype and torch.equal(output, expected)
+
+
+def _forward(module: nn.Module, roles: Roles, *arguments: Tensor, **named: Tensor) -> Tensor:
+    (hidden,) = (*arguments, *named.values())
+    return roles.compute(module, hidden)
+
+
+def _is_swiglu(experts: Experts) -> bool:
+    """Test whether experts combine gate and up as SwiGLU does, on the CPU, for random outputs of their linears."""
+    combine = _combine_separate if experts.separate else _combine_joined
+    return experts.first == GATE_UP and all(_combines_like(combine, experts, dtype) for dtype in DTYPES)
+
+
+def _combines_like(combine: Callable[[Linear, Tensor], Tensor], experts: Experts, dtype: torch.dtype) -> bool:
+    with torch.device("cpu"):
+        made = torch.Generator().manual_seed(0)
+        outputs = {
+            name: 3 * torch.randn(TOKENS, inner, generator=made).to(dtype)
+            for name, inner in ((GATE, INNER), (UP, INNER), (GATE_UP, 2 * INNER))
+        }
+        output = None
+        with suppress(Exception):  # experts that need more than these outputs are not of this form
+            output = experts.combine(lambda name, _: outputs[name], outputs[GATE])
+        expected = combine(lambda name, _: outputs[name], outputs[GATE])
+    return isinstance(output, Tensor) and output.dtype == dtype and torch.equal(output, expected)
+
+
+def _combine_separate(linear: Linear, inputs: Tensor) -> Tensor:
+    return gate(linear(GATE, inputs), linear(UP, inputs))
+
+
+def _combine_joined(linear: Linear, inputs: Tensor) -> Tensor:
+    return gate(*linear(GATE_UP, inputs).chunk(2, -1))

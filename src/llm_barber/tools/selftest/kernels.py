@@ -1,0 +1,59 @@
+"""Kernels for what lies between matrix products, against PyTorch's operations: results and speeds."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_barber.gpu import steps
+from llm_barber.gpu.kernels import DTYPES, has_kernels, is_right
+from llm_barber.planning.measured_rates import Stopwatch
+from llm_barber.tools.selftest.bench import Bench
+from llm_barber.tools.selftest.result import Finding, NotRunError
+
+# Of LLaMA-2 7B: tokens of a batch, heads and their features; features of an MLP, and the shape of its linear.
+TOKENS, HEADS, FEATURES, INNER, SHAPE, GRADIENTS = 8192, 32, 128, 11008, (11008, 4096), 4
+# Each step by its kernel, and by PyTorch's operations.
+STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "rotary embeddings": (steps.rotate, steps.rotate_in_steps),
+    "SwiGLU": (steps.gate, steps.gate_in_steps),
+    "squares of gradients": (steps.add_squares, steps.add_squares_in_steps),
+}
+
+
+@torch.no_grad()
+def check_kernels(bench: Bench) -> Iterator[Finding]:
+    """Compare the kernels with PyTorch's operations, twice, in each dtype, and time both.
+
+    Raises:
+        NotRunError: the device is a CPU, or Triton's kernels do not run on it.
+    """
+    if not bench.on_gpu:
+        raise NotRunError("needs a GPU")
+    if not has_kernels(bench.device):
+        raise NotRunError("Triton's kernels do not run on this GPU")
+    for dtype in DTYPES:
+        right = is_right(bench.device, dtype) and is_right(bench.device, dtype)
+        verdict = "are PyTorch's" if right else "differ from PyTorch's"
+        yield Finding(text=f"{str(dtype).removeprefix('torch.')}: results {verdict}", passed=right)
+    stopwatch = Stopwatch(bench.device)
+    for name, functions in STEPS.items():
+        tensors = _tensors(name, bench)
+        taken = [stopwatch.least(partial(function, *tensors)) * 1e6 for function in functions]
+        yield Finding(
+            text=f"{name} of LLaMA-2 7B: {taken[0]:.0f} µs, by PyTorch's operations {taken[1]:.0f}", passed=True
+        )
+
+
+def _tensors(name: str, bench: Bench) -> tuple[Tensor, ...]:
+    """Arguments of a step, random, on the device."""
+    made = partial(torch.randn, device=bench.device, dtype=bench.dtype)
+    if name == "SwiGLU":
+        return made(TOKENS, INNER), made(TOKENS, INNER)
+    if name == "rotary embeddings":
+        states = made(1, TOKENS, HEADS, FEATURES).transpose(1, 2)
+        return states, made(1, TOKENS, FEATURES), made(1, TOKENS, FEATURES)
+    total = torch.zeros(SHAPE, device=bench.device)
+    return total, made(GRADIENTS, *SHAPE), torch.ones(GRADIENTS, device=bench.device)

@@ -1,0 +1,142 @@
+"""Kernels for rotary embeddings, SwiGLU and squares: in Triton's interpreter, or on a GPU, and compiled."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+
+from llm_barber.gpu import gate as gating
+from llm_barber.gpu import rotary, squares
+from llm_barber.gpu.kernels import DTYPES, gradients_in_steps
+from llm_barber.gpu.steps import rotate_in_steps
+from tests.helpers.kernels import Source, compile_kernels, launches
+
+# The interpreter computes with numpy, which warns where a GPU has an infinite or undefined result.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter does not round to bfloat16, it cuts off; its errors are up to a unit in each of three roundings.
+EXACT = [dtype for dtype in DTYPES if dtype != torch.bfloat16 or DEVICE == "cuda"]
+SHAPES = [(2, 3, 5, 64), (1, 17, 4, 16), (3, 1, 2, 24), (1, 2, 1, 2)]  # sequences, heads, tokens, features
+
+
+def angles(shape: tuple[int, ...], sequences: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, sequences, shape[2], shape[3], generator=generator).to(DEVICE, dtype)
+
+
+def states(shape: tuple[int, ...], dtype: torch.dtype, heads_first: bool) -> Tensor:
+    sequences, heads, tokens, features = shape
+    generator = torch.Generator().manual_seed(0)
+    if heads_first:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    return torch.randn(sequences, tokens, heads, features, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotates_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...], heads_first: bool, back: bool) -> None:
+    values = states(shape, dtype, heads_first)
+    for sequences in {1, shape[0]}:
+        cosine, sine = angles(shape, sequences, dtype)
+        rotated, expected = rotary.rotate(values, cosine, sine, back), rotate_in_steps(values, cosine, sine, back)
+        assert rotated.stride() == values.stride()
+        if dtype in EXACT:
+            assert torch.equal(rotated, expected)
+        else:
+            torch.testing.assert_close(rotated, expected, rtol=0.02, atol=0.04)
+
+
+@pytest.mark.parametrize("columns", [1, 16, 1000, 2055])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_as_pytorch_does(dtype: torch.dtype, columns: int) -> None:
+    """Rows need not be contiguous: gate and up may be halves of one linear's outputs."""
+    generator = torch.Generator().manual_seed(columns)
+    both, gradient = 3 * torch.randn(3, 2 * columns, generator=generator), torch.randn(3, columns, generator=generator)
+    both[0, :2] = torch.tensor([-200.0, 200.0])  # the exponential is infinite or zero
+    gates, ups = both.to(DEVICE, dtype).chunk(2, 1)
+    gradient = gradient.to(DEVICE, dtype)
+    results = gating.gate(gates, ups), *gating.gate_back(gradient, gates, ups)
+    expected = silu(gates) * ups, *gradients_in_steps(gradient, gates, ups)
+    unit = torch.finfo(dtype).eps
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, right, rtol=4 * unit, atol=4 * unit)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8), (4, 40, 65), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adds_squares_one_after_the_other(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gradients = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    gradients[-1] *= 256  # the largest comes last
+    total, factors = torch.full(shape[1:], 2.0**-9, device=DEVICE), torch.rand(shape[0], device=DEVICE)
+    expected = total.clone()
+    for gradient, factor in zip(gradients, factors, strict=True):
+        expected += (gradient.float() * factor).square()
+    squares.add_squares(total, gradients, factors)
+    torch.testing.assert_close(total, expected, rtol=2.0**-22, atol=0)
+
+
+def test_not_finite_stays_not_finite() -> None:
+    gates = torch.tensor([[torch.inf, -torch.inf, torch.nan]], device=DEVICE)
+    ups = torch.ones_like(gates)
+    assert torch.equal(gating.gate(gates, ups).isfinite(), (silu(gates) * ups).isfinite())
+
+
+@pytest.mark.parametrize("kernel", ["_add_squares", "_gate", "_gate_back", "_rotate"])
+def test_launches_go_to_the_tensors_device(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(1, 2, 3, 4)
+    module = {"_rotate": rotary, "_add_squares": squares}.get(kernel, gating)
+    events = launches(monkeypatch, module, kernel)
+    if kernel == "_add_squares":
+        squares.add_squares(values[0, 0], values[0], values[0, 0, 0])
+    elif kernel == "_rotate":
+        rotary.rotate(values, *angles((1, 2, 3, 4), 1, torch.float32), False)
+    elif kernel == "_gate":
+        gating.gate(values[0, 0], values[0, 1])
+    else:
+        gating.gate_back(values[0, 0], values[0, 0], values[0, 1])
+    assert len(events) == 3
+    assert events[1] == "launch"
+    assert events[0] is events[2]
+
+
+CAPABILITIES = (80, 89, 90)
+POINTERS = ("states", "cosine", "sine", "rotated", "gate", "up", "gated", "gradient", "by_gate", "by_up", "gradients")
+NUMBERS = (
+    "heads", "tokens", "half", "columns", "sequence_step", "head_step", "token_step", "rotated_sequence",
+    "rotated_head", "rotated_token", "angle_sequence", "angle_token", "gate_step", "up_step", "gradient_step",
+    "numbers",
+)  # fmt: skip
+ROTATION = {"together": rotary.HEADS, "width": 64}  # heads of 128 features
+# Accesses of 16 bytes of each lane: numbers that lie side by side are read and written so. Other accesses: a factor of
+# each gradient. Barriers: sums of squares are float32, and lie otherwise in the lanes than gradients.
+COMPILED: list[tuple[Any, str, dict[str, Any], tuple[int, int, int]]] = [
+    (rotary, "_rotate", {**ROTATION, "back": False}, (4, 0, 0)),
+    (rotary, "_rotate", {**ROTATION, "back": True}, (4, 0, 0)),
+    (gating, "_gate", {"together": gating.COLUMNS}, (3, 0, 0)),
+    (gating, "_gate_back", {"together": gating.COLUMNS}, (5, 0, 0)),
+    (squares, "_add_squares", {"together": squares.NUMBERS, "count": 4}, (8, 4, 1)),
+]
+
+
+def test_compiled_kernels_read_and_write_16_bytes_at_once(tmp_path: Path) -> None:
+    kinds = {**dict.fromkeys(POINTERS, "*bf16"), **dict.fromkeys(NUMBERS, "i32"), "total": "*fp32", "factors": "*fp32"}
+    sources = [
+        Source(module, name, kinds, constants, capability, 4, NUMBERS)
+        for capability in CAPABILITIES
+        for module, name, constants, *_ in COMPILED
+    ]
+    codes = compile_kernels(sources, tmp_path)
+    for (_, name, _, (wide, others, barriers)), code in zip(COMPILED * len(CAPABILITIES), codes, strict=True):
+        found = code.count("LDG.E.128", "STG.E.128")
+        assert found >= wide, name
+        assert code.count("LDG", "STG") - found == others, name
+        assert (code.spills, code.barriers) == (0, barriers), name
