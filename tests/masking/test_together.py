@@ -107,11 +107,25 @@ def test_a_statistic_without_a_grouped_sum_is_updated_linear_by_linear() -> None
     for index, statistic in enumerate(statistics):
         expected = scale.sum() + inputs[index].sum() + gradients[index].sum() + 0.5
         torch.testing.assert_close(statistic.total, expected.expand(OUT, IN))
-    targets = [TargetMoments(IN, CPU) for _ in range(LINEARS)]
-    update_together(targets, inputs, inputs)
-    for target in targets:  # one of two products is of a triangle alone, and may be rounded differently
-        torch.testing.assert_close(target.difference, torch.zeros(IN, IN), atol=1e-6 * float(target.gram.max()), rtol=0)
-    assert targets[0].tokens == SEQUENCES * TOKENS
+
+
+@pytest.mark.parametrize("elements", [1, 2 * IN * IN, 2**24])
+@pytest.mark.parametrize("crossed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_target_moments_together_equal_one_after_the_other(
+    dtype: torch.dtype, crossed: bool, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together, "MATRIX_ELEMENTS", elements)
+    joined, single = ([TargetMoments(IN, CPU, crossed) for _ in range(LINEARS)] for _ in range(2))
+    for seed in range(2):
+        inputs, dense_inputs = batch(dtype, seed)[0], batch(dtype, seed + 2)[0] if crossed else None
+        update_together(joined, inputs, dense_inputs)
+        for index, moments in enumerate(single):
+            moments.update(inputs[index], None if dense_inputs is None else dense_inputs[index])
+    for moments, expected in zip(joined, single, strict=True):
+        torch.testing.assert_close(moments.gram, expected.gram, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments.difference, expected.difference, rtol=1e-5, atol=1e-6)
+        assert moments.tokens == expected.tokens == 2 * SEQUENCES * TOKENS
 
 
 def test_a_single_linear_keeps_its_bits() -> None:

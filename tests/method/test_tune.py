@@ -19,7 +19,7 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.saliency import wanda
 from llm_barber.method import distance as distances
-from llm_barber.method import tune
+from llm_barber.method import tune, tuned_parameters
 from llm_barber.method.distance import Distance
 from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.block import DecoderLayer
@@ -277,7 +277,8 @@ def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     for begun in (True, False):
         sums = {"0": torch.full((8, 8), torch.nan if begun else 0.0)}
         empty = {"0"} if begun else set[str]()
-        tune._add_gradients(sums, empty, layer, {"0": weight.to(dtype).requires_grad_()}, streams, slice(0, 1), plain)
+        weights = {"0": weight.to(dtype).requires_grad_()}
+        tune._add_gradients(sums, empty, layer, weights, dict, streams, slice(0, 1), plain)
         assert not empty
         results.append(sums["0"])
     assert torch.equal(*results)
@@ -302,7 +303,7 @@ def test_masks_stay_if_held_out_windows_reject_every_pass(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = run(model, tmp_path / "plain", tokens, preset="mask", refine="none", pattern="2:4")
-    monkeypatch.setattr("llm_barber.method.tune.PATTERN_SCORE_RATE", -5.0)  # ascends instead of descending
+    monkeypatch.setattr("llm_barber.method.tuned_parameters.PATTERN_SCORE_RATE", -5.0)  # ascends instead of descending
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4")
     assert report.rejected == 4
     assert report.swapped == plain.swapped == 0
@@ -319,13 +320,13 @@ def test_the_last_pass_that_beats_the_untuned_layer_is_kept(
     """The nearest pass is not kept: by chance, an early pass may be nearest."""
     errors = cycle([5.0, 2.0, 4.0, last])  # of each layer: before tuning, and after each pass
     after_steps: list[Tensor] = []
-    update_masks = tune._Parameters.update_masks
+    update_masks = tuned_parameters.TunedParameters.update_masks
 
-    def noted(parameters: tune._Parameters) -> None:
+    def noted(parameters: tuned_parameters.TunedParameters) -> None:
         update_masks(parameters)
-        after_steps.append(parameters._linears["mlp.up_proj"].keep.clone())
+        after_steps.append(parameters.linears()["mlp.up_proj"].keep.clone())
 
-    monkeypatch.setattr(tune._Parameters, "update_masks", noted)
+    monkeypatch.setattr(tuned_parameters.TunedParameters, "update_masks", noted)
     monkeypatch.setattr(Distance, "errors", lambda *_: torch.tensor([next(errors)]))
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4", tune_passes=3)
     assert (report.held_out, [layer.kept_pass for layer in report.layers]) == (1, [2, 2])
@@ -358,12 +359,13 @@ def test_batches_change_little(tmp_path: Path, model: Path, tokens: Path) -> Non
 def test_steps_change_saliency_by_its_mean_in_the_row() -> None:
     weight = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.0, 0.0]])
     squares = torch.tensor([4.0, 0.25, 100.0])  # the roots are 2, ½ and 10, their median 2
-    row_steps, column_steps = tune.step_sizes(weight, squares)
+    row_steps, column_steps = tuned_parameters.step_sizes(weight, squares)
     mean = (2 + 1 + 30) / 3
     assert torch.allclose(row_steps * column_steps, torch.tensor([[mean / 2, mean / 2, mean / 10], [0, 0, 0]]))
-    row_steps, column_steps = tune.step_sizes(weight, torch.tensor([0.0, 0.0, 4.0]))  # median of the nonzero inputs
+    # The median is that of the nonzero inputs.
+    row_steps, column_steps = tuned_parameters.step_sizes(weight, torch.tensor([0.0, 0.0, 4.0]))
     assert torch.equal(column_steps, torch.tensor([0.5, 0.5, 0.5]))
-    row_steps, column_steps = tune.step_sizes(weight, torch.zeros(3))  # an expert without tokens
+    row_steps, column_steps = tuned_parameters.step_sizes(weight, torch.zeros(3))  # an expert without tokens
     assert torch.equal(row_steps * column_steps, torch.zeros(2, 3))
 
 

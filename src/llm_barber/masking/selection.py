@@ -16,7 +16,7 @@ SORTED_ON_GPU = 2**24
 LONGEST_ON_GPU = 2**31 - 1  # members of a group: the most that `torch.sort` takes on CUDA
 # A GPU selects the border of a group, without sorting it, in one block of threads: so many groups keep it busy.
 SELECTED_ON_GPU = 64
-MOST_RUNS = 2  # of groups whose borders are selected together
+MOST_RUNS = 2  # of groups whose borders are selected in an operation each, however few groups they have
 
 Runs = tuple[tuple[int, int], ...]  # groups that follow each other, and the number of members to mark in each of them
 
@@ -113,12 +113,14 @@ def lowest_of_each(scores: Sequence[Tensor], counts: Sequence[Tensor], runs: Seq
 
 
 def equal_runs(counts: Tensor) -> Runs | None:
-    """Runs of groups that have as many members to mark, of int64 (groups,); None: more than `MOST_RUNS`.
+    """Runs of groups that have as many members to mark, of int64 (groups,).
 
-    A GPU that has the counts is waited for. Example: [3, 3, 2] -> ((2, 3), (1, 2)).
+    None: there are more than `MOST_RUNS`, and some are too short for their borders to be selected. A GPU that has the
+    counts is waited for. Example: [3, 3, 2] -> ((2, 3), (1, 2)).
     """
     numbers, lengths = (values.tolist() for values in torch.unique_consecutive(counts, return_counts=True))
-    return tuple(zip(lengths, numbers, strict=True)) if len(numbers) <= MOST_RUNS else None
+    selected = len(numbers) <= MOST_RUNS or min(lengths) >= SELECTED_ON_GPU
+    return tuple(zip(lengths, numbers, strict=True)) if selected else None
 
 
 @dataclass(frozen=True)

@@ -180,11 +180,13 @@ class TargetMoments(RunningSums):
     `gram` is Σ x xᵀ / n and `difference` is Σ (x − x′) xᵀ / n over all n tokens, both float32 (in, in); x is an input
     in the sparse model, x′ the same input in the dense model. A target between the outputs on x (mix 0) and on x′
     (mix 1) has the linear term L = mix · W · difference of `swaps.py`.
+
+    `squared` and `crossed` are the sums, Σ x xᵀ (its panels) and Σ x′ xᵀ; `crossed` is None where x′ is x.
     """
 
     def __init__(self, features: int, device: torch.device, crossed: bool = True) -> None:
-        self._gram = torch.zeros(features, features, device=device)
-        self._crossed = torch.zeros_like(self._gram) if crossed else None
+        self.squared = torch.zeros(features, features, device=device)
+        self.crossed = torch.zeros_like(self.squared) if crossed else None
         self.tokens = _new_count()
 
     def update(self, inputs: Tensor, dense_inputs: Tensor | None) -> None:
@@ -197,22 +199,22 @@ class TargetMoments(RunningSums):
         with exact_half_products(inputs.dtype):
             for index, sequence in enumerate(inputs):
                 values = sequence.float()
-                add_products(self._gram, values)
-                if dense_inputs is not None and self._crossed is not None:
-                    self._crossed.addmm_(dense_inputs[index].float().t(), values)
+                add_products(self.squared, values)
+                if dense_inputs is not None and self.crossed is not None:
+                    self.crossed.addmm_(dense_inputs[index].float().t(), values)
         self.tokens += inputs.shape[0] * inputs.shape[1]
 
     @property
     def gram(self) -> Tensor:
         """Σ x xᵀ / n, float32 (in, in)."""
-        return mirror(self._gram / self.tokens.item())
+        return mirror(self.squared / self.tokens.item())
 
     @property
     def difference(self) -> Tensor:
         """Σ (x − x′) xᵀ / n, float32 (in, in)."""
-        if self._crossed is None:
-            return torch.zeros_like(self._gram)
-        return mirror(self._gram.clone()).sub_(self._crossed).div_(self.tokens.item())
+        if self.crossed is None:
+            return torch.zeros_like(self.squared)
+        return mirror(self.squared.clone()).sub_(self.crossed).div_(self.tokens.item())
 
 
 SEQUENCES_TOGETHER, GRADIENT_BYTES = 4, 2**30  # a GPU holds gradients of so many sequences, or so many bytes, at a time

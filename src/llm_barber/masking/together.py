@@ -17,6 +17,7 @@ from llm_barber.masking.statistics import (
     GramMatrix,
     InputMoments,
     InputSquares,
+    TargetMoments,
     exact_half_products,
     weight_gradients,
 )
@@ -25,7 +26,7 @@ from llm_barber.masking.statistics import (
 MATRIX_ELEMENTS = 2**24
 
 
-def update_together(statistics: Sequence[Any], inputs: Tensor, *further: Tensor | float) -> None:
+def update_together(statistics: Sequence[Any], inputs: Tensor, *further: Tensor | float | None) -> None:
     """Update a statistic of each of n linears.
 
     Args:
@@ -41,7 +42,7 @@ def update_together(statistics: Sequence[Any], inputs: Tensor, *further: Tensor 
         statistic.update(inputs[index], *(_of_linear(part, index) for part in further))
 
 
-def _of_linear(part: Tensor | float, index: int) -> Tensor | float:
+def _of_linear(part: Tensor | float | None, index: int) -> Tensor | float | None:
     """A linear's part of a further argument."""
     return part[index] if isinstance(part, Tensor) and part.dim() > 1 else part
 
@@ -74,6 +75,20 @@ def _gram_matrices(statistics: Sequence[GramMatrix], inputs: Tensor) -> None:
                 _add([statistic.total for statistic in statistics[part]], torch.bmm(values.transpose(1, 2), values))
     for statistic in statistics:
         statistic.sequences += inputs.shape[1]
+
+
+def _target_moments(statistics: Sequence[TargetMoments], inputs: Tensor, dense_inputs: Tensor | None) -> None:
+    with exact_half_products(inputs.dtype):
+        for index, sequence in enumerate(inputs.unbind(1)):
+            for part in _parts(len(statistics), inputs.shape[-1] ** 2):
+                values = sequence[part].float()
+                _add([statistic.squared for statistic in statistics[part]], torch.bmm(values.transpose(1, 2), values))
+                crossed = [statistic.crossed for statistic in statistics[part] if statistic.crossed is not None]
+                if crossed and dense_inputs is not None:
+                    dense_values = dense_inputs[part, index].float()
+                    _add(crossed, torch.bmm(dense_values.transpose(1, 2), values))
+    for statistic in statistics:
+        statistic.tokens += inputs.shape[1] * inputs.shape[2]
 
 
 def _gradient_squares(
@@ -114,6 +129,7 @@ TOGETHER: dict[type, Callable[..., None]] = {
     InputMoments: _input_moments,
     GramMatrix: _gram_matrices,
     GradientSquares: _gradient_squares,
+    TargetMoments: _target_moments,
     FisherSums: _fisher_sums,
 }
 

@@ -1,15 +1,17 @@
 """Kernels that a GPU starts in each stage of a run: the host takes time for each, however little the kernel does.
 
 The numbers were counted in runs of a tiny LLaMA and a tiny Mixtral on a pretended GPU, and
-`tests/test_device_budgets.py` compares a plan with such runs. Other dense models start up to a fifth more. Experts with
-few tokens, which tuning leaves out, are counted like experts with many. Not counted: loops over columns (SparseGPT,
-ALPS, DSnoT) and over rounds of swaps, the order of channels, allocation by outliers, and the output head.
+`tests/test_device_budgets.py` compares a plan with such runs. Other dense models start up to a fifth more. Where rotary
+embeddings or an activation are PyTorch's own operations, a pass of attention starts eight more, one of an MLP one more.
+Not counted: loops over columns (SparseGPT, ALPS, DSnoT) and over rounds of swaps, the order of channels, allocation by
+outliers, and the output head.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from llm_barber.model.architecture import ATTENTION
+from llm_barber.model.expert_products import LARGE_WEIGHT
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.settings.presets import Allocation
@@ -24,8 +26,10 @@ MASK, REBUILT, ERRORS, SCORES = 20, 73, 40, 37
 # For each linear and batch: gradients of the rebuild, and of the allocation.
 REBUILD_GRADIENTS, ALLOCATION_GRADIENTS = 11, 40
 # Of tuning: for a sequence, and for each linear of it; for each linear in a step, and more where both masks and weights
-# are tuned, or for N:M; for a batch of held-out windows.
+# are tuned, or for N:M; for a batch of held-out windows. For each expert's linear: to begin, and the border of its
+# scores in a step; all else takes the linears of all experts at once.
 SEQUENCE, SUMS, STEP, BOTH, PATTERN, JUDGED = 20, 2, 23, 13, 25, 45
+EXPERT_SCORES, EXPERT_BORDER = 4, 1
 
 
 def layer_launches(layer: LayerShapes, recipe: Recipe) -> dict[str, float]:
@@ -45,22 +49,26 @@ def layer_launches(layer: LayerShapes, recipe: Recipe) -> dict[str, float]:
         measured = _batches(recipe, recipe.held_out // recipe.tokens or recipe.local_sequences)
         launches["refine"] = (4 * measured + batches * recipe.follows_dense) * once + ERRORS * linears
         if recipe.refine.of_layers:
-            launches["tune"] = _tuning(once, linears, groups, recipe)
+            launches["tune"] = _tuning(once, layer.blocks, groups, recipe)
     return launches
 
 
-def _tuning(once: float, linears: int, groups: int, recipe: Recipe) -> float:
+def _tuning(once: float, blocks: Sequence[BlockShapes], groups: int, recipe: Recipe) -> float:
     """Kernels of tuning a layer, of which a pass over a batch starts `once`."""
     settings = recipe.refine
     assert settings is not None
+    stacks = sum(len(block.linears) * (1 if _is_stacked(block) else block.copies) for block in blocks)
+    stacked = sum(len(block.linears) * block.copies for block in blocks if _is_stacked(block))
     held_out = recipe.held_out // recipe.tokens
     sequences = settings.passes * (recipe.local_sequences - held_out)
-    of_sequence = (1 + BACKWARD) * once + SEQUENCE + SUMS * linears
+    of_sequence = (1 + BACKWARD) * once + SEQUENCE + SUMS * stacks
     masks_and_weights = settings.tunes_masks and settings.tunes_weights
     groups_of_m = settings.tunes_masks and recipe.pattern is not None
-    of_step = linears * (STEP + BOTH * masks_and_weights + PATTERN * groups_of_m)
+    of_step = stacks * (STEP + BOTH * masks_and_weights + PATTERN * groups_of_m)
+    of_step += EXPERT_BORDER * stacked * (settings.tunes_masks and recipe.pattern is None)
     judged = (settings.passes + 1) * _batches(recipe, held_out) * (once + JUDGED)
-    before = _batches(recipe, recipe.local_sequences) * (once + STATISTICS * groups) + SCORES * linears
+    before = _batches(recipe, recipe.local_sequences) * (once + STATISTICS * groups)
+    before += SCORES * stacks + EXPERT_SCORES * stacked
     return before + sequences * of_sequence + settings.passes * recipe.tune_steps * of_step + judged
 
 
@@ -78,8 +86,13 @@ def _batches(recipe: Recipe, sequences: int) -> int:
     return math.ceil(sequences / recipe.batch)
 
 
+def _is_stacked(block: BlockShapes) -> bool:
+    """Test for experts whose linears are joined while they are tuned (`method/stacks.py`)."""
+    return block.copies > 1 and block.largest <= LARGE_WEIGHT
+
+
 def _linears(blocks: Iterable[BlockShapes]) -> int:
-    """Linears of a layer, of all experts: masks, scores and sums are each linear's own."""
+    """Linears of a layer, of all experts: initial masks, rankings and errors are each linear's own."""
     return sum(len(block.linears) * block.copies for block in blocks)
 
 

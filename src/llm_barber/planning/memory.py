@@ -95,7 +95,9 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
         wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # sums of gradients are float64 then
         tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
-        moments.append(Footprint(device=tuned + 2 * batch))
+        # Experts' masks, values and weights are copied into stacks.
+        experts = sum(block.all_weights for block in layer.blocks if block.copies > 1) * (not recipe.on_cpu)
+        moments.append(Footprint(device=tuned + (2 * recipe.itemsize + BOOL) * experts + 2 * batch))
     return moments
 
 

@@ -1,0 +1,167 @@
+"""What Adam tunes in a decoder layer: scores that define its masks, changes of its kept weights, or both."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llm_barber.masking.by_rows import multiply
+from llm_barber.masking.saliency import wanda
+from llm_barber.masking.scores import Scored, count_pruned, masks_from_scores, starting_scores
+from llm_barber.masking.selection import apply_mask, equal_runs
+from llm_barber.masking.statistics import InputSquares
+from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
+from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.method.pruned_linear import PrunedLinear
+from llm_barber.method.stacks import Stack, stack_linears
+from llm_barber.model.block import DecoderLayer
+from llm_barber.model.streams import ActivationStreams
+from llm_barber.settings.refining import RefineSettings
+
+WEIGHT_RATE = 0.01  # Adam's rate for kept weights, in units of `step_sizes`
+# Adam's rates for scores, whose mean in a row is 1. Fewer scores lie near the border of a group of M than near that of
+# a row. So scores of N:M move faster, unless weights are tuned too, which doubles the passes.
+SCORE_RATE, PATTERN_SCORE_RATE = 0.02, 0.04
+
+Linears = Mapping[str, PrunedLinear]
+
+
+class TunedParameters:
+    """Adam's parameters for a layer, one for each stack of linears (`stacks.py`); tensors are by the stack's name.
+
+    Experts with few tokens stay as they are: they are in no stack.
+    """
+
+    def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
+        linears, squares = _collect_squares(layer, pruned, streams)
+        stacks = stack_linears({name: each for name, each in linears.items() if not each.few_tokens}, layer.experts)
+        self._frozen = {name: linear for name, linear in linears.items() if linear.few_tokens}
+        self._stacks = {stack.name: stack for stack in stacks}
+        self._scores: dict[str, Tensor] = {}
+        self._pruned_counts: dict[str, Tensor] = {}
+        self._changes: dict[str, Tensor] = {}  # of the values, in units of `_steps`
+        self._steps: dict[str, tuple[Tensor, Tensor]] = {}
+        for stack in stacks:
+            values = stack.split(stack.linear.values)
+            if settings.tunes_masks:
+                saliency = [wanda(of_linear, squares[name].mean) for name, of_linear in values.items()]
+                self._add_scores(stack, torch.cat(saliency) if len(saliency) > 1 else saliency[0])
+            if settings.tunes_weights:
+                sizes = [step_sizes(of_linear, squares[name].mean) for name, of_linear in values.items()]
+                rows, columns = (torch.stack(factors) for factors in zip(*sizes, strict=True))
+                self._changes[stack.name] = torch.zeros_like(
+                    stack.linear.values, dtype=torch.float32, requires_grad=True
+                )
+                self._steps[stack.name] = rows, columns.unsqueeze(1)
+        self._runs = {
+            name: equal_runs(counts[:, 0])
+            for name, counts in self._pruned_counts.items()
+            if self._stacks[name].linear.pattern is None
+        }
+
+    def _add_scores(self, stack: Stack, saliency: Tensor) -> None:
+        linear = stack.linear
+        self._pruned_counts[stack.name] = count_pruned(linear.keep, linear.pattern)
+        scores = starting_scores(linear.keep, saliency, linear.pattern, linear.fixed)
+        self._scores[stack.name] = scores.requires_grad_()
+
+    def groups(self) -> list[dict[str, object]]:
+        """Groups of parameters with their rates, as Adam takes them."""
+        groups: list[dict[str, object]] = []
+        for name, scores in self._scores.items():
+            faster = self._stacks[name].linear.pattern is not None and not self._changes
+            groups.append({"params": [scores], "lr": PATTERN_SCORE_RATE if faster else SCORE_RATE})
+        if self._changes:
+            groups.append({"params": list(self._changes.values()), "lr": WEIGHT_RATE})
+        return groups
+
+    def stacked_weights(self) -> dict[str, Tensor]:
+        """Current weights that gradients are taken by, (n · out, in), in tensors that are not the parameters."""
+        if not self._changes:
+            return {name: stack.linear.weight for name, stack in self._stacks.items()}
+        return {name: apply_mask(self._values(name), stack.linear.keep) for name, stack in self._stacks.items()}
+
+    def by_linear(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of all linears, (out, in): views of the stacks', and those of experts with few tokens."""
+        weights = {name: linear.weight for name, linear in self._frozen.items()}
+        for name, tensor in stacked.items():
+            weights |= self._stacks[name].split(tensor)
+        return weights
+
+    def weights(self) -> dict[str, Tensor]:
+        """Current weights of the layer, (out, in), by linear."""
+        return self.by_linear(self.stacked_weights())
+
+    def _values(self, name: str) -> Tensor:
+        """Current weights of a stack whose values are tuned, before its mask is applied: float32, (n · out, in)."""
+        stack, (row_steps, column_steps) = self._stacks[name], self._steps[name]
+        changes = stack.by_linear(self._changes[name].detach())
+        values = stack.by_linear(stack.linear.values.float())
+        return values.addcmul(changes * row_steps, column_steps).flatten(0, 1)
+
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Set the parameters' gradients, float32, from gradients by the weights, (n · out, in), in `SUM_DTYPES`.
+
+        The gradients by the weights are used up.
+        """
+        for name, changes in self._changes.items():
+            stack, (row_steps, column_steps) = self._stacks[name], self._steps[name]
+            scaled = (stack.by_linear(gradients[name].float()) * row_steps).mul_(column_steps).flatten(0, 1)
+            changes.grad = scaled.mul_(stack.linear.free)
+        for name, scores in self._scores.items():
+            values = self._values(name) if self._changes else self._stacks[name].linear.values
+            scores.grad = multiply(gradients[name].float(), values)
+
+    def update_masks(self) -> None:
+        """Make the masks from the scores, after a step of Adam."""
+        scored = []
+        for name, scores in self._scores.items():
+            linear = self._stacks[name].linear
+            counts = self._pruned_counts[name]
+            scored.append(Scored(scores.detach(), linear.keep, counts, linear.pattern, self._runs.get(name)))
+        for name, keep in zip(self._scores, masks_from_scores(scored), strict=True):
+            stack = self._stacks[name]
+            # If values change, `stacked_weights` and `linears` compute the weight from them.
+            linear = replace(stack.linear, keep=keep) if self._changes else stack.linear.with_mask(keep)
+            self._stacks[name] = replace(stack, linear=linear)
+
+    def linears(self) -> dict[str, PrunedLinear]:
+        """Current linears: masks, values and weights."""
+        linears = dict(self._frozen)
+        for name, stack in self._stacks.items():
+            linear = stack.linear
+            if self._changes:
+                linear = replace(linear, values=self._values(name).to(linear.values.dtype)).with_mask(linear.keep)
+            linears |= replace(stack, linear=linear).linears()
+        return linears
+
+
+def _collect_squares(
+    layer: DecoderLayer, pruned: Linears, streams: ActivationStreams
+) -> tuple[dict[str, PrunedLinear], dict[str, InputSquares]]:
+    """Linears, of which those with few tokens are frozen, and the input squares of each in the pruned layer."""
+    layer.set_weights({name: linear.weight for name, linear in pruned.items()})
+    layer.forget_tokens()
+    squares = collect_inputs(layer, streams, InputSquares)
+    return freeze_linears_with_few_tokens(pruned, layer, streams.ranks), squares
+
+
+def step_sizes(weight: Tensor, input_squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Size of each weight's step at rate 1, which changes |W| · ‖X‖ by its mean in the row.
+
+    If all weights of a linear had the same step size, a step would mostly change what the columns of huge inputs add to
+    the output (some inputs are a hundred times the median). An input smaller than the median of the nonzero inputs
+    counts as that median, since it may be larger in other text.
+
+    Args:
+        weight: (out, in).
+        input_squares: (in,), float32, the mean squared norm of each input channel.
+
+    Returns:
+        Two factors of the size, by row and by column: float32, (out, 1) and (in,).
+    """
+    sizes = input_squares.sqrt()
+    nonzero = sizes[sizes > 0]
+    bounded = sizes.clamp_min(nonzero.median()) if len(nonzero) else torch.ones_like(sizes)
+    return wanda(weight, input_squares).mean(1, keepdim=True), 1 / bounded
