@@ -144,6 +144,14 @@ def test_what_is_compared_on_a_gpu_finds_wrong_kernels(dtype: torch.dtype, monke
             assert not kernels.is_right(cpu, dtype), name
 
 
+def test_what_no_kernel_takes_is_computed_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_kernels", lambda _: True)
+    assert kernels.take_kernels(torch.ones(1), torch.ones(1).bfloat16())
+    assert not kernels.take_kernels(torch.ones(1), torch.ones(1).double())
+    gates, ups = torch.randn(2, 3), torch.randn(2, 3).double()
+    assert torch.equal(gate(gates, ups), silu(gates) * ups)
+
+
 def test_squares_are_added_in_turn() -> None:
     total, gradients = torch.ones(2, 3), torch.tensor([[[3.0]], [[4.0]]]).expand(2, 2, 3)
     add_squares(total, gradients.bfloat16(), torch.tensor([0.5, 2.0]))

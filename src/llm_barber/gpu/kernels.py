@@ -21,6 +21,11 @@ def has_kernels(device: torch.device) -> bool:
     return _works_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def take_kernels(*tensors: torch.Tensor) -> bool:
+    """Test whether the kernels compute with these tensors: all on a device that has them, in one of `DTYPES` each."""
+    return has_kernels(tensors[0].device) and all(tensor.dtype in DTYPES for tensor in tensors)
+
+
 @cache
 def _works_on_gpu(index: int) -> bool:
     """Test a GPU by its number: a first launch compiles, which fails without a C compiler or Python's headers."""

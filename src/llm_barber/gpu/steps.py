@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from llm_barber.gpu.kernels import gradients_in_steps, has_kernels
+from llm_barber.gpu.kernels import gradients_in_steps, take_kernels
 
 # `runtime/kernels/operators.py` defines the other operators of this name.
 _library = torch.library.Library("llm_barber", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -38,7 +38,9 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def gate(gates: Tensor, ups: Tensor) -> Tensor:
-    """SwiGLU: SiLU(gates) · ups, both (…, columns) of one dtype."""
+    """SwiGLU: SiLU(gates) · ups, both (…, columns)."""
+    if gates.dtype != ups.dtype:
+        return gate_in_steps(gates, ups)
     gated: Tensor = _Gating.apply(gates, ups)  # type: ignore[no-untyped-call]
     return gated
 
@@ -86,7 +88,7 @@ class _Gating(torch.autograd.Function):
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
-    if has_kernels(states.device):
+    if take_kernels(states, cosine, sine):
         from llm_barber.gpu import rotary
 
         return rotary.rotate(_with_last_stride_1(states), cosine.contiguous(), sine.contiguous(), back)
@@ -94,7 +96,7 @@ def _rotate(states: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
 
 
 def _gate(gates: Tensor, ups: Tensor) -> Tensor:
-    if has_kernels(gates.device):
+    if take_kernels(gates, ups):
         from llm_barber.gpu import gate
 
         return gate.gate(_rows(gates), _rows(ups)).view(gates.shape)
@@ -102,7 +104,7 @@ def _gate(gates: Tensor, ups: Tensor) -> Tensor:
 
 
 def _gate_back(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, ...]:
-    if has_kernels(gates.device):
+    if take_kernels(gates, ups):
         from llm_barber.gpu import gate
 
         return tuple(by.view(gates.shape) for by in gate.gate_back(*map(_rows, (gradient, gates, ups))))
@@ -110,7 +112,7 @@ def _gate_back(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, ..
 
 
 def _add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
-    if has_kernels(total.device) and total.is_contiguous():
+    if take_kernels(total, gradients) and total.is_contiguous():
         from llm_barber.gpu import squares
 
         squares.add_squares(total, gradients.contiguous(), factors.contiguous())

@@ -54,7 +54,8 @@ def _rotate_both(
     Queries and keys are (sequences, heads, tokens, features), angles (1 or sequences, tokens, features).
     """
     dtypes = {tensor.dtype for tensor in (queries, keys, cosine, sine)}
-    if others or named or len(dtypes) > 1 or cosine.dim() != queries.dim() - 1 or cosine.requires_grad:
+    plain = len(dtypes) == 1 and cosine.dim() == queries.dim() - 1 and queries.shape[-1] % 2 == 0
+    if others or named or not plain or cosine.requires_grad:
         return original(queries, keys, cosine, sine, *others, **named)
     return rotate(queries, cosine, sine), rotate(keys, cosine, sine)
 
