@@ -34,7 +34,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 # Weights as (in, out); experts, apart and stacked; state spaces; positions by ALiBi; complex rotations;
 # norms at the ends of blocks.
-FAMILIES = ("gpt2", "mixtral", "gpt_oss", "jamba", "falcon-rw", "deepseek_v2", "gemma2")
+FAMILIES = ("gpt2", "mixtral", "gpt_oss", "jamba", "falcon-rw", "deepseek_v2", "gemma2", "gpt_neox")
 
 
 def results(*settings: dict[str, Any]) -> list[Any]:

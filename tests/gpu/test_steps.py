@@ -63,8 +63,8 @@ def test_gradients_are_right(fused: Callable[..., Tensor], _: object, differenti
 
 
 def test_other_devices_have_no_kernels() -> None:
-    assert not has_kernels(torch.device("cpu"))
-    assert not has_kernels(torch.device("meta"))
+    assert not has_kernels(torch.device("cpu"), torch.float32)
+    assert not has_kernels(torch.device("meta"), torch.float32)
 
 
 @pytest.fixture
@@ -79,17 +79,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_whose_kernels_are_right_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "is_right", lambda *_: True)
+    monkeypatch.setattr(kernels, "wrong_steps", lambda *_: [])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert has_kernels(GPU)
+        assert has_kernels(GPU, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_whose_kernels_are_wrong_does_not_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "is_right", lambda _, dtype: dtype != torch.float16)
-    with pytest.warns(UserWarning, match=r"give other results than PyTorch in torch\.float16: runs"):
-        assert not has_kernels(GPU)
+    monkeypatch.setattr(kernels, "wrong_steps", lambda _, dtype: ["SwiGLU"] if dtype == torch.float16 else [])
+    assert has_kernels(GPU, torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"give other results in torch\.float16: SwiGLU\. Runs"):
+        assert not has_kernels(GPU, torch.float16)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -97,9 +98,9 @@ def test_a_gpu_without_a_compiler_does_not_and_says_so(monkeypatch: pytest.Monke
     def fail(*_: object) -> bool:
         raise OSError("no gcc\nand more")
 
-    monkeypatch.setattr(kernels, "is_right", fail)
-    with pytest.warns(UserWarning, match=r"do not run here \(OSError: no gcc\): runs"):
-        assert not has_kernels(GPU)
+    monkeypatch.setattr(kernels, "wrong_steps", fail)
+    with pytest.warns(UserWarning, match=r"do not run here \(OSError: no gcc\)\. Runs"):
+        assert not has_kernels(GPU, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -107,18 +108,37 @@ def test_a_lack_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*_: object) -> bool:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(kernels, "is_right", fail)
+    monkeypatch.setattr(kernels, "wrong_steps", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        has_kernels(GPU)
-    monkeypatch.setattr(kernels, "is_right", lambda *_: True)
-    assert has_kernels(GPU)
+        has_kernels(GPU, torch.bfloat16)
+    monkeypatch.setattr(kernels, "wrong_steps", lambda *_: [])
+    assert has_kernels(GPU, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(("name", "found"), [("find_spec", None), ("get_device_capability", (7, 5))])
-def test_old_gpus_and_systems_without_triton_do_not(monkeypatch: pytest.MonkeyPatch, name: str, found: object) -> None:
+@pytest.mark.parametrize(
+    ("name", "found", "reason"),
+    [("find_spec", None, "Triton is not installed"), ("get_device_capability", (7, 5), "need compute capability 8.0")],
+)
+def test_old_gpus_and_systems_without_triton_do_not(
+    monkeypatch: pytest.MonkeyPatch, name: str, found: object, reason: str
+) -> None:
     monkeypatch.setattr(kernels if name == "find_spec" else torch.cuda, name, lambda _: found)
-    assert not has_kernels(GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old one")
+    with pytest.warns(UserWarning, match=reason):
+        assert not has_kernels(GPU, torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not has_kernels(GPU, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_processes_take_the_kernels_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "wrong_steps", lambda *_: [])
+    monkeypatch.setattr(kernels, "LEFT_OUT", set())
+    assert has_kernels(GPU, torch.bfloat16)
+    kernels.leave_out_kernels()
+    assert not has_kernels(GPU, torch.bfloat16)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -129,23 +149,29 @@ def test_what_is_compared_on_a_gpu_finds_wrong_kernels(dtype: torch.dtype, monke
     from llm_barber.gpu import rotary, squares
 
     cpu = torch.device("cpu")
-    assert kernels.is_right(cpu, dtype)
-    rotated, gated, back = rotary.rotate, gating.gate, gating.gate_back
-    wrong: list[tuple[Any, str, Callable[..., Any]]] = [
-        (rotary, "rotate", lambda states, cosine, sine, back: rotated(states, cosine, -sine, back)),
-        (rotary, "rotate", lambda states, cosine, sine, _: rotated(states, cosine, sine, False)),
-        (gating, "gate", lambda gates, ups: gated(ups, gates)),
-        (gating, "gate_back", lambda *tensors: back(*tensors)[::-1]),
-        (squares, "add_squares", lambda total, gradients, _: total.add_(gradients.float().square().sum(0))),
+    assert kernels.wrong_steps(cpu, dtype) == []
+    rotated, gated, back, added = rotary.rotate, gating.gate, gating.gate_back, squares.add_squares
+    wrong: list[tuple[Any, str, str, Callable[..., Any]]] = [
+        (
+            rotary,
+            "rotate",
+            "rotary embeddings",
+            lambda states, cosine, sine, back: rotated(states, cosine, -sine, back),
+        ),
+        (rotary, "rotate", "rotary embeddings", lambda states, cosine, sine, _: rotated(states, cosine, sine, False)),
+        (gating, "gate", "SwiGLU", lambda gates, ups: gated(ups, gates)),
+        (gating, "gate", "SwiGLU", lambda gates, ups: gated(gates, ups) * (1 + 16 * torch.finfo(dtype).eps)),
+        (gating, "gate_back", "SwiGLU", lambda *tensors: back(*tensors)[::-1]),
+        (squares, "add_squares", "squares of gradients", lambda *tensors: added(*tensors[:2], tensors[2].flip(0))),
     ]
-    for module, name, function in wrong:
+    for module, name, step, function in wrong:
         with monkeypatch.context() as patched:
             patched.setattr(module, name, function)
-            assert not kernels.is_right(cpu, dtype), name
+            assert kernels.wrong_steps(cpu, dtype) == [step]
 
 
 def test_what_no_kernel_takes_is_computed_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "has_kernels", lambda _: True)
+    monkeypatch.setattr(kernels, "has_kernels", lambda _, dtype: dtype in DTYPES)
     assert kernels.take_kernels(torch.ones(1), torch.ones(1).bfloat16())
     assert not kernels.take_kernels(torch.ones(1), torch.ones(1).double())
     gates, ups = torch.randn(2, 3), torch.randn(2, 3).double()

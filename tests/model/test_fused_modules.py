@@ -1,71 +1,72 @@
 """Attention and MLPs of every family keep their bits with rotary embeddings and SwiGLU in one operation."""
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from llm_barber.model.empty import empty_model
-from llm_barber.model.experts import Experts
+from llm_barber.model import fused_gates, fused_rotary
+from llm_barber.model.experts import Experts, split_experts
 from llm_barber.model.fused_gates import fuse_gates, gated_mlps
 from llm_barber.model.fused_rotary import fuse_rotary, is_rotary
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
-from tests.conftest import FAMILIES, make_config
+from tests.conftest import FAMILIES, auto_class, make_config
 
 # Families whose MLPs, and experts, are no SwiGLU: one linear before the activation, GELU, or limits.
 OTHER_MLPS = {
     "apertus", "arcee", "bloom", "falcon", "falcon-rw", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode",
-    "gpt_neox", "gpt_oss", "gptj",
-    "modernbert-decoder", "mpt", "nemotron", "nemotron_h", "opt", "opt-350m", "phi", "starcoder2",
+    "gpt_neox", "gpt_oss", "gptj", "modernbert-decoder", "mpt", "nemotron", "nemotron_h", "opt", "opt-350m", "phi",
+    "starcoder2",
 }  # fmt: skip
-# Families that rotate neighbours, or by another function, or not at all.
+# Families that rotate neighbours, a part of the features, by another function, or not at all.
 OTHER_ROTATIONS = {
-    "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v2-lite", "gpt2", "gpt_bigcode", "gpt_oss", "gptj", "jamba",
-    "modernbert-decoder", "mpt", "nemotron_h", "opt", "opt-350m",
+    "bamba", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "deepseek_v32",
+    "falcon-rw", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granitemoehybrid", "jamba",
+    "modernbert-decoder", "mpt", "nemotron", "nemotron_h", "opt", "opt-350m", "qwen3_5", "qwen3_5-whole", "qwen3_next",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_modules_of_every_family_keep_their_bits(family: str) -> None:
+def test_models_of_every_family_keep_their_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(family)
-    model = empty_model(config, torch.bfloat16)
-    layers = model.get_submodule(find_architecture(config).layers).to_empty(device="cpu")
+    model = auto_class(config).from_config(config).eval()
+    split_experts(model)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in layers.parameters():
-            parameter.normal_(generator=torch.Generator().manual_seed(0))
-    mlps = list(gated_mlps(layers))
-    experts = [module for module in layers.modules() if isinstance(module, Experts)]
-    names = {module: forward_name(module) for module in layers.modules()}
-    width = config.get_text_config().hidden_size
-    hidden = torch.randn(1, 9, width, generator=torch.Generator().manual_seed(1)).bfloat16()
-    before = [module(hidden) for module, _ in mlps] + [mixture(module, hidden) for module in experts]
-    combined = [module.combine for module in experts]
-    fuse_gates(layers)
-    after = [module(hidden) for module, _ in mlps] + [mixture(module, hidden) for module in experts]
-    assert all(torch.equal(*outputs) for outputs in zip(before, after, strict=True))
-    gated = bool(mlps) or any(module.combine is not old for module, old in zip(experts, combined, strict=True))
-    assert gated is (family not in OTHER_MLPS)
-    changed = {module for module in layers.modules() if forward_name(module) != names[module]}
-    assert changed == {module for module, _ in mlps}
-    fuse_rotary(layers)
-    rotating = {module for module in layers.modules() if forward_name(module) != names[module]} - changed
-    assert bool(rotating) is (family not in OTHER_ROTATIONS)
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+    calls: Counter[str] = Counter()
+    for module, name in ((fused_rotary, "rotate"), (fused_gates, "gate")):
+        monkeypatch.setattr(module, name, counting(calls, name, getattr(module, name)))
+    tokens = torch.randint(100, (2, 9), generator=generator)
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        fuse_rotary(model)
+        fuse_gates(model)
+        calls.clear()
+        after = model(input_ids=tokens).logits
+    if any(isinstance(module, Experts) for module in model.modules()):
+        # Their gates are joined with what they multiply. A CPU computes SiLU otherwise where rows are not contiguous.
+        torch.testing.assert_close(before, after)
+    else:
+        assert torch.equal(before, after)
+    assert bool(calls["gate"]) is (family not in OTHER_MLPS)
+    assert bool(calls["rotate"]) is (family not in OTHER_ROTATIONS)
 
 
-def forward_name(module: nn.Module) -> str:
-    return "fused" if "forward" in vars(module) else "module's"
+def counting(calls: Counter[str], name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*tensors: Tensor) -> Tensor:
+        calls[name] += 1
+        return function(*tensors)
 
-
-def mixture(experts: Experts, hidden: Tensor) -> Tensor:
-    """Output of experts whose tokens go to the first and the last one."""
-    tokens = hidden[0]
-    places = torch.tensor([[0, len(experts) - 1]]).expand(len(tokens), 2)
-    output: Tensor = experts(tokens, places, torch.full(places.shape, 0.5, dtype=tokens.dtype))
-    return output
+    return call
 
 
 class Mlp(nn.Module):
@@ -77,12 +78,15 @@ class Mlp(nn.Module):
         self.change = change
         if change == "parameter":
             self.scale = nn.Parameter(torch.ones(8))
+        if change == "buffer":
+            self.register_buffer("scale", torch.ones(8))
+        self.activation = torch.nn.functional.gelu if change == "gelu" else silu
 
     def forward(self, hidden: Tensor) -> Any:
         gates = self.second(hidden)
-        activated = torch.nn.functional.gelu(gates) if self.change == "gelu" else silu(gates)
+        activated = self.activation(gates)
         ups = self.first(hidden) + (1 if self.change == "offset" else 0)
-        output = self.third(activated * ups.clamp(max=1) if self.change == "limit" else activated * ups)
+        output = self.third(activated * (ups.clamp(max=16) if self.change == "limit" else ups))
         return (output,) if self.change == "tuple" else output
 
 
@@ -91,10 +95,11 @@ def test_linears_are_known_by_what_they_do() -> None:
     assert (roles.gate, roles.up, roles.down) == ("second", "first", "third")
 
 
-@pytest.mark.parametrize("change", ["parameter", "gelu", "offset", "limit", "tuple"])
+@pytest.mark.parametrize("change", ["parameter", "buffer", "gelu", "offset", "limit", "tuple"])
 def test_an_mlp_that_computes_something_else_is_left_alone(change: str) -> None:
     assert not list(gated_mlps(nn.ModuleList([Mlp(change)])))
-    assert len(list(gated_mlps(nn.ModuleList([Mlp(change), Mlp()])))) == 1
+    for order in ([Mlp(change), Mlp()], [Mlp(), Mlp(change)]):
+        assert len(list(gated_mlps(nn.ModuleList(order)))) == 1
 
 
 def test_a_fused_mlp_keeps_hooks_and_gradients_and_the_state_of_random_numbers() -> None:
@@ -122,6 +127,23 @@ def test_functions_that_rotate_otherwise_are_left_alone() -> None:
     assert not is_rotary(lambda queries: queries)
 
 
+def test_mlps_of_one_class_are_told_apart_by_their_functions() -> None:
+    mlps = nn.ModuleList([Mlp(), Mlp()])
+    mlps[1].activation = torch.nn.functional.gelu
+    assert [module for module, _ in gated_mlps(mlps)] == [mlps[0]]
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_part_of_the_features_is_rotated_by_transformers(width: int) -> None:
+    original = modeling_gpt_neox.apply_rotary_pos_emb
+    assert is_rotary(original)
+    queries, keys = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8)
+    cosine, sine = torch.randn(2, 1, 5, width)
+    expected = original(queries, keys, cosine, sine)
+    result = fused_rotary._rotate_both(original, queries, keys, cosine, sine)
+    assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
+
+
 def test_transformers_own_function_is_back_after_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("llama")
     attention = modeling_llama.LlamaAttention(config, 0)
@@ -144,8 +166,6 @@ def test_transformers_own_function_is_back_after_every_call(monkeypatch: pytest.
 
 
 def test_other_arguments_go_to_transformers_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_barber.model import fused_rotary
-
     calls: list[int] = []
     rotate = fused_rotary.rotate
     monkeypatch.setattr(fused_rotary, "rotate", lambda *tensors: calls.append(1) or rotate(*tensors))

@@ -2,7 +2,8 @@
 
 A dispatch mode logs the operations inside `in_fixed_order`, forward and backward, for every family of the tests. CUDA
 runs the same operations, but for attention and RMS norms, which PyTorch computes by fused kernels: those of attention
-have a deterministic backward pass in this mode, and no norm is on PyTorch's list.
+have a deterministic backward pass in this mode, and no norm is on PyTorch's list. Rotary embeddings and SwiGLU are one
+operation each, as on a GPU, whose kernels add nothing up.
 """
 
 import re
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_barber import PruneConfig, prune
 from llm_barber.model import fixed_order
+from llm_barber.model.fused_gates import fuse_gates
+from llm_barber.model.fused_rotary import fuse_rotary
 from llm_barber.model.skeleton import Skeleton
 from tests.conftest import FAMILIES, Listener, make_model, save_tokens
 
@@ -116,6 +119,8 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Logged:
     def make(skeleton: Skeleton, *arguments: Any) -> None:
         made(skeleton, *arguments)
         skeleton.order.enabled = True
+        fuse_rotary(skeleton.model)
+        fuse_gates(skeleton.model)
 
     monkeypatch.setattr(fixed_order, "in_fixed_order", noted)
     monkeypatch.setattr(Skeleton, "__init__", make)
@@ -139,6 +144,8 @@ def test_gradients_of_a_family(tmp_path: Path, logged: Logged, family: str) -> N
     assert {name for name in logged.operations if "backward" in name}, "no backward pass was seen"
     assert logged.nondeterministic == KNOWN.get(family, set())
     assert not any("no fixed order" in warning for warning in heard.warnings)  # which only a GPU knows
+    if family == "llama":
+        assert {"llm_barber::rotate", "llm_barber::gate", "llm_barber::gate_back"} <= logged.operations
 
 
 def test_no_norm_is_on_the_list() -> None:

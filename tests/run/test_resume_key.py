@@ -140,8 +140,9 @@ def test_a_run_that_was_judged_otherwise_is_refused(
         run(model, tmp_path / "out", tokens, resume=True, refine=refine)
 
 
+@pytest.mark.parametrize("triton", [False, True])
 def test_a_gpu_resumes_only_what_its_kernels_computed(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, triton: bool
 ) -> None:
     keys = []
 
@@ -153,9 +154,11 @@ def test_a_gpu_resumes_only_what_its_kernels_computed(
         return keys[0]
 
     monkeypatch.setattr("llm_barber.run.stream.resume_key", of_both)
+    monkeypatch.setattr("llm_barber.run.resume_key.has_kernels", lambda *_: triton)
     run(model, tmp_path / "out", tokens)
     name = "revision of a GPU's kernels"
-    assert [key["settings"].get(name) for key in keys] == [None, REVISION]
+    with_triton = "with Triton's" if triton else "without Triton's"
+    assert [key["settings"].get(name) for key in keys] == [None, f"{REVISION}, {with_triton}"]
 
 
 def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """SwiGLU, SiLU(gate) · up, and its gradients, in one pass over a GPU's memory.
 
-What PyTorch rounds to the dtype between its operations is rounded here, too. The exponential is the GPU's own, which
-is off by up to |gate| / 2 units in the last place of float32. In 16 bits, rounding hides that nearly always.
+What PyTorch rounds to the dtype between its operations is rounded here, too. The exponential is the GPU's own, whose
+result may be off by some units in the last place of float32.
 
 Tested in Triton's interpreter only, and on each GPU before it is used there (`kernels.py`).
 """
@@ -24,7 +24,7 @@ def _gate(  # type: ignore[no-untyped-def]
     x = tl.load(gate + row * gate_step + column, mask=inside).to(tl.float32)
     y = tl.load(up + row * up_step + column, mask=inside).to(tl.float32)
     kind = gate.dtype.element_ty
-    activated = (x / (1 + tl.exp(-x))).to(kind).to(tl.float32)
+    activated = tl.math.div_rn(x, 1 + tl.exp(-x)).to(kind).to(tl.float32)
     tl.store(gated + row * columns + column, (activated * y).to(kind), mask=inside)
 
 
@@ -40,8 +40,8 @@ def _gate_back(  # type: ignore[no-untyped-def]
     x = tl.load(gate + row * gate_step + column, mask=inside).to(tl.float32)
     y = tl.load(up + row * up_step + column, mask=inside).to(tl.float32)
     kind = gate.dtype.element_ty
-    logistic = 1 / (1 + tl.exp(-x))
-    activated = (x / (1 + tl.exp(-x))).to(kind).to(tl.float32)
+    logistic = tl.math.div_rn(1.0, 1 + tl.exp(-x))
+    activated = tl.math.div_rn(x, 1 + tl.exp(-x)).to(kind).to(tl.float32)
     of_activated = (of_gated * y).to(kind).to(tl.float32)
     place = row * columns + column
     tl.store(by_gate + place, (of_activated * logistic * (1 + x * (1 - logistic))).to(kind), mask=inside)

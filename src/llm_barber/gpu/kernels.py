@@ -1,81 +1,134 @@
-"""Which devices take the Triton kernels of this room: those on which the kernels give PyTorch's results."""
+"""Which devices compute with the Triton kernels of this room: those on which they give PyTorch's results."""
 
 import warnings
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 from torch.nn.functional import silu
 
 from llm_barber.gpu.out_of_memory import is_out_of_memory
 
 OLDEST_GPU = (8, 0)  # compute capability: Triton compiles bfloat16 for no older GPU
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SEQUENCES, HEADS, TOKENS, FEATURES = 2, 3, 5, 64  # of what is compared
+# Sequences, heads, tokens and features of what is compared. As in runs, a token has more heads than a program takes,
+# and halves of heads are a power of two, or not.
+ROTATED = ((2, 20, 5, 128), (1, 3, 4, 48))
+GATED = (3, 1500)  # rows and columns, more than a program takes
+SQUARED = (4, 40, 64)  # gradients, and the shape of their weight
+LEFT_OUT: set[bool] = set()  # holds True once the kernels are left out
+UNITS = 8  # in the last place, of a result of size 1, by which SwiGLU and sums of squares may differ
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Test whether a device computes with the kernels; warn, once for each GPU, why it does not."""
-    if device.type != "cuda":
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Test whether a device computes with the kernels in a dtype; warn, once for each GPU and dtype, why it does not.
+
+    The first call compares the kernels with PyTorch's operations.
+    """
+    if device.type != "cuda" or dtype not in DTYPES or LEFT_OUT:
         return False
-    return _works_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return _works_on_gpu(torch.cuda.current_device() if device.index is None else device.index, dtype)
 
 
-def take_kernels(*tensors: torch.Tensor) -> bool:
-    """Test whether the kernels compute with these tensors: all on a device that has them, in one of `DTYPES` each."""
-    return has_kernels(tensors[0].device) and all(tensor.dtype in DTYPES for tensor in tensors)
+def leave_out_kernels() -> None:
+    """Compute with PyTorch's operations from now on: processes of one run take the kernels all, or none of them."""
+    LEFT_OUT.add(True)
+
+
+def take_kernels(*tensors: Tensor) -> bool:
+    """Test whether the kernels compute with these tensors, which are on one device."""
+    return all(has_kernels(tensor.device, tensor.dtype) for tensor in tensors)
+
+
+def lack(index: int) -> str | None:
+    """What a GPU, given by its number, lacks to run Triton's kernels; None: nothing that is known before they run."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if torch.cuda.get_device_capability(index) < OLDEST_GPU:
+        return f"Triton's kernels need compute capability 8.0, which {torch.cuda.get_device_name(index)} has not"
+    return None
 
 
 @cache
-def _works_on_gpu(index: int) -> bool:
+def _works_on_gpu(index: int, dtype: torch.dtype) -> bool:
     """Test a GPU by its number: a first launch compiles, which fails without a C compiler or Python's headers."""
-    if find_spec("triton") is None or torch.cuda.get_device_capability(index) < OLDEST_GPU:
-        return False
-    try:
-        wrong = [str(dtype) for dtype in DTYPES if not is_right(torch.device("cuda", index), dtype)]
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise  # and is not remembered
-        reason = f"do not run here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-    else:
-        reason = f"give other results than PyTorch in {', '.join(wrong)}" if wrong else ""
-    if reason:
-        warnings.warn(f"Triton's kernels {reason}: runs take PyTorch's operations, which are slower", stacklevel=4)
-    return not reason
+    reason = lack(index)
+    if reason is None:
+        try:
+            wrong = wrong_steps(torch.device("cuda", index), dtype)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise  # and is not remembered
+            text = str(error).strip().partition("\n")[0]
+            reason = f"Triton's kernels do not run here ({type(error).__name__}: {text})"
+        else:
+            reason = f"Triton's kernels give other results in {dtype}: {', '.join(wrong)}" if wrong else None
+    if reason is not None:
+        warnings.warn(f"{reason}. Runs take PyTorch's operations instead, which are slower.", stacklevel=5)
+    return reason is None
 
 
-def is_right(device: torch.device, dtype: torch.dtype) -> bool:
+def wrong_steps(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Compare the kernels with PyTorch's operations on a device, on random values of a dtype.
 
-    Rotary embeddings have to have the same bits; SwiGLU, its gradients, and sums of squares may differ by four units in
-    the last place.
+    Returns:
+        The steps whose results differ: in any bit for rotary embeddings; by more than `UNITS` for SwiGLU, its
+        gradients, and sums of squares.
     """
-    from llm_barber.gpu import gate, rotary, squares
+    made = torch.Generator().manual_seed(0)
+    checks = {"rotary embeddings": _rotates, "SwiGLU": _gates, "squares of gradients": _adds_squares}
+    with torch.device("cpu"):  # whatever the default device of the program around is
+        return [name for name, check in checks.items() if not check(made, device, dtype)]
+
+
+def _rotates(made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
+    from llm_barber.gpu.rotary import rotate
     from llm_barber.gpu.steps import rotate_in_steps
 
-    made = torch.Generator().manual_seed(0)
-    # As attention has them: tokens before heads in memory.
-    states = torch.randn(SEQUENCES, TOKENS, HEADS, FEATURES, generator=made).to(device, dtype).transpose(1, 2)
-    cosine, sine = torch.randn(2, 1, TOKENS, FEATURES, generator=made).to(device, dtype)
-    for back in (False, True):
-        if not torch.equal(rotary.rotate(states, cosine, sine, back), rotate_in_steps(states, cosine, sine, back)):
-            return False
-    gradient, gates, ups = (3 * torch.randn(3, TOKENS, FEATURES, generator=made)).to(device, dtype)
-    total, gradients = torch.ones(TOKENS, FEATURES, device=device), torch.stack([gradient, ups])
-    added = total.clone()
-    factors = torch.tensor([0.5, 0.75], device=device)
-    squares.add_squares(added, gradients, factors)
-    pairs = [
-        (gate.gate(gates, ups), silu(gates) * ups),
-        *zip(gate.gate_back(gradient, gates, ups), gradients_in_steps(gradient, gates, ups), strict=True),
-        (added, total + (factors.view(-1, 1, 1) * gradients).square().sum(0)),
-    ]
-    return all(
-        torch.allclose(result, right, rtol=4 * torch.finfo(result.dtype).eps, atol=4 * torch.finfo(result.dtype).eps)
-        for result, right in pairs
-    )
+    for sequences, heads, tokens, features in ROTATED:
+        # As in attention, tokens come before heads in memory.
+        states = _random(made, (sequences, tokens, heads, features)).to(device, dtype).transpose(1, 2)
+        for of_sequences in {1, sequences}:
+            cosine, sine = _random(made, (2, of_sequences, tokens, features)).to(device, dtype)
+            for back in (False, True):
+                if not torch.equal(rotate(states, cosine, sine, back), rotate_in_steps(states, cosine, sine, back)):
+                    return False
+    return True
 
 
-def gradients_in_steps(gradient: torch.Tensor, gates: torch.Tensor, ups: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _gates(made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
+    from llm_barber.gpu.gate import gate, gate_back
+
+    gradient, gates, ups = (3 * _random(made, (3, *GATED))).to(device, dtype)
+    sizes = (gates.float() * ups.float()).abs(), *[(gradient.float() * part.float()).abs() for part in (ups, gates)]
+    results = gate(gates, ups), *gate_back(gradient, gates, ups)
+    expected = silu(gates) * ups, *gradients_in_steps(gradient, gates, ups)
+    return all(map(_is_near, results, expected, sizes))
+
+
+def _adds_squares(made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
+    from llm_barber.gpu.squares import add_squares
+    from llm_barber.gpu.steps import add_squares_in_steps
+
+    gradients = _random(made, SQUARED).to(device, dtype)
+    factors = torch.linspace(0.5, 2, SQUARED[0], dtype=torch.float32).to(device)
+    total, expected = (torch.ones(SQUARED[1:], dtype=torch.float32, device=device) for _ in range(2))
+    add_squares(total, gradients, factors)
+    add_squares_in_steps(expected, gradients, factors)
+    return _is_near(total, expected, expected)
+
+
+def _random(made: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=made, dtype=torch.float32)
+
+
+def _is_near(result: Tensor, expected: Tensor, size: Tensor) -> bool:
+    """Test whether a result is within `UNITS` of what is expected, in units of numbers of some size, at least 1."""
+    unit = torch.finfo(result.dtype).eps * size.float().clamp_min(1)
+    return bool(((result.float() - expected.float()).abs() <= UNITS * unit).all())
+
+
+def gradients_in_steps(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of SiLU(gates) · ups by both, by PyTorch's operations, as autograd computes them."""
     return torch.ops.aten.silu_backward(gradient * ups, gates), gradient * silu(gates)

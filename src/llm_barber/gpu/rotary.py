@@ -25,7 +25,7 @@ def _rotate(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     token = tl.program_id(0)
     sequence, position = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
-    head = tl.program_id(1) * together + tl.arange(0, together)
+    head = (tl.program_id(1) * together + tl.arange(0, together)).to(tl.int64)
     feature = tl.arange(0, width)
     inside = (head < heads)[:, None] & (feature < half)[None, :]
     angle = sequence * angle_sequence + position * angle_token + feature

@@ -112,7 +112,7 @@ def _gate_back(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, ..
 
 
 def _add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
-    if take_kernels(total, gradients) and total.is_contiguous():
+    if take_kernels(total, gradients) and total.is_contiguous() and total.numel() > 1:
         from llm_barber.gpu import squares
 
         squares.add_squares(total, gradients.contiguous(), factors.contiguous())

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
+from llm_barber.gpu.kernels import has_kernels, leave_out_kernels
 from llm_barber.loading.job import Job
 from llm_barber.loading.opening import (
     check_positions,
@@ -96,6 +97,7 @@ def open_job(
     job = _open_job(model, settings, targets, progress, ranks)
     if not local_rank():
         ranks.wait()
+    _agree_on_kernels(job.skeleton.device, job.skeleton.dtype, ranks)
     return job
 
 
@@ -127,6 +129,13 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
         check_output(settings.output, settings.overwrite, job.bytes, settings.resume)
     _check_targets(job, targets)
     return job
+
+
+def _agree_on_kernels(device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Let the GPUs of all processes compute with Triton's kernels, or none of them."""
+    (having,) = ranks.total(float(has_kernels(device, dtype)))
+    if 0 < having < ranks.count:
+        leave_out_kernels()
 
 
 def _choose_device(settings: RunSettings, ranks: Ranks, progress: Progress) -> torch.device:

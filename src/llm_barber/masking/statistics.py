@@ -243,7 +243,8 @@ class GradientSquares(RunningSums):
             for sequence, gradient, scaling in zip(inputs, output_gradient, scale, strict=True):
                 _add_squares_by_rows(self.total, sequence, gradient, scaling, factor)
         else:
-            size = gradients_together(self.total.numel(), inputs.element_size())
+            itemsize = 4 if inputs.dtype == torch.float16 else inputs.element_size()
+            size = gradients_together(self.total.numel(), itemsize)
             for part in (slice(first, first + size) for first in range(0, len(inputs), size)):
                 _add_squares_at_once(self.total, inputs[part], output_gradient[part], scale[part], factor)
         self.sequences += len(inputs)
@@ -265,7 +266,7 @@ def _add_squares_at_once(total: Tensor, inputs: Tensor, output_gradient: Tensor,
 
 
 def gradients_together(weights: int, itemsize: int) -> int:
-    """Number of sequences whose gradients by so many weights a GPU holds and adds up at a time."""
+    """Number of sequences whose gradients by so many weights, of this itemsize, a GPU holds and adds up at a time."""
     return max(1, min(SEQUENCES_TOGETHER, GRADIENT_BYTES // (weights * itemsize)))
 
 

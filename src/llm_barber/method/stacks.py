@@ -53,7 +53,7 @@ def stack_linears(linears: Mapping[str, PrunedLinear], experts: Iterable[str]) -
     """Stack the linears of experts that have the same place, shape and pattern; others are stacks of their own.
 
     Args:
-        linears: by name; they use memory until the stacks take their place.
+        linears: by name; stacks of several linears copy their tensors.
         experts: paths of mixtures of experts.
     """
     mixtures, alike = set(experts), dict[tuple[object, ...], list[str]]()

@@ -1,8 +1,8 @@
 """SwiGLU of MLPs and of experts in one operation (`gpu/steps.py`).
 
 An MLP is known by what it computes: down(SiLU(gate(x)) · up(x)), whatever its linears are called, with gate and up in
-one linear or in two. One that gives other bits on the CPU, in any of three dtypes, stays. So do others' activations,
-such as Gemma's.
+one linear or in two. One that gives other bits for random numbers on the CPU, in any of three dtypes, stays. So do
+others' activations, such as Gemma's.
 """
 
 import copy
@@ -22,6 +22,8 @@ from llm_barber.gpu.steps import gate
 from llm_barber.model.experts import GATE, GATE_UP, UP, Experts, Linear
 
 TOKENS, HIDDEN, INNER = 5, 6, 10  # of what a module is tried on
+# Sizes of its numbers: limits of activations show where they are large. Products of such exceed the largest float16.
+SIZES = {torch.float16: (1.0,), torch.bfloat16: (1.0, 1e3), torch.float32: (1.0, 1e3)}
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ def gated_mlps(modules: nn.Module) -> Iterator[tuple[nn.Module, Roles]]:
         linears = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
         if not _may_be_gated(module, linears):
             continue
-        settings = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
-        others = (type(child) for name, child in module.named_children() if name not in linears)
-        key = (type(module), *((name, linears[name].bias is None) for name in linears), *others, *settings.items())
+        key = (type(module), *((name, linear.bias is None) for name, linear in linears.items()), *_settings(module))
         if key not in known:
             tried = (roles for roles in _possible_roles(list(linears)) if _has_its_bits(module, roles, linears))
             known[key] = next(tried, None)
@@ -79,11 +79,22 @@ def gated_mlps(modules: nn.Module) -> Iterator[tuple[nn.Module, Roles]]:
 
 
 def _may_be_gated(module: nn.Module, linears: dict[str, nn.Linear]) -> bool:
-    """Test for a module of two or three linears, without other parameters, that takes one tensor."""
-    if len(linears) not in (2, 3):
+    """Test for a module of two or three linears, without other parameters or buffers, that takes one tensor."""
+    if len(linears) not in (2, 3) or any(True for _ in module.buffers()):
         return False
     own = sum(1 for _ in module.parameters()) == sum(1 for linear in linears.values() for _ in linear.parameters())
     return own and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _settings(module: nn.Module) -> list[object]:
+    """What a module may compute by, of its own and of its children that are no linears: numbers, texts, functions."""
+    children = [child for child in module.modules() if not isinstance(child, nn.Linear)]
+    return [
+        (type(child), name, value)
+        for child in children
+        for name, value in vars(child).items()
+        if isinstance(value, (int, float, str)) or callable(value)
+    ]
 
 
 def _possible_roles(names: list[str]) -> Iterator[Roles]:
@@ -112,11 +123,17 @@ def _has_its_bits_in(dtype: torch.dtype, module: nn.Module, roles: Roles, linear
             small._modules[name] = nn.Linear(*shapes[name], bias=linear.bias is not None, dtype=dtype)
             for parameter in small.get_submodule(name).parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=made))
-        hidden, output = torch.randn(2, TOKENS, HIDDEN, generator=made).to(dtype), None
-        with suppress(Exception):  # a module that takes no such linears is not of this form
-            output = small.forward(hidden)
-        expected = roles.compute(small, hidden)
-    return isinstance(output, Tensor) and output.dtype == dtype and torch.equal(output, expected)
+        for size in SIZES[dtype]:
+            hidden, output = (size * torch.randn(2, TOKENS, HIDDEN, generator=made)).to(dtype), None
+            with suppress(Exception):  # a module that takes no such linears is not of this form
+                output = small.forward(hidden)
+            if not _is_equal(output, roles.compute(small, hidden)):
+                return False
+    return True
+
+
+def _is_equal(output: object, expected: Tensor) -> bool:
+    return isinstance(output, Tensor) and output.dtype == expected.dtype and torch.equal(output, expected)
 
 
 def _forward(module: nn.Module, roles: Roles, *arguments: Tensor, **named: Tensor) -> Tensor:
@@ -127,21 +144,23 @@ def _forward(module: nn.Module, roles: Roles, *arguments: Tensor, **named: Tenso
 def _is_swiglu(experts: Experts) -> bool:
     """Test whether experts combine gate and up as SwiGLU does, on the CPU, for random outputs of their linears."""
     combine = _combine_separate if experts.separate else _combine_joined
-    return experts.first == GATE_UP and all(_combines_like(combine, experts, dtype) for dtype in DTYPES)
+    tried = ((dtype, size) for dtype in DTYPES for size in SIZES[dtype])
+    return experts.first == GATE_UP and all(_combines_like(combine, experts, *of_values) for of_values in tried)
 
 
-def _combines_like(combine: Callable[[Linear, Tensor], Tensor], experts: Experts, dtype: torch.dtype) -> bool:
+def _combines_like(
+    combine: Callable[[Linear, Tensor], Tensor], experts: Experts, dtype: torch.dtype, size: float
+) -> bool:
     with torch.device("cpu"):
         made = torch.Generator().manual_seed(0)
         outputs = {
-            name: 3 * torch.randn(TOKENS, inner, generator=made).to(dtype)
+            name: (3 * size * torch.randn(TOKENS, inner, generator=made)).to(dtype)
             for name, inner in ((GATE, INNER), (UP, INNER), (GATE_UP, 2 * INNER))
         }
         output = None
         with suppress(Exception):  # experts that need more than these outputs are not of this form
             output = experts.combine(lambda name, _: outputs[name], outputs[GATE])
-        expected = combine(lambda name, _: outputs[name], outputs[GATE])
-    return isinstance(output, Tensor) and output.dtype == dtype and torch.equal(output, expected)
+        return _is_equal(output, combine(lambda name, _: outputs[name], outputs[GATE]))
 
 
 def _combine_separate(linear: Linear, inputs: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ def _tuning(once: float, blocks: Sequence[BlockShapes], groups: int, recipe: Rec
     """Kernels of tuning a layer, of which a pass over a batch starts `once`."""
     settings = recipe.refine
     assert settings is not None
-    stacks = sum(len(block.linears) * (1 if _is_stacked(block) else block.copies) for block in blocks)
-    stacked = sum(len(block.linears) * block.copies for block in blocks if _is_stacked(block))
+    stacks = sum(len(block.linears) * (1 if is_stacked(block) else block.copies) for block in blocks)
+    stacked = sum(len(block.linears) * block.copies for block in blocks if is_stacked(block))
     held_out = recipe.held_out // recipe.tokens
     sequences = settings.passes * (recipe.local_sequences - held_out)
     of_sequence = (1 + BACKWARD) * once + SEQUENCE + SUMS * stacks
@@ -86,7 +86,7 @@ def _batches(recipe: Recipe, sequences: int) -> int:
     return math.ceil(sequences / recipe.batch)
 
 
-def _is_stacked(block: BlockShapes) -> bool:
+def is_stacked(block: BlockShapes) -> bool:
     """Test for experts whose linears are joined while they are tuned (`method/stacks.py`)."""
     return block.copies > 1 and block.largest <= LARGE_WEIGHT
 

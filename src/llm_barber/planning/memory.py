@@ -16,6 +16,7 @@ from llm_barber.method.allocation import LOGITS
 from llm_barber.method.refine import MOMENTS_BYTES
 from llm_barber.model.array_memory import block_size
 from llm_barber.model.expert_products import LARGE_WEIGHT
+from llm_barber.planning.launches import is_stacked
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.settings.initial import Initial
@@ -95,10 +96,19 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
         wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # sums of gradients are float64 then
         tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
-        # Experts' masks, values and weights are copied into stacks.
-        experts = sum(block.all_weights for block in layer.blocks if block.copies > 1) * (not recipe.on_cpu)
-        moments.append(Footprint(device=tuned + (2 * recipe.itemsize + BOOL) * experts + 2 * batch))
+        moments.append(Footprint(device=tuned + 2 * batch + _stacks(layer, recipe)))
     return moments
+
+
+def _stacks(layer: LayerShapes, recipe: Recipe) -> float:
+    """Bytes of stacks of experts' linears while they are tuned.
+
+    Masks, values and weights of all are copied; of the largest stack, so are its gradient and twice its values, in
+    float32.
+    """
+    stacked = [] if recipe.on_cpu else [block for block in layer.blocks if is_stacked(block)]
+    copies = (2 * recipe.itemsize + BOOL) * sum(block.all_weights for block in stacked)
+    return copies + 3 * FLOAT32 * max((block.largest * block.copies for block in stacked), default=0)
 
 
 def _device(footprint: Footprint) -> float:

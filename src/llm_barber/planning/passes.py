@@ -103,11 +103,11 @@ def input_squares_work(recipe: Recipe, numbers: float) -> Work:
 def gradient_squares_work(block: BlockShapes, recipe: Recipe) -> Work:
     """Work of adding up squares of a block's gradients by weights, of all sequences.
 
-    A GPU reads the gradients of some sequences once, and their sum once for all of these; those of experts are
-    converted to float32 before, and read one by one. (In float16 all are float32, which is not counted.)
+    A GPU reads the gradients of some sequences once, and their sum once for all of these; those of experts are copied
+    to float32 before, and read one by one. (In float16 all are float32, which is not counted.)
     """
     weights = recipe.local_sequences * block.all_weights
-    if recipe.on_cpu or (block.copies > 1 and recipe.itemsize < FLOAT32):
+    if recipe.on_cpu or block.copies > 1:
         return Work(moved=SQUARING * weights)
     together = min(recipe.batch, gradients_together(block.largest, recipe.itemsize))
     return Work(moved=(recipe.itemsize + 2 * FLOAT32 / together) * weights)

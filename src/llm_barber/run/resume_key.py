@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llm_barber.gpu.kernels import has_kernels
 from llm_barber.method.held_out import JUDGE_REVISION
 from llm_barber.model.gpu_kernels import REVISION as GPU_REVISION
 from llm_barber.run.prepared_run import PreparedRun
@@ -40,7 +41,8 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
     if prepared.refine_settings is not None and prepared.refine_settings.of_layers:
         revisions["revision of the held-out windows"] = JUDGE_REVISION
     if job.skeleton.device.type != "cpu":
-        revisions["revision of a GPU's kernels"] = GPU_REVISION
+        triton = has_kernels(job.skeleton.device, job.skeleton.dtype)
+        revisions["revision of a GPU's kernels"] = f"{GPU_REVISION}, {'with' if triton else 'without'} Triton's"
     key = {
         "command": prepared.command,
         "given": given,

@@ -24,14 +24,28 @@ def on_gpu(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 def test_results_and_speeds_are_found(on_gpu: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "has_kernels", lambda _: True)
-    monkeypatch.setattr(kernels, "is_right", lambda _, dtype: dtype != torch.float16)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernels, "lack", lambda _: None)
+    monkeypatch.setattr(kernels, "wrong_steps", lambda _, dtype: ["SwiGLU"] if dtype == torch.float16 else [])
     findings = list(kernels.check_kernels(on_gpu))
     assert [finding.passed for finding in findings] == [True, False, True] + [True] * len(kernels.STEPS)
-    assert findings[1].text == "float16: results differ from PyTorch's"
+    assert findings[1].text == "float16: results differ from PyTorch's: SwiGLU, SwiGLU"
     assert "SwiGLU of LLaMA-2 7B: " in findings[len(DTYPES) + 1].text
 
 
-def test_without_kernels_there_is_nothing_to_check(on_gpu: Bench) -> None:
-    with pytest.raises(NotRunError, match="Triton's kernels do not run"):
+def test_a_kernel_that_does_not_compile_is_an_error(on_gpu: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> list[str]:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernels, "lack", lambda _: None)
+    monkeypatch.setattr(kernels, "wrong_steps", fail)
+    with pytest.raises(OSError, match="no compiler"):
+        next(kernels.check_kernels(on_gpu))
+
+
+def test_without_triton_there_is_nothing_to_check(on_gpu: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernels, "lack", lambda _: "Triton is not installed")
+    with pytest.raises(NotRunError, match="Triton is not installed"):
         next(kernels.check_kernels(on_gpu))
