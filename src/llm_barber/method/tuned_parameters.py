@@ -37,6 +37,7 @@ class TunedParameters:
         linears, squares = _collect_squares(layer, pruned, streams)
         stacks = stack_linears({name: each for name, each in linears.items() if not each.few_tokens}, layer.experts)
         self._frozen = {name: linear for name, linear in linears.items() if linear.few_tokens}
+        self._frozen_weights = {name: linear.weight.to(layer.dtype) for name, linear in self._frozen.items()}
         self._stacks = {stack.name: stack for stack in stacks}
         self._scores: dict[str, Tensor] = {}
         self._pruned_counts: dict[str, Tensor] = {}
@@ -84,7 +85,7 @@ class TunedParameters:
 
     def by_linear(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of all linears, (out, in): views of the stacks', and those of experts with few tokens."""
-        weights = {name: linear.weight for name, linear in self._frozen.items()}
+        weights = dict(self._frozen_weights)
         for name, tensor in stacked.items():
             weights |= self._stacks[name].split(tensor)
         return weights
