@@ -129,6 +129,7 @@ def test_functions_are_in_the_files_that_pages_say(page: Path) -> None:
 def test_prose_is_wrapped(page: Path) -> None:
     for line in prose(page.read_text(encoding="utf-8")).splitlines():
         assert len(line) <= 100, line
+        assert not line.startswith("%"), "a comment, which built pages leave out"
 
 
 def test_guides_and_reference_are_generated_without_sphinx() -> None:
