@@ -80,11 +80,12 @@ class Mlp(nn.Module):
             self.scale = nn.Parameter(torch.ones(8))
         if change == "buffer":
             self.register_buffer("scale", torch.ones(8))
+        self.limits: tuple[float, ...] | None = None
         self.activation = torch.nn.functional.gelu if change == "gelu" else silu
 
     def forward(self, hidden: Tensor) -> Any:
         gates = self.second(hidden)
-        activated = self.activation(gates)
+        activated = self.activation(gates) if self.limits is None else self.activation(gates).clamp(max=self.limits[0])
         ups = self.first(hidden) + (1 if self.change == "offset" else 0)
         output = self.third(activated * (ups.clamp(max=16) if self.change == "limit" else ups))
         return (output,) if self.change == "tuple" else output
@@ -128,8 +129,9 @@ def test_functions_that_rotate_otherwise_are_left_alone() -> None:
 
 
 def test_mlps_of_one_class_are_told_apart_by_their_functions() -> None:
-    mlps = nn.ModuleList([Mlp(), Mlp()])
+    mlps = nn.ModuleList([Mlp(), Mlp(), Mlp()])
     mlps[1].activation = torch.nn.functional.gelu
+    mlps[2].limits = (7.0,)
     assert [module for module, _ in gated_mlps(mlps)] == [mlps[0]]
 
 

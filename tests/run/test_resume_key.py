@@ -154,11 +154,11 @@ def test_a_gpu_resumes_only_what_its_kernels_computed(
         return keys[0]
 
     monkeypatch.setattr("llm_barber.run.stream.resume_key", of_both)
-    monkeypatch.setattr("llm_barber.run.resume_key.has_kernels", lambda *_: triton)
+    monkeypatch.setattr("llm_barber.gpu.kernels.has_kernels", lambda _, dtype: triton and dtype == torch.float32)
     run(model, tmp_path / "out", tokens)
     name = "revision of a GPU's kernels"
-    with_triton = "with Triton's" if triton else "without Triton's"
-    assert [key["settings"].get(name) for key in keys] == [None, f"{REVISION}, {with_triton}"]
+    having = "float32" if triton else "no dtype"
+    assert [key["settings"].get(name) for key in keys] == [None, f"{REVISION}, Triton's in {having}"]
 
 
 def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:

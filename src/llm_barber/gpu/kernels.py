@@ -31,6 +31,12 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return _works_on_gpu(torch.cuda.current_device() if device.index is None else device.index, dtype)
 
 
+def kernels_of_run(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
+    """Which of the dtypes of a run that computes in `dtype` the kernels compute in: sums of squares are float32."""
+    dtypes = dict.fromkeys((dtype, torch.float32))
+    return {str(each).removeprefix("torch."): has_kernels(device, each) for each in dtypes}
+
+
 def leave_out_kernels() -> None:
     """Compute with PyTorch's operations from now on: processes of one run take the kernels all, or none of them."""
     LEFT_OUT.add(True)

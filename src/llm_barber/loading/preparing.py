@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.gpu.kernels import has_kernels, leave_out_kernels
+from llm_barber.gpu.kernels import kernels_of_run, leave_out_kernels
 from llm_barber.loading.job import Job
 from llm_barber.loading.opening import (
     check_positions,
@@ -133,8 +133,8 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
 
 def _agree_on_kernels(device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
     """Let the GPUs of all processes compute with Triton's kernels, or none of them."""
-    (having,) = ranks.total(float(has_kernels(device, dtype)))
-    if 0 < having < ranks.count:
+    having = ranks.total(*map(float, kernels_of_run(device, dtype).values()))
+    if any(0 < processes < ranks.count for processes in having):
         leave_out_kernels()
 
 

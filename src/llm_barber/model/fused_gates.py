@@ -87,13 +87,16 @@ def _may_be_gated(module: nn.Module, linears: dict[str, nn.Linear]) -> bool:
 
 
 def _settings(module: nn.Module) -> list[object]:
-    """What a module may compute by, of its own and of its children that are no linears: numbers, texts, functions."""
-    children = [child for child in module.modules() if not isinstance(child, nn.Linear)]
+    """What a module may compute by, of its own and of its children that are no linears.
+
+    Numbers and texts are compared by value, all else by identity.
+    """
     return [
-        (type(child), name, value)
-        for child in children
+        (type(child), name, value if isinstance(value, (int, float, str)) else id(value))
+        for child in module.modules()
+        if not isinstance(child, nn.Linear)
         for name, value in vars(child).items()
-        if isinstance(value, (int, float, str)) or callable(value)
+        if not name.startswith("_")
     ]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llm_barber.gpu.kernels import has_kernels
+from llm_barber.gpu.kernels import kernels_of_run
 from llm_barber.method.held_out import JUDGE_REVISION
 from llm_barber.model.gpu_kernels import REVISION as GPU_REVISION
 from llm_barber.run.prepared_run import PreparedRun
@@ -41,8 +41,9 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
     if prepared.refine_settings is not None and prepared.refine_settings.of_layers:
         revisions["revision of the held-out windows"] = JUDGE_REVISION
     if job.skeleton.device.type != "cpu":
-        triton = has_kernels(job.skeleton.device, job.skeleton.dtype)
-        revisions["revision of a GPU's kernels"] = f"{GPU_REVISION}, {'with' if triton else 'without'} Triton's"
+        triton = kernels_of_run(job.skeleton.device, job.skeleton.dtype)
+        having = ", ".join(name for name, has in triton.items() if has) or "no dtype"
+        revisions["revision of a GPU's kernels"] = f"{GPU_REVISION}, Triton's in {having}"
     key = {
         "command": prepared.command,
         "given": given,
