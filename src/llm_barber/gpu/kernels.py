@@ -28,7 +28,12 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if device.type != "cuda" or dtype not in DTYPES or LEFT_OUT:
         return False
-    return _works_on_gpu(torch.cuda.current_device() if device.index is None else device.index, dtype)
+    return _works_on_gpu(gpu_number(device), dtype)
+
+
+def gpu_number(device: torch.device) -> int:
+    """Give the number of a GPU: the current one's where the device names none."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def kernels_of_run(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
@@ -48,7 +53,7 @@ def take_kernels(*tensors: Tensor) -> bool:
 
 
 def lack(index: int) -> str | None:
-    """What a GPU, given by its number, lacks to run Triton's kernels; None: nothing that is known before they run."""
+    """Say what a GPU, by its number, lacks to run Triton's kernels; None: nothing that is known before they run."""
     if find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if torch.cuda.get_device_capability(index) < OLDEST_GPU:

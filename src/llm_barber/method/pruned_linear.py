@@ -1,5 +1,6 @@
 """A linear while it is pruned: its mask, and what its weights are under that mask."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,3 +44,10 @@ class PrunedLinear:
     def final(self) -> Tensor:
         """Weights that are written: the values under the mask."""
         return apply_mask(self.values, self.keep)
+
+
+def fixed_weights(linears: Sequence[PrunedLinear]) -> list[Tensor] | None:
+    """List `fixed` of each linear, bool (out, in); None if no weight of any linear is fixed."""
+    if all(linear.fixed is None for linear in linears):
+        return None
+    return [torch.zeros_like(linear.keep) if linear.fixed is None else linear.fixed for linear in linears]

@@ -15,7 +15,7 @@ from llm_barber.masking.statistics import GradientSquares
 from llm_barber.method.block_pass import BlockPass
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.outcome import BlockOutcome
-from llm_barber.method.pruned_linear import PrunedLinear
+from llm_barber.method.pruned_linear import PrunedLinear, fixed_weights
 from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN
 
 
@@ -86,15 +86,12 @@ def rebuild_block(
 
 
 def _swap_pairs(linears: list[PrunedLinear], saliency: list[Tensor], settings: RebuildSettings) -> list[Rebuilt]:
-    fixed = None
-    if any(linear.fixed is not None for linear in linears):
-        fixed = [torch.zeros_like(linear.keep) if linear.fixed is None else linear.fixed for linear in linears]
     return rebuild_masks(
         keep=[linear.keep for linear in linears],
         saliency=saliency,
         granularity=settings.granularity,
         rebuild_ratio=settings.ratio,
         patterns=[linear.pattern for linear in linears],
-        fixed=fixed,
+        fixed=fixed_weights(linears),
         pattern_granularity=settings.pattern_granularity,
     )

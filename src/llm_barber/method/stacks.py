@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llm_barber.method.pruned_linear import PrunedLinear
+from llm_barber.method.pruned_linear import PrunedLinear, fixed_weights
 from llm_barber.model.expert_products import LARGE_WEIGHT
 from llm_barber.model.experts import mixture_of
 
@@ -72,9 +72,7 @@ def is_stacked(weight: Tensor) -> bool:
 def _stack(names: list[str], linears: list[PrunedLinear]) -> Stack:
     if len(names) == 1:
         return Stack(names[0], (names[0],), linears[0])
-    fixed = None
-    if any(linear.fixed is not None for linear in linears):
-        fixed = [torch.zeros_like(linear.keep) if linear.fixed is None else linear.fixed for linear in linears]
+    fixed = fixed_weights(linears)
     joined = replace(
         linears[0],
         keep=torch.cat([linear.keep for linear in linears]),

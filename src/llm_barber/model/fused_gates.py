@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llm_barber.gpu.kernels import DTYPES
 from llm_barber.gpu.steps import gate
 from llm_barber.model.experts import GATE, GATE_UP, UP, Experts, Linear
+from llm_barber.model.same_bits import has_bits_of
 
 TOKENS, HIDDEN, INNER = 5, 6, 10  # of what a module is tried on
 # Sizes of its numbers: limits of activations show where they are large. Products of such exceed the largest float16.
@@ -87,7 +88,7 @@ def _may_be_gated(module: nn.Module, linears: dict[str, nn.Linear]) -> bool:
 
 
 def _settings(module: nn.Module) -> list[object]:
-    """What a module may compute by, of its own and of its children that are no linears.
+    """List what a module may compute by, of its own and of its children that are no linears.
 
     Numbers and texts are compared by value, all else by identity.
     """
@@ -130,13 +131,9 @@ def _has_its_bits_in(dtype: torch.dtype, module: nn.Module, roles: Roles, linear
             hidden, output = (size * torch.randn(2, TOKENS, HIDDEN, generator=made)).to(dtype), None
             with suppress(Exception):  # a module that takes no such linears is not of this form
                 output = small.forward(hidden)
-            if not _is_equal(output, roles.compute(small, hidden)):
+            if not has_bits_of(output, roles.compute(small, hidden)):
                 return False
     return True
-
-
-def _is_equal(output: object, expected: Tensor) -> bool:
-    return isinstance(output, Tensor) and output.dtype == expected.dtype and torch.equal(output, expected)
 
 
 def _forward(module: nn.Module, roles: Roles, *arguments: Tensor, **named: Tensor) -> Tensor:
@@ -163,7 +160,7 @@ def _combines_like(
         output = None
         with suppress(Exception):  # experts that need more than these outputs are not of this form
             output = experts.combine(lambda name, _: outputs[name], outputs[GATE])
-        return _is_equal(output, combine(lambda name, _: outputs[name], outputs[GATE]))
+        return has_bits_of(output, combine(lambda name, _: outputs[name], outputs[GATE]))
 
 
 def _combine_separate(linear: Linear, inputs: Tensor) -> Tensor:

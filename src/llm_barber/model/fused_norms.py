@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import rms_norm
 
+from llm_barber.model.same_bits import has_bits_of
+
 # Outputs, (…, features), from hidden states, a weight, (features,), of their dtype, and ε.
 Form = Callable[[Tensor, Tensor, float], Tensor]
 PROBES = 16  # tokens of each of two sequences that a form is tried on
@@ -103,7 +105,7 @@ def _has_its_bits(norm: RmsNorm, dtype: torch.dtype) -> bool:
         output = None
         with suppress(Exception):  # a module that takes no such input is not of this form
             output = functional_call(norm.module, {"weight": weight}, (hidden,))
-    return isinstance(output, Tensor) and output.dtype == dtype and torch.equal(output, expected)
+    return has_bits_of(output, expected)
 
 
 def _forward(norm: RmsNorm, unfused: Callable[..., Tensor], *arguments: Tensor, **named: Tensor) -> Tensor:

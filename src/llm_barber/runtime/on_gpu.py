@@ -8,13 +8,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from llm_barber.gpu.kernels import OLDEST_GPU, gpu_number
 from llm_barber.gpu.out_of_memory import is_out_of_memory
 from llm_barber.runtime.kernels.layout import DECODE_ROWS, Places, find_places
 from llm_barber.runtime.kernels.operators import packed_product, unpacked
 from llm_barber.runtime.products import is_differentiated, is_plain
 
 GROUPS = 32  # a scale of int8 values is for a multiple of so many columns, or for the whole row
-OLDEST_GPU = (8, 0)  # compute capability: Triton compiles bfloat16 for no older GPU
 INSTEAD = "every product with a packed weight unpacks it"
 
 
@@ -22,7 +22,7 @@ def has_kernels(device: torch.device) -> bool:
     """Test whether Triton's kernels run on a device; warn, once for each GPU, why they do not."""
     if device.type != "cuda":
         return False
-    return _runs_kernels(torch.cuda.current_device() if device.index is None else device.index)
+    return _runs_kernels(gpu_number(device))
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_barber.gpu import steps
-from llm_barber.gpu.kernels import DTYPES, lack, wrong_steps
+from llm_barber.gpu.kernels import DTYPES, gpu_number, lack, wrong_steps
 from llm_barber.planning.measured_rates import Stopwatch
 from llm_barber.tools.selftest.bench import Bench
 from llm_barber.tools.selftest.result import Finding, NotRunError
@@ -32,8 +32,7 @@ def check_kernels(bench: Bench) -> Iterator[Finding]:
     """
     if not bench.on_gpu:
         raise NotRunError("needs a GPU")
-    index = torch.cuda.current_device() if bench.device.index is None else bench.device.index
-    reason = lack(index)
+    reason = lack(gpu_number(bench.device))
     if reason is not None:
         raise NotRunError(reason)
     for dtype in DTYPES:
