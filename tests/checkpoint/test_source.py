@@ -44,6 +44,24 @@ def test_tensors_are_copied_to_pinned_memory_once(llama: Path, monkeypatch: pyte
     assert all(torch.equal(tensor, pageable[name]) for name, tensor in tensors.items())
 
 
+def test_a_reader_lets_the_following_one_begin_once_its_last_group_is_taken(llama: Path) -> None:
+    source = CheckpointSource(llama)
+    groups = [[name] for name in list(source.tensors)[:3]]
+    for count in (0, 1, 3):
+        with (
+            ReadAhead(source, groups, False) as following,
+            ReadAhead(source, groups[:count], False, following) as ahead,
+        ):
+            ahead.begin()
+            ahead.begin()  # changes nothing
+            for number, group in enumerate(groups[:count], 1):
+                assert following._coming is None
+                assert list(ahead.take()) == group
+                assert (following._coming is not None) == (number == count)
+            assert following._coming is not None
+            assert [list(following.take()) for _ in groups] == groups
+
+
 def expect(folder: Path | str, message: str, hint: str, kind: type[Exception] = ModelError) -> None:
     with pytest.raises(kind, match=message) as caught:
         source = CheckpointSource(folder)

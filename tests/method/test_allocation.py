@@ -179,10 +179,11 @@ def test_by_loss_goes_on_with_the_sparsities_that_it_had(
     assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("room", "reads"), [(None, [2, 2, 2]), (1.5, [1, 2, 2]), (3, [1, 1, 1])])  # in layers
-def test_layers_that_fit_beside_the_activations_are_read_once(
+@pytest.mark.parametrize(("room", "reads"), [(None, [3, 3, 3]), (1.5, [2, 3, 3]), (3, [2, 2, 2])])  # in layers
+def test_each_tensor_is_read_once_for_pruning_and_once_for_the_allocation_if_layers_fit_the_device(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, room: float | None, reads: list[int]
 ) -> None:
+    """Tensors outside the layers are read once in all."""
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     settings = {"dtype": "float32", "batch_size": 2, "report": False, "allocation": "loss", "rebuild": False}
     prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
@@ -191,21 +192,21 @@ def test_layers_that_fit_beside_the_activations_are_read_once(
     by_loss, read = allocation._by_loss, CheckpointSource.read
     seen: Counter[str] = Counter()
 
-    def with_room(initial: Any, streams: ActivationStreams, *rest: Any) -> Any:
+    def with_room(initial: Any, layers: Any, outside: Any, streams: ActivationStreams, *rest: Any) -> Any:
         streams.memory.room = None if room is None else int(room * size)
-        with monkeypatch.context() as patched:
-            patched.setattr(CheckpointSource, "read", noted)
-            result = by_loss(initial, streams, *rest)
+        result = by_loss(initial, layers, outside, streams, *rest)
         assert streams.memory.room == (None if room is None else int(room * size))
         return result
 
     def noted(source: CheckpointSource, names: Iterable[str], *rest: Any) -> Any:
         names = list(names)
-        seen.update(name for name in names if name.endswith("q_proj.weight"))
+        seen.update(names)
         return read(source, names, *rest)
 
     monkeypatch.setattr(allocation, "_by_loss", with_room)
+    monkeypatch.setattr(CheckpointSource, "read", noted)
     prune(PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, **settings))
+    assert [seen[name] for name in tensors if ".layers." not in name] == [1, 1]  # the embedding, which is the head, and the norm
     assert [seen[f"model.layers.{index}.self_attn.q_proj.weight"] for index in range(3)] == reads
     assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
 

@@ -8,6 +8,7 @@ from llm_barber.planning.costs import Costs, run_costs
 from llm_barber.planning.rates import Rates
 from llm_barber.planning.waiting import LAYER_STAGES, waiting_seconds, with_files_kept
 from llm_barber.planning.work import Work
+from llm_barber.settings.presets import Allocation
 from tests.helpers.plans import MODEL, PAPER, RATES
 
 GPU = replace(PAPER, on_cpu=False)
@@ -58,6 +59,18 @@ def test_an_allocation_waits_for_its_first_layer_and_a_slow_disk() -> None:
     for read, waited in ((1.0, 1.0), (0.25, 4 + 64 * 31 / 32)):
         rates = replace(RATES, products=1.0, read=read)
         assert waiting_seconds(costs, DEEP, rates, GPU)["allocate"]["disk"] == pytest.approx(waited)
+
+
+def test_the_first_layer_is_read_while_an_allocation_goes_back_through_layers_on_the_device() -> None:
+    costs = Costs(read=Work(read=32.0), propagate=Work(products=64.0))
+    rates = replace(RATES, products=1.0, read=1.0)
+    for changes, waited in (
+        ({"room": 10**6}, 0),
+        ({"room": 0}, 1),
+        ({"room": 10**6, "allocation": Allocation.UNIFORM}, 1),
+    ):
+        recipe = replace(GPU, **{"allocation": Allocation.LOSS, **changes})
+        assert waiting_seconds(costs, DEEP, rates, recipe)["read"]["disk"] == waited
 
 
 @pytest.mark.parametrize("changes", [{"on_cpu": True}, {"repeatable": False}], ids=["CPU", "not repeatable"])

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.errors import ModelError, NotFiniteError, SettingsError
 from llm_barber.loading.job import Job
 from llm_barber.masking.budget import removal_costs, spread_budget
@@ -30,29 +31,50 @@ def loss_windows(tokens: int) -> int:
 
 
 def allocate(
-    allocation: Allocation, initial_masks: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
+    allocation: Allocation,
+    initial_masks: InitialMasks,
+    outside: dict[str, Tensor],
+    streams: ActivationStreams,
+    sparsity: float,
+    following: ReadAhead,
+    progress: Progress,
 ) -> Sparsities:
     """Spread a sparsity over the linears that are pruned; the first layer's input is left as it was.
+
+    Args:
+        allocation: by the loss or by outliers.
+        initial_masks: say which linears are pruned.
+        outside: parameters outside the decoder layers, by the model's names; used up. Others are read.
+        streams: the activations.
+        sparsity: of all weights that are pruned, together.
+        following: a reader that begins when no layer is left to read.
+        progress: is told of each layer.
 
     Raises:
         SettingsError: the spread does not fit the sparsity.
         ModelError: the model's gradients are all zero.
         NotFiniteError: they are NaN or Inf.
     """
-    spread = _by_outliers if allocation is Allocation.OWL else _by_loss
+    layers = DenseLayers(initial_masks, streams, following)
     with first_input_kept(streams):
-        return spread(initial_masks, streams, sparsity, progress)
+        if allocation is Allocation.OWL:
+            return _by_outliers(initial_masks, layers, streams, sparsity, progress)
+        return _by_loss(initial_masks, layers, outside, streams, sparsity, progress)
 
 
 def _by_outliers(
-    initial_masks: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
+    initial_masks: InitialMasks,
+    layers: DenseLayers,
+    streams: ActivationStreams,
+    sparsity: float,
+    progress: Progress,
 ) -> Sparsities:
     """Spread by the outliers of layers (OWL, arXiv 2310.05175), in one pass forward."""
     job = initial_masks.job
     shares: dict[int, float] = {}
     sizes: dict[int, int] = {}
     progress.start("looking for outliers", job.layer_count)
-    for index, layer, weights in DenseLayers(initial_masks, streams).opened(range(job.layer_count)):
+    for index, layer, weights in layers.opened(range(job.layer_count)):
         if layer.linears:
             squares = collect_inputs(layer, streams, InputSquares)
             scores = [wanda(weights[name], squares[name].mean) for name in layer.linears]
@@ -76,13 +98,17 @@ def _by_outliers(
 
 
 def _by_loss(
-    initial_masks: InitialMasks, streams: ActivationStreams, sparsity: float, progress: Progress
+    initial_masks: InitialMasks,
+    layers: DenseLayers,
+    outside: dict[str, Tensor],
+    streams: ActivationStreams,
+    sparsity: float,
+    progress: Progress,
 ) -> Sparsities:
     """Spread by what pruning a linear adds to the loss (`masking/budget.py`): forward, then back."""
     job = initial_masks.job
     progress.start("looking for what pruning costs", 2 * job.layer_count)
-    layers = DenseLayers(initial_masks, streams)
-    inputs, gradients, few_tokens = _forward(initial_masks, layers, streams, progress)
+    inputs, gradients, few_tokens = _forward(initial_masks, layers, outside, streams, progress)
     costs = _backward(initial_masks, layers, streams, inputs, gradients, progress)
     if not any(cost.any() for cost, _ in costs.values()):
         raise ModelError(
@@ -98,9 +124,13 @@ def _by_loss(
 
 
 def _forward(
-    initial_masks: InitialMasks, layers: DenseLayers, streams: ActivationStreams, progress: Progress
+    initial_masks: InitialMasks,
+    layers: DenseLayers,
+    outside: dict[str, Tensor],
+    streams: ActivationStreams,
+    progress: Progress,
 ) -> tuple[list[list[Tensor]], list[Tensor], set[str]]:
-    """Run the dense model and its loss on the first calibration windows.
+    """Run the dense model and its loss on the first calibration windows; uses up `outside`.
 
     Returns:
         The layers' inputs on these windows, (sequences, tokens, hidden), by layer and batch; the loss's gradients at
@@ -110,7 +140,9 @@ def _forward(
     windows = loss_windows(job.tokens.input_ids.shape[1])  # the first of all: some processes may have none of them
     batches = pieces(0, streams.count_among_first(windows), streams.batch_size)
     tokens = streams.select_local(job.tokens.input_ids)
-    skeleton.fill_outside(job.source.read_parameters(skeleton.outside_names_and_head))
+    missing = [name for name in skeleton.outside_names_and_head if name not in outside]
+    skeleton.fill_outside(outside | job.source.read_parameters(missing))
+    outside.clear()  # the copies in the stored dtype are not needed: free their memory
     for size in {batch.stop - batch.start for batch in batches}:
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # records the arguments that layers get
     inputs: list[list[Tensor]] = []

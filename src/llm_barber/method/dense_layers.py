@@ -33,10 +33,13 @@ class DenseLayers:
     Args:
         initial_masks: says which linears are pruned.
         streams: the activations, and the room that they leave.
+        following: a reader that begins when all layers are read that are not wanted again.
     """
 
-    def __init__(self, initial_masks: InitialMasks, streams: ActivationStreams) -> None:
-        self._initial_masks, self._streams = initial_masks, streams
+    def __init__(
+        self, initial_masks: InitialMasks, streams: ActivationStreams, following: ReadAhead | None = None
+    ) -> None:
+        self._initial_masks, self._streams, self._following = initial_masks, streams, following
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def opened(
@@ -45,7 +48,9 @@ class DenseLayers:
         """Open layers in this order; each comes with its number and the weights of its linears, (out, in)."""
         job, streams = self._initial_masks.job, self._streams
         read = [job.layer_tensors[index] for index in order if index not in self._kept]
-        with ReadAhead(job.source, read, streams.memory.pinned) as ahead:
+        following = None if wanted_again else self._following
+        with ReadAhead(job.source, read, streams.memory.pinned, following) as ahead:
+            ahead.begin()
             for index in order:
                 tensors = self._kept.pop(index) if index in self._kept else job.moved(ahead.take())
                 try:

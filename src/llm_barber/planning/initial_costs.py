@@ -55,8 +55,9 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
         total += Work(read=size, copied=size) * (1 + reread)
     if by_loss:
         logits = tokens * model.vocabulary
+        head_is_read = recipe.prunes_head and not model.tied  # other parameters outside the layers are at hand
         total += Work(
-            read=model.outside * recipe.stored,
+            read=model.head_block.weights * recipe.stored if head_is_read else 0,
             copied=model.outside * recipe.itemsize,
             products=4 * logits * model.head,
             moved=logits * (2 * recipe.itemsize + 6 * FLOAT32),

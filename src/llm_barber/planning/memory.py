@@ -143,7 +143,8 @@ def _embedding(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
 
     A shard takes pages of the file and its copy; the previous shard is still held.
     """
-    outside, kept = model.outside * recipe.stored, model.embedding * recipe.stored
+    outside = model.outside * recipe.stored
+    kept = outside if recipe.allocation is Allocation.LOSS else model.embedding * recipe.stored
     shard = max(OUTSIDE_SHARD_BYTES, kept)
     first = min(outside, shard)
     before = min(outside - first, shard)

@@ -7,6 +7,7 @@ from llm_barber.planning.costs import Costs
 from llm_barber.planning.rates import Rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes
+from llm_barber.settings.presets import Allocation
 
 LAYER_STAGES = ("initial", "rebuild", "refine", "tune", "propagate")  # computed while files are written
 DEVICE_KINDS = ("compute", "memory", "link")  # resources that are busy while the host starts further kernels
@@ -27,17 +28,18 @@ def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Reci
     """Seconds of each stage by resource; of the disk, those that the run waits for.
 
     A CPU that computes cannot hash, or copy to the system's pages, at the same time: all seconds count. On a GPU the
-    next layer is read, and the last one written, while a layer is computed. The run waits for the first layer, for the
-    last shard, for copies off the device, and where the disk takes longer for a layer and a shard than the GPU for a
-    layer. Activations are written seldom enough that nothing waits for them. Where a run cannot be repeated from
-    earlier activations, each layer waits for its files to be written.
+    next layer is read, and the last one written, while a layer is computed. The run waits for the first layer, unless
+    the disk rested before it, for the last shard, for copies off the device, and where the disk takes longer for a
+    layer and a shard than the GPU for a layer. Activations are written seldom enough that nothing waits for them.
+    Where a run cannot be repeated from earlier activations, each layer waits for its files to be written.
     """
     seconds, layers = _seconds(costs, rates), len(model.layers)
     if recipe.on_cpu:
         return seconds
     behind = ("read", "write") if recipe.repeatable else ("read",)
     disk = sum(seconds[name]["disk"] for name in behind)
-    waited = _waited(disk, _computing(seconds), layers)
+    read_early = seconds["read"]["disk"] / layers if _disk_rests(model, recipe) else 0.0
+    waited = _waited(disk, _computing(seconds), layers) - read_early
     for name in behind:
         seconds[name]["disk"] *= waited / disk if disk else 0.0
     if recipe.repeatable:
@@ -46,6 +48,12 @@ def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Reci
         disk = seconds[name].pop("disk")
         seconds[name]["disk"] = _waited(disk, sum(seconds[name].values()), layers)
     return seconds
+
+
+def _disk_rests(model: ModelShapes, recipe: Recipe) -> bool:
+    """True if an allocation by the loss goes back through layers that all stayed on the device."""
+    all_layers = sum(layer.parameters for layer in model.layers) * recipe.stored
+    return recipe.allocation is Allocation.LOSS and recipe.kept_on_device(all_layers, model.hidden) == all_layers
 
 
 def _waited(disk: float, computing: float, layers: int) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TypeVar
 
@@ -66,12 +66,12 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
         job = prepared.job
         seconds = {stage: writer.state.seconds.get(stage, 0.0) for stage in STAGES}
         began -= seconds["total"]
-        streams = _embed(prepared, writer, seconds, progress)
+        streams, outside = _embed(prepared, writer, seconds, progress)
         _reorder(prepared, streams, writer, seconds, began, progress)
-        _allocate(prepared, streams, writer, seconds, began, progress)
-        streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.memory.empty_off_device))
-        activations = {}  # restore has copied them: free the memory
         with ReadAhead(job.source, job.steps[reached:], streams.memory.pinned) as ahead:
+            _allocate(prepared, outside, streams, ahead, writer, seconds, began, progress)
+            streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.memory.empty_off_device))
+            activations = {}  # restore has copied them: free the memory
             if finished := results[reached:]:
                 pass_layers(prepared, finished, ahead, writer, streams, progress)
             title = "pruning" if prepared.command == "prune" else "rebuilding"
@@ -112,17 +112,27 @@ def _open_output(prepared: PreparedRun) -> Writer:
     return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable)
 
 
-def _embed(prepared: PreparedRun, writer: Writer, seconds: dict[str, float], progress: Progress) -> ActivationStreams:
-    """Embed the calibration tokens; copy the tensors outside the layers to the output on the way."""
+def _embed(
+    prepared: PreparedRun, writer: Writer, seconds: dict[str, float], progress: Progress
+) -> tuple[ActivationStreams, dict[str, Tensor]]:
+    """Embed the calibration tokens; copy the tensors outside the layers to the output on the way.
+
+    Returns the activations, and the parameters outside the layers, by the model's names, that an allocation by the loss
+    needs.
+    """
     progress.stage("embedding the calibration tokens")
     start = time.perf_counter()
-    job, refine_settings = prepared.job, prepared.refine_settings
+    job, refine_settings, skeleton = prepared.job, prepared.refine_settings, prepared.job.skeleton
     memory = activation_memory(job, prepared.config, prepared.recipe, writer)
-    streams = embed(job, _copy_outside(job, writer), refine_settings, memory, progress)
+    needs_loss = prepared.allocation is Allocation.LOSS and writer.state.sparsities is None
+    names = skeleton.outside_names_and_head if needs_loss else skeleton.outside_names
+    outside = _copy_outside(job, writer, names)
+    embedding = {name: outside[name] for name in skeleton.outside_names}
+    streams = embed(job, embedding, refine_settings, memory, progress)
     if follows_dense(refine_settings):
         streams.copy(HIDDEN, DENSE + HIDDEN)
     seconds["embed"] += time.perf_counter() - start
-    return streams
+    return streams, outside if needs_loss else {}
 
 
 def _reorder(
@@ -159,7 +169,9 @@ def _reorder(
 
 def _allocate(
     prepared: PreparedRun,
+    outside: dict[str, Tensor],
     streams: ActivationStreams,
+    ahead: ReadAhead,
     writer: Writer,
     seconds: dict[str, float],
     began: float,
@@ -167,15 +179,22 @@ def _allocate(
 ) -> None:
     """Give each linear its sparsity: the unfinished run's, or a new one from passes over the dense model.
 
-    `began`: time on the clock at which the run would have begun without interruptions. A new allocation is kept with
-    its seconds, and with the total of the run so far.
+    Args:
+        prepared: the run.
+        outside: as `allocate` takes it.
+        streams: the activations.
+        ahead: begins to read when these passes have read all layers.
+        writer: keeps a new allocation with its seconds, and with the total of the run so far.
+        seconds: by stage.
+        began: time on the clock at which the run would have begun without interruptions.
+        progress: is told of each layer.
     """
     initial_masks, allocation = prepared.initial_masks, prepared.allocation
     if initial_masks.budget is None or allocation is Allocation.UNIFORM:
         return
     sparsities = writer.state.sparsities
     if sparsities is None:
-        spread = partial(allocate, allocation, initial_masks, streams, initial_masks.budget, progress)
+        spread = partial(allocate, allocation, initial_masks, outside, streams, initial_masks.budget, ahead, progress)
         sparsities = _pass_dense(spread, "allocate", prepared, streams, seconds, began, progress)
         writer.keep_sparsities(sparsities, seconds, used_by(prepared, writer, streams))
     initial_masks.set_sparsities(sparsities)
@@ -255,21 +274,25 @@ def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
     )
 
 
-def _copy_outside(job: Job, writer: Writer) -> dict[str, Tensor]:
+def _copy_outside(job: Job, writer: Writer, wanted: Collection[str]) -> dict[str, Tensor]:
     """Copy the tensors outside the decoder layers to the output.
 
-    Returns the tensors that embed the tokens, by the model's names.
+    Returns the wanted parameters, by the model's names, but for a head that is pruned: a step reads it.
     """
-    embedding_names = {job.source.location(name).tensor: name for name in job.skeleton.outside_names}
-    embedding: dict[str, Tensor] = {}
+    locations = {name: job.source.location(name) for name in wanted}
+    parameters: dict[str, Tensor] = {}
     for names in job.outside_shards:
         tensors = job.source.read(names)
         if writer.next_is_written:
             writer.skip_shard()
         else:
             writer.write_shard(tensors)
-        embedding |= {embedding_names[name]: tensor for name, tensor in tensors.items() if name in embedding_names}
-    return embedding
+        parameters |= {
+            name: location.of(tensors[location.tensor])
+            for name, location in locations.items()
+            if location.tensor in tensors
+        }
+    return parameters
 
 
 def _summary(layer: LayerResult) -> str:
