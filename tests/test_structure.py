@@ -34,6 +34,7 @@ MANY_PARAMETERS = dict.fromkeys(
     (
         "gpu/gate.py:_gate_back",
         "gpu/rotary.py:_rotate",
+        "gpu/sums.py:_add_scaled",
         "runtime/kernels/decode.py:_decode",
         "runtime/kernels/decode_rows.py:_decode_rows",
         "runtime/kernels/unpack.py:_unpack",

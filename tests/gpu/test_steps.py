@@ -3,12 +3,13 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from llm_barber.gpu import kernels
 from llm_barber.gpu.kernels import DTYPES, has_kernels
@@ -23,20 +24,25 @@ def rotated_by_transformers(states: Tensor, cosine: Tensor, sine: Tensor) -> Ten
     return (states * cosine.unsqueeze(1)) + (turned * sine.unsqueeze(1))
 
 
-def gated_by_transformers(gates: Tensor, ups: Tensor) -> Tensor:
-    return silu(gates) * ups
+def gated_by(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda gates, ups: activation(gates) * ups
 
 
 def arguments(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Inputs of a function; those without a gradient come last."""
     generator = torch.Generator().manual_seed(0)
-    if function is gate:
+    if function is not rotate:
         return list((3 * torch.randn(2, 4, 7, 6, generator=generator)).to(dtype))
     states = torch.randn(2, 5, 3, 8, generator=generator).to(dtype).transpose(1, 2)
     return [states, *torch.randn(2, 1, 5, 8, generator=generator).to(dtype)]
 
 
-FUNCTIONS = [(rotate, rotated_by_transformers, 1), (gate, gated_by_transformers, 2)]
+FUNCTIONS = [
+    (rotate, rotated_by_transformers, 1),
+    (gate, gated_by(silu), 2),
+    (partial(gate, activation="gelu"), gated_by(gelu), 2),
+    (partial(gate, activation="gelu_tanh"), gated_by(partial(gelu, approximate="tanh")), 2),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,16 +147,30 @@ def test_processes_take_the_kernels_all_or_none(monkeypatch: pytest.MonkeyPatch)
     assert not has_kernels(GPU, torch.bfloat16)
 
 
+def wrong_gates(activation: str, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """Functions in place of `gate` and `gate_back` that are wrong for one activation."""
+    from llm_barber.gpu.gate import gate as gated
+    from llm_barber.gpu.gate import gate_back as back
+
+    def changed(right: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (change if given[-1] == activation else right)(*given)
+
+    step, factor = f"{activation} of gates", 1 + 16 * torch.finfo(dtype).eps
+    yield "gate", step, changed(gated, lambda gates, ups, name: gated(ups, gates, name))
+    yield "gate", step, changed(gated, lambda *given: gated(*given) * factor)
+    yield "gate_back", step, changed(back, lambda *given: back(*given)[::-1])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_is_compared_on_a_gpu_finds_wrong_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter, which does not round to bfloat16."""
     from llm_barber.gpu import gate as gating
-    from llm_barber.gpu import rotary, squares
+    from llm_barber.gpu import rotary, squares, sums
 
     cpu = torch.device("cpu")
     assert kernels.wrong_steps(cpu, dtype) == []
-    rotated, gated, back, added = rotary.rotate, gating.gate, gating.gate_back, squares.add_squares
+    rotated, added, summed = rotary.rotate, squares.add_squares, sums.add_scaled
     wrong: list[tuple[Any, str, str, Callable[..., Any]]] = [
         (
             rotary,
@@ -159,10 +179,10 @@ def test_what_is_compared_on_a_gpu_finds_wrong_kernels(dtype: torch.dtype, monke
             lambda states, cosine, sine, back: rotated(states, cosine, -sine, back),
         ),
         (rotary, "rotate", "rotary embeddings", lambda states, cosine, sine, _: rotated(states, cosine, sine, False)),
-        (gating, "gate", "SwiGLU", lambda gates, ups: gated(ups, gates)),
-        (gating, "gate", "SwiGLU", lambda gates, ups: gated(gates, ups) * (1 + 16 * torch.finfo(dtype).eps)),
-        (gating, "gate_back", "SwiGLU", lambda *tensors: back(*tensors)[::-1]),
+        *((gating, *of_gates) for name in kernels.ACTIVATIONS for of_gates in wrong_gates(name, dtype)),
         (squares, "add_squares", "squares of gradients", lambda *tensors: added(*tensors[:2], tensors[2].flip(0))),
+        (sums, "add_scaled", "sums of gradients", lambda *given: summed(*given[:3], False)),
+        (sums, "add_scaled", "sums of gradients", lambda *given: summed(given[0], given[1][::-1], *given[2:])),
     ]
     for module, name, step, function in wrong:
         with monkeypatch.context() as patched:

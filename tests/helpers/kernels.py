@@ -21,9 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.disasm import get_sass
+DTYPES = triton.language.dtype.SINT_TYPES + triton.language.dtype.FP_TYPES
 for module, name, kinds, constants, capability, warps, multiples in json.loads(sys.argv[1]):
     kernel = getattr(importlib.import_module(module), name)
-    constants |= {key: triton.language.dtype(value) for key, value in constants.items() if isinstance(value, str)}
+    constants |= {key: triton.language.dtype(value) for key, value in constants.items() if value in DTYPES}
     ordered = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
     divisible = [number for number, name in enumerate(ordered) if ordered[name].startswith("*") or name in multiples]
     attributes = {(number,): [["tt.divisibility", 16]] for number in divisible}
@@ -39,7 +40,7 @@ class Source:
     """A kernel and what it is compiled for.
 
     `kinds`: type of each argument, for example `*bf16`; pointers are multiples of 16. `constants`: compile-time
-    arguments; a text is the name of a dtype. `capability`: compute capability, 90 for 9.0. `multiples`: numbers that
+    arguments; the name of a dtype is the dtype. `capability`: compute capability, 90 for 9.0. `multiples`: numbers that
     are multiples of 16.
     """
 

@@ -206,7 +206,10 @@ def test_each_tensor_is_read_once_for_pruning_and_once_for_the_allocation_if_lay
     monkeypatch.setattr(allocation, "_by_loss", with_room)
     monkeypatch.setattr(CheckpointSource, "read", noted)
     prune(PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, **settings))
-    assert [seen[name] for name in tensors if ".layers." not in name] == [1, 1]  # the embedding, which is the head, and the norm
+    assert [seen[name] for name in tensors if ".layers." not in name] == [
+        1,
+        1,
+    ]  # the embedding, which is the head, and the norm
     assert [seen[f"model.layers.{index}.self_attn.q_proj.weight"] for index in range(3)] == reads
     assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
 

@@ -1,13 +1,14 @@
-"""Attention and MLPs of every family keep their bits with rotary embeddings and SwiGLU in one operation."""
+"""Attention and MLPs of every family keep their bits with rotary embeddings and activated gates in one operation."""
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, relu, silu
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
@@ -19,11 +20,10 @@ from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture
 from tests.conftest import FAMILIES, auto_class, make_config
 
-# Families whose MLPs, and experts, are no SwiGLU: one linear before the activation, GELU, or limits.
+# Families whose MLPs, and experts, have one linear before the activation, or limits.
 OTHER_MLPS = {
-    "apertus", "arcee", "bloom", "falcon", "falcon-rw", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode",
-    "gpt_neox", "gpt_oss", "gptj", "modernbert-decoder", "mpt", "nemotron", "nemotron_h", "opt", "opt-350m", "phi",
-    "starcoder2",
+    "apertus", "arcee", "bloom", "falcon", "falcon-rw", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "mpt",
+    "nemotron", "nemotron_h", "opt", "opt-350m", "phi", "starcoder2",
 }  # fmt: skip
 # Families that rotate neighbours, a part of the features, by another function, or not at all.
 OTHER_ROTATIONS = {
@@ -62,9 +62,9 @@ def test_models_of_every_family_keep_their_bits(family: str, monkeypatch: pytest
 
 
 def counting(calls: Counter[str], name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*tensors: Tensor) -> Tensor:
+    def call(*given: Any) -> Tensor:
         calls[name] += 1
-        return function(*tensors)
+        return function(*given)
 
     return call
 
@@ -81,7 +81,7 @@ class Mlp(nn.Module):
         if change == "buffer":
             self.register_buffer("scale", torch.ones(8))
         self.limits: tuple[float, ...] | None = None
-        self.activation = torch.nn.functional.gelu if change == "gelu" else silu
+        self.activation: Callable[[Tensor], Tensor] = relu if change == "relu" else silu
 
     def forward(self, hidden: Tensor) -> Any:
         gates = self.second(hidden)
@@ -93,10 +93,10 @@ class Mlp(nn.Module):
 
 def test_linears_are_known_by_what_they_do() -> None:
     ((_, roles),) = gated_mlps(nn.ModuleList([Mlp()]))
-    assert (roles.gate, roles.up, roles.down) == ("second", "first", "third")
+    assert (roles.gate, roles.up, roles.down, roles.activation) == ("second", "first", "third", "silu")
 
 
-@pytest.mark.parametrize("change", ["parameter", "buffer", "gelu", "offset", "limit", "tuple"])
+@pytest.mark.parametrize("change", ["parameter", "buffer", "relu", "offset", "limit", "tuple"])
 def test_an_mlp_that_computes_something_else_is_left_alone(change: str) -> None:
     assert not list(gated_mlps(nn.ModuleList([Mlp(change)])))
     for order in ([Mlp(change), Mlp()], [Mlp(), Mlp(change)]):
@@ -129,10 +129,13 @@ def test_functions_that_rotate_otherwise_are_left_alone() -> None:
 
 
 def test_mlps_of_one_class_are_told_apart_by_their_functions() -> None:
-    mlps = nn.ModuleList([Mlp(), Mlp(), Mlp()])
-    mlps[1].activation = torch.nn.functional.gelu
+    mlps = nn.ModuleList([Mlp(), Mlp(), Mlp(), Mlp(), Mlp()])
+    mlps[1].activation = relu
     mlps[2].limits = (7.0,)
-    assert [module for module, _ in gated_mlps(mlps)] == [mlps[0]]
+    mlps[3].activation = gelu
+    mlps[4].activation = partial(gelu, approximate="tanh")
+    found = [(module, roles.activation) for module, roles in gated_mlps(mlps)]
+    assert found == [(mlps[0], "silu"), (mlps[3], "gelu"), (mlps[4], "gelu_tanh")]
 
 
 @pytest.mark.parametrize("width", [4, 8])

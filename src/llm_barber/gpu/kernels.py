@@ -1,12 +1,13 @@
 """Which devices compute with the Triton kernels of this room: those on which they give PyTorch's results."""
 
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from llm_barber.gpu.out_of_memory import is_out_of_memory
 
@@ -16,9 +17,15 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # and halves of heads are a power of two, or not.
 ROTATED = ((2, 20, 5, 128), (1, 3, 4, 48))
 GATED = (3, 1500)  # rows and columns, more than a program takes
-SQUARED = (4, 40, 64)  # gradients, and the shape of their weight
+SQUARED = SUMMED = (4, 40, 64)  # gradients, and the shape of their weight
 LEFT_OUT: set[bool] = set()  # holds True once the kernels are left out
-UNITS = 8  # in the last place, of a result of size 1, by which SwiGLU and sums of squares may differ
+UNITS = 8  # in the last place, of a result of size 1, by which activations and sums of squares may differ
+# Activations of gates by name: each, and its gradient from the gradient by its result and its argument.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (silu, torch.ops.aten.silu_backward),
+    "gelu": (gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (partial(gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+}
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -84,11 +91,14 @@ def wrong_steps(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Compare the kernels with PyTorch's operations on a device, on random values of a dtype.
 
     Returns:
-        The steps whose results differ: in any bit for rotary embeddings; by more than `UNITS` for SwiGLU, its
-        gradients, and sums of squares.
+        The steps whose results differ: in any bit for rotary embeddings and sums of gradients; by more than `UNITS` for
+        activations of gates, their gradients, and sums of squares.
     """
     made = torch.Generator().manual_seed(0)
-    checks = {"rotary embeddings": _rotates, "SwiGLU": _gates, "squares of gradients": _adds_squares}
+    checks = {
+        "rotary embeddings": _rotates, "squares of gradients": _adds_squares, "sums of gradients": _adds_scaled,
+    }  # fmt: skip
+    checks |= {f"{activation} of gates": partial(_gates, activation) for activation in ACTIVATIONS}
     with torch.device("cpu"):  # whatever the default device of the program around is
         return [name for name, check in checks.items() if not check(made, device, dtype)]
 
@@ -108,13 +118,13 @@ def _rotates(made: torch.Generator, device: torch.device, dtype: torch.dtype) ->
     return True
 
 
-def _gates(made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
+def _gates(activation: str, made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
     from llm_barber.gpu.gate import gate, gate_back
 
     gradient, gates, ups = (3 * _random(made, (3, *GATED))).to(device, dtype)
-    sizes = (gates.float() * ups.float()).abs(), *[(gradient.float() * part.float()).abs() for part in (ups, gates)]
-    results = gate(gates, ups), *gate_back(gradient, gates, ups)
-    expected = silu(gates) * ups, *gradients_in_steps(gradient, gates, ups)
+    sizes = gate_sizes(gradient, gates, ups)
+    results = gate(gates, ups, activation), *gate_back(gradient, gates, ups, activation)
+    expected = gate_in_steps(gates, ups, activation), *gradients_in_steps(gradient, gates, ups, activation)
     return all(map(_is_near, results, expected, sizes))
 
 
@@ -130,6 +140,22 @@ def _adds_squares(made: torch.Generator, device: torch.device, dtype: torch.dtyp
     return _is_near(total, expected, expected)
 
 
+def _adds_scaled(made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
+    from llm_barber.gpu.steps import add_scaled_in_steps
+    from llm_barber.gpu.sums import add_scaled
+
+    gradients = list(_random(made, SUMMED).to(device, dtype))
+    scales = 2.0 ** torch.arange(-1, SUMMED[0] - 1, dtype=torch.float32).to(device)  # as in runs: products are exact
+    for count in range(1, SUMMED[0] + 1):
+        for begins in (True, False):
+            total, expected = (torch.ones(SUMMED[1:], dtype=torch.float32, device=device) for _ in range(2))
+            add_scaled(total, gradients[:count], scales[:count], begins)
+            add_scaled_in_steps(expected, gradients[:count], scales[:count], begins)
+            if not torch.equal(total, expected):
+                return False
+    return True
+
+
 def _random(made: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=made, dtype=torch.float32)
 
@@ -140,6 +166,22 @@ def _is_near(result: Tensor, expected: Tensor, size: Tensor) -> bool:
     return bool(((result.float() - expected.float()).abs() <= UNITS * unit).all())
 
 
-def gradients_in_steps(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of SiLU(gates) · ups by both, by PyTorch's operations, as autograd computes them."""
-    return torch.ops.aten.silu_backward(gradient * ups, gates), gradient * silu(gates)
+def gate_sizes(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes, float32, that rounding of activation(gates) · ups and of its two gradients is in proportion to.
+
+    GELU multiplies its argument by one plus a number near minus one; so does its gradient, once more by its argument.
+    """
+    gradient, gates, ups = gradient.float().abs(), gates.float().abs(), ups.float().abs()
+    return gates * ups, gradient * ups * gates.clamp_min(1), gradient * gates
+
+
+def gate_in_steps(gates: Tensor, ups: Tensor, activation: str = "silu") -> Tensor:
+    """Compute activation(gates) · ups by PyTorch's operations."""
+    function, _ = ACTIVATIONS[activation]
+    return function(gates) * ups
+
+
+def gradients_in_steps(gradient: Tensor, gates: Tensor, ups: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Gradients of activation(gates) · ups by both, by PyTorch's operations, as autograd computes them."""
+    function, backward = ACTIVATIONS[activation]
+    return backward(gradient * ups, gates), gradient * function(gates)

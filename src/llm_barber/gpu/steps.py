@@ -1,28 +1,33 @@
 """Steps between matrix products as one operator of PyTorch each, `torch.ops.llm_barber.…`.
 
 - Rotary embeddings: PyTorch's own operations read and write five times as many bytes.
-- SwiGLU: nearly twice as many.
-- Squares of gradients, added up: two and a half times as many for four gradients.
+- An activation of gates times ups: nearly twice as many.
+- Squares of gradients, added up: two and a half times as many for four gradients; their sum, three times as many.
 
 A GPU that has the kernels (`kernels.py`) computes each in one. Other devices compute PyTorch's operations, in the same
 order, with the same roundings between them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
-from llm_barber.gpu.kernels import gradients_in_steps, take_kernels
+from llm_barber.gpu.kernels import gate_in_steps, gradients_in_steps, take_kernels
 
 # `runtime/kernels/operators.py` defines the other operators of this name.
 _library = torch.library.Library("llm_barber", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("rotate(Tensor states, Tensor cosine, Tensor sine, bool back) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("gate(Tensor gates, Tensor ups) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("gate_back(Tensor gradient, Tensor gates, Tensor ups) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_library.define("gate(Tensor gates, Tensor ups, str activation) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "gate_back(Tensor gradient, Tensor gates, Tensor ups, str activation) -> (Tensor, Tensor)"
+)
 _library.define("add_squares(Tensor(a!) total, Tensor gradients, Tensor factors) -> ()")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "add_scaled(Tensor(a!) total, Tensor[] gradients, Tensor scales, bool begins) -> ()"
+)
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -37,11 +42,11 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return rotated
 
 
-def gate(gates: Tensor, ups: Tensor) -> Tensor:
-    """SwiGLU: SiLU(gates) · ups, both (…, columns)."""
+def gate(gates: Tensor, ups: Tensor, activation: str = "silu") -> Tensor:
+    """Compute activation(gates) · ups, both (…, columns): SwiGLU with `silu`, GeGLU with `gelu` or `gelu_tanh`."""
     if gates.dtype != ups.dtype:
-        return gate_in_steps(gates, ups)
-    gated: Tensor = _Gating.apply(gates, ups)  # type: ignore[no-untyped-call]
+        return gate_in_steps(gates, ups, activation)
+    gated: Tensor = _Gating.apply(gates, ups, activation)  # type: ignore[no-untyped-call]
     return gated
 
 
@@ -54,6 +59,18 @@ def add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
         factors: float32, (n,).
     """
     torch.ops.llm_barber.add_squares(total, gradients, factors)
+
+
+def add_scaled(total: Tensor, gradients: Sequence[Tensor], scales: Tensor, begins: bool) -> None:
+    """Add s g for each of n gradients g, one after the other, to a sum, or begin a sum with the first.
+
+    Args:
+        total: float32 or float64, (out, in).
+        gradients: each (out, in), of at most as many bits.
+        scales: float32, (n,).
+        begins: whether the sum's numbers so far do not count.
+    """
+    torch.ops.llm_barber.add_scaled(total, gradients, scales, begins)
 
 
 class _Rotation(torch.autograd.Function):
@@ -75,16 +92,17 @@ class _Gating(torch.autograd.Function):
     """`gate` with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, ups: Tensor) -> Tensor:
+    def forward(ctx: Any, gates: Tensor, ups: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gates, ups)
-        gated: Tensor = torch.ops.llm_barber.gate(gates, ups)
+        ctx.activation = activation
+        gated: Tensor = torch.ops.llm_barber.gate(gates, ups, activation)
         return gated
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        by_gates, by_ups = torch.ops.llm_barber.gate_back(gradient, *ctx.saved_tensors)
-        return by_gates, by_ups
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        by_gates, by_ups = torch.ops.llm_barber.gate_back(gradient, *ctx.saved_tensors, ctx.activation)
+        return by_gates, by_ups, None
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
@@ -95,20 +113,21 @@ def _rotate(states: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     return rotate_in_steps(states, cosine, sine, back)
 
 
-def _gate(gates: Tensor, ups: Tensor) -> Tensor:
+def _gate(gates: Tensor, ups: Tensor, activation: str) -> Tensor:
     if take_kernels(gates, ups):
         from llm_barber.gpu import gate
 
-        return gate.gate(_rows(gates), _rows(ups)).view(gates.shape)
-    return gate_in_steps(gates, ups)
+        return gate.gate(_rows(gates), _rows(ups), activation).view(gates.shape)
+    return gate_in_steps(gates, ups, activation)
 
 
-def _gate_back(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, ...]:
+def _gate_back(gradient: Tensor, gates: Tensor, ups: Tensor, activation: str) -> tuple[Tensor, ...]:
     if take_kernels(gates, ups):
         from llm_barber.gpu import gate
 
-        return tuple(by.view(gates.shape) for by in gate.gate_back(*map(_rows, (gradient, gates, ups))))
-    return gradients_in_steps(gradient, gates, ups)
+        by_gates, by_ups = gate.gate_back(_rows(gradient), _rows(gates), _rows(ups), activation)
+        return by_gates.view(gates.shape), by_ups.view(ups.shape)
+    return gradients_in_steps(gradient, gates, ups, activation)
 
 
 def _add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
@@ -120,10 +139,23 @@ def _add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
         add_squares_in_steps(total, gradients, factors)
 
 
+def _add_scaled(total: Tensor, gradients: Sequence[Tensor], scales: Tensor, begins: bool) -> None:
+    if take_kernels(total, *gradients) and total.is_contiguous() and total.numel() > 1:
+        from llm_barber.gpu import sums
+
+        for first in range(0, len(gradients), sums.MOST):
+            taken = slice(first, first + sums.MOST)
+            contiguous = [gradient.contiguous() for gradient in gradients[taken]]
+            sums.add_scaled(total, contiguous, scales[taken].contiguous(), begins and first == 0)
+    else:
+        add_scaled_in_steps(total, gradients, scales, begins)
+
+
 _library.impl("rotate", _rotate, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("gate", _gate, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("gate_back", _gate_back, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("add_squares", _add_squares, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("add_scaled", _add_scaled, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def rotate_in_steps(states: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
@@ -136,16 +168,20 @@ def rotate_in_steps(states: Tensor, cosine: Tensor, sine: Tensor, back: bool = F
     return states * cosine + torch.cat((second, -first), -1)
 
 
-def gate_in_steps(gates: Tensor, ups: Tensor) -> Tensor:
-    """`gate` by PyTorch's operations."""
-    return silu(gates) * ups
-
-
 def add_squares_in_steps(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
     """`add_squares` by PyTorch's operations."""
     for gradient, factor in zip(gradients, factors, strict=True):
         scaled = gradient.float() * factor
         total.addcmul_(scaled, scaled)
+
+
+def add_scaled_in_steps(total: Tensor, gradients: Sequence[Tensor], scales: Tensor, begins: bool) -> None:
+    """`add_scaled` by PyTorch's operations."""
+    for number, gradient in enumerate(gradients):
+        if begins and number == 0:
+            torch.mul(gradient, scales[0].to(total.dtype), out=total)
+        else:
+            total.addcmul_(gradient, scales[number])
 
 
 def _with_last_stride_1(tensor: Tensor) -> Tensor:

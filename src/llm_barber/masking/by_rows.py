@@ -4,38 +4,35 @@ A CPU converts the other matrix in a temporary array. A few rows at a time, that
 operation converts as it reads, so that matrices are taken whole, and scales stay there: nothing waits for the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from llm_barber.gpu.steps import add_scaled as add_scaled_together
+
 NUMBERS = 2**17  # of a matrix that a CPU takes at a time
 
 
-def set_scaled(total: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Begin a sum with scale · values; its numbers so far are not read. The arguments are those of `add_scaled`."""
-    if total.device.type != "cpu":
-        torch.mul(values, scale.to(total.dtype), out=total)
-        return
-    factor = scale.item()
-    for part, first in _by_rows(total, values):
-        part.copy_(first).mul_(factor)
-
-
-def add_scaled(total: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Add scale · values to a sum.
+def add_scaled(total: Tensor, values: Sequence[Tensor], scales: Sequence[Tensor], begins: bool) -> None:
+    """Add values, each times its scale, to a sum, one after the other.
 
     Args:
         total: (out, in), float32 or float64.
-        values: (out, in), of at most as many bits.
-        scale: float32, (1,).
+        values: each (out, in), of at most as many bits.
+        scales: each float32, (1,).
+        begins: the sum begins with the first values; its numbers so far are not read.
     """
     if total.device.type != "cpu":
-        total.addcmul_(values, scale)
+        add_scaled_together(total, values, torch.cat(list(scales)), begins)
         return
-    factor = scale.item()
-    for part, added in _by_rows(total, values):
-        part.add_(added, alpha=factor)
+    for number, (value, scale) in enumerate(zip(values, scales, strict=True)):
+        factor = scale.item()
+        for part, added in _by_rows(total, value):
+            if begins and number == 0:
+                part.copy_(added).mul_(factor)
+            else:
+                part.add_(added, alpha=factor)
 
 
 def add_squares(total: Tensor, values: Tensor, scale: Tensor) -> None:

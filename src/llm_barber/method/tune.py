@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_barber.masking.by_rows import add_scaled, set_scaled
 from llm_barber.method.distance import Distance
+from llm_barber.method.gradient_sums import GradientSums
 from llm_barber.method.held_out import Judgement, judge
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.tuned_parameters import TunedParameters
@@ -24,8 +24,6 @@ from llm_barber.settings.refining import RefineSettings
 
 MOMENTUM = (0.9, 0.95)
 EPSILON = 1e-12  # Adam's; so small that the scale of a model's states does not matter
-# Gradients are summed in more bits, so that their order, and the number of processes, hardly ever show in the sum.
-SUM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,7 @@ def _descend(
 
     generator = torch.Generator().manual_seed(0)
     linears = parameters.linears()
-    sums = {
-        name: torch.empty_like(weight, dtype=SUM_DTYPES[layer.dtype])
-        for name, weight in parameters.stacked_weights().items()
-    }
+    sums = GradientSums(parameters.stacked_weights(), layer.dtype)
     judgements = [judge(layer, parameters.weights(), distance, streams)] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
@@ -105,17 +100,16 @@ def _descend(
                 name: weight.to(layer.dtype).detach().requires_grad_()
                 for name, weight in parameters.stacked_weights().items()
             }
-            empty = set(sums)
+            sums.begin()
             for sequence in steps[step].local_sequences:
                 window = slice(sequence, sequence + 1)
-                _add_gradients(sums, empty, layer, weights, parameters.by_linear, streams, window, distance)
-            for name in empty:
-                sums[name].zero_()
-            for gradient in sums.values():
+                sums.add(*_gradients(layer, weights, parameters.by_linear, streams, window, distance))
+            gradients = sums.finish()
+            for gradient in gradients.values():
                 streams.ranks.add_tensor(gradient)
                 gradient *= 2 / (elements * steps[step].sequences)  # from half the sum of squares to their mean
-            check_finite(sums, label)
-            parameters.set_gradients(sums)
+            check_finite(gradients, label)
+            parameters.set_gradients(gradients)
             optimizer.step()
             optimizer.zero_grad()  # the next step's activations need the memory
             schedule.step()
@@ -145,20 +139,18 @@ def _concentration(judgements: list[Judgement]) -> Concentration | None:
     )
 
 
-def _add_gradients(
-    sums: Mapping[str, Tensor],
-    empty: set[str],
+def _gradients(
     layer: DecoderLayer,
     weights: Mapping[str, Tensor],
     by_linear: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
     streams: ActivationStreams,
     sequence: slice,
     distance: Distance,
-) -> None:
-    """Add one sequence's gradients by the stacked weights to the sums, (n · out, in).
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Compute one sequence's gradients by the stacked weights, (n · out, in), over a scale, float32 (1,).
 
     `by_linear` gives the weight of each linear from the stacked ones. The loss is half the distance, summed over tokens
-    and channels. Sums named in `empty` begin here, and leave the set.
+    and channels. Weights of experts without a token of the sequence have no gradient.
     """
     hidden, target = streams.read(HIDDEN, sequence), streams.read(TARGET, sequence)
 
@@ -168,7 +160,5 @@ def _add_gradients(
         return scale, torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
 
     scale, gradients = layer.compute_gradients(compute)
-    for name, gradient in zip(weights, gradients, strict=True):
-        if gradient is not None:  # the sequence may have no token for an expert
-            (set_scaled if name in empty else add_scaled)(sums[name], gradient, scale)
-            empty.discard(name)
+    by_weight = zip(weights, gradients, strict=True)
+    return {name: gradient for name, gradient in by_weight if gradient is not None}, scale

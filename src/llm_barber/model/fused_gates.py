@@ -1,8 +1,8 @@
-"""SwiGLU of MLPs and of experts in one operation (`gpu/steps.py`).
+"""An activation of gates times ups, of MLPs and of experts, in one operation (`gpu/steps.py`).
 
-An MLP is known by what it computes: down(SiLU(gate(x)) · up(x)), whatever its linears are called, with gate and up in
-one linear or in two. One that gives other bits for random numbers on the CPU, in any of three dtypes, stays. So do
-others' activations, such as Gemma's.
+An MLP is known by what it computes: down(activation(gate(x)) · up(x)), with SiLU or GELU, whatever its linears are
+called, with gate and up in one linear or in two. One that gives other bits for random numbers on the CPU, in any of
+three dtypes, stays.
 """
 
 import copy
@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from llm_barber.gpu.kernels import DTYPES
+from llm_barber.gpu.kernels import ACTIVATIONS, DTYPES
 from llm_barber.gpu.steps import gate
 from llm_barber.model.experts import GATE, GATE_UP, UP, Experts, Linear
 from llm_barber.model.same_bits import has_bits_of
 
+Combine = Callable[[Linear, Tensor], Tensor]  # as `Experts.combine`
 TOKENS, HIDDEN, INNER = 5, 6, 10  # of what a module is tried on
 # Sizes of its numbers: limits of activations show where they are large. Products of such exceed the largest float16.
 SIZES = {torch.float16: (1.0,), torch.bfloat16: (1.0, 1e3), torch.float32: (1.0, 1e3)}
@@ -31,12 +32,14 @@ SIZES = {torch.float16: (1.0,), torch.bfloat16: (1.0, 1e3), torch.float32: (1.0,
 class Roles:
     """Which children of an MLP are what; `up` is None if `gate` is the linear of both.
 
-    `gate_first`: of the outputs of one linear for both, the first half are the gate's.
+    `activation`: of `kernels.ACTIVATIONS`. `gate_first`: of the outputs of one linear for both, the first half are the
+    gate's.
     """
 
     gate: str
     up: str | None
     down: str
+    activation: str = "silu"
     gate_first: bool = True
 
     def compute(self, module: nn.Module, hidden: Tensor) -> Tensor:
@@ -44,14 +47,14 @@ class Roles:
         linear: Callable[[str], Any] = module.get_submodule
         if self.up is None:
             halves = linear(self.gate)(hidden).chunk(2, -1)
-            inner = gate(*(halves if self.gate_first else reversed(halves)))
+            gates, ups = halves if self.gate_first else halves[::-1]
         else:
-            inner = gate(linear(self.gate)(hidden), linear(self.up)(hidden))
-        return cast(Tensor, linear(self.down)(inner))
+            gates, ups = linear(self.gate)(hidden), linear(self.up)(hidden)
+        return cast(Tensor, linear(self.down)(gate(gates, ups, self.activation)))
 
 
 def fuse_gates(modules: nn.Module) -> None:
-    """Let the MLPs and experts among some modules compute SwiGLU in one operation.
+    """Let the MLPs and experts among some modules multiply activated gates in one operation.
 
     Args:
         modules: their weights may be on `meta`. Hooks on them and on their linears stay.
@@ -59,12 +62,12 @@ def fuse_gates(modules: nn.Module) -> None:
     for module, roles in gated_mlps(modules):
         module.forward = partial(_forward, module, roles)
     for module in modules.modules():
-        if isinstance(module, Experts) and _is_swiglu(module):
-            module.__dict__["combine"] = _combine_separate if module.separate else _combine_joined
+        if isinstance(module, Experts) and (combine := _one_operation(module)) is not None:
+            module.__dict__["combine"] = combine
 
 
 def gated_mlps(modules: nn.Module) -> Iterator[tuple[nn.Module, Roles]]:
-    """Find the MLPs whose forward is SwiGLU between linears; modules that look alike are tried once."""
+    """Find the MLPs whose forward is activated gates times ups, between linears; modules alike are tried once."""
     known: dict[tuple[Any, ...], Roles | None] = {}
     for module in modules.modules():
         linears = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
@@ -102,12 +105,12 @@ def _settings(module: nn.Module) -> list[object]:
 
 
 def _possible_roles(names: list[str]) -> Iterator[Roles]:
-    for order in permutations(names):
+    for activation, order in product(ACTIVATIONS, permutations(names)):
         if len(order) == 2:
-            yield from (Roles(order[0], None, order[1], first) for first in (True, False))
+            yield from (Roles(order[0], None, order[1], activation, first) for first in (True, False))
         else:
             gate_name, up_name, down_name = order
-            yield Roles(gate_name, up_name, down_name)
+            yield Roles(gate_name, up_name, down_name, activation)
 
 
 def _has_its_bits(module: nn.Module, roles: Roles, linears: dict[str, nn.Linear]) -> bool:
@@ -141,31 +144,34 @@ def _forward(module: nn.Module, roles: Roles, *arguments: Tensor, **named: Tenso
     return roles.compute(module, hidden)
 
 
-def _is_swiglu(experts: Experts) -> bool:
-    """Test whether experts combine gate and up as SwiGLU does, on the CPU, for random outputs of their linears."""
-    combine = _combine_separate if experts.separate else _combine_joined
-    tried = ((dtype, size) for dtype in DTYPES for size in SIZES[dtype])
-    return experts.first == GATE_UP and all(_combines_like(combine, experts, *of_values) for of_values in tried)
+def _one_operation(experts: Experts) -> Combine | None:
+    """Find what combines gate and up in one operation, with the experts' bits on the CPU for random outputs of both."""
+    if experts.first != GATE_UP:
+        return None
+    tried = [(dtype, size) for dtype in DTYPES for size in SIZES[dtype]]
+    for activation in ACTIVATIONS:
+        combine = partial(_combine_separate if experts.separate else _combine_joined, activation)
+        if all(_combines_like(combine, experts, *of_values) for of_values in tried):
+            return combine
+    return None
 
 
-def _combines_like(
-    combine: Callable[[Linear, Tensor], Tensor], experts: Experts, dtype: torch.dtype, size: float
-) -> bool:
+def _combines_like(combine: Combine, experts: Experts, dtype: torch.dtype, size: float) -> bool:
     with torch.device("cpu"):
         made = torch.Generator().manual_seed(0)
-        outputs = {
-            name: (3 * size * torch.randn(TOKENS, inner, generator=made)).to(dtype)
-            for name, inner in ((GATE, INNER), (UP, INNER), (GATE_UP, 2 * INNER))
-        }
+        # As halves of rows, since a CPU computes activations otherwise where rows are contiguous.
+        joined = (3 * size * torch.randn(TOKENS, 2 * INNER, generator=made)).to(dtype)
+        outputs = dict(zip((GATE, UP), joined.chunk(2, -1), strict=True)) | {GATE_UP: joined}
         output = None
         with suppress(Exception):  # experts that need more than these outputs are not of this form
             output = experts.combine(lambda name, _: outputs[name], outputs[GATE])
         return has_bits_of(output, combine(lambda name, _: outputs[name], outputs[GATE]))
 
 
-def _combine_separate(linear: Linear, inputs: Tensor) -> Tensor:
-    return gate(linear(GATE, inputs), linear(UP, inputs))
+def _combine_separate(activation: str, linear: Linear, inputs: Tensor) -> Tensor:
+    return gate(linear(GATE, inputs), linear(UP, inputs), activation)
 
 
-def _combine_joined(linear: Linear, inputs: Tensor) -> Tensor:
-    return gate(*linear(GATE_UP, inputs).chunk(2, -1))
+def _combine_joined(activation: str, linear: Linear, inputs: Tensor) -> Tensor:
+    gates, ups = linear(GATE_UP, inputs).chunk(2, -1)
+    return gate(gates, ups, activation)

@@ -24,8 +24,9 @@ import torch
 
 from llm_barber.masking.statistics import float32_products
 
-# Of what a GPU computes: higher whenever the same run may give other bits there; 2: norms; 3: rotary and SwiGLU.
-REVISION = 3
+# Of what a GPU computes: higher whenever the same run may give other bits there; 2: norms; 3: rotary and SwiGLU;
+# 4: GELU of gates.
+REVISION = 4
 REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 

@@ -13,6 +13,7 @@ from llm_barber.masking.statistics import gradients_together
 from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
 from llm_barber.masking.together import MATRIX_ELEMENTS
 from llm_barber.method.allocation import LOGITS
+from llm_barber.method.gradient_sums import gradients_gathered
 from llm_barber.method.refine import MOMENTS_BYTES
 from llm_barber.model.array_memory import block_size
 from llm_barber.model.expert_products import LARGE_WEIGHT
@@ -95,7 +96,8 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
         # Gradients, kept weights and masked copies; scores and changes of values, each with a gradient and two moments.
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
         wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # sums of gradients are float64 then
-        tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
+        gradients = recipe.itemsize * gradients_gathered(layer.weights, recipe.itemsize, recipe.on_cpu)
+        tuned = (2 * FLOAT32 + parameters + wider + gradients) * layer.weights
         moments.append(Footprint(device=tuned + 2 * batch + _stacks(layer, recipe)))
     return moments
 

@@ -1,6 +1,9 @@
 """Work of refining: swaps and least squares of a block's linears, tuning of a layer."""
 
+import math
+
 from llm_barber.masking.statistics import gram_flops
+from llm_barber.method.gradient_sums import gradients_gathered
 from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
 from llm_barber.planning.initial_costs import RANKING, ranking_work, statistics_work
 from llm_barber.planning.passes import (
@@ -116,9 +119,11 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         work += statistics_work(block, recipe)
         step += ranking_work(block, recipe, RANKING if recipe.on_cpu else MASKED) if tunes_masks else NO_WORK
     if not recipe.on_cpu:
-        # A sequence's gradient is read, and so is the sum, which is then written; the first one's begins the sum.
+        # Gradients of a sequence are read; the sum is written, and read again, once for those that are gathered.
         sequences, steps = passes * trained / recipe.tokens, passes * recipe.tune_steps
-        added = sequences * (recipe.itemsize + 2 * summed) - steps * summed
+        gathered = gradients_gathered(layer.weights, recipe.itemsize, recipe.on_cpu)
+        writes = steps * math.ceil(sequences / steps / gathered)
+        added = sequences * recipe.itemsize + (2 * writes - steps) * summed
         work += Work(moved=(added + SCORES * tunes_masks + CHANGES * tunes_weights) * layer.weights)
     return work + step * (passes * recipe.tune_steps)
 

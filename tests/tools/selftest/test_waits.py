@@ -93,13 +93,13 @@ def test_a_step_may_wait_where_it_has_to(pretended: Bench, sync: SyncMode, monke
 
 
 def test_a_step_must_not_wait_elsewhere(pretended: Bench, sync: SyncMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_scaled = tune.add_scaled
+    add = tune.GradientSums.add
 
     def waiting(*arguments: Any) -> None:
         sync.waits()
-        add_scaled(*arguments)
+        add(*arguments)
 
-    monkeypatch.setattr(tune, "add_scaled", waiting)
+    monkeypatch.setattr(tune.GradientSums, "add", waiting)
     counted, refused = check_waits(pretended)
     assert not counted.passed
     assert not refused.passed

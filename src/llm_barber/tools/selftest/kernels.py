@@ -5,9 +5,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llm_barber.gpu import steps
+from llm_barber.gpu import kernels, steps
 from llm_barber.gpu.kernels import DTYPES, gpu_number, lack, wrong_steps
 from llm_barber.planning.measured_rates import Stopwatch
 from llm_barber.tools.selftest.bench import Bench
@@ -18,8 +17,9 @@ TOKENS, HEADS, FEATURES, INNER, SHAPE, GRADIENTS = 8192, 32, 128, 11008, (11008,
 # Each step by its kernel, and by PyTorch's operations.
 STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rotary embeddings": (steps.rotate, steps.rotate_in_steps),
-    "SwiGLU": (steps.gate, steps.gate_in_steps),
+    "SwiGLU": (steps.gate, kernels.gate_in_steps),
     "squares of gradients": (steps.add_squares, steps.add_squares_in_steps),
+    "sums of gradients": (partial(steps.add_scaled, begins=False), partial(steps.add_scaled_in_steps, begins=False)),
 }
 
 
@@ -48,7 +48,7 @@ def check_kernels(bench: Bench) -> Iterator[Finding]:
         )
 
 
-def _tensors(name: str, bench: Bench) -> tuple[Tensor, ...]:
+def _tensors(name: str, bench: Bench) -> tuple[Any, ...]:
     """Arguments of a step, random, on the device."""
     made = partial(torch.randn, device=bench.device, dtype=bench.dtype)
     if name == "SwiGLU":
@@ -56,5 +56,6 @@ def _tensors(name: str, bench: Bench) -> tuple[Tensor, ...]:
     if name == "rotary embeddings":
         states = made(1, TOKENS, HEADS, FEATURES).transpose(1, 2)
         return states, made(1, TOKENS, FEATURES), made(1, TOKENS, FEATURES)
-    total = torch.zeros(SHAPE, device=bench.device)
-    return total, made(GRADIENTS, *SHAPE), torch.ones(GRADIENTS, device=bench.device)
+    total, gradients = torch.zeros(SHAPE, device=bench.device), made(GRADIENTS, *SHAPE)
+    factors = torch.ones(GRADIENTS, device=bench.device)
+    return total, list(gradients) if name == "sums of gradients" else gradients, factors

@@ -1,0 +1,52 @@
+"""Sums of gradients: the same bytes however many sequences are added together."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_barber.method import gradient_sums
+from llm_barber.method.gradient_sums import GATHERED, GradientSums, gradients_gathered
+
+WEIGHTS = {"a": torch.empty(3, 5), "b": torch.empty(2, 4), "idle": torch.empty(1, 2)}
+
+
+def gradients(dtype: torch.dtype) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Gradients of five sequences, and their scales; the first has none by `b`."""
+    made = torch.Generator().manual_seed(0)
+    by_sequence = [
+        {name: torch.randn(WEIGHTS[name].shape, generator=made).to(dtype) for name in ("a", "b")} for _ in range(5)
+    ]
+    del by_sequence[0]["b"]
+    return [(values, torch.tensor([2.0**number])) for number, values in enumerate(by_sequence)]
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_are_those_of_one_sequence_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, together: int
+) -> None:
+    monkeypatch.setattr(gradient_sums, "gradients_gathered", lambda *_: together)
+    sums = GradientSums(WEIGHTS, dtype)
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    for step in (gradients(dtype), gradients(dtype)[1:4]):  # the second begins anew
+        expected = {name: torch.zeros(weight.shape, dtype=wider) for name, weight in WEIGHTS.items()}
+        sums.begin()
+        for values, scale in step:
+            sums.add(values, scale)
+            for name, value in values.items():
+                expected[name] += value.to(wider) * scale
+        found = sums.finish()
+        assert all(found[name].dtype == wider and torch.equal(found[name], each) for name, each in expected.items())
+
+
+def test_a_gpu_gathers_the_gradients_of_a_step_if_they_are_small() -> None:
+    assert gradients_gathered(10**6, 2, on_cpu=True) == 1
+    assert [gradients_gathered(GATHERED // 2 // share, 2, on_cpu=False) for share in (1, 2, 3, 4, 10)] == [
+        1,
+        2,
+        3,
+        4,
+        4,
+    ]
+    assert gradients_gathered(GATHERED, 2, on_cpu=False) == 1
+    assert gradients_gathered(0, 2, on_cpu=False) == 4
