@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, silu
 
 from llm_barber.gpu import kernels
 from llm_barber.gpu.kernels import DTYPES, has_kernels
-from llm_barber.gpu.steps import add_squares, gate, rotate
+from llm_barber.gpu.steps import add_scaled, add_squares, gate, rotate
 
 GPU = torch.device("cuda", 0)
 
@@ -155,7 +155,7 @@ def wrong_gates(activation: str, dtype: torch.dtype) -> Iterator[tuple[str, str,
     def changed(right: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: (change if given[-1] == activation else right)(*given)
 
-    step, factor = f"{activation} of gates", 1 + 16 * torch.finfo(dtype).eps
+    step, factor = kernels.GATES[activation], 1 + 16 * torch.finfo(dtype).eps
     yield "gate", step, changed(gated, lambda gates, ups, name: gated(ups, gates, name))
     yield "gate", step, changed(gated, lambda *given: gated(*given) * factor)
     yield "gate_back", step, changed(back, lambda *given: back(*given)[::-1])
@@ -196,6 +196,20 @@ def test_what_no_kernel_takes_is_computed_by_pytorch(monkeypatch: pytest.MonkeyP
     assert not kernels.take_kernels(torch.ones(1), torch.ones(1).double())
     gates, ups = torch.randn(2, 3), torch.randn(2, 3).double()
     assert torch.equal(gate(gates, ups), silu(gates) * ups)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("begins", [False, True])
+def test_sums_of_scaled_gradients_are_rounded_to_the_sums_dtype_alone(begins: bool, dtype: torch.dtype) -> None:
+    """Scales, and scaled gradients, may exceed the gradients' dtype."""
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    for value, scale in ((1.0 + 2**-7, 2.0**-30), (1000.0, 2.0**16), (2.0**-9, 2.0**-20)):
+        total = torch.full((1, 2), torch.nan if begins else 0.0, dtype=wider)
+        add_scaled(total, [torch.full((1, 2), value, dtype=dtype)], torch.tensor([scale]), begins)
+        assert torch.equal(total, torch.full((1, 2), value * scale, dtype=wider))
+    gradients = [torch.full((1, 2), value, dtype=dtype) for value in (1.0, 2.0)]
+    add_scaled(total, gradients, torch.tensor([2.0**17, 2.0**18]), begins=True)
+    assert torch.equal(total, torch.full((1, 2), 5 * 2.0**17, dtype=wider))
 
 
 def test_squares_are_added_in_turn() -> None:

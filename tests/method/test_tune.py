@@ -21,6 +21,7 @@ from llm_barber.masking.saliency import wanda
 from llm_barber.method import distance as distances
 from llm_barber.method import tune, tuned_parameters
 from llm_barber.method.distance import Distance
+from llm_barber.method.gradient_sums import GradientSums
 from llm_barber.method.method_masks import MethodMasks
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
@@ -272,29 +273,26 @@ def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     streams.write("hidden", slice(0, 1), hidden.to(dtype))
     target = hidden.to(dtype) @ weight.to(dtype).t() * (1 + 0.02 * torch.randn(8, generator=generator)).to(dtype)
     streams.write(tune.TARGET, slice(0, 1), target)
-    results: list[Tensor] = []
-    plain = Distance(torch.ones(8))
-    for begun in (True, False):
-        sums = {"0": torch.full((8, 8), torch.nan if begun else 0.0)}
-        empty = {"0"} if begun else set[str]()
-        weights = {"0": weight.to(dtype).requires_grad_()}
-        tune._add_gradients(sums, empty, layer, weights, dict, streams, slice(0, 1), plain)
-        assert not empty
-        results.append(sums["0"])
-    assert torch.equal(*results)
+    weights = {"0": weight.to(dtype).requires_grad_()}
+    sums = GradientSums(weights, dtype)
+    sums.add(*tune._gradients(layer, weights, dict, streams, slice(0, 1), Distance(torch.ones(8))))
+    result = sums.finish()["0"]
     difference = (hidden.to(dtype) @ weight.to(dtype).t()).double() - target.double()
     expected = difference[0].t() @ hidden[0].to(dtype).double()
-    assert (results[0] - expected).norm() < 0.02 * expected.norm()
+    assert (result - expected).norm() < 0.02 * expected.norm()
 
 
 def test_broken_gradients_are_an_error(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(sums: dict[str, Tensor], empty: set[str], *_: Any) -> None:
-        next(iter(sums.values()))[0, 0] = torch.nan
-        empty.clear()
+    right = tune._gradients
 
-    monkeypatch.setattr(tune, "_add_gradients", broken)
+    def broken(*arguments: Any) -> tuple[dict[str, Tensor], Tensor]:
+        gradients, scale = right(*arguments)
+        next(iter(gradients.values()))[0, 0] = torch.nan
+        return gradients, scale
+
+    monkeypatch.setattr(tune, "_gradients", broken)
     with pytest.raises(NotFiniteError, match="a gradient of layer 0, self_attn.q_proj, holds NaN or Inf"):
         run(model, tmp_path / "out", tokens, preset="mask")
 

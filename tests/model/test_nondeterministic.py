@@ -2,8 +2,8 @@
 
 A dispatch mode logs the operations inside `in_fixed_order`, forward and backward, for every family of the tests. CUDA
 runs the same operations, but for attention and RMS norms, which PyTorch computes by fused kernels: those of attention
-have a deterministic backward pass in this mode, and no norm is on PyTorch's list. Rotary embeddings and SwiGLU are one
-operation each, as on a GPU, whose kernels add nothing up.
+have a deterministic backward pass in this mode, and no norm is on PyTorch's list. Rotary embeddings and activated gates
+are one operation each, as on a GPU, whose kernels add nothing up.
 """
 
 import re

@@ -155,10 +155,11 @@ def test_a_gpu_resumes_only_what_its_kernels_computed(
 
     monkeypatch.setattr("llm_barber.run.stream.resume_key", of_both)
     monkeypatch.setattr("llm_barber.gpu.kernels.has_kernels", lambda _, dtype: triton and dtype == torch.float32)
+    monkeypatch.setattr("llm_barber.run.resume_key.triton_version", lambda: "3.9")
     run(model, tmp_path / "out", tokens)
     name = "revision of a GPU's kernels"
-    having = "float32" if triton else "no dtype"
-    assert [key["settings"].get(name) for key in keys] == [None, f"{REVISION}, Triton's in {having}"]
+    having = "Triton 3.9's in float32" if triton else "none of Triton's"
+    assert [key["settings"].get(name) for key in keys] == [None, f"{REVISION}, {having}"]
 
 
 def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:

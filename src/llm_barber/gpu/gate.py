@@ -1,7 +1,7 @@
 """An activation of gates times ups, as in SwiGLU and GeGLU, and its gradients, in one pass over a GPU's memory.
 
-What PyTorch rounds to the dtype between its operations is rounded here, too. The exponential and the error function
-are the GPU's own, whose results may be off by some units in the last place of float32.
+What PyTorch rounds to the dtype between its operations is rounded here, too. The exponential, the error function and
+the division are the GPU's own, whose results may be off by some units in the last place of float32.
 
 Tested in Triton's interpreter only, and on each GPU before it is used there (`kernels.py`).
 """
@@ -20,13 +20,13 @@ ROOT, CUBIC = tl.constexpr(0.7978845608028654), tl.constexpr(0.044715)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tanh(x):  # type: ignore[no-untyped-def]
-    return 1 - tl.math.div_rn(2.0, 1 + tl.exp(2 * x))
+    return 1 - 2.0 / (1 + tl.exp(2 * x))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _activate(x, activation: tl.constexpr):  # type: ignore[no-untyped-def]
     if activation == "silu":
-        activated = tl.math.div_rn(x, 1 + tl.exp(-x))
+        activated = x / (1 + tl.exp(-x))
     elif activation == "gelu":
         activated = x * 0.5 * (1 + tl.math.erf(x * ROOT_HALF))
     else:
@@ -37,7 +37,7 @@ def _activate(x, activation: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _slope(x, of_activated, activation: tl.constexpr):  # type: ignore[no-untyped-def]
     if activation == "silu":
-        logistic = tl.math.div_rn(1.0, 1 + tl.exp(-x))
+        logistic = 1.0 / (1 + tl.exp(-x))
         gradient = of_activated * logistic * (1 + x * (1 - logistic))
     elif activation == "gelu":
         share = 0.5 * (1 + tl.math.erf(x * ROOT_HALF))

@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     "gelu": (gelu, torch.ops.aten.gelu_backward),
     "gelu_tanh": (partial(gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
 }
+GATES = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU by tanh"}  # what gates with them are called
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -47,6 +48,13 @@ def kernels_of_run(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
     """Which of the dtypes of a run that computes in `dtype` the kernels compute in: sums of squares are float32."""
     dtypes = dict.fromkeys((dtype, torch.float32))
     return {str(each).removeprefix("torch."): has_kernels(device, each) for each in dtypes}
+
+
+def triton_version() -> str:
+    """Version of Triton, whose compiler may round otherwise than another's."""
+    import triton
+
+    return str(triton.__version__)
 
 
 def leave_out_kernels() -> None:
@@ -98,7 +106,7 @@ def wrong_steps(device: torch.device, dtype: torch.dtype) -> list[str]:
     checks = {
         "rotary embeddings": _rotates, "squares of gradients": _adds_squares, "sums of gradients": _adds_scaled,
     }  # fmt: skip
-    checks |= {f"{activation} of gates": partial(_gates, activation) for activation in ACTIVATIONS}
+    checks |= {name: partial(_gates, activation) for activation, name in GATES.items()}
     with torch.device("cpu"):  # whatever the default device of the program around is
         return [name for name, check in checks.items() if not check(made, device, dtype)]
 
@@ -167,9 +175,10 @@ def _is_near(result: Tensor, expected: Tensor, size: Tensor) -> bool:
 
 
 def gate_sizes(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes, float32, that rounding of activation(gates) · ups and of its two gradients is in proportion to.
+    """Sizes, float32, that rounding of activation(gates) · ups and of its gradients by both is in proportion to.
 
-    GELU multiplies its argument by one plus a number near minus one; so does its gradient, once more by its argument.
+    GELU of a negative number is small, but rounded as the number is: it is the number times one plus nearly minus one.
+    Its gradient has such a difference times the number.
     """
     gradient, gates, ups = gradient.float().abs(), gates.float().abs(), ups.float().abs()
     return gates * ups, gradient * ups * gates.clamp_min(1), gradient * gates

@@ -35,5 +35,6 @@ def add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
     # A launch goes to the current device, whatever the tensors' device is.
     with torch.cuda.device_of(total):  # type: ignore[no-untyped-call]
         _add_squares[(triton.cdiv(total.numel(), NUMBERS),)](
-            total, gradients, factors, total.numel(), count=len(gradients), together=NUMBERS
-        )
+            total, gradients, factors, total.numel(), count=len(gradients), together=NUMBERS,
+            enable_fp_fusion=False,
+        )  # fmt: skip

@@ -2,7 +2,7 @@
 
 - Rotary embeddings: PyTorch's own operations read and write five times as many bytes.
 - An activation of gates times ups: nearly twice as many.
-- Squares of gradients, added up: two and a half times as many for four gradients; their sum, three times as many.
+- Four gradients, added to a sum: three times as many; their squares: two and a half times.
 
 A GPU that has the kernels (`kernels.py`) computes each in one. Other devices compute PyTorch's operations, in the same
 order, with the same roundings between them.
@@ -179,7 +179,7 @@ def add_scaled_in_steps(total: Tensor, gradients: Sequence[Tensor], scales: Tens
     """`add_scaled` by PyTorch's operations."""
     for number, gradient in enumerate(gradients):
         if begins and number == 0:
-            torch.mul(gradient, scales[0].to(total.dtype), out=total)
+            torch.mul(gradient, scales[:1].to(total.dtype), out=total)  # a number () would be rounded to their dtype
         else:
             total.addcmul_(gradient, scales[number])
 

@@ -49,5 +49,6 @@ def add_scaled(total: Tensor, gradients: Sequence[Tensor], scales: Tensor, begin
     # A launch goes to the current device, whatever the tensors' device is.
     with torch.cuda.device_of(total):  # type: ignore[no-untyped-call]
         _add_scaled[(triton.cdiv(total.numel(), NUMBERS),)](
-            total, *pointers, scales, total.numel(), count=len(gradients), begins=begins, together=NUMBERS
-        )
+            total, *pointers, scales, total.numel(), count=len(gradients), begins=begins,
+            together=NUMBERS, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -5,25 +5,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llm_barber.gpu.kernels import has_kernels
 from llm_barber.masking.by_rows import add_scaled
 from llm_barber.settings.refining import SEQUENCES_A_STEP
 
 # Gradients are summed in more bits, so that their order, and the number of processes, hardly ever show in the sum.
 SUM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 GATHERED = 2**31  # most bytes of gradients that a GPU gathers
+FLOAT32 = torch.float32.itemsize
 
 
-def gradients_gathered(weights: int, itemsize: int, on_cpu: bool) -> int:
-    """Number of sequences whose gradients are added to the sums together.
+def gradients_gathered(weights: int, itemsize: int) -> int:
+    """Number of sequences whose gradients a GPU adds to the sums together, so that it reads and writes them less often.
 
-    A GPU then reads and writes the sums less often. A CPU's memory holds the gradients of one sequence.
+    Sums of float32 gradients are float64, which the GPU's kernel does not add up.
 
     Args:
         weights: number of weights that are tuned.
         itemsize: bytes of a gradient's number.
-        on_cpu: whether a CPU computes.
     """
-    return 1 if on_cpu else min(SEQUENCES_A_STEP, max(1, GATHERED // max(1, weights * itemsize)))
+    return 1 if itemsize == FLOAT32 else min(SEQUENCES_A_STEP, max(1, GATHERED // max(1, weights * itemsize)))
 
 
 class GradientSums:
@@ -36,13 +37,15 @@ class GradientSums:
 
     def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._sums = {name: torch.empty_like(weight, dtype=SUM_DTYPES[dtype]) for name, weight in weights.items()}
-        on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
-        self._together = gradients_gathered(sum(map(Tensor.numel, weights.values())), dtype.itemsize, on_cpu)
+        numbers, devices = sum(map(Tensor.numel, weights.values())), {weight.device for weight in weights.values()}
+        added_together = all(has_kernels(device, each) for device in devices for each in (dtype, SUM_DTYPES[dtype]))
+        self._together = gradients_gathered(numbers, dtype.itemsize) if added_together else 1
         self._gathered: list[tuple[Mapping[str, Tensor], Tensor]] = []
         self._empty = set(self._sums)
 
     def begin(self) -> None:
         """Begin the sums of another step."""
+        self._gathered.clear()
         self._empty = set(self._sums)
 
     def add(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:

@@ -96,7 +96,8 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
         # Gradients, kept weights and masked copies; scores and changes of values, each with a gradient and two moments.
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
         wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # sums of gradients are float64 then
-        gradients = recipe.itemsize * gradients_gathered(layer.weights, recipe.itemsize, recipe.on_cpu)
+        gathered = 1 if recipe.on_cpu else gradients_gathered(layer.weights, recipe.itemsize)
+        gradients = recipe.itemsize * gathered
         tuned = (2 * FLOAT32 + parameters + wider + gradients) * layer.weights
         moments.append(Footprint(device=tuned + 2 * batch + _stacks(layer, recipe)))
     return moments

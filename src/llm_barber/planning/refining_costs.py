@@ -23,10 +23,11 @@ from llm_barber.planning.work import NO_WORK, Work
 from llm_barber.settings.refining import SEQUENCES_A_STEP
 
 TUNING = 80  # bytes that a CPU moves for each weight and step: masked copy, its gradient, Adam
-# Bytes that a GPU moves for each weight: once, to begin with scores, and with changes of values; for each step, to use
-# the sum of gradients, and for Adam; more if masks and values are tuned; to make masks of scores, beside finding
-# borders or ranks.
-SCORES, CHANGES, ADAM, BOTH, MASKED = 250, 320, 50, 120, 13
+# Bytes that a GPU moves for each weight when tuning begins: for scores, and for changes of values.
+SCORES, CHANGES = 250, 320
+ADAM = 50  # bytes that a GPU moves for each weight and step: Adam, and the sum of gradients that it uses
+BOTH = 120  # … and more where masks and values are tuned
+MASKED = 13  # … and to make masks of scores, beside finding borders or ranks
 ROW = 256  # weights; a round of swaps costs this many weights a row, beside the row's own
 
 
@@ -119,10 +120,10 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         work += statistics_work(block, recipe)
         step += ranking_work(block, recipe, RANKING if recipe.on_cpu else MASKED) if tunes_masks else NO_WORK
     if not recipe.on_cpu:
-        # Gradients of a sequence are read; the sum is written, and read again, once for those that are gathered.
+        # Each sequence's gradients are read. The sum is written once for all that are gathered; each time but the first
+        # of a step it is read before.
         sequences, steps = passes * trained / recipe.tokens, passes * recipe.tune_steps
-        gathered = gradients_gathered(layer.weights, recipe.itemsize, recipe.on_cpu)
-        writes = steps * math.ceil(sequences / steps / gathered)
+        writes = steps * math.ceil(sequences / steps / gradients_gathered(layer.weights, recipe.itemsize))
         added = sequences * recipe.itemsize + (2 * writes - steps) * summed
         work += Work(moved=(added + SCORES * tunes_masks + CHANGES * tunes_weights) * layer.weights)
     return work + step * (passes * recipe.tune_steps)

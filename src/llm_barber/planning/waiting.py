@@ -28,17 +28,19 @@ def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Reci
     """Seconds of each stage by resource; of the disk, those that the run waits for.
 
     A CPU that computes cannot hash, or copy to the system's pages, at the same time: all seconds count. On a GPU the
-    next layer is read, and the last one written, while a layer is computed. The run waits for the first layer, unless
-    the disk rested before it, for the last shard, for copies off the device, and where the disk takes longer for a
-    layer and a shard than the GPU for a layer. Activations are written seldom enough that nothing waits for them.
-    Where a run cannot be repeated from earlier activations, each layer waits for its files to be written.
+    next layer is read, and the last one written, while a layer is computed. The run waits for the first layer, for the
+    last shard, for copies off the device, and where the disk takes longer for a layer and a shard than the GPU for a
+    layer. Where an allocation keeps all layers on the device, the first layer is read while gradients go back.
+    Activations are written seldom enough that nothing waits for them. Where a run cannot be repeated from earlier
+    activations, each layer waits for its files to be written.
     """
     seconds, layers = _seconds(costs, rates), len(model.layers)
     if recipe.on_cpu:
         return seconds
     behind = ("read", "write") if recipe.repeatable else ("read",)
     disk = sum(seconds[name]["disk"] for name in behind)
-    read_early = seconds["read"]["disk"] / layers if _disk_rests(model, recipe) else 0.0
+    back = _going_back(seconds["allocate"]) if _layers_stay(model, recipe) else 0.0
+    read_early = min(seconds["read"]["disk"] / layers, back)
     waited = _waited(disk, _computing(seconds), layers) - read_early
     for name in behind:
         seconds[name]["disk"] *= waited / disk if disk else 0.0
@@ -46,11 +48,17 @@ def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Reci
         seconds["keep"]["disk"] = 0.0
     for name in ("reorder", "allocate"):
         disk = seconds[name].pop("disk")
-        seconds[name]["disk"] = _waited(disk, sum(seconds[name].values()), layers)
+        meanwhile = sum(seconds[name].values()) - (back if name == "allocate" else 0.0)
+        seconds[name]["disk"] = _waited(disk, meanwhile, layers)
     return seconds
 
 
-def _disk_rests(model: ModelShapes, recipe: Recipe) -> bool:
+def _going_back(allocate: dict[str, float]) -> float:
+    """Seconds in which gradients of the loss go back: each layer is computed again, and its gradients take as long."""
+    return (allocate["compute"] + allocate["memory"]) * 2 / 3
+
+
+def _layers_stay(model: ModelShapes, recipe: Recipe) -> bool:
     """True if an allocation by the loss goes back through layers that all stayed on the device."""
     all_layers = sum(layer.parameters for layer in model.layers) * recipe.stored
     return recipe.allocation is Allocation.LOSS and recipe.kept_on_device(all_layers, model.hidden) == all_layers

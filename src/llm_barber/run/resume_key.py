@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llm_barber.gpu.kernels import kernels_of_run
+from llm_barber.gpu.kernels import kernels_of_run, triton_version
 from llm_barber.method.held_out import JUDGE_REVISION
 from llm_barber.model.gpu_kernels import REVISION as GPU_REVISION
 from llm_barber.run.prepared_run import PreparedRun
@@ -42,8 +42,9 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
         revisions["revision of the held-out windows"] = JUDGE_REVISION
     if job.skeleton.device.type != "cpu":
         triton = kernels_of_run(job.skeleton.device, job.skeleton.dtype)
-        having = ", ".join(name for name, has in triton.items() if has) or "no dtype"
-        revisions["revision of a GPU's kernels"] = f"{GPU_REVISION}, Triton's in {having}"
+        having = ", ".join(name for name, has in triton.items() if has)
+        of_triton = f"Triton {triton_version()}'s in {having}" if having else "none of Triton's"
+        revisions["revision of a GPU's kernels"] = f"{GPU_REVISION}, {of_triton}"
     key = {
         "command": prepared.command,
         "given": given,

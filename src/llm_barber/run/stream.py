@@ -181,7 +181,7 @@ def _allocate(
 
     Args:
         prepared: the run.
-        outside: as `allocate` takes it.
+        outside: as `allocate` takes it, which uses it up.
         streams: the activations.
         ahead: begins to read when these passes have read all layers.
         writer: keeps a new allocation with its seconds, and with the total of the run so far.
@@ -277,7 +277,7 @@ def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
 def _copy_outside(job: Job, writer: Writer, wanted: Collection[str]) -> dict[str, Tensor]:
     """Copy the tensors outside the decoder layers to the output.
 
-    Returns the wanted parameters, by the model's names, but for a head that is pruned: a step reads it.
+    Returns the wanted parameters, by the model's names. It does not read a head that is pruned, unless it is tied.
     """
     locations = {name: job.source.location(name) for name in wanted}
     parameters: dict[str, Tensor] = {}

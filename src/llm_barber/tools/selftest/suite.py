@@ -60,7 +60,7 @@ CHECKS: dict[Check, CheckEntry] = {
         lambda bench: len(FORMS) * (len(bench.dtypes) + 1),
     ),
     Check.KERNELS: CheckEntry(
-        "rotary embeddings, SwiGLU and squares of gradients are PyTorch's, in one kernel each",
+        "rotary embeddings, gates and sums of gradients are PyTorch's, in one kernel each",
         check_kernels,
         lambda _: len(DTYPES) + len(STEPS),
     ),
