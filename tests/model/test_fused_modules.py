@@ -81,6 +81,7 @@ class Mlp(nn.Module):
         if change == "buffer":
             self.register_buffer("scale", torch.ones(8))
         self.limits: tuple[float, ...] | None = None
+        self._limit = torch.inf
         self.activation: Callable[[Tensor], Tensor] = relu if change == "relu" else silu
 
     def forward(self, hidden: Tensor) -> Any:
@@ -88,7 +89,7 @@ class Mlp(nn.Module):
         activated = self.activation(gates) if self.limits is None else self.activation(gates).clamp(max=self.limits[0])
         ups = self.first(hidden) + (1 if self.change == "offset" else 0)
         output = self.third(activated * (ups.clamp(max=16) if self.change == "limit" else ups))
-        return (output,) if self.change == "tuple" else output
+        return (output,) if self.change == "tuple" else output.clamp(max=self._limit)
 
 
 def test_linears_are_known_by_what_they_do() -> None:
@@ -129,11 +130,12 @@ def test_functions_that_rotate_otherwise_are_left_alone() -> None:
 
 
 def test_mlps_of_one_class_are_told_apart_by_their_functions() -> None:
-    mlps = nn.ModuleList([Mlp(), Mlp(), Mlp(), Mlp(), Mlp()])
+    mlps = nn.ModuleList([Mlp(), Mlp(), Mlp(), Mlp(), Mlp(), Mlp()])
     mlps[1].activation = relu
     mlps[2].limits = (7.0,)
     mlps[3].activation = gelu
     mlps[4].activation = partial(gelu, approximate="tanh")
+    mlps[5]._limit = 0.1
     found = [(module, roles.activation) for module, roles in gated_mlps(mlps)]
     assert found == [(mlps[0], "silu"), (mlps[3], "gelu"), (mlps[4], "gelu_tanh")]
 

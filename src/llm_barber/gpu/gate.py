@@ -19,8 +19,10 @@ ROOT, CUBIC = tl.constexpr(0.7978845608028654), tl.constexpr(0.044715)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tanh(x):  # type: ignore[no-untyped-def]
-    return 1 - 2.0 / (1 + tl.exp(2 * x))
+def _logistic(x):  # type: ignore[no-untyped-def]
+    # 1 / (1 + e⁻ˣ), and 1 less that, both without cancellation.
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, small, 1.0) / (1 + small), tl.where(x < 0, 1.0, small) / (1 + small)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -30,7 +32,8 @@ def _activate(x, activation: tl.constexpr):  # type: ignore[no-untyped-def]
     elif activation == "gelu":
         activated = x * 0.5 * (1 + tl.math.erf(x * ROOT_HALF))
     else:
-        activated = 0.5 * x * (1 + _tanh((x + x * x * x * CUBIC) * ROOT))
+        share, _ = _logistic((x + x * x * x * CUBIC) * (2 * ROOT))  # (1 + tanh u) / 2 = 1 / (1 + e⁻²ᵘ)
+        activated = x * share
     return activated
 
 
@@ -43,9 +46,9 @@ def _slope(x, of_activated, activation: tl.constexpr):  # type: ignore[no-untype
         share = 0.5 * (1 + tl.math.erf(x * ROOT_HALF))
         gradient = of_activated * (share + x * (tl.exp(-0.5 * x * x) * DENSITY))
     else:
-        tanh = _tanh((x + x * x * x * CUBIC) * ROOT)
-        of_inner = (1 + x * x * (3 * CUBIC)) * ROOT
-        gradient = of_activated * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * of_inner)
+        share, rest = _logistic((x + x * x * x * CUBIC) * (2 * ROOT))
+        of_inner = (1 + x * x * (3 * CUBIC)) * (2 * ROOT)
+        gradient = of_activated * (share + x * share * rest * of_inner)
     return gradient
 
 

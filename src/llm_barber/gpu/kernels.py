@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Sequences, heads, tokens and features of what is compared. As in runs, a token has more heads than a program takes,
 # and halves of heads are a power of two, or not.
 ROTATED = ((2, 20, 5, 128), (1, 3, 4, 48))
-GATED = (3, 1500)  # rows and columns, more than a program takes
-SQUARED = SUMMED = (4, 40, 64)  # gradients, and the shape of their weight
+# Rows and columns, more than a program takes. Triton compiles a kernel of its own for multiples of 16.
+GATED = ((3, 1500), (3, 2048))
+ADDED = ((4, 40, 64), (4, 41, 33))  # gradients, and the shape of their weight
 LEFT_OUT: set[bool] = set()  # holds True once the kernels are left out
-UNITS = 8  # in the last place, of a result of size 1, by which activations and sums of squares may differ
+# Units in the last place by which activations and sums of squares may differ: of float32, for a number of the size that
+# is rounded, and of the result's dtype, for the result.
+UNITS, RESULT_UNITS = 8, 2
 # Activations of gates by name: each, and its gradient from the gradient by its result and its argument.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (silu, torch.ops.aten.silu_backward),
@@ -99,8 +103,8 @@ def wrong_steps(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Compare the kernels with PyTorch's operations on a device, on random values of a dtype.
 
     Returns:
-        The steps whose results differ: in any bit for rotary embeddings and sums of gradients; by more than `UNITS` for
-        activations of gates, their gradients, and sums of squares.
+        The steps whose results differ: in any bit for rotary embeddings and sums of gradients; by more than `UNITS` and
+        `RESULT_UNITS` for activations of gates, their gradients, and sums of squares.
     """
     made = torch.Generator().manual_seed(0)
     checks = {
@@ -129,34 +133,41 @@ def _rotates(made: torch.Generator, device: torch.device, dtype: torch.dtype) ->
 def _gates(activation: str, made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
     from llm_barber.gpu.gate import gate, gate_back
 
-    gradient, gates, ups = (3 * _random(made, (3, *GATED))).to(device, dtype)
-    sizes = gate_sizes(gradient, gates, ups)
-    results = gate(gates, ups, activation), *gate_back(gradient, gates, ups, activation)
-    expected = gate_in_steps(gates, ups, activation), *gradients_in_steps(gradient, gates, ups, activation)
-    return all(map(_is_near, results, expected, sizes))
+    for rows, columns in GATED:
+        gradient, *parts = (3 * _random(made, (3, rows, columns))).to(device, dtype)
+        for gates, ups in (parts, torch.cat(parts, 1).chunk(2, 1)):  # of two linears, and of one for both
+            sizes = gate_sizes(gradient, gates, ups)
+            results = gate(gates, ups, activation), *gate_back(gradient, gates, ups, activation)
+            expected = gate_in_steps(gates, ups, activation), *gradients_in_steps(gradient, gates, ups, activation)
+            if not all(map(is_near, results, expected, sizes)):
+                return False
+    return True
 
 
 def _adds_squares(made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
     from llm_barber.gpu.squares import add_squares
     from llm_barber.gpu.steps import add_squares_in_steps
 
-    gradients = _random(made, SQUARED).to(device, dtype)
-    factors = torch.linspace(0.5, 2, SQUARED[0], dtype=torch.float32).to(device)
-    total, expected = (torch.ones(SQUARED[1:], dtype=torch.float32, device=device) for _ in range(2))
-    add_squares(total, gradients, factors)
-    add_squares_in_steps(expected, gradients, factors)
-    return _is_near(total, expected, expected)
+    for count, *shape in ADDED:
+        gradients = _random(made, (count, *shape)).to(device, dtype)
+        factors = torch.linspace(0.5, 2, count, dtype=torch.float32).to(device)
+        total, expected = (torch.ones(shape, dtype=torch.float32, device=device) for _ in range(2))
+        add_squares(total, gradients, factors)
+        add_squares_in_steps(expected, gradients, factors)
+        if not is_near(total, expected, expected):
+            return False
+    return True
 
 
 def _adds_scaled(made: torch.Generator, device: torch.device, dtype: torch.dtype) -> bool:
     from llm_barber.gpu.steps import add_scaled_in_steps
     from llm_barber.gpu.sums import add_scaled
 
-    gradients = list(_random(made, SUMMED).to(device, dtype))
-    scales = 2.0 ** torch.arange(-1, SUMMED[0] - 1, dtype=torch.float32).to(device)  # as in runs: products are exact
-    for count in range(1, SUMMED[0] + 1):
-        for begins in (True, False):
-            total, expected = (torch.ones(SUMMED[1:], dtype=torch.float32, device=device) for _ in range(2))
+    for most, *shape in ADDED:
+        gradients = list(_random(made, (most, *shape)).to(device, dtype))
+        scales = 2.0 ** torch.arange(-1, most - 1, dtype=torch.float32).to(device)  # as in runs: products are exact
+        for count, begins in product(range(1, most + 1), (True, False)):
+            total, expected = (torch.ones(shape, dtype=torch.float32, device=device) for _ in range(2))
             add_scaled(total, gradients[:count], scales[:count], begins)
             add_scaled_in_steps(expected, gradients[:count], scales[:count], begins)
             if not torch.equal(total, expected):
@@ -168,10 +179,18 @@ def _random(made: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=made, dtype=torch.float32)
 
 
-def _is_near(result: Tensor, expected: Tensor, size: Tensor) -> bool:
-    """Test whether a result is within `UNITS` of what is expected, in units of numbers of some size, at least 1."""
-    unit = torch.finfo(result.dtype).eps * size.float().clamp_min(1)
-    return bool(((result.float() - expected.float()).abs() <= UNITS * unit).all())
+def is_near(result: Tensor, expected: Tensor, size: Tensor) -> bool:
+    """Test whether a result is what is expected, but for rounding (`UNITS`, `RESULT_UNITS`).
+
+    Args:
+        result: of any dtype.
+        expected: likewise.
+        size: of the numbers that float32 rounds on the way, float32; taken to be at least 1.
+    """
+    numbers, right = torch.finfo(result.dtype), expected.float()
+    bound = UNITS * torch.finfo(torch.float32).eps * size.clamp_min(1)
+    bound += RESULT_UNITS * (numbers.eps * right.abs()).clamp_min(numbers.smallest_normal * numbers.eps)
+    return bool(((result.float() - right).abs() <= bound).all())
 
 
 def gate_sizes(gradient: Tensor, gates: Tensor, ups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

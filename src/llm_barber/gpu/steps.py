@@ -44,7 +44,7 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def gate(gates: Tensor, ups: Tensor, activation: str = "silu") -> Tensor:
     """Compute activation(gates) · ups, both (…, columns): SwiGLU with `silu`, GeGLU with `gelu` or `gelu_tanh`."""
-    if gates.dtype != ups.dtype:
+    if (gates.dtype, gates.shape) != (ups.dtype, ups.shape):
         return gate_in_steps(gates, ups, activation)
     gated: Tensor = _Gating.apply(gates, ups, activation)  # type: ignore[no-untyped-call]
     return gated
@@ -131,7 +131,7 @@ def _gate_back(gradient: Tensor, gates: Tensor, ups: Tensor, activation: str) ->
 
 
 def _add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
-    if take_kernels(total, gradients) and total.is_contiguous() and total.numel() > 1:
+    if take_kernels(gradients) and _is_float32_sum(total):
         from llm_barber.gpu import squares
 
         squares.add_squares(total, gradients.contiguous(), factors.contiguous())
@@ -140,7 +140,7 @@ def _add_squares(total: Tensor, gradients: Tensor, factors: Tensor) -> None:
 
 
 def _add_scaled(total: Tensor, gradients: Sequence[Tensor], scales: Tensor, begins: bool) -> None:
-    if take_kernels(total, *gradients) and total.is_contiguous() and total.numel() > 1:
+    if take_kernels(*gradients) and _is_float32_sum(total):
         from llm_barber.gpu import sums
 
         for first in range(0, len(gradients), sums.MOST):
@@ -182,6 +182,11 @@ def add_scaled_in_steps(total: Tensor, gradients: Sequence[Tensor], scales: Tens
             torch.mul(gradient, scales[:1].to(total.dtype), out=total)  # a number () would be rounded to their dtype
         else:
             total.addcmul_(gradient, scales[number])
+
+
+def _is_float32_sum(total: Tensor) -> bool:
+    """Test for a sum that the kernels add to; they take more than one number."""
+    return total.dtype == torch.float32 and total.is_contiguous() and total.numel() > 1
 
 
 def _with_last_stride_1(tensor: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ class GradientSums:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._sums = {name: torch.empty_like(weight, dtype=SUM_DTYPES[dtype]) for name, weight in weights.items()}
+        self._sums = {name: _empty_sum(weight, SUM_DTYPES[dtype]) for name, weight in weights.items()}
         numbers, devices = sum(map(Tensor.numel, weights.values())), {weight.device for weight in weights.values()}
-        added_together = all(has_kernels(device, each) for device in devices for each in (dtype, SUM_DTYPES[dtype]))
+        added_together = all(has_kernels(device, dtype) for device in devices)
         self._together = gradients_gathered(numbers, dtype.itemsize) if added_together else 1
         self._gathered: list[tuple[Mapping[str, Tensor], Tensor]] = []
         self._empty = set(self._sums)
@@ -69,3 +69,8 @@ class GradientSums:
                 add_scaled(total, values, scales, begins=name in self._empty)
                 self._empty.discard(name)
         self._gathered.clear()
+
+
+def _empty_sum(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Allocate a sum, contiguous whatever the weight's strides are: a GPU's kernel takes no other."""
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device)

@@ -22,6 +22,7 @@ from llm_barber.gpu.steps import gate
 from llm_barber.model.experts import GATE, GATE_UP, UP, Experts, Linear
 from llm_barber.model.same_bits import has_bits_of
 
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes: parameters, hooks, …
 Combine = Callable[[Linear, Tensor], Tensor]  # as `Experts.combine`
 TOKENS, HIDDEN, INNER = 5, 6, 10  # of what a module is tried on
 # Sizes of its numbers: limits of activations show where they are large. Products of such exceed the largest float16.
@@ -100,7 +101,7 @@ def _settings(module: nn.Module) -> list[object]:
         for child in module.modules()
         if not isinstance(child, nn.Linear)
         for name, value in vars(child).items()
-        if not name.startswith("_")
+        if name not in OF_EVERY_MODULE
     ]
 
 

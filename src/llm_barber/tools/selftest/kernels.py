@@ -17,11 +17,10 @@ TOKENS, HEADS, FEATURES, INNER, SHAPE, GRADIENTS = 8192, 32, 128, 11008, (11008,
 # Each step by its kernel, and by PyTorch's operations.
 STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rotary embeddings": (steps.rotate, steps.rotate_in_steps),
-    "SwiGLU": (steps.gate, kernels.gate_in_steps),
-    "GeGLU by tanh": (
-        partial(steps.gate, activation="gelu_tanh"),
-        partial(kernels.gate_in_steps, activation="gelu_tanh"),
-    ),
+    **{
+        name: (partial(steps.gate, activation=activation), partial(kernels.gate_in_steps, activation=activation))
+        for activation, name in kernels.GATES.items()
+    },
     "squares of gradients": (steps.add_squares, steps.add_squares_in_steps),
     "sums of gradients": (partial(steps.add_scaled, begins=False), partial(steps.add_scaled_in_steps, begins=False)),
 }
@@ -55,7 +54,7 @@ def check_kernels(bench: Bench) -> Iterator[Finding]:
 def _tensors(name: str, bench: Bench) -> tuple[Any, ...]:
     """Arguments of a step, random, on the device."""
     made = partial(torch.randn, device=bench.device, dtype=bench.dtype)
-    if "GLU" in name:
+    if name in kernels.GATES.values():
         return made(TOKENS, INNER), made(TOKENS, INNER)
     if name == "rotary embeddings":
         states = made(1, TOKENS, HEADS, FEATURES).transpose(1, 2)
