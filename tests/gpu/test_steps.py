@@ -147,24 +147,6 @@ def test_processes_take_the_kernels_all_or_none(monkeypatch: pytest.MonkeyPatch)
     assert not has_kernels(GPU, torch.bfloat16)
 
 
-def wrong_gates(activation: str, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[..., Any]]]:
-    """Functions in place of `gate` and `gate_back` that are wrong for one activation."""
-    from llm_barber.gpu.gate import gate as gated
-    from llm_barber.gpu.gate import gate_back as back
-
-    def changed(right: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given: (change if given[-1] == activation else right)(*given)
-
-    step, factor = kernels.GATES[activation], 1 + (16 if dtype == torch.float32 else 5) * torch.finfo(dtype).eps
-    other = {"silu": "gelu", "gelu": "gelu_tanh", "gelu_tanh": "gelu"}[activation]
-    yield "gate", step, changed(gated, lambda gates, ups, name: gated(ups, gates, name))
-    yield "gate", step, changed(gated, lambda *given: gated(*given) * factor)
-    yield "gate", step, changed(gated, lambda gates, ups, _: gated(gates, ups, other))
-    yield "gate_back", step, changed(back, lambda *given: back(*given)[::-1])
-    yield "gate_back", step, changed(back, lambda *given: back(*given[:-1], other))
-    yield "gate_back", step, changed(back, lambda *given: tuple(each * factor for each in back(*given)))
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_is_compared_on_a_gpu_finds_wrong_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,24 +156,43 @@ def test_what_is_compared_on_a_gpu_finds_wrong_kernels(dtype: torch.dtype, monke
 
     cpu = torch.device("cpu")
     assert kernels.wrong_steps(cpu, dtype) == []
-    rotated, added, summed = rotary.rotate, squares.add_squares, sums.add_scaled
-    wrong: list[tuple[Any, str, str, Callable[..., Any]]] = [
-        (
-            rotary,
-            "rotate",
-            "rotary embeddings",
-            lambda states, cosine, sine, back: rotated(states, cosine, -sine, back),
-        ),
-        (rotary, "rotate", "rotary embeddings", lambda states, cosine, sine, _: rotated(states, cosine, sine, False)),
-        *((gating, *of_gates) for name in kernels.ACTIVATIONS for of_gates in wrong_gates(name, dtype)),
-        (squares, "add_squares", "squares of gradients", lambda *tensors: added(*tensors[:2], tensors[2].flip(0))),
-        (sums, "add_scaled", "sums of gradients", lambda *given: summed(*given[:3], False)),
-        (sums, "add_scaled", "sums of gradients", lambda *given: summed(given[0], given[1][::-1], *given[2:])),
+    rotated, added, summed, gated, back = (
+        rotary.rotate, squares.add_squares, sums.add_scaled, gating.gate, gating.gate_back,
+    )  # fmt: skip
+    factor = 1 + (16 if dtype == torch.float32 else 5) * torch.finfo(dtype).eps
+    other = {"silu": "gelu", "gelu": "gelu_tanh", "gelu_tanh": "gelu"}
+    ways: list[tuple[Any, str, Callable[..., Any]]] = [
+        (gating, "gate", lambda gates, ups, name: gated(ups, gates, name)),
+        (gating, "gate", lambda *given: gated(*given) * factor),
+        (gating, "gate", lambda gates, ups, name: gated(gates, ups, other[name])),
+        (gating, "gate_back", lambda *given: back(*given)[::-1]),
+        (gating, "gate_back", lambda *given: back(*given[:-1], other[given[-1]])),
+        (gating, "gate_back", lambda *given: tuple(each * factor for each in back(*given))),
     ]
-    for module, name, step, function in wrong:
-        with monkeypatch.context() as patched:
-            patched.setattr(module, name, function)
-            assert kernels.wrong_steps(cpu, dtype) == [step]
+    gates = list(kernels.GATES.values())
+    assert all(wrong_steps_with(monkeypatch, dtype, way) == gates for way in ways)
+    ways = [
+        (rotary, "rotate", lambda states, cosine, sine, back: rotated(states, cosine, -sine, back)),
+        (squares, "add_squares", lambda *tensors: added(*tensors[:2], tensors[2].flip(0))),
+        (sums, "add_scaled", lambda *given: summed(*given[:3], False)),
+    ]
+    others = ["rotary embeddings", "squares of gradients", "sums of gradients"]
+    assert wrong_steps_with(monkeypatch, dtype, *ways) == others
+    ways = [
+        (rotary, "rotate", lambda states, cosine, sine, _: rotated(states, cosine, sine, False)),
+        (sums, "add_scaled", lambda *given: summed(given[0], given[1][::-1], *given[2:])),
+    ]
+    assert wrong_steps_with(monkeypatch, dtype, *ways) == others[::2]
+
+
+def wrong_steps_with(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, *ways: tuple[Any, str, Callable[..., Any]]
+) -> list[str]:
+    """Steps that are found to be wrong with other functions, each by module and name, in place of the right ones."""
+    with monkeypatch.context() as patched:
+        for way in ways:
+            patched.setattr(*way)
+        return kernels.wrong_steps(torch.device("cpu"), dtype)
 
 
 def test_what_no_kernel_takes_is_computed_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
