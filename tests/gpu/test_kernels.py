@@ -132,22 +132,9 @@ def test_launches_go_to_the_tensors_device(kernel: str, monkeypatch: pytest.Monk
 
 CAPABILITIES = (80, 89, 90)
 POINTERS = (
-    "states",
-    "cosine",
-    "sine",
-    "rotated",
-    "gate",
-    "up",
-    "gated",
-    "gradient",
-    "by_gate",
-    "by_up",
-    "gradients",
-    "first",
-    "second",
-    "third",
-    "fourth",
-)
+    "states", "cosine", "sine", "rotated", "gate", "up", "gated", "gradient", "by_gate", "by_up", "gradients", "first",
+    "second", "third", "fourth",
+)  # fmt: skip
 NUMBERS = (
     "heads", "tokens", "half", "columns", "sequence_step", "head_step", "token_step", "rotated_sequence",
     "rotated_head", "rotated_token", "angle_sequence", "angle_token", "gate_step", "up_step", "gradient_step",

@@ -64,15 +64,13 @@ def test_an_allocation_waits_for_its_first_layer_and_a_slow_disk() -> None:
 def test_the_first_layer_is_read_while_an_allocation_goes_back_through_layers_on_the_device() -> None:
     """An allocation of nine seconds goes back for six of them, in which it reads no layer."""
     rates = replace(RATES, products=1.0, read=1.0)
-    for of_layers, allocating, changes, waited, waited_before in (
-        (32, 9, {"room": 10**6}, 0.0, 1 + 29 * 31 / 32),
-        (32, 0.9, {"room": 10**6}, 0.4, 1 + 31.7 * 31 / 32),
-        (32, 9, {"room": 0}, 1.0, 1 + 23 * 31 / 32),
-        (32, 9, {"room": 10**6, "allocation": Allocation.UNIFORM}, 1.0, 1 + 23 * 31 / 32),
+    for allocating, changes, waited, waited_before in (
+        (9, {"room": 10**6}, 0.0, 1 + 29 * 31 / 32),
+        (0.9, {"room": 10**6}, 0.4, 1 + 31.7 * 31 / 32),
+        (9, {"room": 0}, 1.0, 1 + 23 * 31 / 32),
+        (9, {"room": 10**6, "allocation": Allocation.UNIFORM}, 1.0, 1 + 23 * 31 / 32),
     ):
-        costs = Costs(
-            allocate=Work(read=32, products=allocating), read=Work(read=of_layers), propagate=Work(products=64)
-        )
+        costs = Costs(allocate=Work(read=32, products=allocating), read=Work(read=32), propagate=Work(products=64))
         seconds = waiting_seconds(costs, DEEP, rates, replace(GPU, **{"allocation": Allocation.LOSS, **changes}))
         assert seconds["read"]["disk"] == pytest.approx(waited)
         assert seconds["allocate"]["disk"] == pytest.approx(waited_before)

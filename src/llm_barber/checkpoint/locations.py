@@ -48,6 +48,15 @@ class Location:
         return tensor if self.part is None else self.part.of(tensor)
 
 
+def parameters_in(tensors: Mapping[str, Tensor], locations: Mapping[str, Location]) -> dict[str, Tensor]:
+    """Parameters, by the names of their locations, that lie in some of a checkpoint's tensors."""
+    return {
+        name: location.of(tensors[location.tensor])
+        for name, location in locations.items()
+        if location.tensor in tensors
+    }
+
+
 def shape_of(location: Location, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Shape of the parameter at a location; None: the tensor has no such part.
 

@@ -26,13 +26,19 @@ def _logistic(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tanh_shares(x):  # type: ignore[no-untyped-def]
+    # (1 + tanh u) / 2 = 1 / (1 + e⁻²ᵘ) of GELU's approximation, and 1 less that.
+    return _logistic((x + x * x * x * CUBIC) * (2 * ROOT))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _activate(x, activation: tl.constexpr):  # type: ignore[no-untyped-def]
     if activation == "silu":
         activated = x / (1 + tl.exp(-x))
     elif activation == "gelu":
         activated = x * 0.5 * (1 + tl.math.erf(x * ROOT_HALF))
     else:
-        share, _ = _logistic((x + x * x * x * CUBIC) * (2 * ROOT))  # (1 + tanh u) / 2 = 1 / (1 + e⁻²ᵘ)
+        share, _ = _tanh_shares(x)
         activated = x * share
     return activated
 
@@ -46,7 +52,7 @@ def _slope(x, of_activated, activation: tl.constexpr):  # type: ignore[no-untype
         share = 0.5 * (1 + tl.math.erf(x * ROOT_HALF))
         gradient = of_activated * (share + x * (tl.exp(-0.5 * x * x) * DENSITY))
     else:
-        share, rest = _logistic((x + x * x * x * CUBIC) * (2 * ROOT))
+        share, rest = _tanh_shares(x)
         of_inner = (1 + x * x * (3 * CUBIC)) * (2 * ROOT)
         gradient = of_activated * (share + x * share * rest * of_inner)
     return gradient
@@ -69,18 +75,9 @@ def _gate(  # type: ignore[no-untyped-def]
 # A kernel's pointers and sizes are all parameters of it, so that it has more than 8.
 @triton.jit  # type: ignore[untyped-decorator]
 def _gate_back(  # type: ignore[no-untyped-def]
-    gradient,
-    gate,
-    up,
-    by_gate,
-    by_up,
-    columns,
-    gradient_step,
-    gate_step,
-    up_step,
-    together: tl.constexpr,
-    activation: tl.constexpr,
-):
+    gradient, gate, up, by_gate, by_up, columns, gradient_step, gate_step, up_step,
+    together: tl.constexpr, activation: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * together + tl.arange(0, together)
     inside = column < columns

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from llm_barber.checkpoint.locations import parameters_in
 from llm_barber.loading.job import Job
 from llm_barber.masking.rebuild import Rebuilt
 from llm_barber.masking.statistics import TargetMoments
@@ -82,11 +83,7 @@ def _fill_outside(job: Job, tensors: Mapping[str, Tensor]) -> Tensor:
     """
     skeleton = job.skeleton
     locations = {name: job.source.location(name) for name in skeleton.outside_names_and_head}
-    parameters = {
-        name: location.of(tensors[location.tensor])
-        for name, location in locations.items()
-        if location.tensor in tensors
-    }
+    parameters = parameters_in(tensors, locations)
     parameters |= job.source.read_parameters(name for name in locations if name not in parameters)
     head = next(name for name in locations if job.is_head(name))
     skeleton.fill_outside(parameters)

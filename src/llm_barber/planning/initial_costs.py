@@ -40,7 +40,7 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
         return NO_WORK
     by_loss = recipe.allocation is Allocation.LOSS
     tokens = recipe.loss_tokens if by_loss else recipe.local_tokens
-    total, all_layers = NO_WORK, sum(layer.parameters for layer in model.layers) * recipe.stored
+    total, all_layers = NO_WORK, model.layer_parameters * recipe.stored
     reread = 1 - recipe.kept_on_device(all_layers, model.hidden) / all_layers if by_loss else 0
     for layer in model.layers:
         size = layer.parameters * recipe.stored

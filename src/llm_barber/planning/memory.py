@@ -278,7 +278,7 @@ def _passing_dense(model: ModelShapes, recipe: Recipe) -> list[Footprint]:
     of_arrays, of_inputs = _dense_activations(model, recipe)
     arrays = recipe.in_memory(of_arrays, model.hidden)
     on_device = recipe.on_device(model.hidden, recipe.passing)
-    all_layers = sum(layer.parameters for layer in model.layers) * recipe.stored
+    all_layers = model.layer_parameters * recipe.stored
     on_device_and_layers = on_device + recipe.kept_on_device(all_layers, model.hidden)
     kept = Footprint(recipe.in_memory(of_arrays + of_inputs, model.hidden) - arrays, on_device_and_layers)
     layer = model.largest_layer

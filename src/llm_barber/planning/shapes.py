@@ -87,7 +87,12 @@ class ModelShapes:
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, tied parameters once."""
-        return self.outside + sum(layer.parameters for layer in self.layers)
+        return self.outside + self.layer_parameters
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of all decoder layers."""
+        return sum(layer.parameters for layer in self.layers)
 
     @property
     def weights(self) -> int:

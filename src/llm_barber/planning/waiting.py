@@ -7,7 +7,6 @@ from llm_barber.planning.costs import Costs
 from llm_barber.planning.rates import Rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import ModelShapes
-from llm_barber.settings.presets import Allocation
 
 LAYER_STAGES = ("initial", "rebuild", "refine", "tune", "propagate")  # computed while files are written
 DEVICE_KINDS = ("compute", "memory", "link")  # resources that are busy while the host starts further kernels
@@ -60,8 +59,8 @@ def _going_back(allocate: dict[str, float]) -> float:
 
 def _layers_stay(model: ModelShapes, recipe: Recipe) -> bool:
     """True if an allocation by the loss goes back through layers that all stayed on the device."""
-    all_layers = sum(layer.parameters for layer in model.layers) * recipe.stored
-    return recipe.allocation is Allocation.LOSS and recipe.kept_on_device(all_layers, model.hidden) == all_layers
+    all_layers = model.layer_parameters * recipe.stored
+    return recipe.kept_on_device(all_layers, model.hidden) == all_layers
 
 
 def _waited(disk: float, computing: float, layers: int) -> float:

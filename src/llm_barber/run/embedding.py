@@ -1,16 +1,35 @@
-"""Embed the calibration tokens: the input of the first decoder layer."""
+"""Embed the calibration tokens, the input of the first decoder layer; copy what lies outside the layers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from torch import Tensor
 
+from llm_barber.checkpoint.locations import parameters_in
 from llm_barber.loading.job import Job
 from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.run.out_of_memory import with_smaller_batches
+from llm_barber.run.writer import Writer
 from llm_barber.settings.refining import RefineSettings
+
+
+def copy_outside(job: Job, writer: Writer, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Copy the tensors outside the decoder layers to the output.
+
+    Returns the wanted parameters, by the model's names. It does not read a head that is pruned, unless it is tied.
+    """
+    locations = {name: job.source.location(name) for name in wanted}
+    parameters: dict[str, Tensor] = {}
+    for names in job.outside_shards:
+        tensors = job.source.read(names)
+        if writer.next_is_written:
+            writer.skip_shard()
+        else:
+            writer.write_shard(tensors)
+        parameters |= parameters_in(tensors, locations)
+    return parameters
 
 
 def embed(

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -16,7 +16,6 @@ from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.state import START_AGAIN
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import UnfinishedRunError
-from llm_barber.loading.job import Job
 from llm_barber.method.allocation import allocate
 from llm_barber.method.block_pass import follows_dense
 from llm_barber.method.head import prune_head
@@ -28,7 +27,7 @@ from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import RunReport
 from llm_barber.run.activation_memory import activation_memory
-from llm_barber.run.embedding import embed
+from llm_barber.run.embedding import copy_outside, embed
 from llm_barber.run.finishing import finish_output, warn_of_results
 from llm_barber.run.out_of_memory import with_smaller_batches
 from llm_barber.run.prepared_run import PreparedRun
@@ -126,7 +125,7 @@ def _embed(
     memory = activation_memory(job, prepared.config, prepared.recipe, writer)
     needs_loss = prepared.allocation is Allocation.LOSS and writer.state.sparsities is None
     names = skeleton.outside_names_and_head if needs_loss else skeleton.outside_names
-    outside = _copy_outside(job, writer, names)
+    outside = copy_outside(job, writer, names)
     embedding = {name: outside[name] for name in skeleton.outside_names}
     streams = embed(job, embedding, refine_settings, memory, progress)
     if follows_dense(refine_settings):
@@ -272,27 +271,6 @@ def _result(index: int, seconds: float, pruned: PrunedLayer) -> LayerResult:
         concentration=pruned.concentration,
         blocks=tuple(pruned.blocks),
     )
-
-
-def _copy_outside(job: Job, writer: Writer, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Copy the tensors outside the decoder layers to the output.
-
-    Returns the wanted parameters, by the model's names. It does not read a head that is pruned, unless it is tied.
-    """
-    locations = {name: job.source.location(name) for name in wanted}
-    parameters: dict[str, Tensor] = {}
-    for names in job.outside_shards:
-        tensors = job.source.read(names)
-        if writer.next_is_written:
-            writer.skip_shard()
-        else:
-            writer.write_shard(tensors)
-        parameters |= {
-            name: location.of(tensors[location.tensor])
-            for name, location in locations.items()
-            if location.tensor in tensors
-        }
-    return parameters
 
 
 def _summary(layer: LayerResult) -> str:
