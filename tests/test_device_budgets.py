@@ -21,6 +21,7 @@ from llm_barber import PruneConfig
 from llm_barber.planning.costs import run_costs
 from llm_barber.planning.launches import allocation_launches, layer_launches
 from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.shapes import ModelShapes
 from llm_barber.planning.waiting import LAYER_STAGES
 from tests.conftest import COMMON, FAMILIES, make_model, save_tokens
 from tests.helpers.plans import shapes_of
@@ -96,25 +97,13 @@ RUN_BUDGETS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
 
 # Of the plan's launches in a layer, as a share of those counted: other versions, and attention in several kernels.
 LAUNCHES_ARE_LIKE = (0.7, 1.3)
-RUNS_OF_PLANS: dict[str, dict[str, dict[str, Any]]] = {
-    "llama": {
-        "paper": {"preset": "paper"},
-        "mask": {"preset": "mask", "tune_passes": 2},
-        "best": {"preset": "best", "tune_passes": 2},
-        "mask, 2:4": {"preset": "mask", "pattern": "2:4", "tune_passes": 2},
-    },
-    "mixtral": {"paper": {"preset": "paper"}, "mask, one pass": TUNED},
-}
-WINDOWS = {"llama": SEQUENCES, "mixtral": 8}  # so many that experts have tokens enough to be tuned
-
-
 # Planned bytes of a layer beside those counted, at most so far from 1.
 BYTES_ARE_LIKE = 0.1
 PROPORTIONS = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-RUNS_OF_BYTES: dict[int, tuple[dict[str, Any], ...]] = {
+DENSE_RUNS: dict[int, tuple[dict[str, Any], ...]] = {  # of a model without experts, by the number of windows
     8: (
         {"preset": "paper"},
         {"preset": "mask", "tune_passes": 2},
@@ -122,6 +111,9 @@ RUNS_OF_BYTES: dict[int, tuple[dict[str, Any], ...]] = {
         {"preset": "mask", "tune_passes": 2, "pattern": "2:4"},
     ),
     32: ({"preset": "paper"}, {"preset": "mask", "tune_passes": 1}),
+}
+EXPERT_RUNS: dict[int, tuple[dict[str, Any], ...]] = {
+    8: ({"preset": "paper"}, TUNED),  # so many windows that experts have tokens enough to be tuned
 }
 
 
@@ -150,41 +142,45 @@ def test_no_stage_takes_more_than_its_budget(llama: Path, tokens: Path) -> None:
             assert budgets[stage].allows(counted), f"{name}, {stage}: {counted}, budget {budgets[stage]}"
 
 
-def test_a_plan_knows_the_bytes_that_move(tmp_path: Path) -> None:
+def test_a_plan_knows_the_bytes_that_move_and_the_launches(tmp_path: Path) -> None:
     """With few windows weights move most of the bytes, with many activations do, in proportions of a real LLaMA."""
     folder = make_model(tmp_path / "llama", "llama", torch.bfloat16, **PROPORTIONS)
     model = shapes_of({**COMMON, **PROPORTIONS})
-    runs: list[tuple[int, dict[str, Any]]] = []
-    for windows, of_windows in RUNS_OF_BYTES.items():
-        text = save_tokens(tmp_path / f"{windows}.safetensors", windows, TOKENS)
-        common = {"model": str(folder), "calibration": str(text), "dtype": "bfloat16", "batch_size": 4}
-        runs += [(windows, {**common, **changes}) for changes in of_windows]
-    for (windows, settings), stages in zip(
-        runs, counts(*({**settings, "room": ROOM} for _, settings in runs)), strict=True
-    ):
-        config = PruneConfig(**settings, output=tmp_path / "out", samples=windows, seqlen=TOKENS)
+    for config, stages in counted_runs(folder, DENSE_RUNS, "bfloat16"):
         recipe = Recipe.of(config, 4, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
         costs = run_costs(model, recipe)
         planned = sum(getattr(costs, stage).moved for stage in LAYER_STAGES)
         counted = stages["layer"]["moved"]
-        assert abs(planned / counted - 1) < BYTES_ARE_LIKE, f"{settings}: {planned} planned, {counted} counted"
+        assert abs(planned / counted - 1) < BYTES_ARE_LIKE, f"{config}: {planned} planned, {counted} counted"
+        check_launches(model, recipe, stages)
 
 
-def test_a_plan_knows_the_launches(tmp_path: Path) -> None:
-    runs: list[tuple[str, dict[str, Any]]] = []
-    for family, of_family in RUNS_OF_PLANS.items():
-        text = save_tokens(tmp_path / f"{family}.safetensors", WINDOWS[family], TOKENS)
-        common = {"calibration": str(text), "dtype": "float32", "batch_size": 2}
-        common["model"] = str(make_model(tmp_path / family, family))
-        runs += [(family, {**common, **changes}) for changes in of_family.values()]
-    names = [f"{family}, {name}" for family, of_family in RUNS_OF_PLANS.items() for name in of_family]
-    for name, (family, settings), stages in zip(names, runs, counts(*(each for _, each in runs)), strict=True):
-        model = shapes_of(FAMILIES[family], family)
-        config = PruneConfig(**settings, output=tmp_path / "out", samples=WINDOWS[family], seqlen=TOKENS)
-        recipe = Recipe.of(config, 2, torch.float32, torch.float32, torch.device("cuda"))
-        planned = {"layer": sum(layer_launches(model.layers[0], recipe).values())}
-        if "allocate" in stages:
-            planned["allocate"] = allocation_launches(model, recipe)
-        for stage, number in planned.items():
-            low, high = (share * stages[stage]["launches"] for share in LAUNCHES_ARE_LIKE)
-            assert low <= number <= high, f"{name}, {stage}: {number} planned, {stages[stage]['launches']} counted"
+def test_a_plan_knows_the_launches_of_experts(tmp_path: Path) -> None:
+    folder, model = make_model(tmp_path / "mixtral", "mixtral"), shapes_of(FAMILIES["mixtral"], "mixtral")
+    for config, stages in counted_runs(folder, EXPERT_RUNS, "float32"):
+        check_launches(model, Recipe.of(config, 4, torch.float32, torch.float32, torch.device("cuda")), stages)
+
+
+def counted_runs(
+    folder: Path, runs: dict[int, tuple[dict[str, Any], ...]], dtype: str
+) -> list[tuple[PruneConfig, dict[str, dict[str, int]]]]:
+    """Settings of each run on a model, activations on the device, and its counts by stage."""
+    settings: list[dict[str, Any]] = []
+    configs = []
+    for windows, of_windows in runs.items():
+        text = save_tokens(folder.parent / f"{windows}.safetensors", windows, TOKENS)
+        common = {"model": str(folder), "calibration": str(text), "dtype": dtype, "batch_size": 4}
+        for changes in of_windows:
+            settings.append({**common, **changes})
+            configs.append(PruneConfig(**settings[-1], output=folder.parent / "out", samples=windows, seqlen=TOKENS))
+    return list(zip(configs, counts(*({**each, "room": ROOM} for each in settings)), strict=True))
+
+
+def check_launches(model: ModelShapes, recipe: Recipe, stages: dict[str, dict[str, int]]) -> None:
+    """Hold the plan's launches against those counted in a run of one layer, or of two alike."""
+    planned = {"layer": sum(layer_launches(model.layers[0], recipe).values())}
+    if "allocate" in stages:
+        planned["allocate"] = allocation_launches(model, recipe)
+    for stage, number in planned.items():
+        low, high = (share * stages[stage]["launches"] for share in LAUNCHES_ARE_LIKE)
+        assert low <= number <= high, f"{recipe}, {stage}: {number} planned, {stages[stage]['launches']} counted"

@@ -51,7 +51,7 @@ def test_every_method_and_kind_of_model_gives_the_same_tensors(tmp_path: Path, l
     runs = [common | {"model": str(llama)} | settings for settings in SETTINGS]
     for family in FAMILIES:
         model = make_model(tmp_path / family, family)
-        runs.append({**common, "model": str(model), "preset": "paper", "rebuild_ratio": 0.5})
+        runs.append({**common, "batch_size": 4, "model": str(model), "preset": "paper", "rebuild_ratio": 0.5})
     tuned = {**common, "model": str(llama), "preset": "best", "tune_passes": PASSES}
     *same, measures, tuned_difference = results(*runs, measured(tmp_path, llama), tuned)
     assert same == [0.0] * len(runs)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_barber import PackConfig, pack, unpack
@@ -19,6 +19,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(), VALUES), st.sampled_from([None, 0, 2, "\t"]), st.sampled_from(["", "\n", " \r\n\n"]))
 def test_taking_the_entry_out_gives_the_same_bytes(content: dict[str, object], indent: object, end: str) -> None:
     plain = (json.dumps(content, indent=indent, ensure_ascii=False) + end).encode("utf-8", "surrogatepass")  # type: ignore[arg-type]

@@ -130,7 +130,7 @@ def test_launches_go_to_the_tensors_device(kernel: str, monkeypatch: pytest.Monk
     assert events[0] is events[2]
 
 
-CAPABILITIES = (80, 89, 90)
+CAPABILITIES = (80, 90)
 POINTERS = (
     "states", "cosine", "sine", "rotated", "gate", "up", "gated", "gradient", "by_gate", "by_up", "gradients", "first",
     "second", "third", "fourth",

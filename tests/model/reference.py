@@ -157,13 +157,14 @@ def prune_in_memory(
             weight.data[~keep[name]] = 0
         for output_path, linears in blocks.values():
             total = {name: torch.zeros_like(keep[name], dtype=torch.float32) for name in linears}
+            # The dense block behind the sparse (final) earlier blocks of this layer.
+            mixed = copy.deepcopy(layer).requires_grad_()
+            for name in linears:
+                mixed.get_submodule(name).weight.data.copy_(dense.get_submodule(name).weight.data)
             for hidden, arguments in calls:
                 with torch.no_grad():
                     _, sparse = captured(layer, output_path, hidden, arguments)
-                # The dense block behind the sparse (final) earlier blocks of this layer.
-                mixed = copy.deepcopy(layer).requires_grad_()
-                for name in linears:
-                    mixed.get_submodule(name).weight.data.copy_(dense.get_submodule(name).weight.data)
+                mixed.zero_grad()
                 _, output = captured(mixed, output_path, hidden, arguments)
                 nn.functional.mse_loss(output, sparse).backward()
                 for name in linears:

@@ -175,16 +175,14 @@ def test_descriptions_say_how_the_demonstration_differs_from_the_default(methods
 @needs_model
 @pytest.mark.timeout(480)
 def test_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One test: it turns the GGUF file into a checkpoint, and prunes and measures it four times."""
+    """One test: it turns the GGUF file into a checkpoint, and prunes and measures it three times."""
     monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
-    methods = {
-        name: (DEMO_METHODS | FULL_METHODS)[name] for name in ("magnitude", "magnitude-rebuilt", "wanda", "mask")
-    }
+    methods = {name: (DEMO_METHODS | FULL_METHODS)[name] for name in ("magnitude", "magnitude-rebuilt", "mask")}
     config = DemoConfig(output=tmp_path / "demo", samples=4, seqlen=128, windows=4)
     rows = {row.name: row for row in demo(config, methods=methods)}
     assert list(rows) == ["dense", *methods]
-    assert rows["dense"].perplexity < rows["mask"].perplexity < rows["wanda"].perplexity < rows["magnitude"].perplexity
-    assert rows["magnitude-rebuilt"].perplexity < rows["magnitude"].perplexity / 2
+    perplexity = {name: row.perplexity for name, row in rows.items()}
+    assert perplexity["dense"] < perplexity["mask"] < perplexity["magnitude-rebuilt"] < perplexity["magnitude"] / 2
     assert rows["dense"].sentence.startswith("The capital of France is Paris")
     for name, row in rows.items():
         assert row.sparsity == pytest.approx(0.0 if name == "dense" else 0.5, abs=1e-6)

@@ -185,7 +185,7 @@ def test_fuzzed_files_are_refused_or_read(tmp_path: Path) -> None:
     originals = [path.read_bytes() for path in files]
     generator = random.Random(0)
     refused = 0
-    for _ in range(10_000):
+    for _ in range(4_000):
         place = generator.randrange(2)
         content = damaged(originals[place], generator, first=3000)
         files[place].write_bytes(content)
@@ -196,4 +196,4 @@ def test_fuzzed_files_are_refused_or_read(tmp_path: Path) -> None:
         except ModelError:
             refused += 1
         files[place].write_bytes(originals[place])
-    assert 3000 < refused < 10_000  # some changes are to values that may be anything
+    assert 1200 < refused < 4000  # some changes are to values that may be anything

@@ -23,8 +23,8 @@ BACKWARD = 1.25  # times the forward
 STATISTICS = 7  # of the inputs that some linears read, for a batch
 # For each linear of a layer: its initial mask; the ranking of the rebuild; errors of blocks; starting scores of tuning.
 MASK, REBUILT, ERRORS, SCORES = 20, 73, 40, 37
-# For each linear and batch: gradients of the rebuild, and of the allocation.
-REBUILD_GRADIENTS, ALLOCATION_GRADIENTS = 11, 40
+REBUILD_GRADIENTS = 11  # for each linear and batch
+ALLOCATION_GRADIENTS, LOSS = 15, 27  # of the allocation: for each linear and sequence; of the loss, for a sequence
 # Of tuning: for a sequence, and for each linear of it; for each linear in a step, and more where both masks and weights
 # are tuned, or for N:M; for a batch of held-out windows. For each expert's linear: to begin, and the border of its
 # scores in a step; all else takes the linears of all experts at once.
@@ -76,10 +76,12 @@ def allocation_launches(model: ModelShapes, recipe: Recipe) -> float:
     """Kernels of spreading the sparsity over the linears by the loss; 0 on a CPU."""
     if recipe.on_cpu or recipe.allocation is not Allocation.LOSS:
         return 0
-    batches = _batches(recipe, recipe.loss_tokens // recipe.tokens)
-    return batches * sum(
-        (2 + BACKWARD) * _forward(layer.blocks) + ALLOCATION_GRADIENTS * _kinds(layer.blocks) for layer in model.layers
-    )
+    sequences = recipe.loss_tokens // recipe.tokens
+    launches: float = sequences * LOSS
+    for blocks in (layer.blocks for layer in model.layers):
+        launches += _batches(recipe, sequences) * (2 + BACKWARD) * _forward(blocks)
+        launches += sequences * ALLOCATION_GRADIENTS * _kinds(blocks)
+    return launches
 
 
 def _batches(recipe: Recipe, sequences: int) -> int:
