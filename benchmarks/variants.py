@@ -26,7 +26,7 @@ from llm_barber.progress import Progress
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune
 from llm_barber.settings.compare import CompareConfig, target_settings
-from llm_barber.settings.presets import REVISIONS, Allocation
+from llm_barber.settings.presets import REVISIONS, SEQUENCES_A_STEP, Allocation
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 
@@ -186,8 +186,11 @@ def main() -> None:
             settings = {**target_settings(target), **differing}
             read = text if "calibration" in settings else {"calibration": calibration}
             key = {**settings, "seed": options.seed, "revisions": REVISIONS}
-            if resolved(differing, target, options.samples, options.seqlen)[2]:
+            refined, _, reordered = resolved(differing, target, options.samples, options.seqlen)
+            if reordered:
                 key["reorder"] = True
+            if refined is not None and refined.of_layers and refined.sequences_a_step < SEQUENCES_A_STEP:
+                key["windows_a_step"] = refined.sequences_a_step
             make = partial(make_model, progress, {"model": model, **read, **settings})
             result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
             evaluation = result.evaluation.texts[0]

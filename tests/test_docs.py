@@ -13,16 +13,17 @@ from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
 from llm_barber.settings.compare import ROWS, CompareRow
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import (
-    FEWEST_PASSES,
     GUARD,
-    MOST_PASSES,
+    PASSES,
+    PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     PRESETS,
+    SEQUENCES_A_STEP,
     SOLVED_TARGET_MIX,
+    STEP_TOKENS,
     SWAPS,
     TARGET_MIX,
-    TUNE_TOKENS,
     TUNING_GUARD,
     Preset,
 )
@@ -182,8 +183,9 @@ def test_defaults_are_what_pages_say() -> None:
     assert (1 / TUNING_GUARD, 1 / GUARD) == (32, 8)
     assert "one in 32 where masks are tuned, at least one; one in eight where" in text
     assert f"at most {SWAPS} swaps a row, and {PATTERN_SWAPS} with N:M" in text
-    assert (MOST_PASSES, FEWEST_PASSES) == (8, 2)
-    assert f"makes as many passes over the text as {TUNE_TOKENS:,} tokens allow, at least two and at most eight" in text
+    assert (PASSES, PASSES_OF_LITTLE_TEXT, SEQUENCES_A_STEP) == (2, 3, 4)
+    assert f"makes two passes over the text, or three where it has less than {STEP_TOKENS:,} tokens" in text
+    assert f"a window a step for each {STEP_TOKENS:,} tokens of the text, at most four" in text
     fields = PruneConfig.model_fields
     start = words(DOCS / "guide" / "quickstart.md")
     assert f"`--samples {fields['samples'].default} --seqlen {fields['seqlen'].default}`" in start

@@ -230,10 +230,10 @@ def test_the_layers_come_nearer_and_the_budget_stays(
 def test_passes(tmp_path: Path, model: Path, tokens: Path) -> None:
     """Tuning masks and weights takes twice as many passes, unless `tune_passes` sets their number."""
     for settings, words in (
-        ({}, "8 passes that tune masks"),
-        ({"reconstruct": "tune"}, "16 passes that tune masks and weights"),
+        ({}, "2 passes that tune masks"),
+        ({"reconstruct": "tune"}, "4 passes that tune masks and weights"),
         ({"reconstruct": "tune", "tune_passes": 3}, "3 passes that tune masks and weights"),
-        ({"reconstruct": "tune", "refine": "none"}, "8 passes that tune weights"),
+        ({"reconstruct": "tune", "refine": "none"}, "2 passes that tune weights"),
     ):
         report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4", overwrite=True, **settings)
         assert words in (report.refinement or "")
@@ -305,7 +305,7 @@ def test_masks_stay_if_held_out_windows_reject_every_pass(
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4")
     assert report.rejected == 4
     assert report.swapped == plain.swapped == 0
-    assert all(layer.kept_pass == 0 and len(layer.held_out) == 9 for layer in report.layers)
+    assert all(layer.kept_pass == 0 and len(layer.held_out) == 3 for layer in report.layers)
     assert all(layer.kept_pass is None for layer in plain.layers)
     untuned, written = read_folder(tmp_path / "plain"), read_folder(tmp_path / "out")
     assert all(torch.equal(untuned[name], written[name]) for name in untuned)

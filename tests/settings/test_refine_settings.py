@@ -13,16 +13,19 @@ from llm_barber.progress import Silent
 from llm_barber.run.commands import prepare_prune
 from llm_barber.run.dry_run import dry_run
 from llm_barber.settings.refining import RefineSettings
-from tests.conftest import Listener, save_tokens
+from tests.conftest import STEP_TOKENS, Listener, save_tokens
 from tests.helpers.tuned_runs import run
 
 
 @pytest.mark.parametrize(
-    ("windows", "length", "passes"),
-    [(128, 2048, 2), (64, 1024, 2), (32, 512, 4), (24, 512, 5), (16, 512, 8), (4, 64, 8)],
+    ("windows", "length", "passes", "a_step"),
+    [(128, 2048, 2, 4), (64, 512, 2, 4), (63, 512, 2, 3), (32, 512, 2, 2), (16, 512, 2, 1), (15, 512, 3, 1)],
 )
-def test_as_many_passes_as_65536_tokens_take_within_bounds(windows: int, length: int, passes: int) -> None:
-    """Passes are at least two and at most eight, and twice as many where masks and weights are tuned."""
+def test_little_text_is_tuned_with_fewer_windows_a_step(
+    windows: int, length: int, passes: int, a_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes are two, or three over very little text, and twice as many where masks and weights are tuned."""
+    monkeypatch.setattr("llm_barber.settings.refining.STEP_TOKENS", STEP_TOKENS)
     for settings, expected in (
         ({"preset": "mask"}, passes),
         ({"refine": "none", "reconstruct": "tune"}, passes),
@@ -33,7 +36,7 @@ def test_as_many_passes_as_65536_tokens_take_within_bounds(windows: int, length:
     ):
         refining = RefineSettings.of(PruneConfig(model="model", output="out", **settings), None, windows, length)
         assert refining is not None
-        assert refining.passes == expected, settings
+        assert (refining.passes, refining.sequences_a_step) == (expected, a_step), settings
 
 
 @pytest.mark.parametrize(("target_mix", "of_head"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llm_barber.settings.compare import CompareConfig, CompareRow, target_settings
-from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset
+from llm_barber.settings.presets import PRESETS, REVISIONS, SEQUENCES_A_STEP, Allocation, Preset, Refine
+from llm_barber.settings.refining import sequences_a_step
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ def cell_key(config: CompareConfig, cell: Cell) -> dict[str, Any]:
         key["revision"] = REVISIONS[preset]
         if PRESETS[preset].reorder and "pattern" in key:
             key["reorder"] = True
+    if cell.method.preset is not None and PRESETS[cell.method.preset].refine is Refine.TUNE:
+        windows = sequences_a_step(config.samples * config.seqlen)
+        if windows < SEQUENCES_A_STEP:  # cells of texts with more were measured with as many
+            key["windows_a_step"] = windows
     return key
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm_barber.gpu.kernels import has_kernels
 from llm_barber.masking.by_rows import add_scaled
-from llm_barber.settings.refining import SEQUENCES_A_STEP
+from llm_barber.settings.presets import SEQUENCES_A_STEP
 
 # Gradients are summed in more bits, so that their order, and the number of processes, hardly ever show in the sum.
 SUM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}

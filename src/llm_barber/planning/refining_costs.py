@@ -20,7 +20,6 @@ from llm_barber.planning.passes import (
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes
 from llm_barber.planning.work import NO_WORK, Work
-from llm_barber.settings.refining import SEQUENCES_A_STEP
 
 TUNING = 80  # bytes that a CPU moves for each weight and step: masked copy, its gradient, Adam
 # Bytes that a GPU moves for each weight when tuning begins: for scores, and for changes of values.
@@ -97,8 +96,8 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         return NO_WORK
     passes, held_out = recipe.refine.passes, recipe.held_out
     tunes_masks, tunes_weights = recipe.refine.tunes_masks, recipe.refine.tunes_weights
-    # A step has SEQUENCES_A_STEP sequences: no more processes share it, and the others wait.
-    trained = (recipe.local_tokens - held_out) * max(1, recipe.processes / SEQUENCES_A_STEP)
+    # No more processes share a step than it has sequences, and the others wait.
+    trained = (recipe.local_tokens - held_out) * max(1, recipe.processes / recipe.refine.sequences_a_step)
     work = NO_WORK
     for block in layer.blocks:
         once = forward_work(block, recipe, trained)

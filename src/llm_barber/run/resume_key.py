@@ -40,6 +40,7 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
     revisions: dict[str, Any] = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
     if prepared.refine_settings is not None and prepared.refine_settings.of_layers:
         revisions["revision of the held-out windows"] = JUDGE_REVISION
+        revisions["windows a step of tuning"] = prepared.refine_settings.sequences_a_step
     if job.skeleton.device.type != "cpu":
         triton = kernels_of_run(job.skeleton.device, job.skeleton.dtype)
         having = ", ".join(name for name, has in triton.items() if has)

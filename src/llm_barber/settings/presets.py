@@ -67,9 +67,11 @@ SWAPS, PATTERN_SWAPS = 100, 400  # at most, in a row; with N:M more swaps lower 
 TARGET_MIX = 0.5
 PATTERN_TARGET_MIX = 0.75  # for tuning of N:M masks
 SOLVED_TARGET_MIX = 0.25  # for least squares alone
-# Layers are tuned in as many passes over the calibration text as read about `TUNE_TOKENS` tokens, within bounds. More
-# text needs fewer passes, and gains more than additional passes do.
-TUNE_TOKENS, FEWEST_PASSES, MOST_PASSES = 2**16, 2, 8
+# Layers are tuned in two passes over the calibration text, or three over less than `STEP_TOKENS` tokens. A step has a
+# window for each `STEP_TOKENS` tokens of the text, at most `SEQUENCES_A_STEP`: with little text there are as many steps
+# as with more, in less time than more passes would take.
+PASSES, PASSES_OF_LITTLE_TEXT = 2, 3
+STEP_TOKENS, SEQUENCES_A_STEP = 2**13, 4
 # Shares of the windows that are held out, with swaps and with tuning. With swaps, held-out windows decide the number of
 # swaps in each row. With tuning they only choose the pass that is kept; tuning learns from all other windows, so that
 # more held-out windows would cost more than this choice is worth.

@@ -6,20 +6,19 @@ from dataclasses import dataclass, replace
 from llm_barber.masking.pattern import NofM, Pattern, as_fraction
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.presets import (
-    FEWEST_PASSES,
-    MOST_PASSES,
+    PASSES,
+    PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
+    SEQUENCES_A_STEP,
     SOLVED_TARGET_MIX,
+    STEP_TOKENS,
     SWAPS,
     TARGET_MIX,
-    TUNE_TOKENS,
     Reconstruct,
     Refine,
 )
 from llm_barber.settings.run import RunSettings
-
-SEQUENCES_A_STEP = 4  # of tuning
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,9 @@ class RefineSettings:
 
     `swaps`: most swaps a row; None: the default, 0: none. `solve`: least squares.
     `target_mix`: 0: dense linears on the pruned model's activations, 1: on the dense model's (`docs/method/tuning.md`).
-    `passes`: over the windows that tune layers, their masks, kept weights or both (`tune.py`). `held_out`:
-    calibration windows, the last ones. `head_mix`: the target mix of the output head, whose mask is swapped, not tuned.
+    `passes`: over the windows that tune layers, their masks, kept weights or both (`tune.py`). `sequences_a_step`: most
+    windows of a step of tuning. `held_out`: calibration windows, the last ones. `head_mix`: the target mix of the
+    output head, whose mask is swapped, not tuned.
     """
 
     swaps: int | None
@@ -40,6 +40,7 @@ class RefineSettings:
     tunes_masks: bool = False
     tunes_weights: bool = False
     head_mix: float = TARGET_MIX
+    sequences_a_step: int = SEQUENCES_A_STEP
 
     @classmethod
     def of(cls, config: RunSettings, pattern: Pattern | None, sequences: int, seqlen: int) -> "RefineSettings | None":
@@ -57,7 +58,8 @@ class RefineSettings:
         mix = _default_mix(config, pattern) if config.target_mix is None else config.target_mix
         share = config.held_out_share
         masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
-        passes = min(max(TUNE_TOKENS // (sequences * seqlen), FEWEST_PASSES), MOST_PASSES) * (masks + weights)
+        tokens = sequences * seqlen
+        passes = (PASSES if tokens >= STEP_TOKENS else PASSES_OF_LITTLE_TEXT) * (masks + weights)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,
@@ -67,6 +69,7 @@ class RefineSettings:
             tunes_masks=masks,
             tunes_weights=weights,
             head_mix=TARGET_MIX if config.target_mix is None and masks else mix,
+            sequences_a_step=sequences_a_step(tokens),
         )
 
     @property
@@ -136,7 +139,7 @@ class RefineSettings:
 
     def step_count(self, sequences: int) -> int:
         """Number of steps in a pass of tuning: the same for any number of processes, so that the result is the same."""
-        return math.ceil((sequences - self.held_out) / SEQUENCES_A_STEP)
+        return math.ceil((sequences - self.held_out) / self.sequences_a_step)
 
     def steps(self, streams: ActivationStreams) -> list["Step"]:
         """Steps of a pass of tuning: each has sequences from all over the text, so that processes share its work.
@@ -162,6 +165,11 @@ class Step:
 
     local_sequences: range
     sequences: int
+
+
+def sequences_a_step(tokens: int) -> int:
+    """Most windows of a step of tuning over a text of so many tokens."""
+    return min(max(1, tokens // STEP_TOKENS), SEQUENCES_A_STEP)
 
 
 def _default_mix(config: RunSettings, pattern: Pattern | None) -> float:

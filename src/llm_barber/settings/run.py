@@ -11,13 +11,14 @@ from llm_barber.settings.base import Dtype, Format, OutputFolder, Size, Structur
 from llm_barber.settings.checked import Rule
 from llm_barber.settings.initial import RELEASED_GRANULARITIES, RELEASED_RATIOS
 from llm_barber.settings.presets import (
-    FEWEST_PASSES,
     GUARD,
-    MOST_PASSES,
+    PASSES,
+    PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     PRESETS,
     SOLVED_TARGET_MIX,
+    STEP_TOKENS,
     SWAPS,
     TARGET_MIX,
     TUNING_GUARD,
@@ -75,7 +76,8 @@ class RunSettings(StructureSettings):
         ge=1,
         le=1000,
         description="Passes of tuning over the text (default: "
-        f"{FEWEST_PASSES} to {MOST_PASSES} by its length; for masks and weights twice that)",
+        f"{PASSES}, or {PASSES_OF_LITTLE_TEXT} with less than {STEP_TOKENS:,} tokens; "
+        "for masks and weights twice that)",
     )
     guard: float | None = Field(
         default=None,
