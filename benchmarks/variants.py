@@ -190,7 +190,7 @@ def main() -> None:
             if reordered:
                 key["reorder"] = True
             if refined is not None and refined.of_layers and refined.sequences_a_step < SEQUENCES_A_STEP:
-                key["windows_a_step"] = refined.sequences_a_step
+                key["tune_windows"] = refined.sequences_a_step
             make = partial(make_model, progress, {"model": model, **read, **settings})
             result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
             evaluation = result.evaluation.texts[0]

@@ -20,13 +20,10 @@ from llm_barber.checkpoint.digests import DIGEST, with_digest
 from llm_barber.model.empty import auto_class
 from llm_barber.model.expert_products import Products
 from llm_barber.progress import Silent
-from llm_barber.settings import refining
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself, and so have the processes that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-
-STEP_TOKENS, refining.STEP_TOKENS = refining.STEP_TOKENS, 1  # tiny texts are tuned as texts of real size are
 
 DATA = Path(__file__).parent / "data"
 RELEASED = DATA / "released-masks"

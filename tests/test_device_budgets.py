@@ -56,7 +56,7 @@ class Budget:
 # `room`: activations stay on the device. A layer's weights come once, and its activations not at all; off the device
 # each pass reads them, and writes them back. `other`: finished weights, and inputs of the next layer, for the disk.
 ROOM = 10**9
-TUNED = {"preset": "mask", "tune_passes": 1, "guard": 0}
+TUNED = {"preset": "mask", "tune_passes": 1, "tune_windows": 4, "guard": 0}
 RUN_BUDGETS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
     "paper": (
         {"preset": "paper", "room": ROOM},
@@ -106,11 +106,11 @@ PROPORTIONS = {
 DENSE_RUNS: dict[int, tuple[dict[str, Any], ...]] = {  # of a model without experts, by the number of windows
     8: (
         {"preset": "paper"},
-        {"preset": "mask", "tune_passes": 2},
-        {"preset": "best", "tune_passes": 2},
-        {"preset": "mask", "tune_passes": 2, "pattern": "2:4"},
+        {"preset": "mask", "tune_passes": 2, "tune_windows": 4},
+        {"preset": "best", "tune_passes": 2, "tune_windows": 4},
+        {"preset": "mask", "tune_passes": 2, "tune_windows": 4, "pattern": "2:4"},
     ),
-    32: ({"preset": "paper"}, {"preset": "mask", "tune_passes": 1}),
+    32: ({"preset": "paper"}, {"preset": "mask", "tune_passes": 1, "tune_windows": 4}),
 }
 EXPERT_RUNS: dict[int, tuple[dict[str, Any], ...]] = {
     8: ({"preset": "paper"}, TUNED),  # so many windows that experts have tokens enough to be tuned
@@ -146,7 +146,7 @@ def test_a_plan_knows_the_bytes_that_move_and_the_launches(tmp_path: Path) -> No
     """With few windows weights move most of the bytes, with many activations do, in proportions of a real LLaMA."""
     folder = make_model(tmp_path / "llama", "llama", torch.bfloat16, **PROPORTIONS)
     model = shapes_of({**COMMON, **PROPORTIONS})
-    for config, stages in counted_runs(folder, DENSE_RUNS, "bfloat16"):
+    for config, stages in counted_runs(folder, DENSE_RUNS, "bfloat16", batch=4):
         recipe = Recipe.of(config, 4, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
         costs = run_costs(model, recipe)
         planned = sum(getattr(costs, stage).moved for stage in LAYER_STAGES)
@@ -157,19 +157,19 @@ def test_a_plan_knows_the_bytes_that_move_and_the_launches(tmp_path: Path) -> No
 
 def test_a_plan_knows_the_launches_of_experts(tmp_path: Path) -> None:
     folder, model = make_model(tmp_path / "mixtral", "mixtral"), shapes_of(FAMILIES["mixtral"], "mixtral")
-    for config, stages in counted_runs(folder, EXPERT_RUNS, "float32"):
-        check_launches(model, Recipe.of(config, 4, torch.float32, torch.float32, torch.device("cuda")), stages)
+    for config, stages in counted_runs(folder, EXPERT_RUNS, "float32", batch=2):
+        check_launches(model, Recipe.of(config, 2, torch.float32, torch.float32, torch.device("cuda")), stages)
 
 
 def counted_runs(
-    folder: Path, runs: dict[int, tuple[dict[str, Any], ...]], dtype: str
+    folder: Path, runs: dict[int, tuple[dict[str, Any], ...]], dtype: str, batch: int
 ) -> list[tuple[PruneConfig, dict[str, dict[str, int]]]]:
     """Settings of each run on a model, activations on the device, and its counts by stage."""
     settings: list[dict[str, Any]] = []
     configs = []
     for windows, of_windows in runs.items():
         text = save_tokens(folder.parent / f"{windows}.safetensors", windows, TOKENS)
-        common = {"model": str(folder), "calibration": str(text), "dtype": dtype, "batch_size": 4}
+        common = {"model": str(folder), "calibration": str(text), "dtype": dtype, "batch_size": batch}
         for changes in of_windows:
             settings.append({**common, **changes})
             configs.append(PruneConfig(**settings[-1], output=folder.parent / "out", samples=windows, seqlen=TOKENS))

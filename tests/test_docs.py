@@ -185,7 +185,10 @@ def test_defaults_are_what_pages_say() -> None:
     assert f"at most {SWAPS} swaps a row, and {PATTERN_SWAPS} with N:M" in text
     assert (PASSES, PASSES_OF_LITTLE_TEXT, SEQUENCES_A_STEP) == (2, 3, 4)
     assert f"makes two passes over the text, or three where it has less than {STEP_TOKENS:,} tokens" in text
-    assert f"a window a step for each {STEP_TOKENS:,} tokens of the text, at most four" in text
+    assert (
+        f"takes one window where the text has less than {2 * STEP_TOKENS:,} tokens, two from there, three from "
+        f"{3 * STEP_TOKENS:,} and four from {4 * STEP_TOKENS:,} tokens"
+    ) in text
     fields = PruneConfig.model_fields
     start = words(DOCS / "guide" / "quickstart.md")
     assert f"`--samples {fields['samples'].default} --seqlen {fields['seqlen'].default}`" in start

@@ -17,7 +17,7 @@ if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this PyTorch has no devices written in Python", allow_module_level=True)
 
 PASSES = 2  # of tuning: more of them do the same again
-TUNED = {"preset": "mask", "tune_passes": PASSES}
+TUNED = {"preset": "mask", "tune_passes": PASSES, "tune_windows": 4}
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"initial": "magnitude"},
     {"initial": "sparsegpt", "keep_updates": True},
@@ -51,8 +51,8 @@ def test_every_method_and_kind_of_model_gives_the_same_tensors(tmp_path: Path, l
     runs = [common | {"model": str(llama)} | settings for settings in SETTINGS]
     for family in FAMILIES:
         model = make_model(tmp_path / family, family)
-        runs.append({**common, "batch_size": 4, "model": str(model), "preset": "paper", "rebuild_ratio": 0.5})
-    tuned = {**common, "model": str(llama), "preset": "best", "tune_passes": PASSES}
+        runs.append({**common, "model": str(model), "preset": "paper", "rebuild_ratio": 0.5})
+    tuned = {**common, "model": str(llama), **TUNED, "preset": "best"}
     *same, measures, tuned_difference = results(*runs, measured(tmp_path, llama), tuned)
     assert same == [0.0] * len(runs)
     assert measures == 0.0

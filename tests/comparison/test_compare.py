@@ -12,6 +12,7 @@ import llm_barber.comparison.compare as module
 from llm_barber import CompareConfig, Comparison, EvaluateConfig, PruneConfig, compare, evaluate, prune
 from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.comparison.compare import MARKER
+from llm_barber.comparison.planned import cell_key, plan_cells
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Silent
@@ -463,3 +464,19 @@ def test_layers_and_blocks_that_the_user_names(settings: dict[str, Any], tmp_pat
     assert again == default
     with pytest.raises(SettingsError, match="nothing.there is not the path of a list"):
         compare(CompareConfig(**settings, layers="nothing.there"))
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "windows"),
+    [("mask", (8, 512), 1), ("best", (32, 512), 2), ("mask", (64, 512), None), ("paper", (8, 512), None)],
+)
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_cells_of_little_text_are_those_of_its_windows_a_step(
+    tmp_path: Path, method: str, shape: tuple[int, int], windows: int | None, in_a_file: bool
+) -> None:
+    """Those of more text stay as they were before the number of windows depended on the text."""
+    text = {"samples": shape[0], "seqlen": shape[1]}
+    if in_a_file:
+        text = {"calibration": str(save_tokens(tmp_path / "tokens.safetensors", *shape))}
+    config = CompareConfig(model="model", output=tmp_path / "out", methods=(method,), targets=("0.5",), **text)
+    assert cell_key(config, next(plan_cells(config))).get("tune_windows") == windows

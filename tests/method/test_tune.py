@@ -27,6 +27,7 @@ from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.report import RunReport
 from llm_barber.run.stream import _summary
+from llm_barber.settings.presets import PASSES_OF_LITTLE_TEXT
 from llm_barber.settings.refining import RefineSettings
 from tests.conftest import read_folder
 from tests.helpers.tuned_runs import SEQUENCES, masks, run
@@ -49,9 +50,18 @@ class Adam:
 
 
 def tuned_in_memory(
-    folder: Path, texts: Tensor, pattern: Pattern, mix: float, held_out: int, passes: int, tune_weights: bool = False
+    folder: Path,
+    texts: Tensor,
+    pattern: Pattern,
+    mix: float,
+    held_out: int,
+    passes: int,
+    windows: int,
+    tune_weights: bool = False,
 ) -> dict[str, Tensor]:
     """Tune masks, and kept weights with `tune_weights`, with autograd of whole layers, sorting row by row.
+
+    `windows`: most of a step.
 
     Returns:
         The pruned weights, by name.
@@ -101,7 +111,7 @@ def tuned_in_memory(
             return torch.stack([(error.square() * channel_weights).mean() for error in errors]).mean()
 
         training = len(texts) - held_out
-        count = -(-training // 4)
+        count = -(-training // windows)
         before = distance(range(training, len(texts))) if held_out else 0
         final = {name: linear.weight.clone() for name, linear in linears.items()}
         values = {name: weight.clone() for name, weight in weights.items()}
@@ -158,7 +168,9 @@ def keep_highest(score: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.6), NofM(2, 4)], ids=["60 %", "2:4"])
-@pytest.mark.parametrize(("mix", "guard", "huge"), [(0.0, 0.0, 30.0), (0.5, 0.2, 1.0)])
+@pytest.mark.parametrize(
+    ("mix", "guard", "huge", "chosen"), [(0.0, 0.0, 30.0, {}), (0.5, 0.2, 1.0, {"tune_passes": 2, "tune_windows": 4})]
+)
 def test_masks_equal_those_tuned_in_memory(
     tmp_path: Path,
     model: Path,
@@ -167,13 +179,17 @@ def test_masks_equal_those_tuned_in_memory(
     mix: float,
     guard: float,
     huge: float,
+    chosen: dict[str, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With little text, and with passes and windows as they are chosen."""
     monkeypatch.setattr(distances, "HUGE_CHANNEL", huge)  # at 1, half of the channels count for less
     target = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
-    settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "tune_passes": 2, "guard": guard}
+    settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "guard": guard, **chosen}
     report = run(model, tmp_path / "out", tokens, target_mix=mix, **settings, **target)
-    expected = tuned_in_memory(model, load_file(tokens)["input_ids"], pattern, mix, round(guard * SEQUENCES), 2)
+    passes, windows = chosen.get("tune_passes", PASSES_OF_LITTLE_TEXT), chosen.get("tune_windows", 1)
+    held_out = round(guard * SEQUENCES)
+    expected = tuned_in_memory(model, load_file(tokens)["input_ids"], pattern, mix, held_out, passes, windows)
     written, dense = read_folder(tmp_path / "out"), read_folder(model)
     assert report.swapped > 0
     for name, weight in expected.items():
@@ -188,10 +204,11 @@ def test_masks_and_weights_equal_those_tuned_in_memory(
     tmp_path: Path, model: Path, tokens: Path, pattern: Pattern
 ) -> None:
     target = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
-    settings = {"rebuild": False, "refine": "tune", "reconstruct": "tune", "tune_passes": 2, "guard": 0.2}
+    settings = {"rebuild": False, "refine": "tune", "reconstruct": "tune", "guard": 0.2}
+    settings |= {"tune_passes": 2, "tune_windows": 3}
     report = run(model, tmp_path / "out", tokens, target_mix=0.5, **settings, **target)
     expected = tuned_in_memory(
-        model, load_file(tokens)["input_ids"], pattern, 0.5, round(0.2 * SEQUENCES), 2, tune_weights=True
+        model, load_file(tokens)["input_ids"], pattern, 0.5, round(0.2 * SEQUENCES), 2, 3, tune_weights=True
     )
     written, dense = read_folder(tmp_path / "out"), read_folder(model)
     assert report.kept_weights == "tune"
@@ -230,10 +247,10 @@ def test_the_layers_come_nearer_and_the_budget_stays(
 def test_passes(tmp_path: Path, model: Path, tokens: Path) -> None:
     """Tuning masks and weights takes twice as many passes, unless `tune_passes` sets their number."""
     for settings, words in (
-        ({}, "2 passes that tune masks"),
-        ({"reconstruct": "tune"}, "4 passes that tune masks and weights"),
-        ({"reconstruct": "tune", "tune_passes": 3}, "3 passes that tune masks and weights"),
-        ({"reconstruct": "tune", "refine": "none"}, "2 passes that tune weights"),
+        ({}, "3 passes that tune masks"),
+        ({"reconstruct": "tune"}, "6 passes that tune masks and weights"),
+        ({"reconstruct": "tune", "tune_passes": 2}, "2 passes that tune masks and weights"),
+        ({"reconstruct": "tune", "refine": "none"}, "3 passes that tune weights"),
     ):
         report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4", overwrite=True, **settings)
         assert words in (report.refinement or "")
@@ -305,7 +322,7 @@ def test_masks_stay_if_held_out_windows_reject_every_pass(
     report = run(model, tmp_path / "out", tokens, preset="mask", pattern="2:4")
     assert report.rejected == 4
     assert report.swapped == plain.swapped == 0
-    assert all(layer.kept_pass == 0 and len(layer.held_out) == 3 for layer in report.layers)
+    assert all(layer.kept_pass == 0 and len(layer.held_out) == 4 for layer in report.layers)
     assert all(layer.kept_pass is None for layer in plain.layers)
     untuned, written = read_folder(tmp_path / "plain"), read_folder(tmp_path / "out")
     assert all(torch.equal(untuned[name], written[name]) for name in untuned)
@@ -367,9 +384,11 @@ def test_steps_change_saliency_by_its_mean_in_the_row() -> None:
     assert torch.equal(row_steps * column_steps, torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("held_out", [0, 3])
-def test_steps_are_the_same_for_any_number_of_processes(held_out: int) -> None:
-    settings = RefineSettings(swaps=0, target_mix=0.0, solve=False, held_out=held_out, passes=1, tunes_masks=True)
+@pytest.mark.parametrize(("held_out", "sizes"), [(0, {3, 4}), (3, {4}), (3, {1}), (0, {2, 3})])
+def test_steps_are_the_same_for_any_number_of_processes(held_out: int, sizes: set[int]) -> None:
+    settings = RefineSettings(
+        swaps=0, target_mix=0.0, solve=False, held_out=held_out, passes=1, tunes_masks=True, sequences_a_step=max(sizes)
+    )
     sequences = 23
     steps_by_count = []
     for count in (1, 2, 4, 7, 20):
@@ -382,8 +401,8 @@ def test_steps_are_the_same_for_any_number_of_processes(held_out: int) -> None:
             )
             for step, local in zip(steps, settings.steps(cast(ActivationStreams, streams)), strict=True):
                 step |= {first + index for index in local.local_sequences}
-                assert local.sequences in (3, 4)
+                assert local.sequences in sizes
         steps_by_count.append(steps)
     assert all(steps == steps_by_count[0] for steps in steps_by_count)
     assert set().union(*steps_by_count[0]) == set(range(sequences - held_out))
-    assert {len(step) for step in steps_by_count[0]} <= {3, 4}
+    assert {len(step) for step in steps_by_count[0]} == sizes

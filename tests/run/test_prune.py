@@ -238,10 +238,13 @@ def test_magnitude_by_output_row(tmp_path: Path, llama: Path, tokens: Path) -> N
     [
         ({}, {"preset": "mask", "refine": "tune", "allocation": "loss", "target_mix": 0.5, "guard": 0.03125}),
         ({"pattern": "2:4"}, {"preset": "mask", "allocation": "uniform", "target_mix": 0.75}),
-        ({"preset": "best"}, {"preset": "best", "reconstruct": "tune", "tune_passes": 16}),
+        ({"preset": "best"}, {"preset": "best", "reconstruct": "tune", "tune_passes": 6, "tune_windows": 1}),
         ({"initial": "magnitude"}, {"preset": "paper", "granularity": "block", "rebuild_ratio": 0.1}),
         ({"rebuild": False}, {"preset": None, "rebuild": False, "refine": "none", "initial": "wanda"}),
-        ({"refine": "swaps", "pattern": "2:4"}, {"preset": None, "swaps": 400, "tune_passes": None, "guard": 0.125}),
+        (
+            {"refine": "swaps", "pattern": "2:4"},
+            {"preset": None, "swaps": 400, "tune_passes": None, "tune_windows": None, "guard": 0.125},
+        ),
     ],
 )
 def test_the_record_says_what_was_left_to_presets(

@@ -13,7 +13,7 @@ from llm_barber.progress import Silent
 from llm_barber.run.commands import prepare_prune
 from llm_barber.run.dry_run import dry_run
 from llm_barber.settings.refining import RefineSettings
-from tests.conftest import STEP_TOKENS, Listener, save_tokens
+from tests.conftest import Listener, save_tokens
 from tests.helpers.tuned_runs import run
 
 
@@ -21,11 +21,8 @@ from tests.helpers.tuned_runs import run
     ("windows", "length", "passes", "a_step"),
     [(128, 2048, 2, 4), (64, 512, 2, 4), (63, 512, 2, 3), (32, 512, 2, 2), (16, 512, 2, 1), (15, 512, 3, 1)],
 )
-def test_little_text_is_tuned_with_fewer_windows_a_step(
-    windows: int, length: int, passes: int, a_step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_little_text_is_tuned_with_fewer_windows_a_step(windows: int, length: int, passes: int, a_step: int) -> None:
     """Passes are two, or three over very little text, and twice as many where masks and weights are tuned."""
-    monkeypatch.setattr("llm_barber.settings.refining.STEP_TOKENS", STEP_TOKENS)
     for settings, expected in (
         ({"preset": "mask"}, passes),
         ({"refine": "none", "reconstruct": "tune"}, passes),
@@ -37,6 +34,9 @@ def test_little_text_is_tuned_with_fewer_windows_a_step(
         refining = RefineSettings.of(PruneConfig(model="model", output="out", **settings), None, windows, length)
         assert refining is not None
         assert (refining.passes, refining.sequences_a_step) == (expected, a_step), settings
+    chosen = RefineSettings.of(PruneConfig(model="model", output="out", tune_windows=7), None, windows, length)
+    assert chosen is not None
+    assert chosen.sequences_a_step == 7
 
 
 @pytest.mark.parametrize(("target_mix", "of_head"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])
@@ -117,6 +117,7 @@ def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, m
         {"guard": 0.0},
         {"target_mix": 1.0},
         {"tune_passes": 1},
+        {"tune_windows": 1},
         {"preset": "mask", "initial": "magnitude"},
     ):
         assert preset_of(PruneConfig(**common, **settings)) is None
@@ -131,6 +132,7 @@ def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, m
         ({"preset": "paper", "guard": 0.3}, "guard needs refine or reconstruct"),
         ({"preset": "mask", "swaps": 10}, "swaps needs refine swaps"),
         ({"refine": "swaps", "tune_passes": 2}, "tune_passes are of refine tune and reconstruct tune"),
+        ({"refine": "swaps", "tune_windows": 2}, "tune_windows are of refine tune and reconstruct tune"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, model: Path, settings: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "methods", "targets", "preset", "sparsity", "pattern", "initial", "initial_granularity", "keep_updates",
         "allocation", "reorder", "rebuild", "granularity", "rebuild_ratio",
     ),
-    "Quality": ("refine", "swaps", "reconstruct", "tune_passes", "target_mix", "guard"),
+    "Quality": ("refine", "swaps", "reconstruct", "tune_passes", "tune_windows", "target_mix", "guard"),
     CALIBRATION: ("calibration", "samples", "seqlen", "bos", "max_new_tokens", "temperature", "seed", "seeds"),
     TEXT: ("text", "text_seqlen", "windows", "chat", "against"),
     "Tasks": ("tasks", "tasks_folder", "limit"),

@@ -12,7 +12,7 @@ from llm_barber.checkpoint.durable import save_tensors
 from llm_barber.checkpoint.folder import check_claimable, claim_folder, locked
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellRunner, fingerprint, source_fingerprint
-from llm_barber.comparison.planned import Cell, cell_key, cell_settings, has_tasks, plan_cells
+from llm_barber.comparison.planned import Cell, calibration_shape, cell_key, cell_settings, has_tasks, plan_cells
 from llm_barber.comparison.render import write_files
 from llm_barber.comparison.result import Comparison, ComparisonCell
 from llm_barber.errors import BarberError, SettingsError, UnfinishedRunError
@@ -116,11 +116,9 @@ def _check_lengths(config: CompareConfig, source: CheckpointSource) -> None:
 
 
 def _resolved_settings(config: CompareConfig) -> dict[str, Any]:
-    """The settings, with the size of the calibration windows that are used: a file of tokens has its own."""
-    shape: tuple[int, ...] = (config.samples, config.seqlen)
-    if config.calibration.endswith(TOKEN_FILE_SUFFIX):
-        shape = token_shape(config.calibration)
-    return {**config.model_dump(mode="json"), "samples": shape[0], "seqlen": shape[1]}
+    """The settings, with the calibration windows that are used."""
+    windows, tokens = calibration_shape(config)
+    return {**config.model_dump(mode="json"), "samples": windows, "seqlen": tokens}
 
 
 def _without_cells(config: CompareConfig, settings: dict[str, Any], dense: Evaluation) -> Comparison:

@@ -1,5 +1,6 @@
 """The cells of a comparison, and the settings that each is pruned with."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from llm_barber.settings.compare import CompareConfig, CompareRow, target_settings
 from llm_barber.settings.presets import PRESETS, REVISIONS, SEQUENCES_A_STEP, Allocation, Preset, Refine
 from llm_barber.settings.refining import sequences_a_step
+from llm_barber.text.calibration import token_shape
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,17 @@ def cell_key(config: CompareConfig, cell: Cell) -> dict[str, Any]:
         if PRESETS[preset].reorder and "pattern" in key:
             key["reorder"] = True
     if cell.method.preset is not None and PRESETS[cell.method.preset].refine is Refine.TUNE:
-        windows = sequences_a_step(config.samples * config.seqlen)
-        if windows < SEQUENCES_A_STEP:  # cells of texts with more were measured with as many
-            key["windows_a_step"] = windows
+        windows = sequences_a_step(math.prod(calibration_shape(config)))
+        if windows < SEQUENCES_A_STEP:  # cells of longer texts were measured with as many
+            key["tune_windows"] = windows
     return key
+
+
+def calibration_shape(config: CompareConfig) -> tuple[int, int]:
+    """Number of calibration windows, and tokens of each: a file of tokens has its own."""
+    if config.calibration.endswith(TOKEN_FILE_SUFFIX):
+        return token_shape(config.calibration)
+    return config.samples, config.seqlen
 
 
 def has_tasks(config: CompareConfig, cell: Cell) -> bool:

@@ -60,7 +60,7 @@ def _tuning(once: float, blocks: Sequence[BlockShapes], groups: int, recipe: Rec
     stacks = sum(len(block.linears) * (1 if is_stacked(block) else block.copies) for block in blocks)
     stacked = sum(len(block.linears) * block.copies for block in blocks if is_stacked(block))
     held_out = recipe.held_out // recipe.tokens
-    sequences = settings.passes * (recipe.local_sequences - held_out)
+    sequences = settings.passes * (recipe.local_sequences - held_out) * recipe.tune_turns
     of_sequence = (1 + BACKWARD) * once + SEQUENCE + SUMS * stacks
     masks_and_weights = settings.tunes_masks and settings.tunes_weights
     groups_of_m = settings.tunes_masks and recipe.pattern is not None

@@ -97,6 +97,7 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
         wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # sums of gradients are float64 then
         gathered = 1 if recipe.on_cpu else gradients_gathered(layer.weights, recipe.itemsize)
+        gathered = min(gathered, recipe.refine.sequences_a_step)
         gradients = recipe.itemsize * gathered
         tuned = (2 * FLOAT32 + parameters + wider + gradients) * layer.weights
         moments.append(Footprint(device=tuned + 2 * batch + _stacks(layer, recipe)))

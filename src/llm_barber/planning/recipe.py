@@ -227,3 +227,9 @@ class Recipe:
     def tune_steps(self) -> int:
         """Steps of a pass of tuning."""
         return 0 if self.refine is None else self.refine.step_count(self.sequences)
+
+    @property
+    def tune_turns(self) -> float:
+        """Time of a pass of tuning over that of a process's own windows: the processes without one in a step wait."""
+        windows = 1 if self.refine is None else self.refine.sequences_a_step
+        return math.ceil(windows / self.processes) * self.processes / windows

@@ -96,8 +96,7 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         return NO_WORK
     passes, held_out = recipe.refine.passes, recipe.held_out
     tunes_masks, tunes_weights = recipe.refine.tunes_masks, recipe.refine.tunes_weights
-    # No more processes share a step than it has sequences, and the others wait.
-    trained = (recipe.local_tokens - held_out) * max(1, recipe.processes / recipe.refine.sequences_a_step)
+    trained = (recipe.local_tokens - held_out) * recipe.tune_turns
     work = NO_WORK
     for block in layer.blocks:
         once = forward_work(block, recipe, trained)

@@ -103,7 +103,7 @@ class PreparedRun:
         None: no preset, or a preset that tunes with other numbers or another initial method.
         """
         config = self.config
-        numbers = (config.guard, config.target_mix, config.tune_passes, config.swaps)
+        numbers = (config.guard, config.target_mix, config.tune_passes, config.tune_windows, config.swaps)
         other_method = self.initial_masks.method not in (None, Initial.WANDA)
         if config.refines and (other_method or any(number is not None for number in numbers)):
             return None
@@ -142,6 +142,7 @@ class PreparedRun:
                 "target_mix": refined.target_mix, "guard": config.held_out_share,
                 "swaps": refined.swaps_of(self.pattern) or None,
                 "tune_passes": refined.passes or None,
+                "tune_windows": refined.sequences_a_step if refined.of_layers else None,
             }  # fmt: skip
         return resolved
 

@@ -20,7 +20,7 @@ KNOWN_BY_CONTENT = {
 # Settings that have the same effect from the user and from the preset.
 LEFT_TO_PRESET = {
     "rebuild", "refine", "reconstruct", "allocation", "initial", "sparsity", "granularity", "rebuild_ratio", "guard",
-    "tune_passes", "reorder",
+    "tune_passes", "tune_windows", "reorder",
 }  # fmt: skip
 
 
@@ -40,7 +40,6 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
     revisions: dict[str, Any] = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
     if prepared.refine_settings is not None and prepared.refine_settings.of_layers:
         revisions["revision of the held-out windows"] = JUDGE_REVISION
-        revisions["windows a step of tuning"] = prepared.refine_settings.sequences_a_step
     if job.skeleton.device.type != "cpu":
         triton = kernels_of_run(job.skeleton.device, job.skeleton.dtype)
         having = ", ".join(name for name, has in triton.items() if has)

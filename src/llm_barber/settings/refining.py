@@ -69,7 +69,7 @@ class RefineSettings:
             tunes_masks=masks,
             tunes_weights=weights,
             head_mix=TARGET_MIX if config.target_mix is None and masks else mix,
-            sequences_a_step=sequences_a_step(tokens),
+            sequences_a_step=config.tune_windows or sequences_a_step(tokens),
         )
 
     @property

@@ -17,6 +17,7 @@ from llm_barber.settings.presets import (
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     PRESETS,
+    SEQUENCES_A_STEP,
     SOLVED_TARGET_MIX,
     STEP_TOKENS,
     SWAPS,
@@ -78,6 +79,13 @@ class RunSettings(StructureSettings):
         description="Passes of tuning over the text (default: "
         f"{PASSES}, or {PASSES_OF_LITTLE_TEXT} with less than {STEP_TOKENS:,} tokens; "
         "for masks and weights twice that)",
+    )
+    tune_windows: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description=f"Windows a step of tuning (default: {SEQUENCES_A_STEP}; fewer with less than "
+        f"{SEQUENCES_A_STEP * STEP_TOKENS:,} tokens of text)",
     )
     guard: float | None = Field(
         default=None,
@@ -205,5 +213,7 @@ class RunSettings(StructureSettings):
 
     def _passes_are_used(self) -> Iterator[Message]:
         tunes = self.refinement is Refine.TUNE or self.reconstruction is Reconstruct.TUNE
-        if self.tune_passes is not None and not tunes:
-            yield message("{tune_passes} are of {refine:tune} and {reconstruct:tune}: give one of them, too")
+        for name in ("tune_passes", "tune_windows"):
+            if getattr(self, name) is not None and not tunes:
+                needs = "{setting} are of {refine:tune} and {reconstruct:tune}: give one of them, too"
+                yield message(needs, setting=SettingName(name))

@@ -56,7 +56,7 @@ DEMO_METHODS: Methods = {
     WANDA: DemoMethod("the smallest weight × input of each row are gone", {"initial": Initial.WANDA, "rebuild": False}),
     "paper": DemoMethod("Wanda's mask, rebuilt as published", {"preset": Preset.PAPER}),
     TUNED: DemoMethod(
-        "what `prune` does by default, but tuned in 1 pass; the default makes 3",
+        "what `prune` does by default, but tuned in 1 pass; the default makes more",
         {"preset": Preset.MASK, "tune_passes": 1},
     ),
 }
@@ -172,11 +172,12 @@ def next_commands(config: DemoConfig, rows: list[DemoRow]) -> list[tuple[str, tu
     dense, pruned = rows[0].folder, rows[-1].folder
     text = ("--calibration", str(config.output / CALIBRATION))
     test = ("--windows", str(config.test_windows), "--seqlen", str(config.seqlen))
+    tuned = ("the default with all its tuning", ("prune", dense, str(config.output / "default"), *text))
     return [
         ("text that it writes, and its speed", ("generate", pruned, config.prompt, "--max-new-tokens", "40")),
         ("what is pruned, linear by linear", ("inspect", pruned, "--dense", dense)),
         ("how far its predictions are from the dense model's", ("evaluate", pruned, "--against", dense, *test)),
-        ("the default with all its tuning", ("prune", dense, str(config.output / "default"), *text)),
+        *(() if config.full else (tuned,)),
         (
             "the 2:4 pattern that GPUs compute with",
             ("prune", dense, str(config.output / "pattern-2-4"), "--pattern", "2:4", *text),

@@ -20,7 +20,7 @@ from llm_barber.tools.selftest.result import Finding, StageTime, TimedRun
 # Runs that are timed: their settings of `prune`.
 TIMED_RUNS: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
-    "mask": {"preset": "mask", "tune_passes": 2},
+    "mask": {"preset": "mask", "tune_passes": 2, "tune_windows": 4},
 }
 # Stages of a run's record, and those of a plan that happen in each.
 STAGES: Mapping[str, tuple[str, ...]] = {

@@ -22,7 +22,7 @@ SHOWN_LINES = 8
 WAITS = 2  # most waits of a step of tuning for the GPU, as on the pretend GPU
 # Functions in which a step of tuning waits: for gradients that are not finite, and for ties of scores.
 WAITING: tuple[tuple[ModuleType, str], ...] = ((tune, "check_finite"), (selection, "_without_ties"))
-TUNED: dict[str, Any] = {"preset": "mask", "tune_passes": 2, "guard": 0}
+TUNED: dict[str, Any] = {"preset": "mask", "tune_passes": 2, "tune_windows": 4, "guard": 0}
 
 
 def check_waits(bench: Bench) -> Iterator[Finding]:
