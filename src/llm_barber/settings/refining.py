@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from llm_barber.masking.pattern import NofM, Pattern, as_fraction
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.presets import (
+    MORE_TOKENS,
     PASSES,
     PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
@@ -59,7 +60,7 @@ class RefineSettings:
         share = config.held_out_share
         masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
         tokens = sequences * seqlen
-        passes = (PASSES if tokens >= STEP_TOKENS else PASSES_OF_LITTLE_TEXT) * (masks + weights)
+        passes = (PASSES if tokens >= MORE_TOKENS else PASSES_OF_LITTLE_TEXT) * (masks + weights)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,
