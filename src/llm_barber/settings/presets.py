@@ -69,10 +69,9 @@ PATTERN_TARGET_MIX = 0.75  # for tuning of N:M masks
 SOLVED_TARGET_MIX = 0.25  # for least squares alone
 # A step of tuning has a window for each `STEP_TOKENS` tokens of the text, at least one and at most `SEQUENCES_A_STEP`:
 # little text gets nearly as many steps as more text, in less time than more passes would take. Layers are tuned in two
-# passes over the text, or three if it has less than `MORE_TOKENS` tokens, where no step has more than one window.
+# passes over the text, or three if it is so little that a step has one window.
 PASSES, PASSES_OF_LITTLE_TEXT = 2, 3
 STEP_TOKENS, SEQUENCES_A_STEP = 2**13, 4
-MORE_TOKENS = 2 * STEP_TOKENS
 # Shares of the windows that are held out, with swaps and with tuning. With swaps, held-out windows decide the number of
 # swaps in each row. With tuning they only choose the pass that is kept; tuning learns from all other windows, so that
 # more held-out windows would cost more than this choice is worth.

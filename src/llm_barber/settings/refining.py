@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from llm_barber.masking.pattern import NofM, Pattern, as_fraction
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.presets import (
-    MORE_TOKENS,
     PASSES,
     PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
@@ -59,8 +58,8 @@ class RefineSettings:
         mix = _default_mix(config, pattern) if config.target_mix is None else config.target_mix
         share = config.held_out_share
         masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
-        tokens = sequences * seqlen
-        passes = (PASSES if tokens >= MORE_TOKENS else PASSES_OF_LITTLE_TEXT) * (masks + weights)
+        windows = sequences_a_step(sequences * seqlen)
+        passes = (PASSES if windows > 1 else PASSES_OF_LITTLE_TEXT) * (masks + weights)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,
@@ -70,7 +69,7 @@ class RefineSettings:
             tunes_masks=masks,
             tunes_weights=weights,
             head_mix=TARGET_MIX if config.target_mix is None and masks else mix,
-            sequences_a_step=config.tune_windows or sequences_a_step(tokens),
+            sequences_a_step=config.tune_windows or windows,
         )
 
     @property

@@ -12,7 +12,6 @@ from llm_barber.settings.checked import Rule
 from llm_barber.settings.initial import RELEASED_GRANULARITIES, RELEASED_RATIOS
 from llm_barber.settings.presets import (
     GUARD,
-    MORE_TOKENS,
     PASSES,
     PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
@@ -78,7 +77,7 @@ class RunSettings(StructureSettings):
         ge=1,
         le=1000,
         description="Passes of tuning over the text (default: "
-        f"{PASSES}, or {PASSES_OF_LITTLE_TEXT} with less than {MORE_TOKENS:,} tokens; "
+        f"{PASSES}, or {PASSES_OF_LITTLE_TEXT} with less than {2 * STEP_TOKENS:,} tokens; "
         "for masks and weights twice that)",
     )
     tune_windows: int | None = Field(
