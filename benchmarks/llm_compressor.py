@@ -25,7 +25,7 @@ from quality_settings import CALIBRATION, DEFAULT_NAME, ROOT, TARGETS, TASK_TARG
 from safetensors.torch import save_file
 
 from llm_barber.cli.progress import ConsoleProgress
-from llm_barber.comparison.tables import ACCURACY
+from llm_barber.comparison.paired import ACCURACY
 from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.loading.opening import load_tokenizer
 from llm_barber.settings.evaluate import EvaluateConfig

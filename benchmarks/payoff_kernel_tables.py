@@ -6,7 +6,8 @@ from payoff_cells import Spread, newest_code
 from payoff_kernels import SHAPES
 from quality_sections import wrapped
 
-from llm_barber.comparison.tables import Row, markdown_table, target_title
+from llm_barber.comparison.tables import Row, target_title
+from llm_barber.comparison.written import markdown_table
 
 NOTE = (
     "Weights come from memory: there are so many copies, which take turns, that they fill the last-level cache of "

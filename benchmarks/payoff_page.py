@@ -13,7 +13,8 @@ from payoff_quality import KeptRow, kept_rows
 from payoff_sides import DENSE
 from quality_sections import wrapped
 
-from llm_barber.comparison.tables import Row, markdown_table, target_title
+from llm_barber.comparison.tables import Row, target_title
+from llm_barber.comparison.written import markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 PAGES = {"avx512bf16": "payoff.md", "amx": "payoff-amx.md"}  # by the instructions of the processor

@@ -3,7 +3,7 @@
     python benchmarks/quality.py --data DATA [--model FOLDER --name NAME] [--seeds 0,1,2]
 
 DATA has text/c4-sample.txt (calibration), text/wikitext2-validation.txt (choosing), text/wikitext2-raw-test.txt
-(reporting) and tasks/arc_easy.jsonl, tasks/hellaswag.jsonl. It prints the tables of perplexity, divergence and tasks,
+(reporting) and tasks/NAME.jsonl, a file for each of --tasks. It prints the tables of perplexity, divergence and tasks,
 and writes them to `docs/results/NAME.md`. Finished cells are in `benchmarks/results/NAME/cells` and are not computed
 again.
 """
@@ -23,6 +23,7 @@ from quality_settings import (
     DEFAULT_TITLE,
     ROOT,
     TARGETS,
+    TASKS,
     Rows,
     Setup,
     read_numbers,
@@ -33,7 +34,7 @@ from quality_settings import (
 from quality_stages import Quality, together
 
 from llm_barber.cli.progress import ConsoleProgress
-from llm_barber.comparison.tables import markdown
+from llm_barber.comparison.written import markdown
 from llm_barber.progress import Progress
 from llm_barber.settings.compare import PEERS, CompareRow
 
@@ -69,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--windows", type=int, default=16, help="windows of each text, of 1024 tokens")
     parser.add_argument("--limit", type=int, default=300, help="examples of each task; 0: no tasks")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="names; paper: the seven of arXiv 2408.10631")
     parser.add_argument("--methods", default=",".join(PEERS), help="rows of the main tables; '': none")
     parser.add_argument("--targets", default=",".join(TARGETS), help="sparsities and N:M patterns")
     parser.add_argument(
@@ -103,6 +105,7 @@ def read_setup(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         seqlen=options.seqlen,
         windows=options.windows,
         limit=options.limit,
+        tasks=tuple(options.tasks.split(",")),
         targets=tuple(options.targets.split(",")),
         counts=read_numbers(options.counts),
         methods=tuple(CompareRow(name) for name in options.methods.split(",") if name),

@@ -26,11 +26,10 @@ from llm_barber.comparison.tables import (
     TITLES,
     Row,
     headings,
-    markdown_table,
-    notes,
     tables_by_target,
     target_title,
 )
+from llm_barber.comparison.written import markdown_table, notes, section
 from llm_barber.settings.compare import CompareRow
 
 Elsewhere = Sequence[Mapping[str, Any]]  # what `llm_compressor.py` keeps
@@ -62,7 +61,7 @@ def write_page(folder: Path, name: str, title: str, results: Results) -> None:
     lines += [wrapped(f"- {note}", "  ") for note in [*notes(comparison), *_other_seeds(comparison)]]
     lines += ["", f"![Perplexity by sparsity]({name}.svg)", ""]
     for table in tables_by_target(comparison):
-        lines += [f"## {table.title}", "", *markdown_table(["method", *headings(comparison)], table.rows), ""]
+        lines += section(table, headings(comparison))
     lines += _gap(comparison)
     if results.elsewhere:
         lines += _elsewhere(results.elsewhere, comparison)

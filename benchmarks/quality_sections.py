@@ -4,12 +4,8 @@ import textwrap
 from collections.abc import Mapping
 
 from llm_barber.comparison.result import CellResult, Comparison
-from llm_barber.comparison.tables import (
-    REBUILT,
-    TITLES,
-    Row,
-    markdown_table,
-)
+from llm_barber.comparison.tables import REBUILT, TITLES, Row
+from llm_barber.comparison.written import markdown_table
 from llm_barber.masking.granularity import Granularity
 from llm_barber.page.figures import standalone
 from llm_barber.page.lines import Line, perplexity_lines

@@ -58,7 +58,7 @@ class Setup:
     """A model's benchmark.
 
     `model`: folder. `name`: of the results. `seeds`: calibration seeds of the main tables. `samples`, `seqlen`: number
-    and tokens of the calibration windows. `windows`: of each text. `limit`: examples of each task; 0: no tasks.
+    and tokens of the calibration windows. `windows`: of each text. `limit`: examples of each of the `tasks`; 0: none.
     `counts`: numbers of calibration windows to compare. `rebuild_settings`: chosen on another model; None: choose.
     """
 
@@ -69,6 +69,7 @@ class Setup:
     seqlen: int = 512
     windows: int = 16
     limit: int = 300
+    tasks: tuple[str, ...] = TASKS
     targets: tuple[str, ...] = TARGETS
     counts: tuple[int, ...] = CALIBRATION_SEQUENCES
     methods: tuple[CompareRow, ...] = PEERS

@@ -7,7 +7,6 @@ from quality_settings import (
     CALIBRATION,
     TARGETS,
     TASK_TARGETS,
-    TASKS,
     TEST,
     VALIDATION,
     RebuildSettings,
@@ -132,7 +131,7 @@ class Quality:
         rebuild: bool = True,
     ) -> Comparison:
         """Rows at all targets, with `rebuild` rebuilt, too; tasks for the first seed, at some targets."""
-        tasks = {"tasks": TASKS, "tasks_folder": Path("tasks"), "limit": self.setup.limit, "task_seeds": 1}
+        tasks = {"tasks": self.setup.tasks, "tasks_folder": Path("tasks"), "limit": self.setup.limit, "task_seeds": 1}
         targets = targets or self.setup.targets
         chosen = self.chosen(progress) if rebuild else {}
         with_tasks = [target for target in targets if target in TASK_TARGETS and self.setup.limit]

@@ -129,6 +129,9 @@ def test_cells_are_what_prune_and_evaluate_give(settings: dict[str, Any], tmp_pa
         assert [task.task for task in cell.evaluation.tasks] == (["questions"] * 2 if seed == 0 else [])
     assert comparison.dense.texts[0].against is not None
     assert comparison.dense.texts[0].against.divergence == 0
+    lines = csv.DictReader((settings["output"] / "comparison.csv").open())
+    pairs = [line for line in lines if "acc_less" in line["metric"]]
+    assert len(pairs) == 2 * (4 * 5 // 2)  # at each target of the four rows and the dense model
     assert not (settings["output"] / "work").exists() or not any((settings["output"] / "work").iterdir())
 
 

@@ -3,7 +3,8 @@ import io
 
 import pytest
 
-from llm_barber.comparison.tables import comma_separated, markdown, perplexities, tables_by_target
+from llm_barber.comparison.tables import perplexities, tables_by_target
+from llm_barber.comparison.written import comma_separated, markdown
 from llm_barber.settings.compare import CompareRow
 from tests.helpers.comparisons import make_cell, make_comparison
 

@@ -85,6 +85,7 @@ def test_equals_likelihoods_by_transformers(model: Path, folder: Path, batch_siz
             result = results[name, metric]
             assert (result.value, result.standard_error) == pytest.approx(mean_and_standard_error(values))
             assert (result.examples, result.shots, result.against) == (4, 0, None)
+            assert result.right == "".join(f"{value:.0f}" for value in values)
     right = []
     for example in BEGINNINGS:
         scores = [

@@ -7,8 +7,13 @@ from llm_barber.evaluation.result import Evaluation
 from llm_barber.settings.compare import CompareRow
 
 
-def make_evaluation(perplexity: float, accuracy: float | None) -> Evaluation:
-    """An evaluation on one text and, where an accuracy is given, two tasks (the second half as accurate)."""
+def make_evaluation(
+    perplexity: float, accuracy: float | None, right: tuple[str | None, str | None] = (None, None)
+) -> Evaluation:
+    """An evaluation on one text and, where an accuracy is given, two tasks (the second half as accurate).
+
+    `right`: the digits of both tasks.
+    """
     other = {"perplexity": 10.0, "perplexity_ratio": perplexity / 10, "divergence": 0.5, "top_agreement": 0.75}
     text = {
         "text": "wikitext2", "perplexity": perplexity, "windows": 4, "seqlen": 8, "begins_with_bos": False,
@@ -16,10 +21,11 @@ def make_evaluation(perplexity: float, accuracy: float | None) -> Evaluation:
     }  # fmt: skip
     tasks = [
         {
-            "task": name, "metric": "acc", "value": value, "standard_error": 0.01, "examples": 100, "shots": 0,
-            "source": "x.jsonl", "sha256": None, "against": None,
+            "task": name, "metric": "acc", "value": value, "standard_error": 0.01,
+            "examples": len(digits or "-" * 100), "shots": 0, "source": "x.jsonl", "sha256": None, "against": None,
+            "right": digits,
         }
-        for name, value in (("easy", accuracy), ("hard", (accuracy or 0) / 2))
+        for name, value, digits in (("easy", accuracy, right[0]), ("hard", (accuracy or 0) / 2, right[1]))
         if accuracy is not None
     ]  # fmt: skip
     return Evaluation.model_validate(
@@ -38,7 +44,7 @@ def make_cell(
             name="n", key={}, sparsity=0.5, swapped=3 * rebuilt, granularity="block" if rebuilt else None,
             rebuild_ratio=0.1 if rebuilt else None, errors={}, seconds=2.0 + seed, peak_memory=2**30,
             peak_device_memory=None, machine=changes.get("machine"),
-            evaluation=make_evaluation(perplexity, changes.get("accuracy")),
+            evaluation=make_evaluation(perplexity, changes.get("accuracy"), changes.get("right", (None, None))),
         )  # fmt: skip
     return ComparisonCell(
         method=method, rebuilt=rebuilt, target=target, seed=seed, result=result, failure=changes.get("failure")

@@ -12,7 +12,8 @@ from rich.table import Table
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import PAGE_NAME
 from llm_barber.comparison.result import Comparison
-from llm_barber.comparison.tables import headings, notes, tables_by_target
+from llm_barber.comparison.tables import headings, tables_by_target
+from llm_barber.comparison.written import notes
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport

@@ -13,7 +13,7 @@ from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.checkpoint.durable import write_durably
 from llm_barber.checkpoint.output import clear, work_folder
 from llm_barber.checkpoint.untrusted import read_result
-from llm_barber.comparison.result import CellResult, DenseResult
+from llm_barber.comparison.result import DENSE, CellResult, DenseResult
 from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.progress import Progress
@@ -23,7 +23,6 @@ from llm_barber.usage import machine, reset_peak_memory
 CELLS = "cells"
 MODELS = "models"
 WORK = "work"  # the model of the cell at hand
-DENSE = "dense"
 CALIBRATION = "calibration"  # name of the calibration's part of a key
 # Files on which a model's numbers depend: weights, configuration, tokenizer.
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")

@@ -3,7 +3,16 @@
 from markupsafe import Markup
 
 from llm_barber.comparison.result import Comparison
-from llm_barber.comparison.tables import REBUILT, TITLES, headings, notes, perplexities, tables_by_target, target_title
+from llm_barber.comparison.tables import (
+    PAIRED,
+    REBUILT,
+    TITLES,
+    headings,
+    perplexities,
+    tables_by_target,
+    target_title,
+)
+from llm_barber.comparison.written import notes
 from llm_barber.page.environment import environment, model_name
 from llm_barber.page.figures import standalone
 from llm_barber.page.lines import Line, perplexity_lines
@@ -21,6 +30,7 @@ def comparison_page(comparison: Comparison) -> str:
             tables=tables_by_target(comparison),
             headings=headings(comparison),
             notes=notes(comparison),
+            paired=PAIRED,
             plot=comparison_figure(comparison),
             methods=[(line.colour, line.name) for line in _lines(comparison) if not line.dashed],
             rebuilt=rebuilt,

@@ -5,7 +5,7 @@ from pathlib import Path
 from llm_barber.checkpoint.durable import write_durably
 from llm_barber.comparison.page import comparison_page, comparison_picture
 from llm_barber.comparison.result import Comparison
-from llm_barber.comparison.tables import comma_separated, markdown
+from llm_barber.comparison.written import comma_separated, markdown
 
 NAME = "comparison"
 

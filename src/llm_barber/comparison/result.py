@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.settings.compare import CompareRow
 
+DENSE = "dense"  # the dense model's name, in tables and cells
+
 
 class CellResult(BaseModel):
     """The result of one cell: one model, pruned in one way and measured.

@@ -1,13 +1,19 @@
-"""A comparison as rows of text, for Markdown, CSV, the terminal and the page."""
+"""A comparison as rows of text, for Markdown, the terminal and the page."""
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
 
-from llm_barber.comparison.result import Comparison, ComparisonCell
+from llm_barber.comparison.paired import (
+    ACCURACY,
+    INTERVAL,
+    Difference,
+    answers,
+    beyond_chance,
+    paired_differences,
+)
+from llm_barber.comparison.result import DENSE, Comparison, ComparisonCell
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.environment import MISSING
 from llm_barber.settings.compare import CompareRow
@@ -27,7 +33,10 @@ TITLES = {
     CompareRow.ALPS_ALLOCATED: "ALPS, its weights, allocated",
 }
 REBUILT = " + rebuild"
-ACCURACY = "acc"
+PAIRED = (
+    "Mean accuracy of a row less that of a column's row, points, paired by example, ± a 95 % interval. Bold: more than "
+    "chance among all pairs of this table (Holm, 5 %)."
+)
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class PairedTable:
+    """Differences of mean accuracy: a row's less that of the row which the heading names, points ± a 95 % interval.
+
+    `best` of a row: the differences that are more than chance.
+    """
+
+    headings: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
 class TargetTable:
-    """The rows of one sparsity or pattern."""
+    """The rows of one sparsity or pattern; `paired`: their differences on tasks, None: fewer than two have any."""
 
     title: str
     rows: tuple[Row, ...]
+    paired: PairedTable | None = None
 
 
 def target_title(target: str) -> str:
@@ -92,25 +113,58 @@ def tables_by_target(comparison: Comparison) -> list[TargetTable]:
 
 def _table(comparison: Comparison, target: str) -> TargetTable:
     measured = columns(comparison.dense)
-    groups: dict[tuple[CompareRow, bool], list[ComparisonCell]] = {}
-    for cell in comparison.cells:
-        if cell.target == target:
-            groups.setdefault((cell.method, cell.rebuilt), []).append(cell)
+    groups = cells_by_row(comparison, target)
     values = [[_measured_values(column, group) for column in measured] for group in groups.values()]
     best_means = [
         (min if column.lower_is_better else max)((fmean(row[i]) for row in values if row[i]), default=None)
         for i, column in enumerate(measured)
     ]
     dense = [_formatted(column.value(comparison.dense), column.form) for column in measured]
-    rows = [Row("dense", (*dense, MISSING, MISSING), (False,) * (len(measured) + 2))]
-    for ((method, rebuilt), group), numbers in zip(groups.items(), values, strict=True):
+    rows = [Row(DENSE, (*dense, MISSING, MISSING), (False,) * (len(measured) + 2))]
+    for (title, group), numbers in zip(groups.items(), values, strict=True):
         results = [cell.result for cell in group if cell.result]
         cells = [_mean_and_spread(row, column.form) for row, column in zip(numbers, measured, strict=True)]
         cells.append(_mean([result.seconds for result in results], ".1f"))
         cells.append(_mean([result.peak_memory / 2**30 for result in results], ".2f"))
         best = [bool(row) and fmean(row) == best_mean for row, best_mean in zip(numbers, best_means, strict=True)]
-        rows.append(Row(TITLES[method] + (REBUILT if rebuilt else ""), tuple(cells), (*best, False, False)))
-    return TargetTable(target_title(target), tuple(rows))
+        rows.append(Row(title, tuple(cells), (*best, False, False)))
+    return TargetTable(target_title(target), tuple(rows), _paired_table(differences_on_tasks(comparison.dense, groups)))
+
+
+def cells_by_row(comparison: Comparison, target: str) -> dict[str, list[ComparisonCell]]:
+    """The cells of a target by the title of their row: one a calibration seed."""
+    groups: dict[str, list[ComparisonCell]] = {}
+    for cell in comparison.cells:
+        if cell.target == target:
+            groups.setdefault(row_title(cell), []).append(cell)
+    return groups
+
+
+def differences_on_tasks(
+    dense: Evaluation, groups: Mapping[str, Sequence[ComparisonCell]]
+) -> dict[tuple[str, str], Difference]:
+    """Differences on tasks between the rows that have answers by example, each from the rows above it."""
+    evaluations = {title: [cell.result.evaluation for cell in group if cell.result] for title, group in groups.items()}
+    found = {title: answers(group) for title, group in {DENSE: [dense], **evaluations}.items()}
+    return paired_differences({title: row_answers for title, row_answers in found.items() if row_answers is not None})
+
+
+def _paired_table(differences: Mapping[tuple[str, str], Difference]) -> PairedTable | None:
+    """A triangle: each row's differences from the rows above it; None: there are none."""
+    if not differences:
+        return None
+    certain = beyond_chance(differences)
+    titles = list(dict.fromkeys(title for pair in differences for title in reversed(pair)))
+    rows = []
+    for number, title in enumerate(titles[1:], 1):
+        pairs = [(title, earlier) for earlier in titles[:number]]
+        missing = len(titles) - 1 - number
+        cells = [
+            f"{100 * differences[pair].mean:+.1f} ± {100 * INTERVAL * differences[pair].standard_error:.1f}"
+            for pair in pairs
+        ]
+        rows.append(Row(title, (*cells, *[""] * missing), (*(pair in certain for pair in pairs), *[False] * missing)))
+    return PairedTable(tuple(titles[:-1]), tuple(rows))
 
 
 def perplexities(comparison: Comparison) -> dict[tuple[CompareRow, bool], dict[str, float]]:
@@ -121,121 +175,6 @@ def perplexities(comparison: Comparison) -> dict[tuple[CompareRow, bool], dict[s
             points = values.setdefault((cell.method, cell.rebuilt), {})
             points.setdefault(cell.target, []).append(cell.result.evaluation.texts[0].perplexity)
     return {row: {target: fmean(points[target]) for target in points} for row, points in values.items()}
-
-
-def notes(comparison: Comparison) -> list[str]:
-    """Sentences about all that the numbers depend on, and about the cells that could not be finished."""
-    settings = comparison.settings
-    seeds = ", ".join(map(str, settings["seeds"]))
-    lines = [
-        f"Model: {comparison.model}.",
-        f"Calibration: {settings['calibration']}, {settings['samples']} windows of {settings['seqlen']} tokens, "
-        f"seed{'s' if len(settings['seeds']) > 1 else ''} {seeds}"
-        + (" (mean ± sample standard deviation over seeds)." if len(settings["seeds"]) > 1 else "."),
-        *_notes_on_tests(comparison),
-        *_notes_on_rebuilds(comparison.cells),
-        "Seconds: pruning, from the first layer read to the last written. Peak memory: the whole process meanwhile, "
-        "with the dense model's predictions. Bold: the best of its column. "
-        f"{comparison.dtype} on {comparison.device}; "
-        + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
-        + ".",
-    ]
-    machines = dict.fromkeys(cell.result.machine or "not noted" for cell in comparison.cells if cell.result)
-    if machines:
-        lines.append(f"Machine{'s' if len(machines) > 1 else ''}: {'; '.join(machines)}.")
-    return lines + [f"Not done: {_title(cell)}: {cell.failure}." for cell in comparison.failures]
-
-
-def _notes_on_tests(comparison: Comparison) -> list[str]:
-    """Sentences about the texts and tasks."""
-    settings = comparison.settings
-    lines = [
-        f"{text.text}: {text.windows} windows of {text.seqlen} tokens, "
-        f"{'each with' if text.begins_with_bos else 'without'} BOS, "
-        f"sha256 {text.sha256[:16]}; KL: mean Kullback-Leibler divergence of the pruned model's "
-        "next-token distribution from the dense model's, nats a token."
-        for text in comparison.dense.texts
-    ]
-    lines += [
-        f"{task.task}: accuracy on {task.examples} examples, {task.shots} shots, {task.source}; "
-        f"standard error of the dense model's {100 * task.standard_error:.1f} %."
-        for task in comparison.dense.tasks
-        if task.metric == ACCURACY
-    ]
-    if settings["task_seeds"] is not None and settings["task_seeds"] < len(settings["seeds"]):
-        seeds = settings["seeds"][: settings["task_seeds"]]
-        lines.append(f"Tasks: calibration seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} only.")
-    return lines
-
-
-def _notes_on_rebuilds(cells: Iterable[ComparisonCell]) -> list[str]:
-    """Sentences about the settings of the rebuilds, and about the rebuilds that changed nothing."""
-    rebuilt = [(cell, cell.result) for cell in cells if cell.rebuilt and cell.result]
-    swaps = dict.fromkeys(
-        f"{TITLES[cell.method]}{' (N:M)' if ':' in cell.target else ''}: "
-        f"within each {result.granularity}, ratio {result.rebuild_ratio:g}"
-        for cell, result in rebuilt
-        if result.rebuild_ratio is not None
-    )
-    unchanged = dict.fromkeys(
-        f"{TITLES[cell.method]} at {target_title(cell.target)}" for cell, result in rebuilt if not result.swapped
-    )
-    lines = [f"Rebuild: {'; '.join(swaps)}."] if swaps else []
-    return lines + ([f"The rebuild swapped nothing: {'; '.join(unchanged)}."] if unchanged else [])
-
-
-def markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown: a table for each target, and the notes."""
-    lines = [f"# {comparison.model}: methods side by side", ""]
-    for table in tables_by_target(comparison):
-        lines += [f"## {table.title}", "", *markdown_table(["method", *headings(comparison)], table.rows), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in notes(comparison)), ""])
-
-
-def markdown_table(headings: Sequence[str], rows: Iterable[Row]) -> list[str]:
-    """Lines of a Markdown table, the best numbers in bold."""
-    titles = [head.replace("|", "\\|") for head in headings]
-    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    for row in rows:
-        cells = [f"**{cell}**" if best else cell for cell, best in zip(row.cells, row.best, strict=True)]
-        lines.append("| " + " | ".join([row.title, *cells]) + " |")
-    return lines
-
-
-def comma_separated(comparison: Comparison) -> str:
-    """The comparison as CSV, for other programs: a line for each cell and metric."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["method", "rebuilt", "target", "seed", "text_or_task", "metric", "value", "standard_error"])
-    for line in _numbers(comparison.dense):
-        writer.writerow(["dense", False, "", "", *line])
-    for cell in comparison.cells:
-        if cell.result is None:
-            continue
-        result = cell.result
-        columns_of_cell = [cell.method.value, cell.rebuilt, cell.target, cell.seed]
-        pruning = {
-            "sparsity": result.sparsity,
-            "swapped": result.swapped,
-            "seconds": round(result.seconds, 3),
-            "peak_memory": result.peak_memory,
-        }
-        for line in [*(["", name, value, ""] for name, value in pruning.items()), *_numbers(result.evaluation)]:
-            writer.writerow([*columns_of_cell, *line])
-    return file.getvalue()
-
-
-def _numbers(evaluation: Evaluation) -> Iterable[list[object]]:
-    for text in evaluation.texts:
-        yield [text.text, "perplexity", text.perplexity, ""]
-        if text.against is not None:
-            yield [text.text, "perplexity_ratio", text.against.perplexity_ratio, ""]
-            yield [text.text, "divergence", text.against.divergence, ""]
-            yield [text.text, "top_agreement", text.against.top_agreement, ""]
-    for task in evaluation.tasks:
-        yield [task.task, task.metric, task.value, task.standard_error]
-        if task.against is not None:
-            yield [task.task, f"{task.metric}_difference", task.against.difference, task.against.standard_error]
 
 
 def _perplexity(index: int, evaluation: Evaluation) -> float:
@@ -273,6 +212,6 @@ def _mean_and_spread(values: Sequence[float], form: str) -> str:
     return _mean(values, form) + spread
 
 
-def _title(cell: ComparisonCell) -> str:
-    rebuilt = REBUILT if cell.rebuilt else ""
-    return f"{TITLES[cell.method]}{rebuilt} at {target_title(cell.target)}, seed {cell.seed}"
+def row_title(cell: ComparisonCell) -> str:
+    """Title of a cell's row. Example: "Wanda + rebuild"."""
+    return TITLES[cell.method] + (REBUILT if cell.rebuilt else "")

@@ -87,6 +87,7 @@ def _collect(output: Mapping[str, Any], names: Iterable[str], tasks: Mapping[str
                     source=task.file.name if task and task.file else f"lm-eval, version {output['versions'][name]}",
                     sha256=task.sha256 if task else None,
                     against=None,
+                    right="".join(f"{value:.0f}" for value in values) if set(values) <= {0.0, 1.0} else None,
                 )
             )
     return TaskRun(tuple(results), by_example)

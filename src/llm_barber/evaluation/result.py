@@ -1,6 +1,8 @@
 """Results of an evaluation: perplexity and accuracies, each with everything it depends on."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TextComparison(BaseModel):
@@ -50,7 +52,11 @@ class TaskComparison(BaseModel):
 
 
 class TaskResult(BaseModel):
-    """One metric of one task: an accuracy from 0 to 1, its standard error, and its examples."""
+    """One metric of one task: an accuracy from 0 to 1, its standard error, and its examples.
+
+    `right`: a digit for each example in the task's order, 1 where the model is right and 0 elsewhere; None: the metric
+    is no share of examples, or an earlier version did not keep it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -63,6 +69,13 @@ class TaskResult(BaseModel):
     source: str
     sha256: str | None
     against: TaskComparison | None
+    right: str | None = Field(default=None, pattern="^[01]+$")
+
+    @model_validator(mode="after")
+    def _check_right(self) -> Self:
+        if self.right is not None and len(self.right) != self.examples:
+            raise ValueError(f"right has {len(self.right)} digits for {self.examples} examples")
+        return self
 
 
 class Evaluation(BaseModel):
