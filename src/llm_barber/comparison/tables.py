@@ -34,8 +34,9 @@ TITLES = {
 }
 REBUILT = " + rebuild"
 PAIRED = (
-    "Mean accuracy of a row less that of a column's row, points, paired by example, ± a 95 % interval. Bold: more than "
-    "chance among all pairs of this table (Holm, 5 %)."
+    "Mean accuracy of a row less that of a column's row, points, paired by example, "
+    "± a 95\N{NO-BREAK SPACE}% interval. Bold: more than chance among all pairs of this table "
+    "(Holm, 5\N{NO-BREAK SPACE}%)."
 )
 
 
