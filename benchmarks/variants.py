@@ -26,9 +26,9 @@ from llm_barber.progress import Progress
 from llm_barber.record.report import RunReport
 from llm_barber.run.commands import prune
 from llm_barber.settings.compare import CompareConfig, target_settings
-from llm_barber.settings.presets import REVISIONS, SEQUENCES_A_STEP, Allocation
+from llm_barber.settings.presets import REVISIONS, Allocation
 from llm_barber.settings.prune import PruneConfig
-from llm_barber.settings.refining import RefineSettings
+from llm_barber.settings.refining import RefineSettings, windows_in_key
 
 Variant = dict[str, Any]
 WANDA: Variant = {"initial": "wanda", "rebuild": False}
@@ -189,8 +189,8 @@ def main() -> None:
             refined, _, reordered = resolved(differing, target, options.samples, options.seqlen)
             if reordered:
                 key["reorder"] = True
-            if refined is not None and refined.of_layers and refined.sequences_a_step < SEQUENCES_A_STEP:
-                key["tune_windows"] = refined.sequences_a_step
+            if refined is not None and refined.of_layers:
+                key |= windows_in_key(refined.sequences_a_step)
             make = partial(make_model, progress, {"model": model, **read, **settings})
             result = runner.run(f"variant-{target.replace(':', 'of')}", key, make, progress)
             evaluation = result.evaluation.texts[0]

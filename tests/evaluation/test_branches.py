@@ -66,13 +66,21 @@ def test_a_token_reads_its_sequence_and_nothing_else() -> None:
 
 
 class Told(Silent):
-    """Keeps the stages that it is told of."""
+    """Keeps the stages that it is told of, and how many steps of each are left."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
+        self.left: list[int] = []
 
     def stage(self, title: str) -> None:
         self.stages.append(title)
+
+    def start(self, title: str, total: int, finished: int = 0) -> None:
+        self.stages.append(title)
+        self.left.append(total)
+
+    def advance(self, detail: str) -> None:
+        self.left[-1] -= 1
 
 
 def answers(folder: Path, shares: bool) -> tuple[list[tuple[float, bool]], StreamedLanguageModel]:
@@ -101,6 +109,8 @@ def test_answers_are_those_of_sequences_by_themselves(tmp_path: Path, family: st
     assert language_model.shares_contexts is shares
     assert isinstance(language_model.progress, Told)
     assert (NOT_SHARED in language_model.progress.stages) is not shares
+    assert language_model.progress.stages[-1] == "scoring answers"
+    assert set(language_model.progress.left) == {0}
     for (value, greedy), (alone, alone_greedy) in zip(result, expected, strict=True):
         assert value == pytest.approx(alone, rel=1e-4)
         assert greedy is alone_greedy

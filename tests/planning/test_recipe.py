@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,3 +85,22 @@ def test_the_allocation_by_loss_takes_the_first_4096_tokens() -> None:
     planned = recipe_of(preset="best", samples=16, seqlen=1024)
     assert planned.loss_tokens == 4096
     assert planned.among(8).loss_tokens == 2048  # the first process has two of the four windows
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("windows", [1, 2, 3, 4])
+def test_processes_wait_for_each_other_in_each_step(processes: int, windows: int) -> None:
+    """The longest share of each step, summed over a pass, is the plan's time of the pass."""
+    sequences = 48
+    recipe = replace(recipe_of(preset="mask", tune_windows=windows, guard=0, samples=sequences), processes=processes)
+    assert recipe.refine is not None
+    share = sequences // processes
+    by_process = [
+        recipe.refine.steps(
+            SimpleNamespace(all_sequences=sequences, held_out=0, held_out_start=share, first_sequence=rank * share)
+        )
+        for rank in range(processes)
+    ]
+    longest = [max(len(step.local_sequences) for step in steps) for steps in zip(*by_process, strict=True)]
+    assert len(longest) == recipe.tune_steps
+    assert sum(longest) == pytest.approx(recipe.local_sequences * recipe.tune_turns)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llm_barber.settings.compare import CompareConfig, CompareRow, target_settings
-from llm_barber.settings.presets import PRESETS, REVISIONS, SEQUENCES_A_STEP, Allocation, Preset, Refine
-from llm_barber.settings.refining import sequences_a_step
+from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset, Refine
+from llm_barber.settings.refining import sequences_a_step, windows_in_key
 from llm_barber.text.calibration import token_shape
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
@@ -75,9 +75,7 @@ def cell_key(config: CompareConfig, cell: Cell) -> dict[str, Any]:
         if PRESETS[preset].reorder and "pattern" in key:
             key["reorder"] = True
     if cell.method.preset is not None and PRESETS[cell.method.preset].refine is Refine.TUNE:
-        windows = sequences_a_step(math.prod(calibration_shape(config)))
-        if windows < SEQUENCES_A_STEP:  # cells of longer texts were measured with as many
-            key["tune_windows"] = windows
+        key |= windows_in_key(sequences_a_step(math.prod(calibration_shape(config))))
     return key
 
 

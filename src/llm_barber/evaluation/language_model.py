@@ -107,8 +107,10 @@ class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
             states = self.model.hidden_states([make_batch(batch) for batch in checked + batches], self.progress)
             if checked:
                 self._compare(check[0], *states[:2])
+            self.progress.start("scoring answers", len(batches))
             for batch, hidden in zip(batches, states[len(checked) :], strict=True):
                 answers |= self._score(batch, hidden, readers, requests)
+                self.progress.advance("")
         return [answers[number] for number in range(len(requests))]
 
     def _compare(self, branching: Branched, states: Tensor, plain_states: Tensor) -> None:

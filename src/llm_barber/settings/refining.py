@@ -172,6 +172,11 @@ def sequences_a_step(tokens: int) -> int:
     return min(max(1, tokens // STEP_TOKENS), SEQUENCES_A_STEP)
 
 
+def windows_in_key(windows: int) -> dict[str, int]:
+    """What the key of a kept result says of the windows of a step: nothing of the most, which earlier versions took."""
+    return {"tune_windows": windows} if windows < SEQUENCES_A_STEP else {}
+
+
 def _default_mix(config: RunSettings, pattern: Pattern | None) -> float:
     if config.refinement is Refine.TUNE:
         return PATTERN_TARGET_MIX if isinstance(pattern, NofM) else TARGET_MIX
