@@ -1,6 +1,7 @@
 """Tuning of a model with an attention sink: one token whose states are a hundred times as large as the others'."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,11 +63,13 @@ def dense(tmp_path: Path, seed: int) -> Path:
     return make_model_with_sink(tmp_path / "dense", seed)
 
 
-def prune_with_sink(tmp_path: Path, dense: Path, seed: int, listener: Listener | None = None) -> tuple[RunReport, Path]:
+def prune_with_sink(
+    tmp_path: Path, dense: Path, seed: int, listener: Listener | None = None, **settings: Any
+) -> tuple[RunReport, Path]:
     tokens = tmp_path / "tokens.safetensors"
     save_file({"input_ids": make_windows(seed)}, tokens)
     output = tmp_path / "pruned"
-    settings = {"dtype": "float32", "report": False, "guard": 0.25, "overwrite": True}
+    settings = {"guard": 0.25, **settings, "dtype": "float32", "report": False, "overwrite": True}
     config = PruneConfig(model=dense, output=output, calibration=tokens, **settings)
     return (prune(config, listener) if listener else prune(config)), output
 
@@ -76,21 +79,31 @@ def test_the_model_has_a_sink(dense: Path, seed: int) -> None:
     assert all((of_tokens[:, 0] > 2500 * of_tokens.median()).all() for of_tokens in squares)
 
 
-def test_the_other_tokens_come_nearer(tmp_path: Path, dense: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judged by plain squares, passes are kept that fit the sink and make all other tokens worse."""
+def test_passes_that_harm_the_other_tokens_are_rejected(
+    tmp_path: Path, dense: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With plain squares, passes are kept that bring the sink nearer and make all other tokens worse.
+
+    The rule rejects these passes: the other tokens are as near as with the untuned mask. Tuning gains nothing here.
+    """
     unseen = make_windows(seed + 100)
     before = states(dense, unseen)
-    errors = {}
-    for bound in (distance.HUGE_TOKEN, 1e9):
-        monkeypatch.setattr(distance, "HUGE_TOKEN", bound)
-        _, output = prune_with_sink(tmp_path, dense, seed)
-        after = states(output, unseen)
-        errors[bound] = [
+
+    def errors(**settings: Any) -> list[float]:
+        """Squared error of the other tokens after each layer, in windows that no run has seen."""
+        _, output = prune_with_sink(tmp_path, dense, seed, **settings)
+        return [
             (dense_state - pruned_state)[:, 1:].square().sum().item()
-            for dense_state, pruned_state in zip(before, after, strict=True)
+            for dense_state, pruned_state in zip(before, states(output, unseen), strict=True)
         ]
-    with_rule, without = errors.values()
-    assert all(bounded < 0.85 * plain for bounded, plain in zip(with_rule, without, strict=True))
+
+    untuned = errors(initial="wanda", allocation="loss", rebuild=False, guard=None)
+    with_rule = errors()
+    monkeypatch.setattr(distance, "HUGE_TOKEN", 1e9)
+    without = errors()
+    for error, tuned, by_plain_squares in zip(untuned, with_rule, without, strict=True):
+        assert tuned < 1.02 * error
+        assert by_plain_squares > 1.2 * error
 
 
 def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, dense: Path, seed: int) -> None:
@@ -100,7 +113,7 @@ def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, den
     assert all(share is not None for share in shares)
     ruled = [layer.index for layer in report.layers if layer.concentration and layer.concentration.token_after > 0.5]
     assert 0 in ruled
-    assert any(f": {', '.join(map(str, ruled))}. Held-out windows" in message for message in listener.warnings)
+    assert any(f": {', '.join(map(str, ruled))}. Many models" in message for message in listener.warnings)
     assert RunReport.model_validate_json(report.to_json()) == report
 
 

@@ -4,11 +4,11 @@ Huge channels: in some models a few channels are hundreds of times as large as t
 (Gemma 3: one or two of 640 hold 90 % of the squares). They dominate the plain squared distance, and steps that lower it
 can ruin all other channels. The norm in front of the next linears scales huge channels down.
 
-Huge tokens: in most models one token of a window, mostly the first, has states that are a hundred times as large as
+Huge tokens: in many models one token of a window, mostly the first, has states that are a hundred times as large as
 those of the other tokens (an attention sink). Its error arises in the layer that writes the sink, and later layers hand
 it on. The sink hides whether the other tokens come nearer, so held-out windows count it for less. Gradients count it in
 full: Adam scales the steps of each weight separately, and tuned weights ruin a sink that counts for less
-(`docs/method/tuning.md` has the measurements).
+(`docs/method/tuning.md`; measurements: `docs/notebook/refining.md`).
 """
 
 from dataclasses import dataclass

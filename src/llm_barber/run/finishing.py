@@ -7,7 +7,6 @@ from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
 from llm_barber.checkpoint.state import Used
-from llm_barber.method.distance import HUGE_TOKEN
 from llm_barber.method.few_tokens import FEW_TOKENS
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress
@@ -89,10 +88,11 @@ def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress
         progress.warn("PyTorch adds up a gradient of this model in no fixed order: another run may give other bytes")
     if sinks := layers_ruled_by_one_token(report):
         layers = "layer" if len(sinks) == 1 else "layers"
+        page = "; the page of the run has its share" if prepared.config.report else ""
         progress.warn(
-            f"after tuning, one token of a window (an attention sink) has more than half of the remaining distance in "
-            f"{len(sinks)} {layers} of {len(report.layers)}: {', '.join(map(str, sinks))}. Held-out windows count it "
-            f"as {HUGE_TOKEN:g} median tokens; the page of the run has its share"
+            "after tuning, one token of a window has more than half of the remaining distance in "
+            f"{len(sinks)} {layers} of {len(report.layers)}: {', '.join(map(str, sinks))}. Many models have such a "
+            f"token (an attention sink), and held-out windows count it for less: there is nothing to do{page}"
         )
     idle_experts = {
         (layer.index, linear.name.rpartition(".")[0])
