@@ -27,7 +27,8 @@ def prune(
     """Prune MODEL, refine or rebuild its mask, and write OUT, which loads as MODEL does.
 
     Kept weights stay the dense model's, bit for bit, unless --reconstruct, --preset best or --keep-updates is given.
-    With N:M, --preset mask and best first reorder channels inside blocks; the dense model's output stays the same.
+    With N:M, --preset mask and best first reorder channels inside blocks; the dense model's output stays the same, up
+    to rounding.
     """
     _run_or_check(config, dry_run, json, quiet)
 
