@@ -117,6 +117,7 @@ def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, den
     assert RunReport.model_validate_json(report.to_json()) == report
 
 
+@pytest.mark.parametrize("seed", [0], indirect=True)
 def test_a_record_without_the_shares_is_read(tmp_path: Path, dense: Path, seed: int) -> None:
     """Records that were written before the shares existed lack them."""
     report, output = prune_with_sink(tmp_path, dense, seed)
