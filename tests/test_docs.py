@@ -184,7 +184,7 @@ def test_defaults_are_what_pages_say() -> None:
     assert "one in 32 where masks are tuned, at least one; one in eight where" in text
     assert f"at most {SWAPS} swaps a row, and {PATTERN_SWAPS} with N:M" in text
     assert (PASSES, PASSES_OF_LITTLE_TEXT, SEQUENCES_A_STEP) == (2, 3, 4)
-    assert f"makes two passes over the text, or three where it has less than {2 * STEP_TOKENS:,} tokens" in text
+    assert f"makes two passes over the text, or three where it has less than {4 * STEP_TOKENS:,} tokens" in text
     assert (
         f"takes one window where the text has less than {2 * STEP_TOKENS:,} tokens, two from there, three from "
         f"{3 * STEP_TOKENS:,} and four from {4 * STEP_TOKENS:,} tokens"

@@ -19,10 +19,10 @@ from tests.helpers.tuned_runs import run
 
 @pytest.mark.parametrize(
     ("windows", "length", "passes", "a_step"),
-    [(128, 2048, 2, 4), (64, 512, 2, 4), (63, 512, 2, 3), (32, 512, 2, 2), (31, 512, 3, 1), (8, 512, 3, 1)],
+    [(128, 2048, 2, 4), (64, 512, 2, 4), (63, 512, 3, 3), (32, 512, 3, 2), (31, 512, 3, 1), (8, 512, 3, 1)],
 )
 def test_little_text_is_tuned_with_fewer_windows_a_step(windows: int, length: int, passes: int, a_step: int) -> None:
-    """Passes are two, or three over very little text, and twice as many where masks and weights are tuned."""
+    """Passes are two, or three over little text, and twice as many where masks and weights are tuned."""
     for settings, expected in (
         ({"preset": "mask"}, passes),
         ({"refine": "none", "reconstruct": "tune"}, passes),

@@ -69,7 +69,7 @@ PATTERN_TARGET_MIX = 0.75  # for tuning of N:M masks
 SOLVED_TARGET_MIX = 0.25  # for least squares alone
 # A step of tuning has a window for each `STEP_TOKENS` tokens of the text, at least one and at most `SEQUENCES_A_STEP`:
 # little text gets nearly as many steps as more text, in less time than more passes would take. Layers are tuned in two
-# passes over the text, or three if it is so little that a step has one window.
+# passes over the text, or three if it is so little that a step has fewer windows than that.
 PASSES, PASSES_OF_LITTLE_TEXT = 2, 3
 STEP_TOKENS, SEQUENCES_A_STEP = 2**13, 4
 # Shares of the windows that are held out, with swaps and with tuning. With swaps, held-out windows decide the number of

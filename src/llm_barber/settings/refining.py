@@ -59,7 +59,7 @@ class RefineSettings:
         share = config.held_out_share
         masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
         windows = sequences_a_step(sequences * seqlen)
-        passes = (PASSES if windows > 1 else PASSES_OF_LITTLE_TEXT) * (masks + weights)
+        passes = (PASSES if windows == SEQUENCES_A_STEP else PASSES_OF_LITTLE_TEXT) * (masks + weights)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,

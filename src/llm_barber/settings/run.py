@@ -77,7 +77,7 @@ class RunSettings(StructureSettings):
         ge=1,
         le=1000,
         description="Passes of tuning over the text (default: "
-        f"{PASSES}, or {PASSES_OF_LITTLE_TEXT} with less than {2 * STEP_TOKENS:,} tokens; "
+        f"{PASSES}, or {PASSES_OF_LITTLE_TEXT} with less than {SEQUENCES_A_STEP * STEP_TOKENS:,} tokens; "
         "for masks and weights twice that)",
     )
     tune_windows: int | None = Field(
