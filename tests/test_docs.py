@@ -14,19 +14,16 @@ from llm_barber.settings.compare import ROWS, CompareRow
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import (
     GUARD,
-    PASSES,
-    PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     PRESETS,
-    SEQUENCES_A_STEP,
     SOLVED_TARGET_MIX,
-    STEP_TOKENS,
     SWAPS,
     TARGET_MIX,
     TUNING_GUARD,
     Preset,
 )
+from llm_barber.settings.refining import passes_over, sequences_a_step
 from llm_barber.settings.selftest import Check
 from llm_barber.tools.selftest.masks import MASK_CHECKS
 from tests.conftest import FAMILIES, make_config
@@ -183,12 +180,10 @@ def test_defaults_are_what_pages_say() -> None:
     assert (1 / TUNING_GUARD, 1 / GUARD) == (32, 8)
     assert "one in 32 where masks are tuned, at least one; one in eight where" in text
     assert f"at most {SWAPS} swaps a row, and {PATTERN_SWAPS} with N:M" in text
-    assert (PASSES, PASSES_OF_LITTLE_TEXT, SEQUENCES_A_STEP) == (2, 3, 4)
-    assert f"makes two passes over the text, or three where it has less than {4 * STEP_TOKENS:,} tokens" in text
-    assert (
-        f"takes one window where the text has less than {2 * STEP_TOKENS:,} tokens, two from there, three from "
-        f"{3 * STEP_TOKENS:,} and four from {4 * STEP_TOKENS:,} tokens"
-    ) in text
+    assert [passes_over(tokens) for tokens in (2**20, 21_846, 21_845, 16_385, 16_384, 16_383)] == [2, 2, 3, 3, 4, 3]
+    assert "makes two passes over the text, three over less than 21,846 tokens, and four over 16,384 tokens" in text
+    assert [sequences_a_step(tokens) for tokens in (16_384, 16_383)] == [4, 1]
+    assert "With less than 16,384 tokens a step of Adam takes one window, not four, and there are three passes" in text
     fields = PruneConfig.model_fields
     start = words(DOCS / "guide" / "quickstart.md")
     assert f"`--samples {fields['samples'].default} --seqlen {fields['seqlen'].default}`" in start

@@ -471,7 +471,7 @@ def test_layers_and_blocks_that_the_user_names(settings: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize(
     ("method", "shape", "windows"),
-    [("mask", (8, 512), 1), ("best", (32, 512), 2), ("mask", (64, 512), None), ("paper", (8, 512), None)],
+    [("mask", (8, 512), 1), ("best", (31, 512), 1), ("best", (32, 512), None), ("paper", (8, 512), None)],
 )
 @pytest.mark.parametrize("in_a_file", [False, True])
 def test_cells_of_little_text_are_those_of_its_windows_a_step(

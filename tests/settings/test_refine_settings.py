@@ -19,10 +19,10 @@ from tests.helpers.tuned_runs import run
 
 @pytest.mark.parametrize(
     ("windows", "length", "passes", "a_step"),
-    [(128, 2048, 2, 4), (64, 512, 2, 4), (63, 512, 3, 3), (32, 512, 3, 2), (31, 512, 3, 1), (8, 512, 3, 1)],
+    [(128, 2048, 2, 4), (43, 512, 2, 4), (42, 512, 3, 4), (32, 512, 4, 4), (31, 512, 3, 1), (8, 512, 3, 1)],
 )
-def test_little_text_is_tuned_with_fewer_windows_a_step(windows: int, length: int, passes: int, a_step: int) -> None:
-    """Passes are two, or three over little text, and twice as many where masks and weights are tuned."""
+def test_passes_and_windows_a_step_by_the_amount_of_text(windows: int, length: int, passes: int, a_step: int) -> None:
+    """Passes are twice as many where masks and weights are tuned."""
     for settings, expected in (
         ({"preset": "mask"}, passes),
         ({"refine": "none", "reconstruct": "tune"}, passes),

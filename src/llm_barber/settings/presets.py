@@ -67,11 +67,11 @@ SWAPS, PATTERN_SWAPS = 100, 400  # at most, in a row; with N:M more swaps lower 
 TARGET_MIX = 0.5
 PATTERN_TARGET_MIX = 0.75  # for tuning of N:M masks
 SOLVED_TARGET_MIX = 0.25  # for least squares alone
-# A step of tuning has a window for each `STEP_TOKENS` tokens of the text, at least one and at most `SEQUENCES_A_STEP`:
-# little text gets nearly as many steps as more text, in less time than more passes would take. Layers are tuned in two
-# passes over the text, or three if it is so little that a step has fewer windows than that.
-PASSES, PASSES_OF_LITTLE_TEXT = 2, 3
-STEP_TOKENS, SEQUENCES_A_STEP = 2**13, 4
+# A step of tuning has `SEQUENCES_A_STEP` windows, and layers are tuned in as many passes over the text as read about
+# `TUNE_TOKENS` tokens: more text gains more than additional passes do. With less text than `LITTLE_TEXT` a step has one
+# window: it gets nearly as many steps as more text, in less time than more passes would take.
+TUNE_TOKENS, FEWEST_PASSES, SEQUENCES_A_STEP = 2**16, 2, 4
+LITTLE_TEXT, PASSES_OF_LITTLE_TEXT = 2**14, 3
 # Shares of the windows that are held out, with swaps and with tuning. With swaps, held-out windows decide the number of
 # swaps in each row. With tuning they only choose the pass that is kept; tuning learns from all other windows, so that
 # more held-out windows would cost more than this choice is worth.

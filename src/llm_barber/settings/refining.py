@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from llm_barber.masking.pattern import NofM, Pattern, as_fraction
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.presets import (
-    PASSES,
+    FEWEST_PASSES,
+    LITTLE_TEXT,
     PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     SEQUENCES_A_STEP,
     SOLVED_TARGET_MIX,
-    STEP_TOKENS,
     SWAPS,
     TARGET_MIX,
+    TUNE_TOKENS,
     Reconstruct,
     Refine,
 )
@@ -58,8 +59,7 @@ class RefineSettings:
         mix = _default_mix(config, pattern) if config.target_mix is None else config.target_mix
         share = config.held_out_share
         masks, weights = config.refinement is Refine.TUNE, config.reconstruction is Reconstruct.TUNE
-        windows = sequences_a_step(sequences * seqlen)
-        passes = (PASSES if windows == SEQUENCES_A_STEP else PASSES_OF_LITTLE_TEXT) * (masks + weights)
+        passes = passes_over(sequences * seqlen) * (masks + weights)
         return cls(
             swaps=config.swaps if config.refinement is Refine.SWAPS else 0,
             target_mix=mix,
@@ -69,7 +69,7 @@ class RefineSettings:
             tunes_masks=masks,
             tunes_weights=weights,
             head_mix=TARGET_MIX if config.target_mix is None and masks else mix,
-            sequences_a_step=config.tune_windows or windows,
+            sequences_a_step=config.tune_windows or sequences_a_step(sequences * seqlen),
         )
 
     @property
@@ -169,7 +169,12 @@ class Step:
 
 def sequences_a_step(tokens: int) -> int:
     """Most windows of a step of tuning over a text of so many tokens."""
-    return min(max(1, tokens // STEP_TOKENS), SEQUENCES_A_STEP)
+    return 1 if tokens < LITTLE_TEXT else SEQUENCES_A_STEP
+
+
+def passes_over(tokens: int) -> int:
+    """Passes of tuning over a text of so many tokens; masks and weights together get twice as many."""
+    return PASSES_OF_LITTLE_TEXT if tokens < LITTLE_TEXT else max(TUNE_TOKENS // tokens, FEWEST_PASSES)
 
 
 def windows_in_key(windows: int) -> dict[str, int]:

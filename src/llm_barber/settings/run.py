@@ -11,17 +11,18 @@ from llm_barber.settings.base import Dtype, Format, OutputFolder, Size, Structur
 from llm_barber.settings.checked import Rule
 from llm_barber.settings.initial import RELEASED_GRANULARITIES, RELEASED_RATIOS
 from llm_barber.settings.presets import (
+    FEWEST_PASSES,
     GUARD,
-    PASSES,
+    LITTLE_TEXT,
     PASSES_OF_LITTLE_TEXT,
     PATTERN_SWAPS,
     PATTERN_TARGET_MIX,
     PRESETS,
     SEQUENCES_A_STEP,
     SOLVED_TARGET_MIX,
-    STEP_TOKENS,
     SWAPS,
     TARGET_MIX,
+    TUNE_TOKENS,
     TUNING_GUARD,
     Allocation,
     Preset,
@@ -76,16 +77,16 @@ class RunSettings(StructureSettings):
         default=None,
         ge=1,
         le=1000,
-        description="Passes of tuning over the text (default: "
-        f"{PASSES}, or {PASSES_OF_LITTLE_TEXT} with less than {SEQUENCES_A_STEP * STEP_TOKENS:,} tokens; "
-        "for masks and weights twice that)",
+        description=f"Passes of tuning over the text (default: {FEWEST_PASSES}; {PASSES_OF_LITTLE_TEXT} or "
+        f"{TUNE_TOKENS // LITTLE_TEXT} with less than {TUNE_TOKENS // (FEWEST_PASSES + 1):,} tokens; for masks and "
+        "weights twice that)",
     )
     tune_windows: int | None = Field(
         default=None,
         ge=1,
         le=1000,
-        description=f"Windows a step of tuning (default: {SEQUENCES_A_STEP}; fewer with less than "
-        f"{SEQUENCES_A_STEP * STEP_TOKENS:,} tokens of text)",
+        description=f"Windows a step of tuning (default: {SEQUENCES_A_STEP}, or 1 with less than {LITTLE_TEXT:,} "
+        "tokens of text)",
     )
     guard: float | None = Field(
         default=None,
