@@ -19,6 +19,7 @@ from typing import Any
 from common import model_folder, show
 
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
+from llm_barber.settings.presets import PRESETS, Preset, Refine
 from llm_barber.settings.refining import sequences_a_step, windows_in_key
 from llm_barber.usage import machine, versions
 
@@ -118,16 +119,24 @@ def main() -> None:
     options = parser.parse_args()
     rows, table = Rows(options, model_folder(options.model)), []
 
-    def text_key(samples: int) -> dict[str, int]:
+    def text_key(preset: str, samples: int) -> dict[str, int]:
         """What a key says of so many windows of calibration text."""
-        return {"samples": samples, **windows_in_key(sequences_a_step(samples * options.calibration_seqlen))}
+        tuned = PRESETS[Preset(preset)].refine is Refine.TUNE
+        windows = sequences_a_step(samples * options.calibration_seqlen)
+        return {"samples": samples, **(windows_in_key(windows) if tuned else {})}
 
     steps = math.ceil(options.tokens / (options.seqlen * WINDOWS_A_STEP))
     for target in options.targets.split(","):
         for preset in options.presets.split(","):
             name = f"{preset}-{target.replace(':', 'of')}"
             text = {"calibration": options.calibration, "seqlen": options.calibration_seqlen}
-            key = {"model": options.model, "target": target, "preset": preset, **text, **text_key(options.samples)}
+            key = {
+                "model": options.model,
+                "target": target,
+                "preset": preset,
+                **text,
+                **text_key(preset, options.samples),
+            }
             made: dict[str, Any] = {}
 
             def make_pruned(name: str = name, target: str = target, preset: str = preset) -> tuple[Path, float]:
@@ -143,7 +152,7 @@ def main() -> None:
                 samples = round(options.samples * (1 + after["seconds"] / before["seconds"]))
                 made[f"{preset}, {target}, {samples} windows of calibration"] = rows.row(
                     f"{name}-more",
-                    {**key, **text_key(samples)},
+                    {**key, **text_key(preset, samples)},
                     lambda t=target, p=preset, n=samples: rows.pruned(t, p, n),
                 )
             for title, row in made.items():

@@ -176,7 +176,6 @@ def _kept_rows(folder: Path, methods: tuple[str, ...], targets: tuple[str, ...])
             paths = sorted(folder.glob(f"{preset}-{target.replace(':', 'of')}-seed0-*.json"))
             cells = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
             shown = [cell for cell in cells if all(task[2] <= TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
-            shown.sort(key=lambda cell: "tune_windows" not in cell["key"])  # the present program's first
             for cell in shown[:1]:
                 text = cell["evaluation"]["texts"][0]
                 against = text["against"]

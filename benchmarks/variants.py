@@ -93,7 +93,7 @@ GROUPS: dict[str, tuple[list[Variant], str]] = {
 
 def as_it_differs(variant: Variant, target: str, windows: int, seqlen: int) -> Variant:
     """Remove settings that equal the program's defaults, so that equal variants share a cell."""
-    for name in {"guard", "target_mix", "allocation", "reorder"} & variant.keys():
+    for name in {"guard", "target_mix", "allocation", "reorder", "tune_passes", "tune_windows"} & variant.keys():
         others = {setting: value for setting, value in variant.items() if setting != name}
         if resolved(others, target, windows, seqlen) == resolved(variant, target, windows, seqlen):
             variant = others

@@ -181,9 +181,12 @@ def test_defaults_are_what_pages_say() -> None:
     assert "one in 32 where masks are tuned, at least one; one in eight where" in text
     assert f"at most {SWAPS} swaps a row, and {PATTERN_SWAPS} with N:M" in text
     assert [passes_over(tokens) for tokens in (2**20, 21_846, 21_845, 16_385, 16_384, 16_383)] == [2, 2, 3, 3, 4, 3]
-    assert "makes two passes over the text, three over less than 21,846 tokens, and four over 16,384 tokens" in text
     assert [sequences_a_step(tokens) for tokens in (16_384, 16_383)] == [4, 1]
-    assert "With less than 16,384 tokens a step of Adam takes one window, not four, and there are three passes" in text
+    for row in ("21,846 or more | 2 | 4", "16,385 to 21,845 | 3 | 4", "16,384 | 4 | 4", "less | 3 | 1"):
+        assert f"| {row} |" in TUNING.read_text()
+    assert "four, or one with less than 16,384 tokens of text" in words(DOCS / "guide" / "big-models.md")
+    help_of_passes = PruneConfig.model_fields["tune_passes"].description or ""
+    assert "(default: 2; 3 with less than 21,846 tokens, 4 with 16,384; for masks" in help_of_passes
     fields = PruneConfig.model_fields
     start = words(DOCS / "guide" / "quickstart.md")
     assert f"`--samples {fields['samples'].default} --seqlen {fields['seqlen'].default}`" in start

@@ -27,14 +27,11 @@ TASK_EXAMPLES = 300  # of the cells that tables show
 
 
 def perplexities(model: str, method: str, target: str) -> list[float]:
-    """Perplexities of a method's cells; first those that the present program would make.
-
-    It reorders channels, and tunes little text with fewer windows a step.
-    """
+    """Perplexities of a method's cells; first those that the present program would make, which reorders channels."""
     folder = ROOT / "benchmarks" / "results" / model / "cells"
     cells = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{method}-{target}-seed0-*.json"))]
     shown = [cell for cell in cells if all(task[2] == TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
-    shown.sort(key=lambda cell: -len({"reorder", "tune_windows"} & cell["key"].keys()))
+    shown.sort(key=lambda cell: "reorder" not in cell["key"])
     return [cell["evaluation"]["texts"][0]["perplexity"] for cell in shown]
 
 

@@ -28,9 +28,12 @@ class Difference:
 
     @property
     def probability(self) -> float:
-        """Of a mean as far from 0 or further, if the two models do not differ (normal, two-sided)."""
+        """Of a mean as far from 0 or further, if the two models do not differ (normal, two-sided).
+
+        1 where all examples of a task differ alike: a spread of 0 says nothing about other examples.
+        """
         if self.standard_error == 0:
-            return float(self.mean == 0)
+            return 1.0
         return math.erfc(abs(self.mean) / self.standard_error / math.sqrt(2))
 
 

@@ -34,9 +34,9 @@ TITLES = {
 }
 REBUILT = " + rebuild"
 PAIRED = (
-    "Mean accuracy of a row less that of a column's row, points, paired by example, "
-    "± a 95\N{NO-BREAK SPACE}% interval. Bold: more than chance among all pairs of this table "
-    "(Holm, 5\N{NO-BREAK SPACE}%)."
+    "Mean accuracy of the row's model minus that of the column's model, in points, on the same examples; ± the "
+    "95\N{NO-BREAK SPACE}% interval of this pair alone. Bold: significant at 5\N{NO-BREAK SPACE}% after Holm's "
+    "correction for all pairs. Differences between calibration seeds are not covered."
 )
 
 
@@ -129,7 +129,7 @@ def _table(comparison: Comparison, target: str) -> TargetTable:
         cells.append(_mean([result.peak_memory / 2**30 for result in results], ".2f"))
         best = [bool(row) and fmean(row) == best_mean for row, best_mean in zip(numbers, best_means, strict=True)]
         rows.append(Row(title, tuple(cells), (*best, False, False)))
-    return TargetTable(target_title(target), tuple(rows), _paired_table(differences_on_tasks(comparison.dense, groups)))
+    return TargetTable(target_title(target), tuple(rows), _paired_table(differences_on_tasks(comparison, target)))
 
 
 def cells_by_row(comparison: Comparison, target: str) -> dict[str, list[ComparisonCell]]:
@@ -141,12 +141,16 @@ def cells_by_row(comparison: Comparison, target: str) -> dict[str, list[Comparis
     return groups
 
 
-def differences_on_tasks(
-    dense: Evaluation, groups: Mapping[str, Sequence[ComparisonCell]]
-) -> dict[tuple[str, str], Difference]:
+def evaluations_by_row(comparison: Comparison, target: str) -> dict[str, list[Evaluation]]:
+    """The evaluations of a target by the title of their row; the dense model's first."""
+    rows = cells_by_row(comparison, target)
+    measured = {title: [cell.result.evaluation for cell in cells if cell.result] for title, cells in rows.items()}
+    return {DENSE: [comparison.dense], **measured}
+
+
+def differences_on_tasks(comparison: Comparison, target: str) -> dict[tuple[str, str], Difference]:
     """Differences on tasks between the rows that have answers by example, each from the rows above it."""
-    evaluations = {title: [cell.result.evaluation for cell in group if cell.result] for title, group in groups.items()}
-    found = {title: answers(group) for title, group in {DENSE: [dense], **evaluations}.items()}
+    found = {title: answers(row) for title, row in evaluations_by_row(comparison, target).items()}
     return paired_differences({title: row_answers for title, row_answers in found.items() if row_answers is not None})
 
 

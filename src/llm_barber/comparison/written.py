@@ -4,8 +4,8 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from llm_barber.comparison.paired import ACCURACY
-from llm_barber.comparison.result import Comparison, ComparisonCell
+from llm_barber.comparison.paired import ACCURACY, answers
+from llm_barber.comparison.result import DENSE, Comparison, ComparisonCell
 from llm_barber.comparison.tables import (
     PAIRED,
     TITLES,
@@ -13,6 +13,7 @@ from llm_barber.comparison.tables import (
     TargetTable,
     cells_by_row,
     differences_on_tasks,
+    evaluations_by_row,
     headings,
     row_title,
     tables_by_target,
@@ -33,15 +34,31 @@ def notes(comparison: Comparison) -> list[str]:
         *_notes_on_tests(comparison),
         *_notes_on_rebuilds(comparison.cells),
         "Seconds: pruning, from the first layer read to the last written. Peak memory: the whole process meanwhile, "
-        "with the dense model's predictions. Bold: the best of its column. "
+        "with the dense model's predictions. Bold in the tables of methods: the best of its column. "
         f"{comparison.dtype} on {comparison.device}; "
         + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
         + ".",
     ]
+    if unpaired := _rows_without_answers(comparison):
+        lines.append(
+            f"Without differences on tasks: {', '.join(unpaired)}. Their cells are of a version that kept no answers "
+            "by example; remove them to measure again."
+        )
     machines = dict.fromkeys(cell.result.machine or "not noted" for cell in comparison.cells if cell.result)
     if machines:
         lines.append(f"Machine{'s' if len(machines) > 1 else ''}: {'; '.join(machines)}.")
     return lines + [f"Not done: {_title(cell)}: {cell.failure}." for cell in comparison.failures]
+
+
+def _rows_without_answers(comparison: Comparison) -> list[str]:
+    """Titles of the rows that a table of differences lacks, although they were measured on tasks."""
+    titles: dict[str, None] = {}
+    for target in dict.fromkeys(cell.target for cell in comparison.cells):
+        evaluations = evaluations_by_row(comparison, target)
+        found = {title: answers(row) for title, row in evaluations.items() if any(each.tasks for each in row)}
+        if any(found.values()):
+            titles |= dict.fromkeys(title for title, row_answers in found.items() if row_answers is None)
+    return list(titles)
 
 
 def _notes_on_tests(comparison: Comparison) -> list[str]:
@@ -129,10 +146,11 @@ def comma_separated(comparison: Comparison) -> str:
         for line in [*(["", name, value, ""] for name, value in pruning.items()), *_numbers(result.evaluation)]:
             writer.writerow([*columns_of_cell, *line])
     for target in dict.fromkeys(cell.target for cell in comparison.cells):
-        groups = cells_by_row(comparison, target)
-        for (title, earlier), difference in differences_on_tasks(comparison.dense, groups).items():
-            cell = groups[title][0]
-            line = [f"{ACCURACY}_less_{earlier}", difference.mean, difference.standard_error]
+        first = {title: cells[0] for title, cells in cells_by_row(comparison, target).items()}
+        for (title, earlier), difference in differences_on_tasks(comparison, target).items():
+            cell, other = first[title], first.get(earlier)
+            less = DENSE if other is None else f"{other.method.value}{'-rebuilt' * other.rebuilt}"
+            line = [f"{ACCURACY}_less_{less}", difference.mean, difference.standard_error]
             writer.writerow([cell.method.value, cell.rebuilt, target, "", "mean of tasks", *line])
     return file.getvalue()
 

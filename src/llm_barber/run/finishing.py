@@ -92,7 +92,7 @@ def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress
         progress.warn(
             "after tuning, one token of a window has more than half of the remaining distance in "
             f"{len(sinks)} {layers} of {len(report.layers)}: {', '.join(map(str, sinks))}. Many models have such a "
-            f"token (an attention sink), and held-out windows count it for less: there is nothing to do{page}"
+            f"token (an attention sink); held-out windows count it for less{page}"
         )
     idle_experts = {
         (layer.index, linear.name.rpartition(".")[0])

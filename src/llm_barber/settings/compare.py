@@ -85,8 +85,8 @@ class CompareConfig(StructureSettings):
     methods: Annotated[tuple[CompareRow, ...], *COMMAS] = Field(
         ROWS,
         min_length=1,
-        description="Methods to compare. Also: paper, alps, and, with --allocation loss, sparsegpt-allocated and "
-        "alps-allocated",
+        description="Methods to compare. Also: paper, alps, and sparsegpt-allocated and alps-allocated, which spread "
+        "the sparsity as --preset mask does",
     )
     targets: Annotated[tuple[str, ...], *COMMAS] = Field(
         ("0.5", "0.6", "0.7", "2:4", "4:8"),

@@ -77,9 +77,9 @@ class RunSettings(StructureSettings):
         default=None,
         ge=1,
         le=1000,
-        description=f"Passes of tuning over the text (default: {FEWEST_PASSES}; {PASSES_OF_LITTLE_TEXT} or "
-        f"{TUNE_TOKENS // LITTLE_TEXT} with less than {TUNE_TOKENS // (FEWEST_PASSES + 1):,} tokens; for masks and "
-        "weights twice that)",
+        description=f"Passes of tuning over the text (default: {FEWEST_PASSES}; {PASSES_OF_LITTLE_TEXT} with less "
+        f"than {TUNE_TOKENS // (FEWEST_PASSES + 1) + 1:,} tokens, {TUNE_TOKENS // LITTLE_TEXT} with {LITTLE_TEXT:,}; "
+        "for masks and weights twice that)",
     )
     tune_windows: int | None = Field(
         default=None,
