@@ -58,6 +58,13 @@ class Rows:
         path.write_text(json.dumps(row, indent=1) + "\n")
         return row
 
+    def text_key(self, preset: str, samples: int) -> dict[str, Any]:
+        """Give the calibration text as a part of a row's key."""
+        text = {"calibration": self.options.calibration, "samples": samples, "seqlen": self.options.calibration_seqlen}
+        if PRESETS[Preset(preset)].refine is Refine.TUNE:
+            text |= windows_in_key(sequences_a_step(samples * self.options.calibration_seqlen))
+        return text
+
     def measure(self, folder: Path) -> dict[str, Any]:
         """Perplexity and KL on each text, and accuracies."""
         tasks = {"tasks": self.options.tasks, "tasks_folder": self.options.tasks_folder} if self.options.tasks else {}
@@ -118,25 +125,12 @@ def main() -> None:
     parser.add_argument("--tasks-folder")
     options = parser.parse_args()
     rows, table = Rows(options, model_folder(options.model)), []
-
-    def text_key(preset: str, samples: int) -> dict[str, int]:
-        """What a key says of so many windows of calibration text."""
-        tuned = PRESETS[Preset(preset)].refine is Refine.TUNE
-        windows = sequences_a_step(samples * options.calibration_seqlen)
-        return {"samples": samples, **(windows_in_key(windows) if tuned else {})}
-
     steps = math.ceil(options.tokens / (options.seqlen * WINDOWS_A_STEP))
     for target in options.targets.split(","):
         for preset in options.presets.split(","):
             name = f"{preset}-{target.replace(':', 'of')}"
-            text = {"calibration": options.calibration, "seqlen": options.calibration_seqlen}
-            key = {
-                "model": options.model,
-                "target": target,
-                "preset": preset,
-                **text,
-                **text_key(preset, options.samples),
-            }
+            key = {"model": options.model, "target": target, "preset": preset}
+            key |= rows.text_key(preset, options.samples)
             made: dict[str, Any] = {}
 
             def make_pruned(name: str = name, target: str = target, preset: str = preset) -> tuple[Path, float]:
@@ -152,7 +146,7 @@ def main() -> None:
                 samples = round(options.samples * (1 + after["seconds"] / before["seconds"]))
                 made[f"{preset}, {target}, {samples} windows of calibration"] = rows.row(
                     f"{name}-more",
-                    {**key, **text_key(preset, samples)},
+                    {**key, **rows.text_key(preset, samples)},
                     lambda t=target, p=preset, n=samples: rows.pruned(t, p, n),
                 )
             for title, row in made.items():

@@ -28,7 +28,7 @@ class Difference:
 
     @property
     def probability(self) -> float:
-        """Of a mean as far from 0 or further, if the two models do not differ (normal, two-sided).
+        """Probability of a mean as far from 0 or further, if the two models do not differ (normal, two-sided).
 
         1 where all examples of a task differ alike: a spread of 0 says nothing about other examples.
         """
@@ -60,10 +60,10 @@ def paired_differences(rows: Mapping[str, Answers]) -> dict[tuple[str, str], Dif
     √(Σ s²) / T, with the standard errors s of each task's mean of differences.
     """
     differences = {}
-    for (earlier, its_answers), (name, row_answers) in combinations(rows.items(), 2):
+    for (earlier, earlier_answers), (name, row_answers) in combinations(rows.items(), 2):
         by_task = [
-            mean_and_standard_error([a - b for a, b in zip(row_answers[task], its_answers[task], strict=True)])
-            for task in its_answers
+            mean_and_standard_error([a - b for a, b in zip(row_answers[task], earlier_answers[task], strict=True)])
+            for task in earlier_answers
         ]
         differences[name, earlier] = Difference(
             fmean(mean for mean, _ in by_task), math.hypot(*(error for _, error in by_task)) / len(by_task)

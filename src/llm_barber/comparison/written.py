@@ -131,7 +131,7 @@ def comma_separated(comparison: Comparison) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "rebuilt", "target", "seed", "text_or_task", "metric", "value", "standard_error"])
     for line in _numbers(comparison.dense):
-        writer.writerow(["dense", False, "", "", *line])
+        writer.writerow([DENSE, False, "", "", *line])
     for cell in comparison.cells:
         if cell.result is None:
             continue

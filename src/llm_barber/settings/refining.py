@@ -178,7 +178,7 @@ def passes_over(tokens: int) -> int:
 
 
 def windows_in_key(windows: int) -> dict[str, int]:
-    """What the key of a kept result says of the windows of a step: nothing of the most, which earlier versions took."""
+    """Give a kept result's key the windows of a step: nothing for the most, which earlier versions took."""
     return {"tune_windows": windows} if windows < SEQUENCES_A_STEP else {}
 
 
