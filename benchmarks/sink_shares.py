@@ -14,7 +14,8 @@ of a layer is the one with the largest output of the dense model.
 - Its share of the sums by which the presets spread sparsity, Σ ‖g‖² ‖x‖² (g: gradient of the model's loss by a
   linear's output, x: the linear's input), in the dense model; the largest over the block's linears.
 
-Layers count from 1.
+Layers count from 1. It knows models whose layers are `model.layers` with linears in `self_attn` and `mlp`, such as
+LLaMA, Mistral, Qwen2 and Gemma 3.
 """
 
 import argparse
@@ -74,8 +75,8 @@ def fisher_shares(model: PreTrainedModel, tokens: Tensor, largest: list[int]) ->
         layer, block, _ = name.split(".", 2)
         if int(layer) < len(largest):
             sums = x.square().sum(1) * g.square().sum(1)
-            share = (sums[largest[int(layer)]] / sums.sum()).item()
-            shares[int(layer), block] = max(share, shares.get((int(layer), block), 0.0))
+            of_token = share(sums[largest[int(layer)]].item(), sums.sum().item())
+            shares[int(layer), block] = max(of_token, shares.get((int(layer), block), 0.0))
     return [[shares[layer, block] for block in BLOCKS] for layer in range(len(largest))]
 
 
@@ -95,9 +96,9 @@ def block_shares(
             squares = (dense_output[0].float() - states_of(output)[0].float()).square()
             products = calls.products(squares.mean()).values()
         own = sum((g[token].square().sum() * x[token].square().sum()).item() for x, g in products)
-        gradients[layer][number] = own / sum((g.T @ x).square().sum().item() for x, g in products)
+        gradients[layer][number] = share(own, sum((g.T @ x).square().sum().item() for x, g in products))
         of_tokens = squares.detach().sum(1)
-        errors[layer][number] = (of_tokens[token] / of_tokens.sum()).item()
+        errors[layer][number] = share(of_tokens[token].item(), of_tokens.sum().item())
 
     handles = []
     for layer in range(len(largest)):
@@ -110,6 +111,11 @@ def block_shares(
     for handle in handles:
         handle.remove()
     return errors, gradients
+
+
+def share(part: float, whole: float) -> float:
+    """Share of a part; 0 where the whole is 0, as in blocks that are not pruned."""
+    return part / whole if whole else 0.0
 
 
 def states_of(output: Any) -> Tensor:
@@ -133,9 +139,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a window (default: 512)")
     parser.add_argument("--windows", type=int, default=1, help="windows, the first of the text (default: 1)")
     options = parser.parse_args()
-    folder = model_folder(options.dense)
+    folder, pruned_folder = model_folder(options.dense), model_folder(options.pruned)
     windows = read_windows(folder, options.text, options.windows, options.tokens)
-    dense, pruned = (load(name, dtype=torch.bfloat16).requires_grad_(False) for name in (folder, options.pruned))
+    dense, pruned = (load(name, dtype=torch.bfloat16).requires_grad_(False) for name in (folder, pruned_folder))
+    try:
+        for block in BLOCKS:
+            dense.get_submodule(f"model.layers.0.{block}")
+    except AttributeError as error:
+        parser.error(f"{folder} is built in another way: {error}")
     shares, tokens_of_layers = [], []
     for window in windows:
         largest = largest_tokens(dense, window[None])
@@ -149,7 +160,7 @@ def main() -> None:
             zip(torch.stack(shares).mean(0).tolist(), *tokens_of_layers, strict=True), 1
         )
     ]
-    title = f"{Path(folder).name} and {Path(options.pruned).name}: {len(windows)} × {options.tokens} tokens"
+    title = f"{Path(folder).name} and {Path(pruned_folder).name}: {len(windows)} × {options.tokens} tokens"
     keep("sink-shares", {"title": title, "headings": HEADINGS, "rows": rows})
     show(title, HEADINGS, rows)
 

@@ -6,15 +6,17 @@ An attention sink is a token whose states are far larger than those of the other
 DENSE, and through PRUNED if it is named. It prints two tables, means over the windows:
 
 - by decoder layer: the largest token of the layer's output, and its share of the squared difference between DENSE and
-  PRUNED, plain and with huge channels capped as in the distance that tuning lowers (`method/distance.py`); and false
-  sinks in a window: tokens that are over three times as large in PRUNED as in DENSE;
-- by kind of linear: the largest token's share of the sums over tokens that Wanda, SparseGPT, ALPS, swaps and least
-  squares rank by (‖x‖² by channel, the diagonal of the Gram matrix), the largest over all layers.
+  PRUNED, plain and with huge channels capped as in the distance that tuning lowers (`method/distance.py`, by the
+  medians of the window); and false sinks in a window: tokens that are over three times as large in PRUNED as in DENSE;
+- by kind of linear in DENSE, for the largest token of the linear's own input: its share of the sums over tokens that
+  Wanda, SparseGPT, ALPS, swaps and least squares rank by (‖x‖² by channel, the diagonal of the Gram matrix), the
+  largest over all layers.
 
 Layers count from 1. `sink_shares.py` measures the token's share in errors and gradients.
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,18 +44,21 @@ INPUTS = ["inputs of", "largest token's share of ‖X‖²", "in layer", "channe
 
 def read_windows(model: str, text: Path, count: int, length: int) -> Tensor:
     """The first windows of a text, int64 (windows, tokens), each with the token that begins the model's texts."""
-    windows, _ = windows_of(text.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(model), length, bos=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    windows, tokens = windows_of(text.read_text(encoding="utf-8"), tokenizer, length, bos=True)
+    if len(windows) < count:
+        sys.exit(f"{text} has {tokens} tokens, too few for {count} windows of {length}: give a longer text")
     return windows[:count]
 
 
 @torch.no_grad()
-def run_windows(model: str, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def run_windows(model: str, windows: Tensor) -> tuple[Tensor, dict[str, dict[int, Tensor]]]:
     """States and shares of inputs.
 
     Returns:
         States after each decoder layer but the last, float32 (windows, layers, tokens, hidden); by kind of linear the
-        largest token's share of its inputs' squares, and the share of channels where it has over half of them,
-        (layers, 2), means over windows.
+        layer (from 0) the largest token's share of its inputs' squares, and the share of channels where it has over
+        half of them, (2,), means over windows.
     """
     loaded = load(model, dtype=torch.bfloat16)
     shares: dict[str, dict[int, list[Tensor]]] = {}
@@ -66,8 +71,9 @@ def run_windows(model: str, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]
         shares.setdefault(kind, {}).setdefault(layer, []).append(of_window)
 
     for name, module in loaded.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            *_, layer, kind = name.split(".", 3)
+        _, in_layers, path = name.rpartition(".layers.")
+        if isinstance(module, torch.nn.Linear) and in_layers:
+            layer, _, kind = path.partition(".")
             module.register_forward_pre_hook(partial(look, kind, int(layer)))
     states = []
     for window in windows:
@@ -75,7 +81,7 @@ def run_windows(model: str, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]
         # The last state of transformers comes after the last norm; the others are what a layer gives the next one.
         states.append(torch.stack([state[0].float() for state in outputs.hidden_states[1:-1]]))
     means = {
-        kind: torch.stack([torch.stack(layers[layer]).mean(0) for layer in sorted(layers)])
+        kind: {layer: torch.stack(of_windows).mean(0) for layer, of_windows in layers.items()}
         for kind, layers in shares.items()
     }
     return torch.stack(states), means
@@ -117,12 +123,15 @@ def layer_rows(before: Tensor, after: Tensor | None, formats: list[str]) -> list
     return rows
 
 
-def input_rows(shares: dict[str, Tensor]) -> list[list[str]]:
+def input_rows(shares: dict[str, dict[int, Tensor]]) -> list[list[str]]:
     """For each kind of linear the largest shares, and the layers that have them, from 1."""
     rows = []
     for kind, of_layers in shares.items():
-        (squares, channels), (first, second) = of_layers.max(0)
-        rows.append([kind, f"{squares:.1%}", str(int(first) + 1), f"{channels:.1%}", str(int(second) + 1)])
+        row = [kind]
+        for number in range(2):
+            layer = max(of_layers, key=lambda layer: of_layers[layer][number].item())
+            row += [f"{of_layers[layer][number]:.1%}", str(layer + 1)]
+        rows.append(row)
     return rows
 
 
@@ -135,14 +144,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a window (default: 512)")
     parser.add_argument("--windows", type=int, default=1, help="windows, the first of the text (default: 1)")
     options = parser.parse_args()
-    dense = model_folder(options.dense)
+    dense, pruned = model_folder(options.dense), options.pruned and model_folder(options.pruned)
     windows = read_windows(dense, options.text, options.windows, options.tokens)
     before, shares = run_windows(dense, windows)
-    after = run_windows(options.pruned, windows)[0] if options.pruned else None
-    columns = NORMS | (DIFFERENCES if options.pruned else {})
+    after = run_windows(pruned, windows)[0] if pruned else None
+    columns = NORMS | (DIFFERENCES if pruned else {})
     rows = layer_rows(before, after, list(columns.values()))
-    pruned = f" and {Path(options.pruned).name}" if options.pruned else ""
-    title = f"{Path(dense).name}{pruned}: {len(windows)} × {options.tokens} tokens"
+    models = " and ".join(Path(folder).name for folder in (dense, pruned) if folder)
+    title = f"{models}: {len(windows)} × {options.tokens} tokens"
     tables = ((["after layer", "largest token", *columns], rows), (INPUTS, input_rows(shares)))
     for headings, table in tables:
         keep("sinks", {"title": title, "headings": headings, "rows": table})
