@@ -18,14 +18,13 @@ Layers count from 1. It knows models whose layers are `model.layers` with linear
 LLaMA, Mistral, Qwen2 and Gemma 3.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import keep, model_folder, show
-from sinks import read_windows
+from sinks import listed, read_windows, window_parser
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -132,12 +131,9 @@ def with_gradient(value: Any) -> Any:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = window_parser(__doc__)
     parser.add_argument("dense", help="a checkpoint")
     parser.add_argument("pruned", help="the same model, pruned")
-    parser.add_argument("--text", type=Path, required=True, help="a text file")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a window (default: 512)")
-    parser.add_argument("--windows", type=int, default=1, help="windows, the first of the text (default: 1)")
     options = parser.parse_args()
     folder, pruned_folder = model_folder(options.dense), model_folder(options.pruned)
     windows = read_windows(folder, options.text, options.windows, options.tokens)
@@ -155,7 +151,7 @@ def main() -> None:
         fisher = fisher_shares(dense, window[None], largest)
         shares.append(torch.cat([torch.tensor(of) for of in (errors, gradients, fisher)], dim=1))
     rows = [
-        [str(layer), ", ".join(map(str, sorted(set(tokens)))), *(f"{share:.1%}" for share in means)]
+        [str(layer), listed(tokens), *(f"{mean:.1%}" for mean in means)]
         for layer, (means, *tokens) in enumerate(
             zip(torch.stack(shares).mean(0).tolist(), *tokens_of_layers, strict=True), 1
         )

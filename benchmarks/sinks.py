@@ -17,13 +17,14 @@ Layers count from 1. `sink_shares.py` measures the token's share in errors and g
 
 import argparse
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import keep, model_folder, show
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from llm_barber import load
@@ -42,6 +43,15 @@ FALSE_SINK = 3  # times a token's norm in the dense model
 INPUTS = ["inputs of", "largest token's share of ‖X‖²", "in layer", "channels where it has over half", "in layer"]
 
 
+def window_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of the windows of text; dense and pruned model are to be added."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="a text file")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a window (default: 512)")
+    parser.add_argument("--windows", type=int, default=1, help="windows, the first of the text (default: 1)")
+    return parser
+
+
 def read_windows(model: str, text: Path, count: int, length: int) -> Tensor:
     """The first windows of a text, int64 (windows, tokens), each with the token that begins the model's texts."""
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -51,16 +61,13 @@ def read_windows(model: str, text: Path, count: int, length: int) -> Tensor:
     return windows[:count]
 
 
-@torch.no_grad()
-def run_windows(model: str, windows: Tensor) -> tuple[Tensor, dict[str, dict[int, Tensor]]]:
-    """States and shares of inputs.
+def watch_inputs(model: nn.Module) -> dict[str, dict[int, list[Tensor]]]:
+    """Let each run of one window add its shares of inputs to the result.
 
     Returns:
-        States after each decoder layer but the last, float32 (windows, layers, tokens, hidden); by kind of linear the
-        layer (from 0) the largest token's share of its inputs' squares, and the share of channels where it has over
-        half of them, (2,), means over windows.
+        By kind of linear and layer (from 0), for each window: the largest token's share of the inputs' squares, and the
+        share of channels where it has over half of them, (2,).
     """
-    loaded = load(model, dtype=torch.bfloat16)
     shares: dict[str, dict[int, list[Tensor]]] = {}
 
     def look(kind: str, layer: int, _: Any, arguments: tuple[Tensor, ...]) -> None:
@@ -70,21 +77,23 @@ def run_windows(model: str, windows: Tensor) -> tuple[Tensor, dict[str, dict[int
         of_window = torch.stack([largest.sum() / sums.sum(), (largest > 0.5 * sums).float().mean()])
         shares.setdefault(kind, {}).setdefault(layer, []).append(of_window)
 
-    for name, module in loaded.named_modules():
+    for name, module in model.named_modules():
         _, in_layers, path = name.rpartition(".layers.")
-        if isinstance(module, torch.nn.Linear) and in_layers:
+        if isinstance(module, nn.Linear) and in_layers:
             layer, _, kind = path.partition(".")
             module.register_forward_pre_hook(partial(look, kind, int(layer)))
+    return shares
+
+
+@torch.no_grad()
+def run_windows(model: nn.Module, windows: Tensor) -> Tensor:
+    """States after each decoder layer but the last, float32 (windows, layers, tokens, hidden)."""
     states = []
     for window in windows:
-        outputs = loaded(input_ids=window[None], output_hidden_states=True, use_cache=False)
+        outputs = model(input_ids=window[None], output_hidden_states=True, use_cache=False)
         # The last state of transformers comes after the last norm; the others are what a layer gives the next one.
         states.append(torch.stack([state[0].float() for state in outputs.hidden_states[1:-1]]))
-    means = {
-        kind: {layer: torch.stack(of_windows).mean(0) for layer, of_windows in layers.items()}
-        for kind, layers in shares.items()
-    }
-    return torch.stack(states), means
+    return torch.stack(states)
 
 
 def norms(state: Tensor) -> list[Tensor]:
@@ -111,7 +120,7 @@ def layer_rows(before: Tensor, after: Tensor | None, formats: list[str]) -> list
     """A row for each decoder layer: largest tokens of the windows, and means over windows."""
     rows = []
     for layer in range(before.shape[1]):
-        tokens = sorted({int(state[layer].square().sum(1).argmax()) for state in before})
+        tokens = [int(state[layer].square().sum(1).argmax()) for state in before]
         means = torch.tensor(
             [
                 [*norms(dense[layer]), *(differences(dense[layer], after[window][layer]) if after is not None else [])]
@@ -119,35 +128,41 @@ def layer_rows(before: Tensor, after: Tensor | None, formats: list[str]) -> list
             ]
         ).mean(0)
         numbers = [format(mean, style) for mean, style in zip(means.tolist(), formats, strict=True)]
-        rows.append([str(layer + 1), ", ".join(map(str, tokens)), *numbers])
+        rows.append([str(layer + 1), listed(tokens), *numbers])
     return rows
 
 
-def input_rows(shares: dict[str, dict[int, Tensor]]) -> list[list[str]]:
-    """For each kind of linear the largest shares, and the layers that have them, from 1."""
+def listed(tokens: Iterable[int]) -> str:
+    """Positions of tokens, each once. Example: [5, 0, 0] -> "0, 5"."""
+    return ", ".join(map(str, sorted(set(tokens))))
+
+
+def input_rows(shares: dict[str, dict[int, list[Tensor]]]) -> list[list[str]]:
+    """For each kind of linear the largest shares, means over windows, and the layers that have them, from 1."""
     rows = []
-    for kind, of_layers in shares.items():
+    for kind, layers in shares.items():
+        means = {layer: torch.stack(of_windows).mean(0).tolist() for layer, of_windows in layers.items()}
         row = [kind]
         for number in range(2):
-            layer = max(of_layers, key=lambda layer: of_layers[layer][number].item())
-            row += [f"{of_layers[layer][number]:.1%}", str(layer + 1)]
+            layer = max(means, key=lambda layer: means[layer][number])
+            row += [f"{means[layer][number]:.1%}", str(layer + 1)]
         rows.append(row)
     return rows
 
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = window_parser(__doc__)
     parser.add_argument("dense", nargs="?", help="a checkpoint (default: SmolLM2-135M from its package)")
     parser.add_argument("pruned", nargs="?", help="the same model, pruned")
-    parser.add_argument("--text", type=Path, required=True, help="a text file")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a window (default: 512)")
-    parser.add_argument("--windows", type=int, default=1, help="windows, the first of the text (default: 1)")
     options = parser.parse_args()
     dense, pruned = model_folder(options.dense), options.pruned and model_folder(options.pruned)
     windows = read_windows(dense, options.text, options.windows, options.tokens)
-    before, shares = run_windows(dense, windows)
-    after = run_windows(pruned, windows)[0] if pruned else None
+    model = load(dense, dtype=torch.bfloat16)
+    shares = watch_inputs(model)
+    before = run_windows(model, windows)
+    del model  # its memory is for the pruned one
+    after = run_windows(load(pruned, dtype=torch.bfloat16), windows) if pruned else None
     columns = NORMS | (DIFFERENCES if pruned else {})
     rows = layer_rows(before, after, list(columns.values()))
     models = " and ".join(Path(folder).name for folder in (dense, pruned) if folder)
