@@ -79,7 +79,7 @@ RUN_BUDGETS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
         {
             "embed": Budget(EMBEDDING + TOKEN_IDS + 384, SCALARS, 87),
             "allocate": Budget(2 * LAYER + EMBEDDING + 2 * ARRAY + 2 * TOKEN_IDS, 2 * ARRAY + 4 * SCALARS, 1378),
-            "layer": Budget(LAYER, SCALARS + RUNS, 1903),
+            "layer": Budget(LAYER, SCALARS + RUNS, 2087),
             "other": Budget(SCALARS, 2 * WEIGHTS + 2 * ARRAY + SCALARS, 38),
         },
     ),
@@ -88,7 +88,7 @@ RUN_BUDGETS: dict[str, tuple[dict[str, Any], dict[str, Budget]]] = {
         {
             "embed": Budget(EMBEDDING + TOKEN_IDS + 384, ARRAY + SCALARS, 84),
             "allocate": Budget(4 * LAYER + EMBEDDING + 7 * ARRAY + 2 * TOKEN_IDS, 4 * ARRAY + 4 * SCALARS, 1373),
-            "layer": Budget(LAYER + 55 * ARRAY // 2, 11 * ARRAY + SCALARS + RUNS, 1881),
+            "layer": Budget(LAYER + 55 * ARRAY // 2, 11 * ARRAY + SCALARS + RUNS, 2065),
             "other": Budget(SCALARS, 2 * WEIGHTS + SCALARS, 38),
         },
     ),

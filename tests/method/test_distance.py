@@ -64,7 +64,7 @@ def test_held_out_errors_count_a_huge_token_as_ten_median_tokens() -> None:
     assert distance.errors(targets, distance.differences(targets, output)).tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_gradients_count_a_huge_token_as_it_is() -> None:
+def test_the_loss_counts_a_huge_token_in_full() -> None:
     targets, output = torch.ones(1, 4, 2), torch.zeros(1, 4, 2)
     targets[0, 0] = 1000
     distance = Distance(torch.ones(2))

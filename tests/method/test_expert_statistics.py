@@ -1,5 +1,6 @@
 """A layer of experts: its statistics, gradients and groups do not depend on how experts are computed."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_barber.masking.statistics import FisherSums, GradientSquares, GramMatrix, InputMoments, InputSquares, mirror
+from llm_barber.method import clipped_gradients
+from llm_barber.method.clipped_gradients import gradients_by_weights
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
@@ -96,13 +99,9 @@ def compute(family: str, chosen: Callable[[str], bool]) -> Computed:
     results["squares"] = {name: of_linear.parts() for name, of_linear in squares.items()}
     results["fishers"] = {name: of_linear.parts() for name, of_linear in fishers.items()}
     results["states"] = {"": by_input}
-    weights = {name: linear.weight.clone().requires_grad_() for name, linear in layer.linears.items()}
-    output = layer.output_with(weights, hidden[:1])
-    gradients = torch.autograd.grad(output.square().sum(), list(weights.values()), allow_unused=True)
-    results["tuning"] = {
-        name: [torch.zeros_like(weight) if gradient is None else gradient]
-        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
-    }
+    weights = {name: linear.weight.clone() for name, linear in layer.linears.items()}
+    parts, scale = layer.output_gradients(weights, hidden[:1], lambda output: 2 * output)
+    results["tuning"] = {name: [values * scale] for name, values in gradients_by_weights(parts).items()}
     inputs = layer.inputs_of(names, hidden, {})
     results["inputs"] = {name: [values.square().sum(1)] for name, values in inputs.items()}
     return results
@@ -131,6 +130,30 @@ def test_statistics_are_those_of_experts_one_by_one(
             for result, same, of in zip(results[kind][name], again[kind][name], totals, strict=True):
                 assert torch.equal(result, same)
                 torch.testing.assert_close(result, of, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("products", [Products.LOOP, *TOGETHER])
+def test_gradients_by_weights_equal_autograd(
+    products: Products, family: str, force_products: Callable[[Products], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clipped_gradients, "HUGE_TERM", math.inf)
+    force_products(products)
+    layer, _ = decoder_layer(family)
+    weights = {name: linear.weight.clone().requires_grad_() for name, linear in layer.linears.items()}
+    loss = layer.output_with(weights, states()[:1]).square().sum()
+    by_autograd = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    expected = {
+        name: torch.zeros_like(weight) if gradient is None else gradient
+        for (name, weight), gradient in zip(weights.items(), by_autograd, strict=True)
+    }
+    detached = {name: weight.detach() for name, weight in weights.items()}
+    parts, scale = layer.output_gradients(detached, states()[:1], lambda output: 2 * output)
+    gradients = gradients_by_weights(parts)
+    assert set(gradients) == set(expected)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient * scale, expected[name], rtol=1e-4, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("products", [Products.LOOP, *TOGETHER])

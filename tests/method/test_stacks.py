@@ -65,6 +65,12 @@ def test_linears_come_back_as_they_were(fixed: tuple[bool, bool], monkeypatch: p
                 original.keep, original.weight, original.values, None, torch.zeros_like(original.keep)
             )
         assert equal(back[name], original)
+    values = {name: original.values for name, original in linears.items()}
+    assert torch.equal(stack.join(values), stack.linear.values)
+    name, of_last = values.popitem()
+    joined = stack.split(stack.join(values))
+    assert torch.equal(joined[name], torch.zeros_like(of_last))
+    assert all(torch.equal(joined[name], each) for name, each in values.items())
 
 
 def test_large_weights_and_those_of_a_cpu_are_not_stacked() -> None:

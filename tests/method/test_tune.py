@@ -1,7 +1,10 @@
 """Tuning of whole layers: masks by their scores, then values."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import cycle, pairwise
 from pathlib import Path
+from statistics import median_low
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,8 +21,8 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.saliency import wanda
+from llm_barber.method import clipped_gradients, tune, tuned_parameters
 from llm_barber.method import distance as distances
-from llm_barber.method import tune, tuned_parameters
 from llm_barber.method.distance import Distance
 from llm_barber.method.gradient_sums import GradientSums
 from llm_barber.method.method_masks import MethodMasks
@@ -59,7 +62,7 @@ def tuned_in_memory(
     windows: int,
     tune_weights: bool = False,
 ) -> dict[str, Tensor]:
-    """Tune masks, and kept weights with `tune_weights`, with autograd of whole layers, sorting row by row.
+    """Tune masks, and kept weights with `tune_weights`, with gradients token by token, sorting row by row.
 
     `windows`: most of a step.
 
@@ -122,8 +125,11 @@ def tuned_in_memory(
         order = torch.Generator().manual_seed(0)
         chosen = [step for _ in range(passes) for step in torch.randperm(count, generator=order).tolist()]
         for number, step in enumerate(chosen):
-            leaves = [linear.weight.requires_grad_() for linear in linears.values()]
-            gradients = torch.autograd.grad(distance(range(step, training, count)), leaves)
+            for linear in linears.values():
+                linear.weight.requires_grad_()
+            members = range(step, training, count)
+            of_windows = [token_by_token(linears, partial(distance, [member])) for member in members]
+            gradients = [sum(of_linear) / len(members) for of_linear in zip(*of_windows, strict=True)]
             for (name, linear), gradient in zip(linears.items(), gradients, strict=True):
                 linear.weight.requires_grad_(False)
                 score_adam.move(name, gradient * values[name], number)
@@ -140,6 +146,26 @@ def tuned_in_memory(
             linear.weight.copy_(final[name])
         written |= {f"model.layers.{index}.{name}.weight": linear.weight.clone() for name, linear in linears.items()}
     return written
+
+
+def token_by_token(linears: dict[str, Any], loss: Callable[[], Tensor]) -> list[Tensor]:
+    """Gradients of a window's loss by the weights of linears, token by token; huge terms are scaled down."""
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str, _: Any, arguments: Any, output: Tensor) -> None:
+        calls[name] = arguments[0].detach(), output
+
+    handles = [linear.register_forward_hook(partial(note, name)) for name, linear in linears.items()]
+    by_output = torch.autograd.grad(loss(), [calls[name][1] for name in linears])
+    for handle in handles:
+        handle.remove()
+    gradients = []
+    for name, of_linear in zip(linears, by_output, strict=True):
+        terms = [torch.outer(g, x) for g, x in zip(of_linear[0], calls[name][0][0], strict=True)]
+        norms = [float(term.norm()) for term in terms]
+        bound = clipped_gradients.HUGE_TERM * median_low([norm for norm in norms if norm])
+        gradients.append(sum(term * min(1, bound / (norm or 1)) for term, norm in zip(terms, norms, strict=True)))
+    return gradients
 
 
 def starting_row(score: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
@@ -169,7 +195,8 @@ def keep_highest(score: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.6), NofM(2, 4)], ids=["60 %", "2:4"])
 @pytest.mark.parametrize(
-    ("mix", "guard", "huge", "chosen"), [(0.0, 0.0, 30.0, {}), (0.5, 0.2, 1.0, {"tune_passes": 2, "tune_windows": 4})]
+    ("mix", "guard", "huge", "chosen"),
+    [(0.0, 0.0, 1e9, {}), (0.5, 0.2, 1.0, {"tune_passes": 2, "tune_windows": 4})],
 )
 def test_masks_equal_those_tuned_in_memory(
     tmp_path: Path,
@@ -182,8 +209,12 @@ def test_masks_equal_those_tuned_in_memory(
     chosen: dict[str, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With little text, and with passes and windows as they are chosen."""
-    monkeypatch.setattr(distances, "HUGE_CHANNEL", huge)  # at 1, half of the channels count for less
+    """With little text, and with passes and windows as they are chosen.
+
+    If `huge` is 1, half of the channels count for less, and half of the tokens in each linear; else none of them.
+    """
+    monkeypatch.setattr(distances, "HUGE_CHANNEL", huge)
+    monkeypatch.setattr(clipped_gradients, "HUGE_TERM", huge)
     target = {"pattern": str(pattern)} if isinstance(pattern, NofM) else {"sparsity": pattern.sparsity}
     settings = {"allocation": "uniform", "rebuild": False, "refine": "tune", "guard": guard, **chosen}
     report = run(model, tmp_path / "out", tokens, target_mix=mix, **settings, **target)
@@ -290,9 +321,10 @@ def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     streams.write("hidden", slice(0, 1), hidden.to(dtype))
     target = hidden.to(dtype) @ weight.to(dtype).t() * (1 + 0.02 * torch.randn(8, generator=generator)).to(dtype)
     streams.write(tune.TARGET, slice(0, 1), target)
-    weights = {"0": weight.to(dtype).requires_grad_()}
+    weights = {"0": weight.to(dtype)}
     sums = GradientSums(weights, dtype)
-    sums.add(*tune._gradients(layer, weights, dict, streams, slice(0, 1), Distance(torch.ones(8))))
+    parameters: Any = SimpleNamespace(by_linear=dict, stacked=dict)
+    sums.add(*tune._gradients(layer, weights, parameters, Distance(torch.ones(8)), streams, slice(0, 1)))
     result = sums.finish()["0"]
     difference = (hidden.to(dtype) @ weight.to(dtype).t()).double() - target.double()
     expected = difference[0].t() @ hidden[0].to(dtype).double()

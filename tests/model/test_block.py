@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from llm_barber.errors import ModelError
 from llm_barber.masking.statistics import FisherSums, GradientSquares
@@ -107,6 +108,48 @@ def test_half_precision_does_not_underflow(case: Case) -> None:
     for name in block.linears:
         ratio = 1000 * squares[name].sqrt().norm() / exact[name].sqrt().norm()
         assert 0.98 < ratio < 1.02, (name, ratio)
+
+
+class Unusual(nn.Module):
+    """Clamps a linear's outputs in place, as OLMo does, calls it twice, and ignores what another linear gives."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        for name in ("query", "output", "ignored"):
+            self.add_module(name, Conv1D(8, 8) if transposed else nn.Linear(8, 8))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        states = self.query(hidden)
+        states.clamp_(-0.5, 0.5)
+        states = self.query(states)
+        states.clamp_(-0.5, 0.5)
+        self.ignored(states)
+        return self.output(states)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_by_outputs_give_those_by_weights(transposed: bool) -> None:
+    torch.manual_seed(0)
+    layer = DecoderLayer(
+        Unusual(transposed).requires_grad_(False), ("query", "output", "ignored"), lambda *_: {}, transposed
+    )
+    hidden = torch.randn(1, 12, 8)
+    weights = {name: torch.randn(8, 8).requires_grad_() for name in layer.linears}
+    loss = layer.output_with(weights, hidden).square().sum() / 2
+    expected = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    parts, scale = layer.output_gradients(
+        {name: weight.detach() for name, weight in weights.items()}, hidden, lambda output: output
+    )
+    gradients = {
+        name: (part.gradients[index, 0].t() @ part.inputs[index, 0]) * scale
+        for part in parts
+        for index, name in enumerate(part.names)
+    }
+    assert set(gradients) == {"query", "output"}
+    for name, gradient in zip(weights, expected, strict=True):
+        assert (name in gradients) == (gradient is not None)
+        if gradient is not None:
+            torch.testing.assert_close(gradients[name], gradient)
 
 
 def test_a_linear_that_the_output_does_not_depend_on_is_an_error(case: Case) -> None:

@@ -6,9 +6,9 @@ can ruin all other channels. The norm in front of the next linears scales huge c
 
 Huge tokens: in many models one token of a window, mostly the first, has states that are a hundred times as large as
 those of the other tokens (an attention sink). Its error arises in the layer that writes the sink, and later layers hand
-it on. The sink hides whether the other tokens come nearer, so held-out windows count it for less. Gradients count it in
-full: Adam scales the steps of each weight separately, and tuned weights ruin a sink that counts for less
-(`docs/method/tuning.md`; measurements: `docs/notebook/refining.md`).
+it on. The sink hides whether the other tokens come nearer, so held-out windows count it for less. The loss that is
+tuned counts it in full, since tuned weights ruin a sink that counts for less. Instead, huge terms of the gradients are
+scaled down in each linear (`clipped_gradients.py`; measurements: `docs/notebook/refining.md`).
 """
 
 from dataclasses import dataclass

@@ -21,7 +21,7 @@ class Judgement:
 
     Attributes:
         error: mean distance over windows, tokens and channels; huge tokens and channels count for less (`Distance`).
-        token_share: share of the windows' largest tokens in the squares that gradients see; 0 to 1. In these squares
+        token_share: share of the windows' largest tokens in the squares of the tuned loss; 0 to 1. In these squares
             huge channels count for less, but huge tokens count in full.
         channel_share: share of the largest channel in the same squares; 0 to 1.
     """

@@ -29,9 +29,16 @@ class Stack:
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """Views (out, in) of a tensor (n · out, in), by linear."""
-        if len(self.names) == 1:  # autograd would copy the gradient by a view
+        if len(self.names) == 1:
             return {self.names[0]: tensor}
         return dict(zip(self.names, self.by_linear(tensor).unbind(0), strict=True))
+
+    def join(self, by_linear: Mapping[str, Tensor]) -> Tensor:
+        """Join tensors (out, in) of the linears, (n · out, in); zeros for a linear that is not named."""
+        if len(self.names) == 1:
+            return by_linear[self.names[0]]
+        like = next(by_linear[name] for name in self.names if name in by_linear)
+        return torch.cat([by_linear[name] if name in by_linear else torch.zeros_like(like) for name in self.names])
 
     def by_linear(self, tensor: Tensor) -> Tensor:
         """View a tensor (n · out, in) as (n, out, in)."""

@@ -5,19 +5,20 @@ model gives it, and its target (`target_output.py`). Masks follow from scores (`
 Wanda's. Held-out windows choose the pass whose result is kept, or none.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llm_barber.method.clipped_gradients import gradients_by_weights
 from llm_barber.method.distance import Distance
 from llm_barber.method.gradient_sums import GradientSums
 from llm_barber.method.held_out import Judgement, judge
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.tuned_parameters import TunedParameters
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.gradients import check_finite, scaled_by_sequence
+from llm_barber.model.gradients import check_finite
 from llm_barber.model.streams import HIDDEN, TARGET, ActivationStreams
 from llm_barber.record.layers import Concentration, kept_pass
 from llm_barber.settings.refining import RefineSettings
@@ -96,14 +97,11 @@ def _descend(
     judgements = [judge(layer, parameters.weights(), distance, streams)] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
-            weights = {
-                name: weight.to(layer.dtype).detach().requires_grad_()
-                for name, weight in parameters.stacked_weights().items()
-            }
+            weights = {name: weight.to(layer.dtype) for name, weight in parameters.stacked_weights().items()}
             sums.begin()
             for sequence in steps[step].local_sequences:
                 window = slice(sequence, sequence + 1)
-                sums.add(*_gradients(layer, weights, parameters.by_linear, streams, window, distance))
+                sums.add(*_gradients(layer, weights, parameters, distance, streams, window))
             gradients = sums.finish()
             for gradient in gradients.values():
                 streams.ranks.add_tensor(gradient)
@@ -142,23 +140,18 @@ def _concentration(judgements: list[Judgement]) -> Concentration | None:
 def _gradients(
     layer: DecoderLayer,
     weights: Mapping[str, Tensor],
-    by_linear: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    parameters: TunedParameters,
+    distance: Distance,
     streams: ActivationStreams,
     sequence: slice,
-    distance: Distance,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Compute one sequence's gradients by the stacked weights, (n · out, in), over a scale, float32 (1,).
 
-    `by_linear` gives the weight of each linear from the stacked ones. The loss is half the distance, summed over tokens
-    and channels. Weights of experts without a token of the sequence have no gradient.
+    The loss is half the distance, summed over tokens and channels. Huge terms of its gradients are scaled down
+    (`clipped_gradients.py`). Weights that the loss does not depend on have no gradient.
     """
     hidden, target = streams.read(HIDDEN, sequence), streams.read(TARGET, sequence)
-
-    def compute() -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        output = layer.output_with(by_linear(weights), hidden)
-        scaled, scale = scaled_by_sequence(distance.gradient(target, output.detach()), output.dtype)
-        return scale, torch.autograd.grad(output, list(weights.values()), scaled, allow_unused=True)
-
-    scale, gradients = layer.compute_gradients(compute)
-    by_weight = zip(weights, gradients, strict=True)
-    return {name: gradient for name, gradient in by_weight if gradient is not None}, scale
+    parts, scale = layer.output_gradients(
+        parameters.by_linear(weights), hidden, lambda output: distance.gradient(target, output)
+    )
+    return parameters.stacked(gradients_by_weights(parts)), scale

@@ -83,6 +83,17 @@ class TunedParameters:
             return {name: stack.linear.weight for name, stack in self._stacks.items()}
         return {name: apply_mask(self._values(name), stack.linear.keep) for name, stack in self._stacks.items()}
 
+    def stacked(self, by_linear: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stack tensors (out, in) of linears, (n · out, in); stacks none of whose linears is named are left out.
+
+        Those of experts with few tokens are ignored.
+        """
+        return {
+            name: stack.join(by_linear)
+            for name, stack in self._stacks.items()
+            if any(of_linear in by_linear for of_linear in stack.names)
+        }
+
     def by_linear(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of all linears, (out, in): views of the stacks', and those of experts with few tokens."""
         weights = dict(self._frozen_weights)

@@ -19,7 +19,14 @@ from llm_barber.model.architecture import Block
 from llm_barber.model.attention import fast_attention
 from llm_barber.model.experts import Experts, mixture_of
 from llm_barber.model.fixed_order import FixedOrder, Result
-from llm_barber.model.gradients import LinearCall, differences, linear_gradients, mean_squares, scaled_by_sequence
+from llm_barber.model.gradients import (
+    LinearCall,
+    LinearGradients,
+    differences,
+    linear_gradients,
+    mean_squares,
+    scaled_by_sequence,
+)
 from llm_barber.model.hooks import InputVisitor, LayerHooks, Reached
 
 
@@ -189,7 +196,7 @@ class DecoderLayer:
             gradients = torch.autograd.grad(outputs[0], [call.output for call in calls], scaled, allow_unused=True)
             return calls, outputs[0].detach(), difference, scale, gradients
 
-        calls, output, difference, scale, gradients = self.compute_gradients(run)
+        calls, output, difference, scale, gradients = self._compute_gradients(run)
         factor = 2 / difference[0].numel()  # d mean(d²)/dy = 2 d / (tokens · channels)
         for part in linear_gradients(calls, gradients, block.output):
             update_together([squares[name] for name in part.names], part.inputs, part.gradients, scale, factor)
@@ -219,13 +226,39 @@ class DecoderLayer:
             tensors = [hidden, *(call.output for call in calls)]
             return calls, scale, torch.autograd.grad(output, tensors, scaled, allow_unused=True)
 
-        calls, scale, (by_hidden, *gradients) = self.compute_gradients(run)
+        calls, scale, (by_hidden, *gradients) = self._compute_gradients(run)
         for part in linear_gradients(calls, gradients, "the decoder layer"):
             update_together([sums[name] for name in part.names], part.inputs, part.gradients, scale)
         assert by_hidden is not None
         return by_hidden.float() * scale.view(-1, 1, 1)
 
-    def compute_gradients(self, run: Callable[[], Result]) -> Result:
+    def output_gradients(
+        self, weights: Mapping[str, Tensor], hidden: Tensor, gradient: Callable[[Tensor], Tensor]
+    ) -> tuple[list[LinearGradients], Tensor]:
+        """Inputs of linears, and gradients of a loss by their outputs, with other weights.
+
+        Args:
+            weights: weights of these linears, as in `output_with`. A linear that the loss does not depend on is left
+                out of the result.
+            hidden: the layer's input, (sequences, tokens, hidden).
+            gradient: takes the layer's output, detached; returns the gradient of the loss by it, float32. Both are
+                (sequences, tokens, hidden).
+
+        Returns:
+            The gradients over a scale, and the scale of each sequence, float32 (sequences,).
+        """
+
+        def run() -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
+            with self.hooks.recorded(weights, len(hidden)) as calls:
+                output = self.output_with(weights, hidden)
+            scaled, scale = scaled_by_sequence(gradient(output.detach()), output.dtype)
+            outputs = [call.output for call in calls]
+            return calls, scale, torch.autograd.grad(output, outputs, scaled, allow_unused=True)
+
+        calls, scale, gradients = self._compute_gradients(run)
+        return linear_gradients(calls, gradients), scale
+
+    def _compute_gradients(self, run: Callable[[], Result]) -> Result:
         """Call a function that runs the layer and takes gradients, in a fixed order if available."""
         counts = {name: experts.tokens.clone() for name, experts in self.experts.items()}
 

@@ -19,7 +19,8 @@ from llm_barber.model.routes import Bucket, Layout, Routes
 LARGE_WEIGHT = 2**24
 GROUPED_ALIGNMENT = 16  # bytes that divide the strides of what `grouped_mm` takes
 # Compute capabilities, without the minor number, whose kernel is taken. PyTorch has one for 10, too, but its gradient
-# for an expert without tokens is not zero, at least before torch 2.13 (pytorch/pytorch#172439).
+# by the weight of an expert without tokens is not zero, at least before torch 2.13 (pytorch/pytorch#172439). The
+# program takes no such gradient any more; nobody has run that kernel here.
 GROUPED_GPUS = (9,)
 
 

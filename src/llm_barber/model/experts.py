@@ -47,8 +47,9 @@ class Part:
 
 
 # Takes a linear's name inside an expert; its inputs, (rows, in), of one or more experts; its output, (rows, out), None
-# before it is computed; and the view of such rows by expert and sequence.
-Listener = Callable[[str, Tensor, Tensor | None, SequenceView], None]
+# before it is computed; and the view of such rows by expert and sequence. Returns what the experts go on with instead
+# of the output, or None.
+Listener = Callable[[str, Tensor, Tensor | None, SequenceView], Tensor | None]
 Linear = Callable[[str, Tensor], Tensor]  # of a linear's name and its inputs
 
 
@@ -156,7 +157,8 @@ class Experts(nn.ModuleList):
         output = multiply(bucket, inputs, linears)
         for before, listener in self._listeners.values():
             if not before:
-                listener(name, inputs, output, view)
+                heard = listener(name, inputs, output, view)
+                output = output if heard is None else heard
         return output
 
 

@@ -59,7 +59,7 @@ def differences(left: Tensor, right: Tensor) -> Tensor:
 
 
 def linear_gradients(
-    calls: Sequence[LinearCall], gradients: Sequence[Tensor | None], module: str
+    calls: Sequence[LinearCall], gradients: Sequence[Tensor | None], module: str | None = None
 ) -> list[LinearGradients]:
     """Inputs of linears, and gradients by their outputs; linears that were called together are together.
 
@@ -68,10 +68,11 @@ def linear_gradients(
     Args:
         calls: the calls of the linears.
         gradients: the gradient by the output of each call; None: the loss does not depend on it.
-        module: the module whose output the gradients are of, for the error.
+        module: the module whose output the gradients are of, for the error; None: a linear without a gradient is left
+            out.
 
     Raises:
-        ModelError: no call of some linear has a gradient.
+        ModelError: no call of some linear has a gradient, and `module` is given.
     """
     parts: list[LinearGradients] = []
     missing: list[str] = []
@@ -84,7 +85,7 @@ def linear_gradients(
             parts += [part for part in chosen if part.names]
     counts = Counter(name for part in parts for name in part.names)
     for name in missing:
-        if name not in counts:
+        if name not in counts and module is not None:
             raise ModelError(f"the output of {module} has no gradient by {name}", f"--exclude '{name}$'")
     return parts if not counts or max(counts.values()) == 1 else _join_calls(parts)
 

@@ -16,8 +16,8 @@ from llm_barber.model.routes import SequenceView
 
 InputVisitor = Callable[[list[Rows]], None]  # takes the inputs of a linear, or of the same linear of several experts
 # Takes the inputs of a linear, or of the same linear of several experts; their output, None before it is computed; and
-# what splits such tensors by linear and sequence.
-_Listener = Callable[[Tensor, Tensor | None, Splitter], None]
+# what splits such tensors by linear and sequence. Returns what the layer goes on with instead of the output, or None.
+_Listener = Callable[[Tensor, Tensor | None, Splitter], Tensor | None]
 
 
 class Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -108,10 +108,12 @@ class LayerHooks:
         """Collect the calls of linears, with their inputs and outputs, in the list that is yielded."""
         calls: list[LinearCall] = []
 
-        def record(inputs: Tensor, output: Tensor | None, split: Splitter) -> None:
+        def record(inputs: Tensor, output: Tensor | None, split: Splitter) -> Tensor:
             assert output is not None
             # Weights require no gradient, so that autograd forms none: the graph starts at the first outputs.
             calls.append(LinearCall(inputs.detach(), output.requires_grad_(), split))
+            alias: Tensor = _Alias.apply(output)  # type: ignore[no-untyped-call]  # PyTorch's
+            return alias
 
         with self._heard(linears, sequences, record, before=False):
             yield calls
@@ -131,16 +133,17 @@ class LayerHooks:
             chosen = (tuple(name if name in linears else None for name in of_part) for of_part in names)
             return [Rows(of_part, part) for of_part, (_, part) in zip(chosen, view(values), strict=True)]
 
-        def of_linear(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor | None = None) -> None:
-                listener(positional[0], output, partial(split, name))
+        def of_linear(name: str) -> Callable[..., Tensor | None]:
+            def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor | None = None) -> Tensor | None:
+                return listener(positional[0], output, partial(split, name))
 
             return hook
 
-        def of_experts(path: str) -> Callable[..., None]:
-            def hear(linear: str, inputs: Tensor, output: Tensor | None, view: SequenceView) -> None:
+        def of_experts(path: str) -> Callable[..., Tensor | None]:
+            def hear(linear: str, inputs: Tensor, output: Tensor | None, view: SequenceView) -> Tensor | None:
                 if any(f"{path}.{expert}.{linear}" in linears for expert in view.bucket.experts):
-                    listener(inputs, output, partial(split_call, path, linear, view))
+                    return listener(inputs, output, partial(split_call, path, linear, view))
+                return None
 
             return hear
 
@@ -188,6 +191,21 @@ class LayerHooks:
                 del module.forward
                 if forward is not None:
                     module.forward = forward
+
+
+class _Alias(torch.autograd.Function):
+    """The same values as a tensor of its own, which a layer may change in place: the gradient is by the values before.
+
+    OLMo clamps its queries, keys and values in place.
+    """
+
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        return values.data  # `detach` would be a view, and a change in place would rewrite the history of `values`
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 def _without_weights(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...] | list[Any]:

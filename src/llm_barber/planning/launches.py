@@ -30,6 +30,7 @@ ALLOCATION_GRADIENTS, LOSS = 15, 27  # of the allocation: for each linear and se
 # scores in a step; all else takes the linears of all experts at once.
 SEQUENCE, SUMS, STEP, BOTH, PATTERN, JUDGED = 20, 2, 23, 13, 25, 45
 EXPERT_SCORES, EXPERT_BORDER = 4, 1
+CLIPPING, CLIPPED = 10, 5  # of clipped gradients: for a sequence, and for each linear of it
 
 
 def layer_launches(layer: LayerShapes, recipe: Recipe) -> dict[str, float]:
@@ -61,7 +62,7 @@ def _tuning(once: float, blocks: Sequence[BlockShapes], groups: int, recipe: Rec
     stacked = sum(len(block.linears) * block.copies for block in blocks if is_stacked(block))
     held_out = recipe.held_out // recipe.tokens
     sequences = settings.passes * (recipe.local_sequences - held_out) * recipe.tune_turns
-    of_sequence = (1 + BACKWARD) * once + SEQUENCE + SUMS * stacks
+    of_sequence = (1 + BACKWARD) * once + SEQUENCE + SUMS * stacks + CLIPPING + CLIPPED * _kinds(blocks)
     masks_and_weights = settings.tunes_masks and settings.tunes_weights
     groups_of_m = settings.tunes_masks and recipe.pattern is not None
     of_step = stacks * (STEP + BOTH * masks_and_weights + PATTERN * groups_of_m)

@@ -107,11 +107,11 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
 def _stacks(layer: LayerShapes, recipe: Recipe) -> float:
     """Bytes of stacks of experts' linears while they are tuned.
 
-    Masks, values and weights of all are copied; of the largest stack, so are its gradient and twice its values, in
-    float32.
+    Masks, values, weights and gradients of all are copied, in the compute dtype. Of the largest stack there are also
+    three arrays in float32: its gradient, and its values twice.
     """
     stacked = [] if recipe.on_cpu else [block for block in layer.blocks if is_stacked(block)]
-    copies = (2 * recipe.itemsize + BOOL) * sum(block.all_weights for block in stacked)
+    copies = (3 * recipe.itemsize + BOOL) * sum(block.all_weights for block in stacked)
     return copies + 3 * FLOAT32 * max((block.largest * block.copies for block in stacked), default=0)
 
 

@@ -106,6 +106,9 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
             moved=backward_bytes(recipe, once),
         ) * passes  # fmt: skip
         work += forward_work(block, recipe, held_out) * (passes + 1)
+        if not recipe.on_cpu:  # clipped gradients: inputs and gradients are read twice, and written scaled
+            features = sum(rows + columns for rows, columns in block.linears) * block.copies * block.share
+            work += Work(moved=3 * recipe.itemsize * features * trained * passes)
         if recipe.refine.aims_at_dense_layers and not recipe.target_from_masks:
             work += forward_work(block, recipe, recipe.local_tokens)
         work += streaming_work(block, recipe, recipe.local_tokens, passes + 1)

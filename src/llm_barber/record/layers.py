@@ -98,7 +98,7 @@ class Concentration(Result):
     """Shares of the largest token and of the largest channel in a layer's squared distance.
 
     The largest token is that of each held-out window. The distance is that of the layer's output from its target, as
-    the gradients of tuning see it: huge channels count for less, huge tokens do not. Before tuning, and after the pass
+    the loss of tuning counts it: huge channels count for less, huge tokens do not. Before tuning, and after the pass
     that was kept. 0 to 1; NaN where it overflowed.
     """
 
