@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_barber.method.clipped_gradients import HUGE_TERM, gradients_by_weights
+from llm_barber.method.clipped_gradients import HUGE_TERM, clipped_gradients_by_weights
 from llm_barber.model.gradients import LinearGradients
 
 TOKENS, WIDTH, ROWS = 9, 6, 4
@@ -46,7 +46,7 @@ def by_token(part: LinearGradients, most: float) -> dict[str, Tensor]:
 def test_gradients_are_sums_over_tokens(linears: int, sequences: int, dtype: torch.dtype, tolerance: float) -> None:
     part = part_of(linears, sequences, dtype)
     expected, in_full = by_token(part, HUGE_TERM), by_token(part, math.inf)
-    results = gradients_by_weights([part])
+    results = clipped_gradients_by_weights([part])
     assert list(results) == list(part.names)
     for name, gradient in results.items():
         assert gradient.dtype == dtype
@@ -61,7 +61,7 @@ def test_a_tiny_gradient_of_a_huge_input_does_not_underflow() -> None:
     inputs[0, 0, 2] *= 1e5
     half = LinearGradients(part.names, inputs.half(), gradients.half())
     expected = by_token(half, HUGE_TERM)[half.names[0]]
-    assert (gradients_by_weights([half])[half.names[0]].double() - expected).norm() < 0.005 * expected.norm()
+    assert (clipped_gradients_by_weights([half])[half.names[0]].double() - expected).norm() < 0.005 * expected.norm()
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -69,7 +69,7 @@ def test_a_broken_gradient_stays_broken(value: float) -> None:
     """So that the run ends with an error."""
     part = part_of(1, 1)
     part.gradients[0, 0, 2, 1] = value
-    assert not gradients_by_weights([part])[part.names[0]].isfinite().all()
+    assert not clipped_gradients_by_weights([part])[part.names[0]].isfinite().all()
 
 
 def test_of_two_tokens_the_smaller_is_the_median() -> None:
@@ -77,7 +77,7 @@ def test_of_two_tokens_the_smaller_is_the_median() -> None:
     two = LinearGradients(part.names, part.inputs[:, :, 2:4], part.gradients[:, :, 2:4])
     one = LinearGradients(part.names, part.inputs[:, :, 2:3], part.gradients[:, :, 2:3])
     for few in (two, one):
-        gradient = gradients_by_weights([few])[few.names[0]].double()
+        gradient = clipped_gradients_by_weights([few])[few.names[0]].double()
         torch.testing.assert_close(gradient, by_token(few, HUGE_TERM)[few.names[0]], rtol=1e-5, atol=1e-5)
 
 
@@ -87,8 +87,8 @@ def test_padding_and_tokens_without_a_gradient_do_not_count() -> None:
     padded = LinearGradients(
         part.names, *(torch.nn.functional.pad(values, (0, 0, 0, 50)) for values in (part.inputs, part.gradients))
     )
-    expected = gradients_by_weights([part])
-    for name, gradient in gradients_by_weights([padded]).items():
+    expected = clipped_gradients_by_weights([part])
+    for name, gradient in clipped_gradients_by_weights([padded]).items():
         torch.testing.assert_close(gradient, expected[name])
 
 
@@ -97,17 +97,17 @@ def test_parts_are_clipped_each_by_itself() -> None:
     parts = [part_of(linears, sequences) for linears, sequences in ((1, 1), (2, 1), (1, 3))]
     parts[1] = LinearGradients(("gate", "down"), parts[1].inputs, 100 * parts[1].gradients)
     parts[2] = LinearGradients(("query",), parts[2].inputs, parts[2].gradients)
-    together = gradients_by_weights(parts)
+    together = clipped_gradients_by_weights(parts)
     assert len(together) == 4
     for part in parts:
-        for name, gradient in gradients_by_weights([part]).items():
+        for name, gradient in clipped_gradients_by_weights([part]).items():
             assert torch.equal(together[name], gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_linear_without_any_gradient_has_zeros(dtype: torch.dtype) -> None:
     part = part_of(2, 1, dtype)
-    results = gradients_by_weights([LinearGradients(part.names, part.inputs, torch.zeros_like(part.gradients))])
+    results = clipped_gradients_by_weights([LinearGradients(part.names, part.inputs, torch.zeros_like(part.gradients))])
     for gradient in results.values():
         assert gradient.dtype == dtype
         assert not gradient.any()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llm_barber.masking.statistics import FisherSums, GradientSquares, GramMatrix, InputMoments, InputSquares, mirror
 from llm_barber.method import clipped_gradients
-from llm_barber.method.clipped_gradients import gradients_by_weights
+from llm_barber.method.clipped_gradients import clipped_gradients_by_weights
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
@@ -101,7 +101,7 @@ def compute(family: str, chosen: Callable[[str], bool]) -> Computed:
     results["states"] = {"": by_input}
     weights = {name: linear.weight.clone() for name, linear in layer.linears.items()}
     parts, scale = layer.output_gradients(weights, hidden[:1], lambda output: 2 * output)
-    results["tuning"] = {name: [values * scale] for name, values in gradients_by_weights(parts).items()}
+    results["tuning"] = {name: [values * scale] for name, values in clipped_gradients_by_weights(parts).items()}
     inputs = layer.inputs_of(names, hidden, {})
     results["inputs"] = {name: [values.square().sum(1)] for name, values in inputs.items()}
     return results
@@ -149,7 +149,7 @@ def test_gradients_by_weights_equal_autograd(
     }
     detached = {name: weight.detach() for name, weight in weights.items()}
     parts, scale = layer.output_gradients(detached, states()[:1], lambda output: 2 * output)
-    gradients = gradients_by_weights(parts)
+    gradients = clipped_gradients_by_weights(parts)
     assert set(gradients) == set(expected)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in gradients.items():

@@ -17,8 +17,8 @@ from llm_barber.model.gradients import LinearGradients
 HUGE_TERM = 10.0
 
 
-def gradients_by_weights(parts: Sequence[LinearGradients]) -> dict[str, Tensor]:
-    """Gradients by the weights of linears, Σ s g xᵀ over the tokens of all sequences.
+def clipped_gradients_by_weights(parts: Sequence[LinearGradients]) -> dict[str, Tensor]:
+    """Gradients by the weights of linears, Σ s g xᵀ over the tokens of all sequences, with huge terms scaled down.
 
     s = min(1, HUGE_TERM · median(‖g‖ ‖x‖) / (‖g‖ ‖x‖)), with the lower median over the tokens of a sequence that reach
     the linear, in all of its calls.
@@ -41,8 +41,8 @@ def gradients_by_weights(parts: Sequence[LinearGradients]) -> dict[str, Tensor]:
 def _root_factors(parts: Sequence[LinearGradients]) -> list[Tensor]:
     """Root of the factor s of each token, (linears, sequences, tokens, 1), in the gradients' dtype, for each part.
 
-    Parts with as many sequences and tokens are computed together: a GPU takes longer to start than to compute them.
-    Tokens without a gradient, and the zeros that pad the inputs of experts, are left out of the median.
+    Parts of the same numbers of sequences and tokens are computed together: a GPU takes longer to start than to compute
+    them. Tokens without a gradient, and the zeros that pad the inputs of experts, are left out of the median.
     """
     sizes = [_norms(part.inputs) * _norms(part.gradients) for part in parts]
     roots: dict[int, Tensor] = {}
@@ -50,7 +50,7 @@ def _root_factors(parts: Sequence[LinearGradients]) -> list[Tensor]:
         alike = [index for index, of_part in enumerate(sizes) if of_part.shape[1:] == shape]
         joined = torch.cat([sizes[index] for index in alike])
         bound = HUGE_TERM * torch.where(joined > 0, joined, torch.nan).nanmedian(-1, keepdim=True).values
-        # A bound is NaN, so that nothing is scaled, if no token has a gradient.
+        # Without any gradient the bound is NaN, and nothing is scaled.
         root = torch.where(joined > bound, (bound / joined).sqrt(), 1.0).unsqueeze(-1)
         of_parts = torch.split(root.to(parts[alike[0]].gradients.dtype), [len(parts[index].names) for index in alike])
         roots |= zip(alike, of_parts, strict=True)

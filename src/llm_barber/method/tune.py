@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_barber.method.clipped_gradients import gradients_by_weights
+from llm_barber.method.clipped_gradients import clipped_gradients_by_weights
 from llm_barber.method.distance import Distance
 from llm_barber.method.gradient_sums import GradientSums
 from llm_barber.method.held_out import Judgement, judge
@@ -154,4 +154,4 @@ def _gradients(
     parts, scale = layer.output_gradients(
         parameters.by_linear(weights), hidden, lambda output: distance.gradient(target, output)
     )
-    return parameters.stacked(gradients_by_weights(parts)), scale
+    return parameters.stacked(clipped_gradients_by_weights(parts)), scale

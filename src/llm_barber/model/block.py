@@ -235,7 +235,7 @@ class DecoderLayer:
     def output_gradients(
         self, weights: Mapping[str, Tensor], hidden: Tensor, gradient: Callable[[Tensor], Tensor]
     ) -> tuple[list[LinearGradients], Tensor]:
-        """Inputs of linears, and gradients of a loss by their outputs, with other weights.
+        """Inputs of linears, and gradients of a loss by the linears' outputs, with other weights of the layer.
 
         Args:
             weights: weights of these linears, as in `output_with`. A linear that the loss does not depend on is left
@@ -245,7 +245,7 @@ class DecoderLayer:
                 (sequences, tokens, hidden).
 
         Returns:
-            The gradients over a scale, and the scale of each sequence, float32 (sequences,).
+            Inputs and gradients, which are divided by a scale; and the scale of each sequence, float32 (sequences,).
         """
 
         def run() -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:

@@ -110,7 +110,7 @@ class LayerHooks:
 
         def record(inputs: Tensor, output: Tensor | None, split: Splitter) -> Tensor:
             assert output is not None
-            # Weights require no gradient, so that autograd forms none: the graph starts at the first outputs.
+            # Weights require no gradient, and autograd computes none for them: the graph starts at the first outputs.
             calls.append(LinearCall(inputs.detach(), output.requires_grad_(), split))
             alias: Tensor = _Alias.apply(output)  # type: ignore[no-untyped-call]  # PyTorch's
             return alias
@@ -194,7 +194,7 @@ class LayerHooks:
 
 
 class _Alias(torch.autograd.Function):
-    """The same values as a tensor of its own, which a layer may change in place: the gradient is by the values before.
+    """A linear's output in a tensor that the layer may change in place; the gradient is by the output before that.
 
     OLMo clamps its queries, keys and values in place.
     """
