@@ -217,16 +217,9 @@ class DecoderLayer:
             ModelError: the output does not depend on a linear.
         """
         hidden = hidden.detach().requires_grad_()
-
-        def run() -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
-            with self.hooks.recorded(self.linears, len(hidden)) as calls:
-                output = self._run(hidden)
-            assert output is not None
-            scaled, scale = scaled_by_sequence(gradient, output.dtype)
-            tensors = [hidden, *(call.output for call in calls)]
-            return calls, scale, torch.autograd.grad(output, tensors, scaled, allow_unused=True)
-
-        calls, scale, (by_hidden, *gradients) = self._compute_gradients(run)
+        calls, scale, (by_hidden, *gradients) = self._backward(
+            lambda: self._run(hidden), self.linears, len(hidden), lambda _: gradient, hidden
+        )
         for part in linear_gradients(calls, gradients, "the decoder layer"):
             update_together([sums[name] for name in part.names], part.inputs, part.gradients, scale)
         assert by_hidden is not None
@@ -247,16 +240,33 @@ class DecoderLayer:
         Returns:
             Inputs and gradients, which are divided by a scale; and the scale of each sequence, float32 (sequences,).
         """
+        calls, scale, gradients = self._backward(
+            lambda: self.output_with(weights, hidden), weights, len(hidden), gradient
+        )
+        return linear_gradients(calls, gradients), scale
+
+    def _backward(
+        self,
+        compute: Callable[[], Tensor | None],
+        linears: Collection[str],
+        sequences: int,
+        gradient: Callable[[Tensor], Tensor],
+        *further: Tensor,
+    ) -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
+        """Run the whole layer and go back: calls of linears, scales, gradients by `further` tensors and by the outputs.
+
+        `compute` runs the layer; scales and `gradient` are as in `output_gradients`.
+        """
 
         def run() -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
-            with self.hooks.recorded(weights, len(hidden)) as calls:
-                output = self.output_with(weights, hidden)
+            with self.hooks.recorded(linears, sequences) as calls:
+                output = compute()
+            assert output is not None
             scaled, scale = scaled_by_sequence(gradient(output.detach()), output.dtype)
-            outputs = [call.output for call in calls]
-            return calls, scale, torch.autograd.grad(output, outputs, scaled, allow_unused=True)
+            tensors = [*further, *(call.output for call in calls)]
+            return calls, scale, torch.autograd.grad(output, tensors, scaled, allow_unused=True)
 
-        calls, scale, gradients = self._compute_gradients(run)
-        return linear_gradients(calls, gradients), scale
+        return self._compute_gradients(run)
 
     def _compute_gradients(self, run: Callable[[], Result]) -> Result:
         """Call a function that runs the layer and takes gradients, in a fixed order if available."""
