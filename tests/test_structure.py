@@ -24,7 +24,7 @@ FORBIDDEN = {
 }
 ALLOWED_IN_MASKING = {
     "torch", "torch.nn.functional", "numpy", "collections.abc", "dataclasses", "enum", "fractions", "contextlib",
-    "typing", "scipy.optimize", "llm_barber.gpu.steps",
+    "typing", "scipy.optimize", "llm_barber.gpu.steps", "llm_barber.native.borders",
 }  # fmt: skip
 
 

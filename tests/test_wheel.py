@@ -15,8 +15,11 @@ def build(folder: Path) -> Path:
     """The wheel of the sources as they are."""
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert '"-O3"' in settings
+    (source / "pyproject.toml").write_text(settings.replace('"-O3"', '"-O0"'))  # compiles in a tenth of the time
     shutil.copytree(ROOT / "src" / "llm_barber", source / "src" / "llm_barber")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     subprocess.run(command, check=True)

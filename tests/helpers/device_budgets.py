@@ -24,14 +24,13 @@ from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 
 from llm_barber import PruneConfig, prune
 from llm_barber.gpu.kernels import DTYPES
 from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.run import stream
 from tests.helpers import pretend_gpu
-from tests.helpers.pretend_gpu import DEVICE, OnDevice, on_device
+from tests.helpers.pretend_gpu import DEVICE, OnDevice, on_device, tensors_in
 
 STAGES = {"_embed": "embed", "_allocate": "allocate", "_prune_step": "layer"}  # by the functions of `run/stream.py`
 KINDS = ("to_device", "to_host", "launches", "moved")
@@ -112,7 +111,7 @@ def moved(function: Any, arguments: Any, named: Any, result: Any) -> int:
 
 
 def on_the_device(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, OnDevice)]
+    return [leaf for leaf in tensors_in(values) if isinstance(leaf, OnDevice)]
 
 
 @contextmanager

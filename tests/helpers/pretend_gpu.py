@@ -29,7 +29,6 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import llm_barber
@@ -93,6 +92,33 @@ NORMS = {"aten::_fused_rms_norm": rms_norm, "aten::_fused_rms_norm_backward": rm
 FAILING = 4  # number of the block whose result does not fit: the second block of the second layer
 
 
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """Tensors among an operation's arguments or results; PyTorch's own functions for trees take twice as long."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(tuple(values.values()))
+
+
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], values: Any) -> Any:
+    """Such arguments or results, with each tensor replaced."""
+    if isinstance(values, torch.Tensor):
+        return function(values)
+    if isinstance(values, tuple | list):
+        return type(values)([mapped(function, value) for value in values])
+    if isinstance(values, dict):
+        return {name: mapped(function, value) for name, value in values.items()}
+    return values
+
+
+def inner_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU with the values of a tensor of either device."""
+    return tensor.inner if isinstance(tensor, OnDevice) else tensor
+
+
 class OnDevice(torch.Tensor):
     """A tensor on the device; `inner`, on the CPU, has its values."""
 
@@ -114,13 +140,13 @@ class OnDevice(torch.Tensor):
             note_wait()
         if name == "aten::_fused_sdp_choice":
             return SDPBackend.MATH.value
-        tensors = [tensor for tensor in tree_leaves((arguments, named)) if isinstance(tensor, torch.Tensor)]
+        tensors = list(tensors_in((arguments, named)))
         beside = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.dim()]
         if beside and name not in COPY and not (name in PLACES and isinstance(arguments[0], OnDevice)):
             raise RuntimeError(f"{name}: tensors on two devices, shapes {[tuple(tensor.shape) for tensor in tensors]}")
         device = named.pop("device", None)
         named.pop("pin_memory", None)
-        arguments, named = tree_map_only(OnDevice, lambda tensor: tensor.inner, (arguments, named))
+        arguments, named = mapped(inner_of, arguments), mapped(inner_of, named)
         if device is not None and torch.device(device).type == "meta":
             return function(*arguments, **named, device=device)
         kernel = NORMS.get(name, function)
@@ -128,10 +154,8 @@ class OnDevice(torch.Tensor):
         if device is not None and torch.device(device).type == "cpu":
             return result
         # A tensor that was written in place is returned as the wrapper that came in.
-        known = {id(tensor.inner) if isinstance(tensor, OnDevice) else id(tensor): tensor for tensor in tensors}
-        return tree_map_only(
-            torch.Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else OnDevice(tensor), result
-        )
+        known = {id(inner_of(tensor)): tensor for tensor in tensors}
+        return mapped(lambda tensor: known[id(tensor)] if id(tensor) in known else OnDevice(tensor), result)
 
 
 class PretendGpu(TorchFunctionMode):
@@ -199,8 +223,7 @@ class WorstCopies(LateCopier):
 
 
 def _copy(values: torch.Tensor, place: torch.Tensor, _: bool = False) -> torch.Tensor:
-    inner = [tensor.inner if isinstance(tensor, OnDevice) else tensor for tensor in (place, values)]
-    inner[0].copy_(inner[1])
+    inner_of(place).copy_(inner_of(values))
     return place
 
 

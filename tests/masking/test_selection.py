@@ -1,4 +1,5 @@
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from llm_barber.masking.selection import (
     sort_on_gpu,
     sort_values,
 )
+from llm_barber.native.borders import can_select
 from tests.conftest import bits
 
 rows = st.integers(1, 9).flatmap(
@@ -25,10 +27,12 @@ rows = st.integers(1, 9).flatmap(
 )
 
 
-@given(rows, st.data())
-def test_lowest_is_a_stable_sort(scores: list[list[float]], data: st.DataObject) -> None:
+@pytest.mark.parametrize("by_c", [True, False])
+@given(scores=rows, data=st.data())
+def test_lowest_is_a_stable_sort(by_c: bool, scores: list[list[float]], data: st.DataObject) -> None:
     counts = [data.draw(st.integers(0, len(row))) for row in scores]
-    chosen = lowest(torch.tensor(scores), torch.tensor(counts))
+    with patch.object(selection, "can_select", lambda: by_c and can_select()):
+        chosen = lowest(torch.tensor(scores), torch.tensor(counts))
     for row, count, mask in zip(scores, counts, chosen.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda i: (row[i], i))
         assert [i for i, is_chosen in enumerate(mask) if is_chosen] == sorted(order[:count])
@@ -58,7 +62,7 @@ def test_borders_that_a_gpu_selects_are_those_of_a_sort(scores: list[list[float]
         runs = tuple((1, count) for count in counts.tolist())
     selected, of_sort = (
         selection._UpToBorder._selected(tensor, counts, runs),
-        selection._UpToBorder.of(tensor, counts),
+        selection._UpToBorder.of(tensor, counts, sort_values(tensor)),
     )
     for name in ("border", "chosen", "surplus"):
         assert torch.equal(getattr(selected, name), getattr(of_sort, name)), name

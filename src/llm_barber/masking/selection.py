@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from llm_barber.native.borders import can_select, find_borders
+
 # A GPU sorts whole groups, at most this many members together, unless a single group has more.
 SORTED_ON_GPU = 2**24
 LONGEST_ON_GPU = 2**31 - 1  # members of a group: the most that `torch.sort` takes on CUDA
@@ -141,8 +143,12 @@ class _UpToBorder:
     def of(
         cls, scores: Tensor, counts: Tensor, ordered: Tensor | None = None, runs: Runs | None = None
     ) -> "_UpToBorder":
-        """Find the borders, from the sorted scores if they are known."""
-        if ordered is None and runs is not None and scores.device.type != "cpu" and len(scores) >= SELECTED_ON_GPU:
+        """Find the borders, from the sorted scores if they are known, and without sorting where that is faster."""
+        on_cpu = scores.device.type == "cpu"
+        if ordered is None and on_cpu and can_select():
+            border, surplus = find_borders(scores, counts)
+            return cls(scores, counts, border, scores <= border, surplus)
+        if ordered is None and runs is not None and not on_cpu and len(scores) >= SELECTED_ON_GPU:
             return cls._selected(scores, counts, runs)
         ordered = sort_values(scores) if ordered is None else ordered
         last = scores.shape[1] - 1
