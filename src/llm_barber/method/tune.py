@@ -97,7 +97,7 @@ def _descend(
     judgements = [judge(layer, parameters.weights(), distance, streams)] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
-            weights = {name: weight.to(layer.dtype) for name, weight in parameters.stacked_weights().items()}
+            weights = parameters.stacked_weights()
             sums.begin()
             for sequence in steps[step].local_sequences:
                 window = slice(sequence, sequence + 1)

@@ -9,8 +9,9 @@ from torch import Tensor
 from llm_barber.masking.by_rows import multiply
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.scores import Scored, count_pruned, masks_from_scores, starting_scores
-from llm_barber.masking.selection import apply_mask, equal_runs
+from llm_barber.masking.selection import equal_runs
 from llm_barber.masking.statistics import InputSquares
+from llm_barber.method.changes import Changes
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.method.pruned_linear import PrunedLinear
@@ -41,8 +42,8 @@ class TunedParameters:
         self._stacks = {stack.name: stack for stack in stacks}
         self._scores: dict[str, Tensor] = {}
         self._pruned_counts: dict[str, Tensor] = {}
-        self._changes: dict[str, Tensor] = {}  # of the values, in units of `_steps`
-        self._steps: dict[str, tuple[Tensor, Tensor]] = {}
+        self._changes: dict[str, Changes] = {}
+        self._dtype = layer.dtype
         for stack in stacks:
             values = stack.split(stack.linear.values)
             if settings.tunes_masks:
@@ -51,10 +52,7 @@ class TunedParameters:
             if settings.tunes_weights:
                 sizes = [step_sizes(of_linear, squares[name].mean) for name, of_linear in values.items()]
                 rows, columns = (torch.stack(factors) for factors in zip(*sizes, strict=True))
-                self._changes[stack.name] = torch.zeros_like(
-                    stack.linear.values, dtype=torch.float32, requires_grad=True
-                )
-                self._steps[stack.name] = rows, columns.unsqueeze(1)
+                self._changes[stack.name] = Changes(stack.linear.values, rows, columns)
         self._runs = {
             name: equal_runs(counts[:, 0])
             for name, counts in self._pruned_counts.items()
@@ -74,14 +72,18 @@ class TunedParameters:
             faster = self._stacks[name].linear.pattern is not None and not self._changes
             groups.append({"params": [scores], "lr": PATTERN_SCORE_RATE if faster else SCORE_RATE})
         if self._changes:
-            groups.append({"params": list(self._changes.values()), "lr": WEIGHT_RATE})
+            groups.append({"params": [changes.parameter for changes in self._changes.values()], "lr": WEIGHT_RATE})
         return groups
 
     def stacked_weights(self) -> dict[str, Tensor]:
-        """Current weights that gradients are taken by, (n · out, in), in tensors that are not the parameters."""
+        """Current weights, (n · out, in), in the compute dtype and in tensors that are not the parameters."""
+        linears = {name: stack.linear for name, stack in self._stacks.items()}
         if not self._changes:
-            return {name: stack.linear.weight for name, stack in self._stacks.items()}
-        return {name: apply_mask(self._values(name), stack.linear.keep) for name, stack in self._stacks.items()}
+            return {name: linear.weight.to(self._dtype) for name, linear in linears.items()}
+        return {
+            name: self._changes[name].values(linear.values, self._dtype, linear.keep)
+            for name, linear in linears.items()
+        }
 
     def stacked(self, by_linear: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stack tensors (out, in) of linears, (n · out, in); stacks none of whose linears is named are left out.
@@ -105,25 +107,18 @@ class TunedParameters:
         """Current weights of the layer, (out, in), by linear."""
         return self.by_linear(self.stacked_weights())
 
-    def _values(self, name: str) -> Tensor:
-        """Current weights of a stack whose values are tuned, before its mask is applied: float32, (n · out, in)."""
-        stack, (row_steps, column_steps) = self._stacks[name], self._steps[name]
-        changes = stack.by_linear(self._changes[name].detach())
-        values = stack.by_linear(stack.linear.values.float())
-        return values.addcmul(changes * row_steps, column_steps).flatten(0, 1)
-
     def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Set the parameters' gradients, float32, from gradients by the weights, (n · out, in), in `SUM_DTYPES`.
 
         The gradients by the weights are used up.
         """
-        for name, changes in self._changes.items():
-            stack, (row_steps, column_steps) = self._stacks[name], self._steps[name]
-            scaled = (stack.by_linear(gradients[name].float()) * row_steps).mul_(column_steps).flatten(0, 1)
-            changes.grad = scaled.mul_(stack.linear.free)
-        for name, scores in self._scores.items():
-            values = self._values(name) if self._changes else self._stacks[name].linear.values
-            scores.grad = multiply(gradients[name].float(), values)
+        for name, stack in self._stacks.items():
+            gradient, linear, changes = gradients[name].float(), stack.linear, self._changes.get(name)
+            if changes is not None:
+                changes.set_gradient(gradient, linear.free)
+            if name in self._scores:
+                by_values = multiply if changes is None else changes.multiply
+                self._scores[name].grad = by_values(gradient, linear.values)
 
     def update_masks(self) -> None:
         """Make the masks from the scores, after a step of Adam."""
@@ -144,7 +139,8 @@ class TunedParameters:
         for name, stack in self._stacks.items():
             linear = stack.linear
             if self._changes:
-                linear = replace(linear, values=self._values(name).to(linear.values.dtype)).with_mask(linear.keep)
+                values = self._changes[name].values(linear.values, linear.values.dtype)
+                linear = replace(linear, values=values).with_mask(linear.keep)
             linears |= replace(stack, linear=linear).linears()
         return linears
 
