@@ -168,16 +168,21 @@ def test_processes_share_the_sequences_and_nothing_else(recipe: Recipe) -> None:
     assert peak_footprint(MODEL, recipe.among(2)).host < peak_footprint(MODEL, recipe).host
 
 
-@pytest.mark.parametrize(("on_cpu", "rows", "selects"), [(True, 64, False), (False, 64, True), (False, 63, False)])
-def test_a_gpu_selects_the_border_of_rows_and_sorts_what_is_compared_in_a_linear(
-    on_cpu: bool, rows: int, selects: bool
+@pytest.mark.parametrize(
+    ("on_cpu", "by_c", "rows", "selecting", "sorts_linears"),
+    [(True, True, 1, 16, False), (True, False, 64, 0, True), (False, True, 64, 32, True), (False, True, 63, 0, True)],
+)
+def test_borders_of_rows_are_selected_by_c_or_by_a_gpu_that_has_rows_enough(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: bool, by_c: bool, rows: int, selecting: int, sorts_linears: bool
 ) -> None:
+    """A GPU sorts what is compared in a linear."""
+    monkeypatch.setattr("llm_barber.planning.initial_costs.can_select", lambda: by_c)
     block, weights = BlockShapes("mlp", ((rows, 8),), 0), rows * 8
     recipe = replace(PAPER, on_cpu=on_cpu)
     by_row = ranking_work(block, recipe)
-    assert by_row.moved == (60 + 32 * selects) * weights
-    assert by_row.sorted == (0 if selects else 3 * weights)  # log2 of 8
-    assert ranking_work(block, replace(recipe, method=Initial.RIA)).sorted > 0
+    assert by_row.moved == (60 + selecting) * weights
+    assert by_row.sorted == (0 if selecting else 3 * weights)  # log2 of 8
+    assert (ranking_work(block, replace(recipe, method=Initial.RIA)).sorted > 0) is sorts_linears
 
 
 def test_a_pattern_is_ranked_without_sorting() -> None:

@@ -5,6 +5,7 @@ from llm_barber.masking.selection import SELECTED_ON_GPU
 from llm_barber.masking.sparsegpt import STRIDE
 from llm_barber.masking.statistics import gram_flops
 from llm_barber.model.architecture import MLP
+from llm_barber.native.borders import can_select
 from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
     FLOAT32,
@@ -25,6 +26,8 @@ from llm_barber.settings.presets import Allocation
 RANKING, REMOVAL_COSTS = 60, 40
 # Bytes moved for each weight to select the border of its row on a GPU, which reads a row 16 times, mostly from caches.
 SELECTING = 32
+# … and bytes that a CPU moves in the time in which it selects borders, of rows or of linears (`native/borders.c`).
+SELECTING_BY_C = 16
 COMPARED, COPIED = 21, 20  # bytes moved to rank within groups: for two weights that are compared, for each weight
 ADMM_STEPS, ADMM_BYTES = 100, 60  # of ALPS, which ends when the mask has settled, after 300 steps at most
 DECOMPOSITION = {Initial.SPARSEGPT: 2, Initial.ALPS: 12}  # FLOPs over in³: Cholesky and inverse; eigenvectors
@@ -122,6 +125,9 @@ def ranking_work(block: BlockShapes, recipe: Recipe, moved_beside: float = RANKI
         moved = moved_beside * rows * columns
         if recipe.pattern is not None:
             work += Work(moved=moved + group_ranking_bytes(recipe, rows * columns))
+            continue
+        if recipe.on_cpu and can_select():
+            work += Work(moved=moved + SELECTING_BY_C * rows * columns)
             continue
         if not recipe.on_cpu and not recipe.method.compares_in_linear and rows >= SELECTED_ON_GPU:
             work += Work(moved=moved + SELECTING * rows * columns)
