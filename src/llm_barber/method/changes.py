@@ -1,7 +1,8 @@
 """Changes of the kept weights of a stack of linears, which Adam tunes (`tuned_parameters.py`).
 
-A value is W + r · c · Δ, with Δ the change and r · c the size of its step, of a row and of a column. A CPU takes a few
-rows at a time, so that what is computed on the way stays in its cache; a GPU takes all at once.
+A value is W + r · c · Δ, with Δ the change and r · c the size of its step, of a row and of a column. C computes them on
+a CPU where the extension was built. Elsewhere a CPU takes a few rows at a time, so that what is computed on the way
+stays in its cache; a GPU takes all at once. The bits are the same.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from llm_barber.masking.by_rows import NUMBERS
 from llm_barber.masking.selection import apply_mask
+from llm_barber.native.changes import DTYPES, ChangedByC
 
 
 class Changes:
@@ -28,6 +30,9 @@ class Changes:
     def __init__(self, values: Tensor, row_steps: Tensor, column_steps: Tensor) -> None:
         self.parameter = torch.zeros_like(values, dtype=torch.float32, requires_grad=True)
         self._row_steps, self._column_steps = row_steps, column_steps.unsqueeze(1)
+        self._by_c: ChangedByC | None = None
+        if len(row_steps) == 1 and ChangedByC.can_change(values, self.parameter):
+            self._by_c = ChangedByC(self.parameter.detach(), row_steps[0], column_steps)
 
     def values(self, values: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Tensor:
         """Changed values, in a dtype.
@@ -40,6 +45,8 @@ class Changes:
         Returns:
             (n · out, in).
         """
+        if self._by_c is not None and keep is not None and dtype in DTYPES:
+            return self._by_c.values(values, dtype, keep)
         parts: list[Tensor] = []
         for rows in self._parts():
             changed = self._changed(values, rows).to(dtype)
@@ -51,6 +58,9 @@ class Changes:
 
         `free`: bool, True where a value may change.
         """
+        if self._by_c is not None:
+            self.parameter.grad = self._by_c.gradient(gradient, free)
+            return
         self.parameter.grad = torch.empty_like(self.parameter)
         for rows in self._parts():
             part = self._rows(self.parameter.grad, rows)
@@ -59,6 +69,9 @@ class Changes:
 
     def multiply(self, gradient: Tensor, values: Tensor) -> Tensor:
         """Multiply the gradient by the changed values in place; all float32 but the values, (n · out, in)."""
+        if self._by_c is not None:
+            self._by_c.multiply(gradient, values)
+            return gradient
         for rows in self._parts():
             self._rows(gradient, rows).mul_(self._changed(values, rows))
         return gradient
