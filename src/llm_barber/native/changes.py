@@ -60,7 +60,7 @@ class ChangedByC:
 
     @staticmethod
     def can_change(*tensors: Tensor) -> bool:
-        """Test whether C can read these tensors, values and changes among them."""
+        """Test whether C can read these tensors, values and changes among them; without any, whether it was built."""
         return _functions() is not None and all(
             tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in DTYPES for tensor in tensors
         )

@@ -5,6 +5,7 @@ import math
 from llm_barber.masking.statistics import gram_flops
 from llm_barber.method.gradient_sums import gradients_gathered
 from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
+from llm_barber.native.changes import ChangedByC
 from llm_barber.planning.initial_costs import RANKING, ranking_work, statistics_work
 from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
@@ -21,7 +22,9 @@ from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes
 from llm_barber.planning.work import NO_WORK, Work
 
-TUNING = 80  # bytes that a CPU moves for each weight and step: masked copy, its gradient, Adam
+# Bytes that a CPU moves for each weight and step: masked copy, its gradient, Adam; twice as many where masks and values
+# are tuned, unless C computes the values.
+TUNING = 80
 # Bytes that a GPU moves for each weight when tuning begins: for scores, and for changes of values.
 SCORES, CHANGES = 250, 320
 ADAM = 50  # bytes that a GPU moves for each weight and step: Adam, and the sum of gradients that it uses
@@ -134,4 +137,6 @@ def _step_bytes(recipe: Recipe) -> float:
     """Bytes moved for each weight in a step of tuning, but for its masks, and on a GPU for sums of gradients."""
     assert recipe.refine is not None
     both = recipe.refine.tunes_masks and recipe.refine.tunes_weights
-    return TUNING * (1 + both) if recipe.on_cpu else ADAM + BOTH * both
+    if recipe.on_cpu:
+        return TUNING if ChangedByC.can_change() else TUNING * (1 + both)
+    return ADAM + BOTH * both
