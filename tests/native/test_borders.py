@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_barber import native
-from llm_barber.native import borders
+from llm_barber.native import borders, threads
 from llm_barber.native.borders import can_select, find_borders
 
 pytestmark = pytest.mark.skipif(not can_select(), reason="the C extension was not built, or cannot be used here")
@@ -66,7 +66,7 @@ KINDS = (
 @pytest.mark.parametrize("kind", KINDS)
 def test_borders_are_those_of_a_sort(kind: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if level == "avx2":
-        monkeypatch.setattr(borders.native, "instructions", lambda: native.Instructions.AVX2)
+        monkeypatch.setattr(borders.native, "usable_instructions", lambda: native.Instructions.AVX2)
     torch.manual_seed(0)
     for members in SIZES:
         scores = scores_of(kind, (12, members))
@@ -81,11 +81,11 @@ def test_any_scores(scores: list[float], data: st.DataObject) -> None:
 
 
 def test_threads_share_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(borders, "VALUES_A_THREAD", 1)
+    monkeypatch.setattr(threads, "VALUES_A_THREAD", 1)
     before = torch.get_num_threads()
     try:
-        for threads in (2, 3, 5):
-            torch.set_num_threads(threads)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
             for groups in (1, 2, 4, 11):
                 scores = torch.randn(groups, 700)
                 check(scores, torch.randint(0, 701, (groups,)))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from llm_barber.method.changes import Changes
-from llm_barber.native import changes as by_c
 from llm_barber.native.changes import ChangedByC
 from tests.conftest import bits
 
@@ -33,7 +32,7 @@ def make(values: torch.Tensor, with_c: bool) -> Changes:
 def test_bits_are_those_of_pytorch(
     monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, compute: torch.dtype, threads: int
 ) -> None:
-    monkeypatch.setattr(by_c, "VALUES_A_THREAD", 1)
+    monkeypatch.setattr("llm_barber.native.threads.VALUES_A_THREAD", 1)
     torch.manual_seed(0)
     values = torch.randn(ROWS, COLUMNS).to(stored)
     values[0, :4] = torch.tensor([-0.0, 1e-39, 3e38, -3e38])

@@ -19,7 +19,7 @@ def test_a_product_begins_no_threads_beside_pytorchs(monkeypatch: pytest.MonkeyP
     pytest.importorskip("sklearn.utils._openmp_helpers")  # brings an OpenMP library of its own
     threads.openmp_functions.cache_clear()
     assert threads.openmp_functions() is not None
-    monkeypatch.setattr("llm_barber.runtime.packed_linear.VALUES_A_THREAD", 1)
+    monkeypatch.setattr("llm_barber.native.threads.VALUES_A_THREAD", 1)
     weight = torch.ones(64, 64)
     weight[:, ::2] = 0
     packed = pack(weight)

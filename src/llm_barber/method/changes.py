@@ -1,16 +1,13 @@
 """Changes of the kept weights of a stack of linears, which Adam tunes (`tuned_parameters.py`).
 
-A value is W + r · c · Δ, with Δ the change and r · c the size of its step, of a row and of a column. C computes them on
-a CPU where the extension was built. Elsewhere a CPU takes a few rows at a time, so that what is computed on the way
-stays in its cache; a GPU takes all at once. The bits are the same.
+A value is W + r · c · Δ, with Δ the change and r · c the size of its step, of a row and of a column. C computes it in
+one pass on a CPU, where the extension was built; elsewhere PyTorch's operations do. The bits are the same.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from llm_barber.masking.by_rows import NUMBERS
+from llm_barber.masking.by_rows import multiply
 from llm_barber.masking.selection import apply_mask
 from llm_barber.native.changes import DTYPES, ChangedByC
 
@@ -47,11 +44,8 @@ class Changes:
         """
         if self._by_c is not None and keep is not None and dtype in DTYPES:
             return self._by_c.values(values, dtype, keep)
-        parts: list[Tensor] = []
-        for rows in self._parts():
-            changed = self._changed(values, rows).to(dtype)
-            parts.append(changed if keep is None else apply_mask(changed, self._rows(keep, rows)))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).flatten(0, 1)
+        changed = self._changed(values).to(dtype)
+        return changed if keep is None else apply_mask(changed, keep)
 
     def set_gradient(self, gradient: Tensor, free: Tensor) -> None:
         """Set the parameter's gradient from the gradient by the values, float32, and `free`, both (n · out, in).
@@ -60,36 +54,22 @@ class Changes:
         """
         if self._by_c is not None:
             self.parameter.grad = self._by_c.gradient(gradient, free)
-            return
-        self.parameter.grad = torch.empty_like(self.parameter)
-        for rows in self._parts():
-            part = self._rows(self.parameter.grad, rows)
-            torch.mul(self._rows(gradient, rows), self._row_steps[:, rows], out=part)
-            part.mul_(self._column_steps).mul_(self._rows(free, rows))
+        else:
+            scaled = (self._by_linear(gradient) * self._row_steps).mul_(self._column_steps)
+            self.parameter.grad = scaled.flatten(0, 1).mul_(free)
 
     def multiply(self, gradient: Tensor, values: Tensor) -> Tensor:
         """Multiply the gradient by the changed values in place; all float32 but the values, (n · out, in)."""
-        if self._by_c is not None:
-            self._by_c.multiply(gradient, values)
-            return gradient
-        for rows in self._parts():
-            self._rows(gradient, rows).mul_(self._changed(values, rows))
+        if self._by_c is None:
+            return multiply(gradient, self._changed(values))
+        self._by_c.multiply(gradient, values)
         return gradient
 
-    def _changed(self, values: Tensor, rows: slice) -> Tensor:
-        """Changed values of some rows, float32."""
-        changes = self._rows(self.parameter.detach(), rows) * self._row_steps[:, rows]
-        return self._rows(values, rows).float().addcmul(changes, self._column_steps)
+    def _changed(self, values: Tensor) -> Tensor:
+        """Changed values, float32, (n · out, in)."""
+        changes = self._by_linear(self.parameter.detach()) * self._row_steps
+        return self._by_linear(values.float()).addcmul(changes, self._column_steps).flatten(0, 1)
 
-    def _rows(self, tensor: Tensor, rows: slice) -> Tensor:
-        """Some rows of a tensor, (n · out, in), of each linear: (n, rows, in)."""
-        return tensor.view(len(self._row_steps), -1, tensor.shape[1])[:, rows]
-
-    def _parts(self) -> Iterator[slice]:
-        """Rows that are taken at a time."""
-        count, rows, _ = self._row_steps.shape
-        together = rows
-        if self.parameter.device.type == "cpu":
-            together = max(1, NUMBERS // max(1, count * self.parameter.shape[1]))
-        for first in range(0, rows, together):
-            yield slice(first, first + together)
+    def _by_linear(self, tensor: Tensor) -> Tensor:
+        """View a tensor (n · out, in) as (n, out, in)."""
+        return tensor.view(len(self._row_steps), -1, tensor.shape[1])

@@ -53,8 +53,7 @@ def instructions() -> Instructions:
     Raises:
         SettingsError: the variable holds something else.
     """
-    present = processor_instructions()
-    level = _limited(present)
+    present, level = processor_instructions(), usable_instructions()
     if library() is None:
         logger.info("packed weights: unpacked by NumPy, since the C extension is missing or the processor lacks AVX2")
     elif present == Instructions.AVX2:
@@ -62,6 +61,15 @@ def instructions() -> Instructions:
     else:
         logger.info("packed weights: %s; the processor has %s", level.name, present.name)
     return level
+
+
+def usable_instructions() -> Instructions:
+    """`instructions`, without its message on packed weights.
+
+    Raises:
+        SettingsError: the environment variable holds something else.
+    """
+    return _limited(processor_instructions())
 
 
 def processor_instructions() -> Instructions:

@@ -76,8 +76,9 @@ TARGET_AMX INLINE void transpose(__m512i *r) {
 /* Writes a part of the tiles of inputs; tokens and columns that do not exist are zero. */
 TARGET_AMX static void arrange(const void *task, int part) {
     const amx_t *p = task;
-    const size_t columns = p->weight->columns, parts = (size_t)p->parts, all = p->tiles * p->steps;
-    for (size_t k = all * (size_t)part / parts; k < all * ((size_t)part + 1) / parts; k++) {
+    const size_t columns = p->weight->columns, all = p->tiles * p->steps;
+    const size_t last = packed_first_of_part(all, part + 1, p->parts);
+    for (size_t k = packed_first_of_part(all, part, p->parts); k < last; k++) {
         const size_t token = k / p->steps * 16, column = k % p->steps * STEP, left = columns - column;
         const __mmask32 inside = left >= STEP ? 0xffffffffu : ((uint32_t)1 << left) - 1;
         __m512i rows[16];

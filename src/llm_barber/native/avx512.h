@@ -44,6 +44,11 @@ typedef struct {
  * process, which has none of the threads, the caller's thread computes all parts. */
 void packed_run_parts(const openmp_t *openmp, int parts, void (*function)(const void *task, int part), const void *task);
 
+/* The first of `count` rows, or of whatever parts share evenly, that belongs to a part; `part` = `parts`: the end. */
+static inline size_t packed_first_of_part(size_t count, int part, int parts) {
+    return count * (size_t)part / (size_t)parts;
+}
+
 int packed_amx_start(void); /* amx.c */
 
 /* Write `count` weights, a multiple of 8, from `kept` values (packed.c). */

@@ -149,8 +149,8 @@ static selected_t select_of_group(const float *scores, size_t members, size_t co
 
 static void find_part(const void *task, int part) {
     const borders_t *all = task;
-    const size_t first = all->groups * (size_t)part / (size_t)all->parts;
-    const size_t last = all->groups * (size_t)(part + 1) / (size_t)all->parts;
+    const size_t first = packed_first_of_part(all->groups, part, all->parts);
+    const size_t last = packed_first_of_part(all->groups, part + 1, all->parts);
     float *scratch = all->scratch + (all->members + SPARE) * (size_t)part;
     for (size_t group = first; group < last; group++) {
         const float *scores = all->scores + group * all->members;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_barber import native
 from llm_barber.native import Instructions
-from llm_barber.native.threads import VALUES_A_THREAD, openmp_functions
+from llm_barber.native.threads import openmp_address, threads_for
 
 SPARE = 16  # floats behind the members of a group to which C may write
 
@@ -62,16 +62,16 @@ def find_borders(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     if counts.shape != (groups,) or (groups and not 0 <= counts.min() <= counts.max() <= members):
         raise ValueError(f"counts of {tuple(counts.shape)} do not fit {groups} groups of {members} members")
     scores, counts = scores.detach().contiguous(), counts.contiguous()
-    parts = max(1, min(torch.get_num_threads(), groups, scores.numel() // VALUES_A_THREAD))
+    parts = threads_for(groups, scores.numel())
     border, surplus = torch.empty(groups, 1), torch.empty(groups, dtype=torch.bool)
-    scratch, openmp = torch.empty(parts, members + SPARE), openmp_functions()
+    scratch = torch.empty(parts, members + SPARE)
     task = _Borders(
         *(tensor.data_ptr() for tensor in (scores, counts, border, scratch, surplus)),
-        None if openmp is None else ctypes.addressof(openmp),
+        openmp_address(),
         groups,
         members,
         parts,
-        native.instructions() > Instructions.AVX2,
+        native.usable_instructions() > Instructions.AVX2,
     )
     function(ctypes.addressof(task))
     return border, surplus

@@ -46,8 +46,8 @@ AVX2 INLINE float changed(const void *values, int narrow, size_t i, float change
     return __builtin_fmaf(change * row_step, column_step, value);
 }
 
-/* Rows of a part. */
-#define FIRST(all, part) ((all)->rows * (size_t)(part) / (size_t)(all)->parts)
+/* The first row of a part. */
+#define FIRST(all, part) packed_first_of_part((all)->rows, part, (all)->parts)
 
 AVX2 INLINE void write_values(const changes_t *all, int part, int narrow_values, int narrow_results) {
     const size_t columns = all->columns;

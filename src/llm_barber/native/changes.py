@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_barber import native
-from llm_barber.native.threads import VALUES_A_THREAD, openmp_functions
+from llm_barber.native.threads import openmp_address, threads_for
 
 DTYPES = (torch.bfloat16, torch.float32)  # of values
 _FUNCTIONS = ("changed_values", "change_gradient", "multiply_changed")
@@ -119,15 +119,15 @@ class ChangedByC:
         given = [tensor for tensor in (values, results) if tensor is not None]
         if not self.can_change(*given):
             raise ValueError("C changes contiguous values of bfloat16 or float32 on the CPU, if the extension is built")
-        (rows, columns), openmp = self._steps[0].shape, openmp_functions()
+        rows, columns = self._steps[0].shape
         named = {"values": values, **dict(zip(("changes", "row_steps", "column_steps"), self._steps, strict=True))}
         narrow = [tensor is not None and tensor.dtype == torch.bfloat16 for tensor in (values, results)]
         task = _Changes(
             **{name: tensor.data_ptr() for name, tensor in (named | tensors).items() if tensor is not None},
-            openmp=None if openmp is None else ctypes.addressof(openmp),
+            openmp=openmp_address(),
             rows=rows,
             columns=columns,
-            parts=max(1, min(torch.get_num_threads(), rows, rows * columns // VALUES_A_THREAD)),
+            parts=threads_for(rows, rows * columns),
             narrow_values=narrow[0],
             narrow_results=narrow[1],
         )

@@ -18,6 +18,17 @@ class _OpenMP(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("parallel", "thread_number", "thread_count"))
 
 
+def threads_for(rows: int, values: int) -> int:
+    """Number of threads that share the rows: few values are computed sooner than a second thread would begin."""
+    return max(1, min(torch.get_num_threads(), rows, values // VALUES_A_THREAD))
+
+
+def openmp_address() -> int | None:
+    """Address of `openmp_functions`, for the length of a call of C; None where there are none."""
+    functions = openmp_functions()
+    return None if functions is None else ctypes.addressof(functions)
+
+
 @cache
 def openmp_functions() -> _OpenMP | None:
     """Functions of PyTorch's OpenMP library, found as PyTorch's own library finds them: a process may have others, too.

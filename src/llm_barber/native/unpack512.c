@@ -48,8 +48,9 @@ typedef struct {
 static void unpack_part(const void *task, int part) {
     const unpack_t *t = task;
     const packed_t *w = t->weight;
-    const size_t blocks = t->last - t->first, parts = (size_t)w->parts, size = w->bfloat16 ? 2 : 4;
-    const size_t first = t->first + blocks * (size_t)part / parts, last = t->first + blocks * ((size_t)part + 1) / parts;
+    const size_t blocks = t->last - t->first, size = w->bfloat16 ? 2 : 4;
+    const size_t first = t->first + packed_first_of_part(blocks, part, w->parts);
+    const size_t last = t->first + packed_first_of_part(blocks, part + 1, w->parts);
     if (first == last) return;
     const size_t row = first * BLOCK_ROWS, end = last * BLOCK_ROWS < w->rows ? last * BLOCK_ROWS : w->rows;
     const size_t next = (size_t)w->block_starts[first], count = (end - row) * w->columns;

@@ -7,7 +7,7 @@ from llm_barber.checkpoint.bits import as_integers, put_kept
 from llm_barber.checkpoint.encoding import Packed, bitmask
 from llm_barber.native import unrounded
 from llm_barber.native.rows import Parts
-from llm_barber.native.threads import VALUES_A_THREAD
+from llm_barber.native.threads import threads_for
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.products import (
@@ -113,8 +113,8 @@ class PackedLinear(PackedModule):
             weight.unpack(0, self.shape[0], into)
 
     def _threads(self) -> int:
-        """Number of threads of a product: few values are multiplied sooner than a second thread would begin."""
-        return max(1, min(torch.get_num_threads(), self.shape[0], self.values.shape[0] // VALUES_A_THREAD))
+        """Number of threads of a product."""
+        return threads_for(self.shape[0], self.values.shape[0])
 
     def _divided(self, threads: int) -> Parts:
         """Rows of each thread."""

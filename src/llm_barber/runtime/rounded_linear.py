@@ -9,7 +9,7 @@ from llm_barber.checkpoint.encoding import Encoding, Packed, bitmask
 from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows, unpack_rounded
 from llm_barber.native.rounded import DTYPES, Kernel, Weight, find_kernel
 from llm_barber.native.rows import Parts
-from llm_barber.native.threads import VALUES_A_THREAD
+from llm_barber.native.threads import threads_for
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.packed_linear import unpack_on_device
 from llm_barber.runtime.packed_module import PackedModule
@@ -110,7 +110,7 @@ class RoundedLinear(PackedModule):
             return None
         if bias is not None and ((bias.dtype, bias.device) != (dtype, values.device) or not bias.is_contiguous()):
             return None
-        threads = max(1, min(key[0], self.shape[0], values.shape[0] // VALUES_A_THREAD))
+        threads = threads_for(self.shape[0], values.shape[0])
         parts = Parts.of(bits, self.shape, threads)
         weight = Weight(values, bits, scales, bias, self.shape[1], self.group, dtype, parts)
         self._ready[key] = weight
