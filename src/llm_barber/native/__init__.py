@@ -7,9 +7,11 @@ Sizes are checked here, not in C.
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +91,20 @@ def _limited(level: Instructions) -> Instructions:
     except KeyError:
         names = ", ".join(name.name.lower() for name in Instructions)
         raise SettingsError(f"no instructions are called {ISA}={limit}", f"use one of {names}, or unset it") from None
+
+
+def find_function(name: str, *types: Any, result: Any = None) -> Callable[..., Any] | None:
+    """Find C's `packed_{name}`; None if the extension was not built, or was built before it had this function.
+
+    Args:
+        name: name of the function.
+        types: ctypes types of its arguments.
+        result: ctypes type of its result; None: it has none.
+    """
+    function: Callable[..., Any] | None = getattr(library(), f"packed_{name}", None)
+    if function is not None:
+        function.argtypes, function.restype = types, result  # type: ignore[attr-defined]
+    return function
 
 
 def usable(*weights: np.ndarray) -> bool:

@@ -36,18 +36,13 @@ _scratch = _Scratch()
 @cache
 def _functions() -> SimpleNamespace:
     """C's functions; None for those that an older extension, or one of a compiler without AMX, does not have."""
-    loaded, pointer, size, number = native.library(), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    functions = SimpleNamespace(
-        scratch=getattr(loaded, "packed_amx_scratch", None),
-        multiply=getattr(loaded, "packed_amx_multiply", None),
-        multiply_rounded=getattr(loaded, "packed_amx_multiply_rounded", None),
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    product = (pointer, pointer, pointer, size, number, pointer)
+    return SimpleNamespace(
+        scratch=native.find_function("amx_scratch", size, size, number, result=size),
+        multiply=native.find_function("amx_multiply", *product),
+        multiply_rounded=native.find_function("amx_multiply_rounded", *product),
     )
-    if functions.scratch is not None:
-        functions.scratch.argtypes, functions.scratch.restype = (size, size, number), size
-    for multiply in (functions.multiply, functions.multiply_rounded):
-        if multiply is not None:
-            multiply.argtypes, multiply.restype = (pointer, pointer, pointer, size, number, pointer), None
-    return functions
 
 
 def multiplies_int8() -> bool:

@@ -29,11 +29,8 @@ class _Borders(ctypes.Structure):
 
 @cache
 def _function() -> Callable[[int], None] | None:
-    """C's function; None if the extension was not built, or was built before it had this function."""
-    function = getattr(native.library(), "packed_find_borders", None)
-    if function is not None:
-        function.argtypes, function.restype = (ctypes.c_void_p,), None
-    return function
+    """C's function; None if the extension does not have it."""
+    return native.find_function("find_borders", ctypes.c_void_p)
 
 
 def can_select() -> bool:

@@ -33,13 +33,9 @@ class _Changes(ctypes.Structure):
 
 @cache
 def _functions() -> SimpleNamespace | None:
-    """C's functions; None if the extension was not built, or was built before it had them."""
-    functions = SimpleNamespace(**{name: getattr(native.library(), f"packed_{name}", None) for name in _FUNCTIONS})
-    for function in vars(functions).values():
-        if function is None:
-            return None
-        function.argtypes, function.restype = (ctypes.c_void_p,), None
-    return functions
+    """C's functions; None if the extension does not have all of them."""
+    functions = {name: native.find_function(name, ctypes.c_void_p) for name in _FUNCTIONS}
+    return None if None in functions.values() else SimpleNamespace(**functions)
 
 
 class ChangedByC:

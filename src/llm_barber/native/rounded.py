@@ -57,7 +57,7 @@ class _Weight(ctypes.Structure):
 @cache
 def has_vnni() -> bool:
     """Test whether the library was built with `vnni.c`, and the processor has the instructions."""
-    find = getattr(native.library(), "packed_has_vnni", None)  # an extension that was built earlier lacks it
+    find = native.find_function("has_vnni", result=ctypes.c_int)
     return find is not None and bool(find())
 
 
@@ -100,17 +100,13 @@ def find_kernel(columns: int, group: int) -> Kernel:
 @cache
 def _functions(kernel: Kernel) -> tuple[Any, Any]:
     """C's functions that multiply a weight and that unpack it."""
-    loaded, pointer, number = native.library(), ctypes.c_void_p, ctypes.c_int
-    assert loaded is not None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    product, rows = (pointer, pointer, pointer, number), (pointer, size, size, pointer)
     if kernel == Kernel.VNNI:
-        multiply, restore = loaded.packed_multiply_rounded, loaded.packed_restore_rows
-        multiply.argtypes = (pointer, pointer, pointer, number, ctypes.c_size_t, pointer, pointer)
-    else:
-        multiply, restore = loaded.packed_multiply_rounded_avx2, loaded.packed_restore_rows_avx2
-        multiply.argtypes = (pointer, pointer, pointer, number)
-    restore.argtypes = (pointer, ctypes.c_size_t, ctypes.c_size_t, pointer)
-    multiply.restype = restore.restype = None
-    return multiply, restore
+        multiply = native.find_function("multiply_rounded", *product, size, pointer, pointer)
+        return multiply, native.find_function("restore_rows", *rows)
+    multiply = native.find_function("multiply_rounded_avx2", *product)
+    return multiply, native.find_function("restore_rows_avx2", *rows)
 
 
 class Weight(UnpacksRows):

@@ -39,18 +39,13 @@ class _Weight(ctypes.Structure):
 @cache
 def _functions() -> SimpleNamespace:
     """C's functions; None for those that the extension does not have."""
-    loaded, pointer, size = native.library(), ctypes.c_void_p, ctypes.c_size_t
-    arguments = {
-        "multiply": (pointer, pointer, pointer, ctypes.c_int),
-        "multiply_avx2": (pointer, pointer, pointer, ctypes.c_int),
-        "unpack": (pointer, size, size, pointer),
-    }
-    functions = SimpleNamespace(**{name: getattr(loaded, f"packed_{name}", None) for name in arguments})
-    for name, types in arguments.items():
-        function = getattr(functions, name)
-        if function is not None:
-            function.argtypes, function.restype = types, None
-    return functions
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    product = (pointer, pointer, pointer, ctypes.c_int)
+    return SimpleNamespace(
+        multiply=native.find_function("multiply", *product),
+        multiply_avx2=native.find_function("multiply_avx2", *product),
+        unpack=native.find_function("unpack", pointer, size, size, pointer),
+    )
 
 
 def can_multiply(columns: int, values: torch.dtype, inputs: torch.dtype) -> bool:
