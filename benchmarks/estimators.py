@@ -20,6 +20,7 @@ from llm_barber.method.block_pass import BlockPass
 from llm_barber.method.outcome import BlockOutcome
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.rebuild import RebuildSettings
+from llm_barber.model.layer_gradients import block_gradients
 from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN
 
 SEED = 20250101  # of the second-order estimator's probes
@@ -140,11 +141,11 @@ def _gradients(
         layer.set_weights(there)
         other = layer.block_output(block, hidden, replays)
         layer.set_weights(here)
-        output, losses = layer.block_gradients(block, hidden, other, replays, gradients)
+        output, losses = block_gradients(layer, block, hidden, other, replays, gradients)
         total, size = total + losses.double().sum().item(), output[0].numel()
         if second:  # Jᵀv for random signs v: the mean of its square is the diagonal of JᵀJ
             signs = torch.randint(0, 2, output.shape, generator=generator).float().mul_(2).sub_(1)
-            layer.block_gradients(block, hidden, output.float() - signs, replays, probed)
+            block_gradients(layer, block, hidden, output.float() - signs, replays, probed)
     # The gradient of mean(v²) is 2/size · Jᵀv; the second derivative of the mean square is 2/size · (Jᵀv)².
     curvatures = {name: squares.mean * (size / 2) for name, squares in probed.items()} if second else {}
     return gradients, curvatures, total

@@ -38,7 +38,7 @@ STAGES = {
     "initial mask: inputs' statistics": ("llm_barber.model.block", "DecoderLayer", "visit_inputs"),
     "initial mask: ranking": ("llm_barber.method.initial_methods", None, "initial_mask"),
     "y_sparse, and block outputs after the rebuild": ("llm_barber.model.block", "DecoderLayer", "block_output"),
-    "y_dense and gradients": ("llm_barber.model.block", "DecoderLayer", "block_gradients"),
+    "y_dense and gradients": ("llm_barber.method.rebuild", None, "block_gradients"),
     "  of which backward": ("torch.autograd", None, "grad"),
     "  of which per-sequence gradients, squared": ("llm_barber.masking.statistics", "GradientSquares", "update"),
     "rebuild: ranking and swapping": ("llm_barber.method.rebuild", None, "rebuild_masks"),

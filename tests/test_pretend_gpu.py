@@ -103,7 +103,7 @@ def test_the_device_is_waited_for_as_seldom_as_can_be(tmp_path: Path, llama: Pat
     # Of the allocation: token ids, and layers' inputs, which lie in host memory that is not pinned.
     copied = {
         "method/allocation.py: following = tokens[:, 1:].to(hidden.device)": 4,
-        "method/allocation.py: gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], "
+        "method/allocation.py: gradients[number] = loss_gradients(layer, hidden.to(streams.device), gradients[number], "
         "sums)": 8,
     }
     lost = {"model/skeleton.py: logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits": 8} | copied

@@ -16,6 +16,7 @@ from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.expert_products import Products
+from llm_barber.model.layer_gradients import block_gradients, loss_gradients, output_gradients
 from llm_barber.parallel.ranks import Ranks
 from tests.helpers.experts import EXPERTS, HIDDEN, TOGETHER, split
 
@@ -94,13 +95,13 @@ def compute(family: str, chosen: Callable[[str], bool]) -> Computed:
     reduced = Block(block.name, block.output, tuple(names))
     by_input = []
     for batch in (slice(0, 2), slice(2, SEQUENCES)):
-        output, losses = layer.block_gradients(reduced, hidden[batch], states(1)[batch], {}, squares)
-        by_input += [output, losses, layer.loss_gradients(hidden[batch], states(2)[batch], fishers)]
+        output, losses = block_gradients(layer, reduced, hidden[batch], states(1)[batch], {}, squares)
+        by_input += [output, losses, loss_gradients(layer, hidden[batch], states(2)[batch], fishers)]
     results["squares"] = {name: of_linear.parts() for name, of_linear in squares.items()}
     results["fishers"] = {name: of_linear.parts() for name, of_linear in fishers.items()}
     results["states"] = {"": by_input}
     weights = {name: linear.weight.clone() for name, linear in layer.linears.items()}
-    parts, scale = layer.output_gradients(weights, hidden[:1], lambda output: 2 * output)
+    parts, scale = output_gradients(layer, weights, hidden[:1], lambda output: 2 * output)
     results["tuning"] = {name: [values * scale] for name, values in clipped_gradients_by_weights(parts).items()}
     inputs = layer.inputs_of(names, hidden, {})
     results["inputs"] = {name: [values.square().sum(1)] for name, values in inputs.items()}
@@ -148,7 +149,7 @@ def test_gradients_by_weights_equal_autograd(
         for (name, weight), gradient in zip(weights.items(), by_autograd, strict=True)
     }
     detached = {name: weight.detach() for name, weight in weights.items()}
-    parts, scale = layer.output_gradients(detached, states()[:1], lambda output: 2 * output)
+    parts, scale = output_gradients(layer, detached, states()[:1], lambda output: 2 * output)
     gradients = clipped_gradients_by_weights(parts)
     assert set(gradients) == set(expected)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -187,7 +188,7 @@ def test_several_calls_of_experts_count_as_more_tokens(
     hidden = states()[:2]
     squares = {name: GradientSquares(tuple(layer.linears[name].weight.shape), hidden.device) for name in block.linears}
     target = states(1)[:2]
-    layer.block_gradients(block, hidden, target, {}, squares)
+    block_gradients(layer, block, hidden, target, {}, squares)
     weights = {name: layer.linears[name].weight.clone().requires_grad_() for name in block.linears}
     expected = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for sequence in range(2):

@@ -14,6 +14,7 @@ from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Bl
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import reconstruction_errors
 from llm_barber.model.hooks import InputVisitor, removed
+from llm_barber.model.layer_gradients import block_gradients, loss_gradients, output_gradients
 from tests.conftest import make_model
 from tests.model.reference import first_call
 
@@ -38,7 +39,7 @@ def gradient_squares(case: Case, block: Block, sparse: Tensor, batch: int) -> di
     squares = {name: GradientSquares(tuple(layer.linears[name].weight.shape), hidden.device) for name in block.linears}
     for start in range(0, len(hidden), batch):
         part = slice(start, start + batch)
-        layer.block_gradients(block, hidden[part], sparse[part], {}, squares)
+        block_gradients(layer, block, hidden[part], sparse[part], {}, squares)
     return {name: statistic.mean for name, statistic in squares.items()}
 
 
@@ -137,8 +138,8 @@ def test_gradients_by_outputs_give_those_by_weights(transposed: bool) -> None:
     weights = {name: torch.randn(8, 8).requires_grad_() for name in layer.linears}
     loss = layer.output_with(weights, hidden).square().sum() / 2
     expected = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    parts, scale = layer.output_gradients(
-        {name: weight.detach() for name, weight in weights.items()}, hidden, lambda output: output
+    parts, scale = output_gradients(
+        layer, {name: weight.detach() for name, weight in weights.items()}, hidden, lambda output: output
     )
     gradients = {
         name: (part.gradients[index, 0].t() @ part.inputs[index, 0]) * scale
@@ -156,14 +157,14 @@ def test_a_linear_that_the_output_does_not_depend_on_is_an_error(case: Case) -> 
     module, architecture, hidden, arguments = case
     layer = DecoderLayer(module, architecture.linears, lambda *_: one_sequence(arguments))
     sums = {name: FisherSums(tuple(linear.weight.shape), hidden.device) for name, linear in layer.linears.items()}
-    layer.loss_gradients(hidden, torch.ones_like(hidden), sums)
+    loss_gradients(layer, hidden, torch.ones_like(hidden), sums)
     (activation,) = (child for name, child in module.named_modules() if name.endswith(("act_fn", "activation_fn")))
     before = "gate_proj" if architecture is LLAMA else "fc1"
     with (
         removed(activation.register_forward_hook(lambda _, __, output: torch.zeros_like(output))),
         pytest.raises(ModelError, match=f"no gradient by .*{before}") as caught,
     ):
-        layer.loss_gradients(hidden, torch.ones_like(hidden), sums)
+        loss_gradients(layer, hidden, torch.ones_like(hidden), sums)
     assert "--exclude" in caught.value.hint
 
 

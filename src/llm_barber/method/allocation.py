@@ -15,6 +15,7 @@ from llm_barber.method.dense_layers import DenseLayers, first_input_kept
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.method.input_statistics import collect_inputs
+from llm_barber.model.layer_gradients import loss_gradients
 from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.progress import Progress
 from llm_barber.settings.presets import Allocation
@@ -179,7 +180,7 @@ def _backward(
     for index, layer, weights in layers.opened(range(job.layer_count)[::-1]):
         sums = {name: FisherSums(tuple(weights[name].shape), streams.device) for name in layer.linears}
         for number, hidden in enumerate(inputs.pop()):
-            gradients[number] = layer.loss_gradients(hidden.to(streams.device), gradients[number], sums)
+            gradients[number] = loss_gradients(layer, hidden.to(streams.device), gradients[number], sums)
         for name in layer.linears:
             full_name, fisher = job.linear_name(index, name), sums[name]
             streams.ranks.add(fisher)

@@ -16,6 +16,7 @@ from llm_barber.method.block_pass import BlockPass
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.outcome import BlockOutcome
 from llm_barber.method.pruned_linear import PrunedLinear, fixed_weights
+from llm_barber.model.layer_gradients import block_gradients
 from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN
 
 
@@ -61,7 +62,7 @@ def rebuild_block(
         layer.set_weights(sparse_weights)
         sparse_output = layer.block_output(block, hidden, replays)
         layer.set_weights(dense_weights)
-        dense_output, losses = layer.block_gradients(block, hidden, sparse_output, replays, squares)
+        dense_output, losses = block_gradients(layer, block, hidden, sparse_output, replays, squares)
         streams.write(DENSE_OUTPUT, batch, dense_output)
         if not block_pass.last:  # blocks after it replay it, if nothing is swapped
             streams.write(block.output, batch, sparse_output)

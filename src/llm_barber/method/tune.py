@@ -19,6 +19,7 @@ from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.tuned_parameters import TunedParameters
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import check_finite
+from llm_barber.model.layer_gradients import output_gradients
 from llm_barber.model.streams import HIDDEN, TARGET, ActivationStreams
 from llm_barber.record.layers import Concentration, kept_pass
 from llm_barber.settings.refining import RefineSettings
@@ -151,7 +152,7 @@ def _gradients(
     (`clipped_gradients.py`). Weights that the loss does not depend on have no gradient.
     """
     hidden, target = streams.read(HIDDEN, sequence), streams.read(TARGET, sequence)
-    parts, scale = layer.output_gradients(
-        parameters.by_linear(weights), hidden, lambda output: distance.gradient(target, output)
+    parts, scale = output_gradients(
+        layer, parameters.by_linear(weights), hidden, lambda output: distance.gradient(target, output)
     )
     return parameters.stacked(clipped_gradients_by_weights(parts)), scale

@@ -1,4 +1,4 @@
-"""A decoder layer, run with hooks: inputs of linears, outputs of blocks, per-sequence gradients.
+"""A decoder layer, run with hooks: inputs of linears, outputs of blocks. Its gradients: `layer_gradients.py`.
 
 The layer's own forward runs, with the captured keyword arguments. A block that is final is not computed again: its
 module returns its kept output (a "replay"). A run ends as soon as its result is known.
@@ -13,20 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_barber.errors import ModelError
-from llm_barber.masking.statistics import FisherSums, GradientSquares
-from llm_barber.masking.together import update_together
 from llm_barber.model.architecture import Block
 from llm_barber.model.attention import fast_attention
 from llm_barber.model.experts import Experts, mixture_of
 from llm_barber.model.fixed_order import FixedOrder, Result
-from llm_barber.model.gradients import (
-    LinearCall,
-    LinearGradients,
-    differences,
-    linear_gradients,
-    mean_squares,
-    scaled_by_sequence,
-)
 from llm_barber.model.hooks import InputVisitor, LayerHooks, Reached
 
 
@@ -96,7 +86,7 @@ class DecoderLayer:
             ModelError: a linear is not called.
         """
         with self.hooks.visited(self.linears, len(hidden), visitor, stop) as visits:
-            output = self._run(hidden)
+            output = self.run(hidden)
         self._groups = visits.groups
         if visits.waiting:
             raise ModelError(
@@ -133,7 +123,7 @@ class DecoderLayer:
             if block is not None:
                 stack.enter_context(self.hooks.stop_at(block, [], len(hidden)))
             stack.enter_context(self.hooks.replayed(replays))
-            self._run(hidden)
+            self.run(hidden)
         return inputs
 
     @contextmanager
@@ -155,121 +145,11 @@ class DecoderLayer:
         """
         outputs: list[Tensor] = []
         with self.hooks.stop_at(block, outputs, len(hidden)), self.hooks.replayed(replays):
-            self._run(hidden)
+            self.run(hidden)
         return outputs[0]
 
-    def block_gradients(
-        self,
-        block: Block,
-        hidden: Tensor,
-        sparse_output: Tensor,
-        replays: Mapping[str, Tensor],
-        squares: Mapping[str, GradientSquares],
-    ) -> tuple[Tensor, Tensor]:
-        """Add the squared per-sequence gradients of the reconstruction error at the layer's present weights.
-
-        The loss of a sequence is mean((y − y_sparse)²) over its tokens and channels (arXiv 2408.10631).
-        Autograd forms no gradient of a weight, since that would sum over the batch. It forms the gradients by the
-        outputs of the linears; the weight gradient of a sequence is their product with the sequence's inputs.
-
-        Args:
-            block: the block.
-            hidden: the layer's input, (sequences, tokens, hidden).
-            sparse_output: the block's output with the pruned weights, (sequences, tokens, hidden).
-            replays: as in `block_output`.
-            squares: running sums of the block's linears, to which the squares are added.
-
-        Returns:
-            The block's output y, (sequences, tokens, hidden), detached, and the losses, float32 (sequences,).
-
-        Raises:
-            ModelError: y does not depend on a linear.
-        """
-
-        def run() -> tuple[list[LinearCall], Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
-            outputs: list[Tensor] = []
-            recorded = self.hooks.recorded(block.linears, len(hidden))
-            with recorded as calls, self.hooks.stop_at(block, outputs, len(hidden)), self.hooks.replayed(replays):
-                self._run(hidden)
-            difference = differences(outputs[0].detach(), sparse_output)
-            scaled, scale = scaled_by_sequence(difference, outputs[0].dtype)
-            gradients = torch.autograd.grad(outputs[0], [call.output for call in calls], scaled, allow_unused=True)
-            return calls, outputs[0].detach(), difference, scale, gradients
-
-        calls, output, difference, scale, gradients = self._compute_gradients(run)
-        factor = 2 / difference[0].numel()  # d mean(d²)/dy = 2 d / (tokens · channels)
-        for part in linear_gradients(calls, gradients, block.output):
-            update_together([squares[name] for name in part.names], part.inputs, part.gradients, scale, factor)
-        return output, mean_squares(difference)
-
-    def loss_gradients(self, hidden: Tensor, gradient: Tensor, sums: Mapping[str, FisherSums]) -> Tensor:
-        """Propagate the gradient of a loss back through the layer, and add its sums at the linears.
-
-        Args:
-            hidden: the layer's input, (sequences, tokens, hidden).
-            gradient: the gradient by the layer's output, float32, (sequences, tokens, hidden).
-            sums: running sums of the linears, to which the gradients are added.
-
-        Returns:
-            The gradient by `hidden`, float32, (sequences, tokens, hidden).
-
-        Raises:
-            ModelError: the output does not depend on a linear.
-        """
-        hidden = hidden.detach().requires_grad_()
-        calls, scale, (by_hidden, *gradients) = self._backward(
-            lambda: self._run(hidden), self.linears, len(hidden), lambda _: gradient, hidden
-        )
-        for part in linear_gradients(calls, gradients, "the decoder layer"):
-            update_together([sums[name] for name in part.names], part.inputs, part.gradients, scale)
-        assert by_hidden is not None
-        return by_hidden.float() * scale.view(-1, 1, 1)
-
-    def output_gradients(
-        self, weights: Mapping[str, Tensor], hidden: Tensor, gradient: Callable[[Tensor], Tensor]
-    ) -> tuple[list[LinearGradients], Tensor]:
-        """Inputs of linears, and gradients of a loss by the linears' outputs, with other weights of the layer.
-
-        Args:
-            weights: weights of these linears, as in `output_with`. A linear that the loss does not depend on is left
-                out of the result.
-            hidden: the layer's input, (sequences, tokens, hidden).
-            gradient: takes the layer's output, detached; returns the gradient of the loss by it, float32. Both are
-                (sequences, tokens, hidden).
-
-        Returns:
-            Inputs and gradients, which are divided by a scale; and the scale of each sequence, float32 (sequences,).
-        """
-        calls, scale, gradients = self._backward(
-            lambda: self.output_with(weights, hidden), weights, len(hidden), gradient
-        )
-        return linear_gradients(calls, gradients), scale
-
-    def _backward(
-        self,
-        compute: Callable[[], Tensor | None],
-        linears: Collection[str],
-        sequences: int,
-        gradient: Callable[[Tensor], Tensor],
-        *further: Tensor,
-    ) -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
-        """Run the whole layer and go back: calls of linears, scales, gradients by `further` tensors and by the outputs.
-
-        `compute` runs the layer; scales and `gradient` are as in `output_gradients`.
-        """
-
-        def run() -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
-            with self.hooks.recorded(linears, sequences) as calls:
-                output = compute()
-            assert output is not None
-            scaled, scale = scaled_by_sequence(gradient(output.detach()), output.dtype)
-            tensors = [*further, *(call.output for call in calls)]
-            return calls, scale, torch.autograd.grad(output, tensors, scaled, allow_unused=True)
-
-        return self._compute_gradients(run)
-
-    def _compute_gradients(self, run: Callable[[], Result]) -> Result:
-        """Call a function that runs the layer and takes gradients, in a fixed order if available."""
+    def compute_gradients(self, run: Callable[[], Result]) -> Result:
+        """Call a function that runs the layer and takes gradients; it adds them in a fixed order if available."""
         counts = {name: experts.tokens.clone() for name, experts in self.experts.items()}
 
         def undo() -> None:
@@ -284,14 +164,14 @@ class DecoderLayer:
         """Outputs of a block and of the whole layer, both (sequences, tokens, hidden)."""
         outputs: list[Tensor] = []
         with self.hooks.stop_at(block, outputs, len(hidden), stop=False), self.hooks.replayed(replays):
-            output = self._run(hidden)
+            output = self.run(hidden)
         assert output is not None
         return outputs[0], output
 
     @torch.no_grad()
     def output(self, hidden: Tensor) -> Tensor:
         """Output of the layer, (sequences, tokens, hidden)."""
-        output = self._run(hidden)
+        output = self.run(hidden)
         assert output is not None
         return output
 
@@ -320,7 +200,7 @@ class DecoderLayer:
         for experts in self.experts.values():
             experts.sequences = sequences
 
-    def _run(self, hidden: Tensor) -> Tensor | None:
+    def run(self, hidden: Tensor) -> Tensor | None:
         """Run the layer; its output, or None if a hook ended the run."""
         self._tell_experts(len(hidden))
         try:
