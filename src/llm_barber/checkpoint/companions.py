@@ -1,5 +1,6 @@
 """Files beside a checkpoint's weights: its configuration, and the files that travel with the weights."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def companions(folder: Path) -> list[Path]:
     """The files of a checkpoint's folder that travel with its weights.
 
     Raises:
-        ModelError: a file is a named pipe, a socket or a device.
+        ModelError: a file is a named pipe, a socket, a device or a link to nothing, or its name is no UTF-8.
     """
     plain = (
         path
@@ -65,4 +66,11 @@ def companions(folder: Path) -> list[Path]:
     files = sorted(path for path in (*plain, *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")) if not path.is_dir())
     for path in files:
         check_regular(path)
+        if path.is_symlink() and not path.exists():
+            raise ModelError(f"{path} is a link to nothing", "remove it, or close the editor that made it as its lock")
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            raise ModelError(f"the name of {shown} is not valid UTF-8", "rename the file") from None
     return files

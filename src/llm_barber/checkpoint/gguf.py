@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from llm_barber.checkpoint.counts import check_counts
+from llm_barber.checkpoint.durable import sync_file, sync_folder
 from llm_barber.errors import ModelError, OutputError, first_line
 
 DTYPE = torch.bfloat16
@@ -42,24 +43,27 @@ def converted_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{digest[:16]}-v{CONVERTER_VERSION}"
     if target.is_dir():
         return target
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _convert(path, partial)
-        if target.is_dir():  # another process was faster
-            shutil.rmtree(partial)
-        else:
-            partial.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own for each process: the cache may be shared by machines.
+        with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.", suffix=".partial") as partial:
+            converted = Path(partial) / target.name
+            converted.mkdir()
+            _convert(path, converted)
+            for written in converted.iterdir():
+                sync_file(written)
+            sync_folder(converted)
+            try:
+                converted.rename(target)
+            except OSError:
+                if not target.is_dir():  # no other process was faster
+                    raise
+            sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(
             f"the converted model cannot be written to {target.parent}: {error}",
             "free some space there, or set LLM_BARBER_CACHE to another folder",
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return target
 
 

@@ -37,13 +37,14 @@ def read_headers(folder: Path, model: str) -> tuple[dict[str, TensorInfo], dict[
 
 
 def _dense_headers(folder: Path, model: str) -> dict[str, TensorInfo]:
-    if (folder / INDEX_NAME).exists():
+    weight_map: Any = {}
+    if (folder / SINGLE_NAME).exists():  # transformers does not look at an index beside it
+        files = [SINGLE_NAME]
+    elif (folder / INDEX_NAME).exists():
         weight_map = read_json(folder / INDEX_NAME, distinct_keys=True).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ModelError(f"{INDEX_NAME} has no weight_map", "the index is damaged; get it again")
         files = sorted(set(weight_map.values()))
-    elif (folder / SINGLE_NAME).exists():
-        weight_map, files = {}, [SINGLE_NAME]
     else:
         raise ModelError(f"{model} has no safetensors weights", _hint_without_safetensors(folder))
     tensors: dict[str, TensorInfo] = {}

@@ -1,10 +1,12 @@
 """Resolve the user's name of a model to a local folder: a folder, a GGUF file, or a hub id."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llm_barber.checkpoint.durable import is_full
 from llm_barber.checkpoint.gguf import converted_gguf
 from llm_barber.checkpoint.regular import check_all_regular, check_regular
 from llm_barber.errors import HubError, ModelError
@@ -141,7 +143,12 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
         raise ModelError(f"no such model: {model}", "give a folder, a GGUF file or a hub id (org/name)") from error
     except RevisionNotFoundError as error:
         raise HubError(f"{model} has no revision {revision!r} on the hub", "check --revision") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, *HfHubHTTPError.__bases__) as error:  # of the transport, too
+        if isinstance(error, OSError) and (is_full(error) or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)):
+            raise HubError(
+                f"{model} cannot be downloaded: {error}",
+                "free some space for the hub's cache, or set HF_HOME to a folder that you can write",
+            ) from error
         raise HubError(
             f"no such model: {model} is not a folder here, and the hub cannot be reached",
             "check the path, or the connection (HF_HUB_OFFLINE, proxies); a folder or GGUF file needs no hub",

@@ -1,10 +1,12 @@
 """The output folder: checks before it is written, and its name once it is finished."""
 
 import glob
+import logging
 import os
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
@@ -14,6 +16,8 @@ from llm_barber.checkpoint.replacing import check_replaceable
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state
 from llm_barber.errors import OutputError
 from llm_barber.usage import readable_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def work_folder(output: Path) -> Path:
@@ -79,18 +83,21 @@ def _check_room(output: Path, parent: Path, needed: int) -> None:
 
 
 def _bytes_not_needed(partial: Path, resume: bool) -> int:
-    """Bytes of the checkpoint that the files of a work folder already take.
+    """Bytes of the checkpoint that the files of a work folder already take, or that a run will free there.
 
-    A resumed run keeps the finished shards: each stands for its unpacked bytes. Any other run deletes all files first.
+    A resumed run keeps the finished shards: each stands for its unpacked bytes. It keeps the files of activations that
+    its state names, which are no part of the checkpoint. It deletes all other files, and any other run deletes all.
     """
     try:
         state = read_state(partial) if resume else None
     except OutputError:  # the state is damaged; the writer says so
         state = None
+    sizes = {path.name: path.stat().st_size for path in partial.glob("*") if path.is_file()}
     if state is None:
-        return sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
-    paths = {partial / name: shard.bytes for name, shard in state.shards.items()}
-    return sum(max(size, path.stat().st_size) for path, size in paths.items() if path.is_file())
+        return sum(sizes.values())
+    activations = {saved.file for saved in state.activations}
+    unpacked = {name: shard.bytes for name, shard in state.shards.items()}
+    return sum(max(size, unpacked.get(name, 0)) for name, size in sizes.items() if name not in activations)
 
 
 def give_name(partial: Path, output: Path) -> None:
@@ -106,7 +113,7 @@ def give_name(partial: Path, output: Path) -> None:
     if output.exists():
         with suppress(OSError):  # without permission to write in it, the replaced folder is kept
             (output / REPLACED).touch()
-        replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
+        replaced = _free_name(output)
         output.rename(replaced)
     try:
         partial.rename(output)
@@ -119,14 +126,35 @@ def give_name(partial: Path, output: Path) -> None:
     clear_finished(output)
 
 
+def _free_name(output: Path) -> Path:
+    """A name beside an output that nothing has, for the folder that it replaces."""
+    name = f"{output.name}.replaced-{os.getpid()}"
+    names = chain((name,), (f"{name}-{number}" for number in count(2)))
+    return next(path for path in map(output.with_name, names) if not os.path.lexists(path))
+
+
 def clear_finished(output: Path) -> None:
-    """Remove the run's files from a finished output folder, and the folders that it replaced."""
-    (output / LOCK_NAME).unlink(missing_ok=True)
-    (output / STATE_BEFORE).unlink(missing_ok=True)
+    """Remove the run's files from a finished output folder, and the folders that it replaced.
+
+    What cannot be removed stays, with a warning in the log: the output is complete.
+    """
+    for name in (LOCK_NAME, STATE_BEFORE):
+        _remove_or_warn(output / name)
     for replaced in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
         if (replaced / REPLACED).is_file():  # marked by this run, or by a run that was killed here
-            remove_marked(replaced, REPLACED)
-    (output / STATE_NAME).unlink(missing_ok=True)  # last: while it exists, `--resume` of a killed run comes here again
+            _remove_or_warn(replaced)
+    _remove_or_warn(output / STATE_NAME)  # last: while it exists, `--resume` of a killed run comes here again
+
+
+def _remove_or_warn(path: Path) -> None:
+    """Remove a file, or a folder that a finished output has replaced."""
+    try:
+        if path.is_dir():
+            remove_marked(path, REPLACED)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s is not needed any more and cannot be removed: %s", path, error)
 
 
 def remove_marked(folder: Path, marker: str) -> None:

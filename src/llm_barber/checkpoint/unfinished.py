@@ -61,11 +61,10 @@ def unfinished_run(folder: Path, key: Mapping[str, Any], overwrite: bool, resume
         UnfinishedRunError: its key differs, or its state is damaged.
     """
     state = None if overwrite and not resume else read_state(folder)
-    if state is not None and state.layers and not resume:
-        raise OutputError(
-            f"{folder} has an unfinished run with {len(state.layers)} finished layers",
-            "add --resume to go on with it, or --overwrite to start again",
-        )
+    if state is not None and state.begun and not resume:
+        finished = f"{len(state.layers)} finished layers" if state.layers else "no finished layer yet"
+        go_on = "add --resume to go on with it, or" if key else "choose another output folder, or add"
+        raise OutputError(f"{folder} has an unfinished run with {finished}", f"{go_on} --overwrite to start again")
     if state is not None and resume:
         check_key(state, key)
     return state

@@ -1,5 +1,6 @@
 """The model card of a pruned model: `OUT/README.md`."""
 
+import re
 from pathlib import Path
 
 from llm_barber.record.report import RunReport
@@ -75,8 +76,9 @@ def model_card(report: RunReport) -> str:
 
 def _front_matter(report: RunReport) -> list[str]:
     """YAML that the hub reads."""
-    is_hub_id = "/" in report.model and not Path(report.model).exists()
-    base_model = [f"base_model: {report.model}"] if is_hub_id else []
+    name = report.model.partition("@")[0]
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(report.model).exists()
+    base_model = [f"base_model: {name}"] if is_hub_id else []
     return ["---", *base_model, "library_name: transformers", "tags: [pruning, sparsity, llm-barber]", "---"]
 
 

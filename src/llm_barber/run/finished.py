@@ -82,11 +82,10 @@ def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
     changed = _changed_model(record.model, record.source, progress)
     if not changed and record.command == "rebuild":
         changed = _changed_model(record.settings["pruned"], record.pruned_source, progress, of_pruned=True)
-    folder = Path(expanduser(record.model))
-    if changed or not folder.is_dir() or config.calibration in HUB_SETS:
+    if changed or config.calibration in HUB_SETS:
         return changed
     try:
-        tokens = read_calibration(config, folder)
+        tokens = read_calibration(config, config.output)  # its tokenizer is the model's, and was verified
     except CalibrationError as error:
         progress.warn(f"the calibration text of {config.output} cannot be compared: {error}")
         return ""
@@ -94,11 +93,13 @@ def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
 
 
 def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress, of_pruned: bool = False) -> str:
-    """Compare a local model with the files that a finished run read; warn of files with a new date alone."""
-    folder = Path(expanduser(model))
-    if recorded is None or not folder.is_dir():
-        is_path = folder.is_absolute() or model.startswith((".", "~"))  # a hub id is neither
-        if is_path and not folder.exists():  # a GGUF file exists, and is no folder
+    """Compare a local model with the files that a finished run read; warn of files with a new date alone.
+
+    A model of the hub is not fetched again for it.
+    """
+    path = Path(expanduser(model))
+    if recorded is None or not path.exists():
+        if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf":  # a hub id is nothing of these
             progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
         return ""
     try:

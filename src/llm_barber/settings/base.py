@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Validatio
 from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.messages import Message, SettingName, message
 from llm_barber.model.architecture import Block, StructureOptions
-from llm_barber.settings.checked import Settings
+from llm_barber.settings.checked import Settings, is_utf8
 from llm_barber.settings.targets import read_blocks
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -26,35 +26,50 @@ Dtype = Annotated[str, AfterValidator(_known_dtype)]
 
 
 def same_folder(setting: str, model: str, output: Path) -> list[Message]:
-    """Problems of an output that is, contains or lies in the folder of the model that `setting` names."""
+    """Problems of an output that is, contains or lies in the folder of the model that `setting` names.
+
+    Folders are compared as the disk has them: one may have several paths, by mounts or by the case of its name.
+    """
     try:
         source = Path(model).expanduser().resolve()
         if not source.exists():  # a hub id, or an error that opening the model will name
             return []
+        above_source, above_output = _identities(source), _identities(output)
+        shards = [path.resolve() for path in source.glob("*.safetensors")] if source.is_dir() else []
+        above_shards = {identity for path in shards for identity in _identities(path.parent)}
     except (RuntimeError, OSError):
         return []
     shown = {"made_of": SettingName(setting), "folder": output}
-    if source == output:
+    own = _identities(output)[0] if output.exists() else None
+    if own is not None and own == above_source[0]:
         return [message("{output} is {made_of} itself ({folder}): choose another output folder", **shown)]
-    if output in source.parents:
+    if own is not None and own in (*above_source, *above_shards):
         return [message("{output} ({folder}) contains {made_of}: choose another output folder", **shown)]
-    if source in output.parents:
+    if above_source[0] in above_output:
         return [message("{output} ({folder}) lies inside {made_of}: choose another output folder", **shown)]
     return []
+
+
+def _identities(path: Path) -> list[tuple[int, int]]:
+    """Device and inode of a path and of the folders above it, as far as they exist, from the inside."""
+    return [(stat.st_dev, stat.st_ino) for stat in (each.stat() for each in (path, *path.parents) if each.exists())]
 
 
 def absolute_folder(value: Any) -> Path:
     """The absolute path of a folder, links and `~` resolved.
 
     Raises:
-        ValueError: the value is empty, or no path.
+        ValueError: the value is empty, or no path; or a name in the path is no UTF-8.
     """
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError("is not a folder's name")
     try:
-        return Path(value).expanduser().resolve()
+        path = Path(value).expanduser().resolve()
     except (RuntimeError, OSError) as error:
         raise ValueError(f"cannot be a folder: {error}") from error
+    if not is_utf8(path):
+        raise ValueError("lies in a folder whose name is not valid UTF-8: rename it, or name another folder")
+    return path
 
 
 def _output_folder(value: Any) -> Path:

@@ -46,10 +46,12 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _not_empty(cls, value: Any) -> Any:
+    def _is_text(cls, value: Any) -> Any:
         texts = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(text, str) and not text.strip() for text in texts):
             raise ValueError("is empty: leave it out, or give it a value (is a variable of the shell not set?)")
+        if not all(is_utf8(text) for text in texts if isinstance(text, str | Path)):
+            raise ValueError("is not valid UTF-8: check the encoding of the shell, or rename the file or folder")
         return value
 
     @field_validator("model", "dense", "pruned", "against", "calibration", mode="before", check_fields=False)
@@ -95,6 +97,15 @@ class Settings(BaseModel):
     def rules(self) -> list[Rule]:
         """Rules about several settings; a rule is checked if the values that it uses are right by themselves."""
         return []
+
+
+def is_utf8(text: str | Path) -> bool:
+    """Test whether a text can be written as UTF-8: a path with other bytes cannot, and files of a run name paths."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def takes(kind: type[Settings]) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from llm_barber.messages import Message, message
 from llm_barber.settings.base import Dtype
@@ -63,15 +63,6 @@ class GenerateConfig(Settings):
     repeats: int | None = Field(None, ge=1, description=f"Rounds of timing with `against` (default: {ROUNDS})")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Dtype = Field("auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)")
-
-    @field_validator("prompt", mode="after")
-    @classmethod
-    def _is_text(cls, value: str) -> str:
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("is not valid UTF-8: check the encoding of the shell") from None
-        return value
 
     def rules(self) -> list[Rule]:
         """Refuse a number of rounds where nothing is timed in rounds."""
