@@ -196,10 +196,17 @@ def test_an_interrupted_cell_goes_on_after_its_last_layer(
         compare(config)
     (partial,) = (config.output / "work").iterdir()
     (partial.parent / "of-another-cell.partial").mkdir()
+    # A call without this cell leaves it, and says so.
+    told = Listener()
+    compare(CompareConfig(**small | {"methods": ("magnitude",)}), told)
+    assert list(partial.parent.iterdir()) == [partial]
+    (warning,) = (text for text in told.warnings if "begun" in text)
+    assert partial.name.removesuffix(".partial") in warning
+    shutil.rmtree(config.output / "cells")
     # Another cell that comes first leaves this one what it has.
     more = compare(CompareConfig(**small | {"methods": ("magnitude", "wanda")}))
     assert [cell for cell in numbers(more) if cell in expected] == expected
-    assert layers == [0, 1, 0, 1, 1]
+    assert layers == [0, 1, 0, 1, 0, 1, 1]
     assert not partial.parent.exists()
 
     layers.clear()

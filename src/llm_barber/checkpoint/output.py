@@ -17,12 +17,13 @@ from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state
 from llm_barber.errors import OutputError
 from llm_barber.usage import readable_bytes
 
+PARTIAL = ".partial"  # end of a work folder's name
 logger = logging.getLogger(__name__)
 
 
 def work_folder(output: Path) -> Path:
     """Path of the folder beside an output in which a run writes it."""
-    return output.with_name(f"{output.name}.partial")
+    return output.with_name(f"{output.name}{PARTIAL}")
 
 
 def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = False) -> None:

@@ -9,9 +9,10 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_barber.checkpoint.companions import EVALUATION_NAME
+from llm_barber.checkpoint.companions import EVALUATION_NAME, RECORD_NAME
 from llm_barber.checkpoint.durable import write_durably
-from llm_barber.checkpoint.output import clear, work_folder
+from llm_barber.checkpoint.output import PARTIAL, clear, work_folder
+from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.comparison.result import DENSE, CellResult, DenseResult
 from llm_barber.evaluation.evaluate import Evaluator
@@ -140,22 +141,34 @@ class CellRunner:
             shutil.rmtree(target)
         return result
 
-    def clear_work(self, cells: Iterable[tuple[str, Mapping[str, Any], bool]]) -> None:
-        """Remove what interrupted comparisons left of other cells than these.
+    def clear_work(self, cells: Iterable[tuple[str, Mapping[str, Any], bool]]) -> list[Path]:
+        """Remove from the work folder what no comparison goes on with: models of finished cells, and empty beginnings.
 
         A work folder that is a link is left alone.
 
         Args:
-            cells: the `name`, `settings` and `with_tasks` of each, as in `run`.
+            cells: the `name`, `settings` and `with_tasks` of each cell that this comparison goes on with, as in `run`.
+
+        Returns:
+            Folders of begun cells that another comparison goes on with: other cells, or the same with other settings.
         """
         work = self.folder / WORK
         if not work.is_dir() or work.is_symlink():
-            return
+            return []
         targets = [work / self._file_and_key(*cell)[0].stem for cell in cells]
+        own = {target.name for target in targets} | {work_folder(target).name for target in targets}
+        others = [path for path in work.iterdir() if path.name not in own and self._is_begun(path)]
         with suppress(OSError):  # what cannot be removed is in no cell's way
-            clear(work, {target.name for target in targets} | {work_folder(target).name for target in targets})
+            clear(work, own | {path.name for path in others})
             if not any(work.iterdir()):
                 work.rmdir()
+        return sorted(others)
+
+    def _is_begun(self, folder: Path) -> bool:
+        """Test whether a work folder has a part of a pruned model, or all of it, of a cell that is not finished."""
+        stem = folder.name.removesuffix(PARTIAL)
+        begun = any((folder / name).is_file() for name in (STATE_NAME, STATE_BEFORE, RECORD_NAME))
+        return begun and not (self.folder / CELLS / f"{stem}.json").exists()
 
     def _file_and_key(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:
         """Path of a cell's file, which has a digest of its key in its name, and the key."""

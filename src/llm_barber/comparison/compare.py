@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_barber.checkpoint.durable import save_tensors
 from llm_barber.checkpoint.folder import check_claimable, claim_folder, locked
+from llm_barber.checkpoint.output import PARTIAL
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.planned import Cell, calibration_shape, cell_key, cell_settings, has_tasks, plan_cells
@@ -30,7 +31,7 @@ from llm_barber.settings.prune import PruneConfig
 from llm_barber.text.calibration import check_calibration, load_calibration, token_shape
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import beginning_of_texts
-from llm_barber.usage import versions
+from llm_barber.usage import readable_bytes, versions
 
 MARKER = "COMPARISON.txt"
 
@@ -68,7 +69,7 @@ def compare(
         runner = make_runner(config, folder, progress, evaluator)
         cells = list(plan_cells(config))
         missing = [cell for cell in cells if not _is_finished(runner, config, cell)]
-        _clear_work(runner, config, missing)
+        _warn_of_begun_cells(_clear_work(runner, config, missing), progress)
         settings = _resolved_settings(config)
         # Made before anything is measured: a text that is too short is reported at once, and no cell's time has it.
         calibrations = {
@@ -235,9 +236,19 @@ def _run_cell(
         return ComparisonCell(**values, failure=str(error), hint=str(error.hint))
 
 
-def _clear_work(runner: CellRunner, config: CompareConfig, missing: Sequence[Cell]) -> None:
-    """Keep what is begun of the missing cells alone."""
-    runner.clear_work((cell.name, cell_key(config, cell), has_tasks(config, cell)) for cell in missing)
+def _clear_work(runner: CellRunner, config: CompareConfig, missing: Sequence[Cell]) -> list[Path]:
+    """Remove what no comparison goes on with; return the folders of other comparisons' begun cells."""
+    return runner.clear_work((cell.name, cell_key(config, cell), has_tasks(config, cell)) for cell in missing)
+
+
+def _warn_of_begun_cells(folders: Sequence[Path], progress: Progress) -> None:
+    if folders:
+        size = sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
+        names = ", ".join(folder.name.removesuffix(PARTIAL) for folder in folders)
+        progress.warn(
+            f"{folders[0].parent} has begun cells of another call, or with other settings ({names}, "
+            f"{readable_bytes(size)}): that call goes on with them; remove the folder if nobody needs them"
+        )
 
 
 def _is_finished(runner: CellRunner, config: CompareConfig, cell: Cell) -> bool:
