@@ -6,7 +6,7 @@ import gguf
 import numpy
 import pytest
 
-from llm_barber.checkpoint.gguf import _parsed_once
+from llm_barber.checkpoint.gguf import _parsed_once, converted_gguf
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from tests.conftest import make_gguf
@@ -40,3 +40,22 @@ def test_a_file_is_parsed_once_and_as_without_the_context(tmp_path: Path) -> Non
     (tensor,), (usual_tensor,) = parsed.tensors, usual.tensors
     assert tensor.name == usual_tensor.name
     assert numpy.array_equal(tensor.data, usual_tensor.data)
+
+
+def test_two_processes_that_convert_a_file_share_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF")
+    calls: list[Path] = []
+
+    def convert(_: Path, folder: Path) -> None:
+        calls.append(folder)
+        if len(calls) == 1:  # while the first converts, the second begins and is faster
+            converted_gguf(path)
+        (folder / "config.json").write_text(str(len(calls)))
+
+    monkeypatch.setattr("llm_barber.checkpoint.gguf._convert", convert)
+    target = converted_gguf(path)
+    assert len(set(calls)) == 2
+    assert (target / "config.json").is_file()
+    assert list((tmp_path / "cache").iterdir()) == [target]

@@ -1,10 +1,12 @@
 """Files of hub ids that are not there: which problem is told, without a network."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from llm_barber.checkpoint.hub import hub_file
 from llm_barber.errors import HubError, ModelError
@@ -30,3 +32,23 @@ def test_a_hub_that_cannot_be_reached_and_a_name_that_is_none() -> None:
         hub_file("nosuch", "config.json")  # tests set HF_HUB_OFFLINE
     with pytest.raises(ModelError, match="no such model: a b"):
         hub_file("a b", "config.json")
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be downloaded: .*No space left", "HF_HOME"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be downloaded: .*denied", "HF_HOME"),
+        (HfHubHTTPError.__bases__[0]("the server ended the connection"), "the hub cannot be reached", "connection"),
+    ],
+)
+def test_a_download_that_fails_is_explained(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str, hint: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(HubError, match=told) as caught:
+        hub_file("org/name", "config.json")
+    assert hint in caught.value.hint

@@ -11,6 +11,7 @@ from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.replacing import check_replaceable
 from llm_barber.errors import OutputError, SettingsError
+from llm_barber.settings import base
 from llm_barber.usage import readable_bytes
 from tests.conftest import make_model
 
@@ -134,3 +135,30 @@ def test_sizes_are_never_shown_as_nothing(size: int, words: str) -> None:
 )
 def test_sizes_in_binary_units(size: int, words: str) -> None:
     assert readable_bytes(size, 1024) == words
+
+
+def test_a_folder_is_the_same_by_any_of_its_paths(model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is mounted in two places has two paths that no link joins."""
+    other = model.parent / "mounted"
+    other.mkdir()
+    identities = base._identities
+
+    def mounted(path: Path) -> list[tuple[int, int]]:
+        parts = [model if part == other else part for part in (path, *path.parents)]
+        return [identities(part)[0] for part in parts if part.exists()]
+
+    monkeypatch.setattr(base, "_identities", mounted)
+    for output in (other, other / "pruned"):
+        with pytest.raises(SettingsError, match="is model itself|lies inside model"):
+            PruneConfig(model=model, output=output, calibration=tokens)
+    PruneConfig(model=model, output=model.parent / "out", calibration=tokens)
+
+
+def test_the_folder_of_linked_shards_is_no_output(model: Path, tokens: Path) -> None:
+    shards = model.parent / "shards"
+    shards.mkdir()
+    (shard,) = model.glob("*.safetensors")
+    shard.rename(shards / shard.name)
+    shard.symlink_to(shards / shard.name)
+    with pytest.raises(SettingsError, match="contains model"):
+        PruneConfig(model=model, output=shards, calibration=tokens)

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber.checkpoint.ahead import ReadAhead
+from llm_barber.checkpoint.companions import companions
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.locations import TensorInfo, sharded_by
 from llm_barber.checkpoint.memory import ordinary_memory
@@ -216,3 +218,21 @@ def test_index_with_a_name_that_no_file_has(llama: Path, name: str) -> None:
     index["weight_map"]["model.norm.weight"] = name
     (llama / INDEX_NAME).write_text(json.dumps(index))
     expect(llama, "not a file of its folder|lone surrogate", "")
+
+
+def test_a_single_file_goes_before_an_index(llama: Path) -> None:
+    """As transformers loads it: both must speak of the same weights."""
+    expected = CheckpointSource(llama).tensors
+    (llama / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "of-an-older-save.safetensors"}}))
+    assert CheckpointSource(llama).tensors == expected
+
+
+def test_names_and_links_that_cannot_be_copied_are_refused(llama: Path) -> None:
+    link = llama / "extra.json"
+    link.symlink_to("nothing")
+    with pytest.raises(ModelError, match="extra.json is a link to nothing"):
+        companions(llama)
+    link.unlink()
+    Path(os.fsdecode(bytes(llama) + b"/\xff.json")).write_text("{}")
+    with pytest.raises(ModelError, match=r"the name of .*\\xff.json is not valid UTF-8"):
+        companions(llama)

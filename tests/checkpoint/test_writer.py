@@ -18,7 +18,8 @@ from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.behind import WriteBehind
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.output import check_output
-from llm_barber.checkpoint.state import Used
+from llm_barber.checkpoint.state import RunState, Used, write_state
+from llm_barber.checkpoint.unfinished import unfinished_run
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import OutputError
 
@@ -342,3 +343,36 @@ def test_a_copy_that_fails_does_not_hide_the_error_of_the_run(
         if own is not None:
             raise own
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_replaced_folder_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The output is complete; what is left has a name of its own, also where the process's number comes again."""
+    out = tmp_path / "out"
+    write(out, value=1.0)
+
+    def busy(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    for value, left in ((2.0, 1), (3.0, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", busy)
+            write(out, overwrite=True, value=value)
+        assert load_file(out / "model-00001-of-00002.safetensors")["a"][0] == value
+        assert len(list(tmp_path.glob("out.replaced-*"))) == left
+        assert "is not needed any more and cannot be removed" in caplog.text
+    write(out, overwrite=True)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("begun", [{"sparsities": {"a": 0.5}}, {"channel_order": "digest"}])
+@pytest.mark.parametrize("key", [{}, {"seed": 0}])
+def test_what_took_long_before_the_first_layer_is_not_deleted(
+    tmp_path: Path, begun: dict[str, Any], key: dict[str, Any]
+) -> None:
+    write_state(tmp_path, RunState(key=key, **begun))
+    with pytest.raises(OutputError, match="unfinished run with no finished layer yet") as caught:
+        unfinished_run(tmp_path, key, overwrite=False, resume=False)
+    assert ("--resume" in caught.value.hint) == bool(key)  # a command without a key cannot resume
+    assert unfinished_run(tmp_path, key, overwrite=True, resume=False) is None

@@ -98,3 +98,16 @@ def test_a_full_disk_and_a_lost_source_leave_what_is_finished(
     (tmp_path / "elsewhere").rename(model / "model.safetensors")
     run(model, tmp_path / "again", tokens, resume=True)
     assert read_untimed_files(tmp_path / "again") == read_untimed_files(out)
+
+
+def test_leftovers_that_a_resumed_run_deletes_are_room(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
+    partial = tmp_path / "out.partial"
+    written = sum(shard.bytes for shard in read_state(partial).shards.values())
+    (partial / "model-00003-of-00009.safetensors").write_bytes(bytes(1000))  # of a shard that no state names
+    free = CheckpointSource(model).bytes - written - 1000
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    check_resumed(monkeypatch, tmp_path, model, tokens, [2])

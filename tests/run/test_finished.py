@@ -1,5 +1,6 @@
 """A finished run that is started again."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llm_barber import PruneConfig, prune
+from llm_barber.checkpoint import gguf
 from llm_barber.checkpoint.companions import REPLACED
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import OutputError
 from llm_barber.run import finished
-from tests.conftest import save_tokens
+from tests.conftest import Listener, save_tokens
 from tests.helpers.runs import read_untimed_files
+from tests.helpers.text import add_tokenizer
 
 
 def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens: Path) -> None:
@@ -72,3 +75,40 @@ def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, 
     (tmp_path / "other.replaced-123").mkdir()
     prune(PruneConfig(**settings))
     assert {path.name for path in tmp_path.glob("o*")} == {"out", "other.replaced-123"}
+
+
+def test_a_text_is_compared_without_the_model(tmp_path: Path, model: Path) -> None:
+    """The output has the tokenizer: the model's folder may be gone, as a model of the hub is elsewhere."""
+    add_tokenizer(model)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + (7 * i * i + i) % 90) for i in range(400)))
+    settings: dict[str, Any] = {
+        "model": model, "output": tmp_path / "out", "calibration": text, "samples": 3, "seqlen": 24, "initial": "wanda",
+    }  # fmt: skip
+    report = prune(PruneConfig(**settings))
+    again = PruneConfig(**settings, resume=True)
+    model.rename(tmp_path / "elsewhere")
+    told = Listener()
+    assert prune(again, told) == report
+    assert any("is not there any more" in warning for warning in told.warnings)
+    text.write_text(text.read_text()[::-1])
+    with pytest.raises(OutputError, match="is complete, but was made with another calibration text"):
+        prune(again)
+
+
+def test_a_gguf_file_is_compared_with_the_one_that_was_read(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_BARBER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf, "_convert", lambda path, folder: shutil.copytree(model, folder, dirs_exist_ok=True))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    settings: dict[str, Any] = {"model": file, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(**settings))
+    again = PruneConfig(**settings, resume=True)
+    assert prune(again) == report
+    (shard,) = model.glob("*.safetensors")
+    save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    file.write_bytes(b"GGUF of another model")
+    with pytest.raises(OutputError, match="is complete, but was made with other files of "):
+        prune(again)

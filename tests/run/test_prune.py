@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import InspectConfig, PruneConfig, RunReport, inspect, prune
 from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import Unstructured, parse_pattern
+from llm_barber.record.card import model_card
 from llm_barber.runtime.load import load
 from tests.conftest import FAMILIES, Listener, bits, load_model, make_model, read_folder, save_tokens
 from tests.helpers.prune_runs import is_linear, run
@@ -147,6 +148,14 @@ def test_the_record_is_complete(tmp_path: Path, llama: Path, tokens: Path) -> No
     card = (tmp_path / "out" / "README.md").read_text()
     assert "arXiv preprint arXiv:2408.10631" in card
     assert "| self_attn.q_proj | 2,048 |" in card
+    for name, base in (
+        ("org/name@v1", "org/name"),
+        ("org/name", "org/name"),
+        ("gone/model/deep", ""),
+        (str(llama), ""),
+    ):
+        lines = model_card(report.model_copy(update={"model": name})).splitlines()
+        assert [line for line in lines if line.startswith("base_model")] == [f"base_model: {base}"] * bool(base)
 
 
 def test_error_before_is_of_the_initial_mask(tmp_path: Path, llama: Path, tokens: Path) -> None:

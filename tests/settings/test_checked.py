@@ -1,5 +1,6 @@
 """All problems of settings are reported at once: wrong values, and values that do not go together."""
 
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,16 @@ def test_a_limit_needs_tasks(kind: type[Settings]) -> None:
     given: dict[str, Any] = {"model": "m"} if kind is EvaluateConfig else dict(PRUNE)
     assert "limit needs tasks or tasks_folder" in error_of(kind, **given, limit=5)
     kind(**given, limit=5, tasks=("boolq",))
+
+
+@pytest.mark.parametrize("name", ["model", "output"])
+def test_paths_that_no_record_can_name_are_refused(tmp_path: Path, name: str) -> None:
+    odd = os.fsdecode(bytes(tmp_path) + b"/\xff")
+    assert f"{name}: is not valid UTF-8" in error_of(PruneConfig, **PRUNE | {name: odd})
+
+
+def test_a_current_folder_that_no_record_can_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    assert "lies in a folder whose name is not valid UTF-8" in error_of(PruneConfig, **PRUNE)
