@@ -19,6 +19,7 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.least_squares import least_squares
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.saliency import wanda
+from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.method import refine
 from llm_barber.method.pruned_linear import PrunedLinear
@@ -117,6 +118,16 @@ def test_held_out_windows_decide_row_by_row_and_about_damping(pattern: NofM | No
     assert held_out.error(solved.final, weight).sum() <= after.sum()
     alike = refine_linear(pruned, weight, training, training, replace(settings, solve=True))
     assert training.error(alike.final, weight).sum() < 0.5 * training.error(refined.final, weight).sum()
+
+
+def test_an_expert_without_held_out_tokens_is_refined_without_them() -> None:
+    """Where experts are computed together, zeros pad the inputs of those with fewer tokens: of this one all are."""
+    moments = TargetMoments(4, torch.device("cpu"))
+    assert Objective.of(moments, 0.5) is None
+    moments.update(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+    assert Objective.of(moments, 0.5) is None
+    moments.update(torch.eye(4)[None], torch.eye(4)[None])
+    assert Objective.of(moments, 0.5) is not None
 
 
 def test_values_of_unknown_held_out_error_are_not_kept() -> None:

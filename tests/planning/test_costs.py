@@ -1,5 +1,6 @@
 """Work of each stage of a run, against torch's own counter and by hand."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM
 from llm_barber.planning.costs import run_costs
 from llm_barber.planning.initial_costs import ranking_work
@@ -119,6 +121,12 @@ def test_the_allocation_looks_at_4096_tokens() -> None:
     assert pruned.read == costs.allocate.read + 40 * 2
 
 
+def test_the_allocation_by_outliers_runs_each_layer_once() -> None:
+    costs = run_costs(MODEL, replace(PAPER, allocation=Allocation.OWL))
+    assert costs.allocate.products == 2 * (2 * 60 * 112)
+    assert costs.allocate.read == 2 * 117 * 2
+
+
 def test_the_allocation_reads_layers_once_that_stay_on_a_device() -> None:
     on_host = Recipe(**{**MASK.__dict__, "allocation": Allocation.LOSS, "on_cpu": False})
     size, arrays = 2 * 117 * 2, 3 * 60 * 4 * 2  # of both layers; of the activations while allocating
@@ -182,7 +190,11 @@ def test_borders_of_rows_are_selected_by_c_or_by_a_gpu_that_has_rows_enough(
     by_row = ranking_work(block, recipe)
     assert by_row.moved == (60 + selecting) * weights
     assert by_row.sorted == (0 if selecting else 3 * weights)  # log2 of 8
-    assert (ranking_work(block, replace(recipe, method=Initial.RIA)).sorted > 0) is sorts_linears
+    in_linears = (replace(recipe, method=Initial.RIA), replace(recipe, initial_granularity=Granularity.LINEAR))
+    for sorting in (ranking_work(block, recipe).sorted for recipe in in_linears):
+        assert sorting == (weights * math.log2(weights) if sorts_linears else 0)
+    by_rows = replace(recipe, method=Initial.RIA, initial_granularity=Granularity.OUTPUT)
+    assert ranking_work(block, by_rows) == by_row
 
 
 def test_a_pattern_is_ranked_without_sorting() -> None:

@@ -107,7 +107,7 @@ def test_leftovers_that_a_resumed_run_deletes_are_room(
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     partial = tmp_path / "out.partial"
     written = sum(shard.bytes for shard in read_state(partial).shards.values())
-    (partial / "model-00003-of-00009.safetensors").write_bytes(bytes(1000))  # of a shard that no state names
-    free = CheckpointSource(model).bytes - written - 1000
+    (partial / "model-00003-of-00009.safetensors").write_bytes(bytes(9000))  # of a shard that no state names
+    free = CheckpointSource(model).bytes - written - 9000
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     check_resumed(monkeypatch, tmp_path, model, tokens, [2])

@@ -77,12 +77,13 @@ def _by_outliers(
     progress.start("looking for outliers", job.layer_count)
     for index, layer, weights in layers.opened(range(job.layer_count)):
         if layer.linears:
-            squares = collect_inputs(layer, streams, InputSquares)
+            squares = collect_inputs(layer, streams, InputSquares, HIDDEN)
             scores = [wanda(weights[name], squares[name].mean) for name in layer.linears]
             shares[index] = outlier_share(scores)
             sizes[index] = sum(score.numel() for score in scores)
-        for batch in streams.batches():
-            streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
+        else:
+            for batch in streams.batches():
+                streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
         progress.advance(f"{shares[index]:.2%} outliers" if index in shares else "not pruned")
     try:
         sparsities = layer_sparsities(list(shares.values()), list(sizes.values()), sparsity)

@@ -124,5 +124,6 @@ def _refine(
             )
             moments.update(inputs, dense_inputs[0] if dense_inputs else None)
         streams.ranks.add(moments)
-        objectives.append(Objective.of(moments, settings.target_mix) if moments.tokens else None)
-    return refine_linear(pruned, weight, objectives[0], objectives[1], settings)
+        objectives.append(Objective.of(moments, settings.target_mix))
+    training, held_out = objectives
+    return pruned if training is None else refine_linear(pruned, weight, training, held_out, settings)

@@ -98,10 +98,10 @@ def _refine_chunk(
     moments = _gather_moments(block_pass, names, current, dense_weights, settings, last)
     refined = {}
     for group in chunk:
-        training, held_out = (_objective(windows[group[0]], settings.target_mix) for windows in moments)
+        training, held_out = (Objective.of(windows[group[0]], settings.target_mix) for windows in moments)
         for name in group:
             refined[name] = pruned[name]
-            if not pruned[name].few_tokens:
+            if training is not None and not pruned[name].few_tokens:
                 refined[name] = refine_linear(pruned[name], dense_weights[name], training, held_out, settings)
     return refined
 
@@ -156,11 +156,6 @@ def _update(
 def _stacked(names: list[str], inputs: Mapping[str, Tensor]) -> Tensor:
     """Inputs of n linears, (n, sequences, tokens, in); of a single linear a view."""
     return inputs[names[0]].unsqueeze(0) if len(names) == 1 else torch.stack([inputs[name] for name in names])
-
-
-def _objective(moments: TargetMoments, mix: float) -> Objective | None:
-    """Objective of a linear; None: there is no window, or an expert was given no token."""
-    return Objective.of(moments, mix) if moments.tokens else None
 
 
 def _freeze_linears_with_few_tokens(

@@ -33,8 +33,13 @@ class Objective:
     difference: Tensor | None
 
     @classmethod
-    def of(cls, moments: TargetMoments, mix: float) -> "Objective":
-        """Objective of the windows that the moments are sums over."""
+    def of(cls, moments: TargetMoments, mix: float) -> "Objective | None":
+        """Objective of the windows that the moments are sums over.
+
+        None: there is no window, or no input that is not zero, as of an expert without tokens.
+        """
+        if not moments.tokens or not moments.squared.any():
+            return None
         return cls(moments.gram, mix * moments.difference if mix else None)
 
     def linear_term(self, weight: Tensor) -> Tensor | None:
@@ -64,7 +69,7 @@ def swap_stages(swaps: int, guarded: bool) -> tuple[int, ...]:
 def refine_linear(
     pruned: PrunedLinear,
     weight: Tensor,
-    training: Objective | None,
+    training: Objective,
     held_out: Objective | None,
     settings: RefineSettings,
 ) -> PrunedLinear:
@@ -77,7 +82,6 @@ def refine_linear(
         held_out: objective on the held-out windows, which decide how far each step goes; None: there are none.
         settings: most swaps of a row; whether least squares are solved.
     """
-    assert training is not None
     linear_term = training.linear_term(weight)
     keep = pruned.keep
     swaps = settings.swaps_of(pruned.pattern)

@@ -50,7 +50,7 @@ def allocation_work(model: ModelShapes, recipe: Recipe) -> Work:
         for block in layer.blocks:
             once = forward_work(block, recipe, tokens) + streaming_work(block, recipe, tokens, 1, recipe.passing)
             if not by_loss:
-                total += once * 2 + ranking_work(block, recipe)
+                total += once + ranking_work(block, recipe) + _squares_work(block, recipe)
                 continue
             moved = backward_bytes(recipe, once)
             back = Work(products=once.products, attention=BACKWARD_ATTENTION * once.attention, moved=moved)
@@ -95,9 +95,15 @@ def _removal_cost_work(block: BlockShapes, recipe: Recipe, tokens: float) -> Wor
     for rows, columns in block.linears:
         total += Work(
             moved=SQUARING * tokens * block.share * (rows + columns) + REMOVAL_COSTS * rows * columns,
-            ordered=sorting_work(rows * columns, columns),
+            sorted=sorting_work(rows * columns, columns),
         ) + reduction_work(recipe, FLOAT32 * (rows + columns))
     return total * block.copies
+
+
+def _squares_work(block: BlockShapes, recipe: Recipe) -> Work:
+    """Work of adding up squares of the inputs of a block's linears; linears that read one tensor share them."""
+    columns = sum(group[0][1] for group in block.groups)
+    return input_squares_work(recipe, recipe.local_tokens * block.share * columns) * block.copies
 
 
 def initial_mask_work(layer: LayerShapes, block: BlockShapes, recipe: Recipe) -> Work:
@@ -129,10 +135,10 @@ def ranking_work(block: BlockShapes, recipe: Recipe, moved_beside: float = RANKI
         if recipe.on_cpu and can_select():
             work += Work(moved=moved + SELECTING_BY_C * rows * columns)
             continue
-        if not recipe.on_cpu and not recipe.method.compares_in_linear and rows >= SELECTED_ON_GPU:
+        if not recipe.on_cpu and not recipe.ranks_linears and rows >= SELECTED_ON_GPU:
             work += Work(moved=moved + SELECTING * rows * columns)
             continue
-        group_size = rows * columns if recipe.method.compares_in_linear else columns
+        group_size = rows * columns if recipe.ranks_linears else columns
         work += Work(moved=moved, sorted=sorting_work(rows * columns, group_size))
     return work * block.copies
 
