@@ -105,8 +105,7 @@ def test_torchrun_of_the_command_line(tmp_path: Path, run: Callable[..., RunRepo
     assert read_untimed_files(tmp_path / "together") == read_untimed_files(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("preset", ["mask", "best"])
+@pytest.mark.parametrize(("preset", "dtype"), [("mask", "float32"), ("best", "bfloat16")])
 def test_tuning_together(
     tmp_path: Path, run: Callable[..., RunReport], preset: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
