@@ -171,7 +171,7 @@ def test_arguments_are_named_as_the_help_names_them(
             ("--preset", "paper", "--guard", "0.5"),
             "--guard needs --refine or --reconstruct, which --preset paper does not",
         ),
-        (("--memory", "1MiB"), "--memory: 1 MiB is too little"),
+        (("--memory", "1MiB", "--preset", "paper"), "--memory: 1 MiB is too little"),
     ],
 )
 def test_settings_that_do_not_fit_are_named_as_they_are_typed(

@@ -12,6 +12,7 @@ from llm_barber import InspectConfig, PruneConfig, RunReport, inspect, prune
 from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.record.card import model_card
+from llm_barber.run.dry_run import dry_run
 from llm_barber.runtime.load import load
 from tests.conftest import FAMILIES, Listener, bits, load_model, make_model, read_folder, save_tokens
 from tests.helpers.prune_runs import is_linear, run
@@ -282,3 +283,22 @@ def test_what_held_out_windows_say_is_told(tmp_path: Path, llama: Path, tokens: 
     assert ("blocks left as they were" in report.tuning) == bool(report.rejected)
     assert report.tuning in (tmp_path / "out" / "README.md").read_text()
     assert run(llama, tmp_path / "p", tokens, preset="paper").tuning is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "settings", "told"),
+    [
+        (9, {}, "0.99 numbers for each of its weights"),  # 9 × 32 tokens, 32 numbers each, for 9,280 weights
+        (10, {}, None),
+        (9, {"initial": "wanda"}, None),  # which is not tuned
+    ],
+)
+def test_little_text_for_each_weight_is_told(
+    tmp_path: Path, llama: Path, windows: int, settings: dict[str, Any], told: str | None
+) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=windows, tokens=32)
+    listener = Listener()
+    dry_run(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings), listener)
+    warnings = [warning for warning in listener.warnings if "little text" in warning]
+    assert len(warnings) == (told is not None)
+    assert all(told in warning and f"{windows} windows of 32 tokens" in warning for warning in warnings)

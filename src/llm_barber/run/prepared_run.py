@@ -12,12 +12,15 @@ from llm_barber.method.initial_masks import InitialMasks, prunes_layers
 from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.method.reordering import MovableChannels, movable_channels
 from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
 from llm_barber.settings.refining import RefineSettings
-from llm_barber.settings.run import RunSettings
+from llm_barber.settings.run import USUAL_SAMPLES, USUAL_SEQLEN, RunSettings
+
+FEW_NUMBERS = 1.0  # numbers of a layer's output for each of its weights (docs/results/index.md)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,25 @@ class PreparedRun:
         if self.refine_settings is not None and not self.refine_settings.held_out and self.config.guard != 0:
             progress.warn(
                 message("there is one calibration window, so none is held out to check refining: give more {samples}")
+            )
+        if self.refine_settings is not None and self.refine_settings.of_layers:
+            self._warn_of_little_text(progress)
+
+    def _warn_of_little_text(self, progress: Progress) -> None:
+        """Warn where tuning gets less text than usual, and less than one number of a layer's output for each weight."""
+        sequences, tokens = self.job.tokens.input_ids.shape
+        shapes = model_shapes(self.job.skeleton)
+        numbers = sequences * tokens * shapes.hidden / max(layer.parameters for layer in shapes.layers)
+        if numbers < FEW_NUMBERS and sequences * tokens < USUAL_SAMPLES * USUAL_SEQLEN:
+            progress.warn(
+                message(
+                    "{windows} windows of {tokens} tokens are little text for this model: a layer's output has "
+                    "{numbers} numbers for each of its weights. Masks get better with more {samples} or a larger "
+                    "{seqlen} (docs/guide/presets.md)",
+                    windows=sequences,
+                    tokens=tokens,
+                    numbers=f"{numbers:.2g}",
+                )
             )
 
     @property

@@ -32,6 +32,7 @@ from llm_barber.settings.presets import (
 )
 
 BATCH_SIZE = "Most windows at a time; can change bfloat16 rounding (default: by the device)"
+USUAL_SAMPLES, USUAL_SEQLEN = 128, 2048  # calibration windows, and tokens of each, as in the paper
 NEEDS_REBUILD = "{granularity} and {rebuild_ratio} need the rebuild: leave out {no_rebuild}"
 
 
@@ -100,8 +101,8 @@ class RunSettings(StructureSettings):
         description="builtin, c4, wikitext2, or a .txt, .jsonl, .parquet or .safetensors file, whose windows "
         "(input_ids) are taken as they are",
     )
-    samples: int = Field(128, ge=1, description="Windows of text")
-    seqlen: int = Field(2048, ge=2, description="Tokens a window")
+    samples: int = Field(USUAL_SAMPLES, ge=1, description="Windows of text")
+    seqlen: int = Field(USUAL_SEQLEN, ge=2, description="Tokens a window")
     bos: bool = Field(True, description="Begin each window with BOS if the tokenizer begins texts with it")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the choice of windows")
     batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
