@@ -222,9 +222,11 @@ def test_index_with_a_name_that_no_file_has(llama: Path, name: str) -> None:
 
 def test_a_single_file_goes_before_an_index(llama: Path) -> None:
     """As transformers loads it: both must speak of the same weights."""
-    expected = CheckpointSource(llama).tensors
+    before = CheckpointSource(llama)
+    expected, key = before.tensors, before.key
     (llama / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "of-an-older-save.safetensors"}}))
     assert CheckpointSource(llama).tensors == expected
+    assert CheckpointSource(llama).key == key
 
 
 def test_names_and_links_that_cannot_be_copied_are_refused(llama: Path) -> None:

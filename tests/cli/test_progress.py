@@ -1,5 +1,6 @@
 """Progress of a run on the console: ETA, warnings, the bar after a resume."""
 
+import logging
 import time
 
 import pytest
@@ -57,3 +58,13 @@ def test_the_bar_begins_after_finished_steps(
     (task,) = progress._bars.tasks
     progress._bars.stop()
     assert (task.completed, task.time_remaining) == (7, 10)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_warning_in_the_log_is_shown_as_a_warning(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with ConsoleProgress(verbose=verbose):
+        logging.getLogger("llm_barber.checkpoint").warning("%s stays", "a folder")
+        logging.getLogger("llm_barber.checkpoint").info("a detail")
+    shown = capsys.readouterr().err
+    assert "warning: a folder stays" in shown
+    assert ("a detail" in shown) is verbose

@@ -106,7 +106,15 @@ def test_a_gguf_file_is_compared_with_the_one_that_was_read(
     settings: dict[str, Any] = {"model": file, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
     report = prune(PruneConfig(**settings))
     again = PruneConfig(**settings, resume=True)
-    assert prune(again) == report
+    shutil.rmtree(tmp_path / "cache")  # it is converted again, at another time
+    told = Listener()
+    assert prune(again, told) == report
+    assert not any("modified" in warning for warning in told.warnings)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("in the way")
+    assert prune(again, told) == report
+    assert any("cannot be compared" in warning for warning in told.warnings)
+    (tmp_path / "cache").unlink()
     (shard,) = model.glob("*.safetensors")
     save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
     file.write_bytes(b"GGUF of another model")

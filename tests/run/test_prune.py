@@ -299,6 +299,8 @@ def test_little_text_for_each_weight_is_told(
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=windows, tokens=32)
     listener = Listener()
     dry_run(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings), listener)
-    warnings = [warning for warning in listener.warnings if "little text" in warning]
+    warnings = [warning for warning in listener.warnings if "is little for this model" in warning]
     assert len(warnings) == (told is not None)
-    assert all(told in warning and f"{windows} windows of 32 tokens" in warning for warning in warnings)
+    assert all(
+        told in warning and f"{windows} × 32 tokens" in warning and "more text" in warning for warning in warnings
+    )

@@ -68,9 +68,15 @@ def local_path(model: str) -> Path | None:
         if path.suffix == ".gguf":
             return path
         raise ModelError(f"{model} is a file, not a model", "give the folder of a checkpoint, a GGUF file or a hub id")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", model) or model.endswith(".gguf"):
+    if not is_hub_id(model):
         raise ModelError(f"no such model: {model}", "give the folder of a checkpoint, a GGUF file or a hub id")
     return None
+
+
+def is_hub_id(model: str) -> bool:
+    """Test whether a name can be a hub id, `name`, `org/name` or `org/name@revision`."""
+    pattern = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?"
+    return re.fullmatch(pattern, model) is not None and not model.endswith(".gguf")
 
 
 def check_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.encoding import Packed
 from llm_barber.checkpoint.headers import LastShard, OpenedShard, read_headers
-from llm_barber.checkpoint.hub import INDEX_NAME, resolve_model
+from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME, resolve_model
 from llm_barber.checkpoint.index import DAMAGED, PACKED_INDEX
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
 from llm_barber.checkpoint.memory import Memory, copied, ordinary_memory
@@ -230,8 +230,9 @@ class CheckpointSource:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The configuration, the index if there is one, and the shards."""
-        indices = (name for name in (INDEX_NAME, PACKED_INDEX) if (self.folder / name).is_file())
+        """The configuration, the index if it is read, and the shards."""
+        read = (PACKED_INDEX,) if (self.folder / SINGLE_NAME).exists() else (INDEX_NAME, PACKED_INDEX)
+        indices = (name for name in read if (self.folder / name).is_file())
         return [self.folder / name for name in sorted({"config.json", *indices, *self._shards})]
 
     @property

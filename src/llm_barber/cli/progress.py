@@ -57,12 +57,11 @@ class ConsoleProgress:
         self._task: TaskID | None = None
         self._title, self._total, self._done, self._finished = "", 0, 0, 0
         self._began = self._told = 0.0
-        self._log = _Log(self) if verbose else None
+        self._log = _Log(self, logging.INFO if verbose else logging.WARNING)
 
     def __enter__(self) -> Self:
-        if self._log is not None:
-            LOGGER.setLevel(logging.INFO)
-            LOGGER.addHandler(self._log)
+        LOGGER.setLevel(self._log.level)
+        LOGGER.addHandler(self._log)
         self._bars.start()
         self.stage("loading PyTorch and transformers")
         from huggingface_hub.utils import logging as hub_logging
@@ -78,8 +77,7 @@ class ConsoleProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
-        if self._log is not None:
-            LOGGER.removeHandler(self._log)
+        LOGGER.removeHandler(self._log)
 
     def stage(self, title: str) -> None:
         """Begin a stage of unknown length."""
@@ -138,12 +136,15 @@ class ConsoleProgress:
 
 
 class _Log(logging.Handler):
-    """Show log messages beside the progress."""
+    """Show log messages of a level and above beside the progress."""
 
-    def __init__(self, progress: ConsoleProgress) -> None:
-        super().__init__()
-        self._console = progress.console
+    def __init__(self, progress: ConsoleProgress, level: int) -> None:
+        super().__init__(level)
+        self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a message as a line."""
-        self._console.print(record.getMessage(), style="dim", soft_wrap=True)
+        """Show a message as a line, a warning as all warnings are."""
+        if record.levelno >= logging.WARNING:
+            self._progress.warn(record.getMessage())
+        else:
+            self._progress.console.print(record.getMessage(), style="dim", soft_wrap=True)

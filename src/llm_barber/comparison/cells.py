@@ -157,8 +157,9 @@ class CellRunner:
             return []
         targets = [work / self._file_and_key(*cell)[0].stem for cell in cells]
         own = {target.name for target in targets} | {work_folder(target).name for target in targets}
-        others = [path for path in work.iterdir() if path.name not in own and self._is_begun(path)]
-        with suppress(OSError):  # what cannot be removed is in no cell's way
+        others: list[Path] = []
+        with suppress(OSError):  # what cannot be read or removed is in no cell's way
+            others = [path for path in work.iterdir() if path.name not in own and self._is_begun(path)]
             clear(work, own | {path.name for path in others})
             if not any(work.iterdir()):
                 work.rmdir()

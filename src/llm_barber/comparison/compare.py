@@ -10,7 +10,6 @@ from typing import Any
 
 from llm_barber.checkpoint.durable import save_tensors
 from llm_barber.checkpoint.folder import check_claimable, claim_folder, locked
-from llm_barber.checkpoint.output import PARTIAL
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.planned import Cell, calibration_shape, cell_key, cell_settings, has_tasks, plan_cells
@@ -242,12 +241,11 @@ def _clear_work(runner: CellRunner, config: CompareConfig, missing: Sequence[Cel
 
 
 def _warn_of_begun_cells(folders: Sequence[Path], progress: Progress) -> None:
-    if folders:
-        size = sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
-        names = ", ".join(folder.name.removesuffix(PARTIAL) for folder in folders)
+    for folder in folders:
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
         progress.warn(
-            f"{folders[0].parent} has begun cells of another call, or with other settings ({names}, "
-            f"{readable_bytes(size)}): that call goes on with them; remove the folder if nobody needs them"
+            f"{folder} has a begun cell of another call ({readable_bytes(size)}). That call goes on with it, unless "
+            "the program, the model or a text has changed since; if nobody needs it, remove it"
         )
 
 

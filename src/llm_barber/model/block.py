@@ -149,7 +149,7 @@ class DecoderLayer:
         return outputs[0]
 
     def compute_gradients(self, run: Callable[[], Result]) -> Result:
-        """Call a function that runs the layer and takes gradients; it adds them in a fixed order if available."""
+        """Call a function that runs the layer and takes gradients, which are added in a fixed order if possible."""
         counts = {name: experts.tokens.clone() for name, experts in self.experts.items()}
 
         def undo() -> None:

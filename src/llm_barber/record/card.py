@@ -1,8 +1,8 @@
 """The model card of a pruned model: `OUT/README.md`."""
 
-import re
 from pathlib import Path
 
+from llm_barber.checkpoint.hub import is_hub_id
 from llm_barber.record.report import RunReport
 
 CITATION = """@article{su2024llmbarber,
@@ -77,8 +77,8 @@ def model_card(report: RunReport) -> str:
 def _front_matter(report: RunReport) -> list[str]:
     """YAML that the hub reads."""
     name = report.model.partition("@")[0]
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(report.model).exists()
-    base_model = [f"base_model: {name}"] if is_hub_id else []
+    of_hub = "/" in name and is_hub_id(report.model) and not Path(report.model).exists()
+    base_model = [f"base_model: {name}"] if of_hub else []
     return ["---", *base_model, "library_name: transformers", "tags: [pruning, sparsity, llm-barber]", "---"]
 
 

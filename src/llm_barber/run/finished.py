@@ -99,7 +99,7 @@ def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress,
     """
     path = Path(expanduser(model))
     if recorded is None or not path.exists():
-        if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf":  # a hub id is nothing of these
+        if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf":  # a hub id is none of these
             progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
         return ""
     try:
@@ -107,7 +107,11 @@ def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress,
         key = pruned_key(source) if of_pruned else source.key
     except ModelError:
         return f"other files of {model}"
+    except OutputError as error:  # a GGUF file is converted, and the cache takes no more
+        progress.warn(f"{model} cannot be compared with the model of the finished run: {error}")
+        return ""
     if key != recorded.key:
         return f"other files of {model}"
-    warn_of_written(source.written, recorded.written, progress)
+    if path.is_dir():  # files that a GGUF file was converted to have the date of that
+        warn_of_written(source.written, recorded.written, progress)
     return ""

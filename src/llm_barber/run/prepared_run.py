@@ -19,6 +19,7 @@ from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.settings.run import USUAL_SAMPLES, USUAL_SEQLEN, RunSettings
+from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 FEW_NUMBERS = 1.0  # numbers of a layer's output for each of its weights (docs/results/index.md)
 
@@ -172,18 +173,15 @@ class PreparedRun:
         """Warn where tuning gets less text than usual, and less than one number of a layer's output for each weight."""
         sequences, tokens = self.job.tokens.input_ids.shape
         shapes = model_shapes(self.job.skeleton)
-        numbers = sequences * tokens * shapes.hidden / max(layer.parameters for layer in shapes.layers)
+        numbers = sequences * tokens * shapes.hidden / shapes.largest_layer.parameters
         if numbers < FEW_NUMBERS and sequences * tokens < USUAL_SAMPLES * USUAL_SEQLEN:
-            progress.warn(
-                message(
-                    "{windows} windows of {tokens} tokens are little text for this model: a layer's output has "
-                    "{numbers} numbers for each of its weights. Masks get better with more {samples} or a larger "
-                    "{seqlen} (docs/guide/presets.md)",
-                    windows=sequences,
-                    tokens=tokens,
-                    numbers=f"{numbers:.2g}",
-                )
+            has_all = self.config.calibration.endswith(TOKEN_FILE_SUFFIX)  # whose number of windows is its own
+            more = "more text" if has_all else message("more {samples} or a larger {seqlen}")
+            text = (
+                "the calibration text is little for this model: with {windows} × {tokens} tokens a layer's output has "
+                "{numbers} numbers for each of its weights. Masks get better with {more} (docs/guide/presets.md)"
             )
+            progress.warn(message(text, windows=sequences, tokens=tokens, numbers=f"{numbers:.2g}", more=more))
 
     @property
     def refinement(self) -> str | None:

@@ -100,7 +100,10 @@ class Settings(BaseModel):
 
 
 def is_utf8(text: str | Path) -> bool:
-    """Test whether a text can be written as UTF-8: a path with other bytes cannot, and files of a run name paths."""
+    """Test whether a text can be written as UTF-8.
+
+    A path with other bytes cannot, and files that a run writes contain paths.
+    """
     try:
         str(text).encode()
     except UnicodeEncodeError:
