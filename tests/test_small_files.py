@@ -184,6 +184,7 @@ def test_what_is_no_file_in_a_checkpoint(tmp_path: Path, tokens: Path, file: str
 def test_a_shard_that_an_index_names(tmp_path: Path, tokens: Path, kind: str) -> None:
     model = make_model(tmp_path / "model", "llama")
     PUTS[kind](model / "shard")
+    (model / "model.safetensors").unlink()  # an index beside it is not read
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "shard"}}')
     with pytest.raises(ModelError, match=f"shard is {kind}, not a regular file"):
         run_inspect(model, tokens, tmp_path / "out")
