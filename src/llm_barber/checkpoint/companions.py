@@ -10,6 +10,7 @@ from llm_barber.checkpoint.index import PACKED_INDEX
 from llm_barber.checkpoint.packed_configuration import names_packed
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.checkpoint.untrusted import is_utf8
 from llm_barber.errors import ModelError
 
 RECORD_NAME = "barber.json"
@@ -68,9 +69,7 @@ def companions(folder: Path) -> list[Path]:
         check_regular(path)
         if path.is_symlink() and not path.exists():
             raise ModelError(f"{path} is a link to nothing", "remove it, or close the editor that made it as its lock")
-        try:
-            path.name.encode()
-        except UnicodeEncodeError:
+        if not is_utf8(path.name):
             shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-            raise ModelError(f"the name of {shown} is not valid UTF-8", "rename the file") from None
+            raise ModelError(f"the name of {shown} is not valid UTF-8", "rename the file")
     return files

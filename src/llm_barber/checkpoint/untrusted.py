@@ -17,6 +17,18 @@ Result = TypeVar("Result", bound=BaseModel)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped half of a surrogate pair, perhaps without the other half
 
 
+def is_utf8(text: str | Path) -> bool:
+    """Test whether a text can be written as UTF-8.
+
+    A path with other bytes cannot, and files that a run writes contain paths.
+    """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_json(content: str | bytes, distinct_keys: bool = False) -> Any:
     """Parse a JSON document.
 

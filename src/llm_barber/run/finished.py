@@ -3,6 +3,7 @@
 from os.path import expanduser
 from pathlib import Path
 
+from llm_barber.checkpoint.hub import is_hub_id
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.unfinished import both_values, differing_names
 from llm_barber.errors import CalibrationError, ModelError, OutputError, UnfinishedRunError
@@ -99,7 +100,7 @@ def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress,
     """
     path = Path(expanduser(model))
     if recorded is None or not path.exists():
-        if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf":  # a hub id is none of these
+        if not is_hub_id(model):
             progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
         return ""
     try:

@@ -172,9 +172,11 @@ class PreparedRun:
     def _warn_of_little_text(self, progress: Progress) -> None:
         """Warn where tuning gets less text than usual, and less than one number of a layer's output for each weight."""
         sequences, tokens = self.job.tokens.input_ids.shape
+        if sequences * tokens >= USUAL_SAMPLES * USUAL_SEQLEN:
+            return
         shapes = model_shapes(self.job.skeleton)
         numbers = sequences * tokens * shapes.hidden / shapes.largest_layer.parameters
-        if numbers < FEW_NUMBERS and sequences * tokens < USUAL_SAMPLES * USUAL_SEQLEN:
+        if numbers < FEW_NUMBERS:
             has_all = self.config.calibration.endswith(TOKEN_FILE_SUFFIX)  # whose number of windows is its own
             more = "more text" if has_all else message("more {samples} or a larger {seqlen}")
             text = (

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, WrapValidator
 
 from llm_barber.checkpoint.in_use import folder_in_use
+from llm_barber.checkpoint.untrusted import is_utf8
 from llm_barber.messages import Message, SettingName, message
 from llm_barber.model.architecture import Block, StructureOptions
-from llm_barber.settings.checked import Settings, is_utf8
+from llm_barber.settings.checked import Settings
 from llm_barber.settings.targets import read_blocks
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -40,7 +41,7 @@ def same_folder(setting: str, model: str, output: Path) -> list[Message]:
     except (RuntimeError, OSError):
         return []
     shown = {"made_of": SettingName(setting), "folder": output}
-    own = _identities(output)[0] if output.exists() else None
+    own = above_output[0] if output.exists() else None
     if own is not None and own == above_source[0]:
         return [message("{output} is {made_of} itself ({folder}): choose another output folder", **shown)]
     if own is not None and own in (*above_source, *above_shards):

@@ -9,6 +9,7 @@ from typing import Any, Never, ParamSpec, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic.fields import FieldInfo
 
+from llm_barber.checkpoint.untrusted import is_utf8
 from llm_barber.errors import SettingsError
 from llm_barber.messages import Message, SettingName, joined, marked, message
 from llm_barber.settings.wording import wording
@@ -97,18 +98,6 @@ class Settings(BaseModel):
     def rules(self) -> list[Rule]:
         """Rules about several settings; a rule is checked if the values that it uses are right by themselves."""
         return []
-
-
-def is_utf8(text: str | Path) -> bool:
-    """Test whether a text can be written as UTF-8.
-
-    A path with other bytes cannot, and files that a run writes contain paths.
-    """
-    try:
-        str(text).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def takes(kind: type[Settings]) -> Callable[[Callable[P, T]], Callable[P, T]]:
