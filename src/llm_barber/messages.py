@@ -51,8 +51,10 @@ class Message(str):
 
 
 def _as_option(setting: SettingName) -> str:
-    """Show a setting as its option, with its value if it has one."""
+    """Show a setting as its option, with its value if it has one; a switch that is off as `--no-rebuild`."""
     option = f"--{setting.name.replace('_', '-')}"
+    if isinstance(setting.value, bool):
+        return option if setting.value else f"--no-{option[2:]}"
     return option if setting.value is None else f"{option} {setting.value}"
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from llm_barber.cli.progress import ConsoleProgress
-from llm_barber.messages import message
+from llm_barber.messages import SettingName, message
 
 
 class Clock:
@@ -34,10 +34,15 @@ def test_a_warning_names_settings_as_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    for text in (message("{device_memory} is of {path}: {refine:none}", path="/a/target_mix"), "target_mix: as it is"):
+    switch = message("{off}, or {on}", off=SettingName("rebuild", False), on=SettingName("rebuild", True))
+    settings = message("{device_memory} is of {path}: {refine:none}", path="/a/target_mix")
+    for text in (settings, "target_mix: as it is", switch):
         ConsoleProgress(quiet=True).warn(text)
-    warnings = "warning: --device-memory is of /a/target_mix: --refine none\nwarning: target_mix: as it is\n"
-    assert capsys.readouterr().err == warnings
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: --device-memory is of /a/target_mix: --refine none",
+        "warning: target_mix: as it is",
+        "warning: --no-rebuild, or --rebuild",
+    ]
 
 
 def test_the_bar_begins_after_finished_steps(

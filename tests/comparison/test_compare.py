@@ -283,6 +283,18 @@ def test_stopped_before_its_first_cell_it_leaves_older_tables(
     assert len(list((settings["output"] / "cells").glob("dense-*"))) == 1  # reported before anything was measured
 
 
+def test_stopped_before_a_new_cell_its_tables_have_all_that_is_measured(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = settings | {"targets": ("0.5",), "seeds": (0,), "rebuild": False, "rebuild_settings": {}}
+    compare(CompareConfig(**small))
+    monkeypatch.setattr(module, "prune", Counter(stop_at=1))
+    with pytest.raises(KeyboardInterrupt):
+        compare(CompareConfig(**small | {"methods": ("wanda", "ria", "magnitude")}))
+    comparison = Comparison.model_validate_json((settings["output"] / "comparison.json").read_text())
+    assert [cell.method for cell in comparison.cells] == [CompareRow.WANDA, CompareRow.MAGNITUDE]
+
+
 def test_a_cell_that_fails_is_named_and_others_go_on(settings: dict[str, Any], counter: Counter) -> None:
     small = settings | {"rebuild": False, "rebuild_settings": {}, "seeds": (0,), "targets": ("0.5", "3:7")}
     comparison = compare(CompareConfig(**small))

@@ -1,5 +1,6 @@
 """Tuning of whole layers: masks by their scores, then values."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, pairwise
@@ -23,6 +24,7 @@ from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.saliency import wanda
 from llm_barber.method import clipped_gradients, tune, tuned_parameters
 from llm_barber.method import distance as distances
+from llm_barber.method import layer as layer_module
 from llm_barber.method.distance import Distance
 from llm_barber.method.gradient_sums import GradientSums
 from llm_barber.method.method_masks import MethodMasks
@@ -343,6 +345,15 @@ def test_broken_gradients_are_an_error(
 
     monkeypatch.setattr(tune, "_gradients", broken)
     with pytest.raises(NotFiniteError, match="a gradient of layer 0, self_attn.q_proj, holds NaN or Inf"):
+        run(model, tmp_path / "out", tokens, preset="mask")
+
+
+def test_an_infinite_error_of_a_tuned_layer_is_refused(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON, and so the record, has no number for it."""
+    monkeypatch.setattr(layer_module, "block_errors", lambda *_: [None, math.inf])
+    with pytest.raises(NotFiniteError, match="the output of layer 0 holds NaN or Inf"):
         run(model, tmp_path / "out", tokens, preset="mask")
 
 

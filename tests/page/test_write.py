@@ -6,6 +6,7 @@ import pytest
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, inspect, prune
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.record import read_evaluation
+from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.write import keep_with_model, write_page
 from llm_barber.progress import Silent
 from llm_barber.settings.inspect import InspectConfig
@@ -68,6 +69,23 @@ def test_evaluations_are_kept_and_shown(pruned: Path, llama: Path, tmp_path: Pat
     # Nothing is written for a model without a record.
     keep_with_model(evaluate(EvaluateConfig(model=llama, text=(texts[0],), seqlen=16)), Silent())
     assert not (llama / "evaluation.json").exists()
+
+
+def test_an_evaluation_is_kept_without_a_page(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """Of a run that was to write none, and beside a page of somebody else."""
+    out = tmp_path / "out"
+    prune(PruneConfig(model=llama, output=out, calibration=tokens, initial="wanda", report=False))
+    evaluation = Evaluation(model=str(out), against=None, device="cpu", dtype="float32", versions={}, texts=())
+    told = Listener()
+    keep_with_model(evaluation, told)
+    assert read_evaluation(out) == evaluation
+    assert not (out / "report.html").exists()
+    assert not told.warnings
+    (out / "report.html").write_text("of somebody else")
+    keep_with_model(evaluation, told)
+    (warning,) = told.warnings
+    assert warning.startswith(f"the evaluation is kept in {out / 'evaluation.json'}, but the page does not show it: ")
+    assert (out / "report.html").read_text() == "of somebody else"
 
 
 def test_bad_input(pruned: Path, llama: Path, tmp_path: Path) -> None:

@@ -52,6 +52,53 @@ def test_a_finished_job_is_not_taken_for_one_of_other_files(tmp_path: Path, mode
         prune(again)
 
 
+def test_the_same_run_in_other_words(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder, with a copy of the text, and with what the preset decides said aloud."""
+    monkeypatch.chdir(tmp_path)
+    report = prune(PruneConfig(model=model.name, output="out", calibration=tokens.name))
+    assert (report.model, report.settings["calibration"]) == (str(model), str(tokens))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    copy = tokens.rename(tmp_path / "copy.safetensors")
+    said: dict[str, Any] = {"preset": "mask", "refine": "tune", "sparsity": 0.5, "allocation": "loss", "guard": 1 / 32}
+    for settings in ({}, said, {"tune_passes": report.resolved["tune_passes"]}, {"seed": 7}):
+        again = {"model": f"../{model.name}", "output": tmp_path / "out", "calibration": copy, "resume": True}
+        assert prune(PruneConfig(**again | settings)) == report
+    for other in ({"initial": "wanda"}, {"preset": "best"}, {"sparsity": 0.6}, {"guard": 0}, {"tune_passes": 1}):
+        with pytest.raises(OutputError, match="is complete, by a run with other settings"):
+            prune(PruneConfig(**again | other))
+
+
+def test_what_is_said_aloud_may_be_left_out(tmp_path: Path, model: Path, tokens: Path) -> None:
+    settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(**settings, preset="paper", sparsity=0.5, rebuild=True))
+    assert prune(PruneConfig(**settings, resume=True)) == report
+
+
+def test_a_model_that_is_gone_is_compared_by_its_name(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, Any] = {"output": "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(model=model.name, **settings))
+    model.rename(tmp_path / "moved")
+    told = Listener()
+    assert prune(PruneConfig(model=model.name, **settings, resume=True), told) == report
+    assert any("is not there any more" in warning for warning in told.warnings)
+    with pytest.raises(OutputError, match=f"was made with model .then {model}, now org/name"):
+        prune(PruneConfig(model="org/name", **settings, resume=True))
+
+
+def test_a_finished_run_of_other_files_may_be_overwritten(tmp_path: Path, model: Path, tokens: Path) -> None:
+    settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    report = prune(PruneConfig(**settings))
+    save_tokens(tokens, seed=99)
+    again = prune(PruneConfig(**settings, resume=True, overwrite=True))
+    assert again.calibration.sha256 != report.calibration.sha256
+
+
 def test_a_record_without_a_newer_setting_is_of_the_same_run(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

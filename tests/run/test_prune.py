@@ -219,6 +219,23 @@ def test_a_missed_sparsity_is_said(tmp_path: Path, llama: Path, tokens: Path) ->
     assert "sparsity is 0.97" in missed
 
 
+def test_a_run_that_prunes_nothing_has_no_mixed_patterns(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    report = run(llama, tmp_path / "out", tokens, sparsity=0.001, initial="wanda", rebuild=False)
+    assert (report.pruned, report.pattern) == (0, "unstructured")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({}, True), ({"initial": "wanda"}, False), ({"preset": "mask"}, False), ({"allocation": "loss"}, False)],
+)
+def test_a_rebuild_that_is_switched_off_means_another_preset(
+    tmp_path: Path, llama: Path, tokens: Path, settings: dict[str, Any], said: bool
+) -> None:
+    told = Listener()
+    prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, rebuild=False, **settings), told)
+    assert any(text.startswith("rebuild False without preset means preset paper") for text in told.warnings) is said
+
+
 def test_a_model_that_was_pruned_before_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
     settings = {"calibration": tokens, "initial": "magnitude", "rebuild": False, "report": False}
     for model, output, warned in ((llama, tmp_path / "once", False), (tmp_path / "once", tmp_path / "twice", True)):

@@ -108,10 +108,48 @@ def test_tensors_that_were_not_trained_are_compared_with_the_dense_model(pruned:
     other = load_model(dense)
     with torch.no_grad():
         other.model.norm.weight.add_(1)
+        other.model.layers[0].self_attn.q_proj.weight[:, 0] += 1
+        other.model.layers[0].mlp.up_proj.weight.add_(1)
     other.save_pretrained(tmp_path / "other")
+    kept = int(read_folder(pruned)["model.layers.0.self_attn.q_proj.weight"][:, 0].count_nonzero())
+    assert kept > 0
     assert problems(tmp_path / "out", tmp_path / "other") == (
+        f"model.layers.0.self_attn.q_proj.weight differs from the dense model in {kept} kept weights",
         "model.norm.weight differs from the dense model in 32 kept weights",
     )
+
+
+def test_linears_that_the_run_had_changed_may_differ_from_the_dense_model(tmp_path: Path) -> None:
+    """Tuned by the run, or rounded by `pack`; also after a second training."""
+    folder = make_pruned(tmp_path, settings={"initial": None, "preset": "best", "rebuild": None, "samples": 1})
+    save_finetuned(train(folder, names="up_proj"), tmp_path / "tuned")
+    save_finetuned(train(tmp_path / "tuned", names="down_proj"), tmp_path / "twice")
+    assert problems(tmp_path / "twice", tmp_path / "dense") == ()
+    exact = make_pruned(tmp_path / "exact")
+    pack(PackConfig(model=str(exact), output=tmp_path / "packed", values="int8"))
+    unpack(PackConfig(model=str(tmp_path / "packed"), output=tmp_path / "rounded"))
+    save_finetuned(train(tmp_path / "rounded", names="up_proj"), tmp_path / "trained")
+    assert problems(tmp_path / "trained", tmp_path / "exact" / "dense") == ()
+
+
+def test_the_card_of_a_model_that_was_unpacked_is_that_of_a_dense_one(tmp_path: Path) -> None:
+    folder = make_pruned(tmp_path, settings={"format": "packed"})
+    unpack(PackConfig(model=str(folder), output=tmp_path / "unpacked"))
+    save_finetuned(train(tmp_path / "unpacked"), tmp_path / "out")
+    card = (tmp_path / "out" / CARD_NAME).read_text()
+    assert "the format is dense" in card
+    assert "llm_barber.register()" not in card
+
+
+def test_the_output_is_named_as_that_of_all_commands(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_finetuned(train(pruned), "~/out")
+    assert (tmp_path / "out" / RECORD_NAME).is_file()
+    with pytest.raises(SettingsError, match="is the current folder"):
+        save_finetuned(train(pruned), tmp_path, overwrite=True)
 
 
 def test_training_goes_on_from_a_trained_checkpoint(pruned: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def show_inspection(inspection: Inspection) -> None:
         kept = sum(linear.weights - linear.zeros for linear in inspection.linears)
         console.print(
             f"{inspection.updated:,} of {kept:,} kept weights are not those of {inspection.compared_with}, as the "
-            "record says; so only zeros, shapes and tensors that are not pruned were compared",
+            "record says: where weights were changed, only zeros and shapes were compared",
             soft_wrap=True,
         )
 

@@ -81,9 +81,10 @@ def compare(
             for cell in _announced(cells, missing, progress):
                 results.append(_run_cell(runner, config, folder, cell, calibrations.get(cell.seed), progress))
         finally:
+            results += _stored(runner, config, cells[len(results) :])  # tables keep what is measured already
             _clear_work(runner, config, [cell for cell in missing if not _is_finished(runner, config, cell)])
             comparison = comparison.model_copy(update={"cells": tuple(results)})
-            if write and results:  # stopped before the first cell: older tables stay
+            if write and results:  # stopped before any cell is measured: older tables stay
                 write_files(comparison, config.output)
         other_cells = runner.count - sum(cell.result is not None for cell in results)
         if write and other_cells:
@@ -198,9 +199,7 @@ def _run_cell(
     progress: Progress,
 ) -> ComparisonCell:
     """Run a cell; its error, unless it is one of the settings, becomes its result."""
-    values: dict[str, Any] = {
-        "method": cell.method, "rebuilt": cell.rebuilt, "target": cell.target, "seed": cell.seed,
-    }  # fmt: skip
+    values = _named(cell)
 
     def make(target: Path) -> Any:
         settings = PruneConfig(
@@ -233,6 +232,16 @@ def _run_cell(
     except BarberError as error:
         progress.warn(f"{cell.name}: {error}")
         return ComparisonCell(**values, failure=str(error), hint=str(error.hint))
+
+
+def _stored(runner: CellRunner, config: CompareConfig, cells: Sequence[Cell]) -> list[ComparisonCell]:
+    """The finished ones of these cells."""
+    measured = ((cell, runner.finished(cell.name, cell_key(config, cell), has_tasks(config, cell))) for cell in cells)
+    return [ComparisonCell(**_named(cell), result=result) for cell, result in measured if result is not None]
+
+
+def _named(cell: Cell) -> dict[str, Any]:
+    return {"method": cell.method, "rebuilt": cell.rebuilt, "target": cell.target, "seed": cell.seed}
 
 
 def _clear_work(runner: CellRunner, config: CompareConfig, missing: Sequence[Cell]) -> list[Path]:

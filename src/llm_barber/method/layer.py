@@ -215,6 +215,8 @@ def _tune(
     opened.linears = tuned.linears
     windows = list(streams.batches()) if rebuilt else measured_windows(settings, streams)
     errors = block_errors(layer, opened.blocks, dense, opened.linears, windows, streams)
+    if any(error is not None and not math.isfinite(error) for error in errors):
+        raise overflowed(f"the output of layer {opened.index}")
     last_pass = BlockPass(layer, opened.blocks[-1], (), streams, last=True)
     if math.isnan(propagate(last_pass, None) or 0):
         raise overflowed(f"the output of layer {opened.index}")

@@ -74,7 +74,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
-    """Store an evaluation beside the record of its model, and show it on the page.
+    """Store an evaluation beside the record of its model, and show it on the page if the run has one.
 
     Nothing is written for a model without a record.
     """
@@ -84,8 +84,13 @@ def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
     try:
         if keep_evaluation(folder, evaluation):
             progress.warn(f"the evaluation kept in {folder} before was measured in another way, and is replaced")
-        page = write_page(folder)
-    except (OSError, OutputError, ModelError) as error:
+    except OSError as error:
         progress.warn(f"the evaluation could not be kept in {folder}: {error}")
-    else:
-        progress.stage(f"kept in {folder / EVALUATION_NAME}, shown in {page}")
+        return
+    kept = f"kept in {folder / EVALUATION_NAME}"
+    try:
+        record = read_record(folder)
+        has_page = (folder / PAGE_NAME).exists() or (record is not None and record.settings.get("report", True))
+        progress.stage(f"{kept}, shown in {write_page(folder)}" if has_page else kept)
+    except (OutputError, ModelError) as error:
+        progress.warn(f"the evaluation is {kept}, but the page does not show it: {error}")

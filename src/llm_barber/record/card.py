@@ -1,6 +1,6 @@
 """The model card of a pruned model: `OUT/README.md`."""
 
-from pathlib import Path
+import os
 
 from llm_barber.checkpoint.hub import is_hub_id
 from llm_barber.record.report import RunReport
@@ -43,14 +43,20 @@ STORED = {
 }
 
 
-def model_card(report: RunReport) -> str:
-    """Content of `OUT/README.md`: the settings, a table by linear, how to load the model, the citation."""
+def model_card(report: RunReport, stored: str | None = None) -> str:
+    """Content of `OUT/README.md`: the settings, a table by linear, how to load the model, the citation.
+
+    Args:
+        report: the record.
+        stored: a key of `STORED`; None: the format that the run was asked for.
+    """
+    stored = stored or str(report.settings.get("format", "dense"))
     lines = [
         *_front_matter(report),
         "",
         *_summary(report),
         "",
-        STORED[_format(report)],
+        STORED[stored],
         "",
         *_table_of_linears(report),
         *_table_of_errors(report),
@@ -58,7 +64,7 @@ def model_card(report: RunReport) -> str:
         "## Use",
         "",
         "```python",
-        _use(report, _format(report)),
+        _use(report, stored),
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         "```",
         "",
@@ -77,13 +83,14 @@ def model_card(report: RunReport) -> str:
 def _front_matter(report: RunReport) -> list[str]:
     """YAML that the hub reads."""
     name = report.model.partition("@")[0]
-    of_hub = "/" in name and is_hub_id(report.model) and not Path(report.model).exists()
+    of_hub = "/" in name and is_hub_id(report.model) and not os.path.exists(report.model)
     base_model = [f"base_model: {name}"] if of_hub else []
     return ["---", *base_model, "library_name: transformers", "tags: [pruning, sparsity, llm-barber]", "---"]
 
 
 def _summary(report: RunReport) -> list[str]:
-    name = Path(report.model).name if Path(report.model).exists() else report.model
+    is_local = os.path.isabs(report.model) or os.path.exists(report.model)
+    name = os.path.basename(report.model) if is_local else report.model
     return [
         f"# {name}, {report.sparsity:.1%} of its linears' weights pruned",
         "",
@@ -92,7 +99,7 @@ def _summary(report: RunReport) -> list[str]:
         "",
         "| | |",
         "|---|---|",
-        f"| model | {report.model} |",
+        f"| model | {name} |",
         f"| method | initial mask: {report.method}; {report.changes} |",
         *([f"| tuning | {report.tuning} |"] if report.tuning is not None else []),
         f"| pattern | {report.pattern} |",
@@ -155,10 +162,6 @@ def card_of_format(card: str, before: RunReport, report: RunReport, stored: str)
 def _kept(report: RunReport) -> str:
     """Sentence about the kept weights."""
     return f"Kept weights are {report.kept_values}; pruned ones are zero."
-
-
-def _format(report: RunReport) -> str:
-    return str(report.settings.get("format", "dense"))
 
 
 def _use(report: RunReport, stored: str) -> str:

@@ -10,10 +10,12 @@ class FineTuning(Result):
 
     `pruned`: the checkpoint that was trained, as it was named. `record`: the digest of its record. `tensors`: names of
     the tensors that differ from the run's output; all others are the same, bit for bit. `versions`: of the libraries
-    that wrote the trained checkpoint.
+    that wrote the trained checkpoint. `others_are_dense`: kept weights outside `tensors` are the dense model's, bit for
+    bit; False: they are not, or the record is older than this note.
     """
 
     pruned: str
     record: str
     tensors: tuple[str, ...] = Field(min_length=1)
     versions: dict[str, str]
+    others_are_dense: bool = False

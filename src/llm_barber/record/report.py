@@ -173,6 +173,14 @@ class RunReport(Result):
         return words if self.rounding is None else self.rounding.of_values(words)
 
     @property
+    def linears_are_dense(self) -> bool:
+        """True if kept weights are the dense model's, bit for bit, but for those that were fine-tuned."""
+        unrounded = self.rounding is None
+        if self.fine_tuning is not None:
+            return unrounded and self.fine_tuning.others_are_dense
+        return unrounded and self.kept_weights is KeptWeights.DENSE
+
+    @property
     def training(self) -> str:
         """The training of the model, for a sentence that says how it was pruned."""
         return "without training" if self.fine_tuning is None else "and fine-tuned afterwards"

@@ -1,12 +1,14 @@
 """Recognise a finished run: the output that a run would write is there already, and whole."""
 
-from os.path import expanduser
+from collections.abc import Iterator, Sequence
+from os.path import abspath, exists, expanduser, isdir
 from pathlib import Path
+from typing import Any
 
 from llm_barber.checkpoint.hub import is_hub_id
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.unfinished import both_values, differing_names
-from llm_barber.errors import CalibrationError, ModelError, OutputError, UnfinishedRunError
+from llm_barber.checkpoint.unfinished import both_values
+from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError, UnfinishedRunError
 from llm_barber.loading.preparing import read_calibration
 from llm_barber.messages import Message, joined
 from llm_barber.method.checkpoint_masks import pruned_key
@@ -14,23 +16,30 @@ from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport, SourceFiles
 from llm_barber.record.verification import changed_files, unknown_files
-from llm_barber.run.resume_key import NOT_IN_KEY
+from llm_barber.run.resume_key import LEFT_TO_PRESET, NOT_IN_KEY
 from llm_barber.run.resuming import warn_of_written
+from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.run import RunSettings
 from llm_barber.text.calibration import HUB_SETS
 
 PRUNE_AGAIN = "prune again with --overwrite"
+TEXT = ("calibration", "samples", "seqlen", "bos", "seed")
+# Settings that decide the steps together: each has the same effect as given and as left to the preset.
+STEPS = {
+    "preset", "initial", "rebuild", "refine", "reconstruct", "allocation", "reorder", "sparsity", "guard",
+}  # fmt: skip
+MODELS = {"model": "revision", "dense": "revision", "pruned": "pruned_revision"}  # each with its revision
 
 
 def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
     """Report of this same run, if it resumes and its output is complete; reads every file.
 
     Returns:
-        None: there is no such output, or a damaged output may be overwritten.
+        None: there is no such output, or an output that is damaged or of another run may be overwritten.
 
     Raises:
-        OutputError: a file of the output is missing or changed; or the models or the calibration text have changed.
-        UnfinishedRunError: the output is complete, by a run with other settings.
+        OutputError: a file of the output is missing or changed.
+        UnfinishedRunError: the output is complete, by a run with other settings, models or text.
     """
     try:
         record = read_record(config.output) if config.resume else None
@@ -40,26 +49,27 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
         raise OutputError(str(error), f"choose another output folder, or {PRUNE_AGAIN}") from error
     if record is None or record.command != config.command:
         return None
-    recorded = {name: value for name, value in record.settings.items() if name not in NOT_IN_KEY}
-    given = config.model_dump(mode="json", exclude=NOT_IN_KEY)
-    if differing := differing_names(recorded, given):
-        if config.overwrite:
-            return None
-        differences = (both_values(name, recorded.get(name), given.get(name)) for name in differing)
-        raise UnfinishedRunError(
-            Message(f"{config.output} is complete, by a run with other settings: ", joined(", ", differences)),
-            f"choose another output folder, or {PRUNE_AGAIN}",
-        )
+    given = config.recorded
+    if differences := list(_other_settings(record, config, given)):
+        _refuse("is complete, by a run with other settings: ", differences, config)
+        return None
     if damage := _damage(config.output, record, progress):
         if config.overwrite:
             return None
         raise OutputError(f"{config.output} was complete, but {damage}", f"{PRUNE_AGAIN}, or get the file back")
-    if changed := _changed(record, config, progress):
+    if differences := list(_other_inputs(record, config, given, progress)):
+        _refuse("is complete, but was made with ", differences, config)
+        return None
+    return record
+
+
+def _refuse(why: str, differences: Sequence[Message], config: RunSettings) -> None:
+    """Refuse an output of another run, unless it may be overwritten."""
+    if not config.overwrite:
         raise UnfinishedRunError(
-            f"{config.output} is complete, but was made with {changed}",
+            Message(f"{config.output} {why}", joined(", ", differences)),
             f"choose another output folder, or {PRUNE_AGAIN}",
         )
-    return record
 
 
 def tell_of_finished(config: RunSettings, record: RunReport, progress: Progress) -> None:
@@ -67,6 +77,33 @@ def tell_of_finished(config: RunSettings, record: RunReport, progress: Progress)
     if unknown := unknown_files(CheckpointSource(config.output), record):
         progress.warn(f"{config.output} has files that this program did not write: {'; '.join(unknown[:3])}")
     progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
+
+
+def _other_settings(record: RunReport, config: RunSettings, given: dict[str, Any]) -> Iterator[Message]:
+    """Settings, but for models and text, whose effect is another than in the finished run."""
+    known_by_files = {*TEXT, *MODELS, *MODELS.values()}
+    names = (given.keys() | record.settings.keys()) - NOT_IN_KEY - known_by_files
+    differing = {name for name in names if record.settings.get(name) != given.get(name)}
+    if differing <= STEPS | LEFT_TO_PRESET and _leads_to_same_steps(record, config):
+        used = {name for name in LEFT_TO_PRESET if given.get(name) == record.resolved.get(name)}
+        differing -= STEPS | used
+    yield from (_both_values(name, record, given) for name in sorted(differing))
+
+
+def _leads_to_same_steps(record: RunReport, config: RunSettings) -> bool:
+    """Tell whether the settings that the record has lead to the same steps and the same target as `config`."""
+    before = {name: value for name, value in record.settings.items() if name in type(config).model_fields}
+    try:
+        return _steps(type(config)(**before | {"output": config.output})) == _steps(config)
+    except SettingsError:  # of another version, which allowed what is refused now
+        return False
+
+
+def _steps(config: RunSettings) -> tuple[Any, ...]:
+    """What the settings in `STEPS` decide together, as far as it is known before a model is opened."""
+    initial = (config.method, config.target) if isinstance(config, PruneConfig) else ()
+    improved = (config.rebuilds, config.refinement, config.reconstruction, config.held_out_share)
+    return (config.preset_name, config.allocated_by, config.reorders, *initial, *improved)
 
 
 def _damage(output: Path, record: RunReport, progress: Progress) -> str:
@@ -78,41 +115,59 @@ def _damage(output: Path, record: RunReport, progress: Progress) -> str:
     return problems[0] if problems else ""
 
 
-def _changed(record: RunReport, config: RunSettings, progress: Progress) -> str:
-    """Input that changed since a run finished, as far as local files show; empty: none did."""
-    changed = _changed_model(record.model, record.source, progress)
-    if not changed and record.command == "rebuild":
-        changed = _changed_model(record.settings["pruned"], record.pruned_source, progress, of_pruned=True)
-    if changed or config.calibration in HUB_SETS:
-        return changed
+def _other_inputs(
+    record: RunReport, config: RunSettings, given: dict[str, Any], progress: Progress
+) -> Iterator[Message]:
+    """Models and text that are others than those of the finished run, as far as local files show."""
+    files = {"model": record.source, "dense": record.source, "pruned": record.pruned_source}
+    for name in MODELS.keys() & given.keys():
+        yield from _other_model(name, record, given, files[name], progress)
+    differing = [_both_values(name, record, given) for name in TEXT if record.settings.get(name) != given[name]]
+    if config.calibration in HUB_SETS:
+        yield from differing
+        return
     try:
         tokens = read_calibration(config, config.output)  # its tokenizer is the model's, and was verified
     except CalibrationError as error:
         progress.warn(f"the calibration text of {config.output} cannot be compared: {error}")
-        return ""
-    return "" if tokens.digest == record.calibration.sha256 else "another calibration text"
+        yield from differing
+        return
+    before = record.calibration
+    if (tokens.digest, *tokens.input_ids.shape) != (before.sha256, before.sequences, before.tokens):
+        yield from differing or [Message("another calibration text")]
 
 
-def _changed_model(model: str, recorded: SourceFiles | None, progress: Progress, of_pruned: bool = False) -> str:
+def _other_model(
+    name: str, record: RunReport, given: dict[str, Any], files: SourceFiles | None, progress: Progress
+) -> Iterator[Message]:
     """Compare a local model with the files that a finished run read; warn of files with a new date alone.
 
-    A model of the hub is not fetched again for it.
+    Of a model of the hub, which is not fetched again for it, and of one that is gone, names are compared.
     """
-    path = Path(expanduser(model))
-    if recorded is None or not path.exists():
-        if not is_hub_id(model):
+    model = given[name]
+    path = expanduser(model)
+    if files is None or not exists(path):
+        recorded, revision = record.settings.get(name), MODELS[name]
+        if recorded not in (model, abspath(path)):
+            yield _both_values(name, record, given)
+        elif recorded != model or not is_hub_id(model):
             progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
-        return ""
+        if record.settings.get(revision) != given.get(revision):
+            yield _both_values(revision, record, given)
+        return
     try:
         source = CheckpointSource(model)
-        key = pruned_key(source) if of_pruned else source.key
+        key = pruned_key(source) if name == "pruned" else source.key
     except ModelError:
-        return f"other files of {model}"
+        key = ""
     except OutputError as error:  # a GGUF file is converted, and the cache takes no more
         progress.warn(f"{model} cannot be compared with the model of the finished run: {error}")
-        return ""
-    if key != recorded.key:
-        return f"other files of {model}"
-    if path.is_dir():  # files that a GGUF file was converted to have the date of that
-        warn_of_written(source.written, recorded.written, progress)
-    return ""
+        return
+    if key != files.key:
+        yield Message(f"other files of {model}")
+    elif isdir(path):  # files that a GGUF file was converted to have the date of that
+        warn_of_written(source.written, files.written, progress)
+
+
+def _both_values(name: str, record: RunReport, given: dict[str, Any]) -> Message:
+    return both_values(name, record.settings.get(name), given.get(name))

@@ -15,6 +15,7 @@ from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import CalibrationResult, RunReport
 from llm_barber.run.prepared_run import PreparedRun, kept_weights
 from llm_barber.run.writer import Writer
+from llm_barber.settings.base import absolute_if_there
 from llm_barber.usage import versions
 
 LEAST_TOKENS_WITH_SINKS = 32  # in a window: in shorter ones the largest token's share says nothing
@@ -39,9 +40,9 @@ def finish_output(
     sequences, seqlen = job.tokens.input_ids.shape
     report = RunReport(
         command=prepared.command,
-        model=prepared.model,
+        model=absolute_if_there(prepared.model),
         output=str(prepared.config.output),
-        settings=prepared.config.model_dump(mode="json"),
+        settings=prepared.config.recorded,
         resolved=prepared.resolved | {"batch_size": used.batch_size},
         initial=prepared.method,
         method=prepared.label,
@@ -130,6 +131,6 @@ def _untied(path: Path) -> bytes:
 
 
 def _common_pattern(layers: list[LayerResult]) -> str:
-    """N:M of all pruned linears, "unstructured", or "mixed"."""
+    """N:M of all pruned linears, "unstructured" (also if nothing was pruned), or "mixed"."""
     patterns = {linear.pattern or "unstructured" for layer in layers for linear in layer.linears if linear.pruned}
-    return patterns.pop() if len(patterns) == 1 else "mixed"
+    return "mixed" if len(patterns) > 1 else next(iter(patterns), "unstructured")

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_barber.loading.job import Job
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.messages import message
+from llm_barber.messages import SettingName, message
 from llm_barber.method.initial_masks import InitialMasks, prunes_layers
 from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.method.reordering import MovableChannels, movable_channels
@@ -17,6 +17,7 @@ from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
+from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 from llm_barber.settings.run import USUAL_SAMPLES, USUAL_SEQLEN, RunSettings
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
@@ -162,12 +163,29 @@ class PreparedRun:
 
     def warn_of_settings(self, progress: Progress) -> None:
         """Warn of effects of the settings that a user would not expect."""
+        if self._turned_off_only_the_rebuild:
+            progress.warn(
+                message(
+                    "{no_rebuild} without {preset} means {paper}: Wanda's mask as it is. The default, {mask}, makes no "
+                    "rebuild anyway",
+                    no_rebuild=SettingName("rebuild", False),
+                    paper=SettingName("preset", Preset.PAPER),
+                    mask=SettingName("preset", Preset.MASK),
+                )
+            )
         if self.refine_settings is not None and not self.refine_settings.held_out and self.config.guard != 0:
             progress.warn(
                 message("there is one calibration window, so none is held out to check refining: give more {samples}")
             )
         if self.refine_settings is not None and self.refine_settings.of_layers:
             self._warn_of_little_text(progress)
+
+    @property
+    def _turned_off_only_the_rebuild(self) -> bool:
+        """True if only a switched off rebuild makes the preset `paper`, and nothing else improves the mask."""
+        config = self.config
+        chosen = (config.preset, config.initial, config.allocation) if isinstance(config, PruneConfig) else (True,)
+        return config.rebuild is False and not config.refines and all(choice is None for choice in chosen)
 
     def _warn_of_little_text(self, progress: Progress) -> None:
         """Warn where tuning gets less text than usual, and less than one number of a layer's output for each weight."""

@@ -1,5 +1,6 @@
 """Kinds of values that several commands take: folders to write, dtypes, sizes, lists with commas, blocks of layers."""
 
+import os
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -56,6 +57,12 @@ def _identities(path: Path) -> list[tuple[int, int]]:
     return [(stat.st_dev, stat.st_ino) for stat in (each.stat() for each in (path, *path.parents) if each.exists())]
 
 
+def absolute_if_there(name: str) -> str:
+    """The absolute path of a local file or folder; any other name, as a hub id, stays as it is."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else name
+
+
 def absolute_folder(value: Any) -> Path:
     """The absolute path of a folder, links and `~` resolved.
 
@@ -73,7 +80,7 @@ def absolute_folder(value: Any) -> Path:
     return path
 
 
-def _output_folder(value: Any) -> Path:
+def output_folder(value: Any) -> Path:
     """An absolute path that an output may have.
 
     Raises:
@@ -85,7 +92,7 @@ def _output_folder(value: Any) -> Path:
     return output
 
 
-OutputFolder = Annotated[Path, BeforeValidator(_output_folder)]
+OutputFolder = Annotated[Path, BeforeValidator(output_folder)]
 
 
 def _size(value: Any, parse: Callable[[Any], ByteSize]) -> ByteSize:

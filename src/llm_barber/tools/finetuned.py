@@ -21,6 +21,7 @@ from llm_barber.record.file import read_record, recorded_structure
 from llm_barber.record.report import RunReport
 from llm_barber.record.verification import folder_problems, refuse
 from llm_barber.runtime.held_zeros import hold_zeros, unwrapped
+from llm_barber.settings.base import output_folder
 from llm_barber.tools.linears import find_linears
 from llm_barber.tools.trained_copy import NO_FOLDER, TrainedCopy, TrainedModel
 
@@ -61,7 +62,7 @@ def merge_adapter(
             "save the adapter with Trainer's save_model(), and load it with PeftModel.from_pretrained",
         )
     if output is not None:
-        check_output(Path(output), overwrite)
+        check_output(_folder_to_write(output), overwrite)
     held = hold_zeros(peft_model, pruned)
     try:
         merged: PreTrainedModel = peft_model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
@@ -109,8 +110,8 @@ def save_finetuned(
     progress = progress or Silent()
     plain = _plain_model(model)
     source = CheckpointSource(str(pruned or plain.config._name_or_path or _no_folder()))
-    output = Path(output).absolute()
-    if output.resolve() == source.folder.resolve():
+    output = _folder_to_write(output)
+    if output == source.folder.resolve():
         raise SettingsError(message("{output} is the pruned checkpoint"), "choose another output folder")
     record = _record_to_continue(source)
     check_output(output, overwrite, source.bytes)
@@ -155,13 +156,25 @@ def _write(output: Path, overwrite: bool, trained: TrainedModel, copy: TrainedCo
             writer.copy(path, source.folder)
         amended = copy.amended(source, output, writer.digests)
         writer.write_file(RECORD_NAME, amended.to_json().encode())
-        writer.write_file(CARD_NAME, model_card(amended).encode())
+        writer.write_file(CARD_NAME, model_card(amended, stored="dense").encode())
         if (source.folder / PAGE_NAME).is_file():
             from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
 
             writer.write_file(PAGE_NAME, run_page(amended).encode())
         writer.finish()
     return amended
+
+
+def _folder_to_write(output: str | Path) -> Path:
+    """The absolute path of an output.
+
+    Raises:
+        SettingsError: it is no folder's name, or a folder in use.
+    """
+    try:
+        return output_folder(output)
+    except ValueError as error:
+        raise SettingsError(message("{output}: {error}", error=str(error)), "choose another output folder") from error
 
 
 def _is_peft(model: nn.Module) -> bool:

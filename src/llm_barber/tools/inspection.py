@@ -112,13 +112,13 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
     names = [*linears, *not_linears]
     progress.start("inspecting", len(names))
     inspected = []
+    trained, may_differ = _trained(record), _may_differ(record, linears.keys())
     updates = record is not None and record.kept_weights is not KeptWeights.DENSE
     updated = 0 if updates and dense is not None else None
-    trained = _trained(record)
     for name in names:
         tensor = source.read([name])[name]
         original = dense.read([origins[name]])[origins[name]] if dense is not None and name in origins else None
-        changed = updates or _is_rounded(name, rounding)
+        changed = name in may_differ or _is_rounded(name, rounding)
         for linear in (member for member in linears.get(name, []) if not member.alias):
             weight = linear.weight(tensor)
             comparable = original is not None and original.shape == tensor.shape
@@ -130,9 +130,9 @@ def inspect(config: InspectConfig, progress: Progress | None = None) -> Inspecti
             expected = _rounded(name, original, tensor, rounding)
             differences, differing = _compare_bits(name, tensor, expected, may_be_zero=name in linears)
             problems += differences
-            if updated is not None and name in linears:
+            if updated is not None and name in linears and name in may_differ:
                 updated += differing
-            elif differing and name not in trained:
+            elif differing and name not in may_differ:
                 problems.append(f"{name} differs from the dense model in {differing} kept weights")
         progress.advance(name)
     return Inspection(
@@ -159,6 +159,12 @@ def _open_dense(config: InspectConfig, source: CheckpointSource, progress: Progr
 def _trained(record: RunReport | None) -> Set[str]:
     """Names of the tensors that were fine-tuned after the run, which differ from the dense model's."""
     return set() if record is None or record.fine_tuning is None else set(record.fine_tuning.tensors)
+
+
+def _may_differ(record: RunReport | None, linears: Set[str]) -> Set[str]:
+    """Names of the tensors whose kept weights may differ from the dense model's, by the record."""
+    all_may = record is not None and record.kept_weights is not KeptWeights.DENSE and not record.linears_are_dense
+    return _trained(record) | linears if all_may else _trained(record)
 
 
 def _is_rounded(name: str, rounding: Rounding | None) -> bool:

@@ -191,6 +191,7 @@ class TrainedCopy:
             record=str(read_json(source.folder / RECORD_NAME)[DIGEST]),
             tensors=tuple(sorted(self.changed | set(before.tensors if before is not None else ()))),
             versions=versions(),
+            others_are_dense=self.record.linears_are_dense,
         )
         return self.record.model_copy(
             update={

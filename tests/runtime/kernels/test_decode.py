@@ -113,7 +113,7 @@ def test_other_dimensions_and_limits() -> None:
     check_product(linear, weight, torch.randn(24))
     check_product(linear, weight, torch.randn(2, 1, 24))
     check_product(packed_linear(weight.half()), weight.half(), torch.randn(2, 3, 24).half())
-    assert decode_rows.FEWEST_LANES * decode.CHUNK == GROUPS
+    assert GROUPS // decode.CHUNK >= 4  # lanes of a group of int8 values: Triton's interpreter wants 16 columns
     with pytest.raises(ValueError, match="5 rows of inputs, the kernels take 1 to 4"):
         linear.to(DEVICE).gpu_weight().decode(torch.randn(5, 24, device=DEVICE), None)
 

@@ -20,7 +20,6 @@ TOGETHER = 16  # rows of X, filled up
 HEIGHT = 16  # rows of a tile
 LANES = 16  # chunks of a tile's row
 WARPS = 2
-FEWEST_LANES = 4  # a group of int8 values has at least 32 columns: the interpreter and older Tritons want 16
 
 
 def divide_tiles(rows: int, columns: int, group: int) -> Division:
