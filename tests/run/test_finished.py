@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from llm_barber import PruneConfig, prune
+from llm_barber import PackConfig, PruneConfig, RebuildConfig, hold_zeros, pack, prune, rebuild, save_finetuned
 from llm_barber.checkpoint import gguf
 from llm_barber.checkpoint.companions import REPLACED
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import OutputError
 from llm_barber.run import finished
-from tests.conftest import Listener, save_tokens
+from tests.conftest import Listener, load_model, save_tokens
 from tests.helpers.runs import read_untimed_files
 from tests.helpers.text import add_tokenizer
 
@@ -99,12 +100,79 @@ def test_a_finished_run_of_other_files_may_be_overwritten(tmp_path: Path, model:
     assert again.calibration.sha256 != report.calibration.sha256
 
 
+@pytest.mark.parametrize(
+    ("settings", "other"),
+    [
+        ({"sparsities": {"q_proj": 0.3, "self_attn": 0.7}}, {"sparsities": {"self_attn": 0.7, "q_proj": 0.3}}),
+        ({"sparsities": {"q_proj": "2:4"}, "initial": "sparsegpt"}, {"granularity": "linear"}),
+        ({"pattern": "2:4"}, {"reorder": False}),
+        ({"pattern": "2:4"}, {"pattern": "4:8"}),
+        ({"prune_head": True}, {"target_mix": 0.5}),
+    ],
+    ids=str,
+)
+def test_other_runs_whose_settings_look_alike(
+    tmp_path: Path, model: Path, tokens: Path, settings: dict[str, Any], other: dict[str, Any]
+) -> None:
+    again: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, **settings}
+    report = prune(PruneConfig(**again))
+    assert prune(PruneConfig(**again, resume=True)) == report
+    with pytest.raises(OutputError, match="is complete, by a run with other settings"):
+        prune(PruneConfig(**again | other, resume=True))
+
+
+def test_a_rebuild_by_another_method(tmp_path: Path, model: Path, tokens: Path) -> None:
+    """The method decides which groups compete, and how many swap."""
+    prune(PruneConfig(model=model, output=tmp_path / "pruned", calibration=tokens, initial="magnitude", rebuild=False))
+    again: dict[str, Any] = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens}
+    again |= {"output": tmp_path / "out"}
+    report = rebuild(RebuildConfig(**again, initial="wanda"))
+    assert rebuild(RebuildConfig(**again, initial="wanda", resume=True)) == report
+    for initial in (None, "magnitude"):
+        with pytest.raises(OutputError, match="other settings: initial"):
+            rebuild(RebuildConfig(**again, initial=initial, resume=True))
+
+
+def test_what_other_commands_made_of_an_output_is_not_the_run_s(tmp_path: Path, model: Path, tokens: Path) -> None:
+    settings: dict[str, Any] = {"model": model, "calibration": tokens, "initial": "wanda"}
+    prune(PruneConfig(**settings, output=tmp_path / "out"))
+    trained = load_model(tmp_path / "out")
+    hold_zeros(trained)
+    with torch.no_grad():
+        trained.model.norm.weight.add_(1)
+    save_finetuned(trained, tmp_path / "fine-tuned since")
+    pack(PackConfig(model=str(tmp_path / "out"), output=tmp_path / "packed since"))
+    pack(PackConfig(model=str(tmp_path / "out"), output=tmp_path / "rounded since", values="int8"))
+    for name in ("fine-tuned since", "packed since", "rounded since"):
+        with pytest.raises(OutputError, match=f"is complete, but was {name}"):
+            prune(PruneConfig(**settings, output=tmp_path / name, resume=True))
+
+
+def test_a_text_that_is_there_and_cannot_be_read_is_another(tmp_path: Path, model: Path, tokens: Path) -> None:
+    settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
+    prune(PruneConfig(**settings))
+    tokens.write_bytes(b"junk")
+    with pytest.raises(OutputError, match="was made with another calibration text: "):
+        prune(PruneConfig(**settings, resume=True))
+
+
+def test_a_relative_text_that_is_gone_is_compared_by_its_name(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, Any] = {"model": model, "output": "out", "calibration": tokens.name, "initial": "wanda"}
+    report = prune(PruneConfig(**settings))
+    tokens.unlink()
+    assert prune(PruneConfig(**settings, resume=True)) == report
+
+
 def test_a_record_without_a_newer_setting_is_of_the_same_run(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
     report = prune(PruneConfig(**settings))
     assert report.settings.pop("target_mix", 0) is None
+    assert report.settings.pop("include") == []
     monkeypatch.setattr(finished, "read_record", lambda _: report)
     assert prune(PruneConfig(**settings, resume=True)) is report
 

@@ -150,6 +150,29 @@ def test_the_output_is_named_as_that_of_all_commands(
     assert (tmp_path / "out" / RECORD_NAME).is_file()
     with pytest.raises(SettingsError, match="is the current folder"):
         save_finetuned(train(pruned), tmp_path, overwrite=True)
+    with pytest.raises(SettingsError, match="lies inside pruned"):
+        save_finetuned(train(pruned), pruned / "inside")
+
+
+def test_a_record_from_before_untrained_linears_were_noted(pruned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    save_finetuned(train(pruned, names="mlp"), out)
+    fine_tuning = json.loads((out / RECORD_NAME).read_text())["fine_tuning"]
+    assert fine_tuning.pop("others_are_dense") is True
+    change_json(out / RECORD_NAME, fine_tuning=fine_tuning)
+    assert problems(out, pruned.parent / "dense") == ()
+
+
+def test_untrained_linears_of_a_rounded_model_are_compared(pruned: Path, tmp_path: Path) -> None:
+    save_finetuned(train(pruned, names="q_proj"), tmp_path / "out")
+    pack(PackConfig(model=str(tmp_path / "out"), output=tmp_path / "packed", values="int8"))
+    assert problems(tmp_path / "packed", pruned.parent / "dense") == ()
+    other = load_model(pruned.parent / "dense")
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    (problem,) = problems(tmp_path / "packed", tmp_path / "other")
+    assert "model.layers.0.mlp.up_proj.weight differs" in problem
 
 
 def test_training_goes_on_from_a_trained_checkpoint(pruned: Path, tmp_path: Path) -> None:
@@ -213,7 +236,7 @@ def test_outputs_are_those_of_the_model(pruned: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_continued(pruned: Path, tmp_path: Path) -> None:
     model = train(pruned)
-    with pytest.raises(SettingsError, match="output is the pruned checkpoint"):
+    with pytest.raises(SettingsError, match="output is pruned itself"):
         save_finetuned(model, pruned, overwrite=True)
     with pytest.raises(ModelError, match=r"has no barber\.json that could be continued"):
         save_finetuned(model, tmp_path / "out", pruned.parent / "dense")

@@ -1,6 +1,8 @@
 """The fine-tuning of a pruned model, for its record."""
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from llm_barber.record.layers import Result
 
@@ -11,7 +13,7 @@ class FineTuning(Result):
     `pruned`: the checkpoint that was trained, as it was named. `record`: the digest of its record. `tensors`: names of
     the tensors that differ from the run's output; all others are the same, bit for bit. `versions`: of the libraries
     that wrote the trained checkpoint. `others_are_dense`: kept weights outside `tensors` are the dense model's, bit for
-    bit; False: they are not, or the record is older than this note.
+    bit; left out where they are not, and in older records.
     """
 
     pruned: str
@@ -19,3 +21,11 @@ class FineTuning(Result):
     tensors: tuple[str, ...] = Field(min_length=1)
     versions: dict[str, str]
     others_are_dense: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_doubt(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the note out where it is False: older records stay readable."""
+        content: dict[str, Any] = serialize(self)
+        if not self.others_are_dense:
+            del content["others_are_dense"]
+        return content

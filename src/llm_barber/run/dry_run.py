@@ -97,7 +97,8 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), prepared.recipe)
     lock = work_folder(config.output) / LOCK_NAME
     with locked(lock) if lock.is_file() else nullcontext():  # refuses a folder that another run is writing
-        unfinished = unfinished_run(lock.parent, resume_key(prepared), config.overwrite, config.resume)
+        key, resumes = resume_key(prepared), config.resume and complete is None
+        unfinished = unfinished_run(lock.parent, key, config.overwrite, resumes)
     finished_layers = 0 if unfinished is None else min(len(unfinished.layers), job.layer_count)
     shapes = _pruned_shapes(prepared)
     sequences, tokens = job.tokens.input_ids.shape

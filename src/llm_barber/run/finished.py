@@ -3,12 +3,10 @@
 from collections.abc import Iterator, Sequence
 from os.path import abspath, exists, expanduser, isdir
 from pathlib import Path
-from typing import Any
 
 from llm_barber.checkpoint.hub import is_hub_id
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.checkpoint.unfinished import both_values
-from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError, UnfinishedRunError
+from llm_barber.errors import CalibrationError, ModelError, OutputError, UnfinishedRunError
 from llm_barber.loading.preparing import read_calibration
 from llm_barber.messages import Message, joined
 from llm_barber.method.checkpoint_masks import pruned_key
@@ -16,19 +14,13 @@ from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport, SourceFiles
 from llm_barber.record.verification import changed_files, unknown_files
-from llm_barber.run.resume_key import LEFT_TO_PRESET, NOT_IN_KEY
 from llm_barber.run.resuming import warn_of_written
-from llm_barber.settings.prune import PruneConfig
+from llm_barber.run.same_settings import MODELS, both, differing_text, other_settings
+from llm_barber.settings.base import Format
 from llm_barber.settings.run import RunSettings
 from llm_barber.text.calibration import HUB_SETS
 
 PRUNE_AGAIN = "prune again with --overwrite"
-TEXT = ("calibration", "samples", "seqlen", "bos", "seed")
-# Settings that decide the steps together: each has the same effect as given and as left to the preset.
-STEPS = {
-    "preset", "initial", "rebuild", "refine", "reconstruct", "allocation", "reorder", "sparsity", "guard",
-}  # fmt: skip
-MODELS = {"model": "revision", "dense": "revision", "pruned": "pruned_revision"}  # each with its revision
 
 
 def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
@@ -49,15 +41,17 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
         raise OutputError(str(error), f"choose another output folder, or {PRUNE_AGAIN}") from error
     if record is None or record.command != config.command:
         return None
-    given = config.recorded
-    if differences := list(_other_settings(record, config, given)):
+    if differences := list(other_settings(record, config)):
         _refuse("is complete, by a run with other settings: ", differences, config)
         return None
     if damage := _damage(config.output, record, progress):
         if config.overwrite:
             return None
         raise OutputError(f"{config.output} was complete, but {damage}", f"{PRUNE_AGAIN}, or get the file back")
-    if differences := list(_other_inputs(record, config, given, progress)):
+    if changed := _changed_since(record, config):
+        _refuse("is complete, but was ", [Message(changed)], config)
+        return None
+    if differences := list(_other_inputs(record, config, progress)):
         _refuse("is complete, but was made with ", differences, config)
         return None
     return record
@@ -79,33 +73,6 @@ def tell_of_finished(config: RunSettings, record: RunReport, progress: Progress)
     progress.warn(f"{config.output} is complete, by a run with these settings: nothing is left to do")
 
 
-def _other_settings(record: RunReport, config: RunSettings, given: dict[str, Any]) -> Iterator[Message]:
-    """Settings, but for models and text, whose effect is another than in the finished run."""
-    known_by_files = {*TEXT, *MODELS, *MODELS.values()}
-    names = (given.keys() | record.settings.keys()) - NOT_IN_KEY - known_by_files
-    differing = {name for name in names if record.settings.get(name) != given.get(name)}
-    if differing <= STEPS | LEFT_TO_PRESET and _leads_to_same_steps(record, config):
-        used = {name for name in LEFT_TO_PRESET if given.get(name) == record.resolved.get(name)}
-        differing -= STEPS | used
-    yield from (_both_values(name, record, given) for name in sorted(differing))
-
-
-def _leads_to_same_steps(record: RunReport, config: RunSettings) -> bool:
-    """Tell whether the settings that the record has lead to the same steps and the same target as `config`."""
-    before = {name: value for name, value in record.settings.items() if name in type(config).model_fields}
-    try:
-        return _steps(type(config)(**before | {"output": config.output})) == _steps(config)
-    except SettingsError:  # of another version, which allowed what is refused now
-        return False
-
-
-def _steps(config: RunSettings) -> tuple[Any, ...]:
-    """What the settings in `STEPS` decide together, as far as it is known before a model is opened."""
-    initial = (config.method, config.target) if isinstance(config, PruneConfig) else ()
-    improved = (config.rebuilds, config.refinement, config.reconstruction, config.held_out_share)
-    return (config.preset_name, config.allocated_by, config.reorders, *initial, *improved)
-
-
 def _damage(output: Path, record: RunReport, progress: Progress) -> str:
     """Missing or changed file of a finished output, as the end of a sentence; empty: the output is whole."""
     try:
@@ -115,21 +82,35 @@ def _damage(output: Path, record: RunReport, progress: Progress) -> str:
     return problems[0] if problems else ""
 
 
-def _other_inputs(
-    record: RunReport, config: RunSettings, given: dict[str, Any], progress: Progress
-) -> Iterator[Message]:
+def _changed_since(record: RunReport, config: RunSettings) -> str:
+    """What another command made of a finished output, as the end of a sentence; empty: it is as the run wrote it."""
+    if record.fine_tuning is not None:
+        return "fine-tuned since"
+    if record.rounding is not None:
+        return "rounded since"
+    is_packed = bool(CheckpointSource(config.output).packed)
+    if is_packed is not (config.format is Format.PACKED):
+        return "packed since" if is_packed else "unpacked since"
+    return ""
+
+
+def _other_inputs(record: RunReport, config: RunSettings, progress: Progress) -> Iterator[Message]:
     """Models and text that are others than those of the finished run, as far as local files show."""
     files = {"model": record.source, "dense": record.source, "pruned": record.pruned_source}
-    for name in MODELS.keys() & given.keys():
-        yield from _other_model(name, record, given, files[name], progress)
-    differing = [_both_values(name, record, given) for name in TEXT if record.settings.get(name) != given[name]]
+    for name in MODELS:
+        if hasattr(config, name):
+            yield from _other_model(name, record, config, files[name], progress)
+    differing = differing_text(record, config)
     if config.calibration in HUB_SETS:
         yield from differing
         return
     try:
         tokens = read_calibration(config, config.output)  # its tokenizer is the model's, and was verified
     except CalibrationError as error:
-        progress.warn(f"the calibration text of {config.output} cannot be compared: {error}")
+        if exists(expanduser(config.calibration)):
+            differing = differing or [Message(f"another calibration text: {error}")]
+        else:
+            progress.warn(f"the calibration text of {config.output} cannot be compared: {error}")
         yield from differing
         return
     before = record.calibration
@@ -138,22 +119,25 @@ def _other_inputs(
 
 
 def _other_model(
-    name: str, record: RunReport, given: dict[str, Any], files: SourceFiles | None, progress: Progress
+    name: str, record: RunReport, config: RunSettings, files: SourceFiles | None, progress: Progress
 ) -> Iterator[Message]:
     """Compare a local model with the files that a finished run read; warn of files with a new date alone.
 
     Of a model of the hub, which is not fetched again for it, and of one that is gone, names are compared.
     """
-    model = given[name]
+    model: str = getattr(config, name)
     path = expanduser(model)
-    if files is None or not exists(path):
+    if not exists(path):
         recorded, revision = record.settings.get(name), MODELS[name]
         if recorded not in (model, abspath(path)):
-            yield _both_values(name, record, given)
+            yield both(name, record, config)
         elif recorded != model or not is_hub_id(model):
             progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
-        if record.settings.get(revision) != given.get(revision):
-            yield _both_values(revision, record, given)
+        elif record.settings.get(revision) != getattr(config, revision):
+            yield both(revision, record, config)
+        return
+    if files is None:
+        progress.warn(f"{model} cannot be compared with the model of the finished run, whose record names no files")
         return
     try:
         source = CheckpointSource(model)
@@ -167,7 +151,3 @@ def _other_model(
         yield Message(f"other files of {model}")
     elif isdir(path):  # files that a GGUF file was converted to have the date of that
         warn_of_written(source.written, files.written, progress)
-
-
-def _both_values(name: str, record: RunReport, given: dict[str, Any]) -> Message:
-    return both_values(name, record.settings.get(name), given.get(name))

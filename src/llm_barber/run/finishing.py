@@ -14,6 +14,7 @@ from llm_barber.record.card import model_card
 from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import CalibrationResult, RunReport
 from llm_barber.run.prepared_run import PreparedRun, kept_weights
+from llm_barber.run.same_settings import recorded_settings
 from llm_barber.run.writer import Writer
 from llm_barber.settings.base import absolute_if_there
 from llm_barber.usage import versions
@@ -42,7 +43,7 @@ def finish_output(
         command=prepared.command,
         model=absolute_if_there(prepared.model),
         output=str(prepared.config.output),
-        settings=prepared.config.recorded,
+        settings=recorded_settings(prepared.config),
         resolved=prepared.resolved | {"batch_size": used.batch_size},
         initial=prepared.method,
         method=prepared.label,

@@ -31,11 +31,15 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
     """
     config, job = prepared.config, prepared.job
     given = config.model_dump(mode="json", exclude=NOT_IN_KEY | KNOWN_BY_CONTENT)
+    if given.get("sparsities"):  # the first match counts
+        given["sparsities"] = [list(line) for line in given["sparsities"].items()]
     left_to_preset = set(LEFT_TO_PRESET)
     if not job.prunes_head:  # the head has a default mix of its own, which a given mix replaces
         left_to_preset.add("target_mix")
     if prepared.initial_masks.has_one_target:  # the default depends on the pattern, a given number is for every pattern
         left_to_preset.add("swaps")
+    else:  # linears with N:M have a default of their own, which a given granularity replaces
+        left_to_preset.discard("granularity")
     resolved = {name: value for name, value in prepared.resolved.items() if name in left_to_preset}
     revisions: dict[str, Any] = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
     if prepared.refine_settings is not None and prepared.refine_settings.of_layers:

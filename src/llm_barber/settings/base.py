@@ -39,7 +39,7 @@ def same_folder(setting: str, model: str, output: Path) -> list[Message]:
         above_source, above_output = _identities(source), _identities(output)
         shards = [path.resolve() for path in source.glob("*.safetensors")] if source.is_dir() else []
         above_shards = {identity for path in shards for identity in _identities(path.parent)}
-    except (RuntimeError, OSError):
+    except (RuntimeError, OSError, ValueError):
         return []
     shown = {"made_of": SettingName(setting), "folder": output}
     own = above_output[0] if output.exists() else None

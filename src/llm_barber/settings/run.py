@@ -1,13 +1,13 @@
 """Settings that `prune` and `rebuild` share."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from llm_barber.masking.granularity import Granularity
 from llm_barber.messages import Message, SettingName, message
-from llm_barber.settings.base import Dtype, Format, OutputFolder, Size, StructureSettings, absolute_if_there
+from llm_barber.settings.base import Dtype, Format, OutputFolder, Size, StructureSettings
 from llm_barber.settings.checked import Rule
 from llm_barber.settings.initial import RELEASED_GRANULARITIES, RELEASED_RATIOS
 from llm_barber.settings.presets import (
@@ -30,7 +30,6 @@ from llm_barber.settings.presets import (
     Reconstruct,
     Refine,
 )
-from llm_barber.text.suffixes import SUFFIXES
 
 BATCH_SIZE = "Most windows at a time; can change bfloat16 rounding (default: by the device)"
 USUAL_SAMPLES, USUAL_SEQLEN = 128, 2048  # calibration windows, and tokens of each, as in the paper
@@ -122,15 +121,6 @@ class RunSettings(StructureSettings):
     resume: bool = Field(default=False, description="Continue an unfinished run of `output`, if any")
     report: bool = Field(default=True, description="Write report.html into `output`")
     revision: str | None = Field(None, description="Revision of a hub id")
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """The settings as JSON, as given, but for local models and texts: these have absolute paths."""
-        settings = self.model_dump(mode="json")
-        names: list[str] = [name for name in ("model", "dense", "pruned") if name in settings]
-        if self.calibration.endswith(SUFFIXES):
-            names.append("calibration")
-        return settings | {name: absolute_if_there(settings[name]) for name in names}
 
     @property
     def preset_name(self) -> Preset:

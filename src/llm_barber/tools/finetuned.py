@@ -21,7 +21,7 @@ from llm_barber.record.file import read_record, recorded_structure
 from llm_barber.record.report import RunReport
 from llm_barber.record.verification import folder_problems, refuse
 from llm_barber.runtime.held_zeros import hold_zeros, unwrapped
-from llm_barber.settings.base import output_folder
+from llm_barber.settings.base import output_folder, same_folder
 from llm_barber.tools.linears import find_linears
 from llm_barber.tools.trained_copy import NO_FOLDER, TrainedCopy, TrainedModel
 
@@ -62,7 +62,8 @@ def merge_adapter(
             "save the adapter with Trainer's save_model(), and load it with PeftModel.from_pretrained",
         )
     if output is not None:
-        check_output(_folder_to_write(output), overwrite)
+        of_base = peft_model.get_base_model().config._name_or_path  # type: ignore[operator,union-attr]
+        check_output(_folder_to_write(output, pruned or of_base), overwrite)
     held = hold_zeros(peft_model, pruned)
     try:
         merged: PreTrainedModel = peft_model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
@@ -110,9 +111,7 @@ def save_finetuned(
     progress = progress or Silent()
     plain = _plain_model(model)
     source = CheckpointSource(str(pruned or plain.config._name_or_path or _no_folder()))
-    output = _folder_to_write(output)
-    if output == source.folder.resolve():
-        raise SettingsError(message("{output} is the pruned checkpoint"), "choose another output folder")
+    output = _folder_to_write(output, source.folder)
     record = _record_to_continue(source)
     check_output(output, overwrite, source.bytes)
     refuse(source.model, folder_problems(source, record, progress))
@@ -165,16 +164,19 @@ def _write(output: Path, overwrite: bool, trained: TrainedModel, copy: TrainedCo
     return amended
 
 
-def _folder_to_write(output: str | Path) -> Path:
-    """The absolute path of an output.
+def _folder_to_write(output: str | Path, pruned: str | Path) -> Path:
+    """The absolute path of an output that lies apart from the pruned checkpoint.
 
     Raises:
-        SettingsError: it is no folder's name, or a folder in use.
+        SettingsError: it is no folder's name, a folder in use, or not apart.
     """
     try:
-        return output_folder(output)
+        folder = output_folder(output)
     except ValueError as error:
         raise SettingsError(message("{output}: {error}", error=str(error)), "choose another output folder") from error
+    if problems := same_folder("pruned", str(pruned), folder):
+        raise SettingsError(problems[0], "the trained checkpoint is written beside the pruned one")
+    return folder
 
 
 def _is_peft(model: nn.Module) -> bool:

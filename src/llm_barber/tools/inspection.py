@@ -163,8 +163,11 @@ def _trained(record: RunReport | None) -> Set[str]:
 
 def _may_differ(record: RunReport | None, linears: Set[str]) -> Set[str]:
     """Names of the tensors whose kept weights may differ from the dense model's, by the record."""
-    all_may = record is not None and record.kept_weights is not KeptWeights.DENSE and not record.linears_are_dense
-    return _trained(record) | linears if all_may else _trained(record)
+    if record is None or record.kept_weights is KeptWeights.DENSE:
+        return set()
+    if record.fine_tuning is None or not record.fine_tuning.others_are_dense:
+        return _trained(record) | linears
+    return _trained(record)
 
 
 def _is_rounded(name: str, rounding: Rounding | None) -> bool:
