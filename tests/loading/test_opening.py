@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_barber import load
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.opening import load_config
@@ -63,6 +64,42 @@ def test_numbers_of_a_configuration_are_finite(
     else:
         good = {"model": str(model), "calibration": str(tokens)}
         expect_failure(f"config.json of .* says {re.escape(says)}", ModelError, tmp_path, **good)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64", "float8_e4m3fn"])
+def test_a_dtype_that_nothing_is_computed_in(tmp_path: Path, llama: Path, tokens: Path, dtype: str) -> None:
+    change_json(llama / "config.json", dtype=dtype)
+    expect_failure("says dtype torch", ModelError, tmp_path, model=str(llama), calibration=str(tokens))
+    with pytest.raises(ModelError, match="says dtype torch"):
+        load(llama)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,)])
+def test_a_stored_buffer_of_another_shape(tmp_path: Path, tokens: Path, shape: tuple[int, ...]) -> None:
+    model = make_model(tmp_path / "model", "deepseek_v3")
+    tensors = load_file(model / "model.safetensors")
+    (name,) = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    save_file(tensors | {name: torch.zeros(shape)}, model / "model.safetensors", {"format": "pt"})
+    expect_failure(f"{name} of .* has shape", ModelError, tmp_path, model=str(model), calibration=str(tokens))
+    with pytest.raises(ModelError, match=f"{name} has shape"):
+        load(model)
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "one column", "biases of one column"])
+def test_stacked_experts_that_do_not_fit_the_configuration(tmp_path: Path, tokens: Path, change: str) -> None:
+    model = make_model(tmp_path / "model", "gpt_oss")
+    tensors = load_file(model / "model.safetensors")
+    down, bias = "model.layers.0.mlp.experts.down_proj", "model.layers.0.mlp.experts.gate_up_proj_bias"
+    tensors |= {
+        "more": {down: torch.cat([tensors[down]] * 2)},
+        "fewer": {down: tensors[down][:3].clone()},
+        "one column": {down: tensors[down][:, :1].clone()},
+        "biases of one column": {bias: tensors[bias][:, :1].clone()},
+    }[change]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    expect_failure("has shape", ModelError, tmp_path, model=str(model), calibration=str(tokens))
+    with pytest.raises(ModelError, match="has shape"):
+        load(model)
 
 
 def test_positions_that_are_not_numbers(tmp_path: Path, llama: Path, tokens: Path) -> None:

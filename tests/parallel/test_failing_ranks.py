@@ -82,6 +82,25 @@ def test_a_silent_process_ends_all(
     assert read_untimed_files(tmp_path / "resumed") == read_untimed_files(tmp_path / "whole")
 
 
+def test_a_process_that_falls_silent_at_once_ends_all(monkeypatch: pytest.MonkeyPatch, short_silence: float) -> None:
+    """It is heard a single time."""
+    monkeypatch.setattr(pulse, "BEAT", 1.0)
+
+    def stop_at_once(rank: int) -> None:
+        with joined() as ranks:
+            if rank == 1:
+                stopped = os.getpid()
+                time.sleep(0.3 * pulse.BEAT)
+                if os.fork() == 0:
+                    time.sleep(3 * short_silence)
+                    os.kill(stopped, signal.SIGKILL)
+                    os._exit(0)
+                os.kill(stopped, signal.SIGSTOP)
+            ranks.total(1)
+
+    assert run_ranks(2, stop_at_once) == [pulse.EXIT_CODE, -signal.SIGKILL]
+
+
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_slow_process_is_waited_for(slow: int, short_silence: float) -> None:
     """Other processes wait within a run, and between two runs of a program."""

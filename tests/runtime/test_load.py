@@ -79,8 +79,16 @@ def test_dtype_and_bad_input(tmp_path: Path, llama: Path) -> None:
     assert load(llama, dtype=torch.float16).dtype == torch.float16
     with pytest.raises(ModelError, match="no such model"):
         load(tmp_path / "none")
+    whole = load_file(llama / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(whole | {name: whole[name].to(torch.int8)}, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name} is I8; "):
+        load(llama)
     change_json(llama / "config.json", hidden_size=16)
     with pytest.raises(ModelError, match="the configuration says"):
+        load(llama)
+    change_json(llama / "config.json", hidden_act="nonsense")
+    with pytest.raises(ModelError, match=r"config.json of .* cannot be used: .*nonsense"):
         load(llama)
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _terminated)
     code = _main(arguments)
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code)  # a usual exit could wait for the other processes of the group for ever

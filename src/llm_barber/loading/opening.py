@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from llm_barber.checkpoint.hub import local_path
@@ -17,7 +17,9 @@ from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.loading.naming import find_locations
 from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture
+from llm_barber.model.buffers import stored_buffer_names
 from llm_barber.model.empty import untie_head
+from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.progress import Progress
 from llm_barber.text.windows import beginning_of_texts
@@ -88,19 +90,18 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     count = len(skeleton.layers)
     for index in range(count):
         needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]
-    for name in needed:
-        info, shape = source.tensors[source.location(name).tensor], source.shape(name)
-        expected = tuple(skeleton.model.get_parameter(name).shape)
+    buffers = [name for name in stored_buffer_names(skeleton.model) if name in source.locations]
+    for name in (*needed, *buffers):
+        shape = source.shape(name)
+        tensor = skeleton.model.get_buffer(name) if name in buffers else skeleton.model.get_parameter(name)
+        expected = tuple(tensor.shape)
         if shape != expected:
             raise ModelError(
                 f"{name} of {source.model} has shape {shape}, its config.json says {expected}",
                 "config.json and the weights do not belong together",
             )
-        if info.dtype not in FLOAT_DTYPES:
-            raise ModelError(
-                f"{name} is {info.dtype}; {', '.join(FLOAT_DTYPES)} are understood",
-                "start from the checkpoint before it was quantised",
-            )
+        path = name.rpartition(".")[0]
+        check_stored(source, name, skeleton.model.get_submodule(path.rpartition(".")[0].rpartition(".")[0]))
     last = source.location(needed[-1]).tensor
     layers = last[: last.index(f".{count - 1}.") + 1]
     beyond = {name.removeprefix(layers).partition(".")[0] for name in source.tensors if name.startswith(layers)}
@@ -110,6 +111,31 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     if unknown:
         raise ModelError(
             f"{source.model} has decoder layer {unknown[0]}, config.json says that there are {count}",
+            "config.json and the weights do not belong together",
+        )
+
+
+def check_stored(source: CheckpointSource, name: str, experts: nn.Module | None = None) -> None:
+    """Refuse a parameter whose tensor has no floating-point numbers, or is a stack of another number of experts.
+
+    Args:
+        source: the checkpoint.
+        name: of the parameter.
+        experts: module that the parameter's expert is in, if it is one's.
+
+    Raises:
+        ModelError: the tensor does not fit.
+    """
+    location = source.location(name)
+    info = source.tensors[location.tensor]
+    if info.dtype not in FLOAT_DTYPES:
+        raise ModelError(
+            f"{name} is {info.dtype}; {', '.join(FLOAT_DTYPES)} are understood",
+            "start from the checkpoint before it was quantised",
+        )
+    if location.part is not None and isinstance(experts, Experts) and info.shape[:1] != (len(experts),):
+        raise ModelError(
+            f"{location.tensor} of {source.model} has shape {info.shape}, its config.json says {len(experts)} experts",
             "config.json and the weights do not belong together",
         )
 
@@ -126,7 +152,7 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
     """The checkpoint's configuration.
 
     Raises:
-        ModelError: transformers cannot use it, or it has a number that is not finite.
+        ModelError: transformers cannot use it, or it has a number that is not finite, or a dtype without fractions.
     """
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
@@ -134,6 +160,11 @@ def load_config(source: CheckpointSource) -> PreTrainedConfig:
         raise unusable_configuration(source.model, error) from error
     forget_packed(config)
     check_finite(source.configuration, config, source.model)
+    if config.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(
+            f"config.json of {source.model} says dtype {config.dtype}, in which no model is computed",
+            "write the dtype that the weights have, for example bfloat16",
+        )
     return config
 
 

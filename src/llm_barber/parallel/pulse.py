@@ -24,6 +24,11 @@ DONE, FAILED = -(2**40), -(2**50)  # added to the number of a process that stops
 RUNS = itertools.count()  # runs of this program; each has its own numbers
 
 
+def attempt() -> str:
+    """Number of times that torchrun has started the processes anew; its store keeps what earlier ones wrote."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 @contextmanager
 def watched(rank: int, count: int) -> Iterator[None]:
     """End this process, from a thread, if another process falls silent, or fails.
@@ -81,7 +86,7 @@ class _Pulse:
             self._heard.pop(peer, None)
             if number < FAILED // 2:
                 self._failed.setdefault(peer, time.monotonic())
-        elif number != counts.get(peer, number):
+        elif number != counts.get(peer, 0):  # 0: it has not begun this run, and may be between two
             self._heard[peer] = time.monotonic()
         counts[peer] = number
 
@@ -102,7 +107,7 @@ class _Pulse:
                 self._end(f"cannot go on: process {_named(failed)} failed", "look for its message")
 
     def _key(self, rank: int) -> str:
-        return f"llm-barber/pulse/{self.run}/{rank}"
+        return f"llm-barber/pulse/{attempt()}/{self.run}/{rank}"
 
     def _end(self, message: str, hint: str) -> None:
         """Write an error, and exit."""

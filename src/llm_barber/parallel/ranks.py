@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public, not in its __all__
 
 from llm_barber.errors import BarberError, SettingsError, first_line
-from llm_barber.parallel.pulse import watched
+from llm_barber.parallel.pulse import attempt, watched
 
 # Processes wait while one of them computes, or downloads a model. A closed connection shows at once that a process
 # died; `pulse.py` notices a process that failed or vanished.
@@ -178,7 +178,7 @@ class Ranks:
 
 def local_rank() -> int:
     """Number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def joined() -> Iterator[Ranks]:
         RankError: another process ended, or cannot be reached.
         SettingsError: the program's group cannot add up numbers of the CPU.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = int(os.environ.get("WORLD_SIZE") or 1)
     if dist.is_initialized() and _Group.group is None:
         if "cpu" not in dist.get_backend_config():
             raise SettingsError(
@@ -241,7 +241,7 @@ class _Group:
                 atexit.register(cls.leave)
             root, rank, count = cls._met
             cls._meetings += 1
-            store = PrefixStore(f"llm-barber/{cls._meetings}", root)  # without keys of an earlier group
+            store = PrefixStore(f"llm-barber/{attempt()}/{cls._meetings}", root)  # without keys of an earlier group
             dist.init_process_group(backend, timeout=MEETING, store=store, rank=rank, world_size=count)
             group: Any = dist.new_group(backend=backend, timeout=TIMEOUT)
             root.set_timeout(TIMEOUT)  # NCCL's processes meet there at their first sum

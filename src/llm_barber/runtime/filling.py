@@ -19,6 +19,7 @@ from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.naming import find_locations
+from llm_barber.loading.opening import check_stored
 from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import empty_model, untie_head
 from llm_barber.model.experts import Experts, is_fused
@@ -170,9 +171,10 @@ def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Mo
         module._is_hf_initialized = has_parameters or not module._non_persistent_buffers_set
     model.initialize_weights()
     for name in stored_buffer_names(model):
+        buffer = model.get_buffer(name)
         if name in source.locations:
-            device = filling.device or model.get_buffer(name).device
-            set_buffer(model, name, source.read_parameters([name])[name], device)
+            _check_shape(name, source.shape(name), tuple(buffer.shape))
+            set_buffer(model, name, source.read_parameters([name])[name], filling.device or buffer.device)
 
 
 def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
@@ -187,14 +189,19 @@ def _read(source: CheckpointSource, name: str, shape: tuple[int, ...], split: nn
     experts = split.get_submodule(path)
     if not isinstance(experts, Experts):
         is_whole = source.location(name).part is None
+        check_stored(source, name)
         tensor = source.read_parameters([name], memory if is_whole else ordinary_memory)[name]
         _check_shape(name, tuple(tensor.shape), shape)
         return tensor
     parts = experts.parts(leaf)
+    for part in parts:
+        check_stored(source, f"{path}.{part.name}", experts)
     tensors = source.read_parameters([f"{path}.{part.name}" for part in parts])
     stacked = memory(shape, next(iter(tensors.values())).dtype)
     for part in parts:
-        part.of(stacked).copy_(tensors[f"{path}.{part.name}"])
+        tensor, place = tensors[f"{path}.{part.name}"], part.of(stacked)
+        _check_shape(f"{path}.{part.name}", tuple(tensor.shape), tuple(place.shape))
+        place.copy_(tensor)
     return stacked
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import SettingsError
-from llm_barber.loading.opening import load_config, load_generation_config
+from llm_barber.loading.opening import load_config, load_generation_config, unusable_configuration
 from llm_barber.messages import message
 from llm_barber.model.device import resolve_device
 from llm_barber.model.empty import auto_class, join_tied_linears, parameters_on_meta
@@ -63,8 +63,11 @@ def load(
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise SettingsError(message("{dtype} is {given!r}, not a dtype of PyTorch", given=dtype), "e.g. torch.bfloat16")
     dtype = dtype or config.dtype or torch.float32
-    with parameters_on_meta():
-        loaded: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
+    try:
+        with parameters_on_meta():
+            loaded: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
+    except Exception as error:  # transformers raises whatever odd settings make it raise
+        raise unusable_configuration(source.model, error) from error
     loaded.tie_weights()
     join_tied_linears(loaded)
     fill(loaded, source, Filling(dtype, target, keep_packed, progress, has_buffers=True))

@@ -130,6 +130,8 @@ def _by_record(model: nn.Module, folder: Path, record: RunReport) -> list[Pruned
             for linear in layer.linears:
                 if linear.pruned:
                     for module in _modules(model, layers, layer.index, linear.name):
+                        if id(module) not in paths:
+                            raise AttributeError(f"{linear.name} is no module of layer {layer.index}")
                         groups.setdefault(id(module), (module, []))[1].append(linear)
     except (AttributeError, IndexError, BarberError) as error:
         warnings.warn(
