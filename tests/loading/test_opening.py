@@ -102,6 +102,23 @@ def test_stacked_experts_that_do_not_fit_the_configuration(tmp_path: Path, token
         load(model)
 
 
+@pytest.mark.parametrize("chosen", [100, -1])
+def test_a_token_has_no_more_experts_than_there_are(tmp_path: Path, tokens: Path, chosen: int) -> None:
+    model = make_model(tmp_path / "model", "qwen3_moe")
+    change_json(model / "config.json", num_experts_per_tok=chosen)
+    message = f"does not describe a model: it chooses {chosen} experts for a token, of 4"
+    expect_failure(message, ModelError, tmp_path, model=str(model), calibration=str(tokens))
+
+
+def test_a_tensor_of_experts_that_the_model_has_no_place_for_is_named(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "gpt_oss")
+    name = "model.layers.0.mlp.experts.gate_up_proj_scale_inv"
+    tensors = load_file(model / "model.safetensors") | {name: torch.ones(4)}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=f"has no place for {name}"):
+        load(model)
+
+
 def test_positions_that_are_not_numbers(tmp_path: Path, llama: Path, tokens: Path) -> None:
     """An absurd frequency makes NaN, which equals no NaN, and is not what depends on the tokens."""
     change_json(llama / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 0})

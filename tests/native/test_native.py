@@ -55,6 +55,8 @@ def test_nothing_is_read_or_written_behind_an_array(
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="values of float16 for weights of float32"):
+        native.put(np.zeros(3, np.float16), np.zeros(2, np.uint8), np.zeros(16, np.float32))
     with pytest.raises(ValueError, match="1 bytes of bits for 16 weights"):
         native.find(np.zeros(16, np.int16), np.zeros(1, np.uint8))
     for layout, groups in (((3, 4, 6), 2), ((3, 4, 5), 1)):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from llm_barber.run.activation_memory import activation_memory
 from llm_barber.run.commands import prepare_prune
 from llm_barber.run.dry_run import dry_run
 from llm_barber.run.embedding import embed
+from llm_barber.text.calibration import text_size
 from llm_barber.usage import current_memory
 from tests.conftest import make_model, save_tokens
 from tests.helpers.runs import read_untimed_files
@@ -166,6 +168,13 @@ def test_a_text_that_is_too_long_to_read_is_told_of_before(tmp_path: Path, llama
     with pytest.raises(SettingsError, match=r"not enough to read the 7 MB of calibration text .*long.txt") as caught:
         run(llama, tmp_path / "out", text, memory=memory, samples=4, seqlen=24)
     assert "1.15 kB are plenty for 4 windows of 24 tokens" in caught.value.hint
+    compressed = tmp_path / "compressed.parquet"
+    texts = [f"{number} a word " * 500 for number in range(1000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": [1] * 1000}), compressed)
+    assert compressed.stat().st_size < 10**6 < 5 * 10**6 < text_size(str(compressed), 96) < 8 * 10**6
+    with pytest.raises(SettingsError, match=r"not enough to read the .* MB of calibration text .*compressed.parquet"):
+        run(llama, tmp_path / "out", compressed, memory=memory, samples=4, seqlen=24)
+    assert text_size("wikitext2", 96) > 10**7  # it is read whole
 
 
 def test_a_dry_run_says_what_memory_lacks(tmp_path: Path, llama: Path, tokens: Path) -> None:

@@ -17,7 +17,7 @@ from llm_barber.checkpoint.dense_files import header_problem
 from llm_barber.checkpoint.digests import has_its_digest, with_digest
 from llm_barber.checkpoint.encoding import Encoding, places_bytes
 from llm_barber.checkpoint.index import DAMAGED, FORMAT_VERSION, PACKED_INDEX, ROUNDED_VERSION
-from llm_barber.checkpoint.locations import TensorInfo
+from llm_barber.checkpoint.locations import FLOAT_DTYPES, TensorInfo
 from llm_barber.checkpoint.untrusted import check_file_name, parse_json
 from llm_barber.errors import ModelError
 
@@ -229,4 +229,6 @@ def _entry_problem(name: str, entry: Entry, shapes: Mapping[str, tuple[str, tupl
             return f"has values of {values[0]}, which are not rounded"
         if scales != [("BF16", (rows, -(-columns // entry.group)))]:
             return f"has scales {scales[0]}, which do not fit its shape {entry.shape} in groups of {entry.group}"
+    elif values[0] not in FLOAT_DTYPES:
+        return f"has values of {values[0]}, which are no weights"
     return None

@@ -84,7 +84,8 @@ def check_conversions(model: PreTrainedModel, layers: str) -> None:
 
 
 def _is_known(name: str, parameters: set[str], experts: dict[str, Experts]) -> bool:
-    return name in parameters or name.rpartition(".")[0] in experts
+    path, _, leaf = name.rpartition(".")
+    return name in parameters or (path in experts and f"{path}.{experts[path].parts(leaf)[0].name}" in parameters)
 
 
 def _member(converter: WeightConverter, pattern: str, leaf: str, experts: nn.Module, key: str) -> str:

@@ -18,6 +18,7 @@ from llm_barber.loading.naming import find_locations
 from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.buffers import stored_buffer_names
+from llm_barber.model.device import experts_per_token
 from llm_barber.model.empty import untie_head
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
@@ -48,6 +49,10 @@ def make_skeleton(
 
 
 def _check_layers(skeleton: Skeleton) -> None:
+    experts = max((len(module) for module in skeleton.model.modules() if isinstance(module, Experts)), default=0)
+    chosen = experts_per_token(skeleton.model.config)
+    if experts and not 1 <= chosen <= experts:
+        raise ValueError(f"it chooses {chosen} experts for a token, of {experts}")
     if not len(skeleton.layers):
         raise ValueError("it has no decoder layers")
     for name, other in skeleton.names_in_other_layers():

@@ -131,13 +131,13 @@ def take(flat: np.ndarray, bits: np.ndarray, values: np.ndarray) -> None:
         bits: uint8, (weights / 8,).
         values: (kept,), one value for each set bit.
     """
-    _check(flat, bits)
+    _check(flat, bits, values)
     _call("take", flat, flat.ctypes, bits.ctypes, len(flat), values.ctypes, len(values))
 
 
 def put(values: np.ndarray, bits: np.ndarray, flat: np.ndarray) -> None:
     """Undo `take`: write the values where a bit is set, and zeros elsewhere."""
-    _check(flat, bits)
+    _check(flat, bits, values)
     variant = "_512" if instructions() > Instructions.AVX2 else ""
     _call("put", flat, values.ctypes, len(values), bits.ctypes, len(flat), flat.ctypes, variant=variant)
 
@@ -184,10 +184,12 @@ def _by_table(
     function(source.ctypes, table.ctypes, ctypes.c_size_t(units), target.ctypes, code_bytes)
 
 
-def _check(flat: np.ndarray, bits: np.ndarray) -> None:
-    """Refuse a bit mask that does not fit its weights."""
-    if len(bits) * 8 != len(flat) or not bits.flags.c_contiguous:
-        raise ValueError(f"{len(bits)} bytes of bits for {len(flat)} weights")
+def _check(flat: np.ndarray, bits: np.ndarray, values: np.ndarray | None = None) -> None:
+    """Refuse a bit mask or values that do not fit their weights."""
+    if len(bits) * 8 != len(flat) or bits.itemsize != 1 or not bits.flags.c_contiguous:
+        raise ValueError(f"{bits.nbytes} bytes of bits for {len(flat)} weights")
+    if values is not None and (values.itemsize != flat.itemsize or not values.flags.c_contiguous):
+        raise ValueError(f"values of {values.dtype} for weights of {flat.dtype}, or with gaps")
 
 
 def _call(name: str, flat: np.ndarray, *arguments: object, variant: str = "") -> None:

@@ -84,7 +84,7 @@ class ChangedByC:
     def gradient(self, gradient: Tensor, free: Tensor) -> Tensor:
         """Gradient by the changes from that by the values; both float32, (out, in).
 
-        `free`: bool (out, in), True where a value may change; elsewhere the gradient is 0.
+        `free`: bool (out, in), True where a value may change; elsewhere a finite gradient becomes 0.
         """
         results, free = torch.empty_like(gradient), free.contiguous()
         self._check_shapes(gradient, free)

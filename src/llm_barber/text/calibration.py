@@ -37,6 +37,7 @@ HUB_SETS: dict[str, dict[str, Any]] = {
     },
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
 }
+WHOLE_SETS = {"wikitext2": 11 * 10**6}  # characters of the sets that are read whole
 OWN_TOKENS = "give --calibration a safetensors file with input_ids"
 JSON_LINE = 'each line: {"text": "…"}'
 # Characters of a streamed set to read per token. English has about 4.5; more, so that windows are not adjacent.
@@ -123,9 +124,24 @@ def text_size(name: str, tokens_wanted: int) -> int:
     if name in BUILTIN:
         return len((files("llm_barber") / "data" / BUILTIN[name]).read_bytes())
     if name in HUB_SETS:
-        return tokens_wanted * CHARACTERS_PER_TOKEN
+        return tokens_wanted * CHARACTERS_PER_TOKEN if HUB_SETS[name].get("streaming") else WHOLE_SETS[name]
     path = Path(expanduser(name))
-    return 0 if name.endswith(TOKEN_FILE_SUFFIX) or not path.is_file() else path.stat().st_size
+    if name.endswith(TOKEN_FILE_SUFFIX) or not path.is_file():
+        return 0
+    return (_parquet_size(path) if path.suffix == ".parquet" else 0) or path.stat().st_size
+
+
+def _parquet_size(path: Path) -> int:
+    """Bytes of a parquet file's texts by its footer, without compression; texts in a dictionary count once; 0: none."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    except (OSError, ValueError):  # reading it will say what is wrong
+        return 0
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
 
 
 def check_text_fits(name: str, samples: int, seqlen: int, memory: int) -> None:
