@@ -7,6 +7,7 @@ is raised: nothing that transformers initialised at random stays in the model.
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
-SHOWN_UNUSED = 5  # names of tensors in a warning
+SHOWN = 5  # names of tensors in a warning
 # Buffers that old checkpoints have, and that transformers computes; it keeps silent about them, too.
 COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
@@ -86,9 +87,9 @@ def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
         name for name in source.tensors if name not in used and not any(pattern.search(name) for pattern in expected)
     ]
     if unused:
-        more = f" and {len(unused) - SHOWN_UNUSED} more" if len(unused) > SHOWN_UNUSED else ""
+        more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
         warnings.warn(
-            f"{type(model).__name__}, as config.json describes it, has no place for {', '.join(unused[:SHOWN_UNUSED])}"
+            f"{type(model).__name__}, as config.json describes it, has no place for {', '.join(unused[:SHOWN])}"
             f"{more} of {source.model}: left out",
             stacklevel=4,
         )
@@ -170,11 +171,24 @@ def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Mo
         has_parameters = any(parameter is not None for parameter in module._parameters.values())
         module._is_hf_initialized = has_parameters or not module._non_persistent_buffers_set
     model.initialize_weights()
-    for name in stored_buffer_names(model):
+    stored = stored_buffer_names(model)
+    for name in (name for name in stored if name in source.locations):
         buffer = model.get_buffer(name)
-        if name in source.locations:
-            _check_shape(name, source.shape(name), tuple(buffer.shape))
-            set_buffer(model, name, source.read_parameters([name])[name], filling.device or buffer.device)
+        _check_shape(name, source.shape(name), tuple(buffer.shape))
+        set_buffer(model, name, source.read_parameters([name])[name], filling.device or buffer.device)
+    _warn_of_missing(model, source, [name for name in stored if name not in source.locations])
+
+
+def _warn_of_missing(model: PreTrainedModel, source: CheckpointSource, missing: Sequence[str]) -> None:
+    """Name the buffers that the checkpoint lacks, such as the bias that a router adds to its scores."""
+    expected = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    named = [name for name in missing if not any(pattern.search(name) for pattern in expected)]
+    if named:
+        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+        warnings.warn(
+            f"{source.model} has no {', '.join(named[:SHOWN])}{more}: an untrained model's values are taken",
+            stacklevel=5,
+        )
 
 
 def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
